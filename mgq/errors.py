@@ -1,0 +1,19 @@
+"""The two ways a command can end badly. Every room raises these; only the command line prints them."""
+
+from __future__ import annotations
+
+
+class MgqError(Exception):
+    """Base of the errors whose message is one line meant for the user: it names the thing and the mend."""
+
+    exit_code = 1
+
+
+class InputError(MgqError):
+    """Wrong use or bad input (exit code 2): a file, a name or an option that the user can put right."""
+
+    exit_code = 2
+
+
+class FailureError(MgqError):
+    """The input was fine and the work still failed (exit code 1): a full disk, a check that did not hold."""
