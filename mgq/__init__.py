@@ -1,1 +1,51 @@
-"""mgq."""
+"""mgq takes an image classifier from float32 weights to an int8 network that runs at the speed of the machine.
+
+The verbs of the command line as Python calls::
+
+    network = mgq.create_model("resnet18", classes=10)     # random weights, mode normal
+    mgq.load_weights(network, "resnet18.pkl")              # strictly, by name and shape
+    int8 = mgq.quantize(network, pictures)                 # calibrated on uint8 (N, 3, H, W)
+    answers = mgq.infer(["cat.jpg"])                       # pretrained, int8
+    mgq.dump("cat.megengine", arch="efficientnet_lite0")   # a file for MegEngine and MegEngine Lite
+
+Importing mgq imports no MegEngine; the first of these calls does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mgq.errors import FailureError, InputError, MgqError
+
+if TYPE_CHECKING:
+    from mgq.deploy.dump import dump as dump
+    from mgq.engine.predict import infer as infer
+    from mgq.quant.quantize import quantize as quantize
+    from mgq.zoo.registry import create_model as create_model
+    from mgq.zoo.weights import load_weights as load_weights
+
+WHERE = {
+    "create_model": "mgq.zoo.registry",
+    "load_weights": "mgq.zoo.weights",
+    "quantize": "mgq.quant.quantize",
+    "infer": "mgq.engine.predict",
+    "dump": "mgq.deploy.dump",
+}
+
+__all__ = [
+    "FailureError",
+    "InputError",
+    "MgqError",
+    "create_model",
+    "dump",
+    "infer",
+    "load_weights",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in WHERE:
+        return getattr(importlib.import_module(WHERE[name]), name)
+    raise AttributeError(f"module 'mgq' has no attribute '{name}'")

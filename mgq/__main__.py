@@ -1,0 +1,5 @@
+"""``python -m mgq``."""
+
+from mgq.cli.main import run
+
+run()

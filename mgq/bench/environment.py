@@ -1,0 +1,100 @@
+"""What the numbers of a benchmark depend on, as far as the machine tells."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+# What the kernel calls it -> what the world calls it: the instructions that int8 and fp32 speed depends on.
+FEATURES = {
+    "avx": "AVX",
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "avx512f": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_int8": "AMX int8",
+    "asimddp": "Arm dot product",
+    "i8mm": "Arm i8mm",
+    "sve": "Arm SVE",
+}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine at one moment.
+
+    ``physical_cores`` is None where the system does not tell. ``usable_cores`` are the logical ones that this
+    process may run on. ``load`` is the average of the last 1, 5 and 15 minutes, empty where there is none.
+    """
+
+    cpu: str
+    features: tuple[str, ...]
+    physical_cores: int | None
+    logical_cores: int
+    usable_cores: int
+    system: str
+    load: tuple[float, ...]
+
+    @property
+    def busy(self) -> bool:
+        """Whether others had more than a tenth of the usable cores in the last minute."""
+        return bool(self.load) and self.load[0] > 0.1 * self.usable_cores
+
+
+def this_machine() -> Machine:
+    """The machine that this runs on, as it is now."""
+    cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.is_file() else ""
+    return Machine(
+        cpu=cpu_model(cpuinfo) or platform.processor() or platform.machine() or "unknown",
+        features=cpu_features(cpuinfo),
+        physical_cores=psutil.cpu_count(logical=False),
+        logical_cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
+        system=f"{operating_system()}, {platform.system()} {platform.release()} {platform.machine()}",
+        load=tuple(os.getloadavg()) if hasattr(os, "getloadavg") else (),
+    )
+
+
+def usable_cores() -> int:
+    """The logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """The processor's name in the text of ``/proc/cpuinfo``; '' where it has none, as on Arm."""
+    return " ".join(cpuinfo_field(cpuinfo, "model name").split())
+
+
+def cpu_features(cpuinfo: str) -> tuple[str, ...]:
+    """Those of ``FEATURES`` that the text of ``/proc/cpuinfo`` lists, by the names that the world uses."""
+    flags = set((cpuinfo_field(cpuinfo, "flags") or cpuinfo_field(cpuinfo, "Features")).split())
+    return tuple(name for flag, name in FEATURES.items() if flag in flags)
+
+
+def cpuinfo_field(cpuinfo: str, name: str) -> str:
+    """The value of the first line called ``name``: all processors of a machine are taken to be alike."""
+    for line in cpuinfo.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def operating_system() -> str:
+    """The distribution's name and version where the system tells them, else the platform's."""
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform(terse=True)

@@ -1,0 +1,124 @@
+"""``mgq bench``: how fast is it here?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgq.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mgq.bench.report import Report, Row
+    from mgq.bench.settings import Settings
+
+STDOUT = "-"
+
+
+def bench(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("-a", "--arch", help="Architecture, may be repeated; by default those of the example."),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Only int8 networks.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Only float32 networks.")] = False,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of every engine.")] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="15"
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures a run.")] = 1,
+    image_size: Annotated[
+        int, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")
+    ] = 224,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write all samples and conditions; - is standard output."
+        ),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False,
+) -> None:
+    """Measure pictures a second of networks in every engine, float32 and int8, in shuffled turns.
+
+    Examples:  mgq bench  |  mgq bench --int8  |  mgq bench -a resnet50 --threads 2 --markdown
+    """
+    if int8 and fp32:
+        raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
+    if as_markdown and json_file == STDOUT:
+        raise InputError("--markdown and --json - both want standard output: give --json a file")
+    from mgq.bench.settings import ROUNDS, Precision, settings_for
+
+    precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
+    settings = settings_for(
+        arch or [], precisions, threads, ROUNDS if rounds is None else rounds, batch, image_size
+    )
+    report = measured(settings, None if json_file in (None, STDOUT) else Path(str(json_file)))
+    if json_file == STDOUT:
+        sys.stdout.write(report.to_json())
+    elif as_markdown:
+        from mgq.bench.tables import markdown
+
+        sys.stdout.write(markdown(report))
+    else:
+        from mgq.cli.console import out
+
+        show(report, out)
+
+
+def measured(settings: Settings, json_file: Path | None) -> Report:
+    """The report, written to ``json_file`` if there is one: a wrong place is told of at once."""
+    from mgq.cli.console import import_megengine, progress
+    from mgq.files.atomic import atomic_write
+
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
+        import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+        from mgq.bench.benchmark import benchmark
+
+        with progress() as on_progress:
+            report = benchmark(settings, on_progress)
+        if temporary is not None:
+            temporary.write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def show(report: Report, console: Console) -> None:
+    """Draw the report: conditions, one table a network, remarks. Fits 80 columns."""
+    from rich.text import Text
+
+    from mgq.bench.tables import LEGEND
+
+    for name, value in report.conditions():
+        console.print(Text.assemble((f"{name}: ", "bold"), value))
+    for network in report.settings.networks:
+        console.print()
+        console.print(Text.assemble((network, "bold cyan"), f": {report.weights_of(network)}"))
+        console.print(table_of(report.rows_of(network)))
+    console.print()
+    console.print(Text(LEGEND, style="dim"))
+    for remark in report.remarks():
+        console.print(Text(f"! {remark}", style="yellow"))
+
+
+def table_of(rows: tuple[Row, ...]) -> Table:
+    from rich.table import Table
+
+    from mgq.bench.tables import COLUMNS, cells
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if place < 2 else "right", no_wrap=True)
+    for row in rows:
+        style = None if row.sound else "yellow"
+        table.add_row(*cells(row), style=style)
+    return table

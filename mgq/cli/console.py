@@ -1,0 +1,138 @@
+"""All that the command line draws: progress, remarks, errors. No other room prints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from mgq.events import OnProgress, Progress
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+PLAIN_STEPS = 10
+"""In a pipe, long work prints a line at every tenth of the way."""
+
+
+def one_line(text: str) -> str:
+    """``text`` in one line, without characters that would move the cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def print_error(text: str) -> None:
+    err.print(f"error: {one_line(text)}", style="red", markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark beside the result: to standard error, so that a pipe gets the result alone."""
+    err.print(one_line(text), style="dim", markup=False, soft_wrap=True)
+
+
+def counted(amount: float, unit: str) -> str:
+    return decimal(int(amount)) if unit == "B" else f"{amount:,.0f}"
+
+
+class AmountColumn(ProgressColumn):
+    """How much of how much, bytes as kB and MB."""
+
+    def render(self, task: Task) -> Text:
+        unit = str(task.fields["unit"])
+        total = "?" if task.total is None else counted(task.total, unit)
+        return Text(f"{counted(task.completed, unit)}/{total}")
+
+
+class RateColumn(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        unit = str(task.fields["unit"])
+        if not task.speed:
+            return Text("")
+        return Text(f"{decimal(int(task.speed))}/s" if unit == "B" else f"{task.speed:.1f} {unit}/s")
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[OnProgress]:
+    """A listener that draws bars on a terminal, and prints a plain line now and then into a pipe."""
+    if not err.is_terminal:
+        yield plain_lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn())
+    with RichProgress(*columns, TimeRemainingColumn(), console=err, transient=True) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def listener(event: Progress) -> None:
+            if event.what not in tasks:
+                tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit)
+            display.update(tasks[event.what], completed=event.done, total=event.total)
+
+        yield listener
+
+
+def plain_lines() -> OnProgress:
+    said: dict[str, int] = {}
+
+    def listener(event: Progress) -> None:
+        if not event.total or event.total < PLAIN_STEPS:
+            return
+        step = event.done * PLAIN_STEPS // event.total
+        if step > said.get(event.what, 0):
+            said[event.what] = step
+            amount = f"{counted(event.done, event.unit)} of {counted(event.total, event.unit)}"
+            note(f"{event.what}: {amount}" + ("" if event.unit == "B" else f" {event.unit}"))
+
+    return listener
+
+
+def import_megengine(debug: bool) -> None:
+    """Import MegEngine without what its library says on standard error while it looks for a GPU."""
+    warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+    # Its own downloader, which mgq does not use, would bring clients of four cloud services: half the import.
+    sys.modules.setdefault("megfile", UnusedModule("megfile"))
+    import numpy as np
+
+    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
+    np.finfo(np.float32), np.finfo(np.float64)
+    with contextlib.nullcontext() if debug else muted_stderr():
+        import megengine
+
+        (megengine.tensor([0.0]) + 1).numpy()
+
+
+class UnusedModule(ModuleType):
+    """Stands for a module that is imported and never used; using it is an error that says so."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def unused(*_: object, **__: object) -> None:
+            raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
+
+        return unused
+
+
+@contextlib.contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: the library writes there past Python's ``sys.stderr``."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,161 @@
+"""``mgq infer``: what is in a picture?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgq.cli.options import (
+    RUNS,
+    Arch,
+    AsJson,
+    CheckpointFile,
+    ImageSize,
+    ModeName,
+    Pretrained,
+    Ranges,
+    Save,
+    Width,
+    opened,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mgq.engine.networks import Classifier
+    from mgq.engine.predict import Answer
+    from mgq.events import OnProgress
+
+BAR = 20
+
+
+def infer(
+    pictures: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")
+    ] = None,
+    arch: Arch = None,
+    checkpoint: CheckpointFile = None,
+    mode: ModeName = "quantized",
+    topk: Annotated[int, typer.Option("--topk", help="Classes shown a picture.")] = 5,
+    write: Annotated[
+        bool, typer.Option("--dump", help="Write <arch>.<mode>.megengine and its checkpoint, too.")
+    ] = False,
+    as_json: AsJson = False,
+    save: Save = RUNS,
+    pretrained: Pretrained = False,
+    ranges: Ranges = None,
+    width: Width = None,
+    image_size: ImageSize = None,
+) -> None:
+    """Classify pictures with the int8 network (or another mode).
+
+    Without a picture it takes the bundled cat.
+
+    \b
+    Examples:
+      mgq infer cat.jpg
+      mgq infer photos/ --json
+      mgq infer -m normal cat.jpg --dump
+    """
+    from mgq.cli.console import err, note, progress
+    from mgq.data.pictures import bundled_cat
+    from mgq.data.sources import expand
+
+    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
+    with progress() as on_progress:
+        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
+        from mgq.engine.predict import answers
+
+        found = reported(answers(classifier, sources, topk), len(sources), on_progress)
+        failed = shown_json(classifier, found) if as_json else shown_tables(classifier, found)
+    if failed and len(sources) > 1:
+        note(f"{failed} of {len(sources)} pictures could not be read")
+    if write:
+        from mgq.cli.dump import written
+
+        written(classifier, Path(), input_type="uint8", batch=1, with_checkpoint=True, to=err)
+    if failed:
+        raise typer.Exit(2)
+
+
+def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> Iterator[Answer]:
+    """``found``, each told to ``on_progress``; a single picture needs no bar."""
+    from mgq.events import Progress
+
+    for done, answer in enumerate(found, 1):
+        if total > 1:
+            on_progress(Progress("classify", done, total, "pictures"))
+        yield answer
+
+
+def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
+    """Print a table for each answer, an error line for each picture without one; the number of those."""
+    from mgq.cli.console import out, print_error
+
+    failed = 0
+    out.print(headline(classifier), style="dim", markup=False)
+    for answer in found:
+        if answer.error is not None:
+            print_error(answer.error)
+            failed += 1
+        else:
+            out.print(table_of(answer))
+    return failed
+
+
+def headline(classifier: Classifier) -> str:
+    kind = {"normal": "float32", "qat": "fake-quantized", "quantized": "int8"}[classifier.mode.value]
+    return f"{classifier.spec.name}, mode {classifier.mode.value} ({kind}), weights: {classifier.origin}"
+
+
+def table_of(answer: Answer) -> Table:
+    """The answer to one picture: class, probability and a bar of it."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(f"{answer.picture}  ", style="bold")
+    title.append(f"{answer.milliseconds:.1f} ms", style="dim")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table.add_column("class", min_width=30, overflow="fold")
+    table.add_column("probability", justify="right")
+    table.add_column("")
+    for guess in answer.guesses:
+        bar = "█" * round(guess.probability * BAR)
+        table.add_row(Text(guess.name), f"{guess.probability:.1%}", Text(bar, style="green"))
+    return table
+
+
+def shown_json(classifier: Classifier, found: Iterator[Answer]) -> int:
+    """Print one JSON document, an entry a picture as it comes; the number of pictures without an answer."""
+    head = {
+        "arch": classifier.spec.name,
+        "mode": classifier.mode.value,
+        "weights": classifier.origin,
+        "image_size": classifier.image_size,
+    }
+    sys.stdout.write(json.dumps(head)[:-1] + ', "answers": [')
+    failed = 0
+    for number, answer in enumerate(found):
+        failed += answer.error is not None
+        sys.stdout.write(("," if number else "") + "\n" + json.dumps(entry_of(answer)))
+    sys.stdout.write(f'\n], "failed": {failed}}}\n')
+    return failed
+
+
+def entry_of(answer: Answer) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"picture": answer.picture, "error": answer.error}
+    guesses = [
+        {"index": guess.index, "class": guess.name, "probability": round(guess.probability, 6)}
+        for guess in answer.guesses
+    ]
+    return {"picture": answer.picture, "guesses": guesses, "milliseconds": round(answer.milliseconds, 3)}

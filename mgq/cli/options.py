@@ -1,0 +1,67 @@
+"""The options that several verbs share, said once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mgq.engine.networks import Classifier
+    from mgq.events import OnProgress
+
+Arch = Annotated[str | None, typer.Option("-a", "--arch", help="Architecture; `mgq models` lists them.")]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth."),
+]
+ModeName = Annotated[
+    str, typer.Option("-m", "--mode", help="normal (float32), qat (fake-quantized) or quantized (int8).")
+]
+Save = Annotated[Path, typer.Option("-s", "--save", help="Folder of the runs.")]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="The zoo's weights, not a run's; downloads published ones.")
+]
+Ranges = Annotated[
+    Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")
+]
+Width = Annotated[float | None, typer.Option("--width", help="Width multiplier (mobilenet_v2).")]
+ImageSize = Annotated[int | None, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
+RUNS = Path("runs")
+
+
+def opened(
+    arch: str | None,
+    checkpoint: Path | None,
+    mode: str,
+    save: Path,
+    pretrained: bool,
+    ranges: Path | None,
+    width: float | None,
+    image_size: int | None,
+    on_progress: OnProgress,
+) -> Classifier:
+    """The network that the shared options mean. Imports MegEngine, quietly unless in debug mode."""
+    from mgq.cli.console import import_megengine
+
+    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.engine.networks import open_classifier
+    from mgq.quant.modes import parse_mode
+    from mgq.quant.ranges import read_ranges
+
+    builder: dict[str, Any] = {} if width is None else {"width": width}
+    return open_classifier(
+        arch,
+        checkpoint,
+        parse_mode(mode),
+        save,
+        pretrained,
+        read_ranges(ranges) if ranges else None,
+        builder,
+        image_size,
+        on_progress,
+    )

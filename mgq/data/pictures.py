@@ -1,0 +1,474 @@
+"""From a picture file to pixels: what any program would show, or one line that says why not.
+
+Size, orientation and completeness are read from the file's own structure first. A picture that is
+absurdly large or cut short is refused before a decoder sees it: decoders allocate whatever size a header
+claims, and answer some cut files with half a grey picture.
+
+OpenCV decodes JPEG (for speed) and PNG (it keeps 16 bits and refuses missing rows). Pillow decodes the other
+formats, of whose faults OpenCV complains on standard error.
+
+Sources: ITU-T T.81 (JPEG), the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0, Exif 2.32, GIF 89a.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from mgq.errors import InputError
+
+MAX_SIDE = 20_000
+"""The most pixels a picture may have on a side."""
+MAX_PIXELS = 100_000_000
+"""The most pixels a picture may have altogether (300 MB decoded)."""
+MAX_BYTES = 200_000_000
+"""The most bytes a picture's file may have."""
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+_Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
+
+
+def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
+    """The pixels of a picture file, or of the bytes of one: uint8 of shape (H, W, 3), channels in BGR order.
+
+    Reads JPEG, PNG, WebP, GIF, BMP and TIFF, known by their content and not by their suffix; of several
+    frames or pages the first. The picture is turned as its EXIF orientation says and laid on white where it
+    is transparent; of 16 bits a sample the upper 8 are kept. ``name`` is what messages call it (by default
+    the path).
+
+    Raises InputError for a file that is missing, empty, cut short, damaged, not a picture, or over
+    ``MAX_SIDE``, ``MAX_PIXELS`` or ``MAX_BYTES``. Damage inside the scan of a JPEG that is otherwise whole
+    cannot be told from content: libjpeg carries on as well as it can.
+    """
+    if name is None:
+        name = "the picture" if isinstance(source, bytes) else str(source)
+    try:
+        return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
+    except _RefusalError as refusal:
+        raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
+
+
+def bundled_cat() -> Path:
+    """The photograph of a cat that is installed with the program (CC0; see assets/README.md)."""
+    return Path(__file__).with_name("cat.jpg")
+
+
+def printable(text: str) -> str:
+    """``text`` as it can stand in one line of output: control characters and lone surrogates are escaped."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in text
+    )
+
+
+# Control characters, surrogates (bytes of a file name that are not UTF-8), ends of lines and paragraphs.
+_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+class _RefusalError(Exception):
+    """Why a picture is not read: the end of a sentence that begins with its name."""
+
+
+_CUT_SHORT = "is cut short: copy or download it again"
+_DAMAGED = "is damaged or cut short: copy or download it again"
+_TOO_HEAVY = f"is larger than {MAX_BYTES // 1_000_000} MB, the most that is read: save it smaller"
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return file.read(MAX_BYTES + 1)  # A pipe or a device, which may have no end.
+            if status.st_size > MAX_BYTES:
+                raise _RefusalError(_TOO_HEAVY)
+            return file.read()
+    except FileNotFoundError as error:
+        raise _RefusalError("does not exist: check the path") from error
+    except IsADirectoryError as error:
+        raise _RefusalError("is a folder, not a picture: name a picture in it") from error
+    except OSError as error:
+        raise _RefusalError(
+            f"cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
+
+
+def _pixels(data: bytes) -> Pixels:
+    if not data:
+        raise _RefusalError("is empty (0 bytes): copy or download it again")
+    if len(data) > MAX_BYTES:
+        raise _RefusalError(_TOO_HEAVY)
+    plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
+    if plan_of is None:
+        raise _RefusalError(
+            "is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF): save it as one of these"
+        )
+    try:
+        plan = plan_of(data)
+    except (struct.error, IndexError) as error:
+        raise _RefusalError(_CUT_SHORT) from error
+    return _UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+
+
+class _Plan(NamedTuple):
+    """What to do with a file whose structure is sound.
+
+    ``decode`` gives grey (H, W), BGR (H, W, 3) or BGRA (H, W, 4), not yet turned.
+    """
+
+    decode: Callable[[], _Samples]
+    orientation: int = 1
+
+
+def _admit(width: int, height: int) -> None:
+    """Refuse a size that no picture has, or that is too large to decode."""
+    if width < 1 or height < 1:
+        raise _RefusalError(_DAMAGED)
+    for way, extent in (("wide", width), ("high", height)):
+        if extent > MAX_SIDE:
+            raise _RefusalError(
+                f"is {extent:,} pixels {way}, and at most {MAX_SIDE:,} on a side are read: scale it down"
+            )
+    if width * height > MAX_PIXELS:
+        raise _RefusalError(
+            f"is {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} in all are read: scale it down"
+        )
+
+
+# ---- JPEG ----
+
+# Any marker but fill bytes and those inside a scan (stuffed zeros, restarts), so a search passes over scans.
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8})
+_JPEG_END, _JPEG_SCAN, _JPEG_EXIF = 0xD9, 0xDA, 0xE1
+_EXIF_MARK = b"Exif\0\0"
+
+
+def _jpeg(data: bytes) -> _Plan:
+    """Walk the segments to the end-of-image marker: a file without it has lost its last rows."""
+    size: tuple[int, int] | None = None
+    orientation = 1
+    scanned = False
+    at = 2
+    while True:
+        found = _JPEG_MARKER.search(data, at)
+        if found is None:
+            raise _RefusalError(_CUT_SHORT)
+        at = found.end()
+        marker = data[at - 1]
+        if marker == _JPEG_END:
+            break
+        if marker in _JPEG_WITHOUT_LENGTH:
+            continue
+        (length,) = struct.unpack_from(">H", data, at)
+        if at + length > len(data):
+            raise _RefusalError(_CUT_SHORT)
+        if marker in _JPEG_FRAMES and size is None:
+            bits, height, width = struct.unpack_from(">BHH", data, at + 2)
+            _admit(width, height)
+            if bits != 8:
+                raise _RefusalError(f"has {bits} bits a sample, not 8 as a JPEG should: save it with 8")
+            size = width, height
+        elif marker == _JPEG_SCAN:
+            scanned = True
+        elif marker == _JPEG_EXIF and data.startswith(_EXIF_MARK, at + 2):
+            orientation = _exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
+        at += length
+    if size is None or not scanned:
+        raise _RefusalError(_DAMAGED)
+    return _Plan(
+        lambda: _by_opencv(data, size, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), orientation
+    )
+
+
+# ---- PNG ----
+
+_PNG_MARK = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_PNG_GREY, _PNG_PALETTE = 0, 3
+
+
+def _png(data: bytes) -> _Plan:
+    """Walk the chunks and keep those that make the pixels, each proved by its checksum.
+
+    The others (colour profiles, text, further frames) are left out: libpng complains of many on standard
+    error, and text may unpack to a thousand times its size.
+    """
+    view = memoryview(data)
+    kept: list[bytes | memoryview] = [_PNG_MARK]
+    seen: set[bytes] = set()
+    width = height = depth = colour = 0
+    transparent_grey: int | None = None
+    orientation = 1
+    at = len(_PNG_MARK)
+    while b"IEND" not in seen:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body, end = at + 8, at + 12 + length
+        if not seen and kind != b"IHDR":
+            raise _RefusalError(_DAMAGED)
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack_from(">IIBB", data, body)
+            _admit(width, height)
+        if end > len(data):
+            raise _RefusalError(_CUT_SHORT)
+        if kind in _PNG_KEPT:
+            if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+                raise _RefusalError(_DAMAGED)
+            kept.append(view[at:end])
+        elif kind == b"eXIf":
+            orientation = _exif_orientation(data[body : end - 4])
+        if kind == b"tRNS" and colour == _PNG_GREY:
+            transparent_grey = int.from_bytes(view[body : body + 2], "big")
+        seen.add(kind)
+        at = end
+    if b"IDAT" not in seen or (colour == _PNG_PALETTE and b"PLTE" not in seen):
+        raise _RefusalError(_DAMAGED)
+
+    def decode() -> _Samples:
+        pixels = _by_opencv(b"".join(kept), (width, height), cv2.IMREAD_UNCHANGED)
+        return pixels if transparent_grey is None else _holed(pixels, transparent_grey, depth)
+
+    return _Plan(decode, orientation)
+
+
+def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
+    """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
+    most = np.iinfo(grey.dtype).max
+    alpha = np.where(grey == hole * most // (2**depth - 1), 0, most).astype(grey.dtype)
+    return np.dstack([grey, grey, grey, alpha])
+
+
+# ---- the formats that Pillow decodes ----
+
+
+def _webp(data: bytes) -> _Plan:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        _admit(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))
+    elif kind == b"VP8L":
+        packed = int.from_bytes(data[21:25], "little")
+        _admit(1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF))
+    else:
+        width, height = struct.unpack_from("<HH", data, 26)
+        _admit(width & 0x3FFF, height & 0x3FFF)
+    if 8 + int.from_bytes(data[4:8], "little") > len(data):
+        raise _RefusalError(_CUT_SHORT)
+    return _Plan(lambda: _by_pillow(data, WebPImageFile), _webp_orientation(data))
+
+
+def _webp_orientation(data: bytes) -> int:
+    at = 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        if kind == b"EXIF":
+            return _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(_EXIF_MARK))
+        at += 8 + length + length % 2
+    return 1
+
+
+def _gif(data: bytes) -> _Plan:
+    _admit(*struct.unpack_from("<HH", data, 6))
+    return _Plan(lambda: _by_pillow(data, GifImageFile))
+
+
+_BMP_OLD_HEADER = 12
+_BMP_HEADERS = frozenset({_BMP_OLD_HEADER, 40, 52, 56, 64, 108, 124})
+
+
+def _is_bmp(data: bytes) -> bool:
+    """Whether the size of the second header is one that exists, since any text may begin with BM."""
+    return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
+
+
+def _bmp(data: bytes) -> _Plan:
+    width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
+    _admit(width, abs(height))  # A negative height says that the rows go from top to bottom.
+    return _Plan(lambda: _by_pillow(data, BmpImageFile))
+
+
+_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
+_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
+
+
+def _tiff(data: bytes) -> _Plan:
+    """Check that all fields, strips and tiles lie in the file. Pillow heeds the orientation by itself."""
+    tags = {field.tag: field for field in _tiff_fields(data)}
+    if _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
+        raise _RefusalError(_DAMAGED)
+    _admit(int(tags[_TIFF_WIDTH].numbers(data)[0]), int(tags[_TIFF_HEIGHT].numbers(data)[0]))
+    if any(field.start + field.length > len(data) for field in tags.values()):
+        raise _RefusalError(_CUT_SHORT)
+    for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
+        if offsets in tags and lengths in tags:
+            parts = min(tags[offsets].amount, tags[lengths].amount)
+            ends = tags[offsets].numbers(data)[:parts] + tags[lengths].numbers(data)[:parts]
+            if max(ends, default=0) > len(data):
+                raise _RefusalError(_CUT_SHORT)
+    return _Plan(lambda: _by_pillow(data, TiffImageFile))
+
+
+# ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
+
+_FIELD_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4"}
+
+
+class _Field(NamedTuple):
+    tag: int
+    kind: int
+    amount: int
+    start: int
+    order: str
+
+    @property
+    def length(self) -> int:
+        return self.amount * _FIELD_BYTES.get(self.kind, 1)
+
+    def numbers(self, tiff: bytes) -> npt.NDArray[np.int64]:
+        """The whole numbers it holds; none if it holds others. Raises struct.error where they are cut off."""
+        form = _WHOLE_NUMBERS.get(self.kind)
+        if form is None:
+            return np.zeros(0, np.int64)
+        if self.start + self.length > len(tiff):
+            raise struct.error
+        return np.frombuffer(tiff, self.order + form, self.amount, self.start).astype(np.int64)
+
+
+def _tiff_fields(tiff: bytes) -> Iterator[_Field]:
+    """The fields of the first directory. Raises struct.error where the bytes end before it does."""
+    order = "<" if tiff.startswith(b"II") else ">"
+    (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (entries,) = struct.unpack_from(f"{order}H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * entries, 12):
+        tag, kind, amount, pointer = struct.unpack_from(f"{order}HHII", tiff, entry)
+        field = _Field(tag, kind, amount, pointer, order)
+        yield field if field.length > 4 else field._replace(start=entry + 8)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """The orientation, 1 to 8, that an EXIF block tells; 1 where it tells none or is malformed."""
+    try:
+        for field in _tiff_fields(tiff):
+            if field.tag == _ORIENTATION:
+                turn = int(field.numbers(tiff)[0])
+                return turn if turn in _UPRIGHT else 1
+    except (struct.error, IndexError):
+        pass
+    return 1
+
+
+# ---- decoders ----
+
+
+def _by_opencv(data: bytes, size: tuple[int, int], flags: int) -> _Samples:
+    """Grey, BGR or BGRA, as ``flags`` say, of exactly the ``size`` (width, height) that was admitted."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None or pixels.shape[1::-1] != size:
+        raise _RefusalError(_DAMAGED)
+    return np.asarray(pixels, pixels.dtype)
+
+
+# What Pillow's plugins raise for damaged files; a fault of ours would raise something else.
+_PILLOW_COMPLAINTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    struct.error,
+)
+
+
+def _by_pillow(data: bytes, plugin: type[ImageFile]) -> _Samples:
+    """Grey, BGR or BGRA of the first frame.
+
+    The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
+    """
+    try:
+        with plugin(io.BytesIO(data)) as picture:
+            _admit(*picture.size)  # A GIF's frame may be larger than the canvas in its header.
+            picture.load()
+            return _by_channels(picture)
+    except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
+        raise _RefusalError(_DAMAGED) from error
+
+
+def _by_channels(picture: Image.Image) -> _Samples:
+    if picture.mode.startswith("I;16"):
+        return np.asarray(picture).astype(np.uint16)
+    if picture.mode in {"I", "F", "LAB"}:
+        raise _RefusalError(
+            f"has samples of a kind that is not read (Pillow calls it {picture.mode}): save it as 8-bit RGB"
+        )
+    if picture.has_transparency_data:
+        return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
+    return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR))
+
+
+# ---- from what was decoded to 8 bits, BGR, upright ----
+
+_ROWS_AT_ONCE = 256
+
+
+def _as_uint8(pixels: npt.NDArray[np.generic]) -> Pixels:
+    return pixels.astype(np.uint8, copy=False)
+
+
+def _eight_bits(pixels: _Samples) -> Pixels:
+    return _as_uint8(pixels if pixels.dtype == np.uint8 else pixels >> 8)
+
+
+def _opaque(pixels: Pixels) -> Pixels:
+    """BGR of grey, BGR or BGRA, laid on white: what a transparent pixel hides must not reach the network."""
+    if pixels.ndim == 2:
+        return _as_uint8(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
+    if pixels.shape[2] == 3:
+        return pixels
+    laid = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for top in range(0, len(pixels), _ROWS_AT_ONCE):  # In bands, to keep the 16-bit intermediates small.
+        band = pixels[top : top + _ROWS_AT_ONCE].astype(np.uint16)
+        alpha = band[:, :, 3:]
+        laid[top : top + _ROWS_AT_ONCE] = (band[:, :, :3] * alpha + (255 - alpha) * 255 + 127) // 255
+    return laid
+
+
+# How to undo each EXIF orientation. OpenCV's functions are several times faster than copying NumPy views.
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: _as_uint8(cv2.flip(pixels, 1)),
+    3: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_180)),
+    4: lambda pixels: _as_uint8(cv2.flip(pixels, 0)),
+    5: lambda pixels: _as_uint8(cv2.transpose(pixels)),
+    6: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)),
+    7: lambda pixels: _as_uint8(cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)),
+    8: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)),
+}
+
+_FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] = (
+    (lambda data: data.startswith(b"\xff\xd8"), _jpeg),
+    (lambda data: data.startswith(_PNG_MARK), _png),
+    (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
+    (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
+    (_is_bmp, _bmp),
+    (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
+)

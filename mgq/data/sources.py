@@ -1,0 +1,252 @@
+"""From what a user writes on the command line to pictures that can be read one by one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.pictures import MAX_BYTES, printable, read_picture
+from mgq.errors import InputError
+
+PICTURE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".dib",
+    ".tif",
+    ".tiff",
+)
+"""The suffixes, in lower case, by which a picture is known in a folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that was asked for and may hold a picture. It is not opened before ``read``.
+
+    ``name`` is printable and in one line; ``path`` is the exact one, None for standard input. Where an
+    argument led to nothing, ``problem`` is the line that says so and ``path`` is None.
+    """
+
+    name: str
+    path: Path | None = None
+    problem: str | None = None
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """The pixels, uint8 (H, W, 3) in BGR order. Raises InputError, as ``read_picture`` does."""
+        if self.problem is not None:
+            raise InputError(self.problem)
+        return read_picture(_standard_input() if self.path is None else self.path, self.name)
+
+
+def expand(arguments: Sequence[str]) -> list[Source]:
+    """The pictures that ``arguments`` name, in their order, each once.
+
+    An argument is one of these; what exists under that very name is preferred to a pattern:
+
+    - a file, tried whatever its suffix;
+    - a folder, searched with all below it for files that have one of ``PICTURE_SUFFIXES``, in the order of
+      their names. Hidden files are left out. Links are followed, and no folder is entered twice;
+    - a pattern with ``*``, ``?``, ``[...]`` or ``**`` (any folders): the files and folders that match it;
+    - ``-``: the bytes of one picture on standard input.
+
+    Nothing is raised. An argument that leads to no picture gives a Source whose ``read`` says why, so that
+    the others are still answered.
+    """
+    found: dict[tuple[Path | None, str], Source] = {}
+    real_folders: dict[Path, Path] = {}
+    for argument in arguments:
+        for source in _sources(argument):
+            found.setdefault(_identity(source, real_folders), source)
+    return list(found.values())
+
+
+def _identity(source: Source, real_folders: dict[Path, Path]) -> tuple[Path | None, str]:
+    """Equal for two spellings of one path. Not for two links to one file, which someone made to be two."""
+    if source.path is None:
+        return None, source.name
+    folder = source.path.parent
+    if folder not in real_folders:
+        real_folders[folder] = folder.resolve()
+    return real_folders[folder], source.path.name
+
+
+def _sources(argument: str) -> Iterator[Source]:
+    path = Path(argument)
+    if argument == "-":
+        yield Source("standard input")
+    elif not argument:
+        yield _nothing(argument, "an empty name was given: name a picture, a folder or a pattern")
+    elif _is_folder(path):
+        yield from _or_nothing(_in_folder(path), argument, "has no pictures in it: name another folder")
+    elif _exists(path) or not _is_pattern(argument):
+        yield _file(path)
+    else:
+        yield from _or_nothing(_of_pattern(path), argument, "matches no picture: check the pattern")
+
+
+def _file(path: Path) -> Source:
+    return Source(printable(str(path)), path)
+
+
+def _nothing(name: str, problem: str) -> Source:
+    return Source(printable(name), problem=problem)
+
+
+def _or_nothing(sources: Iterator[Source], argument: str, problem: str) -> Iterator[Source]:
+    """``sources``, or one that tells of ``problem`` if there are none."""
+    source = next(sources, None)
+    if source is None:
+        yield _nothing(argument, f"{printable(argument)} {problem}")
+        return
+    yield source
+    yield from sources
+
+
+# What cannot be looked at counts as absent here. If it was named, reading it tells what is wrong.
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# ---- folders ----
+
+
+def _in_folder(top: Path) -> Iterator[Source]:
+    """The pictures in and below a folder; a folder that cannot be searched is told of in its place."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [(top, True)]  # Not recursion: folders may be nested deeper than Python's stack.
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            yield _file(path)
+            continue
+        try:
+            inside = _listed(path, entered)
+        except OSError as error:
+            problem = f"{printable(str(path))} cannot be searched ({error.strerror}): check its permissions"
+            yield _nothing(str(path), problem)
+            continue
+        waiting.extend((path / e.name, e.is_folder) for e in reversed(inside) if e.is_folder or e.is_picture)
+
+
+def _folders_below(top: Path) -> Iterator[Path]:
+    """``top`` and the folders below it that can be searched, by name."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        try:
+            inside = _listed(path, entered)
+        except OSError:
+            continue  # As in a shell: a pattern matches what can be seen.
+        yield path
+        waiting.extend(path / entry.name for entry in reversed(inside) if entry.is_folder)
+
+
+class _Entry(NamedTuple):
+    name: str
+    is_folder: bool
+    is_picture: bool
+
+
+def _listed(folder: Path, entered: set[tuple[int, int]]) -> list[_Entry]:
+    """What is in a folder but hidden, by name; nothing if it was ``entered`` before (a loop of links)."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in entered:
+        return []
+    entered.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        return sorted(_entry(entry) for entry in entries if not entry.name.startswith("."))
+
+
+def _entry(entry: os.DirEntry[str]) -> _Entry:
+    """A broken link with a picture's suffix counts as one, since its loss should be told; a pipe does not."""
+    is_folder = _is_folder(Path(entry.path)) if entry.is_symlink() else entry.is_dir()
+    has_suffix = entry.name.lower().endswith(PICTURE_SUFFIXES)
+    return _Entry(entry.name, is_folder, has_suffix and (entry.is_symlink() or entry.is_file()))
+
+
+# ---- patterns ----
+
+
+def _is_pattern(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _of_pattern(pattern: Path) -> Iterator[Source]:
+    parts = pattern.parts
+    paths = _matches(Path(parts[0]), parts[1:]) if pattern.is_absolute() else _matches(Path(), parts)
+    for path in paths:
+        if _is_folder(path):
+            yield from _in_folder(path)
+        else:
+            yield _file(path)
+
+
+def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """The paths below ``folder`` that match ``parts``, by name.
+
+    Written out because ``glob.glob`` follows loops of links under ``**`` until the system stops it, and
+    ``Path.glob`` follows no links there.
+    """
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        # At the end of a pattern it stands for the folder, which is searched to the bottom anyway.
+        for below in _folders_below(folder) if rest else [folder]:
+            yield from _matches(below, rest)
+    elif _is_pattern(first):
+        for name in _names_in(folder):
+            is_shown = first.startswith(".") or not name.startswith(".")
+            if is_shown and fnmatchcase(name, first):
+                yield from _continued(folder / name, rest)
+    else:
+        yield from _continued(folder / first, rest)
+
+
+def _continued(path: Path, rest: tuple[str, ...]) -> Iterator[Path]:
+    if _is_folder(path) or (not rest and _exists(path)):
+        yield from _matches(path, rest)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []  # As in a shell: a pattern matches what can be seen.
+
+
+# ---- standard input ----
+
+
+def _standard_input() -> bytes:
+    if sys.stdin.isatty():
+        raise InputError("standard input is a terminal: send a picture to it, as in `mgq infer - < cat.jpg`")
+    return sys.stdin.buffer.read(MAX_BYTES + 1)

@@ -1,0 +1,237 @@
+"""From a name, a checkpoint and a mode to a network that is ready to run, with what is known of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+
+from mgq.data.classes import imagenet_classes
+from mgq.errors import InputError
+from mgq.events import OnProgress, silent
+from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.quantize import quantize
+from mgq.quant.ranges import ActivationRanges, packaged_ranges
+from mgq.zoo.registry import ModelSpec, spec_of, specs
+from mgq.zoo.weights import (
+    Weights,
+    fingerprint,
+    is_cached,
+    load_state,
+    packaged_weights,
+    published_weights,
+    read_weights,
+)
+
+DEFAULT_ARCH = "efficientnet_lite0"
+RUN_CHECKPOINT = "checkpoint.safetensors"
+# The runs that can serve a mode, by the last part of their folder's name.
+RUNS_FOR = {
+    Mode.NORMAL: ("normal",),
+    Mode.QAT: ("qat", "calibration"),
+    Mode.QUANTIZED: ("qat", "calibration"),
+}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network in evaluation state, and what is known of it.
+
+    ``fake_quantized`` is the ``qat`` network that a ``quantized`` one was made from; it holds the scales that a
+    checkpoint needs. ``origin`` says where the weights come from, for the user.
+    """
+
+    network: M.Module
+    fake_quantized: M.Module | None
+    spec: ModelSpec
+    mode: Mode
+    classes: tuple[str, ...]
+    image_size: int
+    origin: str
+    options: Mapping[str, Any]
+
+    def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+        result: npt.NDArray[np.float32] = self.network(Tensor(batch.astype(np.float32) - 128)).numpy()
+        return result
+
+    def info(self) -> CheckpointInfo:
+        return CheckpointInfo(
+            arch=self.spec.name,
+            mode=self.mode.value,
+            classes=self.classes,
+            image_size=self.image_size,
+            origin=self.origin,
+            options=dict(self.options),
+            versions=versions(),
+        )
+
+    def write_checkpoint(self, path: Path) -> None:
+        """Write the state that this network can be rebuilt from, to the bit, and what is known of it."""
+        source = self.network if self.mode is not Mode.QUANTIZED else self.fake_quantized
+        assert source is not None
+        write_checkpoint(path, source.state_dict(), self.info())
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What the numbers depend on: versions of mgq, MegEngine, numpy and Python."""
+    packages = {name: version(name) for name in ("mgq", "megengine", "numpy")}
+    return {**packages, "python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def open_classifier(
+    arch: str | None = None,
+    checkpoint: Path | None = None,
+    mode: Mode = Mode.QUANTIZED,
+    save: Path = Path("runs"),
+    pretrained: bool = False,
+    ranges: ActivationRanges | None = None,
+    options: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    on_progress: OnProgress = silent,
+) -> Classifier:
+    """The network that these words mean, ready to run.
+
+    Weights come from ``checkpoint``; else the newest run of ``arch`` under ``save``; else the zoo's pretrained
+    ones (``pretrained`` goes straight to them, and allows a download). A float state needs ``ranges``, or those
+    that mgq has for exactly these weights, to become ``qat`` or ``quantized``. Raises InputError where there are
+    no weights, where they do not fit, or where ranges are missing.
+    """
+    spec = spec_of(arch) if arch is not None else None
+    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress)
+    for name, value in (options or {}).items():
+        if weights.options.get(name) != value:
+            has = weights.options.get(name, "no")
+            raise InputError(f"{weights.origin} has {name} {has}, not {value}; leave the option out")
+    classifier = classifier_from(weights, mode, ranges)
+    return replace(classifier, image_size=checked_size(image_size)) if image_size else classifier
+
+
+def checked_size(image_size: int) -> int:
+    """``image_size`` if a network can take it. Raises InputError unless it is a multiple of 32."""
+    if image_size < 32 or image_size % 32:
+        nearest = max(32, round(image_size / 32) * 32)
+        raise InputError(f"an input of {image_size} pixels is not a multiple of 32; {nearest} would be")
+    return image_size
+
+
+def found_weights(
+    spec: ModelSpec | None,
+    checkpoint: Path | None,
+    mode: Mode,
+    save: Path,
+    pretrained: bool,
+    on_progress: OnProgress,
+) -> Weights:
+    if checkpoint is not None:
+        return read_weights(checkpoint, spec)
+    spec = spec or spec_of(DEFAULT_ARCH)
+    run = None if pretrained else newest_run(spec, mode, save)
+    if run is not None:
+        return read_weights(run, spec)
+    packaged = packaged_weights(spec)
+    if packaged is not None:
+        return packaged
+    if pretrained or is_cached(spec, mode.value):
+        return published_weights(spec, mode.value, on_progress)
+    raise InputError(f"no weights for {spec.name} at hand: {ways_to_weights(spec)}")
+
+
+def ways_to_weights(spec: ModelSpec) -> str:
+    ways = ["pass --checkpoint FILE"]
+    if spec.packaged:
+        ways.append(spec.packaged.mend())
+    if spec.checkpoints:
+        ways.append("--pretrained downloads the published ones")
+    at_hand = [s.name for s in specs().values() if s.packaged and s.packaged.path()]
+    ways.append(f"or use -a {at_hand[0]}, whose weights are there" if at_hand else "see `mgq models`")
+    return ", ".join(ways)
+
+
+def newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
+    """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
+    found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
+    there = [path for path in found if path.is_file()]
+    return max(there, key=lambda path: path.stat().st_mtime) if there else None
+
+
+def classifier_from(weights: Weights, mode: Mode, ranges: ActivationRanges | None = None) -> Classifier:
+    """``weights`` as a network in ``mode``. Raises InputError where the activation ranges for int8 are missing."""
+    spec = spec_of(weights.arch)
+    classifier = Classifier(
+        network=weights.network,
+        fake_quantized=None,
+        spec=spec,
+        mode=Mode.NORMAL,
+        classes=weights.info.classes if weights.info else class_names(weights.classes),
+        image_size=weights.info.image_size if weights.info else spec.image_size,
+        origin=weights.origin,
+        options=weights.options,
+    )
+    if mode is Mode.NORMAL:
+        return classifier
+    if weights.mode == "qat" and ranges is None:
+        network = to_mode(weights.network, Mode.QAT, in_place=True)
+        load_state(network, weights.state, weights.origin)
+        return replace(classifier, network=to_mode(network, mode), fake_quantized=network, mode=mode)
+    return quantized_with(classifier, ranges_for(weights, ranges), mode)
+
+
+def ranges_for(weights: Weights, ranges: ActivationRanges | None) -> ActivationRanges:
+    """``ranges`` if they were measured with ``weights``, or those that mgq has for them. Raises InputError."""
+    wanted = fingerprint(weights.state)
+    ranges = ranges or packaged_ranges(weights.arch, wanted)
+    if ranges is None:
+        raise InputError(
+            f"{weights.origin} holds float weights without activation ranges; "
+            f"run `mgq calibrate PICTURES` with them first, or pass -m normal"
+        )
+    if ranges.weights != wanted:
+        raise InputError(
+            f"the ranges were measured with other weights than {weights.origin}; calibrate again"
+        )
+    return ranges
+
+
+def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
+    """``classifier`` (mode ``normal``) carried to ``qat`` or ``quantized`` with ``ranges``; its network is used up."""
+    fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
+    network = to_mode(fake_quantized, mode, in_place=mode is Mode.QAT)
+    return replace(classifier, network=network, fake_quantized=fake_quantized, mode=mode)
+
+
+def random_classifier(
+    arch: str, mode: Mode, options: Mapping[str, Any] | None = None, image_size: int = 224, seed: int = 0
+) -> Classifier:
+    """A network with random weights, calibrated on random pixels: for measuring speed, never for answers."""
+    spec = spec_of(arch)
+    options = options or {}
+    network = spec.build(**options)
+    network.eval()
+    origin = "random weights (speed only)"
+    names = class_names(1000)
+    classifier = Classifier(network, None, spec, Mode.NORMAL, names, image_size, origin, options)
+    if mode is Mode.NORMAL:
+        return classifier
+    pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
+    ranges = min_max_ranges(network, [pixels], arch, "", {})
+    return quantized_with(classifier, ranges, mode)
+
+
+def class_names(number: int) -> tuple[str, ...]:
+    """ImageNet's names for 1,000 classes, numbers for any other count: the state alone tells no more."""
+    if number == 1000:
+        return tuple(entry.name for entry in imagenet_classes())
+    return tuple(f"class {i}" for i in range(number))

@@ -1,0 +1,67 @@
+"""mgq's checkpoint: a safetensors file whose metadata says what the tensors are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from mgq.errors import InputError
+from mgq.files.atomic import atomic_write
+
+KEY = "mgq"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself, so that no verb has to ask again.
+
+    ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
+    ``qat`` network, because MegEngine's int8 layers do not hold their activation scales.
+    """
+
+    arch: str
+    mode: str
+    classes: tuple[str, ...]
+    image_size: int
+    origin: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "megengine"
+    step: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: CheckpointInfo) -> None:
+    """Write ``state`` and ``info`` to ``path`` so that the file is there whole or not at all."""
+    tensors = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    metadata = {KEY: json.dumps({"format": FORMAT, **asdict(info)})}
+    with atomic_write(path) as temporary:
+        save_file(tensors, str(temporary), metadata=metadata)
+
+
+def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
+    """What the ``metadata`` of the safetensors file ``name`` says; None where it is not mgq's.
+
+    Raises InputError where it is mgq's and damaged, or of a later format.
+    """
+    if KEY not in metadata:
+        return None
+    try:
+        body = json.loads(metadata[KEY])
+        version = body.pop("format")
+        body["classes"] = tuple(str(label) for label in body["classes"])
+        info = CheckpointInfo(**body)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
+    if version != FORMAT:
+        raise InputError(f"{name} has checkpoint format {version}, this mgq reads {FORMAT}; update mgq")
+    return info

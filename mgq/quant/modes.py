@@ -1,0 +1,74 @@
+"""The three modes of a network and the one function that moves it from one to the next."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from enum import Enum
+
+import megengine.module as M
+from megengine.module.qat import QATModule, QuantStub
+from megengine.module.quantized import QuantizedModule
+from megengine.quantization import quantize, quantize_qat
+
+from mgq.errors import InputError
+from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
+from mgq.quant.targets import MEGENGINE, Target, UnitScaleObserver
+from mgq.zoo.layers import without_initialization
+
+
+class Mode(str, Enum):
+    """``normal``: float32. ``qat``: float32 with fake quantization. ``quantized``: int8, inference only."""
+
+    NORMAL = "normal"
+    QAT = "qat"
+    QUANTIZED = "quantized"
+
+
+ORDER = tuple(Mode)
+
+
+def parse_mode(text: str) -> Mode:
+    """The mode called ``text``. Raises InputError that lists the three."""
+    try:
+        return Mode(text)
+    except ValueError:
+        raise InputError(f"there is no mode '{text}'; choose {', '.join(m.value for m in Mode)}") from None
+
+
+def mode_of(network: M.Module) -> Mode:
+    """The mode that ``network`` is in."""
+    kinds = {type(module) for module in network.modules()}
+    if any(issubclass(kind, QuantizedModule) for kind in kinds):
+        return Mode.QUANTIZED
+    return Mode.QAT if any(issubclass(kind, QATModule) for kind in kinds) else Mode.NORMAL
+
+
+def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place: bool = False) -> M.Module:
+    """``network`` carried forward to ``mode``, step by step: a copy, or with ``in_place`` the network itself.
+
+    A network that comes to ``qat`` has observers without ranges: train, calibrate, load a state or apply ranges
+    before it goes on to ``quantized``. Raises InputError for a step backward.
+    """
+    now = mode_of(network)
+    if ORDER.index(mode) < ORDER.index(now):
+        raise InputError(f"a network in mode {now.value} cannot go back to {mode.value}; load it again")
+    training = network.training
+    network = network if in_place else deepcopy(network)
+    with without_initialization():
+        if now is Mode.NORMAL and mode is not Mode.NORMAL:
+            quantize_qat(network, qconfig=target.qconfig, mapping=FLOAT_TO_QAT)
+            fix_input_scale(network)
+        if mode is Mode.QUANTIZED and now is not Mode.QUANTIZED:
+            network.eval()
+            quantize(network, mapping=QAT_TO_QUANTIZED)
+            network.eval()
+    if mode is not Mode.QUANTIZED:
+        network.train(training)
+    return network
+
+
+def fix_input_scale(network: M.Module) -> None:
+    """Pixels minus 128 are the int8 input: the observer at the input stub gives scale 1 whatever it sees."""
+    for module in network.modules():
+        if isinstance(module, QuantStub):
+            module.act_observer = UnitScaleObserver(dtype="qint8")

@@ -1,0 +1,42 @@
+"""Quantization in one call: a float network and pictures in, an int8 network out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError
+from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
+from mgq.quant.ranges import ActivationRanges, apply_ranges
+
+
+def quantize(
+    network: M.Module,
+    pictures: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]] | None = None,
+    ranges: ActivationRanges | None = None,
+    mode: Mode | str = Mode.QUANTIZED,
+    in_place: bool = False,
+) -> M.Module:
+    """``network`` carried to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
+
+    A float network needs the ranges of its activations: from ``pictures``, uint8 (N, 3, H, W) in BGR or an
+    iterable of such batches, or as ``ranges`` measured before. A network in mode ``qat`` has them already. The
+    result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises InputError
+    where ranges are missing or the mode lies backward.
+    """
+    mode = mode if isinstance(mode, Mode) else parse_mode(mode)
+    if mode_of(network) is not Mode.NORMAL or mode is Mode.NORMAL:
+        return to_mode(network, mode, in_place=in_place)
+    if ranges is None:
+        if pictures is None:
+            raise InputError("a float network needs pictures or ranges to be quantized; pass one of them")
+        batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
+        ranges = min_max_ranges(network, batches, type(network).__name__, "", {})
+    fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)
+    apply_ranges(fake_quantized, ranges)
+    fake_quantized.eval()
+    return to_mode(fake_quantized, mode, in_place=True)

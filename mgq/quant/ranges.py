@@ -1,0 +1,115 @@
+"""Activation ranges: what calibration finds, as a small text file that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megengine.module as M
+from megengine import Tensor
+from megengine.module.qat import QATModule
+
+from mgq.errors import InputError
+
+FORMAT = "mgq activation ranges 1"
+
+
+@dataclass(frozen=True)
+class ActivationRanges:
+    """Name of a quantized layer -> smallest and largest value seen behind it, in the float network's units.
+
+    ``weights`` is the SHA-256 of the state they were measured with (:func:`mgq.zoo.weights.fingerprint`): ranges
+    fit no other weights. ``provenance`` says what was seen, with which command and versions.
+    """
+
+    arch: str
+    observer: str
+    weights: str
+    provenance: Mapping[str, Any]
+    ranges: Mapping[str, tuple[float, float]]
+
+    def to_json(self) -> str:
+        body = {"format": FORMAT, **asdict(self)}
+        ranges = body.pop("ranges")
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in ranges.items())
+        return json.dumps(body, indent=1)[:-2] + ',\n "ranges": {\n' + lines + "\n }\n}\n"
+
+
+def read_ranges(path: Path) -> ActivationRanges:
+    """Raises InputError where ``path`` is missing or is not a file of ranges."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the ranges {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one") from None
+    if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
+        raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one")
+    try:
+        ranges = {str(name): (float(low), float(high)) for name, (low, high) in body.pop("ranges").items()}
+        result = ActivationRanges(**body, ranges=ranges)
+    except (TypeError, ValueError, AttributeError, KeyError):
+        raise InputError(f"{path} has damaged activation ranges; make it again by `mgq calibrate`") from None
+    if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in ranges.values()):
+        raise InputError(f"{path} holds a range that is not a range; make it again by `mgq calibrate`")
+    return result
+
+
+def quantized_layers(network: M.Module) -> dict[str, QATModule]:
+    """Name -> layer, for the layers of a ``qat`` network whose output is quantized, in the network's order."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, QATModule) and module.act_observer is not None
+    }
+
+
+def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
+    """Set the observers of a ``qat`` network from ``found``, and those of the weights from the weights.
+
+    Raises InputError where a name of ``found`` is no layer of the network.
+    """
+    layers = quantized_layers(network)
+    for name, (low, high) in found.ranges.items():
+        if name not in layers:
+            raise InputError(
+                f"the ranges of {found.arch} name a layer '{name}' that the network does not have"
+            )
+        observer = layers[name].act_observer
+        observer.min_val = Tensor(low, dtype="float32")
+        observer.max_val = Tensor(high, dtype="float32")
+    observe_weights(network)
+
+
+def observe_weights(network: M.Module) -> None:
+    """Set each weight observer of a ``qat`` network to the range of the weights, batch norm folded in."""
+    for module in network.modules():
+        if not isinstance(module, QATModule) or module.weight_observer is None:
+            continue
+        observer = module.weight_observer
+        low, high = observer.min_val, observer.max_val
+        weight = folded_weight(module)
+        low[...], high[...] = weight.min(), weight.max()
+
+
+def folded_weight(module: QATModule) -> Tensor:
+    """The weight that ``module`` quantizes: float32, its batch norm folded in where it has one."""
+    if not hasattr(module, "bn"):
+        return module.weight
+    was = module.weight_fake_quant.enabled, module.weight_observer.enabled
+    module.weight_fake_quant.disable()
+    module.weight_observer.disable()
+    weight, _ = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
+    module.weight_fake_quant.enabled, module.weight_observer.enabled = was
+    return weight
+
+
+def packaged_ranges(arch: str, weights: str) -> ActivationRanges | None:
+    """mgq's own ranges for ``arch`` if they were measured with the state whose fingerprint is ``weights``."""
+    path = Path(__file__).parent / "default_ranges" / f"{arch}.json"
+    found = read_ranges(path) if path.is_file() else None
+    return found if found is not None and found.weights == weights else None

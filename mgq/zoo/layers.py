@@ -1,0 +1,76 @@
+"""The few layers that several families share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import megengine.functional as F
+import megengine.module as M
+from megengine import Tensor
+from megengine.module.conv import _ConvNd
+
+
+class ConvBnRelu6(M.ConvBnRelu2d):  # type: ignore[misc]
+    """Convolution, batch norm and ReLU6 (``min(max(x, 0), 6)``) in one quantizable layer.
+
+    Takes the arguments of :class:`megengine.module.ConvBnRelu2d`; float32 (N, C, H, W) in and out.
+    """
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return F.relu6(self.bn(self.conv(inp)))
+
+
+def global_average(features: Tensor) -> Tensor:
+    """Mean over each whole feature map: (N, C, H, W) -> (N, C), whatever H and W are.
+
+    Average pooling with a kernel as large as the map: unlike ``mean`` it stays in int8 when the input is.
+    """
+    height, width = features._tuple_shape[2:]
+    return F.flatten(F.avg_pool2d(features, (height, width)), 1)
+
+
+def scaled_channels(channels: float, divisor: int = 8) -> int:
+    """``channels`` rounded to a multiple of ``divisor``, never more than 10 % below it.
+
+    The rule of MobileNetV2 (arXiv:1801.04381) and EfficientNet for scaled widths.
+    """
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+def initialize(network: M.Module) -> None:
+    """He initialization (arXiv:1502.01852, fan out) for convolutions, small normal for the classifier.
+
+    Does nothing within :func:`without_initialization`.
+    """
+    if _ConvNd.reset_parameters is leave_as_is:
+        return
+    for module in network.modules():
+        if isinstance(module, M.Conv2d):
+            M.init.msra_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, M.Linear):
+            M.init.normal_(module.weight, 0, 0.01)
+            if module.bias is not None:
+                M.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def without_initialization() -> Iterator[None]:
+    """Within it, new convolutions and classifiers draw no random weights: they are about to get others.
+
+    Drawing them costs more than reading a checkpoint.
+    """
+    kinds = (_ConvNd, M.Linear)
+    drawn = [kind.reset_parameters for kind in kinds]
+    for kind in kinds:
+        kind.reset_parameters = leave_as_is
+    try:
+        yield
+    finally:
+        for kind, reset in zip(kinds, drawn, strict=True):
+            kind.reset_parameters = reset
+
+
+def leave_as_is(_: M.Module) -> None:
+    """Stands for an initialization that is not wanted."""

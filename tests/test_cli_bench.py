@@ -1,0 +1,188 @@
+"""``mgq bench``: its options, what it shows, what it writes; and one real contest, kept small."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.cells import cell_len
+from typer.testing import CliRunner, Result
+
+import mgq.bench.benchmark as benchmark_module
+from mgq.bench.contest import Agreement
+from mgq.bench.environment import Machine
+from mgq.bench.report import Report, Row
+from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Precision, Settings
+from mgq.bench.statistics import Speed, Speedup
+from mgq.cli.bench import bench
+from mgq.errors import FailureError, InputError
+from mgq.events import OnProgress, silent
+
+FP32, INT8 = Precision.FP32, Precision.INT8
+ENGINES = ("MegEngine eager", "MegEngine traced", "MegEngine Lite")
+MACHINE = Machine(
+    "AMD EPYC 9B14 96-Core Processor", ("AVX2", "AVX-512", "AVX-512 VNNI"), 1, 2, 2, "Debian, Linux", (1.5,)
+)
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(bench)
+
+
+def row(network: str, precision: Precision, engine: str, same: int = 1, problem: str | None = None) -> Row:
+    return Row(
+        network=network,
+        precision=precision,
+        engine=engine,
+        engine_version="1.13.0",
+        weights="" if problem else "random weights (speed only)",
+        file_bytes=46_800_000 if engine.endswith("Lite") else None,
+        problem=problem,
+        agreement=None if problem else Agreement(ENGINES[0], 1, same, 0.5),
+        speed=None if problem else Speed(1234.5, 123.4, 1234.5, 1234.5, 1234.5, 600),
+        speedup=Speedup(12.34, 0.1) if precision is INT8 and not problem else None,
+        rounds_ns=() if problem else ((100, 200),),
+    )
+
+
+def rows_for(settings: Settings) -> tuple[Row, ...]:
+    return tuple(
+        row(network, precision, engine)
+        for network in settings.networks
+        for precision in settings.precisions
+        for engine in ENGINES
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """Benchmarks that cost no time; the settings of each one asked for."""
+    settings_seen: list[Settings] = []
+
+    def fake(settings: Settings, on_progress: OnProgress = silent) -> Report:
+        settings_seen.append(settings)
+        return Report(
+            settings, MACHINE, {"mgq": "0.1.0"}, "a cat", rows_for(settings), ("the load was high",)
+        )
+
+    monkeypatch.setattr(benchmark_module, "benchmark", fake)
+    return settings_seen
+
+
+def run(*arguments: str, width: int = 80) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(width), "TERM": "dumb"})
+
+
+def refused(*arguments: str) -> str:
+    """The one line with which ``arguments`` are refused."""
+    result = run(*arguments)
+    assert isinstance(result.exception, InputError)
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def test_without_options_it_measures_the_public_example(asked: list[Settings]) -> None:
+    assert run().exit_code == 0
+    assert asked == [Settings(EXAMPLE_NETWORKS, (FP32, INT8), 1, ROUNDS, 1, 224)]
+
+
+def test_options_reach_the_benchmark(asked: list[Settings]) -> None:
+    options = "-a resnet50 --arch mobilenet_v2 --threads 1 --rounds 3 --batch 4 --image-size 96 --int8"
+    assert run(*options.split()).exit_code == 0
+    assert asked == [Settings(("resnet50", "mobilenet_v2"), (INT8,), 1, 3, 4, 96)]
+
+
+@pytest.mark.parametrize(("option", "precision"), [("--int8", INT8), ("--fp32", FP32)])
+def test_one_precision_shows_only_its_rows(asked: list[Settings], option: str, precision: Precision) -> None:
+    lines = run(option).stdout.splitlines()
+    assert asked[0].precisions == (precision,)
+    assert {line.split()[0] for line in lines if "MegEngine traced" in line} == {precision.value}
+
+
+def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Settings], tmp_path: Path) -> None:
+    assert refused("--int8", "--fp32").startswith("--int8 and --fp32 exclude each other")
+    assert refused("--markdown", "--json", "-").startswith("--markdown and --json - both want")
+    assert "more than this machine's" in refused("--threads", "100000")
+    assert "did you mean resnet18" in refused("-a", "resnet81")
+    assert "give the name of a file" in refused("--json", str(tmp_path))
+    assert "folder does not exist" in refused("--json", str(tmp_path / "none" / "bench.json"))
+    assert asked == []
+
+
+def test_the_table_fits_80_columns_and_is_plain_in_a_pipe(asked: list[Settings]) -> None:
+    text = run().stdout
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text
+    assert "…" not in text
+    for network in EXAMPLE_NETWORKS:
+        assert f"{network}: random weights (speed only)" in text
+    (line,) = {line for line in text.splitlines() if line.startswith("int8") and "Lite" in line}
+    figures = ["1234", "123", "1234", "1234", "1234", "12.34x", "46.8"]
+    assert line.split() == ["int8", "MegEngine", "Lite", *figures]
+    assert "AMD EPYC 9B14" in text and "AVX-512 VNNI" in text and "the load was high" in text
+
+
+def test_rows_that_are_missing_or_wrong_say_so(
+    asked: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        row("resnet18", INT8, "MegEngine eager"),
+        row("resnet18", INT8, "MegEngine traced", same=0),
+        row("resnet18", INT8, "OpenVINO", problem="it is not installed: pip install 'mgq[openvino]'"),
+    )
+    monkeypatch.setattr(f"{__name__}.rows_for", lambda _: rows)
+    text = run("-a", "resnet18", width=200).stdout
+    assert "MegEngine traced !" in text
+    assert "! resnet18 int8 MegEngine traced: another answer than MegEngine eager on 1 of 1 pictures" in text
+    assert "! resnet18 int8 OpenVINO: not measured: it is not installed: pip install 'mgq[openvino]'" in text
+
+
+def test_json_on_standard_output_is_alone_there(asked: list[Settings]) -> None:
+    body = json.loads(run("--json", "-").stdout)
+    assert len(body["rows"]) == 18
+    assert body["rows"][0]["rounds_ns"] == [[100, 200]]
+
+
+def test_json_file_is_written_beside_the_table(asked: list[Settings], tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    assert "MegEngine traced" in run("--json", str(path)).stdout
+    assert json.loads(path.read_text())["settings"]["rounds"] == ROUNDS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_benchmark_leaves_the_older_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(settings: Settings, on_progress: OnProgress = silent) -> Report:
+        raise FailureError("the engine broke")
+
+    monkeypatch.setattr(benchmark_module, "benchmark", failing)
+    path = tmp_path / "bench.json"
+    path.write_text("old")
+    assert isinstance(run("--json", str(path)).exception, FailureError)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_markdown_is_a_document_and_nothing_else(asked: list[Settings]) -> None:
+    text = run("--markdown").stdout
+    assert text.startswith("# mgq bench\n\n## Conditions\n")
+    assert sum("| MegEngine traced |" in line for line in text.splitlines()) == 6
+
+
+def test_help_names_the_default_of_rounds() -> None:
+    assert f"[default: ({ROUNDS})]" in " ".join(run("--help", width=200).stdout.split())
+
+
+def test_the_verb_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, mgq.cli.bench; "
+        "sys.exit(bool({'megengine', 'numpy', 'psutil', 'rich.console', 'mgq.zoo.registry'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- one real contest ----
