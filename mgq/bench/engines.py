@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 from mgq.bench.contest import Contestant, Loaded
 from mgq.bench.settings import Precision, Settings
+from mgq.deploy.dump import dump_classifier
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.quant.modes import Mode
+from mgq.runtime.lite import LiteRuntime
+from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weights import is_cached
 
@@ -35,11 +39,27 @@ Loader: TypeAlias = Callable[[Job], Loaded]
 """Gets an engine ready to run a job. Raises an MgqError where it is not there: the reason and the mend."""
 
 
-def eager(job: Job) -> Loaded: ...
+def eager(job: Job) -> Loaded:
+    classifier = job.classifier()
+    return Loaded(EagerRuntime(classifier.network, threads=job.settings.threads), classifier.origin)
+
+
+def traced(job: Job) -> Loaded:
+    classifier = job.classifier()
+    return Loaded(TracedRuntime(classifier.network, threads=job.settings.threads), classifier.origin)
+
+
+def lite(job: Job) -> Loaded:
+    classifier = replace(job.classifier(), image_size=job.settings.image_size)
+    path = job.file.with_name(f"{job.file.name}.megengine")
+    dump_classifier(classifier, path, batch=job.settings.batch)
+    return Loaded(LiteRuntime(path, threads=job.settings.threads), classifier.origin, path.stat().st_size)
 
 
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
-ENGINES: Mapping[str, Loader] = {}
+ENGINES: Mapping[str, Loader] = MappingProxyType(
+    {"MegEngine eager": eager, "MegEngine traced": traced, "MegEngine Lite": lite}
+)
 
 
 def contestants(settings: Settings, folder: Path, engines: Mapping[str, Loader]) -> list[Contestant]:
@@ -50,9 +70,21 @@ def contestants(settings: Settings, folder: Path, engines: Mapping[str, Loader])
             file = folder / f"{network}.{precision.value}"
             job = Job(network, precision, settings, file, cache(partial(classifier_for, network, precision)))
             found += [
-                Contestant(network, precision, name, partial(load, job)) for name, load in engines.items()
+                Contestant(network, precision, name, partial(loaded, load, job))
+                for name, load in engines.items()
             ]
     return found
+
+
+def loaded(load: Loader, job: Job) -> Loaded:
+    """What ``load`` gives. Raises FailureError where the engine took another number of threads than asked for."""
+    result = load(job)
+    if result.runtime.threads != job.settings.threads:
+        runtime = result.runtime
+        raise FailureError(
+            f"{runtime.name} runs on {runtime.threads} threads where {job.settings.threads} were asked for"
+        )
+    return result
 
 
 def classifier_for(network: str, precision: Precision) -> Classifier:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from mgq.errors import printable
 from mgq.events import OnProgress, Progress
 
 out = Console(highlight=False)
@@ -24,18 +25,13 @@ PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of the way."""
 
 
-def one_line(text: str) -> str:
-    """``text`` in one line, without characters that would move the cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def print_error(text: str) -> None:
-    err.print(f"error: {one_line(text)}", style="red", markup=False, soft_wrap=True)
+    err.print(f"error: {printable(text)}", style="red", markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A remark beside the result: to standard error, so that a pipe gets the result alone."""
-    err.print(one_line(text), style="dim", markup=False, soft_wrap=True)
+    err.print(printable(text), style="dim", markup=False, soft_wrap=True)
 
 
 def counted(amount: float, unit: str) -> str:

@@ -79,9 +79,12 @@ def infer(
     if failed and len(sources) > 1:
         note(f"{failed} of {len(sources)} pictures could not be read")
     if write:
-        from mgq.cli.dump import written
+        from mgq.cli.dump import default_path, written
 
-        written(classifier, Path(), input_type="uint8", batch=1, with_checkpoint=True, to=err)
+        path = default_path(classifier, Path())
+        written(classifier, path, "uint8", 1, to=err)
+        classifier.write_checkpoint(path.with_suffix(".safetensors"))
+        note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
     if failed:
         raise typer.Exit(2)
 
@@ -101,7 +104,7 @@ def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
     from mgq.cli.console import out, print_error
 
     failed = 0
-    out.print(headline(classifier), style="dim", markup=False)
+    out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
     for answer in found:
         if answer.error is not None:
             print_error(answer.error)
@@ -113,7 +116,7 @@ def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
 
 def headline(classifier: Classifier) -> str:
     kind = {"normal": "float32", "qat": "fake-quantized", "quantized": "int8"}[classifier.mode.value]
-    return f"{classifier.spec.name}, mode {classifier.mode.value} ({kind}), weights: {classifier.origin}"
+    return f"{classifier.spec.name}, mode {classifier.mode.value} ({kind})\nweights: {classifier.origin}"
 
 
 def table_of(answer: Answer) -> Table:
@@ -122,7 +125,9 @@ def table_of(answer: Answer) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{answer.picture}  ", style="bold")
+    from mgq.errors import printable
+
+    title = Text(f"{printable(answer.picture)}  ", style="bold")
     title.append(f"{answer.milliseconds:.1f} ms", style="dim")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.add_column("class", min_width=30, overflow="fold")

@@ -17,7 +17,6 @@ import os
 import re
 import stat
 import struct
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 
 MAX_SIDE = 20_000
 """The most pixels a picture may have on a side."""
@@ -71,17 +70,6 @@ def bundled_cat() -> Path:
     return Path(__file__).with_name("cat.jpg")
 
 
-def printable(text: str) -> str:
-    """``text`` as it can stand in one line of output: control characters and lone surrogates are escaped."""
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in text
-    )
-
-
-# Control characters, surrogates (bytes of a file name that are not UTF-8), ends of lines and paragraphs.
-_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
-
-
 class _RefusalError(Exception):
     """Why a picture is not read: the end of a sentence that begins with its name."""
 
@@ -105,9 +93,7 @@ def _bytes_of(path: Path) -> bytes:
     except IsADirectoryError as error:
         raise _RefusalError("is a folder, not a picture: name a picture in it") from error
     except OSError as error:
-        raise _RefusalError(
-            f"cannot be read ({error.strerror}): check the path and its permissions"
-        ) from error
+        raise _RefusalError(f"cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def _pixels(data: bytes) -> Pixels:
@@ -194,9 +180,7 @@ def _jpeg(data: bytes) -> _Plan:
         at += length
     if size is None or not scanned:
         raise _RefusalError(_DAMAGED)
-    return _Plan(
-        lambda: _by_opencv(data, size, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), orientation
-    )
+    return _Plan(lambda: _by_opencv(data, size, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), orientation)
 
 
 # ---- PNG ----

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.pictures import MAX_BYTES, printable, read_picture
-from mgq.errors import InputError
+from mgq.data.pictures import MAX_BYTES, read_picture
+from mgq.errors import InputError, printable
 
 PICTURE_SUFFIXES = (
     ".jpg",

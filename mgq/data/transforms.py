@@ -18,13 +18,19 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 _LONGEST = 8
 
 
-def eval_crop(picture: Pixels, size: int = 224, resize: int | None = None) -> Pixels:
+INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+
+
+def eval_crop(
+    picture: Pixels, size: int = 224, resize: int | None = None, interpolation: str = "bilinear"
+) -> Pixels:
     """The middle of a picture as networks are evaluated on: uint8 (H, W, C) in, uint8 (size, size, C) out.
 
     The shorter side becomes ``resize`` pixels (by default 256 for a size of 224, and in proportion for other
     sizes), the longer side keeps the proportion, and the central square is cut out. This is ``Resize`` and
     ``CenterCrop`` of ``megengine.data.transform`` to the bit: bilinear, without smoothing (``INTER_LINEAR``
     of OpenCV). Only a picture more than 8 times as long as wide may differ, by less than a pixel's shift.
+    ``interpolation`` may be ``bicubic`` for weights that were trained so.
 
     Raises InputError for a ``size`` below 1 or a ``resize`` smaller than ``size``.
     """
@@ -39,9 +45,7 @@ def eval_crop(picture: Pixels, size: int = 224, resize: int | None = None) -> Pi
         # In floating point, as MegEngine does it: whole numbers would round some sizes otherwise.
         new_height = shorter if height < width else int(shorter * height / width)
         new_width = int(shorter * width / height) if height < width else shorter
-        picture = np.asarray(
-            cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_LINEAR), np.uint8
-        )
+        picture = np.asarray(cv2.resize(picture, (new_width, new_height), interpolation=INTERPOLATIONS[interpolation]), np.uint8)
     top, left = (round((extent - size) / 2) for extent in picture.shape[:2])
     return np.ascontiguousarray(picture[top : top + size, left : left + size])
 

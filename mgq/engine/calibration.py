@@ -17,7 +17,7 @@ from mgq.engine.networks import (
     quantized_with,
     versions,
 )
-from mgq.engine.predict import BATCH, batched, decoded
+from mgq.engine.predict import BATCH, batched, crops_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import ensure_writable_folder, write_text_atomically
@@ -62,12 +62,14 @@ def calibrated(
     """
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
+    if not sources:
+        raise InputError("there are no pictures to calibrate with; name some")
     chosen = spread(sources, images)
     problems: list[str] = []
 
     def batches() -> Iterator[npt.NDArray[np.uint8]]:
         done = 0
-        for group in batched(decoded(chosen, classifier.image_size), BATCH):
+        for group in batched(crops_of(classifier, chosen), BATCH):
             problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
             crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
             if crops:

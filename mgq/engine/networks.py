@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.data.classes import imagenet_classes
+from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
@@ -65,6 +66,10 @@ class Classifier:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
         result: npt.NDArray[np.float32] = self.network(Tensor(batch.astype(np.float32) - 128)).numpy()
         return result
+
+    def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3)."""
+        return eval_crop(picture, self.image_size, interpolation=self.spec.interpolation)
 
     def info(self) -> CheckpointInfo:
         return CheckpointInfo(

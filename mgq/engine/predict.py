@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mgq.data.pictures import bundled_cat
 from mgq.data.sources import Source, expand
-from mgq.data.transforms import eval_crop, to_batch
+from mgq.data.transforms import to_batch
 from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
@@ -36,8 +36,9 @@ class Guess:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the network says of one picture; ``error`` says why it could not be asked, ``guesses`` are none then.
+    """What the network says of one ``picture`` (its path, not made printable).
 
+    ``error`` says why it could not be asked; there are no ``guesses`` then.
     ``milliseconds`` is the network's time for the picture, a batch's time shared evenly; decoding is not in it.
     """
 
@@ -57,16 +58,17 @@ def answers(
     """
     if not 1 <= topk <= len(classifier.classes):
         raise InputError(f"top {topk} of {len(classifier.classes)} classes is not possible: give 1 or more")
-    for group in batched(decoded(sources, classifier.image_size), batch):
+    for group in batched(crops_of(classifier, sources), batch):
         crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
         start = time.perf_counter()
         logits = iter(classifier.logits(to_batch(crops)) if crops else ())
         milliseconds = (time.perf_counter() - start) * 1000 / max(1, len(crops))
         for source, crop in group:
+            name = str(source.path or source.name)
             if isinstance(crop, InputError):
-                yield Answer(source.name, error=str(crop))
+                yield Answer(name, error=str(crop))
             else:
-                yield Answer(source.name, best(next(logits), classifier.classes, topk), milliseconds)
+                yield Answer(name, best(next(logits), classifier.classes, topk), milliseconds)
 
 
 def best(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> tuple[Guess, ...]:
@@ -77,14 +79,14 @@ def best(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> 
     return tuple(Guess(int(i), classes[i], float(probabilities[i])) for i in order)
 
 
-def decoded(
-    sources: Iterable[Source], image_size: int
+def crops_of(
+    classifier: Classifier, sources: Iterable[Source]
 ) -> Iterator[tuple[Source, npt.NDArray[np.uint8] | InputError]]:
-    """Each source with its crop, uint8 (image_size, image_size, 3), or why there is none; decoded ahead."""
+    """Each source with the crop that ``classifier`` takes, uint8 (S, S, 3), or why there is none; decoded ahead."""
 
     def crop_of(source: Source) -> npt.NDArray[np.uint8] | InputError:
         try:
-            return eval_crop(source.read(), image_size)
+            return classifier.crop(source.read())
         except InputError as error:
             return error
 

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mgq.errors import FailureError, InputError, MgqError
+from mgq.errors import FailureError, InputError, MgqError, printable
 
 # What the user can put right by naming another place. Anything else the system says is a failure.
 _WRONG_PLACE = frozenset(
@@ -36,12 +36,6 @@ _LONGEST_NAME = 255  # bytes, on every common filesystem
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
-def shown(thing: object) -> str:
-    """``str(thing)``, or its quoted form if it holds characters that would break a one-line message."""
-    text = str(thing)
-    return text if text.isprintable() else repr(text)
-
-
 def write_error(path: Path, error: OSError, mend: str = _ELSEWHERE) -> MgqError:
     """The one-line error for what the system said when ``path`` was to be written. It ends in ``mend``.
 
@@ -51,10 +45,10 @@ def write_error(path: Path, error: OSError, mend: str = _ELSEWHERE) -> MgqError:
     if error.errno in _FULL:
         return _full_disk(path, mend)
     if error.errno == errno.ENOENT:
-        return InputError(f"cannot write {shown(path)}: its folder does not exist: make it, or {mend}")
-    why = os.strerror(error.errno) if error.errno else shown(error)
+        return InputError(f"cannot write {printable(path)}: its folder does not exist: make it, or {mend}")
+    why = os.strerror(error.errno) if error.errno else printable(error)
     kind = InputError if error.errno in _WRONG_PLACE else FailureError
-    return kind(f"cannot write {shown(path)}: {why}: {mend}")
+    return kind(f"cannot write {printable(path)}: {why}: {mend}")
 
 
 @contextlib.contextmanager
@@ -140,12 +134,12 @@ def ensure_writable_folder(path: Path, mend: str = "choose another folder") -> P
         _make_empty(probe)
         probe.unlink()
     except FileExistsError as error:
-        raise InputError(f"{shown(path)} is a file, not a folder: {mend}") from error
+        raise InputError(f"{printable(path)} is a file, not a folder: {mend}") from error
     except OSError as error:
         if error.errno not in _WRONG_PLACE:
             raise write_error(path, error, mend) from error
         why = os.strerror(error.errno)
-        raise InputError(f"cannot write in the folder {shown(path)}: {why}: {mend}") from error
+        raise InputError(f"cannot write in the folder {printable(path)}: {why}: {mend}") from error
     return path
 
 
@@ -158,7 +152,7 @@ def _mode_to_keep(path: Path, target: Path) -> int | None:
             return None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
-        raise InputError(f"cannot write {shown(path)}: it is {what}: give the name of a file")
+        raise InputError(f"cannot write {printable(path)}: it is {what}: give the name of a file")
     return stat.S_IMODE(mode)
 
 
@@ -194,4 +188,4 @@ def _says_disk_full(error: Exception) -> bool:
 
 def _full_disk(path: Path, mend: str = _ELSEWHERE) -> FailureError:
     why = "the disk or your quota is full"
-    return FailureError(f"cannot write {shown(path)}: {why}: free some space, or {mend}")
+    return FailureError(f"cannot write {printable(path)}: {why}: free some space, or {mend}")

@@ -58,10 +58,13 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
     try:
         body = json.loads(metadata[KEY])
         version = body.pop("format")
+        if version != FORMAT:
+            raise InputError(f"{name} has checkpoint format {version}, this mgq reads {FORMAT}; update mgq")
+        well_typed = {"arch": str, "mode": str, "classes": list, "image_size": int, "options": dict}
+        if not all(isinstance(body[name], kind) for name, kind in well_typed.items()):
+            raise TypeError
         body["classes"] = tuple(str(label) for label in body["classes"])
         info = CheckpointInfo(**body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
-    if version != FORMAT:
-        raise InputError(f"{name} has checkpoint format {version}, this mgq reads {FORMAT}; update mgq")
     return info

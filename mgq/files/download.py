@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
-from mgq.errors import FailureError, InputError
+from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import (
     ensure_writable_folder,
     put_in_place,
-    shown,
     write_error,
     write_text_atomically,
     writing,
@@ -61,7 +60,7 @@ class Source:
     sha256_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        name = shown(self.name)
+        name = printable(self.name)
         if not self.name or self.name.startswith(".") or set(self.name) & set("/\\\0"):
             raise InputError(f"{self.name!r} cannot be the name of a cached file: give a plain file name")
         if self.size is not None and self.size < 1:
@@ -153,7 +152,7 @@ def _fault(path: Path, source: Source) -> str | None:
     """What is wrong with the file at ``path``, in words, or None when it is the right one."""
     try:
         if path.is_dir():
-            raise InputError(f"{shown(path)} is a folder where a file should be: move it away")
+            raise InputError(f"{printable(path)} is a folder where a file should be: move it away")
         size = path.stat().st_size
         if source.size is not None and size != source.size:
             return f"{size} bytes, expected {source.size}"
@@ -162,7 +161,7 @@ def _fault(path: Path, source: Source) -> str | None:
         return "not there"
     except OSError as error:
         kind = InputError if isinstance(error, PermissionError) else FailureError
-        raise kind(f"cannot read {shown(path)}: {error.strerror}: mend that, or {_OTHER_CACHE}") from error
+        raise kind(f"cannot read {printable(path)}: {error.strerror}: mend that, or {_OTHER_CACHE}") from error
     if not digits.startswith(source.expected_digits):
         return f"sha256 {digits[:12]}, expected {source.expected_digits[:12]}"
     return None
@@ -312,7 +311,7 @@ class _Transfer:
         # A server elsewhere must not send us to one on this machine, so the first address counts, too.
         on_this_machine = address.scheme == "http" and address.host in _LOOPBACK and _is_here(self.source.url)
         if not address.host or not (address.scheme == "https" or on_this_machine):
-            what = "its address" if url == self.source.url else f"it redirects to {shown(url)}, which"
+            what = "its address" if url == self.source.url else f"it redirects to {printable(url)}, which"
             raise _RefusalError(f"{what} is not https")
 
     def _get(self, session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
@@ -427,16 +426,16 @@ class _Transfer:
     def _no_download_error(self, reason: str) -> FailureError:
         if self.path.exists():
             reason += f"; the one at hand is damaged: {_fault(self.path, self.source)}"
-        url = shown(self.source.url)
+        url = printable(self.source.url)
         return FailureError(
-            f"could not download {shown(self.source.name)} from {_host(url)} ({reason}): get {url} "
-            f"on another machine, and put it at {shown(self.path)}, or pass it with --checkpoint FILE"
+            f"could not download {printable(self.source.name)} from {_host(url)} ({reason}): get {url} "
+            f"on another machine, and put it at {printable(self.path)}, or pass it with --checkpoint FILE"
         )
 
     def _wrong_file_error(self, fault: str) -> FailureError:
         return FailureError(
-            f"{shown(self.source.name)} from {_host(self.source.url)} is not the file it should be ({fault}) "
-            f"and was deleted: try again, or get the right one and put it at {shown(self.path)}, "
+            f"{printable(self.source.name)} from {_host(self.source.url)} is not the file it should be ({fault}) "
+            f"and was deleted: try again, or get the right one and put it at {printable(self.path)}, "
             "or pass another with --checkpoint FILE"
         )
 
@@ -533,7 +532,7 @@ def _trouble_in_words(error: Exception, patience: Patience) -> tuple[str, bool]:
 
     chain = list(_causes(error))
     said = [cause.strerror for cause in chain if isinstance(cause, OSError) and cause.strerror]
-    innermost = shown(said[-1] if said else chain[-1])
+    innermost = printable(said[-1] if said else chain[-1])
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in chain)

@@ -24,8 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import safetensors
 
-from mgq.errors import InputError
-from mgq.files.atomic import shown
+from mgq.errors import InputError, printable
 from mgq.files.torch_files import (
     CODES,
     LEGACY_MAGIC,
@@ -100,7 +99,7 @@ def read_state(path: Path) -> StateFile:
     try:
         return _state(data)
     except UnreadableError as error:
-        raise InputError(f"{shown(path)} {error}") from error
+        raise InputError(f"{printable(path)} {error}") from error
 
 
 def _content(path: Path) -> bytes:
@@ -108,20 +107,20 @@ def _content(path: Path) -> bytes:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{shown(path)} is a folder: give a weights file")
+            raise InputError(f"{printable(path)} is a folder: give a weights file")
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{shown(path)} is a device, not a file: give a weights file")
+            raise InputError(f"{printable(path)} is a device, not a file: give a weights file")
         if status.st_size > _LARGEST_FILE:
-            raise InputError(f"{shown(path)} is larger than 512 MiB: give the weights alone")
+            raise InputError(f"{printable(path)} is larger than 512 MiB: give the weights alone")
         with path.open("rb") as file:
             data = file.read(status.st_size)
     except FileNotFoundError as error:
-        raise InputError(f"{shown(path)} does not exist: give the path of a weights file") from error
+        raise InputError(f"{printable(path)} does not exist: give the path of a weights file") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"{shown(path)} cannot be read: {why}: check its path and permissions") from error
+        raise InputError(f"{printable(path)} cannot be read: {why}: check its path and permissions") from error
     if not data:
-        raise InputError(f"{shown(path)} is empty: get it again")
+        raise InputError(f"{printable(path)} is empty: get it again")
     return data
 
 
@@ -135,8 +134,7 @@ def _state(data: bytes) -> StateFile:
         return _picked(machine.load(archive), "torch zip", allowance)
     if data[257:262] == b"ustar":
         raise UnreadableError(
-            "is a tar archive, PyTorch's oldest format, which is not read: "
-            "load it in PyTorch and save it again"
+            "is a tar archive, PyTorch's oldest format, which is not read: load it in PyTorch and save it again"
         )
     machine = _Machine(memoryview(data), allowance)
     root = machine.load()
@@ -176,7 +174,7 @@ def _safetensors_state(data: bytes, allowance: Allowance) -> StateFile:
     try:
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        why = shown(error)[:120]
+        why = printable(error)[:120]
         raise UnreadableError(f"has a header that does not fit its data ({why}): get it again") from error
     tensors = {}
     for name, entry in entries:
@@ -435,9 +433,7 @@ def _dtype(machine: _Machine, args: tuple[Any, ...]) -> object:
     if type(code) is not str:
         raise damaged()
     if code not in CODES:
-        raise UnreadableError(
-            f"has an array of dtype {code[:20]!r}, not of plain numbers: save it as float32"
-        )
+        raise UnreadableError(f"has an array of dtype {code[:20]!r}, not of plain numbers: save it as float32")
     return _Dtype(code)
 
 

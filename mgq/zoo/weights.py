@@ -76,6 +76,10 @@ def read_weights(path: Path, spec: ModelSpec | None = None, origin: str | None =
     if info is not None:
         return own_checkpoint(path, file.tensors, info, spec)
     state = without_prefix(file.tensors)
+    if any(value.dtype == np.int8 for value in state.values()):
+        raise InputError(
+            f"{path} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
+        )
     candidates = [spec] if spec else [s for s in specs().values() if may_hold(s, state)]
     if not candidates:
         raise InputError(f"{path} has the parameter names of no architecture of the zoo; see `mgq models`")
@@ -119,10 +123,6 @@ def recognized(spec: ModelSpec, state: State, name: str, kind: str, origin: str 
         state, options = adapted.state, adapted.options
         origin = origin or f"{name} ({kind}, {adapted.layout})"
     head = state.get(spec.head)
-    if head is not None and head.dtype == np.int8:
-        raise InputError(
-            f"{name} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
-        )
     classes = int(head.shape[0]) if head is not None and head.ndim == 2 and head.shape[0] > 1 else 1000
     network = loaded(spec, state, classes, options, name)
     return Weights(spec.name, state, mode_in(state), options, classes, origin or f"{name} ({kind})", network)

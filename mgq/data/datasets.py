@@ -1,0 +1,251 @@
+"""Sets of pictures: what the loader reads from, and folders of classes as such a set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.classes import imagenet_classes
+from mgq.data.imagenet import Split, has_archive, unpacked
+from mgq.data.pictures import Pixels
+from mgq.data.sources import PICTURE_SUFFIXES
+from mgq.errors import InputError, printable
+from mgq.events import OnProgress, silent
+
+
+class Dataset(Protocol):
+    """Pictures in a fixed order, each of a class.
+
+    ``labels`` are int64 (pictures,), indices into ``classes``; None where no classes are known. ``picture`` gives
+    a file to be read, or pixels, uint8 (H, W, 3) in BGR order. It is called from several threads at once.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None: ...
+    def __len__(self) -> int: ...
+    def picture(self, index: int) -> Path | Pixels: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFolder:
+    """Pictures in folders named after their classes, in the order of class and name. No file is open.
+
+    The paths lie end to end in one piece of memory: a picture of ImageNet takes less than 50 bytes. ``folder`` is
+    what they are relative to. ``labels`` is read-only; for pictures that are in no class folders it is None and
+    ``classes`` is empty.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    labels: npt.NDArray[np.int64] | None
+    _paths: bytes
+    _ends: npt.NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        """The folder, as messages call it."""
+        return printable(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def picture(self, index: int) -> Path:
+        """The path of a picture, 0 <= ``index`` < len. Raises IndexError for another."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = int(self._ends[index - 1]) if index else 0
+        return self.folder / os.fsdecode(self._paths[start : int(self._ends[index])])
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How many pictures each class has, int64 (classes,)."""
+        labels = np.zeros(0, np.int64) if self.labels is None else self.labels
+        return np.bincount(labels, minlength=len(self.classes))
+
+
+# ---- which folders are meant ----
+
+
+def training_folders(root: Path, on_progress: OnProgress = silent) -> tuple[ImageFolder, ImageFolder]:
+    """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
+
+    Where one is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders
+    that are all named by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``.
+
+    Raises InputError for a missing folder, fewer than two classes, a class without pictures, or class names that
+    are not the same in both. Of ImageNet's classes ``val`` may have fewer than ``train``.
+    """
+    train, val = (_class_folders(_split(root, split, on_progress)) for split in ("train", "val"))
+    _check_same_classes(root, train, val)
+    return _labelled(root / "train", train), _labelled(root / "val", val)
+
+
+def evaluation_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
+    """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
+
+    A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
+    the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
+
+    Raises InputError where there are no class folders, fewer than two, or one without pictures.
+    """
+    _check_folder(root)
+    if _has_splits(root):
+        root = _split(root, "val", on_progress)
+    folders = _class_folders(root)
+    if not folders and _has_pictures(root):
+        raise InputError(
+            f"{printable(root)} has pictures but no class folders: put them in <class>/ to measure accuracy"
+        )
+    return _labelled(root, folders)
+
+
+def calibration_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
+    """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
+
+    Labels are given as by ``evaluation_folder`` where there are two class folders or more; else they are None.
+    Raises InputError where there is no picture.
+    """
+    _check_folder(root)
+    if _has_splits(root):
+        root = _split(root, "train" if _has_split(root, "train") else "val", on_progress)
+    folders = _class_folders(root)
+    if len(folders) > 1 and not _has_pictures(root):
+        return _labelled(root, folders)
+    paths = _pictures_below(root, "")
+    if not paths.lengths.size:
+        raise InputError(f"{printable(root)} has no pictures in it: name another folder")
+    return _folder_of(root, (), None, [paths])
+
+
+def _has_split(root: Path, split: Split) -> bool:
+    return (root / split).is_dir() or has_archive(root, split)
+
+
+def _has_splits(root: Path) -> bool:
+    return _has_split(root, "train") or _has_split(root, "val")
+
+
+def _split(root: Path, split: Split, on_progress: OnProgress) -> Path:
+    _check_folder(root)
+    if (root / split).is_dir():
+        return root / split
+    if has_archive(root, split):
+        return unpacked(root, split, on_progress)
+    raise InputError(f"{printable(root)} has no folder {split}/: make it, with a folder of pictures for each class")
+
+
+def _check_folder(root: Path) -> None:
+    if not root.exists():
+        raise InputError(f"{printable(root)} does not exist: check the path")
+    if not root.is_dir():
+        raise InputError(f"{printable(root)} is not a folder: name a folder of pictures")
+
+
+def _check_same_classes(root: Path, train: Sequence[str], val: Sequence[str]) -> None:
+    only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))
+    if only_train and _is_imagenet(train) and _is_imagenet(val):
+        only_train = []
+    for here, there, names in (("train", "val", only_train), ("val", "train", only_val)):
+        if names:
+            raise InputError(
+                f"{printable(root)} has {_listed(names)} in {here}/ and not in {there}/: give both the same classes"
+            )
+
+
+# ---- classes ----
+
+
+def _labelled(folder: Path, folders: Sequence[str]) -> ImageFolder:
+    """The pictures of the class folders, which must be two at least and none empty."""
+    if len(folders) < 2:
+        raise InputError(
+            f"{printable(folder)} has {len(folders) or 'no'} class folder{'s' * (not folders)} and a classifier"
+            " needs 2: make a folder of pictures for each class"
+        )
+    paths = [_pictures_below(folder / name, f"{name}/") for name in folders]
+    empty = [name for name, group in zip(folders, paths, strict=True) if not group.lengths.size]
+    if len(empty) == len(folders):
+        raise InputError(f"{printable(folder)} has no pictures in its class folders: put some in each")
+    if empty:
+        raise InputError(f"{printable(folder)} has no pictures in {_listed(empty)}: put some in, or remove the folder")
+    if not _is_imagenet(folders):
+        return _folder_of(folder, tuple(map(printable, folders)), range(len(folders)), paths)
+    ranks = {entry.wnid: rank for rank, entry in enumerate(imagenet_classes())}
+    names = tuple(entry.name for entry in imagenet_classes())
+    return _folder_of(folder, names, [ranks[name] for name in folders], paths)
+
+
+def _is_imagenet(folders: Sequence[str]) -> bool:
+    return bool(folders) and set(folders) <= {entry.wnid for entry in imagenet_classes()}
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(printable(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+class _Paths(NamedTuple):
+    """Encoded paths, end to end, and the length of each, int64 (paths,)."""
+
+    joined: bytes
+    lengths: npt.NDArray[np.int64]
+
+
+def _folder_of(
+    folder: Path, classes: tuple[str, ...], labels: Sequence[int] | None, paths: Sequence[_Paths]
+) -> ImageFolder:
+    """The pictures of ``paths``, one of them for each of ``labels``."""
+    numbers = None
+    if labels is not None:
+        numbers = np.repeat(np.asarray(labels, np.int64), [group.lengths.size for group in paths])
+        numbers.flags.writeable = False
+    ends = np.concatenate([group.lengths for group in paths]).cumsum()
+    return ImageFolder(folder, classes, numbers, b"".join(group.joined for group in paths), ends)
+
+
+# ---- what is on the disk ----
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder``, sorted, but hidden ones."""
+    return sorted(entry.name for entry in _shown(folder) if entry.is_dir())
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(_is_picture(entry.name) and entry.is_file() for entry in _shown(folder))
+
+
+def _pictures_below(folder: Path, prefix: str) -> _Paths:
+    """The pictures in ``folder`` and below it, each path after ``prefix``, sorted."""
+    found: list[bytes] = []
+    waiting = [(folder, prefix)]
+    while waiting:
+        here, path = waiting.pop()
+        for entry in _shown(here):
+            if entry.is_dir(follow_symlinks=False):  # Not through links, which may lead in a circle.
+                waiting.append((here / entry.name, f"{path}{entry.name}/"))
+            elif _is_picture(entry.name):
+                found.append(os.fsencode(path + entry.name))
+    found.sort()
+    return _Paths(b"".join(found), np.array([len(path) for path in found], np.int64))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _shown(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{printable(folder)} cannot be searched ({error.strerror}): check its permissions") from error

@@ -1,0 +1,197 @@
+"""Pictures per second of the loader, beside a loader in the style of torchvision on the same pictures and cores.
+
+    python -m tests.benchmarks.loader [FOLDER]
+
+FOLDER holds pictures, or is a set with train/ and val/. Without it, JPEGs of 500x375 are drawn. The reference
+decodes, crops and normalises with Pillow and NumPy in worker processes, which hand over through shared memory.
+It cuts the very same boxes. Its rounds take turns with the loader's, so that both meet the same other load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mgq.data.augment import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
+from mgq.data.datasets import ImageFolder, calibration_folder
+from mgq.data.loader import Loader, cores
+from mgq.data.synthetic import SyntheticPictures
+
+_MEAN = np.array((0.485, 0.456, 0.406), np.float32).reshape(3, 1, 1)
+_DEVIATION = np.array((0.229, 0.224, 0.225), np.float32).reshape(3, 1, 1)
+_SLOTS_PER_WORKER = 2  # Batches asked for ahead, as in PyTorch's DataLoader.
+
+Tensor = npt.NDArray[np.float32]
+
+
+def pillow_train(path: Path, transform: TrainTransform, draw: Draw) -> Tensor:
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    chance = generator(draw.seed, Stream.CROP, draw.epoch, draw.number).random(64).tolist()
+    box = transform.box(picture.width, picture.height, chance)
+    corners = (box.x, box.y, box.x + box.width, box.y + box.height)
+    crop = picture.resize((transform.size, transform.size), Image.Resampling.BILINEAR, box=corners)
+    if chance[-1] < transform.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return normalised(crop)
+
+
+def pillow_eval(path: Path, transform: EvalTransform, draw: Draw) -> Tensor:
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    factor = round(transform.size / 224 * 256) / min(picture.size)
+    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BILINEAR)
+    left, top = (picture.width - transform.size) // 2, (picture.height - transform.size) // 2
+    return normalised(picture.crop((left, top, left + transform.size, top + transform.size)))
+
+
+def normalised(crop: Image.Image) -> Tensor:
+    tensor = np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1)).astype(np.float32)
+    tensor /= 255
+    tensor -= _MEAN
+    tensor /= _DEVIATION
+    return tensor
+
+
+class PillowLoader:
+    """Worker processes, each of which makes whole batches in a slot of shared memory."""
+
+    def __init__(self, pictures: ImageFolder, transform: TrainTransform | EvalTransform, batch: int, workers: int):
+        self.pictures, self.transform, self.batch = pictures, transform, batch
+        self.shape = (batch, 3, transform.size, transform.size)
+        context = multiprocessing.get_context("fork")
+        self.slots = [RawArray("f", int(np.prod(self.shape))) for _ in range(workers * _SLOTS_PER_WORKER + 1)]
+        self.tasks: SimpleQueue[tuple[int, int, int] | None] = context.SimpleQueue()
+        self.done: SimpleQueue[tuple[int, int]] = context.SimpleQueue()
+        self.processes = [context.Process(target=self._work, daemon=True) for _ in range(workers)]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> PillowLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _process in self.processes:
+            self.tasks.put(None)
+        for process in self.processes:
+            process.join()
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        total = -(-len(self.pictures) // self.batch)
+        free, ready = deque(range(len(self.slots))), dict[int, int]()
+        asked = 0
+        for number in range(total):
+            while free and asked < total:
+                self.tasks.put((epoch, asked, free.popleft()))
+                asked += 1
+            while number not in ready:
+                made, slot = self.done.get()
+                ready[made] = slot
+            slot = ready.pop(number)
+            yield self._array(slot)[: len(self.pictures) - number * self.batch]
+            free.append(slot)
+
+    def _array(self, slot: int) -> Tensor:
+        return np.frombuffer(self.slots[slot], np.float32).reshape(self.shape)
+
+    def _work(self) -> None:
+        while (task := self.tasks.get()) is not None:
+            epoch, number, slot = task
+            first = number * self.batch
+            for row, index in enumerate(range(first, min(first + self.batch, len(self.pictures)))):
+                path, draw = self.pictures.picture(index), Draw(0, epoch, index)
+                self._array(slot)[row] = (
+                    pillow_train(path, self.transform, draw)
+                    if isinstance(self.transform, TrainTransform)
+                    else pillow_eval(path, self.transform, draw)
+                )
+            self.done.put((number, slot))
+
+
+def drawn_photos(folder: Path, count: int) -> None:
+    """JPEGs of 500x375 pixels, of quality 90, in ``folder``."""
+    pictures = SyntheticPictures(count, seed=0, size=500)
+    for index in range(count):
+        cv2.imwrite(str(folder / f"{index:05}.jpg"), pictures.picture(index)[:375], [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+
+def some(pictures: ImageFolder, most: int) -> ImageFolder:
+    """``pictures`` thinned out evenly to at most ``most``."""
+    chosen = [i * len(pictures) // most for i in range(most)] if len(pictures) > most else range(len(pictures))
+    paths = [str(pictures.picture(i).relative_to(pictures.folder)).encode() for i in chosen]
+    return ImageFolder(pictures.folder, (), None, b"".join(paths), np.cumsum([len(path) for path in paths]))
+
+
+def compare(
+    pictures: ImageFolder,
+    ours: Transform,
+    theirs: TrainTransform | EvalTransform,
+    batch: int,
+    workers: int,
+    rounds: int,
+) -> tuple[list[float], list[float]]:
+    """Pictures per second in each round, of the loader and of the reference."""
+    with ExitStack() as stack:
+        reference = stack.enter_context(PillowLoader(pictures, theirs, batch, workers))  # Forks, so before threads.
+        loader = stack.enter_context(Loader(pictures, ours, batch, workers=workers))
+        both: tuple[Callable[[int], Iterator[object]], ...] = (loader.batches, reference.batches)
+        rates: tuple[list[float], list[float]] = ([], [])
+        for epoch in range(rounds + 1):
+            for batches, found in zip(both, rates, strict=True):
+                start = time.perf_counter()
+                for _ in batches(epoch):
+                    pass
+                if epoch:  # The first round reads the files into memory.
+                    found.append(len(pictures) / (time.perf_counter() - start))
+        return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=400, help="how many to use at most")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, cores()}))
+    options = parser.parse_args()
+    cv2.setNumThreads(1)  # So that a worker is one thread.
+    with tempfile.TemporaryDirectory() as drawn:
+        if options.folder is None:
+            drawn_photos(Path(drawn), options.pictures)
+        pictures = some(calibration_folder(options.folder or Path(drawn)), options.pictures)
+        print(f"{len(pictures)} pictures, crops of {options.size}, medians of {options.rounds} rounds, pictures/s")
+        print(f"{'transform':<16}{'workers':>8}{'loader':>8}{'Pillow':>8}{'ratio':>8}{'(lowest, highest)':>20}")
+        train, evaluation = TrainTransform(options.size), EvalTransform(options.size)
+        cases: tuple[tuple[str, Transform, TrainTransform | EvalTransform], ...] = (
+            ("train", train, train),
+            ("train, jitter*", TrainTransform(options.size, jitter=0.4), train),
+            ("evaluation", evaluation, evaluation),
+        )
+        for name, ours, theirs in cases:
+            for workers in options.workers:
+                fast, slow = compare(pictures, ours, theirs, options.batch, workers, options.rounds)
+                ratios = sorted(a / b for a, b in zip(fast, slow, strict=True))
+                print(
+                    f"{name:<16}{workers:>8}{statistics.median(fast):>8.0f}{statistics.median(slow):>8.0f}"
+                    f"{statistics.median(ratios):>8.2f}{f'({ratios[0]:.2f}, {ratios[-1]:.2f})':>20}"
+                )
+        print("* the reference does not jitter")
+
+
+if __name__ == "__main__":
+    main()

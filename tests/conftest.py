@@ -1,0 +1,163 @@
+"""What the tests of networks share: MegEngine without its noise, made-up weights and pictures, networks built once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mgq.cli.console import import_megengine
+
+import_megengine(debug=False)
+
+import megengine.module as M  # noqa: E402
+from megengine import Tensor  # noqa: E402
+
+from mgq.engine.networks import Classifier  # noqa: E402
+from mgq.quant.calibrate import min_max_ranges  # noqa: E402
+from mgq.quant.modes import Mode, to_mode  # noqa: E402
+from mgq.quant.ranges import ActivationRanges, apply_ranges  # noqa: E402
+from mgq.zoo.layers import without_initialization  # noqa: E402
+from mgq.zoo.registry import create_model, spec_of  # noqa: E402
+from mgq.zoo.weights import fingerprint  # noqa: E402
+
+State = dict[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+CLASSES = 10
+SIZE = 64
+FAMILIES = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
+
+
+def random_state(shapes: Shapes, seed: int = 0) -> State:
+    """Weights that keep a deep network's activations in bounds, told by the last part of their names.
+
+    Running variances are positive and no two channels are alike. A name has the same value in every network.
+    """
+    return {name: random_value(name, shape, seed) for name, shape in shapes.items()}
+
+
+def random_value(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[Any]:
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "num_batches_tracked":
+        return np.array(7, np.int64)
+    if kind == "running_var":
+        value = rng.uniform(0.5, 1.5, shape)
+    elif kind == "weight" and max(shape) == np.prod(shape):
+        value = rng.uniform(0.7, 1.3, shape)  # of a batch norm
+    elif kind == "weight":
+        fan_in = np.prod(shape[1:] if len(shape) < 5 else shape[2:])
+        value = rng.normal(0, np.sqrt(2 / fan_in), shape)
+    else:
+        value = rng.normal(0, 0.2, shape)
+    return value.astype(np.float32)
+
+
+def blank(arch: str, classes: int = CLASSES, **options: Any) -> M.Module:
+    """A new network whose weights do not matter, in evaluation state."""
+    with without_initialization():
+        network = create_model(arch, classes, **options)
+    network.eval()
+    return network
+
+
+def filled(network: M.Module, seed: int = 0) -> M.Module:
+    """``network`` (mode ``normal``) itself, with the weights of ``random_state``; its stem made to fit pixels."""
+    state = random_state({name: value.shape for name, value in network.state_dict().items()}, seed)
+    stem = next(name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3)
+    state[stem] /= 64
+    network.load_state_dict(state)
+    return network
+
+
+def smooth_pictures(number: int, height: int = SIZE, width: int = SIZE, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """uint8 (number, 3, height, width): a few soft blobs of colour that use the whole range, as photos do."""
+    rng = np.random.default_rng(seed)
+    planes = rng.uniform(-64, 320, (number, 3, 6, 6)).astype(np.float32)
+    smooth = [[cv2.resize(plane, (width, height), interpolation=cv2.INTER_CUBIC) for plane in p] for p in planes]
+    return np.clip(np.rint(smooth), 0, 255).astype(np.uint8)
+
+
+def logits_of(network: M.Module, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+    result: npt.NDArray[np.float32] = network(Tensor(pictures.astype(np.float32) - 128)).numpy()
+    return result
+
+
+def one_line_about(message: str, *parts: str) -> bool:
+    """Whether ``message`` is one line that names all ``parts``; for ``assert``, which shows it otherwise."""
+    return "\n" not in message and bool(message) and all(part in message for part in parts)
+
+
+@dataclass(frozen=True)
+class Trio:
+    """A network with made-up weights in its three modes, calibrated on smooth pictures. Not to be changed."""
+
+    arch: str
+    normal: M.Module
+    qat: M.Module
+    quantized: M.Module
+    ranges: ActivationRanges
+
+
+@cache
+def trio_of(arch: str) -> Trio:
+    normal = filled(blank(arch))
+    weights = fingerprint(normal.state_dict())
+    ranges = min_max_ranges(normal, [smooth_pictures(4)], arch, weights, {"pictures": "made up"})
+    qat = to_mode(normal, Mode.QAT)
+    apply_ranges(qat, ranges)
+    return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges)
+
+
+def classifier_of(arch: str, mode: Mode = Mode.NORMAL, options: Mapping[str, Any] | None = None) -> Classifier:
+    """The networks of ``trio_of(arch)``, or with ``options`` a new float one, as a classifier of 64x64 pictures."""
+    names = tuple(f"kind {i}" for i in range(CLASSES))
+    if options:
+        network = filled(blank(arch, **options))
+        return Classifier(network, None, spec_of(arch), mode, names, SIZE, "made-up weights", options)
+    trio = trio_of(arch)
+    network = {Mode.NORMAL: trio.normal, Mode.QAT: trio.qat, Mode.QUANTIZED: trio.quantized}[mode]
+    fake = None if mode is Mode.NORMAL else trio.qat
+    return Classifier(network, fake, spec_of(arch), mode, names, SIZE, "made-up weights", {})
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def trio(request: pytest.FixtureRequest) -> Trio:
+    """Each family's smallest network in its three modes."""
+    return trio_of(request.param)
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a folder of that many smooth PNG files, ``00.png``, ``01.png`` and so on."""
+
+    def made(number: int) -> Path:
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        for i, picture in enumerate(smooth_pictures(number, 80, 96)):
+            cv2.imwrite(str(folder / f"{i:02}.png"), picture.transpose(1, 2, 0))
+        return folder
+
+    return made
+
+
+@pytest.fixture
+def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An empty cache folder and no network: only what a test makes itself is there."""
+
+    def refused(*_: object, **__: object) -> Path:
+        raise AssertionError("a test asked for a download")
+
+    monkeypatch.setattr("mgq.zoo.weights.download", refused)
+    monkeypatch.setattr("mgq.zoo.weights.cached", lambda *_: None)
+    yield

@@ -1,0 +1,360 @@
+"""Foreign weights: plain forwards written from the PyTorch names alone give the logits that our networks give.
+
+The references take RGB pixels, normalize them as the foreign network was fed, pad every convolution explicitly and
+compute batch norms unfused. Padding the pixels with 128 before they are normalized is what zero padding of our input
+stands for; with it the two must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import megengine.functional as F
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+from safetensors.numpy import save_file
+
+from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.transforms import eval_crop, to_batch
+from mgq.files.pickles import read_state
+from mgq.zoo.adapt import InputNormalization, folded_input
+from mgq.zoo.registry import spec_of
+from mgq.zoo.weights import Weights, read_weights
+from tests.conftest import CLASSES, State, logits_of, random_state, smooth_pictures
+
+Pixels = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+Shapes = dict[str, tuple[int, ...]]
+Padding = Callable[[int, int, int], tuple[int, int]]
+
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+# What PyTorch's modules are called and shaped like.
+
+
+def conv_names(name: str, outputs: int, inputs: int, kernel: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs, kernel, kernel)}
+
+
+def bn_names(name: str, channels: int) -> Shapes:
+    parts = ("weight", "bias", "running_mean", "running_var")
+    return {**{f"{name}.{part}": (channels,) for part in parts}, f"{name}.num_batches_tracked": ()}
+
+
+def linear_names(name: str, outputs: int, inputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3))}
+
+
+def resnet_names(depth: int, classes: int) -> Shapes:
+    """torchvision's names; the stride of a bottleneck is at its 3x3 convolution."""
+    bottleneck, repeats = RESNETS[depth]
+    names = conv_names("conv1", 64, 3, 7) | bn_names("bn1", 64)
+    inputs = 64
+    for stage, number in enumerate(repeats):
+        middle = 64 * 2**stage
+        outputs = middle * 4 if bottleneck else middle
+        for i in range(number):
+            block = f"layer{stage + 1}.{i}"
+            kernels = (1, 3, 1) if bottleneck else (3, 3)
+            widths = (middle, middle, outputs) if bottleneck else (middle, outputs)
+            befores = (inputs, *widths[:-1])
+            for j, (kernel, width, before) in enumerate(zip(kernels, widths, befores, strict=True), start=1):
+                names |= conv_names(f"{block}.conv{j}", width, before, kernel) | bn_names(f"{block}.bn{j}", width)
+            if i == 0 and (stage > 0 or bottleneck):
+                names |= conv_names(f"{block}.downsample.0", outputs, inputs, 1)
+                names |= bn_names(f"{block}.downsample.1", outputs)
+            inputs = outputs
+    return names | linear_names("fc", classes, inputs)
+
+
+# expansion, channels, repeats, stride: table 2 of arXiv:1801.04381
+MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+def mobilenet_names(width: float, classes: int) -> Shapes:
+    """torchvision's names, for the widths 1.0 and 0.5."""
+
+    def wide(channels: int) -> int:
+        # Half of the table's widths are multiples of 8 but for that of 24.
+        return {12: 16}.get(int(channels * width), int(channels * width))
+
+    names = conv_names("features.0.0", wide(32), 3, 3) | bn_names("features.0.1", wide(32))
+    inputs, index = wide(32), itertools.count(1)
+    for expansion, channels, repeats, _ in MOBILENET:
+        for _ in range(repeats):
+            block, hidden, place = f"features.{next(index)}.conv", inputs * expansion, 0
+            if expansion > 1:
+                names |= conv_names(f"{block}.0.0", hidden, inputs, 1) | bn_names(f"{block}.0.1", hidden)
+                place = 1
+            names |= conv_names(f"{block}.{place}.0", hidden, 1, 3) | bn_names(f"{block}.{place}.1", hidden)
+            names |= conv_names(f"{block}.{place + 1}", wide(channels), hidden, 1)
+            names |= bn_names(f"{block}.{place + 2}", wide(channels))
+            inputs = wide(channels)
+    last = 1280
+    names |= conv_names("features.18.0", last, inputs, 1) | bn_names("features.18.1", last)
+    return names | linear_names("classifier.1", classes, last)
+
+
+# Kernel, stride and expansion of the seven stages, for the whole family.
+LITE = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
+# Output channels and repeats of the seven stages.
+LITES = {
+    0: ((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    1: ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+    2: ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
+}
+
+
+def lite_blocks(number: int) -> list[tuple[int, int, int, int, int]]:
+    """Kernel, stride, expansion, input and output channels of every block of EfficientNet-Lite ``number``."""
+    blocks = []
+    inputs = 32
+    for (kernel, stride, expansion), outputs, repeats in zip(LITE, *LITES[number], strict=True):
+        for i in range(repeats):
+            blocks.append((kernel, stride if i == 0 else 1, expansion, inputs, outputs))
+            inputs = outputs
+    return blocks
+
+
+def lite_names(number: int, classes: int) -> Shapes:
+    names = conv_names("_conv_stem", 32, 3, 3) | bn_names("_bn0", 32)
+    blocks = lite_blocks(number)
+    for i, (kernel, _, expansion, inputs, outputs) in enumerate(blocks):
+        block, hidden = f"_blocks.{i}", inputs * expansion
+        if expansion > 1:
+            names |= conv_names(f"{block}._expand_conv", hidden, inputs, 1) | bn_names(f"{block}._bn0", hidden)
+        names |= conv_names(f"{block}._depthwise_conv", hidden, 1, kernel) | bn_names(f"{block}._bn1", hidden)
+        names |= conv_names(f"{block}._project_conv", outputs, hidden, 1) | bn_names(f"{block}._bn2", outputs)
+    names |= conv_names("_conv_head", 1280, blocks[-1][-1], 1) | bn_names("_bn1", 1280)
+    return names | linear_names("_fc", classes, 1280)
+
+
+def made_up(names: Shapes) -> State:
+    """Random weights whose running statistics are all different and whose variances are positive."""
+    state = random_state(names)
+    variances = [value for name, value in state.items() if name.endswith("running_var")]
+    assert all((value > 0).all() and np.ptp(value) > 0 for value in variances)
+    return state
+
+
+# Plain forwards.
+
+
+class Plain:
+    """One operation after the other, by the names of a PyTorch state."""
+
+    def __init__(self, state: State, eps: float) -> None:
+        self.state = state
+        self.eps = eps
+
+    def conv(self, x: Tensor, name: str, stride: int, padding: tuple[int, int]) -> Tensor:
+        """``padding`` is that before and that behind, the same for both axes; one input channel is depthwise."""
+        weight = self.state[f"{name}.weight"]
+        groups = 1
+        if weight.shape[1] == 1:
+            groups, weight = weight.shape[0], weight[:, None]
+        padded = F.nn.pad(x, ((0, 0), (0, 0), padding, padding))
+        return F.conv2d(padded, Tensor(weight), stride=stride, groups=groups)
+
+    def bn(self, x: Tensor, name: str) -> Tensor:
+        weight, bias, mean, variance = (
+            Tensor(self.state[f"{name}.{part}"].reshape(1, -1, 1, 1))
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (x - mean) / F.sqrt(variance + self.eps) * weight + bias
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.matmul(x, Tensor(self.state[f"{name}.weight"].T.copy())) + Tensor(self.state[f"{name}.bias"])
+
+
+def fed(bgr: Pixels, padding: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The normalized RGB picture, padded with pixels of 128."""
+    pixels = np.pad(bgr[:, ::-1], ((0, 0), (0, 0), padding, padding), constant_values=128).astype(np.float64)
+    normal = (pixels - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
+    return Tensor(normal.astype(np.float32))
+
+
+def plain_resnet(state: State, bgr: Pixels, depth: int) -> Logits:
+    net = Plain(state, 1e-5)
+    bottleneck, repeats = RESNETS[depth]
+    x = F.relu(net.bn(net.conv(fed(bgr, (3, 3), *IMAGENET), "conv1", 2, (0, 0)), "bn1"))
+    x = F.max_pool2d(F.nn.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), 3, 2)  # 0 is as good as none behind a ReLU
+    for stage, number in enumerate(repeats):
+        for i in range(number):
+            block, stride = f"layer{stage + 1}.{i}", 2 if stage > 0 and i == 0 else 1
+            # kernel and stride of each convolution
+            layers = ((1, 1), (3, stride), (1, 1)) if bottleneck else ((3, stride), (3, 1))
+            main = x
+            for j, (kernel, step) in enumerate(layers, start=1):
+                padded = net.conv(main, f"{block}.conv{j}", step, (kernel // 2, kernel // 2))
+                main = net.bn(padded, f"{block}.bn{j}")
+                main = F.relu(main) if j < len(layers) else main
+            if f"{block}.downsample.0.weight" in state:
+                x = net.bn(net.conv(x, f"{block}.downsample.0", stride, (0, 0)), f"{block}.downsample.1")
+            x = F.relu(main + x)
+    result: Logits = net.linear(F.mean(x, (2, 3)), "fc").numpy()
+    return result
+
+
+def plain_mobilenet(state: State, bgr: Pixels) -> Logits:
+    net = Plain(state, 1e-5)
+    x = net.conv(fed(bgr, (1, 1), *IMAGENET), "features.0.0", 2, (0, 0))
+    x = F.relu6(net.bn(x, "features.0.1"))
+    index = itertools.count(1)
+    for expansion, _, repeats, stride in MOBILENET:
+        for i in range(repeats):
+            block, place, out = f"features.{next(index)}.conv", 0, x
+            if expansion > 1:
+                out = F.relu6(net.bn(net.conv(out, f"{block}.0.0", 1, (0, 0)), f"{block}.0.1"))
+                place = 1
+            out = net.conv(out, f"{block}.{place}.0", stride if i == 0 else 1, (1, 1))
+            out = F.relu6(net.bn(out, f"{block}.{place}.1"))
+            out = net.bn(net.conv(out, f"{block}.{place + 1}", 1, (0, 0)), f"{block}.{place + 2}")
+            x = x + out if i > 0 else out
+    x = F.relu6(net.bn(net.conv(x, "features.18.0", 1, (0, 0)), "features.18.1"))
+    result: Logits = net.linear(F.mean(x, (2, 3)), "classifier.1").numpy()
+    return result
+
+
+def tensorflow_same(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Padding before and behind so that ceil(size / stride) values come out; the odd one goes behind."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def plain_lite(state: State, bgr: Pixels, number: int, same: Padding = tensorflow_same) -> Logits:
+    net = Plain(state, 1e-3)
+    x = net.conv(fed(bgr, same(bgr.shape[2], 3, 2), (127.0,) * 3, (128.0,) * 3), "_conv_stem", 2, (0, 0))
+    x = F.relu6(net.bn(x, "_bn0"))
+    for i, (kernel, stride, expansion, inputs, outputs) in enumerate(lite_blocks(number)):
+        block, out = f"_blocks.{i}", x
+        if expansion > 1:
+            out = F.relu6(net.bn(net.conv(out, f"{block}._expand_conv", 1, (0, 0)), f"{block}._bn0"))
+        padding = same(out.shape[2], kernel, stride)
+        out = F.relu6(net.bn(net.conv(out, f"{block}._depthwise_conv", stride, padding), f"{block}._bn1"))
+        out = net.bn(net.conv(out, f"{block}._project_conv", 1, (0, 0)), f"{block}._bn2")
+        x = x + out if stride == 1 and inputs == outputs else out
+    x = F.relu6(net.bn(net.conv(x, "_conv_head", 1, (0, 0)), "_bn1"))
+    result: Logits = net.linear(F.mean(x, (2, 3)), "_fc").numpy()
+    return result
+
+
+# The comparisons.
+
+
+def read_back(state: State, path: Path) -> Weights:
+    """``state`` as a safetensors file that others wrote, read without being told what it is."""
+    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, str(path))
+    return read_weights(path)
+
+
+def assert_equal_logits(ours: Logits, plain: Logits) -> None:
+    assert ours.shape == plain.shape
+    assert np.ptp(plain, axis=1).min() > 0.1  # they say something
+    assert np.abs(ours - plain).max() <= 1e-4 * np.abs(plain).max()
+
+
+def random_pictures(size: int, number: int = 2) -> Pixels:
+    """Half smooth, half noise: the borders and the channel order matter."""
+    noise = np.random.default_rng(1).integers(0, 256, (number - number // 2, 3, size, size), np.uint8)
+    return np.concatenate([smooth_pictures(number // 2, size, size), noise])
+
+
+class TestResNet:
+    # The number of entries is that of torchvision's own state_dict.
+    @pytest.mark.parametrize(("depth", "entries"), [(18, 122), (50, 320)])
+    def test_torchvision_s_weights_give_torchvision_s_logits(self, depth: int, entries: int, tmp_path: Path) -> None:
+        state = made_up(resnet_names(depth, CLASSES))
+        assert len(state) == entries
+        weights = read_back(state, tmp_path / "resnet.safetensors")
+        assert (weights.arch, weights.classes, weights.mode) == (f"resnet{depth}", CLASSES, "normal")
+        assert "torchvision names" in weights.origin
+        pictures = random_pictures(64)
+        assert_equal_logits(logits_of(weights.network, pictures), plain_resnet(state, pictures, depth))
+
+    def test_resnet34_is_told_from_resnet18(self, tmp_path: Path) -> None:
+        names = resnet_names(34, CLASSES)
+        assert len(names) == 218
+        state = {name: np.zeros(shape, np.float32) for name, shape in names.items()}
+        assert read_back(state, tmp_path / "resnet.safetensors").arch == "resnet34"
+
+
+class TestMobileNetV2:
+    @pytest.mark.parametrize("width", [1.0, 0.5])
+    def test_torchvision_s_weights_give_torchvision_s_logits(self, width: float, tmp_path: Path) -> None:
+        state = made_up(mobilenet_names(width, CLASSES))
+        assert len(state) == 314
+        weights = read_back(state, tmp_path / "mobilenet.safetensors")
+        assert weights.arch == "mobilenet_v2"
+        assert dict(weights.options) == {"activation": "relu6", "width": width}
+        pictures = random_pictures(64)
+        assert_equal_logits(logits_of(weights.network, pictures), plain_mobilenet(state, pictures))
+
+
+class TestEfficientNetLite:
+    def test_the_names_here_are_those_of_the_published_package(self) -> None:
+        packaged = spec_of("efficientnet_lite0").packaged
+        path = packaged.path() if packaged else None
+        assert path is not None
+        found = read_state(path).tensors
+        assert {name: value.shape for name, value in found.items()} == lite_names(0, 1000)
+
+    @pytest.mark.parametrize(("number", "size"), [(0, 64), (0, 224), (2, 96)])
+    def test_made_up_weights_give_the_plain_logits(self, number: int, size: int, tmp_path: Path) -> None:
+        state = made_up(lite_names(number, CLASSES))
+        weights = read_back(state, tmp_path / "lite.safetensors")
+        assert (weights.arch, weights.classes) == (f"efficientnet_lite{number}", CLASSES)
+        pictures = random_pictures(size)
+        assert_equal_logits(logits_of(weights.network, pictures), plain_lite(state, pictures, number))
+
+    def test_symmetric_padding_would_give_others(self, tmp_path: Path) -> None:
+        state = made_up(lite_names(0, CLASSES))
+        pictures = random_pictures(64)
+        ours = logits_of(read_back(state, tmp_path / "lite.safetensors").network, pictures)
+        symmetric = plain_lite(state, pictures, 0, same=lambda size, kernel, stride: (kernel // 2, kernel // 2))
+        assert np.abs(ours - symmetric).max() > 0.1 * np.abs(ours).max()
+
+    def test_the_published_weights_give_the_plain_logits_on_a_photo(self) -> None:
+        spec = spec_of("efficientnet_lite0")
+        path = spec.packaged.path() if spec.packaged else None
+        assert path is not None
+        photo = to_batch([eval_crop(read_picture(bundled_cat()), 224)])
+        ours = logits_of(read_weights(path, spec).network, photo)
+        assert_equal_logits(ours, plain_lite(read_state(path).tensors, photo, 0))
+
+    def test_lite1_is_told_from_its_siblings(self, tmp_path: Path) -> None:
+        state = {name: np.zeros(shape, np.float32) for name, shape in lite_names(1, CLASSES).items()}
+        assert read_back(state, tmp_path / "lite.safetensors").arch == "efficientnet_lite1"
+
+
+class TestFoldedInput:
+    @pytest.mark.parametrize("order", ["RGB", "BGR"])
+    def test_the_stem_takes_pixels_minus_128(self, order: str) -> None:
+        names = conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4)
+        state = made_up(names)
+        expects = InputNormalization((10.0, 90.0, 200.0), (20.0, 50.0, 100.0), order)
+        bgr = smooth_pictures(1, 8, 8)
+        channels = bgr[:, ::-1] if order == "RGB" else bgr
+        normal = (channels - np.reshape(expects.mean, (1, 3, 1, 1))) / np.reshape(expects.std, (1, 3, 1, 1))
+
+        def ran(state: State, x: npt.NDArray[np.float64]) -> Logits:
+            net = Plain(state, 1e-5)
+            result: Logits = net.bn(net.conv(Tensor(x.astype(np.float32)), "stem.conv", 1, (0, 0)), "stem.bn").numpy()
+            return result
+
+        folded = folded_input(state, "stem", expects)
+        np.testing.assert_allclose(ran(folded, bgr - 128.0), ran(state, normal), rtol=1e-4, atol=1e-4)
+
+    def test_what_it_was_given_stays_as_it_was(self) -> None:
+        state = made_up(conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4))
+        before = {name: value.copy() for name, value in state.items()}
+        folded_input(state, "stem", InputNormalization((1.0,) * 3, (2.0,) * 3))
+        assert all(np.array_equal(state[name], before[name]) for name in before)

