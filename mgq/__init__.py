@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
+from mgq.machine import prefer_fast_kernels
 
 if TYPE_CHECKING:
     from mgq.deploy.dump import dump as dump
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mgq.quant.quantize import quantize as quantize
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weights import load_weights as load_weights
+
+prefer_fast_kernels()
 
 WHERE = {
     "create_model": "mgq.zoo.registry",

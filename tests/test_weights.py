@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,10 @@ from tests.conftest import (
     logits_of,
     one_line_about,
     random_state,
+    same_state,
     smooth_pictures,
     trio_of,
+    values_of,
 )
 
 SHUFFLE = "shufflenet_v1_x0_5_g3"  # the smallest of the zoo
@@ -55,7 +57,7 @@ MOBILE = "mobilenet_v2"  # the only one of its family
 @pytest.fixture(scope="module")
 def state() -> State:
     """The float state of the smallest network, with 10 classes."""
-    return dict(trio_of(SHUFFLE).normal.state_dict())
+    return trio_of(SHUFFLE).normal_state
 
 
 @pytest.fixture
@@ -65,10 +67,6 @@ def pickled(tmp_path: Path) -> Callable[[object], Path]:
         return tmp_path / "weights.pkl"
 
     return written
-
-
-def same(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return set(state) == set(other) and all(np.array_equal(np.squeeze(other[n]), np.squeeze(state[n])) for n in state)
 
 
 def refusal(path: Path, *arguments: Any) -> str:
@@ -85,22 +83,22 @@ class TestPickles:
         path = pickled({"step": 3, "state_dict": state} if wrapped else state)
         weights = read_weights(path)
         assert (weights.arch, weights.mode, weights.classes, weights.info) == (SHUFFLE, "normal", CLASSES, None)
-        assert same(weights.state, state)
-        assert same(weights.network.state_dict(), state)
+        assert same_state(weights.state, state)
+        assert same_state(values_of(weights.network), state)
         assert not weights.network.training
         assert weights.origin == f"{path} (megengine pickle)"
 
     @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "efficientnet_lite0"])
     def test_every_family_is_told_by_its_names(self, arch: str, pickled: Callable[[object], Path]) -> None:
-        assert read_weights(pickled(trio_of(arch).normal.state_dict())).arch == arch
+        assert read_weights(pickled(trio_of(arch).normal_state)).arch == arch
 
     def test_a_qat_state_keeps_its_observers(self, pickled: Callable[[object], Path]) -> None:
         trio = trio_of(SHUFFLE)
-        weights = read_weights(pickled(trio.qat.state_dict()))
+        weights = read_weights(pickled(trio.qat_state))
         assert weights.mode == "qat"
-        assert same(weights.state, trio.qat.state_dict())
+        assert same_state(weights.state, trio.qat_state)
         assert mode_of(weights.network) is Mode.NORMAL
-        assert same(weights.network.state_dict(), trio.normal.state_dict())
+        assert same_state(values_of(weights.network), trio.normal_state)
         quantized = classifier_from(weights, Mode.QUANTIZED)
         pictures = smooth_pictures(2, seed=3)
         assert np.array_equal(quantized.logits(pictures), logits_of(trio.quantized, pictures))
@@ -110,7 +108,7 @@ class TestPickles:
     ) -> None:
         weights = read_weights(pickled({f"module.{name}": value for name, value in state.items()}))
         assert weights.arch == SHUFFLE
-        assert same(weights.state, state)
+        assert same_state(weights.state, state)
 
     def test_a_prefix_on_some_names_only_is_part_of_them(self, state: State, pickled: Callable[[object], Path]) -> None:
         some = {f"module.{n}" if n.startswith("first_conv") else n: v for n, v in state.items()}
@@ -124,14 +122,14 @@ class TestPickles:
         weights = read_weights(pickled(old))
         loaded = weights.network.state_dict()
         assert {n: v.shape for n, v in loaded.items()} == {n: v.shape for n, v in state.items()}
-        assert same(loaded, state)
+        assert same_state(loaded, state)
         assert fingerprint(old) == fingerprint(state)
 
     def test_half_precision_becomes_float32(self, state: State, pickled: Callable[[object], Path]) -> None:
         weights = read_weights(pickled({n: v.astype(np.float16) for n, v in state.items()}))
         loaded = weights.network.state_dict()
         assert {v.dtype for v in loaded.values()} == {np.dtype(np.float32)}
-        assert same(loaded, {n: v.astype(np.float16).astype(np.float32) for n, v in state.items()})
+        assert same_state(loaded, {n: v.astype(np.float16).astype(np.float32) for n, v in state.items()})
 
     @pytest.mark.parametrize("classes", [2, 37])
     def test_the_head_tells_the_number_of_classes(self, classes: int, pickled: Callable[[object], Path]) -> None:
@@ -294,7 +292,7 @@ class TestOwnCheckpoints:
 class TestFingerprint:
     def test_observers_and_order_do_not_count(self) -> None:
         trio = trio_of(SHUFFLE)
-        state, observed = trio.normal.state_dict(), trio.qat.state_dict()
+        state, observed = trio.normal_state, trio.qat_state
         assert set(float_part(observed)) == set(state)
         assert fingerprint(observed) == fingerprint(dict(reversed(state.items()))) == fingerprint(state)
 
@@ -312,48 +310,41 @@ class TestFingerprint:
 class TestLoadWeights:
     def test_a_float_network_takes_float_and_qat_files(self, pickled: Callable[[object], Path]) -> None:
         trio = trio_of(MOBILE)
-        for state in (trio.normal.state_dict(), trio.qat.state_dict()):
+        for state in (trio.normal_state, trio.qat_state):
             network = blank(MOBILE)
             weights = mgq.load_weights(network, str(pickled(state)))
             assert weights.arch == MOBILE
             assert mode_of(network) is Mode.NORMAL
-            assert same(network.state_dict(), trio.normal.state_dict())
+            assert same_state(values_of(network), trio.normal_state)
 
     def test_a_qat_network_takes_qat_files_alone(self, pickled: Callable[[object], Path]) -> None:
         trio = trio_of(MOBILE)
         network = to_mode(blank(MOBILE), Mode.QAT, in_place=True)
-        before = {n: v.copy() for n, v in network.state_dict().items()}
-        path = pickled(trio.normal.state_dict())
+        before = values_of(network)
+        path = pickled(trio.normal_state)
         with pytest.raises(InputError) as error:
             mgq.load_weights(network, path)
         assert one_line_about(str(error.value), str(path), "it lacks", "act_observer.max_val ()")
-        assert same(network.state_dict(), before)
+        assert same_state(values_of(network), before)
 
-        mgq.load_weights(network, pickled(trio.qat.state_dict()))
-        assert same(network.state_dict(), trio.qat.state_dict())
+        mgq.load_weights(network, pickled(trio.qat_state))
+        assert same_state(values_of(network), trio.qat_state)
 
-    @pytest.mark.parametrize("harm", ["missing", "unknown", "shape", "classes"])
-    def test_a_network_is_unchanged_after_a_failure(self, harm: str, pickled: Callable[[object], Path]) -> None:
-        state = dict(trio_of(MOBILE).normal.state_dict())
+    def test_a_network_is_unchanged_after_a_failure(self, pickled: Callable[[object], Path]) -> None:
+        state = trio_of(MOBILE).normal_state
         network = blank(MOBILE)
-        before = {n: v.copy() for n, v in network.state_dict().items()}
-        head, last = "classifier.1.weight", "features.9.conv.2.conv.weight"
-        wrong, about = {
-            "missing": ({n: v for n, v in state.items() if n != last}, f"it lacks {last} (64, 384, 1, 1)"),
-            "unknown": ({**state, "extra": np.zeros(3, np.float32)}, "it has extra (3,)"),
-            "shape": (
-                {**state, last: np.zeros((2, 2), np.float32)},
-                f"{last} (2, 2) should be (64, 384, 1, 1)",
-            ),
-            "classes": (
-                {**state, head: np.zeros((11, 1280), np.float32), "classifier.1.bias": np.zeros(11, np.float32)},
-                "classifier.1.weight (11, 1280) should be (10, 1280)",
-            ),
-        }[harm]
-        with pytest.raises(InputError) as error:
-            mgq.load_weights(network, pickled(wrong))
-        assert one_line_about(str(error.value).replace("classifier.1.bias (11,), ", ""), "weights.pkl", about)
-        assert same(network.state_dict(), before)
+        before = values_of(network)
+        head, last = {"classifier.1.weight": (11, 1280), "classifier.1.bias": (11,)}, "features.9.conv.2.conv.weight"
+        for wrong, about in (
+            ({n: v for n, v in state.items() if n != last}, f"it lacks {last} (64, 384, 1, 1)"),
+            ({**state, "extra": np.zeros(3, np.float32)}, "it has extra (3,)"),
+            ({**state, last: np.zeros((2, 2), np.float32)}, f"{last} (2, 2) should be (64, 384, 1, 1)"),
+            ({**state, **random_state(head)}, "classifier.1.weight (11, 1280) should be (10,"),
+        ):
+            with pytest.raises(InputError) as error:
+                mgq.load_weights(network, pickled(wrong))
+            assert one_line_about(str(error.value), "weights.pkl", about)
+        assert same_state(values_of(network), before)
 
     def test_a_network_of_others_is_refused(self, state: State, pickled: Callable[[object], Path]) -> None:
         with pytest.raises(InputError) as error:
@@ -403,7 +394,7 @@ class TestPublishedWeights:
     def test_what_is_downloaded_is_read_as_that_architecture(
         self, monkeypatch: pytest.MonkeyPatch, pickled: Callable[[object], Path]
     ) -> None:
-        path = pickled(trio_of("resnet18").qat.state_dict())
+        path = pickled(trio_of("resnet18").qat_state)
         asked: list[Source] = []
 
         def download(source: Source, on_progress: object) -> Path:

@@ -93,8 +93,8 @@ def plain_lines() -> OnProgress:
 def import_megengine(debug: bool) -> None:
     """Import MegEngine without what its library says on standard error while it looks for a GPU."""
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
-    # Its own downloader, which mgq does not use, would bring clients of four cloud services: half the import.
-    sys.modules.setdefault("megfile", UnusedModule("megfile"))
+    # It opens files through clients of four cloud services, half of the import: here all files are local.
+    sys.modules.setdefault("megfile", LocalFiles("megfile"))
     import numpy as np
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
@@ -105,8 +105,10 @@ def import_megengine(debug: bool) -> None:
         (megengine.tensor([0.0]) + 1).numpy()
 
 
-class UnusedModule(ModuleType):
-    """Stands for a module that is imported and never used; using it is an error that says so."""
+class LocalFiles(ModuleType):
+    """Stands for the module ``megfile``, of which mgq uses nothing but ``smart_open`` for local files."""
+
+    smart_open = staticmethod(open)
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):

@@ -76,10 +76,11 @@ class EvalTransform:
 
     size: int = 224
     resize: int | None = None
+    interpolation: str = "bilinear"
 
     def __call__(self, picture: Path | Pixels, draw: Draw) -> Pixels:
         pixels = read_picture(picture) if isinstance(picture, Path) else picture
-        return eval_crop(pixels, self.size, self.resize)
+        return eval_crop(pixels, self.size, self.resize, self.interpolation)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mgq.data.imagenet import Split, has_archive, unpacked
 from mgq.data.pictures import Pixels
 from mgq.data.sources import PICTURE_SUFFIXES
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, Progress, silent
 
 
 class Dataset(Protocol):
@@ -86,7 +86,7 @@ def training_folders(root: Path, on_progress: OnProgress = silent) -> tuple[Imag
     """
     train, val = (_class_folders(_split(root, split, on_progress)) for split in ("train", "val"))
     _check_same_classes(root, train, val)
-    return _labelled(root / "train", train), _labelled(root / "val", val)
+    return _labelled(root / "train", train, on_progress), _labelled(root / "val", val, on_progress)
 
 
 def evaluation_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
@@ -105,7 +105,7 @@ def evaluation_folder(root: Path, on_progress: OnProgress = silent) -> ImageFold
         raise InputError(
             f"{printable(root)} has pictures but no class folders: put them in <class>/ to measure accuracy"
         )
-    return _labelled(root, folders)
+    return _labelled(root, folders, on_progress)
 
 
 def calibration_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
@@ -119,7 +119,7 @@ def calibration_folder(root: Path, on_progress: OnProgress = silent) -> ImageFol
         root = _split(root, "train" if _has_split(root, "train") else "val", on_progress)
     folders = _class_folders(root)
     if len(folders) > 1 and not _has_pictures(root):
-        return _labelled(root, folders)
+        return _labelled(root, folders, on_progress)
     paths = _pictures_below(root, "")
     if not paths.lengths.size:
         raise InputError(f"{printable(root)} has no pictures in it: name another folder")
@@ -164,14 +164,17 @@ def _check_same_classes(root: Path, train: Sequence[str], val: Sequence[str]) ->
 # ---- classes ----
 
 
-def _labelled(folder: Path, folders: Sequence[str]) -> ImageFolder:
+def _labelled(folder: Path, folders: Sequence[str], on_progress: OnProgress) -> ImageFolder:
     """The pictures of the class folders, which must be two at least and none empty."""
     if len(folders) < 2:
         raise InputError(
             f"{printable(folder)} has {len(folders) or 'no'} class folder{'s' * (not folders)} and a classifier"
             " needs 2: make a folder of pictures for each class"
         )
-    paths = [_pictures_below(folder / name, f"{name}/") for name in folders]
+    paths = []
+    for done, name in enumerate(folders, 1):
+        paths.append(_pictures_below(folder / name, f"{name}/"))
+        on_progress(Progress(f"list {folder.name}", done, len(folders), "classes"))
     empty = [name for name, group in zip(folders, paths, strict=True) if not group.lengths.size]
     if len(empty) == len(folders):
         raise InputError(f"{printable(folder)} has no pictures in its class folders: put some in each")

@@ -99,7 +99,7 @@ class _Scene(NamedTuple):
 
     @property
     def radius(self) -> float:
-        return self.between(_SHAPE, 0.2, 0.4) * self.size
+        return self.between(_SHAPE, 0.24, 0.42) * self.size
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -119,7 +119,7 @@ class _Scene(NamedTuple):
     @property
     def period(self) -> float:
         """The length in pixels after which a pattern repeats."""
-        return self.between(_SHAPE, 0.14, 0.32) * self.size
+        return self.between(_SHAPE, 0.16, 0.32) * self.size
 
 
 # ---- shapes and patterns, drawn in white on black ----
@@ -257,7 +257,7 @@ def _painted(ink: _Mask, scene: _Scene) -> _Field:
     light = _light(scene)
     cover = ink.astype(np.float32) / 255
     shade = light * (1 - 0.45 * _shadow(ink, scene))
-    clutter = _clutter(scene) * scene.between(_COLOUR + 6, -60, 60)
+    clutter = _clutter(scene) * scene.between(_COLOUR + 6, -40, 40)
     # By planes, which NumPy is many times faster at than at pixels of three.
     planes = [(b + clutter) * shade * (1 - cover) + (2 - light) * cover * f for f, b in zip(front, back, strict=True)]
     return np.asarray(cv2.merge(planes), np.float32)
@@ -303,7 +303,7 @@ def _blurred(ink: _Mask, share: float) -> _Field:
 
 
 def _noisy(painted: _Field, strength: float, rng: np.random.Generator) -> Pixels:
-    """``painted`` with even noise of up to 30 steps of 255 either way."""
+    """``painted`` with even noise of up to 20 steps of 255 either way."""
     noise = np.frombuffer(rng.bytes(painted.size), np.uint8).reshape(painted.shape)
-    amount = strength * 30 / 127.5
+    amount = strength * 20 / 127.5
     return np.asarray(cv2.addWeighted(painted, 1, noise, amount, -127.5 * amount, dtype=cv2.CV_8U), np.uint8)

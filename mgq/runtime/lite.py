@@ -1,0 +1,57 @@
+"""MegEngine Lite: the inference library on a ``.megengine`` file."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import megengine
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError
+from mgq.files.sealed import read_sealed
+
+
+class LiteRuntime:
+    """A ``.megengine`` file in MegEngine Lite. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+
+    Raises InputError for a file that is damaged or not mgq's, and for more threads than the machine has cores;
+    ``run`` does for pictures of another shape than the file takes.
+    """
+
+    name = "MegEngine Lite"
+    version = megengine.__version__
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        from megenginelite import LiteConfig, LiteNetwork, LiteOptions
+
+        cores = len(os.sched_getaffinity(0))
+        if not 1 <= threads <= cores:
+            raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
+        graph, self.about = read_sealed(path)
+        self.path = path
+        self.threads = threads
+        self.input_type = str(self.about["input"]["type"])
+        self.shape = tuple(self.about["input"]["shape"])
+        options = LiteOptions()
+        # Filters are brought into the kernels' order once, at loading.
+        options.weight_preprocess = True
+        self.network = LiteNetwork(LiteConfig(option=options))
+        if threads > 1:
+            self.network.threads_number = threads
+        self.network.load(io.BufferedReader(io.BytesIO(graph)))  # type: ignore[arg-type]
+        self.input = self.network.get_io_tensor(self.network.get_input_name(0))
+        self.output = self.network.get_io_tensor(self.network.get_output_name(0))
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        if batch.shape != self.shape:
+            raise InputError(f"{self.path} takes pictures of shape {self.shape}, not {batch.shape}")
+        if self.input_type != "uint8":
+            batch = (batch.astype(np.int16) - 128).astype(self.input_type)
+        self.input.set_data_by_copy(np.ascontiguousarray(batch))
+        self.network.forward()
+        self.network.wait()
+        result: npt.NDArray[np.float32] = self.output.to_numpy().copy()
+        return result

@@ -1,0 +1,50 @@
+"""MegEngine itself as an engine: operator by operator, and as a traced graph."""
+
+from __future__ import annotations
+
+import megengine
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.jit import trace
+
+from mgq.errors import FailureError
+
+ONE_THREAD = 1
+
+
+class EagerRuntime:
+    """``network`` run operator by operator. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+
+    Raises FailureError for more than one thread, which MegEngine's Python side does not offer on a CPU.
+    """
+
+    name = "MegEngine eager"
+    version = megengine.__version__
+    threads = ONE_THREAD
+
+    def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
+        if threads != ONE_THREAD:
+            raise FailureError(f"{self.name} computes on one thread; for {threads}, use MegEngine Lite")
+        self.network = network
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        result: npt.NDArray[np.float32] = self.network(Tensor(batch.astype(np.float32) - 128)).numpy()
+        return result
+
+
+class TracedRuntime(EagerRuntime):
+    """``network`` traced on its first batch and run as one graph; later batches must have the same shape."""
+
+    name = "MegEngine traced"
+
+    def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
+        super().__init__(network, threads)
+        self.traced = trace(
+            lambda pixels: network(pixels.astype("float32") - 128), symbolic=True, capture_as_const=True
+        )
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        result: npt.NDArray[np.float32] = self.traced(Tensor(batch)).numpy()
+        return result
