@@ -24,7 +24,7 @@ from mgq.files.pickles import read_state
 from mgq.zoo.adapt import InputNormalization, folded_input
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights, read_weights
-from tests.conftest import CLASSES, State, logits_of, random_state, smooth_pictures
+from tests.conftest import CLASSES, State, logits_of, random_state, smooth_pictures, trio_of
 
 Pixels = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -247,6 +247,30 @@ def plain_lite(state: State, bgr: Pixels, number: int, same: Padding = tensorflo
     return result
 
 
+def plain_shufflenet(state: State, bgr: Pixels) -> Logits:
+    """The public example's ShuffleNetV1 with 3 groups, by its own names; it takes pixels minus 128."""
+    net = Plain(state, 1e-5)
+
+    def conv_bn(x: Tensor, name: str, stride: int, padding: int = 0) -> Tensor:
+        weight = state[f"{name}.conv.weight"]
+        groups = weight.shape[0] if weight.ndim == 5 else 1
+        padded = F.nn.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+        return net.bn(F.conv2d(padded, Tensor(weight), stride=stride, groups=groups), f"{name}.bn")
+
+    x = F.relu(conv_bn(Tensor(bgr.astype(np.float32) - 128), "first_conv.0", 2, 1))
+    x = F.max_pool2d(F.nn.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), 3, 2)
+    for i in range(16):
+        unit, stride = f"features.{i}", 2 if i in (0, 4, 12) else 1
+        main = F.relu(conv_bn(x, f"{unit}.branch_main_1.0", 1))
+        main = conv_bn(main, f"{unit}.branch_main_1.1", stride, 1).numpy()
+        # The first third of the next convolution's channels are 0, 3, 6, ... of this one's, the second 1, 4, 7, ...
+        shuffled = np.concatenate([main[:, first::3] for first in range(3)], axis=1)
+        main = conv_bn(Tensor(shuffled), f"{unit}.branch_main_2.0", 1)
+        x = F.relu(main + (conv_bn(x, f"{unit}.branch_proj", 2) if stride == 2 else x))
+    result: Logits = F.matmul(F.mean(x, (2, 3)), Tensor(state["classifier.0.weight"].T.copy())).numpy()
+    return result
+
+
 # The comparisons.
 
 
@@ -297,6 +321,13 @@ class TestMobileNetV2:
         assert dict(weights.options) == {"activation": "relu6", "width": width}
         pictures = random_pictures(64)
         assert_equal_logits(logits_of(weights.network, pictures), plain_mobilenet(state, pictures))
+
+
+class TestShuffleNetV1:
+    def test_the_example_s_weights_give_the_plain_logits(self) -> None:
+        trio = trio_of("shufflenet_v1_x0_5_g3")
+        pictures = random_pictures(64)
+        assert_equal_logits(logits_of(trio.normal, pictures), plain_shufflenet(trio.normal_state, pictures))
 
 
 class TestEfficientNetLite:

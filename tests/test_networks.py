@@ -20,10 +20,8 @@ from mgq.engine import networks as networks_module
 from mgq.engine.calibration import RANGES_FILE, Calibration, calibrated, spread
 from mgq.engine.networks import (
     RUN_CHECKPOINT,
-    Classifier,
     checked_size,
     class_names,
-    classifier_from,
     newest_run,
     open_classifier,
     random_classifier,
@@ -333,10 +331,6 @@ class TestCalibration:
         opened = open_classifier(SHUFFLE, save=tmp_path / "runs")
         assert opened.mode is Mode.QUANTIZED
         assert np.array_equal(opened.logits(pictures), expected)
-
-        # The ranges alone, with the float weights that they were measured with, do as well.
-        by_ranges = classifier_from(weights_of(SHUFFLE, tmp_path), Mode.QUANTIZED, run.found.ranges)
-        assert np.array_equal(by_ranges.logits(pictures), expected)
 
     def test_where_none_can_be_read_the_first_is_named(self, tmp_path: Path) -> None:
         sources = expand([str(tmp_path / name) for name in ("one.png", "two.png")])

@@ -380,15 +380,17 @@ def _inflated(packed: memoryview) -> bytes:
 
 
 def _entries(matrix: memoryview, order: str) -> Iterator[tuple[float, str]]:
-    """The entries of an array of structures with the two fields. Each entry has its fields in their order."""
+    """The entries of an array of structures with the two fields, none of other arrays."""
     class_, rest = _array(matrix, order)
     if class_ != _MAT_STRUCTURE or len(rest) < 2:
-        raise _MatError
+        return
     (length,) = struct.unpack(f"{order}i", rest[0][1])
     if length < 1:
         raise _MatError
     names = rest[1][1].tobytes()
     fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
+    if not {"ILSVRC2012_ID", "WNID"} <= set(fields):
+        return
     number_at, wnid_at = fields.index("ILSVRC2012_ID"), fields.index("WNID")
     values = rest[2:]
     for first in range(0, len(values) - len(fields) + 1, len(fields)):

@@ -42,7 +42,7 @@ def read_sealed(path: Path) -> Sealed:
     name = printable(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MiB, which no network of mgq is; pass another file")
+            raise InputError(f"{name} is larger than any network of mgq; pass another file")
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror}); check the path") from None

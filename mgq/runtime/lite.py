@@ -41,7 +41,7 @@ class LiteRuntime:
         self.network = LiteNetwork(LiteConfig(option=options))
         if threads > 1:
             self.network.threads_number = threads
-        self.network.load(io.BufferedReader(io.BytesIO(graph)))  # type: ignore[arg-type]
+        self.network.load(io.BufferedReader(io.BytesIO(graph)))
         self.input = self.network.get_io_tensor(self.network.get_input_name(0))
         self.output = self.network.get_io_tensor(self.network.get_output_name(0))
 

@@ -1,0 +1,154 @@
+"""Files to deploy: the same bits as the network in memory, in every engine; damaged ones refused, not loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import mgq
+from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.transforms import to_batch
+from mgq.deploy import mge
+from mgq.deploy.dump import dump_classifier
+from mgq.engine.networks import Classifier, random_classifier
+from mgq.errors import FailureError, InputError
+from mgq.files.sealed import read_sealed
+from mgq.quant.fold import folded
+from mgq.quant.modes import Mode
+from mgq.runtime.lite import LiteRuntime
+from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+
+SIZE = 64
+ARCHS = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[tuple[str, Mode], Classifier]:
+    return {
+        (arch, mode): random_classifier(arch, mode, image_size=SIZE)
+        for arch in ARCHS
+        for mode in (Mode.NORMAL, Mode.QUANTIZED)
+    }
+
+
+def cats(classifier: Classifier, number: int = 1) -> npt.NDArray[np.uint8]:
+    crop = classifier.crop(read_picture(bundled_cat()))
+    return to_batch([np.roll(crop, 5 * shift, axis=1) for shift in range(number)])
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QUANTIZED])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_file_answers_as_the_network_in_memory(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, arch: str, mode: Mode
+) -> None:
+    classifier = made[arch, mode]
+    path = tmp_path / "net.megengine"
+    report = dump_classifier(classifier, path)
+    assert report.size == path.stat().st_size
+    pictures = cats(classifier)
+    expected = EagerRuntime(classifier.network).run(pictures)
+    traced, lite = TracedRuntime(classifier.network).run(pictures), LiteRuntime(path).run(pictures)
+    scale = np.abs(expected).max()
+    # The float classifier's last bits depend on how memory happens to be aligned.
+    for found in (traced, lite):
+        assert np.abs(found - expected).max() <= 1e-4 * scale
+        assert found.argmax() == expected.argmax()
+
+
+@pytest.mark.parametrize("input_type", ["uint8", "int8", "float32"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_input_type_and_batch_gives_the_same(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, input_type: str, batch: int
+) -> None:
+    classifier = made["resnet18", Mode.QUANTIZED]
+    path = tmp_path / "net.megengine"
+    dump_classifier(classifier, path, input_type, batch)
+    runtime = LiteRuntime(path)
+    assert runtime.shape == (batch, 3, SIZE, SIZE) and runtime.input_type == input_type
+    pictures = cats(classifier, batch)
+    np.testing.assert_allclose(runtime.run(pictures), classifier.logits(pictures), rtol=1e-4, atol=1e-3)
+
+
+def test_the_file_says_what_it_is_in_plain_data(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
+    classifier = made["mobilenet_v2", Mode.QUANTIZED]
+    path = tmp_path / "net.megengine"
+    dump_classifier(classifier, path)
+    about = read_sealed(path).about
+    assert about["arch"] == "mobilenet_v2" and about["mode"] == "quantized"
+    assert about["input"] == {"name": "data", "type": "uint8", "shape": [1, 3, SIZE, SIZE], "order": "BGR"}
+    assert about["classes"][0] == "tench" and "random" in about["origin"]
+    assert {"mgq", "megengine"} <= set(about["versions"])
+    assert b"cpickle" not in path.read_bytes() and json.dumps(about)
+
+
+def test_an_int8_file_is_a_quarter_of_the_float_one(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path
+) -> None:
+    sizes = {
+        mode: dump_classifier(made["resnet18", mode], tmp_path / f"{mode.value}.megengine").size
+        for mode in (Mode.NORMAL, Mode.QUANTIZED)
+    }
+    assert sizes[Mode.QUANTIZED] < 0.3 * sizes[Mode.NORMAL]
+
+
+def test_a_file_that_answers_otherwise_is_not_left_behind(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.megengine"
+    path.write_bytes(b"older")
+    true_answer = mge.run_graph
+    monkeypatch.setattr(mge, "run_graph", lambda *a: np.nextafter(true_answer(*a), np.float32(np.inf)))
+    with pytest.raises(FailureError, match="differs from the network in memory"):
+        dump_classifier(made["resnet18", Mode.QUANTIZED], path)
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_files_never_reach_the_native_loader(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path
+) -> None:
+    path = tmp_path / "net.megengine"
+    dump_classifier(made["shufflenet_v1_x0_5_g3", Mode.QUANTIZED], path)
+    whole = path.read_bytes()
+    damaged = tmp_path / "damaged.megengine"
+    cut = [whole[: len(whole) * i // 20] for i in range(20)]
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), len(whole) // 20)]
+    for data in [*cut, *flipped, b"mgqfile1", whole + b"more", bytes(100) + b"mgqfile1"]:
+        damaged.write_bytes(data)
+        with pytest.raises(InputError, match=r"damaged\.megengine") as caught:
+            LiteRuntime(damaged)
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_use_of_a_file_is_refused(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
+    path = tmp_path / "net.megengine"
+    dump_classifier(made["shufflenet_v1_x0_5_g3", Mode.QUANTIZED], path)
+    with pytest.raises(InputError, match="shape"):
+        LiteRuntime(path).run(np.zeros((1, 3, 32, 32), np.uint8))
+    with pytest.raises(InputError, match="threads"):
+        LiteRuntime(path, threads=1000)
+    with pytest.raises(InputError, match=r"none\.megengine"):
+        LiteRuntime(tmp_path / "none.megengine")
+    with pytest.raises(FailureError, match="one thread"):
+        EagerRuntime(made["resnet18", Mode.NORMAL].network, threads=2)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_folding_batch_norms_changes_rounding_alone(made: dict[tuple[str, Mode], Classifier], arch: str) -> None:
+    classifier = made[arch, Mode.NORMAL]
+    before = classifier.logits(cats(classifier))
+    network = folded(classifier.network)
+    after = EagerRuntime(network).run(cats(classifier))
+    assert np.abs(after - before).max() <= 1e-4 * np.abs(before).max()
+    assert not any("running_mean" in name for name in network.state_dict())
+
+
+def test_dump_from_python(tmp_path: Path) -> None:
+    path = mgq.dump(tmp_path / "cat.megengine", arch="efficientnet_lite0", pretrained=True)
+    runtime = LiteRuntime(path)
+    picture = to_batch([random_classifier("efficientnet_lite0", Mode.NORMAL).crop(read_picture(bundled_cat()))])
+    best = runtime.about["classes"][int(runtime.run(picture).argmax())]
+    assert best in {"tabby cat", "tiger cat", "Egyptian cat"}

@@ -1,0 +1,524 @@
+"""ImageNet's archives, forged small: what is unpacked of them, and what never is."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mgq.data import imagenet
+from mgq.data.classes import imagenet_classes
+from mgq.data.imagenet import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, has_archive, unpacked, wnids_by_id
+from mgq.errors import FailureError, InputError
+from mgq.events import Progress
+
+ROOT = Path(__file__).parent.parent
+WNIDS = [entry.wnid for entry in imagenet_classes()]
+# The development kit numbers the classes in an order of its own; any will do for a forgery.
+BY_ID = dict(enumerate(reversed(WNIDS), 1))
+
+
+# ---- forging ----
+
+
+def element(kind: int, data: bytes, order: str = "<") -> bytes:
+    if 0 < len(data) <= 4:
+        return struct.pack(f"{order}I", len(data) << 16 | kind) + data.ljust(4, b"\0")
+    return struct.pack(f"{order}II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+
+
+def matrix(class_: int, dimensions: Sequence[int], name: str, rest: bytes, order: str = "<") -> bytes:
+    flags = element(6, struct.pack(f"{order}II", class_, 0), order)
+    sizes = element(5, struct.pack(f"{order}{len(dimensions)}i", *dimensions), order)
+    return element(14, flags + sizes + element(1, name.encode(), order) + rest, order)
+
+
+def number(value: int, order: str = "<") -> bytes:
+    """A double, packed as small as MATLAB packs it."""
+    kind, code = (2, "B") if value < 256 else (4, "H")
+    return matrix(6, (1, 1), "", element(kind, struct.pack(order + code, value), order), order)
+
+
+def text(value: str, order: str = "<", kind: int = 4) -> bytes:
+    codes = value.encode("utf-8") if kind == 16 else b"".join(struct.pack(f"{order}H", ord(c)) for c in value)
+    return matrix(4, (1, len(value)), "", element(kind, codes, order), order)
+
+
+def meta(
+    entries: Sequence[tuple[int, str]],
+    order: str = "<",
+    compressed: bool = True,
+    text_kind: int = 4,
+    fields: Sequence[str] = ("ILSVRC2012_ID", "WNID", "words", "children"),
+) -> bytes:
+    """A meta.mat: an array of structures, some fields of which are of no interest."""
+    values = b"".join(
+        {
+            "ILSVRC2012_ID": number(id_, order),
+            "WNID": text(wnid, order, text_kind),
+            "words": text("a word, or two", order),
+            "children": matrix(6, (1, 0), "", element(9, b"", order), order),
+        }[field]
+        for id_, wnid in entries
+        for field in fields
+    )
+    names = b"".join(field.encode().ljust(32, b"\0") for field in fields)
+    rest = element(5, struct.pack(f"{order}i", 32), order) + element(1, names, order) + values
+    variable = matrix(2, (len(entries), 1), "synsets", rest, order)
+    if compressed:
+        packed = zlib.compress(variable)
+        variable = struct.pack(f"{order}II", 15, len(packed)) + packed
+    mark = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
+    return b"MATLAB 5.0 MAT-file".ljust(124) + mark + variable
+
+
+INNER_NODES = [(1001, "n00001740"), (1860, "n00002137")]
+META = meta([*BY_ID.items(), *INNER_NODES])
+TRUTH = [3, 1000, 3, 1, 512, 77]
+TRUTH_TEXT = "".join(f"{number}\n" for number in TRUTH)
+
+
+def picture(tag: str) -> bytes:
+    """Not a JPEG: what is in the files does not matter here."""
+    return hashlib.sha256(tag.encode()).digest() * 40
+
+
+def tar(path: Path | io.BytesIO, members: Sequence[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w") -> None:
+    where: dict[str, Any] = {"name": path} if isinstance(path, Path) else {"fileobj": path}
+    with tarfile.open(mode=mode, **where) as file:  # type: ignore[call-overload]
+        for member, data in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            if info.isreg():
+                info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+
+def inner_tar(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
+    packed = io.BytesIO()
+    tar(packed, members)
+    return packed.getvalue()
+
+
+def train_members(classes: int = 3, pictures: int = 4) -> list[tuple[str | tarfile.TarInfo, bytes]]:
+    return [
+        (f"{wnid}.tar", inner_tar([(f"{wnid}_{i}.JPEG", picture(f"{wnid}{i}")) for i in range(pictures)]))
+        for wnid in WNIDS[:classes]
+    ]
+
+
+def val_members() -> list[tuple[str | tarfile.TarInfo, bytes]]:
+    # As in the original, the pictures do not come in their order.
+    return [(f"ILSVRC2012_val_{i:08}.JPEG", picture(f"val{i}")) for i in (2, 1, 3, 6, 5, 4)]
+
+
+def devkit(path: Path, meta_mat: bytes = META, truth: str = TRUTH_TEXT) -> None:
+    data = "ILSVRC2012_devkit_t12/data"
+    members: list[tuple[str | tarfile.TarInfo, bytes]] = [
+        ("ILSVRC2012_devkit_t12/readme.txt", b"read me"),
+        (f"{data}/meta.mat", meta_mat),
+        (f"{data}/ILSVRC2012_validation_ground_truth.txt", truth.encode()),
+    ]
+    tar(path, members, "w:gz")
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with all three archives."""
+    tar(tmp_path / TRAIN_ARCHIVE, train_members())
+    tar(tmp_path / VAL_ARCHIVE, val_members())
+    devkit(tmp_path / DEVKIT)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def the_line(caught: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
+
+
+TRAIN_FILES = {f"{wnid}/{wnid}_{i}.JPEG": picture(f"{wnid}{i}") for wnid in WNIDS[:3] for i in range(4)}
+VAL_FILES = {f"{BY_ID[id_]}/ILSVRC2012_val_{i:08}.JPEG": picture(f"val{i}") for i, id_ in enumerate(TRUTH, 1)}
+
+
+# ---- unpacking ----
+
+
+def test_the_training_archive_becomes_a_folder_for_each_class(folder: Path) -> None:
+    assert unpacked(folder, "train", md5=sums(folder)) == folder / "train"
+    assert files(folder / "train") == TRAIN_FILES
+
+
+def test_validation_pictures_go_where_the_ground_truth_says(folder: Path) -> None:
+    assert unpacked(folder, "val", md5=sums(folder)) == folder / "val"
+    assert files(folder / "val") == VAL_FILES
+
+
+def test_what_is_unpacked_is_not_touched_again(folder: Path) -> None:
+    unpacked(folder, "val", md5=sums(folder))
+    for name in (VAL_ARCHIVE, DEVKIT):
+        (folder / name).unlink()
+    events: list[Progress] = []
+    assert unpacked(folder, "val", events.append) == folder / "val"
+    assert events == []
+
+
+def test_nothing_but_the_pictures_is_left_behind(folder: Path) -> None:
+    for split in ("train", "val"):
+        unpacked(folder, split, md5=sums(folder))
+    shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert shown == {"train", "val", TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT}
+    assert not list(folder.glob(".*.part"))
+
+
+def test_progress_is_in_bytes_and_reaches_the_total(folder: Path) -> None:
+    events: list[Progress] = []
+    unpacked(folder, "train", events.append, sums(folder))
+    size = (folder / TRAIN_ARCHIVE).stat().st_size
+    for what in ("check", "unpack"):
+        done = [event.done for event in events if event.what == f"{what} {TRAIN_ARCHIVE}"]
+        assert done == sorted(done)
+        assert done[-1] == size
+    assert {(event.total, event.unit) for event in events} == {(size, "B")}
+
+
+def test_has_archive_tells_the_splits_apart(tmp_path: Path) -> None:
+    assert not has_archive(tmp_path, "val")
+    tar(tmp_path / VAL_ARCHIVE, val_members())
+    assert has_archive(tmp_path, "val")
+    assert not has_archive(tmp_path, "train")
+
+
+@pytest.mark.parametrize("missing", [VAL_ARCHIVE, DEVKIT])
+def test_a_missing_archive_is_named(folder: Path, missing: str) -> None:
+    known = sums(folder)
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match=missing) as caught:
+        unpacked(folder, "val", md5=known)
+    assert "image-net.org" in the_line(caught)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil._ntuple_diskusage(10**12, 10**12, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(FailureError, match="make room"):
+        unpacked(folder, "train", md5=sums(folder))
+    assert not list(folder.rglob("*.JPEG"))
+
+
+# ---- interruptions ----
+
+
+class StoppedError(Exception):
+    """What a test stops the work with."""
+
+
+def stopped_after(folder: Path, split: str, members: int) -> None:
+    seen = 0
+
+    def stop(event: Progress) -> None:
+        nonlocal seen
+        seen += event.what.startswith("unpack")
+        if seen > members:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        unpacked(folder, split, stop, sums(folder))  # type: ignore[arg-type]
+    assert not (folder / split).exists()
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train", TRAIN_FILES), ("val", VAL_FILES)])
+def test_an_interrupted_work_goes_on_where_it_was(folder: Path, split: str, expected: dict[str, bytes]) -> None:
+    known = sums(folder)
+    stopped_after(folder, split, 1)
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / f".{split}.part").rglob("*.JPEG")}
+    assert 0 < len(kept) < len(expected)
+    events: list[Progress] = []
+    unpacked(folder, split, events.append, known)  # type: ignore[arg-type]
+    assert files(folder / split) == expected
+    again = {path.name: path.stat().st_mtime_ns for path in (folder / split).rglob("*.JPEG")}
+    assert {name: again[name] for name in kept} == kept
+    assert not [event for event in events if event.what.startswith(f"check {imagenet._ARCHIVES[split]}")]  # type: ignore[index]
+
+
+def test_half_a_file_is_written_again(folder: Path) -> None:
+    known = sums(folder)
+    stopped_after(folder, "val", 2)
+    half = next((folder / ".val.part").rglob("*.JPEG"))
+    half.write_bytes(half.read_bytes()[:100])
+    unpacked(folder, "val", md5=known)
+    assert files(folder / "val") == VAL_FILES
+
+
+def test_a_killed_process_leaves_no_folder_and_the_next_finishes(folder: Path) -> None:
+    known = sums(folder)
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from mgq.data.imagenet import unpacked
+count = 0
+def kill(event):
+    global count
+    count += event.what.startswith("unpack")
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+unpacked(Path(sys.argv[1]), "train", kill, {known!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (folder / "train").exists()
+    assert 0 < len(list((folder / ".train.part").rglob("*.JPEG"))) < len(TRAIN_FILES)
+    unpacked(folder, "train", md5=known)
+    assert files(folder / "train") == TRAIN_FILES
+
+
+def test_an_archive_that_changed_after_an_interruption_is_checked_again(folder: Path) -> None:
+    known = sums(folder)
+    stopped_after(folder, "val", 2)
+    with (folder / VAL_ARCHIVE).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="not the original"):
+        unpacked(folder, "val", md5=known)
+
+
+def test_a_second_process_waits_for_the_first(folder: Path) -> None:
+    lock = filelock.FileLock(folder / ".val.lock")
+    lock.acquire()
+    events: list[str] = []
+
+    def release(event: Progress) -> None:
+        events.append(event.what)
+        if event.what.startswith("wait"):
+            lock.release()
+
+    unpacked(folder, "val", release, sums(folder))
+    assert events[0] == f"wait for another process that unpacks {VAL_ARCHIVE}"
+    assert files(folder / "val") == VAL_FILES
+
+
+# ---- archives that are not the original ----
+
+
+@pytest.mark.parametrize("changed", [VAL_ARCHIVE, DEVKIT])
+def test_a_changed_archive_is_refused_by_name_before_anything_is_written(folder: Path, changed: str) -> None:
+    known = {**sums(folder), changed: "0" * 32}
+    with pytest.raises(InputError, match=changed) as caught:
+        unpacked(folder, "val", md5=known)
+    assert "0" * 32 in the_line(caught)
+    assert not list(folder.rglob("*.JPEG"))
+
+
+def test_the_published_sums_are_asked_for_by_default(folder: Path) -> None:
+    with pytest.raises(InputError, match="1d675b47d978889d74fa0da5fadfb00e"):
+        unpacked(folder, "train")
+
+
+def info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, link
+    return made
+
+
+HOSTILE = [
+    info("../ILSVRC2012_val_00000001.JPEG"),
+    info("/tmp/ILSVRC2012_val_00000001.JPEG"),
+    info("./ILSVRC2012_val_00000001.JPEG"),
+    info("ILSVRC2012_val_00000001.JPEG/../../x"),
+    info("ILSVRC2012_val_00000001.JPEG\n"),
+    info("ILSVRC2012_val_00000001.JPEG", tarfile.SYMTYPE, "/etc/passwd"),
+    info("ILSVRC2012_val_00000001.JPEG", tarfile.LNKTYPE, "ILSVRC2012_val_00000002.JPEG"),
+    info("ILSVRC2012_val_00000001.JPEG", tarfile.CHRTYPE),
+    info("ILSVRC2012_val_00000001.JPEG", tarfile.FIFOTYPE),
+    info("ILSVRC2012_val_00000001.JPEG", tarfile.DIRTYPE),
+    info("ILSVRC2012_val_00000000.JPEG"),
+    info("ILSVRC2012_val_00000007.JPEG"),
+    info("notes.txt"),
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda info: f"{info.name!r} {info.type!r}")
+def test_a_member_that_is_no_validation_picture_is_refused(folder: Path, hostile: tarfile.TarInfo) -> None:
+    tar(folder / VAL_ARCHIVE, [(hostile, b"evil")])
+    before = {path for path in folder.parent.rglob("*") if ".val" not in str(path)}
+    with pytest.raises(InputError, match=r"ImageNet's does not") as caught:
+        unpacked(folder, "val", md5=sums(folder))
+    the_line(caught)
+    assert {path for path in folder.parent.rglob("*") if ".val" not in str(path)} == before
+    assert not [path for path in (folder / ".val.part").rglob("*") if not path.is_dir() and path.suffix != ".json"]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        ("../n01440764.tar", "n01440764_1.JPEG"),
+        ("n01440764.tar.gz", "n01440764_1.JPEG"),
+        ("n99999999.tar", "n99999999_1.JPEG"),  # no class of ImageNet
+        ("n01440764.tar", "../n01440764_1.JPEG"),
+        ("n01440764.tar", "/n01440764_1.JPEG"),
+        ("n01440764.tar", "n01443537_1.JPEG"),  # of another class
+        ("n01440764.tar", "n01440764_1.JPEG.exe"),
+    ],
+)
+def test_a_member_that_is_no_training_picture_is_refused(folder: Path, outer: str, inner: str) -> None:
+    tar(folder / TRAIN_ARCHIVE, [(outer, inner_tar([(inner, b"evil")]))])
+    with pytest.raises(InputError, match=r"ImageNet's does not"):
+        unpacked(folder, "train", md5=sums(folder))
+    assert not [path for path in folder.parent.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
+
+
+def test_a_file_with_holes_that_would_fill_the_disk_is_refused(folder: Path) -> None:
+    sparse = info("ILSVRC2012_val_00000001.JPEG")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**15)}
+    with tarfile.open(folder / VAL_ARCHIVE, "w", format=tarfile.PAX_FORMAT) as file:
+        sparse.size = 1
+        file.addfile(sparse, io.BytesIO(b"x"))
+    with pytest.raises(InputError, match=r"ImageNet's does not"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+def test_a_file_too_large_for_a_picture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagenet, "MAX_BYTES", 100)
+    with pytest.raises(InputError, match="1280 bytes"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+@pytest.mark.parametrize("length", [10, 700, 1400])
+def test_a_cut_archive_with_the_right_sum_is_refused(folder: Path, length: int) -> None:
+    whole = (folder / VAL_ARCHIVE).read_bytes()
+    (folder / VAL_ARCHIVE).write_bytes(whole[:length])
+    with pytest.raises(InputError, match=f"{VAL_ARCHIVE} is (damaged|cut short)"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+def test_an_inner_archive_that_is_none_is_refused(folder: Path) -> None:
+    tar(folder / TRAIN_ARCHIVE, [("n01440764.tar", b"nothing of the kind" * 100)])
+    with pytest.raises(InputError, match="is damaged"):
+        unpacked(folder, "train", md5=sums(folder))
+
+
+# ---- the development kit ----
+
+
+def test_a_kit_that_unpacks_to_gigabytes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagenet, "_MOST_UNPACKED", 1 << 20)
+    (folder / DEVKIT).write_bytes(gzip.compress(bytes(3 << 20)))
+    with pytest.raises(InputError, match="unpacks to more than 1 MB"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip at all", gzip.compress(META)[:5000], gzip.compress(b"no tar")])
+def test_a_kit_that_is_no_archive_is_refused(folder: Path, content: bytes) -> None:
+    (folder / DEVKIT).write_bytes(content)
+    with pytest.raises(InputError, match=DEVKIT) as caught:
+        unpacked(folder, "val", md5=sums(folder))
+    the_line(caught)
+
+
+def test_a_kit_without_the_ground_truth_is_refused_by_what_it_lacks(folder: Path) -> None:
+    tar(folder / DEVKIT, [("ILSVRC2012_devkit_t12/data/meta.mat", META)], "w:gz")
+    with pytest.raises(InputError, match=r"ILSVRC2012_validation_ground_truth\.txt"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+@pytest.mark.parametrize("truth", ["1\n2\n1001\n", "1\n0\n", "1\ntwo\n", "1.5\n"])
+def test_a_ground_truth_with_lines_that_are_no_class_is_refused(folder: Path, truth: str) -> None:
+    devkit(folder / DEVKIT, truth=truth)
+    with pytest.raises(InputError, match="ground truth"):
+        unpacked(folder, "val", md5=sums(folder))
+
+
+# ---- meta.mat ----
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_meta_is_read_in_either_byte_order_packed_or_not(order: str, compressed: bool) -> None:
+    assert wnids_by_id(meta([*INNER_NODES, *BY_ID.items()], order, compressed)) == BY_ID
+
+
+def test_meta_is_read_with_its_fields_in_another_order_and_text_in_utf8() -> None:
+    fields = ("children", "WNID", "words", "ILSVRC2012_ID")
+    assert wnids_by_id(meta(list(BY_ID.items()), fields=fields, text_kind=16)) == BY_ID
+
+
+def test_other_variables_in_meta_are_passed_over() -> None:
+    number_alone = matrix(6, (1, 1), "version", element(9, struct.pack("<d", 1.0)))
+    assert wnids_by_id(META[:128] + number_alone + META[128:]) == BY_ID
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        list(BY_ID.items())[:-1],
+        [*list(BY_ID.items())[:-1], (1000, "n00001740")],
+        [*list(BY_ID.items())[:-1], (999, WNIDS[0])],
+        [],
+    ],
+    ids=["one missing", "one unknown", "one number twice", "none"],
+)
+def test_a_meta_that_does_not_name_every_class_is_refused(entries: list[tuple[int, str]]) -> None:
+    with pytest.raises(InputError, match="1,000 classes"):
+        wnids_by_id(meta(entries))
+
+
+def test_a_meta_without_the_fields_is_refused() -> None:
+    with pytest.raises(InputError, match=r"meta\.mat"):
+        wnids_by_id(meta(list(BY_ID.items()), fields=("words", "children")))
+
+
+def test_a_meta_that_unpacks_to_millions_of_elements_is_refused_soon() -> None:
+    packed = zlib.compress(element(14, bytes(8 << 20)))
+    with pytest.raises(InputError, match="cannot be understood"):
+        wnids_by_id(META[:128] + struct.pack("<II", 15, len(packed)) + packed)
+
+
+SMALL = meta([(1, "n01440764"), (2, "n01443537")], compressed=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+@example(None)
+def test_a_damaged_meta_is_refused_in_one_line(data: st.DataObject | None) -> None:
+    damaged = bytearray(SMALL)
+    if data is not None:
+        damaged = damaged[: data.draw(st.integers(0, len(SMALL)))]
+        for _ in range(data.draw(st.integers(0, 4)) if damaged else 0):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with pytest.raises(InputError) as caught:
+        wnids_by_id(bytes(damaged))
+    the_line(caught)
+
+
+def test_permissions_are_told(folder: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read and write everything")
+    known = sums(folder)
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            unpacked(folder, "val", md5=known)
+    finally:
+        folder.chmod(0o700)
