@@ -115,10 +115,9 @@ def inner_tar(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
     return packed.getvalue()
 
 
-def train_members(classes: int = 3, pictures: int = 4) -> list[tuple[str | tarfile.TarInfo, bytes]]:
+def train_members(wnids: Sequence[str] = WNIDS[:3]) -> list[tuple[str | tarfile.TarInfo, bytes]]:
     return [
-        (f"{wnid}.tar", inner_tar([(f"{wnid}_{i}.JPEG", picture(f"{wnid}{i}")) for i in range(pictures)]))
-        for wnid in WNIDS[:classes]
+        (f"{wnid}.tar", inner_tar([(f"{wnid}_{i}.JPEG", picture(f"{wnid}{i}")) for i in range(4)])) for wnid in wnids
     ]
 
 
@@ -139,6 +138,14 @@ def devkit(path: Path, meta_mat: bytes = META, truth: str = TRUTH_TEXT) -> None:
 
 def sums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
+    """For each sync, whether a split was in place by then. No disk is kept waiting for it."""
+    seen: list[bool] = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append((tmp_path / "train").exists() or (tmp_path / "val").exists()))
+    return seen
 
 
 @pytest.fixture
@@ -192,6 +199,11 @@ def test_nothing_but_the_pictures_is_left_behind(folder: Path) -> None:
     shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert shown == {"train", "val", TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT}
     assert not list(folder.glob(".*.part"))
+
+
+def test_files_are_on_the_disk_before_their_folder_has_its_name(folder: Path, synced: list[bool]) -> None:
+    unpacked(folder, "val", md5=sums(folder))
+    assert synced == [False]
 
 
 def test_progress_is_in_bytes_and_reaches_the_total(folder: Path) -> None:

@@ -70,8 +70,7 @@ def contestants(settings: Settings, folder: Path, engines: Mapping[str, Loader])
             file = folder / f"{network}.{precision.value}"
             job = Job(network, precision, settings, file, cache(partial(classifier_for, network, precision)))
             found += [
-                Contestant(network, precision, name, partial(loaded, load, job))
-                for name, load in engines.items()
+                Contestant(network, precision, name, partial(loaded, load, job)) for name, load in engines.items()
             ]
     return found
 

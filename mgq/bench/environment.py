@@ -44,8 +44,8 @@ class Machine:
 
     @property
     def busy(self) -> bool:
-        """Whether others had more than a tenth of the usable cores in the last minute."""
-        return bool(self.load) and self.load[0] > 0.1 * self.usable_cores
+        """Whether more than a quarter of the usable cores had work in the last minute."""
+        return bool(self.load) and self.load[0] > self.usable_cores / 4
 
 
 def this_machine() -> Machine:

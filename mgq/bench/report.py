@@ -102,13 +102,14 @@ class Report:
         ]
 
     def remarks(self) -> list[str]:
-        """One line for every row that is not sound, and the notes."""
-        rows = [
-            f"{row.network} {row.precision.value} {row.engine}: {row.remark}"
-            for row in self.rows
-            if row.remark is not None
-        ]
-        return [*rows, *self.notes]
+        """One line for every row that is not sound, or for an engine whose rows all have one; then the notes."""
+        lines = [f"{self.subject(row)}: {row.remark}" for row in self.rows if row.remark is not None]
+        return [*dict.fromkeys(lines), *self.notes]
+
+    def subject(self, row: Row) -> str:
+        """What the remark of ``row`` is about: the engine where all its rows have the same, else the row."""
+        same = all(other.remark == row.remark for other in self.rows if other.engine == row.engine)
+        return row.engine if same else f"{row.network} {row.precision.value} {row.engine}"
 
     def to_json(self) -> str:
         """All of it with every raw sample, a line a row; numbers that are not finite become null."""

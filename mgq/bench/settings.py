@@ -60,9 +60,7 @@ def settings_for(
             raise InputError(f"{name} {value} is too few: give at least 1")
     cores = usable_cores()
     if threads > cores:
-        raise InputError(
-            f"--threads {threads} is more than this machine's {cores} cores: give {cores} or fewer"
-        )
+        raise InputError(f"--threads {threads} is more than this machine's {cores} cores: give {cores} or fewer")
     if image_size < MULTIPLE or image_size % MULTIPLE:
         raise InputError(f"--image-size {image_size} is not a multiple of {MULTIPLE}: give one, such as 224")
     needed, free = batch * image_size**2 * BYTES_A_PIXEL, free_memory()

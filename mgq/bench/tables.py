@@ -92,9 +92,7 @@ def markdown(report: Report) -> str:
         "## Published accuracy, measured speed",
         markdown_table(EXAMPLE_COLUMNS, example, left=1),
         "FPS: the fastest engine's, measured here. Top-1: ImageNet accuracy in %, published, not measured.",
-        markdown_list(
-            [f"published figures of {line}" for line in published_sources(report)] or ["none published"]
-        ),
+        markdown_list([f"published figures of {line}" for line in published_sources(report)] or ["none published"]),
     ]
     return "\n\n".join(parts) + "\n"
 

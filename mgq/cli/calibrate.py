@@ -36,7 +36,9 @@ def calibrate(
     width: Width = None,
     image_size: ImageSize = None,
 ) -> None:
-    """Measure activation ranges on pictures, and write a checkpoint that is ready for int8.
+    """Measure activation ranges on pictures, for int8.
+
+    Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration, with the ranges as text beside it.
 
     \b
     Examples:

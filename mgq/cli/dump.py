@@ -46,9 +46,9 @@ def dump(
     width: Width = None,
     image_size: ImageSize = None,
 ) -> None:
-    """Write a .megengine file that takes raw pixels, for MegEngine and MegEngine Lite.
+    """Write a .megengine file that takes raw pixels.
 
-    It is loaded again and must answer to the bit as the network in memory.
+    It is for MegEngine and MegEngine Lite. After writing it is loaded again and must answer to the bit as the network in memory.
 
     \b
     Examples:

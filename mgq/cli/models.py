@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def models(as_json: AsJson = False, save: Save = RUNS) -> None:
-    """The zoo: parameters, multiply-accumulates at 224x224, published top-1, weights at hand.
+    """List the zoo: size, cost, accuracy, weights.
+
+    Parameters, multiply-accumulates at 224x224, published ImageNet top-1, and which weights are at hand.
 
     \b
     Examples:
