@@ -6,12 +6,15 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from mgq.bench import contest as contest_module
+from mgq.bench import engines as engines_module
+from mgq.bench.benchmark import cat_batch
 from mgq.bench.contest import (
     MOST_RUNS,
     TURN_NS,
@@ -24,6 +27,7 @@ from mgq.bench.contest import (
     contest,
     interleaved_times,
 )
+from mgq.bench.engines import Job, Loader, contestants
 from mgq.bench.environment import Machine, cpu_features, cpu_model, this_machine
 from mgq.bench.report import Report, rows_from
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Precision, Settings, settings_for
@@ -31,6 +35,7 @@ from mgq.bench.statistics import interquartile_range, speed_of, speedup_of
 from mgq.bench.tables import COLUMNS, cells, example_cells, markdown, three_digits
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
+from mgq.quant.modes import Mode
 
 MS = 1_000_000
 PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
@@ -69,12 +74,8 @@ class FakeRuntime:
         return self.logits
 
 
-def contestant(
-    runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18"
-) -> Contestant:
-    return Contestant(
-        network, precision, engine, lambda: Loaded(runtime, "random weights (speed only)", 1_500_000)
-    )
+def contestant(runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18") -> Contestant:
+    return Contestant(network, precision, engine, lambda: Loaded(runtime, "random weights (speed only)", 1_500_000))
 
 
 def small_turns(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
@@ -102,11 +103,13 @@ def test_rounds_of_different_length_count_alike() -> None:
     assert speed_of([[10 * MS] * 9, [20 * MS]], batch=1).fps == pytest.approx(75)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"), [([7.0], 0.0), ([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0, 4.0, 100.0], 2.0)]
-)
+@pytest.mark.parametrize(("values", "expected"), [([7.0], 0.0), ([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0, 4.0, 100.0], 2.0)])
 def test_interquartile_range(values: list[float], expected: float) -> None:
     assert interquartile_range(np.array(values)) == pytest.approx(expected)
+
+
+def test_a_slow_run_counts_in_its_round() -> None:
+    assert speed_of([[10 * MS, 10 * MS, 80 * MS]], batch=1).fps == pytest.approx(30)
 
 
 def test_speedup_is_the_median_of_the_ratios_not_the_ratio_of_the_medians() -> None:
@@ -324,9 +327,26 @@ def test_a_missing_engine_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) ->
     missing = Contestant("resnet18", FP32, "OpenVINO", absent)
     report = report_of(entries_of(monkeypatch, missing, contestant(FakeRuntime("a"), "eager")))
     row, eager = report.rows
+    assert report.remarks()[0] == f"OpenVINO: {row.remark}"
     assert row.remark == "not measured: OpenVINO is not installed: pip install 'mgq[openvino]'"
     assert cells(row) == ("fp32", "OpenVINO", *["-"] * 7)
     assert eager.sound and eager.agreement is not None and eager.agreement.reference == "eager"
+
+
+def test_an_engine_that_is_missing_everywhere_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> Loaded:
+        raise InputError("get it")
+
+    missing = [Contestant("resnet18", precision, "OpenVINO", absent) for precision in Precision]
+    assert report_of(entries_of(monkeypatch, *missing)).remarks() == ["OpenVINO: not measured: get it"]
+    partly = entries_of(monkeypatch, missing[0], contestant(FakeRuntime("a"), "OpenVINO", INT8))
+    assert report_of(partly).remarks() == ["resnet18 fp32 OpenVINO: not measured: get it"]
+
+
+def test_one_round_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_turns(monkeypatch, 1)
+    (row,) = rows_from(contest([contestant(FakeRuntime("a"), "eager")], PICTURES, 1), 2)
+    assert cells(row)[3] == "-"
 
 
 def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +355,78 @@ def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: p
 
     with pytest.raises(ZeroDivisionError):
         entries_of(monkeypatch, Contestant("resnet18", FP32, "eager", broken))
+
+
+# ---- the engines' networks ----
+
+
+def job_list(monkeypatch: pytest.MonkeyPatch, **engines: Loader) -> tuple[list[Contestant], list[str]]:
+    """The contestants for two networks, and the classifiers built so far."""
+    built: list[str] = []
+
+    def fake(network: str, precision: Precision) -> str:
+        built.append(f"{network} {precision.value}")
+        return built[-1]
+
+    monkeypatch.setattr(engines_module, "classifier_for", fake)
+    settings = Settings(("resnet18", "mobilenet_v2"), threads=2)
+    return contestants(settings, Path("folder"), engines), built
+
+
+def test_every_network_and_precision_meets_every_engine_and_is_built_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files: list[Path] = []
+
+    def load(job: Job) -> Loaded:
+        files.append(job.file)
+        return Loaded(FakeRuntime("a", threads=2), str(job.classifier()))
+
+    found, built = job_list(monkeypatch, eager=load, lite=load)
+    assert built == []
+    origins = [contestant.load().weights for contestant in found]
+    rows = [f"{c.network} {c.precision.value}" for c in found]
+    assert origins == rows == sorted(built * 2, key=rows.index)
+    assert [c.engine for c in found] == ["eager", "lite"] * 4
+    assert len(built) == len(set(files)) == 4
+
+
+def test_an_engine_with_another_number_of_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = job_list(monkeypatch, eager=lambda _: Loaded(FakeRuntime("a", threads=1), ""))
+    with pytest.raises(FailureError, match="a runs on 1 thread where 2 were asked for"):
+        found[0].load()
+
+
+def test_random_weights_are_used_and_named_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engines_module, "is_cached", lambda *_: False)
+    classifier = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32)
+    assert classifier.origin == "random weights (speed only)"
+    assert classifier.mode is Mode.NORMAL
+
+
+def test_weights_that_cannot_be_used_are_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "shufflenet_v1_x0_5_g3.normal" / "checkpoint.safetensors"
+    run.parent.mkdir(parents=True)
+    run.write_bytes(b"no checkpoint")
+    origin = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32).origin
+    assert origin.startswith("random weights (speed only); not used: ")
+    assert str(run.relative_to(tmp_path)) in origin
+
+
+def test_packaged_weights_are_preferred_to_random_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert engines_module.classifier_for("efficientnet_lite0", FP32).origin.startswith("ImageNet weights")
+
+
+def test_pictures_of_a_batch_differ() -> None:
+    batch = cat_batch(3, 64)
+    assert batch.shape == (3, 3, 64, 64) and batch.dtype == np.uint8
+    assert not any(np.array_equal(batch[i], batch[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    assert np.array_equal(cat_batch(1, 64)[0], batch[0])
 
 
 # ---- conditions and settings ----
@@ -364,7 +456,18 @@ def test_this_machine_is_described() -> None:
     assert 1 <= machine.usable_cores <= machine.logical_cores
 
 
-@pytest.mark.parametrize(("load", "busy"), [((0.1, 9.0, 9.0), False), ((0.5, 0.0, 0.0), True), ((), False)])
+def test_variables_that_engines_heed_are_conditions(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("SOME_SECRET_MKL_", "no")
+    machine = this_machine()
+    assert "OMP_NUM_THREADS=7" in machine.variables
+    assert not any("SECRET" in variable for variable in machine.variables)
+    conditions = dict(replace(report, machine=machine).conditions())
+    assert "OMP_NUM_THREADS=7" in conditions["environment"]
+    assert "environment" not in dict(report.conditions())
+
+
+@pytest.mark.parametrize(("load", "busy"), [((0.5, 9.0, 9.0), False), ((0.6, 0.0, 0.0), True), ((), False)])
 def test_a_busy_machine_is_told_by_the_last_minute(load: tuple[float, ...], busy: bool) -> None:
     assert replace(MACHINE, load=load).busy is busy
 
@@ -485,7 +588,7 @@ def test_conditions_name_what_speed_depends_on(report: Report) -> None:
         "An OS",
         "mgq 0.1.0",
         "32x32 pixels, batch 2",
-        "1 thread(s), 2 rounds",
+        "1 thread, 2 rounds in shuffled turns",
         "0.05, 0.50, 0.75",
     ):
         assert part in text

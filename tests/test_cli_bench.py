@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from rich.cells import cell_len
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import mgq.bench.benchmark as benchmark_module
 from mgq.bench.contest import Agreement
@@ -23,6 +25,7 @@ from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, silent
 
 FP32, INT8 = Precision.FP32, Precision.INT8
+ROOT = Path(__file__).parents[1]
 ENGINES = ("MegEngine eager", "MegEngine traced", "MegEngine Lite")
 MACHINE = Machine(
     "AMD EPYC 9B14 96-Core Processor", ("AVX2", "AVX-512", "AVX-512 VNNI"), 1, 2, 2, "Debian, Linux", (1.5,)
@@ -44,7 +47,7 @@ def row(network: str, precision: Precision, engine: str, same: int = 1, problem:
         agreement=None if problem else Agreement(ENGINES[0], 1, same, 0.5),
         speed=None if problem else Speed(1234.5, 123.4, 1234.5, 1234.5, 1234.5, 600),
         speedup=Speedup(12.34, 0.1) if precision is INT8 and not problem else None,
-        rounds_ns=() if problem else ((100, 200),),
+        rounds_ns=() if problem else ((100, 200), (300,)),
     )
 
 
@@ -64,15 +67,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
     def fake(settings: Settings, on_progress: OnProgress = silent) -> Report:
         settings_seen.append(settings)
-        return Report(
-            settings, MACHINE, {"mgq": "0.1.0"}, "a cat", rows_for(settings), ("the load was high",)
-        )
+        return Report(settings, MACHINE, {"mgq": "0.1.0"}, "a cat", rows_for(settings), ("the load was high",))
 
     monkeypatch.setattr(benchmark_module, "benchmark", fake)
     return settings_seen
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "TERM": "dumb"})
 
 
@@ -125,9 +126,7 @@ def test_the_table_fits_80_columns_and_is_plain_in_a_pipe(asked: list[Settings])
     assert "AMD EPYC 9B14" in text and "AVX-512 VNNI" in text and "the load was high" in text
 
 
-def test_rows_that_are_missing_or_wrong_say_so(
-    asked: list[Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_are_missing_or_wrong_say_so(asked: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (
         row("resnet18", INT8, "MegEngine eager"),
         row("resnet18", INT8, "MegEngine traced", same=0),
@@ -137,13 +136,13 @@ def test_rows_that_are_missing_or_wrong_say_so(
     text = " ".join(run("-a", "resnet18").stdout.split())
     assert "MegEngine traced !" in text
     assert "! resnet18 int8 MegEngine traced: another answer than MegEngine eager on 1 of 1 pictures" in text
-    assert "! resnet18 int8 OpenVINO: not measured: it is not installed: pip install 'mgq[openvino]'" in text
+    assert "! OpenVINO: not measured: it is not installed: pip install 'mgq[openvino]'" in text
 
 
 def test_json_on_standard_output_is_alone_there(asked: list[Settings]) -> None:
     body = json.loads(run("--json", "-").stdout)
     assert len(body["rows"]) == 18
-    assert body["rows"][0]["rounds_ns"] == [[100, 200]]
+    assert body["rows"][0]["rounds_ns"] == [[100, 200], [300]]
 
 
 def test_json_file_is_written_beside_the_table(asked: list[Settings], tmp_path: Path) -> None:
@@ -182,4 +181,57 @@ def test_the_verb_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_it_fails_where_no_engine_could_be_measured(asked: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (row("resnet18", INT8, "OpenVINO", problem="get it"),)
+    monkeypatch.setattr(f"{__name__}.rows_for", lambda _: rows)
+    result = run("-a", "resnet18")
+    assert result.exit_code == 1
+    assert "! OpenVINO: not measured: get it" in result.stdout
+
+
 # ---- one real contest ----
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What a small benchmark in all engines prints, and its JSON file."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = "-a shufflenet_v1_x0_5_g3 --image-size 64 --rounds 2 --batch 2 --json bench.json"
+    done = subprocess.run(
+        [sys.executable, "-c", "from mgq.cli.main import run; run()", "bench", *options.split()],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["bench.json"]
+    return done.stdout, json.loads((folder / "bench.json").read_text())
+
+
+def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, Any]]) -> None:
+    rows = real[1]["rows"]
+    assert [(r["precision"], r["engine"]) for r in rows] == [(p, e) for p in ("fp32", "int8") for e in ENGINES]
+    for r in rows:
+        assert r["sound"] is True and r["problem"] is None, r["remark"]
+        assert r["agreement"]["same"] == r["agreement"]["pictures"] == 2
+        assert r["agreement"]["reference"] == "MegEngine eager"
+        assert len(r["rounds_ns"]) == 2 and min(min(turn) for turn in r["rounds_ns"]) > 0
+        assert r["speed"]["runs"] == sum(len(turn) for turn in r["rounds_ns"])
+        assert (r["speedup"] is None) == (r["precision"] == "fp32")
+        assert r["weights"] == "random weights (speed only)"
+
+
+def test_the_file_of_int8_is_smaller(real: tuple[str, dict[str, Any]]) -> None:
+    sizes = {r["precision"]: r["file_bytes"] for r in real[1]["rows"] if r["engine"] == "MegEngine Lite"}
+    assert 0 < sizes["int8"] < sizes["fp32"]
+    assert all(r["file_bytes"] is None for r in real[1]["rows"] if r["engine"] != "MegEngine Lite")
+
+
+def test_conditions_are_recorded_with_the_samples(real: tuple[str, dict[str, Any]]) -> None:
+    text, body = real
+    assert (body["settings"]["batch"], body["settings"]["image_size"]) == (2, 64)
+    assert body["versions"]["megengine"] == "1.13.0"
+    assert body["machine"]["logical_cores"] >= 1
+    assert "versions: mgq" in text and "64x64 pixels, batch 2" in text

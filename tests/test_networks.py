@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import save_file
 
 import mgq
 from mgq.data.classes import imagenet_classes
@@ -27,7 +28,7 @@ from mgq.engine.networks import (
     random_classifier,
     versions,
 )
-from mgq.engine.predict import answers, best
+from mgq.engine.predict import BATCH, answers, best, crops_of
 from mgq.errors import InputError
 from mgq.events import Progress
 from mgq.quant.calibrate import min_max_ranges
@@ -39,6 +40,7 @@ from mgq.zoo.weights import Weights, fingerprint, read_weights
 from tests.conftest import (
     CLASSES,
     SIZE,
+    blank,
     classifier_of,
     one_line_about,
     smooth_pictures,
@@ -145,6 +147,18 @@ class TestCheckpoints:
         with pytest.raises(InputError) as error:
             open_classifier("mobilenet_v2", path, Mode.NORMAL, options={"activation": "relu"})
         assert one_line_about(str(error.value), str(path), "activation relu6, not relu", "leave the option out")
+        with pytest.raises(InputError) as error:
+            open_classifier(checkpoint=path, mode=Mode.NORMAL, options={"depth": 2})
+        assert one_line_about(str(error.value), "mobilenet_v2 has no option 'depth'")
+
+    def test_where_it_says_nothing_of_an_option_the_default_is_meant(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.safetensors"
+        save_file(dict(blank("mobilenet_v2", width=0.25).state_dict()), str(path))
+        opened = open_classifier("mobilenet_v2", path, Mode.NORMAL, options={"activation": "relu", "width": 0.25})
+        assert mode_of(opened.network) is Mode.NORMAL
+        with pytest.raises(InputError) as error:
+            open_classifier("mobilenet_v2", path, Mode.NORMAL, options={"width": 1.0})
+        assert one_line_about(str(error.value), "width 0.25, not 1.0")
 
 
 class TestImageSize:
@@ -390,6 +404,21 @@ class TestAnswers:
                 assert [guess.index for guess in answer.guesses] == list(np.argsort(-logits)[:3])
                 assert answer.guesses[0].name == f"kind {answer.guesses[0].index}"
                 assert answer.milliseconds > 0
+
+    def test_pictures_are_decoded_ahead_but_not_all_at_once(self, tmp_path: Path) -> None:
+        path = write_pictures(tmp_path / "pictures", 1) / "00.png"
+        pulled = 0
+
+        def endless() -> Iterator[Source]:
+            nonlocal pulled
+            while True:
+                pulled += 1
+                yield Source(str(pulled), path)
+
+        found = crops_of(classifier_of(SHUFFLE), endless())
+        names = [next(found)[0].name for _ in range(50)]
+        assert names == [str(i + 1) for i in range(50)]
+        assert 50 < pulled <= 50 + 4 * BATCH
 
     @pytest.mark.parametrize("topk", [0, CLASSES + 1])
     def test_more_guesses_than_classes_are_refused(self, topk: int) -> None:

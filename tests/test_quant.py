@@ -24,6 +24,7 @@ import mgq
 from mgq.errors import InputError
 from mgq.quant import ranges as ranges_module
 from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.fold import folded
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import (
     FORMAT,
@@ -272,7 +273,7 @@ class TestCalibration:
 
     def test_ranges_set_the_scales_and_the_weights_their_own(self) -> None:
         network = small()
-        found = ranges_of(network)
+        found = replace(ranges_of(network), ranges={"first": (0.0, 3.0), "second": (0.0, 2.5), "add": (-5.0, 4.0)})
         qat = to_mode(network, Mode.QAT)
         apply_ranges(qat, found)
         quantized = to_mode(qat, Mode.QUANTIZED)
@@ -286,6 +287,14 @@ class TestCalibration:
             folded = layer.conv.weight.numpy().reshape(8, -1) * gain[:, None]
             scale = get_scale(getattr(quantized, name).weight.dtype)
             assert np.isclose(scale, np.abs(folded).max() / 127, rtol=1e-5)
+
+    def test_a_layer_without_a_batch_norm_has_the_scale_of_its_weights(self) -> None:
+        network = small()
+        network.first = M.ConvRelu2d(3, 8, 3, 2, 1)
+        network.first.weight *= 3
+        quantized = mgq.quantize(network, PICTURES)
+        largest = np.abs(network.first.weight.numpy()).max()
+        assert np.isclose(get_scale(quantized.first.weight.dtype), largest / 127, rtol=1e-5)
 
     def test_ranges_of_another_network_are_refused_by_the_layer(self) -> None:
         found = replace(ranges_of(small()), ranges={"third": (0.0, 1.0)})
@@ -336,6 +345,17 @@ class TestInt8IsFakeQuantization:
         pictures = smooth_pictures(4)  # those of the calibration
         exact, real = logits_of(trio.normal, pictures), logits_of(trio.quantized, pictures)
         assert np.corrcoef(exact.ravel(), real.ravel())[0, 1] > 0.95
+
+
+class TestFolding:
+    def test_a_folded_network_has_no_batch_norm_and_the_same_logits(self, trio: Trio) -> None:
+        without = folded(trio.normal)
+        kinds = {type(module) for module in without.modules()}
+        assert not any(issubclass(kind, M.BatchNorm2d) for kind in kinds)
+        pictures = smooth_pictures(2, seed=3)
+        expected = logits_of(trio.normal, pictures)
+        assert np.abs(logits_of(without, pictures) - expected).max() < 1e-4 * np.abs(expected).max()
+        assert any(isinstance(module, M.BatchNorm2d) for module in trio.normal.modules())
 
 
 class TestRangesFile:

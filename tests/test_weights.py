@@ -152,6 +152,10 @@ class TestPickles:
         shapes = {n: blank_shape(n, width) for n in ("features.0.conv.weight", "features.18.conv.weight")}
         assert options_of(random_state(shapes)) == {"width": width}
 
+    def test_a_width_of_no_step_reads_as_1_so_that_its_shapes_are_refused(self) -> None:
+        odd = {"features.0.conv.weight": (16, 3, 3, 3), "features.18.conv.weight": (1280, 104, 1, 1)}
+        assert options_of(random_state(odd)) == options_of({}) == {"width": 1.0}
+
 
 def blank_shape(name: str, width: float) -> tuple[int, ...]:
     """The shape of MobileNetV2's stem or head by the paper's rule: multiples of 8, never a tenth too few."""

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from mgq.bench.contest import Contestant, Loaded
-from mgq.bench.settings import Precision, Settings
+from mgq.bench.settings import Precision, Settings, counted
 from mgq.deploy.dump import dump_classifier
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.errors import FailureError, InputError
@@ -81,7 +81,7 @@ def loaded(load: Loader, job: Job) -> Loaded:
     if result.runtime.threads != job.settings.threads:
         runtime = result.runtime
         raise FailureError(
-            f"{runtime.name} runs on {runtime.threads} threads where {job.settings.threads} were asked for"
+            f"{runtime.name} runs on {counted(runtime.threads, 'thread')} where {job.settings.threads} were asked for"
         )
     return result
 

@@ -23,6 +23,8 @@ FEATURES = {
     "i8mm": "Arm i8mm",
     "sve": "Arm SVE",
 }
+# The beginnings of the names of variables that change how fast the engines and their libraries are.
+VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "OPENBLAS_")
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -32,6 +34,7 @@ class Machine:
 
     ``physical_cores`` is None where the system does not tell. ``usable_cores`` are the logical ones that this
     process may run on. ``load`` is the average of the last 1, 5 and 15 minutes, empty where there is none.
+    ``variables`` are those of the environment (as NAME=VALUE) that engines heed.
     """
 
     cpu: str
@@ -41,6 +44,7 @@ class Machine:
     usable_cores: int
     system: str
     load: tuple[float, ...]
+    variables: tuple[str, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -59,6 +63,7 @@ def this_machine() -> Machine:
         usable_cores=usable_cores(),
         system=f"{operating_system()}, {platform.system()} {platform.release()} {platform.machine()}",
         load=tuple(os.getloadavg()) if hasattr(os, "getloadavg") else (),
+        variables=tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)),
     )
 
 

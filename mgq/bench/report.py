@@ -10,7 +10,7 @@ from typing import Any
 
 from mgq.bench.contest import Agreement, Entry
 from mgq.bench.environment import Machine
-from mgq.bench.settings import Precision, Settings
+from mgq.bench.settings import Precision, Settings, counted
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
 
 FORMAT = "mgq bench 1"
@@ -35,6 +35,10 @@ class Row:
     speed: Speed | None
     speedup: Speedup | None
     rounds_ns: Rounds
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} {self.precision.value} {self.engine}"
 
     @property
     def sound(self) -> bool:
@@ -97,19 +101,23 @@ class Report:
             ("system", machine.system),
             ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items())),
             ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.picture}"),
-            ("measured", f"{settings.threads} thread(s), {settings.rounds} rounds in shuffled turns"),
+            (
+                "measured",
+                f"{counted(settings.threads, 'thread')}, {counted(settings.rounds, 'round')} in shuffled turns",
+            ),
             ("load at start", ", ".join(f"{value:.2f}" for value in machine.load) or "unknown"),
+            *([("environment", " ".join(machine.variables))] if machine.variables else []),
         ]
 
     def remarks(self) -> list[str]:
-        """One line for every row that is not sound, or for an engine whose rows all have one; then the notes."""
+        """One line for every row that is not sound, or an engine that ran nowhere for one reason; the notes."""
         lines = [f"{self.subject(row)}: {row.remark}" for row in self.rows if row.remark is not None]
         return [*dict.fromkeys(lines), *self.notes]
 
     def subject(self, row: Row) -> str:
-        """What the remark of ``row`` is about: the engine where all its rows have the same, else the row."""
-        same = all(other.remark == row.remark for other in self.rows if other.engine == row.engine)
-        return row.engine if same else f"{row.network} {row.precision.value} {row.engine}"
+        """What the remark of ``row`` is about: the engine where all its rows have the same problem."""
+        problems = {other.problem for other in self.rows if other.engine == row.engine}
+        return row.engine if problems == {row.problem} != {None} else row.name
 
     def to_json(self) -> str:
         """All of it with every raw sample, a line a row; numbers that are not finite become null."""

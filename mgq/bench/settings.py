@@ -72,3 +72,7 @@ def settings_for(
     names = tuple(dict.fromkeys(spec_of(name).name for name in networks)) or EXAMPLE_NETWORKS
     chosen = tuple(precision for precision in Precision if precision in (precisions or Precision))
     return Settings(names, chosen, threads, rounds, batch, image_size)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -30,7 +30,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.precision.value,
         row.engine if row.sound else f"{row.engine} {MARK}",
         three_digits(speed.fps),
-        three_digits(speed.fps_iqr),
+        three_digits(speed.fps_iqr) if len(row.rounds_ns) > 1 else NONE,
         three_digits(speed.p50_ms),
         three_digits(speed.p90_ms),
         three_digits(speed.p99_ms),
@@ -76,15 +76,14 @@ def published_sources(report: Report) -> list[str]:
 
 def markdown(report: Report) -> str:
     """The whole report as a Markdown document: conditions, all rows, and the public example's own table."""
-    weights = [(network, report.weights_of(network)) for network in report.settings.networks]
+    weights = [(f"weights of {network}", report.weights_of(network)) for network in report.settings.networks]
     rows = [(row.network, *cells(row)) for row in report.rows]
     example = [example_cells(report, network) for network in report.settings.networks]
-    remarks = [*report.remarks()]
+    remarks = report.remarks()
     parts = [
         "# mgq bench",
         "## Conditions",
-        markdown_list([f"{name}: {value}" for name, value in report.conditions()]),
-        markdown_list([f"weights of {network}: {origin}" for network, origin in weights]),
+        markdown_list([f"{name}: {value}" for name, value in [*report.conditions(), *weights]]),
         "## Speed",
         markdown_table(("network", *COLUMNS), rows, left=3),
         escaped(LEGEND),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,25 +32,26 @@ def bench(
     threads: Annotated[int, typer.Option("--threads", help="Threads of every engine.")] = 1,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            "--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="15"
-        ),
+        typer.Option("--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="15"),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures a run.")] = 1,
-    image_size: Annotated[
-        int, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")
-    ] = 224,
+    image_size: Annotated[int, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")] = 224,
     json_file: Annotated[
         str | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write all samples and conditions; - is standard output."
-        ),
+        typer.Option("--json", metavar="FILE", help="Write all samples and conditions; - is standard output."),
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False,
 ) -> None:
     """Measure pictures a second of networks in every engine, float32 and int8, in shuffled turns.
 
-    Examples:  mgq bench  |  mgq bench --int8  |  mgq bench -a resnet50 --threads 2 --markdown
+    Without weights at hand it takes random ones, which are as fast, and says so.
+
+    \b
+    Examples:
+      mgq bench
+      mgq bench --int8
+      mgq bench -a resnet50 --threads 2 --json speed.json
+      mgq bench --markdown > speed.md
     """
     if int8 and fp32:
         raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
@@ -59,9 +60,7 @@ def bench(
     from mgq.bench.settings import ROUNDS, Precision, settings_for
 
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
-    settings = settings_for(
-        arch or [], precisions, threads, ROUNDS if rounds is None else rounds, batch, image_size
-    )
+    settings = settings_for(arch or [], precisions, threads, ROUNDS if rounds is None else rounds, batch, image_size)
     report = measured(settings, None if json_file in (None, STDOUT) else Path(str(json_file)))
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
@@ -73,6 +72,8 @@ def bench(
         from mgq.cli.console import out
 
         show(report, out)
+    if not any(row.speed for row in report.rows):
+        raise typer.Exit(FailureError.exit_code)
 
 
 def measured(settings: Settings, json_file: Path | None) -> Report:

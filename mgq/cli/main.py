@@ -6,6 +6,7 @@ import os
 import sys
 
 import typer
+import typer.core
 from click.exceptions import ClickException, NoArgsIsHelpError
 
 from mgq.cli.bench import bench
@@ -17,12 +18,14 @@ from mgq.errors import MgqError
 
 INTERRUPTED = 130
 
+# Plain help: rich's takes twice as long to come, and typer's mixture of both prints stray backslashes.
+typer.core.HAS_RICH = False
+
 app = typer.Typer(
     name="mgq",
     help="From a float32 image classifier to an int8 network at the speed of the machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's help takes twice as long to come
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (infer, calibrate, dump, bench, models):

@@ -153,9 +153,9 @@ class Loader:
                 first = number * self.batch_size
                 waiting.append(self._begun(order[first : first + self.batch_size], epoch))
                 if len(waiting) > ahead:
-                    yield from self._finished(waiting.popleft())
+                    yield from self._first(waiting)
             while waiting:
-                yield from self._finished(waiting.popleft())
+                yield from self._first(waiting)
         finally:
             for pending in waiting:
                 for part in pending.parts:
@@ -180,28 +180,27 @@ class Loader:
         done.set_result(self._fill(images, indices, epoch))
         return done
 
-    def _finished(self, pending: _Pending) -> Iterator[Batch]:
-        """The batch, or none where all its pictures were left out."""
-        news = []
-        try:
-            for part in pending.parts:
-                for index, problem in part.result().items():
-                    if index not in self._problems:
-                        self._problems[index] = problem
-                        news.append(problem)
-        except BaseException:
-            for part in pending.parts:
-                part.cancel()
-            raise
+    def _first(self, waiting: deque[_Pending]) -> Iterator[Batch]:
+        """Take the first batch out of ``waiting`` when it is full; nothing where all its pictures were left out."""
+        pending = waiting[0]
+        news = [line for part in pending.parts for line in self._noted(part.result())]
+        waiting.popleft()
         if self._are_too_many(self._problems):
             raise self._too_many()
         images, indices = pending.images, pending.indices
-        if (indices == _DROPPED).any():
-            images, indices = images[indices != _DROPPED], indices[indices != _DROPPED]
+        kept = indices != _DROPPED
+        if not kept.all():
+            images, indices = images[kept], indices[kept]
         if len(indices):
             known = self.dataset.labels
             labels = np.full(len(indices), NO_LABEL) if known is None else known[indices]
             yield Batch(images, labels, indices, tuple(news))
+
+    def _noted(self, problems: _Problems) -> list[str]:
+        """The lines of the broken pictures that were not known before."""
+        news = {index: line for index, line in problems.items() if index not in self._problems}
+        self._problems.update(news)
+        return list(news.values())
 
     def _are_too_many(self, problems: _Problems) -> bool:
         return len(problems) > self.max_bad * len(self.dataset) or len(problems) == len(self.dataset)
@@ -210,7 +209,7 @@ class Loader:
         first = "; ".join(list(self._problems.values())[:_PROBLEMS_SHOWN])
         return InputError(
             f"{len(self._problems)} of {len(self.dataset)} pictures of {self.dataset.name} cannot be read, and at most"
-            f" {self.max_bad:.3g} of them may be: remove or mend them, or allow more; the first: {first}"
+            f" {100 * self.max_bad:.3g} % may be: remove or mend them, or allow more; the first: {first}"
         )
 
     # ---- in the threads ----

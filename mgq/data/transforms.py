@@ -30,7 +30,8 @@ def eval_crop(
     sizes), the longer side keeps the proportion, and the central square is cut out. This is ``Resize`` and
     ``CenterCrop`` of ``megengine.data.transform`` to the bit: bilinear, without smoothing (``INTER_LINEAR``
     of OpenCV). Only a picture more than 8 times as long as wide may differ, by less than a pixel's shift.
-    ``interpolation`` may be ``bicubic`` for weights that were trained so.
+    ``interpolation`` may be ``bicubic`` for weights that were trained so; the longer side is then rounded to the
+    nearest pixel, where MegEngine rounds down.
 
     Raises InputError for a ``size`` below 1 or a ``resize`` smaller than ``size``.
     """
@@ -43,8 +44,9 @@ def eval_crop(
     height, width = picture.shape[:2]
     if min(height, width) != shorter:
         # In floating point, as MegEngine does it: whole numbers would round some sizes otherwise.
-        new_height = shorter if height < width else int(shorter * height / width)
-        new_width = int(shorter * width / height) if height < width else shorter
+        whole = int if interpolation == "bilinear" else round
+        new_height = shorter if height < width else whole(shorter * height / width)
+        new_width = whole(shorter * width / height) if height < width else shorter
         picture = np.asarray(cv2.resize(picture, (new_width, new_height), interpolation=INTERPOLATIONS[interpolation]), np.uint8)
     top, left = (round((extent - size) / 2) for extent in picture.shape[:2])
     return np.ascontiguousarray(picture[top : top + size, left : left + size])

@@ -117,8 +117,10 @@ def open_classifier(
     spec = spec_of(arch) if arch is not None else None
     weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress)
     for name, value in (options or {}).items():
-        if weights.options.get(name) != value:
-            has = weights.options.get(name, "no")
+        if name not in spec_of(weights.arch).options:
+            raise InputError(f"{weights.arch} has no option '{name}'; leave it out")
+        has = {**spec_of(weights.arch).options, **weights.options}[name]
+        if has != value:
             raise InputError(f"{weights.origin} has {name} {has}, not {value}; leave the option out")
     classifier = classifier_from(weights, mode, ranges)
     return replace(classifier, image_size=checked_size(image_size)) if image_size else classifier

@@ -57,7 +57,7 @@ def answers(
     does not grow with the number of pictures. Raises InputError for a ``topk`` that the network cannot give.
     """
     if not 1 <= topk <= len(classifier.classes):
-        raise InputError(f"top {topk} of {len(classifier.classes)} classes is not possible: give 1 or more")
+        raise InputError(f"top {topk} of {len(classifier.classes)} classes is not possible: give 1 to {len(classifier.classes)}")
     for group in batched(crops_of(classifier, sources), batch):
         crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
         start = time.perf_counter()

@@ -1,0 +1,118 @@
+"""The drawn pictures: the same every time, all different, and of the class they are said to be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mgq.data.datasets import Dataset
+from mgq.data.pictures import Pixels
+from mgq.data.synthetic import SyntheticPictures
+from mgq.errors import InputError
+
+
+def digest(picture: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(picture.tobytes()).hexdigest()
+
+
+def test_it_is_a_dataset_that_is_called_synthetic() -> None:
+    pictures: Dataset = SyntheticPictures(25)
+    assert "synthetic" in pictures.name
+    assert len(pictures) == 25
+    assert len(pictures.classes) == len(set(pictures.classes)) == 10
+
+
+def test_the_classes_come_in_turn() -> None:
+    labels = SyntheticPictures(25).labels
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [i % 10 for i in range(25)]
+    with pytest.raises(ValueError, match="read-only"):
+        labels[0] = 1
+
+
+@pytest.mark.parametrize("size", [16, 64, 65, 224])
+def test_pictures_have_the_size_asked_for_and_colour(size: int) -> None:
+    for index in range(10):
+        picture = SyntheticPictures(10, size=size).picture(index)
+        assert picture.shape == (size, size, 3)
+        assert picture.dtype == np.uint8
+        assert picture.flags.c_contiguous
+        assert picture.std() > 5
+        assert (picture[..., 0] != picture[..., 2]).any()
+
+
+def test_a_picture_depends_on_seed_split_and_index_alone() -> None:
+    few, many = SyntheticPictures(20, seed=4), SyntheticPictures(1000, seed=4)
+    alone = [digest(few.picture(index)) for index in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        backwards = list(pool.map(lambda index: digest(many.picture(index)), reversed(range(20))))
+    assert alone == backwards[::-1]
+    others = [SyntheticPictures(20, seed=5), SyntheticPictures(20, seed=4, split="val")]
+    for other in others:
+        assert not set(alone) & {digest(other.picture(index)) for index in range(20)}
+
+
+def test_no_two_pictures_are_alike_in_or_across_the_splits() -> None:
+    splits = [SyntheticPictures(300, size=16), SyntheticPictures(300, size=16, split="val")]
+    # Without the noise, which alone would make any two differ.
+    smooth = {
+        digest(cv2.resize(s.picture(i), (4, 4), interpolation=cv2.INTER_AREA)) for s in splits for i in range(300)
+    }
+    assert len(smooth) == 600
+
+
+def test_a_picture_beyond_the_last_is_an_index_error() -> None:
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            SyntheticPictures(3).picture(index)
+
+
+def measures(picture: Pixels) -> npt.NDArray[np.float32]:
+    """What can be told of a drawing at any place, size and rotation: a little of its form, none of its colour."""
+    grey = cv2.GaussianBlur(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), (0, 0), 1.5)
+    _, ink = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
+    ink = 255 - ink if border.mean() > 127 else ink
+    outlines, tree = cv2.findContours(ink, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    largest = max(outlines, key=cv2.contourArea)
+    area, around = cv2.contourArea(largest), cv2.arcLength(largest, True)
+    (_, (width, height), _) = cv2.minAreaRect(largest)
+    hull = cv2.contourArea(cv2.convexHull(largest))
+    triangle, _ = cv2.minEnclosingTriangle(largest)
+    shape = [area / around**2 * 12.6, area / max(hull, 1), area / max(width * height, 1), area / max(triangle, 1)]
+    holes = sum(cv2.contourArea(o) for o, node in zip(outlines, tree[0], strict=True) if node[3] >= 0) / max(area, 1)
+    return np.array([*shape, holes, np.log1p(len(outlines)), area / ink.size, border.mean() / 255], np.float32)
+
+
+def test_each_class_can_be_told_from_the_others() -> None:
+    """By the nearest drawings of the other split, from eight rough measures: chance would give 10 %."""
+    train, val = SyntheticPictures(600), SyntheticPictures(200, split="val")
+    known = np.stack([measures(train.picture(index)) for index in range(len(train))])
+    asked = np.stack([measures(val.picture(index)) for index in range(len(val))])
+    middle, spread = known.mean(0), known.std(0)
+    neighbours = cv2.ml.KNearest.create()
+    neighbours.train((known - middle) / spread, cv2.ml.ROW_SAMPLE, train.labels.astype(np.float32))
+    _, found, _, _ = neighbours.findNearest((asked - middle) / spread, 5)
+    right = found[:, 0] == val.labels
+    assert right.mean() > 0.8
+    assert min(right[label::10].mean() for label in range(10)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: SyntheticPictures(0), "at least 1"),
+        (lambda: SyntheticPictures(1, size=8), "at least 16"),
+        (lambda: SyntheticPictures(1, split="test"), "train or val"),  # type: ignore[arg-type]
+    ],
+)
+def test_values_that_cannot_be_are_refused(make: Callable[[], SyntheticPictures], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        make()
