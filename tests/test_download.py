@@ -29,7 +29,8 @@ from tests.test_atomic import ROOT, run_on_small_disk, the_line
 CONTENT = random.Random(7).randbytes(200_000)
 OTHER_CONTENT = random.Random(8).randbytes(200_000)
 HALF = len(CONTENT) // 2
-QUICK = Patience(connect_s=2.0, read_s=0.3, tries=3, pause_s=0.01)
+QUICK = Patience(connect_s=10.0, read_s=20.0, tries=3, pause_s=0.01)  # patient with a busy machine
+HURRIED = Patience(connect_s=10.0, read_s=0.3, tries=3, pause_s=0.01)  # for servers that hang on purpose
 UNHURRIED = Patience(connect_s=20.0, read_s=20.0, tries=3, pause_s=0.01)
 
 
@@ -502,13 +503,13 @@ def test_a_part_of_something_not_asked_for_is_refused(shelf: Shelf, tmp_path: Pa
 
 def test_a_hanging_server_is_given_up(shelf: Shelf, tmp_path: Path) -> None:
     shelf.moods.extend([hangs])
-    assert "nothing came for 0.3 s" in refusal(shelf.source(), tmp_path)
+    assert "nothing came for 0.3 s" in refusal(shelf.source(), tmp_path, HURRIED)
     assert len(shelf.asked) == 1
 
 
 def test_a_server_that_hangs_half_way_is_asked_for_the_rest(shelf: Shelf, tmp_path: Path) -> None:
     shelf.moods.extend([hangs_half_way])
-    assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
+    assert is_whole(download(shelf.source(), tmp_path, patience=replace(HURRIED, read_s=2.0)))
     assert [asked.first_byte for asked in shelf.asked] == [None, HALF]
 
 

@@ -42,16 +42,15 @@ def bench(
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False,
 ) -> None:
-    """Measure pictures a second of networks in every engine, float32 and int8, in shuffled turns.
+    """Measure pictures a second in every engine.
 
-    Without weights at hand it takes random ones, which are as fast, and says so.
+    Float32 and int8 take shuffled turns in one process; random weights serve where none are at hand.
 
     \b
     Examples:
       mgq bench
       mgq bench --int8
-      mgq bench -a resnet50 --threads 2 --json speed.json
-      mgq bench --markdown > speed.md
+      mgq bench -a resnet50 --threads 2 --markdown
     """
     if int8 and fp32:
         raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")

@@ -195,18 +195,22 @@ def load_weights(network: M.Module, path: str | Path) -> Weights:
     differ; the network is unchanged then.
     """
     state = network.state_dict()
-    fitting = [s for s in specs().values() if s.marker in state]
     path = Path(path)
-    problem: InputError | None = None
-    for spec in fitting:
-        try:
-            weights = read_weights(path, spec)
-            wants_observers = any(is_observed(name) for name in state)
-            load_state(network, weights.state if wants_observers else float_part(weights.state), str(path))
-            return weights
-        except InputError as error:
-            problem = problem or error
-    raise problem or InputError("the network is not one of the zoo")
+    weights = read_weights(path, spec_of_network(state))
+    wants_observers = any(is_observed(name) for name in state)
+    load_state(network, weights.state if wants_observers else float_part(weights.state), str(path))
+    return weights
+
+
+def spec_of_network(state: State) -> ModelSpec:
+    """The architecture whose network has exactly the float parameters of ``state``. Raises InputError without one."""
+    for spec in specs().values():
+        if spec.marker in state and spec.head in state:
+            with without_initialization():
+                same = spec.build(state[spec.head].shape[0], **spec.read_options(state))
+            if not differing(float_part(state), same.state_dict()):
+                return spec
+    raise InputError("the network is not one of the zoo; make it by create_model")
 
 
 def packaged_weights(spec: ModelSpec) -> Weights | None:

@@ -41,6 +41,7 @@ IN_ORDER = 1
 FLOAT32 = 3
 ANY_LAYOUT = 1
 PLAIN_LAYOUT = {1: 2, 4: 5, 5: 6}  # by the number of axes: a, abcd, abcde
+BLOCKS_OF_16, BLOCKS_OF_8 = 78, 102  # nChw16c, nChw8c
 FORWARD_TRAINING = 64
 BACKWARD = 128
 DIRECT_CONVOLUTION = 1
@@ -461,6 +462,16 @@ def convolution_gradients(geometry: Geometry, wants_source: bool) -> Program:
     return program
 
 
+def _normalizable(geometry: Geometry, epsilon: float, relu: bool) -> Layout:
+    """The layout in which a convolution's result is normalized: its own if batch norm has a kernel for it."""
+    own = Convolution(geometry).forward.layout(Query.OUTPUT)
+    blocked = (layout(geometry.output, tag) for tag in (BLOCKS_OF_16, BLOCKS_OF_8))
+    for candidate in (own, *blocked):
+        if _batch_norm_forward(candidate, epsilon, relu).implementation.startswith("bnorm_jit"):
+            return candidate
+    return own
+
+
 def _batch_norm_forward(array: Layout, epsilon: float, relu: bool) -> Descriptor:
     flags = USE_SCALE | USE_SHIFT | (FUSE_RELU if relu else 0)
     return Descriptor(
@@ -485,7 +496,7 @@ def normalized_convolution(geometry: Geometry, epsilon: float, relu: bool) -> Pr
     """
     program = Program()
     conv = Convolution(geometry)
-    array = conv.forward.layout(Query.OUTPUT)
+    array = _normalizable(geometry, epsilon, relu)
     convolved = program.kept("convolved", array)
     _add_convolution(program, conv, convolved)
     norm = _batch_norm_forward(array, epsilon, relu)
@@ -517,7 +528,7 @@ def normalized_convolution_gradients(geometry: Geometry, epsilon: float, relu: b
     """
     program = Program()
     conv = Convolution(geometry)
-    array = conv.forward.layout(Query.OUTPUT)
+    array = _normalizable(geometry, epsilon, relu)
     forward = _batch_norm_forward(array, epsilon, relu)
     backward = Descriptor(
         "batch_normalization_backward",
