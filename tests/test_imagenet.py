@@ -310,8 +310,9 @@ unpacked(Path(sys.argv[1]), "train", kill, {known!r})
 def test_an_archive_that_changed_after_an_interruption_is_checked_again(folder: Path) -> None:
     known = sums(folder)
     stopped_after(folder, "val", 2)
-    with (folder / VAL_ARCHIVE).open("ab") as file:
-        file.write(b"x")
+    changed = bytearray((folder / VAL_ARCHIVE).read_bytes())
+    changed[600] ^= 1
+    (folder / VAL_ARCHIVE).write_bytes(changed)
     with pytest.raises(InputError, match="not the original"):
         unpacked(folder, "val", md5=known)
 
@@ -401,9 +402,9 @@ def test_a_member_that_is_no_training_picture_is_refused(folder: Path, outer: st
     assert not [path for path in folder.parent.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
 
 
-def test_a_file_with_holes_that_would_fill_the_disk_is_refused(folder: Path) -> None:
+def test_a_file_with_holes_which_takes_more_than_its_archive_is_refused(folder: Path) -> None:
     sparse = info("ILSVRC2012_val_00000001.JPEG")
-    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**15)}
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**8)}
     with tarfile.open(folder / VAL_ARCHIVE, "w", format=tarfile.PAX_FORMAT) as file:
         sparse.size = 1
         file.addfile(sparse, io.BytesIO(b"x"))
@@ -421,7 +422,7 @@ def test_a_file_too_large_for_a_picture_is_refused(folder: Path, monkeypatch: py
 def test_a_cut_archive_with_the_right_sum_is_refused(folder: Path, length: int) -> None:
     whole = (folder / VAL_ARCHIVE).read_bytes()
     (folder / VAL_ARCHIVE).write_bytes(whole[:length])
-    with pytest.raises(InputError, match=f"{VAL_ARCHIVE} is (damaged|cut short)"):
+    with pytest.raises(InputError, match=f"{VAL_ARCHIVE} is damaged"):
         unpacked(folder, "val", md5=sums(folder))
 
 
@@ -478,7 +479,7 @@ def test_meta_is_read_with_its_fields_in_another_order_and_text_in_utf8() -> Non
 
 def test_other_variables_in_meta_are_passed_over() -> None:
     number_alone = matrix(6, (1, 1), "version", element(9, struct.pack("<d", 1.0)))
-    assert wnids_by_id(META[:128] + number_alone + META[128:]) == BY_ID
+    assert wnids_by_id(META[:128] + number_alone + META[128:] + number_alone) == BY_ID
 
 
 @pytest.mark.parametrize(

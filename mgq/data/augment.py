@@ -256,8 +256,8 @@ def _jpeg_header(data: bytes) -> _JpegHeader | None:
             fits = 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS
             return _JpegHeader(width, height, orientation) if fits else None
         if marker in _FRAMES:
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            if bits != 8 or components not in (1, 3):
+            bits, height, width = struct.unpack_from(">BHH", data, at + 4)
+            if bits != 8:
                 return None
         elif marker == _EXIF and data.startswith(b"Exif\0\0", at + 4):
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])

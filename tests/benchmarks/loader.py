@@ -15,15 +15,17 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import psutil
 from PIL import Image
 
 from mgq.data.augment import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
@@ -136,6 +138,13 @@ def some(pictures: ImageFolder, most: int) -> ImageFolder:
     return ImageFolder(pictures.folder, (), None, b"".join(paths), np.cumsum([len(path) for path in paths]))
 
 
+class Pace(NamedTuple):
+    """Pictures per second in each round, and the processor time that a picture took, in microseconds."""
+
+    rates: list[float]
+    cpu_us: float
+
+
 def compare(
     pictures: ImageFolder,
     ours: Transform,
@@ -143,21 +152,31 @@ def compare(
     batch: int,
     workers: int,
     rounds: int,
-) -> tuple[list[float], list[float]]:
-    """Pictures per second in each round, of the loader and of the reference."""
+) -> tuple[Pace, Pace]:
+    """The pace of the loader and of the reference."""
     with ExitStack() as stack:
         reference = stack.enter_context(PillowLoader(pictures, theirs, batch, workers))  # Forks, so before threads.
         loader = stack.enter_context(Loader(pictures, ours, batch, workers=workers))
+        helpers = [psutil.Process(process.pid) for process in reference.processes]
         both: tuple[Callable[[int], Iterator[object]], ...] = (loader.batches, reference.batches)
         rates: tuple[list[float], list[float]] = ([], [])
+        cpu = [0.0, 0.0]
         for epoch in range(rounds + 1):
-            for batches, found in zip(both, rates, strict=True):
-                start = time.perf_counter()
+            for which, batches in enumerate(both):
+                cpu_before, start = processor_seconds(helpers), time.perf_counter()
                 for _ in batches(epoch):
                     pass
                 if epoch:  # The first round reads the files into memory.
-                    found.append(len(pictures) / (time.perf_counter() - start))
-        return rates
+                    rates[which].append(len(pictures) / (time.perf_counter() - start))
+                    cpu[which] += processor_seconds(helpers) - cpu_before
+        return Pace(rates[0], cpu[0] / rounds / len(pictures) * 1e6), Pace(
+            rates[1], cpu[1] / rounds / len(pictures) * 1e6
+        )
+
+
+def processor_seconds(helpers: Sequence[psutil.Process]) -> float:
+    """What this process and ``helpers`` have used so far."""
+    return time.process_time() + sum(times.user + times.system for times in (h.cpu_times() for h in helpers))
 
 
 def main() -> None:
@@ -175,7 +194,11 @@ def main() -> None:
             drawn_photos(Path(drawn), options.pictures)
         pictures = some(calibration_folder(options.folder or Path(drawn)), options.pictures)
         print(f"{len(pictures)} pictures, crops of {options.size}, medians of {options.rounds} rounds, pictures/s")
-        print(f"{'transform':<16}{'workers':>8}{'loader':>8}{'Pillow':>8}{'ratio':>8}{'(lowest, highest)':>20}")
+        print("CPU is processor time per picture in microseconds, which other work on the machine disturbs less")
+        print(
+            f"{'transform':<16}{'workers':>8}{'loader':>8}{'Pillow':>8}{'ratio':>8}{'(lowest, highest)':>20}"
+            f"{'loader CPU':>12}{'Pillow CPU':>12}{'ratio':>8}"
+        )
         train, evaluation = TrainTransform(options.size), EvalTransform(options.size)
         cases: tuple[tuple[str, Transform, TrainTransform | EvalTransform], ...] = (
             ("train", train, train),
@@ -185,10 +208,11 @@ def main() -> None:
         for name, ours, theirs in cases:
             for workers in options.workers:
                 fast, slow = compare(pictures, ours, theirs, options.batch, workers, options.rounds)
-                ratios = sorted(a / b for a, b in zip(fast, slow, strict=True))
+                ratios = sorted(a / b for a, b in zip(fast.rates, slow.rates, strict=True))
                 print(
-                    f"{name:<16}{workers:>8}{statistics.median(fast):>8.0f}{statistics.median(slow):>8.0f}"
+                    f"{name:<16}{workers:>8}{statistics.median(fast.rates):>8.0f}{statistics.median(slow.rates):>8.0f}"
                     f"{statistics.median(ratios):>8.2f}{f'({ratios[0]:.2f}, {ratios[-1]:.2f})':>20}"
+                    f"{fast.cpu_us:>12.0f}{slow.cpu_us:>12.0f}{slow.cpu_us / fast.cpu_us:>8.2f}"
                 )
         print("* the reference does not jitter")
 

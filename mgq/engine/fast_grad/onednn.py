@@ -1,11 +1,7 @@
-"""Convolution, batch norm and their gradients by oneDNN, on numpy arrays.
+"""oneDNN's C interface, as much of it as training needs, through ctypes.
 
-oneDNN is Intel's library behind the CPU kernels of PyTorch, fast on AMD as well; the package ``onednn-cpu-gomp`` is
-its plain C library. This is the small part of its C interface (version 3) that training needs, through ctypes.
-Names and numbers are those of ``oneapi/dnnl/dnnl.h`` and ``dnnl_types.h``.
-
-oneDNN's fast kernels want channels in blocks of 16 or 8. Which, a primitive tells when its layout is left open; the
-programs below then copy plain arrays into that layout and back, and keep in it what only they read.
+oneDNN is Intel's library behind the CPU kernels of PyTorch, fast on AMD as well; the package ``onednn-cpu-gomp`` is its
+plain C library, version 3. Names and numbers are those of ``oneapi/dnnl/dnnl.h`` and ``dnnl_types.h``.
 """
 
 from __future__ import annotations
@@ -28,13 +24,9 @@ from mgq.errors import FailureError
 PACKAGE = "onednn-cpu-gomp"
 MAJOR_VERSION = 3
 ALIGNMENT = 64  # a cache line
-# Shapes met in one run: layers times batch sizes. Compiled kernels of more are dropped, the oldest first.
-PROGRAMS_KEPT = 1024
 
-Array = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
-Pair = tuple[int, int]
-Handle = c_void_p
+Bytes = npt.NDArray[np.uint8]
 
 CPU = 1
 IN_ORDER = 1
@@ -79,26 +71,6 @@ class Arg:
     D_SHIFT = 256
 
 
-class Geometry(NamedTuple):
-    """A convolution without dilation: ``source`` (N, C, H, W), ``weights`` (O, C, KH, KW) or, in groups,
-    (G, O / G, C / G, KH, KW), ``stride`` and symmetric ``padding`` (height, width)."""
-
-    source: Shape
-    weights: Shape
-    stride: Pair
-    padding: Pair
-
-    @property
-    def channels(self) -> int:
-        """Of the output."""
-        return self.weights[0] if len(self.weights) == 4 else self.weights[0] * self.weights[1]
-
-    @property
-    def output(self) -> Shape:
-        sizes = zip(self.source[2:], self.weights[-2:], self.stride, self.padding, strict=True)
-        return (self.source[0], self.channels, *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes))
-
-
 class _Argument(ctypes.Structure):
     _fields_ = (("arg", c_int), ("memory", c_void_p))
 
@@ -115,9 +87,9 @@ class Library:
             ) from None
         self.version = self._version()
         self._declare()
-        self.engine = Handle()
+        self.engine = c_void_p()
         self.check(self.c.dnnl_engine_create(byref(self.engine), CPU, c_size_t(0)), "an engine")
-        self.stream = Handle()
+        self.stream = c_void_p()
         self.check(self.c.dnnl_stream_create(byref(self.stream), self.engine, c_uint(IN_ORDER)), "a stream")
         # Programs share their memory objects and one scratch buffer.
         self.lock = threading.Lock()
@@ -168,7 +140,7 @@ def library() -> Library:
     raise FailureError(f"fast training on a CPU needs oneDNN, which is not there; `uv pip install {PACKAGE}` gets it")
 
 
-def aligned_bytes(size: int) -> npt.NDArray[np.uint8]:
+def aligned_bytes(size: int) -> Bytes:
     """``size`` uninitialized bytes that begin on a cache line."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -326,236 +298,3 @@ class Program:
                 status = lib.c.dnnl_primitive_execute(primitive.handle, lib.stream, len(arguments), arguments)
                 lib.check(status, "a step of a program")
             lib.check(lib.c.dnnl_stream_wait(lib.stream), "an end")
-
-
-def pair(values: Pair) -> ctypes.Array[c_int64]:
-    return (c_int64 * 2)(*values)
-
-
-@dataclass
-class Convolution:
-    """The three primitives of one convolution, in the layouts that they are fastest in."""
-
-    geometry: Geometry
-    forward: Descriptor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._arrays = tuple(
-            open_layout(shape) for shape in (self.geometry.source, self.geometry.weights, self.geometry.output)
-        )
-        source, weights, output = (array.descriptor for array in self._arrays)
-        self.forward = Descriptor(
-            "convolution_forward",
-            library().engine,
-            FORWARD_TRAINING,
-            DIRECT_CONVOLUTION,
-            source,
-            weights,
-            None,
-            output,
-            *self._geometry(),
-            None,
-        )
-
-    def _geometry(self) -> tuple[ctypes.Array[c_int64], ...]:
-        padding = self.geometry.padding
-        return pair(self.geometry.stride), pair((0, 0)), pair(padding), pair(padding)
-
-    def to_source(self) -> Descriptor:
-        """The gradient with respect to the source."""
-        source, weights, output = (array.descriptor for array in self._arrays)
-        return Descriptor(
-            "convolution_backward_data",
-            library().engine,
-            DIRECT_CONVOLUTION,
-            source,
-            weights,
-            output,
-            *self._geometry(),
-            self.forward.handle,
-            None,
-        )
-
-    def to_weights(self) -> Descriptor:
-        """The gradient with respect to the weights."""
-        source, weights, output = (array.descriptor for array in self._arrays)
-        return Descriptor(
-            "convolution_backward_weights",
-            library().engine,
-            DIRECT_CONVOLUTION,
-            source,
-            weights,
-            None,
-            output,
-            *self._geometry(),
-            self.forward.handle,
-            None,
-        )
-
-
-def _add_convolution(program: Program, convolution: Convolution, output: Memory) -> None:
-    forward = convolution.forward
-    source = program.array("source", convolution.geometry.source)
-    weights = program.array("weights", convolution.geometry.weights)
-    computed = program.landing(output, forward.layout(Query.OUTPUT))
-    program.execute(
-        forward,
-        {
-            Arg.SOURCE: program.brought(source, forward.layout(Query.SOURCE)),
-            Arg.WEIGHTS: program.brought(weights, forward.layout(Query.WEIGHTS)),
-            Arg.OUTPUT: computed,
-        },
-    )
-    program.copy(computed, output)
-
-
-def _add_gradients(program: Program, convolution: Convolution, d_output: Memory, wants_source: bool) -> None:
-    geometry = convolution.geometry
-    to_weights = convolution.to_weights()
-    # The layout of the gradient is the same for both as a rule, and then one copy serves both.
-    d_output = program.brought(d_output, to_weights.layout(Query.D_OUTPUT))
-    if wants_source:
-        to_source = convolution.to_source()
-        d_source = program.array("d_source", geometry.source)
-        computed = program.landing(d_source, to_source.layout(Query.D_SOURCE))
-        weights = program.array("weights", geometry.weights)
-        program.execute(
-            to_source,
-            {
-                Arg.D_OUTPUT: program.brought(d_output, to_source.layout(Query.D_OUTPUT)),
-                Arg.WEIGHTS: program.brought(weights, to_source.layout(Query.WEIGHTS)),
-                Arg.D_SOURCE: computed,
-            },
-        )
-        program.copy(computed, d_source)
-    source = program.array("source", geometry.source)
-    d_weights = program.array("d_weights", geometry.weights)
-    computed = program.landing(d_weights, to_weights.layout(Query.D_WEIGHTS))
-    program.execute(
-        to_weights,
-        {
-            Arg.SOURCE: program.brought(source, to_weights.layout(Query.SOURCE)),
-            Arg.D_OUTPUT: d_output,
-            Arg.D_WEIGHTS: computed,
-        },
-    )
-    program.copy(computed, d_weights)
-
-
-@lru_cache(PROGRAMS_KEPT)
-def convolution(geometry: Geometry) -> Program:
-    """``source``, ``weights`` -> ``output``."""
-    program = Program()
-    _add_convolution(program, Convolution(geometry), program.array("output", geometry.output))
-    return program
-
-
-@lru_cache(PROGRAMS_KEPT)
-def convolution_gradients(geometry: Geometry, wants_source: bool) -> Program:
-    """``source``, ``weights``, ``d_output`` -> ``d_weights`` and, where wanted, ``d_source``.
-
-    Without it ``weights`` are not needed.
-    """
-    program = Program()
-    d_output = program.array("d_output", geometry.output)
-    _add_gradients(program, Convolution(geometry), d_output, wants_source)
-    return program
-
-
-def _normalizable(geometry: Geometry, epsilon: float, relu: bool) -> Layout:
-    """The layout in which a convolution's result is normalized: its own if batch norm has a kernel for it."""
-    own = Convolution(geometry).forward.layout(Query.OUTPUT)
-    blocked = (layout(geometry.output, tag) for tag in (BLOCKS_OF_16, BLOCKS_OF_8))
-    for candidate in (own, *blocked):
-        if _batch_norm_forward(candidate, epsilon, relu).implementation.startswith("bnorm_jit"):
-            return candidate
-    return own
-
-
-def _batch_norm_forward(array: Layout, epsilon: float, relu: bool) -> Descriptor:
-    flags = USE_SCALE | USE_SHIFT | (FUSE_RELU if relu else 0)
-    return Descriptor(
-        "batch_normalization_forward",
-        library().engine,
-        FORWARD_TRAINING,
-        array.descriptor,
-        array.descriptor,
-        c_float(epsilon),
-        c_uint(flags),
-        None,
-    )
-
-
-@lru_cache(PROGRAMS_KEPT)
-def normalized_convolution(geometry: Geometry, epsilon: float, relu: bool) -> Program:
-    """``source``, ``weights``, ``scale``, ``shift`` -> ``output``, ``mean``, ``variance``.
-
-    The convolution's result is normalized by its own mean and (biased) variance over batch, height and width, scaled
-    and shifted, and with ``relu`` made non-negative. ``convolved`` and, with ``relu``, ``workspace`` are bytes that the
-    gradients need; ``sizes`` tells how many.
-    """
-    program = Program()
-    conv = Convolution(geometry)
-    array = _normalizable(geometry, epsilon, relu)
-    convolved = program.kept("convolved", array)
-    _add_convolution(program, conv, convolved)
-    norm = _batch_norm_forward(array, epsilon, relu)
-    channels = (geometry.channels,)
-    output = program.array("output", geometry.output)
-    computed = program.landing(output, array)
-    arguments = {
-        Arg.SOURCE: convolved,
-        Arg.SCALE: program.array("scale", channels),
-        Arg.SHIFT: program.array("shift", channels),
-        Arg.MEAN: program.array("mean", channels),
-        Arg.VARIANCE: program.array("variance", channels),
-        Arg.OUTPUT: computed,
-    }
-    if relu:
-        arguments[Arg.WORKSPACE] = program.kept("workspace", norm.layout(Query.WORKSPACE))
-    program.execute(norm, arguments)
-    program.copy(computed, output)
-    return program
-
-
-@lru_cache(PROGRAMS_KEPT)
-def normalized_convolution_gradients(geometry: Geometry, epsilon: float, relu: bool, wants_source: bool) -> Program:
-    """The gradients of :func:`normalized_convolution`.
-
-    Takes ``d_output``, ``source``, ``weights`` (where the source's gradient is wanted), ``scale``, ``mean``,
-    ``variance``, ``convolved`` and, with ``relu``, ``workspace``; gives ``d_weights``, ``d_scale``, ``d_shift`` and,
-    where wanted, ``d_source``.
-    """
-    program = Program()
-    conv = Convolution(geometry)
-    array = _normalizable(geometry, epsilon, relu)
-    forward = _batch_norm_forward(array, epsilon, relu)
-    backward = Descriptor(
-        "batch_normalization_backward",
-        library().engine,
-        BACKWARD,
-        array.descriptor,
-        array.descriptor,
-        array.descriptor,
-        c_float(epsilon),
-        c_uint(USE_SCALE | USE_SHIFT | (FUSE_RELU if relu else 0)),
-        forward.handle,
-        None,
-    )
-    channels = (geometry.channels,)
-    d_convolved = program.scratch(array)
-    arguments = {
-        Arg.SOURCE: program.kept("convolved", array),
-        Arg.MEAN: program.array("mean", channels),
-        Arg.VARIANCE: program.array("variance", channels),
-        Arg.SCALE: program.array("scale", channels),
-        Arg.D_OUTPUT: program.brought(program.array("d_output", geometry.output), array),
-        Arg.D_SOURCE: d_convolved,
-        Arg.D_SCALE: program.array("d_scale", channels),
-        Arg.D_SHIFT: program.array("d_shift", channels),
-    }
-    if relu:
-        arguments[Arg.WORKSPACE] = program.kept("workspace", forward.layout(Query.WORKSPACE))
-    program.execute(backward, arguments)
-    _add_gradients(program, conv, d_convolved, wants_source)
-    return program
