@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,32 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
 ) -> None:
     path = tmp_path / "net.megengine"
     path.write_bytes(b"older")
-    true_answer = mge.run_graph
-    monkeypatch.setattr(mge, "run_graph", lambda *a: np.nextafter(true_answer(*a), np.float32(np.inf)))
+    for name in ("run_in_lite", "run_in_megengine"):
+        monkeypatch.setattr(mge, name, off_by_one_bit(getattr(mge, name)))
     with pytest.raises(FailureError, match="differs from the network in memory"):
         dump_classifier(made["resnet18", Mode.QUANTIZED], path)
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def off_by_one_bit(run: Callable[..., npt.NDArray[np.float32]]) -> Callable[..., npt.NDArray[np.float32]]:
+    return lambda *arguments: np.nextafter(run(*arguments), np.float32(np.inf))
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QUANTIZED])
+def test_where_lite_rounds_otherwise_megengine_itself_has_to_give_the_bits(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    monkeypatch.setattr(mge, "run_in_lite", off_by_one_bit(mge.run_in_lite))
+    assert dump_classifier(made["mobilenet_v2", mode], tmp_path / "net.megengine").exact_in == "MegEngine"
+
+
+def test_a_file_that_lite_answers_wrongly_is_refused_whatever_megengine_says(
+    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_answer = mge.run_in_lite
+    monkeypatch.setattr(mge, "run_in_lite", lambda *arguments: true_answer(*arguments) * np.float32(1.001))
+    with pytest.raises(FailureError):
+        dump_classifier(made["mobilenet_v2", Mode.NORMAL], tmp_path / "net.megengine")
 
 
 def test_damaged_files_never_reach_the_native_loader(

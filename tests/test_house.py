@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "quant": FLOOR | {"files", "zoo"},
     "engine": FLOOR | {"files", "zoo", "data", "quant"},
     "deploy": FLOOR | {"files", "zoo", "data", "quant", "engine"},
-    "runtime": FLOOR | {"files", "quant"},
+    "runtime": FLOOR | {"files", "deploy"},
     "bench": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime"},
     "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},
 }

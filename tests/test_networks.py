@@ -70,10 +70,7 @@ def written(tmp_path: Path) -> Written:
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize(
-        ("arch", "mode"),
-        [(SHUFFLE, Mode.NORMAL), (SHUFFLE, Mode.QAT), (SHUFFLE, Mode.QUANTIZED), (LITE, Mode.QUANTIZED)],
-    )
+    @pytest.mark.parametrize(("arch", "mode"), [(SHUFFLE, Mode.NORMAL), (SHUFFLE, Mode.QAT), (LITE, Mode.QUANTIZED)])
     def test_a_network_comes_back_to_the_bit(self, arch: str, mode: Mode, written: Written) -> None:
         before = classifier_of(arch, mode)
         path = written(arch, mode)
@@ -90,7 +87,9 @@ class TestCheckpoints:
         first.write_checkpoint(second_path)
         second = open_classifier(checkpoint=second_path)
         pictures = smooth_pictures(2)
-        assert np.array_equal(second.logits(pictures), first.logits(pictures))
+        for classifier in (first, second):
+            expected = classifier_of(SHUFFLE, Mode.QUANTIZED).logits(pictures)
+            assert np.array_equal(classifier.logits(pictures), expected)
         assert second.mode is Mode.QUANTIZED
 
     def test_it_says_what_it_is(self, written: Written) -> None:
@@ -101,11 +100,10 @@ class TestCheckpoints:
         assert info.versions == versions()
         assert set(info.versions) == {"mgq", "megengine", "numpy", "python"}
 
-    @pytest.mark.parametrize("mode", [Mode.QAT, Mode.QUANTIZED])
-    def test_a_float_one_cannot_be_opened_for_int8_without_ranges(self, mode: Mode, written: Written) -> None:
+    def test_a_float_one_cannot_be_opened_for_int8_without_ranges(self, written: Written) -> None:
         path = written(SHUFFLE, Mode.NORMAL)
         with pytest.raises(InputError) as error:
-            open_classifier(checkpoint=path, mode=mode)
+            open_classifier(checkpoint=path)
         assert one_line_about(str(error.value), str(path), "without activation ranges", "mgq calibrate", "-m normal")
 
     def test_with_its_ranges_it_can(self, written: Written) -> None:
@@ -123,10 +121,9 @@ class TestCheckpoints:
     def test_new_ranges_replace_those_of_a_qat_checkpoint(self, written: Written) -> None:
         ranges = trio_of(SHUFFLE).ranges
         halved = replace(ranges, ranges={name: (low / 2, high / 2) for name, (low, high) in ranges.ranges.items()})
-        path = written(SHUFFLE, Mode.QAT)
+        opened = open_classifier(checkpoint=written(SHUFFLE, Mode.QAT), ranges=halved)
         pictures = smooth_pictures(2)
-        new, old = (open_classifier(checkpoint=path, ranges=r).logits(pictures) for r in (halved, None))
-        assert not np.array_equal(new, old)
+        assert not np.array_equal(opened.logits(pictures), classifier_of(SHUFFLE, Mode.QUANTIZED).logits(pictures))
 
     def test_a_qat_checkpoint_opens_in_float_too(self, written: Written) -> None:
         opened = open_classifier(checkpoint=written(SHUFFLE, Mode.QAT), mode=Mode.NORMAL)

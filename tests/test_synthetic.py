@@ -105,6 +105,30 @@ def test_each_class_can_be_told_from_the_others() -> None:
     assert min(right[label::10].mean() for label in range(10)) > 0.5
 
 
+def test_a_class_looks_as_its_name_says() -> None:
+    """By the middle of each measure over 20 drawings."""
+    pictures = SyntheticPictures(200)
+    all_ = np.stack([measures(pictures.picture(index)) for index in range(200)])
+    round_, hull, rectangle, triangle, holes, outlines, share, _ = (
+        dict(zip(pictures.classes, column, strict=True))
+        for column in np.median(all_.reshape(20, 10, -1), axis=0).T.tolist()
+    )
+
+    def most(values: dict[str, float], *but: str) -> str:
+        return max(values.keys() - set(but), key=values.__getitem__)
+
+    assert most(holes) == "ring"
+    assert most(round_, "ring") == "disc"
+    assert most(rectangle) == "square"
+    assert most(triangle) == "triangle"
+    assert most({name: -value for name, value in hull.items()}) == "star"
+    assert hull["cross"] < 0.85
+    assert most(outlines) == "dots"
+    assert most(outlines, "dots") == "checkerboard"
+    assert most({name: -value for name, value in round_.items()}) == "stripes"
+    assert share["glow"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

@@ -134,7 +134,7 @@ class TestNames:
         assert "classifier.0.bias" not in shapes_of("shufflenet_v1_x1_5_g3", "normal")
 
     @pytest.mark.parametrize(
-        ("arch", "mode"), [("resnet18", "normal"), ("mobilenet_v2", "normal"), ("shufflenet_v1_x0_5_g3", "qat")]
+        ("arch", "mode"), [("resnet18", "qat"), ("mobilenet_v2", "normal"), ("shufflenet_v1_x0_5_g3", "normal")]
     )
     def test_a_pickle_of_exactly_these_names_loads_strictly(self, arch: str, mode: str, tmp_path: Path) -> None:
         shapes = shapes_of(arch, mode)

@@ -75,12 +75,12 @@ def written(classifier: Classifier, path: Path, input_type: str, batch: int, to:
     """Write the file and say so."""
     from mgq.deploy.dump import dump_classifier
 
-    dump_classifier(classifier, path, input_type, batch)
+    report = dump_classifier(classifier, path, input_type, batch)
     size = classifier.image_size
     to.print(
         f"{path}: {megabytes(path)}, takes {input_type} ({batch}, 3, {size}, {size}) BGR, "
         f"mode {classifier.mode.value}, weights: {classifier.origin}; "
-        "loaded again, it answers to the bit as the network in memory",
+        f"loaded again in {report.exact_in}, it answers to the bit as the network in memory",
         markup=False,
         soft_wrap=True,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import megengine
 import numpy as np
 import numpy.typing as npt
 
+from mgq.deploy.mge import LiteGraph
 from mgq.errors import InputError
 from mgq.files.sealed import read_sealed
 
@@ -25,8 +25,6 @@ class LiteRuntime:
     version = megengine.__version__
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        from megenginelite import LiteConfig, LiteNetwork, LiteOptions
-
         cores = len(os.sched_getaffinity(0))
         if not 1 <= threads <= cores:
             raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
@@ -35,23 +33,11 @@ class LiteRuntime:
         self.threads = threads
         self.input_type = str(self.about["input"]["type"])
         self.shape = tuple(self.about["input"]["shape"])
-        options = LiteOptions()
-        # Filters are brought into the kernels' order once, at loading.
-        options.weight_preprocess = True
-        self.network = LiteNetwork(LiteConfig(option=options))
-        if threads > 1:
-            self.network.threads_number = threads
-        self.network.load(io.BufferedReader(io.BytesIO(graph)))
-        self.input = self.network.get_io_tensor(self.network.get_input_name(0))
-        self.output = self.network.get_io_tensor(self.network.get_output_name(0))
+        self.graph = LiteGraph(graph, threads)
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if batch.shape != self.shape:
             raise InputError(f"{self.path} takes pictures of shape {self.shape}, not {batch.shape}")
         if self.input_type != "uint8":
             batch = (batch.astype(np.int16) - 128).astype(self.input_type)
-        self.input.set_data_by_copy(np.ascontiguousarray(batch))
-        self.network.forward()
-        self.network.wait()
-        result: npt.NDArray[np.float32] = self.output.to_numpy().copy()
-        return result
+        return self.graph.run(batch)

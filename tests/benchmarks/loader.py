@@ -25,7 +25,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-import psutil
+import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from mgq.data.augment import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
@@ -176,7 +176,8 @@ def compare(
 
 def processor_seconds(helpers: Sequence[psutil.Process]) -> float:
     """What this process and ``helpers`` have used so far."""
-    return time.process_time() + sum(times.user + times.system for times in (h.cpu_times() for h in helpers))
+    theirs: float = sum(times.user + times.system for times in (helper.cpu_times() for helper in helpers))
+    return time.process_time() + theirs
 
 
 def main() -> None:

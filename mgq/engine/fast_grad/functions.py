@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import megengine as mge
@@ -12,8 +13,8 @@ from megengine.autodiff import Function
 from megengine.core._imperative_rt.core2 import apply, get_grad_key
 from megengine.core.ops.builtin import Elemwise
 
-from mgq.engine.fast_grad import onednn
-from mgq.engine.fast_grad.onednn import Array, Geometry
+from mgq.engine.fast_grad import kernels
+from mgq.engine.fast_grad.kernels import Array, Geometry, Norm
 
 Scalar = np.float32
 # The float32 next below a half. Added, away from zero, before truncation it rounds halves away from zero; a half itself
@@ -36,8 +37,8 @@ def values(*tensors: Tensor) -> list[Array]:
     return [np.ascontiguousarray(np.from_dlpack(tensor)) for tensor in tensors]
 
 
-def empty(shape: tuple[int, ...]) -> Array:
-    return np.empty(shape, np.float32)
+def tensors(arrays: Iterable[Array | None], device: Any) -> list[Tensor | None]:
+    return [None if array is None else Tensor(array, device=device) for array in arrays]
 
 
 class Convolution(Function):  # type: ignore[misc]
@@ -46,7 +47,7 @@ class Convolution(Function):  # type: ignore[misc]
     ``stock`` is MegEngine's own convolution of the two, where the output must be its to the bit.
     """
 
-    def __init__(self, geometry: Geometry, wants_source: bool, stock: Any = None) -> None:
+    def __init__(self, geometry: Geometry, wants_source: bool, stock: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.geometry = geometry
         self.wants_source = wants_source
@@ -56,19 +57,14 @@ class Convolution(Function):  # type: ignore[misc]
         self.saved = source, weights
         if self.stock is not None:
             return self.stock(source, weights)
-        x, w = values(source, weights)
-        output = empty(self.geometry.output)
-        onednn.convolution(self.geometry).run(source=x, weights=w, output=output)
+        output = kernels.convolution(self.geometry, *values(source, weights))
         return Tensor(output, device=source.device)
 
-    def backward(self, d_output: Tensor) -> tuple[Tensor | None, Tensor]:
-        source, weights = self.saved
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        arrays = values(*self.saved, d_output)
         del self.saved
-        x, w, dy = values(source, weights, d_output)
-        dx, dw = empty(x.shape if self.wants_source else ()), empty(w.shape)
-        program = onednn.convolution_gradients(self.geometry, self.wants_source)
-        program.run(source=x, weights=w, d_output=dy, d_source=dx, d_weights=dw)
-        return Tensor(dx, device=source.device) if self.wants_source else None, Tensor(dw, device=source.device)
+        gradients = kernels.convolution_gradients(self.geometry, *arrays, self.wants_source)
+        return tensors(gradients, d_output.device)
 
 
 class NormalizedConvolution(Function):  # type: ignore[misc]
@@ -77,51 +73,28 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
     ``mean`` and ``variance`` (biased) of each channel, float32 (C,), are there once it was called.
     """
 
-    def __init__(self, geometry: Geometry, epsilon: float, relu: bool, wants_source: bool) -> None:
+    def __init__(self, geometry: Geometry, norm: Norm, wants_source: bool) -> None:
         super().__init__()
         self.geometry = geometry
-        self.options = epsilon, relu
+        self.norm = norm
         self.wants_source = wants_source
-        self.mean, self.variance = empty((geometry.channels,)), empty((geometry.channels,))
 
     def forward(self, source: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        self.saved = source, weights, scale
-        x, w, g, b = values(source, weights, scale, shift)
-        program = onednn.normalized_convolution(self.geometry, *self.options)
-        self.kept = {
-            name: onednn.aligned_bytes(program.sizes[name])
-            for name in ("convolved", "workspace")
-            if name in program.sizes
-        }
-        output = empty(self.geometry.output)
-        program.run(
-            source=x, weights=w, scale=g, shift=b, output=output, mean=self.mean, variance=self.variance, **self.kept
-        )
-        return Tensor(output, device=source.device)
+        result = kernels.normalized_convolution(self.geometry, self.norm, *values(source, weights, scale, shift))
+        output = Tensor(result.output, device=source.device)
+        self.mean, self.variance = result.mean, result.variance
+        # The output is large and not needed again.
+        self.saved = (source, weights, scale), result._replace(output=kernels.empty((0,)))
+        return output
 
-    def backward(self, d_output: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        source, weights, scale = self.saved
-        kept = self.kept
-        del self.saved, self.kept
-        x, w, g, dy = values(source, weights, scale, d_output)
-        dx = empty(x.shape if self.wants_source else ())
-        dw, dg, db = empty(w.shape), empty(g.shape), empty(g.shape)
-        program = onednn.normalized_convolution_gradients(self.geometry, *self.options, self.wants_source)
-        program.run(
-            source=x,
-            weights=w,
-            scale=g,
-            d_output=dy,
-            d_source=dx,
-            d_weights=dw,
-            d_scale=dg,
-            d_shift=db,
-            mean=self.mean,
-            variance=self.variance,
-            **kept,
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        tensors_, result = self.saved
+        del self.saved
+        *inputs, gradient = values(*tensors_, d_output)
+        gradients = kernels.normalized_convolution_gradients(
+            self.geometry, self.norm, *inputs, result, gradient, self.wants_source
         )
-        gradients = (Tensor(gradient, device=source.device) for gradient in (dw, dg, db))
-        return (Tensor(dx, device=source.device) if self.wants_source else None, *gradients)
+        return tensors(gradients, d_output.device)
 
 
 class AddRelu(Function):  # type: ignore[misc]

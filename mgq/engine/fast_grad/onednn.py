@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping
-from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -173,13 +172,22 @@ class Layout:
     def equals(self, other: Layout) -> bool:
         return bool(library().c.dnnl_memory_desc_equal(self.descriptor, other.descriptor))
 
+    def window(self, shape: Shape, start: Shape) -> Layout:
+        """The part of ``shape`` that begins at ``start``; it lies where the whole array lies."""
+        lib, made = library(), c_void_p()
+        create = lib.c.dnnl_memory_desc_create_submemory
+        lib.check(create(byref(made), self.descriptor, dims(shape), dims(start)), f"a window {shape}")
+        return Layout(made, _Owned("memory_desc", made))
+
+
+def dims(values: Shape) -> ctypes.Array[c_int64]:
+    return (c_int64 * len(values))(*values)
+
 
 def layout(shape: Shape, tag: int) -> Layout:
     lib, made = library(), c_void_p()
-    dims = (c_int64 * len(shape))(*shape)
-    lib.check(
-        lib.c.dnnl_memory_desc_create_with_tag(byref(made), len(shape), dims, FLOAT32, tag), f"an array {shape}"
-    )
+    create = lib.c.dnnl_memory_desc_create_with_tag
+    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, tag), f"an array {shape}")
     return Layout(made, _Owned("memory_desc", made))
 
 
@@ -230,7 +238,10 @@ class Program:
     """Primitives in a fixed order, with names for the arrays that the caller passes."""
 
     def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        """Bytes of every named array."""
         self._named: dict[str, Memory] = {}
+        self._windows: list[tuple[str, Memory]] = []
         self._scratch: list[tuple[Memory, int]] = []
         self._scratch_size = 0
         self._steps: list[tuple[_Owned, ctypes.Array[_Argument], tuple[Memory, ...]]] = []
@@ -241,9 +252,19 @@ class Program:
 
     def kept(self, name: str, layout: Layout) -> Memory:
         """Bytes of the caller in oneDNN's own layout, ``sizes[name]`` of them."""
-        return self._named.setdefault(name, Memory(layout))
+        if name not in self._named:
+            self._named[name] = Memory(layout)
+            self.sizes[name] = layout.size
+        return self._named[name]
+
+    def window(self, name: str, shape: Shape, start: Shape) -> Memory:
+        """A part of the named array."""
+        memory = Memory(self._named[name].layout.window(shape, start))
+        self._windows.append((name, memory))
+        return memory
 
     def scratch(self, layout: Layout) -> Memory:
+        """A place that holds its contents only while the program runs."""
         memory = Memory(layout)
         self._scratch.append((memory, self._scratch_size))
         self._scratch_size += -(-layout.size // ALIGNMENT) * ALIGNMENT
@@ -265,9 +286,7 @@ class Program:
         if source is target:
             return
         engine = library().engine
-        descriptor = Descriptor(
-            "reorder", source.layout.descriptor, engine, target.layout.descriptor, engine, None
-        )
+        descriptor = Descriptor("reorder", source.layout.descriptor, engine, target.layout.descriptor, engine, None)
         self.execute(descriptor, {Arg.SOURCE: source, Arg.OUTPUT: target})
 
     def execute(self, descriptor: Descriptor, arguments: Mapping[int, Memory]) -> None:
@@ -276,20 +295,14 @@ class Program:
         array = (_Argument * len(arguments))(*((arg, memory.handle) for arg, memory in arguments.items()))
         self._steps.append((_Owned("primitive", made), array, tuple(arguments.values())))
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every named array."""
-        return {name: memory.layout.size for name, memory in self._named.items()}
-
-    def run(self, **arrays: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> None:
+    def run(self, **arrays: npt.NDArray[np.float32] | Bytes) -> None:
         """Run on ``arrays``, one for each name: C-contiguous, of the sizes that were promised."""
         lib = library()
-        for name, memory in self._named.items():
-            array = arrays[name]
-            if array.nbytes != memory.layout.size or not array.flags.c_contiguous:
-                raise ValueError(f"array '{name}' does not fit: {array.nbytes} bytes, not {memory.layout.size}")
+        for name, size in self.sizes.items():
+            if arrays[name].nbytes != size or not arrays[name].flags.c_contiguous:
+                raise ValueError(f"array '{name}' does not fit: {arrays[name].nbytes} bytes, not {size}")
         with lib.lock:
-            for name, memory in self._named.items():
+            for name, memory in (*self._named.items(), *self._windows):
                 memory.place(arrays[name].ctypes.data)
             base = lib.scratch(self._scratch_size)
             for memory, offset in self._scratch:

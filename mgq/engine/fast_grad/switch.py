@@ -28,7 +28,7 @@ from mgq.engine.fast_grad.functions import (
     needs_gradient,
     values,
 )
-from mgq.engine.fast_grad.onednn import Geometry
+from mgq.engine.fast_grad.kernels import Geometry, Norm, geometry
 from mgq.quant.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 
@@ -125,8 +125,10 @@ def on_cpu(*tensors: Tensor) -> bool:
 
 def geometry_of(source: Tensor, weights: Tensor, stride: Any, padding: Any) -> Geometry | None:
     """The convolution of these as oneDNN takes it; None for one that yields nothing."""
-    geometry = Geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding))
-    return geometry if len(geometry.source) == 4 and min((*geometry.source, *geometry.output)) > 0 else None
+    if source.ndim != 4:
+        return None
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding))
+    return found if min((*found.source, *found.output)) > 0 else None
 
 
 def pair_of(value: Any) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def fast_conv2d(stock: Stock, stock_forward: bool) -> Stock:
         compute_mode: Any = "default",
     ) -> Tensor:
         options = (stride, padding, dilation, groups, conv_mode, compute_mode)
-        geometry = None
+        found = None
         if (
             needs_gradient(inp, weight)
             and on_cpu(inp, weight)
@@ -155,11 +157,11 @@ def fast_conv2d(stock: Stock, stock_forward: bool) -> Stock:
             and str(conv_mode).lower() == "cross_correlation"
             and compute_mode == "default"
         ):
-            geometry = geometry_of(inp, weight, stride, padding)
-        if geometry is None:
+            found = geometry_of(inp, weight, stride, padding)
+        if found is None:
             return stock(inp, weight, bias, *options)
         forward = (lambda x, w: stock(x, w, None, *options)) if stock_forward else None
-        output = Convolution(geometry, needs_gradient(inp), forward)(inp, weight)
+        output = Convolution(found, needs_gradient(inp), forward)(inp, weight)
         return output if bias is None else output + bias
 
     return conv2d
@@ -207,9 +209,9 @@ def fusable(module: M.Module, source: Tensor) -> bool:
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
         and on_cpu(source, conv.weight)
-        and (geometry := geometry_of(source, conv.weight, conv.stride, conv.padding)) is not None
+        and (found := geometry_of(source, conv.weight, conv.stride, conv.padding)) is not None
         # One value alone has no unbiased variance.
-        and elements_a_channel(geometry) > 1
+        and elements_a_channel(found) > 1
     )
 
 
@@ -221,11 +223,11 @@ def elements_a_channel(geometry: Geometry) -> int:
 def normalized_convolution(module: M.Module, source: Tensor, weights: Tensor, relu: bool) -> Tensor:
     """Convolution with ``weights``, batch norm by this batch's statistics and maybe ReLU; updates the running ones."""
     conv, bn = module.conv, module.bn
-    geometry = geometry_of(source, weights, conv.stride, conv.padding)
-    assert geometry is not None
-    function = NormalizedConvolution(geometry, bn.eps, relu, needs_gradient(source))
+    found = geometry_of(source, weights, conv.stride, conv.padding)
+    assert found is not None
+    function = NormalizedConvolution(found, Norm(bn.eps, relu), needs_gradient(source))
     output = function(source, weights, bn.weight, bn.bias)
-    elements = elements_a_channel(geometry)
+    elements = elements_a_channel(found)
     keep = np.float32(bn.momentum)
     for running, now in (
         (bn.running_mean, function.mean),

@@ -1,0 +1,154 @@
+"""Runners of networks: the same bits in each, in memory and from a file."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.deploy import mge
+from mgq.deploy.mge import fused, write_megengine
+from mgq.errors import FailureError
+from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.ranges import apply_ranges
+from mgq.runtime.lite import LiteRuntime
+from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.zoo.layers import ConvBnRelu6, global_average
+from tests.conftest import filled, smooth_pictures
+
+SIZE = 32
+BOTH = (Mode.NORMAL, Mode.QUANTIZED)
+
+
+class Small(M.Module):  # type: ignore[misc]
+    """The zoo's kinds of convolution: dense, depthwise, grouped, with ReLU, ReLU6 and none; and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = M.QuantStub(), M.DequantStub()
+        self.stem = M.ConvBnRelu2d(3, 12, 3, 2, 1, bias=False)
+        self.depthwise = ConvBnRelu6(12, 12, 3, 1, 1, groups=12, bias=False)
+        self.grouped = M.ConvBn2d(12, 12, 1, groups=3, bias=False)
+        self.biased = M.ConvRelu2d(12, 12, 3, 1, 1)
+        self.add = M.Elemwise("ADD")
+        self.head = M.Linear(12, 7)
+        self.head.disable_quantize()
+
+    def forward(self, inp: Tensor) -> Tensor:
+        x = self.stem(self.quant(inp))
+        x = self.biased(self.add(x, self.grouped(self.depthwise(x))))
+        return self.head(self.dequant(global_average(x)))
+
+
+@cache
+def small(mode: Mode) -> M.Module:
+    network = Small()
+    network.eval()
+    filled(network)
+    if mode is Mode.QUANTIZED:
+        ranges = min_max_ranges(network, [smooth_pictures(4, SIZE, SIZE)], "small", "none", {})
+        network = to_mode(network, Mode.QAT)
+        apply_ranges(network, ranges)
+        network = to_mode(network, Mode.QUANTIZED)
+    return network
+
+
+def in_memory(mode: Mode) -> M.Module:
+    """The network that a file of ``small(mode)`` has to equal."""
+    return fused(small(mode)) if mode is Mode.NORMAL else small(mode)
+
+
+def written(path: Path, mode: Mode, input_type: str = "uint8", batch: int = 1) -> Path:
+    write_megengine(
+        small(mode),
+        path,
+        image_size=SIZE,
+        batch=batch,
+        input_type=input_type,
+        provenance={},
+        check=smooth_pictures(batch, SIZE, SIZE, seed=8),
+    )
+    return path
+
+
+def pictures(number: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(5).integers(0, 256, (number, 3, SIZE, SIZE), np.uint8)
+
+
+@pytest.mark.parametrize("input_type", ["uint8", "int8", "float32"])
+@pytest.mark.parametrize("mode", BOTH)
+def test_lite_answers_to_the_bit_as_the_network_in_memory(tmp_path: Path, mode: Mode, input_type: str) -> None:
+    lite = LiteRuntime(written(tmp_path / "net.megengine", mode, input_type))
+    memory = EagerRuntime(in_memory(mode))
+    for picture in np.split(pictures(4), 4):
+        np.testing.assert_array_equal(lite.run(picture), memory.run(picture))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")
+@pytest.mark.parametrize("mode", BOTH)
+def test_two_threads_give_the_bits_of_one(tmp_path: Path, mode: Mode) -> None:
+    path = written(tmp_path / "net.megengine", mode, batch=3)
+    one, two = LiteRuntime(path), LiteRuntime(path, threads=2)
+    assert (one.threads, two.threads) == (1, 2)
+    np.testing.assert_array_equal(two.run(pictures(3)), one.run(pictures(3)))
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_a_traced_network_answers_to_the_bit_as_eager(mode: Mode) -> None:
+    traced, eager = TracedRuntime(small(mode)), EagerRuntime(small(mode))
+    for batch in np.split(pictures(6), 3):
+        np.testing.assert_array_equal(traced.run(batch), eager.run(batch))
+
+
+def test_answers_stay_when_the_next_pictures_run(tmp_path: Path) -> None:
+    path = written(tmp_path / "net.megengine", Mode.QUANTIZED)
+    first, second = np.split(pictures(2), 2)
+    for runtime in (LiteRuntime(path), EagerRuntime(small(Mode.QUANTIZED)), TracedRuntime(small(Mode.QUANTIZED))):
+        given = first.copy()
+        logits = runtime.run(given)
+        kept = logits.copy()
+        given[...] = 0
+        other = runtime.run(second)
+        np.testing.assert_array_equal(logits, kept)
+        assert logits.dtype == np.float32 and logits.shape == (1, 7) and not np.array_equal(other, logits)
+        np.testing.assert_array_equal(runtime.run(first), kept)
+
+
+def test_pictures_need_not_be_contiguous(tmp_path: Path) -> None:
+    path = written(tmp_path / "net.megengine", Mode.QUANTIZED)
+    rgb = np.ascontiguousarray(pictures(1)[:, ::-1])
+    for runtime in (LiteRuntime(path), EagerRuntime(small(Mode.QUANTIZED))):
+        np.testing.assert_array_equal(runtime.run(rgb[:, ::-1]), runtime.run(pictures(1)))
+
+
+def test_a_fused_network_is_the_same_but_for_rounding() -> None:
+    network = small(Mode.NORMAL)
+    before, after = EagerRuntime(network).run(pictures(3)), EagerRuntime(fused(network)).run(pictures(3))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+    kinds = {type(module).__name__ for module in fused(network).modules()}
+    assert "FusedConv" in kinds and not kinds & {"BatchNorm2d", "Conv2d", "ConvRelu2d", "ConvRelu6"}
+    # The network that was given is as it was.
+    np.testing.assert_array_equal(EagerRuntime(network).run(pictures(3)), before)
+
+
+def test_a_fused_relu6_stops_at_6() -> None:
+    network = fused(small(Mode.NORMAL))
+    seen: list[npt.NDArray[np.float32]] = []
+    network.depthwise.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs.numpy()))
+    EagerRuntime(network).run(pictures(2))
+    assert seen[0].min() == 0 and seen[0].max() == 6
+
+
+def test_a_file_with_other_last_bits_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # MegEngine folds the batch norms itself then, which the network in memory does not.
+    monkeypatch.setattr(mge, "fused", lambda network: network)
+    with pytest.raises(FailureError, match="differs from the network in memory"):
+        written(tmp_path / "net.megengine", Mode.NORMAL)
+    assert list(tmp_path.iterdir()) == []
