@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import pytest
 
 from mgq.cli.console import import_megengine
 
+# MegEngine's threads wait for work by spinning, which takes the cores from all else. Read when the first tensor is made.
+os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
 import_megengine(debug=False)
 
 import megengine.module as M  # noqa: E402

@@ -142,9 +142,7 @@ def test_the_data_is_on_the_disk_before_the_name_and_the_name_after(
     assert events == ["sync file", "rename", "sync folder"]
 
 
-def test_a_folder_that_cannot_be_synced_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -188,9 +186,7 @@ def test_a_writer_that_finds_the_disk_full_is_one_line(tmp_path: Path, error: Ex
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError(errno.ENOENT, "x"), InputError("bad: No space left on device")]
-)
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), InputError("bad: No space left on device")])
 def test_an_error_that_is_not_about_the_disk_passes_unchanged(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "weights"):
         raise error
@@ -303,9 +299,7 @@ def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "place", [lambda root: root / "file", lambda root: root / "file" / "below", lambda _: Path("/proc/mgq")]
 )
-def test_a_folder_that_cannot_be_made_is_refused_by_name(
-    tmp_path: Path, place: Callable[[Path], Path]
-) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path, place: Callable[[Path], Path]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError) as caught:
         ensure_writable_folder(place(tmp_path), "pass --save FOLDER")

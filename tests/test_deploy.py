@@ -86,9 +86,7 @@ def test_the_file_says_what_it_is_in_plain_data(made: dict[tuple[str, Mode], Cla
     assert b"cpickle" not in path.read_bytes() and json.dumps(about)
 
 
-def test_an_int8_file_is_a_quarter_of_the_float_one(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path
-) -> None:
+def test_an_int8_file_is_a_quarter_of_the_float_one(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
     sizes = {
         mode: dump_classifier(made["resnet18", mode], tmp_path / f"{mode.value}.megengine").size
         for mode in (Mode.NORMAL, Mode.QUANTIZED)
@@ -129,9 +127,7 @@ def test_a_file_that_lite_answers_wrongly_is_refused_whatever_megengine_says(
         dump_classifier(made["mobilenet_v2", Mode.NORMAL], tmp_path / "net.megengine")
 
 
-def test_damaged_files_never_reach_the_native_loader(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path
-) -> None:
+def test_damaged_files_never_reach_the_native_loader(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
     path = tmp_path / "net.megengine"
     dump_classifier(made["shufflenet_v1_x0_5_g3", Mode.QUANTIZED], path)
     whole = path.read_bytes()

@@ -252,9 +252,7 @@ def test_a_connection_that_drops_before_it_answers_is_tried_again(shelf: Shelf, 
     assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
 
 
-def test_a_server_that_keeps_dropping_is_given_up_and_taken_up_the_next_time(
-    shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_server_that_keeps_dropping_is_given_up_and_taken_up_the_next_time(shelf: Shelf, tmp_path: Path) -> None:
     shelf.moods.extend([drops] * QUICK.tries)
     message = refusal(shelf.source(), tmp_path)
     assert "could not download weights.bin from 127.0.0.1" in message
@@ -271,9 +269,7 @@ def test_a_server_without_ranges_is_asked_for_all_again(shelf: Shelf, tmp_path: 
 
 
 @pytest.mark.parametrize("answer", [says(416), sends_the_wrong_range])
-def test_a_range_that_is_not_the_one_asked_for_starts_over(
-    shelf: Shelf, tmp_path: Path, answer: Mood
-) -> None:
+def test_a_range_that_is_not_the_one_asked_for_starts_over(shelf: Shelf, tmp_path: Path, answer: Mood) -> None:
     shelf.moods.extend([drops, answer])
     assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
     assert [asked.first_byte for asked in shelf.asked] == [None, HALF, None]
@@ -288,9 +284,7 @@ def leave_half(shelf: Shelf, folder: Path, source: Source) -> None:
 
 @pytest.mark.parametrize("later", [well, ignores_if_range])
 @pytest.mark.parametrize("mark", ["ETag", "Last-Modified"])
-def test_a_file_that_changed_between_tries_is_not_spliced(
-    shelf: Shelf, tmp_path: Path, later: Mood, mark: str
-) -> None:
+def test_a_file_that_changed_between_tries_is_not_spliced(shelf: Shelf, tmp_path: Path, later: Mood, mark: str) -> None:
     shelf.headers = {mark: '"one"' if mark == "ETag" else "Mon, 03 Nov 2025 10:00:00 GMT"}
     # With the size alone to go by, only the mark can tell.
     source = Source(f"http://127.0.0.1:{shelf.port}/w", "w", len(CONTENT), None)
@@ -305,9 +299,7 @@ def test_a_file_that_changed_between_tries_is_not_spliced(
     assert shelf.asked[1].first_byte == HALF
 
 
-def test_pieces_of_two_versions_that_no_mark_tells_apart_are_fetched_anew(
-    shelf: Shelf, tmp_path: Path
-) -> None:
+def test_pieces_of_two_versions_that_no_mark_tells_apart_are_fetched_anew(shelf: Shelf, tmp_path: Path) -> None:
     shelf.headers = {}
     shelf.content = OTHER_CONTENT
     leave_half(shelf, tmp_path, shelf.source())
@@ -369,9 +361,7 @@ def test_without_a_hash_a_part_is_used_only_if_the_machine_was_not_restarted(
     assert [asked.first_byte for asked in shelf.asked] == [None if restarted else HALF]
 
 
-def test_a_file_of_unknown_size_and_hash_is_whole_when_the_stated_length_has_come(
-    shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_file_of_unknown_size_and_hash_is_whole_when_the_stated_length_has_come(shelf: Shelf, tmp_path: Path) -> None:
     source = replace(shelf.source(), size=None, sha256=None)
     shelf.moods.extend([drops])
     refusal(source, tmp_path, replace(QUICK, tries=1))
@@ -414,9 +404,7 @@ def test_a_prefix_of_the_hash_is_enough_to_tell(shelf: Shelf, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("length", [HALF, 2 * len(CONTENT)])
-def test_a_wrong_declared_length_is_refused_before_it_is_fetched(
-    shelf: Shelf, tmp_path: Path, length: int
-) -> None:
+def test_a_wrong_declared_length_is_refused_before_it_is_fetched(shelf: Shelf, tmp_path: Path, length: int) -> None:
     shelf.content = bytes(length)
     seen: list[Progress] = []
     with pytest.raises(FailureError) as caught:
@@ -615,9 +603,7 @@ def test_redirects_have_a_bound(shelf: Shelf, tmp_path: Path) -> None:
     assert len(shelf.asked) == 6
 
 
-@pytest.mark.parametrize(
-    "url", ["http://example.org/w", "file:///etc/hostname", "ftp://a/w", "w", "", "https://"]
-)
+@pytest.mark.parametrize("url", ["http://example.org/w", "file:///etc/hostname", "ftp://a/w", "w", "", "https://"])
 def test_an_address_that_is_not_https_is_refused(tmp_path: Path, url: str) -> None:
     assert "is not https" in refusal(Source(url, "w", 1, None), tmp_path)
 
@@ -712,9 +698,7 @@ def test_a_listeners_own_error_is_not_taken_for_a_write_error(shelf: Shelf, tmp_
         download(shelf.source(), tmp_path, closed, patience=QUICK)
 
 
-def test_a_disk_that_fills_up_is_one_line(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_is_one_line(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -90,17 +90,13 @@ def exif_of(orientation: int, order: str = "<") -> bytes:
         ("GIF", {}, 12.0),
     ],
 )
-def test_each_format_gives_the_picture_in_bgr_order(
-    kind: str, options: dict[str, Any], tolerance: float
-) -> None:
+def test_each_format_gives_the_picture_in_bgr_order(kind: str, options: dict[str, Any], tolerance: float) -> None:
     assert np.abs(rgb(encoded(scene(), kind, **options)) - scene()).mean() <= tolerance
 
 
 def test_a_jpeg_gives_the_very_pixels_of_opencv() -> None:
     data = encoded(scene(), "JPEG")
-    np.testing.assert_array_equal(
-        read_picture(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    )
+    np.testing.assert_array_equal(read_picture(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
 
 
 def test_a_path_is_read_whatever_its_suffix(tmp_path: Path) -> None:
@@ -153,9 +149,7 @@ def test_ycck_jpeg_is_close_to_the_colours_it_was_made_from() -> None:
     ink = inks(scene())
     ycc = np.asarray(Image.fromarray(np.ascontiguousarray(ink[:, :, :3])).convert("YCbCr"))
     # Pillow inverts what it writes as CMYK; the transform 2 in Adobe's marker calls the same samples YCCK.
-    data = bytearray(
-        encoded(Image.fromarray(np.dstack([255 - ycc, ink[:, :, 3:]]), "CMYK"), "JPEG", quality=98)
-    )
+    data = bytearray(encoded(Image.fromarray(np.dstack([255 - ycc, ink[:, :, 3:]]), "CMYK"), "JPEG", quality=98))
     transform = data.index(b"Adobe") + 11
     assert data[transform] == 0
     data[transform] = 2
@@ -235,9 +229,7 @@ def test_a_transparent_gif_colour_becomes_white() -> None:
         (1, b"\x40", 1, [0, 255]),
     ],
 )
-def test_a_transparent_grey_of_a_png_becomes_white(
-    depth: int, row: bytes, hole: int, expected: list[int]
-) -> None:
+def test_a_transparent_grey_of_a_png_becomes_white(depth: int, row: bytes, hole: int, expected: list[int]) -> None:
     data = png(2, 1, depth, 0, b"\0" + row, png_chunk(b"tRNS", struct.pack(">H", hole)))
     assert rgb(data)[0, :, 1].tolist() == expected
 
@@ -313,9 +305,7 @@ def refusal(source: Path | bytes, name: str | None = None) -> str:
 SAMPLES = {
     "baseline JPEG": encoded(scene(), "JPEG"),
     "progressive JPEG": encoded(scene(), "JPEG", progressive=True),
-    "JPEG with a thumbnail": encoded(
-        scene(), "JPEG", exif=b"Exif\0\0" + exif_of(1) + encoded(scene(12, 16), "JPEG")
-    ),
+    "JPEG with a thumbnail": encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif_of(1) + encoded(scene(12, 16), "JPEG")),
     "CMYK JPEG": encoded(Image.fromarray(scene()).convert("CMYK"), "JPEG"),
     "PNG": encoded(scene(), "PNG"),
     "GIF": encoded(scene(), "GIF"),
@@ -347,9 +337,7 @@ def test_a_truncated_picture_is_refused_and_never_half_read(
 def test_truncation_is_called_by_its_name() -> None:
     for sample in ("baseline JPEG", "PNG", "WebP", "TIFF"):
         data = SAMPLES[sample]
-        assert refusal(data[: len(data) * 3 // 4], "a.jpg") == (
-            "a.jpg is cut short: copy or download it again"
-        )
+        assert refusal(data[: len(data) * 3 // 4], "a.jpg") == ("a.jpg is cut short: copy or download it again")
 
 
 @pytest.mark.parametrize("sample", ["baseline JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF"])
@@ -478,9 +466,7 @@ def test_a_size_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("sample", ["WebP", "lossless WebP"])
-def test_a_webp_of_the_largest_size_it_can_claim_is_refused(
-    sample: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_webp_of_the_largest_size_it_can_claim_is_refused(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(SAMPLES[sample])
     if sample == "WebP":
         data[26:30] = struct.pack("<HH", 16_383, 16_383)
@@ -534,9 +520,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     assert refusal(path) == f"{path} is empty (0 bytes): copy or download it again"
 
 
-@pytest.mark.parametrize(
-    "text", [b"hello, this is no picture", b"BM and so on, in words, for a while", b"\0" * 99]
-)
+@pytest.mark.parametrize("text", [b"hello, this is no picture", b"BM and so on, in words, for a while", b"\0" * 99])
 def test_a_text_named_jpg_is_refused_with_the_formats_that_are_read(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "text.jpg"
     path.write_bytes(text)
@@ -572,9 +556,7 @@ def test_printable_leaves_words_of_any_language_alone() -> None:
     assert printable("кошка 猫 chatte é.jpg") == "кошка 猫 chatte é.jpg"
 
 
-def test_the_bundled_cat_is_a_picture_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bundled_cat_is_a_picture_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_picture(bundled_cat()).shape == (300, 451, 3)
 

@@ -83,9 +83,7 @@ def test_two_missing_files_are_both_told() -> None:
     assert [problem(source)[:5] for source in expand(["x.jpg", "y.jpg", "x.jpg"])] == ["x.jpg", "y.jpg"]
 
 
-@pytest.mark.parametrize(
-    "name", ["two\nlines.jpg", "esc\x1b[2J.jpg", "кошка 猫.jpg", "-dash.jpg", " .jpg", "%s{}.jpg"]
-)
+@pytest.mark.parametrize("name", ["two\nlines.jpg", "esc\x1b[2J.jpg", "кошка 猫.jpg", "-dash.jpg", " .jpg", "%s{}.jpg"])
 def test_strange_names_are_read_and_shown_in_one_printable_line(name: str) -> None:
     make(name)
     (source,) = expand([name])

@@ -55,9 +55,7 @@ def calibrate(
         raise InputError("calibration needs pictures: `mgq calibrate FOLDER` or -d FOLDER")
     sources = expand(arguments)
     with progress() as on_progress:
-        classifier = opened(
-            arch, checkpoint, "normal", save, pretrained, None, width, image_size, on_progress
-        )
+        classifier = opened(arch, checkpoint, "normal", save, pretrained, None, width, image_size, on_progress)
         from mgq.engine.calibration import calibrated
 
         result = calibrated(classifier, sources, images, about, on_progress)
@@ -68,8 +66,7 @@ def calibrate(
         result.write_ranges(ranges_file)
     out.print(
         f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from {result.used} pictures, "
-        f"weights: {classifier.origin}\ncheckpoint: {path}"
-        + (f"\nranges: {ranges_file}" if ranges_file else ""),
+        f"weights: {classifier.origin}\ncheckpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""),
         markup=False,
         soft_wrap=True,
     )

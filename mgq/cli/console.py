@@ -99,10 +99,28 @@ def import_megengine(debug: bool) -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with contextlib.nullcontext() if debug else muted_stderr():
+    with contextlib.nullcontext() if debug else muted_stderr(), no_package_list():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()
+
+
+@contextlib.contextmanager
+def no_package_list() -> Iterator[None]:
+    """Within it, ``pkg_resources`` knows of no packages.
+
+    MegEngine asks it whether MegEngine's in-house twin is installed beside it, which takes a third of a second.
+    """
+    if "pkg_resources" in sys.modules:
+        yield
+        return
+    empty = ModuleType("pkg_resources")
+    empty.working_set = ()  # type: ignore[attr-defined]
+    sys.modules["pkg_resources"] = empty
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]
 
 
 class LocalFiles(ModuleType):

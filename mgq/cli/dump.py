@@ -48,7 +48,8 @@ def dump(
 ) -> None:
     """Write a .megengine file that takes raw pixels.
 
-    It is for MegEngine and MegEngine Lite. After writing it is loaded again and must answer to the bit as the network in memory.
+    It is for MegEngine and MegEngine Lite. After writing it is loaded again and must answer to the bit as the
+    network in memory.
 
     \b
     Examples:

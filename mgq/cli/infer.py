@@ -38,9 +38,7 @@ def infer(
     pictures: Annotated[
         list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")
     ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")
-    ] = None,
+    image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
     mode: ModeName = "quantized",

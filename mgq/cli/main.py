@@ -60,9 +60,7 @@ def debugging() -> bool:
 def run() -> None:
     """Entry point: exit code 2 and one line for wrong use and bad input, 1 and one line for a failure."""
     if sys.version_info[:2] != (3, 10):  # MegEngine has no wheel for a later one
-        sys.exit(
-            f"error: mgq needs Python 3.10, not {sys.version.split()[0]}; `uv run mgq` finds or fetches it"
-        )
+        sys.exit(f"error: mgq needs Python 3.10, not {sys.version.split()[0]}; `uv run mgq` finds or fetches it")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

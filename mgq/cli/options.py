@@ -24,9 +24,7 @@ Save = Annotated[Path, typer.Option("-s", "--save", help="Folder of the runs.")]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="The zoo's weights, not a run's; downloads published ones.")
 ]
-Ranges = Annotated[
-    Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")
-]
+Ranges = Annotated[Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")]
 Width = Annotated[float | None, typer.Option("--width", help="Width multiplier (mobilenet_v2).")]
 ImageSize = Annotated[int | None, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 # The two that read_picture itself goes by, so that a picture is turned the same way by either.
-from mgq.data.pictures import _UPRIGHT, MAX_BYTES, MAX_PIXELS, MAX_SIDE, Pixels, _exif_orientation, read_picture
+from mgq.data.pictures import UPRIGHT, MAX_BYTES, MAX_PIXELS, MAX_SIDE, Pixels, exif_orientation, read_picture
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -260,7 +260,7 @@ def _jpeg_header(data: bytes) -> _JpegHeader | None:
             if bits != 8:
                 return None
         elif marker == _EXIF and data.startswith(b"Exif\0\0", at + 4):
-            orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+            orientation = exif_orientation(data[at + 10 : at + 2 + length])
         at += 2 + length
     return None
 
@@ -274,4 +274,4 @@ def _reduced(data: bytes, header: _JpegHeader, by: int) -> Pixels | None:
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None or pixels.shape != (-(-header.height // by), -(-header.width // by), 3):
         return None
-    return _UPRIGHT[header.orientation](_u8(pixels))
+    return UPRIGHT[header.orientation](_u8(pixels))

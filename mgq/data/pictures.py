@@ -110,7 +110,7 @@ def _pixels(data: bytes) -> Pixels:
         plan = plan_of(data)
     except (struct.error, IndexError) as error:
         raise _RefusalError(_CUT_SHORT) from error
-    return _UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+    return UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
 
 
 class _Plan(NamedTuple):
@@ -176,7 +176,7 @@ def _jpeg(data: bytes) -> _Plan:
         elif marker == _JPEG_SCAN:
             scanned = True
         elif marker == _JPEG_EXIF and data.startswith(_EXIF_MARK, at + 2):
-            orientation = _exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
+            orientation = exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
         at += length
     if size is None or not scanned:
         raise _RefusalError(_DAMAGED)
@@ -218,7 +218,7 @@ def _png(data: bytes) -> _Plan:
                 raise _RefusalError(_DAMAGED)
             kept.append(view[at:end])
         elif kind == b"eXIf":
-            orientation = _exif_orientation(data[body : end - 4])
+            orientation = exif_orientation(data[body : end - 4])
         if kind == b"tRNS" and colour == _PNG_GREY:
             transparent_grey = int.from_bytes(view[body : body + 2], "big")
         seen.add(kind)
@@ -263,7 +263,7 @@ def _webp_orientation(data: bytes) -> int:
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)
         if kind == b"EXIF":
-            return _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(_EXIF_MARK))
+            return exif_orientation(data[at + 8 : at + 8 + length].removeprefix(_EXIF_MARK))
         at += 8 + length + length % 2
     return 1
 
@@ -347,13 +347,13 @@ def _tiff_fields(tiff: bytes) -> Iterator[_Field]:
         yield field if field.length > 4 else field._replace(start=entry + 8)
 
 
-def _exif_orientation(tiff: bytes) -> int:
+def exif_orientation(tiff: bytes) -> int:
     """The orientation, 1 to 8, that an EXIF block tells; 1 where it tells none or is malformed."""
     try:
         for field in _tiff_fields(tiff):
             if field.tag == _ORIENTATION:
                 turn = int(field.numbers(tiff)[0])
-                return turn if turn in _UPRIGHT else 1
+                return turn if turn in UPRIGHT else 1
     except (struct.error, IndexError):
         pass
     return 1
@@ -437,7 +437,7 @@ def _opaque(pixels: Pixels) -> Pixels:
 
 
 # How to undo each EXIF orientation. OpenCV's functions are several times faster than copying NumPy views.
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda pixels: pixels,
     2: lambda pixels: _as_uint8(cv2.flip(pixels, 1)),
     3: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_180)),

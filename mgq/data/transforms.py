@@ -21,9 +21,7 @@ _LONGEST = 8
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
-def eval_crop(
-    picture: Pixels, size: int = 224, resize: int | None = None, interpolation: str = "bilinear"
-) -> Pixels:
+def eval_crop(picture: Pixels, size: int = 224, resize: int | None = None, interpolation: str = "bilinear") -> Pixels:
     """The middle of a picture as networks are evaluated on: uint8 (H, W, C) in, uint8 (size, size, C) out.
 
     The shorter side becomes ``resize`` pixels (by default 256 for a size of 224, and in proportion for other
@@ -47,7 +45,8 @@ def eval_crop(
         whole = int if interpolation == "bilinear" else round
         new_height = shorter if height < width else whole(shorter * height / width)
         new_width = whole(shorter * width / height) if height < width else shorter
-        picture = np.asarray(cv2.resize(picture, (new_width, new_height), interpolation=INTERPOLATIONS[interpolation]), np.uint8)
+        method = INTERPOLATIONS[interpolation]
+        picture = np.asarray(cv2.resize(picture, (new_width, new_height), interpolation=method), np.uint8)
     top, left = (round((extent - size) / 2) for extent in picture.shape[:2])
     return np.ascontiguousarray(picture[top : top + size, left : left + size])
 

@@ -89,9 +89,7 @@ def calibrated(
         "made_by": f"mgq calibrate -a {classifier.spec.name} --images {images}",
         "versions": versions(),
     }
-    ranges = min_max_ranges(
-        classifier.network, batches(), classifier.spec.name, fingerprint(state), provenance
-    )
+    ranges = min_max_ranges(classifier.network, batches(), classifier.spec.name, fingerprint(state), provenance)
     used = len(chosen) - len(problems)
     provenance["images"] = used
     if used == 0:

@@ -206,9 +206,7 @@ def ranges_for(weights: Weights, ranges: ActivationRanges | None) -> ActivationR
             f"run `mgq calibrate PICTURES` with them first, or pass -m normal"
         )
     if ranges.weights != wanted:
-        raise InputError(
-            f"the ranges were measured with other weights than {weights.origin}; calibrate again"
-        )
+        raise InputError(f"the ranges were measured with other weights than {weights.origin}; calibrate again")
     return ranges
 
 

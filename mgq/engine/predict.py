@@ -48,16 +48,15 @@ class Answer:
     error: str | None = None
 
 
-def answers(
-    classifier: Classifier, sources: Sequence[Source], topk: int = 5, batch: int = BATCH
-) -> Iterator[Answer]:
+def answers(classifier: Classifier, sources: Sequence[Source], topk: int = 5, batch: int = BATCH) -> Iterator[Answer]:
     """One answer for each of ``sources``, in order, the most probable class first.
 
     A picture that cannot be read gives an answer with an ``error``; the others are answered all the same. Memory
     does not grow with the number of pictures. Raises InputError for a ``topk`` that the network cannot give.
     """
-    if not 1 <= topk <= len(classifier.classes):
-        raise InputError(f"top {topk} of {len(classifier.classes)} classes is not possible: give 1 to {len(classifier.classes)}")
+    classes = len(classifier.classes)
+    if not 1 <= topk <= classes:
+        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
     for group in batched(crops_of(classifier, sources), batch):
         crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
         start = time.perf_counter()

@@ -76,9 +76,7 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     layers = quantized_layers(network)
     for name, (low, high) in found.ranges.items():
         if name not in layers:
-            raise InputError(
-                f"the ranges of {found.arch} name a layer '{name}' that the network does not have"
-            )
+            raise InputError(f"the ranges of {found.arch} name a layer '{name}' that the network does not have")
         observer = layers[name].act_observer
         observer.min_val = Tensor(low, dtype="float32")
         observer.max_val = Tensor(high, dtype="float32")

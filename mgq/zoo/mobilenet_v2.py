@@ -37,9 +37,7 @@ ACTIVATIONS: dict[str, type[M.Module]] = {"relu": M.ConvBnRelu2d, "relu6": ConvB
 class InvertedResidual(M.Module):  # type: ignore[misc]
     """1x1 expansion, 3x3 depthwise, linear 1x1 projection; a shortcut where shapes allow it."""
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, expansion: int, conv_act: type[M.Module]
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int, conv_act: type[M.Module]) -> None:
         super().__init__()
         hidden = in_channels * expansion
         layers = [conv_act(in_channels, hidden, 1, bias=False)] if expansion != 1 else []

@@ -4,7 +4,7 @@ import os
 
 # MegEngine's threads wait for work by spinning, which takes a core from the kernels here. Read when the first tensor is
 # made.
-os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
+os.environ.setdefault("MGB_WORKER_MAX_SPIN", "0")
 
 from mgq.engine.fast_grad.switch import (  # noqa: E402
     disable_fast_gradients,
