@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 # The two that read_picture itself goes by, so that a picture is turned the same way by either.
-from mgq.data.pictures import UPRIGHT, MAX_BYTES, MAX_PIXELS, MAX_SIDE, Pixels, exif_orientation, read_picture
+from mgq.data.pictures import MAX_BYTES, MAX_PIXELS, MAX_SIDE, UPRIGHT, Pixels, exif_orientation, read_picture
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
