@@ -17,7 +17,8 @@ import pytest
 
 from mgq.cli.console import import_megengine
 
-# MegEngine's threads wait for work by spinning, which takes the cores from all else. Read when the first tensor is made.
+# MegEngine's threads wait for work by spinning, which takes the cores from all else. Read when the first tensor is
+# made.
 os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
 import_megengine(debug=False)
 
