@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,11 +32,12 @@ from mgq.engine.networks import (
 from mgq.engine.predict import BATCH, answers, best, crops_of
 from mgq.errors import InputError
 from mgq.events import Progress
+from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import min_max_ranges
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import read_ranges
 from mgq.zoo.pretrained import PackagedWeights
-from mgq.zoo.registry import spec_of
+from mgq.zoo.registry import create_model, spec_of
 from mgq.zoo.weights import Weights, fingerprint, read_weights
 from tests.conftest import (
     CLASSES,
@@ -459,3 +461,35 @@ def test_the_shared_networks_were_left_as_they_were() -> None:
         trio = trio_of(arch)
         assert [mode_of(n) for n in (trio.normal, trio.qat, trio.quantized)] == list(Mode)
         assert fingerprint(values_of(trio.normal)) == trio.ranges.weights
+
+
+def test_ranges_that_lack_a_layer_that_runs_are_refused() -> None:
+    classifier = classifier_of("resnet18")
+    pixels = smooth_pictures(1)
+    ranges = min_max_ranges(classifier.network, [pixels], "resnet18", "", {})
+    some = {name: pair for name, pair in ranges.ranges.items() if name != "layer2.0.add"}
+    with pytest.raises(InputError, match=r"lack layer 'layer2\.0\.add'"):
+        networks_module.quantized_with(
+            replace(classifier, network=deepcopy(classifier.network)), replace(ranges, ranges=some), Mode.QUANTIZED
+        )
+
+
+def test_a_qat_network_that_never_saw_a_picture_is_not_quantized() -> None:
+    with pytest.raises(InputError, match="has no activation range"):
+        mgq.quantize(to_mode(classifier_of("resnet18").network, Mode.QAT))
+
+
+def test_relu6_weights_are_refused_by_a_relu_network(tmp_path: Path) -> None:
+    trained = create_model("mobilenet_v2", classes=3, width=0.25, activation="relu6")
+    info = CheckpointInfo(
+        "mobilenet_v2", "normal", ("a", "b", "c"), 64, "made up", {"width": 0.25, "activation": "relu6"}
+    )
+    write_checkpoint(tmp_path / "w.safetensors", trained.state_dict(), info)
+    with pytest.raises(InputError, match="activation='relu6'"):
+        mgq.load_weights(create_model("mobilenet_v2", classes=3, width=0.25), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("width", ["x", -1, 100])
+def test_a_width_that_is_none_is_refused(width: object) -> None:
+    with pytest.raises(InputError, match="no width multiplier"):
+        create_model("mobilenet_v2", width=width)

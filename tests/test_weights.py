@@ -350,6 +350,11 @@ class TestLoadWeights:
             assert one_line_about(str(error.value), "weights.pkl", about)
         assert same_state(values_of(network), before)
 
+    def test_the_network_is_told_from_its_siblings(self, pickled: Callable[[object], Path]) -> None:
+        with pytest.raises(InputError) as error:
+            mgq.load_weights(blank("resnet34"), pickled(trio_of("resnet18").normal_state))
+        assert one_line_about(str(error.value), "does not fit resnet34: it lacks layer1.2.conv_bn2.bn.bias (64,)")
+
     def test_a_network_of_others_is_refused(self, state: State, pickled: Callable[[object], Path]) -> None:
         with pytest.raises(InputError) as error:
             mgq.load_weights(M.Linear(3, 2), pickled(state))

@@ -23,7 +23,7 @@ from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import min_max_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
-from mgq.quant.ranges import ActivationRanges, packaged_ranges
+from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weights import (
     Weights,
@@ -213,6 +213,7 @@ def ranges_for(weights: Weights, ranges: ActivationRanges | None) -> ActivationR
 def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
     """``classifier`` (mode ``normal``) carried to ``qat`` or ``quantized`` with ``ranges``; its network is used up."""
     fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
+    refuse_incomplete(fake_quantized, ranges)
     network = to_mode(fake_quantized, mode, in_place=mode is Mode.QAT)
     return replace(classifier, network=network, fake_quantized=fake_quantized, mode=mode)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
+from megengine.module.qat import QATModule
+from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
 from mgq.quant.calibrate import min_max_ranges
@@ -29,11 +31,15 @@ def quantize(
     where ranges are missing or the mode lies backward.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
+    if mode_of(network) is Mode.QAT and mode is Mode.QUANTIZED:
+        refuse_without_ranges(network)
     if mode_of(network) is not Mode.NORMAL or mode is Mode.NORMAL:
         return to_mode(network, mode, in_place=in_place)
     if ranges is None:
         if pictures is None:
             raise InputError("a float network needs pictures or ranges to be quantized; pass one of them")
+        if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
+            raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
         ranges = min_max_ranges(network, batches, type(network).__name__, "", {})
         if not ranges.ranges:
@@ -42,3 +48,12 @@ def quantize(
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()
     return to_mode(fake_quantized, mode, in_place=True)
+
+
+def refuse_without_ranges(network: M.Module) -> None:
+    """Raises InputError where a convolution of a ``qat`` network has never observed what it gives."""
+    for name, module in network.named_modules():
+        if isinstance(module, QATModule) and module.with_weight and isinstance(module.act_observer, MinMaxObserver):
+            low, high = module.act_observer.min_val.numpy(), module.act_observer.max_val.numpy()
+            if low > high:
+                raise InputError(f"layer '{name}' has no activation range; calibrate or train the network first")

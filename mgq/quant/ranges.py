@@ -83,6 +83,21 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     observe_weights(network)
 
 
+def refuse_incomplete(network: M.Module, found: ActivationRanges) -> None:
+    """Raises InputError where a layer that runs in ``network``, a ``qat`` one of the zoo, has no range in ``found``."""
+    for name in quantized_layers(network):
+        if name not in found.ranges and runs(network, name):
+            raise InputError(f"the ranges of {found.arch} lack layer '{name}'; make them again by `mgq calibrate`")
+
+
+def runs(network: M.Module, name: str) -> bool:
+    """Whether the layer called ``name`` needs a range: the input stub does not, nor sums of no shortcut."""
+    if name == "quant":
+        return False
+    parent = dict(network.named_modules())[name.rpartition(".")[0]]
+    return not name.endswith(".add") or getattr(parent, "has_shortcut", True)
+
+
 def observe_weights(network: M.Module) -> None:
     """Set each weight observer of a ``qat`` network to the range of the weights, batch norm folded in."""
     for module in network.modules():

@@ -65,6 +65,9 @@ class ModelSpec:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise InputError(f"{self.name} has no option '{unknown[0]}'; its options: {known}")
+        width = options.get("width", 1.0)
+        if not isinstance(width, int | float) or not 0.1 <= width <= 4:
+            raise InputError(f"{width!r} is no width multiplier; give a number from 0.1 to 4")
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)

@@ -83,14 +83,20 @@ def read_weights(path: Path, spec: ModelSpec | None = None, origin: str | None =
     candidates = [spec] if spec else [s for s in specs().values() if may_hold(s, state)]
     if not candidates:
         raise InputError(f"{path} has the parameter names of no architecture of the zoo; see `mgq models`")
-    problem: InputError | None = None
-    for candidate in candidates:
-        try:
-            return recognized(candidate, state, str(path), file.format, origin)
-        except InputError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
+    best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
+    return recognized(best, state, str(path), file.format, origin)
+
+
+def misfits(spec: ModelSpec, state: State) -> int:
+    """How many parameters of ``spec`` and of ``state`` have no counterpart of the same shape in the other."""
+    adapted = spec.adapted(state)
+    state = float_part(adapted.state if adapted else state)
+    with without_initialization():
+        network = spec.build(classes_in(spec, state), **(adapted.options if adapted else spec.read_options(state)))
+    expected = {name: tensor.shape for name, tensor in network.named_tensors()}
+    found = {name: value.shape for name, value in state.items()}
+    shared = sum(name in found and squeezed(found[name]) == squeezed(shape) for name, shape in expected.items())
+    return len(expected) + len(found) - 2 * shared
 
 
 def without_prefix(state: State) -> State:
@@ -122,8 +128,7 @@ def recognized(spec: ModelSpec, state: State, name: str, kind: str, origin: str 
     if adapted is not None:
         state, options = adapted.state, adapted.options
         origin = origin or f"{name} ({kind}, {adapted.layout})"
-    head = state.get(spec.head)
-    classes = int(head.shape[0]) if head is not None and head.ndim == 2 and head.shape[0] > 1 else 1000
+    classes = classes_in(spec, state)
     network = loaded(spec, state, classes, options, name)
     return Weights(spec.name, state, mode_in(state), options, classes, origin or f"{name} ({kind})", network)
 
@@ -173,7 +178,17 @@ def differing(state: State, expected: State) -> str:
 
 def same_shape(value: npt.NDArray[Any], expected: npt.NDArray[Any]) -> bool:
     """Equal but for axes of length 1: older MegEngine has batch-norm parameters as (1, C, 1, 1)."""
-    return tuple(d for d in value.shape if d != 1) == tuple(d for d in expected.shape if d != 1)
+    return squeezed(value.shape) == squeezed(expected.shape)
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis for axis in shape if axis != 1)
+
+
+def classes_in(spec: ModelSpec, state: State) -> int:
+    """The number of classes that the classifier's weight in ``state`` counts; 1,000 where it is missing or odd."""
+    head = state.get(spec.head)
+    return int(head.shape[0]) if head is not None and head.ndim == 2 and head.shape[0] > 1 else 1000
 
 
 def load_state(network: M.Module, state: State, what: str) -> None:
@@ -197,9 +212,17 @@ def load_weights(network: M.Module, path: str | Path) -> Weights:
     state = network.state_dict()
     path = Path(path)
     weights = read_weights(path, spec_of_network(state))
+    if has_relu6(network) != has_relu6(weights.network):
+        wanted = "relu6" if has_relu6(weights.network) else "relu"
+        raise InputError(f"{path} was trained with {wanted}; make the network with activation='{wanted}'")
     wants_observers = any(is_observed(name) for name in state)
     load_state(network, weights.state if wants_observers else float_part(weights.state), str(path))
     return weights
+
+
+def has_relu6(network: M.Module) -> bool:
+    """Whether ``network``, in mode ``normal`` or ``qat``, has ReLU6 where its siblings may have ReLU."""
+    return any("Relu6" in type(module).__name__ for module in network.modules())
 
 
 def spec_of_network(state: State) -> ModelSpec:
