@@ -95,32 +95,22 @@ def import_megengine(debug: bool) -> None:
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     # It opens files through clients of four cloud services, half of the import: here all files are local.
     sys.modules.setdefault("megfile", LocalFiles("megfile"))
+    # It asks whether its in-house twin is installed beside it, which takes a third of a second to find out.
+    sys.modules.setdefault("pkg_resources", NoPackages("pkg_resources"))
     import numpy as np
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with contextlib.nullcontext() if debug else muted_stderr(), no_package_list():
+    with contextlib.nullcontext() if debug else muted_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()
 
 
-@contextlib.contextmanager
-def no_package_list() -> Iterator[None]:
-    """Within it, ``pkg_resources`` knows of no packages.
+class NoPackages(ModuleType):
+    """Stands for ``pkg_resources`` where nothing but a look through the installed packages is wanted of it."""
 
-    MegEngine asks it whether MegEngine's in-house twin is installed beside it, which takes a third of a second.
-    """
-    if "pkg_resources" in sys.modules:
-        yield
-        return
-    empty = ModuleType("pkg_resources")
-    empty.working_set = ()  # type: ignore[attr-defined]
-    sys.modules["pkg_resources"] = empty
-    try:
-        yield
-    finally:
-        del sys.modules["pkg_resources"]
+    working_set = ()
 
 
 class LocalFiles(ModuleType):
