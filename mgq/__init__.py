@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import prefer_fast_kernels
+from mgq.machine import prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
     from mgq.deploy.dump import dump as dump
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mgq.zoo.weights import load_weights as load_weights
 
 prefer_fast_kernels()
+wait_without_spinning()
 
 WHERE = {
     "create_model": "mgq.zoo.registry",

@@ -8,6 +8,15 @@ from pathlib import Path
 CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
+SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
+
+
+def wait_without_spinning() -> None:
+    """Let MegEngine's threads sleep while they wait for work, so that they take no core from others.
+
+    It is read when the first tensor is made. A value that the user has set stays.
+    """
+    os.environ.setdefault(SPIN_VARIABLE, "1")
 
 
 def prefer_fast_kernels() -> None:
