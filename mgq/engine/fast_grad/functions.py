@@ -1,0 +1,179 @@
+"""MegEngine operators with fast CPU kernels: the stock ones' results and gradients, up to float32 rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import megengine.module.qat as Q
+import numpy as np
+from megengine import Tensor
+from megengine.autodiff import Function
+from megengine.core._imperative_rt.core2 import apply, get_grad_key
+from megengine.core.ops.builtin import Elemwise
+
+from mgq.engine.fast_grad import kernels
+from mgq.engine.fast_grad.exchange import Array, tensors, values
+from mgq.engine.fast_grad.kernels import Geometry, Norm
+from mgq.engine.fast_grad.quantizers import Mask, Quantizer, observed, quantizer_of
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a gradient with respect to one of ``tensors`` is being recorded."""
+    return get_grad_key(tensors) is not None
+
+
+class Convolution(Function):  # type: ignore[misc]
+    """(source, weights) -> output of one convolution without bias.
+
+    ``stock`` is MegEngine's own convolution of the two, where the output must be its to the bit.
+    """
+
+    def __init__(self, geometry: Geometry, wants_source: bool, stock: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.wants_source = wants_source
+        self.stock = stock
+
+    def forward(self, source: Tensor, weights: Tensor) -> Tensor:
+        self.saved = source, weights
+        if self.stock is not None:
+            return self.stock(source, weights)
+        return Tensor(kernels.convolution(self.geometry, *values(source, weights)), device=source.device)
+
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        arrays = values(*self.saved, d_output)
+        del self.saved
+        gradients = kernels.convolution_gradients(self.geometry, *arrays, self.wants_source)
+        return tensors(gradients, d_output.device)
+
+
+class NormalizedConvolution(Function):  # type: ignore[misc]
+    """(source, weights, scale, shift) -> output of a convolution, batch norm by its own statistics and maybe ReLU.
+
+    With a ``ceiling`` the output is held at or below it. ``mean`` and ``variance`` (biased) of each channel, float32
+    (C,), are there once it was called.
+    """
+
+    def __init__(self, geometry: Geometry, norm: Norm, ceiling: float | None, wants_source: bool) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.norm = norm
+        self.ceiling = ceiling
+        self.wants_source = wants_source
+
+    def forward(self, source: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        output = self.computed(*values(source, weights, scale, shift))
+        self.saved = source, weights, scale
+        return Tensor(output, device=source.device)
+
+    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output, self.statistics = kernels.normalized_convolution(
+            self.geometry, self.norm, source, weights, scale, shift
+        )
+        self.mean, self.variance = self.statistics.mean, self.statistics.variance
+        self.passes: Mask | None = None
+        if self.ceiling is not None and output.max() >= self.ceiling:
+            self.passes = output < self.ceiling
+            np.minimum(output, np.float32(self.ceiling), out=output)
+        return output
+
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        arrays = values(*self.saved, d_output)
+        del self.saved
+        return tensors(self.gradients(*arrays), d_output.device)
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        if self.passes is not None:
+            d_output = d_output * self.passes
+        statistics = self.statistics
+        del self.statistics, self.passes
+        return kernels.normalized_convolution_gradients(
+            self.geometry, self.norm, source, weights, scale, statistics, d_output, self.wants_source
+        )
+
+
+class FakeQuantizedConvolution(NormalizedConvolution):
+    """The same in quantization-aware training of ``module``, whose observers it feeds: weights and output quantized.
+
+    MegEngine quantizes the weights with batch norm folded in, and divides the convolution by the factor again
+    (arXiv:1806.08342, section 3.2.2). Dividing the weights gives the same and is less work. ``qparams`` of the output
+    are there once it was called.
+    """
+
+    def __init__(
+        self, module: Q.QATModule, geometry: Geometry, norm: Norm, ceiling: float | None, wants_source: bool
+    ) -> None:
+        super().__init__(geometry, norm, ceiling, wants_source)
+        self.module = module
+
+    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        bn = self.module.bn
+        self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
+        self.factor = self.by_output(scale * self.inverse)
+        folded = weights * self.factor
+        quantized, self.weights_pass = quantizer(observed(self.module.weight_observer, folded)).applied(folded)
+        self.effective = quantized / self.factor
+        output = super().computed(source, self.effective, scale, shift)
+        self.qparams = observed(self.module.act_observer, output)
+        output, passes = quantizer(self.qparams).applied(output)
+        if passes is not None:
+            self.passes = passes if self.passes is None else self.passes & passes
+        return output
+
+    def by_output(self, channels: Array) -> Array:
+        """(1, C, 1, 1) shaped to go with the weights."""
+        weights = self.geometry.weights
+        return channels.reshape(*weights[: len(weights) - 3], 1, 1, 1)
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        d_source, d_effective, d_scale, d_shift = super().gradients(source, self.effective, scale, d_output)
+        d_quantized = d_effective / self.factor
+        d_folded = d_quantized if self.weights_pass is None else d_quantized * self.weights_pass
+        d_factor = np.sum(d_folded * weights - d_quantized * self.effective, axis=(-3, -2, -1))
+        d_scale += d_factor.reshape(d_scale.shape) * self.inverse
+        del self.effective, self.weights_pass
+        return d_source, d_folded * self.factor, d_scale, d_shift
+
+
+def quantizer(qparams: object) -> Quantizer:
+    found = quantizer_of(qparams)
+    assert found is not None
+    return found
+
+
+class AddRelu(Function):  # type: ignore[misc]
+    """max(a + b, 0). MegEngine's own gradient of ReLU branches on every element."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        (self.output,) = apply(Elemwise(mode="FUSE_ADD_RELU"), a, b)
+        return self.output
+
+    def backward(self, d_output: Tensor) -> tuple[Tensor, Tensor]:
+        # RELU6_GRAD is vectorized: it passes the gradient where 0 < output < 6, so the output is first held below 1.
+        (held,) = apply(Elemwise(mode="MIN"), self.output, Tensor(1.0, device=d_output.device))
+        (gradient,) = apply(Elemwise(mode="RELU6_GRAD"), held, d_output)
+        del self.output
+        return gradient, gradient
+
+
+class FakeQuantization(Function):  # type: ignore[misc]
+    """(x,) -> x as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+
+    def __init__(self, quantizer: Quantizer, array: Array) -> None:
+        super().__init__()
+        self.quantizer, self.array = quantizer, array
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, self.passes = self.quantizer.applied(self.array)
+        del self.array
+        return Tensor(output, device=x.device)
+
+    def backward(self, d_output: Tensor) -> Tensor:
+        if self.passes is None:
+            return d_output
+        (gradient,) = values(d_output)
+        return Tensor(gradient * self.passes, device=d_output.device)

@@ -1,0 +1,267 @@
+"""Which functions of MegEngine the fast ones stand for, and when."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import megengine.module as M
+import megengine.module.conv
+import megengine.module.elemwise
+import megengine.module.qat as Q
+import numpy as np
+from megengine import Tensor, amp
+from megengine.core._imperative_rt.core2 import is_tracing_module
+from megengine.jit.tracing import is_tracing
+
+from mgq.engine.fast_grad import onednn
+from mgq.engine.fast_grad.exchange import values
+from mgq.engine.fast_grad.functions import (
+    AddRelu,
+    Convolution,
+    FakeQuantization,
+    FakeQuantizedConvolution,
+    NormalizedConvolution,
+    needs_gradient,
+)
+from mgq.engine.fast_grad.kernels import Geometry, Norm, geometry
+from mgq.engine.fast_grad.quantizers import ONE, is_known, is_plain, observed, quantizer_of, set_value
+from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.zoo.layers import ConvBnRelu6
+
+Stock = Callable[..., Any]
+
+
+class Replacement(NamedTuple):
+    """``owner.name``, and how its fast version is made of the stock one, which it calls where it cannot serve."""
+
+    owner: Any
+    name: str
+    fast: Callable[[Stock], Stock]
+
+
+# What is replaced now, with what stood there.
+_replaced: list[tuple[Any, str, Stock]] = []
+
+
+def enable_fast_gradients(stock_forward: bool = False) -> None:
+    """Train fast on CPUs from here on; see :func:`fast_gradients`. Does nothing when that is so already."""
+    if _replaced:
+        return
+    onednn.library()
+    for owner, name, fast in replacements(stock_forward):
+        stock = getattr(owner, name)
+        _replaced.append((owner, name, stock))
+        setattr(owner, name, fast(stock))
+
+
+def disable_fast_gradients() -> None:
+    """Train as MegEngine does by itself from here on."""
+    while _replaced:
+        setattr(*_replaced.pop())
+
+
+def fast_gradients_enabled() -> bool:
+    return bool(_replaced)
+
+
+@contextlib.contextmanager
+def fast_gradients(stock_forward: bool = False) -> Iterator[None]:
+    """Within it, training steps on a CPU are fast: results and gradients are MegEngine's up to float32 rounding.
+
+    It serves the modules Conv2d, ConvBn2d, ConvBnRelu2d and the zoo's ConvBnRelu6, in float and fake-quantized, and
+    ``FUSE_ADD_RELU``, MinMaxObserver, ExponentialMovingAverageObserver and FakeQuantize. Left as they are: GPUs, traced
+    and float16 code, convolutions whose gradient nobody wants, and those with dilation.
+
+    With ``stock_forward`` what the network answers is MegEngine's to the bit, and only the gradients are fast: several
+    times slower than without. Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
+    """
+    before = fast_gradients_enabled()
+    enable_fast_gradients(stock_forward)
+    try:
+        yield
+    finally:
+        if not before:
+            disable_fast_gradients()
+
+
+def replacements(stock_forward: bool) -> Iterator[Replacement]:
+    yield Replacement(megengine.module.conv, "conv2d", lambda stock: fast_conv2d(stock, stock_forward))
+    yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
+    yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
+    if stock_forward:
+        return
+    for module, qat_module, relu, ceiling in (
+        (M.ConvBn2d, Q.ConvBn2d, False, None),
+        (M.ConvBnRelu2d, Q.ConvBnRelu2d, True, None),
+        (ConvBnRelu6, QatConvBnRelu6, True, 6.0),
+    ):
+        yield Replacement(module, "forward", fast_conv_bn(relu, ceiling))
+        yield Replacement(qat_module, "forward", fast_qat_conv_bn(relu, ceiling))
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether ``tensors`` are float32 in CPU memory and are being computed with, not traced."""
+    if is_tracing() or is_tracing_module() or amp.enabled:
+        return False
+    return all(
+        t.dtype == np.float32 and t.device.physical_locator[0] == "cpu" and t.format in ("default", "nchw")
+        for t in tensors
+    )
+
+
+def geometry_of(source: Tensor, weights: Tensor, stride: Any, padding: Any) -> Geometry | None:
+    """The convolution of these as oneDNN takes it; None for one that yields nothing."""
+    if source.ndim != 4:
+        return None
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding))
+    return found if min((*found.source, *found.output)) > 0 else None
+
+
+def pair_of(value: Any) -> tuple[int, int]:
+    height, width = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(height), int(width)
+
+
+def fast_conv2d(stock: Stock, stock_forward: bool) -> Stock:
+    def conv2d(
+        inp: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        conv_mode: Any = "cross_correlation",
+        compute_mode: Any = "default",
+    ) -> Tensor:
+        options = (stride, padding, dilation, groups, conv_mode, compute_mode)
+        found = None
+        if (
+            needs_gradient(inp, weight)
+            and on_cpu(inp, weight)
+            and pair_of(dilation) == (1, 1)
+            and str(conv_mode).lower() == "cross_correlation"
+            and compute_mode == "default"
+        ):
+            found = geometry_of(inp, weight, stride, padding)
+        if found is None:
+            return stock(inp, weight, bias, *options)
+        forward = (lambda x, w: stock(x, w, None, *options)) if stock_forward else None
+        output = Convolution(found, needs_gradient(inp), forward)(inp, weight)
+        return output if bias is None else output + bias
+
+    return conv2d
+
+
+def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
+    def fast(stock: Stock) -> Stock:
+        def forward(self: M.Module, inp: Tensor) -> Tensor:
+            found = fusable(self, inp)
+            if found is None:
+                return stock(self, inp)
+            function = NormalizedConvolution(found, Norm(self.bn.eps, relu), ceiling, needs_gradient(inp))
+            return normalized(self, function, inp)
+
+        return forward
+
+    return fast
+
+
+def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
+    def fast(stock: Stock) -> Stock:
+        def forward(self: Q.QATModule, inp: Tensor) -> Tensor:
+            known = (
+                is_known(self.weight_observer)
+                and is_known(self.act_observer)
+                and is_plain(self.weight_fake_quant)
+                and is_plain(self.act_fake_quant)
+            )
+            found = fusable(self, inp) if known else None
+            if found is None:
+                return stock(self, inp)
+            norm = Norm(self.bn.eps, relu)
+            function = FakeQuantizedConvolution(self, found, norm, ceiling, needs_gradient(inp))
+            output = normalized(self, function, inp)
+            output.qparams.update(function.qparams)
+            return output
+
+        return forward
+
+    return fast
+
+
+def fusable(module: M.Module, source: Tensor) -> Geometry | None:
+    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if both are training plainly."""
+    conv, bn = module.conv, module.bn
+    plainly = (
+        module.training
+        and bn.training
+        and bn.track_running_stats
+        and not bn.freeze
+        and bn.affine
+        and conv.bias is None
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.compute_mode == "default"
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
+        and needs_gradient(source, conv.weight, bn.weight, bn.bias)
+        and on_cpu(source, conv.weight)
+    )
+    found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
+    # One value alone has no unbiased variance.
+    return found if found is not None and elements_a_channel(found) > 1 else None
+
+
+def elements_a_channel(geometry: Geometry) -> int:
+    batch, _, height, width = geometry.output
+    return batch * height * width
+
+
+def normalized(module: M.Module, function: NormalizedConvolution, source: Tensor) -> Tensor:
+    """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
+    bn = module.bn
+    output = function(source, module.conv.weight, bn.weight, bn.bias)
+    elements = elements_a_channel(function.geometry)
+    keep = np.float32(bn.momentum)
+    unbiased = function.variance * np.float32(elements / (elements - 1))
+    for running, now in ((bn.running_mean, function.mean), (bn.running_var, unbiased)):
+        old = running.numpy()
+        set_value(running, old * keep + now.reshape(old.shape) * (ONE - keep))
+    return output
+
+
+def fast_elemwise(stock: Stock) -> Stock:
+    def elemwise(*inputs: Tensor, mode: Any) -> Tensor:
+        if (
+            str(mode).upper() == "FUSE_ADD_RELU"
+            and needs_gradient(*inputs)
+            and on_cpu(*inputs)
+            and inputs[0]._tuple_shape == inputs[1]._tuple_shape
+        ):
+            return AddRelu()(*inputs)
+        return stock(*inputs, mode=mode)
+
+    return elemwise
+
+
+def fast_quantization(stock: Stock) -> Stock:
+    def apply_fakequant_with_observer(
+        self: Q.QATModule, target: Tensor, fake_quant: Any, observer: Any
+    ) -> Tensor:
+        if not is_plain(fake_quant) or observer is None or not on_cpu(target):
+            return stock(self, target, fake_quant, observer)
+        if is_known(observer):
+            (array,) = values(target)
+            qparams = observed(observer, array)
+        else:
+            target = observer(target)
+            qparams = observer.get_qparams()
+            (array,) = values(target)
+        quantizer = quantizer_of(qparams)
+        output = fake_quant(target, qparams) if quantizer is None else FakeQuantization(quantizer, array)(target)
+        output.qparams.update(qparams)
+        return output
+
+    return apply_fakequant_with_observer
