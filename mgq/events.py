@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """One step of long work: ``done`` of ``total`` units (``total`` is None while unknown)."""
+    """One step of long work: ``done`` of ``total`` units (``total`` is None while unknown).
+
+    ``detail`` is what the work has found so far, in a few words, such as ``top-1 83.1 %``.
+    """
 
     what: str
     done: int
     total: int | None
     unit: str = ""
+    detail: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -20,3 +25,28 @@ OnProgress = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """The listener of a caller who does not want to know."""
+
+
+OnRemark = Callable[[str], None]
+"""Takes a line that is worth keeping in sight."""
+
+
+def unheard(_: str) -> None:
+    """The reader of a caller who wants no remarks."""
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who watches long work: it tells its progress and its remarks, and asks now and then whether it should stop."""
+
+    on_progress: OnProgress = silent
+    on_remark: OnRemark = unheard
+    should_stop: Callable[[], bool] = never
+
+
+ALONE = Watcher()
+"""The watcher of work that nobody watches."""

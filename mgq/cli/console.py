@@ -58,36 +58,50 @@ class RateColumn(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[OnProgress]:
-    """A listener that draws bars on a terminal, and prints a plain line now and then into a pipe."""
-    if not err.is_terminal:
-        yield plain_lines()
+def progress(every: int | None = None) -> Iterator[OnProgress]:
+    """A listener that draws bars on a terminal, and prints a plain line now and then into a pipe.
+
+    With ``every``, steps that have a detail get a line at each ``every``-th of them, on a terminal too.
+    """
+    if every is not None or not err.is_terminal:
+        yield plain_lines(every)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn())
-    with RichProgress(*columns, TimeRemainingColumn(), console=err, transient=True) as display:
+    columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn(), TimeRemainingColumn())
+    detail = TextColumn("{task.fields[detail]}", markup=False)
+    with RichProgress(*columns, detail, console=err, transient=True) as display:
         tasks: dict[str, TaskID] = {}
 
         def listener(event: Progress) -> None:
             if event.what not in tasks:
-                tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit)
-            display.update(tasks[event.what], completed=event.done, total=event.total)
+                tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit, detail="")
+            display.update(tasks[event.what], completed=event.done, total=event.total, detail=event.detail)
 
         yield listener
 
 
-def plain_lines() -> OnProgress:
+def plain_lines(every: int | None = None) -> OnProgress:
     said: dict[str, int] = {}
 
     def listener(event: Progress) -> None:
-        if not event.total or event.total < PLAIN_STEPS:
-            return
-        step = event.done * PLAIN_STEPS // event.total
-        if step > said.get(event.what, 0):
-            said[event.what] = step
-            amount = f"{counted(event.done, event.unit)} of {counted(event.total, event.unit)}"
-            note(f"{event.what}: {amount}" + ("" if event.unit == "B" else f" {event.unit}"))
+        if every is not None and event.detail:
+            said[event.what] = said.get(event.what, 0) + 1
+            if said[event.what] % every == 0:
+                note(line_of(event))
+        elif event.total and event.total >= PLAIN_STEPS:
+            step = event.done * PLAIN_STEPS // event.total
+            if step > said.get(event.what, 0):
+                said[event.what] = step
+                note(line_of(event))
 
     return listener
+
+
+def line_of(event: Progress) -> str:
+    amount = counted(event.done, event.unit)
+    if event.total is not None:
+        amount += f" of {counted(event.total, event.unit)}"
+    unit = "" if event.unit == "B" else f" {event.unit}"
+    return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 
 
 def import_megengine(debug: bool) -> None:

@@ -12,8 +12,10 @@ from click.exceptions import ClickException, NoArgsIsHelpError
 from mgq.cli.bench import bench
 from mgq.cli.calibrate import calibrate
 from mgq.cli.dump import dump
+from mgq.cli.eval import evaluate
 from mgq.cli.infer import infer
 from mgq.cli.models import models
+from mgq.cli.training import qat, train
 from mgq.errors import MgqError
 
 INTERRUPTED = 130
@@ -28,8 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (infer, calibrate, dump, bench, models):
+for verb in (train, qat, calibrate, infer, dump, bench, models):
     app.command()(verb)
+app.command("eval")(evaluate)
 
 
 def shown_version(wanted: bool) -> None:

@@ -27,6 +27,17 @@ Pretrained = Annotated[
 Ranges = Annotated[Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")]
 Width = Annotated[float | None, typer.Option("--width", help="Width multiplier (mobilenet_v2).")]
 ImageSize = Annotated[int | None, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")]
+LabelledData = Annotated[
+    Path | None,
+    typer.Option("-d", "--data", help="Labelled pictures: val/<class>/ or <class>/ in this folder."),
+]
+Workers = Annotated[int | None, typer.Option("-w", "--workers", help="Threads that decode pictures; one a core.")]
+Jobs = Annotated[int, typer.Option("--jobs", help="Processes that share the pictures; same result.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Take so many pictures, evenly spread.")]
+MaxBad = Annotated[float, typer.Option("--max-bad", help="Share of broken pictures that is put up with.")]
+ReportFreq = Annotated[
+    int | None, typer.Option("--report-freq", help="A plain line every so many batches, instead of a bar.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 RUNS = Path("runs")

@@ -72,6 +72,43 @@ class ImageFolder:
         return np.bincount(labels, minlength=len(self.classes))
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The pictures of another dataset whose numbers are in ``indices``, with labels and classes of its own."""
+
+    source: Dataset
+    indices: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | None
+    classes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def picture(self, index: int) -> Path | Pixels:
+        """What the other dataset gives, 0 <= ``index`` < len. Raises IndexError for another."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.source.picture(int(self.indices[index]))
+
+
+def subset(dataset: Dataset, number: int) -> Dataset:
+    """``number`` pictures of ``dataset``, evenly spread, with their labels; all where there are not so many.
+
+    Raises InputError for fewer than one.
+    """
+    if number < 1:
+        raise InputError(f"a limit of {number} pictures is not possible: give at least 1")
+    total = len(dataset)
+    if number >= total:
+        return dataset
+    chosen = np.arange(number) * total // number
+    return Selection(dataset, chosen, None if dataset.labels is None else dataset.labels[chosen], dataset.classes)
+
+
 # ---- which folders are meant ----
 
 

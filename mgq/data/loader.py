@@ -53,8 +53,9 @@ class Loader:
     ``"drop"``, for measuring, it is left out of its batch. When more than the share ``max_bad`` of the dataset was
     found broken, InputError is raised.
 
-    ``drop_last`` leaves out a last batch that is not full. Raises InputError for an empty dataset or values that
-    cannot be.
+    ``drop_last`` leaves out a last batch that is not full. With several ``ranks``, ``batch_size`` pictures go to each
+    of them: ``rank`` gets its part of every batch, as if one had loaded all. Raises InputError for an empty dataset or
+    values that cannot be.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Loader:
         drop_last: bool = False,
         broken: Literal["replace", "drop"] = "replace",
         max_bad: float = 0.01,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -79,13 +82,14 @@ class Loader:
         self.drop_last = drop_last
         self.broken = broken
         self.max_bad = max_bad
+        self.rank, self.ranks = rank, ranks
         self._problems: dict[int, str] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._check()
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
-        whole, rest = divmod(len(self.dataset), self.batch_size)
+        whole, rest = divmod(len(self.dataset), self.batch_size * self.ranks)
         return whole + (rest > 0 and not self.drop_last)
 
     def __enter__(self) -> Loader:
@@ -132,10 +136,13 @@ class Loader:
             raise InputError(f"{self.dataset.name} has no pictures: name another set")
         if self.batch_size < 1:
             raise InputError(f"a batch of {self.batch_size} pictures is not possible: give at least 1")
-        if self.drop_last and self.batch_size > pictures:
+        if self.drop_last and self.batch_size * self.ranks > pictures:
             raise InputError(
-                f"{self.dataset.name} has {pictures} pictures, too few for a batch of {self.batch_size}: give less"
+                f"{self.dataset.name} has {pictures} pictures, too few for a batch of"
+                f" {self.batch_size * self.ranks}: give less"
             )
+        if not 0 <= self.rank < self.ranks or (self.ranks > 1 and not self.drop_last):
+            raise InputError(f"rank {self.rank} of {self.ranks} is not possible: count from 0, and drop the last batch")
         if self.workers < 0:
             raise InputError(f"{self.workers} workers are not possible: give 0 or more")
         if not 0 <= self.max_bad <= 1:
@@ -150,7 +157,7 @@ class Loader:
         waiting: deque[_Pending] = deque()
         try:
             for number in range(start, len(self)):
-                first = number * self.batch_size
+                first = (number * self.ranks + self.rank) * self.batch_size
                 waiting.append(self._begun(order[first : first + self.batch_size], epoch))
                 if len(waiting) > ahead:
                     yield from self._first(waiting)

@@ -16,6 +16,7 @@ from mgq.errors import InputError
 from mgq.files.atomic import atomic_write
 
 KEY = "mgq"
+TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
 FORMAT = 1
 
 
@@ -42,24 +43,27 @@ class CheckpointInfo:
 
 def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: CheckpointInfo) -> None:
     """Write ``state`` and ``info`` to ``path`` so that the file is there whole or not at all."""
-    tensors = {name: np.ascontiguousarray(value) for name, value in state.items()}
-    metadata = {KEY: json.dumps({"format": FORMAT, **asdict(info)})}
+    write_tensors(path, state, {KEY: json.dumps({"format": FORMAT, **asdict(info)})})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all. Raises as ``atomic_write`` does."""
+    dense = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata)
+        save_file(dense, str(temporary), metadata=dict(metadata))
 
 
 def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
     """What the ``metadata`` of the safetensors file ``name`` says; None where it is not mgq's.
 
-    Raises InputError where it is mgq's and damaged, or of a later format.
+    Raises InputError where it is mgq's and damaged, of a later format, or the state of a training.
     """
+    if TRAINING_KEY in metadata:
+        raise InputError(f"{name} is what --resume goes on from, not a checkpoint; pass the one that lies beside it")
     if KEY not in metadata:
         return None
     try:
-        body = json.loads(metadata[KEY])
-        version = body.pop("format")
-        if version != FORMAT:
-            raise InputError(f"{name} has checkpoint format {version}, this mgq reads {FORMAT}; update mgq")
+        body = body_of(metadata[KEY], FORMAT, name)
         well_typed = {"arch": str, "mode": str, "classes": list, "image_size": int, "options": dict}
         if not all(isinstance(body[name], kind) for name, kind in well_typed.items()):
             raise TypeError
@@ -68,3 +72,15 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
     return info
+
+
+def body_of(text: str, known: int, name: str) -> dict[str, Any]:
+    """What the JSON ``text`` in the file ``name`` holds besides its format, which has to be the ``known`` one.
+
+    Raises InputError for another format. Where ``text`` is damaged it raises what the JSON of it leads to.
+    """
+    body: dict[str, Any] = json.loads(text)
+    version = body.pop("format")
+    if version != known:
+        raise InputError(f"{name} has checkpoint format {version}, this mgq reads {known}; update mgq")
+    return body

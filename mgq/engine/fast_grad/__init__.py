@@ -6,7 +6,7 @@ import os
 # made.
 os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
 
-from mgq.engine.fast_grad.switch import (  # noqa: E402
+from mgq.engine.fast_grad.switch import (
     disable_fast_gradients,
     enable_fast_gradients,
     fast_gradients,

@@ -1,0 +1,336 @@
+"""``mgq eval``: how often is it right?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgq.cli.options import (
+    RUNS,
+    Arch,
+    AsJson,
+    CheckpointFile,
+    ImageSize,
+    Jobs,
+    LabelledData,
+    Limit,
+    MaxBad,
+    Pretrained,
+    Ranges,
+    ReportFreq,
+    Save,
+    Width,
+    Workers,
+    opened,
+)
+from mgq.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mgq.data.datasets import Dataset
+    from mgq.engine.evaluate import Confusion, Evaluation
+    from mgq.engine.networks import Classifier
+    from mgq.events import OnProgress
+
+CONFUSED = 5
+
+
+def evaluate(
+    data: LabelledData = None,
+    arch: Arch = None,
+    checkpoint: CheckpointFile = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--mode",
+            help="normal (float32), qat (fake-quantized) or quantized (int8).",
+            show_default="quantized where the weights can serve it, else normal",
+        ),
+    ] = None,
+    save: Save = RUNS,
+    workers: Workers = None,
+    jobs: Jobs = 1,
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures that the network takes at once.")] = 8,
+    per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False,
+    confused: Annotated[
+        int | None,
+        typer.Option(
+            "--confused", metavar="K", help="Show the K most confused pairs of classes.", show_default="5 repeated ones"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    report_freq: ReportFreq = None,
+    max_bad: MaxBad = 0.01,
+    pretrained: Pretrained = False,
+    ranges: Ranges = None,
+    width: Width = None,
+    image_size: ImageSize = None,
+    devices: Annotated[
+        int, typer.Option("-n", "--ngpus", help="Taken for the example's sake: one device is used; see --jobs.")
+    ] = 1,
+) -> None:
+    """Measure accuracy on labelled pictures: top-1, top-5, loss, what is confused with what.
+
+    Without -d it takes the pictures that the checkpoint was measured on when it was trained. The classes of the
+    folders are matched with those of the network by name; ImageNet's may be called by their wnids.
+
+    \b
+    Examples:
+      mgq eval -d imagenet -m normal
+      mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
+      mgq eval -d imagenet --limit 1000 --jobs 4 --json
+    """
+    from mgq.cli.console import import_megengine, note, progress
+
+    refuse_impossible(batch_size, limit, jobs, confused, report_freq, max_bad)
+    if devices > 1:
+        note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
+    with progress(report_freq) as on_progress:
+        dataset = data_in(data, on_progress) if data is not None else None
+        debug = bool(os.environ.get("MGQ_DEBUG"))
+        import_megengine(debug)
+        words = (save, pretrained, ranges, width, image_size, on_progress)
+        classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
+        from mgq.data.datasets import subset
+        from mgq.engine import evaluate as engine
+
+        if dataset is None:
+            dataset = engine.evaluation_data(None, recipe_of(classifier), classifier.image_size, on_progress)
+        total = len(dataset)
+        if limit is not None:
+            dataset = subset(dataset, limit)
+        result = engine.evaluate(
+            classifier,
+            dataset,
+            jobs=jobs,
+            batch_size=batch_size,
+            workers=workers,
+            max_bad=max_bad,
+            prepare=partial(import_megengine, debug),
+            on_progress=on_progress,
+        )
+    for problem in result.problems:
+        note(problem)
+    if result.problems:
+        note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
+    facts = facts_of(classifier, dataset, total, result, batch_size, workers)
+    if as_json:
+        shown_json(result, facts, confused)
+    else:
+        shown(classifier, result, facts, per_class, confused)
+
+
+def refuse_impossible(
+    batch_size: int, limit: int | None, jobs: int, confused: int | None, report_freq: int | None, max_bad: float
+) -> None:
+    """Raise InputError for numbers that cannot be, before anything is loaded."""
+    from mgq.data.loader import cores
+
+    least = {"--batch-size": (batch_size, 1), "--limit": (limit, 1), "--confused": (confused, 0)}
+    for name, (value, low) in {**least, "--report-freq": (report_freq, 1)}.items():
+        if value is not None and value < low:
+            raise InputError(f"{name} {value} is too small: give at least {low}")
+    if not 1 <= jobs <= cores():
+        raise InputError(f"--jobs {jobs} is not possible on {cores()} cores: give 1 to {cores()}")
+    if not 0 <= max_bad <= 1:
+        raise InputError(f"--max-bad {max_bad} is not possible: give a share, 0 to 1")
+
+
+def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+    from mgq.data.datasets import evaluation_folder
+
+    return evaluation_folder(folder, on_progress)
+
+
+def recipe_of(classifier: Classifier) -> dict[str, Any]:
+    return dict(getattr(classifier, "recipe", {}))
+
+
+def opened_as_can_be(
+    arch: str | None,
+    checkpoint: Path | None,
+    save: Path,
+    pretrained: bool,
+    ranges: Path | None,
+    width: float | None,
+    image_size: int | None,
+    on_progress: OnProgress,
+) -> Classifier:
+    """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
+    from mgq.cli.console import note
+
+    words = (save, pretrained, ranges, width, image_size, on_progress)
+    if checkpoint is None and not pretrained and only_float_run(arch, save):
+        note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
+        return opened(arch, None, "normal", *words)
+    try:
+        return opened(arch, checkpoint, "quantized", *words)
+    except InputError as error:
+        if ranges is not None:
+            raise
+        try:
+            classifier = opened(arch, checkpoint, "normal", *words)
+        except InputError:
+            raise error from None
+        note(f"measured in mode normal, not quantized: {error}")
+        return classifier
+
+
+def only_float_run(arch: str | None, save: Path) -> bool:
+    """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
+    from mgq.engine.networks import DEFAULT_ARCH, newest_run
+    from mgq.quant.modes import Mode
+    from mgq.zoo.registry import spec_of
+
+    spec = spec_of(arch or DEFAULT_ARCH)
+    return newest_run(spec, Mode.QUANTIZED, save) is None and newest_run(spec, Mode.NORMAL, save) is not None
+
+
+# ---- what is said of it ----
+
+
+def facts_of(
+    classifier: Classifier,
+    dataset: Dataset,
+    total: int,
+    result: Evaluation,
+    batch_size: int,
+    workers: int | None,
+) -> dict[str, Any]:
+    """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
+    from mgq.bench.environment import this_machine
+    from mgq.data.loader import cores
+    from mgq.engine.networks import versions
+
+    machine = this_machine()
+    return {
+        "arch": classifier.spec.name,
+        "mode": classifier.mode.value,
+        "weights": classifier.origin,
+        "data": dataset.name,
+        "pictures": total,
+        "image_size": classifier.image_size,
+        "classes": len(classifier.classes),
+        "images": result.images,
+        "top1": finite(result.top1),
+        "top1_standard_error": finite(result.top1_error),
+        "top5": finite(result.top5),
+        "loss": finite(result.loss),
+        "seconds": result.seconds,
+        "images_per_second": result.images_per_second,
+        "jobs": result.jobs,
+        "workers": cores() if workers is None else workers,
+        "batch_size": batch_size,
+        "cpu": machine.cpu,
+        "cores": machine.usable_cores,
+        "busy": machine.busy,
+        "versions": versions(),
+        "problems": list(result.problems),
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
+    """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
+    classes = [
+        {
+            "index": entry.index,
+            "class": entry.name,
+            "images": entry.images,
+            "correct": entry.correct,
+            "predicted": entry.predicted,
+        }
+        for entry in result.per_class()
+    ]
+    pairs = [
+        {"class": pair.true, "taken_for": pair.predicted, "count": pair.count, "images": pair.images}
+        for pair in result.confused(confused)
+    ]
+    sys.stdout.write(json.dumps({**facts, "per_class": classes, "confused": pairs}, indent=1) + "\n")
+
+
+def shown(
+    classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
+) -> None:
+    """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""
+    from mgq.cli.console import out
+    from mgq.cli.infer import headline
+
+    of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
+    out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
+    out.print(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim", markup=False, soft_wrap=True)
+    out.print(figures(result))
+    if per_class:
+        out.print(class_table(result))
+    pairs = result.confused(CONFUSED if confused is None else confused)
+    pairs = [pair for pair in pairs if confused is not None or pair.count > 1]
+    if pairs:
+        out.print(confusion_table(pairs))
+    out.print(conditions(facts), style="dim", markup=False)
+
+
+def figures(result: Evaluation) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("top-1", f"{result.top1:.1f} % ± {result.top1_error:.1f}")
+    if len(result.classes) > 5:  # of fewer, the right one is always there
+        table.add_row("top-5", f"{result.top5:.1f} %")
+    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("speed", f"{result.images_per_second:.1f} pictures/s ({result.seconds:.1f} s)")
+    return table
+
+
+def class_table(result: Evaluation) -> Table:
+    """How often each class was recognised, and how often its name was right when it was given."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class", overflow="fold")
+    for name in ("pictures", "correct", "top-1", "precision"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in result.per_class():
+        percents = [f"{share:.1f} %" if math.isfinite(share) else "-" for share in (entry.top1, entry.precision)]
+        table.add_row(Text(entry.name), f"{entry.images:,}", f"{entry.correct:,}", *percents)
+    return table
+
+
+def confusion_table(pairs: list[Confusion]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class", overflow="fold")
+    table.add_column("taken for", overflow="fold")
+    table.add_column("times", justify="right", no_wrap=True)
+    for pair in pairs:
+        table.add_row(Text(pair.true), Text(pair.predicted), f"{pair.count:,} of {pair.images:,}")
+    return table
+
+
+def conditions(facts: dict[str, Any]) -> str:
+    processes = "1 process" if facts["jobs"] == 1 else f"{facts['jobs']} processes"
+    threads = "1 thread decodes" if facts["workers"] == 1 else f"{facts['workers']} threads decode"
+    busy = "; the machine was busy" if facts["busy"] else ""
+    return (
+        f"± one standard error. {facts['cpu']}, {facts['cores']} cores; {processes}, {threads}, batches of "
+        f"{facts['batch_size']}, {facts['image_size']} pixels; MegEngine {facts['versions']['megengine']}{busy}"
+    )

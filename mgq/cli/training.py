@@ -1,0 +1,238 @@
+"""``mgq train`` and ``mgq qat``: their options, each said once, and how they show what comes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from mgq.cli.options import RUNS
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from rich.table import Table
+
+    from mgq.engine.comparison import Comparison
+    from mgq.engine.training import Outcome, Request
+
+
+class Option(NamedTuple):
+    """An option of a verb. With ``in_recipe`` it sets the value of that name in the recipe."""
+
+    kind: Any
+    default: Any
+    flags: tuple[str, ...]
+    help: str
+    in_recipe: bool = False
+
+    @property
+    def annotation(self) -> Any:
+        return self.kind | None if self.default is None else self.kind
+
+    @property
+    def parameter(self) -> Any:
+        return typer.Option(self.default, *self.flags, help=self.help)
+
+
+def recipe_value(kind: type, flag: str, text: str) -> Option:
+    return Option(kind, None, (flag,), text, in_recipe=True)
+
+
+SHARED: dict[str, Option] = {
+    "arch": Option(str, None, ("-a", "--arch"), "Architecture; `mgq models` lists them."),
+    "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
+    "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs."),
+    "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
+    "pretrained": Option(bool, False, ("--pretrained",), "Begin with the zoo's weights; downloads published ones."),
+    "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
+    "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
+    "epochs": recipe_value(int, "--epochs", "How often every picture is seen."),
+    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device."),
+    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device."),
+    "schedule": recipe_value(str, "--schedule", "cosine, linear or step."),
+    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty."),
+    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes."),
+    "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32."),
+    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread."),
+    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next."),
+    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999)."),
+    "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone.", in_recipe=True),
+    "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs.", in_recipe=True),
+    "seed": recipe_value(int, "--seed", "The same seed gives the same weights."),
+    "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor."),
+    "nodes": Option(int, 1, ("--nnodes",), "Machines that train together."),
+    "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0."),
+    "master": Option(str, None, ("--master",), "HOST:PORT of machine 0."),
+    "workers": Option(int, None, ("-w", "--workers"), "Threads that read pictures; one a core by default."),
+    "max_bad": Option(float, 0.01, ("--max-bad",), "Share of broken pictures that is put up with."),
+    "report_every": Option(int, 0, ("--report-freq",), "A line every so many steps."),
+    "tensorboard": Option(bool, False, ("--tensorboard",), "Write TensorBoard events, too."),
+    "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
+}
+OF_TRAIN: dict[str, Option] = {
+    "classes": recipe_value(int, "--classes", "Outputs of the classifier, if more than the pictures' classes."),
+    "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2)."),
+    "activation": Option(str, None, ("--activation",), "relu or relu6 (mobilenet_v2)."),
+    "from_scratch": Option(bool, False, ("--from-scratch",), "Begin with random weights."),
+    "new_head": Option(bool, False, ("--new-head",), "Begin with a new classifier for these classes."),
+}
+OF_QAT: dict[str, Option] = {
+    "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt."),
+    "distill": Option(bool, False, ("--distill",), "Learn from the float network's answers, too."),
+}
+BUILDER_OPTIONS = ("width", "activation")
+
+TRAIN_HELP = """Train a float network.
+
+Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
+else with random ones. Writes <save>/<arch>.normal.
+
+\b
+Examples:
+  mgq train
+  mgq train -a efficientnet_lite0 -d flowers
+  mgq train -a resnet18 -d flowers --image-size 64 --epochs 20
+"""
+QAT_HELP = """Train on with fake quantization, for int8.
+
+It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
+compares float, fake-quantized and int8 in the end.
+
+\b
+Examples:
+  mgq qat --arch resnet18
+  mgq qat -d flowers --distill
+  mgq qat -a mobilenet_v2 -c mobilenet_v2.pkl -d imagenet
+"""
+
+
+def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]:
+    """The command ``name`` with the shared options and its ``own``."""
+    options = {**SHARED, **own}
+
+    def command(**values: Any) -> None:
+        run(name, options, values)
+
+    command.__name__, command.__doc__ = name, text
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, keyword, default=o.parameter, annotation=o.annotation) for n, o in options.items()]
+    )
+    command.__annotations__ = {n: option.annotation for n, option in options.items()}
+    return command
+
+
+train = verb("train", TRAIN_HELP, OF_TRAIN)
+qat = verb("qat", QAT_HELP, OF_QAT)
+
+
+def run(name: str, options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+    """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
+    from mgq.cli.console import import_megengine, note, out, progress
+
+    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.engine import training
+    from mgq.engine.trainer import StoppedError
+    from mgq.events import Watcher
+
+    request = request_of(options, values)
+    with progress() as on_progress, asked_to_stop() as should_stop:
+        watcher = Watcher(on_progress, note, should_stop)
+        try:
+            outcome: Outcome = getattr(training, name)(request, watcher)
+        except StoppedError as stopped:
+            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(request.save))}"
+            note(f"{stopped}; all of it is kept, go on with\n  {command}")
+            raise typer.Exit(stopped.exit_code) from None
+    if values["as_json"]:
+        sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
+        return
+    out.print(table_of(outcome.comparison, made_by=name))
+    out.print(told(outcome), markup=False, soft_wrap=True)
+
+
+def request_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> Request:
+    """The options as the engine takes them; what was not given is left to the recipe."""
+    from mgq.engine.training import Request
+
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    changes = {name: value for name, value in given.items() if options[name].in_recipe}
+    builder = {name: given[name] for name in BUILDER_OPTIONS if name in given}
+    apart = {*changes, *builder, "as_json"}
+    plain = {name: value for name, value in given.items() if name not in apart}
+    return Request(**plain, changes=changes, options=builder)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or a polite kill has come since; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def table_of(comparison: Comparison, made_by: str) -> Table:
+    """The three modes of a network: accuracy, drop against float, size."""
+    from rich import box
+    from rich.table import Table
+
+    simulated = {"train": "fake-quantized, calibrated", "qat": "fake-quantized"}.get(made_by, "fake-quantized")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("top-1", "top-5", "drop", "weights"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    base = comparison.normal.top1
+    for label, found, size in (
+        ("float32", comparison.normal, comparison.normal_bytes),
+        (simulated, comparison.qat, None),
+        ("int8", comparison.quantized, comparison.quantized_bytes),
+    ):
+        drop = "" if found is comparison.normal else f"{base - found.top1:.1f}"
+        weights = "" if size is None else f"{size / 1e6:.1f} MB"
+        table.add_row(label, f"{found.top1:.1f} %", f"{found.top5:.1f} %", drop, weights)
+    return table
+
+
+def told(outcome: Outcome) -> str:
+    """What the table leaves open: pictures, agreement, where everything lies."""
+    recipe, found = outcome.recipe, outcome.comparison
+    pictures = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
+    return (
+        f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {pictures} "
+        f"(top-1 ± {found.normal.top1_error:.1f})\n"
+        f"int8 answers as float on {found.same_as_float:.1f} %, as fake quantization on "
+        f"{found.same_as_simulated:.1f} %\n"
+        f"best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
+        f"checkpoint: {outcome.checkpoint}"
+    )
+
+
+def document_of(outcome: Outcome) -> dict[str, Any]:
+    from mgq.engine.recipe import plain
+
+    return {
+        "checkpoint": str(outcome.checkpoint),
+        "best": dict(outcome.best),
+        "comparison": outcome.comparison.to_json(),
+        "recipe": plain(outcome.recipe),
+    }

@@ -1,0 +1,207 @@
+"""Work in several processes of this machine: started clean, watched, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from typing import Any, Protocol
+
+from mgq.errors import FailureError, InputError, MgqError
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_JOIN_S = 5.0
+
+
+class Channel(Protocol):
+    """What a task has of the process that started it."""
+
+    def send(self, message: Any) -> None:
+        """Give it a ``message``, which can be pickled."""
+
+    def wait_for_all(self) -> None:
+        """Say that everything is loaded, and wait until the other tasks have said so."""
+
+
+Task = Callable[[Channel], None]
+"""Work for a process. It is pickled, and so are its messages."""
+
+
+def nothing() -> None:
+    """The preparation of those who need none."""
+
+
+def in_processes(
+    tasks: Sequence[Task], what: str, threads: int = 1, prepare: Callable[[], None] = nothing
+) -> Generator[Any | None, None, None]:
+    """Run each of ``tasks`` in a process of its own; their messages as they come.
+
+    None stands for the moment when all tasks have called ``wait_for_all`` and go on. ``prepare`` is called in each
+    process before its task, and the modules that it needs, are loaded. The libraries' thread pools get ``threads``
+    threads in each, unless the environment says another number. Processes that are still there when the caller
+    stops taking messages, for whatever reason, are ended. Ctrl-C reaches the caller alone.
+
+    An MgqError in a process is raised here; FailureError, which names ``what`` and the process, when one ends in
+    any other way.
+    """
+    processes: list[_Process] = []
+    try:
+        with _environment(threads), _interrupts_held_back():
+            processes.extend(_started(task, prepare) for task in tasks)
+        yield from _messages(processes, what)
+    finally:
+        _end(processes)
+
+
+@dataclass(frozen=True)
+class _Process:
+    process: multiprocessing.process.BaseProcess
+    pipe: connection.Connection
+
+
+@dataclass(frozen=True)
+class _Message:
+    content: Any
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """How a task ended badly: exit code of the error, its line, and the traceback for who debugs."""
+
+    is_input: bool
+    is_own: bool
+    line: str
+    trace: str
+
+
+_READY, _GO, _DONE = "ready", "go", "done"
+
+
+# ---- in the process that wants the work done ----
+
+
+def _started(task: Task, prepare: Callable[[], None]) -> _Process:
+    # Spawned, not forked: MegEngine's threads and the loader's would not come along.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # Pickled here, so that it is loaded only after the preparation.
+    process = context.Process(target=_run, args=(theirs, prepare, pickle.dumps(task)), daemon=True)
+    process.start()
+    theirs.close()  # Now the pipe ends when the process does.
+    return _Process(process, ours)
+
+
+@contextlib.contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """The variables that a new process takes over, and that are read when libraries are loaded."""
+    unset = [name for name in _THREAD_VARIABLES if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, str(threads)))
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits meanwhile, and never comes to processes that are started here: they take over the mask."""
+    resource_tracker.ensure_running()  # Which would let the signal through again when it is first needed.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
+    running = {child.pipe: number for number, child in enumerate(processes)}
+    waiting: list[connection.Connection] = []
+    while running:
+        for pipe in connection.wait(list(running)):
+            assert isinstance(pipe, connection.Connection)
+            number = running[pipe]
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                raise _died(processes[number], number, len(processes), what) from None
+            if isinstance(message, _Failed):
+                raise _error(message, number, len(processes), what)
+            if isinstance(message, _Message):
+                yield message.content
+            elif message == _READY:
+                waiting.append(pipe)
+            elif message == _DONE:
+                del running[pipe]
+        if len(waiting) == len(processes):
+            for pipe in waiting:
+                with contextlib.suppress(OSError):  # Whose end is told of when its pipe is read.
+                    pipe.send(_GO)
+            waiting.clear()
+            yield None
+
+
+def _died(child: _Process, number: int, of: int, what: str) -> FailureError:
+    child.process.join(_JOIN_S)
+    code = child.process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    return FailureError(
+        f"process {number + 1} of {of} of {what} (pid {child.process.pid}) {how} before its work was done:"
+        " use fewer processes if memory is short"
+    )
+
+
+def _error(failed: _Failed, number: int, of: int, what: str) -> MgqError:
+    kind = InputError if failed.is_input else FailureError
+    line = failed.line if failed.is_own else f"process {number + 1} of {of} of {what} failed: {failed.line}"
+    error = kind(line)
+    error.__cause__ = RuntimeError(failed.trace)
+    return error
+
+
+def _end(processes: Sequence[_Process]) -> None:
+    for child in processes:
+        child.process.terminate()
+    for child in processes:
+        child.process.join(_JOIN_S)
+        if child.process.is_alive():
+            child.process.kill()
+            child.process.join()
+        child.pipe.close()
+
+
+# ---- in the process that works ----
+
+
+@dataclass(frozen=True)
+class _Channel:
+    pipe: connection.Connection
+
+    def send(self, message: Any) -> None:
+        self.pipe.send(_Message(message))
+
+    def wait_for_all(self) -> None:
+        self.pipe.send(_READY)
+        self.pipe.recv()
+
+
+def _run(pipe: connection.Connection, prepare: Callable[[], None], task: bytes) -> None:
+    # Without the one that started it, which reads and answers, there is nobody to work for.
+    with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
+        try:
+            prepare()
+            pickle.loads(task)(_Channel(pipe))
+        except (BrokenPipeError, EOFError, ConnectionResetError):
+            raise
+        except Exception as error:
+            own = isinstance(error, MgqError)
+            line = str(error) if own else f"{type(error).__name__}: {error}"
+            pipe.send(_Failed(isinstance(error, InputError), own, line, traceback.format_exc()))
+        else:
+            pipe.send(_DONE)

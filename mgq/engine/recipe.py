@@ -1,0 +1,312 @@
+"""The recipe of a training run: every number that it depends on, with defaults that fit the data.
+
+ImageNet's are those of the public MegEngine quantization example. A smaller set of pictures gets a recipe that
+scales with its size, the drawn pictures one that is done in minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+
+from mgq.errors import InputError, printable
+
+SYNTHETIC = "synthetic"
+"""What ``data`` says for the drawn pictures that need no files."""
+SCHEDULES = ("cosine", "linear", "step")
+OBSERVERS = ("ema", "min-max", "lsq", "tqt")
+IMAGENET_PICTURES = 300_000
+"""From this many pictures on, a set gets the public example's recipes for ImageNet."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does. Two runs with equal recipes, pictures and versions end with equal weights.
+
+    ``data`` is a folder with ``train/`` and ``val/``, or ``synthetic``. ``lr`` and ``batch_size`` hold for one
+    device; several multiply both. ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count
+    epochs and may be fractions. ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms,
+    biases). ``crop_scale`` is the least share of a picture's area that a training crop shows. ``ema`` is the decay of
+    the averaged weights that are measured and kept (0: none). ``limit`` takes so many pictures of each set, evenly
+    spread (0: all). ``distill`` is the share of the loss that compares the answers with those of the float network.
+    The last block matters in mode ``qat`` alone.
+    """
+
+    arch: str
+    mode: str
+    data: str
+    classes: int
+    image_size: int
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_all: bool = False
+    label_smoothing: float = 0.1
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    jitter: float = 0.0
+    ema: float = 0.0
+    freeze_backbone: bool = False
+    amp: bool = False
+    val_every: int = 1
+    limit: int = 0
+    seed: int = 0
+    devices: int = 1
+    synthetic_train: int = 0
+    synthetic_val: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    observer: str = "ema"
+    observe_batches: int = 0
+    freeze_observers: float = 0.0
+    freeze_batch_norm: float = 0.0
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that cannot be, by its name on the command line."""
+        least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value < low:
+                raise InputError(f"{option(name)} {value} is too small: give at least {low}")
+        shares = ("label_smoothing", "flip", "jitter", "distill", "momentum", "gamma", "ema")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{option(name)} {getattr(self, name)} is not possible: give 0 to 1")
+        if self.ema == 1 or self.momentum == 1:
+            raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
+        if not 0 < self.crop_scale <= 1:
+            raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
+        for name in ("lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
+        for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"there is no {name} '{getattr(self, name)}'; choose {', '.join(known)}")
+        if self.image_size < 32 or self.image_size % 32:
+            raise InputError(f"{option('image_size')} {self.image_size} is not a multiple of 32: give one, such as 224")
+
+    @property
+    def is_synthetic(self) -> bool:
+        return self.data == SYNTHETIC
+
+    def to_toml(self) -> str:
+        """The recipe as text that :func:`read_changes` reads."""
+        return tomli_w.dumps(plain(self))
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, as JSON and TOML have it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
+
+
+KINDS = {field.name: str(field.type) for field in fields(Recipe)}
+
+
+def read_changes(path: Path) -> dict[str, Any]:
+    """What a recipe file says, checked by name and type. Raises InputError that names the key."""
+    name = printable(path)
+    try:
+        body = tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {name}: {error.strerror}; check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not a TOML file: {printable(error)}; see recipe.toml of any run") from None
+    return checked_changes(body, name)
+
+
+def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``body`` with values of the types that a recipe has. Raises InputError for another key or type."""
+    changes: dict[str, Any] = {}
+    for key, value in body.items():
+        if key not in KINDS:
+            near = difflib.get_close_matches(key, KINDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "recipe.toml of any run has them all"
+            raise InputError(f"{name} has an unknown key '{printable(key)}'; {hint}")
+        changes[key] = converted(key, value, name)
+    return changes
+
+
+def converted(key: str, value: Any, name: str) -> Any:
+    kind = KINDS[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and number:
+        return float(value)
+    if kind == "int" and number and isinstance(value, int):
+        return value
+    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
+        return value
+    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+        return tuple(float(v) for v in value)
+    if kind.startswith("Mapping") and isinstance(value, dict):
+        return value
+    wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
+    raise InputError(f"{name} has {key} = {printable(value)!r}: give {wanted.get(kind, 'a list of numbers')}")
+
+
+def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
+    try:
+        return Recipe(**checked_changes(body, name))
+    except TypeError:
+        raise InputError(f"{name} holds no whole recipe; it was written by another version of mgq") from None
+
+
+# ---- defaults ----
+
+
+class Start(str, Enum):
+    """What a run starts from."""
+
+    RANDOM = "random"
+    TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe is wanted for: ``pictures`` are those to train on."""
+
+    arch: str
+    mode: str
+    data: str
+    classes: int
+    pictures: int
+    image_size: int
+    start: Start = Start.RANDOM
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
+    """The default recipe for ``task`` with ``changes``: other epochs or batches shift what depends on them.
+
+    With another batch size the learning rate changes in proportion, unless it is given too (arXiv:1706.02677).
+    Raises InputError for values that cannot be.
+    """
+    changes = dict(changes)
+    if "limit" in changes and changes["limit"] > 0:
+        task = replace(task, pictures=min(task.pictures, changes["limit"]))
+    default = default_recipe(task, changes.get("epochs"))
+    if "batch_size" in changes and "lr" not in changes:
+        changes["lr"] = default.lr * changes["batch_size"] / default.batch_size
+    return replace(default, **changes)
+
+
+def default_recipe(task: Task, epochs: int | None = None) -> Recipe:
+    if task.data == SYNTHETIC:
+        return synthetic_recipe(task, epochs)
+    if task.pictures >= IMAGENET_PICTURES:
+        return example_recipe(task, epochs)
+    return small_recipe(task, epochs)
+
+
+def base(task: Task, **values: Any) -> Recipe:
+    return Recipe(
+        arch=task.arch,
+        mode=task.mode,
+        data=task.data,
+        classes=task.classes,
+        image_size=task.image_size,
+        options=dict(task.options),
+        **values,
+    )
+
+
+def is_resnet(task: Task) -> bool:
+    return task.arch.startswith("resnet")
+
+
+def example_recipe(task: Task, epochs: int | None) -> Recipe:
+    """The public example's recipe for ImageNet; EfficientNet-Lite, which it has not, is trained as MobileNetV2.
+
+    Source of the figures: MegEngine/Models, official/quantization.
+    """
+    resnet = is_resnet(task)
+    if task.mode == "qat":
+        epochs = epochs or (12 if resnet else 30)
+        schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
+        lr = 0.000125 if resnet else 0.0015625
+        values = {"batch_size": 32, "lr": lr, **qat_phases(epochs, task.pictures, 32), **schedule}
+    elif resnet:
+        epochs = epochs or 90
+        milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
+        values = {"batch_size": 32, "lr": 0.0125, "schedule": "step", "milestones": milestones}
+    else:
+        epochs = epochs or 240
+        values = {"batch_size": 128, "lr": 0.0625, **LINEAR}
+    decay = {"weight_decay": 1e-4, "decay_all": True} if resnet else {"weight_decay": 4e-5, "jitter": 0.4}
+    return base(task, epochs=epochs, **values, **decay)
+
+
+LINEAR = {"schedule": "linear"}
+
+
+def small_recipe(task: Task, epochs: int | None) -> Recipe:
+    """For some hundred to some ten thousand pictures.
+
+    The fewer there are, the more often each is seen: about 15,000 crops for trained weights, 50,000 for random
+    ones, 5,000 for quantization-aware training.
+    """
+    batch = batch_for(task.pictures)
+    if task.mode == "qat":
+        epochs = epochs or repeats(task.pictures, crops=5_000, least=2, most=8)
+        values = {"lr": 0.001, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
+    elif task.start is Start.TRAINED:
+        epochs = epochs or repeats(task.pictures, crops=15_000, least=3, most=30)
+        values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
+    else:
+        epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
+        values = {"lr": 0.05, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
+        values["weight_decay"] = 5e-4
+    values["lr"] = values["lr"] * batch / 32
+    return base(task, epochs=epochs, batch_size=batch, **values)
+
+
+def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
+    """For the drawn pictures: minutes on two cores."""
+    counts = {"synthetic_train": 4_000, "synthetic_val": 500}
+    if task.mode == "qat":
+        epochs = epochs or 1
+        values = {"lr": 0.002, "batch_size": 32, **qat_phases(epochs, counts["synthetic_train"], 32)}
+    else:
+        epochs = epochs or 4
+        values = {"lr": 0.05, "batch_size": 32, "warmup": min(0.5, epochs / 10)}
+    return base(task, epochs=epochs, crop_scale=0.8, **values, **counts)
+
+
+def qat_phases(epochs: int, pictures: int, batch: int) -> dict[str, Any]:
+    """Ranges are watched on some batches before fake quantization starts; batch norms keep their statistics for the
+    last half, and activations their ranges for the last third."""
+    return {
+        "observe_batches": max(1, min(32, pictures // batch)),
+        "freeze_batch_norm": epochs / 2,
+        "freeze_observers": epochs * 2 / 3,
+    }
+
+
+def batch_for(pictures: int) -> int:
+    """32, but so few that an epoch has at least four batches where there are hardly any pictures."""
+    return max(1, min(32, pictures // 4))
+
+
+def repeats(pictures: int, crops: int, least: int, most: int) -> int:
+    """Epochs in which about ``crops`` crops are seen."""
+    return max(least, min(most, round(crops / max(1, pictures))))
