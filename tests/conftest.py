@@ -26,7 +26,7 @@ import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
 
 from mgq.engine.networks import Classifier  # noqa: E402
-from mgq.quant.calibrate import min_max_ranges  # noqa: E402
+from mgq.quant.calibrate import measured_ranges  # noqa: E402
 from mgq.quant.modes import Mode, to_mode  # noqa: E402
 from mgq.quant.ranges import ActivationRanges, apply_ranges  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
@@ -129,7 +129,7 @@ class Trio:
 def trio_of(arch: str) -> Trio:
     normal = filled(blank(arch))
     state = dict(normal.state_dict())
-    ranges = min_max_ranges(normal, [smooth_pictures(4)], arch, fingerprint(state), {"pictures": "made up"})
+    ranges = measured_ranges(normal, [smooth_pictures(4)], arch, fingerprint(state), {"pictures": "made up"})
     qat = to_mode(normal, Mode.QAT)
     apply_ranges(qat, ranges)
     return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(qat.state_dict()))

@@ -11,7 +11,7 @@ import pytest
 
 from mgq.data import imagenet
 from mgq.data.classes import imagenet_classes
-from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder, training_folders
+from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder, subset, training_folders
 from mgq.errors import InputError
 from mgq.events import Progress
 from tests import test_imagenet
@@ -270,3 +270,26 @@ def test_a_folder_that_may_not_be_searched_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(InputError, match=r"b cannot be searched \(Permission denied\)"):
         evaluation_folder(tmp_path)
+
+
+def test_a_subset_is_evenly_spread_and_keeps_labels_and_classes(tmp_path: Path) -> None:
+    whole = evaluation_folder(make(tmp_path, *(f"{kind}/{i}.jpg" for kind in "abc" for i in range(4))))
+    part = subset(whole, 5)
+    assert [str(part.picture(i)) for i in range(5)] == [str(whole.picture(i)) for i in (0, 2, 4, 7, 9)]
+    assert part.labels is not None and part.labels.tolist() == [0, 0, 1, 1, 2]
+    assert (len(part), part.name, part.classes) == (5, whole.name, whole.classes)
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            part.picture(index)
+
+
+def test_a_subset_of_more_than_there_is_is_all_of_it_and_none_is_refused(tmp_path: Path) -> None:
+    whole = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
+    assert len(subset(whole, 3)) == 2
+    with pytest.raises(InputError, match="limit of 0 pictures"):
+        subset(whole, 0)
+
+
+def test_a_subset_of_unlabelled_pictures_has_no_labels(tmp_path: Path) -> None:
+    part = subset(calibration_folder(make(tmp_path, "1.jpg", "2.jpg", "3.jpg")), 2)
+    assert part.labels is None and len(part) == 2

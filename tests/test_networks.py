@@ -33,7 +33,7 @@ from mgq.engine.predict import BATCH, answers, best, crops_of
 from mgq.errors import InputError
 from mgq.events import Progress
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import read_ranges
 from mgq.zoo.pretrained import PackagedWeights
@@ -302,7 +302,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     events: list[Progress] = []
     # The calibration uses the network up.
     own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-    return Run(calibrated(own, sources, 10, "made-up pictures", events.append), sources, events)
+    return Run(calibrated(own, sources, 10, "made-up pictures", events.append, "min-max"), sources, events)
 
 
 class TestCalibration:
@@ -317,12 +317,12 @@ class TestCalibration:
         pictures = [run.sources[i].read() for i in (0, 1, 2, 4)]
         crops = to_batch([classifier_of(SHUFFLE).crop(picture) for picture in pictures])
         assert crops.shape == (4, 3, SIZE, SIZE)
-        expected = min_max_ranges(trio_of(SHUFFLE).normal, [crops], SHUFFLE, "", {})
+        expected = measured_ranges(trio_of(SHUFFLE).normal, [crops], SHUFFLE, "", {})
         assert run.found.ranges.ranges == expected.ranges
 
     def test_ranges_say_what_was_seen_with_what(self, run: Run) -> None:
         ranges = run.found.ranges
-        assert (ranges.arch, ranges.observer) == (SHUFFLE, "min-max")
+        assert (ranges.arch, ranges.observer, ranges.provenance["method"]) == (SHUFFLE, "min-max", "min-max")
         assert ranges.weights == fingerprint(trio_of(SHUFFLE).normal_state)
         seen = {name: ranges.provenance[name] for name in ("images", "of", "pictures", "image_size", "versions")}
         assert seen == {
@@ -466,7 +466,7 @@ def test_the_shared_networks_were_left_as_they_were() -> None:
 def test_ranges_that_lack_a_layer_that_runs_are_refused() -> None:
     classifier = classifier_of("resnet18")
     pixels = smooth_pictures(1)
-    ranges = min_max_ranges(classifier.network, [pixels], "resnet18", "", {})
+    ranges = measured_ranges(classifier.network, [pixels], "resnet18", "", {})
     some = {name: pair for name, pair in ranges.ranges.items() if name != "layer2.0.add"}
     with pytest.raises(InputError, match=r"lack layer 'layer2\.0\.add'"):
         networks_module.quantized_with(

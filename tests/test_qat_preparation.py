@@ -352,6 +352,15 @@ class TestPhases:
         assert not any("act_observer" in name for name in changed)
         assert any("weight_observer" in name for name in changed)
 
+    @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.OBSERVE])
+    def test_a_part_that_is_kept_still_stays_still(self, phase: Phase) -> None:
+        network = prepared_for_qat(tiny())
+        network.train()
+        network.first.bn.eval()
+        set_phase(network, phase)
+        assert not network.first.bn.training
+        assert network.first.training is (phase is Phase.QUANTIZE)
+
     def test_each_can_be_asked_for_alone(self) -> None:
         network = prepared_for_qat(tiny())
         set_phase(network, Phase.QUANTIZE)

@@ -23,7 +23,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 import mgq
 from mgq.errors import InputError
 from mgq.quant import ranges as ranges_module
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import measured_ranges
 from mgq.quant.fold import folded
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import (
@@ -193,7 +193,7 @@ def small(seed: int = 0) -> M.Module:
 
 
 def ranges_of(network: M.Module, pictures: npt.NDArray[np.uint8] = PICTURES) -> ActivationRanges:
-    return min_max_ranges(network, [pictures], "small", "", {})
+    return measured_ranges(network, [pictures], "small", "", {})
 
 
 class TestInputScale:
@@ -241,7 +241,7 @@ class TestCalibration:
     def test_ranges_are_the_smallest_and_largest_values_of_the_float_network(self) -> None:
         network = small()
         batches = [PICTURES, smooth_pictures(3, 32, 32, seed=7)]
-        found = min_max_ranges(network, iter(batches), "small", "abc", {"by": "test"})
+        found = measured_ranges(network, iter(batches), "small", "abc", {"by": "test"})
         assert (found.arch, found.observer, found.weights, found.provenance) == (
             "small",
             "min-max",

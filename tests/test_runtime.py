@@ -15,7 +15,7 @@ from megengine import Tensor
 from mgq.deploy import mge
 from mgq.deploy.mge import fused, write_megengine
 from mgq.errors import FailureError
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import apply_ranges
 from mgq.runtime.lite import LiteRuntime
@@ -53,7 +53,7 @@ def small(mode: Mode) -> M.Module:
     network.eval()
     filled(network)
     if mode is Mode.QUANTIZED:
-        ranges = min_max_ranges(network, [smooth_pictures(4, SIZE, SIZE)], "small", "none", {})
+        ranges = measured_ranges(network, [smooth_pictures(4, SIZE, SIZE)], "small", "none", {})
         network = to_mode(network, Mode.QAT)
         apply_ranges(network, ranges)
         network = to_mode(network, Mode.QUANTIZED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +12,16 @@ import typer
 from mgq.cli.options import (
     RUNS,
     Arch,
+    AsJson,
     CheckpointFile,
     ImageSize,
+    Limit,
+    MaxBad,
     Pretrained,
     Save,
     Width,
+    Workers,
+    arch_at_hand,
     opened,
 )
 
@@ -27,7 +34,14 @@ def calibrate(
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
     images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 256,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="min-max, ema, histogram, mse or easyquant.", show_default="easyquant"),
+    ] = None,
     save: Save = RUNS,
+    limit: Limit = None,
+    workers: Workers = None,
+    max_bad: MaxBad = 0.01,
     ranges_file: Annotated[
         Path | None, typer.Option("--ranges", help="Write the ranges as text to this file, too.")
     ] = None,
@@ -35,38 +49,77 @@ def calibrate(
     pretrained: Pretrained = False,
     width: Width = None,
     image_size: ImageSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure activation ranges on pictures, for int8.
 
-    Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration, with the ranges as text beside it.
+    Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration, with the ranges as text beside it. Where
+    there are labelled pictures besides, it compares float, fake-quantized and int8 on them (--limit so many).
 
     \b
     Examples:
       mgq calibrate photos/
-      mgq calibrate -a resnet18 -c resnet18.pkl -d imagenet --images 500
+      mgq calibrate -d flowers
+      mgq calibrate -a resnet18 -c resnet18.pkl -d imagenet --images 500 --method mse
     """
     from mgq.cli.console import note, out, progress
-    from mgq.data.sources import expand
     from mgq.errors import InputError
 
-    folder = data / "train" if data and (data / "train").is_dir() else data
-    arguments = [*(pictures or []), *([str(folder)] if folder else [])]
-    if not arguments:
+    if not pictures and data is None and not arch and not checkpoint and not save.is_dir():
         raise InputError("calibration needs pictures: `mgq calibrate FOLDER` or -d FOLDER")
-    sources = expand(arguments)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit} is too small: give at least 1")
+    arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
+    words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:
-        classifier = opened(arch, checkpoint, "normal", save, pretrained, None, width, image_size, on_progress)
+        classifier = opened(*words, on_progress)
+        from mgq.data.datasets import subset
         from mgq.engine.calibration import calibrated
+        from mgq.engine.calibration_data import pictures_for
+        from mgq.engine.comparison import compared
+        from mgq.events import Watcher
+        from mgq.quant.calibrate import DEFAULT_METHOD
 
-        result = calibrated(classifier, sources, images, about, on_progress)
-    for problem in result.problems:
-        note(problem)
-    path = result.write(save)
-    if ranges_file is not None:
-        result.write_ranges(ranges_file)
+        found = pictures_for(classifier, pictures or [], data, images, on_progress)
+        result = calibrated(classifier, found.sources, images, about, on_progress, method or DEFAULT_METHOD)
+        for problem in result.problems:
+            note(problem)
+        path = result.write(save)
+        if ranges_file is not None:
+            result.write_ranges(ranges_file)
+        comparison = None
+        if found.labelled is not None:
+            labelled = subset(found.labelled, limit) if limit else found.labelled
+            normal = opened(*words, on_progress)
+            how = {"workers": workers, "max_bad": max_bad}
+            comparison = compared(normal, result.classifier, labelled, Watcher(on_progress, note), **how)
+    if as_json:
+        document = {
+            "arch": result.classifier.spec.name,
+            "method": result.ranges.observer,
+            "pictures": result.used,
+            "weights": classifier.origin,
+            "checkpoint": str(path),
+            "comparison": comparison.to_json() if comparison else None,
+        }
+        sys.stdout.write(json.dumps(document) + "\n")
+        return
     out.print(
-        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from {result.used} pictures, "
-        f"weights: {classifier.origin}\ncheckpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""),
+        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from {result.used} pictures by "
+        f"{result.ranges.observer}, weights: {classifier.origin}",
         markup=False,
         soft_wrap=True,
     )
+    if comparison is not None:
+        from mgq.cli.training import agreements, table_of
+
+        out.print(table_of(comparison))
+        out.print(
+            f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
+            f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}",
+            markup=False,
+            soft_wrap=True,
+        )
+    elif found.why_not:
+        note(f"accuracy was not measured: {found.why_not}")
+    out.print(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""), markup=False, soft_wrap=True)

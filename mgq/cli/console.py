@@ -75,6 +75,8 @@ def progress(every: int | None = None) -> Iterator[OnProgress]:
             if event.what not in tasks:
                 tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit, detail="")
             display.update(tasks[event.what], completed=event.done, total=event.total, detail=event.detail)
+            if event.total is not None and event.done >= event.total:  # what is done makes room for what comes
+                display.remove_task(tasks.pop(event.what))
 
         yield listener
 

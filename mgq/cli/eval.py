@@ -28,6 +28,7 @@ from mgq.cli.options import (
     Save,
     Width,
     Workers,
+    arch_at_hand,
     opened,
 )
 from mgq.errors import InputError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mgq.engine.networks import Classifier
     from mgq.events import OnProgress
 
+BATCH = 8
 CONFUSED = 5
 
 
@@ -60,7 +62,7 @@ def evaluate(
     workers: Workers = None,
     jobs: Jobs = 1,
     limit: Limit = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures that the network takes at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures at once.")] = BATCH,
     per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False,
     confused: Annotated[
         int | None,
@@ -99,13 +101,14 @@ def evaluate(
         dataset = data_in(data, on_progress) if data is not None else None
         debug = bool(os.environ.get("MGQ_DEBUG"))
         import_megengine(debug)
+        arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
         from mgq.data.datasets import subset
         from mgq.engine import evaluate as engine
 
         if dataset is None:
-            dataset = engine.evaluation_data(None, recipe_of(classifier), classifier.image_size, on_progress)
+            dataset = engine.evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
         total = len(dataset)
         if limit is not None:
             dataset = subset(dataset, limit)
@@ -150,10 +153,6 @@ def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.data.datasets import evaluation_folder
 
     return evaluation_folder(folder, on_progress)
-
-
-def recipe_of(classifier: Classifier) -> dict[str, Any]:
-    return dict(getattr(classifier, "recipe", {}))
 
 
 def opened_as_can_be(

@@ -43,6 +43,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")
 RUNS = Path("runs")
 
 
+def arch_at_hand(save: Path, mode: str | None) -> str | None:
+    """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
+    from mgq.engine.networks import newest_arch
+    from mgq.quant.modes import Mode, parse_mode
+
+    modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
+    return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
+
+
 def opened(
     arch: str | None,
     checkpoint: Path | None,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.engine.comparison import Comparison
-    from mgq.engine.training import Outcome, Request
+    from mgq.engine.request import Request
+    from mgq.engine.training import Outcome
 
 
 class Option(NamedTuple):
@@ -157,13 +158,14 @@ def run(name: str, options: Mapping[str, Option], values: Mapping[str, Any]) -> 
     if values["as_json"]:
         sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
         return
-    out.print(table_of(outcome.comparison, made_by=name))
+    simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
+    out.print(table_of(outcome.comparison, simulated))
     out.print(told(outcome), markup=False, soft_wrap=True)
 
 
 def request_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> Request:
     """The options as the engine takes them; what was not given is left to the recipe."""
-    from mgq.engine.training import Request
+    from mgq.engine.request import Request
 
     given = {name: value for name, value in values.items() if value is not None and value is not False}
     changes = {name: value for name, value in given.items() if options[name].in_recipe}
@@ -191,12 +193,11 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def table_of(comparison: Comparison, made_by: str) -> Table:
+def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table:
     """The three modes of a network: accuracy, drop against float, size."""
     from rich import box
     from rich.table import Table
 
-    simulated = {"train": "fake-quantized, calibrated", "qat": "fake-quantized"}.get(made_by, "fake-quantized")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("top-1", "top-5", "drop", "weights"):
@@ -220,10 +221,16 @@ def told(outcome: Outcome) -> str:
     return (
         f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {pictures} "
         f"(top-1 ± {found.normal.top1_error:.1f})\n"
-        f"int8 answers as float on {found.same_as_float:.1f} %, as fake quantization on "
-        f"{found.same_as_simulated:.1f} %\n"
+        f"{agreements(found)}\n"
         f"best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
         f"checkpoint: {outcome.checkpoint}"
+    )
+
+
+def agreements(comparison: Comparison) -> str:
+    return (
+        f"int8 answers as float on {comparison.same_as_float:.1f} %, "
+        f"as fake quantization on {comparison.same_as_simulated:.1f} %"
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgq.data.datasets import Dataset
+from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
 from mgq.engine.networks import (
@@ -21,7 +23,7 @@ from mgq.engine.predict import BATCH, batched, crops_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import ensure_writable_folder, write_text_atomically
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, measured_ranges, pictures_used
 from mgq.quant.modes import Mode
 from mgq.quant.ranges import ActivationRanges
 from mgq.zoo.weights import fingerprint
@@ -51,20 +53,25 @@ class Calibration:
 
 def calibrated(
     classifier: Classifier,
-    sources: Sequence[Source],
+    sources: Sequence[Source] | Dataset,
     images: int,
     about: str = "",
     on_progress: OnProgress = silent,
+    method: str = DEFAULT_METHOD,
 ) -> Calibration:
-    """Min-max ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
+    """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
 
-    Pictures that cannot be read are left out and named. Raises InputError where none can be read.
+    The methods are those of :func:`mgq.quant.calibrate.measured_ranges`; ``easyquant`` takes 32 pictures at most. Those
+    that cannot be read are left out and named. The classifier's network is used up. Raises InputError where no picture
+    can be read, and for another method.
     """
+    checked_method(method)
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
-    if not sources:
+    if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    chosen = spread(sources, images)
+    offered = sources if isinstance(sources, Sequence) else sources_of(sources)
+    chosen = spread(offered, pictures_used(method, images))
     problems: list[str] = []
 
     def batches() -> Iterator[npt.NDArray[np.uint8]]:
@@ -83,13 +90,15 @@ def calibrated(
         "pictures": about or "unnamed",
         "images": 0,
         "of": len(sources),
+        "method": method,
         "choice": "evenly spread over the sorted list",
         "weights": classifier.origin,
         "image_size": classifier.image_size,
-        "made_by": f"mgq calibrate -a {classifier.spec.name} --images {images}",
+        "made_by": f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}",
         "versions": versions(),
     }
-    ranges = min_max_ranges(classifier.network, batches(), classifier.spec.name, fingerprint(state), provenance)
+    name, weights = classifier.spec.name, fingerprint(state)
+    ranges = measured_ranges(classifier.network, batches(), name, weights, provenance, method)
     used = len(chosen) - len(problems)
     provenance["images"] = used
     if used == 0:
@@ -102,3 +111,21 @@ def spread(sources: Sequence[Source], number: int) -> list[Source]:
     if number >= len(sources):
         return list(sources)
     return [sources[i * len(sources) // number] for i in range(number)]
+
+
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """One picture of a dataset, opened or made when it is read."""
+
+    dataset: Dataset | None = None
+    index: int = 0
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        assert self.dataset is not None
+        picture = self.dataset.picture(self.index)
+        return read_picture(picture, self.name) if isinstance(picture, Path) else picture
+
+
+def sources_of(dataset: Dataset) -> list[Source]:
+    """The pictures of ``dataset`` in their order."""
+    return [DatasetSource(f"picture {i} of {dataset.name}", None, None, dataset, i) for i in range(len(dataset))]

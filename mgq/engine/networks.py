@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
@@ -50,7 +50,8 @@ class Classifier:
     """A network in evaluation state, and what is known of it.
 
     ``fake_quantized`` is the ``qat`` network that a ``quantized`` one was made from; it holds the scales that a
-    checkpoint needs. ``origin`` says where the weights come from, for the user.
+    checkpoint needs. ``origin`` says where the weights come from, for the user; ``recipe`` is that of the run that
+    trained them, as plain data, empty where there was none.
     """
 
     network: M.Module
@@ -61,6 +62,7 @@ class Classifier:
     image_size: int
     origin: str
     options: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
@@ -79,6 +81,7 @@ class Classifier:
             image_size=self.image_size,
             origin=self.origin,
             options=dict(self.options),
+            recipe=dict(self.recipe),
             versions=versions(),
         )
 
@@ -174,6 +177,18 @@ def newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
     return max(there, key=lambda path: path.stat().st_mtime) if there else None
 
 
+def newest_arch(save: Path, mode: Mode) -> str | None:
+    """The architecture of the newest run under ``save`` that can serve ``mode``; None without one."""
+    found = [
+        path
+        for kind in RUNS_FOR[mode]
+        for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")
+        if path.parent.name.removesuffix(f".{kind}") in specs()
+    ]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent.name.rpartition(".")[0]
+
+
 def classifier_from(weights: Weights, mode: Mode, ranges: ActivationRanges | None = None) -> Classifier:
     """``weights`` as a network in ``mode``. Raises InputError where the activation ranges for int8 are missing."""
     spec = spec_of(weights.arch)
@@ -186,6 +201,7 @@ def classifier_from(weights: Weights, mode: Mode, ranges: ActivationRanges | Non
         image_size=weights.info.image_size if weights.info else spec.image_size,
         origin=weights.origin,
         options=weights.options,
+        recipe=weights.info.recipe if weights.info else {},
     )
     if mode is Mode.NORMAL:
         return classifier
@@ -232,7 +248,7 @@ def random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    ranges = min_max_ranges(network, [pixels], arch, "", {})
+    ranges = measured_ranges(network, [pixels], arch, "", {})
     return quantized_with(classifier, ranges, mode)
 
 

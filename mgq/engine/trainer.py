@@ -37,6 +37,7 @@ from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.qat import Phase, plain_qat, set_phase
+from mgq.quant.ranges import observe_weights
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import is_observed
 
@@ -256,7 +257,9 @@ class Trainer:
         return evaluated(logits, self.val, "validate", self.watcher.on_progress)
 
     def measured_network(self) -> M.Module:
-        return self.network if self.average is None else self.average.averaged(self.network)
+        network = self.network if self.average is None else self.average.averaged(self.network)
+        observe_weights(network)  # they are one step ahead of the ranges that were seen of them
+        return network
 
     def is_best(self, found: Evaluation) -> bool:
         """More right answers than before, or as many with a smaller loss."""
@@ -267,13 +270,8 @@ class Trainer:
     def keep_best(self) -> None:
         if not self.peers.is_first:
             return
-        info = CheckpointInfo(
-            **{
-                **vars(self.info),
-                "step": self.steps_done,
-                "metrics": {k: self.best[k] for k in ("top1", "top5", "loss")},
-            }
-        )
+        figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
+        info = replace(self.info, step=self.steps_done, metrics=figures)
         write_checkpoint(self.run.checkpoint, standard_state(self.measured_network(), self.recipe.mode), info)
 
     # ---- what is kept ----
@@ -381,7 +379,7 @@ def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
 
 def trained_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
     """Name -> parameter, of those that the recipe trains."""
-    named = dict(network.named_parameters(requires_grad=True))
+    named = dict(network.named_parameters())
     if recipe.freeze_backbone:
         return {name: value for name, value in named.items() if name.startswith(head_of(recipe))}
     return named
@@ -410,7 +408,7 @@ def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
 
 def is_matrix(parameter: Tensor) -> bool:
     """Whether it has more than one dimension, axes of length 1 left aside."""
-    return sum(axis > 1 for axis in parameter.shape) > 1
+    return sum(int(axis) > 1 for axis in parameter.shape) > 1
 
 
 def phase_at(recipe: Recipe, epoch: float) -> Phase:

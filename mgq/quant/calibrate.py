@@ -1,52 +1,107 @@
-"""Calibration: run a float network over pictures and note the range of every activation."""
+"""Calibration: run a float network over pictures and choose the ranges that int8 covers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
-from megengine.quantization import QConfig
-from megengine.quantization.observer import MinMaxObserver
-from megengine.quantization.quantize import disable_fake_quant, enable_observer, reset_qconfig
+from megengine.module.qat import QuantStub
+from megengine.quantization.observer import Observer
+from megengine.quantization.quantize import disable_fake_quant
+from megengine.quantization.utils import QParams
 
-from mgq.quant.modes import Mode, fix_input_scale, to_mode
-from mgq.quant.ranges import ActivationRanges, quantized_layers
+from mgq.errors import InputError
+from mgq.quant.easyquant import PICTURES, searched_ranges, thinned
+from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.ranges import ActivationRanges, observe_weights, quantized_layers
 
-WATCHING = QConfig(
-    weight_observer=partial(MinMaxObserver, dtype="qint8_narrow"),
-    act_observer=partial(MinMaxObserver, dtype="qint8"),
-    weight_fake_quant=None,
-    act_fake_quant=None,
-)
+EASYQUANT = "easyquant"
+METHODS = (*ESTIMATORS, EASYQUANT)
+DEFAULT_METHOD = EASYQUANT
 
 
-def min_max_ranges(
+class EstimatingObserver(Observer):  # type: ignore[misc]
+    """Shows what passes to a range estimator."""
+
+    def __init__(self, observer: Observer, estimator: RangeEstimator) -> None:
+        super().__init__(observer.dtype)
+        self.estimator = estimator
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.estimator.update(x.numpy())
+        return x
+
+    def get_qparams(self) -> QParams | None:
+        return None
+
+
+def checked_method(method: str) -> str:
+    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS``."""
+    if method not in METHODS:
+        raise InputError(f"there is no calibration method '{method}'; choose {', '.join(METHODS)}")
+    return method
+
+
+def pictures_used(method: str, images: int) -> int:
+    """How many of ``images`` pictures ``method`` looks at."""
+    return min(images, PICTURES) if method == EASYQUANT else images
+
+
+def measured_ranges(
     network: M.Module,
     batches: Iterable[npt.NDArray[np.uint8]],
     arch: str,
     weights: str,
     provenance: Mapping[str, Any],
+    method: str = "min-max",
 ) -> ActivationRanges:
-    """The smallest and largest value behind each layer of ``network`` (mode ``normal``) over ``batches``.
+    """The range of each layer of ``network`` (mode ``normal``) over ``batches``, chosen by ``method``.
 
-    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out.
+    ``min-max``: smallest and largest value; ``ema``: moving average of each batch's; ``histogram``: all but one value
+    in 10,000; ``mse``: smallest squared error of rounding and clipping; ``easyquant``: largest cosine similarity of
+    each layer's float and int8 outputs, searched on at most 32 of the pictures, for ranges of the weights, too.
+
+    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
+    another ``method``.
     """
+    checked_method(method)
     watched = to_mode(network, Mode.QAT)
-    reset_qconfig(watched, WATCHING)
-    fix_input_scale(watched)
     watched.eval()
     disable_fake_quant(watched)
-    enable_observer(watched)
+    ranges: dict[str, Range] = {}
+    weight_ranges: dict[str, Range] = {}
+    if method == EASYQUANT:
+        pictures = thinned(batches, PICTURES)
+        if len(pictures):
+            observe_weights(watched)
+            ranges, weight_ranges = searched_ranges(watched, as_input(pictures))
+    else:
+        ranges = estimated_ranges(watched, batches, ESTIMATORS[method])
+    return ActivationRanges(arch, method, weights, provenance, ranges, weight_ranges)
+
+
+def estimated_ranges(
+    watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], kind: type[RangeEstimator]
+) -> dict[str, Range]:
+    estimators = with_estimators(watched, kind)
     for batch in batches:
-        watched(Tensor(batch.astype(np.float32) - 128))
-    seen = {
-        name: (float(layer.act_observer.min_val.numpy()), float(layer.act_observer.max_val.numpy()))
-        for name, layer in quantized_layers(watched).items()
-    }
-    ranges = {name: (low, high) for name, (low, high) in seen.items() if low <= high}
-    return ActivationRanges(arch, "min-max", weights, provenance, ranges)
+        watched(Tensor(as_input(batch)))
+    return {name: estimator.range() for name, estimator in estimators.items() if estimator.has_seen}
+
+
+def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, RangeEstimator]:
+    """Put an estimator behind each layer of a ``qat`` network but its input, whose scale is fixed; by their names."""
+    layers = {name: layer for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)}
+    estimators = {name: kind() for name in layers}
+    for name, layer in layers.items():
+        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name])
+    return estimators
+
+
+def as_input(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    return batch.astype(np.float32) - 128

@@ -27,10 +27,8 @@ from mgq.errors import InputError
 from mgq.quant.learned import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import folded_weight, observe_weights
-from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.quant.relu6 import CEILING, QatConvBnRelu6
 from mgq.quant.targets import MEGENGINE, Target
-
-RELU6_CEILING = 6.0
 
 
 class Phase(str, Enum):
@@ -117,10 +115,13 @@ def prepared_for_qat(
 def set_phase(network: M.Module, phase: Phase) -> None:
     """Put a prepared network into ``phase``, from whatever training or evaluation state it is in.
 
-    Afterwards ``network.training`` is False for ``OBSERVE`` and True otherwise. ``train()`` and ``eval()`` undo parts
-    of it, so call this before each epoch, after the validation of the one before. It may be called again and again:
-    scales are taken from observers once. Weights change after their ranges were observed: call
-    :func:`mgq.quant.ranges.observe_weights` before a validation or a checkpoint; training goes on the same.
+    Afterwards ``network.training`` is False for ``OBSERVE`` and True otherwise; parts of a network in training state
+    that were put into evaluation state stay there. ``train()`` and ``eval()`` undo parts of a phase, so call this
+    before each epoch, after the validation of the one before. It may be called again and again: scales are taken from
+    observers once.
+
+    A step changes the weights after their ranges were observed: call :func:`mgq.quant.ranges.observe_weights` before a
+    validation or a checkpoint. What training does next stays the same to the bit.
     """
     if phase is Phase.OBSERVE:
         observe(network)
@@ -144,8 +145,10 @@ def start_fake_quantization(network: M.Module) -> None:
 
     With learned scales the observers are off from here on. Raises ValueError where they have observed nothing.
     """
-    network.train()
+    if not network.training:
+        network.train()
     enable_fake_quant(network)
+    enable_observer(network)
     for module in qat_modules(network):
         if isinstance(module.act_fake_quant, LearnedFakeQuantize):
             module.act_fake_quant.initialize(module.act_observer)
@@ -224,7 +227,7 @@ def has_fixed_scale(module: QATModule) -> bool:
 
 def give_learned_scales(module: QATModule, kind: type[LearnedFakeQuantize]) -> None:
     if module.act_fake_quant is not None and type(module.act_fake_quant) is not kind:
-        ceiling = RELU6_CEILING if isinstance(module, QatConvBnRelu6) else None
+        ceiling = CEILING if isinstance(module, QatConvBnRelu6) else None
         module.act_fake_quant = kind(module.act_fake_quant.dtype, ceiling)
     if module.weight_fake_quant is not None and type(module.weight_fake_quant) is not kind:
         module.weight_fake_quant = kind(module.weight_fake_quant.dtype, per_picture=False)

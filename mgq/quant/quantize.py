@@ -11,7 +11,7 @@ from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quant.calibrate import min_max_ranges
+from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import ActivationRanges, apply_ranges
 
@@ -41,7 +41,7 @@ def quantize(
         if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
             raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        ranges = min_max_ranges(network, batches, type(network).__name__, "", {})
+        ranges = measured_ranges(network, batches, type(network).__name__, "", {})
         if not ranges.ranges:
             raise InputError("there are no pictures to measure ranges on; pass at least one")
     fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import megengine.module as M
 from megengine import Tensor
 from megengine.module.qat import QATModule
+from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
 
@@ -20,10 +21,12 @@ FORMAT = "mgq activation ranges 1"
 
 @dataclass(frozen=True)
 class ActivationRanges:
-    """Name of a quantized layer -> smallest and largest value seen behind it, in the float network's units.
+    """Name of a quantized layer -> smallest and largest value behind it that int8 covers, in the float network's units.
 
-    ``weights`` is the SHA-256 of the state they were measured with (:func:`mgq.zoo.weights.fingerprint`): ranges
-    fit no other weights. ``provenance`` says what was seen, with which command and versions.
+    ``weight_ranges`` is the same of a layer's weights, batch norm folded in, where the method (``observer``) chose
+    them; other weights have the range of their values. ``weights`` is the SHA-256 of the state they were measured with
+    (:func:`mgq.zoo.weights.fingerprint`): ranges fit no other weights. ``provenance`` says what was seen, with which
+    command and versions.
     """
 
     arch: str
@@ -31,12 +34,17 @@ class ActivationRanges:
     weights: str
     provenance: Mapping[str, Any]
     ranges: Mapping[str, tuple[float, float]]
+    weight_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         body = {"format": FORMAT, **asdict(self)}
-        ranges = body.pop("ranges")
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in ranges.items())
-        return json.dumps(body, indent=1)[:-2] + ',\n "ranges": {\n' + lines + "\n }\n}\n"
+        tables = {name: body.pop(name) for name in ("ranges", "weight_ranges")}
+        text = json.dumps(body, indent=1)[:-2]
+        for name, ranges in tables.items():
+            if ranges or name == "ranges":
+                lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in ranges.items())
+                text += f',\n "{name}": {{\n{lines}\n }}'
+        return text + "\n}\n"
 
 
 def read_ranges(path: Path) -> ActivationRanges:
@@ -50,13 +58,18 @@ def read_ranges(path: Path) -> ActivationRanges:
     if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
         raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one")
     try:
-        ranges = {str(name): (float(low), float(high)) for name, (low, high) in body.pop("ranges").items()}
-        result = ActivationRanges(**body, ranges=ranges)
+        activations, weights = table_of(body.pop("ranges")), table_of(body.pop("weight_ranges", {}))
+        result = ActivationRanges(**body, ranges=activations, weight_ranges=weights)
     except (TypeError, ValueError, AttributeError, KeyError):
         raise InputError(f"{path} has damaged activation ranges; make it again by `mgq calibrate`") from None
-    if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in ranges.values()):
+    found = [*result.ranges.values(), *result.weight_ranges.values()]
+    if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in found):
         raise InputError(f"{path} holds a range that is not a range; make it again by `mgq calibrate`")
     return result
+
+
+def table_of(entries: Any) -> dict[str, tuple[float, float]]:
+    return {str(name): (float(low), float(high)) for name, (low, high) in entries.items()}
 
 
 def quantized_layers(network: M.Module) -> dict[str, QATModule]:
@@ -77,10 +90,17 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     for name, (low, high) in found.ranges.items():
         if name not in layers:
             raise InputError(f"the ranges of {found.arch} name a layer '{name}' that the network does not have")
-        observer = layers[name].act_observer
-        observer.min_val = Tensor(low, dtype="float32")
-        observer.max_val = Tensor(high, dtype="float32")
+        set_range(layers[name].act_observer, low, high)
     observe_weights(network)
+    for name, (low, high) in found.weight_ranges.items():
+        if name not in layers or layers[name].weight_observer is None:
+            raise InputError(f"the ranges of {found.arch} name weights '{name}' that the network does not have")
+        set_range(layers[name].weight_observer, low, high)
+
+
+def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
+    """Give ``observer`` a range, as if it had seen just that."""
+    observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
 def refuse_incomplete(network: M.Module, found: ActivationRanges) -> None:

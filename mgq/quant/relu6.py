@@ -16,6 +16,7 @@ from mgq.errors import FailureError
 from mgq.zoo.layers import ConvBnRelu6
 
 INT8_MAX = 127
+CEILING = 6.0
 
 
 class QatConvBnRelu6(Q.ConvBnRelu2d):  # type: ignore[misc]
@@ -33,7 +34,7 @@ class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
         """Raises FailureError where the scale would let a value above 6 through."""
         quantized: QuantizedConvBnRelu6 = super().from_qat_module(qat_module)
         largest = get_scale(quantized.output_dtype) * INT8_MAX
-        if largest > 6 * (1 + 1e-6):
+        if largest > CEILING * (1 + 1e-6):
             raise FailureError(
                 f"a range of {largest:.3f} behind a ReLU6 would let values above 6 through; calibrate again"
             )

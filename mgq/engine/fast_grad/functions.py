@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import megengine.module.qat as Q
 import numpy as np
@@ -48,14 +49,23 @@ class Convolution(Function):  # type: ignore[misc]
 
 
 class NormalizedConvolution(Function):  # type: ignore[misc]
-    """(source, weights, scale, shift) -> output of a convolution, batch norm by its own statistics and maybe ReLU.
+    """(source, weights, scale, shift) -> output of a convolution, batch norm and maybe ReLU.
 
     With a ``ceiling`` the output is held at or below it. ``mean`` and ``variance`` (biased) of each channel, float32
-    (C,), are there once it was called.
+    (C,), are those to use where ``norm`` is fixed, else those found once it was called.
     """
 
-    def __init__(self, geometry: Geometry, norm: Norm, ceiling: float | None, wants_source: bool) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        norm: Norm,
+        ceiling: float | None,
+        wants_source: bool,
+        mean: Array,
+        variance: Array,
+    ) -> None:
         super().__init__()
+        self.mean, self.variance = mean, variance
         self.geometry = geometry
         self.norm = norm
         self.ceiling = ceiling
@@ -68,9 +78,8 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output, self.statistics = kernels.normalized_convolution(
-            self.geometry, self.norm, source, weights, scale, shift
+            self.geometry, self.norm, source, weights, scale, shift, self.mean, self.variance
         )
-        self.mean, self.variance = self.statistics.mean, self.statistics.variance
         self.passes: Mask | None = None
         if self.ceiling is not None and output.max() >= self.ceiling:
             self.passes = output < self.ceiling
@@ -102,10 +111,8 @@ class FakeQuantizedConvolution(NormalizedConvolution):
     are there once it was called.
     """
 
-    def __init__(
-        self, module: Q.QATModule, geometry: Geometry, norm: Norm, ceiling: float | None, wants_source: bool
-    ) -> None:
-        super().__init__(geometry, norm, ceiling, wants_source)
+    def __init__(self, module: Q.QATModule, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.module = module
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:

@@ -22,6 +22,7 @@ from mgq.engine.fast_grad.onednn import (
     DIRECT_CONVOLUTION,
     FORWARD_TRAINING,
     FUSE_RELU,
+    GIVEN_STATISTICS,
     USE_SCALE,
     USE_SHIFT,
     Arg,
@@ -67,14 +68,18 @@ def geometry(source: Shape, weights: Shape, stride: Pair, padding: Pair) -> Geom
 
 
 class Norm(NamedTuple):
-    """Batch norm by the batch's own statistics, with ``epsilon`` added to the variance, and maybe ReLU."""
+    """Batch norm with ``epsilon`` added to the variance, and maybe ReLU.
+
+    By the batch's own statistics or, where they are ``fixed``, by given ones, which then are constants.
+    """
 
     epsilon: float
     relu: bool
+    fixed: bool = False
 
 
 class Statistics(NamedTuple):
-    """What normalizing a convolution found: ``mean`` and (biased) ``variance`` (C,), and bytes for the gradients."""
+    """By what a convolution was normalized: ``mean`` and (biased) ``variance`` (C,), and bytes for the gradients."""
 
     mean: Array
     variance: Array
@@ -97,12 +102,21 @@ def convolution_gradients(
 
 
 def normalized_convolution(
-    geometry: Geometry, norm: Norm, source: Array, weights: Array, scale: Array, shift: Array
+    geometry: Geometry,
+    norm: Norm,
+    source: Array,
+    weights: Array,
+    scale: Array,
+    shift: Array,
+    mean: Array,
+    variance: Array,
 ) -> tuple[Array, Statistics]:
-    """The convolution, normalized over batch, height and width, times ``scale`` (C,) plus ``shift`` (C,)."""
+    """The convolution, normalized over batch, height and width, times ``scale`` (C,) plus ``shift`` (C,).
+
+    ``mean`` and ``variance`` (C,) are read where ``norm`` is fixed, and written to where it is not.
+    """
     program = _norm_forward(geometry, norm)
     kept = {name: aligned_bytes(program.sizes[name]) for name in ("convolved", "workspace") if name in program.sizes}
-    mean, variance = np.empty((2, geometry.output[1]), np.float32)
     output = empty(geometry.output)
     program.run(
         source=source,
@@ -368,7 +382,8 @@ def _batch_norm_gradients(array: Layout, norm: Norm) -> Descriptor:
 
 
 def _flags(norm: Norm) -> c_uint:
-    return c_uint(USE_SCALE | USE_SHIFT | (FUSE_RELU if norm.relu else 0))
+    fixed = GIVEN_STATISTICS if norm.fixed else 0
+    return c_uint(USE_SCALE | USE_SHIFT | (FUSE_RELU if norm.relu else 0) | fixed)
 
 
 def _normalizable(geometry: Geometry, norm: Norm) -> Layout:

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.quantization import FakeQuantize
-from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver, Observer
+from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.engine.fast_grad.exchange import Array
+from mgq.quant.qat import CurrentRangeObserver
 
 Mask = npt.NDArray[np.bool_]
 
@@ -72,10 +73,11 @@ def is_plain(fake_quant: Any) -> bool:
     return type(fake_quant) is FakeQuantize and fake_quant.enabled
 
 
-def is_known(observer: Observer | None) -> bool:
+def is_known(observer: Any) -> bool:
     """Whether :func:`observed` knows what ``observer`` does."""
-    known = type(observer) in (MinMaxObserver, ExponentialMovingAverageObserver)
-    return known and observer.mode == QuantMode.SYMMERTIC
+    if type(observer) not in (MinMaxObserver, ExponentialMovingAverageObserver, CurrentRangeObserver):
+        return False
+    return bool(observer.mode == QuantMode.SYMMERTIC)
 
 
 def observed(observer: MinMaxObserver, array: Array) -> QParams:
@@ -87,6 +89,9 @@ def observed(observer: MinMaxObserver, array: Array) -> QParams:
             set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * lowest)
             set_value(observer.max_val, observer.max_val.numpy() * keep + (ONE - keep) * highest)
             set_value(observer.runtime_momentum, observer.momentum.numpy())
+        elif isinstance(observer, CurrentRangeObserver):
+            set_value(observer.min_val, lowest)
+            set_value(observer.max_val, highest)
         else:
             set_value(observer.min_val, np.minimum(observer.min_val.numpy(), lowest))
             set_value(observer.max_val, np.maximum(observer.max_val.numpy(), highest))

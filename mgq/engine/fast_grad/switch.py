@@ -16,7 +16,7 @@ from megengine.core._imperative_rt.core2 import is_tracing_module
 from megengine.jit.tracing import is_tracing
 
 from mgq.engine.fast_grad import onednn
-from mgq.engine.fast_grad.exchange import values
+from mgq.engine.fast_grad.exchange import Array, values
 from mgq.engine.fast_grad.functions import (
     AddRelu,
     Convolution,
@@ -161,8 +161,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
             found = fusable(self, inp)
             if found is None:
                 return stock(self, inp)
-            function = NormalizedConvolution(found, Norm(self.bn.eps, relu), ceiling, needs_gradient(inp))
-            return normalized(self, function, inp)
+            return normalized(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
 
@@ -181,8 +180,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             found = fusable(self, inp) if known else None
             if found is None:
                 return stock(self, inp)
-            norm = Norm(self.bn.eps, relu)
-            function = FakeQuantizedConvolution(self, found, norm, ceiling, needs_gradient(inp))
+            function = FakeQuantizedConvolution(self, *arguments_of(self, found, relu, ceiling, inp))
             output = normalized(self, function, inp)
             output.qparams.update(function.qparams)
             return output
@@ -192,12 +190,25 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
     return fast
 
 
+def arguments_of(
+    module: M.Module, geometry: Geometry, relu: bool, ceiling: float | None, source: Tensor
+) -> tuple[Geometry, Norm, float | None, bool, Array, Array]:
+    """What a :class:`NormalizedConvolution` of ``module`` takes. Batch norm in eval mode has its statistics fixed."""
+    bn = module.bn
+    fixed = not bn.training
+    if fixed:
+        mean, variance = (np.ravel(running.numpy()) for running in (bn.running_mean, bn.running_var))
+    else:
+        mean, variance = np.empty((2, geometry.output[1]), np.float32)
+    return geometry, Norm(bn.eps, relu, fixed), ceiling, needs_gradient(source), mean, variance
+
+
 def fusable(module: M.Module, source: Tensor) -> Geometry | None:
-    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if both are training plainly."""
+    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if it is training plainly."""
     conv, bn = module.conv, module.bn
     plainly = (
         module.training
-        and bn.training
+        and type(bn) is M.BatchNorm2d
         and bn.track_running_stats
         and not bn.freeze
         and bn.affine
@@ -211,7 +222,7 @@ def fusable(module: M.Module, source: Tensor) -> Geometry | None:
     )
     found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
     # One value alone has no unbiased variance.
-    return found if found is not None and elements_a_channel(found) > 1 else None
+    return found if found is not None and (not bn.training or elements_a_channel(found) > 1) else None
 
 
 def elements_a_channel(geometry: Geometry) -> int:
@@ -223,6 +234,8 @@ def normalized(module: M.Module, function: NormalizedConvolution, source: Tensor
     """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
     bn = module.bn
     output = function(source, module.conv.weight, bn.weight, bn.bias)
+    if function.norm.fixed:
+        return output
     elements = elements_a_channel(function.geometry)
     keep = np.float32(bn.momentum)
     unbiased = function.variance * np.float32(elements / (elements - 1))
@@ -247,9 +260,7 @@ def fast_elemwise(stock: Stock) -> Stock:
 
 
 def fast_quantization(stock: Stock) -> Stock:
-    def apply_fakequant_with_observer(
-        self: Q.QATModule, target: Tensor, fake_quant: Any, observer: Any
-    ) -> Tensor:
+    def apply_fakequant_with_observer(self: Q.QATModule, target: Tensor, fake_quant: Any, observer: Any) -> Tensor:
         if not is_plain(fake_quant) or observer is None or not on_cpu(target):
             return stock(self, target, fake_quant, observer)
         if is_known(observer):

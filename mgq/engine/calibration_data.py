@@ -1,0 +1,72 @@
+"""The pictures of a calibration: to measure ranges on, and labelled ones to show what int8 costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgq.data.datasets import Dataset, ImageFolder, Selection, calibration_folder, evaluation_folder
+from mgq.data.sources import Source, expand
+from mgq.engine.evaluate import matched
+from mgq.engine.networks import Classifier
+from mgq.engine.recipe import SYNTHETIC
+from mgq.engine.training_data import read_sets
+from mgq.errors import InputError
+from mgq.events import OnProgress, Watcher, silent
+
+
+@dataclass(frozen=True)
+class CalibrationPictures:
+    """``sources`` to measure ranges on, and ``labelled`` ones that are none of them, where there are any.
+
+    ``why_not`` says what keeps the accuracy from being measured.
+    """
+
+    name: str
+    sources: Sequence[Source] | Dataset
+    labelled: Dataset | None
+    why_not: str = ""
+
+
+def pictures_for(
+    classifier: Classifier, named: Sequence[str], data: Path | None, images: int, on_progress: OnProgress = silent
+) -> CalibrationPictures:
+    """The ``named`` files and folders; else those of the folder ``data``; else those the network was trained on.
+
+    Raises InputError where there are none.
+    """
+    if named:
+        arguments = [*named, *([str(data)] if data is not None else [])]
+        return CalibrationPictures(", ".join(arguments), expand(arguments), None, "the pictures have no labels")
+    if data is None:
+        return trained_on(classifier, on_progress)
+    pictures = calibration_folder(data, on_progress)
+    try:
+        labelled = evaluation_folder(data, on_progress)
+        same = isinstance(labelled, ImageFolder) and labelled.folder == pictures.folder
+        rest = without_spread(labelled, images) if same else labelled
+        return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes) if len(rest) else None)
+    except InputError as error:
+        return CalibrationPictures(str(data), pictures, None, str(error))
+
+
+def trained_on(classifier: Classifier, on_progress: OnProgress) -> CalibrationPictures:
+    data = classifier.recipe.get("data")
+    if not data:
+        raise InputError("calibration needs pictures: `mgq calibrate FOLDER` or -d FOLDER")
+    if data != SYNTHETIC and not Path(str(data)).is_dir():
+        raise InputError(f"the pictures that these weights were trained on are not in {data}: pass -d FOLDER")
+    sets = read_sets(str(data), None, classifier.recipe, Watcher(on_progress))
+    return CalibrationPictures(sets.train.name, sets.train, matched(sets.val, classifier.classes))
+
+
+def without_spread(dataset: Dataset, number: int) -> Dataset:
+    """``dataset`` less ``number`` pictures that are spread evenly over it."""
+    total = len(dataset)
+    taken = np.arange(min(number, total)) * total // max(1, min(number, total))
+    left = np.setdiff1d(np.arange(total), taken)
+    labels = None if dataset.labels is None else dataset.labels[left]
+    return Selection(dataset, left, labels, dataset.classes)

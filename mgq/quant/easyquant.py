@@ -1,0 +1,209 @@
+"""EasyQuant (Wu et al. 2020, arXiv:2006.16669): scales that let each layer's int8 output point where float's does.
+
+Layer by layer, in the order in which they run, the scale of the weights and the scale of the output are chosen in turn
+for the largest cosine similarity of the float output and the fake-quantized one, whose input comes from the layers
+quantized before. The paper tries every scale on the whole output; here it is a sample of its positions, which tells the
+same and takes seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.qat import QATModule, QuantStub
+
+from mgq.quant.estimators import HALF, Range
+from mgq.quant.ranges import folded_weight, set_range
+from mgq.quant.relu6 import CEILING, QatConvBnRelu6
+
+Array = npt.NDArray[np.float32]
+
+PICTURES = 32
+POSITIONS = 256
+ROUNDS = 2
+WEIGHTS_HALF = 127.0  # range / step: int8 without -128
+FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in MegEngine's own search
+
+
+@dataclass
+class Search:
+    """What was found so far: ranges of activations and of weights, by the names of the layers."""
+
+    names: dict[int, str]
+    positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    activations: dict[str, Range] = field(default_factory=dict)
+    weights: dict[str, Range] = field(default_factory=dict)
+
+    def __call__(self, module: QATModule, inputs: Sequence[Tensor], outputs: Tensor) -> Tensor:
+        """Forward hook. The batch is pictures in float, then the same as the layers before made int8 of them."""
+        half = outputs._tuple_shape[0] // 2
+        fake_inputs = [tensor[half:] for tensor in inputs]
+        if not isinstance(module, QuantStub):
+            self.choose(module, fake_inputs, outputs.numpy(), half)
+        module.set_fake_quant(True)
+        fake = module.forward(*fake_inputs)
+        module.set_fake_quant(False)
+        return F.concat([outputs[:half], fake])
+
+    def choose(self, module: QATModule, fake_inputs: Sequence[Tensor], outputs: Array, half: int) -> None:
+        """Find the ranges of ``module`` and set them."""
+        exact, other = outputs[:half], outputs[half:]
+        name = self.names[id(module)]
+        if exact.ndim != 4:  # not of the zoo: taken as it is
+            self.activations[name] = float(exact.min()), float(exact.max())
+            set_range(module.act_observer, *self.activations[name])
+            return
+        at = sampled_positions(exact.shape, self.positions)
+        wanted = picked(exact, at)
+        limit = largest = float(np.abs(exact).max())
+        tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
+        if largest and is_convolution(module):
+            layer = SampledConvolution(module, fake_inputs[0].numpy(), at)
+            weight_limit = largest_weight = float(np.abs(layer.weight).max())
+            for _ in range(ROUNDS):
+                weight_limit = best(
+                    largest_weight * FRACTIONS,
+                    wanted,
+                    lambda w, limit=limit: quantized(layer.output(w), limit / HALF, 128),
+                )
+                output = layer.output(weight_limit)
+                limit = best(tries, wanted, lambda x, output=output: quantized(output, x / HALF, 128))
+            self.weights[name] = -weight_limit, weight_limit
+            set_range(module.weight_observer, *self.weights[name])
+        elif largest:
+            output = picked(other, at)
+            limit = best(tries, wanted, lambda x: quantized(output, x / HALF, 128))
+        self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
+        set_range(module.act_observer, *self.activations[name])
+
+
+def is_convolution(module: QATModule) -> bool:
+    return isinstance(module, Q.Conv2d | Q.ConvBn2d | Q.ConvBnRelu2d)
+
+
+class SampledConvolution:
+    """The convolution, batch norm and ReLU of ``module`` at some positions of its output, for any range of weights."""
+
+    def __init__(self, module: QATModule, source: Array, at: Any) -> None:
+        conv = module.conv if hasattr(module, "conv") else module
+        self.module = module
+        self.weight = folded_weight(module).numpy()
+        groups = conv.groups
+        self.outputs = self.weight.reshape(groups, -1, int(np.prod(self.weight.shape[-3:])))
+        gathered = patches(source, conv.kernel_size, conv.stride, conv.padding, at)
+        positions = gathered.shape[0]
+        # (groups, positions, inputs a group * kernel)
+        self.patches = np.ascontiguousarray(gathered.reshape(positions, groups, -1).transpose(1, 0, 2))
+        self.bias = bias_of(module).reshape(groups, 1, -1)
+
+    def output(self, limit: float) -> Array:
+        """float32 (positions, channels) with weights quantized to ``limit``."""
+        weight = quantized(self.outputs, limit / WEIGHTS_HALF, 127)
+        result = self.patches @ weight.transpose(0, 2, 1) + self.bias
+        result = result.transpose(1, 0, 2).reshape(result.shape[1], -1)
+        if isinstance(self.module, Q.ConvBnRelu2d | Q.ConvRelu2d):
+            np.maximum(result, 0, out=result)
+        if isinstance(self.module, QatConvBnRelu6):
+            np.minimum(result, np.float32(CEILING), out=result)
+        return result
+
+
+def bias_of(module: QATModule) -> Array:
+    if hasattr(module, "bn"):
+        was = module.weight_observer.enabled
+        module.weight_observer.disable()
+        _, bias = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
+        module.weight_observer.enabled = was
+        return np.asarray(bias.numpy()).ravel()
+    channels = module.out_channels
+    return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
+
+
+def sampled_positions(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
+    """Indices of some pictures, rows and columns of an output of ``shape``."""
+    batch, _, height, width = shape
+    total = batch * height * width
+    chosen = rng.choice(total, min(total, POSITIONS), replace=False)
+    return np.unravel_index(chosen, (batch, height, width))
+
+
+def picked(values: Array, at: Any) -> Array:
+    """(N, C, H, W) -> (positions, C)."""
+    picture, row, column = at
+    result: Array = values[picture, :, row, column]
+    return result
+
+
+def patches(
+    source: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], at: Any
+) -> Array:
+    """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
+    picture, row, column = at
+    padded = np.pad(source, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    result = np.empty((len(picture), source.shape[1], *kernel), np.float32)
+    for y in range(kernel[0]):
+        for x in range(kernel[1]):
+            result[:, :, y, x] = padded[picture, :, row * stride[0] + y, column * stride[1] + x]
+    return result
+
+
+def quantized(values: Array, step: float, levels: int) -> Array:
+    """``values`` rounded to multiples of ``step``, to at most 127 and at least -``levels`` of them."""
+    result: Array = np.rint(values * np.float32(1 / step))
+    np.clip(result, -levels, 127, out=result)
+    result *= np.float32(step)
+    return result
+
+
+def best(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> float:
+    """The limit with which what is made points most nearly in the direction of ``wanted``."""
+    similarities = [cosine(wanted, made_with(float(limit))) for limit in limits]
+    return float(limits[int(np.argmax(similarities))])
+
+
+def cosine(one: Array, other: Array) -> float:
+    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.vdot(one, other)) / norms if norms else 0.0
+
+
+def searched_ranges(network: M.Module, pictures: Array) -> tuple[dict[str, Range], dict[str, Range]]:
+    """Ranges of activations and of weights for ``network``, a ``qat`` one in evaluation state; its own are set.
+
+    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
+    """
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, QATModule) and m.act_observer is not None}
+    search = Search({id(module): name for name, module in layers.items()})
+    hooks = [module.register_forward_hook(search) for module in layers.values()]
+    for module in layers.values():
+        module.set_fake_quant(False)
+        module.set_observer(False)
+    try:
+        network(Tensor(np.concatenate([pictures, pictures]))).numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in layers.values():
+            module.set_fake_quant(True)
+    return search.activations, search.weights
+
+
+def thinned(batches: Iterable[npt.NDArray[np.uint8]], number: int) -> npt.NDArray[np.uint8]:
+    """At most ``number`` pictures of ``batches``, evenly spread over all of them, which are read once."""
+    kept: list[npt.NDArray[np.uint8]] = []
+    every, seen = 1, 0
+    for batch in batches:
+        for picture in batch:
+            if seen % every == 0:
+                kept.append(picture)
+            seen += 1
+            if len(kept) > number:
+                kept, every = kept[::2], every * 2
+    return np.stack(kept) if kept else np.empty((0, 3, 1, 1), np.uint8)

@@ -1,0 +1,257 @@
+"""Calibration by each method: ranges of a network, of its weights too, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import megengine.functional as F
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.data.synthetic import SyntheticPictures
+from mgq.engine.calibration import calibrated, sources_of
+from mgq.errors import InputError
+from mgq.quant.calibrate import DEFAULT_METHOD, EASYQUANT, METHODS, measured_ranges
+from mgq.quant.easyquant import SampledConvolution, cosine, picked, sampled_positions, thinned
+from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.ranges import ActivationRanges, apply_ranges, folded_weight, observe_weights, read_ranges, set_range
+from mgq.zoo.layers import ConvBnRelu6
+from tests.conftest import (
+    classifier_of,
+    logits_of,
+    one_line_about,
+    same_state,
+    smooth_pictures,
+    trio_of,
+    values_of,
+)
+
+SHUFFLE = "shufflenet_v1_x0_5_g3"
+LAYERS = {"first", "second", "third", "add"}
+
+
+class Net(M.Module):  # type: ignore[misc]
+    """Convolutions with ReLU, in groups with ReLU6, and without batch norm; a shortcut; a sum that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant = M.QuantStub()
+        self.first = M.ConvBnRelu2d(3, 8, 3, 2, 1, bias=False)
+        self.second = ConvBnRelu6(8, 8, 5, 2, 2, groups=4, bias=False)
+        self.third = M.Conv2d(8, 8, 1)
+        self.add = M.Elemwise("ADD")
+        self.unused = M.Elemwise("ADD")
+        self.dequant = M.DequantStub()
+        self.fc = M.Linear(8, 3)
+        self.fc.disable_quantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = self.second(self.first(self.quant(x)))
+        return self.fc(F.mean(self.dequant(self.add(second, self.third(second))), (2, 3)))
+
+
+def net() -> M.Module:
+    """Always the same one, in evaluation state; a few of its weights are far from all others."""
+    network = Net()
+    rng = np.random.default_rng(0)
+    for name, value in network.named_tensors():
+        if not name.endswith("running_var"):
+            value[...] = rng.normal(0, 0.3, value.shape).astype(np.float32)
+    for layer in (network.first, network.second):
+        layer.bn.weight[...] = rng.uniform(0.2, 2, layer.bn.weight.shape).astype(np.float32)
+    network.first.bn.running_var[...] = np.full((1, 8, 1, 1), 900, np.float32)
+    network.third.weight[0, 0] = np.full((1, 1), 1.5, np.float32)
+    network.eval()
+    return network
+
+
+PICTURES = smooth_pictures(6, 32, 32)
+
+
+def ranges_by(method: str, network: M.Module | None = None) -> ActivationRanges:
+    return measured_ranges(network or net(), iter([PICTURES[:4], PICTURES[4:]]), "net", "", {}, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEachMethod:
+    def test_every_layer_that_ran_has_a_range_and_the_network_stays(self, method: str) -> None:
+        network = net()
+        before = values_of(network)
+        found = ranges_by(method, network)
+        assert found.observer == method
+        assert set(found.ranges) == LAYERS
+        assert mode_of(network) is Mode.NORMAL
+        assert same_state(values_of(network), before)
+
+    def test_ranges_are_near_those_of_the_values(self, method: str) -> None:
+        exact, found = ranges_by("min-max").ranges, ranges_by(method).ranges
+        for name, (low, high) in exact.items():
+            limits = max(-low, high), max(-found[name][0], found[name][1])
+            assert 0.3 * limits[0] <= limits[1] <= 1.25 * limits[0], name
+            assert (found[name][0] == 0) == (low == 0), name
+
+    def test_the_same_pictures_give_the_same_ranges(self, method: str) -> None:
+        assert ranges_by(method) == ranges_by(method)
+
+    def test_a_range_behind_a_relu6_is_at_most_6(self, method: str) -> None:
+        network = net()
+        network.second.bn.weight *= 50
+        found = ranges_by(method, network)
+        assert 3 < found.ranges["second"][1] <= 6
+        qat = to_mode(network, Mode.QAT)
+        apply_ranges(qat, found)
+        assert mode_of(to_mode(qat, Mode.QUANTIZED)) is Mode.QUANTIZED
+
+    def test_int8_is_near_float(self, method: str) -> None:
+        network = net()
+        qat = to_mode(network, Mode.QAT)
+        apply_ranges(qat, ranges_by(method, network))
+        exact, real = logits_of(network, PICTURES), logits_of(to_mode(qat, Mode.QUANTIZED), PICTURES)
+        assert np.corrcoef(exact.ravel(), real.ravel())[0, 1] > 0.995
+
+    def test_no_pictures_are_no_ranges(self, method: str) -> None:
+        assert measured_ranges(net(), [], "net", "", {}, method).ranges == {}
+
+    def test_a_run_says_by_which_method(self, method: str, tmp_path: Path) -> None:
+        own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
+        found = calibrated(own, sources_of(Pictures()), 3, method=method)
+        assert found.used == 3
+        assert found.ranges.provenance["method"] == found.ranges.observer == method
+        assert f"--method {method}" in found.ranges.provenance["made_by"]
+        assert mode_of(found.classifier.network) is Mode.QAT
+        found.write_ranges(tmp_path / "ranges.json")
+        assert read_ranges(tmp_path / "ranges.json") == found.ranges
+
+
+class Pictures:
+    """A data set in memory."""
+
+    name = "pictures"
+    classes = ("a", "b")
+    labels = None
+
+    def __len__(self) -> int:
+        return 5
+
+    def picture(self, index: int) -> npt.NDArray[np.uint8]:
+        return np.ascontiguousarray(smooth_pictures(1, 80, 96, index)[0].transpose(1, 2, 0))
+
+
+class TestMethods:
+    def test_an_unknown_one_is_refused_with_those_there_are(self) -> None:
+        for call in (
+            lambda: ranges_by("best"),
+            lambda: calibrated(classifier_of(SHUFFLE), sources_of(Pictures()), 1, method="best"),
+        ):
+            with pytest.raises(InputError) as error:
+                call()
+            assert one_line_about(str(error.value), "'best'", *METHODS)
+
+    def test_the_default_is_one_of_them(self) -> None:
+        assert DEFAULT_METHOD in METHODS
+
+    def test_no_more_pictures_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mgq.quant.calibrate.PICTURES", 2)
+        for method, used in (("easyquant", 2), ("min-max", 4)):
+            own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
+            found = calibrated(own, Pictures(), 4, method=method)
+            assert found.used == found.ranges.provenance["images"] == used
+
+    def test_a_data_set_is_as_good_as_files(self) -> None:
+        found = []
+        for sources in (Pictures(), sources_of(Pictures())):
+            own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
+            found.append(calibrated(own, sources, 4, method="min-max"))
+        assert found[0].ranges == found[1].ranges
+        assert found[0].used == 4
+
+    def test_synthetic_pictures_serve_too(self) -> None:
+        assert sources_of(SyntheticPictures(3, 64))[2].read().shape == (64, 64, 3)
+
+
+def output_of_sum(network: M.Module) -> npt.NDArray[np.float32]:
+    seen: list[Tensor] = []
+    hook = network.add.register_forward_hook(lambda _, __, output: seen.append(output))
+    logits_of(network, PICTURES)
+    hook.remove()
+    return np.asarray(seen[0].numpy())
+
+
+class TestEasyQuant:
+    def test_it_chooses_ranges_of_the_weights(self) -> None:
+        found = ranges_by(EASYQUANT)
+        assert set(found.weight_ranges) == {"first", "second", "third"}
+        qat = to_mode(net(), Mode.QAT)
+        apply_ranges(qat, found)
+        for name, (low, high) in found.weight_ranges.items():
+            layer = getattr(qat, name)
+            largest = np.abs(folded_weight(layer).numpy()).max()
+            assert 0.75 * largest < high == -low < 1.25 * largest
+            assert np.isclose(layer.weight_observer.get_qparams().scale.numpy(), high / 127, rtol=1e-6)
+
+    def test_layers_point_more_nearly_where_float_does_than_by_min_max(self) -> None:
+        similarities = []
+        for method in ("min-max", EASYQUANT):
+            network = net()
+            qat = to_mode(network, Mode.QAT)
+            apply_ranges(qat, ranges_by(method, network))
+            similarities.append(cosine(output_of_sum(network), output_of_sum(qat)))
+        assert 1 - similarities[1] < 0.95 * (1 - similarities[0])
+
+    @pytest.mark.parametrize("name", ["first", "second", "third"])
+    def test_sampled_positions_are_those_of_the_whole_convolution(self, name: str) -> None:
+        qat = to_mode(net(), Mode.QAT)
+        layer = getattr(qat, name)
+        observe_weights(qat)
+        source = np.random.default_rng(0).normal(0, 10, (2, 3 if name == "first" else 8, 16, 16)).astype(np.float32)
+        layer.eval()
+        limit = 0.7 * float(np.abs(folded_weight(layer).numpy()).max())
+        set_range(layer.weight_observer, -limit, limit)
+        layer.act_fake_quant.disable()
+        whole = layer(Tensor(source)).numpy()
+        at = sampled_positions(whole.shape, np.random.default_rng(0))
+        sampled = SampledConvolution(layer, source, at).output(limit)
+        np.testing.assert_allclose(sampled, picked(whole, at), rtol=1e-3, atol=1e-3)
+
+    def test_pictures_are_spread_over_all_batches(self) -> None:
+        def batches() -> Iterator[npt.NDArray[np.uint8]]:
+            for start in range(0, 100, 10):
+                yield np.arange(start, start + 10, dtype=np.uint8).reshape(10, 1, 1, 1)
+
+        kept = thinned(batches(), 32).ravel().tolist()
+        assert kept == list(range(0, 100, 4))
+        assert thinned(batches(), 100).ravel().tolist() == list(range(100))
+        assert len(thinned([], 32)) == 0
+
+
+class TestFile:
+    def test_weight_ranges_are_read_back_and_a_file_without_them_is_as_before(self, tmp_path: Path) -> None:
+        found = ranges_by(EASYQUANT)
+        path = tmp_path / "ranges.json"
+        path.write_text(found.to_json())
+        assert read_ranges(path) == found
+        path.write_text(replace(found, weight_ranges={}).to_json())
+        assert "weight_ranges" not in json.loads(path.read_text())
+        assert read_ranges(path).weight_ranges == {}
+
+    @pytest.mark.parametrize("damage", [{"first": [1, 0]}, {"first": 3}, [1], {"first": [0, "x"]}])
+    def test_damaged_weight_ranges_are_refused(self, damage: Any, tmp_path: Path) -> None:
+        path = tmp_path / "ranges.json"
+        path.write_text(json.dumps({**json.loads(ranges_by("min-max").to_json()), "weight_ranges": damage}))
+        with pytest.raises(InputError) as error:
+            read_ranges(path)
+        assert one_line_about(str(error.value), str(path), "make it again by `mgq calibrate`")
+
+    @pytest.mark.parametrize("name", ["fourth", "add"])
+    def test_weights_that_the_network_does_not_have_are_refused(self, name: str) -> None:
+        found = replace(ranges_by("min-max"), weight_ranges={name: (-1.0, 1.0)})
+        with pytest.raises(InputError) as error:
+            apply_ranges(to_mode(net(), Mode.QAT), found)
+        assert one_line_about(str(error.value), f"'{name}'")

@@ -1,0 +1,416 @@
+"""Fast training steps on a CPU against MegEngine's own: results, gradients, state; and what they leave alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import megengine as mge
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.conv as conv_module
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+from megengine import Tensor
+from megengine.autodiff import GradManager
+from megengine.optimizer import SGD
+from megengine.quantization import LSQ
+
+from mgq.engine.fast_grad import fast_gradients, fast_gradients_enabled, onednn
+from mgq.engine.fast_grad.functions import Convolution, FakeQuantizedConvolution, NormalizedConvolution
+from mgq.errors import FailureError
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.registry import REGISTRY
+from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_pictures, values_of
+
+Array = npt.NDArray[np.float32]
+
+TOLERANCE = 1e-5
+FUSED = (M.ConvBn2d, M.ConvBnRelu2d, ConvBnRelu6, Q.ConvBn2d, Q.ConvBnRelu2d, QatConvBnRelu6)
+KINDS = {"bn": M.ConvBn2d, "bn relu": M.ConvBnRelu2d, "bn relu6": ConvBnRelu6}
+
+
+class Shape(NamedTuple):
+    """A convolution of the zoo: square ``kernel``, one ``stride`` and ``padding`` for both axes."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+
+    def input_size(self) -> int:
+        """Of maps that give an output of 3x3."""
+        return max(3, 2 * self.stride + self.kernel - 2 * self.padding)
+
+
+class Outcome(NamedTuple):
+    output: Array
+    gradients: dict[str, Array]
+    state: dict[str, Array]
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def relative(found: Array, expected: Array) -> float:
+    """Norm of the difference over the norm of ``expected``."""
+    return float(np.linalg.norm(np.ravel(found - expected)) / max(np.linalg.norm(np.ravel(expected)), 1e-30))
+
+
+def whole(gradients: dict[str, Array]) -> Array:
+    return np.concatenate([gradients[name].ravel() for name in sorted(gradients)])
+
+
+def stepped(module: M.Module, source: Array, d_output: Array | None, fast: bool, wants_source: bool = True) -> Outcome:
+    """A copy of ``module`` run on ``source`` and back from ``d_output``: output, all gradients, its state after that."""
+    module = copy.deepcopy(module)
+    x = Tensor(source)
+    manager = GradManager().attach([*module.parameters(), *([x] if wants_source else [])])
+    with fast_gradients() if fast else contextlib.nullcontext(), manager:
+        output = module(x)
+        manager.backward(output, Tensor(normal(*output.shape, seed=1) if d_output is None else d_output))
+    gradients = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    if wants_source:
+        gradients["source"] = x.grad.numpy()
+    return Outcome(output.numpy(), gradients, values_of(module))
+
+
+def assert_alike(fast: Outcome, stock: Outcome, about: object = "") -> None:
+    assert relative(fast.output, stock.output) < TOLERANCE, about
+    assert fast.gradients.keys() == stock.gradients.keys(), about
+    assert relative(whole(fast.gradients), whole(stock.gradients)) < TOLERANCE, about
+    assert fast.state.keys() == stock.state.keys(), about
+    for name, value in stock.state.items():
+        assert fast.state[name].shape == value.shape, (about, name)
+        np.testing.assert_allclose(fast.state[name], value, rtol=1e-4, atol=1e-6, err_msg=f"{about} {name}")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Filled with the fast functions that were called."""
+    calls: list[type] = []
+    for kind in (Convolution, NormalizedConvolution):
+        stock = kind.forward
+
+        def forward(self: Any, *inputs: Tensor, stock: Callable[..., Tensor] = stock) -> Tensor:
+            calls.append(type(self))
+            return stock(self, *inputs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return calls
+
+
+# ---- every layer of the zoo ----
+
+
+def zoo_convolutions() -> list[Shape]:
+    """Of all architectures, none twice."""
+    found = set()
+    for arch in REGISTRY:
+        for module in blank(arch).modules():
+            if isinstance(module, M.Conv2d):
+                sizes = (module.kernel_size[0], module.stride[0], module.padding[0])
+                found.add(Shape(module.in_channels, module.out_channels, *sizes, module.groups))
+    return sorted(found)
+
+
+def test_every_convolution_of_the_zoo_has_the_stock_gradients(used: list[type]) -> None:
+    shapes = zoo_convolutions()
+    assert len(shapes) > 100
+    for shape in shapes:
+        module = M.Conv2d(*shape, bias=False)
+        source = normal(2, shape.in_channels, shape.input_size(), shape.input_size())
+        assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
+    assert used == [Convolution] * len(shapes)
+
+
+def fused_module(kind: str, qat: bool, shape: Shape) -> M.Module:
+    module = KINDS[kind](*shape[:5], groups=shape.groups, bias=False)
+    module.bn.weight[...] = np.random.default_rng(2).uniform(0.5, 2, module.bn.weight.shape).astype(np.float32)
+    module.bn.bias[...] = normal(*module.bn.bias.shape, seed=3)
+    module.bn.running_var[...] = np.random.default_rng(4).uniform(0.5, 2, module.bn.weight.shape).astype(np.float32)
+    if qat:
+        module = to_mode(M.Sequential(module), Mode.QAT)
+    module.train()
+    return module
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["training statistics", "fixed statistics"])
+@pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_layers_are_stock_in_output_gradients_and_state(
+    kind: str, qat: bool, fixed: bool, used: list[type]
+) -> None:
+    shapes = (
+        Shape(3, 24, 3, 2, 1, 1),
+        Shape(16, 40, 1, 1, 0, 1),
+        Shape(24, 24, 3, 2, 1, 24),
+        Shape(24, 24, 7, 2, 3, 24),
+        Shape(16, 16, 5, 1, 2, 16),
+        Shape(30, 60, 1, 1, 0, 3),
+    )
+    for shape in shapes:
+        module = fused_module(kind, qat, shape)
+        if fixed:
+            for part in module.modules():
+                if isinstance(part, M.BatchNorm2d):
+                    part.eval()
+        source = normal(3, shape.in_channels, 5, 5)
+        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+        if qat:
+            # A value that lies between two steps may be rounded either way.
+            far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
+            assert far.mean() < 1e-3, shape
+            fast = fast._replace(output=np.where(far, stock.output, fast.output))
+        assert_alike(fast, stock, shape)
+    assert used == [FakeQuantizedConvolution if qat else NormalizedConvolution] * len(shapes)
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mode: Mode, used: list[type]) -> None:
+    """Each on what it is given within the network: rounding in one, which flips ReLUs in the next, is not carried on."""
+    network = filled(blank(arch))
+    network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
+    network.train()
+    sources = layer_inputs(network, smooth_pictures(4, 32, 32).astype(np.float32) - 128)
+    difference = size = 0.0
+    for module, source in sources:
+        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+        assert fast.gradients.keys() == stock.gradients.keys()
+        found, expected = whole(fast.gradients), whole(stock.gradients)
+        difference += float(np.sum((found - expected) ** 2))
+        size += float(np.sum(expected**2))
+        for name, value in stock.state.items():
+            np.testing.assert_allclose(fast.state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert np.sqrt(difference / size) < TOLERANCE
+    expected_kind = NormalizedConvolution if mode is Mode.NORMAL else FakeQuantizedConvolution
+    assert used == [expected_kind] * len(sources)
+
+
+def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Array]]:
+    """The fused layers of ``network``, no two alike in kind and shape, and what each is given for ``pictures``."""
+    found: dict[Any, tuple[M.Module, Array]] = {}
+    hooks = []
+
+    def note(module: M.Module, inputs: tuple[Tensor, ...]) -> None:
+        conv = module.conv
+        key = (type(module), conv.weight.shape, conv.stride, inputs[0].shape)
+        found.setdefault(key, (module, inputs[0].numpy()))
+
+    state = copy.deepcopy(network)
+    for module in state.modules():
+        if isinstance(module, FUSED):
+            hooks.append(module.register_forward_pre_hook(note))
+    state(Tensor(pictures))
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+# ---- whole steps ----
+
+
+def small_network(mode: Mode) -> M.Module:
+    mge.random.seed(1)
+    layers = [
+        M.ConvBnRelu2d(3, 16, 3, 2, 1, bias=False),
+        ConvBnRelu6(16, 16, 3, 1, 1, groups=16, bias=False),
+        M.ConvBn2d(16, 24, 1, bias=False),
+        M.Conv2d(24, 8, 1),
+    ]
+    network = M.Sequential(*layers)
+    network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
+    network.train()
+    return network
+
+
+def trained(network: M.Module, batches: list[Array]) -> M.Module:
+    """``network`` after one step of SGD on each of ``batches``."""
+    manager = GradManager().attach(network.parameters())
+    optimizer = SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    for batch in batches:
+        with manager:
+            loss = (network(Tensor(batch)) ** 2).mean()
+            manager.backward(loss)
+        optimizer.step().clear_grad()
+    return network
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_network_differs_from_stock_by_no_more_than_rounding_does(arch: str) -> None:
+    """Rounding flips ReLUs at 0, and a deep network amplifies it: so stock against stock, slightly shaken, is the mark."""
+    network = filled(blank(arch))
+    network.train()
+    for module in network.modules():
+        if isinstance(module, M.Dropout):
+            module.drop_prob = 0.0
+    pictures = smooth_pictures(8).astype(np.float32) - 128
+    shaken = copy.deepcopy(network)
+    for number, parameter in enumerate(shaken.parameters()):
+        factor = 1 + 1.2e-7 * normal(*parameter.shape, seed=number)
+        parameter._reset(Tensor(parameter.numpy() * factor.astype(np.float32)))
+    d_output = normal(8, 10, seed=1) / 80
+    stock, fast = (stepped(network, pictures, d_output, fast, wants_source=False) for fast in (False, True))
+    other = stepped(shaken, pictures, d_output, False, wants_source=False)
+    error, mark = (relative(whole(o.gradients), whole(stock.gradients)) for o in (fast, other))
+    assert error < max(10 * mark, TOLERANCE)
+    assert relative(fast.output, stock.output) < max(10 * relative(other.output, stock.output), TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+def test_the_same_steps_give_the_same_bits(mode: Mode) -> None:
+    batches = [normal(size, 3, 16, 16, seed=size) for size in (8, 8, 5)]
+    network = small_network(mode)
+    with fast_gradients():
+        one, other = (values_of(trained(copy.deepcopy(network), batches)) for _ in range(2))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    before = values_of(network)
+    assert any(not np.array_equal(one[name], before[name]) for name in one)
+
+
+def test_steps_follow_stock_steps_through_odd_batches() -> None:
+    batches = [normal(size, 3, 15, 17, seed=size) for size in (8, 3, 1, 8)]
+    network = small_network(Mode.NORMAL)
+    stock = values_of(trained(copy.deepcopy(network), batches))
+    with fast_gradients():
+        fast = values_of(trained(network, batches))
+    for name, value in stock.items():
+        np.testing.assert_allclose(fast[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+def test_a_thousand_steps_do_not_leak(mode: Mode) -> None:
+    network, batch = small_network(mode), normal(16, 3, 32, 32)
+
+    def memory_after(steps: int) -> int:
+        trained(network, [batch] * steps)
+        mge._full_sync()
+        gc.collect()
+        return int(psutil.Process().memory_info().rss)
+
+    with fast_gradients():
+        before = memory_after(200)
+        after = memory_after(800)
+    # One activation kept a step would be 800 times 0.26 MB.
+    assert after - before < 20e6
+
+
+# ---- what is left alone ----
+
+
+@pytest.mark.parametrize("batch, size", [(1, 3), (2, 1)])
+def test_maps_of_one_pixel_and_batches_of_one(batch: int, size: int) -> None:
+    for qat in (False, True):
+        module = fused_module("bn relu", qat, Shape(8, 16, 1, 1, 0, 1))
+        source = normal(batch, 8, size, size)
+        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+        assert_alike(fast, stock)
+
+
+def as_it_was(module: M.Module) -> None:
+    pass
+
+
+def evaluated(module: M.Module) -> None:
+    module.eval()
+
+
+def frozen(module: M.Module) -> None:
+    module.bn.freeze = True
+
+
+@pytest.mark.parametrize("prepare", [evaluated, frozen])
+def test_evaluation_and_frozen_batch_norm_are_stock_with_fast_convolutions(
+    prepare: Callable[[M.Module], None], used: list[type]
+) -> None:
+    module = fused_module("bn relu", False, Shape(8, 16, 3, 1, 1, 1))
+    prepare(module)
+    source = normal(2, 8, 6, 6)
+    fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+    assert_alike(fast, stock)
+    assert used == [Convolution]
+
+
+def test_dilation_and_forward_without_gradients_are_stock(used: list[type]) -> None:
+    dilated, plain = M.Conv2d(4, 8, 3, dilation=2), M.Conv2d(4, 8, 3)
+    source = normal(2, 4, 8, 8)
+    assert_alike(stepped(dilated, source, None, True), stepped(dilated, source, None, False))
+    expected = plain(Tensor(source)).numpy()
+    with fast_gradients():
+        assert np.array_equal(plain(Tensor(source)).numpy(), expected)
+    assert used == []
+
+
+def test_traced_code_is_stock(used: list[type]) -> None:
+    module = M.Conv2d(4, 8, 3)
+    source = Tensor(normal(2, 4, 8, 8))
+    manager = GradManager().attach(module.parameters())
+
+    @mge.jit.trace(symbolic=True)
+    def step(x: Tensor) -> Tensor:
+        with manager:
+            loss = (module(x) ** 2).mean()
+            manager.backward(loss)
+        return loss
+
+    with fast_gradients():
+        step(source)
+    assert used == []
+
+
+def test_an_unknown_fake_quantization_keeps_its_own_code_and_gets_fast_convolutions(used: list[type]) -> None:
+    module = fused_module("bn relu", True, Shape(8, 16, 3, 1, 1, 1))
+    inner = next(part for part in module.modules() if isinstance(part, Q.ConvBnRelu2d))
+    source = normal(2, 8, 6, 6)
+    module(Tensor(source))
+    for name in ("weight", "act"):
+        quantizer = LSQ(dtype=getattr(inner, f"{name}_observer").dtype)
+        quantizer.set_qparams(getattr(inner, f"{name}_observer").get_qparams())
+        setattr(inner, f"{name}_fake_quant", quantizer)
+    fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+    assert fast.gradients.keys() == stock.gradients.keys()
+    # LSQ's step sizes have gradients that a single rounding the other way changes.
+    for name in ("source", *(n for n in stock.gradients if n.endswith("conv.weight"))):
+        assert relative(fast.gradients[name], stock.gradients[name]) < 1e-3, name
+    assert used == [Convolution]
+
+
+@pytest.fixture
+def stock_functions() -> Iterator[tuple[Any, ...]]:
+    yield conv_module.conv2d, M.ConvBn2d.forward, Q.ConvBnRelu2d.forward, Q.QATModule._apply_fakequant_with_observer
+
+
+def test_everything_is_put_back_even_after_an_error(stock_functions: tuple[Any, ...]) -> None:
+    with pytest.raises(KeyError), fast_gradients():
+        with fast_gradients():
+            assert fast_gradients_enabled()
+        assert fast_gradients_enabled()
+        assert conv_module.conv2d is not stock_functions[0]
+        raise KeyError
+    assert not fast_gradients_enabled()
+    now = (conv_module.conv2d, M.ConvBn2d.forward, Q.ConvBnRelu2d.forward, Q.QATModule._apply_fakequant_with_observer)
+    assert now == stock_functions
+
+
+def test_a_missing_onednn_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "PACKAGE", "no-such-package")
+    onednn.library.cache_clear()
+    try:
+        with pytest.raises(FailureError) as caught, fast_gradients():
+            pass
+    finally:
+        onednn.library.cache_clear()
+    assert one_line_about(str(caught.value), "oneDNN", "no-such-package")
+    assert not fast_gradients_enabled()
