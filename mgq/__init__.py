@@ -7,6 +7,9 @@ The verbs of the command line as Python calls::
     int8 = mgq.quantize(network, pictures)                 # calibrated on uint8 (N, 3, H, W)
     answers = mgq.infer(["cat.jpg"])                       # pretrained, int8
     mgq.dump("cat.megengine", arch="efficientnet_lite0")   # a file for MegEngine and MegEngine Lite
+    mgq.train(arch="resnet18", data="flowers", epochs=20)  # a run under runs/
+    mgq.qat(arch="resnet18")                               # on from it, for int8
+    mgq.evaluate("flowers", arch="resnet18").top1          # percent
 
 Importing mgq imports no MegEngine; the first of these calls does.
 """
@@ -21,6 +24,9 @@ from mgq.machine import prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
     from mgq.deploy.dump import dump as dump
+    from mgq.engine.calls import evaluate as evaluate
+    from mgq.engine.calls import qat as qat
+    from mgq.engine.calls import train as train
     from mgq.engine.predict import infer as infer
     from mgq.quant.quantize import quantize as quantize
     from mgq.zoo.registry import create_model as create_model
@@ -35,6 +41,9 @@ WHERE = {
     "quantize": "mgq.quant.quantize",
     "infer": "mgq.engine.predict",
     "dump": "mgq.deploy.dump",
+    "train": "mgq.engine.calls",
+    "qat": "mgq.engine.calls",
+    "evaluate": "mgq.engine.calls",
 }
 
 __all__ = [
@@ -43,9 +52,12 @@ __all__ = [
     "MgqError",
     "create_model",
     "dump",
+    "evaluate",
     "infer",
     "load_weights",
+    "qat",
     "quantize",
+    "train",
 ]
 
 

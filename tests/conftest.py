@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ import_megengine(debug=False)
 import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
 
+from mgq.cli.main import run  # noqa: E402
 from mgq.engine.networks import Classifier  # noqa: E402
 from mgq.quant.calibrate import measured_ranges  # noqa: E402
 from mgq.quant.modes import Mode, to_mode  # noqa: E402
@@ -171,3 +173,45 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setattr("mgq.zoo.weights.download", refused)
     monkeypatch.setattr("mgq.zoo.weights.cached", lambda *_: None)
     yield
+
+
+# ---- the command line ----
+
+
+@dataclass
+class Said:
+    """What one run of the command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Mgq = Callable[..., Said]
+
+
+@pytest.fixture
+def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Mgq:
+    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MGQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def command(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mgq", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run()
+        captured = capfd.readouterr()
+        return Said(int(end.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def the_error(said: Said) -> str:
+    """The one line of an error of exit code 2."""
+    assert said.code == 2, said
+    assert "Traceback" not in said.err
+    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said.err
+    return lines[0]

@@ -8,8 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -17,50 +15,11 @@ import megengine
 import numpy as np
 import pytest
 
-from mgq.cli.main import run
 from mgq.data.pictures import bundled_cat
 from mgq.zoo.registry import create_model, specs
+from tests.conftest import Mgq, the_error
 
 CATS = {"tabby cat", "tiger cat", "Egyptian cat", "Persian cat", "Siamese cat", "lynx"}
-
-
-@dataclass
-class Said:
-    """What one run of the command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Mgq = Callable[..., Said]
-
-
-@pytest.fixture
-def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Mgq:
-    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MGQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def command(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mgq", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run()
-        captured = capfd.readouterr()
-        return Said(int(end.value.code or 0), captured.out, captured.err)
-
-    return command
-
-
-def the_error(said: Said) -> str:
-    """The one line of an error of exit code 2."""
-    assert said.code == 2, said
-    assert "Traceback" not in said.err
-    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, said.err
-    return lines[0]
 
 
 def test_the_bundled_cat_is_a_cat_from_any_folder(mgq: Mgq) -> None:

@@ -18,8 +18,7 @@ from mgq.engine.networks import RUN_CHECKPOINT
 from mgq.events import Progress
 from mgq.files.checkpoint import write_checkpoint
 from mgq.quant.modes import Mode
-from tests.conftest import classifier_of, one_line_about, smooth_pictures
-from tests.test_cli import Mgq, mgq, the_error  # noqa: F401
+from tests.conftest import Mgq, classifier_of, one_line_about, smooth_pictures, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
 NAMES = tuple(f"kind {i}" for i in range(10))
@@ -55,7 +54,7 @@ def document(text: str) -> dict[str, Any]:
     return body
 
 
-def test_a_table_shows_the_figures_and_their_conditions(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_a_table_shows_the_figures_and_their_conditions(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-d", made / "set", "-c", made / "qat.safetensors", "--per-class", "--confused", "3")
     assert said.code == 0, said.err
     for part in (
@@ -74,12 +73,12 @@ def test_a_table_shows_the_figures_and_their_conditions(mgq: Mgq, made: Path) ->
     assert all(len(line) <= 80 for line in said.out.splitlines() if not line.startswith(("weights:", "data:")))
 
 
-def test_tables_of_classes_come_on_request_only(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_tables_of_classes_come_on_request_only(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-d", made / "set", "-c", made / "qat.safetensors", "--confused", "0")
     assert "precision" not in said.out and "taken for" not in said.out
 
 
-def test_json_is_one_document_with_everything(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_json_is_one_document_with_everything(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-d", made / "set", "-c", made / "qat.safetensors", "-m", "qat", "--json", "--batch-size", "5")
     body = document(said.out)
     assert (body["arch"], body["mode"], body["images"], body["pictures"]) == (ARCH, "qat", 30, 30)
@@ -93,7 +92,7 @@ def test_json_is_one_document_with_everything(mgq: Mgq, made: Path) -> None:  # 
     assert body["cpu"] and body["versions"]["megengine"] == "1.13.0"
 
 
-def test_all_modes_of_one_checkpoint_are_measured(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_all_modes_of_one_checkpoint_are_measured(mgq: Mgq, made: Path) -> None:
     losses = set()
     for mode in ("normal", "qat", "quantized"):
         body = document(mgq("eval", "-d", made / "set", "-c", made / "qat.safetensors", "-m", mode, "--json").out)
@@ -102,7 +101,7 @@ def test_all_modes_of_one_checkpoint_are_measured(mgq: Mgq, made: Path) -> None:
     assert len(losses) == 3
 
 
-def test_without_a_mode_float_weights_are_measured_as_they_are_and_it_says_so(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_without_a_mode_float_weights_are_measured_as_they_are_and_it_says_so(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-d", made / "set", "-c", made / "normal.safetensors", "--json")
     assert document(said.out)["mode"] == "normal"
     assert "measured in mode normal" in said.err and "without activation ranges" in said.err
@@ -110,7 +109,7 @@ def test_without_a_mode_float_weights_are_measured_as_they_are_and_it_says_so(mg
     assert "without activation ranges" in line
 
 
-def test_the_newest_run_is_measured_in_the_mode_it_has(mgq: Mgq, made: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_newest_run_is_measured_in_the_mode_it_has(mgq: Mgq, made: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / f"{ARCH}.normal" / RUN_CHECKPOINT
     run.parent.mkdir(parents=True)
     run.write_bytes((made / "normal.safetensors").read_bytes())
@@ -123,7 +122,7 @@ def test_the_newest_run_is_measured_in_the_mode_it_has(mgq: Mgq, made: Path, tmp
     assert document(said.out)["mode"] == "quantized" and f"{ARCH}.qat" in document(said.out)["weights"]
 
 
-def test_without_a_folder_it_takes_what_the_checkpoint_was_measured_on(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_without_a_folder_it_takes_what_the_checkpoint_was_measured_on(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-c", made / "drawn.safetensors", "-m", "normal", "--json")
     assert said.code == 0, said.err
     body = document(said.out)
@@ -132,12 +131,12 @@ def test_without_a_folder_it_takes_what_the_checkpoint_was_measured_on(mgq: Mgq,
     assert {entry["class"]: entry["images"] for entry in body["per_class"]} == dict.fromkeys(DRAWN, 2)
 
 
-def test_a_limit_is_said(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_a_limit_is_said(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-d", made / "set", "-c", made / "qat.safetensors", "--limit", "10")
     assert "10 of 30 pictures" in said.out
 
 
-def test_broken_pictures_are_named_and_counted(mgq: Mgq, made: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_broken_pictures_are_named_and_counted(mgq: Mgq, made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for path in (made / "set" / "val").glob("*/*.png"):
         (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ def sets(made: Path, tmp_path: Path) -> Iterator[Path]:
         ("other", "fir, oak"),
     ],
 )
-def test_a_folder_that_cannot_be_measured_on(mgq: Mgq, made: Path, sets: Path, folder: str, named: str) -> None:  # noqa: F811
+def test_a_folder_that_cannot_be_measured_on(mgq: Mgq, made: Path, sets: Path, folder: str, named: str) -> None:
     line = the_error(mgq("eval", "-d", sets / folder, "-c", made / "qat.safetensors"))
     assert one_line_about(line, named)
 
@@ -191,12 +190,12 @@ def test_a_folder_that_cannot_be_measured_on(mgq: Mgq, made: Path, sets: Path, f
         ([], "pass -d FOLDER"),
     ],
 )
-def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, made: Path, arguments: list[str], named: str) -> None:  # noqa: F811
+def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, made: Path, arguments: list[str], named: str) -> None:
     where = ["-d", str(made / "set")] if arguments else []
     assert named in the_error(mgq("eval", *where, "-c", made / "qat.safetensors", *arguments))
 
 
-def test_lines_come_as_often_as_asked(mgq: Mgq, made: Path) -> None:  # noqa: F811
+def test_lines_come_as_often_as_asked(mgq: Mgq, made: Path) -> None:
     said = mgq(
         "eval", "-d", made / "set", "-c", made / "qat.safetensors", "--batch-size", "5", "--report-freq", "2", "-n", "2"
     )

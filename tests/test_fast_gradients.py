@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import megengine as mge
-import megengine.functional as F
 import megengine.module as M
 import megengine.module.conv as conv_module
 import megengine.module.qat as Q
@@ -28,7 +27,7 @@ from mgq.errors import FailureError
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
-from mgq.zoo.registry import REGISTRY
+from mgq.zoo.registry import specs
 from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_pictures, values_of
 
 Array = npt.NDArray[np.float32]
@@ -117,7 +116,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[type]:
 def zoo_convolutions() -> list[Shape]:
     """Of all architectures, none twice."""
     found = set()
-    for arch in REGISTRY:
+    for arch in specs():
         for module in blank(arch).modules():
             if isinstance(module, M.Conv2d):
                 sizes = (module.kernel_size[0], module.stride[0], module.padding[0])

@@ -94,7 +94,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path: Path, monkeypatch: pytest
 
 def test_training_learns(tmp_path: Path) -> None:
     data = coloured_folders(tmp_path / "data", 24)
-    changes = {"epochs": 5, "lr": 0.02, "warmup": 0.5, "jitter": 0.0}
+    changes: dict[str, Any] = {"epochs": 5, "lr": 0.02, "warmup": 0.5, "jitter": 0.0}
     outcome = train(replace(small_request(tmp_path, **changes), data=data))
     assert outcome.best["top1"] > 60 and outcome.comparison.quantized.top1 > 60  # of three classes
 
@@ -364,7 +364,7 @@ def test_ranks_share_out_each_batch(tmp_path: Path) -> None:
     for rank in (0, 1, 2):
         with Loader(pictures, EvalTransform(32), 2, rank=rank, ranks=3, **how) as loader:  # type: ignore[arg-type]
             parts.append([batch.indices.tolist() for batch in loader])
-    assert [sum(shared, []) for shared in zip(*parts, strict=True)] == wanted
+    assert [[index for part in shared for index in part] for shared in zip(*parts, strict=True)] == wanted
 
 
 def epochs_in(outcome: Outcome) -> list[int]:

@@ -121,6 +121,7 @@ def import_megengine(debug: bool) -> None:
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()
+        megengine.is_cuda_available()
 
 
 class NoPackages(ModuleType):

@@ -23,18 +23,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.engine.comparison import Comparison
-    from mgq.engine.request import Request
     from mgq.engine.training import Outcome
 
 
 class Option(NamedTuple):
-    """An option of a verb. With ``in_recipe`` it sets the value of that name in the recipe."""
+    """An option of a verb."""
 
     kind: Any
     default: Any
     flags: tuple[str, ...]
     help: str
-    in_recipe: bool = False
 
     @property
     def annotation(self) -> Any:
@@ -46,7 +44,7 @@ class Option(NamedTuple):
 
 
 def recipe_value(kind: type, flag: str, text: str) -> Option:
-    return Option(kind, None, (flag,), text, in_recipe=True)
+    return Option(kind, None, (flag,), text)
 
 
 SHARED: dict[str, Option] = {
@@ -67,8 +65,8 @@ SHARED: dict[str, Option] = {
     "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread."),
     "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next."),
     "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999)."),
-    "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone.", in_recipe=True),
-    "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs.", in_recipe=True),
+    "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
+    "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
     "seed": recipe_value(int, "--seed", "The same seed gives the same weights."),
     "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor."),
     "nodes": Option(int, 1, ("--nnodes",), "Machines that train together."),
@@ -91,7 +89,6 @@ OF_QAT: dict[str, Option] = {
     "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt."),
     "distill": Option(bool, False, ("--distill",), "Learn from the float network's answers, too."),
 }
-BUILDER_OPTIONS = ("width", "activation")
 
 TRAIN_HELP = """Train a float network.
 
@@ -122,7 +119,7 @@ def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]
     options = {**SHARED, **own}
 
     def command(**values: Any) -> None:
-        run(name, options, values)
+        run(name, values)
 
     command.__name__, command.__doc__ = name, text
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -137,16 +134,19 @@ train = verb("train", TRAIN_HELP, OF_TRAIN)
 qat = verb("qat", QAT_HELP, OF_QAT)
 
 
-def run(name: str, options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
     from mgq.cli.console import import_megengine, note, out, progress
 
     import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
     from mgq.engine import training
+    from mgq.engine.calls import request_of
     from mgq.engine.trainer import StoppedError
     from mgq.events import Watcher
 
-    request = request_of(options, values)
+    # A flag that was not given leaves what a recipe file says.
+    given = {name: value for name, value in values.items() if value is not False and name != "as_json"}
+    request = request_of(given)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:
@@ -161,18 +161,6 @@ def run(name: str, options: Mapping[str, Option], values: Mapping[str, Any]) -> 
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
     out.print(table_of(outcome.comparison, simulated))
     out.print(told(outcome), markup=False, soft_wrap=True)
-
-
-def request_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> Request:
-    """The options as the engine takes them; what was not given is left to the recipe."""
-    from mgq.engine.request import Request
-
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
-    changes = {name: value for name, value in given.items() if options[name].in_recipe}
-    builder = {name: given[name] for name in BUILDER_OPTIONS if name in given}
-    apart = {*changes, *builder, "as_json"}
-    plain = {name: value for name, value in given.items() if name not in apart}
-    return Request(**plain, changes=changes, options=builder)
 
 
 @contextlib.contextmanager

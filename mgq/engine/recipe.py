@@ -262,7 +262,7 @@ LINEAR = {"schedule": "linear"}
 def small_recipe(task: Task, epochs: int | None) -> Recipe:
     """For some hundred to some ten thousand pictures.
 
-    The fewer there are, the more often each is seen: about 15,000 crops for trained weights, 50,000 for random
+    The fewer there are, the more often each is seen: about 10,000 crops for trained weights, 50,000 for random
     ones, 5,000 for quantization-aware training.
     """
     batch = batch_for(task.pictures)
@@ -270,11 +270,11 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
         epochs = epochs or repeats(task.pictures, crops=5_000, least=2, most=8)
         values = {"lr": 0.001, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
     elif task.start is Start.TRAINED:
-        epochs = epochs or repeats(task.pictures, crops=15_000, least=3, most=30)
+        epochs = epochs or repeats(task.pictures, crops=10_000, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
     else:
         epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
-        values = {"lr": 0.05, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
+        values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
         values["weight_decay"] = 5e-4
     values["lr"] = values["lr"] * batch / 32
     return base(task, epochs=epochs, batch_size=batch, **values)
@@ -288,8 +288,8 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
         values = {"lr": 0.002, "batch_size": 32, **qat_phases(epochs, counts["synthetic_train"], 32)}
     else:
         epochs = epochs or 4
-        values = {"lr": 0.05, "batch_size": 32, "warmup": min(0.5, epochs / 10)}
-    return base(task, epochs=epochs, crop_scale=0.8, **values, **counts)
+        values = {"lr": 0.02, "batch_size": 32, "warmup": min(0.5, epochs / 10)}
+    return base(task, epochs=epochs, crop_scale=1.0, **values, **counts)
 
 
 def qat_phases(epochs: int, pictures: int, batch: int) -> dict[str, Any]:

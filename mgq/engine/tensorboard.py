@@ -1,8 +1,8 @@
 """The metrics of a run for TensorBoard.
 
-tensorboardX's own ``SummaryWriter`` hands events to a thread through a short queue. When that thread dies of a full disk,
-the training waits on the queue for ever; and a killed process loses what is in it. So records are appended here, in
-TFRecord's format: length, its checksum, data, its checksum.
+tensorboardX's own ``SummaryWriter`` hands events to a thread through a short queue. When that thread dies of a full
+disk, the training waits on the queue for ever; and a killed process loses what is in it. So records are appended here,
+in TFRecord's format: length, its checksum, data, its checksum.
 """
 
 from __future__ import annotations

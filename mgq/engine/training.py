@@ -98,6 +98,7 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
     changes = all_changes(request, Mode.QAT)
     spec, given = float_weights(request, changes, watcher)
     if given is None:
+        refuse_impossible(spec, changes)
         watcher.on_remark(f"no float weights of {spec.name} at hand: training some first, into {request.save}")
         first = train(first_request(request, spec, changes), watcher)
         given = read_weights(first.checkpoint, spec)
@@ -118,6 +119,12 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
     if request.distill:
         changes.setdefault("distill", 0.5)
     return begun(request, Mode.QAT, spec, data, sets, beginning, changes, cluster, watcher)
+
+
+def refuse_impossible(spec: ModelSpec, changes: Mapping[str, Any]) -> None:
+    """Raises InputError for values that no recipe can have: before minutes are spent on what comes first."""
+    values = {name: value for name, value in changes.items() if name != "data"}
+    recipe_for(Task(spec.name, Mode.QAT.value, SYNTHETIC, 10, 1_000, SYNTHETIC_SIZE), values)
 
 
 def first_request(request: Request, spec: ModelSpec, changes: Mapping[str, Any]) -> Request:

@@ -1,8 +1,8 @@
 """All that a training needs to go on to the bit, in one file under one checksum.
 
-The file is a safetensors file. Its metadata holds JSON with everything but the tensors, and the SHA-256 of that JSON and
-of every tensor's name, dtype, shape and bytes. safetensors itself tells a file that was cut short, not one whose bytes
-have changed.
+The file is a safetensors file. Its metadata holds JSON with everything but the tensors, and the SHA-256 of that JSON
+and of every tensor's name, dtype, shape and bytes. safetensors itself tells a file that was cut short, not one whose
+bytes have changed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def checksum(text: str, tensors: Tensors) -> str:
     for name, value in sorted(tensors.items()):
         head = json.dumps([name, value.dtype.name, value.shape])
         digest.update(f"{len(head)} {head}".encode())
-        digest.update(np.asarray(value, order="C").reshape(-1).view(np.uint8))
+        digest.update(np.asarray(value, order="C").reshape(-1).view(np.uint8).data)
     digest.update(text.encode())
     return digest.hexdigest()
 

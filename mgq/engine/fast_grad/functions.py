@@ -42,9 +42,9 @@ class Convolution(Function):  # type: ignore[misc]
         return Tensor(kernels.convolution(self.geometry, *values(source, weights)), device=source.device)
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:
-        arrays = values(*self.saved, d_output)
+        source, weights, gradient = values(*self.saved, d_output)
         del self.saved
-        gradients = kernels.convolution_gradients(self.geometry, *arrays, self.wants_source)
+        gradients = kernels.convolution_gradients(self.geometry, source, weights, gradient, self.wants_source)
         return tensors(gradients, d_output.device)
 
 

@@ -257,10 +257,15 @@ class Program:
             self.sizes[name] = layout.size
         return self._named[name]
 
-    def window(self, name: str, shape: Shape, start: Shape) -> Memory:
-        """A part of the named array."""
-        memory = Memory(self._named[name].layout.window(shape, start))
-        self._windows.append((name, memory))
+    def window(self, whole: Memory, shape: Shape, start: Shape) -> Memory:
+        """The part of an array of this program that has that ``shape`` and begins at ``start``."""
+        memory = Memory(whole.layout.window(shape, start))
+        name = next((name for name, named in self._named.items() if named is whole), None)
+        if name is not None:
+            self._windows.append((name, memory))
+        else:
+            offset = next(offset for other, offset in self._scratch if other is whole)
+            self._scratch.append((memory, offset))
         return memory
 
     def scratch(self, layout: Layout) -> Memory:
@@ -292,7 +297,7 @@ class Program:
     def execute(self, descriptor: Descriptor, arguments: Mapping[int, Memory]) -> None:
         lib, made = library(), c_void_p()
         lib.check(lib.c.dnnl_primitive_create(byref(made), descriptor.handle), descriptor.implementation)
-        array = (_Argument * len(arguments))(*((arg, memory.handle) for arg, memory in arguments.items()))
+        array = (_Argument * len(arguments))(*(_Argument(arg, memory.handle) for arg, memory in arguments.items()))
         self._steps.append((_Owned("primitive", made), array, tuple(arguments.values())))
 
     def run(self, **arrays: npt.NDArray[np.float32] | Bytes) -> None:
