@@ -27,6 +27,7 @@ from mgq.engine.fast_grad.functions import (
 )
 from mgq.engine.fast_grad.kernels import Geometry, Norm, geometry
 from mgq.engine.fast_grad.quantizers import ONE, is_known, is_plain, observed, quantizer_of, set_value
+from mgq.machine import keep_freed_memory
 from mgq.quant.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 
@@ -50,6 +51,7 @@ def enable_fast_gradients(stock_forward: bool = False) -> None:
     if _replaced:
         return
     onednn.library()
+    keep_freed_memory()
     for owner, name, fast in replacements(stock_forward):
         stock = getattr(owner, name)
         _replaced.append((owner, name, stock))
