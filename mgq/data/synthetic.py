@@ -264,13 +264,13 @@ def _painted(ink: _Mask, scene: _Scene) -> _Field:
 
 
 def _colours(scene: _Scene) -> tuple[list[float], list[float]]:
-    """Front and back, BGR in 0..255: of any two hues, but one clearly lighter than the other."""
+    """Front and back, BGR in 0..255: of any two hues, but the front clearly lighter than the back."""
     tones = (
         (scene.chance[_COLOUR], scene.between(_COLOUR + 1, 0.1, 0.65), scene.between(_COLOUR + 2, 0.82, 1.0)),
         (scene.chance[_COLOUR + 3], scene.between(_COLOUR + 4, 0.3, 0.85), scene.between(_COLOUR + 5, 0.2, 0.5)),
     )
     light, dark = ([255 * part for part in reversed(colorsys.hsv_to_rgb(*tone))] for tone in tones)
-    return (light, dark) if scene.chance[_COLOUR + 7] < 0.5 else (dark, light)
+    return light, dark
 
 
 def _light(scene: _Scene) -> _Field:

@@ -287,7 +287,7 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
         epochs = epochs or 1
         values = {"lr": 0.002, "batch_size": 32, **qat_phases(epochs, counts["synthetic_train"], 32)}
     else:
-        epochs = epochs or 4
+        epochs = epochs or 3
         values = {"lr": 0.02, "batch_size": 32, "warmup": min(0.5, epochs / 10)}
     return base(task, epochs=epochs, crop_scale=1.0, **values, **counts)
 

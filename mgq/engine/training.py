@@ -77,12 +77,19 @@ def train(request: Request, watcher: Watcher = ALONE) -> Outcome:
     cluster = cluster_of(request)
     if request.resume:
         return resumed(request, Mode.NORMAL, cluster, watcher)
+    plan = float_plan(request, watcher)
+    with new_run(plan, watcher) as run:
+        return finished(plan, run, cluster, watcher)
+
+
+def float_plan(request: Request, watcher: Watcher) -> Plan:
+    """What ``train`` will do."""
     changes = all_changes(request, Mode.NORMAL)
     data = data_of(request, changes)
     spec, given = wanted_network(request, changes)
     sets = read_sets(data, None, changes, watcher)
     beginning = beginning_of(spec, given, sets, request, watcher)
-    return begun(request, Mode.NORMAL, spec, data, sets, beginning, changes, cluster, watcher)
+    return planned(request, Mode.NORMAL, spec, data, sets, beginning, changes)
 
 
 def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
@@ -100,8 +107,10 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
     if given is None:
         refuse_impossible(spec, changes)
         watcher.on_remark(f"no float weights of {spec.name} at hand: training some first, into {request.save}")
-        first = train(first_request(request, spec, changes), watcher)
-        given = read_weights(first.checkpoint, spec)
+        first = float_plan(first_request(request, spec, changes), watcher)
+        with new_run(first, watcher) as run:
+            on_every_device(cluster, lambda peers: trained(first, run, peers, watcher))
+            given = read_weights(run.checkpoint, spec)
     data = data_of(request, changes, given)
     sets = read_sets(data, given, changes, watcher)
     beginning = Beginning(
@@ -118,7 +127,9 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
         )
     if request.distill:
         changes.setdefault("distill", 0.5)
-    return begun(request, Mode.QAT, spec, data, sets, beginning, changes, cluster, watcher)
+    plan = planned(request, Mode.QAT, spec, data, sets, beginning, changes)
+    with new_run(plan, watcher) as run:
+        return finished(plan, run, cluster, watcher)
 
 
 def refuse_impossible(spec: ModelSpec, changes: Mapping[str, Any]) -> None:
@@ -148,7 +159,7 @@ def cluster_of(request: Request) -> Cluster:
 # ---- a run ----
 
 
-def begun(
+def planned(
     request: Request,
     mode: Mode,
     spec: ModelSpec,
@@ -156,10 +167,8 @@ def begun(
     sets: Sets,
     beginning: Beginning,
     changes: Mapping[str, Any],
-    cluster: Cluster,
-    watcher: Watcher,
-) -> Outcome:
-    """A new run, from its recipe to its outcome."""
+) -> Plan:
+    """A run with its whole recipe. Raises InputError where recipe and pictures do not go together."""
     classes = beginning.classes or named_classes(sets.train.classes, changes.get("classes"))
     default_size = beginning.image_size or (SYNTHETIC_SIZE if data == SYNTHETIC else spec.image_size)
     task = Task(
@@ -183,17 +192,23 @@ def begun(
         recipe=plain(recipe),
         versions=versions(),
     )
-    plan = Plan(recipe, sets, beginning, info, request)
-    loaders_of(recipe, sets, request, Peers())  # whatever is wrong with the recipe and the pictures comes to light here
-    with RunFolder.create(request.save, spec.name, mode.value, request.tensorboard) as run:
+    loaders_of(recipe, sets, request, Peers())
+    return Plan(recipe, sets, beginning, info, request)
+
+
+@contextlib.contextmanager
+def new_run(plan: Plan, watcher: Watcher) -> Iterator[RunFolder]:
+    """A new folder for the run, with its recipe and, for ``qat``, the float network that it begins with."""
+    recipe, request = plan.recipe, plan.request
+    with RunFolder.create(request.save, recipe.arch, recipe.mode, request.tensorboard) as run:
         if run.notice:
             watcher.on_remark(run.notice)
         run.write_recipe(recipe.to_toml())
-        if mode is Mode.QAT:
-            assert beginning.state is not None
-            normal = replace(info, mode="normal", origin=beginning.origin)
-            write_checkpoint(run.path / FLOAT_START, beginning.state, normal)
-        return finished(plan, run, cluster, watcher)
+        if recipe.mode == "qat":
+            assert plan.beginning.state is not None
+            normal = replace(plan.info, mode="normal", origin=plan.beginning.origin)
+            write_checkpoint(run.path / FLOAT_START, plan.beginning.state, normal)
+        yield run
 
 
 def named_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:

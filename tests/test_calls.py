@@ -1,0 +1,38 @@
+"""Training and measuring as Python calls, in the command line's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mgq
+from mgq.engine.calls import request_of
+from mgq.errors import InputError
+
+ARCH = "shufflenet_v1_x0_5_g3"
+
+
+def test_words_go_to_the_request_the_builder_or_the_recipe() -> None:
+    request = request_of(
+        {"arch": "mobilenet_v2", "data": "flowers", "width": 0.5, "epochs": 3, "lr": None, "resume": True}
+    )
+    assert request.arch == "mobilenet_v2" and request.data == Path("flowers") and request.resume
+    assert request.options == {"width": 0.5} and request.changes == {"epochs": 3}
+
+
+def test_a_run_can_be_trained_and_measured_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"image_size": 32, "batch_size": 8, "synthetic_train": 16, "synthetic_val": 10, "epochs": 1}
+    trained = mgq.train(arch=ARCH, **small)
+    assert trained.checkpoint == Path("runs") / f"{ARCH}.normal" / "checkpoint.safetensors"
+    quantized = mgq.qat(arch=ARCH, **small)
+    assert quantized.comparison.images == 10
+    found = mgq.evaluate(mode="quantized")
+    assert found.top1 == quantized.comparison.quantized.top1
+    assert mgq.evaluate(mode="normal", limit=4).images == 4
+
+
+def test_a_word_that_nothing_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="learning_rate"):
+        mgq.train(save=tmp_path, learning_rate=1)
