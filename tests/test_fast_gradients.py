@@ -20,11 +20,21 @@ from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 from megengine.quantization import LSQ
+from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
+from mgq.data.loader import cores
 from mgq.engine.fast_grad import fast_gradients, fast_gradients_enabled, onednn
-from mgq.engine.fast_grad.functions import Convolution, FakeQuantizedConvolution, NormalizedConvolution
+from mgq.engine.fast_grad.elementwise import PIECE, extremes, held_below, in_pieces, masked
+from mgq.engine.fast_grad.functions import (
+    Convolution,
+    FakeQuantizedConvolution,
+    FoldedConvolution,
+    NormalizedConvolution,
+)
+from mgq.engine.fast_grad.quantizers import quantizer_of
 from mgq.errors import FailureError
 from mgq.quant.modes import Mode, to_mode
+from mgq.quant.qat import freeze_batch_norm
 from mgq.quant.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import specs
@@ -64,7 +74,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 def relative(found: Array, expected: Array) -> float:
     """Norm of the difference over the norm of ``expected``."""
-    return float(np.linalg.norm(np.ravel(found - expected)) / max(np.linalg.norm(np.ravel(expected)), 1e-30))
+    return float(np.linalg.norm(np.ravel(found - expected)) / (np.linalg.norm(np.ravel(expected)) + 1e-30))
 
 
 def whole(gradients: dict[str, Array]) -> Array:
@@ -72,9 +82,10 @@ def whole(gradients: dict[str, Array]) -> Array:
 
 
 def stepped(module: M.Module, source: Array, d_output: Array | None, fast: bool, wants_source: bool = True) -> Outcome:
-    """A copy of ``module`` run on ``source`` and back from ``d_output``: output, all gradients, its state after that."""
+    """A copy of ``module`` run on ``source`` and back from ``d_output``: output, all gradients, the state it is in."""
     module = copy.deepcopy(module)
     x = Tensor(source)
+    x.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(0.03)))
     manager = GradManager().attach([*module.parameters(), *([x] if wants_source else [])])
     with fast_gradients() if fast else contextlib.nullcontext(), manager:
         output = module(x)
@@ -85,10 +96,10 @@ def stepped(module: M.Module, source: Array, d_output: Array | None, fast: bool,
     return Outcome(output.numpy(), gradients, values_of(module))
 
 
-def assert_alike(fast: Outcome, stock: Outcome, about: object = "") -> None:
-    assert relative(fast.output, stock.output) < TOLERANCE, about
+def assert_alike(fast: Outcome, stock: Outcome, about: object = "", tolerance: float = TOLERANCE) -> None:
+    assert relative(fast.output, stock.output) < tolerance, about
     assert fast.gradients.keys() == stock.gradients.keys(), about
-    assert relative(whole(fast.gradients), whole(stock.gradients)) < TOLERANCE, about
+    assert relative(whole(fast.gradients), whole(stock.gradients)) < tolerance, about
     assert fast.state.keys() == stock.state.keys(), about
     for name, value in stock.state.items():
         assert fast.state[name].shape == value.shape, (about, name)
@@ -128,7 +139,7 @@ def test_every_convolution_of_the_zoo_has_the_stock_gradients(used: list[type]) 
     shapes = zoo_convolutions()
     assert len(shapes) > 100
     for shape in shapes:
-        module = M.Conv2d(*shape, bias=False)
+        module = M.Conv2d(*shape[:5], groups=shape.groups, bias=False)
         source = normal(2, shape.in_channels, shape.input_size(), shape.input_size())
         assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
     assert used == [Convolution] * len(shapes)
@@ -145,48 +156,102 @@ def fused_module(kind: str, qat: bool, shape: Shape) -> M.Module:
     return module
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["training statistics", "fixed statistics"])
-@pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
+SHAPES = (
+    Shape(3, 24, 3, 2, 1, 1),
+    Shape(16, 40, 1, 1, 0, 1),
+    Shape(24, 24, 3, 2, 1, 24),
+    Shape(24, 24, 7, 2, 3, 24),
+    Shape(16, 16, 5, 1, 2, 16),
+    Shape(30, 60, 1, 1, 0, 3),
+)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_layers_are_stock_in_output_gradients_and_state(
-    kind: str, qat: bool, fixed: bool, used: list[type]
+def test_fused_float_layers_are_stock_in_output_gradients_and_state(kind: str, used: list[type]) -> None:
+    for shape in SHAPES:
+        module, source = fused_module(kind, False, shape), normal(3, shape.in_channels, 5, 5)
+        assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
+    assert used == [NormalizedConvolution] * len(SHAPES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_norm_in_eval_mode_within_a_training_network_has_the_gradients_of_its_formula(
+    kind: str, used: list[type]
 ) -> None:
-    shapes = (
-        Shape(3, 24, 3, 2, 1, 1),
-        Shape(16, 40, 1, 1, 0, 1),
-        Shape(24, 24, 3, 2, 1, 24),
-        Shape(24, 24, 7, 2, 3, 24),
-        Shape(16, 16, 5, 1, 2, 16),
-        Shape(30, 60, 1, 1, 0, 3),
-    )
-    for shape in shapes:
-        module = fused_module(kind, qat, shape)
-        if fixed:
-            for part in module.modules():
-                if isinstance(part, M.BatchNorm2d):
-                    part.eval()
-        source = normal(3, shape.in_channels, 5, 5)
-        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
-        if qat:
-            # A value that lies between two steps may be rounded either way.
-            far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
-            assert far.mean() < 1e-3, shape
-            fast = fast._replace(output=np.where(far, stock.output, fast.output))
-        assert_alike(fast, stock, shape)
-    assert used == [FakeQuantizedConvolution if qat else NormalizedConvolution] * len(shapes)
+    """MegEngine's own gradient of the scale reads memory that nothing was written to, and is wrong now and then."""
+    for shape in SHAPES:
+        module, source = fused_module(kind, False, shape), normal(3, shape.in_channels, 5, 5)
+        module.bn.eval()
+        fast = stepped(module, source, None, True)
+        assert_alike(fast, by_fixed_statistics(module, kind, source), shape)
+    assert used == [NormalizedConvolution] * len(SHAPES)
+
+
+def by_fixed_statistics(module: M.Module, kind: str, source: Array) -> Outcome:
+    """What :func:`stepped` gives, by MegEngine's convolution and the formula of batch norm with given statistics."""
+    bn = module.bn
+    factor = 1 / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
+    normal_values = (module.conv(Tensor(source)).numpy() - bn.running_mean.numpy()) * factor
+    output = normal_values * bn.weight.numpy() + bn.bias.numpy()
+    d_output = normal(*output.shape, seed=1)
+    if kind != "bn":
+        d_output *= (output > 0) & ((output < 6) | (kind == "bn relu"))
+        output = np.clip(output, 0, 6 if kind == "bn relu6" else None)
+    conv = stepped(module.conv, source, d_output * bn.weight.numpy() * factor, False)
+    gradients = {
+        "source": conv.gradients["source"],
+        "conv.weight": conv.gradients["weight"],
+        "bn.weight": (d_output * normal_values).sum((0, 2, 3)).reshape(bn.weight.shape),
+        "bn.bias": d_output.sum((0, 2, 3)).reshape(bn.bias.shape),
+    }
+    return Outcome(output, gradients, values_of(module))
+
+
+@pytest.mark.parametrize("frozen_norm", [False, True], ids=["training statistics", "frozen batch norm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_fake_quantized_layers_are_stock_in_output_gradients_and_state(
+    kind: str, frozen_norm: bool, used: list[type]
+) -> None:
+    for shape in SHAPES:
+        module, source = fused_module(kind, True, shape), normal(3, shape.in_channels, 5, 5)
+        if frozen_norm:
+            freeze_batch_norm(module)
+        d_output = steady_gradient(next(part for part in module.modules() if isinstance(part, FUSED)), source)
+        fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
+        # A value that lies between two steps may be rounded either way.
+        far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
+        assert far.mean() < 1e-3, shape
+        assert_alike(fast._replace(output=np.where(far, stock.output, fast.output)), stock, shape)
+    assert used == [FoldedConvolution if frozen_norm else FakeQuantizedConvolution] * len(SHAPES)
+
+
+def steady_gradient(module: M.Module, source: Array) -> Array:
+    """Noise for an output's gradient; 0 where rounding decides if it passes: near 0, near 6, at the largest value."""
+    module = copy.deepcopy(module)
+    x = Tensor(source)
+    x.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(0.03)))
+    if isinstance(module, Q.QATModule):
+        before = module.calc_conv_bn_qat(x).numpy()
+    else:
+        before = module.bn(module.conv(x)).numpy()
+    after = np.minimum(before, 6) if isinstance(module, ConvBnRelu6 | QatConvBnRelu6) else before
+    margin = 1e-4 * np.abs(after).max()
+    unsteady = (np.abs(before) < margin) | (np.abs(before - 6) < margin) | (after > after.max() - margin)
+    return np.where(unsteady, np.float32(0), normal(*before.shape, seed=1))
 
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mode: Mode, used: list[type]) -> None:
-    """Each on what it is given within the network: rounding in one, which flips ReLUs in the next, is not carried on."""
+    """Each on what it is given within the network: rounding in one, which may flip ReLUs later, is not carried on."""
     network = filled(blank(arch))
     network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
     network.train()
     sources = layer_inputs(network, smooth_pictures(4, 32, 32).astype(np.float32) - 128)
     difference = size = 0.0
     for module, source in sources:
-        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+        d_output = steady_gradient(module, source)
+        fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
         assert fast.gradients.keys() == stock.gradients.keys()
         found, expected = whole(fast.gradients), whole(stock.gradients)
         difference += float(np.sum((found - expected) ** 2))
@@ -201,7 +266,6 @@ def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mod
 def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Array]]:
     """The fused layers of ``network``, no two alike in kind and shape, and what each is given for ``pictures``."""
     found: dict[Any, tuple[M.Module, Array]] = {}
-    hooks = []
 
     def note(module: M.Module, inputs: tuple[Tensor, ...]) -> None:
         conv = module.conv
@@ -209,27 +273,63 @@ def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Arr
         found.setdefault(key, (module, inputs[0].numpy()))
 
     state = copy.deepcopy(network)
-    for module in state.modules():
-        if isinstance(module, FUSED):
-            hooks.append(module.register_forward_pre_hook(note))
+    hooks = [module.register_forward_pre_hook(note) for module in state.modules() if isinstance(module, FUSED)]
     state(Tensor(pictures))
     for hook in hooks:
         hook.remove()
     return list(found.values())
 
 
+# ---- element by element ----
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, 9 * PIECE * cores() + 5])
+def test_pieces_cover_everything_once_and_in_order(size: int) -> None:
+    pieces = in_pieces(lambda piece: (piece.start, piece.stop), size)
+    assert [element for start, stop in pieces for element in range(start, stop)] == list(range(size))
+
+
+def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
+    array = 100 * normal(9 * PIECE * cores() + 5)
+    array[:8] = [0.5, -0.5, 1.5, 2.5, 0.49999997, 127.5, -128.5, np.nextafter(np.float32(1.5), np.float32(0))]
+    for scale in (1.0, 0.37):
+        qparams = create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(scale))
+        x = Tensor(array)
+        manager = GradManager().attach([x])
+        with manager:
+            expected = fake_quant_tensor(x, qparams)
+            manager.backward(expected, Tensor(np.ones_like(array)))
+        found = quantizer_of(qparams)
+        assert found is not None
+        output, passes = found.applied(array)
+        assert passes is not None
+        np.testing.assert_array_equal(output, expected.numpy())
+        np.testing.assert_array_equal(passes, x.grad.numpy() != 0)
+        np.testing.assert_array_equal(masked(array, passes), array * passes)
+
+
+def test_a_ceiling_holds_large_arrays_below_it() -> None:
+    array = normal(9 * PIECE * cores() + 5)
+    held = array.copy()
+    below = held_below(held, 1.0)
+    np.testing.assert_array_equal(held, np.minimum(array, 1))
+    assert below is not None
+    np.testing.assert_array_equal(below, array < 1)
+    assert held_below(held, 2.0) is None
+    assert list(extremes(array)) == [array.min(), array.max()]
+
+
 # ---- whole steps ----
 
 
-def small_network(mode: Mode) -> M.Module:
+def small_network(mode: Mode, depth: int = 3) -> M.Module:
     mge.random.seed(1)
     layers = [
         M.ConvBnRelu2d(3, 16, 3, 2, 1, bias=False),
         ConvBnRelu6(16, 16, 3, 1, 1, groups=16, bias=False),
-        M.ConvBn2d(16, 24, 1, bias=False),
-        M.Conv2d(24, 8, 1),
+        M.Conv2d(16, 8, 1),
     ]
-    network = M.Sequential(*layers)
+    network = M.Sequential(*layers[:depth])
     network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
     network.train()
     return network
@@ -249,23 +349,28 @@ def trained(network: M.Module, batches: list[Array]) -> M.Module:
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_a_network_differs_from_stock_by_no_more_than_rounding_does(arch: str) -> None:
-    """Rounding flips ReLUs at 0, and a deep network amplifies it: so stock against stock, slightly shaken, is the mark."""
+    """Rounding flips ReLUs at 0 and a deep network amplifies it: stock with its weights shaken by 1e-6 is the mark."""
     network = filled(blank(arch))
     network.train()
     for module in network.modules():
         if isinstance(module, M.Dropout):
             module.drop_prob = 0.0
     pictures = smooth_pictures(8).astype(np.float32) - 128
-    shaken = copy.deepcopy(network)
-    for number, parameter in enumerate(shaken.parameters()):
-        factor = 1 + 1.2e-7 * normal(*parameter.shape, seed=number)
-        parameter._reset(Tensor(parameter.numpy() * factor.astype(np.float32)))
     d_output = normal(8, 10, seed=1) / 80
     stock, fast = (stepped(network, pictures, d_output, fast, wants_source=False) for fast in (False, True))
-    other = stepped(shaken, pictures, d_output, False, wants_source=False)
-    error, mark = (relative(whole(o.gradients), whole(stock.gradients)) for o in (fast, other))
-    assert error < max(10 * mark, TOLERANCE)
-    assert relative(fast.output, stock.output) < max(10 * relative(other.output, stock.output), TOLERANCE)
+    shaken = [stepped(shaken_by_rounding(network, seed), pictures, d_output, False, False) for seed in (1, 2)]
+    mark = max(relative(whole(other.gradients), whole(stock.gradients)) for other in shaken)
+    assert relative(whole(fast.gradients), whole(stock.gradients)) < 10 * mark
+    mark = max(relative(other.output, stock.output) for other in shaken)
+    assert relative(fast.output, stock.output) < 10 * mark < 0.1
+
+
+def shaken_by_rounding(network: M.Module, seed: int) -> M.Module:
+    network = copy.deepcopy(network)
+    for number, parameter in enumerate(network.parameters()):
+        factor = 1 + 1e-6 * normal(*parameter.shape, seed=1000 * seed + number)
+        parameter._reset(Tensor(parameter.numpy() * factor.astype(np.float32)))
+    return network
 
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
@@ -291,7 +396,7 @@ def test_steps_follow_stock_steps_through_odd_batches() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
 def test_a_thousand_steps_do_not_leak(mode: Mode) -> None:
-    network, batch = small_network(mode), normal(16, 3, 32, 32)
+    network, batch = small_network(mode, 2), normal(16, 3, 24, 24)
 
     def memory_after(steps: int) -> int:
         trained(network, [batch] * steps)
@@ -302,7 +407,7 @@ def test_a_thousand_steps_do_not_leak(mode: Mode) -> None:
     with fast_gradients():
         before = memory_after(200)
         after = memory_after(800)
-    # One activation kept a step would be 800 times 0.26 MB.
+    # One activation kept a step would be 800 times 0.15 MB.
     assert after - before < 20e6
 
 
@@ -315,27 +420,13 @@ def test_maps_of_one_pixel_and_batches_of_one(batch: int, size: int) -> None:
         module = fused_module("bn relu", qat, Shape(8, 16, 1, 1, 0, 1))
         source = normal(batch, 8, size, size)
         fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
-        assert_alike(fast, stock)
+        # Two values a channel nearly cancel when they are normalized.
+        assert_alike(fast, stock, tolerance=1e-4)
 
 
-def as_it_was(module: M.Module) -> None:
-    pass
-
-
-def evaluated(module: M.Module) -> None:
-    module.eval()
-
-
-def frozen(module: M.Module) -> None:
-    module.bn.freeze = True
-
-
-@pytest.mark.parametrize("prepare", [evaluated, frozen])
-def test_evaluation_and_frozen_batch_norm_are_stock_with_fast_convolutions(
-    prepare: Callable[[M.Module], None], used: list[type]
-) -> None:
+def test_a_frozen_batch_norm_is_stock_after_a_fast_convolution(used: list[type]) -> None:
     module = fused_module("bn relu", False, Shape(8, 16, 3, 1, 1, 1))
-    prepare(module)
+    module.bn.freeze = True
     source = normal(2, 8, 6, 6)
     fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
     assert_alike(fast, stock)
@@ -357,7 +448,7 @@ def test_traced_code_is_stock(used: list[type]) -> None:
     source = Tensor(normal(2, 4, 8, 8))
     manager = GradManager().attach(module.parameters())
 
-    @mge.jit.trace(symbolic=True)
+    @mge.jit.trace(symbolic=True)  # type: ignore[untyped-decorator]
     def step(x: Tensor) -> Tensor:
         with manager:
             loss = (module(x) ** 2).mean()

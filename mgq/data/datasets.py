@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from mgq.data.classes import imagenet_classes
 from mgq.data.imagenet import Split, has_archive, unpacked
 from mgq.data.pictures import Pixels
 from mgq.data.sources import PICTURE_SUFFIXES
+from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError, printable
 from mgq.events import OnProgress, Progress, silent
 
@@ -98,6 +99,8 @@ class Selection:
 def subset(dataset: Dataset, number: int) -> Dataset:
     """``number`` pictures of ``dataset``, evenly spread, with their labels; all where there are not so many.
 
+    Of drawn pictures it is the first ones: their classes come in turn, and even steps would meet some only.
+
     Raises InputError for fewer than one.
     """
     if number < 1:
@@ -105,6 +108,8 @@ def subset(dataset: Dataset, number: int) -> Dataset:
     total = len(dataset)
     if number >= total:
         return dataset
+    if isinstance(dataset, SyntheticPictures):
+        return replace(dataset, count=number)
     chosen = np.arange(number) * total // number
     return Selection(dataset, chosen, None if dataset.labels is None else dataset.labels[chosen], dataset.classes)
 

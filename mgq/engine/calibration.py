@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.datasets import Dataset
+from mgq.data.datasets import Dataset, subset
 from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
@@ -70,8 +70,8 @@ def calibrated(
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    offered = sources if isinstance(sources, Sequence) else sources_of(sources)
-    chosen = spread(offered, pictures_used(method, images))
+    wanted = pictures_used(method, images)
+    chosen = spread(sources, wanted) if isinstance(sources, Sequence) else sources_of(subset(sources, wanted))
     problems: list[str] = []
 
     def batches() -> Iterator[npt.NDArray[np.uint8]]:

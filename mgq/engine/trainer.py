@@ -127,7 +127,7 @@ class Trainer:
         set_phase(self.network, Phase.OBSERVE)
         total = min(self.recipe.observe_batches, len(self.train))
         for number, batch in enumerate(self.train.batches(0), 1):
-            self.network(pixels_of(batch.images))
+            self.network(pixels_of(batch.images)).numpy()  # waits, or all batches would lie in memory at once
             self.watcher.on_progress(Progress("observe ranges", number, total, "batches"))
             self.stop_if_asked(keep=False)
             if number == total:

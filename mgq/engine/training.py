@@ -301,6 +301,10 @@ def first_network(plan: Plan) -> M.Module:
         network = spec.build(recipe.classes, **recipe.options)
     if beginning.state is not None:
         load_state(network, {**network.state_dict(), **beginning.state}, beginning.origin)
+    if recipe.batch_norm_momentum:
+        for module in network.modules():
+            if isinstance(module, M.BatchNorm2d):
+                module.momentum = recipe.batch_norm_momentum
     return prepared_for_qat(network, recipe.observer, in_place=True) if recipe.mode == "qat" else network
 
 

@@ -1,10 +1,9 @@
 """Training on a CPU that does not wait for MegEngine's reference kernels. See :func:`fast_gradients`."""
 
-import os
+from mgq.machine import wait_without_spinning
 
-# MegEngine's threads wait for work by spinning, which takes a core from the kernels here. Read when the first tensor is
-# made.
-os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
+# Read when MegEngine makes its first tensor.
+wait_without_spinning()
 
 from mgq.engine.fast_grad.switch import (
     disable_fast_gradients,

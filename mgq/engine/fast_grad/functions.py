@@ -11,11 +11,13 @@ from megengine import Tensor
 from megengine.autodiff import Function
 from megengine.core._imperative_rt.core2 import apply, get_grad_key
 from megengine.core.ops.builtin import Elemwise
+from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.engine.fast_grad import kernels
+from mgq.engine.fast_grad.elementwise import held_below, masked
 from mgq.engine.fast_grad.exchange import Array, tensors, values
 from mgq.engine.fast_grad.kernels import Geometry, Norm
-from mgq.engine.fast_grad.quantizers import Mask, Quantizer, observed, quantizer_of
+from mgq.engine.fast_grad.quantizers import Quantizer, observed, quantizer_of
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -77,13 +79,13 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
         return Tensor(output, device=source.device)
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        return self.normalized(source, weights, scale, shift)
+
+    def normalized(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output, self.statistics = kernels.normalized_convolution(
             self.geometry, self.norm, source, weights, scale, shift, self.mean, self.variance
         )
-        self.passes: Mask | None = None
-        if self.ceiling is not None and output.max() >= self.ceiling:
-            self.passes = output < self.ceiling
-            np.minimum(output, np.float32(self.ceiling), out=output)
+        self.passes = None if self.ceiling is None else held_below(output, self.ceiling)
         return output
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:
@@ -94,8 +96,13 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
+        return self.normalized_gradients(source, weights, scale, d_output)
+
+    def normalized_gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
         if self.passes is not None:
-            d_output = d_output * self.passes
+            d_output = masked(d_output, self.passes)
         statistics = self.statistics
         del self.statistics, self.passes
         return kernels.normalized_convolution_gradients(
@@ -116,18 +123,22 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         self.module = module
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output = self.convolved(source, weights, scale, shift)
+        self.qparams = observed(self.module.act_observer, output)
+        output, passes = quantizer(self.qparams).applied(output)
+        if passes is not None:
+            self.passes = passes if self.passes is None else self.passes & passes
+        return output
+
+    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        """Before the output is quantized."""
         bn = self.module.bn
         self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
         self.factor = self.by_output(scale * self.inverse)
         folded = weights * self.factor
         quantized, self.weights_pass = quantizer(observed(self.module.weight_observer, folded)).applied(folded)
         self.effective = quantized / self.factor
-        output = super().computed(source, self.effective, scale, shift)
-        self.qparams = observed(self.module.act_observer, output)
-        output, passes = quantizer(self.qparams).applied(output)
-        if passes is not None:
-            self.passes = passes if self.passes is None else self.passes & passes
-        return output
+        return self.normalized(source, self.effective, scale, shift)
 
     def by_output(self, channels: Array) -> Array:
         """(1, C, 1, 1) shaped to go with the weights."""
@@ -137,13 +148,60 @@ class FakeQuantizedConvolution(NormalizedConvolution):
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
-        d_source, d_effective, d_scale, d_shift = super().gradients(source, self.effective, scale, d_output)
+        d_source, d_effective, d_scale, d_shift = self.normalized_gradients(source, self.effective, scale, d_output)
         d_quantized = d_effective / self.factor
-        d_folded = d_quantized if self.weights_pass is None else d_quantized * self.weights_pass
+        d_folded = d_quantized if self.weights_pass is None else masked(d_quantized, self.weights_pass)
         d_factor = np.sum(d_folded * weights - d_quantized * self.effective, axis=(-3, -2, -1))
         d_scale += d_factor.reshape(d_scale.shape) * self.inverse
         del self.effective, self.weights_pass
         return d_source, d_folded * self.factor, d_scale, d_shift
+
+
+class FoldedConvolution(FakeQuantizedConvolution):
+    """The same with the batch norm of ``module`` folded into weights and bias, as they are once it is in eval mode.
+
+    The bias is rounded to multiples of the scales of input and weights (``source_qparams``), as int8 has it.
+    """
+
+    def __init__(self, module: Q.QATModule, source_qparams: QParams | None, *arguments: Any) -> None:
+        super().__init__(module, *arguments)
+        self.source_qparams = source_qparams
+        channels = self.geometry.output[1]
+        # What is left of batch norm: no mean, a factor of 1 / sqrt(variance + epsilon) = 1, and a bias.
+        self.ones = np.ones(channels, np.float32)
+        self.running_mean, self.mean = self.mean, np.zeros(channels, np.float32)
+        self.running_variance, self.variance = self.variance, self.ones - np.float32(self.norm.epsilon)
+
+    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
+        self.inverse = inverse.reshape(scale.shape)
+        self.factor = self.by_output(scale * self.inverse)
+        folded = weights * self.factor
+        qparams = observed(self.module.weight_observer, folded)
+        self.effective, self.weights_pass = quantizer(qparams).applied(folded)
+        self.centre = self.running_mean.reshape(scale.shape) * self.inverse
+        bias = self.quantized_bias(shift - scale * self.centre, qparams)
+        return self.normalized(source, self.effective, self.ones, bias)
+
+    def quantized_bias(self, bias: Array, weight_qparams: QParams) -> Array:
+        device = self.module.conv.weight.device
+        source, weights = Tensor(0.0, device=device), Tensor(0.0, device=device)
+        if self.source_qparams is None:
+            return bias
+        source.qparams.update(self.source_qparams)
+        weights.qparams.update(weight_qparams)
+        rounded: Array = fake_quant_bias(Tensor(bias, device=device), source, weights).numpy()
+        return rounded
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        d_source, d_quantized, _, d_bias = self.normalized_gradients(source, self.effective, self.ones, d_output)
+        d_bias = d_bias.reshape(scale.shape)
+        d_folded = d_quantized if self.weights_pass is None else masked(d_quantized, self.weights_pass)
+        d_factor = np.sum(d_folded * weights, axis=(-3, -2, -1)).reshape(scale.shape)
+        del self.effective, self.weights_pass
+        return d_source, d_folded * self.factor, d_factor * self.inverse - d_bias * self.centre, d_bias
 
 
 def quantizer(qparams: object) -> Quantizer:
@@ -183,4 +241,4 @@ class FakeQuantization(Function):  # type: ignore[misc]
         if self.passes is None:
             return d_output
         (gradient,) = values(d_output)
-        return Tensor(gradient * self.passes, device=d_output.device)
+        return Tensor(masked(gradient, self.passes), device=d_output.device)

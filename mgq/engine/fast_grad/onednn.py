@@ -7,6 +7,7 @@ plain C library, version 3. Names and numbers are those of ``oneapi/dnnl/dnnl.h`
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Mapping
 from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_uint, c_void_p
@@ -78,6 +79,8 @@ class Library:
     """oneDNN loaded, with the one engine and the one stream that everything here runs on."""
 
     def __init__(self, path: Path) -> None:
+        # Its threads would spin while they wait, and take the cores from MegEngine's and numpy's. Read when it loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             self.c = ctypes.CDLL(str(path))
         except OSError as error:

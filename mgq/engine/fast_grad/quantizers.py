@@ -12,10 +12,9 @@ from megengine.quantization import FakeQuantize
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
-from mgq.engine.fast_grad.exchange import Array
+from mgq.engine.fast_grad.elementwise import Mask, extremes, in_pieces
+from mgq.engine.fast_grad.exchange import Array, empty
 from mgq.quant.qat import CurrentRangeObserver
-
-Mask = npt.NDArray[np.bool_]
 
 ZERO, ONE = np.float32(0), np.float32(1)
 # The float32 next below a half. Added, away from zero, before truncation it rounds halves away from zero; a half itself
@@ -35,17 +34,26 @@ class Quantizer:
 
     def applied(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
-        steps = rounded(array / self.scale)
-        if self.zero_point:
-            steps += self.zero_point
-        passes = None
-        if steps.size and not (steps.min() >= self.lowest and steps.max() <= self.highest):
-            passes = (steps >= self.lowest) & (steps <= self.highest)
-            np.clip(steps, self.lowest, self.highest, out=steps)
-        if self.zero_point:
-            steps -= self.zero_point
-        steps *= self.scale
-        return steps, passes
+        output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
+        source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
+
+        def apply(piece: slice) -> bool:
+            steps = np.divide(source[piece], self.scale, out=target[piece])
+            rounded(steps)
+            if self.zero_point:
+                steps += self.zero_point
+            inside = bool(steps.min() >= self.lowest and steps.max() <= self.highest)
+            if inside:
+                marks[piece] = True
+            else:
+                np.logical_and(steps >= self.lowest, steps <= self.highest, out=marks[piece])
+                np.clip(steps, self.lowest, self.highest, out=steps)
+            if self.zero_point:
+                steps -= self.zero_point
+            steps *= self.scale
+            return inside
+
+        return output, None if all(in_pieces(apply, source.size)) else passes
 
 
 def rounded(array: Array) -> Array:
@@ -83,7 +91,7 @@ def is_known(observer: Any) -> bool:
 def observed(observer: MinMaxObserver, array: Array) -> QParams:
     """Let a known ``observer`` see ``array``, unless it is disabled; what it has to say then."""
     if observer.enabled:
-        lowest, highest = array.min(), array.max()
+        lowest, highest = np.split(extremes(array), 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()
             set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * lowest)

@@ -22,6 +22,7 @@ from mgq.engine.fast_grad.functions import (
     Convolution,
     FakeQuantization,
     FakeQuantizedConvolution,
+    FoldedConvolution,
     NormalizedConvolution,
     needs_gradient,
 )
@@ -182,7 +183,12 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             found = fusable(self, inp) if known else None
             if found is None:
                 return stock(self, inp)
-            function = FakeQuantizedConvolution(self, *arguments_of(self, found, relu, ceiling, inp))
+            arguments = arguments_of(self, found, relu, ceiling, inp)
+            function = (
+                FakeQuantizedConvolution(self, *arguments)
+                if self.training
+                else FoldedConvolution(self, inp.qparams, *arguments)
+            )
             output = normalized(self, function, inp)
             output.qparams.update(function.qparams)
             return output
@@ -206,10 +212,11 @@ def arguments_of(
 
 
 def fusable(module: M.Module, source: Tensor) -> Geometry | None:
-    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if it is training plainly."""
+    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if it is trained and plain."""
     conv, bn = module.conv, module.bn
     plainly = (
-        module.training
+        # In eval mode fake quantization folds the batch norm, float modules do as ever.
+        (module.training or not (isinstance(module, Q.QATModule) and bn.training))
         and type(bn) is M.BatchNorm2d
         and bn.track_running_stats
         and not bn.freeze
