@@ -14,7 +14,7 @@ import megengine.module.conv as conv_module
 import megengine.module.qat as Q
 import numpy as np
 import numpy.typing as npt
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 from megengine import Tensor
 from megengine.autodiff import GradManager

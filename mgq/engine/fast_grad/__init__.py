@@ -1,10 +1,5 @@
 """Training on a CPU that does not wait for MegEngine's reference kernels. See :func:`fast_gradients`."""
 
-from mgq.machine import wait_without_spinning
-
-# Read when MegEngine makes its first tensor.
-wait_without_spinning()
-
 from mgq.engine.fast_grad.switch import (
     disable_fast_gradients,
     enable_fast_gradients,
