@@ -170,7 +170,7 @@ def test_markdown_is_a_document_and_nothing_else(asked: list[Settings]) -> None:
 
 
 def test_help_names_the_default_of_rounds() -> None:
-    assert f"[default: ({ROUNDS})]" in " ".join(run("--help").stdout.split())
+    assert f"[default: ({ROUNDS}; with --train 3)]" in " ".join(run("--help").stdout.split())
 
 
 def test_the_verb_imports_nothing_heavy() -> None:

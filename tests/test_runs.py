@@ -197,7 +197,10 @@ def test_curves_that_cannot_be_written_stop_nothing(tmp_path: Path) -> None:
     with new_run(tmp_path) as run:
         (run.path / "curves.png").mkdir()
         problem = run.write_curves("title")
+        (run.path / "metrics.jsonl").mkdir()
+        unread = run.write_curves("title")
     assert problem is not None and one_line_about(problem, "curves.png")
+    assert unread is not None and one_line_about(unread, "metrics.jsonl")
 
 
 # ---- the state ----

@@ -26,9 +26,8 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
+    "legend.edgecolor": "white",
     "axes.titlesize": 11,
-    "axes.titlelocation": "left",
     "text.parse_math": False,  # a name may hold a "$"
 }
 Entries = Sequence[Mapping[str, Any]]
@@ -112,7 +111,7 @@ def _plot(panel: Axes, metrics: Entries, title: str, curves: Sequence[Curve]) ->
             panel.plot(
                 *zip(*points, strict=True), curve.style, c=curve.colour, label=curve.label, marker=marker, ms=3.5
             )
-    panel.set_title(title)
+    panel.set_title(title, loc="left")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.tick_params(labelbottom=True)
 

@@ -146,7 +146,11 @@ class RunFolder:
 
     def write_curves(self, title: str, marks: Sequence[Mark] = ()) -> str | None:
         """Draw the metrics so far. Returns None, or a line that says why it could not be done; raises nothing."""
-        return write_curves(self.path / CURVES, self.metrics(), title, marks)
+        try:
+            metrics = self.metrics()
+        except InputError as error:
+            return str(error)
+        return write_curves(self.path / CURVES, metrics, title, marks)
 
     def close(self) -> None:
         """Let others have the folder. To be called once all is written; again, it does nothing."""

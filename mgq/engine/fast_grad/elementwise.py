@@ -36,21 +36,45 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def in_pieces(function: Callable[[slice], Result], size: int) -> list[Result]:
-    """What ``function`` gives for slices that together are ``size`` elements, in their order."""
+def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
+    """What ``function`` gives for slices of ``piece`` elements that together are ``size``, in their order."""
 
     def run(first: int, last: int) -> list[Result]:
-        return [function(slice(start, min(start + PIECE, last))) for start in range(first, last, PIECE)]
+        return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
 
-    pieces = -(-size // PIECE)
+    pieces = -(-size // piece)
     if cores() == 1 or pieces < PIECES_A_CORE * cores():
         return run(0, size)
-    share = -(-pieces // cores()) * PIECE
+    share = -(-pieces // cores()) * piece
     futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
     results = run(0, share)
     for future in futures:
         results += future.result()
     return results
+
+
+def in_rows(function: Callable[[slice], Result], rows: int, width: int) -> list[Result]:
+    """What ``function`` gives for slices of ``rows`` of ``width`` elements each: whole rows, as many as a piece has."""
+    return in_pieces(function, rows, max(1, PIECE // max(1, width)))
+
+
+def scaled_rows(array: Array, factor: Array, divide: bool = False) -> Array:
+    """Each row of ``array``, an array of any shape seen as (factor.size, elements), times or by its ``factor``."""
+    result = empty(array.shape)
+    rows, column = array.reshape(factor.size, -1), factor.reshape(-1, 1)
+    target = result.reshape(rows.shape)
+    operation = np.divide if divide else np.multiply
+    in_rows(lambda part: operation(rows[part], column[part], out=target[part]), *rows.shape)
+    return result
+
+
+def summed_products(one: Array, other: Array) -> Array:
+    """The sum of ``one`` times ``other`` for each output channel of weights of one shape: (O,), O the leading axes."""
+    axes = 1 if one.ndim == 4 else 2
+    rows = int(np.prod(one.shape[:axes]))
+    a, b = one.reshape(rows, -1), other.reshape(rows, -1)
+    parts = in_rows(lambda part: np.einsum("ok,ok->o", a[part], b[part]), *a.shape)
+    return np.concatenate(parts)
 
 
 def extremes(array: Array) -> Array:

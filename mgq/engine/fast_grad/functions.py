@@ -14,7 +14,7 @@ from megengine.core.ops.builtin import Elemwise
 from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.engine.fast_grad import kernels
-from mgq.engine.fast_grad.elementwise import held_below, masked
+from mgq.engine.fast_grad.elementwise import held_below, masked, scaled_rows, summed_products
 from mgq.engine.fast_grad.exchange import Array, tensors, values
 from mgq.engine.fast_grad.kernels import Geometry, Norm
 from mgq.engine.fast_grad.quantizers import Quantizer, observed, quantizer_of
@@ -135,9 +135,9 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         bn = self.module.bn
         self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
         self.factor = self.by_output(scale * self.inverse)
-        folded = weights * self.factor
+        folded = scaled_rows(weights, self.factor)
         quantized, self.weights_pass = quantizer(observed(self.module.weight_observer, folded)).applied(folded)
-        self.effective = quantized / self.factor
+        self.effective = scaled_rows(quantized, self.factor, divide=True)
         return self.normalized(source, self.effective, scale, shift)
 
     def by_output(self, channels: Array) -> Array:
@@ -149,12 +149,13 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
         d_source, d_effective, d_scale, d_shift = self.normalized_gradients(source, self.effective, scale, d_output)
-        d_quantized = d_effective / self.factor
-        d_folded = d_quantized if self.weights_pass is None else masked(d_quantized, self.weights_pass)
-        d_factor = np.sum(d_folded * weights - d_quantized * self.effective, axis=(-3, -2, -1))
+        # With q = d_effective / factor: d_factor is the sum of passed q times weights less q times effective weights.
+        d_weights = d_effective if self.weights_pass is None else masked(d_effective, self.weights_pass)
+        d_factor = summed_products(d_weights, weights) - summed_products(d_effective, self.effective)
+        d_factor /= self.factor.reshape(-1)
         d_scale += d_factor.reshape(d_scale.shape) * self.inverse
         del self.effective, self.weights_pass
-        return d_source, d_folded * self.factor, d_scale, d_shift
+        return d_source, d_weights, d_scale, d_shift
 
 
 class FoldedConvolution(FakeQuantizedConvolution):
@@ -176,7 +177,7 @@ class FoldedConvolution(FakeQuantizedConvolution):
         inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
         self.inverse = inverse.reshape(scale.shape)
         self.factor = self.by_output(scale * self.inverse)
-        folded = weights * self.factor
+        folded = scaled_rows(weights, self.factor)
         qparams = observed(self.module.weight_observer, folded)
         self.effective, self.weights_pass = quantizer(qparams).applied(folded)
         self.centre = self.running_mean.reshape(scale.shape) * self.inverse
@@ -199,9 +200,9 @@ class FoldedConvolution(FakeQuantizedConvolution):
         d_source, d_quantized, _, d_bias = self.normalized_gradients(source, self.effective, self.ones, d_output)
         d_bias = d_bias.reshape(scale.shape)
         d_folded = d_quantized if self.weights_pass is None else masked(d_quantized, self.weights_pass)
-        d_factor = np.sum(d_folded * weights, axis=(-3, -2, -1)).reshape(scale.shape)
+        d_factor = summed_products(d_folded, weights).reshape(scale.shape)
         del self.effective, self.weights_pass
-        return d_source, d_folded * self.factor, d_factor * self.inverse - d_bias * self.centre, d_bias
+        return d_source, scaled_rows(d_folded, self.factor), d_factor * self.inverse - d_bias * self.centre, d_bias
 
 
 def quantizer(qparams: object) -> Quantizer:
