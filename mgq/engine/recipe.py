@@ -265,12 +265,12 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     """For some hundred to some ten thousand pictures.
 
     The fewer there are, the more often each is seen: about 7,500 crops for trained weights, 50,000 for random
-    ones, 5,000 for quantization-aware training.
+    ones, 10,000 for quantization-aware training.
     """
     batch = batch_for(task.pictures)
     if task.mode == "qat":
-        epochs = epochs or repeats(task.pictures, crops=5_000, least=2, most=8)
-        values = {"lr": 0.001, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
+        epochs = epochs or repeats(task.pictures, crops=10_000, least=2, most=8)
+        values = {"lr": 0.005, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
     elif task.start is Start.TRAINED:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
