@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_words_go_to_the_request_the_builder_or_the_recipe() -> None:
 
 def test_a_run_can_be_trained_and_measured_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = {"image_size": 32, "batch_size": 8, "synthetic_train": 16, "synthetic_val": 10, "epochs": 1}
+    small: dict[str, Any] = {"image_size": 32, "batch_size": 8, "synthetic_train": 16, "synthetic_val": 10, "epochs": 1}
     trained = mgq.train(arch=ARCH, **small)
     assert trained.checkpoint == Path("runs") / f"{ARCH}.normal" / "checkpoint.safetensors"
     quantized = mgq.qat(arch=ARCH, **small)
