@@ -24,6 +24,7 @@ from mgq.engine.losses import cross_entropy
 from mgq.engine.networks import versions
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
+from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode
 from mgq.quant.qat import Phase, prepared_for_qat, set_phase
 from mgq.zoo.registry import create_model, spec_of
@@ -141,7 +142,7 @@ class Stepper:
         self.optimizer = SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     def images(self) -> Tensor:
-        return Tensor(self.pixels.astype(np.float32) - 128)
+        return Tensor(as_input(self.pixels))
 
     def step(self) -> float:
         """The loss of one training step, which is over when it returns."""

@@ -20,7 +20,7 @@ from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import measured_ranges
+from mgq.quant.calibrate import as_input, measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
@@ -66,7 +66,7 @@ class Classifier:
 
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
-        result: npt.NDArray[np.float32] = self.network(Tensor(batch.astype(np.float32) - 128)).numpy()
+        result: npt.NDArray[np.float32] = self.network(Tensor(as_input(batch))).numpy()
         return result
 
     def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

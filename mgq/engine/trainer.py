@@ -36,6 +36,7 @@ from mgq.engine.training_state import TrainingState
 from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.quant.calibrate import as_input
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import observe_weights
 from mgq.zoo.registry import spec_of
@@ -428,7 +429,7 @@ def marks(recipe: Recipe) -> list[Mark]:
 
 def pixels_of(images: npt.NDArray[np.uint8]) -> Tensor:
     """uint8 (N, 3, H, W) as networks take it: float32, minus 128."""
-    return Tensor(images.astype(np.float32) - 128)
+    return Tensor(as_input(images))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -104,4 +104,5 @@ def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, 
 
 
 def as_input(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Pixels as networks take them: float32, minus 128."""
     return batch.astype(np.float32) - 128
