@@ -51,11 +51,6 @@ def test_fewer_pictures_are_seen_more_often(start: Start) -> None:
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1]
 
 
-def test_trained_weights_are_changed_gently_and_a_new_classifier_is_not() -> None:
-    trained, random = (recipe_for(replace(FLOWERS, start=start), {}) for start in (Start.TRAINED, Start.RANDOM))
-    assert trained.lr < random.lr and trained.lr * trained.head_lr >= random.lr and random.head_lr == 1
-
-
 def test_a_handful_of_pictures_still_makes_batches() -> None:
     for pictures in (4, 9, 40):
         recipe = recipe_for(replace(FLOWERS, pictures=pictures), {})
@@ -114,7 +109,6 @@ def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
         ("batch_size", -1),
         ("lr", -0.1),
         ("lr", float("nan")),
-        ("head_lr", -1.0),
         ("label_smoothing", 1.5),
         ("ema", 1.5),
         ("momentum", -0.5),

@@ -32,10 +32,9 @@ class Recipe:
     """What a run does. Two runs with equal recipes, pictures and versions end with equal weights.
 
     ``data`` is a folder with ``train/`` and ``val/``, or ``synthetic``. ``lr`` and ``batch_size`` hold for one
-    device; several multiply both. The classifier learns at ``head_lr`` times ``lr``. ``milestones``, ``warmup``,
-    ``freeze_observers`` and ``freeze_batch_norm`` count epochs and may be fractions. ``decay_all`` extends
-    ``weight_decay`` to parameters of one dimension (batch norms, biases).
-    ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own).
+    device; several multiply both. ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count
+    epochs and may be fractions. ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms,
+    biases). ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own).
     ``crop_scale`` is the least share of a picture's area that a training crop shows. ``ema`` is the decay of
     the averaged weights that are measured and kept (0: none). ``limit`` takes so many pictures of each set, evenly
     spread (0: all). ``distill`` is the share of the loss that compares the answers with those of the float network.
@@ -54,7 +53,6 @@ class Recipe:
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     warmup: float = 0.0
-    head_lr: float = 1.0
     momentum: float = 0.9
     batch_norm_momentum: float = 0.0
     weight_decay: float = 1e-4
@@ -95,7 +93,7 @@ class Recipe:
             raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
         if not 0 < self.crop_scale <= 1:
             raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
-        for name in ("lr", "head_lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
+        for name in ("lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
@@ -275,8 +273,7 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
         values = {"lr": 0.005, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
     elif task.start is Start.TRAINED:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
-        # As a rule the classifier is new. At its rate the rest would forget what it knows.
-        values = {"lr": 0.002, "head_lr": 10.0, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
+        values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
     else:
         epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
         values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}

@@ -182,7 +182,7 @@ class Trainer:
         if not math.isfinite(value):
             raise InputError(self.lost(value))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["lr_factor"]
+            group["lr"] = self.learning_rate
         self.optimizer.step().clear_grad()
         if self.average is not None:
             self.average.update(self.network)
@@ -392,23 +392,19 @@ def head_of(recipe: Recipe) -> str:
 
 
 def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
-    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales.
+    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales."""
 
-    Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
-        factor = recipe.head_lr if name.startswith(head_of(recipe)) else 1.0
-        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
-    return SGD(
-        [
-            {"params": group, "weight_decay": decay, "lr": recipe.lr * factor, "lr_factor": factor}
-            for (decay, factor), group in groups.items()
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-    )
+    def decays(name: str) -> bool:
+        return not is_observed(name) and (recipe.decay_all or is_matrix(parameters[name]))
+
+    decayed = [parameter for name, parameter in parameters.items() if decays(name)]
+    others = [parameter for name, parameter in parameters.items() if not decays(name)]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, recipe.weight_decay), (others, 0.0))
+        if group
+    ]
+    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
 def is_matrix(parameter: Tensor) -> bool:
