@@ -18,8 +18,8 @@ from megengine import Tensor
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.calibration import calibrated, sources_of
 from mgq.errors import InputError
-from mgq.quant.calibrate import DEFAULT_METHOD, EASYQUANT, METHODS, measured_ranges
-from mgq.quant.easyquant import SampledConvolution, cosine, picked, sampled_positions, thinned
+from mgq.quant.calibrate import DEFAULT_METHOD, EASYQUANT, METHODS, Sample, measured_ranges
+from mgq.quant.easyquant import SampledConvolution, cosine, picked, sampled_positions
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import ActivationRanges, apply_ranges, folded_weight, observe_weights, read_ranges, set_range
 from mgq.zoo.layers import ConvBnRelu6
@@ -158,7 +158,7 @@ class TestMethods:
         assert DEFAULT_METHOD in METHODS
 
     def test_no_more_pictures_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mgq.quant.calibrate.PICTURES", 2)
+        monkeypatch.setattr("mgq.quant.calibrate.LAYERWISE_PICTURES", 2)
         for method, used in (("easyquant", 2), ("min-max", 4)):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
             found = calibrated(own, Pictures(), 4, method=method)
@@ -201,7 +201,7 @@ class TestEasyQuant:
         for method in ("min-max", EASYQUANT):
             network = net()
             qat = to_mode(network, Mode.QAT)
-            apply_ranges(qat, ranges_by(method, network))
+            apply_ranges(qat, measured_ranges(network, [PICTURES], "net", "", {}, method, correct_bias=False))
             similarities.append(cosine(output_of_sum(network), output_of_sum(qat)))
         assert 1 - similarities[1] < 0.95 * (1 - similarities[0])
 
@@ -225,10 +225,56 @@ class TestEasyQuant:
             for start in range(0, 100, 10):
                 yield np.arange(start, start + 10, dtype=np.uint8).reshape(10, 1, 1, 1)
 
-        kept = thinned(batches(), 32).ravel().tolist()
-        assert kept == list(range(0, 100, 4))
-        assert thinned(batches(), 100).ravel().tolist() == list(range(100))
-        assert len(thinned([], 32)) == 0
+        for number, kept in ((32, range(0, 100, 4)), (100, range(100))):
+            sample = Sample(number)
+            assert sum(len(batch) for batch in sample.of(batches())) == 100
+            assert [int(picture.item()) for picture in sample.pictures] == list(kept)
+        assert Sample(3).pictures == []
+
+
+def means_before_activation(network: M.Module) -> dict[str, npt.NDArray[np.float32]]:
+    """Each convolution's mean output by channel, without what follows it."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+
+    def hook(name: str) -> Any:
+        def note(_: M.Module, __: Any, output: Tensor) -> None:
+            found[name] = output.numpy().mean((0, 2, 3))
+
+        return note
+
+    handles = [getattr(network, name).register_forward_hook(hook(name)) for name in ("third", "add")]
+    logits_of(network, PICTURES)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("method", ["min-max", EASYQUANT])
+class TestBiasCorrection:
+    def test_means_are_nearer_to_those_of_float(self, method: str) -> None:
+        exact = means_before_activation(net())
+        errors = []
+        for correct in (False, True):
+            found = measured_ranges(net(), [PICTURES], "net", "", {}, method, correct_bias=correct)
+            assert bool(found.bias_corrections) == correct
+            qat = to_mode(net(), Mode.QAT)
+            apply_ranges(qat, found)
+            means = means_before_activation(qat)
+            errors.append({name: np.abs(means[name] - exact[name]).mean() for name in exact})
+        assert errors[1]["third"] < 0.5 * errors[0]["third"] and errors[1]["add"] < errors[0]["add"]
+
+    def test_every_convolution_is_corrected_by_channel_and_int8_follows(self, method: str) -> None:
+        found = ranges_by(method)
+        assert {name: len(values) for name, values in found.bias_corrections.items()} == dict.fromkeys(
+            ("first", "second", "third"), 8
+        )
+        qat = to_mode(net(), Mode.QAT)
+        apply_ranges(qat, found)
+        added = qat.third.bias.numpy() - net().third.bias.numpy()
+        np.testing.assert_allclose(added.ravel(), found.bias_corrections["third"], rtol=1e-4, atol=1e-6)
+        qat.eval()
+        real = logits_of(to_mode(qat, Mode.QUANTIZED), PICTURES)
+        np.testing.assert_allclose(logits_of(qat, PICTURES), real, rtol=0.02, atol=0.02)
 
 
 class TestFile:
@@ -248,6 +294,21 @@ class TestFile:
         with pytest.raises(InputError) as error:
             read_ranges(path)
         assert one_line_about(str(error.value), str(path), "make it again by `mgq calibrate`")
+
+    @pytest.mark.parametrize("damage", [{"first": 3}, [1], {"first": ["x"]}, {"first": [float("nan")] * 8}])
+    def test_damaged_bias_corrections_are_refused(self, damage: Any, tmp_path: Path) -> None:
+        path = tmp_path / "ranges.json"
+        path.write_text(json.dumps({**json.loads(ranges_by("min-max").to_json()), "bias_corrections": damage}))
+        with pytest.raises(InputError) as error:
+            read_ranges(path)
+        assert one_line_about(str(error.value), str(path), "make it again by `mgq calibrate`")
+
+    @pytest.mark.parametrize("name", ["fourth", "add", "first"])
+    def test_biases_that_the_network_does_not_have_are_refused(self, name: str) -> None:
+        found = replace(ranges_by("min-max"), bias_corrections={name: (1.0, 2.0)})
+        with pytest.raises(InputError) as error:
+            apply_ranges(to_mode(net(), Mode.QAT), found)
+        assert one_line_about(str(error.value), f"'{name}'")
 
     @pytest.mark.parametrize("name", ["fourth", "add"])
     def test_weights_that_the_network_does_not_have_are_refused(self, name: str) -> None:

@@ -51,6 +51,16 @@ def test_fewer_pictures_are_seen_more_often(start: Start) -> None:
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1]
 
 
+def test_a_new_classifier_is_solved_first_and_what_the_weights_know_is_kept() -> None:
+    recipe = recipe_for(replace(FLOWERS, start=Start.NEW_CLASSIFIER, stem_lr=0.01), {})
+    assert recipe.classifier_pictures > 1_250 and recipe.keep_batch_norm and recipe.stem_lr == 0.01
+    for start in (Start.RANDOM, Start.TRAINED):
+        other = recipe_for(replace(FLOWERS, start=start), {})
+        assert other.classifier_pictures == 0 and not other.keep_batch_norm and other.stem_lr == 1
+    for mode in ("normal", "qat"):
+        assert recipe_for(replace(FLOWERS, start=Start.TRAINED, mode=mode, keep_batch_norm=True), {}).keep_batch_norm
+
+
 def test_a_handful_of_pictures_still_makes_batches() -> None:
     for pictures in (4, 9, 40):
         recipe = recipe_for(replace(FLOWERS, pictures=pictures), {})

@@ -38,6 +38,12 @@ def calibrate(
         str | None,
         typer.Option("--method", help="min-max, ema, histogram, mse or easyquant.", show_default="easyquant"),
     ] = None,
+    correct_bias: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction/--no-bias-correction", help="Take out of the biases what int8 shifts on average."
+        ),
+    ] = True,
     save: Save = RUNS,
     limit: Limit = None,
     workers: Workers = None,
@@ -81,7 +87,8 @@ def calibrate(
         from mgq.quant.calibrate import DEFAULT_METHOD
 
         found = pictures_for(classifier, pictures or [], data, images, on_progress)
-        result = calibrated(classifier, found.sources, images, about, on_progress, method or DEFAULT_METHOD)
+        method = method or DEFAULT_METHOD
+        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias)
         for problem in result.problems:
             note(problem)
         path = result.write(save)

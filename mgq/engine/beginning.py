@@ -30,13 +30,22 @@ DEFAULT_ARCH = "resnet18"
 
 @dataclass(frozen=True)
 class Beginning:
-    """The weights that a run begins with: none for random ones. ``origin`` says where they come from."""
+    """The weights that a run begins with: none for random ones.
+
+    ``origin`` says where they come from, ``keeps_batch_norm`` whether they were trained with the statistics that batch
+    norms had before.
+    """
 
     state: State | None
     origin: str
     options: Mapping[str, Any]
     classes: tuple[str, ...] | None = None
     image_size: int | None = None
+    keeps_batch_norm: bool = False
+
+
+def keeps_batch_norm(weights: Weights) -> bool:
+    return bool(weights.info and weights.info.recipe.get("keep_batch_norm"))
 
 
 def beginning_of(spec: ModelSpec, given: Weights | None, sets: Sets, request: Request, watcher: Watcher) -> Beginning:
@@ -59,7 +68,8 @@ def beginning_of(spec: ModelSpec, given: Weights | None, sets: Sets, request: Re
     fits = has_classes_of(weights, sets.train)
     if fits and not request.new_head:
         watcher.on_remark(f"{spec.name}: begins with {weights.origin}")
-        return Beginning(state, weights.origin, weights.options, image_size=size)
+        kept = keeps_batch_norm(weights)
+        return Beginning(state, weights.origin, weights.options, image_size=size, keeps_batch_norm=kept)
     if not (from_zoo or request.new_head):
         raise InputError(
             f"{weights.origin} answers {classes_in_words(weights)} and {sets.train.name} has "
@@ -90,7 +100,8 @@ def wanted_network(request: Request, changes: dict[str, Any]) -> tuple[ModelSpec
     """The architecture, and the weights of ``--checkpoint``; taken out of ``changes``."""
     in_recipe = changes.pop("arch", None)
     arch = request.arch or in_recipe
-    changes.pop("options", None) if request.options else None
+    if request.options:
+        changes.pop("options", None)
     if request.checkpoint is None:
         return spec_of(arch or DEFAULT_ARCH), None
     weights = read_weights(request.checkpoint, spec_of(arch) if arch else None)

@@ -58,11 +58,12 @@ def calibrated(
     about: str = "",
     on_progress: OnProgress = silent,
     method: str = DEFAULT_METHOD,
+    correct_bias: bool = True,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
 
-    The methods are those of :func:`mgq.quant.calibrate.measured_ranges`; ``easyquant`` takes 32 pictures at most. Those
-    that cannot be read are left out and named. The classifier's network is used up. Raises InputError where no picture
+    The methods, and what ``correct_bias`` does, are those of :func:`mgq.quant.calibrate.measured_ranges`; ``easyquant``
+    takes 32 pictures at most. Those that cannot be read are left out and named. The classifier's network is used up. Raises InputError where no picture
     can be read, and for another method.
     """
     checked_method(method)
@@ -85,20 +86,22 @@ def calibrated(
             on_progress(Progress("calibrate", done, len(chosen), "pictures"))
 
     state = classifier.network.state_dict()
+    command = f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}"
     # The provenance is still a promise when the pictures are read: the count is set right afterwards.
     provenance = {
         "pictures": about or "unnamed",
         "images": 0,
         "of": len(sources),
         "method": method,
+        "bias_correction": correct_bias,
         "choice": "evenly spread over the sorted list",
         "weights": classifier.origin,
         "image_size": classifier.image_size,
-        "made_by": f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}",
+        "made_by": command + ("" if correct_bias else " --no-bias-correction"),
         "versions": versions(),
     }
     name, weights = classifier.spec.name, fingerprint(state)
-    ranges = measured_ranges(classifier.network, batches(), name, weights, provenance, method)
+    ranges = measured_ranges(classifier.network, batches(), name, weights, provenance, method, correct_bias)
     used = len(chosen) - len(problems)
     provenance["images"] = used
     if used == 0:

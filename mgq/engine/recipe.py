@@ -25,6 +25,7 @@ SCHEDULES = ("cosine", "linear", "step")
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")
 IMAGENET_PICTURES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
+CLASSIFIER_PICTURES = 5_000
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Recipe:
     """What a run does. Two runs with equal recipes, pictures and versions end with equal weights.
 
     ``data`` is a folder with ``train/`` and ``val/``, or ``synthetic``. ``lr`` and ``batch_size`` hold for one
-    device; several multiply both. ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count
-    epochs and may be fractions. ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms,
-    biases). ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own).
-    ``crop_scale`` is the least share of a picture's area that a training crop shows. ``ema`` is the decay of
-    the averaged weights that are measured and kept (0: none). ``limit`` takes so many pictures of each set, evenly
-    spread (0: all). ``distill`` is the share of the loss that compares the answers with those of the float network.
+    device; several multiply both. ``stem_lr`` is the factor of the learning rate for the weights that see pixels.
+    ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count epochs and may be fractions.
+    ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms, biases).
+    ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own); with
+    ``keep_batch_norm`` batch norms normalize by the statistics that they began with. ``crop_scale`` is the least share
+    of a picture's area that a training crop shows. ``ema`` is the decay of the averaged weights that are measured and
+    kept (0: none). ``classifier_pictures`` is on how many pictures at most the classifier of a float network is
+    solved before the training (0: it begins as it is). ``limit`` takes so many pictures of each set, evenly spread (0:
+    all). ``distill`` is the share of the loss that compares the answers with those of the float network.
     The last block matters in mode ``qat`` alone.
     """
 
@@ -55,6 +59,8 @@ class Recipe:
     warmup: float = 0.0
     momentum: float = 0.9
     batch_norm_momentum: float = 0.0
+    keep_batch_norm: bool = False
+    stem_lr: float = 1.0
     weight_decay: float = 1e-4
     decay_all: bool = False
     label_smoothing: float = 0.1
@@ -63,6 +69,7 @@ class Recipe:
     jitter: float = 0.0
     ema: float = 0.0
     freeze_backbone: bool = False
+    classifier_pictures: int = 0
     amp: bool = False
     val_every: int = 1
     limit: int = 0
@@ -81,6 +88,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be, by its name on the command line."""
         least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
+        least["classifier_pictures"] = 0
         for name, low in least.items():
             value = getattr(self, name)
             if value < low:
@@ -93,7 +101,7 @@ class Recipe:
             raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
         if not 0 < self.crop_scale <= 1:
             raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
-        for name in ("lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
+        for name in ("lr", "stem_lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
@@ -181,11 +189,15 @@ class Start(str, Enum):
 
     RANDOM = "random"
     TRAINED = "trained"
+    NEW_CLASSIFIER = "trained but for the classifier"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a recipe is wanted for: ``pictures`` are those to train on."""
+    """What a recipe is wanted for: ``pictures`` are those to train on.
+
+    ``stem_lr`` is what the weights to begin with want; ``keep_batch_norm``: whether their training kept batch norms.
+    """
 
     arch: str
     mode: str
@@ -194,6 +206,8 @@ class Task:
     pictures: int
     image_size: int
     start: Start = Start.RANDOM
+    stem_lr: float = 1.0
+    keep_batch_norm: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -228,6 +242,7 @@ def base(task: Task, **values: Any) -> Recipe:
         classes=task.classes,
         image_size=task.image_size,
         options=dict(task.options),
+        stem_lr=task.stem_lr,
         **values,
     )
 
@@ -271,9 +286,13 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     if task.mode == "qat":
         epochs = epochs or repeats(task.pictures, crops=10_000, least=2, most=8)
         values = {"lr": 0.005, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
-    elif task.start is Start.TRAINED:
+        values["keep_batch_norm"] = task.keep_batch_norm
+    elif task.start is not Start.RANDOM:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
+        values["keep_batch_norm"] = task.keep_batch_norm
+        if task.start is Start.NEW_CLASSIFIER:
+            values |= {"classifier_pictures": CLASSIFIER_PICTURES, "keep_batch_norm": True}
     else:
         epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
         values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}

@@ -29,9 +29,11 @@ from mgq.engine.evaluate import Evaluation, evaluated
 from mgq.engine.losses import cross_entropy, distillation
 from mgq.engine.metrics import Meter
 from mgq.engine.networks import versions
+from mgq.engine.probe import solve_classifier
 from mgq.engine.recipe import Recipe, plain
 from mgq.engine.runs import RunFolder
 from mgq.engine.schedule import learning_rate
+from mgq.engine.stem import stem_of
 from mgq.engine.training_state import TrainingState
 from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
@@ -62,8 +64,9 @@ class Trainer:
     """One training of one network (mode ``normal`` or ``qat``) by one recipe, kept in one folder.
 
     ``train`` and ``val`` are loaders of the pictures to learn from and to measure on; ``info`` is what the
-    checkpoints will say of themselves; ``teacher`` is the float network for distillation. ``network`` ends up as
-    trained; the best one on ``val`` is kept as the run's checkpoint.
+    checkpoints will say of themselves; ``teacher`` is the float network for distillation; ``examples`` are pictures
+    without augmentation on which the classifier is solved before the first step. ``network`` ends up as trained; the
+    best one on ``val`` is kept as the run's checkpoint.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Trainer:
         peers: Peers | None = None,
         watcher: Watcher = ALONE,
         report_every: int = 0,
+        examples: Loader | None = None,
     ) -> None:
         self.recipe = recipe
         self.network = network
@@ -89,7 +93,9 @@ class Trainer:
         self.peers = peers or Peers()
         self.watcher = watcher
         self.report_every = report_every
+        self.examples = examples
 
+        self.prepared = False
         self.epoch = 0
         self.step_in_epoch = 0
         self.meter = Meter()
@@ -107,18 +113,29 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the recipe's last epoch. Raises StoppedError when asked to stop; the state is kept then."""
-        if self.is_new:
+        if not self.prepared:
+            self.save()
+            self.solve_classifier()
             self.peers.share(self.network)
             self.observe()
+            self.prepared = True
             self.save()
         while self.epoch < self.recipe.epochs:
             self.train_epoch()
             self.finish_epoch()
         self.draw_curves()
 
-    @property
-    def is_new(self) -> bool:
-        return self.epoch == 0 and self.step_in_epoch == 0
+    def solve_classifier(self) -> None:
+        """Let a new classifier begin with what the weights below it know already."""
+        if self.examples is None:
+            return
+
+        def told(progress: Progress) -> None:
+            self.watcher.on_progress(progress)
+            self.stop_if_asked(keep=False)
+
+        name = head_of(self.recipe).removesuffix(".")
+        solve_classifier(self.network, name, self.examples, self.recipe.label_smoothing, told)
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
@@ -151,7 +168,7 @@ class Trainer:
     def prepare_network(self) -> None:
         """Set the network to learn; what the recipe keeps still by now, is."""
         self.network.train()
-        if self.recipe.freeze_backbone:
+        if self.recipe.freeze_backbone or self.recipe.keep_batch_norm:
             for name, module in self.network.named_modules():
                 if isinstance(module, M.BatchNorm2d) and not name.startswith(head_of(self.recipe)):
                     module.eval()
@@ -182,7 +199,7 @@ class Trainer:
         if not math.isfinite(value):
             raise InputError(self.lost(value))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["lr_factor"]
         self.optimizer.step().clear_grad()
         if self.average is not None:
             self.average.update(self.network)
@@ -285,6 +302,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             tensors[f"velocity.{name}"] = self.optimizer._state[parameter]["momentum_buffer"].numpy()
         progress: dict[str, Any] = {
+            "prepared": self.prepared,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "meter": self.meter.state(),
@@ -316,6 +334,7 @@ class Trainer:
         self.network.load_state_dict(parts["network"])
         for name, parameter in self.parameters.items():
             self.optimizer._state[parameter]["momentum_buffer"][...] = Tensor(parts["velocity"][name])
+        self.prepared = state.progress.get("prepared", True)
         self.epoch = state.progress["epoch"]
         self.step_in_epoch = state.progress["step_in_epoch"]
         self.meter = Meter.from_state(state.progress["meter"])
@@ -392,19 +411,24 @@ def head_of(recipe: Recipe) -> str:
 
 
 def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
-    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales."""
+    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales.
 
-    def decays(name: str) -> bool:
-        return not is_observed(name) and (recipe.decay_all or is_matrix(parameters[name]))
-
-    decayed = [parameter for name, parameter in parameters.items() if decays(name)]
-    others = [parameter for name, parameter in parameters.items() if not decays(name)]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, recipe.weight_decay), (others, 0.0))
-        if group
-    ]
-    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
+    """
+    stem = stem_of(parameters)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
+        factor = recipe.stem_lr if name == stem else 1.0
+        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
+    return SGD(
+        [
+            {"params": group, "weight_decay": decay, "lr": recipe.lr * factor, "lr_factor": factor}
+            for (decay, factor), group in groups.items()
+        ],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+    )
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -416,14 +440,16 @@ def phase_at(recipe: Recipe, epoch: float) -> Phase:
     """What quantization-aware training keeps still at ``epoch``, which counts from 0."""
     if epoch >= recipe.freeze_observers > 0:
         return Phase.FREEZE_OBSERVERS
-    return Phase.FREEZE_BATCH_NORM if epoch >= recipe.freeze_batch_norm > 0 else Phase.QUANTIZE
+    keeps = recipe.keep_batch_norm or epoch >= recipe.freeze_batch_norm > 0
+    return Phase.FREEZE_BATCH_NORM if keeps else Phase.QUANTIZE
 
 
 def marks(recipe: Recipe) -> list[Mark]:
     """Where in a run, in epochs, something changes for good, for the curves."""
     if recipe.mode != "qat":
         return []
-    found = [(recipe.freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]
+    freeze_batch_norm = 0.0 if recipe.keep_batch_norm else recipe.freeze_batch_norm
+    found = [(freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]
     return [Mark(epoch, text) for epoch, text in found if 0 < epoch < recipe.epochs]
 
 

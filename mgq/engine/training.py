@@ -12,7 +12,8 @@ import megengine as mge
 import megengine.module as M
 
 from mgq.data.datasets import subset
-from mgq.engine.beginning import Beginning, beginning_of, float_weights, wanted_network
+from mgq.data.loader import Loader
+from mgq.engine.beginning import Beginning, beginning_of, float_weights, keeps_batch_norm, wanted_network
 from mgq.engine.calibration import calibrated
 from mgq.engine.comparison import Comparison, compared
 from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_every_device
@@ -22,8 +23,9 @@ from mgq.engine.networks import Classifier, open_classifier, versions
 from mgq.engine.recipe import SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
 from mgq.engine.runs import LAST, RunFolder
+from mgq.engine.stem import stem_rate
 from mgq.engine.trainer import Trainer
-from mgq.engine.training_data import SYNTHETIC_SIZE, Sets, loaders_of, read_sets
+from mgq.engine.training_data import SYNTHETIC_SIZE, Sets, loaders_of, measuring_loader, read_sets
 from mgq.engine.training_state import TrainingState
 from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Watcher
@@ -119,6 +121,7 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
         given.options,
         given.info.classes if given.info else None,
         given.info.image_size if given.info else None,
+        keeps_batch_norm(given),
     )
     if given.classes != len(sets.train.classes) and beginning.classes is None:
         raise InputError(
@@ -178,7 +181,9 @@ def planned(
         classes=len(classes),
         pictures=len(sets.train),
         image_size=changes.get("image_size", default_size),
-        start=Start.RANDOM if beginning.state is None else Start.TRAINED,
+        start=start_of(beginning, spec),
+        stem_lr=1.0 if beginning.state is None else stem_rate(beginning.state),
+        keep_batch_norm=beginning.keeps_batch_norm,
         options=beginning.options,
     )
     recipe = recipe_for(task, {**changes, "classes": len(classes)})
@@ -194,6 +199,12 @@ def planned(
     )
     loaders_of(recipe, sets, request, Peers())
     return Plan(recipe, sets, beginning, info, request)
+
+
+def start_of(beginning: Beginning, spec: ModelSpec) -> Start:
+    if beginning.state is None:
+        return Start.RANDOM
+    return Start.TRAINED if spec.head in beginning.state else Start.NEW_CLASSIFIER
 
 
 @contextlib.contextmanager
@@ -262,7 +273,7 @@ def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[C
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    found = calibrated(other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress, "min-max")
+    found = calibrated(other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
     return normal, found.classifier
 
 
@@ -272,7 +283,8 @@ def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> dict[
     network = first_network(plan)
     teacher = teacher_of(recipe, run) if recipe.distill else None
     train_loader, val_loader = loaders_of(recipe, plan.sets, plan.request, peers)
-    with training_kernels(watcher), train_loader, val_loader:
+    examples = examples_of(plan)
+    with training_kernels(watcher), train_loader, val_loader, examples or contextlib.nullcontext():
         trainer = Trainer(
             recipe,
             network,
@@ -284,6 +296,7 @@ def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> dict[
             peers,
             watcher,
             plan.request.report_every,
+            examples,
         )
         if plan.state is not None:
             trainer.load(plan.state)
@@ -306,6 +319,14 @@ def first_network(plan: Plan) -> M.Module:
             if isinstance(module, M.BatchNorm2d):
                 module.momentum = recipe.batch_norm_momentum
     return prepared_for_qat(network, recipe.observer, in_place=True) if recipe.mode == "qat" else network
+
+
+def examples_of(plan: Plan) -> Loader | None:
+    """The pictures to solve the classifier on, where the recipe has any; without augmentation."""
+    number, pictures = plan.recipe.classifier_pictures, plan.sets.train
+    if number == 0 or plan.recipe.mode == "qat":
+        return None
+    return measuring_loader(plan.recipe, subset(pictures, min(number, len(pictures))), plan.request)
 
 
 def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:

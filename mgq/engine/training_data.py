@@ -69,6 +69,7 @@ def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tu
     return train_loader, measuring_loader(recipe, sets.val, request)
 
 
-def measuring_loader(recipe: Recipe, val: Dataset, request: Request) -> Loader:
+def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request) -> Loader:
+    """A loader of ``pictures`` as they are measured on, without augmentation."""
     transform = EvalTransform(recipe.image_size, interpolation=spec_of(recipe.arch).interpolation)
-    return Loader(val, transform, BATCH, workers=request.workers, broken="drop", max_bad=request.max_bad)
+    return Loader(pictures, transform, BATCH, workers=request.workers, broken="drop", max_bad=request.max_bad)

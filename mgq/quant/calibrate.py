@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import megengine.module as M
@@ -15,14 +15,18 @@ from megengine.quantization.quantize import disable_fake_quant
 from megengine.quantization.utils import QParams
 
 from mgq.errors import InputError
-from mgq.quant.easyquant import PICTURES, searched_ranges, thinned
+from mgq.quant.bias_correction import BiasCorrection
+from mgq.quant.easyquant import Search
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
+from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import ActivationRanges, observe_weights, quantized_layers
+from mgq.quant.ranges import ActivationRanges, observe_weights, quantized_layers, set_range
 
 EASYQUANT = "easyquant"
 METHODS = (*ESTIMATORS, EASYQUANT)
 DEFAULT_METHOD = EASYQUANT
+LAYERWISE_PICTURES = 32
+"""What is done layer by layer keeps all pictures in memory, in float and quantized, and more tell it no more."""
 
 
 class EstimatingObserver(Observer):  # type: ignore[misc]
@@ -49,7 +53,7 @@ def checked_method(method: str) -> str:
 
 def pictures_used(method: str, images: int) -> int:
     """How many of ``images`` pictures ``method`` looks at."""
-    return min(images, PICTURES) if method == EASYQUANT else images
+    return min(images, LAYERWISE_PICTURES) if method == EASYQUANT else images
 
 
 def measured_ranges(
@@ -59,12 +63,14 @@ def measured_ranges(
     weights: str,
     provenance: Mapping[str, Any],
     method: str = "min-max",
+    correct_bias: bool = True,
 ) -> ActivationRanges:
     """The range of each layer of ``network`` (mode ``normal``) over ``batches``, chosen by ``method``.
 
     ``min-max``: smallest and largest value; ``ema``: moving average of each batch's; ``histogram``: all but one value
     in 10,000; ``mse``: smallest squared error of rounding and clipping; ``easyquant``: largest cosine similarity of
-    each layer's float and int8 outputs, searched on at most 32 of the pictures, for ranges of the weights, too.
+    each layer's float and int8 outputs, searched on at most 32 of the pictures, for ranges of the weights, too. With
+    ``correct_bias`` what int8 then shifts on average is measured on at most 32 pictures, to be taken out of the biases.
 
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
@@ -73,16 +79,45 @@ def measured_ranges(
     watched = to_mode(network, Mode.QAT)
     watched.eval()
     disable_fake_quant(watched)
-    ranges: dict[str, Range] = {}
-    weight_ranges: dict[str, Range] = {}
+    observe_weights(watched)
+    sample = Sample(LAYERWISE_PICTURES)
+    search, correction = Search(), BiasCorrection()
+    visitors: list[Visitor] = [correction] if correct_bias else []
     if method == EASYQUANT:
-        pictures = thinned(batches, PICTURES)
-        if len(pictures):
-            observe_weights(watched)
-            ranges, weight_ranges = searched_ranges(watched, as_input(pictures))
+        for batch in batches:
+            sample.add(batch)
+        visitors.insert(0, search)
     else:
-        ranges = estimated_ranges(watched, batches, ESTIMATORS[method])
-    return ActivationRanges(arch, method, weights, provenance, ranges, weight_ranges)
+        search.activations.update(estimated_ranges(to_mode(watched, Mode.QAT), sample.of(batches), ESTIMATORS[method]))
+        layers = quantized_layers(watched)
+        for name, found in search.activations.items():
+            set_range(layers[name].act_observer, *found)
+    if sample.pictures and visitors:
+        visit_layers(watched, as_input(np.stack(sample.pictures)), *visitors)
+    return ActivationRanges(arch, method, weights, provenance, search.activations, search.weights, correction.found)
+
+
+class Sample:
+    """At most ``number`` pictures of all that it is shown, evenly spread."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pictures: list[npt.NDArray[np.uint8]] = []
+        self._every, self._seen = 1, 0
+
+    def add(self, batch: npt.NDArray[np.uint8]) -> None:
+        for picture in batch:
+            if self._seen % self._every == 0:
+                self.pictures.append(picture)
+            self._seen += 1
+            if len(self.pictures) > self.number:
+                self.pictures, self._every = self.pictures[::2], self._every * 2
+
+    def of(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
+        """``batches`` themselves, each shown on its way."""
+        for batch in batches:
+            self.add(batch)
+            yield batch
 
 
 def estimated_ranges(

@@ -8,25 +8,22 @@ same and takes seconds instead of minutes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import megengine.functional as F
-import megengine.module as M
 import megengine.module.qat as Q
 import numpy as np
 import numpy.typing as npt
-from megengine import Tensor
 from megengine.module.qat import QATModule, QuantStub
 
+from mgq.quant.bias_correction import is_convolution
 from mgq.quant.estimators import HALF, Range
+from mgq.quant.layerwise import Layer
 from mgq.quant.ranges import folded_weight, set_range
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
 
 Array = npt.NDArray[np.float32]
 
-PICTURES = 32
 POSITIONS = 256
 ROUNDS = 2
 WEIGHTS_HALF = 127.0  # range / step: int8 without -128
@@ -35,28 +32,19 @@ FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in Me
 
 @dataclass
 class Search:
-    """What was found so far: ranges of activations and of weights, by the names of the layers."""
+    """Shown the layers of a network in turn, finds and sets their ranges: of activations and of weights, by name."""
 
-    names: dict[int, str]
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     activations: dict[str, Range] = field(default_factory=dict)
     weights: dict[str, Range] = field(default_factory=dict)
 
-    def __call__(self, module: QATModule, inputs: Sequence[Tensor], outputs: Tensor) -> Tensor:
-        """Forward hook. The batch is pictures in float, then the same as the layers before made int8 of them."""
-        half = outputs._tuple_shape[0] // 2
-        fake_inputs = [tensor[half:] for tensor in inputs]
-        if not isinstance(module, QuantStub):
-            self.choose(module, fake_inputs, outputs.numpy(), half)
-        module.set_fake_quant(True)
-        fake = module.forward(*fake_inputs)
-        module.set_fake_quant(False)
-        return F.concat([outputs[:half], fake])
+    def __call__(self, layer: Layer) -> None:
+        if not isinstance(layer.module, QuantStub):
+            self.choose(layer)
 
-    def choose(self, module: QATModule, fake_inputs: Sequence[Tensor], outputs: Array, half: int) -> None:
-        """Find the ranges of ``module`` and set them."""
-        exact, other = outputs[:half], outputs[half:]
-        name = self.names[id(module)]
+    def choose(self, layer: Layer) -> None:
+        module, name = layer.module, layer.name
+        exact, other = layer.output.numpy(), layer.fake_output.numpy()
         if exact.ndim != 4:  # not of the zoo: taken as it is
             self.activations[name] = float(exact.min()), float(exact.max())
             set_range(module.act_observer, *self.activations[name])
@@ -66,15 +54,15 @@ class Search:
         limit = largest = float(np.abs(exact).max())
         tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
         if largest and is_convolution(module):
-            layer = SampledConvolution(module, fake_inputs[0].numpy(), at)
-            weight_limit = largest_weight = float(np.abs(layer.weight).max())
+            sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
+            weight_limit = largest_weight = float(np.abs(sampled.weight).max())
             for _ in range(ROUNDS):
                 weight_limit = best(
                     largest_weight * FRACTIONS,
                     wanted,
-                    lambda w, limit=limit: quantized(layer.output(w), limit / HALF, 128),
+                    lambda w, limit=limit: quantized(sampled.output(w), limit / HALF, 128),
                 )
-                output = layer.output(weight_limit)
+                output = sampled.output(weight_limit)
                 limit = best(tries, wanted, lambda x, output=output: quantized(output, x / HALF, 128))
             self.weights[name] = -weight_limit, weight_limit
             set_range(module.weight_observer, *self.weights[name])
@@ -83,10 +71,6 @@ class Search:
             limit = best(tries, wanted, lambda x: quantized(output, x / HALF, 128))
         self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
         set_range(module.act_observer, *self.activations[name])
-
-
-def is_convolution(module: QATModule) -> bool:
-    return isinstance(module, Q.Conv2d | Q.ConvBn2d | Q.ConvBnRelu2d)
 
 
 class SampledConvolution:
@@ -117,6 +101,7 @@ class SampledConvolution:
 
 
 def bias_of(module: QATModule) -> Array:
+    """(C,): with batch norm folded in, where there is one."""
     if hasattr(module, "bn"):
         was = module.weight_observer.enabled
         module.weight_observer.disable()
@@ -172,38 +157,3 @@ def best(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> floa
 def cosine(one: Array, other: Array) -> float:
     norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
     return float(np.vdot(one, other)) / norms if norms else 0.0
-
-
-def searched_ranges(network: M.Module, pictures: Array) -> tuple[dict[str, Range], dict[str, Range]]:
-    """Ranges of activations and of weights for ``network``, a ``qat`` one in evaluation state; its own are set.
-
-    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
-    """
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, QATModule) and m.act_observer is not None}
-    search = Search({id(module): name for name, module in layers.items()})
-    hooks = [module.register_forward_hook(search) for module in layers.values()]
-    for module in layers.values():
-        module.set_fake_quant(False)
-        module.set_observer(False)
-    try:
-        network(Tensor(np.concatenate([pictures, pictures]))).numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in layers.values():
-            module.set_fake_quant(True)
-    return search.activations, search.weights
-
-
-def thinned(batches: Iterable[npt.NDArray[np.uint8]], number: int) -> npt.NDArray[np.uint8]:
-    """At most ``number`` pictures of ``batches``, evenly spread over all of them, which are read once."""
-    kept: list[npt.NDArray[np.uint8]] = []
-    every, seen = 1, 0
-    for batch in batches:
-        for picture in batch:
-            if seen % every == 0:
-                kept.append(picture)
-            seen += 1
-            if len(kept) > number:
-                kept, every = kept[::2], every * 2
-    return np.stack(kept) if kept else np.empty((0, 3, 1, 1), np.uint8)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import megengine.module as M
+import numpy as np
 from megengine import Tensor
 from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
@@ -24,7 +25,8 @@ class ActivationRanges:
     """Name of a quantized layer -> smallest and largest value behind it that int8 covers, in the float network's units.
 
     ``weight_ranges`` is the same of a layer's weights, batch norm folded in, where the method (``observer``) chose
-    them; other weights have the range of their values. ``weights`` is the SHA-256 of the state they were measured with
+    them; other weights have the range of their values. ``bias_corrections`` is what int8 wants added to the bias of a
+    layer, for each of its channels. ``weights`` is the SHA-256 of the state they were measured with
     (:func:`mgq.zoo.weights.fingerprint`): ranges fit no other weights. ``provenance`` says what was seen, with which
     command and versions.
     """
@@ -35,14 +37,15 @@ class ActivationRanges:
     provenance: Mapping[str, Any]
     ranges: Mapping[str, tuple[float, float]]
     weight_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bias_corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         body = {"format": FORMAT, **asdict(self)}
-        tables = {name: body.pop(name) for name in ("ranges", "weight_ranges")}
+        tables = {name: body.pop(name) for name in ("ranges", "weight_ranges", "bias_corrections")}
         text = json.dumps(body, indent=1)[:-2]
-        for name, ranges in tables.items():
-            if ranges or name == "ranges":
-                lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in ranges.items())
+        for name, table in tables.items():
+            if table or name == "ranges":
+                lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table.items())
                 text += f',\n "{name}": {{\n{lines}\n }}'
         return text + "\n}\n"
 
@@ -59,12 +62,15 @@ def read_ranges(path: Path) -> ActivationRanges:
         raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one")
     try:
         activations, weights = table_of(body.pop("ranges")), table_of(body.pop("weight_ranges", {}))
-        result = ActivationRanges(**body, ranges=activations, weight_ranges=weights)
+        biases = {str(k): tuple(float(v) for v in values) for k, values in body.pop("bias_corrections", {}).items()}
+        result = ActivationRanges(**body, ranges=activations, weight_ranges=weights, bias_corrections=biases)
     except (TypeError, ValueError, AttributeError, KeyError):
         raise InputError(f"{path} has damaged activation ranges; make it again by `mgq calibrate`") from None
     found = [*result.ranges.values(), *result.weight_ranges.values()]
     if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in found):
         raise InputError(f"{path} holds a range that is not a range; make it again by `mgq calibrate`")
+    if not all(math.isfinite(value) for values in biases.values() for value in values):
+        raise InputError(f"{path} holds a bias that is not a number; make it again by `mgq calibrate`")
     return result
 
 
@@ -82,9 +88,10 @@ def quantized_layers(network: M.Module) -> dict[str, QATModule]:
 
 
 def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
-    """Set the observers of a ``qat`` network from ``found``, and those of the weights from the weights.
+    """Set the observers of a float network now in mode ``qat`` from ``found``, those of other weights from the weights.
 
-    Raises InputError where a name of ``found`` is no layer of the network.
+    Its biases are corrected as ``found`` says: to do it twice would correct them twice. Raises InputError where
+    ``found`` has a layer that the network does not have.
     """
     layers = quantized_layers(network)
     for name, (low, high) in found.ranges.items():
@@ -96,6 +103,11 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
         if name not in layers or layers[name].weight_observer is None:
             raise InputError(f"the ranges of {found.arch} name weights '{name}' that the network does not have")
         set_range(layers[name].weight_observer, low, high)
+    for name, correction in found.bias_corrections.items():
+        bias = bias_parameter(layers[name]) if name in layers else None
+        if bias is None or bias.numpy().size != len(correction):
+            raise InputError(f"the ranges of {found.arch} correct biases of '{name}' that the network does not have")
+        add_to_bias(layers[name], correction)
 
 
 def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
@@ -139,6 +151,28 @@ def folded_weight(module: QATModule) -> Tensor:
     weight, _ = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
     module.weight_fake_quant.enabled, module.weight_observer.enabled = was
     return weight
+
+
+def quantized_weight(module: QATModule) -> Tensor:
+    """The weight of ``module`` as its observer has int8 cover it: float32, its batch norm folded in."""
+    fake_quant = module.weight_fake_quant
+    was = fake_quant.enabled
+    fake_quant.enable()
+    weight = fake_quant(folded_weight(module), module.weight_observer.get_qparams())
+    fake_quant.enabled = was
+    return weight
+
+
+def bias_parameter(module: QATModule) -> Tensor | None:
+    """What is added to the output of a convolution, behind its batch norm where it has one; None where nothing is."""
+    bias: Tensor | None = module.bn.bias if hasattr(module, "bn") else getattr(module, "bias", None)
+    return bias
+
+
+def add_to_bias(module: QATModule, correction: Sequence[float]) -> None:
+    bias = bias_parameter(module)
+    assert bias is not None
+    bias[...] = bias + Tensor(np.asarray(correction, np.float32).reshape(bias.numpy().shape))
 
 
 def packaged_ranges(arch: str, weights: str) -> ActivationRanges | None:

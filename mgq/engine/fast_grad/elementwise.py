@@ -10,19 +10,23 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mgq.data.loader import cores
+from mgq.engine.fast_grad import compiled
 from mgq.engine.fast_grad.exchange import Array, empty
 
 Mask = npt.NDArray[np.bool_]
 Result = TypeVar("Result")
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 PIECE = 1 << 15
 """Elements: a few float32 arrays of so many lie in the second cache together."""
+LONG_PIECE = 1 << 17
+"""For a function that passes over its elements once: a call costs nothing beside the work then."""
 # Arrays with fewer pieces for each core are not worth a thread.
 PIECES_A_CORE = 4
 
@@ -53,28 +57,68 @@ def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE
     return results
 
 
-def in_rows(function: Callable[[slice], Result], rows: int, width: int) -> list[Result]:
-    """What ``function`` gives for slices of ``rows`` of ``width`` elements each: whole rows, as many as a piece has."""
-    return in_pieces(function, rows, max(1, PIECE // max(1, width)))
+def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
+    """What ``function`` gives for slices of ``rows`` (rows, elements): as many whole rows as a piece has."""
+    return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
-def scaled_rows(array: Array, factor: Array, divide: bool = False) -> Array:
-    """Each row of ``array``, an array of any shape seen as (factor.size, elements), times or by its ``factor``."""
-    result = empty(array.shape)
-    rows, column = array.reshape(factor.size, -1), factor.reshape(-1, 1)
-    target = result.reshape(rows.shape)
-    operation = np.divide if divide else np.multiply
-    in_rows(lambda part: operation(rows[part], column[part], out=target[part]), *rows.shape)
-    return result
+def quantized(
+    array: Array, scale: np.float32, zero_point: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[Array, Mask | None]:
+    """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
+    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
+    source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
+
+    def quantize(piece: slice) -> int:
+        return compiled.quantize(source[piece], target[piece], marks[piece], scale, zero_point, lowest, highest)
+
+    return output, passes if sum(in_pieces(quantize, source.size, LONG_PIECE)) else None
 
 
-def summed_products(one: Array, other: Array) -> Array:
-    """The sum of ``one`` times ``other`` for each output channel of weights of one shape: (O,), O the leading axes."""
-    axes = 1 if one.ndim == 4 else 2
-    rows = int(np.prod(one.shape[:axes]))
-    a, b = one.reshape(rows, -1), other.reshape(rows, -1)
-    parts = in_rows(lambda part: np.einsum("ok,ok->o", a[part], b[part]), *a.shape)
-    return np.concatenate(parts)
+def quantized_rows(
+    array: Array, factors: Array, divide: bool, scale: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[Array, Mask]:
+    """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and by it again."""
+    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
+    source, target, marks = (rows_of(a, factors.size) for a in (array, output, passes))
+    each = factors.reshape(-1)
+
+    def quantize(part: slice) -> None:
+        compiled.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, lowest, highest)
+
+    in_rows(quantize, source, LONG_PIECE)
+    return output, passes
+
+
+def mask_rows(
+    gradient: Array, passes: Mask, weights: Array, effective: Array | None = None, factors: Array | None = None
+) -> Array:
+    """Keep of the ``gradient`` with respect to ``weights`` what ``passes``, in place, times ``factors`` by output.
+
+    Returns, for each output channel, the sum of what passed times ``weights``, less that of all times ``effective``:
+    (O,), O the leading axes.
+    """
+    outputs = int(np.prod(weights.shape[: weights.ndim - 3]))
+    sums = empty((outputs,))
+    rows, marks, others = (rows_of(array, outputs) for array in (gradient, passes, weights))
+    used = None if effective is None else rows_of(effective, outputs)
+
+    def run(part: slice) -> None:
+        compiled.mask_rows(
+            rows[part],
+            marks[part],
+            others[part],
+            None if used is None else used[part],
+            None if factors is None else factors[part],
+            sums[part],
+        )
+
+    in_rows(run, rows, LONG_PIECE)
+    return sums
+
+
+def rows_of(array: npt.NDArray[Scalar], rows: int) -> npt.NDArray[Scalar]:
+    return array.reshape(rows, -1)
 
 
 def extremes(array: Array) -> Array:
@@ -84,11 +128,22 @@ def extremes(array: Array) -> Array:
     return np.array([found[:, 0].min(), found[:, 1].max()], np.float32)
 
 
+def extremes_of_rows(array: Array, factors: Array) -> Array:
+    """The same of ``array``, seen as (factors.size, elements), with each row times its factor.
+
+    A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes.
+    """
+    rows = rows_of(array, factors.size)
+    found = in_rows(lambda part: (rows[part].min(axis=1), rows[part].max(axis=1)), rows)
+    lows, highs = (np.concatenate(part) * factors.reshape(-1) for part in zip(*found, strict=True))
+    return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
+
+
 def masked(array: Array, mask: Mask) -> Array:
     """``array`` where ``mask`` is set, else 0."""
     result = empty(array.shape)
     elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
-    in_pieces(lambda piece: np.multiply(elements[piece], chosen[piece], out=target[piece]), elements.size)
+    in_pieces(lambda piece: compiled.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE)
     return result
 
 
@@ -97,10 +152,7 @@ def held_below(array: Array, ceiling: float) -> Mask | None:
     elements, below = array.reshape(-1), np.empty(array.shape, np.bool_)
     marks = below.reshape(-1)
 
-    def hold(piece: slice) -> bool:
-        part = elements[piece]
-        np.less(part, np.float32(ceiling), out=marks[piece])
-        np.minimum(part, np.float32(ceiling), out=part)
-        return bool(marks[piece].all())
+    def hold(piece: slice) -> int:
+        return compiled.hold(elements[piece], np.float32(ceiling), marks[piece])
 
-    return None if all(in_pieces(hold, elements.size)) else below
+    return below if sum(in_pieces(hold, elements.size, LONG_PIECE)) else None

@@ -14,7 +14,7 @@ from megengine.core.ops.builtin import Elemwise
 from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.engine.fast_grad import kernels
-from mgq.engine.fast_grad.elementwise import held_below, masked, scaled_rows, summed_products
+from mgq.engine.fast_grad.elementwise import extremes, extremes_of_rows, held_below, mask_rows, masked
 from mgq.engine.fast_grad.exchange import Array, tensors, values
 from mgq.engine.fast_grad.kernels import Geometry, Norm
 from mgq.engine.fast_grad.quantizers import Quantizer, observed, quantizer_of
@@ -124,7 +124,7 @@ class FakeQuantizedConvolution(NormalizedConvolution):
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output = self.convolved(source, weights, scale, shift)
-        self.qparams = observed(self.module.act_observer, output)
+        self.qparams = observed(self.module.act_observer, lambda: extremes(output))
         output, passes = quantizer(self.qparams).applied(output)
         if passes is not None:
             self.passes = passes if self.passes is None else self.passes & passes
@@ -134,28 +134,26 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         """Before the output is quantized."""
         bn = self.module.bn
         self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
-        self.factor = self.by_output(scale * self.inverse)
-        folded = scaled_rows(weights, self.factor)
-        quantized, self.weights_pass = quantizer(observed(self.module.weight_observer, folded)).applied(folded)
-        self.effective = scaled_rows(quantized, self.factor, divide=True)
+        self.factor = np.ravel(scale * self.inverse)
+        self.quantize_weights(weights, divide=True)
         return self.normalized(source, self.effective, scale, shift)
 
-    def by_output(self, channels: Array) -> Array:
-        """(1, C, 1, 1) shaped to go with the weights."""
-        weights = self.geometry.weights
-        return channels.reshape(*weights[: len(weights) - 3], 1, 1, 1)
+    def quantize_weights(self, weights: Array, divide: bool) -> QParams:
+        """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
+        qparams = observed(self.module.weight_observer, lambda: extremes_of_rows(weights, self.factor))
+        self.effective, self.weights_pass = quantizer(qparams).applied_to_rows(weights, self.factor, divide)
+        return qparams
 
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
         d_source, d_effective, d_scale, d_shift = self.normalized_gradients(source, self.effective, scale, d_output)
         # With q = d_effective / factor: d_factor is the sum of passed q times weights less q times effective weights.
-        d_weights = d_effective if self.weights_pass is None else masked(d_effective, self.weights_pass)
-        d_factor = summed_products(d_weights, weights) - summed_products(d_effective, self.effective)
-        d_factor /= self.factor.reshape(-1)
+        d_factor = mask_rows(d_effective, self.weights_pass, weights, effective=self.effective)
+        d_factor /= self.factor
         d_scale += d_factor.reshape(d_scale.shape) * self.inverse
         del self.effective, self.weights_pass
-        return d_source, d_weights, d_scale, d_shift
+        return d_source, d_effective, d_scale, d_shift
 
 
 class FoldedConvolution(FakeQuantizedConvolution):
@@ -176,10 +174,8 @@ class FoldedConvolution(FakeQuantizedConvolution):
     def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
         self.inverse = inverse.reshape(scale.shape)
-        self.factor = self.by_output(scale * self.inverse)
-        folded = scaled_rows(weights, self.factor)
-        qparams = observed(self.module.weight_observer, folded)
-        self.effective, self.weights_pass = quantizer(qparams).applied(folded)
+        self.factor = np.ravel(scale * self.inverse)
+        qparams = self.quantize_weights(weights, divide=False)
         self.centre = self.running_mean.reshape(scale.shape) * self.inverse
         bias = self.quantized_bias(shift - scale * self.centre, qparams)
         return self.normalized(source, self.effective, self.ones, bias)
@@ -199,10 +195,10 @@ class FoldedConvolution(FakeQuantizedConvolution):
     ) -> tuple[Array | None, Array, Array, Array]:
         d_source, d_quantized, _, d_bias = self.normalized_gradients(source, self.effective, self.ones, d_output)
         d_bias = d_bias.reshape(scale.shape)
-        d_folded = d_quantized if self.weights_pass is None else masked(d_quantized, self.weights_pass)
-        d_factor = summed_products(d_folded, weights).reshape(scale.shape)
+        d_factor = mask_rows(d_quantized, self.weights_pass, weights, factors=self.factor)
+        d_scale = d_factor.reshape(scale.shape) * self.inverse - d_bias * self.centre
         del self.effective, self.weights_pass
-        return d_source, scaled_rows(d_folded, self.factor), d_factor * self.inverse - d_bias * self.centre, d_bias
+        return d_source, d_quantized, d_scale, d_bias
 
 
 def quantizer(qparams: object) -> Quantizer:

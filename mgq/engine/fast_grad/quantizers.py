@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from megengine import Tensor
 from megengine.quantization import FakeQuantize
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
-from mgq.engine.fast_grad.elementwise import Mask, extremes, in_pieces
-from mgq.engine.fast_grad.exchange import Array, empty
+from mgq.engine.fast_grad.elementwise import Mask, quantized, quantized_rows
+from mgq.engine.fast_grad.exchange import Array
 from mgq.quant.qat import CurrentRangeObserver
 
 ZERO, ONE = np.float32(0), np.float32(1)
-# The float32 next below a half. Added, away from zero, before truncation it rounds halves away from zero; a half itself
-# would also round up its lower neighbour.
-ALMOST_HALF = np.uint32(0x3EFFFFFF)
-SIGN = np.uint32(0x80000000)
 
 
 @dataclass(frozen=True)
@@ -34,34 +30,12 @@ class Quantizer:
 
     def applied(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
-        output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
-        source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
+        return quantized(array, self.scale, self.zero_point, self.lowest, self.highest)
 
-        def apply(piece: slice) -> bool:
-            steps = np.divide(source[piece], self.scale, out=target[piece])
-            rounded(steps)
-            if self.zero_point:
-                steps += self.zero_point
-            inside = bool(steps.min() >= self.lowest and steps.max() <= self.highest)
-            if inside:
-                marks[piece] = True
-            else:
-                np.logical_and(steps >= self.lowest, steps <= self.highest, out=marks[piece])
-                np.clip(steps, self.lowest, self.highest, out=steps)
-            if self.zero_point:
-                steps -= self.zero_point
-            steps *= self.scale
-            return inside
-
-        return output, None if all(in_pieces(apply, source.size)) else passes
-
-
-def rounded(array: Array) -> Array:
-    """``array`` rounded to integers in place, halves away from zero."""
-    half: npt.NDArray[np.uint32] = array.view(np.uint32) & SIGN
-    half |= ALMOST_HALF
-    array += half.view(np.float32)
-    return np.trunc(array, out=array)
+    def applied_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
+        """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
+        clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
+        return quantized_rows(array, factors, divide, self.scale, self.lowest, self.highest)
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
@@ -88,10 +62,10 @@ def is_known(observer: Any) -> bool:
     return bool(observer.mode == QuantMode.SYMMERTIC)
 
 
-def observed(observer: MinMaxObserver, array: Array) -> QParams:
-    """Let a known ``observer`` see ``array``, unless it is disabled; what it has to say then."""
+def observed(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
+    """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
     if observer.enabled:
-        lowest, highest = np.split(extremes(array), 2)
+        lowest, highest = np.split(extremes(), 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()
             set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * lowest)

@@ -16,6 +16,7 @@ from megengine.core._imperative_rt.core2 import is_tracing_module
 from megengine.jit.tracing import is_tracing
 
 from mgq.engine.fast_grad import onednn
+from mgq.engine.fast_grad.elementwise import extremes
 from mgq.engine.fast_grad.exchange import Array, values
 from mgq.engine.fast_grad.functions import (
     AddRelu,
@@ -274,7 +275,7 @@ def fast_quantization(stock: Stock) -> Stock:
             return stock(self, target, fake_quant, observer)
         if is_known(observer):
             (array,) = values(target)
-            qparams = observed(observer, array)
+            qparams = observed(observer, lambda: extremes(array))
         else:
             target = observer(target)
             qparams = observer.get_qparams()

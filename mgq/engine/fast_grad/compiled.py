@@ -1,0 +1,115 @@
+"""Loops that numpy would pass over memory for again and again, compiled when they first run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+with warnings.catch_warnings():
+    # MegEngine has the processor flush subnormal numbers to 0, which numpy finds strange when it is asked for limits.
+    warnings.simplefilter("ignore", UserWarning)
+    import numba
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+# The float32 next below a half. Added, away from zero, before truncation it rounds halves away from zero; a half itself
+# would also round up its lower neighbour.
+ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+def compiled(**options: Any) -> Callable[[Loop], Loop]:
+    """The loop as machine code that frees Python's lock; kept on disk where a folder can be written to."""
+
+    def compile_loop(loop: Loop) -> Loop:
+        try:
+            result: Loop = numba.njit(nogil=True, error_model="numpy", cache=True, **options)(loop)
+        except RuntimeError:  # nowhere to keep it
+            result = numba.njit(nogil=True, error_model="numpy", **options)(loop)
+        return result
+
+    return compile_loop
+
+
+@compiled()
+def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any, lowest: Any, highest: Any) -> int:
+    """Write ``source`` rounded to multiples of ``scale`` to ``target``, and where it was not clipped to ``passes``.
+
+    float32, float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
+    """
+    clipped = 0
+    for i in range(source.size):
+        steps = source[i] / scale
+        steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
+        held = min(max(steps, lowest), highest)
+        inside = held == steps
+        passes[i] = inside
+        clipped += 1 - inside
+        target[i] = (held - zero_point) * scale
+    return clipped
+
+
+@compiled()
+def quantize_rows(
+    source: Any, target: Any, passes: Any, factors: Any, divide: Any, scale: Any, lowest: Any, highest: Any
+) -> int:
+    """The same without a zero point for each row of ``source`` times its factor, where ``divide`` then by it again.
+
+    ``source``, ``target`` and ``passes``: (rows, elements); ``factors``: float32 (rows,).
+    """
+    clipped = 0
+    for row in range(source.shape[0]):
+        factor = factors[row]
+        back = factor if divide else ONE
+        for i in range(source.shape[1]):
+            steps = source[row, i] * factor / scale
+            steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
+            held = min(max(steps, lowest), highest)
+            inside = held == steps
+            passes[row, i] = inside
+            clipped += 1 - inside
+            target[row, i] = held * scale / back
+    return clipped
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors: Any, sums: Any) -> None:
+    """Keep of ``gradient`` what ``passes``, in place, and multiply each row by its factor, if there are any.
+
+    To ``sums`` (rows,) go, for each row, the products of what passed and ``weights``, less those of the whole gradient
+    and ``effective``, if it is given. All others are (rows, elements), ``factors`` (rows,).
+    """
+    for row in range(gradient.shape[0]):
+        total = ZERO
+        for i in range(gradient.shape[1]):
+            whole = gradient[row, i]
+            kept = whole if passes[row, i] else ZERO
+            total += kept * weights[row, i]
+            if effective is not None:
+                total -= whole * effective[row, i]
+            if factors is not None:
+                kept *= factors[row]
+            gradient[row, i] = kept
+        sums[row] = total
+
+
+@compiled()
+def mask(source: Any, passes: Any, target: Any) -> None:
+    """Write ``source`` where it ``passes``, else 0, to ``target``: float32, bool and float32, each (N,)."""
+    for i in range(source.size):
+        target[i] = source[i] if passes[i] else ZERO
+
+
+@compiled()
+def hold(array: Any, ceiling: Any, below: Any) -> int:
+    """Hold ``array`` (N,) in place at or below ``ceiling``; where it was ``below``, bool (N,). Returns how many not."""
+    held = 0
+    for i in range(array.size):
+        is_below = array[i] < ceiling
+        below[i] = is_below
+        held += 1 - is_below
+        array[i] = min(array[i], ceiling)
+    return held
