@@ -48,6 +48,11 @@ class TestSolved:
             assert loss(weight + rng.normal(0, 0.003, weight.shape), bias) > least
             assert loss(weight, bias + rng.normal(0, 0.05, bias.shape)) > least
 
+    def test_without_a_bias_there_is_none(self) -> None:
+        weight, bias = solved(*features(), 3, 0.1, with_bias=False)
+        new, labels = features(1)
+        assert not bias.any() and np.mean((new @ weight.T).argmax(1) == labels) > 0.85
+
     def test_features_of_any_scale_give_the_same_answers(self) -> None:
         found, labels = features()
         (weight, bias), (other, other_bias) = solved(found, labels, 3, 0.1), solved(found * 1000, labels, 3, 0.1)

@@ -130,6 +130,19 @@ def test_a_stopped_training_goes_on_to_the_bit(undisturbed: Outcome, tmp_path: P
     assert epochs_in(outcome) == [1, 2]
 
 
+@pytest.mark.parametrize("moment", [1, 3, 4])
+def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, moment: int) -> None:
+    outcomes = []
+    for name in ("undisturbed", "stopped"):
+        request = small_request(tmp_path / name, epochs=1, classifier_pictures=20)
+        if name == "stopped":
+            with pytest.raises(StoppedError):
+                train(request, stopping_after(moment))  # it is asked at each of three batches, and after each step
+            request = Request(save=tmp_path / name, resume=True, workers=1)
+        outcomes.append(train(request))
+    assert outcomes[0].checkpoint.read_bytes() == outcomes[1].checkpoint.read_bytes()
+
+
 @pytest.mark.parametrize("moment", [3, 9])
 def test_a_stopped_qat_goes_on_to_the_bit(
     undisturbed: Outcome, undisturbed_qat: Outcome, tmp_path: Path, moment: int

@@ -40,9 +40,7 @@ def calibrate(
     ] = None,
     correct_bias: Annotated[
         bool,
-        typer.Option(
-            "--bias-correction/--no-bias-correction", help="Take out of the biases what int8 shifts on average."
-        ),
+        typer.Option("--bias-correction/--no-bias-correction", help="Take what int8 shifts on average out of biases."),
     ] = True,
     save: Save = RUNS,
     limit: Limit = None,

@@ -63,8 +63,8 @@ def calibrated(
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
 
     The methods, and what ``correct_bias`` does, are those of :func:`mgq.quant.calibrate.measured_ranges`; ``easyquant``
-    takes 32 pictures at most. Those that cannot be read are left out and named. The classifier's network is used up. Raises InputError where no picture
-    can be read, and for another method.
+    takes 32 pictures at most. Those that cannot be read are left out and named. The classifier's network is used up.
+    Raises InputError where no picture can be read, and for another method.
     """
     checked_method(method)
     if images < 1:

@@ -33,9 +33,10 @@ def solve_classifier(
     """
     layer: M.Linear = dict(network.named_modules())[head]
     features, labels = features_of(network, layer, loader, on_progress)
-    weight, bias = solved(features, labels, layer.out_features, smoothing)
+    weight, bias = solved(features, labels, layer.out_features, smoothing, with_bias=layer.bias is not None)
     layer.weight[...] = Tensor(weight)
-    layer.bias[...] = Tensor(bias.reshape(layer.bias.numpy().shape))
+    if layer.bias is not None:
+        layer.bias[...] = Tensor(bias.reshape(layer.bias.numpy().shape))
 
 
 def features_of(
@@ -56,8 +57,13 @@ def features_of(
     return np.concatenate(seen), np.concatenate(labels)
 
 
-def solved(features: Array, labels: npt.NDArray[np.int64], classes: int, smoothing: float) -> tuple[Array, Array]:
-    """Softmax regression: features (N, F) and labels (N,) -> weight (classes, F) and bias (classes,), float32."""
+def solved(
+    features: Array, labels: npt.NDArray[np.int64], classes: int, smoothing: float, with_bias: bool = True
+) -> tuple[Array, Array]:
+    """Softmax regression: features (N, F) and labels (N,) -> weight (classes, F) and bias (classes,), float32.
+
+    Without ``with_bias`` the bias is 0.
+    """
     scale = float(np.sqrt(np.mean(features.astype(np.float64) ** 2))) or 1.0
     scaled = (features / scale).astype(np.float64)
     number, width = scaled.shape
@@ -71,7 +77,8 @@ def solved(features: Array, labels: npt.NDArray[np.int64], classes: int, smoothi
         logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         loss = -float((wanted * logs).sum()) / number + DECAY / 2 * float((weight**2).sum())
         slope = (np.exp(logs) - wanted) / number
-        return loss, np.concatenate([(slope.T @ scaled + DECAY * weight).ravel(), slope.sum(axis=0)])
+        d_bias = slope.sum(axis=0) if with_bias else np.zeros(classes)
+        return loss, np.concatenate([(slope.T @ scaled + DECAY * weight).ravel(), d_bias])
 
     start = np.zeros((width + 1) * classes)
     found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS}).x
