@@ -131,7 +131,8 @@ class Trio:
 def trio_of(arch: str) -> Trio:
     normal = filled(blank(arch))
     state = dict(normal.state_dict())
-    ranges = measured_ranges(normal, [smooth_pictures(4)], arch, fingerprint(state), {"pictures": "made up"})
+    made_up = {"pictures": "made up"}
+    ranges = measured_ranges(normal, [smooth_pictures(4)], arch, fingerprint(state), made_up, correct_bias=False)
     qat = to_mode(normal, Mode.QAT)
     apply_ranges(qat, ranges)
     return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(qat.state_dict()))

@@ -23,7 +23,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 import mgq
 from mgq.errors import InputError
 from mgq.quant import ranges as ranges_module
-from mgq.quant.calibrate import measured_ranges
+from mgq.quant.calibrate import DEFAULT_METHOD, measured_ranges
 from mgq.quant.fold import folded
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import (
@@ -510,9 +510,10 @@ class TestQuantize:
             mgq.quantize(small(), PICTURES, mode="int4")
 
     def test_a_network_of_the_zoo_is_quantized_in_one_call(self) -> None:
-        trio = trio_of(SHUFFLE)
-        quantized = mgq.quantize(trio.normal, smooth_pictures(4))
+        network = trio_of(SHUFFLE).normal
+        quantized = mgq.quantize(network, smooth_pictures(4))
+        ranges = measured_ranges(network, [smooth_pictures(4)], SHUFFLE, "", {}, DEFAULT_METHOD)
         pictures = smooth_pictures(2, seed=8)
         logits = logits_of(quantized, pictures)
-        assert logits.shape == (2, CLASSES)
-        assert np.array_equal(logits, logits_of(trio.quantized, pictures))
+        assert logits.shape == (2, CLASSES) and ranges.bias_corrections
+        assert np.array_equal(logits, logits_of(mgq.quantize(network, ranges=ranges), pictures))

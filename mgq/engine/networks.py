@@ -248,7 +248,7 @@ def random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    ranges = measured_ranges(network, [pixels], arch, "", {})
+    ranges = measured_ranges(network, [pixels], arch, "", {}, correct_bias=False)
     return quantized_with(classifier, ranges, mode)
 
 

@@ -11,7 +11,7 @@ from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quant.calibrate import measured_ranges
+from mgq.quant.calibrate import DEFAULT_METHOD, measured_ranges
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import ActivationRanges, apply_ranges
 
@@ -26,7 +26,7 @@ def quantize(
     """``network`` carried to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
 
     A float network needs the ranges of its activations: from ``pictures``, uint8 (N, 3, H, W) in BGR or an
-    iterable of such batches, or as ``ranges`` measured before. A network in mode ``qat`` has them already. The
+    iterable of such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them already. The
     result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises InputError
     where ranges are missing or the mode lies backward.
     """
@@ -41,7 +41,7 @@ def quantize(
         if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
             raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        ranges = measured_ranges(network, batches, type(network).__name__, "", {})
+        ranges = measured_ranges(network, batches, type(network).__name__, "", {}, DEFAULT_METHOD)
         if not ranges.ranges:
             raise InputError("there are no pictures to measure ranges on; pass at least one")
     fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)
