@@ -453,7 +453,8 @@ class TestQuantize:
         from_array = mgq.quantize(network, PICTURES)
         # ``iter``: it is read once.
         from_batches = mgq.quantize(network, iter([PICTURES[:1], PICTURES[1:]]))
-        from_ranges = mgq.quantize(network, ranges=ranges_of(network))
+        ranges = measured_ranges(network, [PICTURES], "small", "", {}, DEFAULT_METHOD)
+        from_ranges = mgq.quantize(network, ranges=ranges)
         others = smooth_pictures(3, 32, 32, seed=6)
         expected = logits_of(from_array, others)
         assert mode_of(from_array) is Mode.QUANTIZED

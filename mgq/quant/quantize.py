@@ -25,10 +25,10 @@ def quantize(
 ) -> M.Module:
     """``network`` carried to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
 
-    A float network needs the ranges of its activations: from ``pictures``, uint8 (N, 3, H, W) in BGR or an
-    iterable of such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them already. The
-    result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises InputError
-    where ranges are missing or the mode lies backward.
+    A float network needs the ranges of its activations: from ``pictures``, uint8 (N, 3, H, W) in BGR or an iterable of
+    such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them
+    already. The result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises
+    InputError where ranges are missing or the mode lies backward.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
     if mode_of(network) is Mode.QAT and mode is Mode.QUANTIZED:
