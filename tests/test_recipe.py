@@ -57,8 +57,9 @@ def test_a_new_classifier_is_solved_first_and_what_the_weights_know_is_kept() ->
     for start in (Start.RANDOM, Start.TRAINED):
         other = recipe_for(replace(FLOWERS, start=start), {})
         assert other.classifier_pictures == 0 and not other.keep_batch_norm and other.stem_lr == 1
-    for mode in ("normal", "qat"):
-        assert recipe_for(replace(FLOWERS, start=Start.TRAINED, mode=mode, keep_batch_norm=True), {}).keep_batch_norm
+    kept = replace(FLOWERS, start=Start.TRAINED, keep_batch_norm=True)
+    assert recipe_for(kept, {}).keep_batch_norm and recipe_for(replace(kept, mode="qat"), {}).calibrate
+    assert not recipe_for(replace(FLOWERS, mode="qat"), {}).calibrate
 
 
 def test_a_handful_of_pictures_still_makes_batches() -> None:

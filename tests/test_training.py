@@ -143,6 +143,31 @@ def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, mome
     assert outcomes[0].checkpoint.read_bytes() == outcomes[1].checkpoint.read_bytes()
 
 
+@pytest.mark.parametrize("observer", ["ema", "lsq"])
+def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
+    undisturbed: Outcome, tmp_path: Path, observer: str
+) -> None:
+    checkpoints = []
+    changes: dict[str, Any] = {
+        "calibrate": True,
+        "keep_batch_norm": True,
+        "observer": observer,
+        "lr": 1e-6,
+        "epochs": 1,
+    }
+    for name, moments in (("undisturbed", ()), ("stopped", (2, 5))):
+        request = replace(small_request(tmp_path / name, **changes), checkpoint=undisturbed.checkpoint)
+        for moment in moments:  # it is asked at each of four batches to calibrate on, and after each step
+            with pytest.raises(StoppedError):
+                qat(request, stopping_after(moment))
+            request = Request(save=tmp_path / name, resume=True, workers=1)
+        checkpoints.append(qat(request).checkpoint)
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+    state, before = read_weights(checkpoints[0]).state, read_weights(undisturbed.checkpoint).state
+    shifted = {n for n in before if n.endswith("bn.bias") and np.abs(state[n] - before[n]).max() > 1e-3}
+    assert shifted and not any(np.abs(state[n] - before[n]).max() for n in before if n.endswith("running_mean"))
+
+
 @pytest.mark.parametrize("moment", [3, 9])
 def test_a_stopped_qat_goes_on_to_the_bit(
     undisturbed: Outcome, undisturbed_qat: Outcome, tmp_path: Path, moment: int

@@ -12,6 +12,9 @@ COLOURS = 3
 HE_LENGTH = 2.0
 """Squared length of the weights of one output as He initialization draws them (arXiv:1502.01852)."""
 
+FOLDED = 0.03
+"""Below this share of it, pixels' spread is folded in: training alone does not make weights so small."""
+
 
 def stem_of(parameters: Mapping[str, Any]) -> str | None:
     """The name of the weights (O, 3, H, W) that see pixels; None where there are none of that shape."""
@@ -27,11 +30,12 @@ def stem_rate(state: Mapping[str, npt.NDArray[Any]]) -> float:
 
     Weights that were trained on normalized pixels, and take pixels as they are, are divided by the pixels' spread, some
     58. That makes their gradient as many times larger, and a step of one rate 58 x 58 times larger against the weights.
-    Seen from the weights alone: their squared length is so many times smaller than He's.
+    Seen from the weights alone: their squared length is so many times smaller than He's. Others go at the full rate.
     """
     name = stem_of(state)
     if name is None:
         return 1.0
     weight = np.asarray(state[name], np.float64)
     length = float((weight**2).sum() / len(weight))
-    return float(f"{min(1.0, length / HE_LENGTH):.3g}") or 1.0
+    rate = float(f"{length / HE_LENGTH:.3g}")
+    return rate if 0 < rate < FOLDED else 1.0

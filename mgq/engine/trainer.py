@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +38,9 @@ from mgq.engine.training_state import TrainingState
 from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import as_input
+from mgq.quant.calibrate import DEFAULT_METHOD, as_input, measured_ranges
 from mgq.quant.qat import Phase, plain_qat, set_phase
-from mgq.quant.ranges import observe_weights
+from mgq.quant.ranges import apply_ranges, observe_weights
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import is_observed
 
@@ -63,10 +63,10 @@ class StoppedError(MgqError):
 class Trainer:
     """One training of one network (mode ``normal`` or ``qat``) by one recipe, kept in one folder.
 
-    ``train`` and ``val`` are loaders of the pictures to learn from and to measure on; ``info`` is what the
-    checkpoints will say of themselves; ``teacher`` is the float network for distillation; ``examples`` are pictures
-    without augmentation on which the classifier is solved before the first step. ``network`` ends up as trained; the
-    best one on ``val`` is kept as the run's checkpoint.
+    ``train`` and ``val`` are loaders of the pictures to learn from and to measure on; ``info`` is what the checkpoints
+    will say of themselves; ``teacher`` is the float network for distillation; ``examples`` are pictures without
+    augmentation on which, before the first step, the classifier is solved or ``network`` calibrated. ``network`` ends
+    up as trained; the best one on ``val`` is kept as the run's checkpoint.
     """
 
     def __init__(
@@ -141,6 +141,9 @@ class Trainer:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
         if self.recipe.mode != "qat":
             return
+        if self.recipe.calibrate:
+            self.calibrate()
+            return
         self.network.eval()
         set_phase(self.network, Phase.OBSERVE)
         total = min(self.recipe.observe_batches, len(self.train))
@@ -150,6 +153,21 @@ class Trainer:
             self.stop_if_asked(keep=False)
             if number == total:
                 break
+
+    def calibrate(self) -> None:
+        """Give a ``qat`` network the ranges and biases that calibration finds on the examples."""
+        examples = self.examples
+        assert examples is not None
+
+        def pictures() -> Iterator[npt.NDArray[np.uint8]]:
+            for number, batch in enumerate(examples.batches(0), 1):
+                self.watcher.on_progress(Progress("calibrate", number, len(examples), "batches"))
+                self.stop_if_asked(keep=False)
+                yield batch.images
+
+        # A plain copy: learned scales would not follow the ranges that are tried.
+        found = measured_ranges(plain_qat(self.network), pictures(), self.recipe.arch, "", {}, DEFAULT_METHOD)
+        apply_ranges(self.network, found)
 
     def train_epoch(self) -> None:
         started = time.monotonic() - self.seconds
@@ -438,18 +456,16 @@ def is_matrix(parameter: Tensor) -> bool:
 
 def phase_at(recipe: Recipe, epoch: float) -> Phase:
     """What quantization-aware training keeps still at ``epoch``, which counts from 0."""
-    if epoch >= recipe.freeze_observers > 0:
+    if recipe.calibrate or epoch >= recipe.freeze_observers > 0:
         return Phase.FREEZE_OBSERVERS
-    keeps = recipe.keep_batch_norm or epoch >= recipe.freeze_batch_norm > 0
-    return Phase.FREEZE_BATCH_NORM if keeps else Phase.QUANTIZE
+    return Phase.FREEZE_BATCH_NORM if epoch >= recipe.freeze_batch_norm > 0 else Phase.QUANTIZE
 
 
 def marks(recipe: Recipe) -> list[Mark]:
     """Where in a run, in epochs, something changes for good, for the curves."""
-    if recipe.mode != "qat":
+    if recipe.mode != "qat" or recipe.calibrate:
         return []
-    freeze_batch_norm = 0.0 if recipe.keep_batch_norm else recipe.freeze_batch_norm
-    found = [(freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]
+    found = [(recipe.freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]
     return [Mark(epoch, text) for epoch, text in found if 0 < epoch < recipe.epochs]
 
 

@@ -30,6 +30,7 @@ from mgq.engine.training_state import TrainingState
 from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.quant.calibrate import LAYERWISE_PICTURES
 from mgq.quant.modes import Mode
 from mgq.quant.qat import prepared_for_qat
 from mgq.zoo.layers import without_initialization
@@ -322,11 +323,14 @@ def first_network(plan: Plan) -> M.Module:
 
 
 def examples_of(plan: Plan) -> Loader | None:
-    """The pictures to solve the classifier on, where the recipe has any; without augmentation."""
-    number, pictures = plan.recipe.classifier_pictures, plan.sets.train
-    if number == 0 or plan.recipe.mode == "qat":
+    """Pictures to train on, without augmentation, for what the recipe has to be done before the first step."""
+    recipe, pictures = plan.recipe, plan.sets.train
+    number = recipe.classifier_pictures
+    if recipe.mode == "qat":
+        number = LAYERWISE_PICTURES if recipe.calibrate else 0
+    if number == 0:
         return None
-    return measuring_loader(plan.recipe, subset(pictures, min(number, len(pictures))), plan.request)
+    return measuring_loader(recipe, subset(pictures, min(number, len(pictures))), plan.request)
 
 
 def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:
