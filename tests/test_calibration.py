@@ -19,8 +19,9 @@ from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.calibration import calibrated, sources_of
 from mgq.errors import InputError
 from mgq.quant.calibrate import DEFAULT_METHOD, EASYQUANT, METHODS, Sample, measured_ranges
-from mgq.quant.easyquant import SampledConvolution, cosine, picked, sampled_positions
+from mgq.quant.easyquant import SampledConvolution, cosine
 from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.patches import picked, sampled_positions
 from mgq.quant.ranges import ActivationRanges, apply_ranges, folded_weight, observe_weights, read_ranges, set_range
 from mgq.zoo.layers import ConvBnRelu6
 from tests.conftest import (

@@ -36,12 +36,18 @@ def calibrate(
     images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 256,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="min-max, ema, histogram, mse or easyquant.", show_default="easyquant"),
+        typer.Option("--method", help="min-max, ema, histogram, mse or easyquant.", show_default="min-max"),
     ] = None,
     correct_bias: Annotated[
         bool,
         typer.Option("--bias-correction/--no-bias-correction", help="Take what int8 shifts on average out of biases."),
     ] = True,
+    nearest: Annotated[
+        bool,
+        typer.Option(
+            "--nearest", help="Round weights to the nearest integer, not so that errors make up for each other."
+        ),
+    ] = False,
     save: Save = RUNS,
     limit: Limit = None,
     workers: Workers = None,
@@ -86,7 +92,7 @@ def calibrate(
 
         found = pictures_for(classifier, pictures or [], data, images, on_progress)
         method = method or DEFAULT_METHOD
-        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias)
+        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias, not nearest)
         for problem in result.problems:
             note(problem)
         path = result.write(save)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,15 @@ from mgq.data.transforms import to_batch
 from mgq.engine.networks import (
     RUN_CHECKPOINT,
     Classifier,
-    quantized_with,
     versions,
 )
 from mgq.engine.predict import BATCH, batched, crops_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import ensure_writable_folder, write_text_atomically
-from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, measured_ranges, pictures_used
+from mgq.quant.calibrate import DEFAULT_METHOD, calibrated_network, checked_method, pictures_used
 from mgq.quant.modes import Mode
-from mgq.quant.ranges import ActivationRanges
+from mgq.quant.ranges import ActivationRanges, refuse_incomplete
 from mgq.zoo.weights import fingerprint
 
 RANGES_FILE = "ranges.json"
@@ -59,11 +58,12 @@ def calibrated(
     on_progress: OnProgress = silent,
     method: str = DEFAULT_METHOD,
     correct_bias: bool = True,
+    compensate: bool = True,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
 
-    The methods, and what ``correct_bias`` does, are those of :func:`mgq.quant.calibrate.measured_ranges`; ``easyquant``
-    takes 32 pictures at most. Those that cannot be read are left out and named. The classifier's network is used up.
+    The methods, ``correct_bias`` and ``compensate`` are those of :func:`mgq.quant.calibrate.calibrated_network`;
+    ``easyquant`` takes 64 pictures at most. Those that cannot be read are left out and named.
     Raises InputError where no picture can be read, and for another method.
     """
     checked_method(method)
@@ -87,6 +87,8 @@ def calibrated(
 
     state = classifier.network.state_dict()
     command = f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}"
+    command += "" if correct_bias else " --no-bias-correction"
+    command += "" if compensate else " --nearest"
     # The provenance is still a promise when the pictures are read: the count is set right afterwards.
     provenance = {
         "pictures": about or "unnamed",
@@ -94,19 +96,24 @@ def calibrated(
         "of": len(sources),
         "method": method,
         "bias_correction": correct_bias,
+        "rounding": "compensated" if compensate else "nearest",
         "choice": "evenly spread over the sorted list",
         "weights": classifier.origin,
         "image_size": classifier.image_size,
-        "made_by": command + ("" if correct_bias else " --no-bias-correction"),
+        "made_by": command,
         "versions": versions(),
     }
-    name, weights = classifier.spec.name, fingerprint(state)
-    ranges = measured_ranges(classifier.network, batches(), name, weights, provenance, method, correct_bias)
+    about_it = (classifier.spec.name, fingerprint(state), provenance, method, correct_bias, compensate)
+    network, ranges = calibrated_network(classifier.network, batches(), *about_it)
     used = len(chosen) - len(problems)
     provenance["images"] = used
     if used == 0:
         raise InputError(f"none of {len(chosen)} pictures could be read; the first: {problems[0]}")
-    return Calibration(ranges, quantized_with(classifier, ranges, Mode.QAT), used, tuple(problems))
+    refuse_incomplete(network, ranges)
+    if compensate:
+        ranges = replace(ranges, weights=fingerprint(network.state_dict()))
+    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    return Calibration(ranges, found, used, tuple(problems))
 
 
 def spread(sources: Sequence[Source], number: int) -> list[Source]:

@@ -295,7 +295,8 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     batch = batch_for(task.pictures)
     if task.mode == "qat" and task.keep_batch_norm:
         epochs = epochs or repeats(task.pictures, crops=4_000, least=2, most=8)
-        values = {"crop_scale": 0.35, "calibrate": True, **KEPT_BATCH_NORM}
+        # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
+        values = {**KEPT_BATCH_NORM, "crop_scale": 0.35, "calibrate": True, "distill": 1.0, "lr": 0.0002}
     elif task.mode == "qat":
         epochs = epochs or repeats(task.pictures, crops=10_000, least=2, most=8)
         values = {"lr": 0.005, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}

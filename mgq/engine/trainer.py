@@ -38,7 +38,7 @@ from mgq.engine.training_state import TrainingState
 from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import DEFAULT_METHOD, as_input, measured_ranges
+from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import apply_ranges, observe_weights
 from mgq.zoo.registry import spec_of
@@ -118,6 +118,10 @@ class Trainer:
             self.solve_classifier()
             self.peers.share(self.network)
             self.observe()
+            if self.average is not None:
+                self.average = WeightAverage(self.network, self.recipe.ema)
+            if self.recipe.mode == "qat" and self.recipe.calibrate:
+                self.measure(0)
             self.prepared = True
             self.save()
         while self.epoch < self.recipe.epochs:
@@ -127,7 +131,7 @@ class Trainer:
 
     def solve_classifier(self) -> None:
         """Let a new classifier begin with what the weights below it know already."""
-        if self.examples is None:
+        if self.examples is None or self.recipe.mode == "qat":
             return
 
         def told(progress: Progress) -> None:
@@ -155,7 +159,7 @@ class Trainer:
                 break
 
     def calibrate(self) -> None:
-        """Give a ``qat`` network the ranges and biases that calibration finds on the examples."""
+        """Give a ``qat`` network what calibration finds on the examples. It is the first that may be the best."""
         examples = self.examples
         assert examples is not None
 
@@ -166,8 +170,11 @@ class Trainer:
                 yield batch.images
 
         # A plain copy: learned scales would not follow the ranges that are tried.
-        found = measured_ranges(plain_qat(self.network), pictures(), self.recipe.arch, "", {}, DEFAULT_METHOD)
-        apply_ranges(self.network, found)
+        calibrated, ranges = calibrated_network(plain_qat(self.network), pictures(), self.recipe.arch, "", {})
+        own = dict(self.network.named_parameters())
+        for name, value in calibrated.named_parameters():
+            own[name][...] = value
+        apply_ranges(self.network, ranges)
 
     def train_epoch(self) -> None:
         started = time.monotonic() - self.seconds
@@ -267,11 +274,8 @@ class Trainer:
         if self.phase is not None:
             entry["phase"] = self.phase.value
         if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
-            found = self.validated()
+            found = self.measure(self.epoch + 1)
             entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
-            if self.is_best(found):
-                self.best = {"epoch": self.epoch + 1, "top1": found.top1, "top5": found.top5, "loss": found.loss}
-                self.keep_best()
         if self.peers.is_first:
             self.run.add_metrics(entry)
         self.remark(line_of(entry, self.recipe.epochs))
@@ -281,6 +285,14 @@ class Trainer:
         if time.monotonic() - self._drawn_at > CURVE_SECONDS:
             self.draw_curves()
         self.stop_if_asked(keep=False)
+
+    def measure(self, epoch: int) -> Evaluation:
+        """Validate, and keep the network where it is the best so far; ``epoch`` counts from 1, 0 is the start."""
+        found = self.validated()
+        if self.is_best(found):
+            self.best = {"epoch": epoch, "top1": found.top1, "top5": found.top5, "loss": found.loss}
+            self.keep_best()
+        return found
 
     def validated(self) -> Evaluation:
         network = self.measured_network()

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import megengine.functional as F
-import megengine.module.qat as Q
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
 from mgq.quant.layerwise import Layer
+from mgq.quant.patches import is_convolution
 from mgq.quant.ranges import add_to_bias, bias_parameter, folded_weight, quantized_weight
 
 DIGITS = 6
@@ -37,10 +37,6 @@ class BiasCorrection:
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
         add_to_bias(module, correction)
         self.found[layer.name] = correction
-
-
-def is_convolution(module: QATModule) -> bool:
-    return isinstance(module, Q.Conv2d | Q.ConvBn2d | Q.ConvBnRelu2d)
 
 
 def mean_output(module: QATModule, source: Tensor, weight: Tensor) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QuantStub
 from megengine.quantization.observer import Observer
-from megengine.quantization.quantize import disable_fake_quant
+from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 from megengine.quantization.utils import QParams
 
 from mgq.errors import InputError
@@ -21,11 +21,12 @@ from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import ActivationRanges, observe_weights, quantized_layers, set_range
+from mgq.quant.rounding import CompensatedRounding
 
 EASYQUANT = "easyquant"
 METHODS = (*ESTIMATORS, EASYQUANT)
-DEFAULT_METHOD = EASYQUANT
-LAYERWISE_PICTURES = 32
+DEFAULT_METHOD = "min-max"
+LAYERWISE_PICTURES = 64
 """What is done layer by layer keeps all pictures in memory, in float and quantized, and more tell it no more."""
 
 
@@ -69,11 +70,29 @@ def measured_ranges(
 
     ``min-max``: smallest and largest value; ``ema``: moving average of each batch's; ``histogram``: all but one value
     in 10,000; ``mse``: smallest squared error of rounding and clipping; ``easyquant``: largest cosine similarity of
-    each layer's float and int8 outputs, searched on at most 32 of the pictures, for ranges of the weights, too. With
-    ``correct_bias`` what int8 then shifts on average is measured on at most 32 pictures, to be taken out of the biases.
+    each layer's float and int8 outputs, searched on at most 64 of the pictures, for ranges of the weights, too. With
+    ``correct_bias`` what int8 then shifts on average is measured on at most 64 pictures, to be taken out of the biases.
 
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
+    """
+    return calibrated_network(network, batches, arch, weights, provenance, method, correct_bias, False)[1]
+
+
+def calibrated_network(
+    network: M.Module,
+    batches: Iterable[npt.NDArray[np.uint8]],
+    arch: str,
+    weights: str,
+    provenance: Mapping[str, Any],
+    method: str = DEFAULT_METHOD,
+    correct_bias: bool = True,
+    compensate: bool = True,
+) -> tuple[M.Module, ActivationRanges]:
+    """A copy of ``network`` in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
+
+    With ``compensate`` its weights are rounded so that their errors make up for each other
+    (:mod:`mgq.quant.rounding`). Then the ranges are those of these weights, biases corrected, and of no others.
     """
     checked_method(method)
     watched = to_mode(network, Mode.QAT)
@@ -81,20 +100,27 @@ def measured_ranges(
     disable_fake_quant(watched)
     observe_weights(watched)
     sample = Sample(LAYERWISE_PICTURES)
-    search, correction = Search(), BiasCorrection()
-    visitors: list[Visitor] = [correction] if correct_bias else []
+    search, rounding, correction = Search(), CompensatedRounding(), BiasCorrection()
+    visitors: list[Visitor] = []
     if method == EASYQUANT:
         for batch in batches:
             sample.add(batch)
-        visitors.insert(0, search)
+        visitors.append(search)
     else:
         search.activations.update(estimated_ranges(to_mode(watched, Mode.QAT), sample.of(batches), ESTIMATORS[method]))
         layers = quantized_layers(watched)
         for name, found in search.activations.items():
             set_range(layers[name].act_observer, *found)
+    visitors += [rounding] if compensate else []
+    visitors += [correction] if correct_bias else []
     if sample.pictures and visitors:
         visit_layers(watched, as_input(np.stack(sample.pictures)), *visitors)
-    return ActivationRanges(arch, method, weights, provenance, search.activations, search.weights, correction.found)
+    enable_fake_quant(watched)
+    disable_observer(watched)
+    weight_ranges = rounding.weights if compensate else search.weights
+    corrections = {} if compensate else correction.found
+    ranges = ActivationRanges(arch, method, weights, provenance, search.activations, weight_ranges, corrections)
+    return watched, ranges
 
 
 class Sample:

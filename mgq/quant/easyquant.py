@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.quant.bias_correction import is_convolution
 from mgq.quant.estimators import HALF, Range
 from mgq.quant.layerwise import Layer
+from mgq.quant.patches import is_convolution, patches, picked, sampled_positions
 from mgq.quant.ranges import folded_weight, set_range
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
 
 Array = npt.NDArray[np.float32]
 
-POSITIONS = 256
 ROUNDS = 2
 WEIGHTS_HALF = 127.0  # range / step: int8 without -128
 FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in MegEngine's own search
@@ -110,34 +109,6 @@ def bias_of(module: QATModule) -> Array:
         return np.asarray(bias.numpy()).ravel()
     channels = module.out_channels
     return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
-
-
-def sampled_positions(shape: tuple[int, ...], rng: np.random.Generator) -> Any:
-    """Indices of some pictures, rows and columns of an output of ``shape``."""
-    batch, _, height, width = shape
-    total = batch * height * width
-    chosen = rng.choice(total, min(total, POSITIONS), replace=False)
-    return np.unravel_index(chosen, (batch, height, width))
-
-
-def picked(values: Array, at: Any) -> Array:
-    """(N, C, H, W) -> (positions, C)."""
-    picture, row, column = at
-    result: Array = values[picture, :, row, column]
-    return result
-
-
-def patches(
-    source: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], at: Any
-) -> Array:
-    """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
-    picture, row, column = at
-    padded = np.pad(source, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
-    result = np.empty((len(picture), source.shape[1], *kernel), np.float32)
-    for y in range(kernel[0]):
-        for x in range(kernel[1]):
-            result[:, :, y, x] = padded[picture, :, row * stride[0] + y, column * stride[1] + x]
-    return result
 
 
 def quantized(values: Array, step: float, levels: int) -> Array:

@@ -11,7 +11,7 @@ from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quant.calibrate import DEFAULT_METHOD, measured_ranges
+from mgq.quant.calibrate import calibrated_network
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import ActivationRanges, apply_ranges
 
@@ -41,9 +41,10 @@ def quantize(
         if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
             raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        ranges = measured_ranges(network, batches, type(network).__name__, "", {}, DEFAULT_METHOD)
+        calibrated, ranges = calibrated_network(network, batches, type(network).__name__, "", {})
         if not ranges.ranges:
             raise InputError("there are no pictures to measure ranges on; pass at least one")
+        return to_mode(calibrated, mode, in_place=True)
     fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()
