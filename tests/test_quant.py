@@ -23,7 +23,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 import mgq
 from mgq.errors import InputError
 from mgq.quant import ranges as ranges_module
-from mgq.quant.calibrate import DEFAULT_METHOD, measured_ranges
+from mgq.quant.calibrate import calibrated_network, measured_ranges
 from mgq.quant.fold import folded
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import (
@@ -453,8 +453,11 @@ class TestQuantize:
         from_array = mgq.quantize(network, PICTURES)
         # ``iter``: it is read once.
         from_batches = mgq.quantize(network, iter([PICTURES[:1], PICTURES[1:]]))
-        ranges = measured_ranges(network, [PICTURES], "small", "", {}, DEFAULT_METHOD)
-        from_ranges = mgq.quantize(network, ranges=ranges)
+        rounded, ranges = calibrated_network(network, [PICTURES], "small", "", {})
+        weights = to_mode(network, Mode.NORMAL)
+        for name, value in rounded.named_parameters():
+            dict(weights.named_parameters())[name][...] = value
+        from_ranges = mgq.quantize(weights, ranges=ranges)
         others = smooth_pictures(3, 32, 32, seed=6)
         expected = logits_of(from_array, others)
         assert mode_of(from_array) is Mode.QUANTIZED
@@ -513,8 +516,8 @@ class TestQuantize:
     def test_a_network_of_the_zoo_is_quantized_in_one_call(self) -> None:
         network = trio_of(SHUFFLE).normal
         quantized = mgq.quantize(network, smooth_pictures(4))
-        ranges = measured_ranges(network, [smooth_pictures(4)], SHUFFLE, "", {}, DEFAULT_METHOD)
+        calibrated, ranges = calibrated_network(network, [smooth_pictures(4)], SHUFFLE, "", {})
         pictures = smooth_pictures(2, seed=8)
         logits = logits_of(quantized, pictures)
-        assert logits.shape == (2, CLASSES) and ranges.bias_corrections
-        assert np.array_equal(logits, logits_of(mgq.quantize(network, ranges=ranges), pictures))
+        assert logits.shape == (2, CLASSES) and ranges.weight_ranges
+        assert np.array_equal(logits, logits_of(to_mode(calibrated, Mode.QUANTIZED), pictures))

@@ -88,14 +88,15 @@ def calibrated_network(
     method: str = DEFAULT_METHOD,
     correct_bias: bool = True,
     compensate: bool = True,
+    in_place: bool = False,
 ) -> tuple[M.Module, ActivationRanges]:
-    """A copy of ``network`` in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
+    """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
     With ``compensate`` its weights are rounded so that their errors make up for each other
     (:mod:`mgq.quant.rounding`). Then the ranges are those of these weights, biases corrected, and of no others.
     """
     checked_method(method)
-    watched = to_mode(network, Mode.QAT)
+    watched = to_mode(network, Mode.QAT, in_place=in_place)
     watched.eval()
     disable_fake_quant(watched)
     observe_weights(watched)

@@ -41,7 +41,7 @@ def quantize(
         if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
             raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        calibrated, ranges = calibrated_network(network, batches, type(network).__name__, "", {})
+        calibrated, ranges = calibrated_network(network, batches, type(network).__name__, "", {}, in_place=in_place)
         if not ranges.ranges:
             raise InputError("there are no pictures to measure ranges on; pass at least one")
         return to_mode(calibrated, mode, in_place=True)

@@ -1,0 +1,93 @@
+"""Rounding whose errors make up for each other: nearer outputs than the nearest integers give, on the same grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.quant.calibrate import calibrated_network, measured_ranges
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.ranges import folded_weight, observe_weights
+from mgq.quant.rounding import compensated, covariances, set_folded_weight
+from tests.conftest import SIZE, logits_of, trio_of
+from tests.test_calibration import PICTURES, net
+
+Array = npt.NDArray[np.float32]
+
+
+def layer(inputs: int, outputs: int, groups: int = 1) -> tuple[Array, Array]:
+    """Weights (groups, outputs, inputs) in steps, and what they see (groups, positions, inputs), much alike."""
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(groups, inputs, inputs)) / np.sqrt(inputs) + 0.3 * np.eye(inputs)
+    seen = np.maximum(rng.normal(size=(groups, 2_000, inputs)) @ mixed, 0)
+    return rng.normal(0, 20, (groups, outputs, inputs)).astype(np.float32), seen.astype(np.float32)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(9, 1, 16), (64, 8, 2), (300, 20, 1)])
+def test_outputs_are_nearer_than_by_the_nearest_integers(inputs: int, outputs: int, groups: int) -> None:
+    weights, seen = layer(inputs, outputs, groups)
+    rounded, nearest = compensated(weights, covariances(seen)), np.rint(weights)
+    centred = (seen - seen.mean(1, keepdims=True)).transpose(0, 2, 1)
+    errors = [float(np.square((found - weights) @ centred).sum()) for found in (rounded, nearest)]
+    assert errors[0] < 0.85 * errors[1]
+
+
+def test_weights_are_integers_near_what_they_were_and_within_int8() -> None:
+    weights, seen = layer(64, 8)
+    weights[0, 0, :3] = 126.9, -127.4, 140
+    rounded = compensated(weights, covariances(seen))
+    assert np.array_equal(rounded, np.rint(rounded)) and np.abs(rounded).max() == 127
+    assert np.abs(rounded - np.clip(weights, -127, 127)).max() <= 3
+
+
+def test_inputs_that_vary_apart_are_rounded_to_the_nearest() -> None:
+    weights, _ = layer(32, 4)
+    assert np.array_equal(compensated(weights, np.eye(32)[None]), np.rint(weights))
+
+
+def test_inputs_that_never_vary_do_not_matter() -> None:
+    weights, seen = layer(32, 4)
+    seen[..., 5:] = 0
+    assert np.isfinite(compensated(weights, covariances(seen))).all()
+    assert np.isfinite(compensated(weights, covariances(seen * 0))).all()
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def test_weights_are_set_through_batch_norm(name: str) -> None:
+    module = getattr(to_mode(net(), Mode.QAT), name)
+    old = folded_weight(module).numpy()
+    new = np.random.default_rng(1).normal(0, 1, old.shape).astype(np.float32)
+    set_folded_weight(module, old, new)
+    np.testing.assert_allclose(folded_weight(module).numpy(), new, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_output_stays_as_it_is() -> None:
+    module = to_mode(net(), Mode.QAT).first
+    module.bn.weight[:, 2] = Tensor(0.0)
+    before = module.conv.weight.numpy()[2]
+    old = folded_weight(module).numpy()
+    set_folded_weight(module, old, old + 1)
+    assert np.array_equal(module.conv.weight.numpy()[2], before)
+
+
+def test_the_grid_of_a_calibrated_network_is_found_again_from_its_weights() -> None:
+    calibrated, ranges = calibrated_network(net(), [PICTURES], "net", "", {})
+    assert set(ranges.weight_ranges) == {"first", "second", "third"} and not ranges.bias_corrections
+    before = logits_of(calibrated, PICTURES)
+    observe_weights(calibrated)
+    np.testing.assert_allclose(logits_of(calibrated, PICTURES), before, rtol=1e-4, atol=1e-4)
+    for name in ranges.weight_ranges:
+        module = getattr(calibrated, name)
+        steps = folded_weight(module).numpy() / module.weight_observer.get_qparams().scale.numpy()
+        np.testing.assert_allclose(steps, np.rint(steps), atol=2e-3)
+
+
+def test_int8_of_a_network_of_the_zoo_follows_its_simulation() -> None:
+    network = trio_of("efficientnet_lite0").normal
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
+    calibrated, _ = calibrated_network(network, [pictures], "efficientnet_lite0", "", {})
+    simulated, real = logits_of(calibrated, pictures), logits_of(to_mode(calibrated, Mode.QUANTIZED), pictures)
+    assert np.corrcoef(simulated.ravel(), real.ravel())[0, 1] > 0.99
+    assert measured_ranges(network, [pictures], "x", "", {}).bias_corrections
