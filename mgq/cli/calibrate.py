@@ -88,10 +88,10 @@ def calibrate(
         from mgq.engine.calibration_data import pictures_for
         from mgq.engine.comparison import compared
         from mgq.events import Watcher
-        from mgq.quant.calibrate import DEFAULT_METHOD
+        from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, pictures_used
 
-        found = pictures_for(classifier, pictures or [], data, images, on_progress)
-        method = method or DEFAULT_METHOD
+        method = checked_method(method or DEFAULT_METHOD)
+        found = pictures_for(classifier, pictures or [], data, pictures_used(method, images), on_progress)
         result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias, not nearest)
         for problem in result.problems:
             note(problem)
