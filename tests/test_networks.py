@@ -300,9 +300,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "02a.png").write_bytes(b"no picture")
     sources = expand([str(folder), str(folder.parent / "missing.png")])
     events: list[Progress] = []
-    # The calibration uses the network up.
-    own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-    return Run(calibrated(own, sources, 10, "made-up pictures", events.append, "min-max"), sources, events)
+    words = (sources, 10, "made-up pictures", events.append, "min-max")
+    return Run(calibrated(classifier_of(SHUFFLE), *words, compensate=False), sources, events)
 
 
 class TestCalibration:
@@ -332,6 +331,15 @@ class TestCalibration:
             "image_size": SIZE,
             "versions": versions(),
         }
+
+    def test_ranges_of_rounded_weights_are_theirs_alone(self, run: Run, tmp_path: Path) -> None:
+        found = calibrated(classifier_of(SHUFFLE), run.sources, 10)
+        path = found.write(tmp_path)
+        assert read_ranges(path.parent / RANGES_FILE).weights == fingerprint(read_weights(path).state)
+        assert found.ranges.weights != fingerprint(trio_of(SHUFFLE).normal_state)
+        pictures = smooth_pictures(2)
+        again = open_classifier(checkpoint=path, ranges=found.ranges).logits(pictures)
+        assert np.array_equal(again, open_classifier(checkpoint=path).logits(pictures))
 
     def test_what_is_written_gives_the_int8_network_to_the_bit(self, run: Run, tmp_path: Path) -> None:
         path = run.found.write(tmp_path / "runs")

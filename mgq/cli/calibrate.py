@@ -53,7 +53,8 @@ def calibrate(
     workers: Workers = None,
     max_bad: MaxBad = 0.01,
     ranges_file: Annotated[
-        Path | None, typer.Option("--ranges", help="Write the ranges as text to this file, too.")
+        Path | None,
+        typer.Option("--ranges", help="Write ranges for the float weights to this text file, too; implies --nearest."),
     ] = None,
     about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = "",
     pretrained: Pretrained = False,
@@ -91,8 +92,9 @@ def calibrate(
         from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, pictures_used
 
         method = checked_method(method or DEFAULT_METHOD)
+        compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         found = pictures_for(classifier, pictures or [], data, pictures_used(method, images), on_progress)
-        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias, not nearest)
+        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias, compensate)
         for problem in result.problems:
             note(problem)
         path = result.write(save)
