@@ -2,7 +2,9 @@
 
 Weights are rounded one input at a time, and what the output loses by it is given to the inputs not rounded yet, as far
 as these vary together on real pictures. So many weights that are rounded the wrong way, seen alone, add up to an output
-that is nearer to float's than that of the nearest integers. Means are left out of account: the bias makes up for them.
+that is nearer to float's than that of the nearest integers. Before that they are fitted, by ridge regression, to what
+the int8 layers before let the layer see: so each layer also makes up for errors of those before it (the aim of GPTAQ,
+Li et al. 2025, arXiv:2504.02692). Means are left out of account: the bias makes up for them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from megengine.module.qat import QATModule
 from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, sampled_positions
-from mgq.quant.ranges import folded_weight
+from mgq.quant.ranges import folded_weight, set_range
 
 Array = npt.NDArray[np.float32]
 
@@ -28,6 +30,8 @@ FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 DAMPING = 0.01
 """Of the mean variance, added to each: the paper's."""
+RIDGE = 0.1
+"""Of the mean variance, added to each when weights are fitted: what few pictures tell is not taken too seriously."""
 BLOCK = 128
 LEVELS = 127
 
@@ -47,34 +51,62 @@ class CompensatedRounding:
         if not is_convolution(module):
             return
         weight = folded_weight(module).numpy()
-        step = float(module.weight_observer.get_qparams().scale.numpy())
         conv = module.conv if hasattr(module, "conv") else module
-        seen = self.seen(layer, conv)
+        seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
-        steps = groups / np.float32(step)
-        rounded = compensated(steps, covariances(seen))
+        fitted = refitted(groups, seen, exact)
+        # The range that was chosen, of what is there now.
+        step = float(module.weight_observer.get_qparams().scale.numpy())
+        step *= float(np.abs(fitted).max()) / (float(np.abs(weight).max()) or 1.0)
+        set_range(module.weight_observer, -step * LEVELS, step * LEVELS)
+        steps = fitted / np.float32(step)
+        rounded = compensated(steps, damped(covariances(seen, seen), DAMPING))
         # The largest weight gives the grid its range: it stays, or an observer would find another grid.
         largest = np.abs(steps).argmax()
         rounded.flat[largest] = np.clip(np.rint(steps.flat[largest]), -LEVELS, LEVELS)
         set_folded_weight(module, weight, (rounded * np.float32(step)).reshape(weight.shape))
         self.weights[layer.name] = -step * LEVELS, step * LEVELS
 
-    def seen(self, layer: Layer, conv: Any) -> Array:
-        """float32 (groups, positions, inputs): what each output is made of, at some positions on the pictures."""
-        source = layer.fake_inputs[0].numpy()
-        size = source.shape[1] * int(np.prod(conv.kernel_size))
+    def seen(self, layer: Layer, conv: Any) -> tuple[Array, Array]:
+        """What each output is made of, at some positions on the pictures, in int8 and in the float network.
+
+        Both float32 (groups, positions, inputs), without their means.
+        """
+        size = layer.fake_inputs[0]._tuple_shape[1] * int(np.prod(conv.kernel_size))
         number = int(np.clip(VALUES // size, FEWEST, MOST))
         at = sampled_positions(tuple(layer.output._tuple_shape), self.positions, number)
-        found = patches(source, conv.kernel_size, conv.stride, conv.padding, at)
-        return found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
+
+        def centred(source: Tensor) -> Array:
+            found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)
+            grouped = found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
+            result: Array = grouped - grouped.mean(axis=1, keepdims=True)
+            return result
+
+        return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
 
 
-def covariances(seen: Array) -> npt.NDArray[np.float64]:
-    """(groups, positions, inputs) -> (groups, inputs, inputs), damped so that they can be inverted."""
-    centred = seen - seen.mean(axis=1, keepdims=True)
-    found: npt.NDArray[np.float64] = (centred.transpose(0, 2, 1) @ centred / seen.shape[1]).astype(np.float64)
+def refitted(weights: Array, seen: Array, exact: Array) -> Array:
+    """``weights`` (groups, outputs, inputs), changed so that with ``seen`` they give what they did with ``exact``.
+
+    As nearly as least squares come, with a penalty on the change.
+    """
+    missing = covariances(seen, exact - seen) @ weights.transpose(0, 2, 1)
+    change = np.linalg.solve(damped(covariances(seen, seen), RIDGE), missing).transpose(0, 2, 1)
+    result: Array = (weights + change).astype(np.float32)
+    return result
+
+
+def covariances(one: Array, other: Array) -> npt.NDArray[np.float64]:
+    """(groups, positions, inputs), both without means -> (groups, inputs, inputs)."""
+    found: npt.NDArray[np.float64] = (one.transpose(0, 2, 1) @ other / one.shape[1]).astype(np.float64)
+    return found
+
+
+def damped(covariance: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.float64]:
+    """(groups, inputs, inputs) with a share of the mean variance added to each, so that it can be inverted."""
+    found = covariance.copy()
     diagonal = np.einsum("gii->gi", found)
-    diagonal += DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-12
+    diagonal += share * diagonal.mean(axis=1, keepdims=True) + 1e-12
     return found
 
 
