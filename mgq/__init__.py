@@ -23,10 +23,10 @@ from mgq.errors import FailureError, InputError, MgqError
 from mgq.machine import prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
-    from mgq.deploy.dump import dump as dump
     from mgq.engine.calls import evaluate as evaluate
     from mgq.engine.calls import qat as qat
     from mgq.engine.calls import train as train
+    from mgq.engine.dump import dump as dump
     from mgq.engine.predict import infer as infer
     from mgq.quant.quantize import quantize as quantize
     from mgq.zoo.registry import create_model as create_model
@@ -40,7 +40,7 @@ WHERE = {
     "load_weights": "mgq.zoo.weights",
     "quantize": "mgq.quant.quantize",
     "infer": "mgq.engine.predict",
-    "dump": "mgq.deploy.dump",
+    "dump": "mgq.engine.dump",
     "train": "mgq.engine.calls",
     "qat": "mgq.engine.calls",
     "evaluate": "mgq.engine.calls",

@@ -14,7 +14,7 @@ import mgq
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
 from mgq.deploy import mge
-from mgq.deploy.dump import dump_classifier
+from mgq.engine.dump import dump_classifier
 from mgq.engine.networks import Classifier, random_classifier
 from mgq.errors import FailureError, InputError
 from mgq.files.sealed import read_sealed

@@ -16,9 +16,9 @@ MAY_IMPORT = {
     "zoo": FLOOR | {"files"},
     "data": FLOOR | {"files"},
     "quant": FLOOR | {"files", "zoo"},
-    "engine": FLOOR | {"files", "zoo", "data", "quant"},
-    "deploy": FLOOR | {"files", "zoo", "data", "quant", "engine"},
+    "deploy": FLOOR | {"files", "zoo", "quant"},
     "runtime": FLOOR | {"files", "deploy"},
+    "engine": FLOOR | {"files", "zoo", "data", "quant", "deploy", "runtime"},
     "bench": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime"},
     "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},
 }

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from mgq.bench.contest import Contestant, Loaded
 from mgq.bench.settings import Precision, Settings, counted
-from mgq.deploy.dump import dump_classifier
+from mgq.engine.dump import dump_classifier
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.errors import FailureError, InputError
 from mgq.quant.modes import Mode

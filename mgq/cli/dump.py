@@ -74,7 +74,7 @@ def default_path(classifier: Classifier, folder: Path) -> Path:
 
 def written(classifier: Classifier, path: Path, input_type: str, batch: int, to: Console) -> None:
     """Write the file and say so."""
-    from mgq.deploy.dump import dump_classifier
+    from mgq.engine.dump import dump_classifier
 
     report = dump_classifier(classifier, path, input_type, batch)
     size = classifier.image_size
@@ -89,7 +89,7 @@ def written(classifier: Classifier, path: Path, input_type: str, batch: int, to:
 
 def show_float_size(classifier: Classifier, int8: Path, input_type: str, batch: int, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
-    from mgq.deploy.dump import dump_classifier
+    from mgq.engine.dump import dump_classifier
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
         path = default_path(classifier, Path(folder))

@@ -20,8 +20,9 @@ from mgq.quant.easyquant import Search
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import ActivationRanges, observe_weights, quantized_layers, set_range
+from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
+from mgq.quant.targets import MEGENGINE, Target
 
 EASYQUANT = "easyquant"
 METHODS = (*ESTIMATORS, EASYQUANT)
@@ -89,6 +90,7 @@ def calibrated_network(
     correct_bias: bool = True,
     compensate: bool = True,
     in_place: bool = False,
+    target: Target = MEGENGINE,
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
@@ -96,7 +98,7 @@ def calibrated_network(
     (:mod:`mgq.quant.rounding`). Then the ranges are those of these weights, biases corrected, and of no others.
     """
     checked_method(method)
-    watched = to_mode(network, Mode.QAT, in_place=in_place)
+    watched = to_mode(network, Mode.QAT, target, in_place)
     watched.eval()
     disable_fake_quant(watched)
     observe_weights(watched)
@@ -159,7 +161,7 @@ def estimated_ranges(
 def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, RangeEstimator]:
     """Put an estimator behind each layer of a ``qat`` network but its input, whose scale is fixed; by their names."""
     layers = {name: layer for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)}
-    estimators = {name: kind() for name in layers}
+    estimators = {name: kind(half_of(layer)) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name])
     return estimators

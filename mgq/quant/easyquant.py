@@ -8,6 +8,7 @@ same and takes seconds instead of minutes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.quant.estimators import HALF, Range
+from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, picked, sampled_positions
-from mgq.quant.ranges import folded_weight, set_range
+from mgq.quant.ranges import folded_bias, folded_weight, half_of, quantized_weight, set_range
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
+from mgq.quant.targets import ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
 
@@ -52,24 +54,48 @@ class Search:
         wanted = picked(exact, at)
         limit = largest = float(np.abs(exact).max())
         tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
+        grid = OutputGrid.of(module)
         if largest and is_convolution(module):
             sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
-            weight_limit = largest_weight = float(np.abs(sampled.weight).max())
-            for _ in range(ROUNDS):
-                weight_limit = best(
-                    largest_weight * FRACTIONS,
-                    wanted,
-                    lambda w, limit=limit: quantized(sampled.output(w), limit / HALF, 128),
-                )
-                output = sampled.output(weight_limit)
-                limit = best(tries, wanted, lambda x, output=output: quantized(output, x / HALF, 128))
-            self.weights[name] = -weight_limit, weight_limit
-            set_range(module.weight_observer, *self.weights[name])
+            if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+                limit = best(tries, wanted, grid.on(sampled.with_weights(quantized_weight(module).numpy())))
+            else:
+                limit, weight_limit = in_turn(sampled, largest, tries, wanted, grid)
+                self.weights[name] = -weight_limit, weight_limit
+                set_range(module.weight_observer, *self.weights[name])
         elif largest:
-            output = picked(other, at)
-            limit = best(tries, wanted, lambda x: quantized(output, x / HALF, 128))
+            limit = best(tries, wanted, grid.on(picked(other, at)))
         self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
         set_range(module.act_observer, *self.activations[name])
+
+
+@dataclass(frozen=True)
+class OutputGrid:
+    """The integers behind a layer, and how many steps its range has."""
+
+    half: float
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, module: QATModule) -> OutputGrid:
+        return cls(half_of(module), module.act_observer.qmin, module.act_observer.qmax)
+
+    def on(self, output: Array) -> Callable[[float], Array]:
+        """From a limit of the range to ``output`` quantized with it."""
+        return lambda limit: quantized(output, limit / self.half, self.lowest, self.highest)
+
+
+def in_turn(
+    sampled: SampledConvolution, largest: float, tries: npt.NDArray[np.float64], wanted: Array, grid: OutputGrid
+) -> tuple[float, float]:
+    """The ranges of a convolution's output, whose ``largest`` value is known, and of its weights."""
+    limit, largest_weight = largest, float(np.abs(sampled.weight).max())
+    for _ in range(ROUNDS):
+        now = limit
+        weight_limit = best(largest_weight * FRACTIONS, wanted, lambda w: grid.on(sampled.output(w))(now))  # noqa: B023
+        limit = best(tries, wanted, grid.on(sampled.output(weight_limit)))
+    return limit, weight_limit
 
 
 class SampledConvolution:
@@ -85,11 +111,15 @@ class SampledConvolution:
         positions = gathered.shape[0]
         # (groups, positions, inputs a group * kernel)
         self.patches = np.ascontiguousarray(gathered.reshape(positions, groups, -1).transpose(1, 0, 2))
-        self.bias = bias_of(module).reshape(groups, 1, -1)
+        self.bias = folded_bias(module).reshape(groups, 1, -1)
 
     def output(self, limit: float) -> Array:
         """float32 (positions, channels) with weights quantized to ``limit``."""
-        weight = quantized(self.outputs, limit / WEIGHTS_HALF, 127)
+        return self.with_weights(quantized(self.outputs, limit / WEIGHTS_HALF, -127, 127))
+
+    def with_weights(self, weight: Array) -> Array:
+        """float32 (positions, channels) with ``weight``, (outputs, ...) or (groups, outputs a group, ...)."""
+        weight = weight.reshape(self.outputs.shape)
         result = self.patches @ weight.transpose(0, 2, 1) + self.bias
         result = result.transpose(1, 0, 2).reshape(result.shape[1], -1)
         if isinstance(self.module, Q.ConvBnRelu2d | Q.ConvRelu2d):
@@ -99,22 +129,10 @@ class SampledConvolution:
         return result
 
 
-def bias_of(module: QATModule) -> Array:
-    """(C,): with batch norm folded in, where there is one."""
-    if hasattr(module, "bn"):
-        was = module.weight_observer.enabled
-        module.weight_observer.disable()
-        _, bias = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
-        module.weight_observer.enabled = was
-        return np.asarray(bias.numpy()).ravel()
-    channels = module.out_channels
-    return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
-
-
-def quantized(values: Array, step: float, levels: int) -> Array:
-    """``values`` rounded to multiples of ``step``, to at most 127 and at least -``levels`` of them."""
+def quantized(values: Array, step: float, lowest: int, highest: int) -> Array:
+    """``values`` rounded to multiples of ``step``, from ``lowest`` to ``highest`` of them."""
     result: Array = np.rint(values * np.float32(1 / step))
-    np.clip(result, -levels, 127, out=result)
+    np.clip(result, lowest, highest, out=result)
     result *= np.float32(step)
     return result
 

@@ -1,8 +1,8 @@
 """Range estimators: from the values behind a layer to the range that its int8 grid should span.
 
-The grid is MegEngine's: symmetric, of step range / 127.5, from -128 to 127 steps. Behind a ReLU only 0 to 127 are used.
-As the negative half mirrors the positive one, all that counts is the distribution of absolute values on 128 levels,
-with a ReLU or without.
+The grid is symmetric. MegEngine's has a step of range / 127.5, from -128 to 127 steps, behind a ReLU only 0 to 127;
+uint8 behind a ReLU has a step of range / 255. As a negative half mirrors the positive one, all that counts is the
+distribution of absolute values on 128 or 256 levels, with a ReLU or without.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Range = tuple[float, float]
 
-LEVELS = 128  # absolute values of an int8 grid
-HALF = 127.5  # range / step
+HALF = 127.5  # range / step on an int8 grid
 BINS = 4096
 SAMPLE = 1 << 15  # values of a layer and batch
 
 
 class RangeEstimator:
-    """Sees float32 arrays of any shape, one after the other, and then gives a range."""
+    """Sees float32 arrays of any shape, one after the other, and then gives a range. ``half`` is range / step."""
 
-    def __init__(self) -> None:
+    def __init__(self, half: float = HALF) -> None:
+        self.half = half
         self.lowest, self.highest = math.inf, -math.inf
 
     def update(self, values: Array) -> None:
@@ -74,8 +74,8 @@ class HistogramEstimator(RangeEstimator):
     Of a large array every k-th value is counted; its smallest and largest are always exact.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, half: float = HALF) -> None:
+        super().__init__(half)
         self.counts = np.zeros(BINS)
         self.top = 0.0
 
@@ -114,7 +114,9 @@ class MeanSquaredError(HistogramEstimator):
         candidates = self.largest * np.linspace(0.05, 1, self.CANDIDATES)
         used = np.flatnonzero(self.counts)
         centres, counts = self.centres[used], self.counts[used]
-        errors = [float(counts @ rounding_errors(centres, limit / HALF) ** 2) for limit in candidates]
+        errors = [
+            float(counts @ rounding_errors(centres, limit / self.half, int(self.half)) ** 2) for limit in candidates
+        ]
         return float(candidates[int(np.argmin(errors))])
 
 
@@ -132,9 +134,9 @@ class Percentile(HistogramEstimator):
         return min(float((np.argmax(reached) + 1) * self.top / BINS), self.largest)
 
 
-def rounding_errors(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
-    """What int8 of that step makes of absolute ``values``, minus them."""
-    rounded: npt.NDArray[np.float64] = np.minimum(np.rint(values / step), LEVELS - 1) * step
+def rounding_errors(values: npt.NDArray[np.float64], step: float, steps: int) -> npt.NDArray[np.float64]:
+    """What integers of that ``step``, to at most ``steps``, make of absolute ``values``, minus them."""
+    rounded: npt.NDArray[np.float64] = np.minimum(np.rint(values / step), steps) * step
     return rounded - values
 
 

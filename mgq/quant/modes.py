@@ -12,7 +12,7 @@ from megengine.quantization import quantize, quantize_qat
 
 from mgq.errors import InputError
 from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
-from mgq.quant.targets import MEGENGINE, Target, UnitScaleObserver
+from mgq.quant.targets import MEGENGINE, ONNX, Target, UnitScaleObserver, target_of
 from mgq.zoo.layers import without_initialization
 
 
@@ -56,9 +56,15 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
     network = network if in_place else deepcopy(network)
     with without_initialization():
         if now is Mode.NORMAL and mode is not Mode.NORMAL:
-            quantize_qat(network, qconfig=target.qconfig, mapping=FLOAT_TO_QAT)
+            target.prepare(network)
+            quantize_qat(network, qconfig=target.qconfig, mapping={**target.replacements, **FLOAT_TO_QAT})
+            for module in network.modules():
+                if isinstance(module, QATModule):
+                    target.equip(module)
             fix_input_scale(network)
         if mode is Mode.QUANTIZED and now is not Mode.QUANTIZED:
+            if target_of(network) is ONNX:
+                raise InputError("MegEngine cannot run int8 networks for the target onnx; write an ONNX file of it")
             network.eval()
             quantize(network, mapping=QAT_TO_QUANTIZED)
             network.eval()

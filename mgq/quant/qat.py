@@ -28,7 +28,7 @@ from mgq.quant.learned import LearnedFakeQuantize, LearnedStepSize, TrainedThres
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import folded_weight, observe_weights
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
-from mgq.quant.targets import MEGENGINE, Target
+from mgq.quant.targets import MEGENGINE, Target, target_of
 
 
 class Phase(str, Enum):
@@ -94,9 +94,11 @@ def prepared_for_qat(
     training = network.training
     network = to_mode(network, Mode.QAT, target, in_place)
     alone, among_others, learned = OBSERVERS[observer]
+    if learned is not None and target_of(network) is not MEGENGINE:
+        raise InputError(f"observer '{observer}' trains one scale a layer; for the target onnx choose ema or min-max")
     kind = among_others if is_distributed() else alone
     if any(type(quantizer) is not learned for quantizer in learned_quantizers(network)):
-        network = plain_qat(network, target, in_place=True)
+        network = plain_qat(network, in_place=True)
     for module in qat_modules(network):
         module.set_fake_quant(True)
         if has_fixed_scale(module):
@@ -193,20 +195,22 @@ def learned_quantizers(network: M.Module) -> list[LearnedFakeQuantize]:
     return [module for module in network.modules() if isinstance(module, LearnedFakeQuantize)]
 
 
-def plain_qat(network: M.Module, target: Target = MEGENGINE, in_place: bool = False) -> M.Module:
+def plain_qat(network: M.Module, in_place: bool = False) -> M.Module:
     """A copy of ``network``, or with ``in_place`` itself, as :func:`to_mode` makes one, with the very same scales.
 
     In evaluation state. It gives the same int8 network to the bit, and its state is what a checkpoint of mode ``qat``
     holds, whichever observer the network was trained with.
     """
     network = network if in_place else deepcopy(network)
+    target = target_of(network)
     for module in qat_modules(network):
         if has_fixed_scale(module):
             continue
         if module.act_observer is not None:
-            observer = with_range_of(module.act_observer, target.qconfig.act_observer)
+            dtype = module.act_observer.dtype
+            observer = with_range_of(module.act_observer, partial(target.qconfig.act_observer, dtype=dtype))
             module.act_observer = with_scale_of(module.act_fake_quant, observer)
-            module.act_fake_quant = target.qconfig.act_fake_quant()
+            module.act_fake_quant = target.qconfig.act_fake_quant(dtype=dtype)
         if module.weight_observer is not None:
             observer = with_range_of(module.weight_observer, target.qconfig.weight_observer)
             module.weight_observer = with_scale_of(module.weight_fake_quant, observer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import megengine.module as M
 import numpy as np
+import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
@@ -115,6 +116,11 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
+def half_of(layer: QATModule) -> float:
+    """Largest value / step of the grid behind ``layer``."""
+    return float(layer.act_observer.qmax - layer.act_observer.qmin) / 2
+
+
 def refuse_incomplete(network: M.Module, found: ActivationRanges) -> None:
     """Raises InputError where a layer that runs in ``network``, a ``qat`` one of the zoo, has no range in ``found``."""
     for name in quantized_layers(network):
@@ -151,6 +157,18 @@ def folded_weight(module: QATModule) -> Tensor:
     weight, _ = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
     module.weight_fake_quant.enabled, module.weight_observer.enabled = was
     return weight
+
+
+def folded_bias(module: QATModule) -> npt.NDArray[np.float32]:
+    """(C,): what is added to the output of a convolution, batch norm folded in where it has one; else zeros."""
+    if hasattr(module, "bn"):
+        was = module.weight_observer.enabled
+        module.weight_observer.disable()
+        _, bias = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
+        module.weight_observer.enabled = was
+        return np.asarray(bias.numpy()).ravel()
+    channels = module.out_channels
+    return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
 
 
 def quantized_weight(module: QATModule) -> Tensor:

@@ -21,6 +21,7 @@ from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, sampled_positions
 from mgq.quant.ranges import folded_weight, set_range
+from mgq.quant.targets import ChannelFakeQuantize, channel_scales
 
 Array = npt.NDArray[np.float32]
 
@@ -30,7 +31,7 @@ FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 DAMPING = 0.01
 """Of the mean variance, added to each: the paper's."""
-RIDGE = 0.1
+RIDGE = 0.3
 """Of the mean variance, added to each when weights are fitted: what few pictures tell is not taken too seriously."""
 BLOCK = 128
 LEVELS = 127
@@ -55,17 +56,26 @@ class CompensatedRounding:
         seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
         fitted = refitted(groups, seen, exact)
-        # The range that was chosen, of what is there now.
+        step = self.steps_for(module, groups, fitted)
+        rounded = compensated(fitted / step, damped(covariances(seen, seen), DAMPING))
+        keep_largest(rounded, fitted / step, isinstance(module.weight_fake_quant, ChannelFakeQuantize))
+        set_folded_weight(module, weight, (rounded * step).reshape(weight.shape))
+        if step.size == 1:
+            self.weights[layer.name] = -float(step) * LEVELS, float(step) * LEVELS
+
+    def steps_for(self, module: QATModule, before: Array, weights: Array) -> Array:
+        """The step of ``weights`` (groups, outputs, inputs), float32 (1, 1, 1) or one an output: (groups, outputs, 1).
+
+        A layer that has one keeps the share of its largest weight ``before`` that its range covered.
+        """
+        if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+            scales = channel_scales(Tensor(weights.reshape(-1, weights.shape[2]))).numpy()
+            per_output: Array = scales.reshape(*weights.shape[:2], 1)
+            return per_output
         step = float(module.weight_observer.get_qparams().scale.numpy())
-        step *= float(np.abs(fitted).max()) / (float(np.abs(weight).max()) or 1.0)
+        step *= float(np.abs(weights).max()) / (float(np.abs(before).max()) or 1.0)
         set_range(module.weight_observer, -step * LEVELS, step * LEVELS)
-        steps = fitted / np.float32(step)
-        rounded = compensated(steps, damped(covariances(seen, seen), DAMPING))
-        # The largest weight gives the grid its range: it stays, or an observer would find another grid.
-        largest = np.abs(steps).argmax()
-        rounded.flat[largest] = np.clip(np.rint(steps.flat[largest]), -LEVELS, LEVELS)
-        set_folded_weight(module, weight, (rounded * np.float32(step)).reshape(weight.shape))
-        self.weights[layer.name] = -step * LEVELS, step * LEVELS
+        return np.full((1, 1, 1), step, np.float32)
 
     def seen(self, layer: Layer, conv: Any) -> tuple[Array, Array]:
         """What each output is made of, at some positions on the pictures, in int8 and in the float network.
@@ -83,6 +93,15 @@ class CompensatedRounding:
             return result
 
         return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
+
+
+def keep_largest(rounded: Array, steps: Array, of_each_output: bool) -> None:
+    """The largest weight gives the grid its range: it stays, or an observer would find another grid."""
+    rows = steps.reshape(-1, steps.shape[2]) if of_each_output else steps.reshape(1, -1)
+    changed = rounded.reshape(rows.shape)
+    largest = np.abs(rows).argmax(axis=1)[:, None]
+    value = np.clip(np.rint(np.take_along_axis(rows, largest, 1)), -LEVELS, LEVELS)
+    np.put_along_axis(changed, largest, value, 1)
 
 
 def refitted(weights: Array, seen: Array, exact: Array) -> Array:

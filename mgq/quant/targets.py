@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.qat as Q
 from megengine import Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import FakeQuant
+from megengine.core.tensor.dtype import QuantDtypeMeta
+from megengine.module.qat import QATModule
 from megengine.quantization import FakeQuantize, QConfig
 from megengine.quantization.observer import (
     ExponentialMovingAverageObserver,
@@ -13,15 +21,84 @@ from megengine.quantization.observer import (
 )
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
+from mgq.errors import InputError
+
+UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "uint8", -255, 255)
+"""uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
+know symmetric grids alone, its mirrored half seems to be there, too."""
+WEIGHT_LEVELS = 127
+SMALLEST_SCALE = 2.0**-12
+"""Of a channel's weights, in terms of the layer's largest: channels of zeros need some scale."""
+
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table of targets: types and granularity of what runs in the end."""
+    """One row of the table of targets: types and granularity of what runs in the end.
+
+    ``per_channel``: weights have a scale for each output. ``unsigned``: what is behind a ReLU has 256 levels instead
+    of 128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads.
+    """
 
     name: str
     weights: str
     activations: str
     qconfig: QConfig
+    per_channel: bool
+    unsigned: bool
+    int8_head: bool
+
+    def prepare(self, network: M.Module) -> None:
+        """Choose which layers of a float ``network`` are quantized."""
+        if self.int8_head:
+            network.disable_quantize(False)
+
+    @property
+    def replacements(self) -> dict[Any, Any]:
+        """Type of a float layer -> the ``qat`` one, where it is not MegEngine's."""
+        return {M.DequantStub: QuantizedFeatures} if self.int8_head else {}
+
+    def equip(self, module: QATModule) -> None:
+        """Give a layer of a ``qat`` network new observers and fake quantization, without ranges."""
+        module.set_qconfig(self.qconfig)
+        if isinstance(module, Q.Linear):
+            module.act_observer = module.act_fake_quant = None  # logits are float
+        elif self.unsigned and is_never_negative(module):
+            module.act_observer = self.qconfig.act_observer(dtype=UNSIGNED)
+            module.act_fake_quant = self.qconfig.act_fake_quant(dtype=UNSIGNED)
+
+
+class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight.
+
+    Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution.
+    """
+
+    def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
+        scales = channel_scales(inp)
+        return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
+
+    def get_qparams(self) -> QParams:
+        # No scale that holds for the whole layer: nothing else is to be derived from it.
+        return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=None)
+
+
+def channel_scales(weight: Tensor) -> Tensor:
+    """The scale of each output of ``weight``, of as many axes."""
+    outputs = 2 if weight.ndim == 5 else 1
+    largest = F.abs(weight.detach())
+    for axis in range(outputs, weight.ndim):
+        largest = largest.max(axis, keepdims=True)
+    least = F.maximum(largest.max() * SMALLEST_SCALE, 1e-30)
+    return F.maximum(largest, least) / WEIGHT_LEVELS
+
+
+class QuantizedFeatures(Q.DequantStub):  # type: ignore[misc]
+    """The exit of the integer layers in front of an int8 classifier: pooled features on a grid of their own."""
+
+    with_act = True
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return self.apply_quant_activation(inp)
 
 
 MEGENGINE = Target(
@@ -34,7 +111,45 @@ MEGENGINE = Target(
         weight_fake_quant=partial(FakeQuantize, dtype="qint8_narrow"),
         act_fake_quant=partial(FakeQuantize, dtype="qint8"),
     ),
+    per_channel=False,
+    unsigned=False,
+    int8_head=False,
 )
+ONNX = Target(
+    name="onnx",
+    weights="int8 in -127..127, symmetric, one scale an output channel",
+    activations="uint8 in 0..255 behind a ReLU, int8 in -128..127 elsewhere, one scale a layer",
+    qconfig=QConfig(
+        weight_observer=MEGENGINE.qconfig.weight_observer,
+        act_observer=MEGENGINE.qconfig.act_observer,
+        weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow"),
+        act_fake_quant=MEGENGINE.qconfig.act_fake_quant,
+    ),
+    per_channel=True,
+    unsigned=True,
+    int8_head=True,
+)
+TARGETS = {target.name: target for target in (MEGENGINE, ONNX)}
+
+
+def target_called(name: str) -> Target:
+    """Raises InputError, which lists them, where there is no target ``name``."""
+    if name not in TARGETS:
+        raise InputError(f"there is no target '{name}'; choose {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def target_of(network: M.Module) -> Target:
+    """What a ``qat`` network imitates."""
+    has_channels = any(isinstance(module, ChannelFakeQuantize) for module in network.modules())
+    return ONNX if has_channels else MEGENGINE
+
+
+def is_never_negative(module: M.Module) -> bool:
+    """Whether a ReLU, or what is like one, ends the layer ``module`` of a ``qat`` network."""
+    if isinstance(module, Q.Elemwise):
+        return str(module.method).upper().endswith("FUSE_ADD_RELU")
+    return isinstance(module, Q.ConvBnRelu2d | Q.ConvRelu2d | QuantizedFeatures)
 
 
 class UnitScaleObserver(ExponentialMovingAverageObserver):  # type: ignore[misc]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from mgq.errors import InputError
 
 
 class Runtime(Protocol):
@@ -20,3 +23,11 @@ class Runtime(Protocol):
     threads: int
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+
+
+def checked_threads(threads: int) -> int:
+    """Raises InputError for more threads than cores."""
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= threads <= cores:
+        raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
+    return threads

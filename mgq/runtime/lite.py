@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import megengine
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from mgq.deploy.mge import LiteGraph
 from mgq.errors import InputError
 from mgq.files.sealed import read_sealed
+from mgq.runtime.base import checked_threads
 
 
 class LiteRuntime:
@@ -25,12 +25,9 @@ class LiteRuntime:
     version = megengine.__version__
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        cores = len(os.sched_getaffinity(0))
-        if not 1 <= threads <= cores:
-            raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
+        self.threads = checked_threads(threads)
         graph, self.about = read_sealed(path)
         self.path = path
-        self.threads = threads
         self.input_type = str(self.about["input"]["type"])
         self.shape = tuple(self.about["input"]["shape"])
         self.graph = LiteGraph(graph, threads)

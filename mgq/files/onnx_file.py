@@ -1,0 +1,86 @@
+"""ONNX files as the engines that run them take them: checked before an engine sees them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgq.errors import InputError, printable
+
+METADATA = "mgq"
+"""The key of what mgq writes into a file's metadata, as JSON."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) has None where any will
+    do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is what mgq wrote into it, empty in others.
+    """
+
+    path: Path
+    content: bytes = field(repr=False)
+    input: str
+    type: str
+    shape: tuple[int | None, ...]
+    output: str
+    about: dict[str, Any] = field(repr=False)
+
+    def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError where a batch of ``shape`` does not fit."""
+        fits = len(shape) == len(self.shape) and all(
+            wanted is None or wanted == has for wanted, has in zip(self.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = "x".join("N" if axis is None else str(axis) for axis in self.shape)
+            raise InputError(
+                f"{printable(self.path)} takes pictures of shape {wanted}, not {'x'.join(map(str, shape))}"
+            )
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, or where the
+    package that reads it is not installed."""
+    name = printable(path)
+    onnx = imported("onnx")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
+    try:
+        model = onnx.load_from_string(content)
+        onnx.checker.check_model(model)
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{printable(path)} is damaged, or is no ONNX file ({printable(what)}): write it again"
+        ) from None
+    constants = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(model.graph.output) != 1:
+        raise InputError(f"{name} does not take one batch of pictures and give one answer: give a classifier")
+    tensor = inputs[0].type.tensor_type
+    shape = tuple(int(axis.dim_value) or None for axis in tensor.shape.dim)
+    if len(shape) != 4 or shape[1] not in (3, None):
+        raise InputError(f"{name} does not take pictures (N, 3, H, W): give a classifier of pictures")
+    about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    return OnnxFile(path, content, inputs[0].name, kind, shape, model.graph.output[0].name, known(about))
+
+
+def known(about: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(about) if about is not None else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def imported(package: str) -> Any:
+    """Raises InputError where ``package`` is not installed, or fails."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"{package} cannot be imported ({error}): pip install 'mgq[deploy]'") from None

@@ -1,0 +1,52 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError
+from mgq.files.onnx_file import imported, read_onnx
+from mgq.runtime.base import checked_threads
+
+
+class OnnxRuntime:
+    """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+
+    Raises InputError as :func:`mgq.files.onnx_file.read_onnx` does, for more threads than cores and for pictures of
+    another shape than the file takes.
+    """
+
+    name = "ONNX Runtime"
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        engine = imported("onnxruntime")
+        self.version: str = engine.__version__
+        self.threads = checked_threads(threads)
+        self.file = read_onnx(path)
+        options = engine.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = engine.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        # Threads that wait in a loop would take the processor from whatever runs in turn with this.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self.session = engine.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise InputError(f"{self.name} {self.version} cannot run {path}: {str(error).strip()}") from None
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.file.refuse_other_shape(batch.shape)
+        result: npt.NDArray[np.float32] = self.session.run(
+            [self.file.output], {self.file.input: fed(batch, self.file.type)}
+        )[0]
+        return result
+
+
+def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    """``batch`` as a file takes it whose input has ONNX's type ``kind``: pixels, or these minus 128 in float32."""
+    return batch if kind == "uint8" else batch.astype(np.float32) - 128

@@ -1,0 +1,48 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError
+from mgq.files.onnx_file import imported, read_onnx
+from mgq.runtime.base import checked_threads
+from mgq.runtime.onnxruntime import fed
+
+
+class OpenVino:
+    """An ``.onnx`` file in OpenVINO. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+
+    Raises InputError as :func:`mgq.files.onnx_file.read_onnx` does, for more threads than cores and for pictures of
+    another shape than the file takes.
+    """
+
+    name = "OpenVINO"
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        engine = imported("openvino")
+        self.version: str = engine.__version__.partition("-")[0]
+        self.threads = checked_threads(threads)
+        self.file = read_onnx(path)
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            # Float stays float32, whatever the processor has besides.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        try:
+            core = engine.Core()
+            self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings)
+        except Exception as error:
+            raise InputError(f"{self.name} {self.version} cannot run {path}: {str(error).strip()}") from None
+        self.request = self.network.create_infer_request()
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.file.refuse_other_shape(batch.shape)
+        answers = self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+        result: npt.NDArray[np.float32] = answers[0]
+        return result

@@ -1,0 +1,88 @@
+"""The engines by name: what each reads, and how it is got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from mgq.errors import InputError, printable
+from mgq.runtime.base import Runtime
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
+
+    ``load`` takes a path and a number of threads; it imports the engine's ``package``.
+    """
+
+    key: str
+    name: str
+    package: str
+    suffix: str
+    load: Callable[[Path, int], Runtime]
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+    @property
+    def mend(self) -> str:
+        return f"{self.name} is not installed: pip install 'mgq[deploy]'"
+
+
+def openvino(path: Path, threads: int) -> Runtime:
+    from mgq.runtime.openvino import OpenVino
+
+    return OpenVino(path, threads)
+
+
+def onnxruntime(path: Path, threads: int) -> Runtime:
+    from mgq.runtime.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime(path, threads)
+
+
+def lite(path: Path, threads: int) -> Runtime:
+    from mgq.runtime.lite import LiteRuntime
+
+    return LiteRuntime(path, threads)
+
+
+ENGINES = (
+    Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
+    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
+    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite),
+)
+"""The faster first, where they read the same files."""
+
+
+def engine_for(path: Path, key: str = AUTO) -> Engine:
+    """The engine called ``key``, or the fastest installed one, that reads ``path``.
+
+    Raises InputError where no engine has that name, it does not read such files, or it is not installed.
+    """
+    names = ", ".join([AUTO, *(engine.key for engine in ENGINES)])
+    if key not in (AUTO, *(engine.key for engine in ENGINES)):
+        raise InputError(f"there is no engine '{printable(key)}'; choose {names}")
+    reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower()]
+    if not reading:
+        known = " or ".join(dict.fromkeys(engine.suffix for engine in ENGINES))
+        raise InputError(f"no engine reads {printable(path)}: give a file that ends in {known}")
+    chosen = [engine for engine in reading if key in (AUTO, engine.key)]
+    if not chosen:
+        others = " or ".join(engine.key for engine in reading)
+        raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
+    installed = [engine for engine in chosen if engine.is_installed]
+    if not installed:
+        raise InputError(chosen[0].mend)
+    return installed[0]
+
+
+def load(path: Path, key: str = AUTO, threads: int = 1) -> Runtime:
+    """``path`` in the engine called ``key``, ready to run. Raises as :func:`engine_for` and the engines do."""
+    return engine_for(path, key).load(path, threads)
