@@ -115,7 +115,10 @@ def test_where_lite_rounds_otherwise_megengine_itself_has_to_give_the_bits(
     made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
     monkeypatch.setattr(mge, "run_in_lite", off_by_one_bit(mge.run_in_lite))
-    assert dump_classifier(made["mobilenet_v2", mode], tmp_path / "net.megengine").exact_in == "MegEngine"
+    assert (
+        "loaded again in MegEngine, it"
+        in dump_classifier(made["mobilenet_v2", mode], tmp_path / "net.megengine").checked
+    )
 
 
 def test_a_file_that_lite_answers_wrongly_is_refused_whatever_megengine_says(

@@ -55,7 +55,7 @@ def test_fitted_weights_make_up_for_what_is_seen_wrongly() -> None:
     fitted = refitted(weights, seen, exact)
     wanted = exact @ weights.transpose(0, 2, 1)
     errors = [float(np.square(seen @ found.transpose(0, 2, 1) - wanted).sum()) for found in (fitted, weights)]
-    assert errors[0] < 0.05 * errors[1]
+    assert errors[0] < 0.15 * errors[1]
 
 
 def test_weights_that_see_what_they_did_are_not_changed() -> None:

@@ -19,6 +19,7 @@ from mgq.cli.options import (
     MaxBad,
     Pretrained,
     Save,
+    TargetName,
     Width,
     Workers,
     arch_at_hand,
@@ -48,6 +49,7 @@ def calibrate(
             "--nearest", help="Round weights to the nearest integer, not so that errors make up for each other."
         ),
     ] = False,
+    target: TargetName = None,
     save: Save = RUNS,
     limit: Limit = None,
     workers: Workers = None,
@@ -90,11 +92,14 @@ def calibrate(
         from mgq.engine.comparison import compared
         from mgq.events import Watcher
         from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, pictures_used
+        from mgq.quant.targets import MEGENGINE, target_called
 
         method = checked_method(method or DEFAULT_METHOD)
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         found = pictures_for(classifier, pictures or [], data, pictures_used(method, images), on_progress)
-        result = calibrated(classifier, found.sources, images, about, on_progress, method, correct_bias, compensate)
+        kind = target_called(target or MEGENGINE.name)
+        how_to = (images, about, on_progress, method, correct_bias, compensate, kind)
+        result = calibrated(classifier, found.sources, *how_to)
         for problem in result.problems:
             note(problem)
         path = result.write(save)
@@ -109,6 +114,7 @@ def calibrate(
     if as_json:
         document = {
             "arch": result.classifier.spec.name,
+            "target": kind.name,
             "method": result.ranges.observer,
             "pictures": result.used,
             "weights": classifier.origin,
@@ -119,7 +125,7 @@ def calibrate(
         return
     out.print(
         f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from {result.used} pictures by "
-        f"{result.ranges.observer}, weights: {classifier.origin}",
+        f"{result.ranges.observer}, target {kind.name}, weights: {classifier.origin}",
         markup=False,
         soft_wrap=True,
     )

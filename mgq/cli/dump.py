@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -17,6 +17,7 @@ from mgq.cli.options import (
     Pretrained,
     Ranges,
     Save,
+    TargetName,
     Width,
     opened,
 )
@@ -24,9 +25,8 @@ from mgq.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mgq.engine.dump import Dump
     from mgq.engine.networks import Classifier
-
-SUFFIX = ".megengine"
 
 
 def dump(
@@ -34,69 +34,87 @@ def dump(
     checkpoint: CheckpointFile = None,
     mode: ModeName = "quantized",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine by default.")
+        Path | None, typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine or .onnx by default.")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="megengine or onnx.", show_default="as the file is called, else as the target"),
+    ] = None,
+    target: TargetName = None,
     input_type: Annotated[
-        str, typer.Option("--input", help="What the file takes: uint8 pixels, int8 or float32 pixels minus 128.")
+        str, typer.Option("--input", help="What the file takes: uint8 pixels; for MegEngine also int8, float32.")
     ] = "uint8",
-    batch: Annotated[int, typer.Option("--batch", help="Pictures a run.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures a run; 0 for any number, in ONNX.")] = 1,
     save: Save = RUNS,
     pretrained: Pretrained = False,
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,
 ) -> None:
-    """Write a .megengine file that takes raw pixels.
+    """Write a file that takes raw pixels, for the engine that runs it.
 
-    It is for MegEngine and MegEngine Lite. After writing it is loaded again and must answer to the bit as the
-    network in memory.
+    A .megengine file is for MegEngine and MegEngine Lite: it is loaded again and must answer to the bit as the network
+    in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture.
 
     \b
     Examples:
       mgq dump
+      mgq dump --format onnx
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
     from mgq.cli.console import out, progress
 
     with progress() as on_progress:
-        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
-    path = output or default_path(classifier, Path())
-    written(classifier, path, input_type, batch, out)
+        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
+    wanted = Wanted(output, kind, input_type, batch or None)
+    dumped = written(classifier, wanted, out)
     if mode == "quantized":
         with progress() as on_progress:
             other = opened(arch, checkpoint, "normal", save, pretrained, None, width, image_size, on_progress)
-        show_float_size(other, path, input_type, batch, out)
+        show_float_size(other, dumped, wanted, out)
 
 
-def default_path(classifier: Classifier, folder: Path) -> Path:
-    return folder / f"{classifier.spec.name}.{classifier.mode.value}{SUFFIX}"
+class Wanted(NamedTuple):
+    """What the file is to be: where (None: a name that says what it is), in what format, and what it takes."""
+
+    output: Path | None = None
+    kind: str | None = None
+    input_type: str = "uint8"
+    batch: int | None = 1
 
 
-def written(classifier: Classifier, path: Path, input_type: str, batch: int, to: Console) -> None:
+def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     """Write the file and say so."""
-    from mgq.engine.dump import dump_classifier
+    from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
 
-    report = dump_classifier(classifier, path, input_type, batch)
+    kind = format_for(classifier, wanted.output, wanted.kind)
+    path = wanted.output or Path(f"{classifier.spec.name}.{classifier.mode.value}{SUFFIXES[kind]}")
+    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind)
     size = classifier.image_size
     to.print(
-        f"{path}: {megabytes(path)}, takes {input_type} ({batch}, 3, {size}, {size}) BGR, "
-        f"mode {classifier.mode.value}, weights: {classifier.origin}; "
-        f"loaded again in {report.exact_in}, it answers to the bit as the network in memory",
+        f"{path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({wanted.batch or 'N'}, 3, {size}, {size}) BGR, "
+        f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         markup=False,
         soft_wrap=True,
     )
+    return dumped
 
 
-def show_float_size(classifier: Classifier, int8: Path, input_type: str, batch: int, to: Console) -> None:
+def target_of(classifier: Classifier) -> str:
+    return "" if classifier.fake_quantized is None else f", target {classifier.target.name}"
+
+
+def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
-    from mgq.engine.dump import dump_classifier
+    from mgq.engine.dump import SUFFIXES, dump_classifier
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
-        path = default_path(classifier, Path(folder))
-        dump_classifier(classifier, path, "uint8" if input_type == "uint8" else "float32", batch)
-        ratio = path.stat().st_size / int8.stat().st_size
-        to.print(f"size: float32 {megabytes(path)}, int8 {megabytes(int8)} ({ratio:.1f} times smaller)")
+        path = Path(folder) / f"float{SUFFIXES[int8.format]}"
+        input_type = "uint8" if wanted.input_type == "uint8" else "float32"
+        size = dump_classifier(classifier, path, input_type, wanted.batch, int8.format).size
+        ratio = size / int8.size
+        to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
 
 
-def megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

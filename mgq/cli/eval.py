@@ -26,6 +26,7 @@ from mgq.cli.options import (
     Ranges,
     ReportFreq,
     Save,
+    TargetName,
     Width,
     Workers,
     arch_at_hand,
@@ -58,6 +59,7 @@ def evaluate(
             show_default="quantized where the weights can serve it, else normal",
         ),
     ] = None,
+    target: TargetName = None,
     save: Save = RUNS,
     workers: Workers = None,
     jobs: Jobs = 1,
@@ -102,7 +104,7 @@ def evaluate(
         debug = bool(os.environ.get("MGQ_DEBUG"))
         import_megengine(debug)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress)
+        words = (save, pretrained, ranges, width, image_size, on_progress, target)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
         from mgq.data.datasets import subset
         from mgq.engine import evaluate as engine
@@ -164,11 +166,12 @@ def opened_as_can_be(
     width: float | None,
     image_size: int | None,
     on_progress: OnProgress,
+    target: str | None,
 ) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress)
+    words = (save, pretrained, ranges, width, image_size, on_progress, target)
     if checkpoint is None and not pretrained and only_float_run(arch, save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return opened(arch, None, "normal", *words)

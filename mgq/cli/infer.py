@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from mgq.cli.options import (
     Pretrained,
     Ranges,
     Save,
+    TargetName,
     Width,
     opened,
 )
@@ -44,9 +44,11 @@ def infer(
     mode: ModeName = "quantized",
     topk: Annotated[int, typer.Option("--topk", help="Classes shown a picture.")] = 5,
     write: Annotated[
-        bool, typer.Option("--dump", help="Write <arch>.<mode>.megengine and its checkpoint, too.")
+        bool,
+        typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
     ] = False,
     as_json: AsJson = False,
+    target: TargetName = None,
     save: Save = RUNS,
     pretrained: Pretrained = False,
     ranges: Ranges = None,
@@ -69,7 +71,7 @@ def infer(
 
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
     with progress() as on_progress:
-        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
+        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
         from mgq.engine.predict import answers
 
         found = reported(answers(classifier, sources, topk), len(sources), on_progress)
@@ -77,10 +79,9 @@ def infer(
     if failed and len(sources) > 1:
         note(f"{failed} of {len(sources)} pictures could not be read")
     if write:
-        from mgq.cli.dump import default_path, written
+        from mgq.cli.dump import Wanted, written
 
-        path = default_path(classifier, Path())
-        written(classifier, path, "uint8", 1, to=err)
+        path = written(classifier, Wanted(), to=err).path
         classifier.write_checkpoint(path.with_suffix(".safetensors"))
         note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
     if failed:

@@ -38,6 +38,10 @@ MaxBad = Annotated[float, typer.Option("--max-bad", help="Share of broken pictur
 ReportFreq = Annotated[
     int | None, typer.Option("--report-freq", help="A plain line every so many batches, instead of a bar.")
 ]
+TargetName = Annotated[
+    str | None,
+    typer.Option("--target", help="What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO).", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 RUNS = Path("runs")
@@ -62,6 +66,7 @@ def opened(
     width: float | None,
     image_size: int | None,
     on_progress: OnProgress,
+    target: str | None = None,
 ) -> Classifier:
     """The network that the shared options mean. Imports MegEngine, quietly unless in debug mode."""
     from mgq.cli.console import import_megengine
@@ -82,4 +87,5 @@ def opened(
         builder,
         image_size,
         on_progress,
+        target,
     )

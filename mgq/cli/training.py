@@ -87,6 +87,7 @@ OF_TRAIN: dict[str, Option] = {
 }
 OF_QAT: dict[str, Option] = {
     "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt."),
+    "target": recipe_value(str, "--target", "What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO)."),
     "distill": Option(bool, False, ("--distill",), "Learn from the float network's answers, too."),
 }
 

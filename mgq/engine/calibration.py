@@ -25,6 +25,7 @@ from mgq.files.atomic import ensure_writable_folder, write_text_atomically
 from mgq.quant.calibrate import DEFAULT_METHOD, calibrated_network, checked_method, pictures_used
 from mgq.quant.modes import Mode
 from mgq.quant.ranges import ActivationRanges, refuse_incomplete
+from mgq.quant.targets import MEGENGINE, Target
 from mgq.zoo.weights import fingerprint
 
 RANGES_FILE = "ranges.json"
@@ -59,11 +60,13 @@ def calibrated(
     method: str = DEFAULT_METHOD,
     correct_bias: bool = True,
     compensate: bool = True,
+    target: Target = MEGENGINE,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
 
-    The methods, ``correct_bias`` and ``compensate`` are those of :func:`mgq.quant.calibrate.calibrated_network`;
-    ``easyquant`` takes 64 pictures at most. Those that cannot be read are left out and named.
+    The methods, ``correct_bias``, ``compensate`` and ``target`` are those of
+    :func:`mgq.quant.calibrate.calibrated_network`; ``easyquant`` takes 64 pictures at most. Those that cannot be read
+    are left out and named.
     Raises InputError where no picture can be read, and for another method.
     """
     checked_method(method)
@@ -89,6 +92,7 @@ def calibrated(
     command = f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}"
     command += "" if correct_bias else " --no-bias-correction"
     command += "" if compensate else " --nearest"
+    command += "" if target is MEGENGINE else f" --target {target.name}"
     # The provenance is still a promise when the pictures are read: the count is set right afterwards.
     provenance = {
         "pictures": about or "unnamed",
@@ -104,7 +108,7 @@ def calibrated(
         "versions": versions(),
     }
     about_it = (classifier.spec.name, fingerprint(state), provenance, method, correct_bias, compensate)
-    network, ranges = calibrated_network(classifier.network, batches(), *about_it)
+    network, ranges = calibrated_network(classifier.network, batches(), *about_it, target=target)
     used = len(chosen) - len(problems)
     provenance["images"] = used
     if used == 0:

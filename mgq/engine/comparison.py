@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import megengine.module as M
 import numpy as np
 
 from mgq.data.datasets import Dataset
+from mgq.engine.deployed import DeployedNetwork
 from mgq.engine.evaluate import Evaluation, evaluate
-from mgq.engine.networks import Classifier
+from mgq.engine.networks import Classifier, carried
 from mgq.events import OnProgress, Progress, Watcher
-from mgq.quant.modes import Mode, to_mode
+from mgq.quant.modes import Mode
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def compared(normal: Classifier, simulated: Classifier, pictures: Dataset, watch
 
     ``how`` goes on to :func:`mgq.engine.evaluate.evaluate`. Raises as that does.
     """
-    int8 = replace(simulated, network=to_mode(simulated.network, Mode.QUANTIZED), mode=Mode.QUANTIZED)
+    int8 = carried(simulated, Mode.QUANTIZED)
     found = {}
     for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
         found[what] = evaluate(classifier, pictures, on_progress=named(what, watcher.on_progress), **how)
@@ -94,5 +95,7 @@ def named(what: str, on_progress: OnProgress) -> OnProgress:
 
 
 def bytes_of(network: M.Module) -> int:
-    """Bytes of all parameters and statistics; for int8, of weights in int8 and biases in int32."""
+    """Bytes of all parameters and statistics; for int8, of weights in int8 and biases in int32, or of the file."""
+    if isinstance(network, DeployedNetwork):
+        return network.size
     return sum(int(np.prod(tensor.shape, initial=1)) * np.dtype(tensor.dtype).itemsize for tensor in network.tensors())

@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import megengine.module as M
+
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
-from mgq.deploy.mge import DumpReport, write_megengine
+from mgq.deploy.mge import write_megengine
+from mgq.deploy.onnx import write_onnx
 from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.files.atomic import ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
+from mgq.quant.targets import ONNX
 
 INPUTS = ("uint8", "int8", "float32")
+SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx"}
+"""Formats of files, and how their names end."""
 
 
-def dump_classifier(classifier: Classifier, path: Path, input_type: str = "uint8", batch: int = 1) -> DumpReport:
-    """Write ``classifier`` to ``path`` as a ``.megengine`` file, checked to the bit on a real picture.
+@dataclass(frozen=True)
+class Dump:
+    """A file that was written: its format, its bytes, and in a sentence how far it was checked."""
 
-    The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, ``int8`` pixels minus 128, or those as
-    ``float32``. Raises InputError for another input type or a batch below 1, FailureError where the file does not
-    answer as the network in memory does; nothing is left under ``path`` then.
+    path: Path
+    format: str
+    size: int
+    checked: str
+
+
+def format_for(classifier: Classifier, path: Path | None = None, wanted: str | None = None) -> str:
+    """The format of a file: as ``wanted``, else as ``path`` ends, else that of what the network was quantized for.
+
+    Raises InputError for an unknown format, and one that the path or the network contradicts.
     """
+    by_name = next((name for name, suffix in SUFFIXES.items() if path is not None and path.suffix == suffix), None)
+    if wanted is not None and wanted not in SUFFIXES:
+        raise InputError(f"there is no format '{wanted}'; choose {', '.join(SUFFIXES)}")
+    if wanted and by_name and wanted != by_name:
+        raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
+    found = wanted or by_name or classifier.target.name
+    if found == "megengine" and classifier.target is ONNX:
+        raise InputError("MegEngine cannot run what was quantized for the target onnx: pass --format onnx")
+    return found
+
+
+def dump_classifier(
+    classifier: Classifier, path: Path, input_type: str = "uint8", batch: int | None = 1, kind: str | None = None
+) -> Dump:
+    """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
+
+    The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
+    pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any. Raises InputError for another input type or
+    a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    """
+    kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:
         raise InputError(f"a file cannot take '{input_type}' input; choose {', '.join(INPUTS)}")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
     ensure_writable_folder(path.absolute().parent)
+    if kind == "onnx":
+        return dumped_onnx(classifier, path, input_type, batch)
+    if batch is None:
+        raise InputError("a .megengine file takes one number of pictures: pass --batch N, or --format onnx")
     cat = classifier.crop(read_picture(bundled_cat()))
-    return write_megengine(
+    report = write_megengine(
         classifier.network,
         path,
         image_size=classifier.image_size,
@@ -39,6 +80,33 @@ def dump_classifier(classifier: Classifier, path: Path, input_type: str = "uint8
         provenance=asdict(classifier.info()),
         check=to_batch([cat] * batch),
     )
+    checked = f"loaded again in {report.exact_in}, it answers to the bit as the network in memory"
+    return Dump(path, kind, report.size, checked)
+
+
+def dumped_onnx(classifier: Classifier, path: Path, input_type: str, batch: int | None) -> Dump:
+    if input_type != "uint8":
+        raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
+    report = write_onnx(
+        source_of(classifier),
+        path,
+        image_size=classifier.image_size,
+        batch=batch,
+        provenance=provenance_of(classifier),
+    )
+    return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
+
+
+def source_of(classifier: Classifier) -> M.Module:
+    """The network with the grids that an int8 file is written from; a float one itself."""
+    if classifier.mode is Mode.NORMAL:
+        return classifier.network
+    assert classifier.fake_quantized is not None
+    return classifier.fake_quantized
+
+
+def provenance_of(classifier: Classifier) -> Mapping[str, Any]:
+    return asdict(classifier.info())
 
 
 def dump(
@@ -47,10 +115,10 @@ def dump(
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     input_type: str = "uint8",
-    batch: int = 1,
+    batch: int | None = 1,
     **choice: Any,
 ) -> Path:
-    """Write the network that ``mgq dump`` would to ``path``, for MegEngine and MegEngine Lite; returns the path.
+    """Write the network that ``mgq dump`` would to ``path``, an ``.onnx`` or ``.megengine`` file; returns the path.
 
     ``choice`` are further arguments of :func:`mgq.engine.networks.open_classifier`, such as ``ranges``. Raises as
     that and :func:`dump_classifier` do.

@@ -17,6 +17,7 @@ from megengine import Tensor
 
 from mgq.data.classes import imagenet_classes
 from mgq.data.transforms import eval_crop
+from mgq.engine.deployed import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
@@ -24,6 +25,7 @@ from mgq.quant.calibrate import as_input, measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
+from mgq.quant.targets import MEGENGINE, Target, target_called, target_of
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weights import (
     Weights,
@@ -64,6 +66,11 @@ class Classifier:
     options: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def target(self) -> Target:
+        """What an int8 network, or a simulated one, is for; MegEngine for a float one."""
+        return target_of(self.fake_quantized) if self.fake_quantized is not None else MEGENGINE
+
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
         result: npt.NDArray[np.float32] = self.network(Tensor(as_input(batch))).numpy()
@@ -81,6 +88,7 @@ class Classifier:
             image_size=self.image_size,
             origin=self.origin,
             options=dict(self.options),
+            target=self.target.name,
             recipe=dict(self.recipe),
             versions=versions(),
         )
@@ -109,13 +117,15 @@ def open_classifier(
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     on_progress: OnProgress = silent,
+    target: str | None = None,
 ) -> Classifier:
     """The network that these words mean, ready to run.
 
     Weights come from ``checkpoint``; else the newest run of ``arch`` under ``save``; else the zoo's pretrained
     ones (``pretrained`` goes straight to them, and allows a download). A float state needs ``ranges``, or those
-    that mgq has for exactly these weights, to become ``qat`` or ``quantized``. Raises InputError where there are
-    no weights, where they do not fit, or where ranges are missing.
+    that mgq has for exactly these weights, to become ``qat`` or ``quantized``. ``target`` has to be what they were
+    quantized for; MegEngine by default where that is open. Raises InputError where there are no weights, where they do
+    not fit, or where ranges are missing.
     """
     spec = spec_of(arch) if arch is not None else None
     weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress)
@@ -125,8 +135,7 @@ def open_classifier(
         has = {**spec_of(weights.arch).options, **weights.options}[name]
         if has != value:
             raise InputError(f"{weights.origin} has {name} {has}, not {value}; leave the option out")
-    classifier = classifier_from(weights, mode, ranges)
-    return replace(classifier, image_size=checked_size(image_size)) if image_size else classifier
+    return classifier_from(weights, mode, ranges, target, image_size)
 
 
 def checked_size(image_size: int) -> int:
@@ -189,16 +198,26 @@ def newest_arch(save: Path, mode: Mode) -> str | None:
     return None if newest is None else newest.parent.name.rpartition(".")[0]
 
 
-def classifier_from(weights: Weights, mode: Mode, ranges: ActivationRanges | None = None) -> Classifier:
-    """``weights`` as a network in ``mode``. Raises InputError where the activation ranges for int8 are missing."""
+def classifier_from(
+    weights: Weights,
+    mode: Mode,
+    ranges: ActivationRanges | None = None,
+    target: str | None = None,
+    image_size: int | None = None,
+) -> Classifier:
+    """``weights`` as a network in ``mode``; other words as for :func:`open_classifier`.
+
+    Raises InputError where the activation ranges for int8 are missing, or are for another ``target``.
+    """
     spec = spec_of(weights.arch)
+    size = checked_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
     classifier = Classifier(
         network=weights.network,
         fake_quantized=None,
         spec=spec,
         mode=Mode.NORMAL,
         classes=weights.info.classes if weights.info else class_names(weights.classes),
-        image_size=weights.info.image_size if weights.info else spec.image_size,
+        image_size=size,
         origin=weights.origin,
         options=weights.options,
         recipe=weights.info.recipe if weights.info else {},
@@ -206,20 +225,42 @@ def classifier_from(weights: Weights, mode: Mode, ranges: ActivationRanges | Non
     if mode is Mode.NORMAL:
         return classifier
     if weights.mode == "qat" and ranges is None:
-        network = to_mode(weights.network, Mode.QAT, in_place=True)
+        its = target_called(weights.info.target if weights.info else MEGENGINE.name)
+        refuse_other_target(its.name, target, weights.origin)
+        network = to_mode(weights.network, Mode.QAT, its, in_place=True)
         load_state(network, weights.state, weights.origin)
-        return replace(classifier, network=to_mode(network, mode), fake_quantized=network, mode=mode)
-    return quantized_with(classifier, ranges_for(weights, ranges), mode)
+        return carried(replace(classifier, network=network, fake_quantized=network), mode)
+    return quantized_with(classifier, ranges_for(weights, ranges, target), mode)
 
 
-def ranges_for(weights: Weights, ranges: ActivationRanges | None) -> ActivationRanges:
+def carried(classifier: Classifier, mode: Mode) -> Classifier:
+    """``classifier``, whose network is fake-quantized, in mode ``qat`` or ``quantized``."""
+    assert classifier.fake_quantized is not None
+    if mode is Mode.QAT:
+        return replace(classifier, network=classifier.fake_quantized, mode=mode)
+    return replace(classifier, network=int8_of(classifier.fake_quantized, classifier.image_size), mode=mode)
+
+
+def refuse_other_target(has: str, wanted: str | None, origin: str) -> None:
+    """Raises InputError where ``wanted`` is no target, or another one than what ``origin`` was quantized for."""
+    if wanted is not None and target_called(wanted).name != has:
+        raise InputError(
+            f"{origin} was quantized for the target {has}, not {wanted}: leave --target out, "
+            f"or quantize float weights with it by `mgq calibrate` or `mgq qat`"
+        )
+
+
+def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | None = None) -> ActivationRanges:
     """``ranges`` if they were measured with ``weights``, or those that mgq has for them. Raises InputError."""
     wanted = fingerprint(weights.state)
-    ranges = ranges or packaged_ranges(weights.arch, wanted)
+    if ranges is not None:
+        refuse_other_target(ranges.target, target, "the network of these ranges")
+    ranges = ranges or packaged_ranges(weights.arch, wanted, target_called(target or MEGENGINE.name).name)
     if ranges is None:
+        option = f" --target {target}" if target else ""
         raise InputError(
             f"{weights.origin} holds float weights without activation ranges; "
-            f"run `mgq calibrate PICTURES` with them first, or pass -m normal"
+            f"run `mgq calibrate PICTURES{option}` with them first, or pass -m normal"
         )
     if ranges.weights != wanted:
         raise InputError(f"the ranges were measured with other weights than {weights.origin}; calibrate again")
@@ -230,8 +271,7 @@ def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode)
     """``classifier`` (mode ``normal``) carried to ``qat`` or ``quantized`` with ``ranges``; its network is used up."""
     fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
     refuse_incomplete(fake_quantized, ranges)
-    network = to_mode(fake_quantized, mode, in_place=mode is Mode.QAT)
-    return replace(classifier, network=network, fake_quantized=fake_quantized, mode=mode)
+    return carried(replace(classifier, fake_quantized=fake_quantized), mode)
 
 
 def random_classifier(

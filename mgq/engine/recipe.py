@@ -23,6 +23,7 @@ SYNTHETIC = "synthetic"
 """What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")
+TARGETS = ("megengine", "onnx")
 IMAGENET_PICTURES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
 CLASSIFIER_PICTURES = 5_000
@@ -44,9 +45,9 @@ class Recipe:
     solved before the training (0: it begins as it is). ``limit`` takes so many pictures of each set, evenly spread
     (0: all).
 
-    The last block matters in mode ``qat`` alone. With ``calibrate`` it begins with the ranges and biases that
-    calibration finds, and keeps these ranges and the statistics of batch norms. ``distill`` is the share of the loss
-    that compares the answers with those of the float network.
+    The last block matters in mode ``qat`` alone. ``target`` is what the int8 network is for. With ``calibrate`` the
+    training begins with the ranges and biases that calibration finds, and keeps these ranges and the statistics of
+    batch norms. ``distill`` is the share of the loss that compares the answers with those of the float network.
     """
 
     arch: str
@@ -83,6 +84,7 @@ class Recipe:
     synthetic_val: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    target: str = "megengine"
     observer: str = "ema"
     observe_batches: int = 0
     freeze_observers: float = 0.0
@@ -110,7 +112,7 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
-        for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS)):
+        for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise InputError(f"there is no {name} '{getattr(self, name)}'; choose {', '.join(known)}")
         if self.image_size < 32 or self.image_size % 32:

@@ -33,6 +33,7 @@ from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import LAYERWISE_PICTURES
 from mgq.quant.modes import Mode
 from mgq.quant.qat import prepared_for_qat
+from mgq.quant.targets import target_called
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weights import float_part, load_state, read_weights
@@ -195,6 +196,7 @@ def planned(
         image_size=recipe.image_size,
         origin=f"trained on {sets.train.name}, from {beginning.origin}",
         options=dict(recipe.options),
+        target=recipe.target,
         recipe=plain(recipe),
         versions=versions(),
     )
@@ -319,7 +321,9 @@ def first_network(plan: Plan) -> M.Module:
         for module in network.modules():
             if isinstance(module, M.BatchNorm2d):
                 module.momentum = recipe.batch_norm_momentum
-    return prepared_for_qat(network, recipe.observer, in_place=True) if recipe.mode == "qat" else network
+    if recipe.mode != "qat":
+        return network
+    return prepared_for_qat(network, recipe.observer, target_called(recipe.target), in_place=True)
 
 
 def examples_of(plan: Plan) -> Loader | None:

@@ -22,7 +22,7 @@ from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
-from mgq.quant.targets import MEGENGINE, Target
+from mgq.quant.targets import MEGENGINE, Target, target_of
 
 EASYQUANT = "easyquant"
 METHODS = (*ESTIMATORS, EASYQUANT)
@@ -96,6 +96,7 @@ def calibrated_network(
 
     With ``compensate`` its weights are rounded so that their errors make up for each other
     (:mod:`mgq.quant.rounding`). Then the ranges are those of these weights, biases corrected, and of no others.
+    ``target`` is what a float network is quantized for.
     """
     checked_method(method)
     watched = to_mode(network, Mode.QAT, target, in_place)
@@ -122,7 +123,8 @@ def calibrated_network(
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights
     corrections = {} if compensate else correction.found
-    ranges = ActivationRanges(arch, method, weights, provenance, search.activations, weight_ranges, corrections)
+    tables = search.activations, weight_ranges, corrections
+    ranges = ActivationRanges(arch, method, weights, provenance, *tables, target_of(watched).name)
     return watched, ranges
 
 

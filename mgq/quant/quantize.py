@@ -14,6 +14,7 @@ from mgq.errors import InputError
 from mgq.quant.calibrate import calibrated_network
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quant.ranges import ActivationRanges, apply_ranges
+from mgq.quant.targets import target_called
 
 
 def quantize(
@@ -45,7 +46,7 @@ def quantize(
         if not ranges.ranges:
             raise InputError("there are no pictures to measure ranges on; pass at least one")
         return to_mode(calibrated, mode, in_place=True)
-    fake_quantized = to_mode(network, Mode.QAT, in_place=in_place)
+    fake_quantized = to_mode(network, Mode.QAT, target_called(ranges.target), in_place)
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()
     return to_mode(fake_quantized, mode, in_place=True)

@@ -27,9 +27,9 @@ class ActivationRanges:
 
     ``weight_ranges`` is the same of a layer's weights, batch norm folded in, where the method (``observer``) chose
     them; other weights have the range of their values. ``bias_corrections`` is what int8 wants added to the bias of a
-    layer, for each of its channels. ``weights`` is the SHA-256 of the state they were measured with
-    (:func:`mgq.zoo.weights.fingerprint`): ranges fit no other weights. ``provenance`` says what was seen, with which
-    command and versions.
+    layer, for each of its channels. All that holds for ``target`` alone. ``weights`` is the SHA-256 of the state they
+    were measured with (:func:`mgq.zoo.weights.fingerprint`): ranges fit no other weights. ``provenance`` says what was
+    seen, with which command and versions.
     """
 
     arch: str
@@ -39,6 +39,7 @@ class ActivationRanges:
     ranges: Mapping[str, tuple[float, float]]
     weight_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     bias_corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    target: str = "megengine"
 
     def to_json(self) -> str:
         body = {"format": FORMAT, **asdict(self)}
@@ -193,8 +194,9 @@ def add_to_bias(module: QATModule, correction: Sequence[float]) -> None:
     bias[...] = bias + Tensor(np.asarray(correction, np.float32).reshape(bias.numpy().shape))
 
 
-def packaged_ranges(arch: str, weights: str) -> ActivationRanges | None:
-    """mgq's own ranges for ``arch`` if they were measured with the state whose fingerprint is ``weights``."""
-    path = Path(__file__).parent / "default_ranges" / f"{arch}.json"
+def packaged_ranges(arch: str, weights: str, target: str = "megengine") -> ActivationRanges | None:
+    """mgq's own ranges for ``arch`` and ``target`` if they were measured with the state of fingerprint ``weights``."""
+    name = f"{arch}.json" if target == "megengine" else f"{arch}.{target}.json"
+    path = Path(__file__).parent / "default_ranges" / name
     found = read_ranges(path) if path.is_file() else None
     return found if found is not None and found.weights == weights else None

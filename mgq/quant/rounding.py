@@ -61,7 +61,7 @@ class CompensatedRounding:
         keep_largest(rounded, fitted / step, isinstance(module.weight_fake_quant, ChannelFakeQuantize))
         set_folded_weight(module, weight, (rounded * step).reshape(weight.shape))
         if step.size == 1:
-            self.weights[layer.name] = -float(step) * LEVELS, float(step) * LEVELS
+            self.weights[layer.name] = -step.item() * LEVELS, step.item() * LEVELS
 
     def steps_for(self, module: QATModule, before: Array, weights: Array) -> Array:
         """The step of ``weights`` (groups, outputs, inputs), float32 (1, 1, 1) or one an output: (groups, outputs, 1).

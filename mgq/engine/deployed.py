@@ -1,0 +1,48 @@
+"""An int8 network that MegEngine itself cannot run, in an engine that can."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import megengine.module as M
+import numpy as np
+from megengine import Tensor
+from megengine.module.quantized import QuantizedModule
+
+from mgq.data.loader import cores
+from mgq.deploy.onnx import write_onnx
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.targets import MEGENGINE, target_of
+from mgq.runtime.base import Runtime
+from mgq.runtime.registry import load
+
+
+def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
+    """The int8 network that ``fake_quantized``, mode ``qat``, stands for: for its target, and ready to run.
+
+    Raises InputError where the target's engine is not installed.
+    """
+    if target_of(fake_quantized) is MEGENGINE:
+        return to_mode(fake_quantized, Mode.QUANTIZED)
+    return DeployedNetwork.from_qat_module(fake_quantized, image_size)
+
+
+class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
+    """A deployed file behind the face of a network: float32 pixels minus 128 in, float32 logits out."""
+
+    def __init__(self, runtime: Runtime, size: int) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.size: int = size
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return Tensor(self.runtime.run((inp.numpy() + 128).astype(np.uint8)))
+
+    @classmethod
+    def from_qat_module(cls, qat_module: M.Module, image_size: int) -> DeployedNetwork:
+        """``qat_module``, a whole network, by way of an ONNX file."""
+        with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
+            path = Path(folder) / "network.onnx"
+            report = write_onnx(qat_module, path, image_size=image_size, batch=None, provenance={})
+            return cls(load(path, threads=cores()), report.size)
