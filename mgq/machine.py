@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -51,3 +53,19 @@ def keep_freed_memory() -> None:
 
 # Parameters of mallopt, as malloc.h has them.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+@contextlib.contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: the library writes there past Python's ``sys.stderr``."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

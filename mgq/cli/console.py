@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
+from mgq.machine import muted_stderr
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -143,19 +143,3 @@ class LocalFiles(ModuleType):
             raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
 
         return unused
-
-
-@contextlib.contextmanager
-def muted_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: the library writes there past Python's ``sys.stderr``."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

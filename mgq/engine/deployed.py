@@ -35,6 +35,7 @@ class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
         super().__init__()
         self.runtime = runtime
         self.size: int = size
+        self.eval()  # nothing else is possible
 
     def forward(self, inp: Tensor) -> Tensor:
         return Tensor(self.runtime.run((inp.numpy() + 128).astype(np.uint8)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.errors import InputError, printable
+from mgq.machine import muted_stderr
 
 METADATA = "mgq"
 """The key of what mgq writes into a file's metadata, as JSON."""
@@ -59,8 +60,8 @@ def read_onnx(path: Path) -> OnnxFile:
         ) from None
     constants = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
-        raise InputError(f"{name} does not take one batch of pictures and give one answer: give a classifier")
+    if len(inputs) != 1 or not model.graph.output:
+        raise InputError(f"{name} does not take one batch of pictures and give an answer: give a classifier")
     tensor = inputs[0].type.tensor_type
     shape = tuple(int(axis.dim_value) or None for axis in tensor.shape.dim)
     if len(shape) != 4 or shape[1] not in (3, None):
@@ -81,6 +82,7 @@ def known(about: str | None) -> dict[str, Any]:
 def imported(package: str) -> Any:
     """Raises InputError where ``package`` is not installed, or fails."""
     try:
-        return importlib.import_module(package)
+        with muted_stderr():  # OpenVINO's import makes MegEngine's library complain that there is no GPU
+            return importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"{package} cannot be imported ({error}): pip install 'mgq[deploy]'") from None

@@ -23,9 +23,9 @@ from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.errors import InputError
 
-UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "uint8", -255, 255)
+UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
-know symmetric grids alone, its mirrored half seems to be there, too."""
+know symmetric grids of signed integers alone, its mirrored half seems to be there, too."""
 WEIGHT_LEVELS = 127
 SMALLEST_SCALE = 2.0**-12
 """Of a channel's weights, in terms of the layer's largest: channels of zeros need some scale."""
@@ -67,19 +67,30 @@ class Target:
             module.act_fake_quant = self.qconfig.act_fake_quant(dtype=UNSIGNED)
 
 
+class LastScales:
+    """What is no part of a module's state."""
+
+    scales: Tensor | None = None
+
+
 class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
     """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight.
 
     Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution.
     """
 
+    def __init__(self, dtype: str) -> None:
+        super().__init__(dtype)
+        self.last = LastScales()
+
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
         scales = channel_scales(inp)
+        # In the shape of the layer's bias, whose integers count in these and the input's scale.
+        self.last.scales = scales.reshape(-1) if inp.ndim == 2 else scales.reshape(1, -1, 1, 1)
         return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
 
     def get_qparams(self) -> QParams:
-        # No scale that holds for the whole layer: nothing else is to be derived from it.
-        return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=None)
+        return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
 
 
 def channel_scales(weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,18 @@ class Runtime(Protocol):
     threads: int
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+
+
+class FileRuntime(Runtime, Protocol):
+    """A runtime that has a file loaded. ``batch`` is the N that it takes, None where any will do.
+
+    ``outputs`` gives all that the file answers, by name: it may be asked for more than logits.
+    """
+
+    @property
+    def batch(self) -> int | None: ...
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
 
 
 def checked_threads(threads: int) -> int:

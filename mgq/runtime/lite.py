@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import megengine
 import numpy as np
@@ -31,6 +32,13 @@ class LiteRuntime:
         self.input_type = str(self.about["input"]["type"])
         self.shape = tuple(self.about["input"]["shape"])
         self.graph = LiteGraph(graph, threads)
+
+    @property
+    def batch(self) -> int:
+        return int(self.shape[0])
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        return {"logits": self.run(batch)}
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if batch.shape != self.shape:

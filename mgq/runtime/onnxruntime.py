@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,15 @@ class OnnxRuntime:
             [self.file.output], {self.file.input: fed(batch, self.file.type)}
         )[0]
         return result
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """All that the file gives for ``batch``, by name."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {self.file.input: fed(batch, self.file.type)}), strict=True))
+
+    @property
+    def batch(self) -> int | None:
+        return self.file.shape[0]
 
 
 def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:

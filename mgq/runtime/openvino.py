@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,5 +45,14 @@ class OpenVino:
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self.file.refuse_other_shape(batch.shape)
         answers = self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
-        result: npt.NDArray[np.float32] = answers[0]
+        result: npt.NDArray[np.float32] = answers[self.file.output]
         return result
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """All that the file gives for ``batch``, by name."""
+        answers = self.request.infer({0: fed(batch, self.file.type)})
+        return {output.get_any_name(): np.array(answers[output]) for output in self.network.outputs}
+
+    @property
+    def batch(self) -> int | None:
+        return self.file.shape[0]

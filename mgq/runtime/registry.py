@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mgq.errors import InputError, printable
-from mgq.runtime.base import Runtime
+from mgq.runtime.base import FileRuntime
 
 AUTO = "auto"
 
@@ -24,7 +24,7 @@ class Engine:
     name: str
     package: str
     suffix: str
-    load: Callable[[Path, int], Runtime]
+    load: Callable[[Path, int], FileRuntime]
 
     @property
     def is_installed(self) -> bool:
@@ -35,19 +35,19 @@ class Engine:
         return f"{self.name} is not installed: pip install 'mgq[deploy]'"
 
 
-def openvino(path: Path, threads: int) -> Runtime:
+def openvino(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.openvino import OpenVino
 
     return OpenVino(path, threads)
 
 
-def onnxruntime(path: Path, threads: int) -> Runtime:
+def onnxruntime(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.onnxruntime import OnnxRuntime
 
     return OnnxRuntime(path, threads)
 
 
-def lite(path: Path, threads: int) -> Runtime:
+def lite(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.lite import LiteRuntime
 
     return LiteRuntime(path, threads)
@@ -83,6 +83,6 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     return installed[0]
 
 
-def load(path: Path, key: str = AUTO, threads: int = 1) -> Runtime:
+def load(path: Path, key: str = AUTO, threads: int = 1) -> FileRuntime:
     """``path`` in the engine called ``key``, ready to run. Raises as :func:`engine_for` and the engines do."""
     return engine_for(path, key).load(path, threads)

@@ -1,0 +1,233 @@
+"""ONNX files: what the writer makes of each family, and that engines answer as the fake-quantized network does."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import megengine
+import megengine.functional as F
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from megengine import Tensor
+from onnx import numpy_helper
+
+from mgq.deploy.graph import Convolution, Linear, graph_of
+from mgq.deploy.onnx import write_onnx
+from mgq.engine.deployed import DeployedNetwork, int8_of
+from mgq.engine.parity import layer_parities
+from mgq.errors import FailureError, InputError
+from mgq.files.onnx_file import read_onnx
+from mgq.quant.calibrate import calibrated_network
+from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.ranges import quantized_layers
+from mgq.quant.targets import MEGENGINE, ONNX, UNSIGNED, Target, channel_scales, is_never_negative, target_of
+from mgq.runtime.registry import ENGINES, Engine, engine_for, load
+from mgq.zoo.registry import spec_of
+from tests.conftest import logits_of
+
+FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
+TARGETS = (MEGENGINE, ONNX)
+SIZE = 64
+Pictures = npt.NDArray[np.uint8]
+
+
+def pictures(number: int) -> Pictures:
+    """Noise without its finest part: uint8 (number, 3, SIZE, SIZE)."""
+    noise = np.random.default_rng(3).integers(0, 256, (number, SIZE, SIZE, 3), np.uint8)
+    smooth = np.stack([cv2.GaussianBlur(picture, (0, 0), 3) for picture in noise]).astype(np.float32)
+    strong = np.clip((smooth - 128) * 4 + 128, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(strong.transpose(0, 3, 1, 2))
+
+
+PICTURES = pictures(4)
+
+
+@cache
+def float_network(arch: str) -> M.Module:
+    megengine.random.seed(7)
+    network = spec_of(arch).build()
+    network.eval()
+    return network
+
+
+@cache
+def simulated(arch: str, target: Target) -> M.Module:
+    return calibrated_network(float_network(arch), [PICTURES], arch, "", {}, compensate=False, target=target)[0]
+
+
+@cache
+def written(arch: str, target: Target | None, folder: Path, batch: int | None = None) -> Path:
+    """The file of an int8 network, or of the float one."""
+    path = folder / f"{arch}.{target.name if target else 'float'}.{batch}.onnx"
+    network = simulated(arch, target) if target else float_network(arch)
+    write_onnx(network, path, image_size=SIZE, batch=batch, provenance={"arch": arch})
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+def signal_to_noise(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
+    """In decibels."""
+    return float(10 * np.log10(np.square(wanted).sum() / np.square(found - wanted).sum()))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_float_file_answers_as_the_network(arch: str, engine: str, folder: Path) -> None:
+    found = load(written(arch, None, folder), engine).run(PICTURES)
+    assert signal_to_noise(found, logits_of(float_network(arch), PICTURES)) > 80
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda engine: engine.key)
+def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
+    arch: str, target: Target, engine: Engine, folder: Path
+) -> None:
+    network = simulated(arch, target)
+    found = layer_parities(engine, written(arch, target, folder), network, PICTURES[:2])
+    convolutions = [name for name, layer in quantized_layers(network).items() if layer.weight_observer is not None]
+    assert {entry.layer for entry in found} >= set(convolutions)
+    assert max(entry.largest for entry in found) <= 1
+    values = sum(entry.values for entry in found)
+    assert sum(entry.share * entry.values for entry in found) <= 1e-3 * values
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_logits_are_near_those_of_fake_quantization(arch: str, target: Target, engine: str, folder: Path) -> None:
+    wanted = logits_of(simulated(arch, target), PICTURES)
+    assert signal_to_noise(load(written(arch, target, folder), engine).run(PICTURES), wanted) > 18
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_a_file_holds_little_more_than_its_integers(arch: str, target: Target, folder: Path) -> None:
+    path = written(arch, target, folder)
+    nodes = graph_of(simulated(arch, target), SIZE).nodes
+    integers = [n.integers for n in nodes if isinstance(n, Convolution | Linear)]
+    assert all(found is not None and found.dtype == np.int8 for found in integers)
+    assert path.stat().st_size <= 1.1 * sum(found.size for found in integers if found is not None)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2"])
+def test_everything_between_pixels_and_logits_is_integer(arch: str, folder: Path) -> None:
+    model = onnx.load(written(arch, ONNX, folder))
+    operators = {node.op_type for node in model.graph.node}
+    assert not operators & {"Relu", "Cast", "Sub", "Mul", "BatchNormalization"}
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "Add", "GlobalAveragePool"):
+            assert all(producers[name].op_type == "DequantizeLinear" for name in node.input), node.name
+        if node.op_type in ("Reshape", "Transpose", "MaxPool"):
+            assert node.input[0] == "data" or producers[node.input[0]].op_type != "DequantizeLinear", node.name
+    consumers = [node.op_type for node in model.graph.node if "data" in node.input]
+    assert consumers == ["DequantizeLinear"]
+    (entry,) = [node for node in model.graph.node if "data" in node.input]
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert constants[entry.input[1]] == 1 and constants[entry.input[2]] == 128
+
+
+def test_a_file_of_one_batch_size_takes_no_other(folder: Path) -> None:
+    path = written("resnet18", ONNX, folder, 2)
+    for engine in ("onnxruntime", "openvino"):
+        runtime = load(path, engine)
+        assert runtime.run(PICTURES[:2]).shape == (2, 1000)
+        with pytest.raises(InputError, match="2x3x64x64, not 4x3x64x64"):
+            runtime.run(PICTURES)
+
+
+def test_provenance_is_in_the_metadata(folder: Path) -> None:
+    found = read_onnx(written("resnet18", ONNX, folder))
+    assert found.about["arch"] == "resnet18" and found.shape == (None, 3, SIZE, SIZE) and found.type == "uint8"
+    (entry,) = onnx.load(written("resnet18", ONNX, folder)).metadata_props
+    assert entry.key == "mgq" and json.loads(entry.value) == found.about
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing"])
+def test_what_is_no_onnx_file_is_named(damage: str, folder: Path, tmp_path: Path) -> None:
+    content = {"truncated": written("resnet18", ONNX, folder).read_bytes()[:100_000], "text": b"hello", "empty": b""}
+    path = tmp_path / "net.onnx"
+    if damage != "missing":
+        path.write_bytes(content[damage])
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(InputError, match=r"net\.onnx"):
+            load(path, engine)
+
+
+class Odd(M.Module):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(x.mean(axis=(2, 3)))
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FailureError, match="cannot be exported"):
+        write_onnx(Odd(), tmp_path / "net.onnx", image_size=SIZE, batch=1, provenance={})
+    assert not list(tmp_path.iterdir())
+
+
+class TestTarget:
+    def test_onnx_has_unsigned_grids_behind_a_relu_and_an_int8_head(self) -> None:
+        network = simulated("resnet18", ONNX)
+        assert target_of(network) is ONNX and target_of(simulated("resnet18", MEGENGINE)) is MEGENGINE
+        for name, layer in quantized_layers(network).items():
+            assert (layer.act_observer.dtype is UNSIGNED) == is_never_negative(layer), name
+        assert network.fc.weight_fake_quant is not None and network.fc.act_fake_quant is None
+        assert simulated("resnet18", MEGENGINE).fc.__class__ is M.Linear
+
+    def test_weights_have_a_grid_for_each_output(self) -> None:
+        weight = np.random.default_rng(0).normal(0, 1, (3, 50)).astype(np.float32) * np.array(
+            [[1], [10], [0.01]], np.float32
+        )
+        scales = channel_scales(Tensor(weight)).numpy()
+        np.testing.assert_allclose(scales[:, 0], np.abs(weight).max(1) / 127, rtol=1e-6)
+
+    def test_a_channel_of_zeros_has_a_scale(self) -> None:
+        assert (channel_scales(Tensor(np.zeros((2, 3), np.float32))).numpy() > 0).all()
+
+    def test_it_is_nearer_to_float_than_megengine(self) -> None:
+        wanted = logits_of(float_network("mobilenet_v2"), PICTURES)
+        near = [signal_to_noise(logits_of(simulated("mobilenet_v2", t), PICTURES), wanted) for t in (ONNX, MEGENGINE)]
+        assert near[0] > near[1] + 1
+
+    def test_megengine_does_not_run_it_but_an_engine_does(self) -> None:
+        network = simulated("resnet18", ONNX)
+        with pytest.raises(InputError, match="write an ONNX file"):
+            to_mode(network, Mode.QUANTIZED)
+        int8 = int8_of(network, SIZE)
+        assert isinstance(int8, DeployedNetwork) and mode_of(int8) is Mode.QUANTIZED
+        assert signal_to_noise(logits_of(int8, PICTURES), logits_of(network, PICTURES)) > 18
+
+
+class TestEngines:
+    def test_each_reads_its_files(self) -> None:
+        assert engine_for(Path("a.onnx")).key == "openvino"
+        assert engine_for(Path("a.megengine")).key == "lite"
+        with pytest.raises(InputError, match="choose auto, openvino, onnxruntime, lite"):
+            engine_for(Path("a.onnx"), "tensorrt")
+        with pytest.raises(InputError, match=r"does not read \.onnx"):
+            engine_for(Path("a.onnx"), "lite")
+        with pytest.raises(InputError, match=r"\.onnx or \.megengine"):
+            engine_for(Path("a.tflite"))
+
+    def test_what_is_not_installed_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mgq.runtime.registry.find_spec", lambda name: None if name == "openvino" else object())
+        assert engine_for(Path("a.onnx")).key == "onnxruntime"
+        with pytest.raises(InputError, match=r"pip install 'mgq\[deploy\]'"):
+            engine_for(Path("a.onnx"), "openvino")
+
+    def test_more_threads_than_cores_are_refused(self, folder: Path) -> None:
+        for engine in ENGINES[:2]:
+            with pytest.raises(InputError, match="cores"):
+                engine.load(written("resnet18", ONNX, folder), 10_000)
