@@ -21,12 +21,19 @@ from mgq.cli.options import (
     Width,
     opened,
 )
+from mgq.errors import InputError
+
+CHECKS = ("logits", "layers", "none")
+COMPARED = 32
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from rich.console import Console
 
     from mgq.engine.dump import Dump
     from mgq.engine.networks import Classifier
+    from mgq.engine.parity import LayerParity
 
 
 def dump(
@@ -44,6 +51,12 @@ def dump(
     input_type: Annotated[
         str, typer.Option("--input", help="What the file takes: uint8 pixels; for MegEngine also int8, float32.")
     ] = "uint8",
+    check: Annotated[
+        str, typer.Option("--check", help="How an .onnx file is compared with MegEngine: logits, layers or none.")
+    ] = "logits",
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures a run; 0 for any number, in ONNX.")] = 1,
     save: Save = RUNS,
     pretrained: Pretrained = False,
@@ -67,11 +80,14 @@ def dump(
     with progress() as on_progress:
         classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
     wanted = Wanted(output, kind, input_type, batch or None)
+    if check not in CHECKS:
+        raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")
     dumped = written(classifier, wanted, out)
+    if dumped.format == "onnx" and check != "none":
+        pictures = pictures_in(classifier, data) if data is not None else None
+        show_parity(classifier, dumped, pictures, check == "layers", out)
     if mode == "quantized":
-        with progress() as on_progress:
-            other = opened(arch, checkpoint, "normal", save, pretrained, None, width, image_size, on_progress)
-        show_float_size(other, dumped, wanted, out)
+        show_float_size(classifier, dumped, wanted, out)
 
 
 class Wanted(NamedTuple):
@@ -100,6 +116,49 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     return dumped
 
 
+def pictures_in(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
+    """Up to ``COMPARED`` of the pictures in ``data``, as the network sees them. Raises InputError without any."""
+    from mgq.data.sources import expand
+    from mgq.data.transforms import to_batch
+    from mgq.engine.calibration import spread
+
+    sources = spread(expand([str(data)]), COMPARED)
+    return to_batch([classifier.crop(source.read()) for source in sources])
+
+
+def show_parity(
+    classifier: Classifier, dumped: Dump, pictures: npt.NDArray[np.uint8] | None, layers: bool, to: Console
+) -> None:
+    """Each installed engine beside MegEngine: equal answers, differences of logits, and on request of layers."""
+    from mgq.engine.parity import engines_of, layer_parities, own_pictures, parities, reference
+
+    what = "pictures" if pictures is not None else "views of the bundled cat"
+    pictures = own_pictures(classifier) if pictures is None else pictures
+    to.print(
+        f"compared with MegEngine on {len(pictures)} {what}; an output step is the largest logit / 127.5:",
+        soft_wrap=True,
+    )
+    for found in parities(dumped.path, pictures, reference(classifier, pictures)):
+        to.print(
+            f"  {found.engine} {found.version}: same answer {found.same:.1f} %, logits differ by "
+            f"{found.mean:.2f} steps on average, {found.largest:.2f} at most",
+            soft_wrap=True,
+        )
+    if layers and classifier.fake_quantized is not None:
+        for engine in engines_of(dumped.path):
+            differences = layer_parities(engine, dumped.path, classifier.fake_quantized, pictures)
+            to.print(f"  {engine.name}, layer by layer: {in_words(differences)}", markup=False, soft_wrap=True)
+
+
+def in_words(differences: list[LayerParity]) -> str:
+    far = next((found for found in differences if found.largest > 1), None)
+    values = sum(found.values for found in differences)
+    share = sum(found.share * found.values for found in differences) / values
+    if far is not None:
+        return f"{far.layer} is the first of {len(differences)} that differs by more than one step ({far.largest})"
+    return f"no integer of {len(differences)} layers differs by more than one step, {share:.3%} of them by one"
+
+
 def target_of(classifier: Classifier) -> str:
     return "" if classifier.fake_quantized is None else f", target {classifier.target.name}"
 
@@ -107,11 +166,12 @@ def target_of(classifier: Classifier) -> str:
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
     from mgq.engine.dump import SUFFIXES, dump_classifier
+    from mgq.engine.networks import float_twin
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
         path = Path(folder) / f"float{SUFFIXES[int8.format]}"
         input_type = "uint8" if wanted.input_type == "uint8" else "float32"
-        size = dump_classifier(classifier, path, input_type, wanted.batch, int8.format).size
+        size = dump_classifier(float_twin(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
         to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
 

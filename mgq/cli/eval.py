@@ -17,6 +17,7 @@ from mgq.cli.options import (
     Arch,
     AsJson,
     CheckpointFile,
+    EngineName,
     ImageSize,
     Jobs,
     LabelledData,
@@ -60,6 +61,7 @@ def evaluate(
         ),
     ] = None,
     target: TargetName = None,
+    engine: EngineName = None,
     save: Save = RUNS,
     workers: Workers = None,
     jobs: Jobs = 1,
@@ -104,17 +106,17 @@ def evaluate(
         debug = bool(os.environ.get("MGQ_DEBUG"))
         import_megengine(debug)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress, target)
+        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
         from mgq.data.datasets import subset
-        from mgq.engine import evaluate as engine
+        from mgq.engine import evaluate as evaluation
 
         if dataset is None:
-            dataset = engine.evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
+            dataset = evaluation.evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
         total = len(dataset)
         if limit is not None:
             dataset = subset(dataset, limit)
-        result = engine.evaluate(
+        result = evaluation.evaluate(
             classifier,
             dataset,
             jobs=jobs,
@@ -167,11 +169,12 @@ def opened_as_can_be(
     image_size: int | None,
     on_progress: OnProgress,
     target: str | None,
+    engine: str | None,
 ) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress, target)
+    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
     if checkpoint is None and not pretrained and only_float_run(arch, save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return opened(arch, None, "normal", *words)

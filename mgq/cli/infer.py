@@ -14,6 +14,7 @@ from mgq.cli.options import (
     Arch,
     AsJson,
     CheckpointFile,
+    EngineName,
     ImageSize,
     ModeName,
     Pretrained,
@@ -49,6 +50,7 @@ def infer(
     ] = False,
     as_json: AsJson = False,
     target: TargetName = None,
+    engine: EngineName = None,
     save: Save = RUNS,
     pretrained: Pretrained = False,
     ranges: Ranges = None,
@@ -71,7 +73,8 @@ def infer(
 
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
     with progress() as on_progress:
-        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
+        words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
+        classifier = opened(*words)
         from mgq.engine.predict import answers
 
         found = reported(answers(classifier, sources, topk), len(sources), on_progress)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Arch = Annotated[str | None, typer.Option("-a", "--arch", help="Architecture; `mgq models` lists them.")]
 CheckpointFile = Annotated[
     Path | None,
-    typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth."),
+    typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth; or a dump."),
 ]
 ModeName = Annotated[
     str, typer.Option("-m", "--mode", help="normal (float32), qat (fake-quantized) or quantized (int8).")
@@ -42,6 +42,12 @@ TargetName = Annotated[
     str | None,
     typer.Option("--target", help="What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO).", show_default=False),
 ]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 RUNS = Path("runs")
@@ -67,17 +73,22 @@ def opened(
     image_size: int | None,
     on_progress: OnProgress,
     target: str | None = None,
+    engine: str | None = None,
 ) -> Classifier:
     """The network that the shared options mean. Imports MegEngine, quietly unless in debug mode."""
     from mgq.cli.console import import_megengine
 
     import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.engine.files import is_deployed, opened_file, with_engine
     from mgq.engine.networks import open_classifier
     from mgq.quant.modes import parse_mode
     from mgq.quant.ranges import read_ranges
+    from mgq.runtime.registry import AUTO
 
+    if checkpoint is not None and is_deployed(checkpoint):
+        return opened_file(checkpoint, engine or AUTO, arch=arch)
     builder: dict[str, Any] = {} if width is None else {"width": width}
-    return open_classifier(
+    classifier = open_classifier(
         arch,
         checkpoint,
         parse_mode(mode),
@@ -89,3 +100,4 @@ def opened(
         on_progress,
         target,
     )
+    return classifier if engine is None else with_engine(classifier, engine)

@@ -14,7 +14,7 @@ from mgq.data.loader import cores
 from mgq.deploy.onnx import write_onnx
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.targets import MEGENGINE, target_of
-from mgq.runtime.base import Runtime
+from mgq.runtime.base import FileRuntime, in_batches
 from mgq.runtime.registry import load
 
 
@@ -31,14 +31,14 @@ def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
 class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
     """A deployed file behind the face of a network: float32 pixels minus 128 in, float32 logits out."""
 
-    def __init__(self, runtime: Runtime, size: int) -> None:
+    def __init__(self, runtime: FileRuntime, size: int) -> None:
         super().__init__()
         self.runtime = runtime
         self.size: int = size
         self.eval()  # nothing else is possible
 
     def forward(self, inp: Tensor) -> Tensor:
-        return Tensor(self.runtime.run((inp.numpy() + 128).astype(np.uint8)))
+        return Tensor(in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
 
     @classmethod
     def from_qat_module(cls, qat_module: M.Module, image_size: int) -> DeployedNetwork:

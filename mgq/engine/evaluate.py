@@ -19,6 +19,7 @@ from mgq.data.augment import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder
 from mgq.data.loader import Loader, cores
 from mgq.data.synthetic import SyntheticPictures
+from mgq.engine.files import opened_file
 from mgq.engine.metrics import Labels, Logits, Meter, cross_entropy, standard_error
 from mgq.engine.networks import Classifier, class_names, open_classifier
 from mgq.engine.processes import Channel, Task, in_processes, nothing
@@ -363,6 +364,7 @@ class _Work:
     """What a process has to do: open the checkpoint and answer its part of the batches."""
 
     checkpoint: Path
+    engine: str | None  # that of a deployed file
     mode: Mode
     image_size: int
     dataset: Dataset
@@ -377,7 +379,10 @@ class _Work:
         import cv2
 
         cv2.setNumThreads(1)
-        classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
+        if self.engine is not None:
+            classifier = opened_file(self.checkpoint, self.engine, threads=1)
+        else:
+            classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
         whole = Loader(
             self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
         )
@@ -394,11 +399,15 @@ def _evaluated_in_processes(
     whole = _Deal(loader, 0, 1)
     with TemporaryDirectory(prefix="mgq-") as folder:
         # A copy, so that all have the weights that this process has, whatever becomes of the file they came from.
-        checkpoint = Path(folder) / "checkpoint.safetensors"
-        classifier.write_checkpoint(checkpoint)
+        if classifier.file is not None:
+            checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
+        else:
+            checkpoint, engine = Path(folder) / "checkpoint.safetensors", None
+            classifier.write_checkpoint(checkpoint)
         tasks: list[Task] = [
             _Work(
                 checkpoint,
+                engine,
                 classifier.mode,
                 classifier.image_size,
                 loader.dataset,

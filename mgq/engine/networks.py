@@ -26,10 +26,12 @@ from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
 from mgq.quant.targets import MEGENGINE, Target, target_called, target_of
+from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weights import (
     Weights,
     fingerprint,
+    float_part,
     is_cached,
     load_state,
     packaged_weights,
@@ -53,7 +55,8 @@ class Classifier:
 
     ``fake_quantized`` is the ``qat`` network that a ``quantized`` one was made from; it holds the scales that a
     checkpoint needs. ``origin`` says where the weights come from, for the user; ``recipe`` is that of the run that
-    trained them, as plain data, empty where there was none.
+    trained them, as plain data, empty where there was none. ``file`` is the deployed file that the network comes from,
+    and the engine's name.
     """
 
     network: M.Module
@@ -65,6 +68,7 @@ class Classifier:
     origin: str
     options: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    file: tuple[Path, str] | None = None
 
     @property
     def target(self) -> Target:
@@ -272,6 +276,17 @@ def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode)
     fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
     refuse_incomplete(fake_quantized, ranges)
     return carried(replace(classifier, fake_quantized=fake_quantized), mode)
+
+
+def float_twin(classifier: Classifier) -> Classifier:
+    """The float network with the weights that ``classifier``, an int8 or simulated one, was made from."""
+    assert classifier.fake_quantized is not None
+    spec = classifier.spec
+    with without_initialization():
+        network = spec.build(len(classifier.classes), **classifier.options)
+    load_state(network, float_part(classifier.fake_quantized.state_dict()), classifier.origin)
+    network.eval()
+    return replace(classifier, network=network, fake_quantized=None, mode=Mode.NORMAL)
 
 
 def random_classifier(

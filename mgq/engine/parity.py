@@ -13,16 +13,22 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.transforms import to_batch
+from mgq.engine.networks import Classifier
+from mgq.engine.predict import BATCH
 from mgq.files.onnx_file import imported
 from mgq.quant.calibrate import as_input
+from mgq.quant.modes import Mode
 from mgq.quant.ranges import quantized_layers
-from mgq.quant.targets import is_never_negative
-from mgq.runtime.base import FileRuntime
+from mgq.quant.targets import MEGENGINE, is_never_negative
+from mgq.runtime.base import in_batches
 from mgq.runtime.registry import ENGINES, Engine
 
 Pictures = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
 
+PARTS = (1.0, 0.8, 0.65, 0.5)
 STEPS = 127.5
 """The largest logit in terms of one output step: what int8 logits would have."""
 
@@ -55,6 +61,27 @@ class LayerParity:
     values: int
 
 
+def own_pictures(classifier: Classifier) -> Pictures:
+    """The bundled cat whole and in parts, each also mirrored: uint8 (8, 3, S, S), as the network sees them."""
+    cat = read_picture(bundled_cat())
+    height, width = cat.shape[:2]
+    found = []
+    for part in PARTS:
+        top, left = (round(side * (1 - part) / 2) for side in (height, width))
+        crop = classifier.crop(cat[top : height - top, left : width - left])
+        found += [crop, crop[:, ::-1]]
+    return to_batch(found)
+
+
+def reference(classifier: Classifier, pictures: Pictures) -> Logits:
+    """MegEngine's logits for the same target: of its int8 network, or of the simulation of what others run."""
+    runs_here = classifier.mode is Mode.NORMAL or classifier.target is MEGENGINE
+    network = classifier.network if runs_here else classifier.fake_quantized
+    assert network is not None
+    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    return np.concatenate([network(Tensor(as_input(batch))).numpy() for batch in batches])
+
+
 def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]:
     """Run ``path`` in every installed engine that reads it, and compare with ``wanted``, MegEngine's logits.
 
@@ -62,7 +89,7 @@ def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]
     """
     for engine in engines_of(path):
         runtime = engine.load(path, 1)
-        found = logits_of(runtime, pictures)
+        found = in_batches(runtime, pictures)
         step = float(np.abs(wanted).max()) / STEPS
         differences = np.abs(found - wanted) / step
         same = 100 * float((found.argmax(1) == wanted.argmax(1)).mean())
@@ -74,16 +101,6 @@ def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]
 def engines_of(path: Path) -> list[Engine]:
     """The installed engines that read ``path``."""
     return [engine for engine in ENGINES if engine.suffix == path.suffix and engine.is_installed]
-
-
-def logits_of(runtime: FileRuntime, pictures: Pictures) -> Logits:
-    """All logits of ``pictures``, one batch of the size that the engine's file takes after the other."""
-    size = runtime.batch or 1
-    whole = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-    # The last batch may be short: it is filled up, and what comes of that is left out.
-    missing = size - len(whole[-1])
-    whole[-1] = np.concatenate([whole[-1], np.repeat(pictures[:1], missing, axis=0)])
-    return np.concatenate([runtime.run(batch) for batch in whole])[: len(pictures)]
 
 
 def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pictures) -> list[LayerParity]:

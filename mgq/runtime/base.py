@@ -43,3 +43,15 @@ def checked_threads(threads: int) -> int:
     if not 1 <= threads <= cores:
         raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
     return threads
+
+
+def in_batches(runtime: FileRuntime, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The logits of ``pictures``, any number of them, in batches of the size that the file takes."""
+    if runtime.batch in (None, len(pictures)):
+        return runtime.run(pictures)
+    size = runtime.batch or 1
+    whole = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+    # The last batch may be short: it is filled up, and what comes of that is left out.
+    missing = size - len(whole[-1])
+    whole[-1] = np.concatenate([whole[-1], np.repeat(pictures[:1], missing, axis=0)])
+    return np.concatenate([runtime.run(batch) for batch in whole])[: len(pictures)]

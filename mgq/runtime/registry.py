@@ -61,14 +61,22 @@ ENGINES = (
 """The faster first, where they read the same files."""
 
 
+def engine_called(key: str) -> Engine:
+    """Raises InputError, which lists them, where there is no engine ``key``."""
+    for engine in ENGINES:
+        if engine.key == key:
+            return engine
+    names = ", ".join([AUTO, *(engine.key for engine in ENGINES)])
+    raise InputError(f"there is no engine '{printable(key)}'; choose {names}")
+
+
 def engine_for(path: Path, key: str = AUTO) -> Engine:
     """The engine called ``key``, or the fastest installed one, that reads ``path``.
 
     Raises InputError where no engine has that name, it does not read such files, or it is not installed.
     """
-    names = ", ".join([AUTO, *(engine.key for engine in ENGINES)])
-    if key not in (AUTO, *(engine.key for engine in ENGINES)):
-        raise InputError(f"there is no engine '{printable(key)}'; choose {names}")
+    if key != AUTO:
+        engine_called(key)
     reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower()]
     if not reading:
         known = " or ".join(dict.fromkeys(engine.suffix for engine in ENGINES))
