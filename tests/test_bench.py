@@ -224,6 +224,19 @@ def test_equal_answers_agree_and_small_differences_are_told(monkeypatch: pytest.
     assert second.agreement.holds
 
 
+def test_where_int8_rounds_otherwise_likeness_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = np.eye(2, 5, dtype=np.float32)
+    flipped, other = near.copy(), np.roll(near, 1, axis=1)
+    flipped[1, 2] = 1.01
+    near[1, 2] = 1 - 1e-3
+    engines = {"near": near, "flipped": flipped, "other": other}
+    contestants = [contestant(FakeRuntime(name, logits=logits), name) for name, logits in engines.items()]
+    strict = entries_of(monkeypatch, *contestants)
+    lenient = entries_of(monkeypatch, *(replace(one, rounds_otherwise=True) for one in contestants))
+    for entries, expected in ((strict, [True, False, False]), (lenient, [True, True, False])):
+        assert [entry.agreement is not None and entry.agreement.holds for entry in entries] == expected
+
+
 def test_another_answer_marks_the_row_and_keeps_it_from_being_the_best(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -568,7 +581,9 @@ def test_json_holds_all_samples_and_conditions(report: Report) -> None:
     assert fp32["rounds_ns"] == [[4 * MS], [4 * MS]]
     assert fp32["weights"] == "random weights (speed only)" and fp32["engine_version"] == "1.2"
     assert fp32["sound"] is True and fp32["file_bytes"] == 1_500_000
-    assert int8["agreement"] == {"reference": "eager", "pictures": 2, "same": 2, "largest_difference": 0.0}
+    assert int8["agreement"].pop("likeness") == pytest.approx(1)
+    expected = {"reference": "eager", "pictures": 2, "same": 2, "largest_difference": 0.0, "rounds_otherwise": False}
+    assert int8["agreement"] == expected
     assert int8["speedup"]["median"] == pytest.approx(2)
     assert missing["problem"] == "no int8 here: get some" and missing["rounds_ns"] == []
 

@@ -26,7 +26,7 @@ from mgq.events import OnProgress, silent
 
 FP32, INT8 = Precision.FP32, Precision.INT8
 ROOT = Path(__file__).parents[1]
-ENGINES = ("MegEngine eager", "MegEngine traced", "MegEngine Lite")
+ENGINES = ("MegEngine eager", "MegEngine traced", "MegEngine Lite", "ONNX Runtime", "OpenVINO")
 MACHINE = Machine(
     "AMD EPYC 9B14 96-Core Processor", ("AVX2", "AVX-512", "AVX-512 VNNI"), 1, 2, 2, "Debian, Linux", (1.5,)
 )
@@ -141,7 +141,7 @@ def test_rows_that_are_missing_or_wrong_say_so(asked: list[Settings], monkeypatc
 
 def test_json_on_standard_output_is_alone_there(asked: list[Settings]) -> None:
     body = json.loads(run("--json", "-").stdout)
-    assert len(body["rows"]) == 18
+    assert len(body["rows"]) == 30
     assert body["rows"][0]["rounds_ns"] == [[100, 200], [300]]
 
 
@@ -215,7 +215,10 @@ def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, A
     assert [(r["precision"], r["engine"]) for r in rows] == [(p, e) for p in ("fp32", "int8") for e in ENGINES]
     for r in rows:
         assert r["sound"] is True and r["problem"] is None, r["remark"]
-        assert r["agreement"]["same"] == r["agreement"]["pictures"] == 2
+        if r["agreement"]["rounds_otherwise"] and r["precision"] == "int8":
+            assert r["agreement"]["likeness"] > 0.95
+        else:
+            assert r["agreement"]["same"] == r["agreement"]["pictures"] == 2
         assert r["agreement"]["reference"] == "MegEngine eager"
         assert len(r["rounds_ns"]) == 2 and min(min(turn) for turn in r["rounds_ns"]) > 0
         assert r["speed"]["runs"] == sum(len(turn) for turn in r["rounds_ns"])
@@ -224,9 +227,10 @@ def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, A
 
 
 def test_the_file_of_int8_is_smaller(real: tuple[str, dict[str, Any]]) -> None:
-    sizes = {r["precision"]: r["file_bytes"] for r in real[1]["rows"] if r["engine"] == "MegEngine Lite"}
-    assert 0 < sizes["int8"] < sizes["fp32"]
-    assert all(r["file_bytes"] is None for r in real[1]["rows"] if r["engine"] != "MegEngine Lite")
+    for engine in ENGINES[2:]:
+        sizes = {r["precision"]: r["file_bytes"] for r in real[1]["rows"] if r["engine"] == engine}
+        assert 0 < sizes["int8"] < sizes["fp32"]
+    assert all(r["file_bytes"] is None for r in real[1]["rows"] if r["engine"] in ENGINES[:2])
 
 
 def test_conditions_are_recorded_with_the_samples(real: tuple[str, dict[str, Any]]) -> None:

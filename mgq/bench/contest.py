@@ -7,7 +7,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ TURN_NS = 250_000_000
 MOST_RUNS = 50
 """The most single runs of a turn, so that fast networks do not fill the memory and the report."""
 WARM_UP_RUNS = 5
+ALIKE = 0.95
+"""Cosine of logits that differ by rounding alone; those of another network, or another picture, are below."""
 
 
 class Loaded(NamedTuple):
@@ -42,13 +44,14 @@ class Contestant:
     """One row of the table: a network in one precision in one engine.
 
     ``load`` gives it ready to run. It raises an MgqError, whose line says why and how to mend it, where the
-    engine is not there or cannot run the network.
+    engine is not there or cannot run the network. ``rounds_otherwise``: its int8 is not MegEngine's to the bit.
     """
 
     network: str
     precision: Precision
     engine: str
     load: Callable[[], Loaded]
+    rounds_otherwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,21 @@ class Agreement:
     """How one engine's answers compare with the ``reference`` engine's, same network, precision and pictures.
 
     ``same`` of the ``pictures`` have the same most probable class. ``largest_difference`` is that of any two
-    logits; it is not finite where an engine gave something else than finite numbers.
+    logits; it is not finite where an engine gave something else than finite numbers. ``likeness`` is the cosine of the
+    angle between all logits of both. Where ``rounds_otherwise``, int8 in another library, that decides: networks with
+    random weights amplify single steps until the answer flips.
     """
 
     reference: str
     pictures: int
     same: int
     largest_difference: float
+    likeness: float = field(default=1.0, compare=False)
+    rounds_otherwise: bool = False
 
     @property
     def holds(self) -> bool:
-        return self.same == self.pictures
+        return self.same == self.pictures or (self.rounds_otherwise and self.likeness >= ALIKE)
 
 
 @dataclass
@@ -151,7 +158,8 @@ def compare(entry: Entry, batch: Batch, references: dict[tuple[str, Precision], 
         wrong = f"{logits.shape[1]} logits a picture where {reference} gives {expected.shape[1]}"
         entry.problem, entry.rounds = f"{contestant.engine} gave {wrong}", ()
         return
-    entry.agreement = worse(entry.agreement, agreement_of(logits, expected, reference))
+    found = agreement_of(logits, expected, reference, contestant.rounds_otherwise)
+    entry.agreement = worse(entry.agreement, found)
 
 
 def checked_logits(runtime: Runtime, batch: Batch) -> Logits:
@@ -164,12 +172,17 @@ def checked_logits(runtime: Runtime, batch: Batch) -> Logits:
     return logits
 
 
-def agreement_of(logits: Logits, expected: Logits, reference: str) -> Agreement:
+def agreement_of(logits: Logits, expected: Logits, reference: str, rounds_otherwise: bool = False) -> Agreement:
     """Compare two (N, classes) arrays of logits. A picture with a NaN or an infinity has no answer."""
     sound = np.isfinite(logits).all(axis=1) & np.isfinite(expected).all(axis=1)
     same = sound & (logits.argmax(axis=1) == expected.argmax(axis=1))
     difference = float(np.abs(logits - expected).max()) if sound.all() else float("nan")
-    return Agreement(reference, len(logits), int(same.sum()), difference)
+    return Agreement(reference, len(logits), int(same.sum()), difference, cosine(logits, expected), rounds_otherwise)
+
+
+def cosine(one: Logits, other: Logits) -> float:
+    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.vdot(one, other)) / norms if norms > 0 else 0.0
 
 
 def worse(one: Agreement | None, other: Agreement) -> Agreement:

@@ -17,6 +17,7 @@ from mgq.errors import FailureError, InputError
 from mgq.quant.modes import Mode
 from mgq.runtime.lite import LiteRuntime
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.runtime.registry import engine_called
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weights import is_cached
 
@@ -56,10 +57,29 @@ def lite(job: Job) -> Loaded:
     return Loaded(LiteRuntime(path, threads=job.settings.threads), classifier.origin, path.stat().st_size)
 
 
+def in_onnx(key: str, job: Job) -> Loaded:
+    """The very same network as an ONNX file, int8 with MegEngine's scales."""
+    engine = engine_called(key)
+    if not engine.is_installed:
+        raise InputError(engine.mend)
+    classifier = replace(job.classifier(), image_size=job.settings.image_size)
+    path = job.file.with_name(f"{job.file.name}.onnx")
+    if not path.exists():
+        dump_classifier(classifier, path, batch=job.settings.batch)
+    return Loaded(engine.load(path, job.settings.threads), classifier.origin, path.stat().st_size)
+
+
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
 ENGINES: Mapping[str, Loader] = MappingProxyType(
-    {"MegEngine eager": eager, "MegEngine traced": traced, "MegEngine Lite": lite}
+    {
+        "MegEngine eager": eager,
+        "MegEngine traced": traced,
+        "MegEngine Lite": lite,
+        "ONNX Runtime": partial(in_onnx, "onnxruntime"),
+        "OpenVINO": partial(in_onnx, "openvino"),
+    }
 )
+ROUND_OTHERWISE = ("ONNX Runtime", "OpenVINO")
 
 
 def contestants(settings: Settings, folder: Path, engines: Mapping[str, Loader]) -> list[Contestant]:
@@ -70,7 +90,8 @@ def contestants(settings: Settings, folder: Path, engines: Mapping[str, Loader])
             file = folder / f"{network}.{precision.value}"
             job = Job(network, precision, settings, file, cache(partial(classifier_for, network, precision)))
             found += [
-                Contestant(network, precision, name, partial(loaded, load, job)) for name, load in engines.items()
+                Contestant(network, precision, name, partial(loaded, load, job), name in ROUND_OTHERWISE)
+                for name, load in engines.items()
             ]
     return found
 
