@@ -12,8 +12,8 @@ from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
 """The three networks of the public quantization example."""
-ROUNDS = 15
-"""With turns of a quarter second, 18 rows take about two minutes on two cores."""
+ROUNDS = 10
+"""With turns of a quarter second, 30 rows take about two minutes on two cores."""
 MULTIPLE = 32
 # The widest activations of the networks, 64 float32 channels at half the size, are 64 bytes an input pixel.
 # Engines keep several such arrays each.

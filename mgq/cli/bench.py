@@ -36,7 +36,7 @@ def bench(
     rounds: Annotated[
         int | None,
         typer.Option(
-            "--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="15; with --train 3"
+            "--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="10; with --train 3"
         ),
     ] = None,
     batch: Annotated[
