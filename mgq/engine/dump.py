@@ -69,7 +69,7 @@ def dump_classifier(
     if kind == "onnx":
         return dumped_onnx(classifier, path, input_type, batch)
     if batch is None:
-        raise InputError("a .megengine file takes one number of pictures: pass --batch N, or --format onnx")
+        raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     cat = classifier.crop(read_picture(bundled_cat()))
     report = write_megengine(
         classifier.network,
