@@ -10,7 +10,15 @@ from megengine import Tensor
 from mgq.quant.calibrate import calibrated_network, measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import folded_weight, observe_weights
-from mgq.quant.rounding import DAMPING, compensated, covariances, damped, refitted, set_folded_weight
+from mgq.quant.rounding import (
+    DAMPING,
+    compensated,
+    covariances,
+    damped,
+    factor_of_inverse,
+    refitted,
+    set_folded_weight,
+)
 from tests.conftest import SIZE, logits_of, trio_of
 from tests.test_calibration import PICTURES, net
 
@@ -62,6 +70,14 @@ def test_weights_that_see_what_they_did_are_not_changed() -> None:
     weights, seen = layer(64, 8, 2)
     np.testing.assert_array_equal(refitted(weights, seen, seen), weights)
     assert np.isfinite(refitted(weights, seen * 0, seen)).all()
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    _, seen = layer(64, 8)
+    (matrix,) = varying(seen)
+    factor = factor_of_inverse(matrix)
+    assert np.array_equal(factor, np.triu(factor))
+    np.testing.assert_allclose(factor.T @ factor, np.linalg.inv(matrix), rtol=1e-8, atol=1e-10)
 
 
 def test_inputs_that_vary_apart_are_rounded_to_the_nearest() -> None:

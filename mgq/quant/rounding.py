@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
+from scipy.linalg import cholesky, solve
+from scipy.linalg.lapack import dtrtri
 
 from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
@@ -110,8 +112,9 @@ def refitted(weights: Array, seen: Array, exact: Array) -> Array:
     As nearly as least squares come, with a penalty on the change.
     """
     missing = covariances(seen, exact - seen) @ weights.transpose(0, 2, 1)
-    change = np.linalg.solve(damped(covariances(seen, seen), RIDGE), missing).transpose(0, 2, 1)
-    result: Array = (weights + change).astype(np.float32)
+    penalized = damped(covariances(seen, seen), RIDGE)
+    change = [solve(*sides, assume_a="pos", overwrite_a=True) for sides in zip(penalized, missing, strict=True)]
+    result: Array = (weights + np.stack(change).transpose(0, 2, 1)).astype(np.float32)
     return result
 
 
@@ -136,8 +139,7 @@ def compensated(weights: Array, covariance: npt.NDArray[np.float64]) -> Array:
     result = np.empty_like(weights)
     for group in range(groups):
         chosen = order[group]
-        inverse = np.linalg.inv(covariance[group][np.ix_(chosen, chosen)])
-        upper = np.linalg.cholesky(inverse).T.astype(np.float32)
+        upper = factor_of_inverse(covariance[group][np.ix_(chosen, chosen)]).astype(np.float32)
         left = weights[group][:, chosen]
         for start in range(0, inputs, BLOCK):
             end = min(start + BLOCK, inputs)
@@ -149,6 +151,17 @@ def compensated(weights: Array, covariance: npt.NDArray[np.float64]) -> Array:
                 left[:, i] = value
             left[:, end:] -= errors @ upper[start:end, end:]
         result[group][:, chosen] = left
+    return result
+
+
+def factor_of_inverse(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The upper triangular U with U.T @ U the inverse of ``matrix``, symmetric and positive definite.
+
+    Backwards, ``matrix`` is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
+    """
+    lower = cholesky(matrix[::-1, ::-1], lower=True)
+    inverse, _ = dtrtri(lower, lower=1)
+    result: npt.NDArray[np.float64] = np.tril(inverse)[::-1, ::-1]
     return result
 
 
