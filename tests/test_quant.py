@@ -34,7 +34,7 @@ from mgq.quant.ranges import (
     quantized_layers,
     read_ranges,
 )
-from mgq.quant.targets import MEGENGINE, UnitScaleObserver
+from mgq.quant.targets import MEGENGINE, UnitScaleObserver, target_called
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import spec_of, specs
 from mgq.zoo.weights import load_state
@@ -433,13 +433,14 @@ class TestRangesFile:
 class TestPackagedRanges:
     def test_each_file_belongs_to_a_network_of_the_zoo_and_fits_it(self) -> None:
         files = list((Path(ranges_module.__file__).parent / "default_ranges").glob("*.json"))
-        assert "efficientnet_lite0" in {file.stem for file in files}
+        assert {"efficientnet_lite0", "efficientnet_lite0.onnx"} <= {file.stem for file in files}
         for file in files:
             found = read_ranges(file)
-            assert found.arch == file.stem
-            assert file.stem in specs()
-            apply_ranges(to_mode(blank(file.stem), Mode.QAT, in_place=True), found)
-            assert packaged_ranges(file.stem, found.weights) == found
+            assert file.stem == found.arch + ("" if found.target == "megengine" else f".{found.target}")
+            assert found.arch in specs()
+            network = to_mode(blank(found.arch), Mode.QAT, target_called(found.target), in_place=True)
+            apply_ranges(network, found)
+            assert packaged_ranges(found.arch, found.weights, found.target) == found
 
     def test_they_serve_no_other_weights(self) -> None:
         assert packaged_ranges("efficientnet_lite0", "0" * 64) is None
