@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import pytest
 
 from mgq.bench import contest as contest_module
 from mgq.bench import engines as engines_module
-from mgq.bench.benchmark import cat_batch
+from mgq.bench.benchmark import notes_on, saturates
 from mgq.bench.contest import (
     MOST_RUNS,
     TURN_NS,
@@ -25,17 +26,18 @@ from mgq.bench.contest import (
     Loaded,
     agreement_of,
     contest,
-    interleaved_times,
 )
-from mgq.bench.engines import Job, Loader, contestants
+from mgq.bench.engines import Entrant, Field, Job, cat_batch
 from mgq.bench.environment import Machine, cpu_features, cpu_model, this_machine
-from mgq.bench.report import Report, rows_from
-from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Precision, Settings, settings_for
-from mgq.bench.statistics import interquartile_range, speed_of, speedup_of
-from mgq.bench.tables import COLUMNS, cells, example_cells, markdown, three_digits
+from mgq.bench.players import Present, SideBySide
+from mgq.bench.report import Report, peaks_from, rows_from
+from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, settings_for
+from mgq.bench.statistics import interquartile_range, median_of, speed_of, speedup_of
+from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, group_of, markdown, three_digits
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quant.modes import Mode
+from mgq.quant.targets import MEGENGINE, ONNX
 
 MS = 1_000_000
 PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
@@ -64,6 +66,7 @@ class FakeRuntime:
     version: str = "1.2"
     threads: int = 1
     runs: int = 0
+    macs: int | None = None
     on_run: Callable[[], None] = lambda: None
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -74,8 +77,21 @@ class FakeRuntime:
         return self.logits
 
 
-def contestant(runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18") -> Contestant:
-    return Contestant(network, precision, engine, lambda: Loaded(runtime, "random weights (speed only)", 1_500_000))
+def present(runtime: FakeRuntime) -> Present:
+    return Present(runtime, PICTURES, runtime.world.clock)
+
+
+def contestant(
+    runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18", **more: Any
+) -> Contestant:
+    weights = "random weights (speed only)"
+    return Contestant(network, precision, engine, lambda: Loaded(present(runtime), weights, 1_500_000), **more)
+
+
+def times_of(runtimes: Sequence[FakeRuntime], rounds: int, seed: int = 0) -> list[tuple[tuple[int, ...], ...]]:
+    """The times of a contest of ``runtimes``, whose answers nobody compares."""
+    players = [contestant(runtime, runtime.name, answers=None) for runtime in runtimes]
+    return [entry.rounds for entry in contest(players, rounds, seed)]
 
 
 def small_turns(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
@@ -118,7 +134,6 @@ def test_speedup_is_the_median_of_the_ratios_not_the_ratio_of_the_medians() -> N
     # Ratios 2, 4 and 1. The medians' ratio would be 4 / 4 = 1.
     speedup = speedup_of(int8, fp32)
     assert speedup.median == pytest.approx(2)
-    assert speedup.iqr == pytest.approx(3 - 1.5)
 
 
 def test_speedup_uses_throughput_where_turns_have_different_numbers_of_runs() -> None:
@@ -130,6 +145,21 @@ def test_speedup_of_unequal_numbers_of_rounds_is_refused() -> None:
         speedup_of([[1], [1]], [[1]])
 
 
+def test_the_interval_of_a_ratio_holds_what_resampled_rounds_would_show() -> None:
+    rng = np.random.default_rng(1)
+    ratios = rng.normal(2.0, 0.1, 40)
+    found = median_of(ratios)
+    assert found.low is not None and found.high is not None
+    assert found.low < found.median < found.high
+    # The standard error of a normal sample's median is 1.2533 of the mean's.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 1.2533 * 0.1 / 40**0.5, rel=0.5)
+    assert median_of(np.full(5, 3.0)).low == median_of(np.full(5, 3.0)).high == 3.0
+
+
+def test_one_round_has_no_interval() -> None:
+    assert (median_of(np.array([2.0])).low, median_of(np.array([2.0])).high) == (None, None)
+
+
 # ---- the contest ----
 
 
@@ -137,9 +167,10 @@ def test_every_round_runs_every_runtime_once_in_a_new_order(monkeypatch: pytest.
     small_turns(monkeypatch, 2)
     world = World()
     names = "abcde"
-    times = interleaved_times([FakeRuntime(name, world) for name in names], PICTURES, 6, clock=world.clock)
-    warm_up, measured = 5 * (1 + WARM_UP_RUNS), world.ran[5 * (1 + WARM_UP_RUNS) :]
-    assert len(world.ran) == warm_up + 6 * 5 * 3
+    times = times_of([FakeRuntime(name, world) for name in names], 6)
+    before = 5 + 5 * (1 + WARM_UP_RUNS)  # one run each for the answers
+    measured = world.ran[before:-5]
+    assert len(measured) == 6 * 5 * 3
     orders = [measured[start : start + 15 : 3] for start in range(0, len(measured), 15)]
     assert all(sorted(order) == list(names) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
@@ -152,7 +183,7 @@ def test_the_order_is_that_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def order(seed: int) -> list[str]:
         world = World()
-        interleaved_times([FakeRuntime(name, world) for name in "abcdef"], PICTURES, 3, seed, world.clock)
+        times_of([FakeRuntime(name, world) for name in "abcdef"], 3, seed)
         return world.ran
 
     assert order(1) == order(1) != order(2)
@@ -161,8 +192,8 @@ def test_the_order_is_that_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warm_up_and_first_run_of_a_turn_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     small_turns(monkeypatch, 2)
     world = World()
-    slow_first = [900 * MS] * 3 + [MS] * 3 + [700 * MS, MS, 2 * MS] + [700 * MS, 3 * MS, 4 * MS]
-    (times,) = interleaved_times([FakeRuntime("a", world, slow_first)], PICTURES, 2, clock=world.clock)
+    slow_first = [800 * MS] + [900 * MS] + [MS] * WARM_UP_RUNS + [700 * MS, MS, 2 * MS] + [700 * MS, 3 * MS, 4 * MS]
+    (times,) = times_of([FakeRuntime("a", world, slow_first)], 2)
     assert times == ((MS, 2 * MS), (3 * MS, 4 * MS))
 
 
@@ -170,18 +201,16 @@ def test_warm_up_and_first_run_of_a_turn_are_not_counted(monkeypatch: pytest.Mon
     ("run_ns", "runs"), [(TURN_NS // 4, 4), (TURN_NS * 3, 1), (TURN_NS // 1000, MOST_RUNS), (0, MOST_RUNS)]
 )
 def test_a_turn_has_as_many_runs_as_fill_it_within_bounds(run_ns: int, runs: int) -> None:
-    world = World()
-    (times,) = interleaved_times([FakeRuntime("a", world, [run_ns])], PICTURES, 2, clock=world.clock)
+    (times,) = times_of([FakeRuntime("a", World(), [run_ns])], 2)
     assert [len(turn) for turn in times] == [runs, runs]
 
 
-def test_no_garbage_is_collected_while_an_engine_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_turns(monkeypatch, 1)
+def test_no_garbage_is_collected_while_an_engine_is_timed() -> None:
     states: list[bool] = []
     runtime = FakeRuntime("a", on_run=lambda: states.append(gc.isenabled()))
     assert gc.isenabled()
-    interleaved_times([runtime], PICTURES, 1, clock=runtime.world.clock)
-    assert states and not any(states)
+    present(runtime).turn(2)
+    assert len(states) == 3 and not any(states)
     assert gc.isenabled()
 
 
@@ -190,8 +219,38 @@ def test_garbage_collection_returns_after_a_failure() -> None:
         raise FailureError("the engine broke")
 
     with pytest.raises(FailureError):
-        interleaved_times([FakeRuntime("a", on_run=fail)], PICTURES, 1)
+        present(FakeRuntime("a", on_run=fail)).turn(1)
     assert gc.isenabled()
+
+
+def test_copies_side_by_side_count_all_their_runs() -> None:
+    copies = [FakeRuntime("a") for _ in range(3)]
+    player = SideBySide(copies, PICTURES)
+    assert player.threads == 3
+    assert len(player.turn(4)) == 12
+    assert [copy.runs for copy in copies] == [5, 5, 5]
+    player.close()
+
+
+def test_throughput_counts_the_pictures_of_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = entries_of(monkeypatch, contestant(FakeRuntime("a", times=[4 * MS]), "eager"))
+    entry.contestant = replace(entry.contestant, threads=2)
+    for load, fps in ((Load.LATENCY, 500), (Load.THROUGHPUT, 1000)):
+        (row,) = rows_from([entry], Settings(batch=2, load=load))
+        assert row.speed is not None and row.speed.fps == pytest.approx(fps)
+
+
+def test_one_that_breaks_on_the_way_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = FakeRuntime("b")
+
+    def fail() -> None:
+        if broken.runs > WARM_UP_RUNS + 4:
+            raise FailureError("the process was killed by SIGSEGV")
+
+    broken.on_run = fail
+    first, second = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(broken, "Lite"))
+    assert first.problem is None and len(first.rounds) == 2
+    assert second.problem == "the process was killed by SIGSEGV" and second.rounds == ()
 
 
 def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +258,7 @@ def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Progress] = []
     world = World()
     entries = [contestant(FakeRuntime(name, world), name) for name in "ab"]
-    contest(entries, PICTURES, 3, clock=world.clock, on_progress=seen.append)
+    contest(entries, 3, on_progress=seen.append)
     for what, total in (("prepare", 2), ("measure", 6)):
         assert [event.done for event in seen if event.what == what] == list(range(total + 1))
         assert {event.total for event in seen if event.what == what} == {total}
@@ -210,7 +269,7 @@ def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def entries_of(monkeypatch: pytest.MonkeyPatch, *contestants: Contestant) -> list[Entry]:
     small_turns(monkeypatch, 1)
-    return contest(contestants, PICTURES, 2)
+    return contest(contestants, 2)
 
 
 def test_equal_answers_agree_and_small_differences_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,16 +311,16 @@ def test_another_answer_marks_the_row_and_keeps_it_from_being_the_best(
     eager, lite = report.rows
     assert eager.sound and not lite.sound
     assert lite.remark == "another answer than eager on 1 of 2 pictures (logits differ by up to 1)"
-    assert cells(lite)[1] == "Lite !" and cells(eager)[1] == "eager"
+    assert cells(lite)[0] == "Lite !" and cells(eager)[0] == "eager"
     assert report.best("resnet18", FP32) is eager
-    assert f"resnet18 fp32 Lite: {lite.remark}" in report.remarks()
+    assert f"resnet18 fp32 Lite, 1 thread: {lite.remark}" in report.remarks()
 
 
 def test_an_engine_that_goes_wrong_during_the_contest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     drifting = FakeRuntime("b")
 
     def drift() -> None:
-        if drifting.runs == 3:
+        if drifting.runs == WARM_UP_RUNS + 3:
             drifting.logits = np.roll(drifting.logits, 1, axis=1)
 
     drifting.on_run = drift
@@ -286,7 +345,7 @@ def test_reused_output_memory_does_not_hide_a_change(monkeypatch: pytest.MonkeyP
     runtime = FakeRuntime("a")
 
     def change() -> None:
-        if runtime.runs == 4:
+        if runtime.runs == WARM_UP_RUNS + 3:
             runtime.logits[...] = np.roll(runtime.logits, 1, axis=1)
 
     runtime.on_run = change
@@ -317,7 +376,7 @@ def test_an_engine_without_the_right_logits_is_not_timed(
 ) -> None:
     wrong = FakeRuntime("b", logits=logits)
     entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(wrong, "Lite"))
-    (row,) = rows_from(entries, 2)[1:]
+    (row,) = rows_from(entries, Settings(batch=2))[1:]
     assert row.problem == why and row.speed is None and row.rounds_ns == ()
     assert wrong.runs == 1
 
@@ -342,7 +401,7 @@ def test_a_missing_engine_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) ->
     row, eager = report.rows
     assert report.remarks()[0] == f"OpenVINO: {row.remark}"
     assert row.remark == "not measured: OpenVINO is not installed: pip install 'mgq[openvino]'"
-    assert cells(row) == ("fp32", "OpenVINO", *["-"] * 7)
+    assert cells(row) == ("OpenVINO", *["-"] * 9)
     assert eager.sound and eager.agreement is not None and eager.agreement.reference == "eager"
 
 
@@ -353,13 +412,13 @@ def test_an_engine_that_is_missing_everywhere_is_told_of_once(monkeypatch: pytes
     missing = [Contestant("resnet18", precision, "OpenVINO", absent) for precision in Precision]
     assert report_of(entries_of(monkeypatch, *missing)).remarks() == ["OpenVINO: not measured: get it"]
     partly = entries_of(monkeypatch, missing[0], contestant(FakeRuntime("a"), "OpenVINO", INT8))
-    assert report_of(partly).remarks() == ["resnet18 fp32 OpenVINO: not measured: get it"]
+    assert report_of(partly).remarks() == ["resnet18 fp32 OpenVINO, 1 thread: not measured: get it"]
 
 
 def test_one_round_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     small_turns(monkeypatch, 1)
-    (row,) = rows_from(contest([contestant(FakeRuntime("a"), "eager")], PICTURES, 1), 2)
-    assert cells(row)[3] == "-"
+    (row,) = rows_from(contest([contestant(FakeRuntime("a"), "eager")], 1), Settings(batch=2))
+    assert cells(row)[2] == "-"
 
 
 def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,41 +432,63 @@ def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: p
 # ---- the engines' networks ----
 
 
-def job_list(monkeypatch: pytest.MonkeyPatch, **engines: Loader) -> tuple[list[Contestant], list[str]]:
-    """The contestants for two networks, and the classifiers built so far."""
+def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -> tuple[Field, list[str]]:
+    """What takes part in the contest of ResNet18, engines made up, and the networks built so far."""
     built: list[str] = []
 
-    def fake(network: str, precision: Precision) -> str:
-        built.append(f"{network} {precision.value}")
-        return built[-1]
+    def fake(network: str, precision: Precision, target: object) -> Any:
+        built.append(f"{network} {precision.value} {'onnx' if target is ONNX else 'megengine'}")
+        return FakeClassifier(built[-1])
+
+    def start(job: Job, threads: int) -> Loaded:
+        return Loaded(present(FakeRuntime("a", threads=threads)), job.classifier.origin)
 
     monkeypatch.setattr(engines_module, "classifier_for", fake)
-    settings = Settings(("resnet18", "mobilenet_v2"), threads=2)
-    return contestants(settings, Path("folder"), engines), built
+    monkeypatch.setattr(Field, "macs", 10**9)
+    engines = {name: Entrant(start, ONNX if name in ("ONNX Runtime", "OpenVINO") else MEGENGINE) for name in names}
+    return Field("resnet18", settings, replace(MACHINE, features=("AVX2", "FMA")), Path("folder"), engines), built
 
 
-def test_every_network_and_precision_meets_every_engine_and_is_built_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    files: list[Path] = []
+@dataclass(frozen=True)
+class FakeClassifier:
+    origin: str
+    image_size: int = 224
 
-    def load(job: Job) -> Loaded:
-        files.append(job.file)
-        return Loaded(FakeRuntime("a", threads=2), str(job.classifier()))
 
-    found, built = job_list(monkeypatch, eager=load, lite=load)
+def test_every_precision_meets_every_engine_and_networks_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking_part, built = field_of(
+        monkeypatch, Settings(threads=(1, 2)), "MegEngine eager", "MegEngine Lite", "OpenVINO"
+    )
+    found = [one for one in taking_part.contestants() if not one.is_peak]
     assert built == []
-    origins = [contestant.load().weights for contestant in found]
-    rows = [f"{c.network} {c.precision.value}" for c in found]
-    assert origins == rows == sorted(built * 2, key=rows.index)
-    assert [c.engine for c in found] == ["eager", "lite"] * 4
-    assert len(built) == len(set(files)) == 4
+    origins = [one.load().weights for one in found]
+    eager, lite, vino = "MegEngine eager", "MegEngine Lite", "OpenVINO"
+    assert [(one.threads, one.precision, one.engine) for one in found] == [
+        *((1, precision, name) for precision in Precision for name in (eager, lite, vino)),
+        *((2, precision, name) for precision in Precision for name in (lite, vino)),
+    ]
+    assert len(built) == len(set(built)) == 3
+    assert set(origins) == {"resnet18 fp32 megengine", "resnet18 int8 megengine", "resnet18 int8 onnx"}
+    assert {one.answers for one in found} == set(origins)
+
+
+def test_with_int8_alone_one_engine_runs_float_as_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking_part, _ = field_of(
+        monkeypatch, settings_for(precisions=[INT8], threads=["1"]), "MegEngine eager", "OpenVINO"
+    )
+    float_rows = [one.engine for one in taking_part.contestants() if one.precision is FP32 and not one.is_peak]
+    assert float_rows == ["OpenVINO"]
+
+
+def test_self_tests_take_part_where_the_processor_has_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking_part, _ = field_of(monkeypatch, Settings(threads=(1, 2)), "MegEngine eager")
+    peaks = [(one.precision, one.threads) for one in taking_part.contestants() if one.is_peak]
+    assert peaks == [(FP32, 1), (FP32, 2)]  # AVX2 has no int8 instruction that the self-test knows
 
 
 def test_an_engine_with_another_number_of_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = job_list(monkeypatch, eager=lambda _: Loaded(FakeRuntime("a", threads=1), ""))
-    with pytest.raises(FailureError, match="a runs on 1 thread where 2 were asked for"):
-        found[0].load()
+    (entry,) = entries_of(monkeypatch, contestant(FakeRuntime("a", threads=1), "eager", threads=2))
+    assert entry.problem == "a runs on 1 thread where 2 were asked for"
 
 
 def test_random_weights_are_used_and_named_where_there_are_none(
@@ -415,7 +496,7 @@ def test_random_weights_are_used_and_named_where_there_are_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines_module, "is_cached", lambda *_: False)
-    classifier = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32)
+    classifier = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32, MEGENGINE)
     assert classifier.origin == "random weights (speed only)"
     assert classifier.mode is Mode.NORMAL
 
@@ -425,14 +506,14 @@ def test_weights_that_cannot_be_used_are_told_of(monkeypatch: pytest.MonkeyPatch
     run = tmp_path / "runs" / "shufflenet_v1_x0_5_g3.normal" / "checkpoint.safetensors"
     run.parent.mkdir(parents=True)
     run.write_bytes(b"no checkpoint")
-    origin = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32).origin
+    origin = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32, MEGENGINE).origin
     assert origin.startswith("random weights (speed only); not used: ")
     assert str(run.relative_to(tmp_path)) in origin
 
 
 def test_packaged_weights_are_preferred_to_random_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert engines_module.classifier_for("efficientnet_lite0", FP32).origin.startswith("ImageNet weights")
+    assert engines_module.classifier_for("efficientnet_lite0", FP32, MEGENGINE).origin.startswith("ImageNet weights")
 
 
 def test_pictures_of_a_batch_differ() -> None:
@@ -489,7 +570,14 @@ def test_default_settings_are_the_public_example() -> None:
     settings = settings_for()
     assert settings.networks == EXAMPLE_NETWORKS == ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
     assert settings.precisions == (FP32, INT8)
-    assert (settings.threads, settings.rounds, settings.batch, settings.image_size) == (1, ROUNDS, 1, 224)
+    assert settings.threads == tuple(sorted({1, this_machine().usable_cores}))
+    assert (settings.rounds, settings.batch, settings.image_size) == (ROUNDS, 1, 224)
+    assert settings.load is Load.LATENCY and not settings.yardstick
+
+
+def test_threads_are_numbers_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgq.bench.settings.usable_cores", lambda: 4)
+    assert settings_for(threads=["all", "2", "2"]).threads == (2, 4)
 
 
 def test_a_network_named_twice_is_measured_once() -> None:
@@ -500,8 +588,11 @@ def test_a_network_named_twice_is_measured_once() -> None:
     ("asked", "message"),
     [
         ({"networks": ["resnet81"]}, "there is no architecture 'resnet81'; did you mean resnet18"),
-        ({"threads": 0}, "--threads 0 is too few"),
-        ({"threads": 5}, "--threads 5 is more than this machine's 4 cores: give 4 or fewer"),
+        ({"threads": ["0"]}, "--threads 0 is too few"),
+        ({"threads": ["many"]}, "--threads many is no number: give 1 to 4, or all"),
+        ({"load": "fast"}, "there is no --mode 'fast'; choose latency or throughput"),
+        ({"against": [Path("none.onnx")]}, "cannot read none.onnx: there is no such file; check --against"),
+        ({"threads": ["5"]}, "--threads 5 is more than this machine's 4 cores: give 4 or fewer"),
         ({"rounds": 0}, "--rounds 0 is too few"),
         ({"batch": -1}, "--batch -1 is too few"),
         ({"image_size": 0}, "--image-size 0 is not a multiple of 32"),
@@ -529,7 +620,8 @@ MACHINE = Machine("A CPU", ("AVX2", "AVX-512 VNNI"), None, 4, 2, "An OS", (0.05,
 def report_of(entries: Sequence[Entry], **changes: object) -> Report:
     networks = tuple(dict.fromkeys(entry.contestant.network for entry in entries))
     settings = Settings(networks=networks, batch=2, image_size=32, rounds=2)
-    report = Report(settings, MACHINE, {"mgq": "0.1.0"}, "two pictures", rows_from(entries, 2))
+    rows = rows_from(entries, settings)
+    report = Report(settings, MACHINE, {"mgq": "0.1.0"}, "two pictures", rows, (), peaks_from(entries))
     return replace(report, **changes)  # type: ignore[arg-type]
 
 
@@ -549,9 +641,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Report:
             contestant(FakeRuntime("c", world, [1 * MS]), "Lite"),
             Contestant("resnet18", INT8, "Lite", absent),
         ],
-        PICTURES,
         2,
-        clock=world.clock,
     )
     return report_of(entries)
 
@@ -562,17 +652,82 @@ def test_rows_hold_speed_and_speedup_in_the_same_engine(report: Report) -> None:
     assert int8.speed is not None and int8.speed.fps == pytest.approx(1000)
     assert int8.speedup is not None and int8.speedup.median == pytest.approx(2)
     assert fp32.speedup is lite.speedup is missing.speedup is None
-    assert cells(int8) == ("int8", "eager", "1000", "0.000", "2.00", "2.00", "2.00", "2.00x", "1.5")
+    ratio = "2.00 2.00-2.00"
+    assert cells(int8) == ("eager", "1000", "0.000", "2.00", "2.00", "2.00", ratio, "-", "1.5", "-")
+    assert group_of(int8) == "int8, 1 thread"
+
+
+def test_int8_is_measured_by_the_fastest_float_where_its_engine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = entries_of(
+        monkeypatch,
+        contestant(FakeRuntime("a", times=[4 * MS]), "Lite"),
+        contestant(FakeRuntime("b", times=[3 * MS]), "OpenVINO"),
+        contestant(FakeRuntime("c", times=[1 * MS]), "eager", INT8),
+        contestant(FakeRuntime("d", times=[1 * MS]), "Lite", INT8),
+    )
+    eager, lite = rows_from(entries, Settings(batch=2))[2:]
+    assert eager.speedup is not None and eager.speedup.median == pytest.approx(3)
+    assert lite.speedup is not None and lite.speedup.median == pytest.approx(4)
+
+
+def test_the_share_of_the_peak_is_that_of_the_same_precision_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(precision: Precision, macs: int, threads: int = 1) -> Contestant:
+        runtime = FakeRuntime("vpdpbusd", times=[MS], threads=threads, macs=macs)
+        return contestant(runtime, "self-test", precision, answers=None, is_peak=True, threads=threads)
+
+    entries = entries_of(
+        monkeypatch,
+        contestant(FakeRuntime("a", times=[2 * MS]), "eager", INT8, macs=10_000),
+        peak(FP32, 15_000),
+        peak(INT8, 40_000),
+        peak(INT8, 90_000, threads=2),
+    )
+    report = report_of(entries)
+    (row,) = report.rows
+    # Two pictures of 10,000 in 2 ms, where the peak is 40,000 a ms.
+    assert row.share == pytest.approx(0.25)
+    assert cells(row)[7] == "25%"
+    assert [(peak.precision, peak.threads) for peak in report.peaks] == [(FP32, 1), (INT8, 1), (INT8, 2)]
+    assert [peak.macs for peak in report.peaks] == pytest.approx([15e6, 40e6, 90e6])
+    assert "int8 0 GMAC/s on 2 threads (vpdpbusd)" in dict(report.conditions())["peak"]
+
+
+def test_another_file_is_a_row_of_its_own_and_compared_by_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = np.zeros((2, 3), np.float32)
+    entries = entries_of(
+        monkeypatch,
+        contestant(FakeRuntime("a", times=[2 * MS]), "Lite", INT8),
+        contestant(FakeRuntime("b", times=[3 * MS], logits=other), "OpenVINO", INT8, answers=None, file="rival.onnx"),
+    )
+    report = report_of(entries)
+    report = replace(report, settings=replace(report.settings, against=(Path("a/rival.onnx"),)))
+    own, rival = report.rows
+    assert rival.sound and group_of(rival) == "rival.onnx, int8, 1 thread"
+    assert report.best("resnet18", INT8) is own
+    (found,) = report.comparisons("resnet18")
+    assert comparison_text(found) == (
+        "int8 in Lite is 1.500 (95 %: 1.500-1.500) times as fast as rival.onnx in OpenVINO, 1 thread"
+    )
+    (compared,) = json.loads(report.to_json())["comparisons"]
+    assert compared["median"] == pytest.approx(1.5) and "rival.onnx" in compared["other"]
+
+
+def test_processors_that_saturate_are_told_of() -> None:
+    assert saturates(("AVX2",)) and saturates(("AVX2", "AVX-512"))
+    assert not saturates(("AVX2", "AVX-512", "AVX-512 VNNI")) and not saturates(("Arm dot product",))
+    assert any("can saturate" in note for note in notes_on(replace(MACHINE, features=("AVX2", "FMA")), Settings()))
+    assert notes_on(replace(MACHINE, features=("AVX2", "FMA", "AVX-VNNI")), Settings()) == ()
 
 
 def test_an_engine_without_fp32_has_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = rows_from(entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", INT8)), 2)
+    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", INT8))
+    (row,) = rows_from(entries, Settings(batch=2))
     assert row.speedup is None and row.speed is not None
 
 
 def test_json_holds_all_samples_and_conditions(report: Report) -> None:
     body = json.loads(report.to_json())
-    assert body["format"] == "mgq bench 1"
+    assert body["format"] == "mgq bench 2"
     assert body["settings"]["precisions"] == ["fp32", "int8"]
     assert body["settings"]["batch"] == 2
     assert body["machine"]["cpu"] == "A CPU" and body["machine"]["load"] == [0.05, 0.5, 0.75]
@@ -603,7 +758,7 @@ def test_conditions_name_what_speed_depends_on(report: Report) -> None:
         "An OS",
         "mgq 0.1.0",
         "32x32 pixels, batch 2",
-        "1 thread, 2 rounds in shuffled turns",
+        "latency, 2 rounds in shuffled turns",
         "0.05, 0.50, 0.75",
     ):
         assert part in text
@@ -652,12 +807,12 @@ def test_markdown_has_conditions_all_rows_and_the_example_table(report: Report) 
     text = markdown(report)
     assert "- CPU: A CPU; cores" in text
     assert "- weights of resnet18: random weights (speed only)" in text
-    assert "- resnet18 int8 Lite: not measured: no int8 here: get some" in text
+    assert "- resnet18 int8 Lite, 1 thread: not measured: no int8 here: get some" in text
     assert "published figures of resnet18: MegEngine/Models, official/quantization" in text
     full, example = markdown_tables(text)
-    assert full[0] == ["network", *COLUMNS]
+    assert full[0] == ["network", "what", *COLUMNS]
     assert len(full) == 2 + 4
-    assert full[3][:4] == ["resnet18", "int8", "eager", "1000"]
+    assert full[3][:4] == ["resnet18", "int8, 1 thread", "eager", "1000"]
     assert example[0] == ["model", "top-1 fp32", "FPS fp32", "top-1 int8", "FPS int8"]
     assert example[2] == ["resnet18", "69.796", "2000 (Lite)", "69.814", "1000 (eager)"]
     for table in (full, example):

@@ -18,7 +18,7 @@ import mgq.bench.benchmark as benchmark_module
 from mgq.bench.contest import Agreement
 from mgq.bench.environment import Machine
 from mgq.bench.report import Report, Row
-from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Precision, Settings
+from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
 from mgq.errors import FailureError, InputError
@@ -31,11 +31,15 @@ MACHINE = Machine(
     "AMD EPYC 9B14 96-Core Processor", ("AVX2", "AVX-512", "AVX-512 VNNI"), 1, 2, 2, "Debian, Linux", (1.5,)
 )
 
+BOTH = tuple(sorted({1, len(os.sched_getaffinity(0))}))
+
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(bench)
 
 
-def row(network: str, precision: Precision, engine: str, same: int = 1, problem: str | None = None) -> Row:
+def row(
+    network: str, precision: Precision, engine: str, same: int = 1, problem: str | None = None, threads: int = 1
+) -> Row:
     return Row(
         network=network,
         precision=precision,
@@ -46,15 +50,19 @@ def row(network: str, precision: Precision, engine: str, same: int = 1, problem:
         problem=problem,
         agreement=None if problem else Agreement(ENGINES[0], 1, same, 0.5),
         speed=None if problem else Speed(1234.5, 123.4, 1234.5, 1234.5, 1234.5, 600),
-        speedup=Speedup(12.34, 0.1) if precision is INT8 and not problem else None,
+        speedup=Speedup(12.34, 11.22, 13.45) if precision is INT8 and not problem else None,
         rounds_ns=() if problem else ((100, 200), (300,)),
+        threads=threads,
+        share=None if problem else 1.234,
+        peak_memory=None if problem else 1_234_000_000,
     )
 
 
 def rows_for(settings: Settings) -> tuple[Row, ...]:
     return tuple(
-        row(network, precision, engine)
+        row(network, precision, engine, threads=threads)
         for network in settings.networks
+        for threads in settings.threads
         for precision in settings.precisions
         for engine in ENGINES
     )
@@ -87,20 +95,22 @@ def refused(*arguments: str) -> str:
 
 def test_without_options_it_measures_the_public_example(asked: list[Settings]) -> None:
     assert run().exit_code == 0
-    assert asked == [Settings(EXAMPLE_NETWORKS, (FP32, INT8), 1, ROUNDS, 1, 224)]
+    assert asked == [Settings(EXAMPLE_NETWORKS, (FP32, INT8), BOTH, ROUNDS, 1, 224)]
 
 
 def test_options_reach_the_benchmark(asked: list[Settings]) -> None:
-    options = "-a resnet50 --arch mobilenet_v2 --threads 1 --rounds 3 --batch 4 --image-size 96 --int8"
+    options = (
+        "-a resnet50 --arch mobilenet_v2 --threads 1 --rounds 3 --batch 4 --image-size 96 --int8 --mode throughput"
+    )
     assert run(*options.split()).exit_code == 0
-    assert asked == [Settings(("resnet50", "mobilenet_v2"), (INT8,), 1, 3, 4, 96)]
+    networks = ("resnet50", "mobilenet_v2")
+    assert asked == [Settings(networks, (FP32, INT8), (1,), 3, 4, 96, Load.THROUGHPUT, yardstick=True)]
 
 
-@pytest.mark.parametrize(("option", "precision"), [("--int8", INT8), ("--fp32", FP32)])
-def test_one_precision_shows_only_its_rows(asked: list[Settings], option: str, precision: Precision) -> None:
-    lines = run(option).stdout.splitlines()
-    assert asked[0].precisions == (precision,)
-    assert {line.split()[0] for line in lines if "MegEngine traced" in line} == {precision.value}
+def test_one_precision_shows_only_its_rows(asked: list[Settings]) -> None:
+    text = run("--fp32", "--threads", "1").stdout
+    assert asked[0].precisions == (FP32,)
+    assert "\nfp32, 1 thread" in text and "int8, " not in text.partition("FPS: ")[0]
 
 
 def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Settings], tmp_path: Path) -> None:
@@ -108,6 +118,11 @@ def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Setti
     assert refused("--markdown", "--json", "-").startswith("--markdown and --json - both want")
     assert "more than this machine's" in refused("--threads", "100000")
     assert "did you mean resnet18" in refused("-a", "resnet81")
+    assert "--threads many is no number" in refused("--threads", "many")
+    assert "choose latency or throughput" in refused("--mode", "fast")
+    assert "there is no such file" in refused("--against", str(tmp_path / "none.onnx"))
+    assert "let it end in .png or .svg" in refused("--plot", str(tmp_path / "plot.gif"))
+    assert refused("--train", "--against", "a.onnx").startswith("--train measures float and qat")
     assert "give the name of a file" in refused("--json", str(tmp_path))
     assert "folder does not exist" in refused("--json", str(tmp_path / "none" / "bench.json"))
     assert asked == []
@@ -120,9 +135,13 @@ def test_the_table_fits_80_columns_and_is_plain_in_a_pipe(asked: list[Settings])
     assert "…" not in text
     for network in EXAMPLE_NETWORKS:
         assert f"{network}: random weights (speed only)" in text
-    (line,) = {line for line in text.splitlines() if line.startswith("int8") and "Lite" in line}
-    figures = ["1234", "123", "1234", "1234", "1234", "12.34x", "46.8"]
-    assert line.split() == ["int8", "MegEngine", "Lite", *figures]
+    lines = {line for line in text.splitlines() if line.startswith("MegEngine Lite")}
+    begin, end = ["1234", "123", "1234", "1234", "1234"], ["123%", "46.8", "1234"]
+    assert sorted(line.split()[2:] for line in lines) == [
+        [*begin, "-", *end],
+        [*begin, "12.34", "11.22-13.45", *end],
+    ]
+    assert "int8, 1 thread" in text
     assert "AMD EPYC 9B14" in text and "AVX-512 VNNI" in text and "the load was high" in text
 
 
@@ -135,13 +154,13 @@ def test_rows_that_are_missing_or_wrong_say_so(asked: list[Settings], monkeypatc
     monkeypatch.setattr(f"{__name__}.rows_for", lambda _: rows)
     text = " ".join(run("-a", "resnet18").stdout.split())
     assert "MegEngine traced !" in text
-    assert "! resnet18 int8 MegEngine traced: another answer than MegEngine eager on 1 of 1 pictures" in text
+    assert "! resnet18 int8 MegEngine traced, 1 thread: another answer than MegEngine eager on 1 of 1 pictures" in text
     assert "! OpenVINO: not measured: it is not installed: pip install 'mgq[openvino]'" in text
 
 
 def test_json_on_standard_output_is_alone_there(asked: list[Settings]) -> None:
     body = json.loads(run("--json", "-").stdout)
-    assert len(body["rows"]) == 30
+    assert len(body["rows"]) == 30 * len(BOTH)
     assert body["rows"][0]["rounds_ns"] == [[100, 200], [300]]
 
 
@@ -150,6 +169,13 @@ def test_json_file_is_written_beside_the_table(asked: list[Settings], tmp_path: 
     assert "MegEngine traced" in run("--json", str(path)).stdout
     assert json.loads(path.read_text())["settings"]["rounds"] == ROUNDS
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
+def test_a_chart_is_drawn_beside_the_table(asked: list[Settings], tmp_path: Path, name: str, begins: bytes) -> None:
+    assert run("--plot", str(tmp_path / name)).exit_code == 0
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_failed_benchmark_leaves_the_older_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,7 +192,7 @@ def test_a_failed_benchmark_leaves_the_older_file(monkeypatch: pytest.MonkeyPatc
 def test_markdown_is_a_document_and_nothing_else(asked: list[Settings]) -> None:
     text = run("--markdown").stdout
     assert text.startswith("# mgq bench\n\n## Conditions\n")
-    assert sum("| MegEngine traced |" in line for line in text.splitlines()) == 6
+    assert sum("| MegEngine traced |" in line for line in text.splitlines()) == 6 * len(BOTH)
 
 
 def test_help_names_the_default_of_rounds() -> None:
@@ -196,7 +222,7 @@ def test_it_fails_where_no_engine_could_be_measured(asked: list[Settings], monke
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """What a small benchmark in all engines prints, and its JSON file."""
     folder = tmp_path_factory.mktemp("bench")
-    options = "-a shufflenet_v1_x0_5_g3 --image-size 64 --rounds 2 --batch 2 --json bench.json"
+    options = "-a shufflenet_v1_x0_5_g3 --image-size 64 --rounds 2 --batch 2 --threads 1 --json bench.json"
     done = subprocess.run(
         [sys.executable, "-c", "from mgq.cli.main import run; run()", "bench", *options.split()],
         cwd=folder,
@@ -219,7 +245,9 @@ def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, A
             assert r["agreement"]["likeness"] > 0.95
         else:
             assert r["agreement"]["same"] == r["agreement"]["pictures"] == 2
-        assert r["agreement"]["reference"] == "MegEngine eager"
+        simulated = r["agreement"]["rounds_otherwise"]
+        assert r["agreement"]["reference"] == ("MegEngine's simulation" if simulated else "MegEngine eager")
+        assert r["peak_memory"] > 10**7
         assert len(r["rounds_ns"]) == 2 and min(min(turn) for turn in r["rounds_ns"]) > 0
         assert r["speed"]["runs"] == sum(len(turn) for turn in r["rounds_ns"])
         assert (r["speedup"] is None) == (r["precision"] == "fp32")

@@ -4,61 +4,77 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from mgq.bench.contest import contest
-from mgq.bench.engines import ENGINES, Loader, contestants
+from mgq.bench.contest import Entry, contest
+from mgq.bench.engines import ENGINES, Entrant, Field
 from mgq.bench.environment import Machine, this_machine
-from mgq.bench.report import Report, rows_from
-from mgq.bench.settings import Settings
-from mgq.data.pictures import bundled_cat, read_picture
-from mgq.data.transforms import eval_crop, to_batch
+from mgq.bench.peak import instruction_for
+from mgq.bench.report import Report, peaks_from, rows_from
+from mgq.bench.settings import Precision, Settings
 from mgq.engine.networks import versions
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, Progress, silent
+from mgq.files.onnx_file import read_onnx
 
 PICTURE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
+VNNI = ("AVX-512 VNNI", "AVX-VNNI", "AMX int8")
 
 
 def benchmark(
     settings: Settings | None = None,
     on_progress: OnProgress = silent,
-    engines: Mapping[str, Loader] = ENGINES,
+    engines: Mapping[str, Entrant] = ENGINES,
 ) -> Report:
     """Measure how fast every network of ``settings`` is in every engine of ``engines``.
 
-    Everything runs in this process, in turns (see :func:`mgq.bench.contest.contest`); files for engines that
-    read one go to a temporary folder. An engine that is missing, or gives other answers, costs only its row.
+    One network after the other. Each of its rows runs in a process of its own, pinned to as many cores as it has
+    threads, and sleeps while the others have their turns (see :func:`mgq.bench.contest.contest`); files for engines
+    that read one go to a temporary folder. An engine that is missing, crashes, or gives other answers, costs only its
+    row. Raises InputError where a file of ``against`` is none that an engine could read.
     """
     settings = settings or Settings()
     machine = this_machine()
+    for path in settings.against:
+        read_onnx(path)
+    entries: list[Entry] = []
     with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
-        entries = contest(
-            contestants(settings, Path(folder), engines),
-            cat_batch(settings.batch, settings.image_size),
-            settings.rounds,
-            settings.seed,
-            on_progress=on_progress,
-        )
-    rows = rows_from(entries, settings.batch)
+        for network in settings.networks:
+            field = Field(network, settings, machine, Path(folder), engines)
+            told = partial(of_network, network, on_progress)
+            entries += contest(field.contestants(), settings.rounds, settings.seed, told, field.references())
     picture = PICTURE + (SHIFTED if settings.batch > 1 else "")
-    return Report(settings, machine, versions(), picture, rows, notes_on(machine))
+    notes = notes_on(machine, settings)
+    rows = rows_from(entries, settings)
+    return Report(settings, machine, versions(), picture, rows, notes, peaks_from(entries))
 
 
-def cat_batch(batch: int, image_size: int) -> npt.NDArray[np.uint8]:
-    """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_picture(bundled_cat()), image_size)
-    return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
+def of_network(network: str, on_progress: OnProgress, event: Progress) -> None:
+    on_progress(event._replace(what=f"{event.what} {network}"))
 
 
-def notes_on(machine: Machine) -> tuple[str, ...]:
+def notes_on(machine: Machine, settings: Settings) -> tuple[str, ...]:
     """What should be known of the machine before its numbers are compared with others."""
-    if not machine.busy:
-        return ()
-    return (
-        f"the machine was busy at the start (load {machine.load[0]:.2f} on {machine.usable_cores} cores): "
-        "compare rows of this run with each other, not with other runs",
-    )
+    notes = []
+    if machine.busy:
+        notes.append(
+            f"the machine was busy at the start (load {machine.load[0]:.2f} on {machine.usable_cores} cores): "
+            "compare rows of this run with each other, not with other runs"
+        )
+    if Precision.INT8 in settings.precisions and saturates(machine.features):
+        notes.append(
+            "this processor has no VNNI: sums of two products of uint8 and int8 can saturate in ONNX Runtime and "
+            "OpenVINO, and answers differ from other processors'; see `mgq dump --check layers`"
+        )
+    notes += [
+        f"no share of the {precision.value} peak: the self-test knows no instruction of this processor"
+        for precision in settings.precisions
+        if instruction_for(precision, machine.features) is None
+    ]
+    return tuple(notes)
+
+
+def saturates(features: tuple[str, ...]) -> bool:
+    """Whether an x86 processor multiplies int8 by AVX2's or AVX-512's pairs of 16 bits."""
+    return "AVX2" in features and not any(feature in features for feature in VNNI)

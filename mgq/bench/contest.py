@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import os
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from mgq.bench.players import Away, Logits, Player
 from mgq.bench.settings import Precision
-from mgq.errors import FailureError, MgqError
+from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress, silent
-from mgq.runtime.base import Runtime
 
-Batch = npt.NDArray[np.uint8]
-Logits = npt.NDArray[np.float32]
-Clock = Callable[[], int]
-
-TURN_NS = 250_000_000
+TURN_NS = 125_000_000
 """About how long a contestant's turn in a round lasts, in nanoseconds."""
 MOST_RUNS = 50
 """The most single runs of a turn, so that fast networks do not fill the memory and the report."""
-WARM_UP_RUNS = 5
+WARM_UP_RUNS = 3
 ALIKE = 0.95
 """Cosine of logits that differ by rounding alone; those of another network, or another picture, are below."""
 
 
 class Loaded(NamedTuple):
-    """An engine with a network in it: where the weights come from, and the bytes of the file that it read."""
+    """A player with a network: where the weights come from, and the bytes of the file that its engine reads."""
 
-    runtime: Runtime
+    player: Player
     weights: str
     file_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the table: a network in one precision in one engine.
+    """One row of the table: a network in one precision in one engine on so many threads.
 
-    ``load`` gives it ready to run. It raises an MgqError, whose line says why and how to mend it, where the
-    engine is not there or cannot run the network. ``rounds_otherwise``: its int8 is not MegEngine's to the bit.
+    ``load`` gives a player, who may still be getting ready. It raises an MgqError, whose line says why and how to
+    mend it, where the engine is not there or cannot run the network. Those with the same ``answers`` have to give the
+    same; None: it is compared with nobody. ``rounds_otherwise``: its int8 is not MegEngine's to the bit. ``target`` is
+    what an int8 network was quantized for, ``file`` the name of a file that is not mgq's. ``macs``: what one picture
+    takes to multiply and add, where known. ``is_peak``: no network at all, but the processor's ceiling.
     """
 
     network: str
@@ -52,6 +49,12 @@ class Contestant:
     engine: str
     load: Callable[[], Loaded]
     rounds_otherwise: bool = False
+    threads: int = 1
+    answers: str | None = ""
+    target: str = ""
+    file: str = ""
+    macs: int | None = None
+    is_peak: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,46 +81,59 @@ class Agreement:
 
 @dataclass
 class Entry:
-    """A contestant and what became of it: ``problem`` says why it has no times, ``rounds`` holds them."""
+    """A contestant and what became of it: ``problem`` says why it has no times, ``rounds`` holds them.
+
+    ``peak_memory`` is in bytes, of the process that ran it; ``macs_a_run`` is what a peak's single run computes.
+    """
 
     contestant: Contestant
     loaded: Loaded | None = None
     problem: str | None = None
     agreement: Agreement | None = None
     rounds: tuple[tuple[int, ...], ...] = ()
+    version: str = ""
+    peak_memory: int | None = None
+    macs_a_run: int | None = None
 
     @property
-    def runtime(self) -> Runtime:
+    def player(self) -> Player:
         assert self.loaded is not None
-        return self.loaded.runtime
+        return self.loaded.player
+
+    def fail(self, error: MgqError) -> None:
+        self.problem, self.rounds = str(error), ()
+
+
+References = dict[str, tuple[str, Logits]]
+"""What has to answer alike -> whose answers count, and these."""
 
 
 def contest(
     contestants: Sequence[Contestant],
-    batch: Batch,
     rounds: int,
     seed: int = 0,
-    clock: Clock = time.perf_counter_ns,
     on_progress: OnProgress = silent,
+    references: Mapping[str, tuple[str, Logits]] | None = None,
 ) -> list[Entry]:
     """Load all ``contestants``, compare their answers, time them in turns, and compare once more.
 
-    ``batch`` is uint8 (N, 3, H, W), BGR. An entry that cannot be loaded, or gives no logits for the batch,
-    has a ``problem`` and no times. The answers are compared again at the end, when every engine has run among
-    the others; the worse of both comparisons counts.
+    An entry that cannot be loaded, gives no logits, or fails on the way has a ``problem`` and no times. Where
+    ``references`` have no logits for an entry's answers, those of the first one count. The answers are compared again
+    at the end, when every engine has run among the others; the worse of both comparisons counts.
     """
+    known: References = dict(references or {})
     entries = loaded_entries(contestants, on_progress)
-    references: dict[tuple[str, Precision], tuple[str, Logits]] = {}
-    for entry in ready(entries):
-        compare(entry, batch, references)
-    timed = ready(entries)
-    for entry, times in zip(
-        timed,
-        interleaved_times([entry.runtime for entry in timed], batch, rounds, seed, clock, on_progress),
-        strict=True,
-    ):
-        entry.rounds = times
-        compare(entry, batch, references)
+    try:
+        for entry in ready(entries):
+            compare(entry, known)
+        measure(entries, rounds, seed, on_progress)
+        for entry in ready(entries):
+            compare(entry, known)
+            entry.peak_memory = entry.player.peak_memory()
+    finally:
+        for entry in entries:
+            if entry.loaded is not None:
+                entry.player.close()
     return entries
 
 
@@ -126,50 +142,80 @@ def ready(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def loaded_entries(contestants: Sequence[Contestant], on_progress: OnProgress) -> list[Entry]:
-    """Every contestant, loaded or with the reason why not."""
+    """Every contestant, loaded or with the reason why not. As many get ready at the same time as there are cores."""
     entries: list[Entry] = []
-    for contestant in contestants:
-        on_progress(Progress("prepare", len(entries), len(contestants), "engines"))
-        try:
-            entries.append(Entry(contestant, contestant.load()))
-        except MgqError as error:
-            entries.append(Entry(contestant, problem=str(error)))
-    on_progress(Progress("prepare", len(entries), len(contestants), "engines"))
+    waiting: deque[Entry] = deque()
+    finished = 0
+
+    def finish(entry: Entry) -> None:
+        nonlocal finished
+        greet(entry)
+        finished += 1
+        on_progress(Progress("prepare", finished, len(contestants), "engines"))
+
+    on_progress(Progress("prepare", 0, len(contestants), "engines"))
+    try:
+        for contestant in contestants:
+            entry = Entry(contestant)
+            entries.append(entry)
+            try:
+                entry.loaded = contestant.load()
+            except MgqError as error:
+                entry.fail(error)
+            waiting.append(entry)
+            while len(waiting) >= (os.cpu_count() or 1):
+                finish(waiting.popleft())
+        while waiting:
+            finish(waiting.popleft())
+    except BaseException:
+        for entry in entries:
+            if entry.loaded is not None:
+                entry.player.close()
+        raise
     return entries
+
+
+def greet(entry: Entry) -> None:
+    """Wait until the player of ``entry`` is ready, and note what it says of itself."""
+    if entry.problem is not None:
+        return
+    player = entry.player
+    try:
+        if isinstance(player, Away):
+            player.wait_until_ready()
+    except MgqError as error:
+        entry.fail(error)
+        return
+    entry.version, entry.macs_a_run = player.version, player.macs
+    if player.threads != entry.contestant.threads:
+        takes = f"{player.threads} thread{'s' if player.threads > 1 else ''}"
+        entry.problem = f"{player.name} runs on {takes} where {entry.contestant.threads} were asked for"
 
 
 # ---- the same work ----
 
 
-def compare(entry: Entry, batch: Batch, references: dict[tuple[str, Precision], tuple[str, Logits]]) -> None:
-    """Note how the answers of ``entry`` compare with the first engine's that ran its network and precision.
+def compare(entry: Entry, references: References) -> None:
+    """Note how the answers of ``entry`` compare with the reference's; its own are noted where there is none.
 
-    The first one's own are noted in ``references``. Sets ``problem`` where there are no logits to compare.
+    Sets ``problem`` where there are no logits to compare.
     """
     contestant = entry.contestant
     try:
-        logits = checked_logits(entry.runtime, batch)
+        logits = entry.player.logits()
     except MgqError as error:
-        entry.problem, entry.rounds = str(error), ()
+        entry.fail(error)
         return
-    of = (contestant.network, contestant.precision)
-    reference, expected = references.setdefault(of, (contestant.engine, logits.copy()))
+    if contestant.answers is None:
+        return
+    of = contestant.answers or f"{contestant.network} {contestant.precision.value}"
+    reference, expected = references.setdefault(of, (contestant.engine, logits))
     if logits.shape != expected.shape:
         wrong = f"{logits.shape[1]} logits a picture where {reference} gives {expected.shape[1]}"
         entry.problem, entry.rounds = f"{contestant.engine} gave {wrong}", ()
         return
     found = agreement_of(logits, expected, reference, contestant.rounds_otherwise)
     entry.agreement = worse(entry.agreement, found)
-
-
-def checked_logits(runtime: Runtime, batch: Batch) -> Logits:
-    """What ``runtime`` gives for ``batch``. Raises FailureError where it is no row of logits a picture."""
-    logits = runtime.run(batch)
-    if logits.ndim != 2 or logits.shape[0] != batch.shape[0] or logits.shape[1] == 0:
-        raise FailureError(
-            f"{runtime.name} gave no logits but an array of shape {logits.shape} for {len(batch)} pictures"
-        )
-    return logits
 
 
 def agreement_of(logits: Logits, expected: Logits, reference: str, rounds_otherwise: bool = False) -> Agreement:
@@ -195,62 +241,41 @@ def worse(one: Agreement | None, other: Agreement) -> Agreement:
 # ---- the times ----
 
 
-def interleaved_times(
-    runtimes: Sequence[Runtime],
-    batch: Batch,
-    rounds: int,
-    seed: int = 0,
-    clock: Clock = time.perf_counter_ns,
-    on_progress: OnProgress = silent,
-) -> list[tuple[tuple[int, ...], ...]]:
-    """The times of single runs in nanoseconds, one tuple a round, for each of ``runtimes``.
+def measure(entries: Sequence[Entry], rounds: int, seed: int, on_progress: OnProgress) -> None:
+    """Note the times of single runs in nanoseconds, one tuple a round, in each entry that is ready.
 
-    In every round each runtime has one turn, in an order that is shuffled anew, so that a machine that slows
-    down or speeds up does it to all alike. A warm-up, which is not counted, tells how many single runs fill a
-    turn of ``TURN_NS``; the number stays the same in all rounds.
+    In every round each has one turn, in an order that is shuffled anew, so that a machine that slows down or speeds up
+    does it to all alike. A warm-up, which is not counted, tells how many single runs fill a turn of ``TURN_NS``; the
+    number stays the same in all rounds. One that fails on the way drops out.
     """
     order = random.Random(seed)
-    repeats = [0] * len(runtimes)
-    for index in shuffled(len(runtimes), order):
-        fastest = min(turn(runtimes[index], batch, WARM_UP_RUNS, clock))
+    timed = ready(entries)
+    repeats: dict[int, int] = {}
+    times: dict[int, list[tuple[int, ...]]] = {index: [] for index in range(len(timed))}
+    for index in shuffled(len(timed), order):
+        fastest = min(turn(timed[index], WARM_UP_RUNS) or (1,))
         repeats[index] = min(max(TURN_NS // max(fastest, 1), 1), MOST_RUNS)
-    times: list[list[tuple[int, ...]]] = [[] for _ in runtimes]
-    total = rounds * len(runtimes)
+    total = rounds * len(timed)
     for number in range(rounds):
-        for place, index in enumerate(shuffled(len(runtimes), order)):
-            on_progress(Progress("measure", number * len(runtimes) + place, total, "turns"))
-            times[index].append(turn(runtimes[index], batch, repeats[index], clock))
+        for place, index in enumerate(shuffled(len(timed), order)):
+            on_progress(Progress("measure", number * len(timed) + place, total, "turns"))
+            times[index].append(turn(timed[index], repeats[index]))
     on_progress(Progress("measure", total, total, "turns"))
-    return [tuple(turns) for turns in times]
+    for index, entry in enumerate(timed):
+        if entry.problem is None:
+            entry.rounds = tuple(times[index])
+
+
+def turn(entry: Entry, repeats: int) -> tuple[int, ...]:
+    """The times of one turn; none of an entry that has a problem, or gets one."""
+    if entry.problem is not None:
+        return ()
+    try:
+        return entry.player.turn(repeats)
+    except MgqError as error:
+        entry.fail(error)
+        return ()
 
 
 def shuffled(number: int, order: random.Random) -> list[int]:
     return order.sample(range(number), number)
-
-
-def turn(runtime: Runtime, batch: Batch, repeats: int, clock: Clock) -> tuple[int, ...]:
-    """The times of ``repeats`` single runs, after one that is not counted.
-
-    That one brings back into the caches what the others' turns drove out: a network in use is not called once
-    among five others.
-    """
-    with garbage_kept():
-        runtime.run(batch)
-        times = []
-        for _ in range(repeats):
-            start = clock()
-            runtime.run(batch)
-            times.append(clock() - start)
-    return tuple(times)
-
-
-@contextlib.contextmanager
-def garbage_kept() -> Iterator[None]:
-    """No garbage collection inside, which would fall into the time of whoever happens to run."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -8,20 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mgq.bench.contest import Agreement, Entry
 from mgq.bench.environment import Machine
-from mgq.bench.settings import Precision, Settings, counted
-from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
+from mgq.bench.settings import Load, Precision, Settings, counted
+from mgq.bench.statistics import Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
 
-FORMAT = "mgq bench 1"
+FORMAT = "mgq bench 2"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network in one precision in one engine.
+    """One network in one precision in one engine on so many threads.
 
-    A row without a ``speed`` has a ``problem`` that says why. ``speedup`` is int8 over fp32 in the same
-    engine, on int8 rows where both ran. ``rounds_ns`` are the single runs in nanoseconds, by round.
+    A row without a ``speed`` has a ``problem`` that says why. ``speedup`` is int8 over fp32 in the same engine on as
+    many threads, or where that was not measured over the fastest fp32; on int8 rows where both ran. ``share`` is that
+    of the processor's peak in the same precision on as many threads. ``peak_memory``: bytes of the whole process.
+    ``rounds_ns`` are the single runs in nanoseconds, by round. ``file`` names a file that is not mgq's, ``target`` is
+    what an int8 network was quantized for.
     """
 
     network: str
@@ -35,15 +40,21 @@ class Row:
     speed: Speed | None
     speedup: Speedup | None
     rounds_ns: Rounds
+    threads: int = 1
+    target: str = ""
+    file: str = ""
+    share: float | None = None
+    peak_memory: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.network} {self.precision.value} {self.engine}"
+        what = self.file or f"{self.network} {self.precision.value}"
+        return f"{what} {self.engine}, {counted(self.threads, 'thread')}"
 
     @property
     def sound(self) -> bool:
-        """Whether it was timed, and on the right work."""
-        return self.speed is not None and self.agreement is not None and self.agreement.holds
+        """Whether it was timed, and on the right work, as far as that is known."""
+        return self.speed is not None and (bool(self.file) or (self.agreement is not None and self.agreement.holds))
 
     @property
     def remark(self) -> str | None:
@@ -60,6 +71,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The processor's ceiling: ``macs`` multiplied and added a second, by ``instruction``, as measured in this run."""
+
+    precision: Precision
+    threads: int
+    instruction: str
+    macs: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster ``one`` row was than ``other``: the best of each kind on so many threads."""
+
+    one: Row
+    other: Row
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole benchmark. ``notes`` are remarks on the conditions, one line each."""
 
@@ -69,20 +99,43 @@ class Report:
     picture: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    peaks: tuple[Peak, ...] = ()
 
     def rows_of(self, network: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.network == network)
 
-    def best(self, network: str, precision: Precision) -> Row | None:
-        """The fastest sound row of ``network`` in ``precision``."""
-        rows = [row for row in self.rows_of(network) if row.precision is precision and row.sound]
+    def best(self, network: str, precision: Precision, threads: int | None = None, file: str = "") -> Row | None:
+        """The fastest sound row of ``network``, or of another ``file``, in ``precision``, on ``threads`` if given."""
+        rows = [
+            row
+            for row in self.rows_of(network)
+            if row.precision is precision and row.sound and row.file == file and threads in (None, row.threads)
+        ]
         return max(rows, key=lambda row: row.speed.fps if row.speed else 0.0, default=None)
+
+    def comparisons(self, network: str) -> list[Comparison]:
+        """int8 beside fp32, each in its best engine, and the best engine beside the best one of each other file."""
+        found = []
+        for threads in self.settings.threads:
+            best = {precision: self.best(network, precision, threads) for precision in Precision}
+            pairs = [(best[Precision.INT8], best[Precision.FP32])]
+            pairs += [
+                (best[precision], self.best(network, precision, threads, path.name))
+                for path in self.settings.against
+                for precision in Precision
+            ]
+            found += [
+                Comparison(one, other, speedup_of(one.rounds_ns, other.rounds_ns))
+                for one, other in pairs
+                if one is not None and other is not None
+            ]
+        return found
 
     def weights_of(self, network: str) -> str:
         """Where the weights of ``network`` come from, by precision where they differ."""
         origins: dict[str, str] = {}
         for row in self.rows_of(network):
-            if row.weights:
+            if row.weights and not row.file:
                 origins.setdefault(row.precision.value, row.weights)
         if len(set(origins.values())) <= 1:
             return next(iter(origins.values()), "no weights")
@@ -103,8 +156,9 @@ class Report:
             ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.picture}"),
             (
                 "measured",
-                f"{counted(settings.threads, 'thread')}, {counted(settings.rounds, 'round')} in shuffled turns",
+                f"{settings.load.value}, {counted(settings.rounds, 'round')} in shuffled turns, a pinned process a row",
             ),
+            *([("peak", "; ".join(map(peak_text, self.peaks)))] if self.peaks else []),
             ("load at start", ", ".join(f"{value:.2f}" for value in machine.load) or "unknown"),
             *([("environment", " ".join(machine.variables))] if machine.variables else []),
         ]
@@ -122,13 +176,20 @@ class Report:
     def to_json(self) -> str:
         """All of it with every raw sample, a line a row; numbers that are not finite become null."""
         rows = [asdict(row) | {"sound": row.sound, "remark": row.remark} for row in self.rows]
+        compared = [
+            {"network": network, "one": found.one.name, "other": found.other.name, **asdict(found.speedup)}
+            for network in self.settings.networks
+            for found in self.comparisons(network)
+        ]
         head = {
             "format": FORMAT,
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | {"against": [str(path) for path in self.settings.against]},
             "machine": asdict(self.machine),
             "versions": dict(self.versions),
             "picture": self.picture,
+            "comparisons": compared,
             "notes": list(self.notes),
+            "peaks": [asdict(peak) for peak in self.peaks],
         }
         lines = ",\n".join("  " + json.dumps(finite(row), allow_nan=False) for row in rows)
         return json.dumps(finite(head), indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
@@ -145,30 +206,95 @@ def finite(value: Any) -> Any:
     return value
 
 
-def rows_from(entries: Sequence[Entry], batch: int) -> tuple[Row, ...]:
-    """The rows of a contest's ``entries``, where every single run took ``batch`` pictures."""
-    fp32 = {
-        (entry.contestant.network, entry.contestant.engine): entry.rounds
-        for entry in entries
-        if entry.contestant.precision is Precision.FP32 and entry.rounds
-    }
-    return tuple(row_from(entry, batch, fp32) for entry in entries)
+def peak_text(peak: Peak) -> str:
+    return (
+        f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {counted(peak.threads, 'thread')} ({peak.instruction})"
+    )
 
 
-def row_from(entry: Entry, batch: int, fp32: Mapping[tuple[str, str], Rounds]) -> Row:
+@dataclass(frozen=True)
+class Kind:
+    """What has to be equal for two entries' times to be compared."""
+
+    network: str
+    threads: int
+
+
+def rows_from(entries: Sequence[Entry], settings: Settings) -> tuple[Row, ...]:
+    """The rows of the ``entries`` of contests, one of each network, without the self-tests."""
+    contests: dict[Kind, list[Entry]] = {}
+    for entry in entries:
+        contests.setdefault(kind_of(entry), []).append(entry)
+    return tuple(
+        row_from(entry, settings, contests[kind_of(entry)]) for entry in entries if not entry.contestant.is_peak
+    )
+
+
+def kind_of(entry: Entry) -> Kind:
+    return Kind(entry.contestant.network, entry.contestant.threads)
+
+
+def row_from(entry: Entry, settings: Settings, beside: Sequence[Entry]) -> Row:
     contestant, loaded = entry.contestant, entry.loaded
-    base = fp32.get((contestant.network, contestant.engine))
-    compared = base is not None and contestant.precision is Precision.INT8 and entry.rounds
+    copies = contestant.threads if settings.load is Load.THROUGHPUT else 1
+    base = base_of(entry, beside)
     return Row(
         network=contestant.network,
         precision=contestant.precision,
         engine=contestant.engine,
-        engine_version=loaded.runtime.version if loaded else "",
+        engine_version=entry.version,
         weights=loaded.weights if loaded else "",
         file_bytes=loaded.file_bytes if loaded else None,
         problem=entry.problem,
         agreement=entry.agreement,
-        speed=speed_of(entry.rounds, batch) if entry.rounds else None,
-        speedup=speedup_of(entry.rounds, base) if compared and base is not None else None,
+        speed=speed_of(entry.rounds, settings.batch * copies) if entry.rounds else None,
+        speedup=speedup_of(entry.rounds, base.rounds) if base is not None else None,
         rounds_ns=entry.rounds,
+        threads=contestant.threads,
+        target=contestant.target,
+        file=contestant.file,
+        share=share_of(entry, settings.batch * copies, beside),
+        peak_memory=entry.peak_memory,
     )
+
+
+def base_of(entry: Entry, beside: Sequence[Entry]) -> Entry | None:
+    """The fp32 entry that an int8 one is measured by: that of its engine, else the fastest."""
+    contestant = entry.contestant
+    if contestant.precision is not Precision.INT8 or not entry.rounds or contestant.file:
+        return None
+    float_ones = [
+        other
+        for other in beside
+        if other.rounds
+        and other.contestant.precision is Precision.FP32
+        and not other.contestant.is_peak
+        and not other.contestant.file
+    ]
+    same = [other for other in float_ones if other.contestant.engine == contestant.engine]
+    return max(same or float_ones, key=lambda other: speed_of(other.rounds, 1).fps, default=None)
+
+
+def share_of(entry: Entry, pictures: int, beside: Sequence[Entry]) -> float | None:
+    """The part of the processor's peak that ``entry`` reaches: the median over rounds, each by its own peak."""
+    contestant = entry.contestant
+    peak = next(
+        (other for other in beside if other.contestant.is_peak and other.contestant.precision is contestant.precision),
+        None,
+    )
+    if peak is None or not peak.rounds or not entry.rounds or contestant.macs is None or not peak.macs_a_run:
+        return None
+    reached = pictures_a_second(entry.rounds, pictures) * contestant.macs
+    return float(np.median(reached / pictures_a_second(peak.rounds, peak.macs_a_run)))
+
+
+def peaks_from(entries: Sequence[Entry]) -> tuple[Peak, ...]:
+    """What the self-tests found: of each precision and number of threads the highest, of all networks' contests."""
+    found: dict[tuple[Precision, int], Peak] = {}
+    for entry in entries:
+        if entry.contestant.is_peak and entry.rounds and entry.macs_a_run:
+            key = entry.contestant.precision, entry.contestant.threads
+            macs = float(np.median(pictures_a_second(entry.rounds, entry.macs_a_run)))
+            if key not in found or macs > found[key].macs:
+                found[key] = Peak(*key, entry.player.name, macs)
+    return tuple(found[key] for key in sorted(found, key=lambda key: (key[1], key[0].value)))

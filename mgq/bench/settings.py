@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from mgq.bench.environment import free_memory, usable_cores
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
 """The three networks of the public quantization example."""
 ROUNDS = 10
-"""With turns of a quarter second, 30 rows take about two minutes on two cores."""
+ALL = "all"
 MULTIPLE = 32
 # The widest activations of the networks, 64 float32 channels at half the size, are 64 bytes an input pixel.
 # Engines keep several such arrays each.
@@ -27,51 +28,95 @@ class Precision(str, Enum):
     INT8 = "int8"
 
 
+class Load(str, Enum):
+    """How an engine is kept at work: one run at a time on all its threads, or one on each thread at the same time."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
 @dataclass(frozen=True)
 class Settings:
     """One benchmark: which rows, and how they are measured. Make it by :func:`settings_for`.
 
-    ``image_size`` is in pixels on a side, ``seed`` is that of the shuffled order of turns.
+    ``yardstick``: float32 runs in the fastest engine alone, for the ratio. ``threads`` are numbers of threads, each a
+    set of rows. ``against`` are other ONNX files. ``image_size`` is in pixels on a side, ``seed`` is that of the
+    shuffled order of turns.
     """
 
     networks: tuple[str, ...] = EXAMPLE_NETWORKS
     precisions: tuple[Precision, ...] = tuple(Precision)
-    threads: int = 1
+    threads: tuple[int, ...] = (1,)
     rounds: int = ROUNDS
     batch: int = 1
     image_size: int = 224
+    load: Load = Load.LATENCY
+    yardstick: bool = False
+    against: tuple[Path, ...] = ()
     seed: int = 0
 
 
 def settings_for(
     networks: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
-    threads: int = 1,
+    threads: Sequence[str] = (),
     rounds: int = ROUNDS,
     batch: int = 1,
     image_size: int = 224,
+    load: str = Load.LATENCY.value,
+    against: Sequence[Path] = (),
 ) -> Settings:
-    """Checked settings; no ``networks`` means those of the public example, no ``precisions`` both.
+    """Checked settings; no ``networks`` means those of the public example, no ``precisions`` both, no ``threads`` one
+    and all. With int8 alone, float32 runs as the yardstick.
 
     Raises InputError for an unknown network, for more threads than cores, and for what cannot be run.
     """
-    for name, value in (("--threads", threads), ("--rounds", rounds), ("--batch", batch)):
+    for name, value in (("--rounds", rounds), ("--batch", batch)):
         if value < 1:
             raise InputError(f"{name} {value} is too few: give at least 1")
-    cores = usable_cores()
-    if threads > cores:
-        raise InputError(f"--threads {threads} is more than this machine's {cores} cores: give {cores} or fewer")
     if image_size < MULTIPLE or image_size % MULTIPLE:
         raise InputError(f"--image-size {image_size} is not a multiple of {MULTIPLE}: give one, such as 224")
+    if load not in [kind.value for kind in Load]:
+        raise InputError(f"there is no --mode '{printable(load)}'; choose {' or '.join(kind.value for kind in Load)}")
     needed, free = batch * image_size**2 * BYTES_A_PIXEL, free_memory()
     if needed > free:
         raise InputError(
             f"--batch {batch} of {image_size}x{image_size} pixels needs about {needed / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB of memory are free: give a smaller --batch or --image-size"
         )
+    for path in against:
+        if not path.is_file():
+            raise InputError(f"cannot read {printable(path)}: there is no such file; check --against")
     names = tuple(dict.fromkeys(spec_of(name).name for name in networks)) or EXAMPLE_NETWORKS
     chosen = tuple(precision for precision in Precision if precision in (precisions or Precision))
-    return Settings(names, chosen, threads, rounds, batch, image_size)
+    return Settings(
+        networks=names,
+        precisions=tuple(Precision) if chosen == (Precision.INT8,) else chosen,
+        threads=thread_numbers(threads or ("1", ALL)),
+        rounds=rounds,
+        batch=batch,
+        image_size=image_size,
+        load=Load(load),
+        yardstick=chosen == (Precision.INT8,),
+        against=tuple(dict.fromkeys(against)),
+    )
+
+
+def thread_numbers(wanted: Sequence[str]) -> tuple[int, ...]:
+    """``wanted``, numbers or ``all``, as numbers in rising order. Raises InputError for more than there are cores."""
+    cores = usable_cores()
+    found = set()
+    for word in wanted:
+        try:
+            number = cores if word == ALL else int(word)
+        except ValueError:
+            raise InputError(f"--threads {printable(word)} is no number: give 1 to {cores}, or {ALL}") from None
+        if number < 1:
+            raise InputError(f"--threads {number} is too few: give at least 1")
+        if number > cores:
+            raise InputError(f"--threads {number} is more than this machine's {cores} cores: give {cores} or fewer")
+        found.add(number)
+    return tuple(sorted(found))
 
 
 def counted(number: int, noun: str) -> str:

@@ -4,39 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mgq.bench.report import Report, Row
-from mgq.bench.settings import Precision
+from mgq.bench.report import Comparison, Report, Row
+from mgq.bench.settings import Precision, counted
+from mgq.bench.statistics import Speedup
 from mgq.zoo.registry import spec_of
 
 NONE = "-"
 MARK = "!"
 """Stands behind the engine of a row whose answers differ from the reference's."""
 
-COLUMNS = ("type", "engine", "FPS", "IQR", "p50", "p90", "p99", "int8/fp32", "MB")
+COLUMNS = ("engine", "FPS", "IQR", "p50", "p90", "p99", "int8/fp32", "peak", "MB", "RAM")
 LEGEND = (
-    "FPS: pictures a second, median over rounds, and the interquartile range (IQR) of the rounds. "
-    "p50, p90, p99: milliseconds of single runs. int8/fp32: median over rounds of the ratio of FPS in the "
-    "same engine and round. MB: size of the file that the engine reads."
+    "FPS: pictures a second, median over rounds, and the interquartile range (IQR) of the rounds. p50, p90, p99: "
+    "milliseconds of single runs. int8/fp32: median over rounds of the ratio of FPS in the same engine (or, where that "
+    "ran int8 alone, to the fastest fp32) and its 95 % interval. peak: part of what the processor can multiply and add "
+    "(self-test in the same rounds). MB: file that the engine reads. RAM: most MB of its whole process. int8 is "
+    "quantized for MegEngine in its own engines, for the target onnx in the others."
 )
 EXAMPLE_COLUMNS = ("model", "top-1 fp32", "FPS fp32", "top-1 int8", "FPS int8")
+EXAMPLE_LEGEND = (
+    "FPS: the fastest engine's, measured here on the fewest threads. "
+    "Top-1: ImageNet accuracy in %, published and not measured."
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """The texts of ``row`` under ``COLUMNS``."""
     speed = row.speed
     if speed is None:
-        return (row.precision.value, row.engine, *[NONE] * (len(COLUMNS) - 2))
+        return (row.engine, *[NONE] * (len(COLUMNS) - 1))
     return (
-        row.precision.value,
         row.engine if row.sound else f"{row.engine} {MARK}",
         three_digits(speed.fps),
         three_digits(speed.fps_iqr) if len(row.rounds_ns) > 1 else NONE,
         three_digits(speed.p50_ms),
         three_digits(speed.p90_ms),
         three_digits(speed.p99_ms),
-        f"{row.speedup.median:.2f}x" if row.speedup else NONE,
+        ratio_text(row.speedup) if row.speedup else NONE,
+        f"{100 * row.share:.0f}%" if row.share is not None else NONE,
         f"{row.file_bytes / 1e6:.1f}" if row.file_bytes is not None else NONE,
+        f"{row.peak_memory / 1e6:.0f}" if row.peak_memory is not None else NONE,
     )
+
+
+def ratio_text(speedup: Speedup) -> str:
+    """``1.50x`` alone, or with its interval, ``1.50 1.45-1.55``."""
+    if speedup.low is None or speedup.high is None:
+        return f"{speedup.median:.2f}x"
+    return f"{speedup.median:.2f} {speedup.low:.2f}-{speedup.high:.2f}"
+
+
+def group_of(row: Row) -> str:
+    """What the rows of a part of a network's table have in common: ``int8, 2 threads``."""
+    what = f"{row.file}, {row.precision.value}" if row.file else row.precision.value
+    return f"{what}, {counted(row.threads, 'thread')}"
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """``rows`` by :func:`group_of`, in their order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(group_of(row), []).append(row)
+    return found
+
+
+def comparison_text(found: Comparison) -> str:
+    """``int8 in OpenVINO is 3.45 (3.41-3.49) times fp32 in OpenVINO, 1 thread``."""
+    low, high = found.speedup.low, found.speedup.high
+    interval = "" if low is None or high is None else f" (95 %: {low:.3f}-{high:.3f})"
+    one, other = (f"{row.file or row.precision.value} in {row.engine}" for row in (found.one, found.other))
+    threads = counted(found.one.threads, "thread")
+    return f"{one} is {found.speedup.median:.3f}{interval} times as fast as {other}, {threads}"
 
 
 def three_digits(value: float) -> str:
@@ -45,23 +83,26 @@ def three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def example_cells(report: Report, network: str) -> tuple[str, ...]:
-    """The texts of ``network`` under ``EXAMPLE_COLUMNS``: published accuracy, the best engine's FPS."""
+def example_cells(report: Report, network: str, engines: bool = True) -> tuple[str, ...]:
+    """The texts of ``network`` under ``EXAMPLE_COLUMNS``: published accuracy, the best engine's FPS on the fewest
+    threads that were measured, with its name where ``engines``."""
     published = spec_of(network).published
     top1_float = published.top1_float if published else None
     top1_int8 = published.top1_int8 if published else None
     return (
         network,
         NONE if top1_float is None else f"{top1_float}",
-        best_fps(report, network, Precision.FP32),
+        best_fps(report, network, Precision.FP32, engines),
         NONE if top1_int8 is None else f"{top1_int8}",
-        best_fps(report, network, Precision.INT8),
+        best_fps(report, network, Precision.INT8, engines),
     )
 
 
-def best_fps(report: Report, network: str, precision: Precision) -> str:
-    row = report.best(network, precision)
-    return f"{three_digits(row.speed.fps)} ({row.engine})" if row and row.speed else NONE
+def best_fps(report: Report, network: str, precision: Precision, engines: bool) -> str:
+    row = report.best(network, precision, min(report.settings.threads))
+    if row is None or row.speed is None:
+        return NONE
+    return three_digits(row.speed.fps) + (f" ({row.engine})" if engines else "")
 
 
 def published_sources(report: Report) -> list[str]:
@@ -77,7 +118,12 @@ def published_sources(report: Report) -> list[str]:
 def markdown(report: Report) -> str:
     """The whole report as a Markdown document: conditions, all rows, and the public example's own table."""
     weights = [(f"weights of {network}", report.weights_of(network)) for network in report.settings.networks]
-    rows = [(row.network, *cells(row)) for row in report.rows]
+    rows = [(row.network, group_of(row), *cells(row)) for row in report.rows]
+    compared = [
+        f"{network}: {comparison_text(found)}"
+        for network in report.settings.networks
+        for found in report.comparisons(network)
+    ]
     example = [example_cells(report, network) for network in report.settings.networks]
     remarks = report.remarks()
     parts = [
@@ -85,12 +131,13 @@ def markdown(report: Report) -> str:
         "## Conditions",
         markdown_list([f"{name}: {value}" for name, value in [*report.conditions(), *weights]]),
         "## Speed",
-        markdown_table(("network", *COLUMNS), rows, left=3),
+        markdown_table(("network", "what", *COLUMNS), rows, left=3),
+        *([markdown_list(compared)] if compared else []),
         escaped(LEGEND),
         *([markdown_list(remarks)] if remarks else []),
         "## Published accuracy, measured speed",
         markdown_table(EXAMPLE_COLUMNS, example, left=1),
-        "FPS: the fastest engine's, measured here. Top-1: ImageNet accuracy in %, published, not measured.",
+        EXAMPLE_LEGEND,
         markdown_list([f"published figures of {line}" for line in published_sources(report)] or ["none published"]),
     ]
     return "\n\n".join(parts) + "\n"

@@ -14,8 +14,9 @@ from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
-from mgq.bench.contest import Clock, garbage_kept, shuffled
+from mgq.bench.contest import shuffled
 from mgq.bench.environment import Machine, this_machine
+from mgq.bench.players import Clock, garbage_kept
 from mgq.bench.settings import EXAMPLE_NETWORKS, counted
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
 from mgq.bench.tables import markdown_list, markdown_table, three_digits

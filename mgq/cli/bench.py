@@ -29,14 +29,27 @@ def bench(
         list[str] | None,
         typer.Option("-a", "--arch", help="Architecture, may be repeated; by default those of the example."),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Only int8 networks.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="int8 in every engine, float32 in the fastest alone, to compare.")
+    ] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Only float32 networks.")] = False,
     training: Annotated[bool, typer.Option("--train", help="Training steps instead, stock kernels and fast.")] = False,
-    threads: Annotated[int, typer.Option("--threads", help="Threads of every engine.")] = 1,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all"),
+    ] = None,
+    load: Annotated[
+        str,
+        typer.Option("--mode", help="latency: one run at a time; throughput: one a thread, side by side."),
+    ] = "latency",
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", metavar="FILE.onnx", help="Another ONNX model as rows; may be repeated."),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
-            "--rounds", help="In each round every row has a turn of about 1/4 s.", show_default="10; with --train 3"
+            "--rounds", help="In each round every row has a turn of about 1/8 s.", show_default="10; with --train 3"
         ),
     ] = None,
     batch: Annotated[
@@ -51,16 +64,21 @@ def bench(
         typer.Option("--json", metavar="FILE", help="Write all samples and conditions; - is standard output."),
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
+    ] = None,
 ) -> None:
     """Measure pictures a second in every engine.
 
-    Float32 and int8 take shuffled turns in one process; random weights serve where none are at hand.
+    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where none
+    are at hand.
 
     \b
     Examples:
       mgq bench
       mgq bench --int8
-      mgq bench -a resnet50 --threads 2 --markdown
+      mgq bench -a resnet50 --threads all --mode throughput --markdown
+      mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
       mgq bench --train
     """
     if int8 and fp32:
@@ -68,8 +86,11 @@ def bench(
     if as_markdown and json_file == STDOUT:
         raise InputError("--markdown and --json - both want standard output: give --json a file")
     if training:
-        if int8 or fp32 or threads != 1:
-            raise InputError("--train measures float and qat on all cores: leave out --int8, --fp32 and --threads")
+        if int8 or fp32 or threads or against or plot is not None or load != "latency":
+            raise InputError(
+                "--train measures float and qat on all cores: leave out --int8, --fp32, --threads, --mode, --against "
+                "and --plot"
+            )
         bench_training(arch or [], rounds, batch, image_size, json_file, as_markdown)
         return
     from mgq.bench.settings import ROUNDS, Precision, settings_for
@@ -77,8 +98,8 @@ def bench(
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
     rounds = ROUNDS if rounds is None else rounds
     batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
-    settings = settings_for(arch or [], precisions, threads, rounds, batch, image_size)
-    report = measured(settings, None if json_file in (None, STDOUT) else Path(str(json_file)))
+    settings = settings_for(arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [])
+    report = measured(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
     elif as_markdown:
@@ -139,13 +160,15 @@ def show_training(report: TrainingReport, console: Console) -> None:
         console.print(Text(f"! {remark}", style="yellow"))
 
 
-def measured(settings: Settings, json_file: Path | None) -> Report:
-    """The report, written to ``json_file`` if there is one: a wrong place is told of at once."""
+def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
+    """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
+    from mgq.bench.plot import checked_plot, write_plot
     from mgq.cli.console import import_megengine, progress
     from mgq.files.atomic import atomic_write
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
+        picture = stack.enter_context(atomic_write(checked_plot(plot))) if plot is not None else None
         import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
         from mgq.bench.benchmark import benchmark
 
@@ -153,14 +176,16 @@ def measured(settings: Settings, json_file: Path | None) -> Report:
             report = benchmark(settings, on_progress)
         if temporary is not None:
             temporary.write_text(report.to_json(), encoding="utf-8")
+        if picture is not None and plot is not None:
+            write_plot(report, picture, plot.suffix)
     return report
 
 
 def show(report: Report, console: Console) -> None:
-    """Draw the report: conditions, one table a network, remarks. Fits 80 columns."""
+    """Draw the report: conditions, one table a network, comparisons, the example's table, remarks. Fits 80 columns."""
     from rich.text import Text
 
-    from mgq.bench.tables import LEGEND
+    from mgq.bench.tables import EXAMPLE_COLUMNS, EXAMPLE_LEGEND, LEGEND, comparison_text, example_cells
 
     for name, value in report.conditions():
         console.print(Text.assemble((f"{name}: ", "bold"), value))
@@ -168,27 +193,43 @@ def show(report: Report, console: Console) -> None:
         console.print()
         console.print(Text.assemble((network, "bold cyan"), f": {report.weights_of(network)}"))
         console.print(table_of(report.rows_of(network)))
+        for found in report.comparisons(network):
+            console.print(Text(f"* {comparison_text(found)}"))
     console.print()
     console.print(Text(LEGEND, style="dim"))
+    console.print()
+    example = [example_cells(report, name, engines=False) for name in report.settings.networks]
+    console.print(plain_table(EXAMPLE_COLUMNS, example, left=1))
+    console.print(Text(EXAMPLE_LEGEND, style="dim"))
     for remark in report.remarks():
         console.print(Text(f"! {remark}", style="yellow"))
 
 
 def table_of(rows: tuple[Row, ...]) -> Table:
-    from mgq.bench.tables import COLUMNS, cells
+    """The rows of one network, with a line above those of the same precision on as many threads."""
+    from mgq.bench.tables import COLUMNS, cells, groups
 
-    return plain_table(COLUMNS, [cells(row) for row in rows], [None if row.sound else "yellow" for row in rows])
+    texts: list[tuple[str, ...]] = []
+    styles: list[str | None] = []
+    for title, members in groups(rows).items():
+        texts += [(title,), *(cells(row) for row in members)]
+        styles += ["bold", *(None if row.sound else "yellow" for row in members)]
+    return plain_table(COLUMNS, texts, styles, left=1, gap=1)
 
 
 def plain_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None] | None = None
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str | None] | None = None,
+    left: int = 2,
+    gap: int = 2,
 ) -> Table:
-    """A table without lines whose first two columns are aligned left."""
+    """A table without lines whose first ``left`` columns are aligned left."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
     for row, style in zip(rows, styles or [None] * len(rows), strict=True):
         table.add_row(*row, style=style)
     return table

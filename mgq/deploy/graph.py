@@ -122,6 +122,12 @@ class Graph:
     shapes: dict[str, tuple[int, ...]]
 
 
+def macs_of(graph: Graph) -> int:
+    """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
+    positions = {node.output: int(np.prod(graph.shapes[node.output][2:])) for node in graph.nodes}
+    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, Weighted))
+
+
 def graph_of(network: M.Module, image_size: int) -> Graph:
     """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written."""
     return Reader(network, image_size).graph()

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import megengine as mge
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from mgq.engine.deployed import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import as_input, measured_ranges
+from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
@@ -290,9 +291,18 @@ def float_twin(classifier: Classifier) -> Classifier:
 
 
 def random_classifier(
-    arch: str, mode: Mode, options: Mapping[str, Any] | None = None, image_size: int = 224, seed: int = 0
+    arch: str,
+    mode: Mode,
+    options: Mapping[str, Any] | None = None,
+    image_size: int = 224,
+    seed: int = 0,
+    target: Target = MEGENGINE,
 ) -> Classifier:
-    """A network with random weights, calibrated on random pixels: for measuring speed, never for answers."""
+    """A network with random weights, calibrated on random pixels: for measuring speed, never for answers.
+
+    It is the same one for the same ``seed``, whatever the mode and the target.
+    """
+    mge.random.seed(seed)
     spec = spec_of(arch)
     options = options or {}
     network = spec.build(**options)
@@ -303,7 +313,9 @@ def random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    ranges = measured_ranges(network, [pixels], arch, "", {}, correct_bias=False)
+    _, ranges = calibrated_network(
+        network, [pixels], arch, "", {}, "min-max", correct_bias=False, compensate=False, target=target
+    )
     return quantized_with(classifier, ranges, mode)
 
 

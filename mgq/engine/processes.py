@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,7 @@ from mgq.errors import FailureError, InputError, MgqError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _JOIN_S = 5.0
+_SET_PARENT_DEATH_SIGNAL = 1  # as prctl.h has it
 
 
 class Channel(Protocol):
@@ -27,6 +29,9 @@ class Channel(Protocol):
 
     def wait_for_all(self) -> None:
         """Say that everything is loaded, and wait until the other tasks have said so."""
+
+    def questions(self) -> Iterator[Any]:
+        """What is asked of an :class:`Answering` process, one after the other; each is answered by ``send``."""
 
 
 Task = Callable[[Channel], None]
@@ -57,6 +62,57 @@ def in_processes(
         yield from _messages(processes, what)
     finally:
         _end(processes)
+
+
+class Answering:
+    """One task in a process of its own that answers questions, and sleeps in between.
+
+    It sends one message when it is ready and one for every question. Ends with ``close``.
+    """
+
+    def __init__(self, task: Task, what: str, threads: int = 1) -> None:
+        self.what = what
+        with _environment(threads), _interrupts_held_back():
+            self._child = _started(task, nothing)
+
+    def answer(self, patience_s: float) -> Any:
+        """The next message. Raises as :func:`in_processes`, and FailureError where none comes in time."""
+        pipe = self._child.pipe
+        try:
+            if not pipe.poll(patience_s):
+                self.close()
+                raise FailureError(f"{self.what} gave no answer within {patience_s:.0f} s and was ended")
+            message = pipe.recv()
+        except (EOFError, OSError):
+            raise FailureError(f"{self.what}: its process {_end_of(self._child)}") from None
+        if isinstance(message, _Failed):
+            raise _error(message, self.what)
+        if not isinstance(message, _Message):
+            raise FailureError(f"{self.what}: its process ended early")
+        return message.content
+
+    def ask(self, question: Any, patience_s: float) -> Any:
+        """The answer to ``question``, which can be pickled and is not None. Raises as :meth:`answer`."""
+        with contextlib.suppress(OSError):  # Its end is told of when its pipe is read.
+            self._child.pipe.send(question)
+        return self.answer(patience_s)
+
+    def pause(self) -> None:
+        """Let nothing of the process run, threads that wait in a loop included, until :meth:`resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self.resume()  # What is paused does not end.
+        _end([self._child])
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._child.process
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, number)
 
 
 @dataclass(frozen=True)
@@ -132,7 +188,7 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
             except (EOFError, OSError):
                 raise _died(processes[number], number, len(processes), what) from None
             if isinstance(message, _Failed):
-                raise _error(message, number, len(processes), what)
+                raise _error(message, f"process {number + 1} of {len(processes)} of {what}")
             if isinstance(message, _Message):
                 yield message.content
             elif message == _READY:
@@ -148,18 +204,22 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
 
 
 def _died(child: _Process, number: int, of: int, what: str) -> FailureError:
-    child.process.join(_JOIN_S)
-    code = child.process.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
     return FailureError(
-        f"process {number + 1} of {of} of {what} (pid {child.process.pid}) {how} before its work was done:"
+        f"process {number + 1} of {of} of {what} (pid {child.process.pid}) {_end_of(child)} before its work was done:"
         " use fewer processes if memory is short"
     )
 
 
-def _error(failed: _Failed, number: int, of: int, what: str) -> MgqError:
+def _end_of(child: _Process) -> str:
+    """How a process ended whose pipe has ended."""
+    child.process.join(_JOIN_S)
+    code = child.process.exitcode
+    return f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+
+
+def _error(failed: _Failed, who: str) -> MgqError:
     kind = InputError if failed.is_input else FailureError
-    line = failed.line if failed.is_own else f"process {number + 1} of {of} of {what} failed: {failed.line}"
+    line = failed.line if failed.is_own else f"{who} failed: {failed.line}"
     error = kind(line)
     error.__cause__ = RuntimeError(failed.trace)
     return error
@@ -190,8 +250,19 @@ class _Channel:
         self.pipe.send(_READY)
         self.pipe.recv()
 
+    def questions(self) -> Iterator[Any]:
+        while True:
+            yield self.pipe.recv()
+
+
+def _end_with_parent() -> None:
+    """Be killed when the process that started this one ends, even while this is paused; on Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+
 
 def _run(pipe: connection.Connection, prepare: Callable[[], None], task: bytes) -> None:
+    _end_with_parent()
     # Without the one that started it, which reads and answers, there is nobody to work for.
     with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from mgq.errors import InputError, printable
 from mgq.machine import muted_stderr
 
+INTEGER_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
 METADATA = "mgq"
 """The key of what mgq writes into a file's metadata, as JSON."""
 
@@ -19,6 +20,7 @@ METADATA = "mgq"
 class OnnxFile:
     """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) has None where any will
     do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is what mgq wrote into it, empty in others.
+    ``quantized``: whether there are integers to compute with.
     """
 
     path: Path
@@ -28,6 +30,7 @@ class OnnxFile:
     shape: tuple[int | None, ...]
     output: str
     about: dict[str, Any] = field(repr=False)
+    quantized: bool = False
 
     def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
         """Raises InputError where a batch of ``shape`` does not fit."""
@@ -68,7 +71,8 @@ def read_onnx(path: Path) -> OnnxFile:
         raise InputError(f"{name} does not take pictures (N, 3, H, W): give a classifier of pictures")
     about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    return OnnxFile(path, content, inputs[0].name, kind, shape, model.graph.output[0].name, known(about))
+    quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
+    return OnnxFile(path, content, inputs[0].name, kind, shape, model.graph.output[0].name, known(about), quantized)
 
 
 def known(about: str | None) -> dict[str, Any]:
