@@ -65,7 +65,7 @@ def notes_on(machine: Machine, settings: Settings) -> tuple[str, ...]:
     if Precision.INT8 in settings.precisions and saturates(machine.features):
         notes.append(
             "this processor has no VNNI: sums of two products of uint8 and int8 can saturate in ONNX Runtime and "
-            "OpenVINO, and answers differ from other processors'; see `mgq dump --check layers`"
+            "OpenVINO. What `--target onnx-avx2` quantizes cannot; `mgq dump --check layers` shows the difference"
         )
     notes += [
         f"no share of the {precision.value} peak: the self-test knows no instruction of this processor"

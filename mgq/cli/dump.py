@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -58,6 +59,9 @@ def dump(
         Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures a run; 0 for any number, in ONNX.")] = 1,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
+    ] = False,
     save: Save = RUNS,
     pretrained: Pretrained = False,
     ranges: Ranges = None,
@@ -79,7 +83,7 @@ def dump(
 
     with progress() as on_progress:
         classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
-    wanted = Wanted(output, kind, input_type, batch or None)
+    wanted = Wanted(output, kind, input_type, batch or None, tune)
     if check not in CHECKS:
         raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")
     dumped = written(classifier, wanted, out)
@@ -97,6 +101,7 @@ class Wanted(NamedTuple):
     kind: str | None = None
     input_type: str = "uint8"
     batch: int | None = 1
+    tune: bool = False
 
 
 def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
@@ -105,7 +110,12 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
 
     kind = format_for(classifier, wanted.output, wanted.kind)
     path = wanted.output or Path(f"{classifier.spec.name}.{classifier.mode.value}{SUFFIXES[kind]}")
-    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind)
+    rewrites: Sequence[str] = ()
+    if wanted.tune:
+        if kind != "onnx":
+            raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
+        rewrites = tuned(classifier, wanted.batch or 1, to)
+    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites)
     size = classifier.image_size
     to.print(
         f"{path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({wanted.batch or 'N'}, 3, {size}, {size}) BGR, "
@@ -114,6 +124,23 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
         soft_wrap=True,
     )
     return dumped
+
+
+def tuned(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
+    """The rewrites that make the file faster on this machine; says what was measured."""
+    from mgq.bench.tables import ratio_text
+    from mgq.bench.tune import fastest, measured_forms, name_of
+    from mgq.cli.console import progress
+
+    with progress() as on_progress:
+        forms = measured_forms(classifier, batch, on_progress)
+    if len(forms) == 1:
+        to.print("no rewrite changes this network", soft_wrap=True)
+    else:
+        found = ", ".join(f"{name_of(form.rewrites)} {ratio_text(form.speedup)}" for form in forms[1:])
+        kept = name_of(fastest(forms).rewrites)
+        to.print(f"times as fast as plain in {forms[0].engine} (95 %): {found}; kept: {kept}", soft_wrap=True)
+    return fastest(forms).rewrites
 
 
 def pictures_in(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:

@@ -40,7 +40,11 @@ ReportFreq = Annotated[
 ]
 TargetName = Annotated[
     str | None,
-    typer.Option("--target", help="What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO).", show_default=False),
+    typer.Option(
+        "--target",
+        help="What int8 is for: megengine; onnx (ONNX Runtime, OpenVINO); onnx-avx2 (those without VNNI).",
+        show_default=False,
+    ),
 ]
 EngineName = Annotated[
     str | None,

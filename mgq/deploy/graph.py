@@ -26,7 +26,15 @@ from mgq.quant.fold import folded_layer
 from mgq.quant.modes import Mode, mode_of
 from mgq.quant.ranges import folded_bias, folded_weight
 from mgq.quant.relu6 import QatConvBnRelu6
-from mgq.quant.targets import WEIGHT_LEVELS, ChannelFakeQuantize, QuantizedFeatures, channel_scales, is_never_negative
+from mgq.quant.targets import (
+    WEIGHT_LEVELS,
+    ChannelFakeQuantize,
+    QuantizedFeatures,
+    channel_scales,
+    is_never_negative,
+    levels_of,
+    target_of,
+)
 from mgq.zoo.layers import ConvBnRelu6
 
 Array = npt.NDArray[np.float32]
@@ -72,6 +80,7 @@ class Convolution(Weighted):
     padding: tuple[int, int]
     groups: int
     activation: str  # "", "relu" or "relu6"
+    padding_end: tuple[int, int] | None = None  # below and to the right, where it is not ``padding``
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Reader:
 
     def __init__(self, network: M.Module, image_size: int) -> None:
         self.quantized = mode_of(network) is Mode.QAT
+        self.levels = target_of(network).levels
         self.network = network
         self.modules = dict(network.named_modules())
         self.image_size = image_size
@@ -225,7 +235,7 @@ class Reader:
         bias = None if module.bias is None else np.ravel(module.bias.numpy())
         weight = module.weight.numpy()
         # Whatever the network is quantized for, a classifier behind integers is best integers, too.
-        integers, scales = in_channels(weight) if inputs[0] in self.grids else (None, None)
+        integers, scales = in_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
         self.nodes.append(Linear(inputs, output, weight, bias, integers, scales))
 
     def read_convolution(self, module: Any, inputs: tuple[str, ...], output: str) -> None:
@@ -310,14 +320,14 @@ def grid_of(module: Q.QATModule) -> Grid:
 def quantized_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
     if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-        return in_channels(weight)
+        return in_channels(weight, levels_of(module))
     scale = np.ravel(module.weight_observer.get_qparams().scale.numpy()).astype(np.float32)
     return in_steps(weight, scale), scale
 
 
-def in_channels(weight: Array) -> tuple[Integers, Array]:
+def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, each output on a grid of its own, and their scales, float32 (O,)."""
-    scales = np.ravel(channel_scales(Tensor(weight)).numpy())
+    scales = np.ravel(channel_scales(Tensor(weight), levels).numpy())
     return in_steps(weight, scales), scales
 
 

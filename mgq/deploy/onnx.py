@@ -8,7 +8,7 @@ sign is uint8 with zero point 128, which ONNX Runtime runs faster than int8; shu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mgq.deploy.graph import (
     Weighted,
     graph_of,
 )
+from mgq.deploy.rewrite import REWRITES
 from mgq.errors import FailureError
 from mgq.files.atomic import atomic_write
 from mgq.files.onnx_file import METADATA, imported
@@ -52,16 +53,24 @@ class OnnxReport:
 
 
 def write_onnx(
-    network: M.Module, path: Path, *, image_size: int, batch: int | None, provenance: Mapping[str, Any]
+    network: M.Module,
+    path: Path,
+    *,
+    image_size: int,
+    batch: int | None,
+    provenance: Mapping[str, Any],
+    rewrites: Sequence[str] = (),
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
 
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
-    logits. ``provenance`` lies as JSON in its metadata. ONNX's own checker has to accept the file, shapes of all
-    tensors included. Raises FailureError where a layer cannot be exported, InputError where ONNX is not installed;
-    nothing is left at ``path`` then.
+    logits. ``rewrites`` are names of :data:`mgq.deploy.rewrite.REWRITES`. ``provenance`` lies as JSON in its metadata.
+    ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
+    be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
     """
     graph = graph_of(network, image_size)
+    for name in rewrites:
+        graph = REWRITES[name](graph)
     onnx = imported("onnx")
     model = model_of(graph, image_size, batch, provenance)
     try:
@@ -219,7 +228,7 @@ class Writer:
             f"{node.output}/sum",
             kernel_shape=list(node.weight.shape[2:]),
             strides=list(node.stride),
-            pads=[*node.padding, *node.padding],
+            pads=[*node.padding, *(node.padding_end or node.padding)],
             group=node.groups,
         )
         self.finish(node, self.activated(node.output, node.activation, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.files.atomic import ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
-from mgq.quant.targets import ONNX
+from mgq.quant.targets import MEGENGINE
 
 INPUTS = ("uint8", "int8", "float32")
 SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx"}
@@ -44,20 +44,27 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
         raise InputError(f"there is no format '{wanted}'; choose {', '.join(SUFFIXES)}")
     if wanted and by_name and wanted != by_name:
         raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
-    found = wanted or by_name or classifier.target.name
-    if found == "megengine" and classifier.target is ONNX:
-        raise InputError("MegEngine cannot run what was quantized for the target onnx: pass --format onnx")
+    found = wanted or by_name or ("megengine" if classifier.target is MEGENGINE else "onnx")
+    if found == "megengine" and classifier.target is not MEGENGINE:
+        its = classifier.target.name
+        raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
     return found
 
 
 def dump_classifier(
-    classifier: Classifier, path: Path, input_type: str = "uint8", batch: int | None = 1, kind: str | None = None
+    classifier: Classifier,
+    path: Path,
+    input_type: str = "uint8",
+    batch: int | None = 1,
+    kind: str | None = None,
+    rewrites: Sequence[str] = (),
 ) -> Dump:
     """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
 
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
-    ``.onnx`` file by ONNX's own checker; its batch may be None, for any. Raises InputError for another input type or
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` are as in
+    :func:`mgq.deploy.onnx.write_onnx`. Raises InputError for another input type or
     a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
@@ -67,7 +74,7 @@ def dump_classifier(
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
     ensure_writable_folder(path.absolute().parent)
     if kind == "onnx":
-        return dumped_onnx(classifier, path, input_type, batch)
+        return dumped_onnx(classifier, path, input_type, batch, rewrites)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     cat = classifier.crop(read_picture(bundled_cat()))
@@ -84,7 +91,9 @@ def dump_classifier(
     return Dump(path, kind, report.size, checked)
 
 
-def dumped_onnx(classifier: Classifier, path: Path, input_type: str, batch: int | None) -> Dump:
+def dumped_onnx(
+    classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str]
+) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
     report = write_onnx(
@@ -93,6 +102,7 @@ def dumped_onnx(classifier: Classifier, path: Path, input_type: str, batch: int 
         image_size=classifier.image_size,
         batch=batch,
         provenance=provenance_of(classifier),
+        rewrites=rewrites,
     )
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
 

@@ -12,7 +12,7 @@ from megengine.quantization import quantize, quantize_qat
 
 from mgq.errors import InputError
 from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
-from mgq.quant.targets import MEGENGINE, ONNX, Target, UnitScaleObserver, target_of
+from mgq.quant.targets import MEGENGINE, Target, UnitScaleObserver, target_of
 from mgq.zoo.layers import without_initialization
 
 
@@ -63,8 +63,11 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
                     target.equip(module)
             fix_input_scale(network)
         if mode is Mode.QUANTIZED and now is not Mode.QUANTIZED:
-            if target_of(network) is ONNX:
-                raise InputError("MegEngine cannot run int8 networks for the target onnx; write an ONNX file of it")
+            if target_of(network) is not MEGENGINE:
+                raise InputError(
+                    f"MegEngine cannot run int8 networks for the target {target_of(network).name}; "
+                    "write an ONNX file of it"
+                )
             network.eval()
             quantize(network, mapping=QAT_TO_QUANTIZED)
             network.eval()

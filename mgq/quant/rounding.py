@@ -23,7 +23,7 @@ from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, sampled_positions
 from mgq.quant.ranges import folded_weight, set_range
-from mgq.quant.targets import ChannelFakeQuantize, channel_scales
+from mgq.quant.targets import WEIGHT_LEVELS, ChannelFakeQuantize, channel_scales, levels_of
 
 Array = npt.NDArray[np.float32]
 
@@ -36,7 +36,6 @@ DAMPING = 0.01
 RIDGE = 0.3
 """Of the mean variance, added to each when weights are fitted: what few pictures tell is not taken too seriously."""
 BLOCK = 128
-LEVELS = 127
 
 
 @dataclass
@@ -59,11 +58,12 @@ class CompensatedRounding:
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
         fitted = refitted(groups, seen, exact)
         step = self.steps_for(module, groups, fitted)
-        rounded = compensated(fitted / step, damped(covariances(seen, seen), DAMPING))
-        keep_largest(rounded, fitted / step, isinstance(module.weight_fake_quant, ChannelFakeQuantize))
+        levels = levels_of(module)
+        rounded = compensated(fitted / step, damped(covariances(seen, seen), DAMPING), levels)
+        keep_largest(rounded, fitted / step, isinstance(module.weight_fake_quant, ChannelFakeQuantize), levels)
         set_folded_weight(module, weight, (rounded * step).reshape(weight.shape))
         if step.size == 1:
-            self.weights[layer.name] = -step.item() * LEVELS, step.item() * LEVELS
+            self.weights[layer.name] = -step.item() * WEIGHT_LEVELS, step.item() * WEIGHT_LEVELS
 
     def steps_for(self, module: QATModule, before: Array, weights: Array) -> Array:
         """The step of ``weights`` (groups, outputs, inputs), float32 (1, 1, 1) or one an output: (groups, outputs, 1).
@@ -71,12 +71,12 @@ class CompensatedRounding:
         A layer that has one keeps the share of its largest weight ``before`` that its range covered.
         """
         if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-            scales = channel_scales(Tensor(weights.reshape(-1, weights.shape[2]))).numpy()
+            scales = channel_scales(Tensor(weights.reshape(-1, weights.shape[2])), levels_of(module)).numpy()
             per_output: Array = scales.reshape(*weights.shape[:2], 1)
             return per_output
         step = float(module.weight_observer.get_qparams().scale.numpy())
         step *= float(np.abs(weights).max()) / (float(np.abs(before).max()) or 1.0)
-        set_range(module.weight_observer, -step * LEVELS, step * LEVELS)
+        set_range(module.weight_observer, -step * WEIGHT_LEVELS, step * WEIGHT_LEVELS)
         return np.full((1, 1, 1), step, np.float32)
 
     def seen(self, layer: Layer, conv: Any) -> tuple[Array, Array]:
@@ -97,12 +97,12 @@ class CompensatedRounding:
         return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
 
 
-def keep_largest(rounded: Array, steps: Array, of_each_output: bool) -> None:
+def keep_largest(rounded: Array, steps: Array, of_each_output: bool, levels: int) -> None:
     """The largest weight gives the grid its range: it stays, or an observer would find another grid."""
     rows = steps.reshape(-1, steps.shape[2]) if of_each_output else steps.reshape(1, -1)
     changed = rounded.reshape(rows.shape)
     largest = np.abs(rows).argmax(axis=1)[:, None]
-    value = np.clip(np.rint(np.take_along_axis(rows, largest, 1)), -LEVELS, LEVELS)
+    value = np.clip(np.rint(np.take_along_axis(rows, largest, 1)), -levels, levels)
     np.put_along_axis(changed, largest, value, 1)
 
 
@@ -132,8 +132,8 @@ def damped(covariance: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.
     return found
 
 
-def compensated(weights: Array, covariance: npt.NDArray[np.float64]) -> Array:
-    """``weights`` (groups, outputs, inputs), in steps, rounded to -127 to 127; the most varied input first."""
+def compensated(weights: Array, covariance: npt.NDArray[np.float64], levels: int = WEIGHT_LEVELS) -> Array:
+    """``weights`` (groups, outputs, inputs), in steps, rounded to ``levels`` at most; the most varied input first."""
     groups, _, inputs = weights.shape
     order = np.argsort(-np.einsum("gii->gi", covariance), axis=1, kind="stable")
     result = np.empty_like(weights)
@@ -145,7 +145,7 @@ def compensated(weights: Array, covariance: npt.NDArray[np.float64]) -> Array:
             end = min(start + BLOCK, inputs)
             errors = np.empty((len(left), end - start), np.float32)
             for i in range(start, end):
-                value = np.clip(np.rint(left[:, i]), -LEVELS, LEVELS)
+                value = np.clip(np.rint(left[:, i]), -levels, levels)
                 errors[:, i - start] = (left[:, i] - value) / upper[i, i]
                 left[:, i + 1 : end] -= np.outer(errors[:, i - start], upper[i, i + 1 : end])
                 left[:, i] = value

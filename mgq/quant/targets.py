@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,8 @@ UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
 know symmetric grids of signed integers alone, its mirrored half seems to be there, too."""
 WEIGHT_LEVELS = 127
+SAFE_LEVELS = 64
+"""Without VNNI x86 processors add two products of uint8 and int8 in 16 bits: 2 x 255 x 64 is the most that fits."""
 SMALLEST_SCALE = 2.0**-12
 """Of a channel's weights, in terms of the layer's largest: channels of zeros need some scale."""
 
@@ -36,7 +38,8 @@ class Target:
     """One row of the table of targets: types and granularity of what runs in the end.
 
     ``per_channel``: weights have a scale for each output. ``unsigned``: what is behind a ReLU has 256 levels instead
-    of 128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads.
+    of 128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads. ``levels``: weights
+    are so many steps at most.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Target:
     per_channel: bool
     unsigned: bool
     int8_head: bool
+    levels: int = WEIGHT_LEVELS
 
     def prepare(self, network: M.Module) -> None:
         """Choose which layers of a float ``network`` are quantized."""
@@ -74,17 +78,19 @@ class LastScales:
 
 
 class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
-    """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight.
+    """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight,
+    ``levels`` steps from zero.
 
     Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, levels: int = WEIGHT_LEVELS) -> None:
         super().__init__(dtype)
+        self.levels: int = levels
         self.last = LastScales()
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
-        scales = channel_scales(inp)
+        scales = channel_scales(inp, self.levels)
         # In the shape of the layer's bias, whose integers count in these and the input's scale.
         self.last.scales = scales.reshape(-1) if inp.ndim == 2 else scales.reshape(1, -1, 1, 1)
         return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
@@ -93,14 +99,19 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
         return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
 
 
-def channel_scales(weight: Tensor) -> Tensor:
-    """The scale of each output of ``weight``, of as many axes."""
+def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
+    """The scale of each output of ``weight``, of as many axes: its largest weight is ``levels`` steps."""
     outputs = 2 if weight.ndim == 5 else 1
     largest = F.abs(weight.detach())
     for axis in range(outputs, weight.ndim):
         largest = largest.max(axis, keepdims=True)
     least = F.maximum(largest.max() * SMALLEST_SCALE, 1e-30)
-    return F.maximum(largest, least) / WEIGHT_LEVELS
+    return F.maximum(largest, least) / levels
+
+
+def levels_of(module: M.Module) -> int:
+    """How many steps a weight of the layer ``module`` of a ``qat`` network is at most."""
+    return int(getattr(module.weight_fake_quant, "levels", WEIGHT_LEVELS))
 
 
 class QuantizedFeatures(Q.DequantStub):  # type: ignore[misc]
@@ -140,7 +151,16 @@ ONNX = Target(
     unsigned=True,
     int8_head=True,
 )
-TARGETS = {target.name: target for target in (MEGENGINE, ONNX)}
+ONNX_AVX2 = replace(
+    ONNX,
+    name="onnx-avx2",
+    weights=f"int8 in -{SAFE_LEVELS}..{SAFE_LEVELS}, symmetric, one scale an output channel: sums cannot saturate",
+    qconfig=ONNX.qconfig._replace(
+        weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow", levels=SAFE_LEVELS)
+    ),
+    levels=SAFE_LEVELS,
+)
+TARGETS = {target.name: target for target in (MEGENGINE, ONNX, ONNX_AVX2)}
 
 
 def target_called(name: str) -> Target:
@@ -152,8 +172,8 @@ def target_called(name: str) -> Target:
 
 def target_of(network: M.Module) -> Target:
     """What a ``qat`` network imitates."""
-    has_channels = any(isinstance(module, ChannelFakeQuantize) for module in network.modules())
-    return ONNX if has_channels else MEGENGINE
+    levels = next((module.levels for module in network.modules() if isinstance(module, ChannelFakeQuantize)), None)
+    return MEGENGINE if levels is None else ONNX_AVX2 if levels == SAFE_LEVELS else ONNX
 
 
 def is_never_negative(module: M.Module) -> bool:

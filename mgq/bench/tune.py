@@ -1,0 +1,87 @@
+"""Which exact rewrites of a network's ONNX file pay on this machine: measured, not assumed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from mgq.bench.contest import Contestant, Loaded, contest
+from mgq.bench.engines import FromFile, away
+from mgq.bench.settings import Precision, Settings
+from mgq.bench.statistics import Speedup, speedup_of
+from mgq.deploy.graph import graph_of
+from mgq.deploy.rewrite import REWRITES
+from mgq.engine.dump import dump_classifier, source_of
+from mgq.engine.networks import Classifier
+from mgq.errors import FailureError
+from mgq.events import OnProgress, silent
+from mgq.runtime.registry import AUTO, engine_for
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a network: names of rewrites, and how many times as fast as without any it is in ``engine``."""
+
+    rewrites: tuple[str, ...]
+    engine: str
+    speedup: Speedup
+
+
+def measured_forms(
+    classifier: Classifier, batch: int = 1, on_progress: OnProgress = silent, rounds: int = ROUNDS
+) -> list[Form]:
+    """Every rewrite that changes the network, and all together, beside none, in the fastest installed engine.
+
+    One thread, interleaved rounds. The answers have to be those of the plain file. Raises FailureError where an engine
+    fails, InputError where none is installed.
+    """
+    settings = Settings(batch=batch, image_size=classifier.image_size, rounds=rounds)
+    with tempfile.TemporaryDirectory(prefix="mgq-tune-") as folder:
+        forms = [(), *applicable(classifier)]
+        contestants = []
+        for number, rewrites in enumerate(forms):
+            path = Path(folder) / f"{number}.onnx"
+            dump_classifier(classifier, path, batch=batch, rewrites=rewrites)
+            engine = engine_for(path, AUTO)
+            start = partial(loaded, path, engine.key, settings, engine.package)
+            precision = Precision.INT8 if classifier.fake_quantized is not None else Precision.FP32
+            contestants.append(Contestant(name_of(rewrites), precision, engine.name, start, answers="all"))
+        entries = contest(contestants, rounds, on_progress=on_progress)
+    for entry in entries:
+        if entry.problem is not None:
+            raise FailureError(f"the form '{entry.contestant.network}' cannot be measured: {entry.problem}")
+        if entry.agreement is None or not entry.agreement.holds:
+            raise FailureError(f"the form '{entry.contestant.network}' gives other answers")
+    plain = entries[0].rounds
+    return [
+        Form(rewrites, entry.contestant.engine, speedup_of(entry.rounds, plain))
+        for rewrites, entry in zip(forms, entries, strict=True)
+    ]
+
+
+def loaded(path: Path, key: str, settings: Settings, package: str) -> Loaded:
+    return Loaded(away(path.stem, FromFile(key, path), 1, settings, package), "", path.stat().st_size)
+
+
+def applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
+    """The rewrites that change the network, each alone and all together."""
+    graph = graph_of(source_of(classifier), classifier.image_size)
+    names = [name for name, rewrite in REWRITES.items() if rewrite(graph) is not graph]
+    for number in range(1, len(names) + 1):
+        yield from combinations(names, number)
+
+
+def fastest(forms: Sequence[Form]) -> Form:
+    """The fastest of ``forms``; the plain one, which is first, unless another is faster beyond doubt."""
+    sure = [form for form in forms if form.speedup.low is not None and form.speedup.low > 1.0]
+    return max(sure, key=lambda form: form.speedup.median, default=forms[0])
+
+
+def name_of(rewrites: Sequence[str]) -> str:
+    return " and ".join(rewrites) or "plain"

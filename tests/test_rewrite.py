@@ -1,0 +1,142 @@
+"""Exact rewrites of exported graphs: the file answers to the bit as without them, and only where they apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mgq.bench import tune
+from mgq.bench.statistics import Speedup
+from mgq.bench.tune import Form, applicable, fastest, measured_forms
+from mgq.deploy.graph import Convolution, Graph, Transpose, graph_of, macs_of
+from mgq.deploy.onnx import write_onnx
+from mgq.deploy.rewrite import REWRITES, dense, in_blocks, stem_on_half_the_grid, without_shuffles
+from mgq.engine.networks import random_classifier
+from mgq.quant.modes import Mode
+from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.runtime.registry import ENGINES
+
+SIZE = 64
+SHUFFLENET = "shufflenet_v1_x0_5_g3"
+PIXELS = np.random.default_rng(3).integers(0, 256, (2, 3, SIZE, SIZE), dtype=np.uint8)
+
+
+def graph(arch: str, target: Target = ONNX, mode: Mode = Mode.QAT) -> Graph:
+    return graph_of(random_classifier(arch, mode, image_size=SIZE, target=target).network, SIZE)
+
+
+@pytest.mark.parametrize("target", [ONNX, MEGENGINE], ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("arch", "rewrites"),
+    [
+        (SHUFFLENET, ("shuffles",)),
+        (SHUFFLENET, ("stem",)),
+        ("resnet18", ("stem",)),
+        ("efficientnet_lite0", ("stem",)),
+        (SHUFFLENET, ("shuffles", "stem")),
+    ],
+)
+def test_int8_answers_are_the_same_to_the_bit(
+    arch: str, rewrites: tuple[str, ...], target: Target, tmp_path: Path
+) -> None:
+    network = random_classifier(arch, Mode.QAT, image_size=SIZE, target=target).network
+    logits = {}
+    for name, used in (("plain", ()), ("rewritten", rewrites)):
+        path = tmp_path / f"{name}.onnx"
+        write_onnx(network, path, image_size=SIZE, batch=2, provenance={}, rewrites=used)
+        for engine in ENGINES[:2]:
+            logits[name, engine.name] = engine.load(path, 1).run(PIXELS)
+    for engine in ENGINES[:2]:
+        assert logits["plain", engine.name].std() > 0
+        assert np.array_equal(logits["plain", engine.name], logits["rewritten", engine.name]), engine.name
+
+
+def test_no_shuffle_is_left_and_the_products_that_count_are_the_same() -> None:
+    before = graph(SHUFFLENET)
+    after = without_shuffles(before)
+    assert sum(isinstance(node, Transpose) for node in before.nodes) == 16
+    assert not any(isinstance(node, Transpose) for node in after.nodes)
+    nonzero = [
+        sum(int(np.count_nonzero(node.integers)) for node in one.nodes if isinstance(node, Convolution))
+        for one in (before, after)
+    ]
+    assert nonzero[0] == nonzero[1]
+    assert macs_of(after) > macs_of(before)
+
+
+def test_the_stem_runs_on_half_the_side() -> None:
+    after = stem_on_half_the_grid(graph("resnet18"))
+    stem = after.nodes[3]
+    assert isinstance(stem, Convolution)
+    assert stem.weight.shape == (64, 12, 4, 4) and stem.stride == (1, 1)
+    assert (stem.padding, stem.padding_end) == ((2, 2), (1, 1))
+
+
+@pytest.mark.parametrize(("arch", "name"), [("resnet18", "shuffles"), ("mobilenet_v2", "shuffles")])
+def test_what_does_not_apply_leaves_the_graph_alone(arch: str, name: str) -> None:
+    before = graph(arch)
+    assert REWRITES[name](before) is before
+
+
+def test_a_float_network_keeps_its_stem() -> None:
+    before = graph("resnet18", mode=Mode.NORMAL)
+    assert stem_on_half_the_grid(before) is before
+
+
+def convolved(pixels: npt.NDArray[np.int64], weight: npt.NDArray[np.int64], stride: int) -> npt.NDArray[np.int64]:
+    """(C, H, W) with weights (O, C, K, K), no padding."""
+    size = weight.shape[2]
+    places = range(0, pixels.shape[1] - size + 1, stride)
+    found = [[np.tensordot(weight, pixels[:, y : y + size, x : x + size], 3) for x in places] for y in places]
+    return np.array(found).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(7, 3), (3, 1), (5, 1)])
+def test_weights_in_blocks_see_the_same_pixels(size: int, padding: int) -> None:
+    rng = np.random.default_rng(size)
+    pixels, weight = rng.integers(-9, 9, (3, 16, 16)), rng.integers(-9, 9, (4, 3, size, size))
+    first, last = -padding // 2, (size - 1 - padding) // 2
+    blocks = pixels.reshape(3, 8, 2, 8, 2).transpose(2, 4, 0, 1, 3).reshape(12, 8, 8)
+    ends = (-first, last)
+    found = convolved(np.pad(blocks, ((0, 0), ends, ends)), in_blocks(weight, padding, first, last), 1)
+    below = padding + size  # more than enough, cut off again
+    wanted = convolved(np.pad(pixels, ((0, 0), (padding, below), (padding, below))), weight, 2)
+    assert np.array_equal(found, wanted[:, : found.shape[1], : found.shape[2]])
+
+
+def test_a_dense_convolution_is_the_grouped_one_with_zeros() -> None:
+    weight = np.arange(1, 13).reshape(4, 3, 1, 1)
+    found = dense(weight, 2)[:, :, 0, 0]
+    assert found.tolist() == [
+        [1, 2, 3, 0, 0, 0],
+        [4, 5, 6, 0, 0, 0],
+        [0, 0, 0, 7, 8, 9],
+        [0, 0, 0, 10, 11, 12],
+    ]
+
+
+def test_the_forms_that_apply_are_measured_beside_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = random_classifier(SHUFFLENET, Mode.QAT, image_size=SIZE, target=ONNX)
+    assert list(applicable(classifier)) == [("shuffles",), ("stem",), ("shuffles", "stem")]
+    monkeypatch.setattr(tune, "applicable", lambda _: [("shuffles",)])
+    plain, other = measured_forms(classifier, rounds=2)
+    assert plain.rewrites == () and plain.speedup.median == 1.0
+    assert other.rewrites == ("shuffles",) and other.speedup.median > 0
+
+
+@pytest.mark.parametrize(
+    ("speedups", "kept"),
+    [
+        ([(1.2, 1.1), (1.3, 1.2)], ("b",)),
+        ([(1.2, 1.1), (1.3, 0.9)], ("a",)),
+        ([(0.8, 0.7), (1.3, 0.99)], ()),
+        ([], ()),
+    ],
+)
+def test_only_what_is_faster_beyond_doubt_is_kept(speedups: list[tuple[float, float]], kept: tuple[str, ...]) -> None:
+    forms = [Form((), "E", Speedup(1.0, 1.0, 1.0))]
+    forms += [Form((name,), "E", Speedup(*found, 2.0)) for name, found in zip("ab", speedups, strict=False)]
+    assert fastest(forms).rewrites == kept
