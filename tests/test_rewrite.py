@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ PIXELS = np.random.default_rng(3).integers(0, 256, (2, 3, SIZE, SIZE), dtype=np.
 
 def graph(arch: str, target: Target = ONNX, mode: Mode = Mode.QAT) -> Graph:
     return graph_of(random_classifier(arch, mode, image_size=SIZE, target=target).network, SIZE)
+
+
+def convolutions(found: Graph) -> list[Any]:
+    return [node for node in found.nodes if isinstance(node, Convolution)]
 
 
 @pytest.mark.parametrize("target", [ONNX, MEGENGINE], ids=lambda target: target.name)
@@ -59,10 +64,7 @@ def test_no_shuffle_is_left_and_the_products_that_count_are_the_same() -> None:
     after = without_shuffles(before)
     assert sum(isinstance(node, Transpose) for node in before.nodes) == 16
     assert not any(isinstance(node, Transpose) for node in after.nodes)
-    nonzero = [
-        sum(int(np.count_nonzero(node.integers)) for node in one.nodes if isinstance(node, Convolution))
-        for one in (before, after)
-    ]
+    nonzero = [sum(int(np.count_nonzero(one.integers)) for one in convolutions(found)) for found in (before, after)]
     assert nonzero[0] == nonzero[1]
     assert macs_of(after) > macs_of(before)
 
