@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": FLOOR | {"files"},
     "quant": FLOOR | {"files", "zoo"},
     "deploy": FLOOR | {"files", "zoo", "quant"},
-    "runtime": FLOOR | {"files", "deploy"},
+    "runtime": FLOOR | {"files", "quant", "deploy"},
     "engine": FLOOR | {"files", "zoo", "data", "quant", "deploy", "runtime"},
     "bench": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime"},
     "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},

@@ -102,7 +102,9 @@ def test_two_threads_give_the_bits_of_one(tmp_path: Path, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", BOTH)
 def test_a_traced_network_answers_to_the_bit_as_eager(mode: Mode) -> None:
-    traced, eager = TracedRuntime(small(mode)), EagerRuntime(small(mode))
+    # A float one as its folded and fused twin, which rounds otherwise than batch norms that are computed.
+    eager = EagerRuntime(fused(small(mode)) if mode is Mode.NORMAL else small(mode))
+    traced = TracedRuntime(small(mode))
     for batch in np.split(pictures(6), 3):
         np.testing.assert_array_equal(traced.run(batch), eager.run(batch))
 

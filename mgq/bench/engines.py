@@ -14,7 +14,8 @@ import numpy as np
 
 from mgq.bench.contest import Contestant, Loaded, References
 from mgq.bench.environment import Machine
-from mgq.bench.peak import PeakLoop, instruction_for
+from mgq.bench.loaders import FromCheckpoint, FromFile, Peak
+from mgq.bench.peak import instruction_for
 from mgq.bench.players import Away, Batch, Seat
 from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
@@ -89,44 +90,6 @@ class Job:
         return path
 
 
-@dataclass(frozen=True)
-class FromCheckpoint:
-    """Loads MegEngine itself, on a network that is built from a checkpoint: in whatever process it is called."""
-
-    traced: bool
-    path: Path
-    mode: Mode
-    image_size: int
-
-    def __call__(self, threads: int) -> Runtime:
-        from mgq.runtime.megengine import EagerRuntime, TracedRuntime
-
-        network = open_classifier(checkpoint=self.path, mode=self.mode, image_size=self.image_size).network
-        return (TracedRuntime if self.traced else EagerRuntime)(network, threads)
-
-
-@dataclass(frozen=True)
-class FromFile:
-    """Loads an engine on a file: in whatever process it is called."""
-
-    engine: str
-    path: Path
-
-    def __call__(self, threads: int) -> Runtime:
-        return engine_called(self.engine).load(self.path, threads)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Loads the loop that measures the processor's ceiling."""
-
-    precision: Precision
-    features: tuple[str, ...]
-
-    def __call__(self, threads: int) -> Runtime:
-        return PeakLoop(self.precision, self.features, threads)
-
-
 Start: TypeAlias = Callable[[Job, int], Loaded]
 """Gets an engine going with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
 
@@ -136,7 +99,7 @@ def in_megengine(traced: bool, job: Job, threads: int) -> Loaded:
         name = "traced" if traced else "eager"
         raise FailureError(f"MegEngine {name} computes on one thread; for {threads}, use MegEngine Lite")
     mode = Mode.NORMAL if job.precision is Precision.FP32 else Mode.QUANTIZED
-    load = FromCheckpoint(traced, job.checkpoint, mode, job.settings.image_size)
+    load = FromCheckpoint(traced, job.checkpoint, mode.value, job.settings.image_size)
     return Loaded(seated(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from mgq.engine.processes import Answering, Channel
 from mgq.errors import FailureError
+from mgq.machine import muted_stderr
 from mgq.runtime.base import Runtime
 
 Batch = npt.NDArray[np.uint8]
@@ -155,11 +157,12 @@ class Service:
 
     def __call__(self, channel: Channel) -> None:
         seat = self.seat
-        for name in seat.imports:
-            prepared(name)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, seat.cores)
-        runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
+        with muted_stderr():  # What libraries say when they are loaded is no news.
+            for name in seat.imports:
+                import_module(name)
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, seat.cores)
+            runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
         player = SideBySide(runtimes, self.batch) if seat.copies > 1 else Present(runtimes[0], self.batch)
         channel.send(Greeting(player.name, player.version, player.threads, player.macs))
         for question, *arguments in channel.questions():
@@ -183,16 +186,6 @@ def most_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
-def prepared(module: str) -> None:
-    """Import ``module``; what libraries say on standard error meanwhile is no news."""
-    from importlib import import_module
-
-    from mgq.machine import muted_stderr
-
-    with muted_stderr():
-        import_module(module)
 
 
 class Away:

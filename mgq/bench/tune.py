@@ -10,7 +10,8 @@ from itertools import combinations
 from pathlib import Path
 
 from mgq.bench.contest import Contestant, Loaded, contest
-from mgq.bench.engines import FromFile, away
+from mgq.bench.engines import away
+from mgq.bench.loaders import FromFile
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, speedup_of
 from mgq.deploy.graph import graph_of

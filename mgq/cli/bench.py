@@ -192,7 +192,7 @@ def show(report: Report, console: Console) -> None:
     for network in report.settings.networks:
         console.print()
         console.print(Text.assemble((network, "bold cyan"), f": {report.weights_of(network)}"))
-        console.print(table_of(report.rows_of(network)))
+        show_rows(report.rows_of(network), console)
         for found in report.comparisons(network):
             console.print(Text(f"* {comparison_text(found)}"))
     console.print()
@@ -205,16 +205,20 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(f"! {remark}", style="yellow"))
 
 
-def table_of(rows: tuple[Row, ...]) -> Table:
+def show_rows(rows: tuple[Row, ...], console: Console) -> None:
     """The rows of one network, with a line above those of the same precision on as many threads."""
+    from rich.text import Text
+
     from mgq.bench.tables import COLUMNS, cells, groups
 
-    texts: list[tuple[str, ...]] = []
-    styles: list[str | None] = []
-    for title, members in groups(rows).items():
-        texts += [(title,), *(cells(row) for row in members)]
-        styles += ["bold", *(None if row.sound else "yellow" for row in members)]
-    return plain_table(COLUMNS, texts, styles, left=1, gap=1)
+    texts = {title: [cells(row) for row in members] for title, members in groups(rows).items()}
+    widths = [
+        max(map(len, column)) for column in zip(COLUMNS, *(row for part in texts.values() for row in part), strict=True)
+    ]
+    for place, (title, members) in enumerate(groups(rows).items()):
+        styles = [None if row.sound else "yellow" for row in members]
+        console.print(Text(title, style="bold"))
+        console.print(plain_table(COLUMNS, texts[title], styles, left=1, gap=1, widths=widths, header=place == 0))
 
 
 def plain_table(
@@ -223,13 +227,16 @@ def plain_table(
     styles: Sequence[str | None] | None = None,
     left: int = 2,
     gap: int = 2,
+    widths: Sequence[int] | None = None,
+    header: bool = True,
 ) -> Table:
-    """A table without lines whose first ``left`` columns are aligned left."""
+    """A table without lines whose first ``left`` columns are aligned left; ``widths`` are the least ones."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    table = Table(box=None, show_header=header, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
+        width = widths[place] if widths is not None else None
+        table.add_column(column, justify="left" if place < left else "right", no_wrap=True, min_width=width)
     for row, style in zip(rows, styles or [None] * len(rows), strict=True):
         table.add_row(*row, style=style)
     return table

@@ -145,18 +145,31 @@ def run_in_lite(graph: bytes, fed: npt.NDArray[Any]) -> Logits:
 
 def run_in_megengine(graph: bytes, fed: npt.NDArray[Any]) -> Logits:
     """Load ``graph`` by MegEngine and run it once, operator by operator as it is written."""
-    loaded = megbrain_graph.load_graph(io.BytesIO(graph))
-    loaded.graph.options.graph_opt_level = 0
-    outputs, inputs = convert_inputs(loaded.output_vars_list)
-    outputs, results = convert_outputs(outputs)
-    function = loaded.graph.compile(outputs)
-    for node in inputs.values():
-        node.set_value(Tensor(fed)._dev_tensor())
-    function.execute()
-    function.wait()
-    (result,) = results.values()
-    logits: Logits = result.get_value().numpy().copy()
-    return logits
+    return CompiledGraph(graph).run(fed)
+
+
+class CompiledGraph:
+    """A serialized graph in MegEngine itself, compiled as it is written, on one thread.
+
+    A function of ``megengine.jit.trace`` computes the same bits at two thirds of the speed: its graph is not optimized
+    for inference, and every call checks it against Python.
+    """
+
+    def __init__(self, graph: bytes) -> None:
+        loaded = megbrain_graph.load_graph(io.BytesIO(graph))
+        loaded.graph.options.graph_opt_level = 0
+        outputs, inputs = convert_inputs(loaded.output_vars_list)
+        outputs, results = convert_outputs(outputs)
+        (self.input,), (self.output,) = inputs.values(), results.values()
+        self.function = loaded.graph.compile(outputs)
+
+    def run(self, fed: npt.NDArray[Any]) -> Logits:
+        """``fed`` has the shape and type that the graph takes. The logits are a copy, and stay as they are."""
+        self.input.set_value(Tensor(fed)._dev_tensor())
+        self.function.execute()
+        self.function.wait()
+        logits: Logits = self.output.get_value().numpy().copy()
+        return logits
 
 
 class LiteGraph:

@@ -7,9 +7,10 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
-from megengine.jit import trace
 
+from mgq.deploy.mge import CompiledGraph, fused, graph_of
 from mgq.errors import FailureError
+from mgq.quant.modes import Mode, mode_of
 
 ONE_THREAD = 1
 
@@ -35,16 +36,18 @@ class EagerRuntime:
 
 
 class TracedRuntime(EagerRuntime):
-    """``network`` traced on its first batch and run as one graph; later batches must have the same shape."""
+    """``network`` traced on its first batch, optimized for inference and compiled as one graph.
+
+    A float network has its batch norms folded first. Later batches must have the same shape.
+    """
 
     name = "MegEngine traced"
 
     def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
-        super().__init__(network, threads)
-        self.traced = trace(
-            lambda pixels: network(pixels.astype("float32") - 128), symbolic=True, capture_as_const=True
-        )
+        super().__init__(fused(network) if mode_of(network) is Mode.NORMAL else network, threads)
+        self.graph: CompiledGraph | None = None
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        result: npt.NDArray[np.float32] = self.traced(Tensor(batch)).numpy()
-        return result
+        if self.graph is None:
+            self.graph = CompiledGraph(graph_of(self.network, batch, "uint8"))
+        return self.graph.run(batch)
