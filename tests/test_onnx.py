@@ -27,7 +27,7 @@ from mgq.files.onnx_file import read_onnx
 from mgq.quant.calibrate import calibrated_network
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import quantized_layers
-from mgq.quant.targets import MEGENGINE, ONNX, UNSIGNED, Target, channel_scales, is_never_negative, target_of
+from mgq.quant.targets import MEGENGINE, ONNX, ONNX_AVX2, UNSIGNED, Target, channel_scales, is_never_negative, target_of
 from mgq.runtime.registry import ENGINES, Engine, engine_for, load
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of
@@ -192,6 +192,23 @@ class TestTarget:
         )
         scales = channel_scales(Tensor(weight)).numpy()
         np.testing.assert_allclose(scales[:, 0], np.abs(weight).max(1) / 127, rtol=1e-6)
+
+    @pytest.mark.parametrize("compensate", [False, True])
+    def test_without_vnni_weights_stay_where_no_sum_saturates(self, compensate: bool, tmp_path: Path) -> None:
+        arch = "shufflenet_v1_x0_5_g3"
+        network = calibrated_network(
+            float_network(arch), [PICTURES], arch, "", {}, compensate=compensate, target=ONNX_AVX2
+        )[0]
+        assert target_of(network) is ONNX_AVX2
+        found = [n.integers for n in graph_of(network, SIZE).nodes if isinstance(n, Convolution | Linear)]
+        assert max(int(np.abs(integers.astype(int)).max()) for integers in found if integers is not None) == 64
+        # Two products of uint8 and such a weight, as vpmaddubsw adds them in 16 bits with a sign.
+        assert 2 * 255 * 64 <= np.iinfo(np.int16).max < 2 * 255 * 65
+        path = tmp_path / "net.onnx"
+        write_onnx(network, path, image_size=SIZE, batch=None, provenance={})
+        for engine in ENGINES[:2]:
+            logits = load(path, engine.key).run(PICTURES)
+            assert signal_to_noise(logits, logits_of(network, PICTURES)) > 18
 
     def test_a_channel_of_zeros_has_a_scale(self) -> None:
         assert (channel_scales(Tensor(np.zeros((2, 3), np.float32))).numpy() > 0).all()

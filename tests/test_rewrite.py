@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def test_no_shuffle_is_left_and_the_products_that_count_are_the_same() -> None:
     nonzero = [sum(int(np.count_nonzero(one.integers)) for one in convolutions(found)) for found in (before, after)]
     assert nonzero[0] == nonzero[1]
     assert macs_of(after) > macs_of(before)
+
+
+def test_only_shuffles_that_cost_little_are_folded_where_that_is_asked_for() -> None:
+    before = graph(SHUFFLENET)
+    left = [
+        sum(isinstance(node, Transpose) for node in without_shuffles(before, most).nodes) for most in (0, 100, math.inf)
+    ]
+    assert left[0] == 15  # the first one is behind a dense convolution, which costs nothing
+    assert left[0] > left[1] > left[2] == 0
 
 
 def test_the_stem_runs_on_half_the_side() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -79,10 +81,14 @@ def dump(
       mgq dump --format onnx
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
-    from mgq.cli.console import out, progress
+    from mgq.cli.console import import_megengine, out, progress
+
+    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.engine.dump import opened_for
 
     with progress() as on_progress:
-        classifier = opened(arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target)
+        where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
+        classifier = opened_for(partial(opened, *where), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune)
     if check not in CHECKS:
         raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")

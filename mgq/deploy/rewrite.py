@@ -6,6 +6,7 @@ Which of them pay depends on how a processor's speed of multiplying compares wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,13 +18,14 @@ from mgq.deploy.graph import Convolution, Graph, Integers, Node, Reshape, Transp
 SHUFFLE = (Reshape, Transpose, Reshape)
 
 
-def without_shuffles(graph: Graph) -> Graph:
-    """``graph`` with channel shuffles folded into the convolutions before them.
+def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
+    """``graph`` with channel shuffles folded into the convolutions before them, where that costs at most ``most``.
 
     It is done where a 1x1 convolution, a depthwise one, or none, and a shuffle follow each other. The 1x1 convolution
     becomes a dense one, zero outside of its groups, whose outputs come in the shuffled order, and the depthwise one
     takes them so: no memory is moved, and wide matrix products keep the processor busier than narrow ones. All sums
-    are of the same products and zeros, so integers are the same; float sums may be added up in another order.
+    are of the same products and zeros, so integers are the same; float sums may be added up in another order. The cost
+    is what is multiplied with those zeros for each number that is no longer moved.
     """
     nodes: list[Node] = []
     left = list(graph.nodes)
@@ -32,7 +34,7 @@ def without_shuffles(graph: Graph) -> Graph:
         for depthwise in (0, 1):
             found = left[: 1 + depthwise + len(SHUFFLE)]
             order = order_behind(graph, found, depthwise)
-            if order is not None:
+            if order is not None and cost_of(graph, found) <= most:
                 convolutions = [in_order(node, order) for node in found if isinstance(node, Convolution)]
                 convolutions[-1] = replace(convolutions[-1], output=found[-1].output)
                 nodes += convolutions
@@ -67,6 +69,15 @@ def order_behind(graph: Graph, nodes: list[Node], depthwise: int) -> list[int] |
         elif isinstance(node, Transpose):
             numbers = numbers.transpose(node.axes)
     return [int(number) for number in numbers.ravel()] if numbers.shape == (1, channels, 1, 1) else None
+
+
+def cost_of(graph: Graph, nodes: list[Node]) -> float:
+    """Products with zeros in the first of ``nodes``, made dense, for each number that the last one moves."""
+    first = nodes[0]
+    assert isinstance(first, Convolution)
+    inputs = first.weight.shape[1]
+    made, moved = (int(np.prod(graph.shapes[node.output][2:])) for node in (first, nodes[-1]))
+    return inputs * (first.groups - 1) * made / moved
 
 
 def in_order(node: Convolution, order: list[int]) -> Convolution:

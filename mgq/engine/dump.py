@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.files.atomic import ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
-from mgq.quant.targets import MEGENGINE
+from mgq.quant.targets import MEGENGINE, ONNX
 
 INPUTS = ("uint8", "int8", "float32")
 SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx"}
@@ -49,6 +50,18 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
         its = classifier.target.name
         raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
     return found
+
+
+def opened_for(
+    opening: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
+) -> Classifier:
+    """What ``opening`` gives for ``target``. Where that is open, and an ONNX file is wanted, the target onnx is tried
+    first: ranges that come with float weights may be there for it, too."""
+    is_onnx = kind == "onnx" or (path is not None and path.suffix == SUFFIXES["onnx"])
+    if target is None and is_onnx:
+        with contextlib.suppress(InputError):
+            return opening(ONNX.name)
+    return opening(target)
 
 
 def dump_classifier(
@@ -134,6 +147,13 @@ def dump(
     that and :func:`dump_classifier` do.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
-    classifier = open_classifier(arch, Path(checkpoint) if checkpoint is not None else None, mode, **choice)
+    target = choice.pop("target", None)
+
+    def opening(target: str | None) -> Classifier:
+        return open_classifier(
+            arch, Path(checkpoint) if checkpoint is not None else None, mode, target=target, **choice
+        )
+
+    classifier = opened_for(opening, Path(path), None, target)
     dump_classifier(classifier, Path(path), input_type, batch)
     return Path(path)
