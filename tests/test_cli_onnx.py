@@ -77,6 +77,24 @@ def test_without_output_the_file_is_called_after_the_target(mgq: Mgq, calibrated
     assert Path(f"{ARCH}.quantized.onnx").is_file() and not Path(f"{ARCH}.quantized.megengine").exists()
 
 
+@pytest.mark.parametrize(("options", "target"), [((), "onnx"), (("--target", "megengine"), "megengine")])
+def test_installed_ranges_for_the_target_of_the_format_are_taken(
+    mgq: Mgq, options: tuple[str, ...], target: str
+) -> None:
+    said = mgq("dump", "--format", "onnx", "--check", "none", "-o", "net.onnx", *options)
+    assert said.code == 0, said.err
+    assert f"target {target}, weights: ImageNet weights" in said.out
+
+
+def test_rewrites_are_measured_and_the_file_answers_as_before(mgq: Mgq, calibrated: Path) -> None:
+    said = mgq("dump", "-c", calibrated, "--tune", "--check", "logits", "-o", "net.onnx")
+    assert said.code == 0, said.err
+    assert "times as fast as plain in OpenVINO" in said.out and "; kept: " in said.out
+    assert "same answer 100.0 %" in said.out
+    plain = mgq("dump", "-c", calibrated, "--tune", "--format", "megengine")
+    assert plain.code == 2
+
+
 def test_eval_of_a_file_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, pictures: Path) -> None:
     assert mgq("dump", "-c", calibrated, "--batch", "0", "-o", "net.onnx", "--check", "none").code == 0
     found = []
