@@ -97,7 +97,9 @@ def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
     network = simulated(arch, target)
     found = layer_parities(engine, written(arch, target, folder), network, PICTURES[:2])
     convolutions = [name for name, layer in quantized_layers(network).items() if layer.weight_observer is not None]
-    assert {entry.layer for entry in found} >= set(convolutions)
+    # Folded into a dense convolution, the first shuffle of ShuffleNet leaves these outputs in another order.
+    folded = {"features.0.branch_main_1.0", "features.0.branch_main_1.1"} if "shuffle" in arch else set()
+    assert {entry.layer for entry in found} >= set(convolutions) - folded
     assert max(entry.largest for entry in found) <= 1
     values = sum(entry.values for entry in found)
     assert sum(entry.share * entry.values for entry in found) <= 1e-3 * values

@@ -31,7 +31,7 @@ from mgq.deploy.graph import (
     Weighted,
     graph_of,
 )
-from mgq.deploy.rewrite import REWRITES
+from mgq.deploy.rewrite import REWRITES, without_shuffles
 from mgq.errors import FailureError
 from mgq.files.atomic import atomic_write
 from mgq.files.onnx_file import METADATA, imported
@@ -63,12 +63,14 @@ def write_onnx(
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
 
+    Channel shuffles behind a dense convolution are folded into it, which costs nothing.
+
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
     logits. ``rewrites`` are names of :data:`mgq.deploy.rewrite.REWRITES`. ``provenance`` lies as JSON in its metadata.
     ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
     be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
     """
-    graph = graph_of(network, image_size)
+    graph = without_shuffles(graph_of(network, image_size), most=0)
     for name in rewrites:
         graph = REWRITES[name](graph)
     onnx = imported("onnx")

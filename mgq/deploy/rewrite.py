@@ -28,6 +28,7 @@ def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
     is what is multiplied with those zeros for each number that is no longer moved.
     """
     nodes: list[Node] = []
+    grids, shapes = dict(graph.grids), dict(graph.shapes)
     left = list(graph.nodes)
     while left:
         taken = 1
@@ -37,13 +38,24 @@ def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
             if order is not None and cost_of(graph, found) <= most:
                 convolutions = [in_order(node, order) for node in found if isinstance(node, Convolution)]
                 convolutions[-1] = replace(convolutions[-1], output=found[-1].output)
+                if depthwise:
+                    # In another order it is another tensor, and is not to be taken for the layer's own output.
+                    before = found[0].output
+                    between = f"{before}/shuffled"
+                    convolutions[0] = replace(convolutions[0], output=between)
+                    convolutions[1] = replace(convolutions[1], inputs=(between,))
+                    shapes[between] = shapes[before]
+                    if before in grids:
+                        grids[between] = grids[before]
                 nodes += convolutions
                 taken = len(found)
                 break
         else:
             nodes.append(left[0])
         left = left[taken:]
-    return replace(graph, nodes=tuple(nodes)) if len(nodes) < len(graph.nodes) else graph
+    if len(nodes) == len(graph.nodes):
+        return graph
+    return replace(graph, nodes=tuple(nodes), grids=grids, shapes=shapes)
 
 
 def order_behind(graph: Graph, nodes: list[Node], depthwise: int) -> list[int] | None:
