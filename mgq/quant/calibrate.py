@@ -16,6 +16,7 @@ from megengine.quantization.utils import QParams
 
 from mgq.errors import InputError
 from mgq.quant.bias_correction import BiasCorrection
+from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
@@ -94,11 +95,14 @@ def calibrated_network(
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
-    With ``compensate`` its weights are rounded so that their errors make up for each other
-    (:mod:`mgq.quant.rounding`). Then the ranges are those of these weights, biases corrected, and of no others.
+    With ``compensate`` weights that can never matter become 0 (:mod:`mgq.quant.dead_channels`), and the others are
+    rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges are those of these
+    weights, biases corrected, and of no others.
     ``target`` is what a float network is quantized for.
     """
     checked_method(method)
+    if compensate:
+        network, in_place = without_dead_channels(network, in_place)[0], True
     watched = to_mode(network, Mode.QAT, target, in_place)
     watched.eval()
     disable_fake_quant(watched)
