@@ -20,7 +20,7 @@ from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
-from mgq.quant.modes import Mode, to_mode
+from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
 from mgq.quant.targets import MEGENGINE, Target, target_of
@@ -95,13 +95,13 @@ def calibrated_network(
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
-    With ``compensate`` weights that can never matter become 0 (:mod:`mgq.quant.dead_channels`), and the others are
-    rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges are those of these
-    weights, biases corrected, and of no others.
+    With ``compensate`` a float network's weights that can never matter become 0 (:mod:`mgq.quant.dead_channels`), and
+    the others are rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges are
+    those of these weights, biases corrected, and of no others.
     ``target`` is what a float network is quantized for.
     """
     checked_method(method)
-    if compensate:
+    if compensate and mode_of(network) is Mode.NORMAL:
         network, in_place = without_dead_channels(network, in_place)[0], True
     watched = to_mode(network, Mode.QAT, target, in_place)
     watched.eval()
