@@ -21,6 +21,8 @@ from onnx import numpy_helper
 from mgq.deploy.graph import Convolution, Linear, graph_of
 from mgq.deploy.onnx import write_onnx
 from mgq.engine.deployed import DeployedNetwork, int8_of
+from mgq.engine.files import with_engine
+from mgq.engine.networks import random_classifier
 from mgq.engine.parity import layer_parities
 from mgq.errors import FailureError, InputError
 from mgq.files.onnx_file import read_onnx
@@ -28,7 +30,8 @@ from mgq.quant.calibrate import calibrated_network
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import quantized_layers
 from mgq.quant.targets import MEGENGINE, ONNX, ONNX_AVX2, UNSIGNED, Target, channel_scales, is_never_negative, target_of
-from mgq.runtime.registry import ENGINES, Engine, engine_for, load
+from mgq.quant.targets import TARGETS as TARGETS_BY_NAME
+from mgq.runtime.registry import AUTO, ENGINES, Engine, engine_for, load
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of
 
@@ -230,6 +233,13 @@ class TestTarget:
 
 
 class TestEngines:
+    @pytest.mark.parametrize("target", TARGETS_BY_NAME.values(), ids=lambda target: target.name)
+    def test_every_target_runs_in_the_engine_that_is_chosen_for_it(self, target: Target) -> None:
+        classifier = random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=SIZE, target=target)
+        chosen = with_engine(classifier, AUTO, threads=1)
+        assert chosen.origin.rpartition("; in ")[2].startswith("MegEngine Lite" if target is MEGENGINE else "OpenVINO")
+        assert chosen.logits(PICTURES).shape == (len(PICTURES), 1000)
+
     def test_each_reads_its_files(self) -> None:
         assert engine_for(Path("a.onnx")).key == "openvino"
         assert engine_for(Path("a.megengine")).key == "lite"

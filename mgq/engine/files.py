@@ -10,7 +10,7 @@ from typing import Any
 
 from mgq.data.loader import cores
 from mgq.engine.deployed import DeployedNetwork
-from mgq.engine.dump import SUFFIXES, dump_classifier
+from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, printable
 from mgq.files.onnx_file import read_onnx
@@ -53,7 +53,7 @@ def about_of(path: Path) -> Mapping[str, Any]:
 
 def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
     """``classifier`` in the engine called ``key``, by way of a temporary file. Raises as the dump and the engine do."""
-    suffix = SUFFIXES[classifier.target.name] if key == AUTO else engine_called(key).suffix
+    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
     with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
         path = Path(folder) / f"network{suffix}"
         dumped = dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)

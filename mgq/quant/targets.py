@@ -173,7 +173,9 @@ def target_called(name: str) -> Target:
 def target_of(network: M.Module) -> Target:
     """What a ``qat`` network imitates."""
     levels = next((module.levels for module in network.modules() if isinstance(module, ChannelFakeQuantize)), None)
-    return MEGENGINE if levels is None else ONNX_AVX2 if levels == SAFE_LEVELS else ONNX
+    if levels is None:
+        return MEGENGINE
+    return next(target for target in TARGETS.values() if target.per_channel and target.levels == levels)
 
 
 def is_never_negative(module: M.Module) -> bool:
