@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from mgq.bench.contest import Entry, contest
-from mgq.bench.engines import ENGINES, Entrant, Field
+from mgq.bench.engines import ENGINES, Entrant, Field, precision_of
 from mgq.bench.environment import Machine, this_machine
 from mgq.bench.peak import instruction_for
 from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import Precision, Settings
 from mgq.engine.networks import versions
 from mgq.events import OnProgress, Progress, silent
-from mgq.files.onnx_file import read_onnx
 
 PICTURE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
@@ -37,7 +36,7 @@ def benchmark(
     settings = settings or Settings()
     machine = this_machine()
     for path in settings.against:
-        read_onnx(path)
+        precision_of(path)
     entries: list[Entry] = []
     with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
         for network in settings.networks:

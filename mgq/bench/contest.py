@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from mgq.bench.players import Away, Logits, Player
-from mgq.bench.settings import Precision
+from mgq.bench.environment import usable_cores
+from mgq.bench.players import Logits, Player
+from mgq.bench.settings import Precision, counted
 from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress, silent
 
@@ -83,7 +82,7 @@ class Agreement:
 class Entry:
     """A contestant and what became of it: ``problem`` says why it has no times, ``rounds`` holds them.
 
-    ``peak_memory`` is in bytes, of the process that ran it; ``macs_a_run`` is what a peak's single run computes.
+    ``peak_memory`` is in bytes, of the process that ran it.
     """
 
     contestant: Contestant
@@ -91,9 +90,7 @@ class Entry:
     problem: str | None = None
     agreement: Agreement | None = None
     rounds: tuple[tuple[int, ...], ...] = ()
-    version: str = ""
     peak_memory: int | None = None
-    macs_a_run: int | None = None
 
     @property
     def player(self) -> Player:
@@ -122,8 +119,9 @@ def contest(
     at the end, when every engine has run among the others; the worse of both comparisons counts.
     """
     known: References = dict(references or {})
-    entries = loaded_entries(contestants, on_progress)
+    entries = [Entry(contestant) for contestant in contestants]
     try:
+        load(entries, on_progress)
         for entry in ready(entries):
             compare(entry, known)
         measure(entries, rounds, seed, on_progress)
@@ -141,55 +139,39 @@ def ready(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.problem is None]
 
 
-def loaded_entries(contestants: Sequence[Contestant], on_progress: OnProgress) -> list[Entry]:
-    """Every contestant, loaded or with the reason why not. As many get ready at the same time as there are cores."""
-    entries: list[Entry] = []
-    waiting: deque[Entry] = deque()
-    finished = 0
+def load(entries: Sequence[Entry], on_progress: OnProgress) -> None:
+    """Load every entry, or note why not. As many get ready at the same time as there are cores."""
+    at_once = usable_cores()
+    on_progress(Progress("prepare", 0, len(entries), "engines"))
+    for number in range(len(entries) + at_once - 1):
+        if number < len(entries):
+            begin(entries[number])
+        oldest = number - at_once + 1
+        if oldest >= 0:
+            greet(entries[oldest])
+            on_progress(Progress("prepare", oldest + 1, len(entries), "engines"))
 
-    def finish(entry: Entry) -> None:
-        nonlocal finished
-        greet(entry)
-        finished += 1
-        on_progress(Progress("prepare", finished, len(contestants), "engines"))
 
-    on_progress(Progress("prepare", 0, len(contestants), "engines"))
+def begin(entry: Entry) -> None:
     try:
-        for contestant in contestants:
-            entry = Entry(contestant)
-            entries.append(entry)
-            try:
-                entry.loaded = contestant.load()
-            except MgqError as error:
-                entry.fail(error)
-            waiting.append(entry)
-            while len(waiting) >= (os.cpu_count() or 1):
-                finish(waiting.popleft())
-        while waiting:
-            finish(waiting.popleft())
-    except BaseException:
-        for entry in entries:
-            if entry.loaded is not None:
-                entry.player.close()
-        raise
-    return entries
+        entry.loaded = entry.contestant.load()
+    except MgqError as error:
+        entry.fail(error)
 
 
 def greet(entry: Entry) -> None:
-    """Wait until the player of ``entry`` is ready, and note what it says of itself."""
+    """Wait until the player of ``entry`` is ready, if it has begun; it has to have the threads that were asked for."""
     if entry.problem is not None:
         return
-    player = entry.player
+    player, wanted = entry.player, entry.contestant.threads
     try:
-        if isinstance(player, Away):
-            player.wait_until_ready()
+        player.wait_until_ready()
     except MgqError as error:
         entry.fail(error)
         return
-    entry.version, entry.macs_a_run = player.version, player.macs
-    if player.threads != entry.contestant.threads:
-        takes = f"{player.threads} thread{'s' if player.threads > 1 else ''}"
-        entry.problem = f"{player.name} runs on {takes} where {entry.contestant.threads} were asked for"
+    if player.threads != wanted:
+        takes = counted(player.threads, "thread")
+        entry.problem = f"{player.name} runs on {takes} where {wanted} were asked for"
 
 
 # ---- the same work ----

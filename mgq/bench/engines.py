@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
@@ -21,8 +21,7 @@ from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.deploy.graph import graph_of, macs_of
-from mgq.deploy.onnx import write_onnx
-from mgq.engine.dump import dump_classifier, provenance_of, source_of
+from mgq.engine.dump import SUFFIXES, dump_classifier, source_of
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.parity import reference
 from mgq.errors import FailureError, InputError
@@ -73,20 +72,15 @@ class Job:
 
     @cached_property
     def megengine(self) -> Path:
-        path = self.file(".megengine")
-        dump_classifier(self.classifier, path, batch=self.settings.batch)
-        return path
+        return self.dumped("megengine")
 
     @cached_property
     def onnx(self) -> Path:
-        classifier, path = self.classifier, self.file(".onnx")
-        write_onnx(
-            source_of(classifier),
-            path,
-            image_size=classifier.image_size,
-            batch=self.settings.batch,
-            provenance=provenance_of(classifier),
-        )
+        return self.dumped("onnx")
+
+    def dumped(self, kind: str) -> Path:
+        path = self.file(SUFFIXES[kind])
+        dump_classifier(self.classifier, path, batch=self.settings.batch, kind=kind)
         return path
 
 
@@ -106,8 +100,7 @@ def in_megengine(traced: bool, job: Job, threads: int) -> Loaded:
 def in_engine(key: str, job: Job, threads: int) -> Loaded:
     """An engine that reads a file."""
     engine = engine_called(key)
-    if not engine.is_installed:
-        raise InputError(engine.mend)
+    engine.refuse_missing()
     path = job.megengine if engine.suffix == ".megengine" else job.onnx
     return Loaded(seated(FromFile(key, path), job, threads, engine.package), job.classifier.origin, path.stat().st_size)
 
@@ -223,7 +216,7 @@ class Field:
         return [
             Contestant(
                 network=self.network,
-                precision=Precision.INT8 if read_onnx(path).quantized else Precision.FP32,
+                precision=precision_of(path),
                 engine=engine.name,
                 load=partial(self.start_rival, engine, path, threads),
                 threads=threads,
@@ -236,8 +229,7 @@ class Field:
         ]
 
     def start_rival(self, engine: Engine, path: Path, threads: int) -> Loaded:
-        if not engine.is_installed:
-            raise InputError(engine.mend)
+        engine.refuse_missing()
         player = away(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
         return Loaded(player, str(path), path.stat().st_size)
 
@@ -263,6 +255,13 @@ class Field:
         return Loaded(away(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), "")
 
 
+@cache
+def precision_of(path: Path) -> Precision:
+    """What an ONNX file computes with. Raises InputError where it is none that an engine could read."""
+    return Precision.INT8 if read_onnx(path).quantized else Precision.FP32
+
+
+@cache
 def cat_batch(batch: int, image_size: int) -> Batch:
     """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
     crop = eval_crop(read_picture(bundled_cat()), image_size)

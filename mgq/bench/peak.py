@@ -26,7 +26,7 @@ ITERATIONS = 1_000_000
 
 @dataclass(frozen=True)
 class Instruction:
-    """A multiply-and-add of LLVM on x86: ``macs`` of it at a time, on values of types ``sum`` and ``factor``.
+    """A multiply-and-add of LLVM on x86: ``macs`` of it at a time, on values of type ``kind``.
 
     ``needs`` are the names, as in :mod:`mgq.bench.environment`, of what the processor must have.
     """
@@ -34,8 +34,7 @@ class Instruction:
     name: str
     needs: tuple[str, ...]
     intrinsic: str
-    sum: str
-    factor: str
+    kind: str
     macs: int
     features: str
 
@@ -48,7 +47,6 @@ INSTRUCTIONS = {
             ("AVX-512", "AVX-512 VNNI"),
             "llvm.x86.avx512.vpdpbusd.512",
             "<16 x i32>",
-            "<16 x i32>",
             64,
             "+avx512f,+avx512vnni",
         ),
@@ -57,14 +55,13 @@ INSTRUCTIONS = {
             ("AVX2", "AVX-VNNI"),
             "llvm.x86.avx512.vpdpbusd.256",
             "<8 x i32>",
-            "<8 x i32>",
             32,
             "+avx2,+avxvnni",
         ),
     ),
     Precision.FP32: (
-        Instruction("fma, 512 bits", ("AVX-512",), "llvm.fma.v16f32", "<16 x float>", "<16 x float>", 16, "+avx512f"),
-        Instruction("fma, 256 bits", ("AVX2", "FMA"), "llvm.fma.v8f32", "<8 x float>", "<8 x float>", 8, "+avx2,+fma"),
+        Instruction("fma, 512 bits", ("AVX-512",), "llvm.fma.v16f32", "<16 x float>", 16, "+avx512f"),
+        Instruction("fma, 256 bits", ("AVX2", "FMA"), "llvm.fma.v8f32", "<8 x float>", 8, "+avx2,+fma"),
     ),
 }
 BEYOND = {Precision.INT8: ("AMX int8",), Precision.FP32: ()}
@@ -80,7 +77,7 @@ def instruction_for(precision: Precision, features: Sequence[str]) -> Instructio
 
 def module_text(instruction: Instruction) -> str:
     """The loop in LLVM's language: ``void peak(i64 n)`` runs the instruction n times ``SUMS`` times."""
-    kind = instruction.sum
+    kind = instruction.kind
     is_fma = "fma" in instruction.intrinsic
     call = f"call {kind} @{instruction.intrinsic}"
     phis, steps, results = [], [], []
@@ -127,7 +124,7 @@ class PeakLoop:
         self.macs = instruction.macs * SUMS * ITERATIONS * threads
         self.call, self.keep = compiled(instruction)
         self.pool = ThreadPoolExecutor(threads)
-        # 64 bytes a thread, on cache lines of their own.
+        # What each thread reads and writes is on cache lines of its own.
         self.memory = np.zeros(256 * threads + 64, np.uint8)
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -39,6 +39,9 @@ class Player(Protocol):
     threads: int
     macs: int | None
 
+    def wait_until_ready(self) -> None:
+        """Before this, the others may not be called, and what it says of itself may be open."""
+
     def logits(self) -> Logits:
         """float32 (N, classes) for the pictures of the contest."""
 
@@ -58,6 +61,9 @@ class Present:
         self.runtime, self.batch, self.clock = runtime, batch, clock
         self.name, self.version, self.threads = runtime.name, runtime.version, runtime.threads
         self.macs: int | None = getattr(runtime, "macs", None)
+
+    def wait_until_ready(self) -> None:
+        pass
 
     def logits(self) -> Logits:
         logits = self.runtime.run(self.batch)

@@ -13,7 +13,7 @@ import numpy as np
 from mgq.bench.contest import Agreement, Entry
 from mgq.bench.environment import Machine
 from mgq.bench.settings import Load, Precision, Settings, counted
-from mgq.bench.statistics import Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
+from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
 
 FORMAT = "mgq bench 2"
 
@@ -212,26 +212,14 @@ def peak_text(peak: Peak) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What has to be equal for two entries' times to be compared."""
-
-    network: str
-    threads: int
-
-
 def rows_from(entries: Sequence[Entry], settings: Settings) -> tuple[Row, ...]:
     """The rows of the ``entries`` of contests, one of each network, without the self-tests."""
-    contests: dict[Kind, list[Entry]] = {}
+    # What has to be equal for two entries' times to be compared -> those entries.
+    comparable: dict[tuple[str, int], list[Entry]] = {}
     for entry in entries:
-        contests.setdefault(kind_of(entry), []).append(entry)
-    return tuple(
-        row_from(entry, settings, contests[kind_of(entry)]) for entry in entries if not entry.contestant.is_peak
-    )
-
-
-def kind_of(entry: Entry) -> Kind:
-    return Kind(entry.contestant.network, entry.contestant.threads)
+        comparable.setdefault((entry.contestant.network, entry.contestant.threads), []).append(entry)
+    rows = {id(entry): row_from(entry, settings, beside) for beside in comparable.values() for entry in beside}
+    return tuple(rows[id(entry)] for entry in entries if not entry.contestant.is_peak)
 
 
 def row_from(entry: Entry, settings: Settings, beside: Sequence[Entry]) -> Row:
@@ -242,7 +230,7 @@ def row_from(entry: Entry, settings: Settings, beside: Sequence[Entry]) -> Row:
         network=contestant.network,
         precision=contestant.precision,
         engine=contestant.engine,
-        engine_version=entry.version,
+        engine_version=loaded.player.version if loaded else "",
         weights=loaded.weights if loaded else "",
         file_bytes=loaded.file_bytes if loaded else None,
         problem=entry.problem,
@@ -282,19 +270,25 @@ def share_of(entry: Entry, pictures: int, beside: Sequence[Entry]) -> float | No
         (other for other in beside if other.contestant.is_peak and other.contestant.precision is contestant.precision),
         None,
     )
-    if peak is None or not peak.rounds or not entry.rounds or contestant.macs is None or not peak.macs_a_run:
+    if peak is None or not peak.rounds or not entry.rounds or contestant.macs is None:
         return None
     reached = pictures_a_second(entry.rounds, pictures) * contestant.macs
-    return float(np.median(reached / pictures_a_second(peak.rounds, peak.macs_a_run)))
+    return float(np.median(reached / macs_a_second(peak)))
+
+
+def macs_a_second(peak: Entry) -> Floats:
+    """float64 (rounds,): what a self-test that was timed multiplied and added."""
+    assert peak.player.macs is not None
+    return pictures_a_second(peak.rounds, peak.player.macs)
 
 
 def peaks_from(entries: Sequence[Entry]) -> tuple[Peak, ...]:
     """What the self-tests found: of each precision and number of threads the highest, of all networks' contests."""
     found: dict[tuple[Precision, int], Peak] = {}
     for entry in entries:
-        if entry.contestant.is_peak and entry.rounds and entry.macs_a_run:
+        if entry.contestant.is_peak and entry.rounds:
             key = entry.contestant.precision, entry.contestant.threads
-            macs = float(np.median(pictures_a_second(entry.rounds, entry.macs_a_run)))
+            macs = float(np.median(macs_a_second(entry)))
             if key not in found or macs > found[key].macs:
                 found[key] = Peak(*key, entry.player.name, macs)
     return tuple(found[key] for key in sorted(found, key=lambda key: (key[1], key[0].value)))

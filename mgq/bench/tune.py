@@ -14,7 +14,7 @@ from mgq.bench.engines import away
 from mgq.bench.loaders import FromFile
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, speedup_of
-from mgq.deploy.graph import graph_of
+from mgq.deploy.onnx import plain_graph
 from mgq.deploy.rewrite import REWRITES
 from mgq.engine.dump import dump_classifier, source_of
 from mgq.engine.networks import Classifier
@@ -37,7 +37,7 @@ class Form:
 def measured_forms(
     classifier: Classifier, batch: int = 1, on_progress: OnProgress = silent, rounds: int = ROUNDS
 ) -> list[Form]:
-    """Every rewrite that changes the network, and all together, beside none, in the fastest installed engine.
+    """Every combination of rewrites that change the network, beside none, in the fastest installed engine.
 
     One thread, interleaved rounds. The answers have to be those of the plain file. Raises FailureError where an engine
     fails, InputError where none is installed.
@@ -71,8 +71,8 @@ def loaded(path: Path, key: str, settings: Settings, package: str) -> Loaded:
 
 
 def applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
-    """The rewrites that change the network, each alone and all together."""
-    graph = graph_of(source_of(classifier), classifier.image_size)
+    """Every combination of the rewrites that change what is written without them."""
+    graph = plain_graph(source_of(classifier), classifier.image_size)
     names = [name for name, rewrite in REWRITES.items() if rewrite(graph) is not graph]
     for number in range(1, len(names) + 1):
         yield from combinations(names, number)

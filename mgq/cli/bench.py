@@ -211,11 +211,12 @@ def show_rows(rows: tuple[Row, ...], console: Console) -> None:
 
     from mgq.bench.tables import COLUMNS, cells, groups
 
-    texts = {title: [cells(row) for row in members] for title, members in groups(rows).items()}
+    parts = groups(rows)
+    texts = {title: [cells(row) for row in members] for title, members in parts.items()}
     widths = [
         max(map(len, column)) for column in zip(COLUMNS, *(row for part in texts.values() for row in part), strict=True)
     ]
-    for place, (title, members) in enumerate(groups(rows).items()):
+    for place, (title, members) in enumerate(parts.items()):
         styles = [None if row.sound else "yellow" for row in members]
         console.print(Text(title, style="bold"))
         console.print(plain_table(COLUMNS, texts[title], styles, left=1, gap=1, widths=widths, header=place == 0))

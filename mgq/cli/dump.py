@@ -81,6 +81,8 @@ def dump(
       mgq dump --format onnx
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
+    if check not in CHECKS:
+        raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")
     from mgq.cli.console import import_megengine, out, progress
 
     import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
@@ -90,8 +92,6 @@ def dump(
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
         classifier = opened_for(partial(opened, *where), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune)
-    if check not in CHECKS:
-        raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")
     dumped = written(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
         pictures = pictures_in(classifier, data) if data is not None else None

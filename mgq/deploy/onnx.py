@@ -63,14 +63,12 @@ def write_onnx(
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
 
-    Channel shuffles behind a dense convolution are folded into it, which costs nothing.
-
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
     logits. ``rewrites`` are names of :data:`mgq.deploy.rewrite.REWRITES`. ``provenance`` lies as JSON in its metadata.
     ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
     be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
     """
-    graph = without_shuffles(graph_of(network, image_size), most=0)
+    graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
     onnx = imported("onnx")
@@ -84,6 +82,11 @@ def write_onnx(
         temporary.write_bytes(content)
     integers = [node.integers.size for node in graph.nodes if isinstance(node, Weighted) and node.integers is not None]
     return OnnxReport(path, len(content), sum(integers))
+
+
+def plain_graph(network: M.Module, image_size: int) -> Graph:
+    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing."""
+    return without_shuffles(graph_of(network, image_size), most=0)
 
 
 def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any]) -> Any:

@@ -31,31 +31,40 @@ def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
     grids, shapes = dict(graph.grids), dict(graph.shapes)
     left = list(graph.nodes)
     while left:
-        taken = 1
-        for depthwise in (0, 1):
-            found = left[: 1 + depthwise + len(SHUFFLE)]
-            order = order_behind(graph, found, depthwise)
-            if order is not None and cost_of(graph, found) <= most:
-                convolutions = [in_order(node, order) for node in found if isinstance(node, Convolution)]
-                convolutions[-1] = replace(convolutions[-1], output=found[-1].output)
-                if depthwise:
-                    # In another order it is another tensor, and is not to be taken for the layer's own output.
-                    before = found[0].output
-                    between = f"{before}/shuffled"
-                    convolutions[0] = replace(convolutions[0], output=between)
-                    convolutions[1] = replace(convolutions[1], inputs=(between,))
-                    shapes[between] = shapes[before]
-                    if before in grids:
-                        grids[between] = grids[before]
-                nodes += convolutions
-                taken = len(found)
-                break
-        else:
-            nodes.append(left[0])
-        left = left[taken:]
+        found = shuffle_ahead(graph, left, most)
+        if found is None:
+            nodes.append(left.pop(0))
+            continue
+        sequence, order = found
+        del left[: len(sequence)]
+        convolutions = [in_order(node, order) for node in sequence if isinstance(node, Convolution)]
+        convolutions[-1] = replace(convolutions[-1], output=sequence[-1].output)
+        if len(convolutions) > 1:
+            # In another order it is another tensor, and is not to be taken for the layer's own output.
+            before = sequence[0].output
+            between = f"{before}/shuffled"
+            convolutions[0] = replace(convolutions[0], output=between)
+            convolutions[1] = replace(convolutions[1], inputs=(between,))
+            shapes[between] = shapes[before]
+            if before in grids:
+                grids[between] = grids[before]
+        nodes += convolutions
     if len(nodes) == len(graph.nodes):
         return graph
     return replace(graph, nodes=tuple(nodes), grids=grids, shapes=shapes)
+
+
+def shuffle_ahead(graph: Graph, left: list[Node], most: float) -> tuple[list[Node], list[int]] | None:
+    """The sequence at the beginning of ``left`` that a shuffle ends, and the order that it makes.
+
+    None where there is no such sequence, or folding costs more than ``most``.
+    """
+    for depthwise in (0, 1):
+        sequence = left[: 1 + depthwise + len(SHUFFLE)]
+        order = order_behind(graph, sequence, depthwise)
+        if order is not None and cost_of(graph, sequence) <= most:
+            return sequence, order
+    return None
 
 
 def order_behind(graph: Graph, nodes: list[Node], depthwise: int) -> list[int] | None:

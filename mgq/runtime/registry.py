@@ -30,9 +30,10 @@ class Engine:
     def is_installed(self) -> bool:
         return find_spec(self.package) is not None
 
-    @property
-    def mend(self) -> str:
-        return f"{self.name} is not installed: pip install 'mgq[deploy]'"
+    def refuse_missing(self) -> None:
+        """Raises InputError, which says how to get it, where it is not installed."""
+        if not self.is_installed:
+            raise InputError(f"{self.name} is not installed: pip install 'mgq[deploy]'")
 
 
 def openvino(path: Path, threads: int) -> FileRuntime:
@@ -85,10 +86,9 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     if not chosen:
         others = " or ".join(engine.key for engine in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
-    installed = [engine for engine in chosen if engine.is_installed]
-    if not installed:
-        raise InputError(chosen[0].mend)
-    return installed[0]
+    found = next((engine for engine in chosen if engine.is_installed), chosen[0])
+    found.refuse_missing()
+    return found
 
 
 def load(path: Path, key: str = AUTO, threads: int = 1) -> FileRuntime:
