@@ -25,7 +25,7 @@ from mgq.errors import FailureError
 from mgq.quant.fold import folded_layer
 from mgq.quant.modes import Mode, mode_of
 from mgq.quant.ranges import folded_bias, folded_weight
-from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.quant.relu6 import QAT_TO_QUANTIZED, QatConvBnRelu6
 from mgq.quant.targets import (
     WEIGHT_LEVELS,
     ChannelFakeQuantize,
@@ -51,6 +51,12 @@ class Grid:
     scale: float
     lowest: int = -128
     highest: int = 127
+
+    def refined(self) -> Grid:
+        """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
+        if (self.lowest, self.highest) == (0, 127):
+            return Grid(self.scale / 2, 0, 255)
+        return self
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class Reader:
         if self.quantized:
             disable_fake_quant(copy)
             disable_observer(copy)
-        for kind in (QatConvBnRelu6, ConvBnRelu6):
+        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6):
             register_as_builtin(kind)
         sample = Tensor(np.zeros((1, 3, self.image_size, self.image_size), np.float32))
         flat = trace_module(copy, sample).flatten().graph
@@ -275,6 +281,9 @@ class Reader:
             return
         elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
             self.nodes.append(GlobalAverage((source,), output))
+            if source in self.grids:
+                self.grids[output] = self.grids[source].refined()
+            return
         else:
             raise FailureError(f"the function {function.__name__} of the network cannot be exported")
         self.pass_grid(source, output)

@@ -13,13 +13,15 @@ from megengine import Tensor
 from megengine.core.tensor.dtype import get_scale
 
 from mgq.errors import FailureError
+from mgq.quant import exact
+from mgq.quant.exact import ExactSums
 from mgq.zoo.layers import ConvBnRelu6
 
 INT8_MAX = 127
 CEILING = 6.0
 
 
-class QatConvBnRelu6(Q.ConvBnRelu2d):  # type: ignore[misc]
+class QatConvBnRelu6(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
     """Fake-quantized convolution, batch norm and ReLU6."""
 
     def forward(self, inp: Tensor) -> Tensor:
@@ -41,5 +43,5 @@ class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
         return quantized
 
 
-FLOAT_TO_QAT = {ConvBnRelu6: QatConvBnRelu6}
-QAT_TO_QUANTIZED = {QatConvBnRelu6: QuantizedConvBnRelu6}
+FLOAT_TO_QAT = {**exact.FLOAT_TO_QAT, ConvBnRelu6: QatConvBnRelu6}
+QAT_TO_QUANTIZED = {**exact.QAT_TO_QUANTIZED, QatConvBnRelu6: QuantizedConvBnRelu6}

@@ -8,7 +8,7 @@ import megengine.module as M
 from megengine import Tensor
 
 from mgq.zoo.adapt import IMAGENET_RGB, Adapted, State, folded_input, without_counters
-from mgq.zoo.layers import global_average, initialize
+from mgq.zoo.layers import global_average, initialize, on_grid_of
 
 
 class BasicBlock(M.Module):  # type: ignore[misc]
@@ -76,7 +76,8 @@ class ResNet(M.Module):  # type: ignore[misc]
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.conv_bn_relu1(self.quant(x)))
+        x = self.conv_bn_relu1(self.quant(x))
+        x = on_grid_of(x, self.maxpool(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.dequant(global_average(x)))
 

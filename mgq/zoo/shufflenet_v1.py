@@ -10,7 +10,7 @@ import megengine.functional as F
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.zoo.layers import global_average, initialize
+from mgq.zoo.layers import global_average, initialize, on_grid_of
 
 REPEATS = (4, 8, 4)
 # stem, then the three stages, for each width and number of groups
@@ -59,7 +59,8 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Channels seen as a (C / groups, groups) table, transposed; so every group gets some of every other."""
     batch, channels, height, width = x._tuple_shape
     table = F.reshape(x, (batch, channels // groups, groups, height, width))
-    return F.reshape(F.transpose(table, (0, 2, 1, 3, 4)), (batch, channels, height, width))
+    shuffled = F.reshape(F.transpose(table, (0, 2, 1, 3, 4)), (batch, channels, height, width))
+    return on_grid_of(x, shuffled)
 
 
 class ShuffleNetV1(M.Module):  # type: ignore[misc]
@@ -86,7 +87,8 @@ class ShuffleNetV1(M.Module):  # type: ignore[misc]
             M.init.fill_(unit.branch_main_2[0].bn.weight, RESIDUAL_GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(self.maxpool(self.first_conv(self.quant(x))))
+        x = self.first_conv(self.quant(x))
+        x = self.features(on_grid_of(x, self.maxpool(x)))
         return self.classifier(self.dequant(global_average(x)))
 
 

@@ -1,0 +1,83 @@
+"""Fake quantization that answers as real int8 does, to the bit.
+
+Fake-quantized values are integers times a scale, rounded to float32 each, and so are their products and sums: now and
+then a sum falls on the other side of a rounding threshold than the integers' own. One such step becomes many on its way
+through the layers behind, until 1 answer in 100 is another. In evaluation state a convolution here counts in the
+integers themselves, which float32 holds exactly up to 2**24, and scales the sum as the int8 kernels do.
+"""
+
+from __future__ import annotations
+
+import megengine.module as M
+import megengine.module.qat as Q
+import megengine.module.quantized as QD
+from megengine import Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import FakeQuant
+from megengine.quantization import FakeQuantize
+
+LARGEST = 2**24
+"""Up to here float32 holds every integer."""
+
+
+class ExactSums:
+    """What a fake-quantized convolution with batch norm adds to MegEngine's, ahead of it among the bases."""
+
+    def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
+        """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
+        if not self.training and inp.qparams.scale is not None:  # type: ignore[attr-defined]
+            weight, bias = self.fold_weight_bias(self.bn.running_mean, self.bn.running_var)  # type: ignore[attr-defined]
+            bias = self.apply_quant_bias(bias, inp, weight)  # type: ignore[attr-defined]
+            if bias.qparams.scale is not None:
+                return counted(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
+        return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
+
+    def apply_quant_activation(self, target: Tensor) -> Tensor:
+        """``target`` on the output's grid, rounded as int8 kernels round it: times the inverse of its scale."""
+        quantizer, observer = self.act_fake_quant, self.act_observer  # type: ignore[attr-defined]
+        exact = not self.training and type(quantizer) is FakeQuantize and quantizer.enabled  # type: ignore[attr-defined]
+        if not exact or observer.enabled:
+            return super().apply_quant_activation(target)  # type: ignore[misc]
+        qparams = observer.get_qparams()
+        steps = rounded(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
+        result = steps * qparams.scale
+        result.qparams.update(qparams)
+        result.steps = steps
+        return result
+
+
+class ExactConvBn2d(ExactSums, Q.ConvBn2d):  # type: ignore[misc]
+    """Fake-quantized convolution and batch norm."""
+
+
+class ExactConvBnRelu2d(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
+    """Fake-quantized convolution, batch norm and ReLU."""
+
+
+FLOAT_TO_QAT = {M.ConvBn2d: ExactConvBn2d, M.ConvBnRelu2d: ExactConvBnRelu2d}
+QAT_TO_QUANTIZED = {ExactConvBn2d: QD.ConvBn2d, ExactConvBnRelu2d: QD.ConvBnRelu2d}
+
+
+def counted(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of three fake-quantized tensors whose ``qparams`` have scales, float32 (N, C, H, W)."""
+    step = source.qparams.scale * weight.qparams.scale
+    scales = weight.qparams.scale
+    if scales.size > 1:  # one an output, in the shape of the bias
+        scales = scales.reshape(*weight._tuple_shape[: weight.ndim - 3], 1, 1, 1)
+    counts = integers(source, source.qparams.scale), integers(weight, scales)
+    offset = integers(bias, bias.qparams.scale)
+    if conv.groups == conv.in_channels:  # MegEngine's depthwise kernels start from the bias
+        return conv.calc_conv(*counts, offset) * step
+    return conv.calc_conv(*counts, None) * step + offset * step  # others scale sum and bias one by one
+
+
+def integers(values: Tensor, scales: Tensor) -> Tensor:
+    """How many steps ``values`` are: float32, with the gradient of a division."""
+    known: Tensor | None = getattr(values, "steps", None)
+    return rounded(values / scales) if known is None else known
+
+
+def rounded(values: Tensor, lowest: int = -LARGEST, highest: int = LARGEST) -> Tensor:
+    """``values`` rounded to integers, halves away from zero; with the gradient of fake quantization."""
+    one, zero = Tensor([1.0], device=values.device), Tensor([0.0], device=values.device)
+    return apply(FakeQuant(qmin=lowest, qmax=highest), values, one, zero)[0]
