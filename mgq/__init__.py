@@ -10,6 +10,7 @@ The verbs of the command line as Python calls::
     mgq.train(arch="resnet18", data="flowers", epochs=20)  # a run under runs/
     mgq.qat(arch="resnet18")                               # on from it, for int8
     mgq.evaluate("flowers", arch="resnet18").top1          # percent
+    mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
 Importing mgq imports no MegEngine; the first of these calls does.
 """
@@ -23,6 +24,7 @@ from mgq.errors import FailureError, InputError, MgqError
 from mgq.machine import prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
+    from mgq.engine.analysis import analyze as analyze
     from mgq.engine.calls import evaluate as evaluate
     from mgq.engine.calls import qat as qat
     from mgq.engine.calls import train as train
@@ -44,12 +46,14 @@ WHERE = {
     "train": "mgq.engine.calls",
     "qat": "mgq.engine.calls",
     "evaluate": "mgq.engine.calls",
+    "analyze": "mgq.engine.analysis",
 }
 
 __all__ = [
     "FailureError",
     "InputError",
     "MgqError",
+    "analyze",
     "create_model",
     "dump",
     "evaluate",

@@ -18,7 +18,6 @@ import pytest
 from megengine import Tensor
 from onnx import numpy_helper
 
-from mgq.deploy.graph import Convolution, Linear, graph_of
 from mgq.deploy.onnx import write_onnx
 from mgq.engine.deployed import DeployedNetwork, int8_of
 from mgq.engine.files import with_engine
@@ -27,6 +26,7 @@ from mgq.engine.parity import layer_parities
 from mgq.errors import FailureError, InputError
 from mgq.files.onnx_file import read_onnx
 from mgq.quant.calibrate import calibrated_network
+from mgq.quant.graph import Convolution, Linear, graph_of
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import quantized_layers
 from mgq.quant.targets import MEGENGINE, ONNX, ONNX_AVX2, UNSIGNED, Target, channel_scales, is_never_negative, target_of

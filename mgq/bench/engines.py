@@ -20,12 +20,12 @@ from mgq.bench.players import Away, Batch, Seat
 from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
-from mgq.deploy.graph import graph_of, macs_of
 from mgq.engine.dump import SUFFIXES, dump_classifier, source_of
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.parity import reference
 from mgq.errors import FailureError, InputError
 from mgq.files.onnx_file import read_onnx
+from mgq.quant.graph import graph_of, macs_of
 from mgq.quant.modes import Mode
 from mgq.quant.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.base import Runtime

@@ -26,6 +26,8 @@ from mgq.cli.options import (
     opened,
 )
 
+WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
+
 
 def calibrate(
     pictures: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
@@ -35,10 +37,18 @@ def calibrate(
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
     images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 256,
+    quality: Annotated[
+        str, typer.Option("--quality", help="fast, balanced or best: how much time it may take.")
+    ] = "balanced",
     method: Annotated[
         str | None,
-        typer.Option("--method", help="min-max, ema, histogram, mse or easyquant.", show_default="min-max"),
+        typer.Option(
+            "--method", help="Range setting: min-max, ema, histogram, mse or easyquant.", show_default="by quality"
+        ),
     ] = None,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Look at no pictures: believe the batch norms.")
+    ] = False,
     correct_bias: Annotated[
         bool,
         typer.Option("--bias-correction/--no-bias-correction", help="Take what int8 shifts on average out of biases."),
@@ -64,22 +74,25 @@ def calibrate(
     image_size: ImageSize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure activation ranges on pictures, for int8.
+    """Make a float network ready for int8, without training.
 
-    Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration, with the ranges as text beside it. Where
-    there are labelled pictures besides, it compares float, fake-quantized and int8 on them (--limit so many).
+    Ranges are measured on pictures, channels equalized, weights rounded so that errors make up for each other, biases
+    corrected. Without any pictures at hand, all comes from the batch norms. Writes a checkpoint that is ready for int8
+    to <save>/<arch>.calibration, with the ranges as text beside it. Where there are labelled pictures besides, it
+    compares float, fake-quantized and int8 on them (--limit so many).
 
     \b
     Examples:
       mgq calibrate photos/
-      mgq calibrate -d flowers
+      mgq calibrate -d flowers --quality best
+      mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -a resnet18 -c resnet18.pkl -d imagenet --images 500 --method mse
     """
-    from mgq.cli.console import note, out, progress
+    from mgq.cli.console import duration, note, out, progress
     from mgq.errors import InputError
 
-    if not pictures and data is None and not arch and not checkpoint and not save.is_dir():
-        raise InputError("calibration needs pictures: `mgq calibrate FOLDER` or -d FOLDER")
+    if data_free and (pictures or method or nearest or ranges_file is not None):
+        raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit} is too small: give at least 1")
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
@@ -87,19 +100,27 @@ def calibrate(
     with progress() as on_progress:
         classifier = opened(*words, on_progress)
         from mgq.data.datasets import subset
-        from mgq.engine.calibration import calibrated
-        from mgq.engine.calibration_data import pictures_for
+        from mgq.engine.calibration import calibrated, calibrated_without_pictures, expected_seconds
+        from mgq.engine.calibration_data import pictures_at_hand
         from mgq.engine.comparison import compared
         from mgq.events import Watcher
-        from mgq.quant.calibrate import DEFAULT_METHOD, checked_method, pictures_used
+        from mgq.quant.calibrate import pictures_used
+        from mgq.quant.quality import steps_of
         from mgq.quant.targets import MEGENGINE, target_called
 
-        method = checked_method(method or DEFAULT_METHOD)
+        used = pictures_used(method or steps_of(quality)[0].method, images)
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
-        found = pictures_for(classifier, pictures or [], data, pictures_used(method, images), on_progress)
         kind = target_called(target or MEGENGINE.name)
-        how_to = (images, about, on_progress, method, correct_bias, compensate, kind)
-        result = calibrated(classifier, found.sources, *how_to)
+        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress)
+        if data_free or found.sources is None:
+            note("no pictures: ranges and corrections follow from the batch norms" + ("" if data_free else WITHOUT))
+            result = calibrated_without_pictures(classifier, kind)
+        else:
+            number = min(used, len(found.sources))
+            seconds = expected_seconds(classifier, number, quality, method)
+            note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
+            how_to = (images, about, on_progress, method, correct_bias, compensate, kind, quality)
+            result = calibrated(classifier, found.sources, *how_to)
         for problem in result.problems:
             note(problem)
         path = result.write(save)
@@ -124,8 +145,9 @@ def calibrate(
         sys.stdout.write(json.dumps(document) + "\n")
         return
     out.print(
-        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from {result.used} pictures by "
-        f"{result.ranges.observer}, target {kind.name}, weights: {classifier.origin}",
+        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from "
+        f"{result.used or 'no'} pictures by {result.ranges.observer}, target {kind.name}, "
+        f"weights: {classifier.origin}",
         markup=False,
         soft_wrap=True,
     )

@@ -9,6 +9,7 @@ import typer
 import typer.core
 from click.exceptions import ClickException, NoArgsIsHelpError
 
+from mgq.cli.analyze import analyze
 from mgq.cli.bench import bench
 from mgq.cli.calibrate import calibrate
 from mgq.cli.dump import dump
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, qat, calibrate, infer, dump, bench, models):
+for verb in (train, qat, calibrate, infer, analyze, dump, bench, models):
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -88,7 +88,12 @@ OF_TRAIN: dict[str, Option] = {
 OF_QAT: dict[str, Option] = {
     "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt."),
     "target": recipe_value(str, "--target", "What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO)."),
-    "distill": Option(bool, False, ("--distill",), "Learn from the float network's answers, too."),
+    "distill": Option(
+        bool,
+        None,
+        ("--distill/--no-distill",),
+        "Learn from the float network's answers, too; by default where it is at hand.",
+    ),
 }
 
 TRAIN_HELP = """Train a float network.
@@ -110,7 +115,7 @@ compares float, fake-quantized and int8 in the end.
 \b
 Examples:
   mgq qat --arch resnet18
-  mgq qat -d flowers --distill
+  mgq qat -d flowers
   mgq qat -a mobilenet_v2 -c mobilenet_v2.pkl -d imagenet
 """
 
@@ -146,7 +151,8 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     from mgq.events import Watcher
 
     # A flag that was not given leaves what a recipe file says.
-    given = {name: value for name, value in values.items() if value is not False and name != "as_json"}
+    said = {name: value for name, value in values.items() if name != "as_json"}
+    given = {name: value for name, value in said.items() if value is not False or name == "distill"}
     request = request_of(given)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
@@ -211,9 +217,17 @@ def told(outcome: Outcome) -> str:
         f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {pictures} "
         f"(top-1 ± {found.normal.top1_error:.1f})\n"
         f"{agreements(found)}\n"
-        f"best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
+        f"{gains(outcome)}best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
         f"checkpoint: {outcome.checkpoint}"
     )
+
+
+def gains(outcome: Outcome) -> str:
+    """Float, calibrated and trained side by side, where all three were measured: a line."""
+    if not outcome.calibrated:
+        return ""
+    figures = outcome.comparison.normal.top1, outcome.calibrated["top1"], outcome.comparison.qat.top1
+    return "top-1: float {:.1f} %, calibrated {:.1f} %, trained with quantization {:.1f} %\n".format(*figures)
 
 
 def agreements(comparison: Comparison) -> str:
@@ -229,6 +243,7 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
     return {
         "checkpoint": str(outcome.checkpoint),
         "best": dict(outcome.best),
+        "calibrated": dict(outcome.calibrated),
         "comparison": outcome.comparison.to_json(),
         "recipe": plain(outcome.recipe),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.deploy.graph import (
+from mgq.deploy.rewrite import REWRITES, without_shuffles
+from mgq.errors import FailureError
+from mgq.files.atomic import atomic_write
+from mgq.files.onnx_file import METADATA, imported
+from mgq.quant.graph import (
     Add,
     Convolution,
     GlobalAverage,
@@ -31,10 +35,6 @@ from mgq.deploy.graph import (
     Weighted,
     graph_of,
 )
-from mgq.deploy.rewrite import REWRITES, without_shuffles
-from mgq.errors import FailureError
-from mgq.files.atomic import atomic_write
-from mgq.files.onnx_file import METADATA, imported
 
 OPSET = 17
 IR_VERSION = 8
@@ -131,6 +131,7 @@ class Writer:
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.floats: dict[str, str] = {}
         self.integers: dict[str, str] = {}
+        self.counts: dict[str, str] = {}
 
     def write(self) -> None:
         grid = self.graph.grids.get(self.graph.input, Grid(1.0))
@@ -167,6 +168,17 @@ class Writer:
         if tensor not in self.floats:
             self.floats[tensor] = self.dequantized(self.integers[tensor], tensor, self.graph.grids[tensor])
         return self.floats[tensor]
+
+    def counts_of(self, tensor: str) -> str:
+        """The name of the integers of ``tensor`` as floats, without their scale."""
+        if tensor not in self.counts:
+            value = self.add("Cast", [self.integers[tensor]], f"{tensor}/cast", to=imported("onnx").TensorProto.FLOAT)
+            zero_point = zero_point_of(self.graph.grids[tensor])
+            if zero_point:
+                zero = self.constant(f"{tensor}/zero", np.array(zero_point, np.float32))
+                value = self.add("Sub", [value, zero], f"{tensor}/counts")
+            self.counts[tensor] = value
+        return self.counts[tensor]
 
     def grid_constants(self, tensor: str, grid: Grid) -> list[str]:
         zero_point = zero_point_of(grid)
@@ -226,10 +238,22 @@ class Writer:
         attributes = {"axis": 0} if scales.ndim else {}
         return self.add("DequantizeLinear", inputs, f"{name}/float", **attributes)
 
+    def convolved(self, node: Convolution) -> list[str]:
+        """What a Conv reads: the source of ``node`` as floats, weights and bias.
+
+        Float weights that stand between DequantizeLinear and QuantizeLinear ONNX Runtime would quantize by itself. So
+        their source is cast instead, and its scale is theirs.
+        """
+        (source,) = node.inputs
+        if node.integers is None and source in self.graph.grids:
+            scaled = replace(node, weight=node.weight * np.float32(self.graph.grids[source].scale))
+            return [self.counts_of(source), *self.parameters(scaled)]
+        return [self.float_of(source), *self.parameters(node)]
+
     def write_convolution(self, node: Convolution) -> None:
         value = self.add(
             "Conv",
-            [self.float_of(node.inputs[0]), *self.parameters(node)],
+            self.convolved(node),
             f"{node.output}/sum",
             kernel_shape=list(node.weight.shape[2:]),
             strides=list(node.stride),

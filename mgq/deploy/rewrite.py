@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mgq.deploy.graph import Convolution, Graph, Integers, Node, Reshape, Transpose
+from mgq.quant.graph import Convolution, Graph, Integers, Node, Reshape, Transpose
 
 SHUFFLE = (Reshape, Transpose, Reshape)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import megengine.module as M
 import numpy as np
 import numpy.typing as npt
+from megengine import Tensor
 
 from mgq.data.datasets import Dataset, subset
 from mgq.data.pictures import read_picture
@@ -22,13 +26,26 @@ from mgq.engine.predict import BATCH, batched, crops_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import ensure_writable_folder, write_text_atomically
-from mgq.quant.calibrate import DEFAULT_METHOD, calibrated_network, checked_method, pictures_used
+from mgq.quant.calibrate import (
+    LAYERWISE_PICTURES,
+    as_input,
+    calibrated_network,
+    checked_method,
+    data_free_network,
+    pictures_used,
+)
 from mgq.quant.modes import Mode
+from mgq.quant.quality import DEFAULT_QUALITY, Steps, steps_of
 from mgq.quant.ranges import ActivationRanges, refuse_incomplete
 from mgq.quant.targets import MEGENGINE, Target
 from mgq.zoo.weights import fingerprint
 
 RANGES_FILE = "ranges.json"
+JUDGED = 48
+"""Pictures on which several ways of calibration are compared."""
+TIMED = 8
+LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 4.0, 3.0, 3.0
+"""What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
 
 @dataclass(frozen=True)
@@ -57,67 +74,153 @@ def calibrated(
     images: int,
     about: str = "",
     on_progress: OnProgress = silent,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     correct_bias: bool = True,
     compensate: bool = True,
     target: Target = MEGENGINE,
+    quality: str = DEFAULT_QUALITY,
 ) -> Calibration:
-    """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread, by ``method``.
+    """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
-    The methods, ``correct_bias``, ``compensate`` and ``target`` are those of
-    :func:`mgq.quant.calibrate.calibrated_network`; ``easyquant`` takes 64 pictures at most. Those that cannot be read
-    are left out and named.
-    Raises InputError where no picture can be read, and for another method.
+    ``quality`` is one of :data:`mgq.quant.quality.QUALITIES`; ``method``, ``correct_bias``, ``compensate`` and
+    ``target`` are those of :func:`mgq.quant.calibrate.calibrated_network`, and say otherwise where they are given;
+    ``easyquant`` takes 64 pictures at most. Pictures that cannot be read are left out and named. Raises InputError
+    where no picture can be read, and for another method or quality.
     """
-    checked_method(method)
+    ways = changed(steps_of(quality), method, correct_bias, compensate)
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    wanted = pictures_used(method, images)
+    wanted = pictures_used(ways[0].method, images)
     chosen = spread(sources, wanted) if isinstance(sources, Sequence) else sources_of(subset(sources, wanted))
-    problems: list[str] = []
+    # Equalization looks at the first: they should be of all kinds.
+    order = np.random.default_rng(0).permutation(len(chosen))
+    pictures = Pictures(classifier, [chosen[i] for i in order], on_progress)
+    arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
+    command = f"mgq calibrate -a {arch} --images {images}"
+    command += f" --method {method}" if method else f" --quality {quality}"
+    command += "" if correct_bias else " --no-bias-correction"
+    command += "" if compensate else " --nearest"
+    provenance: dict[str, Any] = {"pictures": about or "unnamed", "images": 0, "of": len(sources)}
+    best: tuple[float, M.Module, ActivationRanges, Steps] | None = None
+    for number, way in enumerate(ways, 1):
+        told = f" {number}/{len(ways)}" if len(ways) > 1 else ""
+        words = (way.method, way.correct_bias, way.compensate)
+        network, ranges = calibrated_network(
+            classifier.network, pictures.batches(told), arch, weights, {}, *words, target=target, equalize=way.equalize
+        )
+        if pictures.used == 0:
+            raise InputError(f"none of {len(chosen)} pictures could be read; the first: {pictures.problems[0]}")
+        score = 0.0 if len(ways) == 1 else noise_of(network, classifier.network, pictures.first(JUDGED))
+        if best is None or score < best[0]:
+            best = score, network, ranges, way
+    assert best is not None
+    _, network, ranges, way = best
+    provenance |= {
+        "images": pictures.used,
+        "method": way.method,
+        "bias_correction": way.correct_bias,
+        "rounding": "compensated" if way.compensate else "nearest",
+        "equalized": way.compensate and way.equalize,
+        "choice": "evenly spread over the sorted list",
+        **of_all(classifier, command, target),
+    }
+    refuse_incomplete(network, ranges)
+    ranges = replace(ranges, provenance=provenance)
+    if way.compensate:
+        ranges = replace(ranges, weights=fingerprint(network.state_dict()))
+    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    return Calibration(ranges, found, pictures.used, tuple(pictures.problems))
 
-    def batches() -> Iterator[npt.NDArray[np.uint8]]:
-        done = 0
-        for group in batched(crops_of(classifier, chosen), BATCH):
-            problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
+
+def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
+    """Int8 of ``classifier`` (mode ``normal``) by what its batch norms say, without a picture."""
+    provenance = {"pictures": "none: expected by the batch norms", "images": 0}
+    provenance |= of_all(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
+    network, ranges = data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
+    refuse_incomplete(network, ranges)
+    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    return Calibration(replace(ranges, weights=fingerprint(network.state_dict())), found, 0, ())
+
+
+def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
+    """What every kind of calibration has to say of itself."""
+    return {
+        "weights": classifier.origin,
+        "image_size": classifier.image_size,
+        "made_by": command + ("" if target is MEGENGINE else f" --target {target.name}"),
+        "versions": versions(),
+    }
+
+
+def changed(ways: tuple[Steps, ...], method: str | None, correct_bias: bool, compensate: bool) -> tuple[Steps, ...]:
+    """``ways`` as far as nothing else is asked for; with a ``method`` there is only one. Raises InputError for one that
+    there is not."""
+    if method is not None:
+        ways = (replace(ways[0], method=checked_method(method)),)
+    found = [replace(way, correct_bias=way.correct_bias and correct_bias) for way in ways]
+    return tuple(dict.fromkeys(found if compensate else [replace(way, compensate=False) for way in found]))
+
+
+class Pictures:
+    """The pictures of a calibration, as batches of what the network sees of them: as often as they are wanted."""
+
+    def __init__(self, classifier: Classifier, sources: Sequence[Source], on_progress: OnProgress) -> None:
+        self.classifier = classifier
+        self.sources = sources
+        self.on_progress = on_progress
+        self.used = 0
+        self.problems: list[str] = []
+
+    def batches(self, told: str = "") -> Iterator[npt.NDArray[np.uint8]]:
+        """uint8 (N, 3, H, W); what cannot be read is noted as a problem."""
+        done = self.used = 0
+        self.problems = []
+        for group in batched(crops_of(self.classifier, self.sources), BATCH):
+            self.problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
             crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
+            self.used += len(crops)
             if crops:
                 yield to_batch(crops)
             done += len(group)
-            on_progress(Progress("calibrate", done, len(chosen), "pictures"))
+            self.on_progress(Progress(f"calibrate{told}", done, len(self.sources), "pictures"))
 
-    state = classifier.network.state_dict()
-    command = f"mgq calibrate -a {classifier.spec.name} --images {images} --method {method}"
-    command += "" if correct_bias else " --no-bias-correction"
-    command += "" if compensate else " --nearest"
-    command += "" if target is MEGENGINE else f" --target {target.name}"
-    # The provenance is still a promise when the pictures are read: the count is set right afterwards.
-    provenance = {
-        "pictures": about or "unnamed",
-        "images": 0,
-        "of": len(sources),
-        "method": method,
-        "bias_correction": correct_bias,
-        "rounding": "compensated" if compensate else "nearest",
-        "choice": "evenly spread over the sorted list",
-        "weights": classifier.origin,
-        "image_size": classifier.image_size,
-        "made_by": command,
-        "versions": versions(),
-    }
-    about_it = (classifier.spec.name, fingerprint(state), provenance, method, correct_bias, compensate)
-    network, ranges = calibrated_network(classifier.network, batches(), *about_it, target=target)
-    used = len(chosen) - len(problems)
-    provenance["images"] = used
-    if used == 0:
-        raise InputError(f"none of {len(chosen)} pictures could be read; the first: {problems[0]}")
-    refuse_incomplete(network, ranges)
-    if compensate:
-        ranges = replace(ranges, weights=fingerprint(network.state_dict()))
-    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    return Calibration(ranges, found, used, tuple(problems))
+    def first(self, number: int) -> npt.NDArray[np.uint8]:
+        """uint8 (N, 3, H, W): so many of them."""
+        few = Pictures(self.classifier, self.sources[:number], silent)
+        return np.concatenate(list(few.batches()))
+
+
+def noise_of(network: M.Module, exact: M.Module, pictures: npt.NDArray[np.uint8]) -> float:
+    """Mean square of what ``network`` answers to ``pictures`` minus what ``exact`` does, each picture's mean aside."""
+    total = 0.0
+    for start in range(0, len(pictures), BATCH):
+        batch = Tensor(as_input(pictures[start : start + BATCH]))
+        change = network(batch).numpy() - exact(batch).numpy()
+        total += float(np.square(change - change.mean(axis=1, keepdims=True)).sum())
+    return total / len(pictures)
+
+
+def expected_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
+    """About how long :func:`calibrated` will take here: from one timed pass of a few made-up pictures."""
+    ways = changed(steps_of(quality), method, True, True)
+    size = classifier.image_size
+    batch = Tensor(np.zeros((TIMED, 3, size, size), np.float32))
+    classifier.network(batch).numpy()
+    start = time.perf_counter()
+    classifier.network(batch).numpy()
+    one = (time.perf_counter() - start) / TIMED
+    million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
+    seconds = 0.0
+    for way in ways:
+        layerwise = min(images, LAYERWISE_PICTURES)
+        seconds += one * (images + LAYERWISE_PASSES * layerwise)
+        if way.compensate:
+            seconds += one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million
+        if len(ways) > 1:
+            seconds += 3 * one * min(images, JUDGED)
+    return seconds
 
 
 def spread(sources: Sequence[Source], number: int) -> list[Source]:

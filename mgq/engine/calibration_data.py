@@ -26,9 +26,18 @@ class CalibrationPictures:
     """
 
     name: str
-    sources: Sequence[Source] | Dataset
+    sources: Sequence[Source] | Dataset | None
     labelled: Dataset | None
     why_not: str = ""
+
+
+def pictures_at_hand(
+    classifier: Classifier, named: Sequence[str], data: Path | None, images: int, on_progress: OnProgress = silent
+) -> CalibrationPictures:
+    """As :func:`pictures_for`, but without sources where nothing is named and weights know of no pictures."""
+    if not named and data is None and not classifier.recipe.get("data"):
+        return CalibrationPictures("", None, None, "there are no pictures")
+    return pictures_for(classifier, named, data, images, on_progress)
 
 
 def pictures_for(

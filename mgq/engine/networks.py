@@ -23,6 +23,7 @@ from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import as_input, calibrated_network
+from mgq.quant.mixed import float_layers_of, keep_in_float
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
@@ -96,6 +97,7 @@ class Classifier:
             target=self.target.name,
             recipe=dict(self.recipe),
             versions=versions(),
+            float_layers=float_layers_of(self.fake_quantized) if self.fake_quantized is not None else (),
         )
 
     def write_checkpoint(self, path: Path) -> None:
@@ -233,6 +235,7 @@ def classifier_from(
         its = target_called(weights.info.target if weights.info else MEGENGINE.name)
         refuse_other_target(its.name, target, weights.origin)
         network = to_mode(weights.network, Mode.QAT, its, in_place=True)
+        keep_in_float(network, weights.info.float_layers if weights.info else ())
         load_state(network, weights.state, weights.origin)
         return carried(replace(classifier, network=network, fake_quantized=network), mode)
     return quantized_with(classifier, ranges_for(weights, ranges, target), mode)

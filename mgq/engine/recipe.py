@@ -27,6 +27,8 @@ TARGETS = ("megengine", "onnx")
 IMAGENET_PICTURES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
 CLASSIFIER_PICTURES = 5_000
+DISTILLED = 0.5
+"""Share of the loss that is for the float network's answers."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def example_recipe(task: Task, epochs: int | None) -> Recipe:
         epochs = epochs or (12 if resnet else 30)
         schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
         lr = 0.000125 if resnet else 0.0015625
-        values = {"batch_size": 32, "lr": lr, **qat_phases(epochs, task.pictures, 32), **schedule}
+        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.pictures, 32), **schedule}
     elif resnet:
         epochs = epochs or 90
         milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
@@ -301,7 +303,7 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
         values = {**KEPT_BATCH_NORM, "crop_scale": 0.35, "calibrate": True, "distill": 1.0, "lr": 0.0002}
     elif task.mode == "qat":
         epochs = epochs or repeats(task.pictures, crops=10_000, least=2, most=8)
-        values = {"lr": 0.005, "crop_scale": 0.35, **qat_phases(epochs, task.pictures, batch)}
+        values = {"lr": 0.005, "crop_scale": 0.35, "distill": DISTILLED, **qat_phases(epochs, task.pictures, batch)}
     elif task.start is not Start.RANDOM:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}

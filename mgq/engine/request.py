@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.engine.distributed import checked_cluster, gpus
-from mgq.engine.recipe import SYNTHETIC, Recipe, checked_changes, option, read_changes
+from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, checked_changes, option, read_changes
 from mgq.errors import InputError
 from mgq.quant.modes import Mode
 from mgq.zoo.weights import Weights
@@ -32,7 +32,7 @@ class Request:
     pretrained: bool = False
     from_scratch: bool = False
     new_head: bool = False
-    distill: bool = False
+    distill: bool | None = None
     resume: bool = False
     workers: int | None = None
     max_bad: float = 0.01
@@ -80,8 +80,8 @@ def refuse_changed(request: Request, recipe: Recipe, path: Path) -> None:
         wanted["data"] = data_of(request, {})
     if request.options:
         wanted["options"] = {**recipe.options, **request.options}
-    if request.distill:
-        wanted.setdefault("distill", recipe.distill or 0.5)
+    if request.distill is not None:
+        wanted.setdefault("distill", (recipe.distill or DISTILLED) if request.distill else 0.0)
     if request.checkpoint is not None or request.pretrained or request.from_scratch or request.new_head:
         raise InputError(f"--resume goes on with the weights of {path}: leave out what chooses others")
     for name, value in wanted.items():

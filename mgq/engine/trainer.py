@@ -41,6 +41,7 @@ from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import apply_ranges, observe_weights
+from mgq.quant.targets import target_called
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import is_observed
 
@@ -100,6 +101,7 @@ class Trainer:
         self.step_in_epoch = 0
         self.meter = Meter()
         self.best: dict[str, float] = {}
+        self.start: dict[str, float] = {}  # of a ``qat`` network: calibrated, not trained
         self.seconds = 0.0  # within this epoch, before now
         self.phase: Phase | None = None
         self.average = WeightAverage(network, recipe.ema) if recipe.ema else None
@@ -117,11 +119,13 @@ class Trainer:
             self.save()
             self.solve_classifier()
             self.peers.share(self.network)
+            if self.recipe.mode == "qat" and not self.recipe.calibrate:
+                self.measure_calibrated()
             self.observe()
             if self.average is not None:
                 self.average = WeightAverage(self.network, self.recipe.ema)
             if self.recipe.mode == "qat" and self.recipe.calibrate:
-                self.measure(0)
+                self.start = figures_of(self.measure(0))
             self.prepared = True
             self.save()
         while self.epoch < self.recipe.epochs:
@@ -158,19 +162,33 @@ class Trainer:
             if number == total:
                 break
 
+    def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The examples, to calibrate on."""
+        assert self.examples is not None
+        for number, batch in enumerate(self.examples.batches(0), 1):
+            self.watcher.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
+            self.stop_if_asked(keep=False)
+            yield batch.images
+
+    def measure_calibrated(self) -> None:
+        """What calibration alone makes of the float network is the first that may be the best.
+
+        The training itself goes on from the float network: its batch norms go on learning.
+        """
+        if self.examples is None or self.teacher is None:
+            return
+        target = target_called(self.recipe.target)
+        # Rounding a large network takes longer than learning the drawn pictures does.
+        compensate = not self.recipe.is_synthetic
+        calibrated, _ = calibrated_network(
+            self.teacher, self.pictures(), self.recipe.arch, "", {}, compensate=compensate, target=target
+        )
+        self.start = figures_of(self.measure(0, calibrated))
+
     def calibrate(self) -> None:
         """Give a ``qat`` network what calibration finds on the examples. It is the first that may be the best."""
-        examples = self.examples
-        assert examples is not None
-
-        def pictures() -> Iterator[npt.NDArray[np.uint8]]:
-            for number, batch in enumerate(examples.batches(0), 1):
-                self.watcher.on_progress(Progress("calibrate", number, len(examples), "batches"))
-                self.stop_if_asked(keep=False)
-                yield batch.images
-
         # A plain copy: learned scales would not follow the ranges that are tried.
-        calibrated, ranges = calibrated_network(plain_qat(self.network), pictures(), self.recipe.arch, "", {})
+        calibrated, ranges = calibrated_network(plain_qat(self.network), self.pictures(), self.recipe.arch, "", {})
         own = dict(self.network.named_parameters())
         for name, value in calibrated.named_parameters():
             own[name][...] = value
@@ -286,16 +304,19 @@ class Trainer:
             self.draw_curves()
         self.stop_if_asked(keep=False)
 
-    def measure(self, epoch: int) -> Evaluation:
-        """Validate, and keep the network where it is the best so far; ``epoch`` counts from 1, 0 is the start."""
-        found = self.validated()
+    def measure(self, epoch: int, network: M.Module | None = None) -> Evaluation:
+        """Validate, and keep what is the best so far; ``epoch`` counts from 1, 0 is the start.
+
+        ``network`` by default is the one that learns, or its average.
+        """
+        network = self.measured_network() if network is None else network
+        found = self.validated(network)
         if self.is_best(found):
-            self.best = {"epoch": epoch, "top1": found.top1, "top5": found.top5, "loss": found.loss}
-            self.keep_best()
+            self.best = {"epoch": epoch, **figures_of(found)}
+            self.keep_best(network)
         return found
 
-    def validated(self) -> Evaluation:
-        network = self.measured_network()
+    def validated(self, network: M.Module) -> Evaluation:
         network.eval()
 
         def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -315,12 +336,12 @@ class Trainer:
             return True
         return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
 
-    def keep_best(self) -> None:
+    def keep_best(self, network: M.Module) -> None:
         if not self.peers.is_first:
             return
         figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
         info = replace(self.info, step=self.steps_done, metrics=figures)
-        write_checkpoint(self.run.checkpoint, standard_state(self.measured_network(), self.recipe.mode), info)
+        write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
 
     # ---- what is kept ----
 
@@ -337,6 +358,7 @@ class Trainer:
             "step_in_epoch": self.step_in_epoch,
             "meter": self.meter.state(),
             "best": self.best,
+            "start": self.start,
             "seconds": self.seconds,
             "pictures": [len(self.train.dataset), len(self.val.dataset)],
             "info": vars(self.info),
@@ -369,6 +391,7 @@ class Trainer:
         self.step_in_epoch = state.progress["step_in_epoch"]
         self.meter = Meter.from_state(state.progress["meter"])
         self.best = dict(state.progress["best"])
+        self.start = dict(state.progress.get("start", {}))
         self.seconds = state.progress["seconds"]
         if self.average is not None:
             self.average.load(parts["average"], state.progress["average_steps"])
@@ -419,6 +442,11 @@ class Trainer:
             if problem is not None:
                 self.remark(problem)
         self._drawn_at = time.monotonic()
+
+
+def figures_of(found: Evaluation) -> dict[str, float]:
+    """What is kept of an evaluation: percent, and nats."""
+    return {"top1": found.top1, "top5": found.top5, "loss": found.loss}
 
 
 def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_eve
 from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.networks import Classifier, open_classifier, versions
-from mgq.engine.recipe import SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
+from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
 from mgq.engine.runs import LAST, RunFolder
 from mgq.engine.stem import stem_rate
@@ -31,6 +31,7 @@ from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import LAYERWISE_PICTURES
+from mgq.quant.equalization import equalized
 from mgq.quant.modes import Mode
 from mgq.quant.qat import prepared_for_qat
 from mgq.quant.targets import target_called
@@ -47,12 +48,16 @@ COMPARED_AFTER_TRAIN = 2_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run left: its folder, its recipe, the best epoch's figures, and the three modes compared."""
+    """What a finished run left: its folder, its recipe, the best epoch's figures, and the three modes compared.
+
+    ``calibrated``: of ``qat``, the figures of the fake-quantized network before it was trained.
+    """
 
     checkpoint: Path
     recipe: Recipe
     best: Mapping[str, float]
     comparison: Comparison
+    calibrated: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
         return resumed(request, Mode.QAT, cluster, watcher)
     changes = all_changes(request, Mode.QAT)
     spec, given = float_weights(request, changes, watcher)
+    at_hand = given is not None
     if given is None:
         refuse_impossible(spec, changes)
         watcher.on_remark(f"no float weights of {spec.name} at hand: training some first, into {request.save}")
@@ -116,6 +122,10 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
             on_every_device(cluster, lambda peers: trained(first, run, peers, watcher))
             given = read_weights(run.checkpoint, spec)
     data = data_of(request, changes, given)
+    if request.distill is not None:
+        changes.setdefault("distill", DISTILLED if request.distill else 0.0)
+    elif not at_hand:
+        changes.setdefault("distill", 0.0)
     sets = read_sets(data, given, changes, watcher)
     beginning = Beginning(
         float_part(given.state),
@@ -130,8 +140,6 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
             f"{given.origin} answers {given.classes} classes and {sets.train.name} has {len(sets.train.classes)}; "
             f"run `mgq train -a {spec.name} -d {data}` first"
         )
-    if request.distill:
-        changes.setdefault("distill", 0.5)
     plan = planned(request, Mode.QAT, spec, data, sets, beginning, changes)
     with new_run(plan, watcher) as run:
         return finished(plan, run, cluster, watcher)
@@ -147,7 +155,7 @@ def first_request(request: Request, spec: ModelSpec, changes: Mapping[str, Any])
     """What ``train`` is asked for before ``qat``: the same pictures, its own epochs and rates."""
     shared = ("image_size", "limit", "seed", "amp", "synthetic_train", "synthetic_val", "jitter", "data")
     kept = {name: changes[name] for name in shared if name in changes}
-    return replace(request, arch=spec.name, checkpoint=None, recipe=None, changes=kept, distill=False)
+    return replace(request, arch=spec.name, checkpoint=None, recipe=None, changes=kept, distill=None)
 
 
 # ---- what is asked for ----
@@ -243,7 +251,9 @@ def resumed(request: Request, mode: Mode, cluster: Cluster, watcher: Watcher) ->
         refuse_changed(request, recipe, run.path)
         run.keep_metrics(state.progress["epoch"])
         body = dict(state.progress["info"])
-        info = CheckpointInfo(**{**body, "classes": tuple(body["classes"])})
+        info = CheckpointInfo(
+            **{**body, "classes": tuple(body["classes"]), "float_layers": tuple(body.get("float_layers", ()))}
+        )
         sets = read_sets(recipe.data, None, plain(recipe), watcher)
         sets = Sets(*(matched(dataset, info.classes) for dataset in (sets.train, sets.val)))
         watcher.on_remark(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
@@ -262,12 +272,13 @@ def resumable_arch(save: Path, mode: Mode) -> str:
 
 def finished(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Outcome:
     """Train until the end of the recipe, then open the best network in its three modes and compare them."""
-    best = on_every_device(cluster, lambda peers: trained(plan, run, peers, watcher))
+    best, start = on_every_device(cluster, lambda peers: trained(plan, run, peers, watcher))
     normal, simulated = float_and_simulated(plan, run, watcher)
     most = COMPARED_AFTER_TRAIN if plan.recipe.mode == "normal" else len(plan.sets.val)
     pictures = subset(plan.sets.val, min(most, len(plan.sets.val)))
     how = {"workers": plan.request.workers, "max_bad": plan.request.max_bad}
-    return Outcome(run.checkpoint, plan.recipe, best, compared(normal, simulated, pictures, watcher, **how))
+    comparison = compared(normal, simulated, pictures, watcher, **how)
+    return Outcome(run.checkpoint, plan.recipe, best, comparison, start)
 
 
 def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[Classifier, Classifier]:
@@ -280,11 +291,11 @@ def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[C
     return normal, found.classifier
 
 
-def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> dict[str, float]:
-    """One process's part of a training, to its end; the figures of the best epoch."""
+def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> tuple[dict[str, float], dict[str, float]]:
+    """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
     recipe = plan.recipe
     network = first_network(plan)
-    teacher = teacher_of(recipe, run) if recipe.distill else None
+    teacher = teacher_of(recipe, run) if recipe.mode == "qat" else None
     train_loader, val_loader = loaders_of(recipe, plan.sets, plan.request, peers)
     examples = examples_of(plan)
     with training_kernels(watcher), train_loader, val_loader, examples or contextlib.nullcontext():
@@ -304,7 +315,7 @@ def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> dict[
         if plan.state is not None:
             trainer.load(plan.state)
         trainer.fit()
-    return trainer.best
+    return trainer.best, trainer.start
 
 
 def first_network(plan: Plan) -> M.Module:
@@ -323,6 +334,8 @@ def first_network(plan: Plan) -> M.Module:
                 module.momentum = recipe.batch_norm_momentum
     if recipe.mode != "qat":
         return network
+    if recipe.calibrate:
+        equalized(network, None, target_called(recipe.target), in_place=True)
     return prepared_for_qat(network, recipe.observer, target_called(recipe.target), in_place=True)
 
 
@@ -331,7 +344,7 @@ def examples_of(plan: Plan) -> Loader | None:
     recipe, pictures = plan.recipe, plan.sets.train
     number = recipe.classifier_pictures
     if recipe.mode == "qat":
-        number = LAYERWISE_PICTURES if recipe.calibrate else 0
+        number = LAYERWISE_PICTURES
     if number == 0:
         return None
     return measuring_loader(recipe, subset(pictures, min(number, len(pictures))), plan.request)

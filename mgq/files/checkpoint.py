@@ -25,7 +25,8 @@ class CheckpointInfo:
     """What a checkpoint says of itself, so that no verb has to ask again.
 
     ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
-    ``qat`` network, because MegEngine's int8 layers do not hold their activation scales.
+    ``qat`` network, because MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the
+    names of the layers whose weights stay float32 among int8 ones.
     """
 
     arch: str
@@ -39,6 +40,7 @@ class CheckpointInfo:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    float_layers: tuple[str, ...] = ()
 
 
 def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: CheckpointInfo) -> None:
@@ -68,10 +70,18 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
         if not all(isinstance(body[name], kind) for name, kind in well_typed.items()):
             raise TypeError
         body["classes"] = tuple(str(label) for label in body["classes"])
+        body["float_layers"] = names_in(body.get("float_layers", []))
         info = CheckpointInfo(**body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
     return info
+
+
+def names_in(value: Any) -> tuple[str, ...]:
+    """``value``, from JSON, as names. Raises TypeError unless it is a list of strings."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError
+    return tuple(value)
 
 
 def body_of(text: str, known: int, name: str) -> dict[str, Any]:

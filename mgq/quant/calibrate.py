@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import megengine.module as M
@@ -14,10 +16,12 @@ from megengine.quantization.observer import Observer
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 from megengine.quantization.utils import QParams
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.quant.bias_correction import BiasCorrection
+from mgq.quant.data_free import correct_expected_bias, expected_of, set_expected_ranges
 from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
+from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, mode_of, to_mode
@@ -27,7 +31,10 @@ from mgq.quant.targets import MEGENGINE, Target, target_of
 
 EASYQUANT = "easyquant"
 METHODS = (*ESTIMATORS, EASYQUANT)
-DEFAULT_METHOD = "min-max"
+DEFAULT_METHOD = "mse"
+DATA_FREE = "batch norms"
+"""What stands for the method where there were no pictures."""
+EQUALIZATION_PICTURES = 64
 LAYERWISE_PICTURES = 64
 """What is done layer by layer keeps all pictures in memory, in float and quantized, and more tell it no more."""
 
@@ -92,21 +99,27 @@ def calibrated_network(
     compensate: bool = True,
     in_place: bool = False,
     target: Target = MEGENGINE,
+    equalize: bool = True,
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
-    With ``compensate`` a float network's weights that can never matter become 0 (:mod:`mgq.quant.dead_channels`), and
-    the others are rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges are
-    those of these weights, biases corrected, and of no others.
+    With ``compensate`` a float network's weights that can never matter become 0 (:mod:`mgq.quant.dead_channels`), its
+    channels are scaled so that rounding costs least (:mod:`mgq.quant.equalization`, unless ``equalize`` is False), and
+    the weights are rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges
+    are those of these weights, biases corrected, and of no others.
     ``target`` is what a float network is quantized for.
     """
     checked_method(method)
+    batches = iter(batches)
     if compensate and mode_of(network) is Mode.NORMAL:
         network, in_place = without_dead_channels(network, in_place)[0], True
-    watched = to_mode(network, Mode.QAT, target, in_place)
-    watched.eval()
-    disable_fake_quant(watched)
-    observe_weights(watched)
+        if equalize:
+            first = taken(batches, EQUALIZATION_PICTURES)
+            if first:
+                with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
+                    equalized(network, np.concatenate(first)[:EQUALIZATION_PICTURES], target, in_place=True)
+            batches = chain(first, batches)
+    watched = prepared(network, target, in_place)
     sample = Sample(LAYERWISE_PICTURES)
     search, rounding, correction = Search(), CompensatedRounding(), BiasCorrection()
     visitors: list[Visitor] = []
@@ -130,6 +143,47 @@ def calibrated_network(
     tables = search.activations, weight_ranges, corrections
     ranges = ActivationRanges(arch, method, weights, provenance, *tables, target_of(watched).name)
     return watched, ranges
+
+
+def data_free_network(
+    network: M.Module,
+    arch: str,
+    weights: str,
+    provenance: Mapping[str, Any],
+    target: Target = MEGENGINE,
+    in_place: bool = False,
+) -> tuple[M.Module, ActivationRanges]:
+    """As :func:`calibrated_network` of a float ``network``, without a picture: by what its batch norms expect.
+
+    Dead channels are cleared, channels equalized, ranges set and biases corrected; weights are rounded to the nearest
+    (:mod:`mgq.quant.data_free`).
+    """
+    network, _ = without_dead_channels(network, in_place)
+    equalized(network, None, target, in_place=True)
+    graph, statistics = expected_of(network)
+    watched = prepared(network, target, in_place=True)
+    activations = set_expected_ranges(watched, graph, statistics)
+    correct_expected_bias(watched, graph, statistics)
+    enable_fake_quant(watched)
+    disable_observer(watched)
+    return watched, ActivationRanges(arch, DATA_FREE, weights, provenance, activations, target=target.name)
+
+
+def prepared(network: M.Module, target: Target, in_place: bool) -> M.Module:
+    """``network``, or a copy, in mode ``qat`` and evaluation state, its fake quantization off, weights observed."""
+    watched = to_mode(network, Mode.QAT, target, in_place)
+    watched.eval()
+    disable_fake_quant(watched)
+    observe_weights(watched)
+    return watched
+
+
+def taken(batches: Iterator[npt.NDArray[np.uint8]], number: int) -> list[npt.NDArray[np.uint8]]:
+    """The first of ``batches``, with ``number`` pictures together, or all."""
+    found: list[npt.NDArray[np.uint8]] = []
+    while sum(map(len, found)) < number and (batch := next(batches, None)) is not None:
+        found.append(batch)
+    return found
 
 
 class Sample:

@@ -40,13 +40,14 @@ class Survey:
     """Follows one run of a network, and clears weights on the way.
 
     ``known`` are intervals by identity of tensors, which ``kept`` keeps alive. ``dead``: name of a layer -> how many of
-    its channels are always 0.
+    its channels are always 0. ``highest``: name of a layer -> what its channels are at most, before a ReLU6, (C,).
     """
 
     names: dict[int, str]
     known: dict[int, Interval] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
     dead: dict[str, int] = field(default_factory=dict)
+    highest: dict[str, Values] = field(default_factory=dict)
 
     def note(self, tensor: Tensor, interval: Interval) -> None:
         self.known[id(tensor)] = interval
@@ -82,6 +83,7 @@ class Survey:
         bias = np.ravel(plain.bias.numpy()).astype(np.float64)
         highest = (positive * high + negative * low).sum(axis=(2, 3)).ravel() + bias
         lowest = (positive * low + negative * high).sum(axis=(2, 3)).ravel() + bias
+        self.highest[self.names[id(module)]] = highest
         if isinstance(module, M.ConvBnRelu2d):  # ReLU6 included
             is_dead = highest <= 0
             own[is_dead.reshape(groups, -1)] = 0
@@ -101,6 +103,16 @@ def without_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.
     how many channels of which layer are dead.
     """
     network = network if in_place else deepcopy(network)
+    return network, surveyed(network).dead
+
+
+def highest_values(network: M.Module) -> dict[str, Values]:
+    """Layer -> what each channel of it can be at most, before a ReLU6, whatever the picture shows: float64 (C,)."""
+    return surveyed(deepcopy(network)).highest
+
+
+def surveyed(network: M.Module) -> Survey:
+    """What a run of ``network`` tells; it is cleared of dead channels on the way."""
     training = network.training
     network.eval()
     survey = Survey({id(module): name for name, module in network.named_modules()})
@@ -115,4 +127,4 @@ def without_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.
         for handle in hooks:
             handle.remove()
         network.train(training)
-    return network, survey.dead
+    return survey

@@ -20,7 +20,7 @@ from megengine.module.qat import QATModule, QuantStub
 from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, picked, sampled_positions
-from mgq.quant.ranges import folded_bias, folded_weight, half_of, quantized_weight, set_range
+from mgq.quant.ranges import folded_bias, folded_weight, half_of, is_kept_in_float, quantized_weight, set_range
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
 from mgq.quant.targets import ChannelFakeQuantize
 
@@ -57,7 +57,7 @@ class Search:
         grid = OutputGrid.of(module)
         if largest and is_convolution(module):
             sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
-            if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+            if is_kept_in_float(module) or isinstance(module.weight_fake_quant, ChannelFakeQuantize):
                 limit = best(tries, wanted, grid.on(sampled.with_weights(quantized_weight(module).numpy())))
             else:
                 limit, weight_limit = in_turn(sampled, largest, tries, wanted, grid)

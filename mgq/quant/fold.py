@@ -1,4 +1,4 @@
-"""Batch-norm folding: a float network whose convolutions have their batch norms in weight and bias."""
+"""Float convolutions for inference: batch norms folded into weight and bias, bias and activation in one operator."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from copy import deepcopy
 
 import megengine.functional as F
 import megengine.module as M
+import megengine.module.qat as Q
 import numpy as np
 from megengine import Parameter, Tensor
+from megengine.functional.nn import conv_bias_activation
 from megengine.module.conv_bn import _ConvBnActivation2d
 from megengine.utils.module_utils import set_expand_structure
 
+from mgq.quant.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, without_initialization
 
 
@@ -66,3 +69,39 @@ def folded_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
     result.weight = Parameter(scaled.reshape(weight.shape).astype(np.float32))
     result.bias = Parameter(((bias - mean) * scale + shift).astype(np.float32).reshape(1, -1, 1, 1))
     return result
+
+
+def activation_of(convolution: M.Module) -> str:
+    """What is behind a ``convolution`` of any mode but ``quantized`` in the same layer: "relu", "relu6" or ""."""
+    if isinstance(convolution, ConvBnRelu6 | QatConvBnRelu6 | ConvRelu6):
+        return "relu6"
+    return "relu" if isinstance(convolution, M.ConvBnRelu2d | Q.ConvBnRelu2d | M.ConvRelu2d) else ""
+
+
+class FusedConv(M.Module):  # type: ignore[misc]
+    """A float32 convolution like ``conv``, its bias and its activation as the operator that MegEngine deploys.
+
+    ``weight`` has the shape of that of ``conv``, ``bias`` is (1, O, 1, 1), ``activation`` is as :func:`activation_of`
+    has it. A convolution and a sum of their own round otherwise than that one does.
+    """
+
+    def __init__(self, conv: M.Conv2d, weight: Parameter, bias: Parameter, activation: str) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.nonlinear_mode = "relu" if activation == "relu" else "identity"
+        self.relu6 = activation == "relu6"
+
+    def forward(self, inp: Tensor) -> Tensor:
+        result = conv_bias_activation(
+            inp,
+            self.weight,
+            self.bias,
+            np.float32,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            nonlinear_mode=self.nonlinear_mode,
+        )
+        return F.relu6(result) if self.relu6 else result

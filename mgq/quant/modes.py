@@ -11,6 +11,7 @@ from megengine.module.quantized import QuantizedModule
 from megengine.quantization import quantize, quantize_qat
 
 from mgq.errors import InputError
+from mgq.quant.mixed import replace_kept_layers
 from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
 from mgq.quant.targets import MEGENGINE, Target, UnitScaleObserver, target_of
 from mgq.zoo.layers import without_initialization
@@ -69,6 +70,7 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
                     "write an ONNX file of it"
                 )
             network.eval()
+            replace_kept_layers(network)
             quantize(network, mapping=QAT_TO_QUANTIZED)
             network.eval()
     if mode is not Mode.QUANTIZED:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,32 +149,51 @@ def observe_weights(network: M.Module) -> None:
         low[...], high[...] = weight.min(), weight.max()
 
 
+def is_kept_in_float(module: M.Module) -> bool:
+    """Whether ``module`` is a layer of a ``qat`` network whose weights are not quantized (:mod:`mgq.quant.mixed`)."""
+    return isinstance(module, QATModule) and module.with_weight and module.weight_fake_quant is None
+
+
+@contextmanager
+def weights_as_they_are(module: QATModule) -> Iterator[None]:
+    """Within it the weights of ``module`` are neither observed nor quantized."""
+    parts = [part for part in (module.weight_observer, module.weight_fake_quant) if part is not None]
+    were = [part.enabled for part in parts]
+    for part in parts:
+        part.disable()
+    try:
+        yield
+    finally:
+        for part, was in zip(parts, were, strict=True):
+            part.enabled = was
+
+
 def folded_weight(module: QATModule) -> Tensor:
-    """The weight that ``module`` quantizes: float32, its batch norm folded in where it has one."""
+    """The weight of ``module`` before it is quantized: float32, its batch norm folded in where it has one."""
     if not hasattr(module, "bn"):
         return module.weight
-    was = module.weight_fake_quant.enabled, module.weight_observer.enabled
-    module.weight_fake_quant.disable()
-    module.weight_observer.disable()
-    weight, _ = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
-    module.weight_fake_quant.enabled, module.weight_observer.enabled = was
+    with weights_as_they_are(module):
+        weight, _ = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
     return weight
 
 
 def folded_bias(module: QATModule) -> npt.NDArray[np.float32]:
     """(C,): what is added to the output of a convolution, batch norm folded in where it has one; else zeros."""
     if hasattr(module, "bn"):
-        was = module.weight_observer.enabled
-        module.weight_observer.disable()
-        _, bias = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
-        module.weight_observer.enabled = was
+        with weights_as_they_are(module):
+            _, bias = module.fold_weight_bias(module.bn.running_mean, module.bn.running_var)
         return np.asarray(bias.numpy()).ravel()
     channels = module.out_channels
     return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
 
 
 def quantized_weight(module: QATModule) -> Tensor:
-    """The weight of ``module`` as its observer has int8 cover it: float32, its batch norm folded in."""
+    """The weight of ``module`` as its observer has int8 cover it: float32, its batch norm folded in.
+
+    That of a layer kept in float is as it is.
+    """
+    if is_kept_in_float(module):
+        return folded_weight(module)
     fake_quant = module.weight_fake_quant
     was = fake_quant.enabled
     fake_quant.enable()

@@ -22,7 +22,7 @@ from scipy.linalg.lapack import dtrtri
 from mgq.quant.estimators import Range
 from mgq.quant.layerwise import Layer
 from mgq.quant.patches import is_convolution, patches, sampled_positions
-from mgq.quant.ranges import folded_weight, set_range
+from mgq.quant.ranges import folded_weight, is_kept_in_float, set_range
 from mgq.quant.targets import WEIGHT_LEVELS, ChannelFakeQuantize, channel_scales, levels_of
 
 Array = npt.NDArray[np.float32]
@@ -33,8 +33,11 @@ FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 DAMPING = 0.01
 """Of the mean variance, added to each: the paper's."""
-RIDGE = 0.3
-"""Of the mean variance, added to each when weights are fitted: what few pictures tell is not taken too seriously."""
+RIDGE = 3.0
+"""Of the mean variance, added to each when weights are fitted: what few pictures tell is not taken too seriously.
+
+On EfficientNet-Lite0, 100 pictures, the logits of 400 others came within 17.5 dB of float's at 0.1, 18.3 at 0.3, 19.2
+at 1 and 19.5 at 3."""
 BLOCK = 128
 
 
@@ -50,7 +53,7 @@ class CompensatedRounding:
 
     def __call__(self, layer: Layer) -> None:
         module = layer.module
-        if not is_convolution(module):
+        if not is_convolution(module) or is_kept_in_float(module):
             return
         weight = folded_weight(module).numpy()
         conv = module.conv if hasattr(module, "conv") else module

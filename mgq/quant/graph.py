@@ -1,4 +1,4 @@
-"""A network as a small graph of plain layers, with the integer grid of every tensor: what exporters write.
+"""A network as a small graph of plain layers, with the grid of every tensor: for equalization and for exporters.
 
 It is read from the traced network, whose layers stay whole, so that scales and parameters are those of the layers.
 """
@@ -22,10 +22,10 @@ from megengine.traced_module import register_as_builtin, trace_module
 from megengine.traced_module.expr import CallFunction, CallMethod, Expr
 
 from mgq.errors import FailureError
-from mgq.quant.fold import folded_layer
+from mgq.quant.fold import activation_of, folded_layer
 from mgq.quant.modes import Mode, mode_of
-from mgq.quant.ranges import folded_bias, folded_weight
-from mgq.quant.relu6 import QAT_TO_QUANTIZED, QatConvBnRelu6
+from mgq.quant.ranges import folded_bias, folded_weight, is_kept_in_float
+from mgq.quant.relu6 import QAT_TO_QUANTIZED
 from mgq.quant.targets import (
     WEIGHT_LEVELS,
     ChannelFakeQuantize,
@@ -71,7 +71,8 @@ class Node:
 class Weighted(Node):
     """A convolution or a linear layer: ``weight`` float32 (O, C / groups, H, W) or (O, I), ``bias`` float32 (O,).
 
-    In an int8 network ``integers`` times ``scales``, one or one for each output, is what it computes with.
+    In an int8 network ``integers`` times ``scales``, one or one for each output, is what it computes with; a layer
+    kept in float has neither.
     """
 
     weight: Array
@@ -250,7 +251,8 @@ class Reader:
             raise FailureError("a convolution with dilation, or padding other than zeros, cannot be exported")
         activation = activation_of(module)
         weight, bias = folded_parameters(module)
-        integers, scales = quantized_weights(module, weight) if self.quantized else (None, None)
+        is_int8 = self.quantized and not is_kept_in_float(module)
+        integers, scales = quantized_weights(module, weight) if is_int8 else (None, None)
         self.nodes.append(
             Convolution(
                 inputs,
@@ -300,12 +302,6 @@ def pair(value: Any) -> tuple[int, int]:
 
 def numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
-
-
-def activation_of(module: M.Module) -> str:
-    if isinstance(module, ConvBnRelu6 | QatConvBnRelu6):
-        return "relu6"
-    return "relu" if isinstance(module, M.ConvBnRelu2d | Q.ConvBnRelu2d) else ""
 
 
 def folded_parameters(module: Any) -> tuple[Array, Array]:

@@ -1,0 +1,133 @@
+"""``mgq analyze``: where does the error of int8 come from?"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mgq.engine.analysis import Analysis
+    from mgq.quant.sensitivity import LayerSensitivity, Values
+
+
+def analyze(
+    pictures: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Folder of pictures; labelled ones show top-1, too.")
+    ] = None,
+    arch: Arch = None,
+    checkpoint: CheckpointFile = None,
+    images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 32,
+    worst: Annotated[int, typer.Option("--worst", metavar="N", help="Layers in the table.")] = 10,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="The page to write.", show_default="<arch>.analysis.html")
+    ] = None,
+    target: TargetName = None,
+    save: Save = RUNS,
+    pretrained: Pretrained = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the error of int8 comes from, layer by layer.
+
+    Each layer is quantized alone, all others in float, and the answers are compared with float: the worst layers come
+    as a table, all of them with histograms as one HTML page. Without pictures it takes those that the run was measured
+    on, else the bundled cat.
+
+    \b
+    Examples:
+      mgq analyze -d flowers
+      mgq analyze -a efficientnet_lite0 --pretrained -d imagenet
+      mgq analyze photos/ --html report.html --worst 20
+    """
+    from mgq.cli.console import import_megengine, note, progress
+    from mgq.errors import InputError
+
+    if worst < 1:
+        raise InputError(f"--worst {worst} is too small: give at least 1")
+    if pictures and data is not None:
+        raise InputError("pictures were named, and a folder by -d: give one of them")
+    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.engine import analysis
+    from mgq.engine.analysis_page import checked_page, write_page
+
+    if html is not None:
+        checked_page(html)
+    with progress() as on_progress:
+        words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress)
+        found = analysis.analyze(*words)
+    for remark in [*found.remarks, *found.pictures.problems]:
+        note(remark)
+    page = html or Path(f"{found.classifier.spec.name}.analysis.html")
+    write_page(found, page)
+    if as_json:
+        sys.stdout.write(json.dumps({**found.to_json(), "page": str(page)}) + "\n")
+    else:
+        shown(found, worst, page)
+
+
+def shown(found: Analysis, worst: int, page: Path) -> None:
+    """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
+    from mgq.cli.console import out
+    from mgq.engine.analysis import in_decibels, in_points
+
+    classifier, result = found.classifier, found.found
+    head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
+    head += f"\npictures: {result.pictures} of {found.pictures.name}"
+    out.print(head, style="dim", markup=False, soft_wrap=True)
+    whole = f"all {len(result.layers)} layers in int8: logits {in_decibels(result.whole.logit_snr, ' dB')}, "
+    whole += f"{result.whole.same:.1f} % same answers"
+    if result.float_top1 is not None:
+        whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
+    out.print(whole, markup=False, soft_wrap=True)
+    out.print()
+    out.print(table_of(result.worst(worst), result.float_top1 is not None))
+    out.print()
+    legend = (
+        "Each layer alone in int8, all others float, compared with float. Logits, weights, outputs: signal to noise, "
+        "less is worse. Median: how much of the range of the weights the median channel uses; channel: the one that "
+        "sets it."
+    )
+    legend += " ± one standard error." if result.float_top1 is not None else ""
+    out.print(legend, style="dim", markup=False)
+    out.print(f"page: {page}", markup=False, soft_wrap=True)
+
+
+def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from mgq.engine.analysis import in_decibels, in_points
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    heads = ["logits\ndB", "same\n%", "weights\ndB", "\nmedian", "\nchannel", "outputs\ndB"]
+    if labelled:
+        heads.insert(2, "top-1\npoints")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for layer in layers:
+        cells = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}"]
+        cells += [in_points(layer.alone)] if labelled else []
+        cells += weight_cells(layer.weights)
+        cells.append(in_decibels(layer.activations.snr if layer.activations is not None else None))
+        table.add_row(Text(layer.name), *cells)
+    return table
+
+
+def weight_cells(weights: Values | None) -> list[str]:
+    from mgq.engine.analysis import in_decibels
+
+    if weights is None:
+        return ["-", "-", "-"]
+    channel = str(weights.dominating(1)[0]) if weights.dominating(1) else "-"
+    return [in_decibels(weights.snr), f"{weights.median_share:.0%}", channel]

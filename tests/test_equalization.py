@@ -1,0 +1,162 @@
+"""Cross-layer equalization: the answers stay to the bit that float32 allows, and int8 loses less."""
+
+from __future__ import annotations
+
+import megengine
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.quant.calibrate import as_input, calibrated_network
+from mgq.quant.equalization import (
+    Channels,
+    Problem,
+    equalized,
+    graph_of,
+    sets_of,
+    soft_maximum,
+)
+from mgq.quant.statistics import expected_statistics, measured_statistics
+from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.zoo.registry import spec_of
+from tests.conftest import logits_of, smooth_pictures
+
+PICTURES = smooth_pictures(8)
+NETWORKS = (
+    ("resnet18", {}),
+    ("mobilenet_v2", {}),
+    ("mobilenet_v2", {"activation": "relu6"}),
+    ("shufflenet_v1_x0_5_g3", {}),
+    ("efficientnet_lite0", {}),
+)
+
+
+def network_of(arch: str, **options: object) -> M.Module:
+    """Random weights, no two channels of a layer alike: some are ten times as large as others."""
+    megengine.random.seed(3)
+    network = spec_of(arch).build(10, **options)
+    rng = np.random.default_rng(0)
+    for module in network.modules():
+        if isinstance(module, M.BatchNorm2d):
+            shape = module.weight.numpy().shape
+            module.weight[...] = Tensor(np.exp(rng.normal(-0.5, 0.6, shape)).astype(np.float32))
+            module.bias[...] = Tensor(rng.normal(0, 0.5, shape).astype(np.float32))
+    network.eval()
+    return network
+
+
+def with_true_statistics(network: M.Module) -> None:
+    """Let batch norms know what they see, as after a training."""
+    for module in network.modules():
+        if isinstance(module, M.BatchNorm2d):
+            module.momentum = 0.0
+            module.training = True
+    logits_of(network, PICTURES)
+    network.eval()
+
+
+@pytest.mark.parametrize(("arch", "options"), NETWORKS, ids=str)
+@pytest.mark.parametrize(("target", "with_pictures"), [(MEGENGINE, True), (ONNX, False)], ids=["measured", "expected"])
+def test_the_float_network_answers_as_before(
+    arch: str, options: dict[str, object], target: Target, with_pictures: bool
+) -> None:
+    network = network_of(arch, **options)
+    found, factors = equalized(network, PICTURES if with_pictures else None, target)
+    before, after = logits_of(network, PICTURES), logits_of(found, PICTURES)
+    np.testing.assert_allclose(after, before, atol=1e-4 * max(1.0, float(np.abs(before).max())))
+    assert max(factors.values()) > 1.2, "nothing was equalized"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3"])
+def test_int8_is_nearer_to_float(arch: str) -> None:
+    network = network_of(arch)
+    wanted = logits_of(network, PICTURES)
+
+    def noise(source: M.Module) -> float:
+        quantized, _ = calibrated_network(source, [PICTURES], arch, "", {}, "min-max", compensate=False)
+        return float(np.square(logits_of(quantized, PICTURES) - wanted).mean())
+
+    assert noise(equalized(network, PICTURES)[0]) < 0.8 * noise(network)
+
+
+def test_a_channel_that_can_reach_the_ceiling_keeps_its_size() -> None:
+    network = network_of("mobilenet_v2", activation="relu6")
+    found, _ = equalized(network, PICTURES)
+    before, after = network.features[0].bn, found.features[0].bn
+    assert np.array_equal(before.weight.numpy(), after.weight.numpy())
+    # A channel that never comes near 6 is free.
+    shape = before.bias.numpy().shape
+    before.weight[...] = Tensor(np.full(shape, 1e-5, np.float32))
+    found, factors = equalized(network, PICTURES)
+    assert factors["features.0"] > 1.2
+    np.testing.assert_allclose(logits_of(found, PICTURES), logits_of(network, PICTURES), rtol=1e-3, atol=1e-4)
+
+
+def test_channels_that_meet_in_a_sum_have_one_factor() -> None:
+    network = network_of("resnet18")
+    sets = sets_of(graph_of(network, 64))
+    of = sets.of
+    assert np.array_equal(of["layer2.0.conv_bn2"], of["layer2.0.downsample"])
+    assert np.array_equal(of["layer2.0.conv_bn2"], of["layer2.1.conv_bn2"])
+    assert not set(of["layer2.0.conv_bn_relu1"]) & set(of["layer2.0.conv_bn2"])
+
+
+def test_union_find_joins_what_is_joined() -> None:
+    channels = Channels()
+    one, other, third = channels.new(2), channels.new(2), channels.new(1)
+    channels.join(one, other)
+    assert np.array_equal(channels.roots(one), channels.roots(other))
+    assert channels.root(int(third[0])) not in channels.roots(one)
+
+
+@pytest.mark.parametrize("target", [MEGENGINE, ONNX], ids=lambda target: target.name)
+def test_the_gradient_is_that_of_the_noise(target: Target) -> None:
+    network = network_of("shufflenet_v1_x0_5_g3")
+    graph = graph_of(network, 64)
+    sets = sets_of(graph)
+    problem = Problem.of(graph, sets, expected_statistics(network, graph), target)
+    rng = np.random.default_rng(0)
+    logs = rng.normal(0, 0.2, sets.number)
+    problem = problem.at(logs)
+    _, gradient = problem.noise(logs)
+    for _ in range(3):
+        way = rng.normal(0, 1, sets.number)
+        ahead, behind = (problem.noise(logs + sign * 1e-5 * way)[0] for sign in (1, -1))
+        assert (ahead - behind) / 2e-5 == pytest.approx(float(gradient @ way), rel=1e-4, abs=1e-7)
+
+
+def test_the_soft_maximum_is_near_the_largest() -> None:
+    square, parts = soft_maximum(np.log(np.array([1.0, 2.0, 5.0])))
+    assert 5 <= np.sqrt(square) < 5.1 and parts.sum() == pytest.approx(1) and parts.argmax() == 2
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v1_x0_5_g3", "efficientnet_lite0"])
+def test_measured_statistics_are_those_of_the_tensors(arch: str) -> None:
+    network = network_of(arch)
+    graph = graph_of(network, 64)
+    halves = [as_input(PICTURES[:4]), as_input(PICTURES[4:])]
+    found = measured_statistics(network, graph, halves)
+    name = next(node.output for node in reversed(graph.nodes) if node.output.endswith("add"))
+    seen: list[npt.NDArray[np.float32]] = []
+    hook = dict(network.named_modules())[name].register_forward_hook(lambda _, __, out: seen.append(out.numpy()))
+    logits_of(network, PICTURES)
+    hook.remove()
+    whole = seen[0]
+    np.testing.assert_allclose(found[name].mean, whole.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[name].variance, whole.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(found[name].highest, whole.max((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
+    network = network_of("resnet18")
+    with_true_statistics(network)
+    graph = graph_of(network, 64)
+    expected, found = expected_statistics(network, graph), measured_statistics(network, graph, [as_input(PICTURES)])
+    for name in ("layer1.0.conv_bn2", "layer3.0.downsample"):  # no activation: exact
+        np.testing.assert_allclose(expected[name].mean, found[name].mean, rtol=0.02, atol=0.02)
+        np.testing.assert_allclose(expected[name].variance, found[name].variance, rtol=0.1, atol=0.02)
+    rectified = "layer3.0.conv_bn_relu1"  # as if normally distributed
+    similarity = np.corrcoef(expected[rectified].mean, found[rectified].mean)[0, 1]
+    assert similarity > 0.95
