@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,22 @@ from mgq.cli.options import (
     opened,
 )
 
+if TYPE_CHECKING:
+    from mgq.engine.accuracy_aware import Mixture
+
 WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
+
+
+def mixed_words(mixture: Mixture, max_drop: float) -> str:
+    """What is kept in float, what that costs, and whether it is enough."""
+    drop = mixture.comparison.drop
+    reached = f"drop {drop:.1f}, at most {max_drop:g} wanted"
+    if not mixture.kept:
+        return f"{reached}: " + ("all layers are int8" if drop <= max_drop else "float weights do not help")
+    layers = f"weights kept in float: {', '.join(mixture.kept)}"
+    cost = f"a picture takes {mixture.slowdown:.2f} times as long as with int8 alone (here, median of rounds in turns)"
+    short = "" if drop <= max_drop else "\nthe rest is lost by activations: try another --target, or `mgq qat`"
+    return f"{reached}; {layers}\n{cost}{short}"
 
 
 def calibrate(
@@ -59,6 +74,10 @@ def calibrate(
             "--nearest", help="Round weights to the nearest integer, not so that errors make up for each other."
         ),
     ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="Keep weights of layers in float until int8 loses no more points of top-1."),
+    ] = None,
     target: TargetName = None,
     save: Save = RUNS,
     limit: Limit = None,
@@ -93,6 +112,8 @@ def calibrate(
 
     if data_free and (pictures or method or nearest or ranges_file is not None):
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
+    if max_drop is not None and (data_free or ranges_file is not None):
+        raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit} is too small: give at least 1")
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
@@ -100,9 +121,12 @@ def calibrate(
     with progress() as on_progress:
         classifier = opened(*words, on_progress)
         from mgq.data.datasets import subset
+        from mgq.engine.accuracy_aware import ranked_layers, within_drop
         from mgq.engine.calibration import calibrated, calibrated_without_pictures, expected_seconds
         from mgq.engine.calibration_data import pictures_at_hand
-        from mgq.engine.comparison import compared
+        from mgq.engine.comparison import Comparison, compared
+        from mgq.engine.evaluate import evaluate
+        from mgq.engine.networks import Classifier
         from mgq.events import Watcher
         from mgq.quant.calibrate import pictures_used
         from mgq.quant.quality import steps_of
@@ -112,6 +136,10 @@ def calibrate(
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         kind = target_called(target or MEGENGINE.name)
         found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress)
+        labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
+        how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
+        comparison: Comparison | None = None
+        mixture: Mixture | None = None
         if data_free or found.sources is None:
             note("no pictures: ranges and corrections follow from the batch norms" + ("" if data_free else WITHOUT))
             result = calibrated_without_pictures(classifier, kind)
@@ -120,17 +148,32 @@ def calibrate(
             seconds = expected_seconds(classifier, number, quality, method)
             note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
             how_to = (images, about, on_progress, method, correct_bias, compensate, kind, quality)
-            result = calibrated(classifier, found.sources, *how_to)
+            sources = found.sources
+            if max_drop is None:
+                result = calibrated(classifier, sources, *how_to)
+            elif labelled is None:
+                raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
+            else:
+                shown, float_answers = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
+
+                def compare(other: Classifier) -> Comparison:
+                    watcher = Watcher(on_progress, note)
+                    return compared(classifier, other, shown, watcher, float_answers, **how)
+
+                mixture = within_drop(
+                    max_drop,
+                    ranked_layers(classifier, kind),
+                    lambda kept: calibrated(classifier, sources, *how_to, kept),
+                    compare,
+                )
+                result, comparison = mixture.calibration, mixture.comparison
         for problem in result.problems:
             note(problem)
         path = result.write(save)
         if ranges_file is not None:
             result.write_ranges(ranges_file)
-        comparison = None
-        if found.labelled is not None:
-            labelled = subset(found.labelled, limit) if limit else found.labelled
+        if labelled is not None and comparison is None:
             normal = opened(*words, on_progress)
-            how = {"workers": workers, "max_bad": max_bad}
             comparison = compared(normal, result.classifier, labelled, Watcher(on_progress, note), **how)
     if as_json:
         document = {
@@ -141,6 +184,8 @@ def calibrate(
             "weights": classifier.origin,
             "checkpoint": str(path),
             "comparison": comparison.to_json() if comparison else None,
+            "float_layers": list(mixture.kept) if mixture else [],
+            "slowdown": mixture.slowdown if mixture else 1.0,
         }
         sys.stdout.write(json.dumps(document) + "\n")
         return
@@ -161,6 +206,8 @@ def calibrate(
             markup=False,
             soft_wrap=True,
         )
+        if mixture is not None and max_drop is not None:
+            out.print(mixed_words(mixture, max_drop), markup=False, soft_wrap=True)
     elif found.why_not:
         note(f"accuracy was not measured: {found.why_not}")
     out.print(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""), markup=False, soft_wrap=True)

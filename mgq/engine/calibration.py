@@ -79,13 +79,14 @@ def calibrated(
     compensate: bool = True,
     target: Target = MEGENGINE,
     quality: str = DEFAULT_QUALITY,
+    kept: Sequence[str] = (),
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
     ``quality`` is one of :data:`mgq.quant.quality.QUALITIES`; ``method``, ``correct_bias``, ``compensate`` and
     ``target`` are those of :func:`mgq.quant.calibrate.calibrated_network`, and say otherwise where they are given;
-    ``easyquant`` takes 64 pictures at most. Pictures that cannot be read are left out and named. Raises InputError
-    where no picture can be read, and for another method or quality.
+    ``easyquant`` takes 64 pictures at most. The weights of the layers ``kept`` stay float32. Pictures that cannot be
+    read are left out and named. Raises InputError where no picture can be read, and for another method or quality.
     """
     ways = changed(steps_of(quality), method, correct_bias, compensate)
     if images < 1:
@@ -108,7 +109,15 @@ def calibrated(
         told = f" {number}/{len(ways)}" if len(ways) > 1 else ""
         words = (way.method, way.correct_bias, way.compensate)
         network, ranges = calibrated_network(
-            classifier.network, pictures.batches(told), arch, weights, {}, *words, target=target, equalize=way.equalize
+            classifier.network,
+            pictures.batches(told),
+            arch,
+            weights,
+            {},
+            *words,
+            target=target,
+            equalize=way.equalize,
+            kept=kept,
         )
         if pictures.used == 0:
             raise InputError(f"none of {len(chosen)} pictures could be read; the first: {pictures.problems[0]}")
@@ -123,6 +132,7 @@ def calibrated(
         "bias_correction": way.correct_bias,
         "rounding": "compensated" if way.compensate else "nearest",
         "equalized": way.compensate and way.equalize,
+        "float_layers": list(kept),
         "choice": "evenly spread over the sorted list",
         **of_all(classifier, command, target),
     }

@@ -67,14 +67,24 @@ def agreement(one: Evaluation, other: Evaluation) -> float:
     return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
 
 
-def compared(normal: Classifier, simulated: Classifier, pictures: Dataset, watcher: Watcher, **how: Any) -> Comparison:
+def compared(
+    normal: Classifier,
+    simulated: Classifier,
+    pictures: Dataset,
+    watcher: Watcher,
+    known: Evaluation | None = None,
+    **how: Any,
+) -> Comparison:
     """The float network, the fake-quantized one, and the int8 network made of that, on the labelled ``pictures``.
 
-    ``how`` goes on to :func:`mgq.engine.evaluate.evaluate`. Raises as that does.
+    ``known`` is what float answered to them, where that was measured before. ``how`` goes on to
+    :func:`mgq.engine.evaluate.evaluate`. Raises as that does.
     """
     int8 = carried(simulated, Mode.QUANTIZED)
-    found = {}
+    found = {"float": known} if known is not None else {}
     for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
+        if what in found:
+            continue
         found[what] = evaluate(classifier, pictures, on_progress=named(what, watcher.on_progress), **how)
     return Comparison(
         found["float"],

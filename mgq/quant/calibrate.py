@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
+from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
@@ -100,6 +101,7 @@ def calibrated_network(
     in_place: bool = False,
     target: Target = MEGENGINE,
     equalize: bool = True,
+    kept: Sequence[str] = (),
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
 
@@ -107,7 +109,8 @@ def calibrated_network(
     channels are scaled so that rounding costs least (:mod:`mgq.quant.equalization`, unless ``equalize`` is False), and
     the weights are rounded so that their errors make up for each other (:mod:`mgq.quant.rounding`). Then the ranges
     are those of these weights, biases corrected, and of no others.
-    ``target`` is what a float network is quantized for.
+    ``target`` is what a float network is quantized for. The weights of the layers ``kept`` stay float32. Raises
+    InputError for a layer that cannot.
     """
     checked_method(method)
     batches = iter(batches)
@@ -120,6 +123,7 @@ def calibrated_network(
                     equalized(network, np.concatenate(first)[:EQUALIZATION_PICTURES], target, in_place=True)
             batches = chain(first, batches)
     watched = prepared(network, target, in_place)
+    keep_in_float(watched, kept)
     sample = Sample(LAYERWISE_PICTURES)
     search, rounding, correction = Search(), CompensatedRounding(), BiasCorrection()
     visitors: list[Visitor] = []
