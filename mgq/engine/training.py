@@ -276,7 +276,7 @@ def finished(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> 
     normal, simulated = float_and_simulated(plan, run, watcher)
     most = COMPARED_AFTER_TRAIN if plan.recipe.mode == "normal" else len(plan.sets.val)
     pictures = subset(plan.sets.val, min(most, len(plan.sets.val)))
-    how = {"workers": plan.request.workers, "max_bad": plan.request.max_bad}
+    how: dict[str, Any] = {"workers": plan.request.workers, "max_bad": plan.request.max_bad}
     comparison = compared(normal, simulated, pictures, watcher, **how)
     return Outcome(run.checkpoint, plan.recipe, best, comparison, start)
 

@@ -1,0 +1,144 @@
+"""Int8 without a picture, quality levels, and as much int8 as an accuracy allows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from mgq.engine.accuracy_aware import Mixture, within_drop
+from mgq.engine.calibration import (
+    Calibration,
+    calibrated,
+    calibrated_without_pictures,
+    changed,
+    expected_seconds,
+    sources_of,
+)
+from mgq.engine.comparison import Comparison
+from mgq.errors import InputError
+from mgq.quant.calibrate import data_free_network
+from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.quality import QUALITIES, steps_of
+from mgq.quant.ranges import quantized_layers
+from mgq.quant.targets import MEGENGINE, ONNX, Target
+from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, smooth_pictures, the_error
+from tests.test_calibration import Pictures
+from tests.test_equalization import network_of, with_true_statistics
+
+PICTURES = smooth_pictures(8, seed=4)
+SHUFFLE = "shufflenet_v1_x0_5_g3"
+
+
+class TestDataFree:
+    @pytest.mark.parametrize("target", [MEGENGINE, ONNX], ids=lambda target: target.name)
+    def test_batch_norms_are_enough_for_int8_that_follows_float(self, target: Target) -> None:
+        network = network_of("resnet18")
+        with_true_statistics(network)
+        found, ranges = data_free_network(network, "resnet18", "", {}, target)
+        assert mode_of(network) is Mode.NORMAL and mode_of(found) is Mode.QAT
+        assert ranges.target == target.name and set(ranges.ranges) >= {
+            name for name in quantized_layers(found) if name not in ("quant", "dequant") and not name.endswith(".add")
+        }
+        exact, simulated = logits_of(network, PICTURES).ravel(), logits_of(found, PICTURES).ravel()
+        assert np.corrcoef(exact, simulated)[0, 1] > 0.95
+
+    def test_it_becomes_real_int8(self) -> None:
+        found = calibrated_without_pictures(classifier_of("resnet18"))
+        assert found.used == 0 and "batch norms" in found.ranges.provenance["pictures"]
+        logits_of(to_mode(found.classifier.network, Mode.QUANTIZED), PICTURES)
+
+    def test_the_command_says_so_and_the_checkpoint_works(self, mgq: Mgq, tmp_path: Path) -> None:
+        classifier_of(SHUFFLE).write_checkpoint(tmp_path / "own.safetensors")
+        said = mgq("calibrate", "-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs")
+        assert said.code == 0 and "no pictures" in said.err and "batch norms" in said.out
+        made = tmp_path / "runs" / f"{SHUFFLE}.calibration" / "checkpoint.safetensors"
+        assert mgq("infer", "-c", made).code == 0
+
+    def test_pictures_and_no_pictures_at_once_are_refused(self, mgq: Mgq, tmp_path: Path) -> None:
+        assert one_line_about(the_error(mgq("calibrate", tmp_path, "--data-free")), "--data-free", "leave out")
+
+
+class TestQuality:
+    def test_an_unknown_one_is_refused_with_those_there_are(self) -> None:
+        with pytest.raises(InputError) as error:
+            steps_of("great")
+        assert one_line_about(str(error.value), "'great'", *QUALITIES)
+
+    def test_what_is_said_wins_over_the_quality(self) -> None:
+        (way,) = changed(steps_of("best"), "ema", False, True)
+        assert (way.method, way.correct_bias, way.compensate) == ("ema", False, True)
+        assert all(not way.compensate for way in changed(steps_of("best"), None, True, False))
+
+    def test_the_best_of_several_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ways = (replace(QUALITIES["fast"][0], method="ema"), QUALITIES["balanced"][0])
+        monkeypatch.setitem(QUALITIES, "best", ways)
+        noises = iter([1.0, 2.0])
+        monkeypatch.setattr("mgq.engine.calibration.noise_of", lambda *_: next(noises))
+        found = calibrated(classifier_of(SHUFFLE), sources_of(Pictures()), 4, quality="best")
+        assert found.ranges.observer == "ema" and found.ranges.provenance["rounding"] == "nearest"
+
+    def test_more_takes_longer(self) -> None:
+        own = classifier_of(SHUFFLE)
+        assert expected_seconds(own, 512, "fast") < expected_seconds(own, 512, "best")
+
+
+def mixture_at(drops: list[float], max_drop: float) -> tuple[Mixture, list[int]]:
+    """What is found where keeping the first n of the layers loses ``drops[n]`` points, and what was tried."""
+    ranking = [f"layer{i}" for i in range(len(drops) - 1)]
+    tried: list[int] = []
+
+    def calibrate(kept: tuple[str, ...]) -> Calibration:
+        tried.append(len(kept))
+        return cast(Calibration, SimpleNamespace(classifier=len(kept)))
+
+    def compare(kept: Any) -> Comparison:
+        return cast(Comparison, SimpleNamespace(drop=drops[kept]))
+
+    return within_drop(max_drop, ranking, calibrate, compare), tried
+
+
+class TestMaxDrop:
+    @pytest.fixture(autouse=True)
+    def without_timing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mgq.engine.accuracy_aware.with_slowdown", lambda mixture, _: mixture)
+
+    @pytest.mark.parametrize("least", range(8))
+    def test_the_fewest_layers_are_kept(self, least: int) -> None:
+        drops = [1.0 if kept < least else 0.2 for kept in range(9)]
+        found, _ = mixture_at(drops, 0.5)
+        assert found.kept == tuple(f"layer{i}" for i in range(least))
+
+    def test_nothing_is_tried_that_need_not_be(self) -> None:
+        assert mixture_at([0.1] + [0.0] * 40, 0.5)[1] == [0]
+        assert len(mixture_at([1.0] * 20 + [0.0] * 21, 0.5)[1]) <= 12
+
+    def test_where_it_cannot_be_the_least_drop_is_kept(self) -> None:
+        found, tried = mixture_at([3.0, 1.5, 2.0, 2.0], 0.5)
+        assert found.comparison.drop == 1.5 and 3 in tried
+
+    def test_it_needs_labels(self, mgq: Mgq, tmp_path: Path) -> None:
+        classifier_of(SHUFFLE).write_checkpoint(tmp_path / "own.safetensors")
+        cat = Path(__file__).parents[1] / "assets" / "cat.jpg"
+        said = mgq("calibrate", cat, "-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs", "--max-drop", "0.5")
+        assert one_line_about(the_error(said), "--max-drop", "-d FOLDER")
+
+    def test_the_command_tells_what_it_kept(self, mgq: Mgq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import cv2
+
+        classes = classifier_of(SHUFFLE).classes
+        for name in classes:
+            for i, picture in enumerate(smooth_pictures(2, seed=7)):
+                path = tmp_path / "data" / "val" / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), picture.transpose(1, 2, 0))
+        classifier_of(SHUFFLE).write_checkpoint(tmp_path / "own.safetensors")
+        words = ("-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs", "-d", tmp_path / "data", "--images", "4")
+        said = mgq("calibrate", *words, "--max-drop", "100", "--json", "--quality", "fast")
+        assert said.code == 0, said.err
+        assert json.loads(said.out)["float_layers"] == []
