@@ -82,6 +82,9 @@ def test_it_runs_in_its_own_process_on_its_own_cores(player: Away) -> None:
 def test_it_is_paused_between_its_turns(player: Away) -> None:
     process = psutil.Process(player.process._child.process.pid)
     player.turn(1)
+    given_up = time.monotonic() + 60  # a signal that was sent is not yet a process that stands still
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < given_up:
+        time.sleep(0.01)
     assert process.status() == psutil.STATUS_STOPPED
 
 

@@ -125,7 +125,8 @@ def test_a_network_without_weights_says_what_to_do(mgq: Mgq) -> None:
         (["dump", "--input", "int4"], "int4"),
         (["dump", "--batch", "0"], "0"),
         (["dump", "-o", "/proc/no/such/place.megengine"], "/proc/no"),
-        (["calibrate"], "pictures"),
+        (["calibrate", "--data-free", "--max-drop", "1"], "--max-drop"),
+        (["calibrate", "--quality", "great"], "'great'"),
         (["calibrate", "no-such-folder"], "no-such-folder"),
     ],
 )

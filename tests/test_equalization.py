@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
+from mgq.quant.bias_correction import corrected
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.equalization import (
     Channels,
@@ -18,6 +19,7 @@ from mgq.quant.equalization import (
     soft_maximum,
 )
 from mgq.quant.graph import graph_of
+from mgq.quant.rounding import rounded
 from mgq.quant.statistics import expected_statistics, measured_statistics
 from mgq.quant.targets import MEGENGINE, ONNX, Target
 from mgq.zoo.registry import spec_of
@@ -160,3 +162,18 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
     rectified = "layer3.0.conv_bn_relu1"  # as if normally distributed
     similarity = np.corrcoef(expected[rectified].mean, found[rectified].mean)[0, 1]
     assert similarity > 0.95
+
+
+def test_steps_work_alone_and_in_order() -> None:
+    """Each is a function from a network, and pictures, to another: nearer to float, the one before it left as it is."""
+    network = network_of("resnet18")
+    wanted, pixels = logits_of(network, PICTURES), as_input(PICTURES)
+
+    def noise(found: M.Module) -> float:
+        return float(np.square(logits_of(found, PICTURES) - wanted).mean())
+
+    plain, _ = calibrated_network(network, [PICTURES], "", "", {}, "mse", correct_bias=False, compensate=False)
+    once = rounded(plain, pixels)
+    twice = corrected(once, pixels)
+    noises = [noise(found) for found in (plain, once, twice)]
+    assert noises[1] < 0.9 * noises[0] and noises[2] != noises[1]

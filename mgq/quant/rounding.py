@@ -9,9 +9,11 @@ Li et al. 2025, arXiv:2504.02692). Means are left out of account: the bias makes
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
@@ -20,7 +22,7 @@ from scipy.linalg import cholesky, solve
 from scipy.linalg.lapack import dtrtri
 
 from mgq.quant.estimators import Range
-from mgq.quant.layerwise import Layer
+from mgq.quant.layerwise import Layer, visit_layers
 from mgq.quant.patches import is_convolution, patches, sampled_positions
 from mgq.quant.ranges import folded_weight, is_kept_in_float, set_range
 from mgq.quant.targets import WEIGHT_LEVELS, ChannelFakeQuantize, channel_scales, levels_of
@@ -98,6 +100,16 @@ class CompensatedRounding:
             return result
 
         return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
+
+
+def rounded(network: M.Module, pictures: Array, in_place: bool = False) -> M.Module:
+    """A copy of ``network``, or itself, a ``qat`` one with ranges, whose weights are rounded by what they see.
+
+    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
+    """
+    network = network if in_place else deepcopy(network)
+    visit_layers(network, pictures, CompensatedRounding())
+    return network
 
 
 def keep_largest(rounded: Array, steps: Array, of_each_output: bool, levels: int) -> None:
