@@ -25,18 +25,22 @@ class ExactSums:
 
     def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
         """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
-        if not self.training and inp.qparams.scale is not None:  # type: ignore[attr-defined]
+        if self.counts and inp.qparams.scale is not None:
             weight, bias = self.fold_weight_bias(self.bn.running_mean, self.bn.running_var)  # type: ignore[attr-defined]
             bias = self.apply_quant_bias(bias, inp, weight)  # type: ignore[attr-defined]
             if bias.qparams.scale is not None:
                 return counted(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
         return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
 
+    @property
+    def counts(self) -> bool:
+        """Whether the network is used as int8 will be: nothing trained in it, nothing observed any more."""
+        return not self.training and not self.act_observer.enabled  # type: ignore[attr-defined]
+
     def apply_quant_activation(self, target: Tensor) -> Tensor:
         """``target`` on the output's grid, rounded as int8 kernels round it: times the inverse of its scale."""
         quantizer, observer = self.act_fake_quant, self.act_observer  # type: ignore[attr-defined]
-        exact = not self.training and type(quantizer) is FakeQuantize and quantizer.enabled  # type: ignore[attr-defined]
-        if not exact or observer.enabled:
+        if not self.counts or type(quantizer) is not FakeQuantize or not quantizer.enabled:
             return super().apply_quant_activation(target)  # type: ignore[misc]
         qparams = observer.get_qparams()
         steps = rounded(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
