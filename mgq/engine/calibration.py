@@ -44,7 +44,7 @@ RANGES_FILE = "ranges.json"
 JUDGED = 48
 """Pictures on which several ways of calibration are compared."""
 TIMED = 8
-LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 4.0, 3.0, 3.0
+LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 4.0, 4.0, 6.0
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mgq.data.datasets import Dataset
 from mgq.engine.deployed import DeployedNetwork
-from mgq.engine.evaluate import Evaluation, evaluate
+from mgq.engine.evaluate import Evaluation, batch_for, evaluate
 from mgq.engine.networks import Classifier, carried
 from mgq.events import OnProgress, Progress, Watcher
 from mgq.quant.modes import Mode
@@ -81,6 +81,7 @@ def compared(
     :func:`mgq.engine.evaluate.evaluate`. Raises as that does.
     """
     int8 = carried(simulated, Mode.QUANTIZED)
+    how.setdefault("batch_size", batch_for(normal.image_size))
     found = {"float": known} if known is not None else {}
     for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
         if what in found:

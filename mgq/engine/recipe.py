@@ -326,6 +326,7 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
     if task.mode == "qat":
         epochs = epochs or 1
         values = {"lr": 0.002, "batch_size": 32, **qat_phases(epochs, counts["synthetic_train"], 32)}
+        values["observe_batches"] = 8
     else:
         epochs = epochs or 3
         values = {"lr": 0.02, "batch_size": 32, "warmup": min(0.5, epochs / 10)}

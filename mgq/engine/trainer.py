@@ -38,7 +38,7 @@ from mgq.engine.training_state import TrainingState
 from mgq.errors import InputError, MgqError
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import as_input, calibrated_network
+from mgq.quant.calibrate import DEFAULT_METHOD, as_input, calibrated_network
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import apply_ranges, observe_weights
 from mgq.quant.targets import target_called
@@ -178,10 +178,11 @@ class Trainer:
         if self.examples is None or self.teacher is None:
             return
         target = target_called(self.recipe.target)
-        # Rounding a large network takes longer than learning the drawn pictures does.
-        compensate = not self.recipe.is_synthetic
+        # On the drawn pictures all is to be done in minutes: there the ranges alone are calibrated.
+        thorough = not self.recipe.is_synthetic
+        words = (DEFAULT_METHOD, thorough, thorough)
         calibrated, _ = calibrated_network(
-            self.teacher, self.pictures(), self.recipe.arch, "", {}, compensate=compensate, target=target
+            self.teacher, self.pictures(), self.recipe.arch, "", {}, *words, target=target
         )
         self.start = figures_of(self.measure(0, calibrated))
 

@@ -12,7 +12,7 @@ from mgq.data.datasets import Dataset, subset, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.distributed import Peers
-from mgq.engine.evaluate import BATCH, matched
+from mgq.engine.evaluate import batch_for, matched
 from mgq.engine.recipe import SYNTHETIC, Recipe, Task, recipe_for
 from mgq.engine.request import Request
 from mgq.events import Watcher
@@ -72,4 +72,5 @@ def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tu
 def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request) -> Loader:
     """A loader of ``pictures`` as they are measured on, without augmentation."""
     transform = EvalTransform(recipe.image_size, interpolation=spec_of(recipe.arch).interpolation)
-    return Loader(pictures, transform, BATCH, workers=request.workers, broken="drop", max_bad=request.max_bad)
+    batch = batch_for(recipe.image_size)
+    return Loader(pictures, transform, batch, workers=request.workers, broken="drop", max_bad=request.max_bad)

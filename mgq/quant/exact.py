@@ -26,11 +26,23 @@ class ExactSums:
     def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
         """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
         if self.counts and inp.qparams.scale is not None:
-            weight, bias = self.fold_weight_bias(self.bn.running_mean, self.bn.running_var)  # type: ignore[attr-defined]
+            weight, bias = self.folded()
             bias = self.apply_quant_bias(bias, inp, weight)  # type: ignore[attr-defined]
             if bias.qparams.scale is not None:
                 return counted(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
         return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Fake-quantized weight, which may know its ``steps``, and bias, with the batch norm folded in."""
+        bn, quantizer = self.bn, self.weight_fake_quant  # type: ignore[attr-defined]
+        if type(quantizer) is not FakeQuantize or not quantizer.enabled:
+            return self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined,no-any-return]
+        # Integers are wanted: to make values of them, and integers of these again, takes three times as long.
+        quantizer.disable()
+        weight, bias = self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined]
+        quantizer.enable()
+        weight.steps = rounded(weight / weight.qparams.scale, quantizer.qmin, quantizer.qmax)
+        return weight, bias
 
     @property
     def counts(self) -> bool:
