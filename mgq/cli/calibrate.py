@@ -138,6 +138,7 @@ def calibrate(
         found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress)
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
+        watcher = Watcher(on_progress, note)
         comparison: Comparison | None = None
         mixture: Mixture | None = None
         if data_free or found.sources is None:
@@ -154,11 +155,10 @@ def calibrate(
             elif labelled is None:
                 raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
             else:
-                shown, float_answers = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
+                shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
 
                 def compare(other: Classifier) -> Comparison:
-                    watcher = Watcher(on_progress, note)
-                    return compared(classifier, other, shown, watcher, float_answers, **how)
+                    return compared(classifier, other, shown, watcher, known, **how)
 
                 mixture = within_drop(
                     max_drop,
@@ -173,8 +173,7 @@ def calibrate(
         if ranges_file is not None:
             result.write_ranges(ranges_file)
         if labelled is not None and comparison is None:
-            normal = opened(*words, on_progress)
-            comparison = compared(normal, result.classifier, labelled, Watcher(on_progress, note), **how)
+            comparison = compared(classifier, result.classifier, labelled, watcher, **how)
     if as_json:
         document = {
             "arch": result.classifier.spec.name,

@@ -59,6 +59,11 @@ class Peers:
             dist.bcast_list_(list(network.tensors()))
 
 
+def on_processor() -> bool:
+    """Whether networks run on the processor here."""
+    return bool(mge.get_default_device().startswith("cpu")) or not gpus()
+
+
 def gpus() -> int:
     """How many GPUs this machine has that MegEngine can use."""
     return int(mge.get_device_count("gpu")) if mge.is_cuda_available() else 0

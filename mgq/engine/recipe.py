@@ -325,8 +325,8 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
     counts = {"synthetic_train": 4_000, "synthetic_val": 500}
     if task.mode == "qat":
         epochs = epochs or 1
-        values = {"lr": 0.002, "batch_size": 32, **qat_phases(epochs, counts["synthetic_train"], 32)}
-        values["observe_batches"] = 8
+        phases = {**qat_phases(epochs, counts["synthetic_train"], 32), "observe_batches": 8}
+        values = {"lr": 0.002, "batch_size": 32, **phases}
     else:
         epochs = epochs or 3
         values = {"lr": 0.02, "batch_size": 32, "warmup": min(0.5, epochs / 10)}

@@ -16,7 +16,7 @@ from mgq.data.loader import Loader
 from mgq.engine.beginning import Beginning, beginning_of, float_weights, keeps_batch_norm, wanted_network
 from mgq.engine.calibration import calibrated
 from mgq.engine.comparison import Comparison, compared
-from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_every_device
+from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_every_device, on_processor
 from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.networks import Classifier, open_classifier, versions
@@ -361,7 +361,7 @@ def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:
 def training_kernels(watcher: Watcher) -> Iterator[None]:
     """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing."""
     with contextlib.ExitStack() as stack:
-        if mge.get_default_device().startswith("cpu") or not gpus():
+        if on_processor():
             try:
                 stack.enter_context(fast_gradients())
             except FailureError as error:

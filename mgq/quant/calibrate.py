@@ -18,7 +18,7 @@ from megengine.quantization.utils import QParams
 
 from mgq.errors import FailureError, InputError
 from mgq.quant.bias_correction import BiasCorrection
-from mgq.quant.data_free import correct_expected_bias, expected_of, set_expected_ranges
+from mgq.quant.data_free import correct_expected_bias, set_expected_ranges
 from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
@@ -28,6 +28,7 @@ from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
+from mgq.quant.statistics import expected_of
 from mgq.quant.targets import MEGENGINE, Target, target_of
 
 EASYQUANT = "easyquant"

@@ -9,18 +9,10 @@ from __future__ import annotations
 import megengine.module as M
 import numpy as np
 
-from mgq.quant.graph import Convolution, Graph, graph_of
+from mgq.quant.graph import Convolution, Graph
 from mgq.quant.patches import is_convolution
 from mgq.quant.ranges import add_to_bias, folded_weight, quantized_layers, quantized_weight, set_range
-from mgq.quant.statistics import Statistics, expected_statistics
-
-IMAGE_SIZE = 64
-
-
-def expected_of(network: M.Module) -> tuple[Graph, Statistics]:
-    """The graph of ``network``, mode ``normal``, and what its batch norms say of its tensors."""
-    graph = graph_of(network, IMAGE_SIZE)
-    return graph, expected_statistics(network, graph)
+from mgq.quant.statistics import Statistics
 
 
 def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, float]]:

@@ -16,6 +16,7 @@ from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
 from mgq.quant.fold import folded_layer
+from mgq.quant.relu6 import CEILING
 from mgq.zoo.layers import ConvBnRelu6
 
 Values = npt.NDArray[np.float64]
@@ -89,7 +90,7 @@ class Survey:
             own[is_dead.reshape(groups, -1)] = 0
             if is_dead.any():
                 self.dead[self.names[id(module)]] = int(is_dead.sum())
-            ceiling = 6.0 if isinstance(module, ConvBnRelu6) else np.inf
+            ceiling = CEILING if isinstance(module, ConvBnRelu6) else np.inf
             lowest, highest = np.clip(lowest, 0, ceiling), np.clip(highest, 0, ceiling)
         conv.weight[...] = Tensor(own.reshape(shape))
         return Interval(lowest, highest)

@@ -34,12 +34,20 @@ from mgq.quant.graph import (
     Transpose,
     graph_of,
 )
-from mgq.quant.statistics import CEILINGS, Statistics, Values, expected_statistics, measured_statistics, moved
+from mgq.quant.statistics import (
+    CEILINGS,
+    IMAGE_SIZE,
+    Statistics,
+    Values,
+    expected_of,
+    expected_statistics,
+    measured_statistics,
+    moved,
+)
 from mgq.quant.targets import MEGENGINE, Target
 
 Slots = npt.NDArray[np.int64]
 
-IMAGE_SIZE = 64
 BATCH = 16
 LARGEST_FACTOR = 64.0
 ROUNDS, STEPS = 3, 70
@@ -163,9 +171,9 @@ def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str,
 
     It is an estimate by what batch norms expect, in arbitrary units: good for an order.
     """
-    graph = graph_of(network, IMAGE_SIZE)
+    graph, statistics = expected_of(network)
     sets = sets_of(graph)
-    problem = Problem.of(graph, sets, expected_statistics(network, graph), target)
+    problem = Problem.of(graph, sets, statistics, target)
     zeros = np.zeros(sets.number)
     names = [node.output for node in graph.nodes if isinstance(node, Convolution)]
     layers = problem.at(zeros).layers
@@ -196,9 +204,10 @@ def limits(network: M.Module, graph: Graph, sets: Sets) -> tuple[Values, Values]
     """The least and the largest logarithm of the factor of each set of channels."""
     upper = np.full(sets.number, np.log(LARGEST_FACTOR))
     lower = -upper
-    highest = highest_values(network)
-    for node in graph.nodes:
-        if isinstance(node, Convolution) and node.activation == "relu6":
+    clipped = [node for node in graph.nodes if isinstance(node, Convolution) and node.activation == "relu6"]
+    if clipped:
+        highest = highest_values(network)
+        for node in clipped:
             slots, most = sets.of[node.output], np.maximum(highest[node.output], 1e-6)
             ceiling = CEILINGS[node.activation]
             upper[slots] = np.minimum(upper[slots], np.where(most < ceiling, np.log(ceiling / most), 0.0))

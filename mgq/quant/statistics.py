@@ -11,7 +11,8 @@ import numpy.typing as npt
 from megengine import Tensor
 from scipy.special import ndtr
 
-from mgq.quant.graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose
+from mgq.quant.graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose, graph_of
+from mgq.quant.relu6 import CEILING
 
 Values = npt.NDArray[np.float64]
 
@@ -21,7 +22,9 @@ PIXEL_DEVIATION = 60.0
 """Of pixels minus 128, as they are in photographs."""
 POOLED = 0.25
 """Of a channel's variance, what is left in its mean over a picture."""
-CEILINGS = {"relu": np.inf, "relu6": 6.0}
+CEILINGS = {"relu": np.inf, "relu6": CEILING}
+IMAGE_SIZE = 64
+"""Pixels on a side of the picture with which channels are followed: any will do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ def measured_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.N
         for name, (low, high, mean, square, size) in sums.items()
     }
     return completed(graph, known)
+
+
+def expected_of(network: M.Module) -> tuple[Graph, Statistics]:
+    """The graph of ``network``, mode ``normal``, and what its batch norms say of its tensors."""
+    graph = graph_of(network, IMAGE_SIZE)
+    return graph, expected_statistics(network, graph)
 
 
 def expected_statistics(network: M.Module, graph: Graph) -> Statistics:
