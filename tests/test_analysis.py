@@ -200,7 +200,7 @@ def test_without_pictures_a_run_is_analyzed_on_what_it_was_measured_on() -> None
 def test_broken_pictures_are_left_out_with_their_labels(made: Path) -> None:
     found = pictures_for(classifier_of(SMALL, Mode.QAT), [], made / "broken", 32)
     assert found.labels is not None and found.labels.tolist() == [1]
-    assert len(found.images) == 1 and len(found.problems) == 1 and "picture 0" in found.problems[0]
+    assert len(found.images) == 1 and len(found.problems) == 1 and "broken/" in found.problems[0]
 
 
 # ---- the page ----

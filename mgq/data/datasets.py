@@ -105,12 +105,28 @@ def subset(dataset: Dataset, number: int) -> Dataset:
     """
     if number < 1:
         raise InputError(f"a limit of {number} pictures is not possible: give at least 1")
-    total = len(dataset)
-    if number >= total:
+    if number >= len(dataset):
         return dataset
     if isinstance(dataset, SyntheticPictures):
         return replace(dataset, count=number)
-    chosen = np.arange(number) * total // number
+    return _selected(dataset, evenly(len(dataset), number))
+
+
+def without_subset(dataset: Dataset, number: int) -> Dataset:
+    """The pictures of ``dataset`` that ``subset`` leaves out."""
+    total = len(dataset)
+    drawn = isinstance(dataset, SyntheticPictures)
+    taken = np.arange(min(number, total)) if drawn else evenly(total, number)
+    return _selected(dataset, np.setdiff1d(np.arange(total), taken))
+
+
+def evenly(total: int, number: int) -> npt.NDArray[np.int64]:
+    """``number`` indices below ``total``, evenly spread, int64 (number,); all of them where there are not so many."""
+    number = min(number, total)
+    return np.arange(number) * total // max(1, number)
+
+
+def _selected(dataset: Dataset, chosen: npt.NDArray[np.int64]) -> Dataset:
     return Selection(dataset, chosen, None if dataset.labels is None else dataset.labels[chosen], dataset.classes)
 
 

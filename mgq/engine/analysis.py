@@ -18,17 +18,14 @@ from mgq.engine.calibration import sources_of, spread
 from mgq.engine.evaluate import evaluation_data, matched
 from mgq.engine.files import is_deployed
 from mgq.engine.metrics import Labels, standard_error
-from mgq.engine.networks import Classifier, classifier_from, found_weights, newest_arch, versions
+from mgq.engine.networks import Classifier, classifier_from, found_weights, newest_arch, ranges_for, versions
 from mgq.engine.parity import own_pictures
 from mgq.engine.predict import crops_of
 from mgq.errors import InputError, printable
 from mgq.events import OnProgress, silent
 from mgq.quant.modes import Mode
-from mgq.quant.ranges import packaged_ranges
 from mgq.quant.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
-from mgq.quant.targets import MEGENGINE, target_called
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weights import fingerprint
 
 IMAGES = 32
 """Pictures by default: each layer costs a run of all of them."""
@@ -184,14 +181,7 @@ def opened_with_corrections(
     weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress)
     if weights.mode == Mode.QAT.value:
         return classifier_from(weights, Mode.QAT, target=target), {}
-    kind = target_called(target or MEGENGINE.name)
-    ranges = packaged_ranges(weights.arch, fingerprint(weights.state), kind.name)
-    if ranges is None:
-        option = "" if kind is MEGENGINE else f" --target {kind.name}"
-        raise InputError(
-            f"{weights.origin} holds float weights without activation ranges: "
-            f"run `mgq calibrate PICTURES -a {weights.arch}{option}` with them first"
-        )
+    ranges = ranges_for(weights, None, target)
     return classifier_from(weights, Mode.QAT, ranges), ranges.bias_corrections
 
 

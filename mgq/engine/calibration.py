@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.data.datasets import Dataset, subset
+from mgq.data.datasets import Dataset, evenly, subset
 from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
@@ -235,9 +235,7 @@ def expected_seconds(classifier: Classifier, images: int, quality: str, method: 
 
 def spread(sources: Sequence[Source], number: int) -> list[Source]:
     """``number`` of ``sources`` (or all, where there are fewer), evenly spread."""
-    if number >= len(sources):
-        return list(sources)
-    return [sources[i * len(sources) // number] for i in range(number)]
+    return [sources[i] for i in evenly(len(sources), number)]
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ class DatasetSource(Source):
     def read(self) -> npt.NDArray[np.uint8]:
         assert self.dataset is not None
         picture = self.dataset.picture(self.index)
-        return read_picture(picture, self.name) if isinstance(picture, Path) else picture
+        return read_picture(picture) if isinstance(picture, Path) else picture
 
 
 def sources_of(dataset: Dataset) -> list[Source]:

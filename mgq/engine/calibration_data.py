@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mgq.data.datasets import Dataset, ImageFolder, Selection, calibration_folder, evaluation_folder
+from mgq.data.datasets import Dataset, ImageFolder, calibration_folder, evaluation_folder, without_subset
 from mgq.data.sources import Source, expand
 from mgq.engine.evaluate import matched
 from mgq.engine.networks import Classifier
@@ -56,7 +54,7 @@ def pictures_for(
     try:
         labelled = evaluation_folder(data, on_progress)
         same = isinstance(labelled, ImageFolder) and labelled.folder == pictures.folder
-        rest = without_spread(labelled, images) if same else labelled
+        rest = without_subset(labelled, images) if same else labelled
         return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes) if len(rest) else None)
     except InputError as error:
         return CalibrationPictures(str(data), pictures, None, str(error))
@@ -70,12 +68,3 @@ def trained_on(classifier: Classifier, on_progress: OnProgress) -> CalibrationPi
         raise InputError(f"the pictures that these weights were trained on are not in {data}: pass -d FOLDER")
     sets = read_sets(str(data), None, classifier.recipe, Watcher(on_progress))
     return CalibrationPictures(sets.train.name, sets.train, matched(sets.val, classifier.classes))
-
-
-def without_spread(dataset: Dataset, number: int) -> Dataset:
-    """``dataset`` less ``number`` pictures that are spread evenly over it."""
-    total = len(dataset)
-    taken = np.arange(min(number, total)) * total // max(1, min(number, total))
-    left = np.setdiff1d(np.arange(total), taken)
-    labels = None if dataset.labels is None else dataset.labels[left]
-    return Selection(dataset, left, labels, dataset.classes)

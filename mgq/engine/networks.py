@@ -268,7 +268,7 @@ def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | 
         option = f" --target {target}" if target else ""
         raise InputError(
             f"{weights.origin} holds float weights without activation ranges; "
-            f"run `mgq calibrate PICTURES{option}` with them first, or pass -m normal"
+            f"run `mgq calibrate PICTURES -a {weights.arch}{option}` with them first (float32 runs with -m normal)"
         )
     if ranges.weights != wanted:
         raise InputError(f"the ranges were measured with other weights than {weights.origin}; calibrate again")
