@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from mgq.bench.environment import usable_cores
 from mgq.bench.players import Logits, Player
 from mgq.bench.settings import Precision, counted
+from mgq.bench.turns import in_turns
 from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress, silent
 
@@ -224,28 +225,17 @@ def worse(one: Agreement | None, other: Agreement) -> Agreement:
 
 
 def measure(entries: Sequence[Entry], rounds: int, seed: int, on_progress: OnProgress) -> None:
-    """Note the times of single runs in nanoseconds, one tuple a round, in each entry that is ready.
+    """Note the times of single runs in nanoseconds, one tuple a round, in each entry that is ready; see
+    :func:`mgq.bench.turns.in_turns`. One that fails on the way drops out."""
 
-    In every round each has one turn, in an order that is shuffled anew, so that a machine that slows down or speeds up
-    does it to all alike. A warm-up, which is not counted, tells how many single runs fill a turn of ``TURN_NS``; the
-    number stays the same in all rounds. One that fails on the way drops out.
-    """
-    order = random.Random(seed)
+    def told(done: int, total: int) -> None:
+        on_progress(Progress("measure", done, total, "turns"))
+
     timed = ready(entries)
-    repeats: dict[int, int] = {}
-    times: dict[int, list[tuple[int, ...]]] = {index: [] for index in range(len(timed))}
-    for index in shuffled(len(timed), order):
-        fastest = min(turn(timed[index], WARM_UP_RUNS) or (1,))
-        repeats[index] = min(max(TURN_NS // max(fastest, 1), 1), MOST_RUNS)
-    total = rounds * len(timed)
-    for number in range(rounds):
-        for place, index in enumerate(shuffled(len(timed), order)):
-            on_progress(Progress("measure", number * len(timed) + place, total, "turns"))
-            times[index].append(turn(timed[index], repeats[index]))
-    on_progress(Progress("measure", total, total, "turns"))
-    for index, entry in enumerate(timed):
+    turns = [partial(turn, entry) for entry in timed]
+    for entry, times in zip(timed, in_turns(turns, rounds, seed, told, TURN_NS, WARM_UP_RUNS, MOST_RUNS), strict=True):
         if entry.problem is None:
-            entry.rounds = tuple(times[index])
+            entry.rounds = tuple(map(tuple, times))
 
 
 def turn(entry: Entry, repeats: int) -> tuple[int, ...]:
@@ -257,7 +247,3 @@ def turn(entry: Entry, repeats: int) -> tuple[int, ...]:
     except MgqError as error:
         entry.fail(error)
         return ()
-
-
-def shuffled(number: int, order: random.Random) -> list[int]:
-    return order.sample(range(number), number)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
-from mgq.bench.contest import shuffled
 from mgq.bench.environment import Machine, this_machine
 from mgq.bench.players import Clock, garbage_kept
 from mgq.bench.settings import EXAMPLE_NETWORKS, counted
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
 from mgq.bench.tables import markdown_list, markdown_table, three_digits
+from mgq.bench.turns import in_turns
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.losses import cross_entropy
 from mgq.engine.networks import versions
@@ -37,6 +37,7 @@ CLASSES = 10
 TURN_NS = 1_500_000_000
 """About how long a turn lasts, in nanoseconds; one step, where that is longer."""
 MOST_STEPS = 20
+WARM_UP_STEPS = 2
 COLUMNS = ("mode", "kernels", "pictures/s", "IQR", "ms a step", "times MegEngine", "qat/float")
 LEGEND = (
     "A step: forward, label-smoothed cross entropy, backward, SGD with momentum, on drawn noise in memory, with random "
@@ -174,30 +175,13 @@ def training_benchmark(
             whole = total * len(settings.networks)
             on_progress(Progress("measure", before * total + done, whole, "turns"))
 
-        rows += rows_from(steppers, timed(steppers, settings, clock, told), settings.batch)
+        turns = [partial(turn, stepper, clock) for stepper in steppers]
+        times = in_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
+        rows += rows_from(steppers, times, settings.batch)
     return TrainingReport(settings, machine, versions(), tuple(rows))
 
 
-def timed(
-    steppers: Sequence[Stepper], settings: TrainingSettings, clock: Clock, told: Callable[[int, int], None]
-) -> list[Rounds]:
-    """The times of single steps in nanoseconds, by round, for each of ``steppers``; a warm-up is not counted."""
-    order = random.Random(settings.seed)
-    repeats = []
-    for stepper in steppers:
-        turn(stepper, 1, clock)
-        repeats.append(min(max(TURN_NS // max(turn(stepper, 1, clock)[0], 1), 1), MOST_STEPS))
-    times: list[list[tuple[int, ...]]] = [[] for _ in steppers]
-    total = settings.rounds * len(steppers)
-    for number in range(settings.rounds):
-        for place, index in enumerate(shuffled(len(steppers), order)):
-            told(number * len(steppers) + place, total)
-            times[index].append(turn(steppers[index], repeats[index], clock))
-    told(total, total)
-    return [tuple(rounds) for rounds in times]
-
-
-def turn(stepper: Stepper, steps: int, clock: Clock) -> tuple[int, ...]:
+def turn(stepper: Stepper, clock: Clock, steps: int) -> tuple[int, ...]:
     times = []
     with garbage_kept():
         for _ in range(steps):

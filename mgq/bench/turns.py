@@ -1,0 +1,46 @@
+"""Turns: the way of measuring times on a machine that slows down and speeds up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from mgq.bench.statistics import Rounds
+
+Turn: TypeAlias = Callable[[int], tuple[int, ...]]
+"""So many single runs -> the times of each in nanoseconds; none, where it cannot run."""
+
+
+def in_turns(
+    turns: Sequence[Turn],
+    rounds: int,
+    seed: int,
+    told: Callable[[int, int], None],
+    turn_ns: int,
+    warm_up: int,
+    most: int,
+) -> list[Rounds]:
+    """The times of all ``turns``, one tuple a round.
+
+    In every round each has one turn, in an order that is shuffled anew, so that what disturbs one disturbs all alike.
+    A warm-up of so many runs, which is not counted, tells how many single runs fill a turn of about ``turn_ns``,
+    ``most`` at most; the number stays the same in all rounds. ``told`` hears of the turns done and their total.
+    """
+    order = random.Random(seed)
+    repeats = [0] * len(turns)
+    for index in shuffled(len(turns), order):
+        fastest = min(turns[index](warm_up) or (1,))
+        repeats[index] = min(max(turn_ns // max(fastest, 1), 1), most)
+    times: list[list[tuple[int, ...]]] = [[] for _ in turns]
+    total = rounds * len(turns)
+    for number in range(rounds):
+        for place, index in enumerate(shuffled(len(turns), order)):
+            told(number * len(turns) + place, total)
+            times[index].append(turns[index](repeats[index]))
+    told(total, total)
+    return [tuple(found) for found in times]
+
+
+def shuffled(number: int, order: random.Random) -> list[int]:
+    return order.sample(range(number), number)
