@@ -11,7 +11,19 @@ import pytest
 
 from mgq.data import imagenet
 from mgq.data.classes import imagenet_classes
-from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder, subset, training_folders
+from mgq.data.datasets import (
+    KEPT,
+    Dataset,
+    ImageFolder,
+    Selection,
+    calibration_folder,
+    evaluation_folder,
+    measuring_folder,
+    subset,
+    training_folders,
+    without_subset,
+)
+from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError
 from mgq.events import Progress
 from tests import test_imagenet
@@ -29,9 +41,11 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def listed(pictures: ImageFolder) -> list[tuple[str, int]]:
-    assert pictures.labels is not None
-    paths = [str(pictures.picture(i).relative_to(pictures.folder)) for i in range(len(pictures))]
+def listed(pictures: Dataset) -> list[tuple[str, int]]:
+    """The path of each picture in its folder, and its label."""
+    whole = pictures.source if isinstance(pictures, Selection) else pictures
+    assert pictures.labels is not None and isinstance(whole, ImageFolder)
+    paths = [os.path.relpath(str(pictures.picture(i)), whole.folder) for i in range(len(pictures))]
     return list(zip(paths, pictures.labels.tolist(), strict=True))
 
 
@@ -48,6 +62,7 @@ def test_pictures_are_sorted_by_class_and_name_and_labelled_by_the_rank_of_the_c
     make(tmp_path, "train/dog/b.jpg", "train/dog/a.png", "train/Cat/10.jpeg", "train/Cat/9.jpg", "train/ant/x.webp")
     make(tmp_path, "val/ant/v.jpg", "val/Cat/v.jpg", "val/dog/v.jpg")
     train, val = training_folders(tmp_path)
+    assert isinstance(train, ImageFolder)
     assert train.classes == val.classes == ("Cat", "ant", "dog")
     assert listed(train) == [
         ("Cat/10.jpeg", 0),
@@ -176,6 +191,49 @@ def test_original_archives_are_unpacked_first(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "train").exists()
     train, _ = training_folders(tmp_path)
     assert [label for _, label in listed(train)] == sorted(4 * [WNIDS.index(wnid) for wnid in wnids])
+
+
+# ---- folders without train and val ----
+
+
+def test_a_folder_of_classes_alone_is_split_and_no_picture_is_on_both_sides(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{kind}/{i}.jpg" for kind in ("cat", "dog", "fox") for i in range(200)))
+    train, val = training_folders(tmp_path)
+    assert sorted(listed(train) + listed(val)) == sorted(listed(evaluation_folder(tmp_path)))
+    assert not set(listed(train)) & set(listed(val))
+    assert train.classes == val.classes == ("cat", "dog", "fox")
+    assert val.labels is not None
+    shares = np.bincount(val.labels) / 200
+    assert (abs(shares - 1 / KEPT) < 0.1).all()
+    assert "kept to measure on" in val.name and str(tmp_path) in val.name and train.name == str(tmp_path)
+    assert listed(measuring_folder(tmp_path)) == listed(val)
+
+
+def test_a_picture_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:
+    make(tmp_path / "one", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(50)))
+    make(tmp_path / "two", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(80)))
+    (before, measured), (after, _) = (training_folders(tmp_path / name) for name in ("one", "two"))
+    assert set(listed(before)) <= set(listed(after)) and not set(listed(measured)) & set(listed(after))
+
+
+def test_of_two_pictures_one_is_on_each_side(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{kind}/{kind}{i}.jpg" for kind in "abcdefgh" for i in range(2)))
+    train, val = training_folders(tmp_path)
+    assert [label for _, label in listed(train)] == [label for _, label in listed(val)] == list(range(8))
+
+
+def test_a_picture_alone_in_its_class_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.jpg", "a/2.jpg", "b/lonely.jpg")
+    with pytest.raises(InputError, match=r"lonely\.jpg is alone in its class") as caught:
+        training_folders(tmp_path)
+    refusal(caught)
+
+
+def test_what_a_choice_leaves_out_is_all_the_rest(tmp_path: Path) -> None:
+    whole = evaluation_folder(make(tmp_path, *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(5))))
+    assert sorted(listed(subset(whole, 3)) + listed(without_subset(whole, 3))) == listed(whole)
+    drawn = SyntheticPictures(20, size=32, split="val")
+    assert without_subset(drawn, 15).labels.tolist() == drawn.labels[15:].tolist()  # type: ignore[union-attr]
 
 
 # ---- pictures to calibrate with ----

@@ -18,7 +18,7 @@ import pytest
 from mgq.cli.console import import_megengine
 from mgq.data.augment import EvalTransform
 from mgq.data.classes import imagenet_classes
-from mgq.data.datasets import evaluation_folder, subset
+from mgq.data.datasets import evaluation_folder, subset, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine import evaluate as module
@@ -212,6 +212,18 @@ def folder_of_classes(root: Path, names: Sequence[str], number: int = 3) -> Path
         for i, picture in enumerate(smooth_pictures(number, 72, 90, seed=place)):
             cv2.imwrite(str(root / name / f"{i}.png"), picture.transpose(1, 2, 0))
     return root
+
+
+def test_of_a_folder_without_splits_only_what_training_left_out_is_measured(tmp_path: Path) -> None:
+    root = folder_of_classes(tmp_path / "set", NAMES, 10)
+    other = folder_of_classes(tmp_path / "other", NAMES, 2)
+    recipe = {"data": str(root)}
+    (_, kept), whole = training_folders(root), evaluation_folder(root)
+    for given in (None, root, root.parent / "other" / ".." / "set"):
+        found = evaluation_data(given, recipe, 64)
+        assert [found.picture(i) for i in range(len(found))] == [kept.picture(i) for i in range(len(kept))]
+    assert len(evaluation_data(other, recipe, 64)) == 2 * len(NAMES)
+    assert len(evaluation_data(root, {}, 64)) == len(whole) > len(kept)
 
 
 def test_a_folder_that_is_given_comes_before_the_one_trained_on(tmp_path: Path) -> None:

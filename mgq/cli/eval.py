@@ -108,11 +108,11 @@ def evaluate(
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
-        from mgq.data.datasets import subset
+        from mgq.data.datasets import is_unsplit, subset
         from mgq.engine import evaluate as evaluation
 
-        if dataset is None:
-            dataset = evaluation.evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
+        if dataset is None or (data is not None and is_unsplit(data)):
+            dataset = evaluation.evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
         total = len(dataset)
         if limit is not None:
             dataset = subset(dataset, limit)

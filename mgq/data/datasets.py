@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -75,16 +76,20 @@ class ImageFolder:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The pictures of another dataset whose numbers are in ``indices``, with labels and classes of its own."""
+    """The pictures of another dataset whose numbers are in ``indices``, with labels and classes of its own.
+
+    ``part`` says which part of it they are, where the name alone would mislead.
+    """
 
     source: Dataset
     indices: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None
     classes: tuple[str, ...]
+    part: str = ""
 
     @property
     def name(self) -> str:
-        return self.source.name
+        return f"{self.source.name} ({self.part})" if self.part else self.source.name
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,25 +131,70 @@ def evenly(total: int, number: int) -> npt.NDArray[np.int64]:
     return np.arange(number) * total // max(1, number)
 
 
-def _selected(dataset: Dataset, chosen: npt.NDArray[np.int64]) -> Dataset:
-    return Selection(dataset, chosen, None if dataset.labels is None else dataset.labels[chosen], dataset.classes)
+def _selected(dataset: Dataset, chosen: npt.NDArray[np.int64], part: str = "") -> Selection:
+    labels = None if dataset.labels is None else dataset.labels[chosen]
+    return Selection(dataset, chosen, labels, dataset.classes, part)
 
 
 # ---- which folders are meant ----
 
 
-def training_folders(root: Path, on_progress: OnProgress = silent) -> tuple[ImageFolder, ImageFolder]:
+KEPT = 5
+"""Of a folder without ``train`` and ``val``, one picture in so many is kept to measure on."""
+
+
+def training_folders(root: Path, on_progress: OnProgress = silent) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
     Where one is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders
-    that are all named by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``.
+    that are all named by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is
+    unsplit, see ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``held_apart``.
 
     Raises InputError for a missing folder, fewer than two classes, a class without pictures, or class names that
     are not the same in both. Of ImageNet's classes ``val`` may have fewer than ``train``.
     """
+    if is_unsplit(root):
+        return held_apart(evaluation_folder(root, on_progress))
     train, val = (_class_folders(_split(root, split, on_progress)) for split in ("train", "val"))
     _check_same_classes(root, train, val)
     return _labelled(root / "train", train, on_progress), _labelled(root / "val", val, on_progress)
+
+
+def is_unsplit(root: Path) -> bool:
+    """Whether ``root`` is a folder of class folders without ``train`` and ``val``."""
+    return root.is_dir() and not _has_splits(root) and len(_class_folders(root)) > 1
+
+
+def held_apart(pictures: ImageFolder) -> tuple[Dataset, Dataset]:
+    """``pictures`` to train on and to measure on: the same ones whenever it is asked.
+
+    Which is which follows from the picture's path in the folder alone, so that a picture stays on its side when others
+    come. About one in ``KEPT`` is to measure on, and at least one on each side. Raises InputError for a class of one.
+    """
+    assert pictures.labels is not None
+    ranks = np.array([_rank(pictures.picture(i).relative_to(pictures.folder)) for i in range(len(pictures))])
+    measured = ranks < 1 / KEPT
+    for label in np.unique(pictures.labels):
+        mine = np.flatnonzero(pictures.labels == label)
+        if len(mine) < 2:
+            raise InputError(
+                f"{printable(pictures.picture(int(mine[0])))} is alone in its class, and one picture of each has to be"
+                " kept to measure on: add another"
+            )
+        order = mine[np.argsort(ranks[mine])]
+        measured[order[0]], measured[order[-1]] = True, False
+    kept = f"one in {KEPT}, kept to measure on"
+    return _selected(pictures, np.flatnonzero(~measured)), _selected(pictures, np.flatnonzero(measured), kept)
+
+
+def _rank(path: Path) -> float:
+    """A number in 0..1 that follows from ``path`` and looks random."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=6).digest(), "big") / 2**48
+
+
+def measuring_folder(root: Path, on_progress: OnProgress = silent) -> Dataset:
+    """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
+    return training_folders(root, on_progress)[1] if is_unsplit(root) else evaluation_folder(root, on_progress)
 
 
 def evaluation_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.datasets import Dataset, calibration_folder, evaluation_folder, subset
+from mgq.data.datasets import Dataset, calibration_folder, subset
 from mgq.data.sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration import sources_of, spread
@@ -205,7 +205,8 @@ def pictures_for(
 def labelled_or_not(classifier: Classifier, data: Path, on_progress: OnProgress) -> tuple[Dataset, str]:
     """The pictures in ``data``, and why they have no labels that the network knows, where they have none."""
     try:
-        return matched(evaluation_folder(data, on_progress), classifier.classes), ""
+        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
+        return matched(found, classifier.classes), ""
     except InputError as error:
         return calibration_folder(data, on_progress), f"accuracy was not measured: {error}"
 

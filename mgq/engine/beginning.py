@@ -126,7 +126,7 @@ def float_weights(request: Request, changes: dict[str, Any], watcher: Watcher) -
     found = packaged_weights(spec)
     if found is None:
         return spec, None
-    sets = read_sets(str(data), None, changes, watcher)
+    sets = read_sets(str(data), None, changes, Watcher(watcher.on_progress))
     return spec, found if found.classes == len(sets.train.classes) else None
 
 

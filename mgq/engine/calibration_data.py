@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgq.data.datasets import Dataset, ImageFolder, calibration_folder, evaluation_folder, without_subset
+from mgq.data.datasets import Dataset, ImageFolder, calibration_folder, evaluation_folder, is_unsplit, without_subset
 from mgq.data.sources import Source, expand
-from mgq.engine.evaluate import matched
+from mgq.engine.evaluate import matched, was_trained_on
 from mgq.engine.networks import Classifier
 from mgq.engine.recipe import SYNTHETIC
 from mgq.engine.training_data import read_sets
@@ -48,7 +48,7 @@ def pictures_for(
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
         return CalibrationPictures(", ".join(arguments), expand(arguments), None, "the pictures have no labels")
-    if data is None:
+    if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return trained_on(classifier, on_progress)
     pictures = calibration_folder(data, on_progress)
     try:

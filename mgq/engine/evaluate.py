@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.augment import EvalTransform, Transform
-from mgq.data.datasets import Dataset, Selection, evaluation_folder
+from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader, cores
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.files import opened_file
@@ -198,13 +198,14 @@ def evaluation_loader(
 def evaluation_data(
     root: Path | None, recipe: Mapping[str, Any], image_size: int, on_progress: OnProgress = silent
 ) -> Dataset:
-    """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on.
+    """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
+    what it was trained on, these, too.
 
     ``recipe`` is what a checkpoint keeps of its training, empty where there was none; ``image_size`` is that of
     synthetic pictures where it does not say. Raises InputError where there is neither, or the folder is no labelled
     set.
     """
-    if root is not None:
+    if root is not None and not was_trained_on(recipe, root):
         return evaluation_folder(root, on_progress)
     data = recipe.get("data")
     if not isinstance(data, str) or not data:
@@ -216,7 +217,13 @@ def evaluation_data(
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return evaluation_folder(Path(data), on_progress)
+    return measuring_folder(Path(data), on_progress)
+
+
+def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
+    """Whether ``folder`` is the one of a run's ``recipe``."""
+    data = recipe.get("data")
+    return isinstance(data, str) and data != SYNTHETIC and Path(data).resolve() == folder.resolve()
 
 
 def matched(dataset: Dataset, classes: Sequence[str]) -> Dataset:
