@@ -120,6 +120,7 @@ write_bytes_atomically(Path(sys.argv[1]), b"new")
     assert path.read_bytes() == b"old"
     write_bytes_atomically(path, b"newer")
     assert path.read_bytes() == b"newer"
+    assert list(tmp_path.iterdir()) == [path]  # what was half written is gone, too
 
 
 def test_the_data_is_on_the_disk_before_the_name_and_the_name_after(

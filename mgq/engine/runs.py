@@ -18,7 +18,7 @@ from mgq.engine.tensorboard import EventsFile
 from mgq.engine.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.files.append import append_whole, drop_torn_line
-from mgq.files.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
+from mgq.files.atomic import drop_abandoned, ensure_writable_folder, write_error, write_text_atomically, writing
 
 if TYPE_CHECKING:
     import filelock
@@ -165,9 +165,7 @@ class RunFolder:
     def _mend(self) -> None:
         """Take away what a killed process left half written."""
         for name in (RUN_CHECKPOINT, LAST, RECIPE, METRICS, CURVES):
-            for part in self.path.glob(f".{name}.*.part"):
-                with contextlib.suppress(OSError):  # it only takes room
-                    part.unlink()
+            drop_abandoned(self.path / name)
         for name in (LOG, METRICS):
             drop_torn_line(self.path / name)
 

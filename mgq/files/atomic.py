@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -80,6 +81,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = _temporary_beside(target)
     try:
         with writing(path):
+            drop_abandoned(target)
             _make_empty(temporary)
             mode = stat.S_IMODE(temporary.stat().st_mode) if old_mode is None else old_mode
         try:
@@ -120,6 +122,26 @@ def put_in_place(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
+
+
+def drop_abandoned(path: Path) -> None:
+    """Take away what processes that are no more left half written beside ``path``. Raises nothing."""
+    with contextlib.suppress(OSError):
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            owner = part.name.rpartition(".part")[0].rpartition(".")[2].partition("-")[0]
+            if not (owner.isdecimal() and _is_alive(int(owner))):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def ensure_writable_folder(path: Path, mend: str = "choose another folder") -> Path:
