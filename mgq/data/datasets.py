@@ -344,7 +344,8 @@ def _pictures_below(folder: Path, prefix: str) -> _Paths:
         for entry in _shown(here):
             if entry.is_dir(follow_symlinks=False):  # Not through links, which may lead in a circle.
                 waiting.append((here / entry.name, f"{path}{entry.name}/"))
-            elif _is_picture(entry.name):
+            # A pipe, which an archive may hold, too, would be waited for without end.
+            elif _is_picture(entry.name) and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
                 found.append(os.fsencode(path + entry.name))
     found.sort()
     return _Paths(b"".join(found), np.array([len(path) for path in found], np.int64))

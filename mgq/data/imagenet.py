@@ -190,7 +190,7 @@ def _reading(archive: Path) -> Iterator[None]:
     """Turns errors of reading into one line; those of writing have become such before."""
     try:
         yield
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{printable(archive)} is damaged: {_AGAIN}") from error
     except OSError as error:
         raise InputError(f"{printable(archive)} cannot be read ({error.strerror}): check it and its disk") from error

@@ -37,7 +37,9 @@ from mgq.errors import InputError, printable
 MAX_SIDE = 20_000
 """The most pixels a picture may have on a side."""
 MAX_PIXELS = 100_000_000
-"""The most pixels a picture may have altogether (300 MB decoded)."""
+"""The most pixels a picture of any format may have altogether (300 MB decoded)."""
+MAX_MEMORY = 800_000_000
+"""The most bytes that decoding a picture may take, which sets a lower limit than ``MAX_PIXELS`` to most formats."""
 MAX_BYTES = 200_000_000
 """The most bytes a picture's file may have."""
 
@@ -53,9 +55,9 @@ def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
     is transparent; of 16 bits a sample the upper 8 are kept. ``name`` is what messages call it (by default
     the path).
 
-    Raises InputError for a file that is missing, empty, cut short, damaged, not a picture, or over
-    ``MAX_SIDE``, ``MAX_PIXELS`` or ``MAX_BYTES``. Damage inside the scan of a JPEG that is otherwise whole
-    cannot be told from content: libjpeg carries on as well as it can.
+    Raises InputError for a file that is missing, empty, cut short, damaged, not a picture, or over ``MAX_SIDE``,
+    ``MAX_PIXELS``, ``MAX_MEMORY`` or ``MAX_BYTES``. Damage inside the scan of a JPEG that is otherwise whole cannot be
+    told from content: libjpeg carries on as well as it can.
     """
     if name is None:
         name = "the picture" if isinstance(source, bytes) else str(source)
@@ -123,8 +125,14 @@ class _Plan(NamedTuple):
     orientation: int = 1
 
 
-def _admit(width: int, height: int) -> None:
-    """Refuse a size that no picture has, or that is too large to decode."""
+# Bytes for each pixel that decoding takes at its peak, the decoder's own included, as measured.
+_COST_JPEG, _COST_JPEG_LINES, _COST_JPEG_COMPONENT = 7, 4, 2
+_COST_PNG, _COST_PNG_ALPHA, _COST_PNG_HOLE, _COST_PNG_16 = 7, 9, 11, 21
+_COST_WEBP, _COST_GIF, _COST_BMP, _COST_TIFF = 24, 13, 14, 16
+
+
+def _admit(cost: int, width: int, height: int) -> None:
+    """Refuse a size that no picture has, or that is too large to decode at ``cost`` bytes a pixel."""
     if width < 1 or height < 1:
         raise _RefusalError(_DAMAGED)
     for way, extent in (("wide", width), ("high", height)):
@@ -132,10 +140,9 @@ def _admit(width: int, height: int) -> None:
             raise _RefusalError(
                 f"is {extent:,} pixels {way}, and at most {MAX_SIDE:,} on a side are read: scale it down"
             )
-    if width * height > MAX_PIXELS:
-        raise _RefusalError(
-            f"is {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} in all are read: scale it down"
-        )
+    most = min(MAX_PIXELS, MAX_MEMORY // cost)
+    if width * height > most:
+        raise _RefusalError(f"is {width:,} x {height:,} pixels, and at most {most:,} in all are read: scale it down")
 
 
 # ---- JPEG ----
@@ -146,13 +153,17 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8})
 _JPEG_END, _JPEG_SCAN, _JPEG_EXIF = 0xD9, 0xDA, 0xE1
 _EXIF_MARK = b"Exif\0\0"
+_MOST_COMPONENTS = 4
+_MOST_PIXELS_A_BYTE = 8 * 64 * 4  # a block of 8x8 takes a bit or more; colours may have a quarter of the resolution
+_MOST_SCANS = 200
+_MOST_SCANNED = 1_500_000_000  # pixels, in all scans together
 
 
 def _jpeg(data: bytes) -> _Plan:
     """Walk the segments to the end-of-image marker: a file without it has lost its last rows."""
     size: tuple[int, int] | None = None
     orientation = 1
-    scanned = False
+    components = scans = 0
     at = 2
     while True:
         found = _JPEG_MARKER.search(data, at)
@@ -168,18 +179,24 @@ def _jpeg(data: bytes) -> _Plan:
         if at + length > len(data):
             raise _RefusalError(_CUT_SHORT)
         if marker in _JPEG_FRAMES and size is None:
-            bits, height, width = struct.unpack_from(">BHH", data, at + 2)
-            _admit(width, height)
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 2)
+            _admit(_COST_JPEG, width, height)
             if bits != 8:
                 raise _RefusalError(f"has {bits} bits a sample, not 8 as a JPEG should: save it with 8")
             size = width, height
         elif marker == _JPEG_SCAN:
-            scanned = True
+            scans += 1
         elif marker == _JPEG_EXIF and data.startswith(_EXIF_MARK, at + 2):
             orientation = exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
         at += length
-    if size is None or not scanned:
+    if size is None or not scans or components > _MOST_COMPONENTS:
         raise _RefusalError(_DAMAGED)
+    if size[0] * size[1] > len(data) * _MOST_PIXELS_A_BYTE:
+        raise _RefusalError(_CUT_SHORT)
+    if scans > 1:  # all coefficients are kept until the last scan, and each goes through all of them
+        _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
+        if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
+            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it anew")
     return _Plan(lambda: _by_opencv(data, size, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), orientation)
 
 
@@ -188,6 +205,7 @@ def _jpeg(data: bytes) -> _Plan:
 _PNG_MARK = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _PNG_GREY, _PNG_PALETTE = 0, 3
+_PNG_ALPHA = {4, 6}
 
 
 def _png(data: bytes) -> _Plan:
@@ -210,7 +228,7 @@ def _png(data: bytes) -> _Plan:
             raise _RefusalError(_DAMAGED)
         if kind == b"IHDR":
             width, height, depth, colour = struct.unpack_from(">IIBB", data, body)
-            _admit(width, height)
+            _admit(_COST_PNG_16 if depth == 16 else _COST_PNG, width, height)
         if end > len(data):
             raise _RefusalError(_CUT_SHORT)
         if kind in _PNG_KEPT:
@@ -223,6 +241,8 @@ def _png(data: bytes) -> _Plan:
             transparent_grey = int.from_bytes(view[body : body + 2], "big")
         seen.add(kind)
         at = end
+    if depth < 16:
+        _admit(_COST_PNG_ALPHA if colour in _PNG_ALPHA else _COST_PNG_HOLE if b"tRNS" in seen else 1, width, height)
     if b"IDAT" not in seen or (colour == _PNG_PALETTE and b"PLTE" not in seen):
         raise _RefusalError(_DAMAGED)
 
@@ -236,7 +256,7 @@ def _png(data: bytes) -> _Plan:
 def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
     """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
     most = np.iinfo(grey.dtype).max
-    alpha = np.where(grey == hole * most // (2**depth - 1), 0, most).astype(grey.dtype)
+    alpha = np.where(grey == hole * most // (2**depth - 1), grey.dtype.type(0), grey.dtype.type(most))
     return np.dstack([grey, grey, grey, alpha])
 
 
@@ -246,16 +266,19 @@ def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
 def _webp(data: bytes) -> _Plan:
     kind = data[12:16]
     if kind == b"VP8X":
-        _admit(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))
+        size = 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     elif kind == b"VP8L":
         packed = int.from_bytes(data[21:25], "little")
-        _admit(1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF))
-    else:
+        size = 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
-        _admit(width & 0x3FFF, height & 0x3FFF)
+        size = width & 0x3FFF, height & 0x3FFF
+    else:
+        raise _RefusalError(_DAMAGED)
+    _admit(_COST_WEBP, *size)
     if 8 + int.from_bytes(data[4:8], "little") > len(data):
         raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, WebPImageFile), _webp_orientation(data))
+    return _Plan(lambda: _by_pillow(data, WebPImageFile, _COST_WEBP), _webp_orientation(data))
 
 
 def _webp_orientation(data: bytes) -> int:
@@ -269,8 +292,8 @@ def _webp_orientation(data: bytes) -> int:
 
 
 def _gif(data: bytes) -> _Plan:
-    _admit(*struct.unpack_from("<HH", data, 6))
-    return _Plan(lambda: _by_pillow(data, GifImageFile))
+    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))
+    return _Plan(lambda: _by_pillow(data, GifImageFile, _COST_GIF))
 
 
 _BMP_OLD_HEADER = 12
@@ -284,20 +307,26 @@ def _is_bmp(data: bytes) -> bool:
 
 def _bmp(data: bytes) -> _Plan:
     width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
-    _admit(width, abs(height))  # A negative height says that the rows go from top to bottom.
-    return _Plan(lambda: _by_pillow(data, BmpImageFile))
+    _admit(_COST_BMP, width, abs(height))  # A negative height says that the rows go from top to bottom.
+    return _Plan(lambda: _by_pillow(data, BmpImageFile, _COST_BMP))
 
 
 _TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
 _TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
+_TIFF_TILE_SIZE = (322, 323)
+_MOST_NUMBERS = 1_000_000  # in a field, each of which becomes an object; strips and tiles have most of them
 
 
 def _tiff(data: bytes) -> _Plan:
     """Check that all fields, strips and tiles lie in the file. Pillow heeds the orientation by itself."""
-    tags = {field.tag: field for field in _tiff_fields(data)}
-    if _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
+    fields = list(_tiff_fields(data))
+    tags = {field.tag: field for field in fields}
+    # Of two fields of one tag, some readers take the first and some the last.
+    if len(tags) < len(fields) or _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
         raise _RefusalError(_DAMAGED)
-    _admit(int(tags[_TIFF_WIDTH].numbers(data)[0]), int(tags[_TIFF_HEIGHT].numbers(data)[0]))
+    if any(field.kind in _FIELD_BYTES and field.amount > _MOST_NUMBERS for field in fields):
+        raise _RefusalError(_DAMAGED)
+    _admit(_COST_TIFF, tags[_TIFF_WIDTH].first(data), tags[_TIFF_HEIGHT].first(data))
     if any(field.start + field.length > len(data) for field in tags.values()):
         raise _RefusalError(_CUT_SHORT)
     for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
@@ -306,7 +335,9 @@ def _tiff(data: bytes) -> _Plan:
             ends = tags[offsets].numbers(data)[:parts] + tags[lengths].numbers(data)[:parts]
             if max(ends, default=0) > len(data):
                 raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, TiffImageFile))
+    if all(tag in tags for tag in _TIFF_TILE_SIZE):
+        _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
+    return _Plan(lambda: _by_pillow(data, TiffImageFile, _COST_TIFF))
 
 
 # ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
@@ -325,6 +356,10 @@ class _Field(NamedTuple):
     @property
     def length(self) -> int:
         return self.amount * _FIELD_BYTES.get(self.kind, 1)
+
+    def first(self, tiff: bytes) -> int:
+        """The first of its whole numbers. Raises struct.error where it is cut off, IndexError where there is none."""
+        return int(self._replace(amount=min(1, self.amount)).numbers(tiff)[0])
 
     def numbers(self, tiff: bytes) -> npt.NDArray[np.int64]:
         """The whole numbers it holds; none if it holds others. Raises struct.error where they are cut off."""
@@ -352,7 +387,7 @@ def exif_orientation(tiff: bytes) -> int:
     try:
         for field in _tiff_fields(tiff):
             if field.tag == _ORIENTATION:
-                turn = int(field.numbers(tiff)[0])
+                turn = field.first(tiff)
                 return turn if turn in UPRIGHT else 1
     except (struct.error, IndexError):
         pass
@@ -364,7 +399,10 @@ def exif_orientation(tiff: bytes) -> int:
 
 def _by_opencv(data: bytes, size: tuple[int, int], flags: int) -> _Samples:
     """Grey, BGR or BGRA, as ``flags`` say, of exactly the ``size`` (width, height) that was admitted."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise _RefusalError(_DAMAGED) from error
     if pixels is None or pixels.shape[1::-1] != size:
         raise _RefusalError(_DAMAGED)
     return np.asarray(pixels, pixels.dtype)
@@ -379,18 +417,21 @@ _PILLOW_COMPLAINTS = (
     IndexError,
     KeyError,
     EOFError,
+    OverflowError,
+    MemoryError,
     struct.error,
+    zlib.error,
 )
 
 
-def _by_pillow(data: bytes, plugin: type[ImageFile]) -> _Samples:
+def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int) -> _Samples:
     """Grey, BGR or BGRA of the first frame.
 
     The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
     """
     try:
         with plugin(io.BytesIO(data)) as picture:
-            _admit(*picture.size)  # A GIF's frame may be larger than the canvas in its header.
+            _admit(cost, *picture.size)  # A GIF's frame may be larger than the canvas in its header.
             picture.load()
             return _by_channels(picture)
     except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:

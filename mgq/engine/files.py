@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mgq.data.loader import cores
 from mgq.engine.deployed import DeployedNetwork
 from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, printable
-from mgq.files.onnx_file import read_onnx
-from mgq.files.sealed import read_sealed
+from mgq.files.checkpoint import names_in
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
 from mgq.zoo.registry import spec_of
@@ -31,24 +28,21 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
     engine = engine_for(path, key)
-    about = about_of(path)
+    runtime = engine.load(path, threads or cores())
+    about = runtime.about
     try:
         spec, mode = spec_of(about["arch"]), Mode(about["mode"])
-        classes, size = tuple(map(str, about["classes"])), int(about["image_size"])
+        classes, size = names_in(about["classes"]), about["image_size"]
         options, recipe = dict(about["options"]), dict(about["recipe"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
+    if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
+        raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
-    runtime = engine.load(path, threads or cores())
     network = DeployedNetwork(runtime, path.stat().st_size)
     origin = f"{path}, in {runtime.name} {runtime.version}"
     return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, (path, engine.key))
-
-
-def about_of(path: Path) -> Mapping[str, Any]:
-    """What ``path`` says of itself; empty where another program wrote it."""
-    return read_onnx(path).about if path.suffix.lower() == ".onnx" else read_sealed(path)[1]
 
 
 def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:

@@ -18,6 +18,8 @@ import tomli
 import tomli_w
 
 from mgq.errors import InputError, printable
+from mgq.files.bounded import text_of
+from mgq.files.checkpoint import MOST_PIXELS
 
 SYNTHETIC = "synthetic"
 """What ``data`` says for the drawn pictures that need no files."""
@@ -27,6 +29,23 @@ TARGETS = ("megengine", "onnx")
 IMAGENET_PICTURES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
 CLASSIFIER_PICTURES = 5_000
+MOST_BYTES = 1 << 16
+"""Of a recipe file; the longest has some 2 KiB."""
+MOST = {
+    "epochs": 100_000,
+    "batch_size": 65_536,
+    "classes": 100_000,
+    "image_size": MOST_PIXELS,
+    "val_every": 100_000,
+    "limit": 10**12,
+    "devices": 1_024,
+    "seed": 2**63 - 1,
+    "classifier_pictures": 10**12,
+    "synthetic_train": 10**8,
+    "synthetic_val": 10**8,
+    "observe_batches": 10**9,
+}
+"""Beyond it no training is meant, and memory or time would be without bound."""
 DISTILLED = 0.5
 """Share of the loss that is for the float network's answers."""
 
@@ -97,11 +116,14 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be, by its name on the command line."""
         least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
-        least["classifier_pictures"] = 0
+        least |= dict.fromkeys(("classifier_pictures", "synthetic_train", "synthetic_val", "observe_batches"), 0)
         for name, low in least.items():
             value = getattr(self, name)
             if value < low:
                 raise InputError(f"{option(name)} {value} is too small: give at least {low}")
+        for name, high in MOST.items():
+            if getattr(self, name) > high:
+                raise InputError(f"{option(name)} {str(getattr(self, name))[:40]} is too large: give at most {high:,}")
         shares = ("label_smoothing", "flip", "jitter", "distill", "momentum", "batch_norm_momentum", "gamma", "ema")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -145,11 +167,11 @@ def read_changes(path: Path) -> dict[str, Any]:
     """What a recipe file says, checked by name and type. Raises InputError that names the key."""
     name = printable(path)
     try:
-        body = tomli.loads(path.read_text(encoding="utf-8"))
+        body = tomli.loads(text_of(path, MOST_BYTES))
     except OSError as error:
         raise InputError(f"cannot read the recipe {name}: {error.strerror}; check the path") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not a TOML file: {printable(error)}; see recipe.toml of any run") from None
+        raise InputError(f"{name} is not a TOML file: {printable(error)[:200]}; see recipe.toml of any run") from None
     return checked_changes(body, name)
 
 
@@ -160,7 +182,7 @@ def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
         if key not in KINDS:
             near = difflib.get_close_matches(key, KINDS, n=1)
             hint = f"did you mean {near[0]}?" if near else "recipe.toml of any run has them all"
-            raise InputError(f"{name} has an unknown key '{printable(key)}'; {hint}")
+            raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
         changes[key] = converted(key, value, name)
     return changes
 
@@ -169,17 +191,26 @@ def converted(key: str, value: Any, name: str) -> Any:
     kind = KINDS[key]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and number:
-        return float(value)
+        return as_float(value)
     if kind == "int" and number and isinstance(value, int):
         return value
     if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
         return value
     if kind.startswith("tuple") and isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
-        return tuple(float(v) for v in value)
+        return tuple(as_float(v) for v in value)
     if kind.startswith("Mapping") and isinstance(value, dict):
         return value
     wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
-    raise InputError(f"{name} has {key} = {printable(value)!r}: give {wanted.get(kind, 'a list of numbers')}")
+    wanted_kind = wanted.get(kind, "a list of numbers")
+    raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted_kind}")
+
+
+def as_float(value: float) -> float:
+    """``value`` as a float; a whole number that is too large for one as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:

@@ -19,6 +19,7 @@ from mgq.engine.training_state import TrainingState, read_training_state, write_
 from mgq.errors import InputError, printable
 from mgq.files.append import append_whole, drop_torn_line
 from mgq.files.atomic import drop_abandoned, ensure_writable_folder, write_error, write_text_atomically, writing
+from mgq.files.bounded import bytes_of
 
 if TYPE_CHECKING:
     import filelock
@@ -30,6 +31,8 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 EVENTS = "events"
 _ELSEWHERE = "pass --save FOLDER"
+_MOST_METRICS = 1 << 26  # bytes: of 200,000 epochs
+_PLAIN = (str, bool, int, float)
 Metrics = dict[str, Any]
 
 
@@ -184,7 +187,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        return bytes_of(path, _MOST_METRICS).decode(errors="replace").split("\n")[:-1]
     except FileNotFoundError:
         return []
 
@@ -194,7 +197,11 @@ def _entry(line: str) -> Metrics | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
+    if not isinstance(entry, dict) or type(entry.get("epoch")) is not int:
+        return None
+    if not all(value is None or isinstance(value, _PLAIN) for value in entry.values()):
+        return None
+    if any(isinstance(value, int) and abs(value) >= 2**63 for value in entry.values()):
         return None
     return {name: math.nan if value is None else value for name, value in entry.items()}
 

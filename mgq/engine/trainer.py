@@ -34,8 +34,8 @@ from mgq.engine.recipe import Recipe, plain
 from mgq.engine.runs import RunFolder
 from mgq.engine.schedule import learning_rate
 from mgq.engine.stem import stem_of
-from mgq.engine.training_state import TrainingState
-from mgq.errors import InputError, MgqError
+from mgq.engine.training_state import START_AGAIN, TrainingState
+from mgq.errors import InputError, MgqError, printable
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import DEFAULT_METHOD, as_input, calibrated_network
@@ -382,7 +382,7 @@ class Trainer:
         return TrainingState(tensors, progress, plain(self.recipe), versions())
 
     def load(self, state: TrainingState) -> None:
-        """Go on from ``state``. Raises InputError where it belongs to other pictures."""
+        """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
         pictures = [len(self.train.dataset), len(self.val.dataset)]
         if state.progress["pictures"] != pictures:
             was, now = state.progress["pictures"], pictures
@@ -390,6 +390,12 @@ class Trainer:
                 f"{self.recipe.data} had {was[0]} + {was[1]} pictures when this run began and has {now[0]} + {now[1]} "
                 "now: put them back, or start a new run without --resume"
             )
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RuntimeError):
+            raise InputError(f"{printable(self.run.last)} does not fit this training; {START_AGAIN}") from None
+
+    def _take(self, state: TrainingState) -> None:
         parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
         for name, value in state.tensors.items():
             part, _, rest = name.partition(".")

@@ -19,6 +19,7 @@ from mgq.engine.comparison import Comparison, compared
 from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_every_device, on_processor
 from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
+from mgq.engine.metrics import Meter
 from mgq.engine.networks import Classifier, open_classifier, versions
 from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
@@ -26,10 +27,10 @@ from mgq.engine.runs import LAST, RunFolder
 from mgq.engine.stem import stem_rate
 from mgq.engine.trainer import Trainer
 from mgq.engine.training_data import SYNTHETIC_SIZE, Sets, loaders_of, measuring_loader, read_sets
-from mgq.engine.training_state import TrainingState
-from mgq.errors import FailureError, InputError
+from mgq.engine.training_state import START_AGAIN, TrainingState
+from mgq.errors import FailureError, InputError, printable
 from mgq.events import ALONE, Watcher
-from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.files.checkpoint import CheckpointInfo, info_from, write_checkpoint
 from mgq.quant.calibrate import LAYERWISE_PICTURES
 from mgq.quant.equalization import equalized
 from mgq.quant.modes import Mode
@@ -249,16 +250,35 @@ def resumed(request: Request, mode: Mode, cluster: Cluster, watcher: Watcher) ->
         state = run.read_state()
         recipe = recipe_from(state.recipe, str(run.last))
         refuse_changed(request, recipe, run.path)
+        info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
-        body = dict(state.progress["info"])
-        info = CheckpointInfo(
-            **{**body, "classes": tuple(body["classes"]), "float_layers": tuple(body.get("float_layers", ()))}
-        )
         sets = read_sets(recipe.data, None, plain(recipe), watcher)
         sets = Sets(*(matched(dataset, info.classes) for dataset in (sets.train, sets.val)))
         watcher.on_remark(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
         plan = Plan(recipe, sets, Beginning(None, info.origin, recipe.options), info, request, state)
         return finished(plan, run, cluster, watcher)
+
+
+def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
+    """What the checkpoints of the run say whose state in ``path`` has ``progress``.
+
+    Raises InputError where that is no place in a training by ``recipe``.
+    """
+    try:
+        counts = [progress["epoch"], progress["step_in_epoch"], *progress["pictures"]]
+        if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or len(counts) != 4:
+            raise TypeError
+        info = info_from(progress["info"])
+        Meter.from_state(progress["meter"])
+        numbers = [progress["seconds"], *progress["best"].values(), *progress.get("start", {}).values()]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError
+        # Of 0 and 1 classes, or others than the recipe's, there is nothing to learn.
+        if progress["epoch"] > recipe.epochs or (info.arch, len(info.classes)) != (recipe.arch, recipe.classes):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise InputError(f"{printable(path)} does not say where the training stands; {START_AGAIN}") from None
+    return info
 
 
 def resumable_arch(save: Path, mode: Mode) -> str:

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from mgq.errors import InputError, printable
 from mgq.files.checkpoint import TRAINING_KEY, body_of, write_tensors
+from mgq.files.pickles import LONGEST_HEADER
 
 FORMAT = 1
 CHECKSUM_KEY = "sha256"
+START_AGAIN = "start again without --resume"
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -56,12 +58,15 @@ def read_training_state(path: Path) -> TrainingState:
     """
     name = printable(path)
     try:
-        with path.open("rb"), safe_open(path, framework="np") as file:
+        with path.open("rb") as start:
+            if int.from_bytes(start.read(8), "little") > LONGEST_HEADER:
+                raise _damaged(name)
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it has no other way)
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror or printable(error)}); check the path") from error
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(name) from error
     if TRAINING_KEY not in metadata:
         raise InputError(f"{name} is not the state of a training; --resume needs the one that mgq wrote")
@@ -69,7 +74,10 @@ def read_training_state(path: Path) -> TrainingState:
     if metadata.get(CHECKSUM_KEY) != checksum(text, tensors):
         raise _damaged(name)
     try:
-        return TrainingState(tensors, **body_of(text, FORMAT, name))
+        state = TrainingState(tensors, **body_of(text, FORMAT, name))
+        if not all(isinstance(part, dict) for part in (state.progress, state.recipe, state.versions)):
+            raise TypeError
+        return state
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _damaged(name) from None
 
@@ -86,4 +94,4 @@ def checksum(text: str, tensors: Tensors) -> str:
 
 
 def _damaged(name: str) -> InputError:
-    return InputError(f"{name} is damaged or cut short, nothing can go on from it; start again without --resume")
+    return InputError(f"{name} is damaged or cut short, nothing can go on from it; {START_AGAIN}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mgq.files.atomic import writing
 
+_TAIL = 1 << 20  # bytes
+
 
 def append_whole(path: Path, data: bytes, sync: bool = False) -> None:
     """Append ``data`` to ``path``, which is made where it is missing; with ``sync`` it is on the disk then.
@@ -33,10 +35,16 @@ def append_whole(path: Path, data: bytes, sync: bool = False) -> None:
 def drop_torn_line(path: Path) -> None:
     """Cut the text ``path``, where it is there, behind its last line end. A power cut may leave half a line."""
     with writing(path), contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            file.truncate(whole)
+        end = size = file.seek(0, os.SEEK_END)
+        while end:  # a file may be long, and what is torn is at its end
+            start = max(0, end - _TAIL)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n") + 1
+            end = start + found
+            if found:
+                break
+        if end != size:
+            file.truncate(end)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -18,6 +18,8 @@ from mgq.files.atomic import atomic_write
 KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
 FORMAT = 1
+MOST_PIXELS = 4096
+"""On a side of what a network takes."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,23 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
         return None
     try:
         body = body_of(metadata[KEY], FORMAT, name)
-        well_typed = {"arch": str, "mode": str, "classes": list, "image_size": int, "options": dict}
-        if not all(isinstance(body[name], kind) for name, kind in well_typed.items()):
-            raise TypeError
-        body["classes"] = tuple(str(label) for label in body["classes"])
-        body["float_layers"] = names_in(body.get("float_layers", []))
-        info = CheckpointInfo(**body)
+        return info_from(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
-    return info
+
+
+def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
+    """What ``body`` says, a CheckpointInfo as plain data from JSON. Raises TypeError or KeyError where it is none."""
+    found = CheckpointInfo(
+        **{**body, "classes": names_in(body["classes"]), "float_layers": names_in(body.get("float_layers", []))}
+    )
+    texts = (found.arch, found.mode, found.origin, found.target)
+    tables = (found.options, found.recipe, found.metrics, found.versions)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        raise TypeError
+    if type(found.image_size) is not int or not 1 <= found.image_size <= MOST_PIXELS:
+        raise TypeError
+    return found
 
 
 def names_in(value: Any) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mgq.errors import InputError, printable
+from mgq.files.bounded import bytes_of
+from mgq.files.onnx_guard import MOST_BYTES, StrangeModelError, output_shapes
 from mgq.machine import muted_stderr
 
 INTEGER_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
@@ -20,7 +22,7 @@ METADATA = "mgq"
 class OnnxFile:
     """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) has None where any will
     do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is what mgq wrote into it, empty in others.
-    ``quantized``: whether there are integers to compute with.
+    ``quantized``: whether there are integers to compute with. ``classes`` is how many numbers an answer has.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class OnnxFile:
     output: str
     about: dict[str, Any] = field(repr=False)
     quantized: bool = False
+    classes: int = 0
 
     def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
         """Raises InputError where a batch of ``shape`` does not fit."""
@@ -45,22 +48,22 @@ class OnnxFile:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, or where the
-    package that reads it is not installed."""
+    """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
+    one needs (see :mod:`mgq.files.onnx_guard`), or where the package that reads it is not installed."""
     name = printable(path)
     onnx = imported("onnx")
     try:
-        content = path.read_bytes()
+        content = bytes_of(path, MOST_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
     try:
         model = onnx.load_from_string(content)
-        onnx.checker.check_model(model)
+        answers = output_shapes(model)
+    except StrangeModelError as error:
+        raise InputError(f"{name} {error}") from None
     except Exception as error:
         what = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{printable(path)} is damaged, or is no ONNX file ({printable(what)}): write it again"
-        ) from None
+        raise InputError(f"{name} is damaged, or is no ONNX file ({printable(what)[:200]}): write it again") from None
     constants = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or not model.graph.output:
@@ -69,16 +72,20 @@ def read_onnx(path: Path) -> OnnxFile:
     shape = tuple(int(axis.dim_value) or None for axis in tensor.shape.dim)
     if len(shape) != 4 or shape[1] not in (3, None):
         raise InputError(f"{name} does not take pictures (N, 3, H, W): give a classifier of pictures")
+    output = model.graph.output[0].name
+    answer = answers[output]
+    if len(answer) != 2 or shape[0] not in (None, answer[0]):
+        raise InputError(f"{name} does not answer with one number for each class: give a classifier of pictures")
     about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
     quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
-    return OnnxFile(path, content, inputs[0].name, kind, shape, model.graph.output[0].name, known(about), quantized)
+    return OnnxFile(path, content, inputs[0].name, kind, shape, output, known(about), quantized, answer[1])
 
 
 def known(about: str | None) -> dict[str, Any]:
     try:
         found = json.loads(about) if about is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
 

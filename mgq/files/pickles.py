@@ -45,12 +45,14 @@ from mgq.files.torch_files import (
     torch_tensor,
 )
 
-_LARGEST_FILE = 2**29
+_LARGEST_FILE = 2**28  # mobilenet_v2 at its greatest width has 212 MiB
+_MOST_MEMORY = 2**29  # of all arrays together
 _MOST_STEPS = 500_000  # PyTorch needs about 40 for a tensor
 _LONGEST_TEXT = 4096  # beyond it a text stays bytes
 _LONGEST_NAME = 256
 _LARGEST_KEY = 2**31
-_LONGEST_HEADER = 2**22  # of a .safetensors file
+LONGEST_HEADER = 2**22
+"""Bytes in the header of a .safetensors file, which is JSON and grows tenfold in memory."""
 _SAFETENSORS_CODES = {
     "BOOL": "b1",
     "U8": "u1",
@@ -111,7 +113,7 @@ def _content(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{printable(path)} is a device, not a file: give a weights file")
         if status.st_size > _LARGEST_FILE:
-            raise InputError(f"{printable(path)} is larger than 512 MiB: give the weights alone")
+            raise InputError(f"{printable(path)} is larger than {_LARGEST_FILE >> 20} MiB: give the weights alone")
         with path.open("rb") as file:
             data = file.read(status.st_size)
     except FileNotFoundError as error:
@@ -125,7 +127,7 @@ def _content(path: Path) -> bytes:
 
 
 def _state(data: bytes) -> StateFile:
-    allowance = Allowance(2 * len(data) + 2**26)
+    allowance = Allowance(min(2 * len(data) + 2**26, _MOST_MEMORY))
     if _looks_like_safetensors(data):
         return _safetensors_state(data, allowance)
     if data.startswith(b"PK"):
@@ -189,7 +191,7 @@ def _safetensors_state(data: bytes, allowance: Allowance) -> StateFile:
 def _safetensors_header(data: bytes) -> dict[str, Any]:
     """The header of a ``.safetensors`` file. Raises UnreadableError when it is not as long as announced."""
     length = int.from_bytes(data[:8], "little")
-    if length > min(len(data) - 8, _LONGEST_HEADER):
+    if length > min(len(data) - 8, LONGEST_HEADER):
         raise UnreadableError(f"announces a header of {length} bytes, which it has not: get it again")
     try:
         header = json.loads(data[8 : 8 + length])

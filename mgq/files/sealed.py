@@ -4,7 +4,8 @@ MegEngine's loaders, the C++ ones too, read the graph from the start and ignore 
 
     graph | JSON, UTF-8 | length of the JSON, 8 bytes little endian | SHA-256 of all before it | b"mgqfile1"
 
-The checksum is tested before a native loader sees the graph: those trust what they read.
+Native loaders trust what they read, and anybody can compute a checksum: it tells damage. What a stranger may have put
+into the graph is told by :mod:`mgq.files.graph_file` before such a loader sees it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgq.errors import InputError, printable
+from mgq.files.bounded import bytes_of
+from mgq.files.graph_file import Face, ForeignGraphError, face_of
 
 MAGIC = b"mgqfile1"
 TAIL = 8 + 32 + len(MAGIC)
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 
 
 class Sealed(NamedTuple):
-    """What a ``.megengine`` file holds: MegEngine's graph, and what mgq wrote beside it."""
+    """What a ``.megengine`` file holds: MegEngine's graph, what mgq wrote beside it, what the graph takes and gives."""
 
     graph: bytes
     about: dict[str, Any]
+    face: Face
 
 
 def sealed_bytes(graph: bytes, about: Mapping[str, Any]) -> bytes:
@@ -38,17 +42,15 @@ def sealed_bytes(graph: bytes, about: Mapping[str, Any]) -> bytes:
 
 
 def read_sealed(path: Path) -> Sealed:
-    """Raises InputError where ``path`` is missing, is not such a file, or is damaged."""
+    """Raises InputError where ``path`` is missing, no such file, damaged, or holds a graph that is not mgq's."""
     name = printable(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{name} is larger than any network of mgq; pass another file")
-        data = path.read_bytes()
+        data = bytes_of(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror}); check the path") from None
     if len(data) < TAIL or not data.endswith(MAGIC):
         raise InputError(f"{name} is cut short or was not written by mgq; write it by `mgq dump`")
-    body, digest = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 : -len(MAGIC)]
+    body, digest = memoryview(data)[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 : -len(MAGIC)]
     if hashlib.sha256(body).digest() != digest:
         raise InputError(f"{name} is damaged; write it again by `mgq dump`")
     (length,) = struct.unpack("<Q", body[-8:])
@@ -56,9 +58,12 @@ def read_sealed(path: Path) -> Sealed:
         raise InputError(f"{name} is damaged; write it again by `mgq dump`")
     start = len(body) - 8 - length
     try:
-        about = json.loads(body[start:-8])
+        about = json.loads(bytes(body[start:-8]))
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
         raise InputError(f"{name} is damaged; write it again by `mgq dump`")
-    return Sealed(body[:start], about)
+    try:
+        return Sealed(bytes(body[:start]), about, face_of(body[:start]))
+    except ForeignGraphError as error:
+        raise InputError(f"{name} {error}; write it by `mgq dump`") from None

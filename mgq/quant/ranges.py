@@ -17,9 +17,12 @@ from megengine import Tensor
 from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
+from mgq.files.bounded import text_of
 
 FORMAT = "mgq activation ranges 1"
+MOST_BYTES = 1 << 24
+"""Of a file of ranges; that of EfficientNet-Lite0 has a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,29 @@ class ActivationRanges:
 
 def read_ranges(path: Path) -> ActivationRanges:
     """Raises InputError where ``path`` is missing or is not a file of ranges."""
+    name = printable(path)
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(text_of(path, MOST_BYTES))
     except OSError as error:
-        raise InputError(f"cannot read the ranges {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the ranges {name}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one") from None
+        raise InputError(f"{name} is not a file of activation ranges; `mgq calibrate` makes one") from None
     if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not a file of activation ranges; `mgq calibrate` makes one")
+        raise InputError(f"{name} is not a file of activation ranges; `mgq calibrate` makes one")
     try:
         activations, weights = table_of(body.pop("ranges")), table_of(body.pop("weight_ranges", {}))
         biases = {str(k): tuple(float(v) for v in values) for k, values in body.pop("bias_corrections", {}).items()}
         result = ActivationRanges(**body, ranges=activations, weight_ranges=weights, bias_corrections=biases)
-    except (TypeError, ValueError, AttributeError, KeyError):
-        raise InputError(f"{path} has damaged activation ranges; make it again by `mgq calibrate`") from None
+        texts = (result.arch, result.observer, result.weights, result.target)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(result.provenance, dict):
+            raise TypeError
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
+        raise InputError(f"{name} has damaged activation ranges; make it again by `mgq calibrate`") from None
     found = [*result.ranges.values(), *result.weight_ranges.values()]
     if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in found):
-        raise InputError(f"{path} holds a range that is not a range; make it again by `mgq calibrate`")
+        raise InputError(f"{name} holds a range that is not a range; make it again by `mgq calibrate`")
     if not all(math.isfinite(value) for values in biases.values() for value in values):
-        raise InputError(f"{path} holds a bias that is not a number; make it again by `mgq calibrate`")
+        raise InputError(f"{name} holds a bias that is not a number; make it again by `mgq calibrate`")
     return result
 
 

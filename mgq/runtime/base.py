@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 
 
 class Runtime(Protocol):
@@ -28,13 +30,30 @@ class Runtime(Protocol):
 class FileRuntime(Runtime, Protocol):
     """A runtime that has a file loaded. ``batch`` is the N that it takes, None where any will do.
 
-    ``outputs`` gives all that the file answers, by name: it may be asked for more than logits.
+    ``outputs`` gives all that the file answers, by name: it may be asked for more than logits. ``about`` is what mgq
+    wrote into the file, unchecked; empty where another program wrote it. ``takes`` is the shape of its input, with None
+    where any number will do, ``classes`` how many logits it gives.
     """
+
+    @property
+    def about(self) -> Mapping[str, Any]: ...
+
+    @property
+    def takes(self) -> tuple[int | None, ...]: ...
+
+    @property
+    def classes(self) -> int: ...
 
     @property
     def batch(self) -> int | None: ...
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
+
+
+def cannot_run(engine: Runtime, path: Path, error: Exception) -> InputError:
+    """The error for a file that ``engine`` does not take, with the first line of what it says."""
+    why = printable(str(error).strip().partition("\n")[0])[:300]
+    return InputError(f"{engine.name} {engine.version} cannot run {printable(path)}: {why}")
 
 
 def checked_threads(threads: int) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.deploy.mge import LiteGraph
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.files.sealed import read_sealed
-from mgq.runtime.base import checked_threads
+from mgq.runtime.base import cannot_run, checked_threads
 
 
 class LiteRuntime:
@@ -27,22 +27,31 @@ class LiteRuntime:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.threads = checked_threads(threads)
-        graph, self.about = read_sealed(path)
+        graph, self.about, face = read_sealed(path)
         self.path = path
-        self.input_type = str(self.about["input"]["type"])
-        self.shape = tuple(self.about["input"]["shape"])
-        self.graph = LiteGraph(graph, threads)
+        self.input_type, self.shape, (_, self.classes) = face
+        try:
+            self.graph = LiteGraph(graph, threads)
+        except RuntimeError as error:
+            raise cannot_run(self, path, error) from None
 
     @property
     def batch(self) -> int:
         return int(self.shape[0])
+
+    @property
+    def takes(self) -> tuple[int, ...]:
+        return self.shape
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         return {"logits": self.run(batch)}
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if batch.shape != self.shape:
-            raise InputError(f"{self.path} takes pictures of shape {self.shape}, not {batch.shape}")
+            raise InputError(f"{printable(self.path)} takes pictures of shape {self.shape}, not {batch.shape}")
         if self.input_type != "uint8":
             batch = (batch.astype(np.int16) - 128).astype(self.input_type)
-        return self.graph.run(batch)
+        try:
+            return self.graph.run(batch)
+        except RuntimeError as error:
+            raise cannot_run(self, self.path, error) from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError
 from mgq.files.onnx_file import imported, read_onnx
-from mgq.runtime.base import checked_threads
+from mgq.runtime.base import cannot_run, checked_threads
 
 
 class OnnxRuntime:
@@ -32,19 +32,22 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.execution_mode = engine.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong with a file is told once, by the exception
         # Threads that wait in a loop would take the processor from whatever runs in turn with this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = engine.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise InputError(f"{self.name} {self.version} cannot run {path}: {str(error).strip()}") from None
+            raise cannot_run(self, path, error) from None
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self.file.refuse_other_shape(batch.shape)
-        result: npt.NDArray[np.float32] = self.session.run(
-            [self.file.output], {self.file.input: fed(batch, self.file.type)}
-        )[0]
+        try:
+            result: npt.NDArray[np.float32] = self.session.run(
+                [self.file.output], {self.file.input: fed(batch, self.file.type)}
+            )[0]
+        except Exception as error:
+            raise cannot_run(self, self.file.path, error) from None
         return result
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
@@ -55,6 +58,18 @@ class OnnxRuntime:
     @property
     def batch(self) -> int | None:
         return self.file.shape[0]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self.file.about
+
+    @property
+    def takes(self) -> tuple[int | None, ...]:
+        return self.file.shape
+
+    @property
+    def classes(self) -> int:
+        return self.file.classes
 
 
 def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:

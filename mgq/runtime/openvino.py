@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError
 from mgq.files.onnx_file import imported, read_onnx
-from mgq.runtime.base import checked_threads
+from mgq.runtime.base import cannot_run, checked_threads
 from mgq.runtime.onnxruntime import fed
 
 
@@ -39,12 +39,15 @@ class OpenVino:
             core = engine.Core()
             self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings)
         except Exception as error:
-            raise InputError(f"{self.name} {self.version} cannot run {path}: {str(error).strip()}") from None
+            raise cannot_run(self, path, error) from None
         self.request = self.network.create_infer_request()
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self.file.refuse_other_shape(batch.shape)
-        answers = self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+        try:
+            answers = self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+        except Exception as error:
+            raise cannot_run(self, self.file.path, error) from None
         result: npt.NDArray[np.float32] = answers[self.file.output]
         return result
 
@@ -56,3 +59,15 @@ class OpenVino:
     @property
     def batch(self) -> int | None:
         return self.file.shape[0]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self.file.about
+
+    @property
+    def takes(self) -> tuple[int | None, ...]:
+        return self.file.shape
+
+    @property
+    def classes(self) -> int:
+        return self.file.classes

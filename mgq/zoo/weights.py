@@ -139,6 +139,7 @@ def mode_in(state: State) -> str:
 
 def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
     """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
+    refuse_other_head(spec, state, classes, name)
     with without_initialization():
         network = spec.build(classes, **options)
     differences = differing(float_part(state), network.state_dict())
@@ -147,6 +148,15 @@ def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, An
     load_state(network, float_part(state), name)
     network.eval()
     return network
+
+
+def refuse_other_head(spec: ModelSpec, state: State, classes: int, name: str) -> None:
+    """Raises InputError where the classifier in ``state`` has not ``classes`` outputs: before a network with a million
+    of them is made."""
+    head = state.get(spec.head)
+    if head is None or head.shape[:1] != (classes,) or not head.size:
+        found = "no classifier" if head is None else f"a classifier of shape {tuple(head.shape)}"
+        raise InputError(f"{name} does not fit {spec.name}: it has {found} for {classes} classes")
 
 
 def family_hint(spec: ModelSpec, state: State) -> str:
@@ -188,7 +198,7 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def classes_in(spec: ModelSpec, state: State) -> int:
     """The number of classes that the classifier's weight in ``state`` counts; 1,000 where it is missing or odd."""
     head = state.get(spec.head)
-    return int(head.shape[0]) if head is not None and head.ndim == 2 and head.shape[0] > 1 else 1000
+    return int(head.shape[0]) if head is not None and head.ndim == 2 and head.size > head.shape[1] else 1000
 
 
 def load_state(network: M.Module, state: State, what: str) -> None:
