@@ -23,10 +23,13 @@ class FailureError(MgqError):
 
 # Control characters, surrogates (bytes of a file name that are not UTF-8), ends of lines and paragraphs.
 _UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
+# Those that turn the direction of what follows: a name could show another one.
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(thing: object) -> str:
     """``str(thing)`` as it can stand in a one-line message: control characters and lone surrogates are escaped."""
     return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in str(thing)
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE or c in _TURNING else c
+        for c in str(thing)
     )

@@ -540,7 +540,7 @@ def test_huge_file_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "huge.pkl"
     with path.open("wb") as file:
         file.truncate(2**40)  # a hole, not a terabyte
-    with pytest.raises(InputError, match="larger than 512 MiB"):
+    with pytest.raises(InputError, match="larger than 256 MiB"):
         read_state(path)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName
+from mgq.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,7 +121,7 @@ def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
         cells += [in_points(layer.alone)] if labelled else []
         cells += weight_cells(layer.weights)
         cells.append(in_decibels(layer.activations.snr if layer.activations is not None else None))
-        table.add_row(Text(layer.name), *cells)
+        table.add_row(Text(printable(layer.name)), *cells)
     return table
 
 

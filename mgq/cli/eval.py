@@ -33,7 +33,7 @@ from mgq.cli.options import (
     arch_at_hand,
     opened,
 )
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -313,7 +313,7 @@ def class_table(result: Evaluation) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in result.per_class():
         percents = [f"{share:.1f} %" if math.isfinite(share) else "-" for share in (entry.top1, entry.precision)]
-        table.add_row(Text(entry.name), f"{entry.images:,}", f"{entry.correct:,}", *percents)
+        table.add_row(Text(printable(entry.name)), f"{entry.images:,}", f"{entry.correct:,}", *percents)
     return table
 
 
@@ -327,7 +327,7 @@ def confusion_table(pairs: list[Confusion]) -> Table:
     table.add_column("taken for", overflow="fold")
     table.add_column("times", justify="right", no_wrap=True)
     for pair in pairs:
-        table.add_row(Text(pair.true), Text(pair.predicted), f"{pair.count:,} of {pair.images:,}")
+        table.add_row(Text(printable(pair.true)), Text(printable(pair.predicted)), f"{pair.count:,} of {pair.images:,}")
     return table
 
 

@@ -137,7 +137,7 @@ def table_of(answer: Answer) -> Table:
     table.add_column("")
     for guess in answer.guesses:
         bar = "█" * round(guess.probability * BAR)
-        table.add_row(Text(guess.name), f"{guess.probability:.1%}", Text(bar, style="green"))
+        table.add_row(Text(printable(guess.name)), f"{guess.probability:.1%}", Text(bar, style="green"))
     return table
 
 

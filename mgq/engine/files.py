@@ -41,7 +41,7 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
     network = DeployedNetwork(runtime, path.stat().st_size)
-    origin = f"{path}, in {runtime.name} {runtime.version}"
+    origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
     return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, (path, engine.key))
 
 

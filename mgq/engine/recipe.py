@@ -138,7 +138,9 @@ class Recipe:
                 raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
-                raise InputError(f"there is no {name} '{getattr(self, name)}'; choose {', '.join(known)}")
+                raise InputError(
+                    f"there is no {name} '{printable(getattr(self, name))[:80]}'; choose {', '.join(known)}"
+                )
         if self.image_size < 32 or self.image_size % 32:
             raise InputError(f"{option('image_size')} {self.image_size} is not a multiple of 32: give one, such as 224")
 

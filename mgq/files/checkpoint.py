@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.files.atomic import atomic_write
 
 KEY = "mgq"
@@ -102,5 +102,5 @@ def body_of(text: str, known: int, name: str) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(text)
     version = body.pop("format")
     if version != known:
-        raise InputError(f"{name} has checkpoint format {version}, this mgq reads {known}; update mgq")
+        raise InputError(f"{name} has checkpoint format {printable(version)[:80]}, this mgq reads {known}; update mgq")
     return body

@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.files.download import Source
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -64,10 +64,10 @@ class ModelSpec:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
-            raise InputError(f"{self.name} has no option '{unknown[0]}'; its options: {known}")
+            raise InputError(f"{self.name} has no option '{printable(unknown[0])[:80]}'; its options: {known}")
         width = options.get("width", 1.0)
         if not isinstance(width, int | float) or not 0.1 <= width <= 4:
-            raise InputError(f"{width!r} is no width multiplier; give a number from 0.1 to 4")
+            raise InputError(f"{printable(width)[:80]!r} is no width multiplier; give a number from 0.1 to 4")
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
@@ -244,7 +244,7 @@ def spec_of(name: str) -> ModelSpec:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no architecture '{name}'; {hint}`mgq models` lists them all")
+    raise InputError(f"there is no architecture '{printable(name)[:80]}'; {hint}`mgq models` lists them all")
 
 
 def create_model(arch: str, classes: int = 1000, **options: Any) -> M.Module:

@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, info_of
 from mgq.files.download import cached, download
@@ -72,19 +72,20 @@ def read_weights(path: Path, spec: ModelSpec | None = None, origin: str | None =
     unreadable, would run code, or fits no architecture (or not ``spec``): the message names what differs.
     """
     file = read_state(path)
-    info = info_of(file.metadata, str(path))
+    name = printable(path)
+    info = info_of(file.metadata, name)
     if info is not None:
-        return own_checkpoint(path, file.tensors, info, spec)
+        return own_checkpoint(name, file.tensors, info, spec)
     state = without_prefix(file.tensors)
     if any(value.dtype == np.int8 for value in state.values()):
         raise InputError(
-            f"{path} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
+            f"{name} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
         )
     candidates = [spec] if spec else [s for s in specs().values() if may_hold(s, state)]
     if not candidates:
-        raise InputError(f"{path} has the parameter names of no architecture of the zoo; see `mgq models`")
+        raise InputError(f"{name} has the parameter names of no architecture of the zoo; see `mgq models`")
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
-    return recognized(best, state, str(path), file.format, origin)
+    return recognized(best, state, name, file.format, origin)
 
 
 def misfits(spec: ModelSpec, state: State) -> int:
@@ -110,13 +111,13 @@ def may_hold(spec: ModelSpec, state: State) -> bool:
     return spec.marker in state or spec.adapted(state) is not None
 
 
-def own_checkpoint(path: Path, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
+def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
     """The weights in an mgq checkpoint, which says itself what it is."""
     if spec is not None and spec.name != info.arch:
-        raise InputError(f"{path} is a checkpoint of {info.arch}, not of {spec.name}; leave out -a")
+        raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     spec = spec_of(info.arch)
-    network = loaded(spec, state, len(info.classes), info.options, str(path))
-    origin = f"{path} ({info.origin})"
+    network = loaded(spec, state, len(info.classes), info.options, name)
+    origin = f"{name} ({printable(info.origin)[:200]})"
     mode = mode_in(state)
     return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info)
 
@@ -168,7 +169,7 @@ def differing(state: State, expected: State) -> str:
     """What keeps ``state`` from loading strictly into ``expected``, in words: '' if nothing does."""
 
     def listed(names: list[str], of: State) -> str:
-        shown = ", ".join(f"{name} {tuple(of[name].shape)}" for name in names[:SHOWN])
+        shown = ", ".join(f"{printable(name)[:80]} {tuple(of[name].shape)}" for name in names[:SHOWN])
         return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
     missing = [name for name in expected if name not in state]
