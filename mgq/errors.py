@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 
 
 class MgqError(Exception):
@@ -19,6 +21,15 @@ class InputError(MgqError):
 
 class FailureError(MgqError):
     """The input was fine and the work still failed (exit code 1): a full disk, a check that did not hold."""
+
+
+@contextlib.contextmanager
+def naming(thing: str) -> Iterator[None]:
+    """Within it the line of an InputError begins with ``thing``, such as a file that says something impossible."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{thing}: {error}") from None
 
 
 # Control characters, surrogates (bytes of a file name that are not UTF-8), ends of lines and paragraphs.

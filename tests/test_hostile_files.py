@@ -179,7 +179,7 @@ def read_float(path: Path) -> object:
         ({"target": {}}, "damaged metadata"),
         ({"recipe": "none"}, "damaged metadata"),
         ({"format": 2}, "format 2"),
-        ({"arch": "mobilenet_v2", "options": {"width": 1e9}}, "lies.safetensors"),
+        ({"arch": "mobilenet_v2", "options": {"width": 1e9}}, "width multiplier"),
         ({"options": {"\x1b[31m": 1}}, "no option '\\x1b[31m'"),
         ({"arch": "\x1b]0;title\x07"}, "\\x1b]0;title\\x07"),
         ({"unknown": 1}, "damaged metadata"),
@@ -187,7 +187,8 @@ def read_float(path: Path) -> object:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_checkpoint_that_lies_of_itself_is_refused(info: dict[str, Any], says: str, tmp_path: Path) -> None:
-    line = refusal(read_float, checkpoint_with(tmp_path / "lies.safetensors", None, **info), says)
+    path = checkpoint_with(tmp_path / "lies.safetensors", None, **info)
+    line = refusal(read_float, path, "lies.safetensors", says)
     assert line.isprintable()
 
 
@@ -536,7 +537,7 @@ def test_a_deployed_file_that_lies_of_itself_is_refused(about: dict[str, Any], f
         says = {**json.loads(model.metadata_props[0].value), **about}
         model.metadata_props[0].value = json.dumps(says)
         written(path, model.SerializeToString())
-    refusal(opened_file, path, *(() if about.get("arch") else ("net.",)))
+    refusal(opened_file, path, f"net.{form}")
 
 
 def model_with(change: Callable[[Any], object]) -> Any:

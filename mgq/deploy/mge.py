@@ -17,7 +17,7 @@ from megengine.jit import trace
 from megengine.utils.comp_graph_tools import convert_inputs, convert_outputs
 from megengine.utils.module_utils import set_expand_structure
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, InputError, printable
 from mgq.files.atomic import atomic_write
 from mgq.files.sealed import read_sealed, sealed_bytes
 from mgq.quant.fold import ConvRelu6, FusedConv, activation_of, folded
@@ -80,13 +80,23 @@ def write_megengine(
         "output": {"name": "logits"},
     }
     with atomic_write(path) as temporary:
-        temporary.write_bytes(sealed_bytes(graph_of(in_memory, fed, input_type), about))
-        exact_in = engine_with_same_bits(read_sealed(temporary).graph, fed, expected, rounding_in(network))
-        if exact_in is None:
+        graph = graph_of(in_memory, fed, input_type)
+        temporary.write_bytes(sealed_bytes(graph, about))
+        exact_in = engine_with_same_bits(graph, fed, expected, rounding_in(network))
+        if exact_in is None or read_back(temporary, path) != graph:
             raise FailureError(f"{path} is not written: loaded again, it differs from the network in memory")
         size = temporary.stat().st_size
     moved = float(np.abs(answer(network, fed, input_type) - expected).max()) if is_float else 0.0
     return DumpReport(path, size, moved, exact_in)
+
+
+def read_back(temporary: Path, path: Path) -> bytes:
+    """The graph in the file ``temporary``, to be ``path``. Raises FailureError where nobody could read that."""
+    try:
+        return read_sealed(temporary).graph
+    except InputError as error:
+        why = str(error).partition(printable(temporary))[2]
+        raise FailureError(f"{path} is not written: loaded again, it{why}") from None
 
 
 def rounding_in(network: M.Module) -> float:

@@ -10,7 +10,7 @@ from mgq.data.loader import cores
 from mgq.engine.deployed import DeployedNetwork
 from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
 from mgq.engine.networks import Classifier
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, naming, printable
 from mgq.files.checkpoint import names_in
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
@@ -31,7 +31,8 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
     runtime = engine.load(path, threads or cores())
     about = runtime.about
     try:
-        spec, mode = spec_of(about["arch"]), Mode(about["mode"])
+        with naming(printable(path)):
+            spec, mode = spec_of(about["arch"]), Mode(about["mode"])
         classes, size = names_in(about["classes"]), about["image_size"]
         options, recipe = dict(about["options"]), dict(about["recipe"])
     except (KeyError, TypeError, ValueError):

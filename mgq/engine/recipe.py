@@ -17,7 +17,7 @@ from typing import Any
 import tomli
 import tomli_w
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, naming, printable
 from mgq.files.bounded import text_of
 from mgq.files.checkpoint import MOST_PIXELS
 
@@ -218,7 +218,9 @@ def as_float(value: float) -> float:
 def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:
     """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
     try:
-        return Recipe(**checked_changes(body, name))
+        changes = checked_changes(body, name)
+        with naming(name):
+            return Recipe(**changes)
     except TypeError:
         raise InputError(f"{name} holds no whole recipe; it was written by another version of mgq") from None
 

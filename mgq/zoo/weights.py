@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, naming, printable
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, info_of
 from mgq.files.download import cached, download
@@ -115,7 +115,8 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
     """The weights in an mgq checkpoint, which says itself what it is."""
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
-    spec = spec_of(info.arch)
+    with naming(name):
+        spec = spec_of(info.arch)
     network = loaded(spec, state, len(info.classes), info.options, name)
     origin = f"{name} ({printable(info.origin)[:200]})"
     mode = mode_in(state)
@@ -140,8 +141,8 @@ def mode_in(state: State) -> str:
 
 def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
     """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
-    refuse_other_head(spec, state, classes, name)
-    with without_initialization():
+    refuse_more_classes(spec, state, classes, name)
+    with without_initialization(), naming(name):
         network = spec.build(classes, **options)
     differences = differing(float_part(state), network.state_dict())
     if differences:
@@ -151,13 +152,14 @@ def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, An
     return network
 
 
-def refuse_other_head(spec: ModelSpec, state: State, classes: int, name: str) -> None:
-    """Raises InputError where the classifier in ``state`` has not ``classes`` outputs: before a network with a million
-    of them is made."""
+def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) -> None:
+    """Raises InputError for more ``classes`` than ``state`` has outputs, before a network of a million is made."""
     head = state.get(spec.head)
-    if head is None or head.shape[:1] != (classes,) or not head.size:
-        found = "no classifier" if head is None else f"a classifier of shape {tuple(head.shape)}"
-        raise InputError(f"{name} does not fit {spec.name}: it has {found} for {classes} classes")
+    there = head.shape[0] if head is not None and head.size else 0
+    if classes > max(1000, there):
+        raise InputError(
+            f"{name} does not fit {spec.name}: it has a classifier of {there} outputs for {classes} classes"
+        )
 
 
 def family_hint(spec: ModelSpec, state: State) -> str:
