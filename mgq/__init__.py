@@ -10,6 +10,7 @@ The verbs of the command line as Python calls::
     mgq.train(arch="resnet18", data="flowers", epochs=20)  # a run under runs/
     mgq.qat(arch="resnet18")                               # on from it, for int8
     mgq.evaluate("flowers", arch="resnet18").top1          # percent
+    mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
 Importing mgq imports no MegEngine; the first of these calls does.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mgq.engine.dump import dump as dump
     from mgq.engine.predict import infer as infer
     from mgq.quant.quantize import quantize as quantize
+    from mgq.reports.report import report as report
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weights import load_weights as load_weights
 
@@ -47,6 +49,7 @@ WHERE = {
     "qat": "mgq.engine.calls",
     "evaluate": "mgq.engine.calls",
     "analyze": "mgq.engine.analysis",
+    "report": "mgq.reports.report",
 }
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "load_weights",
     "qat",
     "quantize",
+    "report",
     "train",
 ]
 

@@ -6,7 +6,6 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from mgq.quant.targets import ONNX
 from tests.conftest import (
     CLASSES,
     Mgq,
+    Read,
     classifier_of,
     logits_of,
     same_state,
@@ -204,37 +204,6 @@ def test_broken_pictures_are_left_out_with_their_labels(made: Path) -> None:
 
 
 # ---- the page ----
-
-
-class Read(HTMLParser):
-    """Remembers what a page is made of, and whether all that opens is closed."""
-
-    VOID = frozenset({"meta", "br", "rect", "line", "path", "polyline"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.words: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes.update(name for name, _ in attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes.update(name for name, _ in attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def analysis_of(found: Sensitivity, origin: str = "made-up weights", corrected: bool = False) -> Analysis:

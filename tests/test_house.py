@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "runtime": FLOOR | {"files", "quant", "deploy"},
     "engine": FLOOR | {"files", "zoo", "data", "quant", "deploy", "runtime"},
     "bench": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime"},
-    "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},
+    "reports": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},
+    "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench", "reports"},
 }
 
 

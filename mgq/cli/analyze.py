@@ -58,7 +58,8 @@ def analyze(
         raise InputError("pictures were named, and a folder by -d: give one of them")
     import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
     from mgq.engine import analysis
-    from mgq.engine.analysis_page import checked_page, write_page
+    from mgq.engine.analysis_page import write_page
+    from mgq.engine.page import checked_page
 
     if html is not None:
         checked_page(html)

@@ -148,7 +148,7 @@ def calibrate(
             number = min(used, len(found.sources))
             seconds = expected_seconds(classifier, number, quality, method)
             note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
-            how_to = (images, about, on_progress, method, correct_bias, compensate, kind, quality)
+            how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
             sources = found.sources
             if max_drop is None:
                 result = calibrated(classifier, sources, *how_to)

@@ -16,6 +16,7 @@ from mgq.cli.dump import dump
 from mgq.cli.eval import evaluate
 from mgq.cli.infer import infer
 from mgq.cli.models import models
+from mgq.cli.report import report
 from mgq.cli.training import qat, train
 from mgq.errors import MgqError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, qat, calibrate, infer, analyze, dump, bench, models):
+for verb in (train, qat, calibrate, infer, analyze, dump, bench, report, models):
     app.command()(verb)
 app.command("eval")(evaluate)
 

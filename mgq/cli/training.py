@@ -218,8 +218,15 @@ def told(outcome: Outcome) -> str:
         f"(top-1 ± {found.normal.top1_error:.1f})\n"
         f"{agreements(found)}\n"
         f"{gains(outcome)}best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
-        f"checkpoint: {outcome.checkpoint}"
+        f"checkpoint: {outcome.checkpoint}{pointer(outcome)}"
     )
+
+
+def pointer(outcome: Outcome) -> str:
+    """A line on the page that can be made of a run for int8; making it here would take as long as measuring again."""
+    if outcome.recipe.mode != "qat":
+        return ""
+    return f"\nas a page, with pictures and engines: mgq report {shlex.quote(str(outcome.checkpoint.parent))}"
 
 
 def gains(outcome: Outcome) -> str:

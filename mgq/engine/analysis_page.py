@@ -1,46 +1,37 @@
-"""An analysis as one HTML page that needs nothing else: no network, no script, drawings in the text itself."""
+"""An analysis as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
 from mgq.engine.analysis import Analysis, in_decibels, in_points
 from mgq.engine.networks import versions
-from mgq.errors import InputError, printable
-from mgq.files.atomic import ensure_writable_folder, write_text_atomically
+from mgq.engine.page import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Html,
+    curve,
+    dot,
+    line,
+    page,
+    scrolled,
+    svg,
+    table,
+    text,
+    written,
+)
+from mgq.files.atomic import write_text_atomically
 from mgq.quant.sensitivity import EXACT, LayerSensitivity, Values
 
-# Okabe and Ito's colours, told apart by the colour-blind, too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 MARKED = 10
 """So many of the worst layers have the colour of warning."""
 TOP_DB = 60.0
 """Above it no layer is a problem: curves end there."""
 STEP = 15.0
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; } p { margin: .3rem 0 .8rem; max-width: 50rem; }
-.dim, figcaption { color: #666; } .remark { color: #a33; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .15rem .6rem; }
-th { text-align: right; border-bottom: 1px solid #999; vertical-align: bottom; font-weight: 600; }
-td { text-align: right; border-bottom: 1px solid #eee; } th.name, td.name { text-align: left; }
-.scroll { overflow-x: auto; } figure { margin: 0; } figcaption { font-size: 12px; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; } svg { max-width: 100%; height: auto; display: block; }
-svg text { font: 11px system-ui, sans-serif; fill: #333; } a { color: #0072B2; text-decoration: none; }
-""".strip()
-
-
-def checked_page(path: Path) -> Path:
-    """``path`` if a page can be written there: found out before the work, which takes minutes. Raises InputError."""
-    ensure_writable_folder(path.parent)
-    if path.is_dir():
-        raise InputError(f"--html {printable(path)} is a folder: give the name of a file")
-    return path
 
 
 def write_page(analysis: Analysis, path: Path) -> None:
@@ -67,21 +58,14 @@ def page_of(analysis: Analysis) -> str:
         "<h2>All layers, the worst first</h2>",
         "<p>Median: the part of the range that the median channel uses. Where it is small the named channels set "
         "the range for all. Clipped: the share of values beyond what int8 covers.</p>",
-        table(analysis),
+        layer_table(analysis),
         "<h2>Ranges and channels</h2>",
         "<p>Histograms show what int8 covers, counts on a logarithmic scale; values beyond stand at the ends. Lines "
         "mark the smallest and largest value. Beside them the largest value of each channel in percent of the range, "
         "the largest first.</p>",
         *(details(number, layer) for number, layer in enumerate(found.layers)),
     ]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{arch}: analysis</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def text(thing: object) -> str:
-    """As it can stand in HTML, in text and in quoted attributes."""
-    return escape(printable(thing))
+    return page(f"{analysis.classifier.spec.name}: analysis", parts)
 
 
 # ---- what it is, and the whole of it ----
@@ -108,31 +92,11 @@ def summary(analysis: Analysis) -> str:
     if found.float_top1 is not None:
         rows.append(("top-1, float", f"{found.float_top1:.1f} % ±{analysis.float_error:.1f}"))
         rows.append(("change of top-1", f"{in_points(found.whole)} points"))
-    cells = "".join(f'<tr><td class="name">{name}</td><td>{value}</td></tr>' for name, value in rows)
     note = "± is one standard error" if found.float_top1 is not None else "accuracy needs labelled pictures"
-    return f'<table>{cells}</table><p class="dim">All layers in simulated int8. {note}.</p>'
+    return table(f"All layers in simulated int8. {note}.", ["what", "value"], rows)
 
 
 # ---- drawings ----
-
-
-def svg(width: float, height: float, parts: Iterable[str], label: str) -> str:
-    body = "".join(parts)
-    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
-    return f'<svg {size} role="img" aria-label="{text(label)}">{body}</svg>'
-
-
-def written(x: float, y: float, words: object, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text(words)}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str = "#ddd") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
-
-
-def curve(points: Sequence[tuple[float, float]], colour: str) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 
 
 def error_percent(snr: float) -> float:
@@ -158,7 +122,7 @@ def alone_chart(layers: Sequence[LayerSensitivity], worst: set[str]) -> str:
             written(left + length + 6, y + 11, f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})")
         )
     label = "error of the logits with one layer in int8"
-    return svg(left + width + 130, len(layers) * height, parts, label)
+    return scrolled(svg(left + width + 130, len(layers) * height, parts, label), label)
 
 
 def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
@@ -187,13 +151,13 @@ def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
         points = [(i, place(i, value)) for i, value in enumerate(found) if value is not None]
         parts.append(curve([point for _, point in points], colour))
         for i, (x, y) in points:
-            hint = f"<title>{text(layers[i].name)}, {kind}: {in_decibels(found[i], ' dB')}</title>"
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}">{hint}</circle>')
+            parts.append(dot(x, y, colour, f"{layers[i].name}, {kind}: {in_decibels(found[i], ' dB')}"))
         x = left + 90 * turn
         parts += [f'<rect x="{x}" y="4" width="10" height="10" fill="{colour}"/>', written(x + 15, 13, kind)]
     parts.append(written(left, top + height + 20, "input"))
     parts.append(written(left + width, top + height + 20, "output", "end"))
-    return f'<div class="scroll">{svg(left + width + 10, top + height + 28, parts, "signal to noise in dB")}</div>'
+    label = "signal to noise in dB along the network"
+    return scrolled(svg(left + width + 10, top + height + 28, parts, label), label)
 
 
 def histogram(values: Values) -> str:
@@ -230,23 +194,19 @@ def channel_chart(values: Values) -> str:
 # ---- layer by layer ----
 
 
-def table(analysis: Analysis) -> str:
+def layer_table(analysis: Analysis) -> str:
     places = {layer.name: number for number, layer in enumerate(analysis.found.layers)}
     heads = ["logits<br>dB", "same<br>%", "top-1<br>points"]
     for what in ("weights", "outputs"):
         heads += [f"{what}<br>dB", f"{what}<br>median", f"{what}<br>channels", f"{what}<br>clipped"]
-    head = "".join(f"<th>{name}</th>" for name in [*heads, "carried<br>dB"])
     rows = []
     for layer in analysis.found.worst():
         cells = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}", in_points(layer.alone)]
         for values in (layer.weights, layer.activations):
             cells += cells_of(values)
-        cells.append(in_decibels(layer.carried_snr))
-        name = f'<td class="name"><a href="#layer-{places[layer.name]}">{text(layer.name)}</a></td>'
-        rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return (
-        f'<div class="scroll"><table><tr><th class="name">layer</th>{head}</tr>\n' + "\n".join(rows) + "</table></div>"
-    )
+        name = Html(f'<a href="#layer-{places[layer.name]}">{text(layer.name)}</a>')
+        rows.append([name, *cells, in_decibels(layer.carried_snr)])
+    return table("all layers, the worst first", ["layer", *map(Html, heads), Html("carried<br>dB")], rows)
 
 
 def cells_of(values: Values | None) -> list[str]:

@@ -1,0 +1,71 @@
+"""``mgq report``: a run on one page that opens off line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgq.cli.options import RUNS, AsJson, LabelledData, Limit, Save
+
+if TYPE_CHECKING:
+    from mgq.reports.report import Report
+
+
+def report(
+    run: Annotated[
+        str | None, typer.Argument(help="Folder of a run, or its name.", show_default="the newest run")
+    ] = None,
+    data: LabelledData = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page to write.", show_default="report.html in the run")
+    ] = None,
+    limit: Limit = None,
+    pictures: Annotated[
+        int, typer.Option("--pictures", help="Pictures shown of those that int8 answers otherwise.")
+    ] = 24,
+    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
+    save: Save = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about a run: accuracy, training, changed answers, engines.
+
+    The networks are measured anew, on the pictures that the run was measured on or those of -d. The page needs no other
+    file and no network, so it can be kept and sent.
+
+    \b
+    Examples:
+      mgq report
+      mgq report resnet18.qat -d flowers
+      mgq report runs/efficientnet_lite0.calibration -o report.html --limit 200 --no-engines
+    """
+    from mgq.cli.console import import_megengine, progress
+
+    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    from mgq.reports import report as reports
+
+    with progress() as on_progress:
+        written = reports.report(run, data, checkpoint, save, output, limit, pictures, engines, on_progress)
+    if as_json:
+        sys.stdout.write(json.dumps(written.to_json()) + "\n")
+    else:
+        shown(written)
+
+
+def shown(written: Report) -> None:
+    """Print what is missing, the figures in a line or two, and where the page is."""
+    from mgq.cli.console import note, out
+
+    for line in written.missing:
+        note(line)
+    for line in written.summary():
+        out.print(line, markup=False, soft_wrap=True)
+    size = written.page.stat().st_size / 1e6
+    out.print(f"page: {written.page} ({size:.1f} MB)", markup=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""``mgq report`` as a call: a run, measured anew and laid out on one page that opens off line."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mgq.bench.engines import Entrant
+from mgq.bench.environment import Machine, this_machine
+from mgq.data.datasets import subset
+from mgq.engine.networks import versions
+from mgq.engine.page import checked_page
+from mgq.engine.runs import Metrics
+from mgq.errors import InputError
+from mgq.events import OnProgress, silent
+from mgq.files.atomic import write_text_atomically
+from mgq.reports.engines import SHOWN as ENGINES
+from mgq.reports.engines import Engines, engines_compared
+from mgq.reports.measured import SHOWN, Measured, Networks, measured, networks_of
+from mgq.reports.page import page_of
+from mgq.reports.run import Run, float_metrics, float_weights, pictures_of, run_called
+from mgq.zoo.registry import spec_of
+from mgq.zoo.weights import Weights, read_weights
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """All that the page shows of ``run``.
+
+    ``found`` is None where there were no pictures, ``engines`` where they were not wanted. ``missing`` has a line for
+    everything that is not there, with the mend. ``float_metrics`` are those of the float training before. ``command``
+    makes the report again, ``page`` is where it is written.
+    """
+
+    run: Run
+    networks: Networks
+    found: Measured | None
+    engines: Engines | None
+    float_metrics: list[Metrics]
+    missing: tuple[str, ...]
+    machine: Machine
+    versions: Mapping[str, str]
+    made: datetime
+    command: str
+    page: Path
+
+    def summary(self) -> list[str]:
+        """The result in a few lines."""
+        lines = [f"{self.run.path}: {self.run.weights.arch}, {self.run.kind}"]
+        if self.found is not None:
+            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.pictures.name}"
+            tops = ", ".join(f"{name} {one.top1:.1f} %" for name, one in self.found.found.items())
+            lines.append(f"top-1 on {self.found.images} {kind}: {tops} (± {self.found.last.top1_error:.1f})")
+            if self.found.pair is not None:
+                counts = {verdict: len(group) for verdict, group in self.found.groups.items()}
+                told = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
+                lines.append(f"int8 changed {sum(counts.values())} answers: {told}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: percent, nats, bytes, pictures a second."""
+        found, compared = self.found, self.engines
+        return {
+            "run": str(self.run.path),
+            "arch": self.run.weights.arch,
+            "kind": self.run.kind,
+            "page": str(self.page),
+            "images": found.images if found else 0,
+            "accuracy": {
+                name: {"top1": one.top1, "top5": one.top5, "loss": one.loss}
+                for name, one in (found.found.items() if found else ())
+            },
+            "changed": {verdict: len(group) for verdict, group in found.groups.items()} if found else {},
+            "engines": [row.to_json() for row in compared.rows] if compared else [],
+            "missing": list(self.missing),
+            "versions": dict(self.versions),
+        }
+
+
+def report(
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    save: str | Path = "runs",
+    output: str | Path | None = None,
+    limit: int | None = None,
+    pictures: int = SHOWN,
+    engines: bool | Mapping[str, Entrant] = True,
+    on_progress: OnProgress = silent,
+) -> Report:
+    """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.
+
+    ``run`` is the folder of a run, or its name under ``save``; by default the newest one there. The networks are
+    measured on the labelled pictures in ``data``, by default on those that the run was measured on, or on ``limit`` of
+    them, evenly spread. ``checkpoint`` holds the float network to compare with where the run does not know it any more.
+    ``pictures`` is how many of those that int8 answers otherwise are shown. ``engines``: whether other engines are
+    measured, too, or which. ``output`` is by default ``report.html`` in the run's folder.
+
+    Raises InputError where there is no such run, the page cannot be written, ``data`` is no labelled set, or its
+    classes are not the network's. Pictures that the run knows of and that are gone cost their parts of the page alone.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit} is too small: give at least 1")
+    if pictures < 0:
+        raise InputError(f"--pictures {pictures} is not possible: give 0 or more")
+    machine = this_machine()  # as it is before the work begins
+    its = run_called(run, Path(save))
+    page = checked_page(Path(output) if output is not None else its.path / PAGE, "--output")
+    normal, why_not = wanted_float(its, checkpoint)
+    networks = networks_of(its, normal)
+    missing = [f"float32: {why_not}"] if why_not else []
+    if not its.is_int8:
+        arch = shlex.quote(its.weights.arch)
+        missing.append(f"int8: this run made a float network; `mgq qat -a {arch}` or `mgq calibrate -a {arch}` goes on")
+    found = None
+    try:
+        labelled, left_out = pictures_of(its, Path(data) if data is not None else None, on_progress)
+    except InputError as error:
+        if data is not None:
+            raise
+        missing.append(f"accuracy, changed answers, confusions: {error}")
+    else:
+        labelled = subset(labelled, limit) if limit is not None else labelled
+        found = measured(networks, labelled, left_out, pictures, on_progress)
+    compared = None
+    if engines is not False:
+        compared = engines_compared(networks, found, on_progress, ENGINES if engines is True else engines)
+    result = Report(
+        run=its,
+        networks=networks,
+        found=found,
+        engines=compared,
+        float_metrics=float_metrics(its),
+        missing=tuple(missing),
+        machine=machine,
+        versions=versions(),
+        made=datetime.now().astimezone(),
+        command=command_of(its, data, checkpoint, limit),
+        page=page,
+    )
+    write_text_atomically(page, page_of(result))
+    return result
+
+
+def wanted_float(run: Run, checkpoint: str | Path | None) -> tuple[Weights | None, str]:
+    """The float network of ``checkpoint``, else what the run knows of; or why there is none."""
+    if checkpoint is None:
+        return float_weights(run)
+    weights = read_weights(Path(checkpoint), spec_of(run.weights.arch))
+    if weights.classes != run.weights.classes:
+        raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
+    return weights, ""
+
+
+def command_of(run: Run, data: str | Path | None, checkpoint: str | Path | None, limit: int | None) -> str:
+    options = {"-d": data, "-c": checkpoint, "--limit": limit}
+    said = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["mgq", "report", str(run.path), *said])
