@@ -62,7 +62,8 @@ CONTRAST = """() => {
       [r, g, b].map((v, i) => a * v + (1 - a) * under[i]), [255, 255, 255]).join() + ')';
   };
   let worst = [99, ''];
-  for (const one of document.querySelectorAll('p, td, th, dt, dd, li, figcaption, caption, summary, h1, h2, h3, code, a')) {
+  const words = 'p, td, th, dt, dd, li, figcaption, caption, summary, h1, h2, h3, code, a';
+  for (const one of document.querySelectorAll(words)) {
     if (!one.textContent.trim()) continue;
     const [x, y] = [bright(getComputedStyle(one).color), bright(behind(one))];
     const ratio = (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
