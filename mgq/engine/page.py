@@ -33,7 +33,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; } p { margin: .3rem 0 .8rem; max-w
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; font-size: 13px; padding-bottom: .3rem; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
-thead th { border-bottom-color: var(--grey); vertical-align: bottom; }
+thead th { white-space: nowrap; border-bottom-color: var(--grey); vertical-align: bottom; }
 td { white-space: nowrap; } th { font-weight: 600; } tbody th { font-weight: 400; min-width: 5rem; }
 .name { text-align: left; } td.name { white-space: normal; min-width: 6rem; }
 .scroll { overflow-x: auto; } .scroll svg { max-width: none; }
