@@ -16,7 +16,8 @@ import pytest
 
 from mgq.bench.contest import Loaded
 from mgq.bench.engines import ENGINES, Entrant, Job
-from mgq.engine.evaluate import Evaluation, evaluate, evaluation_folder
+from mgq.data.datasets import evaluation_folder
+from mgq.engine.evaluate import Evaluation, evaluate
 from mgq.engine.networks import open_classifier
 from mgq.errors import InputError
 from mgq.quant.modes import Mode
@@ -55,7 +56,7 @@ def make_run(root: Path) -> Path:
     run = root / "runs" / f"{ARCH}.qat"
     run.mkdir(parents=True)
     recipe = {"data": str(root / "set")}
-    shown = {"classes": NAMES, "recipe": recipe, "origin": f"made by {HOSTILE}"}
+    shown: dict[str, Any] = {"classes": NAMES, "recipe": recipe, "origin": f"made by {HOSTILE}"}
     replace(classifier_of(ARCH, Mode.QAT), **shown).write_checkpoint(run / "checkpoint.safetensors")
     other = replace(classifier_of(ARCH), network=filled(blank(ARCH), seed=5), **shown)
     other.write_checkpoint(run / "float.safetensors")

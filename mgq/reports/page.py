@@ -354,7 +354,7 @@ def confusions(found: Measured) -> Iterator[str]:
         yield heat_map(
             evaluation.confusion,
             evaluation.classes,
-            f"{what}: rows are the classes, columns the answers; blue is right, orange wrong, the stronger the more often",
+            f"{what}: rows are the classes, columns the answers; blue is right, orange wrong, stronger is more often",
         )
         return
     beside = found.pair[0] if found.pair is not None else None
