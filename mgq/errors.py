@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class MgqError(Exception):
@@ -44,3 +45,20 @@ def printable(thing: object) -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE or c in _TURNING else c
         for c in str(thing)
     )
+
+
+LONGEST_SHOWN = 80
+"""Of a name that nobody knows, so many characters are looked at."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that ``name`` may be a slip of; None where it is like none."""
+    return next(iter(difflib.get_close_matches(name[:LONGEST_SHOWN], list(known), n=1, cutoff=0.5)), None)
+
+
+def no_such(kind: str, name: str, known: Iterable[str], listed: str = "") -> InputError:
+    """The error for a ``name`` that is none of ``known``: suggests the nearest, lists them or says what does."""
+    known = list(known)
+    near = nearest(name, known)
+    hint = f"did you mean {near}? " if near else ""
+    return InputError(f"there is no {kind} '{printable(name)[:LONGEST_SHOWN]}'; {hint}{listed or 'choose ' + ', '.join(known)}")

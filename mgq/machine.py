@@ -9,10 +9,34 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+DEBUG_VARIABLE = "MGQ_DEBUG"
+"""Where it is set, tracebacks and what the libraries say are shown: it stands for ``mgq --debug``."""
+PACKAGES = {
+    "mgq": "mgq",
+    "MegEngine": "megengine",
+    "numpy": "numpy",
+    "OpenCV": "opencv-python",
+    "oneDNN": "onednn-cpu-gomp",
+    "numba": "numba",
+    "ONNX": "onnx",
+    "ONNX Runtime": "onnxruntime",
+    "OpenVINO": "openvino",
+}
+"""What the numbers depend on, besides Python: what the world calls it, and what pip does."""
 CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
+
+
+def package_version(package: str) -> str | None:
+    """The version of ``package`` as pip calls it; None where it is not installed. Imports nothing of it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def wait_without_spinning() -> None:

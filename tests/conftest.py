@@ -22,7 +22,7 @@ from mgq.cli.console import import_megengine
 # MegEngine's threads wait for work by spinning, which takes the cores from all else. Read when the first tensor is
 # made.
 os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
-import_megengine(debug=False)
+import_megengine()
 
 import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402

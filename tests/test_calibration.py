@@ -18,9 +18,10 @@ from megengine import Tensor
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.calibration import calibrated, sources_of
 from mgq.errors import InputError
-from mgq.quant.calibrate import DEFAULT_METHOD, EASYQUANT, METHODS, Sample, measured_ranges
+from mgq.quant.calibrate import DEFAULT_METHOD, Sample, measured_ranges
 from mgq.quant.easyquant import SampledConvolution, cosine
 from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.names import EASYQUANT, METHODS
 from mgq.quant.patches import picked, sampled_positions
 from mgq.quant.ranges import ActivationRanges, apply_ranges, folded_weight, observe_weights, read_ranges, set_range
 from mgq.zoo.layers import ConvBnRelu6

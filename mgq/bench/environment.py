@@ -25,6 +25,7 @@ FEATURES = {
 }
 # The beginnings of the names of variables that change how fast the engines and their libraries are.
 VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "OPENBLAS_")
+CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -75,6 +76,39 @@ def usable_cores() -> int:
 def free_memory() -> int:
     """Bytes of memory that can be had without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def total_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return int(psutil.virtual_memory().total)
+
+
+def cgroup_cores(root: Path = CGROUP) -> float | None:
+    """The cores' worth of time that a container leaves to this process; None where it sets no limit."""
+    quota, period = (cgroup_text(root / "cpu.max") or "").split() or ("max", "0")
+    if quota == "max":  # or the older layout
+        quota = cgroup_text(root / "cpu" / "cpu.cfs_quota_us") or "-1"
+        period = cgroup_text(root / "cpu" / "cpu.cfs_period_us") or "100000"
+    return int(quota) / int(period) if int(quota) > 0 else None
+
+
+def cgroup_memory(root: Path = CGROUP) -> tuple[int | None, int]:
+    """The bytes of memory that a container may use, None where it sets no limit, and those that it uses."""
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory" / "memory.limit_in_bytes", root / "memory" / "memory.usage_in_bytes"),
+    ):
+        text = cgroup_text(limit)
+        if text and text.isdigit():
+            return int(text), int(cgroup_text(used) or 0)
+    return None, 0
+
+
+def cgroup_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
 
 
 def cpu_model(cpuinfo: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName
+from mgq.cli.values import COUNT
 from mgq.errors import printable
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ def analyze(
     ] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
-    images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 32,
-    worst: Annotated[int, typer.Option("--worst", metavar="N", help="Layers in the table.")] = 10,
+    images: Annotated[
+        int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
+    ] = 32,
+    worst: Annotated[int, typer.Option("--worst", click_type=COUNT, metavar="N", help="Layers in the table.")] = 10,
     html: Annotated[
         Path | None, typer.Option("--html", help="The page to write.", show_default="<arch>.analysis.html")
     ] = None,
@@ -52,11 +54,9 @@ def analyze(
     from mgq.cli.console import import_megengine, note, progress
     from mgq.errors import InputError
 
-    if worst < 1:
-        raise InputError(f"--worst {worst} is too small: give at least 1")
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    import_megengine()
     from mgq.engine import analysis
     from mgq.engine.analysis_page import write_page
     from mgq.engine.page import checked_page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.values import ARCH, COUNT, LOAD, PIXELS
 from mgq.errors import FailureError, InputError
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ STDOUT = "-"
 def bench(
     arch: Annotated[
         list[str] | None,
-        typer.Option("-a", "--arch", help="Architecture, may be repeated; by default those of the example."),
+        typer.Option(
+            "-a", "--arch", click_type=ARCH, help="Architecture, may be repeated; by default those of the example."
+        ),
     ] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="int8 in every engine, float32 in the fastest alone, to compare.")
@@ -40,7 +42,9 @@ def bench(
     ] = None,
     load: Annotated[
         str,
-        typer.Option("--mode", help="latency: one run at a time; throughput: one a thread, side by side."),
+        typer.Option(
+            "--mode", click_type=LOAD, help="latency: one run at a time; throughput: one a thread, side by side."
+        ),
     ] = "latency",
     against: Annotated[
         list[Path] | None,
@@ -49,15 +53,23 @@ def bench(
     rounds: Annotated[
         int | None,
         typer.Option(
-            "--rounds", help="In each round every row has a turn of about 1/8 s.", show_default="10; with --train 3"
+            "--rounds",
+            click_type=COUNT,
+            help="In each round every row has a turn of about 1/8 s.",
+            show_default="10; with --train 3",
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Pictures a run.", show_default="1; with --train 32")
+        int | None, typer.Option("--batch", click_type=COUNT, help="Pictures a run.", show_default="1; with --train 32")
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", help="Pixels on a side, a multiple of 32.", show_default="224; with --train 64"),
+        typer.Option(
+            "--image-size",
+            click_type=PIXELS,
+            help="Pixels on a side, a multiple of 32.",
+            show_default="224; with --train 64",
+        ),
     ] = None,
     json_file: Annotated[
         str | None,
@@ -126,7 +138,7 @@ def bench_training(
     from mgq.cli.console import import_megengine, out, progress
     from mgq.files.atomic import write_text_atomically
 
-    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    import_megengine()
     from mgq.bench.training import training_benchmark, training_markdown, training_settings_for
 
     settings = training_settings_for(arch, rounds, batch, image_size)
@@ -169,7 +181,7 @@ def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> R
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
         picture = stack.enter_context(atomic_write(checked_plot(plot))) if plot is not None else None
-        import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+        import_megengine()
         from mgq.bench.benchmark import benchmark
 
         with progress() as on_progress:

@@ -25,6 +25,7 @@ from mgq.cli.options import (
     arch_at_hand,
     opened,
 )
+from mgq.cli.values import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 
 if TYPE_CHECKING:
     from mgq.engine.accuracy_aware import Mixture
@@ -51,14 +52,19 @@ def calibrate(
     ] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
-    images: Annotated[int, typer.Option("--images", help="Pictures used, spread evenly over all.")] = 256,
+    images: Annotated[
+        int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
+    ] = 256,
     quality: Annotated[
-        str, typer.Option("--quality", help="fast, balanced or best: how much time it may take.")
+        str, typer.Option("--quality", click_type=QUALITY, help="fast, balanced or best: how much time it may take.")
     ] = "balanced",
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="Range setting: min-max, ema, histogram, mse or easyquant.", show_default="by quality"
+            "--method",
+            click_type=METHOD,
+            help="Range setting: min-max, ema, histogram, mse or easyquant.",
+            show_default="by quality",
         ),
     ] = None,
     data_free: Annotated[
@@ -76,7 +82,11 @@ def calibrate(
     ] = False,
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="Keep weights of layers in float until int8 loses no more points of top-1."),
+        typer.Option(
+            "--max-drop",
+            click_type=AT_LEAST_ZERO,
+            help="Keep weights of layers in float until int8 loses no more points of top-1.",
+        ),
     ] = None,
     target: TargetName = None,
     save: Save = RUNS,
@@ -114,8 +124,6 @@ def calibrate(
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit} is too small: give at least 1")
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:

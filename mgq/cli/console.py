@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import muted_stderr
+from mgq.machine import DEBUG_VARIABLE, muted_stderr
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -106,8 +107,13 @@ def line_of(event: Progress) -> str:
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 
 
-def import_megengine(debug: bool) -> None:
-    """Import MegEngine without what its library says on standard error while it looks for a GPU."""
+def debugging() -> bool:
+    """Whether ``mgq --debug`` was said: tracebacks, and what the libraries say."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def import_megengine() -> None:
+    """Import MegEngine; but for debugging without what its library says while it looks for a GPU."""
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     # It opens files through clients of four cloud services, half of the import: here all files are local.
     sys.modules.setdefault("megfile", LocalFiles("megfile"))
@@ -117,7 +123,7 @@ def import_megengine(debug: bool) -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with contextlib.nullcontext() if debug else muted_stderr():
+    with contextlib.nullcontext() if debugging() else muted_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from mgq.cli.options import (
     Width,
     opened,
 )
+from mgq.cli.values import AT_LEAST_NONE, FORMAT, INPUT, Named
 from mgq.errors import InputError
 
 CHECKS = ("logits", "layers", "none")
@@ -48,19 +48,34 @@ def dump(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--format", help="megengine or onnx.", show_default="as the file is called, else as the target"),
+        typer.Option(
+            "--format",
+            click_type=FORMAT,
+            help="megengine or onnx.",
+            show_default="as the file is called, else as the target",
+        ),
     ] = None,
     target: TargetName = None,
     input_type: Annotated[
-        str, typer.Option("--input", help="What the file takes: uint8 pixels; for MegEngine also int8, float32.")
+        str,
+        typer.Option(
+            "--input", click_type=INPUT, help="What the file takes: uint8 pixels; for MegEngine also int8, float32."
+        ),
     ] = "uint8",
     check: Annotated[
-        str, typer.Option("--check", help="How an .onnx file is compared with MegEngine: logits, layers or none.")
+        str,
+        typer.Option(
+            "--check",
+            click_type=Named("check", lambda: CHECKS),
+            help="How an .onnx file is compared with MegEngine: logits, layers or none.",
+        ),
     ] = "logits",
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Pictures a run; 0 for any number, in ONNX.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Pictures a run; 0 for any number, in ONNX.")
+    ] = 1,
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False,
@@ -81,11 +96,9 @@ def dump(
       mgq dump --format onnx
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
-    if check not in CHECKS:
-        raise InputError(f"--check {check} is not possible: choose {', '.join(CHECKS)}")
     from mgq.cli.console import import_megengine, out, progress
 
-    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    import_megengine()
     from mgq.engine.dump import opened_for
 
     with progress() as on_progress:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +31,7 @@ from mgq.cli.options import (
     arch_at_hand,
     opened,
 )
+from mgq.cli.values import AT_LEAST_NONE, COUNT, MODE
 from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -56,6 +55,7 @@ def evaluate(
         typer.Option(
             "-m",
             "--mode",
+            click_type=MODE,
             help="normal (float32), qat (fake-quantized) or quantized (int8).",
             show_default="quantized where the weights can serve it, else normal",
         ),
@@ -66,12 +66,16 @@ def evaluate(
     workers: Workers = None,
     jobs: Jobs = 1,
     limit: Limit = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures at once.")] = BATCH,
+    batch_size: Annotated[int, typer.Option("--batch-size", click_type=COUNT, help="Pictures at once.")] = BATCH,
     per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False,
     confused: Annotated[
         int | None,
         typer.Option(
-            "--confused", metavar="K", help="Show the K most confused pairs of classes.", show_default="5 repeated ones"
+            "--confused",
+            click_type=AT_LEAST_NONE,
+            metavar="K",
+            help="Show the K most confused pairs of classes.",
+            show_default="5 repeated ones",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -82,7 +86,13 @@ def evaluate(
     width: Width = None,
     image_size: ImageSize = None,
     devices: Annotated[
-        int, typer.Option("-n", "--ngpus", help="Taken for the example's sake: one device is used; see --jobs.")
+        int,
+        typer.Option(
+            "-n",
+            "--ngpus",
+            click_type=AT_LEAST_NONE,
+            help="Taken for the example's sake: one device is used; see --jobs.",
+        ),
     ] = 1,
 ) -> None:
     """Measure accuracy on labelled pictures: top-1, top-5, loss, what is confused with what.
@@ -98,13 +108,12 @@ def evaluate(
     """
     from mgq.cli.console import import_megengine, note, progress
 
-    refuse_impossible(batch_size, limit, jobs, confused, report_freq, max_bad)
+    refuse_more_than_cores(jobs)
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = data_in(data, on_progress) if data is not None else None
-        debug = bool(os.environ.get("MGQ_DEBUG"))
-        import_megengine(debug)
+        import_megengine()
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
@@ -123,7 +132,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             max_bad=max_bad,
-            prepare=partial(import_megengine, debug),
+            prepare=import_megengine,
             on_progress=on_progress,
         )
     for problem in result.problems:
@@ -137,20 +146,12 @@ def evaluate(
         shown(classifier, result, facts, per_class, confused)
 
 
-def refuse_impossible(
-    batch_size: int, limit: int | None, jobs: int, confused: int | None, report_freq: int | None, max_bad: float
-) -> None:
-    """Raise InputError for numbers that cannot be, before anything is loaded."""
+def refuse_more_than_cores(jobs: int) -> None:
+    """Raise InputError for more processes than can work at the same time, before anything is loaded."""
     from mgq.data.loader import cores
 
-    least = {"--batch-size": (batch_size, 1), "--limit": (limit, 1), "--confused": (confused, 0)}
-    for name, (value, low) in {**least, "--report-freq": (report_freq, 1)}.items():
-        if value is not None and value < low:
-            raise InputError(f"{name} {value} is too small: give at least {low}")
-    if not 1 <= jobs <= cores():
-        raise InputError(f"--jobs {jobs} is not possible on {cores()} cores: give 1 to {cores()}")
-    if not 0 <= max_bad <= 1:
-        raise InputError(f"--max-bad {max_bad} is not possible: give a share, 0 to 1")
+    if jobs > cores():
+        raise InputError(f"--jobs {jobs} is more than the {cores()} cores here: give 1 to {cores()}")
 
 
 def data_in(folder: Path, on_progress: OnProgress) -> Dataset:

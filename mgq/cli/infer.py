@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from mgq.cli.options import (
     Width,
     opened,
 )
+from mgq.cli.values import COUNT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +45,7 @@ def infer(
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
     mode: ModeName = "quantized",
-    topk: Annotated[int, typer.Option("--topk", help="Classes shown a picture.")] = 5,
+    topk: Annotated[int, typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.")] = 5,
     write: Annotated[
         bool,
         typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
@@ -77,7 +79,7 @@ def infer(
         classifier = opened(*words)
         from mgq.engine.predict import answers
 
-        found = reported(answers(classifier, sources, topk), len(sources), on_progress)
+        found = begun(reported(answers(classifier, sources, topk), len(sources), on_progress))
         failed = shown_json(classifier, found) if as_json else shown_tables(classifier, found)
     if failed and len(sources) > 1:
         note(f"{failed} of {len(sources)} pictures could not be read")
@@ -89,6 +91,12 @@ def infer(
         note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
     if failed:
         raise typer.Exit(2)
+
+
+def begun(found: Iterator[Answer]) -> Iterator[Answer]:
+    """``found`` with the first already there: what makes all answers impossible is told of before anything is shown."""
+    first = next(found)
+    return chain([first], found)
 
 
 def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> Iterator[Answer]:
@@ -105,14 +113,16 @@ def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
     """Print a table for each answer, an error line for each picture without one; the number of those."""
     from mgq.cli.console import out, print_error
 
-    failed = 0
-    out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
+    failed = shown = 0
     for answer in found:
         if answer.error is not None:
             print_error(answer.error)
             failed += 1
-        else:
-            out.print(table_of(answer))
+            continue
+        if not shown:
+            out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
+        out.print(table_of(answer))
+        shown += 1
     return failed
 
 

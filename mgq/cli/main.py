@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 import typer
 import typer.core
-from click.exceptions import ClickException, NoArgsIsHelpError
+from click import Command, Group
+from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, NoSuchOption
 
 from mgq.cli.analyze import analyze
 from mgq.cli.bench import bench
 from mgq.cli.calibrate import calibrate
+from mgq.cli.doctor import doctor
 from mgq.cli.dump import dump
 from mgq.cli.eval import evaluate
 from mgq.cli.infer import infer
 from mgq.cli.models import models
 from mgq.cli.report import report
 from mgq.cli.training import qat, train
-from mgq.errors import MgqError
+from mgq.errors import MgqError, nearest, printable
+from mgq.machine import DEBUG_VARIABLE, PACKAGES, package_version
 
 INTERRUPTED = 130
 
@@ -32,18 +36,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, qat, calibrate, infer, analyze, dump, bench, report, models):
-    app.command()(verb)
-app.command("eval")(evaluate)
+for name, verb in {
+    "train": train,
+    "qat": qat,
+    "calibrate": calibrate,
+    "eval": evaluate,
+    "infer": infer,
+    "analyze": analyze,
+    "dump": dump,
+    "bench": bench,
+    "report": report,
+    "models": models,
+    "doctor": doctor,
+}.items():
+    app.command(name)(verb)
 
 
 def shown_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        packages = ("mgq", "megengine", "numpy", "opencv-python")
-        typer.echo("\n".join(f"{name} {version(name)}" for name in packages))
-        typer.echo(f"python {sys.version.split()[0]}")
+        for name, package in PACKAGES.items():
+            typer.echo(f"{name} {package_version(package) or 'not installed'}")
+        typer.echo(f"Python {sys.version.split()[0]}")
         raise typer.Exit
 
 
@@ -55,11 +68,7 @@ def options(
     debug: bool = typer.Option(False, "--debug", help="Tracebacks, and the libraries' own messages."),
 ) -> None:
     if debug:
-        os.environ["MGQ_DEBUG"] = "1"
-
-
-def debugging() -> bool:
-    return bool(os.environ.get("MGQ_DEBUG")) or "--debug" in sys.argv
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
 def run() -> None:
@@ -75,7 +84,7 @@ def run() -> None:
     except ClickException as error:
         code = failed(usage_line(error), 2)
     except MgqError as error:
-        if debugging():
+        if os.environ.get(DEBUG_VARIABLE):
             raise
         code = failed(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
@@ -84,7 +93,7 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = failed("interrupted", INTERRUPTED)
     except Exception as error:
-        if debugging():
+        if os.environ.get(DEBUG_VARIABLE):
             raise
         code = failed(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -93,7 +102,37 @@ def run() -> None:
 def usage_line(error: ClickException) -> str:
     context = getattr(error, "ctx", None)
     verb = context.command_path if context else "mgq"
-    return f"{error.format_message().rstrip('.')}; see `{verb} --help`"
+    said = error.format_message().rstrip(".")
+    if isinstance(error, NoSuchOption):
+        said = f"`{verb}` has no option {error.option_name}{hint_for(error)}"
+    elif isinstance(error, NoSuchCommand):
+        near = nearest(error.command_name, verbs())
+        said = f"there is no verb '{printable(error.command_name)}'" + (f"; did you mean `mgq {near}`?" if near else "")
+    return f"{said[:1].lower() if said.startswith(STARTS) else said[:1]}{said[1:]}; see `{verb} --help`"
+
+
+STARTS = ("Got", "Missing", "Option", "Invalid")
+"""How click's sentences begin; ours stand behind ``error:``."""
+
+
+def verbs() -> Mapping[str, Command]:
+    """The verbs by name."""
+    main = typer.main.get_command(app)
+    assert isinstance(main, Group)
+    return main.commands
+
+
+def hint_for(error: NoSuchOption) -> str:
+    """Where an option belongs that a verb does not have, or which of its own it may be a slip of."""
+    flag = error.option_name
+    if flag in ("--debug", "--version"):
+        return f": it comes before the verb, as in `mgq {flag}`"
+    own = error.ctx.command.params if error.ctx is not None else []
+    near = nearest(flag, [opt for parameter in own for opt in parameter.opts if opt.startswith("--")])
+    others = [name for name, verb in verbs().items() if any(flag in parameter.opts for parameter in verb.params)]
+    if others:
+        return f", which is one of `mgq {others[0]}`"
+    return f"; did you mean {near}?" if near else ""
 
 
 def failed(message: str, code: int) -> int:

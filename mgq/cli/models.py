@@ -33,6 +33,8 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
 
 
 def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:
+    from mgq.zoo.registry import weights_at_hand
+
     published = spec.published
     return {
         "name": spec.name,
@@ -46,16 +48,6 @@ def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:
         "weights_at_hand": weights_at_hand(spec, save),
         "weights_elsewhere": weights_elsewhere(spec),
     }
-
-
-def weights_at_hand(spec: ModelSpec, save: Path) -> list[str]:
-    from mgq.files.download import cached
-
-    found = [str(path.parent) for path in sorted(save.glob(f"{spec.name}.*/checkpoint.safetensors"))]
-    if spec.packaged and spec.packaged.path():
-        found.append(f"installed: {spec.packaged.package}")
-    found += [f"cache: {c.source.name}" for c in spec.checkpoints if cached(c.source)]
-    return found
 
 
 def weights_elsewhere(spec: ModelSpec) -> list[str]:

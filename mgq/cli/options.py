@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgq.cli.values import ARCH, AT_LEAST_NONE, COUNT, ENGINE, FACTOR, FOLDER, MODE, PIXELS, SHARE, TARGET
+
 if TYPE_CHECKING:
     from mgq.engine.networks import Classifier
     from mgq.events import OnProgress
 
-Arch = Annotated[str | None, typer.Option("-a", "--arch", help="Architecture; `mgq models` lists them.")]
+Arch = Annotated[
+    str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
+]
 CheckpointFile = Annotated[
     Path | None,
     typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth; or a dump."),
 ]
 ModeName = Annotated[
-    str, typer.Option("-m", "--mode", help="normal (float32), qat (fake-quantized) or quantized (int8).")
+    str,
+    typer.Option("-m", "--mode", click_type=MODE, help="normal (float32), qat (fake-quantized) or quantized (int8)."),
 ]
-Save = Annotated[Path, typer.Option("-s", "--save", help="Folder of the runs.")]
+Save = Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="The zoo's weights, not a run's; downloads published ones.")
 ]
 Ranges = Annotated[Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")]
-Width = Annotated[float | None, typer.Option("--width", help="Width multiplier (mobilenet_v2).")]
-ImageSize = Annotated[int | None, typer.Option("--image-size", help="Pixels on a side, a multiple of 32.")]
+Width = Annotated[float | None, typer.Option("--width", click_type=FACTOR, help="Width multiplier (mobilenet_v2).")]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", click_type=PIXELS, help="Pixels on a side, a multiple of 32.")
+]
 LabelledData = Annotated[
     Path | None,
     typer.Option("-d", "--data", help="Labelled pictures: val/<class>/ or <class>/ in this folder."),
 ]
-Workers = Annotated[int | None, typer.Option("-w", "--workers", help="Threads that decode pictures; one a core.")]
-Jobs = Annotated[int, typer.Option("--jobs", help="Processes that share the pictures; same result.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Take so many pictures, evenly spread.")]
-MaxBad = Annotated[float, typer.Option("--max-bad", help="Share of broken pictures that is put up with.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("-w", "--workers", click_type=AT_LEAST_NONE, help="Threads that decode pictures; one a core."),
+]
+Jobs = Annotated[int, typer.Option("--jobs", click_type=COUNT, help="Processes that share the pictures; same result.")]
+Limit = Annotated[int | None, typer.Option("--limit", click_type=COUNT, help="Take so many pictures, evenly spread.")]
+MaxBad = Annotated[
+    float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is put up with.")
+]
 ReportFreq = Annotated[
-    int | None, typer.Option("--report-freq", help="A plain line every so many batches, instead of a bar.")
+    int | None,
+    typer.Option("--report-freq", click_type=COUNT, help="A plain line every so many batches, instead of a bar."),
 ]
 TargetName = Annotated[
     str | None,
     typer.Option(
         "--target",
+        click_type=TARGET,
         help="What int8 is for: megengine; onnx (ONNX Runtime, OpenVINO); onnx-avx2 (those without VNNI).",
         show_default=False,
     ),
@@ -49,7 +62,10 @@ TargetName = Annotated[
 EngineName = Annotated[
     str | None,
     typer.Option(
-        "--engine", help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.", show_default=False
+        "--engine",
+        click_type=ENGINE,
+        help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -82,7 +98,7 @@ def opened(
     """The network that the shared options mean. Imports MegEngine, quietly unless in debug mode."""
     from mgq.cli.console import import_megengine
 
-    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    import_megengine()
     from mgq.engine.files import is_deployed, opened_file, with_engine
     from mgq.engine.networks import open_classifier
     from mgq.quant.modes import parse_mode

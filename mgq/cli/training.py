@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import os
 import shlex
 import signal
 import sys
@@ -14,8 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
+from click import ParamType
 
 from mgq.cli.options import RUNS
+from mgq.cli.values import (
+    ARCH,
+    AT_LEAST_NONE,
+    AT_LEAST_ZERO,
+    COUNT,
+    FACTOR,
+    FOLDER,
+    OBSERVER,
+    PIXELS,
+    SCHEDULE,
+    SHARE,
+    TARGET,
+    Named,
+    Number,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -33,6 +48,7 @@ class Option(NamedTuple):
     default: Any
     flags: tuple[str, ...]
     help: str
+    value: ParamType | None = None
 
     @property
     def annotation(self) -> Any:
@@ -40,54 +56,62 @@ class Option(NamedTuple):
 
     @property
     def parameter(self) -> Any:
-        return typer.Option(self.default, *self.flags, help=self.help)
+        return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
 
 
-def recipe_value(kind: type, flag: str, text: str) -> Option:
-    return Option(kind, None, (flag,), text)
+def recipe_value(kind: type, flag: str, text: str, value: ParamType) -> Option:
+    return Option(kind, None, (flag,), text, value)
 
 
 SHARED: dict[str, Option] = {
-    "arch": Option(str, None, ("-a", "--arch"), "Architecture; `mgq models` lists them."),
+    "arch": Option(str, None, ("-a", "--arch"), "Architecture; `mgq models` lists them.", ARCH),
     "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
-    "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs."),
+    "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
     "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
     "pretrained": Option(bool, False, ("--pretrained",), "Begin with the zoo's weights; downloads published ones."),
     "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
     "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
-    "epochs": recipe_value(int, "--epochs", "How often every picture is seen."),
-    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device."),
-    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device."),
-    "schedule": recipe_value(str, "--schedule", "cosine, linear or step."),
-    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty."),
-    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes."),
-    "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32."),
-    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread."),
-    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next."),
-    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999)."),
+    "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),
+    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device.", COUNT),
+    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device.", AT_LEAST_ZERO),
+    "schedule": recipe_value(str, "--schedule", "cosine, linear or step.", SCHEDULE),
+    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty.", AT_LEAST_ZERO),
+    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes.", SHARE),
+    "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
+    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", AT_LEAST_NONE),
+    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next.", COUNT),
+    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999).", SHARE),
     "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
     "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
-    "seed": recipe_value(int, "--seed", "The same seed gives the same weights."),
-    "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor."),
-    "nodes": Option(int, 1, ("--nnodes",), "Machines that train together."),
-    "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0."),
+    "seed": recipe_value(int, "--seed", "The same seed gives the same weights.", AT_LEAST_NONE),
+    "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor.", AT_LEAST_NONE),
+    "nodes": Option(int, 1, ("--nnodes",), "Machines that train together.", COUNT),
+    "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0.", AT_LEAST_NONE),
     "master": Option(str, None, ("--master",), "HOST:PORT of machine 0."),
-    "workers": Option(int, None, ("-w", "--workers"), "Threads that read pictures; one a core by default."),
-    "max_bad": Option(float, 0.01, ("--max-bad",), "Share of broken pictures that is put up with."),
-    "report_every": Option(int, 0, ("--report-freq",), "A line every so many steps."),
+    "workers": Option(
+        int, None, ("-w", "--workers"), "Threads that read pictures; one a core by default.", AT_LEAST_NONE
+    ),
+    "max_bad": Option(float, 0.01, ("--max-bad",), "Share of broken pictures that is put up with.", SHARE),
+    "report_every": Option(int, 0, ("--report-freq",), "A line every so many steps.", AT_LEAST_NONE),
     "tensorboard": Option(bool, False, ("--tensorboard",), "Write TensorBoard events, too."),
     "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
 }
 OF_TRAIN: dict[str, Option] = {
-    "classes": recipe_value(int, "--classes", "Outputs of the classifier, if more than the pictures' classes."),
-    "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2)."),
-    "activation": Option(str, None, ("--activation",), "relu or relu6 (mobilenet_v2)."),
+    "classes": recipe_value(
+        int, "--classes", "Outputs of the classifier, if more than the pictures' classes.", Number(int, 2)
+    ),
+    "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2).", FACTOR),
+    "activation": Option(
+        str, None, ("--activation",), "relu or relu6 (mobilenet_v2).", Named("activation", lambda: ("relu", "relu6"))
+    ),
     "from_scratch": Option(bool, False, ("--from-scratch",), "Begin with random weights."),
     "new_head": Option(bool, False, ("--new-head",), "Begin with a new classifier for these classes."),
 }
 OF_QAT: dict[str, Option] = {
-    "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt."),
-    "target": recipe_value(str, "--target", "What int8 is for: megengine, or onnx (ONNX Runtime, OpenVINO)."),
+    "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt.", OBSERVER),
+    "target": recipe_value(
+        str, "--target", "What int8 is for: megengine, onnx (ONNX Runtime, OpenVINO) or onnx-avx2.", TARGET
+    ),
     "distill": Option(
         bool,
         None,
@@ -144,7 +168,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
     from mgq.cli.console import import_megengine, note, out, progress
 
-    import_megengine(debug=bool(os.environ.get("MGQ_DEBUG")))
+    import_megengine()
     from mgq.engine import training
     from mgq.engine.calls import request_of
     from mgq.engine.trainer import StoppedError

@@ -12,17 +12,15 @@ import megengine.module as M
 
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
+from mgq.deploy.formats import INPUTS as INPUTS
+from mgq.deploy.formats import SUFFIXES as SUFFIXES
 from mgq.deploy.mge import write_megengine
 from mgq.deploy.onnx import write_onnx
 from mgq.engine.networks import Classifier, open_classifier
-from mgq.errors import InputError
+from mgq.errors import InputError, no_such
 from mgq.files.atomic import ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
 from mgq.quant.targets import MEGENGINE, ONNX
-
-INPUTS = ("uint8", "int8", "float32")
-SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx"}
-"""Formats of files, and how their names end."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
     """
     by_name = next((name for name, suffix in SUFFIXES.items() if path is not None and path.suffix == suffix), None)
     if wanted is not None and wanted not in SUFFIXES:
-        raise InputError(f"there is no format '{wanted}'; choose {', '.join(SUFFIXES)}")
+        raise no_such("format", wanted, SUFFIXES)
     if wanted and by_name and wanted != by_name:
         raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
     found = wanted or by_name or ("megengine" if classifier.target is MEGENGINE else "onnx")
@@ -82,7 +80,7 @@ def dump_classifier(
     """
     kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:
-        raise InputError(f"a file cannot take '{input_type}' input; choose {', '.join(INPUTS)}")
+        raise no_such("input", input_type, INPUTS)
     if batch is not None and batch < 1:
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
     ensure_writable_folder(path.absolute().parent)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mgq.engine.deployed import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.machine import package_version
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.mixed import float_layers_of, keep_in_float
 from mgq.quant.modes import Mode, to_mode
@@ -110,7 +110,7 @@ class Classifier:
 @cache
 def versions() -> dict[str, str]:
     """What the numbers depend on: versions of mgq, MegEngine, numpy and Python."""
-    packages = {name: version(name) for name in ("mgq", "megengine", "numpy")}
+    packages = {name: package_version(name) or "unknown" for name in ("mgq", "megengine", "numpy")}
     return {**packages, "python": ".".join(map(str, sys.version_info[:3]))}
 
 

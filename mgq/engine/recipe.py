@@ -6,7 +6,6 @@ scales with its size, the drawn pictures one that is done in minutes on two core
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,15 +16,14 @@ from typing import Any
 import tomli
 import tomli_w
 
-from mgq.errors import InputError, naming, printable
+from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.files.bounded import text_of
 from mgq.files.checkpoint import MOST_PIXELS
+from mgq.quant.names import OBSERVERS, TARGETS
 
 SYNTHETIC = "synthetic"
 """What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
-OBSERVERS = ("ema", "min-max", "lsq", "tqt")
-TARGETS = ("megengine", "onnx")
 IMAGENET_PICTURES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
 CLASSIFIER_PICTURES = 5_000
@@ -138,9 +136,7 @@ class Recipe:
                 raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
-                raise InputError(
-                    f"there is no {name} '{printable(getattr(self, name))[:80]}'; choose {', '.join(known)}"
-                )
+                raise no_such(name, getattr(self, name), known)
         if self.image_size < 32 or self.image_size % 32:
             raise InputError(f"{option('image_size')} {self.image_size} is not a multiple of 32: give one, such as 224")
 
@@ -182,8 +178,8 @@ def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for key, value in body.items():
         if key not in KINDS:
-            near = difflib.get_close_matches(key, KINDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "recipe.toml of any run has them all"
+            near = nearest(key, KINDS)
+            hint = f"did you mean {near}?" if near else "recipe.toml of any run has them all"
             raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
         changes[key] = converted(key, value, name)
     return changes

@@ -16,7 +16,7 @@ from megengine.quantization.observer import Observer
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 from megengine.quantization.utils import QParams
 
-from mgq.errors import FailureError, InputError
+from mgq.errors import FailureError, no_such
 from mgq.quant.bias_correction import BiasCorrection
 from mgq.quant.data_free import correct_expected_bias, set_expected_ranges
 from mgq.quant.dead_channels import without_dead_channels
@@ -26,14 +26,13 @@ from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, mode_of, to_mode
+from mgq.quant.names import EASYQUANT, METHODS, MSE
 from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
 from mgq.quant.statistics import expected_of
 from mgq.quant.targets import MEGENGINE, Target, target_of
 
-EASYQUANT = "easyquant"
-METHODS = (*ESTIMATORS, EASYQUANT)
-DEFAULT_METHOD = "mse"
+DEFAULT_METHOD = MSE
 DATA_FREE = "batch norms"
 """What stands for the method where there were no pictures."""
 EQUALIZATION_PICTURES = 64
@@ -59,7 +58,7 @@ class EstimatingObserver(Observer):  # type: ignore[misc]
 def checked_method(method: str) -> str:
     """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS``."""
     if method not in METHODS:
-        raise InputError(f"there is no calibration method '{method}'; choose {', '.join(METHODS)}")
+        raise no_such("calibration method", method, METHODS)
     return method
 
 

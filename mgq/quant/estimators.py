@@ -12,6 +12,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from mgq.quant.names import EMA, HISTOGRAM, MIN_MAX, MSE
+
 Array = npt.NDArray[np.float32]
 Range = tuple[float, float]
 
@@ -141,8 +143,8 @@ def rounding_errors(values: npt.NDArray[np.float64], step: float, steps: int) ->
 
 
 ESTIMATORS: dict[str, type[RangeEstimator]] = {
-    "min-max": MinMax,
-    "ema": MovingAverage,
-    "histogram": Percentile,
-    "mse": MeanSquaredError,
+    MIN_MAX: MinMax,
+    EMA: MovingAverage,
+    HISTOGRAM: Percentile,
+    MSE: MeanSquaredError,
 }

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from enum import Enum
 
 import megengine.module as M
 from megengine.module.qat import QATModule, QuantStub
 from megengine.module.quantized import QuantizedModule
 from megengine.quantization import quantize, quantize_qat
 
-from mgq.errors import InputError
+from mgq.errors import InputError, no_such
 from mgq.quant.mixed import replace_kept_layers
+from mgq.quant.names import Mode as Mode
 from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
 from mgq.quant.targets import MEGENGINE, Target, UnitScaleObserver, target_of
 from mgq.zoo.layers import without_initialization
-
-
-class Mode(str, Enum):
-    """``normal``: float32. ``qat``: float32 with fake quantization. ``quantized``: int8, inference only."""
-
-    NORMAL = "normal"
-    QAT = "qat"
-    QUANTIZED = "quantized"
-
 
 ORDER = tuple(Mode)
 
@@ -33,7 +24,7 @@ def parse_mode(text: str) -> Mode:
     try:
         return Mode(text)
     except ValueError:
-        raise InputError(f"there is no mode '{text}'; choose {', '.join(m.value for m in Mode)}") from None
+        raise no_such("mode", text, [mode.value for mode in Mode]) from None
 
 
 def mode_of(network: M.Module) -> Mode:

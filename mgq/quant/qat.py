@@ -23,7 +23,7 @@ from megengine.quantization.observer import (
 )
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 
-from mgq.errors import InputError
+from mgq.errors import InputError, no_such
 from mgq.quant.learned import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import folded_weight, observe_weights
@@ -90,7 +90,7 @@ def prepared_for_qat(
     classifier stays in float. What comes next is :func:`set_phase`. Raises InputError for another ``observer``.
     """
     if observer not in OBSERVERS:
-        raise InputError(f"there is no observer '{observer}'; choose {', '.join(OBSERVERS)}")
+        raise no_such("observer", observer, OBSERVERS)
     training = network.training
     network = to_mode(network, Mode.QAT, target, in_place)
     alone, among_others, learned = OBSERVERS[observer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mgq.errors import InputError
+from mgq.errors import no_such
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ DEFAULT_QUALITY = "balanced"
 def steps_of(quality: str) -> tuple[Steps, ...]:
     """Raises InputError, which lists them, where there is no ``quality``."""
     if quality not in QUALITIES:
-        raise InputError(f"there is no quality '{quality}'; choose {', '.join(QUALITIES)}")
+        raise no_such("quality", quality, QUALITIES)
     return QUALITIES[quality]

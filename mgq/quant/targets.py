@@ -21,7 +21,8 @@ from megengine.quantization.observer import (
 )
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
-from mgq.errors import InputError
+from mgq.errors import no_such
+from mgq.quant import names
 
 UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
@@ -124,7 +125,7 @@ class QuantizedFeatures(Q.DequantStub):  # type: ignore[misc]
 
 
 MEGENGINE = Target(
-    name="megengine",
+    name=names.MEGENGINE,
     weights="int8 in -127..127, symmetric, one scale a layer",
     activations="int8 in -128..127, symmetric, one scale a layer",
     qconfig=QConfig(
@@ -138,7 +139,7 @@ MEGENGINE = Target(
     int8_head=False,
 )
 ONNX = Target(
-    name="onnx",
+    name=names.ONNX,
     weights="int8 in -127..127, symmetric, one scale an output channel",
     activations="uint8 in 0..255 behind a ReLU, int8 in -128..127 elsewhere, one scale a layer",
     qconfig=QConfig(
@@ -153,7 +154,7 @@ ONNX = Target(
 )
 ONNX_AVX2 = replace(
     ONNX,
-    name="onnx-avx2",
+    name=names.ONNX_AVX2,
     weights=f"int8 in -{SAFE_LEVELS}..{SAFE_LEVELS}, symmetric, one scale an output channel: sums cannot saturate",
     qconfig=ONNX.qconfig._replace(
         weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow", levels=SAFE_LEVELS)
@@ -166,7 +167,7 @@ TARGETS = {target.name: target for target in (MEGENGINE, ONNX, ONNX_AVX2)}
 def target_called(name: str) -> Target:
     """Raises InputError, which lists them, where there is no target ``name``."""
     if name not in TARGETS:
-        raise InputError(f"there is no target '{name}'; choose {', '.join(TARGETS)}")
+        raise no_such("target", name, TARGETS)
     return TARGETS[name]
 
 

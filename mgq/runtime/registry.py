@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mgq.errors import InputError, printable
-from mgq.runtime.base import FileRuntime
+from mgq.errors import InputError, no_such, printable
+
+if TYPE_CHECKING:
+    from mgq.runtime.base import FileRuntime
 
 AUTO = "auto"
 
@@ -62,13 +65,17 @@ ENGINES = (
 """The faster first, where they read the same files."""
 
 
+def engine_names() -> tuple[str, ...]:
+    """What ``--engine`` may say."""
+    return (AUTO, *(engine.key for engine in ENGINES))
+
+
 def engine_called(key: str) -> Engine:
     """Raises InputError, which lists them, where there is no engine ``key``."""
     for engine in ENGINES:
         if engine.key == key:
             return engine
-    names = ", ".join([AUTO, *(engine.key for engine in ENGINES)])
-    raise InputError(f"there is no engine '{printable(key)}'; choose {names}")
+    raise no_such("engine", key, engine_names())
 
 
 def engine_for(path: Path, key: str = AUTO) -> Engine:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mgq.errors import InputError, printable
-from mgq.files.download import Source
+from mgq.errors import InputError, no_such
+from mgq.files.download import Source, cached
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:
@@ -242,9 +242,16 @@ def spec_of(name: str) -> ModelSpec:
     known = specs()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no architecture '{printable(name)[:80]}'; {hint}`mgq models` lists them all")
+    raise no_such("architecture", name, known, "`mgq models` lists them all")
+
+
+def weights_at_hand(spec: ModelSpec, save: Path) -> list[str]:
+    """Where weights of ``spec`` are, in words: in runs under ``save``, installed, in the cache."""
+    found = [str(path.parent) for path in sorted(save.glob(f"{spec.name}.*/checkpoint.safetensors"))]
+    if spec.packaged and spec.packaged.path():
+        found.append(f"installed: {spec.packaged.package}")
+    found += [f"cache: {c.source.name}" for c in spec.checkpoints if cached(c.source)]
+    return found
 
 
 def create_model(arch: str, classes: int = 1000, **options: Any) -> M.Module:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mgq.cli.console import import_megengine
 
-import_megengine(debug=False)
+import_megengine()
 
 import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
@@ -32,9 +32,10 @@ from mgq.data.sources import expand  # noqa: E402
 from mgq.data.transforms import to_batch  # noqa: E402
 from mgq.engine.networks import Classifier, open_classifier  # noqa: E402
 from mgq.engine.predict import crops_of  # noqa: E402
-from mgq.quant.calibrate import METHODS, as_input, measured_ranges, with_estimators  # noqa: E402
+from mgq.quant.calibrate import as_input, measured_ranges, with_estimators  # noqa: E402
 from mgq.quant.estimators import ESTIMATORS  # noqa: E402
 from mgq.quant.modes import Mode, fix_input_scale, to_mode  # noqa: E402
+from mgq.quant.names import METHODS  # noqa: E402
 from mgq.quant.quantize import quantize  # noqa: E402
 from mgq.quant.ranges import quantized_layers  # noqa: E402
 

