@@ -61,4 +61,5 @@ def no_such(kind: str, name: str, known: Iterable[str], listed: str = "") -> Inp
     known = list(known)
     near = nearest(name, known)
     hint = f"did you mean {near}? " if near else ""
-    return InputError(f"there is no {kind} '{printable(name)[:LONGEST_SHOWN]}'; {hint}{listed or 'choose ' + ', '.join(known)}")
+    listed = listed or f"choose {', '.join(known)}"
+    return InputError(f"there is no {kind} '{printable(name)[:LONGEST_SHOWN]}'; {hint}{listed}")

@@ -115,7 +115,7 @@ def test_a_network_without_weights_says_what_to_do(mgq: Mgq) -> None:
     ("arguments", "named"),
     [
         (["infer", "-m", "int8"], "int8"),
-        (["infer", "--topk", "0"], "top 0"),
+        (["infer", "--topk", "0"], "--topk 0"),
         (["infer", "--image-size", "100"], "96"),
         (["infer", "--no-such-option"], "--no-such-option"),
         (["infer", "-c", "no/such/file.pkl"], "no/such/file.pkl"),

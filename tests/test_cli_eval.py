@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_measured_on(mgq: Mgq, made: Path, sets: Path, f
         (["--report-freq", "0"], "--report-freq 0"),
         (["--max-bad", "2"], "--max-bad 2"),
         (["-m", "int8"], "int8"),
-        (["-w", "-1"], "-1 workers"),
+        (["-w", "-1"], "--workers -1"),
         ([], "pass -d FOLDER"),
     ],
 )

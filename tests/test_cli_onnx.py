@@ -122,7 +122,7 @@ class TestBadInput:
         for words, what in (
             (("calibrate", pictures, *c, "--target", "tensorrt"), "there is no target 'tensorrt'; choose"),
             (("dump", *c, "-m", "normal", "--format", "tflite"), "there is no format 'tflite'; choose"),
-            (("dump", *c, "-m", "normal", "--check", "all"), "--check all is not possible: choose"),
+            (("dump", *c, "-m", "normal", "--check", "all"), "there is no check 'all'; choose"),
             (("infer", *c, "-m", "normal", "--engine", "tvm"), "there is no engine 'tvm'; choose"),
             (("dump", *c, "-m", "normal", "--format", "onnx", "-o", "a.megengine"), "is no name for format onnx"),
             (("dump", *c, "-m", "normal", "--format", "onnx", "--input", "int8"), "takes uint8 pixels, not int8"),

@@ -23,7 +23,7 @@ from mgq.bench.environment import cgroup_cores, cgroup_memory, free_memory, this
 from mgq.errors import MgqError, printable
 from mgq.machine import package_version
 
-PATIENCE_S = 60
+PATIENCE_S = 180
 LEAST_MEMORY = 1_000_000_000
 LEAST_DISK = 1_000_000_000
 

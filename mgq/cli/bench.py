@@ -87,7 +87,6 @@ def bench(
 
     \b
     Examples:
-      mgq bench
       mgq bench --int8
       mgq bench -a resnet50 --threads all --mode throughput --markdown
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png

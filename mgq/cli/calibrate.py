@@ -115,7 +115,7 @@ def calibrate(
       mgq calibrate photos/
       mgq calibrate -d flowers --quality best
       mgq calibrate -a efficientnet_lite0 --data-free
-      mgq calibrate -a resnet18 -c resnet18.pkl -d imagenet --images 500 --method mse
+      mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
     from mgq.cli.console import duration, note, out, progress
     from mgq.errors import InputError

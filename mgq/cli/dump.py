@@ -85,7 +85,7 @@ def dump(
     width: Width = None,
     image_size: ImageSize = None,
 ) -> None:
-    """Write a file that takes raw pixels, for the engine that runs it.
+    """Write the network as a file to deploy, which takes raw pixels.
 
     A .megengine file is for MegEngine and MegEngine Lite: it is loaded again and must answer to the bit as the network
     in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture.

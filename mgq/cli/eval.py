@@ -95,10 +95,11 @@ def evaluate(
         ),
     ] = 1,
 ) -> None:
-    """Measure accuracy on labelled pictures: top-1, top-5, loss, what is confused with what.
+    """Measure accuracy on labelled pictures.
 
-    Without -d it takes the pictures that the checkpoint was measured on when it was trained. The classes of the
-    folders are matched with those of the network by name; ImageNet's may be called by their wnids.
+    Top-1, top-5, loss, and what is confused with what. Without -d it takes the pictures that the checkpoint was
+    measured on when it was trained. The classes of the folders are matched with those of the network by name;
+    ImageNet's may be called by their wnids.
 
     \b
     Examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import typer
 import typer.core
@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, verb in {
+VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "qat": qat,
     "calibrate": calibrate,
@@ -48,7 +48,8 @@ for name, verb in {
     "report": report,
     "models": models,
     "doctor": doctor,
-}.items():
+}
+for name, verb in VERBS.items():
     app.command(name)(verb)
 
 
@@ -76,7 +77,7 @@ def run() -> None:
     if sys.version_info[:2] != (3, 10):  # MegEngine has no wheel for a later one
         sys.exit(f"error: mgq needs Python 3.10, not {sys.version.split()[0]}; `uv run mgq` finds or fetches it")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())

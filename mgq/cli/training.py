@@ -48,7 +48,7 @@ class Option(NamedTuple):
     default: Any
     flags: tuple[str, ...]
     help: str
-    value: ParamType | None = None
+    value: ParamType[Any] | None = None
 
     @property
     def annotation(self) -> Any:
@@ -59,7 +59,7 @@ class Option(NamedTuple):
         return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
 
 
-def recipe_value(kind: type, flag: str, text: str, value: ParamType) -> Option:
+def recipe_value(kind: type, flag: str, text: str, value: ParamType[Any]) -> Option:
     return Option(kind, None, (flag,), text, value)
 
 

@@ -12,27 +12,30 @@ from click.shell_completion import CompletionItem
 
 from mgq.errors import InputError, no_such, printable
 
+NAME_METAVAR = {"architecture": "arch"}
+"""What help calls a value whose kind has a long name."""
 
-class Named(click.ParamType):
+
+class Named(click.ParamType[str]):
     """One of the names that ``names`` gives, of a ``kind`` of things; ``listed`` says what lists them if they are many.
 
     They are asked for only when a value is read or completed.
     """
 
     def __init__(self, kind: str, names: Callable[[], Iterable[str]], listed: str = "") -> None:
-        self.name, self.names, self.listed = kind, names, listed
+        self.name, self.kind, self.names, self.listed = NAME_METAVAR.get(kind, kind), kind, names, listed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         names = list(self.names())
         if value not in names:
-            raise no_such(self.name, str(value), names, self.listed)
+            raise no_such(self.kind, str(value), names, self.listed)
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[float]):
     """A finite number from ``least`` to ``most``, whole if these are; ``above``: more than ``least``."""
 
     def __init__(
@@ -183,7 +186,7 @@ ENGINE = Named("engine", engines)
 FORMAT = Named("format", formats)
 INPUT = Named("input", inputs)
 SCHEDULE = Named("schedule", schedules)
-LOAD = Named("--mode", loads)
+LOAD = Named("load", loads)
 
 COUNT = Number(int, 1)
 AT_LEAST_NONE = Number(int, 0)

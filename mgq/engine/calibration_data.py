@@ -47,7 +47,10 @@ def pictures_for(
     """
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
-        return CalibrationPictures(", ".join(arguments), expand(arguments), None, "the pictures have no labels")
+        sources = expand(arguments)
+        if len(sources) == 1 and sources[0].problem is not None:  # told of before the work begins
+            raise InputError(sources[0].problem)
+        return CalibrationPictures(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return trained_on(classifier, on_progress)
     pictures = calibration_folder(data, on_progress)

@@ -97,6 +97,7 @@ def float_plan(request: Request, watcher: Watcher) -> Plan:
     changes = all_changes(request, Mode.NORMAL)
     data = data_of(request, changes)
     spec, given = wanted_network(request, changes)
+    spec.refuse_options(request.options)
     sets = read_sets(data, None, changes, watcher)
     beginning = beginning_of(spec, given, sets, request, watcher)
     return planned(request, Mode.NORMAL, spec, data, sets, beginning, changes)

@@ -62,7 +62,7 @@ def read_ranges(path: Path) -> ActivationRanges:
     try:
         body = json.loads(text_of(path, MOST_BYTES))
     except OSError as error:
-        raise InputError(f"cannot read the ranges {name}: {error.strerror}") from None
+        raise InputError(f"cannot read the ranges {name}: {error.strerror}; `mgq calibrate` makes one") from None
     except (ValueError, RecursionError):
         raise InputError(f"{name} is not a file of activation ranges; `mgq calibrate` makes one") from None
     if not isinstance(body, dict) or body.pop("format", None) != FORMAT:

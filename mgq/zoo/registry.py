@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mgq.errors import InputError, no_such
+from mgq.errors import InputError, no_such, printable
 from mgq.files.download import Source, cached
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -59,15 +59,21 @@ class ModelSpec:
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
 
-    def build(self, classes: int = 1000, **options: Any) -> M.Module:
-        """The network with random weights. Raises InputError for an option that it does not have."""
+    def refuse_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InputError for an option that it does not have, and for a width that cannot be."""
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
-            raise InputError(f"{self.name} has no option '{printable(unknown[0])[:80]}'; its options: {known}")
+            raise InputError(
+                f"{self.name} has no option '{printable(unknown[0])[:80]}'; leave it out (its options: {known})"
+            )
         width = options.get("width", 1.0)
         if not isinstance(width, int | float) or not 0.1 <= width <= 4:
             raise InputError(f"{printable(width)[:80]!r} is no width multiplier; give a number from 0.1 to 4")
+
+    def build(self, classes: int = 1000, **options: Any) -> M.Module:
+        """The network with random weights. Raises InputError for options and classes that it cannot have."""
+        self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)

@@ -1,0 +1,163 @@
+"""What a newcomer types wrong: every error is one line that names the thing and a mend, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mgq.data.pictures import bundled_cat
+from tests.conftest import Mgq
+
+TEXTS = {
+    "notes.txt": "hello",
+    "text.jpg": "no picture",
+    "broken.toml": "epochs = = 3",
+    "keys.toml": "epoch = 3",
+    "type.toml": 'epochs = "three"',
+    "qat.toml": 'mode = "qat"',
+    "fake.safetensors": "hello",
+    "fake.pth": "hello",
+    "fake.onnx": "hello",
+    "fake.megengine": "hello",
+    "fake.json": "{",
+}
+FOLDERS = ("empty", "one/train/a", "one/val/a", "noval/train/a", "noval/train/b")
+
+# What is typed, and what the line has to say: the thing and the mend.
+WRONG = [
+    # verbs and options
+    ("infr", "'infr'", "did you mean `mgq infer`"),
+    ("trian", "'trian'", "did you mean `mgq train`"),
+    ("evaluate", "'evaluate'", "did you mean `mgq eval`"),
+    ("benhc", "'benhc'", "did you mean `mgq bench`"),
+    ("models resnet18", "resnet18", "mgq models --help"),
+    ("--nonsense", "--nonsense", "mgq --help"),
+    ("infer --debug", "--debug", "before the verb"),
+    ("infer --jobs 2", "--jobs", "one of `mgq eval`"),
+    ("eval --epochs 3", "--epochs", "one of `mgq train`"),
+    ("train --observer ema", "--observer", "one of `mgq qat`"),
+    ("qat --from-scratch", "--from-scratch", "one of `mgq train`"),
+    ("infer --jsom", "--jsom", "did you mean --json"),
+    ("infer --topk", "--topk", "requires an argument"),
+    ("eval cat.jpg", "cat.jpg", "mgq eval --help"),
+    # names
+    ("infer -a resnet-18", "'resnet-18'", "did you mean resnet18"),
+    ("infer -a ''", "''", "mgq models"),
+    ("bench -a mobilenetv2", "'mobilenetv2'", "did you mean mobilenet_v2"),
+    ("infer -m quantised", "'quantised'", "did you mean quantized"),
+    ("dump -m float", "'float'", "choose normal, qat, quantized"),
+    ("infer --target onx", "'onx'", "did you mean onnx"),
+    ("qat --target tensorrt", "'tensorrt'", "choose megengine"),
+    ("infer --engine onnx", "'onnx'", "did you mean onnxruntime"),
+    ("calibrate --quality bets", "'bets'", "did you mean best"),
+    ("calibrate --method min_max", "'min_max'", "did you mean min-max"),
+    ("qat --observer minmax", "'minmax'", "did you mean min-max"),
+    ("dump --format tflite", "'tflite'", "choose megengine, onnx"),
+    ("dump --input int4", "'int4'", "choose uint8, int8"),
+    ("dump --check deep", "'deep'", "choose logits"),
+    ("train --schedule cosin", "'cosin'", "did you mean cosine"),
+    ("train -a mobilenet_v2 --activation gelu", "'gelu'", "relu6"),
+    ("bench --mode fast", "'fast'", "choose latency, throughput"),
+    # numbers
+    ("infer --topk -1", "--topk -1", "give at least 1"),
+    ("infer --topk 2.5", "--topk 2.5", "whole number"),
+    ("infer --topk 1001", "1001", "give 1 to 1000"),
+    ("infer --image-size 0", "--image-size 0", "32 would do"),
+    ("infer --image-size -32", "--image-size -32", "32 would do"),
+    ("infer --image-size 100000", "--image-size 100000", "4096 would do"),
+    ("dump --image-size 33", "--image-size 33", "32 would do"),
+    ("infer --width nan", "--width nan", "give more than 0"),
+    ("infer --width 0", "--width 0", "give more than 0"),
+    ("eval --limit -3", "--limit -3", "give at least 1"),
+    ("eval --limit many", "--limit many", "whole number"),
+    ("eval --max-bad nan", "--max-bad nan", "give 0 to 1"),
+    ("calibrate --images 0", "--images 0", "give at least 1"),
+    ("calibrate --limit 0", "--limit 0", "give at least 1"),
+    ("calibrate --max-drop nan", "--max-drop nan", "give at least 0"),
+    ("calibrate --max-bad 7", "--max-bad 7", "give 0 to 1"),
+    ("analyze --images 0", "--images 0", "give at least 1"),
+    ("dump --batch -1", "--batch -1", "give at least 0"),
+    ("train --epochs 1.5", "--epochs 1.5", "whole number"),
+    ("train --epochs -1", "--epochs -1", "give at least 1"),
+    ("train --batch-size 0", "--batch-size 0", "give at least 1"),
+    ("train --lr nan", "--lr nan", "give at least 0"),
+    ("train --lr inf", "--lr inf", "give at least 0"),
+    ("train --lr fast", "--lr fast", "is not a number"),
+    ("train --ema 2", "--ema 2", "give 0 to 1"),
+    ("train --label-smoothing -1", "--label-smoothing -1", "give 0 to 1"),
+    ("train --weight-decay -1", "--weight-decay -1", "give at least 0"),
+    ("train --image-size 100", "--image-size 100", "96 would do"),
+    ("train --limit -1", "--limit -1", "give at least 0"),
+    ("train --seed -1", "--seed -1", "give at least 0"),
+    ("train --width 0.5", "width", "leave it out"),
+    ("train --classes 1", "--classes 1", "give at least 2"),
+    ("train -n -1", "--ngpus -1", "give at least 0"),
+    ("train --nnodes 0", "--nnodes 0", "give at least 1"),
+    ("train --node-rank 3", "--node-rank 3", "count machines from 0"),
+    ("train -w -1", "--workers -1", "give at least 0"),
+    ("bench --batch 0", "--batch 0", "give at least 1"),
+    ("bench --rounds 0", "--rounds 0", "give at least 1"),
+    ("bench --batch 100000", "--batch 100000", "give a smaller --batch"),
+    ("bench --threads many", "--threads many", "give 1 to"),
+    ("bench --train --image-size 3", "--image-size 3", "32 would do"),
+    # files and folders
+    ("infer empty", "empty has no pictures", "name another folder"),
+    ("infer *.nothing", "*.nothing", "check the pattern"),
+    ("infer -c empty", "empty is a folder", "give a weights file"),
+    ("infer -c notes.txt", "notes.txt", "get it again"),
+    ("infer -c fake.pth", "fake.pth", "get it again"),
+    ("infer -c fake.megengine", "fake.megengine", "mgq dump"),
+    ("infer -c fake.onnx", "fake.onnx", "write it again"),
+    ("infer --ranges fake.json", "fake.json", "mgq calibrate"),
+    ("infer --ranges empty", "empty", "mgq calibrate"),
+    ("infer -s notes.txt", "--save notes.txt", "give a folder"),
+    ("eval -d empty", "empty has no class folders", "make a folder of pictures for each class"),
+    ("eval -d notes.txt", "notes.txt is not a folder", "name a folder"),
+    ("train -d empty", "no folder train/", "make it"),
+    ("train -d noval", "no folder val/", "make it"),
+    ("train -d one", "1 class folder", "make a folder of pictures for each class"),
+    ("train -s notes.txt", "--save notes.txt", "give a folder"),
+    ("train -c fake.onnx", "fake.onnx", "give"),
+    ("qat -c fake.safetensors", "fake.safetensors", "get it again"),
+    ("train --recipe broken.toml", "broken.toml", "recipe.toml of any run"),
+    ("train --recipe keys.toml", "'epoch'", "did you mean epochs"),
+    ("train --recipe type.toml", "epochs", "give a whole number"),
+    ("train --recipe qat.toml", "qat.toml", "mgq qat --recipe"),
+    ("train --recipe empty", "empty", "check the path"),
+    ("train --from-scratch --pretrained", "--from-scratch", "leave"),
+    ("qat --resume", "resume", "runs"),
+    ("calibrate empty", "empty has no pictures", "name another folder"),
+    ("calibrate -d missing", "missing does not exist", "check the path"),
+    ("analyze cat.jpg -d empty", "-d", "give one of them"),
+    ("dump -o net.onnx --format megengine", "net.onnx", ".megengine"),
+    ("bench --against missing.onnx", "missing.onnx", "check --against"),
+    ("bench --plot plot.txt", "plot.txt", ".png"),
+    ("bench --markdown --json -", "--markdown", "give --json a file"),
+    ("bench --int8 --fp32", "--int8", "leave both out"),
+]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> set[Path]:
+    """Things that a newcomer may give by mistake; all that is there."""
+    for name in FOLDERS:
+        (tmp_path / name).mkdir(parents=True)
+        if name != "empty":
+            (tmp_path / name / "1.jpg").write_bytes(bundled_cat().read_bytes())
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "cat.jpg").write_bytes(bundled_cat().read_bytes())
+    return set(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(("typed", "thing", "mend"), WRONG, ids=[typed for typed, *_ in WRONG])
+def test_an_error_is_one_line_that_names_the_thing_and_a_mend(
+    mgq: Mgq, desk: set[Path], tmp_path: Path, typed: str, thing: str, mend: str
+) -> None:
+    said = mgq(*shlex.split(typed))
+    assert said.code == 2 and said.out == "", said
+    assert said.err.startswith("error: ") and said.err.endswith("\n") and said.err.count("\n") == 1, said.err
+    assert thing in said.err and mend in said.err
+    assert set(tmp_path.rglob("*")) == desk
