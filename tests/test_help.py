@@ -114,3 +114,10 @@ def test_every_option_says_what_it_is_for() -> None:
     for name, verb in verbs().items():
         for parameter in verb.params:
             assert not isinstance(parameter, click.Option) or parameter.help, f"{name} {parameter.name}"
+
+
+def test_a_locale_without_utf_8_is_no_failure() -> None:
+    variables = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-m", "mgq", "models"], capture_output=True, env=variables)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert b"resnet18" in done.stdout and done.stdout.isascii()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -76,6 +77,9 @@ def run() -> None:
     """Entry point: exit code 2 and one line for wrong use and bad input, 1 and one line for a failure."""
     if sys.version_info[:2] != (3, 10):  # MegEngine has no wheel for a later one
         sys.exit(f"error: mgq needs Python 3.10, not {sys.version.split()[0]}; `uv run mgq` finds or fetches it")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
+            stream.reconfigure(errors="replace")
     try:
         code = app(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()
