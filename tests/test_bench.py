@@ -28,12 +28,12 @@ from mgq.bench.contest import (
     contest,
 )
 from mgq.bench.engines import Entrant, Field, Job, cat_batch
-from mgq.bench.environment import Machine, cpu_features, cpu_model, this_machine
 from mgq.bench.players import Present, SideBySide
 from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, settings_for
 from mgq.bench.statistics import interquartile_range, median_of, speed_of, speedup_of
 from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, group_of, markdown, three_digits
+from mgq.engine.environment import Machine, cpu_features, cpu_model, this_machine
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quant.modes import Mode

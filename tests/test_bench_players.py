@@ -15,10 +15,10 @@ import pytest
 
 from mgq.bench import players as players_module
 from mgq.bench.contest import Contestant, Loaded, contest
-from mgq.bench.environment import this_machine
 from mgq.bench.peak import INSTRUCTIONS, ITERATIONS, SUMS, PeakLoop, instruction_for, module_text
 from mgq.bench.players import Away, Seat
 from mgq.bench.settings import Precision
+from mgq.engine.environment import this_machine
 from mgq.errors import FailureError, InputError
 from mgq.runtime.base import Runtime
 

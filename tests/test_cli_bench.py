@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import mgq.bench.benchmark as benchmark_module
 from mgq.bench.contest import Agreement
-from mgq.bench.environment import Machine
 from mgq.bench.report import Report, Row
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
+from mgq.engine.environment import Machine
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, silent
 

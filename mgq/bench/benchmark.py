@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mgq.bench.contest import Entry, contest
 from mgq.bench.engines import ENGINES, Entrant, Field, precision_of
-from mgq.bench.environment import Machine, this_machine
 from mgq.bench.peak import instruction_for
 from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import Precision, Settings
+from mgq.engine.environment import Machine, this_machine
 from mgq.engine.networks import versions
 from mgq.events import OnProgress, Progress, silent
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mgq.bench.environment import usable_cores
 from mgq.bench.players import Logits, Player
 from mgq.bench.settings import Precision, counted
 from mgq.bench.turns import in_turns
+from mgq.engine.environment import usable_cores
 from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress, silent
 

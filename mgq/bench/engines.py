@@ -13,7 +13,6 @@ from typing import TypeAlias
 import numpy as np
 
 from mgq.bench.contest import Contestant, Loaded, References
-from mgq.bench.environment import Machine
 from mgq.bench.loaders import FromCheckpoint, FromFile, Peak
 from mgq.bench.peak import instruction_for
 from mgq.bench.players import Away, Batch, Seat
@@ -21,6 +20,7 @@ from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.engine.dump import SUFFIXES, dump_classifier, source_of
+from mgq.engine.environment import Machine
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.parity import reference
 from mgq.errors import FailureError, InputError

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mgq.bench.contest import Agreement, Entry
-from mgq.bench.environment import Machine
 from mgq.bench.settings import Load, Precision, Settings, counted
 from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
+from mgq.engine.environment import Machine
 
 FORMAT = "mgq bench 2"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mgq.bench.environment import free_memory, usable_cores
+from mgq.engine.environment import free_memory, usable_cores
 from mgq.errors import InputError, printable
 from mgq.zoo.registry import spec_of
 

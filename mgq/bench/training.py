@@ -14,12 +14,12 @@ from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
-from mgq.bench.environment import Machine, this_machine
 from mgq.bench.players import Clock, garbage_kept
 from mgq.bench.settings import EXAMPLE_NETWORKS, counted
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
 from mgq.bench.tables import markdown_list, markdown_table, three_digits
 from mgq.bench.turns import in_turns
+from mgq.engine.environment import Machine, this_machine
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.losses import cross_entropy
 from mgq.engine.networks import versions

@@ -215,8 +215,8 @@ def facts_of(
     workers: int | None,
 ) -> dict[str, Any]:
     """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
-    from mgq.bench.environment import this_machine
     from mgq.data.loader import cores
+    from mgq.engine.environment import this_machine
     from mgq.engine.networks import versions
 
     machine = this_machine()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 
 import typer
@@ -80,6 +82,9 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
+    # A polite kill ends a command as Ctrl-C does: what is half written is taken away.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LAST = "last.safetensors"
 RECIPE = "recipe.toml"
+ENVIRONMENT = "environment.json"
 LOG = "log.txt"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -109,6 +110,17 @@ class RunFolder:
     def write_recipe(self, text: str) -> None:
         write_text_atomically(self.path / RECIPE, text)
 
+    def note_environment(self, **changes: Any) -> None:
+        """Keep ``changes``, plain JSON, with what else the bits of this run depend on. A list is added to one there."""
+        path = self.path / ENVIRONMENT
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        for name, value in changes.items():
+            found[name] = [*found.get(name, []), *value] if isinstance(value, list) else value
+        write_text_atomically(path, json.dumps(found, indent=2) + "\n")
+
     def write_state(self, state: TrainingState) -> None:
         write_training_state(self.last, state)
 
@@ -167,7 +179,7 @@ class RunFolder:
 
     def _mend(self) -> None:
         """Take away what a killed process left half written."""
-        for name in (RUN_CHECKPOINT, LAST, RECIPE, METRICS, CURVES):
+        for name in (RUN_CHECKPOINT, LAST, RECIPE, ENVIRONMENT, METRICS, CURVES):
             drop_abandoned(self.path / name)
         for name in (LOG, METRICS):
             drop_torn_line(self.path / name)

@@ -21,6 +21,7 @@ from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.metrics import Meter
 from mgq.engine.networks import Classifier, open_classifier, versions
+from mgq.engine.provenance import listing_of, this_process
 from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
 from mgq.engine.runs import LAST, RunFolder
@@ -31,6 +32,7 @@ from mgq.engine.training_state import START_AGAIN, TrainingState
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import ALONE, Watcher
 from mgq.files.checkpoint import CheckpointInfo, info_from, write_checkpoint
+from mgq.files.download import sha256_of
 from mgq.quant.calibrate import LAYERWISE_PICTURES
 from mgq.quant.equalization import equalized
 from mgq.quant.modes import Mode
@@ -38,7 +40,7 @@ from mgq.quant.qat import prepared_for_qat
 from mgq.quant.targets import target_called
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
-from mgq.zoo.weights import float_part, load_state, read_weights
+from mgq.zoo.weights import fingerprint, float_part, load_state, read_weights
 
 FLOAT_START = "float.safetensors"
 """In the folder of a ``qat`` run: the float network that it began from."""
@@ -228,6 +230,16 @@ def new_run(plan: Plan, watcher: Watcher) -> Iterator[RunFolder]:
         if run.notice:
             watcher.on_remark(run.notice)
         run.write_recipe(recipe.to_toml())
+        run.note_environment(
+            seed=recipe.seed,
+            weights={
+                "origin": plan.beginning.origin,
+                "sha256": None if plan.beginning.state is None else fingerprint(plan.beginning.state),
+            },
+            train=listing_of(plan.sets.train),
+            val=listing_of(plan.sets.val),
+            processes=[this_process(request.workers)],
+        )
         if recipe.mode == "qat":
             assert plan.beginning.state is not None
             normal = replace(plan.info, mode="normal", origin=plan.beginning.origin)
@@ -253,6 +265,7 @@ def resumed(request: Request, mode: Mode, cluster: Cluster, watcher: Watcher) ->
         refuse_changed(request, recipe, run.path)
         info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
+        run.note_environment(processes=[this_process(request.workers)])
         sets = read_sets(recipe.data, None, plain(recipe), watcher)
         sets = Sets(*(matched(dataset, info.classes) for dataset in (sets.train, sets.val)))
         watcher.on_remark(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
@@ -294,6 +307,7 @@ def resumable_arch(save: Path, mode: Mode) -> str:
 def finished(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Outcome:
     """Train until the end of the recipe, then open the best network in its three modes and compare them."""
     best, start = on_every_device(cluster, lambda peers: trained(plan, run, peers, watcher))
+    run.note_environment(checkpoint_sha256=sha256_of(run.checkpoint))
     normal, simulated = float_and_simulated(plan, run, watcher)
     most = COMPARED_AFTER_TRAIN if plan.recipe.mode == "normal" else len(plan.sets.val)
     pictures = subset(plan.sets.val, min(most, len(plan.sets.val)))

@@ -1,16 +1,19 @@
-"""Does all survive a kill? ``python -m tests.benchmarks.faults --kills 50 --seed 0``
+"""Does anything break when mgq is killed? ``python -m tests.benchmarks.faults --kills 50 --seed 0``
 
-Real ``mgq`` processes are ended by SIGKILL: every other one at a random moment of its work, the others as soon as a
-half-written file shows up. After each kill every file that has its final name has to be readable; then the work is
-taken up (``--resume``) or done again, and has to end with the same bits as work that nobody disturbed. Exits with 1
-where it does not.
+Kills real processes by SIGKILL: half of them as soon as a half-written file shows up or grows, the others at a random
+moment of the length that the undisturbed command took. Then every file under a final name is opened with its reader.
+The command is resumed, or started again where it left nothing to resume, and killed again up to ``--chain`` times;
+then it may end, and has to leave the same bits as the undisturbed one. A download is a Python process of its own that
+fetches from a slow server on this machine; the others are commands of mgq on drawn pictures. Exit code 1 where
+anything broke.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
+import contextlib
+import itertools
+import json
 import random
 import shutil
 import subprocess
@@ -18,251 +21,299 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
-import tomli
-
-from mgq.cli.console import import_megengine
-from mgq.engine.files import about_of
-from mgq.engine.runs import read_metrics
-from mgq.engine.training_state import read_training_state
-from mgq.errors import MgqError
-from mgq.files.onnx_file import read_onnx
-from mgq.files.pickles import read_state
-
 ARCH = "shufflenet_v1_x0_5_g3"
-SMALL = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "48", "--epochs", "2", "-w", "1")
-FLOAT = "given/checkpoint.safetensors"
-"""The float network that all but ``train`` begin with."""
-DOWNLOADED = random.Random(0).randbytes(2_000_000)
-CHUNK, PAUSE_S = 20_000, 0.02
+SMALL = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "24", "--epochs", "2", "-w", "1")
+START, RANGED = "start.safetensors", "calibrated.safetensors"
+MAKERS = {START: "train", RANGED: "calibrate"}
+LONGEST = 600.0  # seconds that a command may take; behind that it hangs
+CONTENT = bytes(range(256)) * 4096
 FETCH = """
 import sys
 from pathlib import Path
 from mgq.files.download import Source, download
-download(Source(sys.argv[1], "weights.bin", int(sys.argv[2]), sys.argv[3]), Path("cache"))
+url, size = sys.argv[1], int(sys.argv[2])
+download(Source(url, "weights.bin", size), Path("cache"))
 """
-MGQ = (sys.executable, "-m", "mgq")
 
 
 @dataclass(frozen=True)
-class Work:
-    """Something that is killed: its command, how it is taken up, what it makes, and how often it is killed."""
+class Command:
+    """What is killed. ``made`` is the file that counts, ``resume`` the words to go on with where ``state`` is there."""
 
     name: str
-    command: tuple[str, ...]
-    product: str
-    weight: int
-    resumed: tuple[str, ...] = ()
+    words: tuple[str, ...]
+    made: str
+    needs: tuple[str, ...] = ()
+    resume: tuple[str, ...] = ()
     state: str = ""
-    """The file without which it cannot be resumed, and begins anew."""
-
-    def again(self, folder: Path) -> tuple[str, ...]:
-        return self.resumed if self.resumed and (folder / self.state).exists() else self.command
 
 
 @dataclass
-class Tally:
-    """What became of the kills of one work."""
+class Count:
+    """What came of one command."""
 
     kills: int = 0
-    too_late: int = 0
-    resumed: int = 0
+    ends: int = 0
     same: int = 0
-    unreadable: int = 0
-    left_over: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    left: int = 0
+    seconds: float = 0.0
+    troubles: list[str] = field(default_factory=list)
+
+    @property
+    def fine(self) -> bool:
+        return self.same == self.ends and not self.unreadable and not self.troubles
 
 
-def works(url: str) -> list[Work]:
-    digits = hashlib.sha256(DOWNLOADED).hexdigest()
-    run, qat = f"runs/{ARCH}.normal", f"runs/{ARCH}.qat"
-    resume = ("--resume", "-a", ARCH, "-w", "1")
-    last = "last.safetensors"
-    train = (*MGQ, "train", *SMALL)
-    further = (*MGQ, "qat", "-c", FLOAT, *SMALL)
-    calibrate = (*MGQ, "calibrate", "-c", FLOAT, "--images", "16")
-    dump = (*MGQ, "dump", "-c", "given/calibrated.safetensors")
-    fetch = (sys.executable, "-c", FETCH, url, str(len(DOWNLOADED)), digits)
-    made = "checkpoint.safetensors"
+def of_mgq(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "mgq", *words)
+
+
+def commands(url: str) -> list[Command]:
+    trained, qat = f"runs/{ARCH}.normal", f"runs/{ARCH}.qat"
+    calibrated = f"runs/{ARCH}.calibration/checkpoint.safetensors"
+    again = ("--resume", "-a", ARCH)
+    name, state = "checkpoint.safetensors", "last.safetensors"
+    few = ("--images", "8", "--method", "min-max", "--limit", "8")
+    into = ("dump", "-c", RANGED, "-o")
     return [
-        Work("train", train, f"{run}/{made}", 4, (*MGQ, "train", *resume), f"{run}/{last}"),
-        Work("qat", further, f"{qat}/{made}", 4, (*MGQ, "qat", *resume), f"{qat}/{last}"),
-        Work("calibrate", calibrate, f"runs/{ARCH}.calibration/{made}", 3),
-        Work("dump, MegEngine", (*dump, "-o", "out.megengine"), "out.megengine", 2),
-        Work("dump, ONNX", (*dump, "--format", "onnx", "-o", "out.onnx"), "out.onnx", 2),
-        Work("download", fetch, "cache/weights.bin", 2),
+        Command(
+            "train", of_mgq("train", *SMALL), f"{trained}/{name}", (), of_mgq("train", *again), f"{trained}/{state}"
+        ),
+        Command(
+            "qat",
+            of_mgq("qat", *SMALL, "-c", START),
+            f"{qat}/{name}",
+            (START,),
+            of_mgq("qat", *again),
+            f"{qat}/{state}",
+        ),
+        Command("calibrate", of_mgq("calibrate", "-c", START, *few), calibrated, (START,)),
+        Command("dump megengine", of_mgq(*into, "net.megengine"), "net.megengine", (RANGED,)),
+        Command("dump onnx", of_mgq(*into, "net.onnx", "--check", "none"), "net.onnx", (RANGED,)),
+        Command("download", (sys.executable, "-c", FETCH, url, str(len(CONTENT))), "cache/weights.bin"),
     ]
 
 
-class Slowly(BaseHTTPRequestHandler):
-    """Serves the same bytes a little at a time, from where it is asked to go on."""
+@contextlib.contextmanager
+def slow_server() -> Iterator[str]:
+    """The address of a file that takes about two seconds to come, in any part that is asked for."""
 
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        self.send_header("ETag", '"one"')
-        self.send_header("Content-Length", str(len(DOWNLOADED) - first))
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{len(DOWNLOADED) - 1}/{len(DOWNLOADED)}")
-        self.end_headers()
-        try:
-            for start in range(first, len(DOWNLOADED), CHUNK):
-                self.wfile.write(DOWNLOADED[start : start + CHUNK])
-                time.sleep(PAUSE_S)
-        except ConnectionError:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked = self.headers.get("Range")
+            first = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+            self.send_response(206 if asked else 200)
+            if asked:
+                self.send_header("Content-Range", f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}")
+            self.send_header("Content-Length", str(len(CONTENT) - first))
+            self.send_header("ETag", '"one"')
+            self.end_headers()
+            try:
+                for start in range(first, len(CONTENT), 1 << 14):
+                    self.wfile.write(CONTENT[start : start + (1 << 14)])
+                    time.sleep(0.03)
+            except OSError:  # whom we served was killed
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
             pass
 
-    def log_message(self, *_: object) -> None:
-        pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/weights.bin"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    """The address of the slow server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slowly)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/weights.bin"
-    server.shutdown()
+def started(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "said.txt").open("wb") as said:
+        return subprocess.Popen(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
 
 
-def begun(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    here = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    log = (folder / "log.txt").open("ab")
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=here)
+def parts_in(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.part"))
 
 
-def done(command: Sequence[str], folder: Path) -> float:
-    """Run ``command`` to its end; the seconds that it took. What goes wrong ends everything."""
-    start = time.monotonic()
-    if begun(command, folder).wait(600) != 0:
-        sys.exit(f"{' '.join(command)} failed:\n{(folder / 'log.txt').read_text()}")
-    return time.monotonic() - start
-
-
-def killed(work: Work, folder: Path, after_s: float | None) -> bool:
-    """Begin ``work`` and kill it ``after_s``, or where that is None, in the middle of writing a file; whether it was
-    still at work."""
-    child = begun(work.command, folder)
-    end = None if after_s is None else time.monotonic() + after_s
-    while child.poll() is None:
-        if (end is None and half_written(folder)) or (end is not None and time.monotonic() > end):
-            break
-        time.sleep(0.001)
-    child.kill()
-    return child.wait() == -9
-
-
-def half_written(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.part") if path.name.startswith(".") or path.parent.name == "cache"]
-
-
-READERS: dict[str, Callable[[Path], object]] = {
-    "checkpoint.safetensors": read_state,
-    "float.safetensors": read_state,
-    "last.safetensors": read_training_state,
-    "recipe.toml": lambda path: tomli.loads(path.read_text()),
-    "metrics.jsonl": read_metrics,
-    "curves.png": lambda path: cv2.imread(str(path)).shape,
-    "out.megengine": about_of,
-    "out.onnx": read_onnx,
-    "weights.bin": lambda path: path.read_bytes() == DOWNLOADED or sys.exit("a download is another file"),
-}
-
-
-def unreadable(folder: Path) -> list[str]:
-    """The files under their final names that their readers refuse."""
-    found = []
-    for path in folder.rglob("*"):
-        reader = READERS.get(path.name)
-        if reader is None or "given" in path.parts:
-            continue
-        try:
-            reader(path)
-        except (MgqError, ValueError, AttributeError, OSError) as error:
-            found.append(f"{path.relative_to(folder)}: {error}")
+def sizes_in(folder: Path) -> set[tuple[Path, int]]:
+    """The half-written files and their sizes in bytes; those that go away meanwhile are left out."""
+    found = set()
+    for path in parts_in(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_size))
     return found
 
 
-def new_folder(root: Path, given: Path, number: int) -> Path:
-    folder = root / str(number)
-    folder.mkdir()
-    if given.exists():
-        shutil.copytree(given, folder / "given")
-    return folder
+def readable(path: Path) -> bool:
+    """Whether the reader of files of that name takes ``path``."""
+    import cv2
+
+    from mgq.engine.recipe import read_changes
+    from mgq.engine.training_state import read_training_state
+    from mgq.errors import MgqError
+    from mgq.files.onnx_file import read_onnx
+    from mgq.files.sealed import read_sealed
+    from mgq.zoo.weights import read_weights
+
+    try:
+        if path.name == "last.safetensors":
+            read_training_state(path)
+        elif path.suffix == ".safetensors":
+            read_weights(path)
+        elif path.suffix == ".onnx":
+            read_onnx(path)
+        elif path.suffix == ".megengine":
+            read_sealed(path)
+        elif path.suffix == ".toml":
+            read_changes(path)
+        elif path.suffix == ".jsonl":
+            return all(json.loads(line) for line in path.read_text().splitlines())
+        elif path.suffix == ".png":
+            return cv2.imread(str(path)) is not None
+        elif path.suffix == ".bin":
+            return path.read_bytes() == CONTENT
+    except (MgqError, ValueError):
+        return False
+    return True
 
 
-def prepared(root: Path) -> Path:
-    """A folder with a float network and a calibrated one."""
-    made = root / "made"
-    made.mkdir()
-    done((*MGQ, "train", *SMALL), made)
-    done((*MGQ, "calibrate", "--images", "16"), made)
-    given = root / "given"
-    given.mkdir()
-    shutil.copy(made / f"runs/{ARCH}.normal/checkpoint.safetensors", root / FLOAT)
-    shutil.copy(made / f"runs/{ARCH}.calibration/checkpoint.safetensors", given / "calibrated.safetensors")
-    return given
+def unreadable_in(folder: Path) -> list[str]:
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".part"
+    )
+    return [str(path.relative_to(folder)) for path in files if not readable(path)]
 
 
-def tallied(work: Work, kills: int, root: Path, given: Path, order: random.Random) -> Tally:
-    whole = new_folder(root, given, 0)
-    seconds = done(work.command, whole)
-    expected = (whole / work.product).read_bytes()
-    tally = Tally()
-    for number in range(1, kills + 1):
-        folder = new_folder(root, given, number)
-        after_s = None if number % 2 else order.uniform(0.2, 0.95) * seconds
-        tally.too_late += not killed(work, folder, after_s)
-        tally.kills += 1
-        bad = unreadable(folder)
-        for line in bad:
-            print(f"  unreadable after a kill: {line}", flush=True)
-        tally.unreadable += len(bad)
-        again = work.again(folder)
-        tally.resumed += again is not work.command
-        done(again, folder)
-        tally.same += (folder / work.product).read_bytes() == expected
-        tally.left_over += len(half_written(folder))
-        shutil.rmtree(folder)
-    shutil.rmtree(whole)
-    return tally
+def next_words(command: Command, folder: Path) -> tuple[str, ...]:
+    return command.resume if command.state and (folder / command.state).is_file() else command.words
+
+
+def killed(command: Command, folder: Path, moment: float | None) -> bool:
+    """Start ``command`` and kill it ``moment`` seconds later, or as soon as it writes; False where it ended before."""
+    before = sizes_in(folder)
+    child = started(next_words(command, folder), folder)
+    end = time.monotonic() + (LONGEST if moment is None else moment)
+    while child.poll() is None and time.monotonic() < end:
+        if moment is None and sizes_in(folder) - before:
+            break
+        time.sleep(0.001)
+    was_running = child.poll() is None
+    child.kill()
+    child.wait()
+    return was_running
+
+
+def ended(command: Command, folder: Path) -> str:
+    """Let ``command`` end. What went wrong, or ''."""
+    child = started(next_words(command, folder), folder)
+    try:
+        code = child.wait(LONGEST)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        return f"hangs for {LONGEST:.0f} s"
+    return f"exit code {code}: {(folder / 'said.txt').read_text()[-300:]}" if code else ""
+
+
+class Bench:
+    """Folders of commands under ``root``, and what each command makes when nobody disturbs it."""
+
+    def __init__(self, root: Path, all_commands: Sequence[Command]) -> None:
+        self.root = root
+        self.commands = {command.name: command for command in all_commands}
+        self.counts = {command.name: Count() for command in all_commands}
+        self._made: dict[str, bytes] = {}
+        self._folders = 0
+
+    def folder_for(self, command: Command) -> Path:
+        """A new folder with what ``command`` needs."""
+        self._folders += 1
+        folder = self.root / str(self._folders)
+        folder.mkdir()
+        for name in command.needs:
+            (folder / name).write_bytes(self.made_by(self.commands[MAKERS[name]]))
+        return folder
+
+    def made_by(self, command: Command) -> bytes:
+        """The file that ``command`` ends with, undisturbed. Notes how long it takes."""
+        if command.name not in self._made:
+            folder = self.folder_for(command)
+            began = time.monotonic()
+            trouble = ended(command, folder)
+            self.counts[command.name].seconds = time.monotonic() - began
+            if trouble:
+                raise SystemExit(f"{command.name}, undisturbed: {trouble}")
+            self._made[command.name] = (folder / command.made).read_bytes()
+            shutil.rmtree(folder)
+        return self._made[command.name]
+
+
+def one_round(command: Command, folder: Path, chain: int, wanted: bytes, rng: random.Random, count: Count) -> None:
+    """Kill ``command`` up to ``chain`` times, then let it end."""
+    for _ in range(chain):
+        moment = None if rng.random() < 0.5 else rng.uniform(0, count.seconds)
+        if not killed(command, folder, moment):
+            break
+        count.kills += 1
+        count.unreadable += unreadable_in(folder)
+    trouble = ended(command, folder)
+    count.ends += 1
+    count.unreadable += unreadable_in(folder)
+    count.left += len(parts_in(folder))
+    if trouble:
+        count.troubles.append(trouble)
+    elif (folder / command.made).read_bytes() == wanted:
+        count.same += 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    wanted = parser.parse_args()
-    import_megengine(debug=False)
-    order = random.Random(wanted.seed)
-    start = time.monotonic()
-    sound, total = True, 0
-    with tempfile.TemporaryDirectory(prefix="mgq-faults-") as name, served() as url:
-        root = Path(name)
-        given = prepared(root)
-        every = works(url)
-        weights = sum(work.weight for work in every)
-        columns = ("kills", "too late", "resumed", "same bits", "unreadable", "left over")
-        print(f"{'killed':18s}" + "".join(f"{column:>11s}" for column in columns), flush=True)
-        for work in every:
-            tally = tallied(work, -(-wanted.kills * work.weight // weights), root, given, order)
-            total += tally.kills - tally.too_late
-            sound &= tally.same == tally.kills and not tally.unreadable and not tally.left_over
-            print(f"{work.name:18s}" + "".join(f"{count:11d}" for count in vars(tally).values()), flush=True)
-    print(
-        f"{total} kills in the middle of work (too late: it had ended before). Resumed: taken up where it was, the\n"
-        "others begun anew. Left over: half-written files that are still there in the end.\n"
-        f"Drawn pictures, {ARCH}, seed {wanted.seed}; {(time.monotonic() - start) / 60:.0f} minutes"
-    )
-    sys.exit(0 if sound else 1)
+    parser.add_argument("--chain", type=int, default=1, help="kills before a command may end")
+    parser.add_argument("--only", nargs="+", help="names of commands, as the table has them; all by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round later than this")
+    given = parser.parse_args()
+    rng, began = random.Random(given.seed), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mgq-faults-") as name, slow_server() as url:
+        bench = Bench(Path(name), commands(url))
+        counts = bench.counts
+        for command in itertools.cycle(bench.commands[name] for name in given.only or bench.commands):
+            left = given.kills - sum(count.kills for count in counts.values())
+            if left <= 0 or time.monotonic() - began > given.seconds:
+                break
+            wanted, folder = bench.made_by(command), bench.folder_for(command)
+            one_round(command, folder, min(given.chain, left), wanted, rng, counts[command.name])
+            shutil.rmtree(folder)
+            print(f"{command.name}: {counts[command.name]}", file=sys.stderr, flush=True)
+    print_table(counts)
+    if sum(count.kills for count in counts.values()) < given.kills:
+        print(f"stopped by --seconds before {given.kills} kills")
+    sys.exit(0 if all(count.fine for count in counts.values()) else 1)
+
+
+def print_table(counts: dict[str, Count]) -> None:
+    print(f"{'command':16}{'seconds':>8}{'kills':>7}{'ended':>7}{'same bits':>11}{'unreadable':>12}{'left-over':>11}")
+    for name, count in counts.items():
+        print(
+            f"{name:16}{count.seconds:8.1f}{count.kills:7}{count.ends:7}{count.same:11}"
+            f"{len(count.unreadable):12}{count.left:11}"
+        )
+    print(f"{'all':16}{'':8}{sum(count.kills for count in counts.values()):7}")
+    for name, count in counts.items():
+        for trouble in (*count.unreadable, *count.troubles):
+            print(f"{name}: {trouble}")
 
 
 if __name__ == "__main__":
