@@ -231,6 +231,13 @@ def test_progress_is_in_bytes_and_ends_at_the_size(shelf: Shelf, tmp_path: Path)
     assert len(seen) > 2
 
 
+def test_what_a_killed_download_left_of_its_mark_is_taken_away(shelf: Shelf, tmp_path: Path) -> None:
+    left = tmp_path / ".weights.bin.part.json.1-0123456789abcdef.part"
+    left.touch()
+    assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
+    assert not left.exists()
+
+
 def test_a_file_that_rotted_in_the_cache_is_noticed_and_fetched_again(shelf: Shelf, tmp_path: Path) -> None:
     path = download(shelf.source(), tmp_path, patience=QUICK)
     path.write_bytes(b"\xff" + CONTENT[1:])  # of the right size

@@ -24,6 +24,7 @@ from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import (
     ensure_writable_folder,
     put_in_place,
+    drop_abandoned,
     write_error,
     write_text_atomically,
     writing,
@@ -245,6 +246,7 @@ class _Transfer:
         with writing(self.path, _OTHER_CACHE):
             put_in_place(self.part, self.path)
             self.origin.unlink(missing_ok=True)
+            drop_abandoned(self.origin)
 
     def _complete_part(self) -> None:
         """Asks until the part is whole, each time going on where the last try ended."""
