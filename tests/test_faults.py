@@ -145,11 +145,11 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_folder_and_the_workers(t
 
 
 def test_the_listing_of_pictures_tells_another_size_and_another_name(tmp_path: Path) -> None:
-    (tmp_path / "kind").mkdir()
-    for name in ("a.png", "b.png"):
-        (tmp_path / "kind" / name).write_bytes(name.encode())
+    for name in ("kind/a.png", "kind/b.png", "other/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
     before = listing_of(evaluation_folder(tmp_path))
-    assert before["pictures"] == 2 and listing_of(evaluation_folder(tmp_path)) == before
+    assert before["pictures"] == 3 and listing_of(evaluation_folder(tmp_path)) == before
     (tmp_path / "kind" / "b.png").write_bytes(b"longer than before")
     longer = listing_of(evaluation_folder(tmp_path))
     (tmp_path / "kind" / "b.png").rename(tmp_path / "kind" / "c.png")
