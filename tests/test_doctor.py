@@ -10,7 +10,7 @@ import pytest
 
 from mgq.bench import doctor
 from mgq.bench.doctor import Check, Diagnosis, State, checks
-from mgq.bench.environment import cgroup_cores, cgroup_memory
+from mgq.engine.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
 

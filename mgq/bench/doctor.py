@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgq.bench.environment import cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory, usable_cores
+from mgq.engine.environment import cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory, usable_cores
 from mgq.errors import MgqError, printable
 from mgq.machine import package_version
 
@@ -130,7 +130,7 @@ assert read_picture(bundled_cat()).ndim == 3
 ONEDNN = "from mgq.engine.fast_grad.onednn import library; library()"
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
-from mgq.bench.environment import this_machine
+from mgq.engine.environment import this_machine
 from mgq.bench.peak import compiled, instruction_for
 from mgq.bench.settings import Precision
 instruction = instruction_for(Precision.INT8, this_machine().features)

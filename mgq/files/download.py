@@ -22,9 +22,9 @@ from urllib.parse import urljoin
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import (
+    drop_abandoned,
     ensure_writable_folder,
     put_in_place,
-    drop_abandoned,
     write_error,
     write_text_atomically,
     writing,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mgq.bench.engines import Entrant
-from mgq.bench.environment import Machine, this_machine
 from mgq.data.datasets import subset
+from mgq.engine.environment import Machine, this_machine
 from mgq.engine.networks import versions
 from mgq.engine.page import checked_page
 from mgq.engine.runs import Metrics

@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgq.data.datasets import Dataset, ImageFolder
+from mgq.data.datasets import Dataset, ImageFolder, without_subset
 from mgq.engine.calibration import RANGES_FILE
-from mgq.engine.calibration_data import without_spread
 from mgq.engine.evaluate import evaluation_data
 from mgq.engine.networks import RUN_CHECKPOINT
 from mgq.engine.runs import LAST, METRICS, RECIPE, Metrics, read_metrics
@@ -213,4 +212,4 @@ def pictures_of(run: Run, data: Path | None, on_progress: OnProgress = silent) -
     alone = isinstance(pictures, ImageFolder) and not (pictures.folder.parent / "train").is_dir()
     if not (alone and isinstance(seen, int) and 0 < seen < len(pictures) == of):
         return pictures, ""
-    return without_spread(pictures, seen), f"{seen} pictures on which the ranges were measured are left out"
+    return without_subset(pictures, seen), f"{seen} pictures on which the ranges were measured are left out"

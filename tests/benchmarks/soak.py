@@ -191,7 +191,7 @@ def main() -> None:
     for name, default in (("inferences", 10_000), ("steps", 2_000), ("pictures", 10_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     wanted = parser.parse_args()
-    import_megengine(debug=False)
+    import_megengine()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mgq-soak-") as name:
         folder = Path(name)
