@@ -22,7 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import prefer_fast_kernels, wait_without_spinning
+from mgq.machine import prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
     from mgq.engine.analysis import analyze as analyze
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weights import load_weights as load_weights
 
+prefer_exact_kernels()
 prefer_fast_kernels()
 wait_without_spinning()
 

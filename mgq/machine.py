@@ -27,6 +27,8 @@ CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
+ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+ONEDNN_EXACT = "AVX512_CORE_VNNI"
 
 
 def package_version(package: str) -> str | None:
@@ -45,6 +47,16 @@ def wait_without_spinning() -> None:
     It is read when the first tensor is made. A value that the user has set stays.
     """
     os.environ.setdefault(SPIN_VARIABLE, "1")
+
+
+def prefer_exact_kernels() -> None:
+    """Keep OpenVINO's oneDNN from AMX: with it (2025.4.1 and 2026.4.1) convolutions in groups give wrong integers.
+
+    It is read when the first kernel is made. A value that the user has set stays.
+    """
+    with contextlib.suppress(OSError):
+        if b"amx_int8" in CPU_INFO.open("rb").read(4096):
+            os.environ.setdefault(ONEDNN_VARIABLE, ONEDNN_EXACT)
 
 
 def prefer_fast_kernels() -> None:

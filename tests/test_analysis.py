@@ -282,7 +282,7 @@ def test_float_weights_without_ranges_are_sent_to_calibration(mgq: Mgq, made: Pa
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--images", "0"], "at least 1 picture"),
+        (["--images", "0"], "--images 0"),
         (["--worst", "0"], "--worst 0"),
         (["-d", "no-such-folder"], "no-such-folder"),
         (["no-such-file.jpg"], "no-such-file.jpg"),

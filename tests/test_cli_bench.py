@@ -119,7 +119,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Setti
     assert "more than this machine's" in refused("--threads", "100000")
     assert "did you mean resnet18" in refused("-a", "resnet81")
     assert "--threads many is no number" in refused("--threads", "many")
-    assert "choose latency or throughput" in refused("--mode", "fast")
+    assert "choose latency, throughput" in refused("--mode", "fast")
     assert "there is no such file" in refused("--against", str(tmp_path / "none.onnx"))
     assert "let it end in .png or .svg" in refused("--plot", str(tmp_path / "plot.gif"))
     assert refused("--train", "--against", "a.onnx").startswith("--train measures float and qat")

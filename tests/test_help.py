@@ -98,7 +98,8 @@ def test_completion_imports_neither_megengine_nor_numpy() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_scripts_of_every_shell_are_shown(mgq: Mgq, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
-    said = mgq("--show-completion", shell)
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, f"/bin/{shell}"))
+    said = mgq("--show-completion")
     assert said.code == 0 and "_MGQ_COMPLETE" in said.out and said.err == ""
 
 

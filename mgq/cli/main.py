@@ -105,6 +105,8 @@ def run() -> None:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
+        if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
+            sys.exit(failed("which shell this is cannot be told: type it in the shell that is to complete", 2))
         code = failed(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -34,16 +34,16 @@ def report(
     save: Save = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about a run: accuracy, training, changed answers, engines.
+    """Write one HTML page about a run.
 
-    The networks are measured anew, on the pictures that the run was measured on or those of -d. The page needs no other
-    file and no network, so it can be kept and sent.
+    It shows accuracy, training, changed answers and engines. The networks are measured anew, on the pictures that the
+    run was measured on or those of -d. The page needs no other file and no network, so it can be kept and sent.
 
     \b
     Examples:
       mgq report
       mgq report resnet18.qat -d flowers
-      mgq report runs/efficientnet_lite0.calibration -o report.html --limit 200 --no-engines
+      mgq report efficientnet_lite0.calibration --limit 200 --no-engines
     """
     from mgq.cli.console import import_megengine, progress
 

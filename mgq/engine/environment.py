@@ -24,7 +24,7 @@ FEATURES = {
     "sve": "Arm SVE",
 }
 # The beginnings of the names of variables that change how fast the engines and their libraries are.
-VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "OPENBLAS_")
+VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_")
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 
