@@ -232,7 +232,9 @@ def test_progress_is_in_bytes_and_ends_at_the_size(shelf: Shelf, tmp_path: Path)
 
 
 def test_what_a_killed_download_left_of_its_mark_is_taken_away(shelf: Shelf, tmp_path: Path) -> None:
-    left = tmp_path / ".weights.bin.part.json.1-0123456789abcdef.part"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f".weights.bin.part.json.{gone.pid}-0123456789abcdef.part"
     left.touch()
     assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
     assert not left.exists()
