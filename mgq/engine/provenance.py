@@ -6,7 +6,6 @@ import hashlib
 import os
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mgq.data.datasets import Dataset
 from mgq.data.loader import cores
 from mgq.engine.environment import this_machine
 from mgq.engine.networks import versions
+from mgq.machine import package_version
 
 PACKAGES = ("opencv-python", "onednn-cpu-gomp", "numba", "llvmlite", "scipy", "safetensors", "pillow")
 
@@ -23,7 +23,7 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
     machine = this_machine()
     return {
         "command": shlex.join(["mgq", *sys.argv[1:]]),
-        "versions": {**versions(), **{name: found for name in PACKAGES if (found := _version(name))}},
+        "versions": {**versions(), **{name: found for name in PACKAGES if (found := package_version(name))}},
         "cpu": machine.cpu,
         "instructions": list(machine.features),
         "usable_cores": machine.usable_cores,
@@ -54,10 +54,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

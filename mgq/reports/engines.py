@@ -17,6 +17,7 @@ from mgq.bench.contest import Contestant, Entry, Loaded, contest
 from mgq.bench.engines import ENGINES, Entrant, Job
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
+from mgq.data.datasets import evenly
 from mgq.data.loader import cores
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.evaluate import Evaluation
@@ -155,8 +156,7 @@ def row_of(entry: Entry) -> Row:
 def shared_crops(classifier: Classifier, found: Measured) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """uint8 (N, 3, S, S): pictures that were measured, evenly spread; and their numbers in the dataset."""
     all_of_them = found.last.indices
-    number = min(PICTURES, len(all_of_them))
-    indices: list[int] = all_of_them[np.arange(number) * len(all_of_them) // number].tolist()
+    indices: list[int] = all_of_them[evenly(len(all_of_them), PICTURES)].tolist()
     crops: Sequence[Pixels] = crops_at(classifier, found.pictures, indices)
     return to_batch(crops), indices
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.files.onnx_file import OnnxFile
 
 
 class Runtime(Protocol):
@@ -48,6 +49,28 @@ class FileRuntime(Runtime, Protocol):
     def batch(self) -> int | None: ...
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
+
+
+class OfOnnxFile:
+    """What a :class:`FileRuntime` says of itself that has an ``.onnx`` file loaded."""
+
+    file: OnnxFile
+
+    @property
+    def batch(self) -> int | None:
+        return self.file.shape[0]
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self.file.about
+
+    @property
+    def takes(self) -> tuple[int | None, ...]:
+        return self.file.shape
+
+    @property
+    def classes(self) -> int:
+        return self.file.classes
 
 
 def cannot_run(engine: Runtime, path: Path, error: Exception) -> InputError:

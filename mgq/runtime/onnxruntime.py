@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.files.onnx_file import imported, read_onnx
-from mgq.runtime.base import cannot_run, checked_threads
+from mgq.runtime.base import OfOnnxFile, cannot_run, checked_threads
 
 
-class OnnxRuntime:
+class OnnxRuntime(OfOnnxFile):
     """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
 
     Raises InputError as :func:`mgq.files.onnx_file.read_onnx` does, for more threads than cores and for pictures of
@@ -54,22 +53,6 @@ class OnnxRuntime:
         """All that the file gives for ``batch``, by name."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, {self.file.input: fed(batch, self.file.type)}), strict=True))
-
-    @property
-    def batch(self) -> int | None:
-        return self.file.shape[0]
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        return self.file.about
-
-    @property
-    def takes(self) -> tuple[int | None, ...]:
-        return self.file.shape
-
-    @property
-    def classes(self) -> int:
-        return self.file.classes
 
 
 def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.files.onnx_file import imported, read_onnx
-from mgq.runtime.base import cannot_run, checked_threads
+from mgq.runtime.base import OfOnnxFile, cannot_run, checked_threads
 from mgq.runtime.onnxruntime import fed
 
 
-class OpenVino:
+class OpenVino(OfOnnxFile):
     """An ``.onnx`` file in OpenVINO. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
 
     Raises InputError as :func:`mgq.files.onnx_file.read_onnx` does, for more threads than cores and for pictures of
@@ -55,19 +54,3 @@ class OpenVino:
         """All that the file gives for ``batch``, by name."""
         answers = self.request.infer({0: fed(batch, self.file.type)})
         return {output.get_any_name(): np.array(answers[output]) for output in self.network.outputs}
-
-    @property
-    def batch(self) -> int | None:
-        return self.file.shape[0]
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        return self.file.about
-
-    @property
-    def takes(self) -> tuple[int | None, ...]:
-        return self.file.shape
-
-    @property
-    def classes(self) -> int:
-        return self.file.classes
