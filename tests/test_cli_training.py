@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
+from mgq.files.download import sha256_of
 from tests.conftest import Mgq, one_line_about, smooth_pictures, the_error, write_pictures
 
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -49,12 +50,28 @@ def test_qat_as_json_begins_with_the_newest_run_and_serves_eval(mgq: Mgq, recipe
     assert evaluated["top1"] == pytest.approx(body["comparison"]["quantized"]["top1"])
 
 
+FLOAT = ("-c", f"runs/{ARCH}.normal/checkpoint.safetensors")
+
+
 def test_calibrate_compares_the_modes_on_the_pictures_of_the_run(mgq: Mgq, recipe: Path) -> None:
     assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
     said = mgq("calibrate", "--images", "8", "--method", "min-max")
     assert said.code == 0 and "fake-quantized" in said.out and "synthetic pictures" in said.out
     body = json.loads(mgq("calibrate", "--images", "8", "--method", "mse", "--json", "--limit", "5").out)
     assert body["pictures"] == 8 and body["method"] == "mse" and body["comparison"]["images"] == 5
+
+
+def test_calibrate_and_dump_give_the_same_bits_again(mgq: Mgq, recipe: Path, tmp_path: Path) -> None:
+    assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
+    made = []
+    for workers in ("1", "2"):
+        assert mgq("calibrate", "--images", "8", "-w", workers, *FLOAT).code == 0
+        files = [tmp_path / "runs" / f"{ARCH}.calibration" / "checkpoint.safetensors"]
+        for form in ("megengine", "onnx"):
+            files.append(tmp_path / f"net.{form}")
+            assert mgq("dump", "-c", files[0], "-o", files[-1], "--format", form).code == 0
+        made.append([sha256_of(path) for path in files])
+    assert made[0] == made[1]
 
 
 def test_calibrate_measures_on_pictures_that_it_did_not_use(mgq: Mgq, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from mgq.data.datasets import evaluation_folder
@@ -70,6 +72,27 @@ def test_sigterm_ends_another_verb_by_one_line(tmp_path: Path) -> None:
     assert not half_written(tmp_path)
 
 
+def test_a_picture_that_disappears_while_training_is_named_and_replaced(tmp_path: Path) -> None:
+    for part, number in (("train", 12), ("val", 2)):
+        for kind in ("blue", "red"):
+            for index in range(number):
+                path = tmp_path / "set" / part / kind / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), np.full((40, 40, 3), (200, 9 * index, 40 if kind == "red" else 90), np.uint8))
+    words = ("-a", ARCH, "-d", "set", "--from-scratch", "--image-size", "32", "--batch-size", "8", "-w", "1")
+    child = started("train", tmp_path, *words, *LONG, "--max-bad", "0.1")
+    metrics = tmp_path / "runs" / f"{ARCH}.normal" / "metrics.jsonl"
+    waited_for(lambda: lines_of(metrics) >= 1, child)
+    (tmp_path / "set" / "train" / "red" / "5.png").unlink()
+    before = lines_of(metrics)
+    waited_for(lambda: lines_of(metrics) >= before + 3, child)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130 and lines_of(metrics) >= before + 3, err
+    named = [line for line in err.splitlines() if "5.png" in line]
+    assert len(named) == 1 and "red" in named[0] and "Traceback" not in err
+
+
 def catches_sigterm(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -91,7 +114,13 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
 
 
 @pytest.mark.parametrize(
-    "words", [("train", *TRAINING, "--epochs", "1", "-s", "disk"), ("dump", "-o", "disk/cat.megengine")]
+    "words",
+    [
+        ("train", *TRAINING, "--epochs", "1", "-s", "disk"),
+        ("calibrate", "-a", "efficientnet_lite0", "--data-free", "-s", "disk"),
+        ("dump", "-o", "disk/cat.megengine"),
+        ("dump", "--format", "onnx", "--check", "none", "-o", "disk/cat.onnx"),
+    ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     tmp_path: Path, small_disk: Path, words: tuple[str, ...]
@@ -104,7 +133,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize(
-    "words", [("train", *TRAINING, "--epochs", "1", "-s", "closed/runs"), ("dump", "-o", "closed/cat.megengine")]
+    "words",
+    [
+        ("train", *TRAINING, "--epochs", "1", "-s", "closed/runs"),
+        ("calibrate", "-a", "efficientnet_lite0", "--data-free", "-s", "closed/runs"),
+        ("dump", "-o", "closed/cat.megengine"),
+        ("analyze", "--html", "closed/cat.html"),
+        ("bench", "--json", "closed/speed.json"),
+    ],
 )
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, words: tuple[str, ...]) -> None:
     closed = tmp_path / "closed"

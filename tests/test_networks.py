@@ -30,9 +30,11 @@ from mgq.engine.networks import (
     versions,
 )
 from mgq.engine.predict import BATCH, answers, best, crops_of
+from mgq.engine.provenance import read_environment
 from mgq.errors import InputError
 from mgq.events import Progress
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.files.download import sha256_of
 from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.ranges import read_ranges
@@ -340,6 +342,13 @@ class TestCalibration:
         pictures = smooth_pictures(2)
         again = open_classifier(checkpoint=path, ranges=found.ranges).logits(pictures)
         assert np.array_equal(again, open_classifier(checkpoint=path).logits(pictures))
+
+    def test_its_folder_says_what_the_bits_depend_on(self, run: Run, tmp_path: Path) -> None:
+        path = run.found.write(tmp_path)
+        told = read_environment(path.parent)
+        assert told["checkpoint_sha256"] == sha256_of(path)
+        assert told["weights"]["sha256"] == fingerprint(trio_of(SHUFFLE).normal_state)
+        assert told["pictures"]["pictures"] == 6 and "megengine" in told["processes"][0]["versions"]
 
     def test_what_is_written_gives_the_int8_network_to_the_bit(self, run: Run, tmp_path: Path) -> None:
         path = run.found.write(tmp_path / "runs")

@@ -19,6 +19,7 @@ from mgq.bench.engines import ENGINES, Entrant, Job
 from mgq.data.datasets import evaluation_folder
 from mgq.engine.evaluate import Evaluation, evaluate
 from mgq.engine.networks import open_classifier
+from mgq.engine.provenance import write_environment
 from mgq.errors import InputError
 from mgq.quant.modes import Mode
 from mgq.quant.targets import ONNX
@@ -181,6 +182,9 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
     later = written.run.checkpoint.stat().st_mtime + 60
     os.utime(origin, (later, later))
     assert "trained anew since" in words_of(report(run, engines=False))
+    assert written.run.command == "mgq calibrate"
+    write_environment(run, {"processes": [{"command": "mgq calibrate -d 'my set'"}]})
+    assert report(run, engines=False).run.command == "mgq calibrate -d 'my set'"
 
 
 # ---- engines ----

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ from mgq.data.datasets import Dataset, evenly, subset
 from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
-from mgq.engine.networks import (
-    RUN_CHECKPOINT,
-    Classifier,
-    versions,
-)
+from mgq.engine.networks import RUN_CHECKPOINT, Classifier, versions
 from mgq.engine.predict import BATCH, batched, crops_of
+from mgq.engine.provenance import listing_of, this_process, write_environment
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.atomic import ensure_writable_folder, write_text_atomically
+from mgq.files.download import sha256_of
 from mgq.quant.calibrate import (
     LAYERWISE_PICTURES,
     as_input,
@@ -56,13 +54,19 @@ class Calibration:
     classifier: Classifier
     used: int
     problems: tuple[str, ...]
+    beginning: Mapping[str, Any] = field(default_factory=dict)
+    """The weights and pictures that it began with, by their SHA-256."""
 
     def write(self, save: Path) -> Path:
-        """Write checkpoint and ranges to ``<save>/<arch>.calibration``; the checkpoint's path."""
+        """Write checkpoint, ranges and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's
+        path."""
         folder = ensure_writable_folder(save / f"{self.classifier.spec.name}.calibration")
+        path = folder / RUN_CHECKPOINT
         self.write_ranges(folder / RANGES_FILE)
-        self.classifier.write_checkpoint(folder / RUN_CHECKPOINT)
-        return folder / RUN_CHECKPOINT
+        self.classifier.write_checkpoint(path)
+        made = {"processes": [this_process()], "checkpoint_sha256": sha256_of(path)}
+        write_environment(folder, {**self.beginning, **made})
+        return path
 
     def write_ranges(self, path: Path) -> None:
         write_text_atomically(path, self.ranges.to_json())
@@ -94,7 +98,8 @@ def calibrated(
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
     wanted = pictures_used(ways[0].method, images)
-    chosen = spread(sources, wanted) if isinstance(sources, Sequence) else sources_of(subset(sources, wanted))
+    few = spread(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
+    chosen = few if isinstance(few, Sequence) else sources_of(few)
     # Equalization looks at the first: they should be of all kinds.
     order = np.random.default_rng(0).permutation(len(chosen))
     pictures = Pictures(classifier, [chosen[i] for i in order], on_progress)
@@ -141,7 +146,8 @@ def calibrated(
     if way.compensate:
         ranges = replace(ranges, weights=fingerprint(network.state_dict()))
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    return Calibration(ranges, found, pictures.used, tuple(pictures.problems))
+    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
+    return Calibration(ranges, found, pictures.used, tuple(pictures.problems), beginning)
 
 
 def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
@@ -151,7 +157,10 @@ def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGI
     network, ranges = data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
     refuse_incomplete(network, ranges)
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    return Calibration(replace(ranges, weights=fingerprint(network.state_dict())), found, 0, ())
+    weights = fingerprint(classifier.network.state_dict())
+    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of([])}
+    ranges = replace(ranges, weights=fingerprint(network.state_dict()))
+    return Calibration(ranges, found, 0, (), beginning)
 
 
 def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:

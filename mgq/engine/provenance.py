@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mgq.data.datasets import Dataset
 from mgq.data.loader import cores
+from mgq.data.sources import Source
 from mgq.engine.environment import this_machine
 from mgq.engine.networks import versions
+from mgq.files.atomic import write_text_atomically
 from mgq.machine import package_version
 
+ENVIRONMENT = "environment.json"
 PACKAGES = ("opencv-python", "onednn-cpu-gomp", "numba", "llvmlite", "scipy", "safetensors", "pillow")
 
 
@@ -22,7 +27,7 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
     """The command, the versions of all that computes, and the processor; ``workers`` are the threads asked for."""
     machine = this_machine()
     return {
-        "command": shlex.join(["mgq", *sys.argv[1:]]),
+        "command": command_line(),
         "versions": {**versions(), **{name: found for name in PACKAGES if (found := package_version(name))}},
         "cpu": machine.cpu,
         "instructions": list(machine.features),
@@ -33,19 +38,47 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
     }
 
 
-def listing_of(dataset: Dataset) -> dict[str, Any]:
-    """How many pictures ``dataset`` has, and the SHA-256 of their names with class folders and sizes in bytes.
+def command_line() -> str:
+    """What was typed, ready for a shell; of another program than mgq its own name and words."""
+    program = Path(sys.argv[0])
+    return shlex.join(["mgq" if program.stem in ("mgq", "__main__") else program.name, *sys.argv[1:]])
 
-    Drawn pictures follow from the recipe: they have no names, and the SHA-256 is None.
+
+def write_environment(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write ``found``, plain JSON, as what the bits in ``folder`` depend on."""
+    write_text_atomically(folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What :func:`write_environment` wrote to ``folder``; empty where that cannot be read."""
+    try:
+        found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def listing_of(pictures: Dataset | Sequence[Source]) -> dict[str, Any]:
+    """How many ``pictures`` there are, and the SHA-256 of their names with class folders and sizes in bytes.
+
+    Drawn pictures follow from the recipe, and standard input is read once: their SHA-256 is None.
     """
-    if not len(dataset) or not isinstance(dataset.picture(0), Path):
-        return {"pictures": len(dataset), "sha256": None}
+    paths: list[Path | None]
+    if isinstance(pictures, Sequence):
+        paths = [source.path for source in pictures]
+    elif len(pictures) and isinstance(pictures.picture(0), Path):
+        paths = [path if isinstance(path, Path) else None for path in map(pictures.picture, range(len(pictures)))]
+    else:
+        paths = [None] * len(pictures)
+    known = [path for path in paths if path is not None]
+    return {"pictures": len(paths), "sha256": digest_of(known) if known and len(known) == len(paths) else None}
+
+
+def digest_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for index in range(len(dataset)):
-        path = dataset.picture(index)
-        assert isinstance(path, Path)
+    for path in paths:
         digest.update(os.fsencode(f"{'/'.join(path.parts[-2:])}\0{_size(path)}\n"))
-    return {"pictures": len(dataset), "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _size(path: Path) -> int:

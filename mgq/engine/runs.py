@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.engine.curves import Mark, write_curves
 from mgq.engine.networks import RUN_CHECKPOINT
+from mgq.engine.provenance import ENVIRONMENT, read_environment, write_environment
 from mgq.engine.tensorboard import EventsFile
 from mgq.engine.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 LAST = "last.safetensors"
 RECIPE = "recipe.toml"
-ENVIRONMENT = "environment.json"
 LOG = "log.txt"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -112,14 +112,10 @@ class RunFolder:
 
     def note_environment(self, **changes: Any) -> None:
         """Keep ``changes``, plain JSON, with what else the bits of this run depend on. A list is added to one there."""
-        path = self.path / ENVIRONMENT
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
+        found = read_environment(self.path)
         for name, value in changes.items():
             found[name] = [*found.get(name, []), *value] if isinstance(value, list) else value
-        write_text_atomically(path, json.dumps(found, indent=2) + "\n")
+        write_environment(self.path, found)
 
     def write_state(self, state: TrainingState) -> None:
         write_training_state(self.last, state)

@@ -15,6 +15,7 @@ from mgq.data.datasets import Dataset, ImageFolder, without_subset
 from mgq.engine.calibration import RANGES_FILE
 from mgq.engine.evaluate import evaluation_data
 from mgq.engine.networks import RUN_CHECKPOINT
+from mgq.engine.provenance import read_environment
 from mgq.engine.runs import LAST, METRICS, RECIPE, Metrics, read_metrics
 from mgq.engine.training import FLOAT_START
 from mgq.engine.training_state import read_training_state
@@ -93,7 +94,7 @@ class Run:
     def command(self) -> str:
         """The command that does it again."""
         if self.kind == "calibration":
-            return str(self.provenance.get("made_by", f"mgq calibrate -a {self.weights.arch}"))
+            return typed_command(self.path) or str(self.provenance.get("made_by", f"mgq calibrate -a {self.info.arch}"))
         verb = "qat" if self.kind == "qat" else "train"
         start = f" -c {quoted(self.path / FLOAT_START)}" if self.kind == "qat" else ""
         return f"mgq {verb} --recipe {quoted(self.path / RECIPE)}{start}"
@@ -102,6 +103,14 @@ class Run:
         """Its files by name, with their bytes."""
         there = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
         return [(path.name, path.stat().st_size) for path in there]
+
+
+def typed_command(folder: Path) -> str:
+    """The ``mgq calibrate`` that made ``folder``, as its environment tells; empty where it does not."""
+    processes = read_environment(folder).get("processes")
+    last = processes[-1] if isinstance(processes, list) and processes else None
+    command = str(last.get("command", "")) if isinstance(last, dict) else ""
+    return command if command.startswith("mgq calibrate") else ""
 
 
 def quoted(path: Path) -> str:
