@@ -42,6 +42,18 @@ def test_help_says_what_a_verb_does_with_examples_that_parse(mgq: Mgq, verb: str
             pass
 
 
+def test_many_options_stand_in_groups_each_once(mgq: Mgq) -> None:
+    titles = re.findall(r"^(\w+):$", mgq("train", "--help").out, re.MULTILINE)
+    assert titles == ["Network", "Pictures", "Options", "Devices", "Output"]
+    for name, verb in verbs().items():
+        said = mgq(name, "--help").out
+        for parameter in verb.params:
+            if parameter.param_type_name == "option":
+                assert len(re.findall(rf"^  (-\w, )?{parameter.opts[-1]}\b(?!-)", said, re.MULTILINE)) == 1
+    group = re.search(r"^Network:\n(.*?)\n\n", mgq("calibrate", "--help").out, re.DOTALL | re.MULTILINE)
+    assert group is not None and "--arch" in group[1] and "--ranges" not in group[1]
+
+
 def test_all_verbs_are_listed_with_a_whole_sentence(mgq: Mgq) -> None:
     said = mgq("--help")
     for name in verbs():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.help import OWN
 from mgq.cli.values import ARCH, COUNT, LOAD, PIXELS
 from mgq.errors import FailureError, InputError
 
@@ -43,7 +44,10 @@ def bench(
     load: Annotated[
         str,
         typer.Option(
-            "--mode", click_type=LOAD, help="latency: one run at a time; throughput: one a thread, side by side."
+            "--mode",
+            click_type=LOAD,
+            rich_help_panel=OWN,
+            help="latency: one run at a time; throughput: one a thread, side by side.",
         ),
     ] = "latency",
     against: Annotated[

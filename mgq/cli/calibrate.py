@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgq.cli.help import OUTPUT
 from mgq.cli.options import (
     RUNS,
     Arch,
@@ -95,7 +96,11 @@ def calibrate(
     max_bad: MaxBad = 0.01,
     ranges_file: Annotated[
         Path | None,
-        typer.Option("--ranges", help="Write ranges for the float weights to this text file, too; implies --nearest."),
+        typer.Option(
+            "--ranges",
+            rich_help_panel=OUTPUT,
+            help="Write ranges for the float weights to this text file, too; implies --nearest.",
+        ),
     ] = None,
     about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = "",
     pretrained: Pretrained = False,

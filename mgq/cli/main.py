@@ -20,6 +20,7 @@ from mgq.cli.calibrate import calibrate
 from mgq.cli.doctor import doctor
 from mgq.cli.dump import dump
 from mgq.cli.eval import evaluate
+from mgq.cli.help import Verb
 from mgq.cli.infer import infer
 from mgq.cli.models import models
 from mgq.cli.report import report
@@ -53,7 +54,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name, cls=Verb)(verb)
 
 
 def shown_version(wanted: bool) -> None:

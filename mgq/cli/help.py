@@ -1,0 +1,60 @@
+"""How a verb's help is laid out: many options in groups, the most wanted first."""
+
+from __future__ import annotations
+
+import click
+import typer.core
+
+MOST_IN_ONE_LIST = 10
+WIDEST = 24
+"""Columns for the flags, before their texts; longer ones have a line of their own."""
+ARGUMENTS, OWN, DEVICES, OUTPUT = "Arguments", "Options", "Devices", "Output"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Network": (
+        *("--arch", "--checkpoint", "--mode", "--target", "--engine", "--pretrained", "--ranges", "--from-scratch"),
+        *("--new-head", "--classes", "--image-size", "--width", "--activation"),
+    ),
+    "Pictures": ("--data", "--image", "--images", "--limit", "--workers", "--jobs", "--max-bad"),
+    OWN: ("--help",),
+    DEVICES: ("--ngpus", "--nnodes", "--node-rank", "--master"),
+    OUTPUT: (
+        *("--save", "--output", "--html", "--json", "--markdown", "--plot", "--topk", "--worst", "--per-class"),
+        *("--confused", "--report-freq", "--tensorboard", "--about"),
+    ),
+}
+"""Which long options belong together, in this order, whatever the verb; the others are among its own.
+
+An option's ``rich_help_panel`` says otherwise."""
+_GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
+
+
+class Verb(typer.core.TyperCommand):
+    """A verb of ``mgq``, with its many options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        parameters = self.get_params(ctx)
+        grouped = sum(not is_argument(parameter) for parameter in parameters) > MOST_IN_ONE_LIST
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (ARGUMENTS, *GROUPS)}
+        for parameter in parameters:
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[title_of(parameter, grouped)].append(record)
+        flags = [first for title, records in sections.items() if title != ARGUMENTS for first, _ in records]
+        width = min(WIDEST, max(map(len, flags)))
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):  # one column for all of them
+                    formatter.write_dl([(first.ljust(width), text) for first, text in records], col_max=width)
+
+
+def title_of(parameter: click.Parameter, grouped: bool) -> str:
+    if is_argument(parameter):
+        return ARGUMENTS
+    if not grouped:
+        return OWN
+    own = getattr(parameter, "rich_help_panel", None)
+    return str(own) if own else next((_GROUP_OF[flag] for flag in parameter.opts if flag in _GROUP_OF), OWN)
+
+
+def is_argument(parameter: click.Parameter) -> bool:
+    return parameter.param_type_name == "argument"
