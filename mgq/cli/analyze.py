@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName
+from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName, ready_for
 from mgq.cli.values import COUNT
 from mgq.errors import printable
 
@@ -51,12 +51,14 @@ def analyze(
       mgq analyze -a efficientnet_lite0 --pretrained -d imagenet
       mgq analyze photos/ --html report.html --worst 20
     """
-    from mgq.cli.console import import_megengine, note, progress
+    from mgq.cli.console import note, progress
+    from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
 
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    import_megengine()
+    refuse_hopeless(expand(pictures or []))
+    ready_for(checkpoint)
     from mgq.engine import analysis
     from mgq.engine.analysis_page import write_page
     from mgq.engine.page import checked_page

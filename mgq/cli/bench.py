@@ -180,10 +180,13 @@ def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> R
     from mgq.bench.plot import checked_plot, write_plot
     from mgq.cli.console import import_megengine, progress
     from mgq.files.atomic import atomic_write
+    from mgq.files.onnx_file import read_onnx
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
         picture = stack.enter_context(atomic_write(checked_plot(plot))) if plot is not None else None
+        for path in settings.against:
+            read_onnx(path)
         import_megengine()
         from mgq.bench.benchmark import benchmark
 

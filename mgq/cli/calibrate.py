@@ -123,12 +123,14 @@ def calibrate(
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
     from mgq.cli.console import duration, note, out, progress
+    from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
 
     if data_free and (pictures or method or nearest or ranges_file is not None):
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
+    refuse_hopeless(expand(pictures or []))
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:

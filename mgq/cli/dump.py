@@ -22,6 +22,7 @@ from mgq.cli.options import (
     TargetName,
     Width,
     opened,
+    ready_for,
 )
 from mgq.cli.values import AT_LEAST_NONE, FORMAT, INPUT, Named
 from mgq.errors import InputError
@@ -96,9 +97,9 @@ def dump(
       mgq dump --format onnx
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
-    from mgq.cli.console import import_megengine, out, progress
+    from mgq.cli.console import out, progress
 
-    import_megengine()
+    ready_for(checkpoint)
     from mgq.engine.dump import opened_for
 
     with progress() as on_progress:

@@ -71,9 +71,11 @@ def infer(
     """
     from mgq.cli.console import err, note, progress
     from mgq.data.pictures import bundled_cat
-    from mgq.data.sources import expand
+    from mgq.data.sources import expand, refuse_hopeless
 
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
+    if not as_json:  # which tells of broken pictures in its document
+        refuse_hopeless(sources)
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(*words)

@@ -75,11 +75,27 @@ RUNS = Path("runs")
 
 def arch_at_hand(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
+    from mgq.cli.console import import_megengine
+
+    import_megengine()
     from mgq.engine.networks import newest_arch
     from mgq.quant.modes import Mode, parse_mode
 
     modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
     return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
+
+
+def ready_for(checkpoint: Path | None, deployed: bool = True) -> None:
+    """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
+
+    ``deployed`` says whether it may be a dumped file.
+    """
+    from mgq.cli.console import import_megengine
+    from mgq.files.admission import refuse_unreadable
+
+    if checkpoint is not None:
+        refuse_unreadable(checkpoint, deployed)
+    import_megengine()
 
 
 def opened(
@@ -95,10 +111,8 @@ def opened(
     target: str | None = None,
     engine: str | None = None,
 ) -> Classifier:
-    """The network that the shared options mean. Imports MegEngine, quietly unless in debug mode."""
-    from mgq.cli.console import import_megengine
-
-    import_megengine()
+    """The network that the shared options mean."""
+    ready_for(checkpoint)
     from mgq.engine.files import is_deployed, opened_file, with_engine
     from mgq.engine.networks import open_classifier
     from mgq.quant.modes import parse_mode

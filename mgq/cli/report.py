@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.options import RUNS, AsJson, LabelledData, Limit, Save
+from mgq.cli.options import RUNS, AsJson, LabelledData, Limit, Save, ready_for
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report
@@ -45,9 +45,9 @@ def report(
       mgq report resnet18.qat -d flowers
       mgq report efficientnet_lite0.calibration --limit 200 --no-engines
     """
-    from mgq.cli.console import import_megengine, progress
+    from mgq.cli.console import progress
 
-    import_megengine()
+    ready_for(checkpoint, deployed=False)
     from mgq.reports import report as reports
 
     with progress() as on_progress:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 from click import ParamType
 
-from mgq.cli.options import RUNS
+from mgq.cli.options import RUNS, ready_for
 from mgq.cli.values import (
     ARCH,
     AT_LEAST_NONE,
@@ -166,9 +166,12 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import import_megengine, note, out, progress
+    from mgq.cli.console import note, out, progress
+    from mgq.engine.recipe import read_changes
 
-    import_megengine()
+    if values["recipe"] is not None:
+        read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
+    ready_for(values["checkpoint"], deployed=False)
     from mgq.engine import training
     from mgq.engine.calls import request_of
     from mgq.engine.trainer import StoppedError

@@ -73,17 +73,17 @@ class Pixels(Number):
     """The side of a picture that a network can take."""
 
     MULTIPLE = 32
-    MOST = 4096
-    """A picture of that size is more than any of the networks makes anything of, and fits into memory."""
 
     def __init__(self) -> None:
         super().__init__(int)
 
     def checked(self, number: float, flag: str) -> float:
-        if self.MULTIPLE <= number <= self.MOST and number % self.MULTIPLE == 0:
+        from mgq.files.checkpoint import MOST_PIXELS
+
+        if self.MULTIPLE <= number <= MOST_PIXELS and number % self.MULTIPLE == 0:
             return number
-        near = min(self.MOST, max(self.MULTIPLE, round(number / self.MULTIPLE) * self.MULTIPLE))
-        wrong = "too large" if number > self.MOST else f"not a multiple of {self.MULTIPLE}"
+        near = min(MOST_PIXELS, max(self.MULTIPLE, round(number / self.MULTIPLE) * self.MULTIPLE))
+        wrong = "too large" if number > MOST_PIXELS else f"not a multiple of {self.MULTIPLE}"
         raise InputError(f"{flag} is {wrong if number > 0 else 'too small'}: {near} would do")
 
 

@@ -51,6 +51,12 @@ class Source:
         return read_picture(_standard_input() if self.path is None else self.path, self.name)
 
 
+def refuse_hopeless(sources: Sequence[Source]) -> None:
+    """Raises InputError where there is one source alone, a file, and no picture in it: before more is loaded for it."""
+    if len(sources) == 1 and sources[0].path is not None:
+        sources[0].read()
+
+
 def expand(arguments: Sequence[str]) -> list[Source]:
     """The pictures that ``arguments`` name, in their order, each once.
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from mgq.machine import CPU_INFO
+
 # What the kernel calls it -> what the world calls it: the instructions that int8 and fp32 speed depends on.
 FEATURES = {
     "avx": "AVX",
@@ -26,7 +28,6 @@ FEATURES = {
 # The beginnings of the names of variables that change how fast the engines and their libraries are.
 VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_")
 CGROUP = Path("/sys/fs/cgroup")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine that this runs on, as it is now."""
-    cpuinfo = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.is_file() else ""
+    cpuinfo = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
     return Machine(
         cpu=cpu_model(cpuinfo) or platform.processor() or platform.machine() or "unknown",
         features=cpu_features(cpuinfo),

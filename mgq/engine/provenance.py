@@ -17,10 +17,11 @@ from mgq.data.sources import Source
 from mgq.engine.environment import this_machine
 from mgq.engine.networks import versions
 from mgq.files.atomic import write_text_atomically
-from mgq.machine import package_version
+from mgq.machine import PACKAGES, package_version
 
 ENVIRONMENT = "environment.json"
-PACKAGES = ("opencv-python", "onednn-cpu-gomp", "numba", "llvmlite", "scipy", "safetensors", "pillow")
+BENEATH = ("llvmlite", "scipy", "safetensors", "pillow")
+"""What computes or reads besides the packages that `mgq --version` tells of."""
 
 
 def this_process(workers: int | None = None) -> dict[str, Any]:
@@ -28,7 +29,10 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
     machine = this_machine()
     return {
         "command": command_line(),
-        "versions": {**versions(), **{name: found for name in PACKAGES if (found := package_version(name))}},
+        "versions": {
+            **versions(),
+            **{name: found for name in (*PACKAGES.values(), *BENEATH) if (found := package_version(name))},
+        },
         "cpu": machine.cpu,
         "instructions": list(machine.features),
         "usable_cores": machine.usable_cores,

@@ -19,7 +19,7 @@ KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
 FORMAT = 1
 MOST_PIXELS = 4096
-"""On a side of what a network takes."""
+"""On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
 
 
 @dataclass(frozen=True)
