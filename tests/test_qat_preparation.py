@@ -26,7 +26,7 @@ from mgq.quant.qat import (
     Phase,
     SwitchableSyncMinMaxObserver,
     freeze_observers,
-    learned_scales,
+    learned_quantizers,
     observe,
     plain_qat,
     prepared_for_qat,
@@ -374,9 +374,9 @@ class TestPhases:
     def test_learned_scales_start_where_the_observers_were(self, observer: str) -> None:
         run = Run(observer)
         run.observe()
-        owned = [id(parameter) for parameter in learned_scales(run.network)]
+        owned = [id(quantizer.trained) for quantizer in learned_quantizers(run.network)]
         set_phase(run.network, Phase.QUANTIZE)
-        assert [id(parameter) for parameter in learned_scales(run.network)] == owned
+        assert [id(quantizer.trained) for quantizer in learned_quantizers(run.network)] == owned
         assert len(owned) == 8  # three convolutions twice, two sums
         for layer in (run.network.first, run.network.second, run.network.third, run.network.add):
             expected = layer.act_observer.get_qparams().scale.numpy()

@@ -76,6 +76,22 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
     new_run(tmp_path).close()
 
 
+def test_what_a_killed_process_left_half_written_is_taken_away(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with new_run(tmp_path) as run:
+        run.write_state(STATE)
+        dead = [run.path / f".{name}.{gone.pid}-0a1b.part" for name in ("float.safetensors", "last.safetensors")]
+        others = [run.path / f".log.txt.{os.getpid()}-0a1b.part", run.path / ".mine.part"]
+        for path in (*dead, *others):
+            path.write_text("half")
+    with RunFolder.open(tmp_path, "net", "normal") as run:
+        assert not any(path.exists() for path in dead) and all(path.exists() for path in others)
+    dead[0].write_text("half")
+    with new_run(tmp_path) as run:
+        assert run.kept is not None and not (run.kept / dead[0].name).exists()
+
+
 def test_opening_needs_a_state_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run .*net\.normal to resume"):
         RunFolder.open(tmp_path, "net", "normal")

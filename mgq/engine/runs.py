@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.engine.curves import Mark, write_curves
 from mgq.engine.networks import RUN_CHECKPOINT
-from mgq.engine.provenance import ENVIRONMENT, read_environment, write_environment
+from mgq.engine.provenance import read_environment, write_environment
 from mgq.engine.tensorboard import EventsFile
 from mgq.engine.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.files.append import append_whole, drop_torn_line
-from mgq.files.atomic import drop_abandoned, ensure_writable_folder, write_error, write_text_atomically, writing
+from mgq.files.atomic import drop_abandoned_in, ensure_writable_folder, write_error, write_text_atomically, writing
 from mgq.files.bounded import bytes_of
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ class RunFolder:
 
     def _mend(self) -> None:
         """Take away what a killed process left half written."""
-        for name in (RUN_CHECKPOINT, LAST, RECIPE, ENVIRONMENT, METRICS, CURVES):
-            drop_abandoned(self.path / name)
+        drop_abandoned_in(self.path)
         for name in (LOG, METRICS):
             drop_torn_line(self.path / name)
 
@@ -223,7 +222,8 @@ def _strict(value: Any) -> Any:
 
 
 def _moved_aside(path: Path) -> Path | None:
-    """Where what was at ``path`` lies now; None where there was nothing, or an empty folder."""
+    """Where what was at ``path`` lies now; None where there was nothing whole."""
+    drop_abandoned_in(path)
     with writing(path, _ELSEWHERE):
         if not path.is_dir() or not any(path.iterdir()):
             return None

@@ -126,10 +126,19 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 def drop_abandoned(path: Path) -> None:
     """Take away what processes that are no more left half written beside ``path``. Raises nothing."""
+    _drop_ownerless(path.parent, f".{glob.escape(path.name)}.*.part")
+
+
+def drop_abandoned_in(folder: Path) -> None:
+    """Take away what processes that are no more left half written in ``folder``. Raises nothing."""
+    _drop_ownerless(folder, ".*.part")
+
+
+def _drop_ownerless(folder: Path, pattern: str) -> None:
     with contextlib.suppress(OSError):
-        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        for part in folder.glob(pattern):
             owner = part.name.rpartition(".part")[0].rpartition(".")[2].partition("-")[0]
-            if not (owner.isdecimal() and _is_alive(int(owner))):
+            if owner.isdecimal() and not _is_alive(int(owner)):
                 with contextlib.suppress(OSError):
                     part.unlink()
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import megengine.module as M
 import numpy as np
-from megengine import Parameter, Tensor
+from megengine import Tensor
 from megengine.distributed import is_distributed
 from megengine.module.batchnorm import _BatchNorm
 from megengine.module.conv_bn import _ConvBnActivation2d
@@ -183,15 +183,8 @@ def freeze_observers(network: M.Module) -> None:
             module.act_observer.disable()
 
 
-def learned_scales(network: M.Module) -> list[Parameter]:
-    """The trained numbers of ``lsq`` and ``tqt``, in the network's order; none for the others.
-
-    They want no weight decay. TQT's authors train theirs by Adam, as gradients of the logarithm come in any size.
-    """
-    return [quantizer.trained for quantizer in learned_quantizers(network)]
-
-
 def learned_quantizers(network: M.Module) -> list[LearnedFakeQuantize]:
+    """Those of ``lsq`` and ``tqt``, in the network's order; none for other observers."""
     return [module for module in network.modules() if isinstance(module, LearnedFakeQuantize)]
 
 

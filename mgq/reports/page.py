@@ -377,7 +377,8 @@ def classes(found: Measured) -> Iterator[str]:
     yield "<h2>Accuracy of each class</h2>"
     pictures = median(one.images for one in last) if last else 0
     if pictures < PICTURES_A_CLASS:
-        yield f"<p>Left out: most classes have {pictures:.0f} pictures or fewer, which says little of a class.</p>"
+        few = "1 picture" if pictures == 1 else f"{pictures:.0f} pictures"
+        yield f"<p>Left out: most classes have {few} or fewer, which says little of a class.</p>"
         return
     before: dict[int, ClassResult] = {}
     if found.pair is not None:
