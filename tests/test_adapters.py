@@ -20,11 +20,12 @@ from safetensors.numpy import save_file
 
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
+from mgq.errors import InputError
 from mgq.files.pickles import read_state
 from mgq.zoo.adapt import InputNormalization, folded_input
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights, read_weights
-from tests.conftest import CLASSES, State, logits_of, random_state, smooth_pictures, trio_of
+from tests.conftest import CLASSES, State, logits_of, one_line_about, random_state, smooth_pictures, trio_of
 
 Pixels = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -367,14 +368,12 @@ class TestEfficientNetLite:
 
 
 class TestFoldedInput:
-    @pytest.mark.parametrize("order", ["RGB", "BGR"])
-    def test_the_stem_takes_pixels_minus_128(self, order: str) -> None:
+    def test_the_stem_takes_pixels_minus_128(self) -> None:
         names = conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4)
         state = made_up(names)
-        expects = InputNormalization((10.0, 90.0, 200.0), (20.0, 50.0, 100.0), order)
+        expects = InputNormalization((10.0, 90.0, 200.0), (20.0, 50.0, 100.0))
         bgr = smooth_pictures(1, 8, 8)
-        channels = bgr[:, ::-1] if order == "RGB" else bgr
-        normal = (channels - np.reshape(expects.mean, (1, 3, 1, 1))) / np.reshape(expects.std, (1, 3, 1, 1))
+        normal = (bgr[:, ::-1] - np.reshape(expects.mean, (1, 3, 1, 1))) / np.reshape(expects.std, (1, 3, 1, 1))
 
         def ran(state: State, x: npt.NDArray[np.float64]) -> Logits:
             net = Plain(state, 1e-5)
@@ -383,6 +382,26 @@ class TestFoldedInput:
 
         folded = folded_input(state, "stem", expects)
         np.testing.assert_allclose(ran(folded, bgr - 128.0), ran(state, normal), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("channels", [1, 4])
+    @pytest.mark.parametrize("arch", ["resnet18", "efficientnet_lite0"])
+    def test_weights_for_other_than_three_channels_are_refused_by_name(
+        self, arch: str, channels: int, tmp_path: Path
+    ) -> None:
+        names = resnet_names(18, CLASSES) if arch == "resnet18" else lite_names(0, CLASSES)
+        stem = "conv1.weight" if arch == "resnet18" else "_conv_stem.weight"
+        state = {name: np.ones(shape, np.float32) for name, shape in names.items()}
+        state[stem] = np.ones((names[stem][0], channels, *names[stem][2:]), np.float32)
+        with pytest.raises(InputError) as caught:
+            read_back(state, tmp_path / "grey.safetensors")
+        assert one_line_about(str(caught.value), "grey.safetensors", "conv.weight (", f", {channels}, ")
+
+    def test_names_that_only_begin_as_a_layout_does_are_refused_in_one_line(self, tmp_path: Path) -> None:
+        state = {name: np.ones(shape, np.float32) for name, shape in lite_names(0, CLASSES).items()}
+        state["_blocks.x._depthwise_conv.weight"] = np.ones((8, 1, 3, 3), np.float32)
+        with pytest.raises(InputError) as caught:
+            read_back(state, tmp_path / "odd.safetensors")
+        assert one_line_about(str(caught.value), "odd.safetensors")
 
     def test_what_it_was_given_stays_as_it_was(self) -> None:
         state = made_up(conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4))

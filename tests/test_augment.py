@@ -18,7 +18,7 @@ from PIL import Image
 
 from mgq.data import augment
 from mgq.data.augment import Box, Draw, EvalTransform, Stream, TrainTransform, generator
-from mgq.data.pictures import Pixels, read_picture
+from mgq.data.pictures import JpegFacts, Pixels, jpeg_facts, read_picture, reduced_jpeg
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -227,13 +227,12 @@ def test_a_large_jpeg_gives_nearly_the_same_crop(tmp_path: Path, orientation: in
 def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """By how much each JPEG was reduced."""
     found: list[int] = []
-    reduced = augment._reduced
 
-    def noted(data: bytes, header: augment._JpegHeader, by: int) -> Pixels | None:
+    def noted(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
         found.append(by)
-        return reduced(data, header, by)
+        return reduced_jpeg(data, facts, by)
 
-    monkeypatch.setattr(augment, "_reduced", noted)
+    monkeypatch.setattr(augment, "reduced_jpeg", noted)
     return found
 
 
@@ -313,10 +312,19 @@ def test_damage_ends_in_pixels_or_a_refusal(data: st.DataObject) -> None:
     damaged = bytearray(LARGE.getvalue())
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, 700))] = data.draw(st.integers(0, 255))
-    header = augment._jpeg_header(bytes(damaged))
-    if header is not None:
-        pixels = augment._reduced(bytes(damaged), header, 8)
-        assert pixels is None or pixels.shape[:2] == tuple(-(-side // 8) for side in header.upright[::-1])
+    facts = jpeg_facts(bytes(damaged))
+    if facts is not None:
+        pixels = reduced_jpeg(bytes(damaged), facts, 8)
+        assert pixels is None or pixels.shape[:2] == tuple(-(-side // 8) for side in facts.upright[::-1])
+
+
+def test_what_read_picture_refuses_is_not_decoded_smaller_either(tmp_path: Path, reductions: list[int]) -> None:
+    data = jpeg(tmp_path / "many.jpg", photo(808, 600), progressive=True).read_bytes()
+    scan = data.index(b"\xff\xda")
+    (tmp_path / "many.jpg").write_bytes(data[:scan] + data[scan:-2] * 100 + data[-2:])
+    with pytest.raises(InputError, match="passes to decode"):
+        TrainTransform(48)(tmp_path / "many.jpg", Draw())
+    assert reductions == []
 
 
 # ---- values that cannot be ----

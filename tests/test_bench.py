@@ -240,6 +240,18 @@ def test_throughput_counts_the_pictures_of_all_copies(monkeypatch: pytest.Monkey
         assert row.speed is not None and row.speed.fps == pytest.approx(fps)
 
 
+def test_one_that_dies_before_it_tells_its_memory_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(Present):
+        def peak_memory(self) -> int | None:
+            raise FailureError("the process was killed by SIGKILL")
+
+    dead, well = FakeRuntime("a"), FakeRuntime("b")
+    player = Dying(dead, PICTURES, dead.world.clock)
+    first = Contestant("resnet18", FP32, "eager", lambda: Loaded(player, "random weights (speed only)", 1_500_000))
+    found = entries_of(monkeypatch, first, contestant(well, "ORT"))
+    assert "SIGKILL" in str(found[0].problem) and found[1].problem is None and found[1].rounds
+
+
 def test_one_that_breaks_on_the_way_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = FakeRuntime("b")
 

@@ -70,6 +70,8 @@ def test_a_network_for_onnx_goes_from_calibration_to_a_file_that_answers(mgq: Mg
     for other in answers[1:]:
         assert set(other) & set(answers[0])
     assert "ONNX Runtime" in mgq("infer", "-c", "net.onnx", "--engine", "onnxruntime").out
+    said = mgq("dump", "-c", calibrated, "--check", "layers", "--batch", "3", "-o", "three.onnx")
+    assert said.code == 0 and said.out.count("layer by layer: no integer of") == 2, said
 
 
 def test_without_output_the_file_is_called_after_the_target(mgq: Mgq, calibrated: Path) -> None:

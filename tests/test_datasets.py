@@ -91,6 +91,12 @@ def test_pictures_deeper_in_a_class_belong_to_it(tmp_path: Path) -> None:
     ]
 
 
+def test_links_that_lead_to_themselves_are_no_classes(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "round").symlink_to("round")
+    assert evaluation_folder(tmp_path).classes == ("a", "b")
+
+
 def test_a_class_may_be_a_link_and_a_loop_of_links_ends(tmp_path: Path) -> None:
     make(tmp_path, "elsewhere/1.jpg", "set/b/1.jpg")
     (tmp_path / "set" / "a").symlink_to(tmp_path / "elsewhere")

@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -35,7 +38,8 @@ from mgq.engine.runs import read_metrics
 from mgq.engine.training_state import read_training_state
 from mgq.errors import InputError
 from mgq.files.append import drop_torn_line
-from mgq.files.flatbuffer import Table
+from mgq.files.bounded import LONGEST_JSON, object_in
+from mgq.files.flatbuffer import LONGEST_VECTOR, MOST_FIELDS, Table
 from mgq.files.onnx_file import read_onnx
 from mgq.files.pickles import read_state
 from mgq.files.sealed import MAGIC, read_sealed, sealed_bytes
@@ -194,6 +198,7 @@ def read_float(path: Path) -> object:
         ({"options": {"\x1b[31m": 1}}, "no option '\\x1b[31m'"),
         ({"arch": "\x1b]0;title\x07"}, "\\x1b]0;title\\x07"),
         ({"unknown": 1}, "damaged metadata"),
+        ({"arch": "mobilenet_v2", "options": {"activation": ["relu"]}}, "no activation"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -211,6 +216,16 @@ def test_a_classifier_of_a_billion_outputs_without_a_number_makes_no_network(tmp
     assert told["how"] == "refused" and told["memory"] < TOO_MUCH, told
 
 
+def test_a_classifier_of_a_million_outputs_of_one_feature_makes_no_network(tmp_path: Path) -> None:
+    state: dict[str, np.ndarray[Any, Any]] = {
+        "fc.weight": np.zeros((3_000_000, 1), np.uint8),
+        "conv1.weight": np.zeros((64, 3, 7, 7), np.float32),
+    }
+    path = written(tmp_path / "thin.safetensors", safetensors.numpy.save(state))
+    told = outcome(read_float, path)
+    assert told["how"] == "refused" and told["memory"] < TOO_MUCH // 2, told
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -226,6 +241,26 @@ def test_a_classifier_of_a_billion_outputs_without_a_number_makes_no_network(tmp
 def test_a_header_that_does_not_fit_is_refused(header: bytes, tmp_path: Path) -> None:
     data = readers.safetensors_file(header, bytes(32))
     refusal(read_state, written(tmp_path / "odd.safetensors", data), "odd.safetensors")
+
+
+def test_vectors_and_tables_without_bounds_are_refused() -> None:
+    many = struct.pack("<I", LONGEST_VECTOR + 1) + bytes(4 * (LONGEST_VECTOR + 1))
+    # A table whose field 0 points at the vector behind it; its vtable comes first.
+    vtable, table = struct.pack("<HHH", 6, 8, 4), struct.pack("<iI", 6, 4)
+    data = memoryview(vtable + table + many)
+    for read in (Table.integers, Table.tables):
+        with pytest.raises(ValueError, match="longer than any"):
+            read(Table(data, 6), 0)
+    wide = struct.pack("<HH", 4 + 2 * (MOST_FIELDS + 1), 8) + bytes(2 * (MOST_FIELDS + 1))
+    with pytest.raises(ValueError, match="more fields"):
+        Table(memoryview(wide + struct.pack("<i", len(wide))), len(wide)).fields  # noqa: B018
+
+
+def test_long_metadata_is_refused_before_it_is_unpacked() -> None:
+    assert object_in('{"a": [1]}') == {"a": [1]}
+    for wrong in ("[1]", "{", "[" * 100_000, '{"a": "' + "x" * LONGEST_JSON + '"}'):
+        with pytest.raises(ValueError, match=r"JSON|Expecting"):
+            object_in(wrong)
 
 
 # ---- trainings ----
@@ -324,6 +359,24 @@ def test_metrics_of_other_kinds_are_left_out(tmp_path: Path) -> None:
 
 
 # ---- pictures ----
+
+
+@pytest.mark.parametrize("kind", [b"IDAT", None], ids=["empty", "unknown"])
+def test_a_million_empty_chunks_take_no_more_memory_than_the_file(kind: bytes | None, tmp_path: Path) -> None:
+    data = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+    first = data.index(b"IDAT") - 4
+    empty = [struct.pack(">I4s", 0, name) for name in ([kind] if kind else [b"%04d" % i for i in range(10_000)])]
+    chunks = b"".join(chunk + struct.pack(">I", zlib.crc32(chunk[4:])) for chunk in empty)
+    path = written(tmp_path / "many.png", data[:first] + chunks * (1_000_000 // len(empty)) + data[first:])
+    tracemalloc.start()
+    try:
+        read_picture(path)
+    except InputError:
+        pass
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 5 * path.stat().st_size
 
 
 def png_of_16_bits() -> bytes:

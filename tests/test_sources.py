@@ -146,6 +146,13 @@ def test_the_current_folder_needs_no_prefix() -> None:
     assert names(".") == ["a.jpg", "in/b.jpg"]
 
 
+def test_a_picture_behind_a_link_to_itself_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to("round")
+    (source,) = expand([str(tmp_path / "round" / "cat.jpg")])
+    with pytest.raises(InputError, match=r"round/cat\.jpg"):
+        source.read()
+
+
 def test_linked_folders_are_followed_and_loops_end() -> None:
     make("real/a.jpg", "in/b.jpg")
     Path("in/away").symlink_to(Path("real").absolute())

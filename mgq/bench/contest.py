@@ -128,12 +128,20 @@ def contest(
         measure(entries, rounds, seed, on_progress)
         for entry in ready(entries):
             compare(entry, known)
-            entry.peak_memory = entry.player.peak_memory()
+        for entry in ready(entries):
+            note_memory(entry)
     finally:
         for entry in entries:
             if entry.loaded is not None:
                 entry.player.close()
     return entries
+
+
+def note_memory(entry: Entry) -> None:
+    try:
+        entry.peak_memory = entry.player.peak_memory()
+    except MgqError as error:
+        entry.fail(error)
 
 
 def ready(entries: Sequence[Entry]) -> list[Entry]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import permutations
@@ -19,8 +18,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-# The two that read_picture itself goes by, so that a picture is turned the same way by either.
-from mgq.data.pictures import MAX_BYTES, MAX_PIXELS, MAX_SIDE, UPRIGHT, Pixels, exif_orientation, read_picture
+from mgq.data.pictures import MAX_BYTES, Pixels, jpeg_facts, read_picture, reduced_jpeg
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -154,11 +152,11 @@ class TrainTransform:
 
     def _part_of_file(self, path: Path, chance: list[float]) -> Pixels:
         data = _content(path)
-        header = _jpeg_header(data)
-        if header is not None:
-            box = self.box(*header.upright, chance)
+        facts = jpeg_facts(data)
+        if facts is not None:
+            box = self.box(*facts.upright, chance)
             reduction = next((by for by in (8, 4, 2) if min(box.width, box.height) >= by * self.size), 1)
-            reduced = _reduced(data, header, reduction) if reduction > 1 else None
+            reduced = reduced_jpeg(data, facts, reduction) if reduction > 1 else None
             if reduced is not None:
                 x, y, right, bottom = box.x, box.y, box.x + box.width, box.y + box.height
                 return reduced[y // reduction : -(-bottom // reduction), x // reduction : -(-right // reduction)]
@@ -218,21 +216,6 @@ def _saturated(crop: Pixels, factor: float) -> Pixels:
 # ---- large JPEGs ----
 
 
-class _JpegHeader(NamedTuple):
-    width: int
-    height: int
-    orientation: int
-
-    @property
-    def upright(self) -> tuple[int, int]:
-        """Width and height as it is looked at."""
-        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
-
-
-_SCAN, _EXIF = 0xDA, 0xE1
-_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # Baseline, extended, progressive.
-
-
 def _content(path: Path) -> bytes:
     """The bytes of a plain file; none where ``read_picture`` would refuse it, which knows the words for that."""
     try:
@@ -241,37 +224,3 @@ def _content(path: Path) -> bytes:
             return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES else b""
     except OSError:
         return b""
-
-
-def _jpeg_header(data: bytes) -> _JpegHeader | None:
-    """What the header of a JPEG says, if it is a usual one and the file ends as a whole one does."""
-    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
-        return None
-    width = height = 0
-    orientation = 1
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == _SCAN:
-            fits = 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS
-            return _JpegHeader(width, height, orientation) if fits else None
-        if marker in _FRAMES:
-            bits, height, width = struct.unpack_from(">BHH", data, at + 4)
-            if bits != 8:
-                return None
-        elif marker == _EXIF and data.startswith(b"Exif\0\0", at + 4):
-            orientation = exif_orientation(data[at + 10 : at + 2 + length])
-        at += 2 + length
-    return None
-
-
-def _reduced(data: bytes, header: _JpegHeader, by: int) -> Pixels | None:
-    """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
-
-    The decoder leaves out the high frequencies, which is the mean over squares in effect.
-    """
-    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[by]
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None or pixels.shape != (-(-header.height // by), -(-header.width // by), 3):
-        return None
-    return UPRIGHT[header.orientation](_u8(pixels))

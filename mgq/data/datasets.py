@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mgq.data.classes import imagenet_classes
 from mgq.data.imagenet import Split, has_archive, unpacked
 from mgq.data.pictures import Pixels
-from mgq.data.sources import PICTURE_SUFFIXES
+from mgq.data.sources import PICTURE_SUFFIXES, entry_of
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError, printable
 from mgq.events import OnProgress, Progress, silent
@@ -328,11 +328,11 @@ def _folder_of(
 
 def _class_folders(folder: Path) -> list[str]:
     """The names of the folders in ``folder``, sorted, but hidden ones."""
-    return sorted(entry.name for entry in _shown(folder) if entry.is_dir())
+    return sorted(entry.name for entry in map(entry_of, _shown(folder)) if entry.is_folder)
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(_is_picture(entry.name) and entry.is_file() for entry in _shown(folder))
+    return any(entry.is_picture for entry in map(entry_of, _shown(folder)))
 
 
 def _pictures_below(folder: Path, prefix: str) -> _Paths:

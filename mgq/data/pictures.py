@@ -147,6 +147,7 @@ def _admit(cost: int, width: int, height: int) -> None:
 
 # ---- JPEG ----
 
+_JPEG_MARK = b"\xff\xd8"
 # Any marker but fill bytes and those inside a scan (stuffed zeros, restarts), so a search passes over scans.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -159,7 +160,50 @@ _MOST_SCANS = 200
 _MOST_SCANNED = 1_500_000_000  # pixels, in all scans together
 
 
+class JpegFacts(NamedTuple):
+    """What a JPEG says of itself that would be decoded; pixels as they are stored, not yet turned."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height as it is looked at."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def jpeg_facts(data: bytes) -> JpegFacts | None:
+    """Those of a JPEG that :func:`read_picture` would decode; None for everything else."""
+    if not data.startswith(_JPEG_MARK):
+        return None
+    try:
+        return _jpeg_facts(data)
+    except (_RefusalError, struct.error, IndexError):
+        return None
+
+
+def reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
+    """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
+
+    The decoder leaves out the high frequencies, which is the mean over squares in effect.
+    """
+    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[by]
+    size = -(-facts.width // by), -(-facts.height // by)
+    try:
+        pixels = _by_opencv(data, size, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except _RefusalError:
+        return None
+    return UPRIGHT[facts.orientation](np.asarray(pixels, np.uint8))
+
+
 def _jpeg(data: bytes) -> _Plan:
+    facts = _jpeg_facts(data)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return _Plan(lambda: _by_opencv(data, (facts.width, facts.height), flags), facts.orientation)
+
+
+def _jpeg_facts(data: bytes) -> JpegFacts:
     """Walk the segments to the end-of-image marker: a file without it has lost its last rows."""
     size: tuple[int, int] | None = None
     orientation = 1
@@ -197,7 +241,7 @@ def _jpeg(data: bytes) -> _Plan:
         _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
         if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
             raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it anew")
-    return _Plan(lambda: _by_opencv(data, size, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION), orientation)
+    return JpegFacts(*size, orientation)
 
 
 # ---- PNG ----
@@ -215,7 +259,7 @@ def _png(data: bytes) -> _Plan:
     error, and text may unpack to a thousand times its size.
     """
     view = memoryview(data)
-    kept: list[bytes | memoryview] = [_PNG_MARK]
+    kept = bytearray(_PNG_MARK)
     seen: set[bytes] = set()
     width = height = depth = colour = 0
     transparent_grey: int | None = None
@@ -234,12 +278,12 @@ def _png(data: bytes) -> _Plan:
         if kind in _PNG_KEPT:
             if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
                 raise _RefusalError(_DAMAGED)
-            kept.append(view[at:end])
+            kept += view[at:end]
+            seen.add(kind)
         elif kind == b"eXIf":
             orientation = exif_orientation(data[body : end - 4])
         if kind == b"tRNS" and colour == _PNG_GREY:
             transparent_grey = int.from_bytes(view[body : body + 2], "big")
-        seen.add(kind)
         at = end
     if depth < 16:
         _admit(_COST_PNG_ALPHA if colour in _PNG_ALPHA else _COST_PNG_HOLE if b"tRNS" in seen else 1, width, height)
@@ -247,7 +291,7 @@ def _png(data: bytes) -> _Plan:
         raise _RefusalError(_DAMAGED)
 
     def decode() -> _Samples:
-        pixels = _by_opencv(b"".join(kept), (width, height), cv2.IMREAD_UNCHANGED)
+        pixels = _by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
         return pixels if transparent_grey is None else _holed(pixels, transparent_grey, depth)
 
     return _Plan(decode, orientation)
@@ -397,7 +441,7 @@ def exif_orientation(tiff: bytes) -> int:
 # ---- decoders ----
 
 
-def _by_opencv(data: bytes, size: tuple[int, int], flags: int) -> _Samples:
+def _by_opencv(data: bytes | bytearray, size: tuple[int, int], flags: int) -> _Samples:
     """Grey, BGR or BGRA, as ``flags`` say, of exactly the ``size`` (width, height) that was admitted."""
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -490,7 +534,7 @@ UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] = (
-    (lambda data: data.startswith(b"\xff\xd8"), _jpeg),
+    (lambda data: data.startswith(_JPEG_MARK), _jpeg),
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),

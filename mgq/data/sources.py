@@ -85,7 +85,7 @@ def _identity(source: Source, real_folders: dict[Path, Path]) -> tuple[Path | No
         return None, source.name
     folder = source.path.parent
     if folder not in real_folders:
-        real_folders[folder] = folder.resolve()
+        real_folders[folder] = Path(os.path.realpath(folder))  # Path.resolve raises where links lead in a circle
     return real_folders[folder], source.path.name
 
 
@@ -174,27 +174,27 @@ def _folders_below(top: Path) -> Iterator[Path]:
         waiting.extend(path / entry.name for entry in reversed(inside) if entry.is_folder)
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     name: str
     is_folder: bool
     is_picture: bool
 
 
-def _listed(folder: Path, entered: set[tuple[int, int]]) -> list[_Entry]:
+def _listed(folder: Path, entered: set[tuple[int, int]]) -> list[Entry]:
     """What is in a folder but hidden, by name; nothing if it was ``entered`` before (a loop of links)."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in entered:
         return []
     entered.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
-        return sorted(_entry(entry) for entry in entries if not entry.name.startswith("."))
+        return sorted(entry_of(entry) for entry in entries if not entry.name.startswith("."))
 
 
-def _entry(entry: os.DirEntry[str]) -> _Entry:
+def entry_of(entry: os.DirEntry[str]) -> Entry:
     """A broken link with a picture's suffix counts as one, since its loss should be told; a pipe does not."""
     is_folder = _is_folder(Path(entry.path)) if entry.is_symlink() else entry.is_dir()
     has_suffix = entry.name.lower().endswith(PICTURE_SUFFIXES)
-    return _Entry(entry.name, is_folder, has_suffix and (entry.is_symlink() or entry.is_file()))
+    return Entry(entry.name, is_folder, has_suffix and (entry.is_symlink() or entry.is_file()))
 
 
 # ---- patterns ----

@@ -22,7 +22,7 @@ from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode
 from mgq.quant.ranges import quantized_layers
 from mgq.quant.targets import MEGENGINE, is_never_negative
-from mgq.runtime.base import in_batches
+from mgq.runtime.base import batches_of, in_batches
 from mgq.runtime.registry import ENGINES, Engine
 
 Pictures = npt.NDArray[np.uint8]
@@ -150,5 +150,7 @@ def shown_by(engine: Engine, path: Path, layers: list[str], pictures: Pictures) 
         temporary = Path(folder) / path.name
         temporary.write_bytes(model.SerializeToString())
         runtime = engine.load(temporary, 1)
-        results = [runtime.outputs(pictures[i : i + 1]) for i in range(len(pictures))]
-    return {layer: np.concatenate([result[name] for result in results]) for layer, name in tensors.items()}
+        results = [runtime.outputs(batch) for batch in batches_of(runtime.batch or 1, pictures)]
+    return {
+        layer: np.concatenate([result[name] for result in results])[: len(pictures)] for layer, name in tensors.items()
+    }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from mgq.errors import InputError, printable
+
+LONGEST_JSON = 1 << 22
+"""Bytes of JSON about a file: what is made of them takes up to ten times the memory."""
 
 
 def bytes_of(path: Path, most: int) -> bytes:
@@ -23,3 +28,16 @@ def bytes_of(path: Path, most: int) -> bytes:
 def text_of(path: Path, most: int) -> str:
     """The same as UTF-8 text. Raises UnicodeDecodeError, a ValueError, too."""
     return bytes_of(path, most).decode()
+
+
+def object_in(data: bytes | str) -> dict[str, Any]:
+    """The JSON object in ``data``. Raises ValueError where it is none, or longer than ``LONGEST_JSON``."""
+    if len(data) > LONGEST_JSON:
+        raise ValueError(f"more than {LONGEST_JSON} bytes of JSON")
+    try:
+        found = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 LONGEST_TEXT = 256
+LONGEST_VECTOR = 10_000
+"""Of numbers and tables: each becomes an object of its own."""
+MOST_FIELDS = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Table:
         if vtable < 0:
             raise ValueError("a table begins before the file")
         length, size = struct.unpack_from("<HH", self.data, vtable)
+        if length > 4 + 2 * MOST_FIELDS:
+            raise ValueError("a table of more fields than any has")
         offsets = struct.unpack_from(f"<{max(0, length - 4) // 2}H", self.data, vtable + 4)
         if any(offset >= size for offset in offsets):
             raise ValueError("a field lies outside its table")
@@ -74,8 +79,11 @@ class Table:
         return None if at is None else at + self._unsigned(at)
 
     def _places(self, at: int, width: int) -> range:
-        """Where the elements of the vector at ``at`` lie. No vector that is longer than the file is ever made."""
+        """Where the elements of the vector at ``at`` lie. None is ever made that is longer than the file or, of other
+        than bytes, than ``LONGEST_VECTOR``."""
         start, length = at + 4, self._unsigned(at)
+        if width > 1 and length > LONGEST_VECTOR:
+            raise ValueError("a vector longer than any is")
         if start + length * width > len(self.data):
             raise ValueError("a vector reaches outside the file")
         return range(start, start + length * width, width)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mgq.files.flatbuffer import Table
+from mgq.files.flatbuffer import LONGEST_VECTOR, Table
 
 Shape = tuple[int, ...]
 
@@ -25,7 +25,7 @@ FLOAT32, UINT8, INT8, INT32, QINT32, QINT8 = 0, 1, 2, 4, 12, 13
 _BYTES = {FLOAT32: 4, UINT8: 1, INT8: 1, INT32: 4, QINT32: 4, QINT8: 1}
 _INPUT_TYPES = {FLOAT32: "float32", UINT8: "uint8", INT8: "int8"}
 _SCALED = (QINT32, QINT8)
-_MOST_OPERATORS = 10_000
+_MOST_OPERATORS = LONGEST_VECTOR
 _MOST_AXES = 5
 _MOST_BYTES = 2**28
 """Of one tensor: the largest of a float MobileNetV2 has as many with 55 pictures of 224x224 at once."""

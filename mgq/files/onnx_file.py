@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mgq.errors import InputError, printable
-from mgq.files.bounded import bytes_of
+from mgq.files.bounded import bytes_of, object_in
 from mgq.files.onnx_guard import MOST_BYTES, StrangeModelError, output_shapes
 from mgq.machine import muted_stderr
 
@@ -83,11 +82,11 @@ def read_onnx(path: Path) -> OnnxFile:
 
 
 def known(about: str | None) -> dict[str, Any]:
+    """What mgq wrote into the file; empty where another program wrote it, or that is damaged."""
     try:
-        found = json.loads(about) if about is not None else {}
-    except (ValueError, RecursionError):
-        found = {}
-    return found if isinstance(found, dict) else {}
+        return object_in(about) if about is not None else {}
+    except ValueError:
+        return {}
 
 
 def imported(package: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgq.errors import InputError, printable
-from mgq.files.bounded import bytes_of
+from mgq.files.bounded import bytes_of, object_in
 from mgq.files.graph_file import Face, ForeignGraphError, face_of
 
 MAGIC = b"mgqfile1"
@@ -58,11 +58,9 @@ def read_sealed(path: Path) -> Sealed:
         raise InputError(f"{name} is damaged; write it again by `mgq dump`")
     start = len(body) - 8 - length
     try:
-        about = json.loads(bytes(body[start:-8]))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise InputError(f"{name} is damaged; write it again by `mgq dump`")
+        about = object_in(bytes(body[start:-8]))
+    except ValueError:
+        raise InputError(f"{name} is damaged; write it again by `mgq dump`") from None
     try:
         return Sealed(bytes(body[:start]), about, face_of(body[:start]))
     except ForeignGraphError as error:

@@ -201,7 +201,7 @@ class Sample:
     def add(self, batch: npt.NDArray[np.uint8]) -> None:
         for picture in batch:
             if self._seen % self._every == 0:
-                self.pictures.append(picture)
+                self.pictures.append(picture.copy())  # a view would keep the whole batch
             self._seen += 1
             if len(self.pictures) > self.number:
                 self.pictures, self._every = self.pictures[::2], self._every * 2

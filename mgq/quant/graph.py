@@ -23,6 +23,7 @@ from megengine.traced_module.expr import CallFunction, CallMethod, Expr
 
 from mgq.errors import FailureError
 from mgq.quant.fold import activation_of, folded_layer
+from mgq.quant.learned import rounded
 from mgq.quant.modes import Mode, mode_of
 from mgq.quant.ranges import folded_bias, folded_weight, is_kept_in_float
 from mgq.quant.relu6 import QAT_TO_QUANTIZED
@@ -339,6 +340,5 @@ def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
 def in_steps(weight: Array, scales: Array) -> Integers:
     """``weight`` in terms of ``scales``, halves rounded away from zero as in MegEngine."""
     steps = weight / scales.reshape(-1, *(1,) * (weight.ndim - 1))
-    rounded = np.trunc(steps + np.copysign(np.float32(0.5), steps))
-    integers: Integers = np.clip(rounded, -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    integers: Integers = np.clip(rounded(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
     return integers

@@ -95,7 +95,8 @@ def prepared_for_qat(
     network = to_mode(network, Mode.QAT, target, in_place)
     alone, among_others, learned = OBSERVERS[observer]
     if learned is not None and target_of(network) is not MEGENGINE:
-        raise InputError(f"observer '{observer}' trains one scale a layer; for the target onnx choose ema or min-max")
+        name = target_of(network).name
+        raise InputError(f"observer '{observer}' trains one scale a layer; for the target {name} choose ema or min-max")
     kind = among_others if is_distributed() else alone
     if any(type(quantizer) is not learned for quantizer in learned_quantizers(network)):
         network = plain_qat(network, in_place=True)

@@ -91,9 +91,12 @@ def in_batches(runtime: FileRuntime, pictures: npt.NDArray[np.uint8]) -> npt.NDA
     """The logits of ``pictures``, any number of them, in batches of the size that the file takes."""
     if runtime.batch in (None, len(pictures)):
         return runtime.run(pictures)
-    size = runtime.batch or 1
+    return np.concatenate([runtime.run(batch) for batch in batches_of(runtime.batch or 1, pictures)])[: len(pictures)]
+
+
+def batches_of(size: int, pictures: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    """``pictures`` in batches of ``size``, the last of them filled up with the first picture."""
     whole = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-    # The last batch may be short: it is filled up, and what comes of that is left out.
     missing = size - len(whole[-1])
     whole[-1] = np.concatenate([whole[-1], np.repeat(pictures[:1], missing, axis=0)])
-    return np.concatenate([runtime.run(batch) for batch in whole])[: len(pictures)]
+    return whole

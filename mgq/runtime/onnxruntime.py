@@ -40,19 +40,21 @@ class OnnxRuntime(OfOnnxFile):
             raise cannot_run(self, path, error) from None
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        self.file.refuse_other_shape(batch.shape)
-        try:
-            result: npt.NDArray[np.float32] = self.session.run(
-                [self.file.output], {self.file.input: fed(batch, self.file.type)}
-            )[0]
-        except Exception as error:
-            raise cannot_run(self, self.file.path, error) from None
+        result: npt.NDArray[np.float32] = self._answers([self.file.output], batch)[0]
         return result
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         """All that the file gives for ``batch``, by name."""
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {self.file.input: fed(batch, self.file.type)}), strict=True))
+        return dict(zip(names, self._answers(names, batch), strict=True))
+
+    def _answers(self, names: list[str], batch: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
+        self.file.refuse_other_shape(batch.shape)
+        try:
+            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: fed(batch, self.file.type)})
+        except Exception as error:
+            raise cannot_run(self, self.file.path, error) from None
+        return found
 
 
 def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:

@@ -42,15 +42,17 @@ class OpenVino(OfOnnxFile):
         self.request = self.network.create_infer_request()
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        self.file.refuse_other_shape(batch.shape)
-        try:
-            answers = self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
-        except Exception as error:
-            raise cannot_run(self, self.file.path, error) from None
-        result: npt.NDArray[np.float32] = answers[self.file.output]
+        result: npt.NDArray[np.float32] = self._answers(batch)[self.file.output]
         return result
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         """All that the file gives for ``batch``, by name."""
-        answers = self.request.infer({0: fed(batch, self.file.type)})
-        return {output.get_any_name(): np.array(answers[output]) for output in self.network.outputs}
+        answers = self._answers(batch)
+        return {output.get_any_name(): answers[output] for output in self.network.outputs}
+
+    def _answers(self, batch: npt.NDArray[np.uint8]) -> Any:
+        self.file.refuse_other_shape(batch.shape)
+        try:
+            return self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+        except Exception as error:
+            raise cannot_run(self, self.file.path, error) from None

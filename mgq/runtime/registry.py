@@ -28,6 +28,7 @@ class Engine:
     package: str
     suffix: str
     load: Callable[[Path, int], FileRuntime]
+    mend: str = "pip install 'mgq[deploy]'"
 
     @property
     def is_installed(self) -> bool:
@@ -36,7 +37,7 @@ class Engine:
     def refuse_missing(self) -> None:
         """Raises InputError, which says how to get it, where it is not installed."""
         if not self.is_installed:
-            raise InputError(f"{self.name} is not installed: pip install 'mgq[deploy]'")
+            raise InputError(f"{self.name} is not installed: {self.mend}")
 
 
 def openvino(path: Path, threads: int) -> FileRuntime:
@@ -60,7 +61,7 @@ def lite(path: Path, threads: int) -> FileRuntime:
 ENGINES = (
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
     Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
-    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite),
+    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
 )
 """The faster first, where they read the same files."""
 

@@ -24,11 +24,10 @@ class Adapted:
 
 @dataclass(frozen=True)
 class InputNormalization:
-    """What a foreign network was fed: ``(pixel - mean) / std`` in its channel order, pixel in 0..255."""
+    """What a foreign network was fed: ``(pixel - mean) / std`` of RGB, pixel in 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    order: str = "RGB"
 
 
 IMAGENET_RGB = InputNormalization(
@@ -42,17 +41,17 @@ def folded_input(state: State, stem: str, expects: InputNormalization) -> State:
     With x the pixel minus 128, ``w * (x + 128 - mean) / std`` is a convolution by ``w / std`` plus the constant
     ``sum(w * (128 - mean) / std)`` per output channel, which the batch norm's running mean takes in. Exact but
     for the border: zero padding stood for ``mean`` in the foreign network and stands for 128 in ours.
+    A state whose stem is of another shape is returned as it is, for the strict loading to name that.
     """
-    weight = state[f"{stem}.conv.weight"].astype(np.float64)
+    weight, mean_name = state[f"{stem}.conv.weight"].astype(np.float64), f"{stem}.bn.running_mean"
+    if weight.ndim != 4 or weight.shape[1] != 3 or mean_name not in state or state[mean_name].size != len(weight):
+        return state
     mean, std = np.array(expects.mean), np.array(expects.std)
     scaled = weight / std[None, :, None, None]
     constant = (scaled * (128 - mean)[None, :, None, None]).sum(axis=(1, 2, 3))
-    if expects.order == "RGB":
-        scaled = scaled[:, ::-1]
-    mean_name = f"{stem}.bn.running_mean"
     return {
         **state,
-        f"{stem}.conv.weight": np.ascontiguousarray(scaled, dtype=np.float32),
+        f"{stem}.conv.weight": np.ascontiguousarray(scaled[:, ::-1], dtype=np.float32),
         mean_name: (state[mean_name].astype(np.float64) - constant).astype(np.float32),
     }
 

@@ -10,7 +10,7 @@ import re
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.errors import InputError
+from mgq.errors import no_such
 from mgq.zoo.adapt import (
     IMAGENET_RGB,
     Adapted,
@@ -80,8 +80,8 @@ class MobileNetV2(M.Module):  # type: ignore[misc]
 
 def mobilenet_v2(classes: int = 1000, width: float = 1.0, activation: str = "relu") -> MobileNetV2:
     """Raises InputError for an activation that there is not."""
-    if activation not in ACTIVATIONS:
-        raise InputError(f"mobilenet_v2 has no activation '{activation}'; choose {', '.join(ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise no_such("activation", str(activation), ACTIVATIONS)
     return MobileNetV2(classes, width, activation)
 
 

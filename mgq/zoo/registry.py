@@ -82,7 +82,10 @@ class ModelSpec:
         """``state`` under our names when it has those of a known PyTorch layout of this network, else None."""
         if self.adapter is None:
             return None
-        result: Adapted | None = imported(self.adapter)(state)
+        try:
+            result: Adapted | None = imported(self.adapter)(state)
+        except (KeyError, IndexError, ValueError):  # of names and shapes that only begin as that layout does
+            return None
         return result
 
     def read_options(self, state: State) -> Mapping[str, Any]:

@@ -24,6 +24,8 @@ from mgq.zoo.registry import ModelSpec, spec_of, specs
 
 OBSERVED = (".act_observer.", ".weight_observer.", ".act_fake_quant.", ".weight_fake_quant.")
 SHOWN = 3
+LEAST_FEATURES, MOST_CLASSES = 256, 100_000
+"""No classifier of the zoo reads fewer features (480 is the least); a network of more classes is never made."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,8 @@ def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, An
 
 def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) -> None:
     """Raises InputError for more ``classes`` than ``state`` has outputs, before a network of a million is made."""
-    head = state.get(spec.head)
-    there = head.shape[0] if head is not None and head.size else 0
-    if classes > max(1000, there):
+    if classes > classes_in(spec, state):
+        there = state[spec.head].shape[0] if spec.head in state and state[spec.head].size else 0
         raise InputError(
             f"{name} does not fit {spec.name}: it has a classifier of {there} outputs for {classes} classes"
         )
@@ -201,7 +202,9 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def classes_in(spec: ModelSpec, state: State) -> int:
     """The number of classes that the classifier's weight in ``state`` counts; 1,000 where it is missing or odd."""
     head = state.get(spec.head)
-    return int(head.shape[0]) if head is not None and head.ndim == 2 and head.size > head.shape[1] else 1000
+    if head is None or head.ndim != 2 or head.shape[1] < LEAST_FEATURES or not 1 < head.shape[0] <= MOST_CLASSES:
+        return 1000
+    return int(head.shape[0])
 
 
 def load_state(network: M.Module, state: State, what: str) -> None:
