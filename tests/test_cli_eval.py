@@ -206,6 +206,14 @@ def test_lines_come_as_often_as_asked(mgq: Mgq, made: Path) -> None:
     assert "--jobs" in said.err
 
 
+def test_plain_lines_tell_again_what_is_done_again(capfd: pytest.CaptureFixture[str]) -> None:
+    listener = plain_lines()
+    for _ in range(2):
+        for done in (16, 32):
+            listener(Progress("validate", done, 32, "pictures"))
+    assert len(capfd.readouterr().err.splitlines()) == 4
+
+
 def test_plain_lines_tell_the_detail(capfd: pytest.CaptureFixture[str]) -> None:
     listener = plain_lines()
     for done in range(0, 101, 5):

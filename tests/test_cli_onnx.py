@@ -15,7 +15,7 @@ from mgq.data.sources import expand
 from mgq.engine import calibration
 from mgq.engine.networks import open_classifier
 from mgq.quant.targets import ONNX
-from tests.conftest import SIZE, Mgq, classifier_of, the_error
+from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
 
@@ -108,6 +108,29 @@ def test_eval_of_a_file_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrat
     assert [found[0][key] for key in ("top1", "loss")] == [found[1][key] for key in ("top1", "loss")]
 
 
+def test_eval_in_an_engine_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, pictures: Path) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        words = ("-c", calibrated, "-d", pictures, "--engine", "onnxruntime", "--batch-size", "2", "--jobs", jobs)
+        said = mgq("eval", *words, "--json")
+        assert said.code == 0, said.err
+        found.append(json.loads(said.out))
+    assert all("in ONNX Runtime" in body["weights"] for body in found)
+    assert [found[0][key] for key in ("top1", "loss")] == [found[1][key] for key in ("top1", "loss")]
+
+
+def test_infer_in_an_engine_dumps_the_network_itself(mgq: Mgq, calibrated: Path, tmp_path: Path) -> None:
+    said = mgq("infer", bundled_cat(), "-c", calibrated, "--engine", "openvino", "--dump")
+    assert said.code == 0, said.err
+    again = open_classifier(checkpoint=tmp_path / f"{ARCH}.quantized.safetensors")
+    assert again.target is ONNX and (tmp_path / f"{ARCH}.quantized.onnx").is_file()
+
+
+def test_names_of_files_are_told_in_either_case(mgq: Mgq, calibrated: Path) -> None:
+    assert mgq("dump", "-c", calibrated, "-o", "NET.ONNX", "--check", "logits").code == 0
+    assert mgq("infer", bundled_cat(), "-c", "NET.ONNX").code == 0
+
+
 def test_a_float_network_is_written_too(mgq: Mgq, float_checkpoint: Path) -> None:
     said = mgq("dump", "-c", float_checkpoint, "-m", "normal", "-o", "float.onnx")
     assert said.code == 0, said.err
@@ -115,6 +138,27 @@ def test_a_float_network_is_written_too(mgq: Mgq, float_checkpoint: Path) -> Non
 
 
 class TestBadInput:
+    def test_a_finished_file_is_neither_dumped_nor_calibrated_nor_changed(
+        self, mgq: Mgq, calibrated: Path, pictures: Path
+    ) -> None:
+        assert mgq("dump", "-c", calibrated, "-o", "net.onnx", "--check", "none").code == 0
+        for words, mend in (
+            (("dump", "-o", "other.onnx"), "give the checkpoint"),
+            (("calibrate", pictures / "val"), "give the checkpoint"),
+            (("analyze", pictures / "val"), "give the checkpoint"),
+            (("infer", bundled_cat(), "--dump"), "give the checkpoint"),
+            (("infer", bundled_cat(), "-m", "normal"), "leave out -m normal"),
+            (("infer", bundled_cat(), "--target", "onnx"), "leave out --target"),
+            (("infer", bundled_cat(), "--image-size", "64"), "leave out --image-size"),
+        ):
+            assert one_line_about(the_error(mgq(*words, "-c", "net.onnx")), "net.onnx", mend), words
+
+    def test_pictures_to_compare_on_are_read_before_anything_is_written(
+        self, mgq: Mgq, calibrated: Path, tmp_path: Path
+    ) -> None:
+        said = mgq("dump", "-c", calibrated, "-o", "net.onnx", "-d", "nowhere")
+        assert one_line_about(the_error(said), "nowhere") and not (tmp_path / "net.onnx").exists()
+
     def test_another_target_than_the_checkpoint_has(self, mgq: Mgq, calibrated: Path) -> None:
         said = mgq("infer", "-c", calibrated, "--target", "megengine")
         assert said.code == 2 and "was quantized for the target onnx, not megengine" in the_error(said)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mgq.engine.analysis_page import page_of
 from mgq.quant.sensitivity import sensitivity_of
+from mgq.reports.analysis_page import page_of
 from mgq.reports.report import report
 from tests.conftest import smooth_pictures, trio_of
 from tests.test_analysis import analysis_of

@@ -19,7 +19,8 @@ from mgq.bench.players import Away, Batch, Seat
 from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
-from mgq.engine.dump import SUFFIXES, dump_classifier, source_of
+from mgq.deploy.formats import SUFFIXES
+from mgq.engine.dump import dump_classifier, source_of
 from mgq.engine.environment import Machine
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.parity import reference

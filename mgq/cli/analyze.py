@@ -58,13 +58,12 @@ def analyze(
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(pictures or []))
-    ready_for(checkpoint)
+    ready_for(checkpoint, deployed=False)
     from mgq.engine import analysis
-    from mgq.engine.analysis_page import write_page
-    from mgq.engine.page import checked_page
+    from mgq.reports.analysis_page import write_page
+    from mgq.reports.html import checked_page
 
-    if html is not None:
-        checked_page(html)
+    checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
         words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress)
         found = analysis.analyze(*words)

@@ -139,16 +139,18 @@ def bench_training(
 ) -> None:
     """``mgq bench --train``."""
     from mgq.cli.console import import_megengine, out, progress
-    from mgq.files.atomic import write_text_atomically
+    from mgq.files.atomic import atomic_write
 
     import_megengine()
     from mgq.bench.training import training_benchmark, training_markdown, training_settings_for
 
     settings = training_settings_for(arch, rounds, batch, image_size)
-    with progress() as on_progress:
-        report = training_benchmark(settings, on_progress=on_progress)
-    if json_file not in (None, STDOUT):
-        write_text_atomically(Path(str(json_file)), report.to_json())
+    with contextlib.ExitStack() as stack:
+        file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_write(Path(str(json_file))))
+        with progress() as on_progress:
+            report = training_benchmark(settings, on_progress=on_progress)
+        if file is not None:
+            file.write_text(report.to_json(), encoding="utf-8")
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
     elif as_markdown:

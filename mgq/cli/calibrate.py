@@ -25,6 +25,7 @@ from mgq.cli.options import (
     Workers,
     arch_at_hand,
     opened,
+    ready_for,
 )
 from mgq.cli.values import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 
@@ -125,12 +126,14 @@ def calibrate(
     from mgq.cli.console import duration, note, out, progress
     from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
+    from mgq.files.atomic import ensure_writable_folder
 
     if data_free and (pictures or method or nearest or ranges_file is not None):
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
     refuse_hopeless(expand(pictures or []))
+    ready_for(checkpoint, deployed=False)
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:
@@ -154,6 +157,8 @@ def calibrate(
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
         watcher = Watcher(on_progress, note)
+        for folder in (save, ranges_file.absolute().parent if ranges_file is not None else save):
+            ensure_writable_folder(folder)  # found out before the work, which takes minutes
         comparison: Comparison | None = None
         mixture: Mixture | None = None
         if data_free or found.sources is None:

@@ -92,6 +92,8 @@ def plain_lines(every: int | None = None) -> OnProgress:
                 note(line_of(event))
         elif event.total and event.total >= PLAIN_STEPS:
             step = event.done * PLAIN_STEPS // event.total
+            if step < said.get(event.what, 0):  # it is done once more
+                said[event.what] = 0
             if step > said.get(event.what, 0):
                 said[event.what] = step
                 note(line_of(event))

@@ -99,16 +99,16 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    ready_for(checkpoint)
+    ready_for(checkpoint, deployed=False)
     from mgq.engine.dump import opened_for
 
     with progress() as on_progress:
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
         classifier = opened_for(partial(opened, *where), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune)
+    pictures = pictures_in(classifier, data) if data is not None else None
     dumped = written(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
-        pictures = pictures_in(classifier, data) if data is not None else None
         show_parity(classifier, dumped, pictures, check == "layers", out)
     if mode == "quantized":
         show_float_size(classifier, dumped, wanted, out)
@@ -126,7 +126,8 @@ class Wanted(NamedTuple):
 
 def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     """Write the file and say so."""
-    from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
+    from mgq.deploy.formats import SUFFIXES
+    from mgq.engine.dump import dump_classifier, format_for
 
     kind = format_for(classifier, wanted.output, wanted.kind)
     path = wanted.output or Path(f"{classifier.spec.name}.{classifier.mode.value}{SUFFIXES[kind]}")
@@ -165,12 +166,16 @@ def tuned(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
 
 def pictures_in(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
     """Up to ``COMPARED`` of the pictures in ``data``, as the network sees them. Raises InputError without any."""
+    from mgq.cli.console import note
     from mgq.data.sources import expand
-    from mgq.data.transforms import to_batch
-    from mgq.engine.calibration import spread
+    from mgq.engine.calibration import Pictures, spread
+    from mgq.events import silent
 
-    sources = spread(expand([str(data)]), COMPARED)
-    return to_batch([classifier.crop(source.read()) for source in sources])
+    found = Pictures(classifier, spread(expand([str(data)]), COMPARED), silent)
+    pictures = found.all()
+    for problem in found.problems:
+        note(problem)
+    return pictures
 
 
 def show_parity(
@@ -212,7 +217,8 @@ def target_of(classifier: Classifier) -> str:
 
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
-    from mgq.engine.dump import SUFFIXES, dump_classifier
+    from mgq.deploy.formats import SUFFIXES
+    from mgq.engine.dump import dump_classifier
     from mgq.engine.networks import float_twin
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:

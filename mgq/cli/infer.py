@@ -24,6 +24,7 @@ from mgq.cli.options import (
     TargetName,
     Width,
     opened,
+    ready_for,
 )
 from mgq.cli.values import COUNT
 
@@ -73,6 +74,8 @@ def infer(
     from mgq.data.pictures import bundled_cat
     from mgq.data.sources import expand, refuse_hopeless
 
+    if write:
+        ready_for(checkpoint, deployed=False)
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
@@ -88,8 +91,9 @@ def infer(
     if write:
         from mgq.cli.dump import Wanted, written
 
-        path = written(classifier, Wanted(), to=err).path
-        classifier.write_checkpoint(path.with_suffix(".safetensors"))
+        source = classifier.made_from[0] if classifier.made_from is not None else classifier
+        path = written(source, Wanted(), to=err).path
+        source.write_checkpoint(path.with_suffix(".safetensors"))
         note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
     if failed:
         raise typer.Exit(2)

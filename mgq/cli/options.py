@@ -91,10 +91,14 @@ def ready_for(checkpoint: Path | None, deployed: bool = True) -> None:
     ``deployed`` says whether it may be a dumped file.
     """
     from mgq.cli.console import import_megengine
+    from mgq.deploy.formats import format_of
+    from mgq.errors import InputError, printable
     from mgq.files.admission import refuse_unreadable
 
+    if checkpoint is not None and not deployed and format_of(checkpoint):
+        raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
     if checkpoint is not None:
-        refuse_unreadable(checkpoint, deployed)
+        refuse_unreadable(checkpoint)
     import_megengine()
 
 
@@ -113,14 +117,23 @@ def opened(
 ) -> Classifier:
     """The network that the shared options mean."""
     ready_for(checkpoint)
-    from mgq.engine.files import is_deployed, opened_file, with_engine
+    from mgq.deploy.formats import format_of
+    from mgq.engine.files import opened_file, with_engine
     from mgq.engine.networks import open_classifier
-    from mgq.quant.modes import parse_mode
+    from mgq.errors import InputError, printable
+    from mgq.quant.modes import Mode, parse_mode
     from mgq.quant.ranges import read_ranges
     from mgq.runtime.registry import AUTO
 
-    if checkpoint is not None and is_deployed(checkpoint):
-        return opened_file(checkpoint, engine or AUTO, arch=arch)
+    if checkpoint is not None and format_of(checkpoint):
+        given = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
+        for option, value in given.items():
+            if value is not None:
+                raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
+        found = opened_file(checkpoint, engine or AUTO, arch=arch)
+        if mode == Mode.NORMAL.value != found.mode.value:
+            raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
+        return found
     builder: dict[str, Any] = {} if width is None else {"width": width}
     classifier = open_classifier(
         arch,

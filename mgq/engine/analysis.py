@@ -16,12 +16,11 @@ from mgq.data.sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration import sources_of, spread
 from mgq.engine.evaluate import evaluation_data, matched
-from mgq.engine.files import is_deployed
 from mgq.engine.metrics import Labels, standard_error
 from mgq.engine.networks import Classifier, classifier_from, found_weights, newest_arch, ranges_for, versions
 from mgq.engine.parity import own_pictures
 from mgq.engine.predict import crops_of
-from mgq.errors import InputError, printable
+from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.quant.modes import Mode
 from mgq.quant.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
@@ -175,8 +174,6 @@ def opened_with_corrections(
     arch: str | None, checkpoint: Path | None, save: Path, pretrained: bool, target: str | None, on_progress: OnProgress
 ) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
     """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
-    if is_deployed(checkpoint):
-        raise InputError(f"{printable(checkpoint)} has no float weights to compare with: pass the checkpoint it is of")
     spec = spec_of(arch) if arch is not None else None
     weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress)
     if weights.mode == Mode.QAT.value:

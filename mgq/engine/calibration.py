@@ -17,12 +17,13 @@ from mgq.data.datasets import Dataset, evenly, subset
 from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
-from mgq.engine.networks import RUN_CHECKPOINT, Classifier, versions
+from mgq.engine.networks import Classifier, versions
 from mgq.engine.predict import BATCH, batched, crops_of
-from mgq.engine.provenance import listing_of, this_process, write_environment
+from mgq.engine.provenance import listing_of, this_process
+from mgq.engine.runs import RunFolder
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
-from mgq.files.atomic import ensure_writable_folder, write_text_atomically
+from mgq.files.atomic import write_text_atomically
 from mgq.files.download import sha256_of
 from mgq.quant.calibrate import (
     LAYERWISE_PICTURES,
@@ -58,15 +59,16 @@ class Calibration:
     """The weights and pictures that it began with, by their SHA-256."""
 
     def write(self, save: Path) -> Path:
-        """Write checkpoint, ranges and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's
-        path."""
-        folder = ensure_writable_folder(save / f"{self.classifier.spec.name}.calibration")
-        path = folder / RUN_CHECKPOINT
-        self.write_ranges(folder / RANGES_FILE)
-        self.classifier.write_checkpoint(path)
-        made = {"processes": [this_process()], "checkpoint_sha256": sha256_of(path)}
-        write_environment(folder, {**self.beginning, **made})
-        return path
+        """Write ranges, checkpoint and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's path.
+
+        An earlier calibration is kept under another name. Raises as :meth:`RunFolder.create` does.
+        """
+        with RunFolder.create(save, self.classifier.spec.name, "calibration") as run:
+            self.write_ranges(run.path / RANGES_FILE)
+            self.classifier.write_checkpoint(run.checkpoint)
+            made = {"processes": [this_process()], "checkpoint_sha256": sha256_of(run.checkpoint)}
+            run.note_environment(**self.beginning, **made)
+            return run.checkpoint
 
     def write_ranges(self, path: Path) -> None:
         write_text_atomically(path, self.ranges.to_json())
@@ -124,8 +126,7 @@ def calibrated(
             equalize=way.equalize,
             kept=kept,
         )
-        if pictures.used == 0:
-            raise InputError(f"none of {len(chosen)} pictures could be read; the first: {pictures.problems[0]}")
+        pictures.refuse_none()
         score = 0.0 if len(ways) == 1 else noise_of(network, classifier.network, pictures.first(JUDGED))
         if best is None or score < best[0]:
             best = score, network, ranges, way
@@ -207,8 +208,18 @@ class Pictures:
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): so many of them."""
-        few = Pictures(self.classifier, self.sources[:number], silent)
-        return np.concatenate(list(few.batches()))
+        return Pictures(self.classifier, self.sources[:number], silent).all()
+
+    def all(self) -> npt.NDArray[np.uint8]:
+        """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""
+        batches = list(self.batches())
+        self.refuse_none()
+        return np.concatenate(batches)
+
+    def refuse_none(self) -> None:
+        """Raises InputError where no picture could be read."""
+        if self.used == 0:
+            raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
 def noise_of(network: M.Module, exact: M.Module, pictures: npt.NDArray[np.uint8]) -> float:

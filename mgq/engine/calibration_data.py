@@ -58,7 +58,10 @@ def pictures_for(
         labelled = evaluation_folder(data, on_progress)
         same = isinstance(labelled, ImageFolder) and labelled.folder == pictures.folder
         rest = without_subset(labelled, images) if same else labelled
-        return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes) if len(rest) else None)
+        if not len(rest):
+            why_not = f"all {len(labelled)} labelled pictures are calibrated on: give a smaller --images"
+            return CalibrationPictures(str(data), pictures, None, why_not)
+        return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes))
     except InputError as error:
         return CalibrationPictures(str(data), pictures, None, str(error))
 

@@ -83,7 +83,7 @@ def checked_cluster(devices: int | None, nodes: int, node: int, master: str | No
         raise InputError(f"--node-rank {node} of --nnodes {nodes} is not possible: count machines from 0")
     if nodes > 1 and there == 0:
         raise InputError("--nnodes needs GPUs on every machine: MegEngine has no other way to exchange gradients")
-    if nodes > 1 and not is_address(master):
+    if (nodes > 1 or master is not None) and not is_address(master):
         raise InputError("--nnodes needs --master HOST:PORT, the address of machine 0: give it on every machine")
     used = there if devices is None else devices
     return Cluster(max(1, used), nodes, node, master or "localhost:0")

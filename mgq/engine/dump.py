@@ -12,12 +12,11 @@ import megengine.module as M
 
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
-from mgq.deploy.formats import INPUTS as INPUTS
-from mgq.deploy.formats import SUFFIXES as SUFFIXES
+from mgq.deploy.formats import INPUTS, SUFFIXES, format_of
 from mgq.deploy.mge import write_megengine
 from mgq.deploy.onnx import write_onnx
 from mgq.engine.networks import Classifier, open_classifier
-from mgq.errors import InputError, no_such
+from mgq.errors import InputError, no_such, printable
 from mgq.files.atomic import ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
 from mgq.quant.targets import MEGENGINE, ONNX
@@ -38,11 +37,13 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
 
     Raises InputError for an unknown format, and one that the path or the network contradicts.
     """
-    by_name = next((name for name, suffix in SUFFIXES.items() if path is not None and path.suffix == suffix), None)
+    by_name = format_of(path)
     if wanted is not None and wanted not in SUFFIXES:
         raise no_such("format", wanted, SUFFIXES)
     if wanted and by_name and wanted != by_name:
         raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
+    if path is not None and wanted is None and by_name is None:
+        raise InputError(f"{printable(path)} does not say its format: let it end in {' or '.join(SUFFIXES.values())}")
     found = wanted or by_name or ("megengine" if classifier.target is MEGENGINE else "onnx")
     if found == "megengine" and classifier.target is not MEGENGINE:
         its = classifier.target.name
@@ -55,8 +56,7 @@ def opened_for(
 ) -> Classifier:
     """What ``opening`` gives for ``target``. Where that is open, and an ONNX file is wanted, the target onnx is tried
     first: ranges that come with float weights may be there for it, too."""
-    is_onnx = kind == "onnx" or (path is not None and path.suffix == SUFFIXES["onnx"])
-    if target is None and is_onnx:
+    if target is None and "onnx" in (kind, format_of(path)):
         with contextlib.suppress(InputError):
             return opening(ONNX.name)
     return opening(target)

@@ -19,7 +19,7 @@ from mgq.data.augment import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader, cores
 from mgq.data.synthetic import SyntheticPictures
-from mgq.engine.files import opened_file
+from mgq.engine.files import opened_file, written_for
 from mgq.engine.metrics import Labels, Logits, Meter, cross_entropy, standard_error
 from mgq.engine.networks import Classifier, class_names, open_classifier
 from mgq.engine.processes import Channel, Task, in_processes, nothing
@@ -411,11 +411,14 @@ def _evaluated_in_processes(
     tally = _Tally(loader, "evaluate", on_progress)
     whole = _Deal(loader, 0, 1)
     with TemporaryDirectory(prefix="mgq-") as folder:
-        # A copy, so that all have the weights that this process has, whatever becomes of the file they came from.
+        engine: str | None = None
         if classifier.file is not None:
             checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
-        else:
-            checkpoint, engine = Path(folder) / "checkpoint.safetensors", None
+        elif classifier.made_from is not None:
+            source, engine = classifier.made_from
+            checkpoint = written_for(source, engine, Path(folder))
+        else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
+            checkpoint = Path(folder) / "checkpoint.safetensors"
             classifier.write_checkpoint(checkpoint)
         tasks: list[Task] = [
             _Work(

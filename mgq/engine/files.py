@@ -7,19 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mgq.data.loader import cores
+from mgq.deploy.formats import SUFFIXES
 from mgq.engine.deployed import DeployedNetwork
-from mgq.engine.dump import SUFFIXES, dump_classifier, format_for
+from mgq.engine.dump import dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.files.checkpoint import names_in
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
 from mgq.zoo.registry import spec_of
-
-
-def is_deployed(path: Path | None) -> bool:
-    """Whether ``path`` is called as a file of `mgq dump` is."""
-    return path is not None and path.suffix.lower() in SUFFIXES.values()
 
 
 def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
@@ -48,10 +44,18 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
 
 def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
     """``classifier`` in the engine called ``key``, by way of a temporary file. Raises as the dump and the engine do."""
-    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
     with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-        path = Path(folder) / f"network{suffix}"
-        dumped = dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)
-        runtime = engine_for(path, key).load(path, threads or cores())
-    network = DeployedNetwork(runtime, dumped.size)
-    return replace(classifier, network=network, origin=f"{classifier.origin}; in {runtime.name} {runtime.version}")
+        path = written_for(classifier, key, Path(folder))
+        engine = engine_for(path, key)
+        runtime = engine.load(path, threads or cores())
+        network = DeployedNetwork(runtime, path.stat().st_size)
+    origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
+    return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))
+
+
+def written_for(classifier: Classifier, key: str, folder: Path) -> Path:
+    """A file of ``classifier`` in ``folder`` that the engine called ``key`` reads. Raises as the dump does."""
+    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
+    path = folder / f"network{suffix}"
+    dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)
+    return path

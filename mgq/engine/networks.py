@@ -58,7 +58,7 @@ class Classifier:
     ``fake_quantized`` is the ``qat`` network that a ``quantized`` one was made from; it holds the scales that a
     checkpoint needs. ``origin`` says where the weights come from, for the user; ``recipe`` is that of the run that
     trained them, as plain data, empty where there was none. ``file`` is the deployed file that the network comes from,
-    and the engine's name.
+    and the engine's name; ``made_from`` the classifier that an engine runs a temporary file of, and that engine's name.
     """
 
     network: M.Module
@@ -71,6 +71,7 @@ class Classifier:
     options: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     file: tuple[Path, str] | None = None
+    made_from: tuple[Classifier, str] | None = None
 
     @property
     def target(self) -> Target:

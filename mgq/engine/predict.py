@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgq.data.loader import cores
 from mgq.data.pictures import bundled_cat
 from mgq.data.sources import Source, expand
 from mgq.data.transforms import to_batch
@@ -89,9 +89,8 @@ def crops_of(
         except InputError as error:
             return error
 
-    workers = os.cpu_count() or 1
     waiting: deque[tuple[Source, Future[npt.NDArray[np.uint8] | InputError]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for source in sources:
             waiting.append((source, pool.submit(crop_of, source)))
             if len(waiting) > 2 * BATCH:

@@ -263,6 +263,10 @@ def resumed(request: Request, mode: Mode, cluster: Cluster, watcher: Watcher) ->
         state = run.read_state()
         recipe = recipe_from(state.recipe, str(run.last))
         refuse_changed(request, recipe, run.path)
+        if cluster.world != recipe.devices:
+            raise InputError(
+                f"{printable(run.path)} was begun on {recipe.devices} devices, not {cluster.world}: give it the same"
+            )
         info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
         run.note_environment(processes=[this_process(request.workers)])

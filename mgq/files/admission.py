@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def refuse_unreadable(path: Path, deployed: bool = True) -> None:
-    """Read ``path`` as what it is called, and keep nothing; as weights where no ``deployed`` file will do.
-
-    Needs no MegEngine.
+def refuse_unreadable(path: Path) -> None:
+    """Read ``path`` as what it is called, and keep nothing. Needs no MegEngine.
 
     Raises InputError as the reader does: for a file that is missing or damaged, is something else, or would run code.
     """
-    suffix = path.suffix.lower() if deployed else ""
+    suffix = path.suffix.lower()
     if suffix == ".onnx":
         from mgq.files.onnx_file import read_onnx
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mgq.engine.page import GREY, Html, curve, dot, line, scrolled, svg, text, ticks, written
+from mgq.reports.html import GREY, Html, curve, dot, line, scrolled, svg, text, ticks, written
 
 WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 34.0

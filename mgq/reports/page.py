@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import three_digits
 from mgq.engine.evaluate import ClassResult, Evaluation
-from mgq.engine.page import BLUE, GREEN, GREY, ORANGE, page, table, text
 from mgq.engine.runs import Metrics
 from mgq.reports.drawings import Series, bars, curves, embedded, heat_map, legend
 from mgq.reports.engines import ROUNDS, Engines, Row
+from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, page, table, text
 from mgq.reports.measured import FLOAT, INT8, SIMULATED, VERDICTS, Change, Measured, Networks
 
 if TYPE_CHECKING:

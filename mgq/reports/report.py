@@ -13,13 +13,13 @@ from mgq.bench.engines import Entrant
 from mgq.data.datasets import subset
 from mgq.engine.environment import Machine, this_machine
 from mgq.engine.networks import versions
-from mgq.engine.page import checked_page
 from mgq.engine.runs import Metrics
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.atomic import write_text_atomically
 from mgq.reports.engines import SHOWN as ENGINES
 from mgq.reports.engines import Engines, engines_compared
+from mgq.reports.html import checked_page
 from mgq.reports.measured import SHOWN, Measured, Networks, measured, networks_of
 from mgq.reports.page import page_of
 from mgq.reports.run import Run, float_metrics, float_weights, pictures_of, run_called

@@ -93,9 +93,12 @@ class Run:
     @property
     def command(self) -> str:
         """The command that does it again."""
+        verb = {"calibration": "calibrate", "qat": "qat"}.get(self.kind, "train")
+        typed = typed_command(self.path, verb)
+        if typed:
+            return typed
         if self.kind == "calibration":
-            return typed_command(self.path) or str(self.provenance.get("made_by", f"mgq calibrate -a {self.info.arch}"))
-        verb = "qat" if self.kind == "qat" else "train"
+            return str(self.provenance.get("made_by", f"mgq calibrate -a {self.info.arch}"))
         start = f" -c {quoted(self.path / FLOAT_START)}" if self.kind == "qat" else ""
         return f"mgq {verb} --recipe {quoted(self.path / RECIPE)}{start}"
 
@@ -105,12 +108,12 @@ class Run:
         return [(path.name, path.stat().st_size) for path in there]
 
 
-def typed_command(folder: Path) -> str:
-    """The ``mgq calibrate`` that made ``folder``, as its environment tells; empty where it does not."""
+def typed_command(folder: Path, verb: str) -> str:
+    """The ``mgq VERB`` that began ``folder``, as its environment tells; empty where it does not."""
     processes = read_environment(folder).get("processes")
-    last = processes[-1] if isinstance(processes, list) and processes else None
-    command = str(last.get("command", "")) if isinstance(last, dict) else ""
-    return command if command.startswith("mgq calibrate") else ""
+    first = processes[0] if isinstance(processes, list) and processes else None
+    command = str(first.get("command", "")) if isinstance(first, dict) else ""
+    return command if command.startswith(f"mgq {verb}") else ""
 
 
 def quoted(path: Path) -> str:

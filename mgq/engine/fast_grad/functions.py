@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import megengine.module.qat as Q
@@ -26,21 +25,15 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 class Convolution(Function):  # type: ignore[misc]
-    """(source, weights) -> output of one convolution without bias.
+    """(source, weights) -> output of one convolution without bias."""
 
-    ``stock`` is MegEngine's own convolution of the two, where the output must be its to the bit.
-    """
-
-    def __init__(self, geometry: Geometry, wants_source: bool, stock: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, geometry: Geometry, wants_source: bool) -> None:
         super().__init__()
         self.geometry = geometry
         self.wants_source = wants_source
-        self.stock = stock
 
     def forward(self, source: Tensor, weights: Tensor) -> Tensor:
         self.saved = source, weights
-        if self.stock is not None:
-            return self.stock(source, weights)
         return Tensor(kernels.convolution(self.geometry, *values(source, weights)), device=source.device)
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:

@@ -48,13 +48,13 @@ class Replacement(NamedTuple):
 _replaced: list[tuple[Any, str, Stock]] = []
 
 
-def enable_fast_gradients(stock_forward: bool = False) -> None:
+def enable_fast_gradients() -> None:
     """Train fast on CPUs from here on; see :func:`fast_gradients`. Does nothing when that is so already."""
     if _replaced:
         return
     onednn.library()
     keep_freed_memory()
-    for owner, name, fast in replacements(stock_forward):
+    for owner, name, fast in replacements():
         stock = getattr(owner, name)
         _replaced.append((owner, name, stock))
         setattr(owner, name, fast(stock))
@@ -71,18 +71,17 @@ def fast_gradients_enabled() -> bool:
 
 
 @contextlib.contextmanager
-def fast_gradients(stock_forward: bool = False) -> Iterator[None]:
+def fast_gradients() -> Iterator[None]:
     """Within it, training steps on a CPU are fast: results and gradients are MegEngine's up to float32 rounding.
 
     It serves the modules Conv2d, ConvBn2d, ConvBnRelu2d and the zoo's ConvBnRelu6, in float and fake-quantized, and
     ``FUSE_ADD_RELU``, MinMaxObserver, ExponentialMovingAverageObserver and FakeQuantize. Left as they are: GPUs, traced
     and float16 code, convolutions whose gradient nobody wants, and those with dilation.
 
-    With ``stock_forward`` what the network answers is MegEngine's to the bit, and only the gradients are fast: several
-    times slower than without. Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
+    Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
     """
     before = fast_gradients_enabled()
-    enable_fast_gradients(stock_forward)
+    enable_fast_gradients()
     try:
         yield
     finally:
@@ -90,12 +89,10 @@ def fast_gradients(stock_forward: bool = False) -> Iterator[None]:
             disable_fast_gradients()
 
 
-def replacements(stock_forward: bool) -> Iterator[Replacement]:
-    yield Replacement(megengine.module.conv, "conv2d", lambda stock: fast_conv2d(stock, stock_forward))
+def replacements() -> Iterator[Replacement]:
+    yield Replacement(megengine.module.conv, "conv2d", fast_conv2d)
     yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
     yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
-    if stock_forward:
-        return
     for module, qat_module, relu, ceiling in (
         (M.ConvBn2d, Q.ConvBn2d, False, None),
         (M.ConvBnRelu2d, Q.ConvBnRelu2d, True, None),
@@ -128,7 +125,7 @@ def pair_of(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def fast_conv2d(stock: Stock, stock_forward: bool) -> Stock:
+def fast_conv2d(stock: Stock) -> Stock:
     def conv2d(
         inp: Tensor,
         weight: Tensor,
@@ -152,8 +149,7 @@ def fast_conv2d(stock: Stock, stock_forward: bool) -> Stock:
             found = geometry_of(inp, weight, stride, padding)
         if found is None:
             return stock(inp, weight, bias, *options)
-        forward = (lambda x, w: stock(x, w, None, *options)) if stock_forward else None
-        output = Convolution(found, needs_gradient(inp), forward)(inp, weight)
+        output = Convolution(found, needs_gradient(inp))(inp, weight)
         return output if bias is None else output + bias
 
     return conv2d

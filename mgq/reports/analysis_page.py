@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mgq.engine.analysis import Analysis, in_decibels, in_points
 from mgq.engine.networks import versions
-from mgq.engine.page import (
+from mgq.files.atomic import write_text_atomically
+from mgq.quant.sensitivity import EXACT, LayerSensitivity, Values
+from mgq.reports.html import (
     BLUE,
     GREEN,
     GREY,
@@ -24,8 +26,6 @@ from mgq.engine.page import (
     text,
     written,
 )
-from mgq.files.atomic import write_text_atomically
-from mgq.quant.sensitivity import EXACT, LayerSensitivity, Values
 
 MARKED = 10
 """So many of the worst layers have the colour of warning."""
