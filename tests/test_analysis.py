@@ -296,7 +296,7 @@ def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, made: Path, arguments: li
 
 
 def test_a_deployed_file_has_nothing_to_compare_with(mgq: Mgq) -> None:
-    assert "float weights" in the_error(mgq("analyze", "-c", "network.megengine"))
+    assert "give the checkpoint" in the_error(mgq("analyze", "-c", "network.megengine"))
 
 
 def test_there_is_a_python_call(made: Path) -> None:

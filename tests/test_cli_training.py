@@ -84,11 +84,13 @@ def test_calibrate_measures_on_pictures_that_it_did_not_use(mgq: Mgq, tmp_path: 
 
 
 def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set" / "n01440764", 3)
+    (tmp_path / "set").mkdir()
+    for name in ("n01440764", "n02123045"):
+        write_pictures(tmp_path / "set" / name, 3)
     for _ in range(2):
         said = mgq("calibrate", "-d", "set", "--quality", "fast")
         assert said.code == 0, said
-    assert "all 3 labelled pictures are calibrated on: give a smaller --images" in said.err
+    assert "all 6 labelled pictures are calibrated on: give a smaller --images" in said.err
     for name in ("efficientnet_lite0.calibration", "efficientnet_lite0.calibration.1"):
         assert (tmp_path / "runs" / name / "checkpoint.safetensors").is_file()
 

@@ -7,6 +7,7 @@ goes on to the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from megengine.optimizer import SGD
 from mgq.data.loader import Batch, Loader
 from mgq.engine.average import WeightAverage
 from mgq.engine.curves import Mark
+from mgq.engine.deployed import int8_of
 from mgq.engine.distributed import Peers, on_processor
 from mgq.engine.evaluate import Evaluation, evaluated
 from mgq.engine.losses import cross_entropy, distillation
@@ -39,10 +41,9 @@ from mgq.errors import InputError, MgqError, printable
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.quant.calibrate import DEFAULT_METHOD, as_input, calibrated_network
-from mgq.quant.modes import Mode, to_mode
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import apply_ranges, observe_weights
-from mgq.quant.targets import MEGENGINE, target_called
+from mgq.quant.targets import target_called
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import is_observed
 
@@ -331,9 +332,13 @@ class Trainer:
         return evaluated(logits, self.val, "validate", self.watcher.on_progress)
 
     def as_deployed(self, network: M.Module) -> M.Module:
-        """A ``qat`` network as real int8 where MegEngine runs that: it answers the same, in a third of the time."""
-        if self.recipe.mode == "qat" and target_called(self.recipe.target) is MEGENGINE and on_processor():
-            return to_mode(plain_qat(network), Mode.QUANTIZED, in_place=True)
+        """A ``qat`` network as real int8 in its target's engine: what counts in the end, and several times as fast.
+
+        On a GPU, and where the engine is not installed, the simulation stands for it.
+        """
+        if self.recipe.mode == "qat" and on_processor():
+            with contextlib.suppress(InputError):
+                return int8_of(plain_qat(network), self.recipe.image_size)
         return network
 
     def measured_network(self) -> M.Module:
