@@ -106,7 +106,7 @@ def dump(
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
         classifier = opened_for(partial(opened, *where), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune)
-    pictures = pictures_in(classifier, data) if data is not None else None
+    pictures = pictures_in(classifier, data) if data is not None and check != "none" else None
     dumped = written(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
         show_parity(classifier, dumped, pictures, check == "layers", out)

@@ -115,6 +115,7 @@ def evaluate(
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = data_in(data, on_progress) if data is not None else None
+        ready_for(checkpoint)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
@@ -195,7 +196,6 @@ def opened_as_can_be(
 
 def only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    ready_for(None)
     from mgq.engine.networks import DEFAULT_ARCH, newest_run
     from mgq.quant.modes import Mode
     from mgq.zoo.registry import spec_of

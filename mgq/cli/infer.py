@@ -74,11 +74,10 @@ def infer(
     from mgq.data.pictures import bundled_cat
     from mgq.data.sources import expand, refuse_hopeless
 
-    if write:
-        ready_for(checkpoint, deployed=False)
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
+    ready_for(checkpoint, deployed=not write)
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(*words)

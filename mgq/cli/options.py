@@ -75,9 +75,6 @@ RUNS = Path("runs")
 
 def arch_at_hand(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
-    from mgq.cli.console import import_megengine
-
-    import_megengine()
     from mgq.engine.networks import newest_arch
     from mgq.quant.modes import Mode, parse_mode
 
@@ -115,8 +112,7 @@ def opened(
     target: str | None = None,
     engine: str | None = None,
 ) -> Classifier:
-    """The network that the shared options mean."""
-    ready_for(checkpoint)
+    """The network that the shared options mean; behind :func:`ready_for`."""
     from mgq.deploy.formats import format_of
     from mgq.engine.files import opened_file, with_engine
     from mgq.engine.networks import open_classifier

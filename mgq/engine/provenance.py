@@ -17,6 +17,7 @@ from mgq.data.sources import Source
 from mgq.engine.environment import this_machine
 from mgq.engine.networks import versions
 from mgq.files.atomic import write_text_atomically
+from mgq.files.bounded import object_in
 from mgq.machine import PACKAGES, package_version
 
 ENVIRONMENT = "environment.json"
@@ -56,10 +57,9 @@ def write_environment(folder: Path, found: Mapping[str, Any]) -> None:
 def read_environment(folder: Path) -> dict[str, Any]:
     """What :func:`write_environment` wrote to ``folder``; empty where that cannot be read."""
     try:
-        found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return object_in((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def listing_of(pictures: Dataset | Sequence[Source]) -> dict[str, Any]:

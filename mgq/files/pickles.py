@@ -12,7 +12,6 @@ Format: the opcodes of Python's ``pickletools`` for protocols 2 to 5; ``megengin
 
 from __future__ import annotations
 
-import json
 import math
 import stat
 import struct
@@ -25,6 +24,7 @@ import numpy as np
 import safetensors
 
 from mgq.errors import InputError, printable
+from mgq.files.bounded import LONGEST_JSON, object_in
 from mgq.files.torch_files import (
     CODES,
     LEGACY_MAGIC,
@@ -51,8 +51,8 @@ _MOST_STEPS = 500_000  # PyTorch needs about 40 for a tensor
 _LONGEST_TEXT = 4096  # beyond it a text stays bytes
 _LONGEST_NAME = 256
 _LARGEST_KEY = 2**31
-LONGEST_HEADER = 2**22
-"""Bytes in the header of a .safetensors file, which is JSON and grows tenfold in memory."""
+LONGEST_HEADER = LONGEST_JSON
+"""Bytes in the header of a .safetensors file."""
 _SAFETENSORS_CODES = {
     "BOOL": "b1",
     "U8": "u1",
@@ -194,12 +194,9 @@ def _safetensors_header(data: bytes) -> dict[str, Any]:
     if length > min(len(data) - 8, LONGEST_HEADER):
         raise UnreadableError(f"announces a header of {length} bytes, which it has not: get it again")
     try:
-        header = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
+        return object_in(data[8 : 8 + length])
+    except ValueError as error:
         raise damaged() from error
-    if not isinstance(header, dict):
-        raise damaged()
-    return header
 
 
 def _picked(root: object, format: str, allowance: Allowance) -> StateFile:
