@@ -14,7 +14,8 @@ from mgq.data.loader import cores
 from mgq.deploy.onnx import write_onnx
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.targets import MEGENGINE, target_of
-from mgq.runtime.base import FileRuntime, in_batches
+from mgq.runtime.base import BatchRuntime, FileRuntime, in_batches
+from mgq.runtime.megengine import TracedRuntime
 from mgq.runtime.registry import load
 
 
@@ -26,6 +27,16 @@ def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
     if target_of(fake_quantized) is MEGENGINE:
         return to_mode(fake_quantized, Mode.QUANTIZED)
     return DeployedNetwork.from_qat_module(fake_quantized, image_size)
+
+
+def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
+    """The same as one compiled graph, to ask for logits and then to throw away.
+
+    Raises InputError where the target's engine is not installed. MegEngine keeps every operator of a network that runs
+    operator by operator, with its scales, as long as the process lives: see :mod:`mgq.quant.casts`.
+    """
+    network = int8_of(fake_quantized, image_size)
+    return network.runtime if isinstance(network, DeployedNetwork) else TracedRuntime(network)
 
 
 class DeployedNetwork(QuantizedModule):  # type: ignore[misc]

@@ -25,7 +25,7 @@ from megengine.optimizer import SGD
 from mgq.data.loader import Batch, Loader
 from mgq.engine.average import WeightAverage
 from mgq.engine.curves import Mark
-from mgq.engine.deployed import int8_of
+from mgq.engine.deployed import int8_runtime
 from mgq.engine.distributed import Peers, on_processor
 from mgq.engine.evaluate import Evaluation, evaluated
 from mgq.engine.losses import cross_entropy, distillation
@@ -44,6 +44,7 @@ from mgq.quant.calibrate import DEFAULT_METHOD, as_input, calibrated_network
 from mgq.quant.qat import Phase, plain_qat, set_phase
 from mgq.quant.ranges import apply_ranges, observe_weights
 from mgq.quant.targets import target_called
+from mgq.runtime.base import BatchRuntime, in_batches
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import is_observed
 
@@ -323,23 +324,25 @@ class Trainer:
 
     def validated(self, network: M.Module) -> Evaluation:
         network.eval()
-        worth = self.as_deployed(network)
+        int8 = self.int8_runtime(network)
 
         def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-            answer: npt.NDArray[np.float32] = worth(pixels_of(images)).numpy()
+            if int8 is not None:
+                return in_batches(int8, images)
+            answer: npt.NDArray[np.float32] = network(pixels_of(images)).numpy()
             return answer
 
         return evaluated(logits, self.val, "validate", self.watcher.on_progress)
 
-    def as_deployed(self, network: M.Module) -> M.Module:
+    def int8_runtime(self, network: M.Module) -> BatchRuntime | None:
         """A ``qat`` network as real int8 in its target's engine: what counts in the end, and several times as fast.
 
-        On a GPU, and where the engine is not installed, the simulation stands for it.
+        None for others, on a GPU, and where the engine is not installed: there the network stands for itself.
         """
         if self.recipe.mode == "qat" and on_processor():
             with contextlib.suppress(InputError):
-                return int8_of(plain_qat(network), self.recipe.image_size)
-        return network
+                return int8_runtime(plain_qat(network), self.recipe.image_size)
+        return None
 
     def measured_network(self) -> M.Module:
         network = self.network if self.average is None else self.average.averaged(self.network)

@@ -10,6 +10,7 @@ from megengine.module.quantized import QuantizedModule
 from megengine.quantization import quantize, quantize_qat
 
 from mgq.errors import InputError, no_such
+from mgq.quant.casts import casts_in_numpy
 from mgq.quant.mixed import replace_kept_layers
 from mgq.quant.names import Mode as Mode
 from mgq.quant.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
@@ -62,7 +63,8 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
                 )
             network.eval()
             replace_kept_layers(network)
-            quantize(network, mapping=QAT_TO_QUANTIZED)
+            with casts_in_numpy():
+                quantize(network, mapping=QAT_TO_QUANTIZED)
             network.eval()
     if mode is not Mode.QUANTIZED:
         network.train(training)

@@ -28,8 +28,15 @@ class Runtime(Protocol):
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
 
 
-class FileRuntime(Runtime, Protocol):
-    """A runtime that has a file loaded. ``batch`` is the N that it takes, None where any will do.
+class BatchRuntime(Runtime, Protocol):
+    """A runtime whose ``batch`` is the N that it takes, None where any will do."""
+
+    @property
+    def batch(self) -> int | None: ...
+
+
+class FileRuntime(BatchRuntime, Protocol):
+    """A runtime that has a file loaded.
 
     ``outputs`` gives all that the file answers, by name: it may be asked for more than logits. ``about`` is what mgq
     wrote into the file, unchecked; empty where another program wrote it. ``takes`` is the shape of its input, with None
@@ -44,9 +51,6 @@ class FileRuntime(Runtime, Protocol):
 
     @property
     def classes(self) -> int: ...
-
-    @property
-    def batch(self) -> int | None: ...
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
 
@@ -87,8 +91,8 @@ def checked_threads(threads: int) -> int:
     return threads
 
 
-def in_batches(runtime: FileRuntime, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The logits of ``pictures``, any number of them, in batches of the size that the file takes."""
+def in_batches(runtime: BatchRuntime, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The logits of ``pictures``, any number of them, in batches of the size that ``runtime`` takes."""
     if runtime.batch in (None, len(pictures)):
         return runtime.run(pictures)
     return np.concatenate([runtime.run(batch) for batch in batches_of(runtime.batch or 1, pictures)])[: len(pictures)]

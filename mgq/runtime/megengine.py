@@ -46,8 +46,11 @@ class TracedRuntime(EagerRuntime):
     def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
         super().__init__(fused(network) if mode_of(network) is Mode.NORMAL else network, threads)
         self.graph: CompiledGraph | None = None
+        self.batch: int | None = None
+        """How many pictures a batch has; None before the first."""
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if self.graph is None:
             self.graph = CompiledGraph(graph_of(self.network, batch, "uint8"))
+            self.batch = len(batch)
         return self.graph.run(batch)
