@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -166,7 +167,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, out, progress
+    from mgq.cli.console import import_megengine, note, out, progress
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -180,15 +181,18 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = request_of(given)
+    request = replace(request_of(given), prepare=import_megengine)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:
             outcome: Outcome = getattr(training, name)(request, watcher)
         except StoppedError as stopped:
             command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(request.save))}"
-            note(f"{stopped}; all of it is kept, go on with\n  {command}")
+            note(f"{stopped}, go on with\n  {command}")
             raise typer.Exit(stopped.exit_code) from None
+        except training.ElsewhereError as done:
+            note(str(done))
+            raise typer.Exit(done.exit_code) from None
     if values["as_json"]:
         sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
         return
@@ -260,7 +264,7 @@ def gains(outcome: Outcome) -> str:
     """Float, calibrated and trained side by side, where all three were measured: a line."""
     if not outcome.calibrated:
         return ""
-    figures = outcome.comparison.normal.top1, outcome.calibrated["top1"], outcome.comparison.qat.top1
+    figures = outcome.comparison.normal.top1, outcome.calibrated["top1"], outcome.comparison.quantized.top1
     return "top-1: float {:.1f} %, calibrated {:.1f} %, trained with quantization {:.1f} %\n".format(*figures)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,8 +11,12 @@ from typing import Any, TypeVar
 import megengine as mge
 import megengine.distributed as dist
 import megengine.module as M
+from megengine.distributed.group import _set_machine_ranks
 
-from mgq.errors import InputError
+from mgq.engine.environment import usable_cores
+from mgq.engine.processes import Channel, in_processes, nothing
+from mgq.errors import InputError, MgqError
+from mgq.events import ALONE, Progress, Watcher
 
 Result = TypeVar("Result")
 
@@ -94,23 +100,72 @@ def is_address(text: str | None) -> bool:
     return bool(host) and port.isdigit() and 0 < int(port) < 65536
 
 
-def on_every_device(cluster: Cluster, work: Callable[[Peers], Result]) -> Result:
-    """What the first process's ``work`` returns; with one device in this process, else in one for each device."""
+Work = Callable[[Peers, Watcher], Result]
+"""One device's part of a training. It is pickled where there are several."""
+
+
+def on_every_device(
+    cluster: Cluster, work: Work[Result], watcher: Watcher, prepare: Callable[[], None] = nothing
+) -> Result:
+    """What ``work`` returns: in this process with one device, else in a process for each, whose first one counts.
+
+    These are started clean, as MegEngine cannot go on in a fork of a process that used it. What the first says and how
+    far it is comes to ``watcher``. When that asks to stop, or an error is raised in any of them, all are ended:
+    EndedError, or the error. ``prepare`` is called in each before MegEngine is loaded.
+    """
     if cluster.world == 1:
-        return work(Peers())
+        return work(Peers(), watcher)
     host, port = cluster.address
+    server = dist.Server(port) if cluster.node == 0 else None  # as long as it is referred to
+    parts = [_Part(work, cluster, host, server.py_server_port if server else port, i) for i in range(cluster.devices)]
+    found: list[Result] = []
+    messages = in_processes(parts, "training", max(1, usable_cores() // cluster.devices), prepare)
+    with contextlib.closing(messages):
+        for message in messages:
+            if isinstance(message, Progress):
+                watcher.on_progress(message)
+            elif isinstance(message, str):
+                watcher.on_remark(message)
+            elif isinstance(message, _Found):
+                found.append(message.result)
+            if watcher.should_stop() and not found:
+                raise EndedError("stopped")
+    return found[0]
 
-    def in_child() -> Result:
-        return work(Peers(dist.get_rank(), dist.get_world_size()))
 
-    launch = dist.launcher(
-        in_child,
-        n_gpus=cluster.devices,
-        world_size=cluster.world,
-        rank_start=cluster.node * cluster.devices,
-        master_ip=host,
-        port=port,
-        device_type="gpu",
-    )
-    result: Result = launch()[0]
-    return result
+class EndedError(MgqError):
+    """The processes of several devices were ended because their watcher wanted it."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class _Found:
+    result: Any
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The work for GPU number ``device`` of this machine, as it comes into a process of its own."""
+
+    work: Work[Any]
+    cluster: Cluster
+    host: str
+    port: int
+    device: int
+
+    def __call__(self, channel: Channel) -> None:
+        first = self.cluster.node * self.cluster.devices
+        rank, world = first + self.device, self.cluster.world
+        dist.init_process_group(self.host, self.port, world, rank, self.device, backend="nccl", device_type="gpu")
+        # As MegEngine's own launcher has it, against deadlocks.
+        os.environ["NCCL_LAUNCH_MODE"] = "PARALLEL"
+        _set_machine_ranks(list(range(first, first + self.cluster.devices)))
+        dist.group_barrier()
+        speaks = self.device == 0
+        watcher = Watcher(channel.send, channel.send) if speaks else ALONE
+        result = self.work(Peers(rank, world), watcher)
+        mge._full_sync()
+        dist.group_barrier()
+        if speaks:
+            channel.send(_Found(result))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mgq.engine.distributed import checked_cluster, gpus
+from mgq.engine.processes import nothing
 from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, checked_changes, option, read_changes
 from mgq.errors import InputError
 from mgq.quant.modes import Mode
@@ -19,7 +20,8 @@ class Request:
     """What a user asked for; everything may be left out.
 
     ``changes`` are values of the recipe by name, which come before those of the file ``recipe``. ``devices`` counts
-    GPUs (None: all there are; 0: the processor).
+    GPUs (None: all there are; 0: the processor). ``prepare`` is called in each process that several of them need,
+    before it loads MegEngine.
     """
 
     arch: str | None = None
@@ -42,6 +44,7 @@ class Request:
     nodes: int = 1
     node: int = 0
     master: str | None = None
+    prepare: Callable[[], None] = nothing
 
 
 def all_changes(request: Request, mode: Mode) -> dict[str, Any]:

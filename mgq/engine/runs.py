@@ -44,9 +44,11 @@ class RunFolder:
     :meth:`create` or :meth:`open`; also a context manager. Whole files are written atomically; lines are appended
     whole. So whenever the process is killed or the disk is full, what was saved before is there and can be read.
     Every method that writes raises InputError where the place does not allow it and FailureError for a full disk.
+
+    Pickled, for a process that works for its owner, it comes without the lock.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, kept: Path | None, tensorboard: bool) -> None:
+    def __init__(self, path: Path, lock: filelock.BaseFileLock | None, kept: Path | None, tensorboard: bool) -> None:
         self.path = path
         self.kept = kept
         self._lock = lock
@@ -165,7 +167,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others have the folder. To be called once all is written; again, it does nothing."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}
 
     def __enter__(self) -> RunFolder:
         return self

@@ -459,7 +459,7 @@ class Trainer:
         step = f", step {self.step_in_epoch} of {len(self.train)}" if self.step_in_epoch else ""
         verb = "qat" if self.recipe.mode == "qat" else "train"
         where = f"stopped in epoch {min(self.epoch + 1, self.recipe.epochs)} of {self.recipe.epochs}{step}"
-        raise StoppedError(where, verb, self.recipe.arch)
+        raise StoppedError(f"{where}; all of it is kept", verb, self.recipe.arch)
 
     def draw_curves(self) -> None:
         if self.peers.is_first:

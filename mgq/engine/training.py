@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from mgq.data.loader import Loader
 from mgq.engine.beginning import Beginning, beginning_of, float_weights, keeps_batch_norm, wanted_network
 from mgq.engine.calibration import calibrated
 from mgq.engine.comparison import Comparison, compared
-from mgq.engine.distributed import Cluster, Peers, checked_cluster, gpus, on_every_device, on_processor
+from mgq.engine.distributed import (
+    Cluster,
+    EndedError,
+    Peers,
+    checked_cluster,
+    gpus,
+    on_every_device,
+    on_processor,
+)
 from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.metrics import Meter
@@ -26,10 +35,10 @@ from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, 
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
 from mgq.engine.runs import LAST, RunFolder
 from mgq.engine.stem import stem_rate
-from mgq.engine.trainer import Trainer
+from mgq.engine.trainer import StoppedError, Trainer
 from mgq.engine.training_data import SYNTHETIC_SIZE, Sets, loaders_of, measuring_loader, read_sets
 from mgq.engine.training_state import START_AGAIN, TrainingState
-from mgq.errors import FailureError, InputError, printable
+from mgq.errors import FailureError, InputError, MgqError, printable
 from mgq.events import ALONE, Watcher
 from mgq.files.checkpoint import CheckpointInfo, info_from, write_checkpoint
 from mgq.files.download import sha256_of
@@ -118,12 +127,14 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
     changes = all_changes(request, Mode.QAT)
     spec, given = float_weights(request, changes, watcher)
     at_hand = given is not None
+    if given is None and cluster.nodes > 1:
+        raise InputError(f"--nnodes needs float weights of {spec.name} on every machine: give them, -c CHECKPOINT")
     if given is None:
         refuse_impossible(spec, changes)
         watcher.on_remark(f"no float weights of {spec.name} at hand: training some first, into {request.save}")
         first = float_plan(first_request(request, spec, changes), watcher)
         with new_run(first, watcher) as run:
-            on_every_device(cluster, lambda peers: trained(first, run, peers, watcher))
+            trained_everywhere(first, run, cluster, watcher)
             given = read_weights(run.checkpoint, spec)
     data = data_of(request, changes, given)
     if request.distill is not None:
@@ -310,7 +321,7 @@ def resumable_arch(save: Path, mode: Mode) -> str:
 
 def finished(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Outcome:
     """Train until the end of the recipe, then open the best network in its three modes and compare them."""
-    best, start = on_every_device(cluster, lambda peers: trained(plan, run, peers, watcher))
+    best, start = trained_everywhere(plan, run, cluster, watcher)
     run.note_environment(checkpoint_sha256=sha256_of(run.checkpoint))
     normal, simulated = float_and_simulated(plan, run, watcher)
     most = COMPARED_AFTER_TRAIN if plan.recipe.mode == "normal" else len(plan.sets.val)
@@ -330,7 +341,33 @@ def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[C
     return normal, found.classifier
 
 
-def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> tuple[dict[str, float], dict[str, float]]:
+Figures = tuple[dict[str, float], dict[str, float]]
+
+
+def trained_everywhere(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Figures:
+    """Train on all devices, as :func:`trained` does on one.
+
+    Raises ElsewhereError on a machine that is not the first: what was learned lies there.
+    """
+    arch = plan.recipe.arch
+    try:
+        figures = on_every_device(cluster, partial(trained, plan, run), watcher, plan.request.prepare)
+    except EndedError:
+        verb = "qat" if plan.recipe.mode == Mode.QAT.value else "train"
+        saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
+        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", verb, arch) from None
+    if cluster.node:
+        raise ElsewhereError(f"this machine has done its part: the network lies on machine 0, in {printable(run.path)}")
+    return figures
+
+
+class ElsewhereError(MgqError):
+    """Nothing went wrong, and there is nothing to show: the result is on another machine."""
+
+    exit_code = 0
+
+
+def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> Figures:
     """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
     recipe = plan.recipe
     network = first_network(plan)

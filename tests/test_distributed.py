@@ -1,0 +1,163 @@
+"""Training by several processes. GPUs are not needed: no gradient is exchanged here, all else is as it is."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import megengine.distributed as dist
+import pytest
+
+from mgq.engine import distributed, request, training
+from mgq.engine.calls import request_of
+from mgq.engine.distributed import Cluster, EndedError, Peers, on_every_device
+from mgq.engine.trainer import StoppedError
+from mgq.errors import FailureError, InputError
+from mgq.events import ALONE, Progress, Watcher
+
+TWO = Cluster(devices=2)
+WORDS: dict[str, Any] = {
+    "arch": "shufflenet_v1_x0_5_g3",
+    "image_size": 32,
+    "epochs": 1,
+    "batch_size": 8,
+    "synthetic_train": 64,
+    "synthetic_val": 20,
+}
+
+
+def without_gpus() -> None:
+    """In a process of a part: a group that knows its ranks and exchanges nothing."""
+    world: dict[str, int] = {}
+
+    def init_process_group(*arguments: Any, **_: Any) -> None:
+        world["rank"] = arguments[3]
+
+    dist.init_process_group = init_process_group
+    dist.group_barrier = lambda: None
+    dist.bcast_list_ = lambda tensors: None
+    dist.make_allreduce_cb = lambda how: lambda parameter, gradient: gradient
+    distributed.__dict__["_set_machine_ranks"] = lambda ranks: None
+
+
+class NoServer:
+    """In the place of MegEngine's, where the processes meet."""
+
+    py_server_port = 1
+
+    def __init__(self, port: int = 0) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "Server", NoServer)
+
+
+def ranked(peers: Peers, watcher: Watcher) -> tuple[int, int, int]:
+    watcher.on_remark(f"rank {peers.rank}")
+    watcher.on_progress(Progress("work", 1, 2))
+    return peers.rank, peers.count, os.getpid()
+
+
+def test_one_device_works_in_this_process() -> None:
+    assert on_every_device(Cluster(), ranked, ALONE) == (0, 1, os.getpid())
+
+
+@pytest.mark.parametrize(("node", "rank"), [(0, 0), (1, 2)])
+def test_the_first_process_of_a_machine_speaks_and_answers(node: int, rank: int) -> None:
+    remarks: list[str] = []
+    progress: list[Progress] = []
+    cluster = Cluster(2, 2, node, "localhost:1")
+    watcher = Watcher(progress.append, remarks.append)
+    found = on_every_device(cluster, ranked, watcher, without_gpus)
+    assert found[:2] == (rank, 4) and found[2] != os.getpid()
+    assert remarks == [f"rank {rank}"] and progress == [Progress("work", 1, 2)]
+
+
+def refusing(peers: Peers, watcher: Watcher) -> None:
+    if peers.rank == 1:
+        raise InputError("these pictures cannot be: take others")
+    signal.pause()
+
+
+def dying(peers: Peers, watcher: Watcher) -> None:
+    if peers.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def endless(peers: Peers, watcher: Watcher) -> None:
+    watcher.on_progress(Progress("work", 1, 2))
+    signal.pause()
+
+
+def test_an_error_of_one_ends_all_and_is_told_as_it_is() -> None:
+    with pytest.raises(InputError, match=r"^these pictures cannot be: take others$"):
+        on_every_device(TWO, refusing, ALONE, without_gpus)
+    with pytest.raises(FailureError, match=r"process 2 of 2 of training .*was killed by SIGKILL"):
+        on_every_device(TWO, dying, ALONE, without_gpus)
+
+
+def test_a_watcher_that_wants_to_stop_ends_all() -> None:
+    with pytest.raises(EndedError):
+        on_every_device(TWO, endless, Watcher(should_stop=lambda: True), without_gpus)
+
+
+# ---- whole trainings ----
+
+
+@pytest.fixture
+def on_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (training, request):
+        monkeypatch.setattr(module, "checked_cluster", lambda *_: TWO)
+
+
+def requested(save: Path, **words: Any) -> Any:
+    return replace(request_of({**WORDS, **words, "save": save}), prepare=without_gpus)
+
+
+@pytest.mark.usefixtures("on_two")
+def test_train_and_qat_on_two_devices(tmp_path: Path) -> None:
+    remarks: list[str] = []
+    trained = training.train(requested(tmp_path), Watcher(on_remark=remarks.append))
+    assert trained.checkpoint.is_file() and trained.comparison.images == 20
+    assert sum("epoch 1/1" in line for line in remarks) == 1  # of one process
+    log = (trained.checkpoint.parent / "log.txt").read_text()
+    assert log.count("epoch 1/1") == 1
+
+    found = training.qat(requested(tmp_path), ALONE)
+    assert found.comparison.images == 20 and found.recipe.devices == 2
+
+
+@pytest.mark.usefixtures("on_two")
+def test_a_training_on_two_devices_stops_and_goes_on(tmp_path: Path) -> None:
+    epochs: list[str] = []
+    watcher = Watcher(on_remark=epochs.append, should_stop=lambda: any("epoch 1/2" in line for line in epochs))
+    with pytest.raises(StoppedError, match="stopped on 2 devices; its state last saved is kept") as stopped:
+        training.train(requested(tmp_path, epochs=2, synthetic_train=160), watcher)
+    assert (stopped.value.verb, stopped.value.arch) == ("train", WORDS["arch"])
+    again = replace(request_of({"resume": True, "save": tmp_path}), prepare=without_gpus)
+    assert training.train(again).best["epoch"] in (1, 2)
+
+
+def test_another_machine_than_the_first_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "cluster_of", lambda _: Cluster(1, 2, 1, "localhost:1"))
+    with pytest.raises(training.ElsewhereError, match="machine 0"):
+        training.train(requested(tmp_path))
+    with pytest.raises(InputError, match="--nnodes needs float weights of shufflenet_v1_x0_5_g3 on every machine"):
+        training.qat(requested(tmp_path))
+
+
+def test_a_part_of_a_training_can_be_sent(tmp_path: Path) -> None:
+    plan = training.float_plan(request_of({**WORDS, "save": tmp_path}), ALONE)
+    with training.new_run(plan, ALONE) as run:
+        again = pickle.loads(pickle.dumps(partial(training.trained, plan, run)))
+        assert again.args[1].path == run.path
+        again.args[1].close()  # which is not its to close
+        with pytest.raises(InputError, match="another mgq is writing"), training.new_run(plan, ALONE):
+            pass
