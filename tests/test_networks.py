@@ -423,17 +423,19 @@ class TestAnswers:
 
     def test_pictures_are_decoded_ahead_but_not_all_at_once(self, tmp_path: Path) -> None:
         path = write_pictures(tmp_path / "pictures", 1) / "00.png"
-        pulled = 0
+        content, pulled = path.read_bytes(), 0
 
         def endless() -> Iterator[Source]:
             nonlocal pulled
             while True:
                 pulled += 1
-                yield Source(str(pulled), path)
+                (tmp_path / str(pulled)).write_bytes(content)
+                yield Source(str(tmp_path / str(pulled)))
 
         found = crops_of(classifier_of(SHUFFLE), endless())
-        names = [next(found)[0].name for _ in range(50)]
-        assert names == [str(i + 1) for i in range(50)]
+        answered = [next(found) for _ in range(50)]
+        assert [source.path for source, _ in answered] == [tmp_path / str(i + 1) for i in range(50)]
+        assert all(isinstance(crop, np.ndarray) for _, crop in answered)
         assert 50 < pulled <= 50 + 4 * BATCH
 
     @pytest.mark.parametrize("topk", [0, CLASSES + 1])

@@ -36,13 +36,22 @@ PICTURE_SUFFIXES = (
 class Source:
     """Something that was asked for and may hold a picture. It is not opened before ``read``.
 
-    ``name`` is printable and in one line; ``path`` is the exact one, None for standard input. Where an
-    argument led to nothing, ``problem`` is the line that says so and ``path`` is None.
+    ``text`` is its exact path; where an argument led to nothing, it is the argument, and ``problem`` the line that says
+    so. Without either it is standard input. There may be millions of them: what can be made of the text is not kept.
     """
 
-    name: str
-    path: Path | None = None
+    text: str | None = None
     problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called, printable and in one line."""
+        return "standard input" if self.text is None else printable(self.text)
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies; None for standard input, and for what is not there."""
+        return None if self.text is None or self.problem is not None else Path(self.text)
 
     def read(self) -> npt.NDArray[np.uint8]:
         """The pixels, uint8 (H, W, 3) in BGR order. Raises InputError, as ``read_picture`` does."""
@@ -71,28 +80,28 @@ def expand(arguments: Sequence[str]) -> list[Source]:
     Nothing is raised. An argument that leads to no picture gives a Source whose ``read`` says why, so that
     the others are still answered.
     """
-    found: dict[tuple[Path | None, str], Source] = {}
-    real_folders: dict[Path, Path] = {}
+    found: dict[str | None, Source] = {}
+    real_folders: dict[str, str] = {}
     for argument in arguments:
         for source in _sources(argument):
             found.setdefault(_identity(source, real_folders), source)
     return list(found.values())
 
 
-def _identity(source: Source, real_folders: dict[Path, Path]) -> tuple[Path | None, str]:
+def _identity(source: Source, real_folders: dict[str, str]) -> str | None:
     """Equal for two spellings of one path. Not for two links to one file, which someone made to be two."""
-    if source.path is None:
-        return None, source.name
-    folder = source.path.parent
+    if source.text is None or source.problem is not None:
+        return source.problem and f"\0{source.problem}"  # as no path is
+    folder, name = os.path.split(source.text)
     if folder not in real_folders:
-        real_folders[folder] = Path(os.path.realpath(folder))  # Path.resolve raises where links lead in a circle
-    return real_folders[folder], source.path.name
+        real_folders[folder] = os.path.realpath(folder)  # Path.resolve raises where links lead in a circle
+    return f"{real_folders[folder]}{os.sep}{name}"
 
 
 def _sources(argument: str) -> Iterator[Source]:
     path = Path(argument)
     if argument == "-":
-        yield Source("standard input")
+        yield Source()
     elif not argument:
         yield _nothing(argument, "an empty name was given: name a picture, a folder or a pattern")
     elif _is_folder(path):
@@ -104,11 +113,11 @@ def _sources(argument: str) -> Iterator[Source]:
 
 
 def _file(path: Path) -> Source:
-    return Source(printable(str(path)), path)
+    return Source(str(path))
 
 
 def _nothing(name: str, problem: str) -> Source:
-    return Source(printable(name), problem=problem)
+    return Source(name, problem)
 
 
 def _or_nothing(sources: Iterator[Source], argument: str, problem: str) -> Iterator[Source]:

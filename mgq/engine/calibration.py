@@ -265,6 +265,10 @@ class DatasetSource(Source):
     dataset: Dataset | None = None
     index: int = 0
 
+    @property
+    def name(self) -> str:
+        return f"picture {self.index} of {self.dataset.name if self.dataset else None}"
+
     def read(self) -> npt.NDArray[np.uint8]:
         assert self.dataset is not None
         picture = self.dataset.picture(self.index)
@@ -273,4 +277,4 @@ class DatasetSource(Source):
 
 def sources_of(dataset: Dataset) -> list[Source]:
     """The pictures of ``dataset`` in their order."""
-    return [DatasetSource(f"picture {i} of {dataset.name}", None, None, dataset, i) for i in range(len(dataset))]
+    return [DatasetSource(dataset=dataset, index=i) for i in range(len(dataset))]
