@@ -1,24 +1,27 @@
-"""Training by several processes. GPUs are not needed: no gradient is exchanged here, all else is as it is."""
+"""Training by several processes that meet and wait for each other as on GPUs, on the processor: without NCCL nothing
+that they learn is exchanged."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import megengine.distributed as dist
 import pytest
 
-from mgq.engine import distributed, request, training
+from mgq.engine import request, training
 from mgq.engine.calls import request_of
 from mgq.engine.distributed import Cluster, EndedError, Peers, on_every_device
 from mgq.engine.trainer import StoppedError
 from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Progress, Watcher
+from tests.without_gpus import without_gpus
 
 TWO = Cluster(devices=2)
 WORDS: dict[str, Any] = {
@@ -31,33 +34,6 @@ WORDS: dict[str, Any] = {
 }
 
 
-def without_gpus() -> None:
-    """In a process of a part: a group that knows its ranks and exchanges nothing."""
-    world: dict[str, int] = {}
-
-    def init_process_group(*arguments: Any, **_: Any) -> None:
-        world["rank"] = arguments[3]
-
-    dist.init_process_group = init_process_group
-    dist.group_barrier = lambda: None
-    dist.bcast_list_ = lambda tensors: None
-    dist.make_allreduce_cb = lambda how: lambda parameter, gradient: gradient
-    distributed.__dict__["_set_machine_ranks"] = lambda ranks: None
-
-
-class NoServer:
-    """In the place of MegEngine's, where the processes meet."""
-
-    py_server_port = 1
-
-    def __init__(self, port: int = 0) -> None: ...
-
-
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "Server", NoServer)
-
-
 def ranked(peers: Peers, watcher: Watcher) -> tuple[int, int, int]:
     watcher.on_remark(f"rank {peers.rank}")
     watcher.on_progress(Progress("work", 1, 2))
@@ -68,15 +44,22 @@ def test_one_device_works_in_this_process() -> None:
     assert on_every_device(Cluster(), ranked, ALONE) == (0, 1, os.getpid())
 
 
-@pytest.mark.parametrize(("node", "rank"), [(0, 0), (1, 2)])
-def test_the_first_process_of_a_machine_speaks_and_answers(node: int, rank: int) -> None:
-    remarks: list[str] = []
-    progress: list[Progress] = []
-    cluster = Cluster(2, 2, node, "localhost:1")
-    watcher = Watcher(progress.append, remarks.append)
-    found = on_every_device(cluster, ranked, watcher, without_gpus)
-    assert found[:2] == (rank, 4) and found[2] != os.getpid()
-    assert remarks == [f"rank {rank}"] and progress == [Progress("work", 1, 2)]
+def test_the_first_process_of_each_machine_speaks_and_answers() -> None:
+    """Two machines of two devices each, which meet at the first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        master = f"localhost:{free.getsockname()[1]}"
+
+    def machine(node: int) -> tuple[tuple[int, int, int], list[str], list[Progress]]:
+        remarks: list[str] = []
+        progress: list[Progress] = []
+        watcher = Watcher(progress.append, remarks.append)
+        return on_every_device(Cluster(2, 2, node, master), ranked, watcher, without_gpus), remarks, progress
+
+    with ThreadPoolExecutor(2) as machines:
+        for rank, (found, remarks, progress) in zip((0, 2), machines.map(machine, range(2)), strict=True):
+            assert found[:2] == (rank, 4) and found[2] != os.getpid()
+            assert remarks == [f"rank {rank}"] and progress == [Progress("work", 1, 2)]
 
 
 def refusing(peers: Peers, watcher: Watcher) -> None:
@@ -147,6 +130,7 @@ def test_a_training_on_two_devices_stops_and_goes_on(tmp_path: Path) -> None:
 
 def test_another_machine_than_the_first_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "cluster_of", lambda _: Cluster(1, 2, 1, "localhost:1"))
+    monkeypatch.setattr(training, "on_every_device", lambda *_: ({}, {}))
     with pytest.raises(training.ElsewhereError, match="machine 0"):
         training.train(requested(tmp_path))
     with pytest.raises(InputError, match="--nnodes needs float weights of shufflenet_v1_x0_5_g3 on every machine"):

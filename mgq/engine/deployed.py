@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import megengine as mge
 import megengine.module as M
 import numpy as np
 from megengine import Tensor
@@ -15,8 +16,11 @@ from mgq.deploy.onnx import write_onnx
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.targets import MEGENGINE, target_of
 from mgq.runtime.base import BatchRuntime, FileRuntime, in_batches
-from mgq.runtime.megengine import TracedRuntime
+from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.registry import load
+
+OWN_CHOICE = "xpux"
+"""The device that MegEngine computes on where it is not told."""
 
 
 def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
@@ -33,10 +37,13 @@ def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
     """The same as one compiled graph, to ask for logits and then to throw away.
 
     Raises InputError where the target's engine is not installed. MegEngine keeps every operator of a network that runs
-    operator by operator, with its scales, as long as the process lives: see :mod:`mgq.quant.casts`.
+    operator by operator, with its scales, as long as the process lives: see :mod:`mgq.quant.casts`. It does so only
+    where it was told to compute on another device than its own choice, for which it writes no graphs.
     """
     network = int8_of(fake_quantized, image_size)
-    return network.runtime if isinstance(network, DeployedNetwork) else TracedRuntime(network)
+    if isinstance(network, DeployedNetwork):
+        return network.runtime
+    return (TracedRuntime if mge.get_default_device() == OWN_CHOICE else EagerRuntime)(network)
 
 
 class DeployedNetwork(QuantizedModule):  # type: ignore[misc]

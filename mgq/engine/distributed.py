@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -117,7 +118,8 @@ def on_every_device(
         return work(Peers(), watcher)
     host, port = cluster.address
     server = dist.Server(port) if cluster.node == 0 else None  # as long as it is referred to
-    parts = [_Part(work, cluster, host, server.py_server_port if server else port, i) for i in range(cluster.devices)]
+    port, sent = server.py_server_port if server else port, pickle.dumps(work)
+    parts = [_Part(sent, cluster, host, port, device) for device in range(cluster.devices)]
     found: list[Result] = []
     messages = in_processes(parts, "training", max(1, usable_cores() // cluster.devices), prepare)
     with contextlib.closing(messages):
@@ -146,9 +148,12 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Part:
-    """The work for GPU number ``device`` of this machine, as it comes into a process of its own."""
+    """The work for GPU number ``device`` of this machine, as it comes into a process of its own.
 
-    work: Work[Any]
+    ``work`` stays pickled until MegEngine knows the device: what is loaded with it may make tensors.
+    """
+
+    work: bytes
     cluster: Cluster
     host: str
     port: int
@@ -164,7 +169,7 @@ class _Part:
         dist.group_barrier()
         speaks = self.device == 0
         watcher = Watcher(channel.send, channel.send) if speaks else ALONE
-        result = self.work(Peers(rank, world), watcher)
+        result = pickle.loads(self.work)(Peers(rank, world), watcher)
         mge._full_sync()
         dist.group_barrier()
         if speaks:

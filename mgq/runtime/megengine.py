@@ -29,6 +29,8 @@ class EagerRuntime:
         if threads != ONE_THREAD:
             raise FailureError(f"{self.name} computes on one thread; for {threads}, use MegEngine Lite")
         self.network = network
+        self.batch: int | None = None
+        """How many pictures a batch must have; None for any number."""
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = self.network(Tensor(batch.astype(np.float32) - 128)).numpy()
@@ -46,8 +48,6 @@ class TracedRuntime(EagerRuntime):
     def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
         super().__init__(fused(network) if mode_of(network) is Mode.NORMAL else network, threads)
         self.graph: CompiledGraph | None = None
-        self.batch: int | None = None
-        """How many pictures a batch has; None before the first."""
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if self.graph is None:
