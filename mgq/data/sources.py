@@ -57,7 +57,7 @@ class Source:
         """The pixels, uint8 (H, W, 3) in BGR order. Raises InputError, as ``read_picture`` does."""
         if self.problem is not None:
             raise InputError(self.problem)
-        return read_picture(_standard_input() if self.path is None else self.path, self.name)
+        return read_picture(self.path or _standard_input(), self.name)
 
 
 def refuse_hopeless(sources: Sequence[Source]) -> None:

@@ -258,19 +258,18 @@ def spread(sources: Sequence[Source], number: int) -> list[Source]:
     return [sources[i] for i in evenly(len(sources), number)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSource(Source):
     """One picture of a dataset, opened or made when it is read."""
 
-    dataset: Dataset | None = None
-    index: int = 0
+    dataset: Dataset
+    index: int
 
     @property
     def name(self) -> str:
-        return f"picture {self.index} of {self.dataset.name if self.dataset else None}"
+        return f"picture {self.index} of {self.dataset.name}"
 
     def read(self) -> npt.NDArray[np.uint8]:
-        assert self.dataset is not None
         picture = self.dataset.picture(self.index)
         return read_picture(picture) if isinstance(picture, Path) else picture
 

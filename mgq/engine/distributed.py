@@ -16,7 +16,7 @@ from megengine.distributed.group import _set_machine_ranks
 
 from mgq.engine.environment import usable_cores
 from mgq.engine.processes import Channel, in_processes, nothing
-from mgq.errors import InputError, MgqError
+from mgq.errors import InputError
 from mgq.events import ALONE, Progress, Watcher
 
 Result = TypeVar("Result")
@@ -131,14 +131,12 @@ def on_every_device(
             elif isinstance(message, _Found):
                 found.append(message.result)
             if watcher.should_stop() and not found:
-                raise EndedError("stopped")
+                raise EndedError
     return found[0]
 
 
-class EndedError(MgqError):
+class EndedError(Exception):
     """The processes of several devices were ended because their watcher wanted it."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)

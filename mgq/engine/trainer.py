@@ -55,13 +55,16 @@ CURVE_SECONDS = 20.0
 
 
 class StoppedError(MgqError):
-    """The training of ``arch`` by ``verb`` was asked to stop; its state is kept. The message says where it stands."""
+    """The training by ``recipe`` was asked to stop. The message says where it stands, and what of it is kept.
+
+    ``verb`` and ``arch`` are those that it goes on with.
+    """
 
     exit_code = 130
 
-    def __init__(self, message: str, verb: str, arch: str) -> None:
+    def __init__(self, message: str, recipe: Recipe) -> None:
         super().__init__(message)
-        self.verb, self.arch = verb, arch
+        self.verb, self.arch = "qat" if recipe.mode == "qat" else "train", recipe.arch
 
 
 class Trainer:
@@ -457,9 +460,8 @@ class Trainer:
         if keep:
             self.save()
         step = f", step {self.step_in_epoch} of {len(self.train)}" if self.step_in_epoch else ""
-        verb = "qat" if self.recipe.mode == "qat" else "train"
         where = f"stopped in epoch {min(self.epoch + 1, self.recipe.epochs)} of {self.recipe.epochs}{step}"
-        raise StoppedError(f"{where}; all of it is kept", verb, self.recipe.arch)
+        raise StoppedError(f"{where}; all of it is kept", self.recipe)
 
     def draw_curves(self) -> None:
         if self.peers.is_first:

@@ -349,13 +349,11 @@ def trained_everywhere(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Wa
 
     Raises ElsewhereError on a machine that is not the first: what was learned lies there.
     """
-    arch = plan.recipe.arch
     try:
         figures = on_every_device(cluster, partial(trained, plan, run), watcher, plan.request.prepare)
     except EndedError:
-        verb = "qat" if plan.recipe.mode == Mode.QAT.value else "train"
         saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
-        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", verb, arch) from None
+        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", plan.recipe) from None
     if cluster.node:
         raise ElsewhereError(f"this machine has done its part: the network lies on machine 0, in {printable(run.path)}")
     return figures
