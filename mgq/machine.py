@@ -31,6 +31,11 @@ ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 ONEDNN_EXACT = "AVX512_CORE_VNNI"
 
 
+def usable_cores() -> int:
+    """The logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def package_version(package: str) -> str | None:
     """The version of ``package`` as pip calls it; None where it is not installed. Imports nothing of it."""
     from importlib.metadata import PackageNotFoundError, version

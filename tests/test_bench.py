@@ -15,7 +15,7 @@ import pytest
 
 from mgq.bench import contest as contest_module
 from mgq.bench import engines as engines_module
-from mgq.bench.benchmark import notes_on, saturates
+from mgq.bench.benchmark import notes_on
 from mgq.bench.contest import (
     MOST_RUNS,
     TURN_NS,
@@ -33,7 +33,7 @@ from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, settings_for
 from mgq.bench.statistics import interquartile_range, median_of, speed_of, speedup_of
 from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, group_of, markdown, three_digits
-from mgq.engine.environment import Machine, cpu_features, cpu_model, this_machine
+from mgq.engine.environment import Machine, cpu_features, cpu_model, saturates, this_machine
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quant.modes import Mode
@@ -607,11 +607,11 @@ def test_a_network_named_twice_is_measured_once() -> None:
         ({"threads": ["5"]}, "--threads 5 is more than this machine's 4 cores: give 4 or fewer"),
         ({"rounds": 0}, "--rounds 0 is too few"),
         ({"batch": -1}, "--batch -1 is too few"),
-        ({"image_size": 0}, "--image-size 0 is not a multiple of 32"),
-        ({"image_size": -32}, "--image-size -32 is not a multiple of 32"),
+        ({"image_size": 0}, "--image-size 0 is too small: 32 would do"),
+        ({"image_size": -32}, "--image-size -32 is too small: 32 would do"),
         ({"image_size": 100}, "--image-size 100 is not a multiple of 32"),
         ({"batch": 10**6}, "needs about 51380.2 GB"),
-        ({"image_size": 32 * 10**5}, "give a smaller --batch or --image-size"),
+        ({"image_size": 32 * 10**5}, "--image-size 3200000 is too large: 4096 would do"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(

@@ -22,7 +22,6 @@ from megengine.optimizer import SGD
 from megengine.quantization import LSQ
 from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
-from mgq.data.loader import cores
 from mgq.engine.fast_grad import fast_gradients, fast_gradients_enabled, onednn
 from mgq.engine.fast_grad.elementwise import PIECE, extremes, held_below, in_pieces, masked
 from mgq.engine.fast_grad.functions import (
@@ -33,6 +32,7 @@ from mgq.engine.fast_grad.functions import (
 )
 from mgq.engine.fast_grad.quantizers import quantizer_of
 from mgq.errors import FailureError
+from mgq.machine import usable_cores
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.qat import freeze_batch_norm
 from mgq.quant.relu6 import QatConvBnRelu6
@@ -283,14 +283,14 @@ def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Arr
 # ---- element by element ----
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE, 9 * PIECE * cores() + 5])
+@pytest.mark.parametrize("size", [0, 1, PIECE, 9 * PIECE * usable_cores() + 5])
 def test_pieces_cover_everything_once_and_in_order(size: int) -> None:
     pieces = in_pieces(lambda piece: (piece.start, piece.stop), size)
     assert [element for start, stop in pieces for element in range(start, stop)] == list(range(size))
 
 
 def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
-    array = 100 * normal(9 * PIECE * cores() + 5)
+    array = 100 * normal(9 * PIECE * usable_cores() + 5)
     array[:8] = [0.5, -0.5, 1.5, 2.5, 0.49999997, 127.5, -128.5, np.nextafter(np.float32(1.5), np.float32(0))]
     for scale in (1.0, 0.37):
         qparams = create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(scale))
@@ -309,7 +309,7 @@ def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
 
 
 def test_a_ceiling_holds_large_arrays_below_it() -> None:
-    array = normal(9 * PIECE * cores() + 5)
+    array = normal(9 * PIECE * usable_cores() + 5)
     held = array.copy()
     below = held_below(held, 1.0)
     np.testing.assert_array_equal(held, np.minimum(array, 1))

@@ -19,10 +19,11 @@ import pytest
 
 from mgq.data.augment import Draw, EvalTransform, TrainTransform
 from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder
-from mgq.data.loader import NO_LABEL, Batch, Loader, cores
+from mgq.data.loader import NO_LABEL, Batch, Loader
 from mgq.data.pictures import Pixels
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError
+from mgq.machine import usable_cores
 
 ROOT = Path(__file__).parent.parent
 AS_IT_IS = EvalTransform(8, 8)
@@ -365,4 +366,4 @@ def test_values_that_cannot_be_are_refused(make: Callable[[], object], expected:
 
 
 def test_one_thread_a_core_is_the_default() -> None:
-    assert Loader(Plain(), AS_IT_IS, 1).workers == cores() >= 1
+    assert Loader(Plain(), AS_IT_IS, 1).workers == usable_cores() >= 1

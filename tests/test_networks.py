@@ -22,7 +22,6 @@ from mgq.engine import networks as networks_module
 from mgq.engine.calibration import RANGES_FILE, Calibration, calibrated, spread
 from mgq.engine.networks import (
     RUN_CHECKPOINT,
-    checked_size,
     class_names,
     newest_run,
     open_classifier,
@@ -33,7 +32,7 @@ from mgq.engine.predict import BATCH, answers, best, crops_of
 from mgq.engine.provenance import read_environment
 from mgq.errors import InputError
 from mgq.events import Progress
-from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
 from mgq.files.download import sha256_of
 from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, mode_of, to_mode
@@ -172,11 +171,13 @@ class TestImageSize:
     def test_multiples_of_32_are_taken(self, size: int) -> None:
         assert checked_size(size) == size
 
-    @pytest.mark.parametrize(("size", "nearest"), [(225, 224), (31, 32), (8, 32), (-64, 32), (240, 256), (100, 96)])
+    @pytest.mark.parametrize(
+        ("size", "nearest"), [(225, 224), (31, 32), (8, 32), (-64, 32), (240, 256), (100, 96), (9999, 4096)]
+    )
     def test_others_are_refused_with_the_nearest(self, size: int, nearest: int) -> None:
         with pytest.raises(InputError) as error:
             checked_size(size)
-        assert one_line_about(str(error.value), f"of {size} pixels", f"{nearest} would be")
+        assert one_line_about(str(error.value), f"--image-size {size} is", f"{nearest} would do")
 
 
 class TestWhereWeightsComeFrom:

@@ -12,13 +12,12 @@ from mgq.bench.engines import ENGINES, Entrant, Field, precision_of
 from mgq.bench.peak import instruction_for
 from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import Precision, Settings
-from mgq.engine.environment import Machine, this_machine
+from mgq.engine.environment import Machine, saturates, this_machine
 from mgq.engine.networks import versions
 from mgq.events import OnProgress, Progress, silent
 
 PICTURE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
-VNNI = ("AVX-512 VNNI", "AVX-VNNI", "AMX int8")
 
 
 def benchmark(
@@ -72,8 +71,3 @@ def notes_on(machine: Machine, settings: Settings) -> tuple[str, ...]:
         if instruction_for(precision, machine.features) is None
     ]
     return tuple(notes)
-
-
-def saturates(features: tuple[str, ...]) -> bool:
-    """Whether an x86 processor multiplies int8 by AVX2's or AVX-512's pairs of 16 bits."""
-    return "AVX2" in features and not any(feature in features for feature in VNNI)

@@ -12,9 +12,9 @@ import numpy as np
 from mgq.bench.players import Logits, Player
 from mgq.bench.settings import Precision, counted
 from mgq.bench.turns import in_turns
-from mgq.engine.environment import usable_cores
 from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress, silent
+from mgq.machine import usable_cores
 
 TURN_NS = 125_000_000
 """About how long a contestant's turn in a round lasts, in nanoseconds."""

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.environment import cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory, usable_cores
+from mgq.engine.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 from mgq.errors import MgqError, printable
-from mgq.machine import package_version
+from mgq.machine import package_version, usable_cores
 
 PATIENCE_S = 180
 LEAST_MEMORY = 1_000_000_000
@@ -170,9 +170,8 @@ def python() -> str:
 def processor() -> str:
     """Its name, and what its instructions mean for int8."""
     machine = this_machine()
-    features = machine.features
-    about = f"{machine.cpu}: {', '.join(features) or 'no instructions known'}"
-    if any("VNNI" in feature or "AMX" in feature or "Arm" in feature for feature in features):
+    about = f"{machine.cpu}: {', '.join(machine.features) or 'no instructions known'}"
+    if not DOT_PRODUCTS.isdisjoint(machine.features):
         return f"{about}; int8 at full speed and without saturation"
     raise LackingError(f"{about}; without VNNI sums of int8 products may saturate in ONNX engines")
 

@@ -16,7 +16,7 @@ from mgq.bench.contest import Contestant, Loaded, References
 from mgq.bench.loaders import FromCheckpoint, FromFile, Peak
 from mgq.bench.peak import instruction_for
 from mgq.bench.players import Away, Batch, Seat
-from mgq.bench.settings import MULTIPLE, Load, Precision, Settings
+from mgq.bench.settings import Load, Precision, Settings
 from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.deploy.formats import SUFFIXES
@@ -25,6 +25,7 @@ from mgq.engine.environment import Machine
 from mgq.engine.networks import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.parity import reference
 from mgq.errors import FailureError, InputError
+from mgq.files.checkpoint import PIXELS_STEP
 from mgq.files.onnx_file import read_onnx
 from mgq.quant.graph import graph_of, macs_of
 from mgq.quant.modes import Mode
@@ -252,7 +253,7 @@ class Field:
         ]
 
     def start_peak(self, precision: Precision, threads: int) -> Loaded:
-        settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=MULTIPLE)
+        settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
         return Loaded(away(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), "")
 
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mgq.engine.environment import free_memory, usable_cores
+from mgq.engine.environment import free_memory
 from mgq.errors import InputError, printable
+from mgq.files.checkpoint import checked_size
+from mgq.machine import usable_cores
 from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
 """The three networks of the public quantization example."""
 ROUNDS = 10
 ALL = "all"
-MULTIPLE = 32
 # The widest activations of the networks, 64 float32 channels at half the size, are 64 bytes an input pixel.
 # Engines keep several such arrays each.
 BYTES_A_PIXEL = 1024
@@ -74,8 +75,7 @@ def settings_for(
     for name, value in (("--rounds", rounds), ("--batch", batch)):
         if value < 1:
             raise InputError(f"{name} {value} is too few: give at least 1")
-    if image_size < MULTIPLE or image_size % MULTIPLE:
-        raise InputError(f"--image-size {image_size} is not a multiple of {MULTIPLE}: give one, such as 224")
+    checked_size(image_size)
     if load not in [kind.value for kind in Load]:
         raise InputError(f"there is no --mode '{printable(load)}'; choose {' or '.join(kind.value for kind in Load)}")
     needed, free = batch * image_size**2 * BYTES_A_PIXEL, free_memory()

@@ -25,6 +25,7 @@ from mgq.engine.losses import cross_entropy
 from mgq.engine.networks import versions
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
+from mgq.files.checkpoint import checked_size
 from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode
 from mgq.quant.qat import Phase, prepared_for_qat, set_phase
@@ -117,8 +118,7 @@ def training_settings_for(
     settings = replace(default, networks=names, **{name: value for name, value in given.items() if value is not None})
     if min(settings.rounds, settings.batch) < 1:
         raise InputError("--rounds and --batch count from 1: give at least 1")
-    if settings.image_size < 32 or settings.image_size % 32:
-        raise InputError(f"--image-size {settings.image_size} is not a multiple of 32: give one, such as 64")
+    checked_size(settings.image_size)
     return settings
 
 

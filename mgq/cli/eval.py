@@ -150,10 +150,10 @@ def evaluate(
 
 def refuse_more_than_cores(jobs: int) -> None:
     """Raise InputError for more processes than can work at the same time, before anything is loaded."""
-    from mgq.data.loader import cores
+    from mgq.machine import usable_cores
 
-    if jobs > cores():
-        raise InputError(f"--jobs {jobs} is more than the {cores()} cores here: give 1 to {cores()}")
+    if jobs > usable_cores():
+        raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
 
 
 def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
@@ -216,9 +216,9 @@ def facts_of(
     workers: int | None,
 ) -> dict[str, Any]:
     """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
-    from mgq.data.loader import cores
     from mgq.engine.environment import this_machine
     from mgq.engine.networks import versions
+    from mgq.machine import usable_cores
 
     machine = this_machine()
     return {
@@ -237,7 +237,7 @@ def facts_of(
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,
         "jobs": result.jobs,
-        "workers": cores() if workers is None else workers,
+        "workers": usable_cores() if workers is None else workers,
         "batch_size": batch_size,
         "cpu": machine.cpu,
         "cores": machine.usable_cores,

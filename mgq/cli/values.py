@@ -72,19 +72,13 @@ class Number(click.ParamType[float]):
 class Pixels(Number):
     """The side of a picture that a network can take."""
 
-    MULTIPLE = 32
-
     def __init__(self) -> None:
         super().__init__(int)
 
     def checked(self, number: float, flag: str) -> float:
-        from mgq.files.checkpoint import MOST_PIXELS
+        from mgq.files.checkpoint import checked_size
 
-        if self.MULTIPLE <= number <= MOST_PIXELS and number % self.MULTIPLE == 0:
-            return number
-        near = min(MOST_PIXELS, max(self.MULTIPLE, round(number / self.MULTIPLE) * self.MULTIPLE))
-        wrong = "too large" if number > MOST_PIXELS else f"not a multiple of {self.MULTIPLE}"
-        raise InputError(f"{flag} is {wrong if number > 0 else 'too small'}: {near} would do")
+        return checked_size(int(number))
 
 
 class Folder(click.Path):

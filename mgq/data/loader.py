@@ -6,7 +6,6 @@ and they need no copies, no pickling and no clean-up, and start at once.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from mgq.data.augment import Draw, Stream, Transform, generator
 from mgq.data.datasets import Dataset
 from mgq.data.pictures import Pixels
 from mgq.errors import InputError
+from mgq.machine import usable_cores
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -78,7 +78,7 @@ class Loader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.workers = cores() if workers is None else workers
+        self.workers = usable_cores() if workers is None else workers
         self.drop_last = drop_last
         self.broken = broken
         self.max_bad = max_bad
@@ -260,8 +260,3 @@ class _Pending:
     images: Pixels
     indices: Indices
     parts: list[Future[_Problems]]
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -11,8 +11,8 @@ import numpy as np
 from megengine import Tensor
 from megengine.module.quantized import QuantizedModule
 
-from mgq.data.loader import cores
 from mgq.deploy.onnx import write_onnx
+from mgq.machine import usable_cores
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.targets import MEGENGINE, target_of
 from mgq.runtime.base import BatchRuntime, FileRuntime, in_batches
@@ -64,4 +64,4 @@ class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
         with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
             path = Path(folder) / "network.onnx"
             report = write_onnx(qat_module, path, image_size=image_size, batch=None, provenance={})
-            return cls(load(path, threads=cores()), report.size)
+            return cls(load(path, threads=usable_cores()), report.size)

@@ -14,10 +14,10 @@ import megengine.distributed as dist
 import megengine.module as M
 from megengine.distributed.group import _set_machine_ranks
 
-from mgq.engine.environment import usable_cores
 from mgq.engine.processes import Channel, in_processes, nothing
 from mgq.errors import InputError
 from mgq.events import ALONE, Progress, Watcher
+from mgq.machine import usable_cores
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from mgq.machine import CPU_INFO
+from mgq.machine import CPU_INFO, usable_cores
 
 # What the kernel calls it -> what the world calls it: the instructions that int8 and fp32 speed depends on.
 FEATURES = {
@@ -25,6 +25,8 @@ FEATURES = {
     "i8mm": "Arm i8mm",
     "sve": "Arm SVE",
 }
+DOT_PRODUCTS = frozenset({"AVX-VNNI", "AVX-512 VNNI", "AMX int8", "Arm dot product", "Arm i8mm"})
+"""The instructions that sum products of int8 in 32 bits."""
 # The beginnings of the names of variables that change how fast the engines and their libraries are.
 VARIABLES = ("GOMP_", "KMP_", "MEGENGINE_", "MGB_", "MGE_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_")
 CGROUP = Path("/sys/fs/cgroup")
@@ -69,9 +71,9 @@ def this_machine() -> Machine:
     )
 
 
-def usable_cores() -> int:
-    """The logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def saturates(features: tuple[str, ...]) -> bool:
+    """Whether int8 is multiplied by AVX2's or AVX-512's sums of two products in 16 bits, which may not hold them."""
+    return "AVX2" in features and DOT_PRODUCTS.isdisjoint(features)
 
 
 def free_memory() -> int:

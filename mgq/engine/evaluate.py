@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mgq.data.augment import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
-from mgq.data.loader import Loader, cores
+from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.files import opened_file, written_for
 from mgq.engine.metrics import Labels, Logits, Meter, cross_entropy, standard_error
@@ -26,6 +26,7 @@ from mgq.engine.processes import Channel, Task, in_processes, nothing
 from mgq.engine.recipe import SYNTHETIC
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, silent
+from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
@@ -173,8 +174,8 @@ def evaluate(
     Raises InputError for classes that the network does not have, more jobs than cores, or more broken pictures than
     the share ``max_bad``; FailureError where a process dies or an output is not finite.
     """
-    if not 1 <= jobs <= cores():
-        raise InputError(f"--jobs {jobs} is not possible on {cores()} cores: give 1 to {cores()}")
+    if not 1 <= jobs <= usable_cores():
+        raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
         jobs = min(jobs, len(loader))
         if jobs > 1:
@@ -436,7 +437,7 @@ def _evaluated_in_processes(
             )
             for part in range(jobs)
         ]
-        with closing(in_processes(tasks, "the evaluation", max(1, cores() // jobs), prepare)) as messages:
+        with closing(in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
             for message in messages:
                 if message is None:
                     tally.restart_clock()

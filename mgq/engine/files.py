@@ -6,13 +6,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from mgq.data.loader import cores
 from mgq.deploy.formats import SUFFIXES
 from mgq.engine.deployed import DeployedNetwork
 from mgq.engine.dump import dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.files.checkpoint import names_in
+from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
 from mgq.zoo.registry import spec_of
@@ -24,7 +24,7 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
     engine = engine_for(path, key)
-    runtime = engine.load(path, threads or cores())
+    runtime = engine.load(path, threads or usable_cores())
     about = runtime.about
     try:
         with naming(printable(path)):
@@ -47,7 +47,7 @@ def with_engine(classifier: Classifier, key: str, threads: int | None = None) ->
     with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
         path = written_for(classifier, key, Path(folder))
         engine = engine_for(path, key)
-        runtime = engine.load(path, threads or cores())
+        runtime = engine.load(path, threads or usable_cores())
         network = DeployedNetwork(runtime, path.stat().st_size)
     origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
     return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from mgq.data.transforms import eval_crop
 from mgq.engine.deployed import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
-from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
 from mgq.machine import package_version
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.mixed import float_layers_of, keep_in_float
@@ -146,14 +146,6 @@ def open_classifier(
     return classifier_from(weights, mode, ranges, target, image_size)
 
 
-def checked_size(image_size: int) -> int:
-    """``image_size`` if a network can take it. Raises InputError unless it is a multiple of 32."""
-    if image_size < 32 or image_size % 32:
-        nearest = max(32, round(image_size / 32) * 32)
-        raise InputError(f"an input of {image_size} pixels is not a multiple of 32; {nearest} would be")
-    return image_size
-
-
 def found_weights(
     spec: ModelSpec | None,
     checkpoint: Path | None,
@@ -190,8 +182,12 @@ def ways_to_weights(spec: ModelSpec) -> str:
 def newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
     """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
     found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
-    there = [path for path in found if path.is_file()]
-    return max(there, key=lambda path: path.stat().st_mtime) if there else None
+    return newest_of(path for path in found if path.is_file())
+
+
+def newest_of(files: Iterable[Path]) -> Path | None:
+    """The one that was written last; None of none."""
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def newest_arch(save: Path, mode: Mode) -> str | None:
@@ -202,7 +198,7 @@ def newest_arch(save: Path, mode: Mode) -> str | None:
         for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")
         if path.parent.name.removesuffix(f".{kind}") in specs()
     ]
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    newest = newest_of(found)
     return None if newest is None else newest.parent.name.rpartition(".")[0]
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.loader import cores
 from mgq.data.pictures import bundled_cat
 from mgq.data.sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
+from mgq.machine import usable_cores
 from mgq.quant.modes import Mode, parse_mode
 
 BATCH = 16
@@ -90,7 +90,7 @@ def crops_of(
             return error
 
     waiting: deque[tuple[Source, Future[npt.NDArray[np.uint8] | InputError]]] = deque()
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for source in sources:
             waiting.append((source, pool.submit(crop_of, source)))
             if len(waiting) > 2 * BATCH:

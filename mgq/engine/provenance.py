@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.datasets import Dataset
-from mgq.data.loader import cores
 from mgq.data.sources import Source
 from mgq.engine.environment import this_machine
 from mgq.engine.networks import versions
 from mgq.files.atomic import write_text_atomically
 from mgq.files.bounded import object_in
-from mgq.machine import PACKAGES, package_version
+from mgq.machine import PACKAGES, package_version, usable_cores
 
 ENVIRONMENT = "environment.json"
 BENEATH = ("llvmlite", "scipy", "safetensors", "pillow")
@@ -37,7 +36,7 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
         "cpu": machine.cpu,
         "instructions": list(machine.features),
         "usable_cores": machine.usable_cores,
-        "workers": cores() if workers is None else workers,
+        "workers": usable_cores() if workers is None else workers,
         "system": machine.system,
         "variables": list(machine.variables),
     }

@@ -18,7 +18,7 @@ import tomli_w
 
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.files.bounded import text_of
-from mgq.files.checkpoint import MOST_PIXELS
+from mgq.files.checkpoint import checked_size
 from mgq.quant.names import OBSERVERS, TARGETS
 
 SYNTHETIC = "synthetic"
@@ -33,7 +33,6 @@ MOST = {
     "epochs": 100_000,
     "batch_size": 65_536,
     "classes": 100_000,
-    "image_size": MOST_PIXELS,
     "val_every": 100_000,
     "limit": 10**12,
     "devices": 1_024,
@@ -137,8 +136,7 @@ class Recipe:
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise no_such(name, getattr(self, name), known)
-        if self.image_size < 32 or self.image_size % 32:
-            raise InputError(f"{option('image_size')} {self.image_size} is not a multiple of 32: give one, such as 224")
+        checked_size(self.image_size)
 
     @property
     def is_synthetic(self) -> bool:

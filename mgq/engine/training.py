@@ -29,7 +29,7 @@ from mgq.engine.distributed import (
 from mgq.engine.evaluate import matched
 from mgq.engine.fast_grad import fast_gradients
 from mgq.engine.metrics import Meter
-from mgq.engine.networks import Classifier, open_classifier, versions
+from mgq.engine.networks import Classifier, newest_of, open_classifier, versions
 from mgq.engine.provenance import listing_of, this_process
 from mgq.engine.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
 from mgq.engine.request import Request, all_changes, data_of, refuse_changed
@@ -312,10 +312,9 @@ def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) ->
 
 def resumable_arch(save: Path, mode: Mode) -> str:
     """The architecture of the newest run under ``save`` that can go on."""
-    found = [path for path in save.glob(f"*.{mode.value}/{LAST}") if path.is_file()]
-    if not found:
+    newest = newest_of(path for path in save.glob(f"*.{mode.value}/{LAST}") if path.is_file())
+    if newest is None:
         raise InputError(f"there is no run of mode {mode.value} under {save} to resume; leave out --resume")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
     return newest.parent.name.removesuffix(f".{mode.value}")
 
 

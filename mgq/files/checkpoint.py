@@ -20,6 +20,8 @@ TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is 
 FORMAT = 1
 MOST_PIXELS = 4096
 """On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
+PIXELS_STEP = 32
+"""Every network of the zoo halves its picture five times."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
+
+
+def checked_size(pixels: int) -> int:
+    """``pixels`` if a network can take a picture of so many on a side. Raises InputError that names the nearest."""
+    if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
+        return pixels
+    near = min(MOST_PIXELS, max(PIXELS_STEP, round(pixels / PIXELS_STEP) * PIXELS_STEP))
+    wrong = "too large" if pixels > MOST_PIXELS else "too small" if pixels <= 0 else f"not a multiple of {PIXELS_STEP}"
+    raise InputError(f"--image-size {pixels} is {wrong}: {near} would do")
 
 
 def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: CheckpointInfo) -> None:

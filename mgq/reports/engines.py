@@ -18,13 +18,13 @@ from mgq.bench.engines import ENGINES, Entrant, Job
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
 from mgq.data.datasets import evenly
-from mgq.data.loader import cores
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.evaluate import Evaluation
 from mgq.engine.metrics import standard_error
 from mgq.engine.networks import Classifier
 from mgq.errors import FailureError, MgqError
 from mgq.events import OnProgress, Progress
+from mgq.machine import usable_cores
 from mgq.quant.targets import MEGENGINE
 from mgq.reports.measured import FLOAT, INT8, Measured, Networks, crops_at
 from mgq.runtime.base import in_batches
@@ -173,7 +173,7 @@ def with_answers(
             answers = known
         else:
             path = job.megengine if engine.suffix == ".megengine" else job.onnx
-            answers = in_batches(engine.load(path, cores()), crops).argmax(1)
+            answers = in_batches(engine.load(path, usable_cores()), crops).argmax(1)
     except MgqError as error:
         return replace(row, problem=str(error), rounds=())
     return replace(row, top1=100 * float((answers == labels).mean()), same=100 * float((answers == known).mean()))

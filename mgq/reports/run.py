@@ -14,7 +14,7 @@ from typing import Any
 from mgq.data.datasets import Dataset, ImageFolder, without_subset
 from mgq.engine.calibration import RANGES_FILE
 from mgq.engine.evaluate import evaluation_data
-from mgq.engine.networks import RUN_CHECKPOINT
+from mgq.engine.networks import RUN_CHECKPOINT, newest_of
 from mgq.engine.provenance import read_environment
 from mgq.engine.runs import LAST, METRICS, RECIPE, Metrics, read_metrics
 from mgq.engine.training import FLOAT_START
@@ -148,10 +148,10 @@ def run_called(name: str | Path | None, save: Path) -> Run:
 
 
 def newest(save: Path) -> Path:
-    there = [path for kind in KINDS for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")]
-    if not there:
+    found = newest_of(path for kind in KINDS for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}"))
+    if found is None:
         raise InputError(f"there is no run under {printable(save)}: `mgq qat` makes one, or pass -s FOLDER")
-    return max(there, key=lambda path: path.stat().st_mtime).parent
+    return found.parent
 
 
 def folder_called(name: Path, save: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from mgq.errors import InputError, printable
 from mgq.files.onnx_file import OnnxFile
+from mgq.machine import usable_cores
 
 
 class Runtime(Protocol):
@@ -85,7 +85,7 @@ def cannot_run(engine: Runtime, path: Path, error: Exception) -> InputError:
 
 def checked_threads(threads: int) -> int:
     """Raises InputError for more threads than cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if not 1 <= threads <= cores:
         raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
     return threads

@@ -30,8 +30,9 @@ from PIL import Image
 
 from mgq.data.augment import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
 from mgq.data.datasets import ImageFolder, calibration_folder
-from mgq.data.loader import Loader, cores
+from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
+from mgq.machine import usable_cores
 
 _MEAN = np.array((0.485, 0.456, 0.406), np.float32).reshape(3, 1, 1)
 _DEVIATION = np.array((0.229, 0.224, 0.225), np.float32).reshape(3, 1, 1)
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=400, help="how many to use at most")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, cores()}))
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, usable_cores()}))
     options = parser.parse_args()
     cv2.setNumThreads(1)  # So that a worker is one thread.
     with tempfile.TemporaryDirectory() as drawn:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.loader import cores
 from mgq.engine.fast_grad import compiled
 from mgq.engine.fast_grad.exchange import Array, empty
+from mgq.machine import usable_cores
 
 Mask = npt.NDArray[np.bool_]
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ PIECES_A_CORE = 4
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores(), "mgq-elementwise")
+    return ThreadPoolExecutor(usable_cores(), "mgq-elementwise")
 
 
 # A forked process has no threads but the one that forked.
@@ -47,9 +47,9 @@ def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE
         return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
 
     pieces = -(-size // piece)
-    if cores() == 1 or pieces < PIECES_A_CORE * cores():
+    if usable_cores() == 1 or pieces < PIECES_A_CORE * usable_cores():
         return run(0, size)
-    share = -(-pieces // cores()) * piece
+    share = -(-pieces // usable_cores()) * piece
     futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
     results = run(0, share)
     for future in futures:
