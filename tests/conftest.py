@@ -32,6 +32,7 @@ from mgq.engine.networks import Classifier  # noqa: E402
 from mgq.quant.calibrate import measured_ranges  # noqa: E402
 from mgq.quant.modes import Mode, to_mode  # noqa: E402
 from mgq.quant.ranges import ActivationRanges, apply_ranges  # noqa: E402
+from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of  # noqa: E402
 from mgq.zoo.weights import fingerprint  # noqa: E402
@@ -128,8 +129,12 @@ class Trio:
     qat_state: State
 
 
-@cache
 def trio_of(arch: str) -> Trio:
+    return _trio_of(arch, shufflenet_v1.REPEATS)
+
+
+@cache
+def _trio_of(arch: str, repeats: tuple[int, ...]) -> Trio:
     normal = filled(blank(arch))
     state = dict(normal.state_dict())
     made_up = {"pictures": "made up"}
@@ -149,6 +154,14 @@ def classifier_of(arch: str, mode: Mode = Mode.NORMAL, options: Mapping[str, Any
     network = {Mode.NORMAL: trio.normal, Mode.QAT: trio.qat, Mode.QUANTIZED: trio.quantized}[mode]
     fake = None if mode is Mode.NORMAL else trio.qat
     return Classifier(network, fake, spec_of(arch), mode, names, SIZE, "made-up weights", {})
+
+
+@pytest.fixture(scope="module")
+def short_shufflenet() -> Iterator[None]:
+    """ShuffleNetV1 with one unit a stage, in this process: a third of the layers, for tests that are not about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shufflenet_v1, "REPEATS", (1, 1, 1))
+        yield
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -11,6 +11,7 @@ import mgq
 from mgq.engine.calls import request_of
 from mgq.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
 
 

@@ -17,6 +17,7 @@ from mgq.engine.networks import open_classifier
 from mgq.quant.targets import ONNX
 from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, the_error
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
 
 
@@ -34,14 +35,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def float_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def float_checkpoint(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("float") / "net.safetensors"
     classifier_of(ARCH).write_checkpoint(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a network for the target onnx."""
     found = calibration.calibrated(classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, compensate=False)
     return found.write(tmp_path_factory.mktemp("calibrated"))

@@ -16,6 +16,7 @@ import pytest
 from mgq.files.download import sha256_of
 from tests.conftest import Mgq, one_line_about, smooth_pictures, the_error, write_pictures
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
 RECIPE = "image_size = 32\nbatch_size = 8\nsynthetic_train = 40\nsynthetic_val = 20\n"
 
@@ -78,7 +79,7 @@ def test_calibrate_measures_on_pictures_that_it_did_not_use(mgq: Mgq, tmp_path: 
     for name in ("n01440764", "n02123045"):
         (tmp_path / "set").mkdir(exist_ok=True)
         write_pictures(tmp_path / "set" / name, 3)
-    said = mgq("calibrate", "-d", "set", "--images", "4", "--method", "min-max", "--json")
+    said = mgq("calibrate", "-d", "set", "--images", "4", "--quality", "fast", "--json")
     body = json.loads(said.out)
     assert body["arch"] == "efficientnet_lite0" and body["pictures"] == 4 and body["comparison"]["images"] == 2
 
@@ -97,7 +98,7 @@ def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path) -> None:
 
 def test_unlabelled_pictures_calibrate_without_a_table(mgq: Mgq, tmp_path: Path) -> None:
     write_pictures(tmp_path / "set", 3)
-    said = mgq("calibrate", "-d", "set", "--method", "min-max")
+    said = mgq("calibrate", "-d", "set", "--quality", "fast")
     assert said.code == 0 and "top-1" not in said.out and "accuracy was not measured" in said.err
 
 

@@ -23,6 +23,7 @@ from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Progress, Watcher
 from tests.without_gpus import without_gpus
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
 TWO = Cluster(devices=2)
 WORDS: dict[str, Any] = {
     "arch": "shufflenet_v1_x0_5_g3",

@@ -44,7 +44,7 @@ NAMES = (HOSTILE, *(f"kind {i}" for i in range(1, 10)))
 EPOCH = {"epoch": 1, "loss": 1.5, "top1": 40.0, "lr": 0.1, "images_per_second": 9.0}
 NOTED = [{**EPOCH, "val_loss": 1.25, "val_top1": 50.5, "val_top5": 80.0}, {**EPOCH, "epoch": 2, "val_top1": None}]
 
-pytestmark = pytest.mark.usefixtures("no_downloads")
+pytestmark = pytest.mark.usefixtures("short_shufflenet", "no_downloads")
 
 
 def make_run(root: Path) -> Path:
@@ -59,7 +59,7 @@ def make_run(root: Path) -> Path:
     recipe = {"data": str(root / "set")}
     shown: dict[str, Any] = {"classes": NAMES, "recipe": recipe, "origin": f"made by {HOSTILE}"}
     replace(classifier_of(ARCH, Mode.QAT), **shown).write_checkpoint(run / "checkpoint.safetensors")
-    other = replace(classifier_of(ARCH), network=filled(blank(ARCH), seed=5), **shown)
+    other = replace(classifier_of(ARCH), network=filled(blank(ARCH), seed=6), **shown)
     other.write_checkpoint(run / "float.safetensors")
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in NOTED))
     (run / "recipe.toml").write_text(f'# {HOSTILE}\narch = "{ARCH}"\n')
@@ -67,7 +67,7 @@ def make_run(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("made"))
 
 
