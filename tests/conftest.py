@@ -12,16 +12,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import numpy.typing as npt
-import pytest
-
-from mgq.cli.console import import_megengine
-
-# MegEngine's threads wait for work by spinning, which takes the cores from all else. Read when the first tensor is
-# made.
+# Each of the processes that share the tests has one core, and threads that wait for work by spinning take it from
+# others. OpenBLAS reads the first when numpy is loaded, MegEngine the second when the first tensor is made.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
+import pytest  # noqa: E402
+
+from mgq.cli.console import import_megengine  # noqa: E402
+
 import_megengine()
 
 import megengine.module as M  # noqa: E402
