@@ -17,12 +17,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MGB_WORKER_MAX_SPIN", "1")
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import numpy.typing as npt  # noqa: E402
-import pytest  # noqa: E402
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
 
-from mgq.cli.console import import_megengine  # noqa: E402
+from mgq.cli.console import import_megengine
 
 import_megengine()
 
