@@ -79,7 +79,7 @@ SHARED: dict[str, Option] = {
     "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty.", AT_LEAST_ZERO),
     "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes.", SHARE),
     "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
-    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", AT_LEAST_NONE),
+    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", COUNT),
     "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next.", COUNT),
     "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999).", SHARE),
     "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
