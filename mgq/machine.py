@@ -96,9 +96,17 @@ def keep_freed_memory() -> None:
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
+def debugging() -> bool:
+    """Whether tracebacks and what the libraries say are to be shown."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
 @contextlib.contextmanager
 def muted_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: the library writes there past Python's ``sys.stderr``."""
+    """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""
+    if debugging():
+        yield
+        return
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import megengine.module as M
 import numpy as np
@@ -14,14 +16,18 @@ from megengine import Tensor
 
 from mgq.deploy import mge
 from mgq.deploy.mge import fused, write_megengine
+from mgq.deploy.onnx import write_onnx
 from mgq.errors import FailureError
+from mgq.files.onnx_file import imported
+from mgq.machine import DEBUG_VARIABLE
 from mgq.quant.calibrate import measured_ranges
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.ranges import apply_ranges
 from mgq.runtime.lite import LiteRuntime
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.runtime.openvino import OpenVino
 from mgq.zoo.layers import ConvBnRelu6, global_average
-from tests.conftest import filled, smooth_pictures
+from tests.conftest import CLASSES, blank, filled, smooth_pictures
 
 SIZE = 32
 BOTH = (Mode.NORMAL, Mode.QUANTIZED)
@@ -154,3 +160,27 @@ def test_a_file_with_other_last_bits_is_not_written(tmp_path: Path, monkeypatch:
     with pytest.raises(FailureError, match="differs from the network in memory"):
         written(tmp_path / "net.megengine", Mode.NORMAL)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("debugging", ["", "1"])
+def test_what_openvino_s_devices_say_is_for_debugging(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, debugging: str
+) -> None:
+    path = tmp_path / "net.onnx"
+    write_onnx(blank("shufflenet_v1_x0_5_g3"), path, image_size=SIZE, batch=1, provenance={})
+    engine = imported("openvino")
+
+    class Talking:
+        def __init__(self) -> None:
+            os.write(2, b"there is no GPU\n")
+            self.core = engine.Core()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.core, name)
+
+    talking = SimpleNamespace(Core=Talking, __version__=engine.__version__)
+    monkeypatch.setattr("mgq.runtime.openvino.imported", lambda _: talking)
+    monkeypatch.setenv(DEBUG_VARIABLE, debugging)
+    capfd.readouterr()
+    assert OpenVino(path).run(smooth_pictures(1, SIZE, SIZE)).shape == (1, CLASSES)
+    assert ("there is no GPU" in capfd.readouterr().err) is bool(debugging)

@@ -278,7 +278,7 @@ def classifier_for(network: str, precision: Precision, target: Target) -> Classi
     """
     mode = Mode.NORMAL if precision is Precision.FP32 else Mode.QUANTIZED if target is MEGENGINE else Mode.QAT
     random = partial(random_classifier, network, mode, target=target)
-    if not weights_at_hand(spec_of(network), mode):
+    if not has_weights(spec_of(network), mode):
         return random()
     wanted = [None] if mode is Mode.NORMAL else [MEGENGINE.name] if target is MEGENGINE else [ONNX.name, None]
     problem: InputError | None = None
@@ -291,7 +291,7 @@ def classifier_for(network: str, precision: Precision, target: Target) -> Classi
     return replace(found, origin=f"{found.origin}; not used: {problem}")
 
 
-def weights_at_hand(spec: ModelSpec, mode: Mode) -> bool:
+def has_weights(spec: ModelSpec, mode: Mode) -> bool:
     """Whether there are weights for ``mode`` on this machine, however good: no download."""
     packaged = spec.packaged is not None and spec.packaged.path() is not None
     return packaged or newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)

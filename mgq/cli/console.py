@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import DEBUG_VARIABLE, muted_stderr
+from mgq.machine import muted_stderr
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -109,11 +108,6 @@ def line_of(event: Progress) -> str:
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 
 
-def debugging() -> bool:
-    """Whether ``mgq --debug`` was said: tracebacks, and what the libraries say."""
-    return bool(os.environ.get(DEBUG_VARIABLE))
-
-
 def import_megengine() -> None:
     """Import MegEngine; but for debugging without what its library says while it looks for a GPU."""
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
@@ -125,7 +119,7 @@ def import_megengine() -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with contextlib.nullcontext() if debugging() else muted_stderr():
+    with muted_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()

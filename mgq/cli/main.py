@@ -26,7 +26,7 @@ from mgq.cli.models import models
 from mgq.cli.report import report
 from mgq.cli.training import qat, train
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, PACKAGES, package_version
+from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, package_version
 
 INTERRUPTED = 130
 
@@ -95,7 +95,7 @@ def run() -> None:
     except ClickException as error:
         code = failed(usage_line(error), 2)
     except MgqError as error:
-        if os.environ.get(DEBUG_VARIABLE):
+        if debugging():
             raise
         code = failed(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
@@ -104,7 +104,7 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = failed("interrupted", INTERRUPTED)
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
+        if debugging():
             raise
         if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
             sys.exit(failed("which shell this is cannot be told: type it in the shell that is to complete", 2))

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.files.onnx_file import imported, read_onnx
+from mgq.machine import muted_stderr
 from mgq.runtime.base import OfOnnxFile, cannot_run, checked_threads
 from mgq.runtime.onnxruntime import fed
 
@@ -35,8 +36,10 @@ class OpenVino(OfOnnxFile):
             "INFERENCE_PRECISION_HINT": "f32",
         }
         try:
-            core = engine.Core()
-            self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings)
+            # While it looks for devices, in a thread of its own, MegEngine's library complains that there is no GPU.
+            with muted_stderr():
+                core = engine.Core()
+                self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings)
         except Exception as error:
             raise cannot_run(self, path, error) from None
         self.request = self.network.create_infer_request()
