@@ -58,8 +58,14 @@ def test_a_new_classifier_is_solved_first_and_what_the_weights_know_is_kept() ->
         other = recipe_for(replace(FLOWERS, start=start), {})
         assert other.classifier_pictures == 0 and not other.keep_batch_norm and other.stem_lr == 1
     kept = replace(FLOWERS, start=Start.TRAINED, keep_batch_norm=True)
-    assert recipe_for(kept, {}).keep_batch_norm and recipe_for(replace(kept, mode="qat"), {}).calibrate
-    assert not recipe_for(replace(FLOWERS, mode="qat"), {}).calibrate
+    assert recipe_for(kept, {}).keep_batch_norm and recipe_for(replace(kept, mode="qat"), {}).keep_batch_norm
+
+
+def test_qat_of_a_small_set_begins_with_calibration_and_of_weights_that_kept_batch_norms_gently() -> None:
+    task = replace(FLOWERS, mode="qat", start=Start.TRAINED)
+    free, kept = (recipe_for(replace(task, keep_batch_norm=keep), {}) for keep in (False, True))
+    assert free.calibrate and kept.calibrate and free.ema == kept.ema > 0
+    assert free.lr > 10 * kept.lr and kept.distill == 1 > free.distill > 0
 
 
 def test_a_handful_of_pictures_still_makes_batches() -> None:
@@ -70,7 +76,7 @@ def test_a_handful_of_pictures_still_makes_batches() -> None:
 
 def test_other_epochs_shift_what_counts_in_epochs() -> None:
     assert recipe_for(IMAGENET, {"epochs": 9}).milestones == (3, 6, 8)
-    qat = recipe_for(replace(FLOWERS, mode="qat"), {"epochs": 6})
+    qat = recipe_for(replace(IMAGENET, mode="qat"), {"epochs": 6})
     assert (qat.freeze_batch_norm, qat.freeze_observers) == (3, 4)
 
 

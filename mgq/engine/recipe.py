@@ -323,16 +323,17 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     """For some hundred to some ten thousand pictures.
 
     The fewer there are, the more often each is seen: about 7,500 crops for trained weights, 50,000 for random
-    ones, 10,000 for quantization-aware training, or 4,000 where it begins with calibration.
+    ones; 10,000 for quantization-aware training, which begins with calibration, or 4,000 of weights that kept their
+    batch norms.
     """
     batch = batch_for(task.pictures)
-    if task.mode == "qat" and task.keep_batch_norm:
-        epochs = epochs or repeats(task.pictures, crops=4_000, least=2, most=8)
-        # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
-        values = {**KEPT_BATCH_NORM, "crop_scale": 0.35, "calibrate": True, "distill": 1.0, "lr": 0.0002}
-    elif task.mode == "qat":
-        epochs = epochs or repeats(task.pictures, crops=10_000, least=2, most=8)
-        values = {"lr": 0.005, "crop_scale": 0.35, "distill": DISTILLED, **qat_phases(epochs, task.pictures, batch)}
+    if task.mode == "qat":
+        epochs = epochs or repeats(task.pictures, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
+        values = {"lr": 0.005, "ema": 0.98, "distill": DISTILLED}
+        if task.keep_batch_norm:
+            # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
+            values = {**KEPT_BATCH_NORM, "distill": 1.0, "lr": 0.0002}
+        values |= {"crop_scale": 0.35, "calibrate": True}
     elif task.start is not Start.RANDOM:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
