@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from mgq.cli.console import say
 from mgq.data.pictures import bundled_cat
 from tests.conftest import Mgq
 
@@ -165,3 +168,13 @@ def test_an_error_is_one_line_that_names_the_thing_and_a_mend(
     assert said.err.startswith("error: ") and said.err.endswith("\n") and said.err.count("\n") == 1, said.err
     assert thing in said.err and mend in said.err
     assert set(tmp_path.rglob("*")) == desk
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(terminal: bool) -> None:
+    sink = io.StringIO()
+    words = "a network [of] weights that come from a long way away and whose origin is a long story to tell"
+    say(words, to=Console(file=sink, force_terminal=terminal, width=40, color_system=None))
+    lines = sink.getvalue().splitlines()
+    assert " ".join(line.strip() for line in lines) == words
+    assert len(lines) == (3 if terminal else 1) and (not terminal or all(len(line) <= 40 for line in lines))

@@ -79,18 +79,18 @@ def analyze(
 
 def shown(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
-    from mgq.cli.console import out
+    from mgq.cli.console import out, say
     from mgq.engine.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
     head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
     head += f"\npictures: {result.pictures} of {found.pictures.name}"
-    out.print(head, style="dim", markup=False, soft_wrap=True)
+    say(head, style="dim")
     whole = f"all {len(result.layers)} layers in int8: logits {in_decibels(result.whole.logit_snr, ' dB')}, "
     whole += f"{result.whole.same:.1f} % same answers"
     if result.float_top1 is not None:
         whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
-    out.print(whole, markup=False, soft_wrap=True)
+    say(whole)
     out.print()
     out.print(table_of(result.worst(worst), result.float_top1 is not None))
     out.print()
@@ -101,7 +101,7 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
     )
     legend += " ± one standard error." if result.float_top1 is not None else ""
     out.print(legend, style="dim", markup=False)
-    out.print(f"page: {page}", markup=False, soft_wrap=True)
+    say(f"page: {page}")
 
 
 def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:

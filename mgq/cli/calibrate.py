@@ -123,7 +123,7 @@ def calibrate(
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
-    from mgq.cli.console import duration, note, out, progress
+    from mgq.cli.console import duration, note, out, progress, say
     from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
     from mgq.files.atomic import ensure_writable_folder
@@ -208,25 +208,21 @@ def calibrate(
         }
         sys.stdout.write(json.dumps(document) + "\n")
         return
-    out.print(
+    say(
         f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from "
         f"{result.used or 'no'} pictures by {result.ranges.observer}, target {kind.name}, "
-        f"weights: {classifier.origin}",
-        markup=False,
-        soft_wrap=True,
+        f"weights: {classifier.origin}"
     )
     if comparison is not None:
         from mgq.cli.training import agreements, table_of
 
         out.print(table_of(comparison))
-        out.print(
+        say(
             f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
-            f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}",
-            markup=False,
-            soft_wrap=True,
+            f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"
         )
         if mixture is not None and max_drop is not None:
-            out.print(mixed_words(mixture, max_drop), markup=False, soft_wrap=True)
+            say(mixed_words(mixture, max_drop))
     elif found.why_not:
         note(f"accuracy was not measured: {found.why_not}")
-    out.print(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""), markup=False, soft_wrap=True)
+    say(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""))

@@ -25,13 +25,18 @@ PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of the way."""
 
 
+def say(text: str, style: str | None = None, to: Console = out) -> None:
+    """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are."""
+    to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+
+
 def print_error(text: str) -> None:
-    err.print(f"error: {printable(text)}", style="red", markup=False, soft_wrap=True)
+    say(f"error: {printable(text)}", style="red", to=err)
 
 
 def note(text: str) -> None:
     """A remark beside the result: to standard error, so that a pipe gets the result alone."""
-    err.print(printable(text), style="dim", markup=False, soft_wrap=True)
+    say(printable(text), style="dim", to=err)
 
 
 def counted(amount: float, unit: str) -> str:

@@ -44,7 +44,7 @@ def show(diagnosis: Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.cli.console import out
+    from mgq.cli.console import out, say
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -58,4 +58,4 @@ def show(diagnosis: Diagnosis) -> None:
         table.add_row(Text(sign, style=style), finding.name, text)
     out.print(table)
     words = "pictures can be classified here" if diagnosis.works else "mgq cannot work here yet: mend the errors above"
-    out.print(words, style="bold", soft_wrap=True)
+    say(words, style="bold")

@@ -126,6 +126,7 @@ class Wanted(NamedTuple):
 
 def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     """Write the file and say so."""
+    from mgq.cli.console import say
     from mgq.deploy.formats import SUFFIXES
     from mgq.engine.dump import dump_classifier, format_for
 
@@ -138,11 +139,10 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
         rewrites = tuned(classifier, wanted.batch or 1, to)
     dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites)
     size = classifier.image_size
-    to.print(
+    say(
         f"{path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({wanted.batch or 'N'}, 3, {size}, {size}) BGR, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
-        markup=False,
-        soft_wrap=True,
+        to=to,
     )
     return dumped
 
@@ -151,16 +151,16 @@ def tuned(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
     """The rewrites that make the file faster on this machine; says what was measured."""
     from mgq.bench.tables import ratio_text
     from mgq.bench.tune import fastest, measured_forms, name_of
-    from mgq.cli.console import progress
+    from mgq.cli.console import progress, say
 
     with progress() as on_progress:
         forms = measured_forms(classifier, batch, on_progress)
     if len(forms) == 1:
-        to.print("no rewrite changes this network", soft_wrap=True)
+        say("no rewrite changes this network", to=to)
     else:
         found = ", ".join(f"{name_of(form.rewrites)} {ratio_text(form.speedup)}" for form in forms[1:])
         kept = name_of(fastest(forms).rewrites)
-        to.print(f"times as fast as plain in {forms[0].engine} (95 %): {found}; kept: {kept}", soft_wrap=True)
+        say(f"times as fast as plain in {forms[0].engine} (95 %): {found}; kept: {kept}", to=to)
     return fastest(forms).rewrites
 
 
@@ -182,24 +182,22 @@ def show_parity(
     classifier: Classifier, dumped: Dump, pictures: npt.NDArray[np.uint8] | None, layers: bool, to: Console
 ) -> None:
     """Each installed engine beside MegEngine: equal answers, differences of logits, and on request of layers."""
+    from mgq.cli.console import say
     from mgq.engine.parity import engines_of, layer_parities, own_pictures, parities, reference
 
     what = "pictures" if pictures is not None else "views of the bundled cat"
     pictures = own_pictures(classifier) if pictures is None else pictures
-    to.print(
-        f"compared with MegEngine on {len(pictures)} {what}; an output step is the largest logit / 127.5:",
-        soft_wrap=True,
-    )
+    say(f"compared with MegEngine on {len(pictures)} {what}; an output step is the largest logit / 127.5:", to=to)
     for found in parities(dumped.path, pictures, reference(classifier, pictures)):
-        to.print(
+        say(
             f"  {found.engine} {found.version}: same answer {found.same:.1f} %, logits differ by "
             f"{found.mean:.2f} steps on average, {found.largest:.2f} at most",
-            soft_wrap=True,
+            to=to,
         )
     if layers and classifier.fake_quantized is not None:
         for engine in engines_of(dumped.path):
             differences = layer_parities(engine, dumped.path, classifier.fake_quantized, pictures)
-            to.print(f"  {engine.name}, layer by layer: {in_words(differences)}", markup=False, soft_wrap=True)
+            say(f"  {engine.name}, layer by layer: {in_words(differences)}", to=to)
 
 
 def in_words(differences: list[LayerParity]) -> str:

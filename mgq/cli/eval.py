@@ -274,12 +274,12 @@ def shown(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""
-    from mgq.cli.console import out
+    from mgq.cli.console import out, say
     from mgq.cli.infer import headline
 
     of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
-    out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
-    out.print(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim", markup=False, soft_wrap=True)
+    say(headline(classifier), style="dim")
+    say(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim")
     out.print(figures(result))
     if per_class:
         out.print(class_table(result))

@@ -116,7 +116,7 @@ def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> It
 
 def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
     """Print a table for each answer, an error line for each picture without one; the number of those."""
-    from mgq.cli.console import out, print_error
+    from mgq.cli.console import out, print_error, say
 
     failed = shown = 0
     for answer in found:
@@ -125,7 +125,7 @@ def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
             failed += 1
             continue
         if not shown:
-            out.print(headline(classifier), style="dim", markup=False, soft_wrap=True)
+            say(headline(classifier), style="dim")
         out.print(table_of(answer))
         shown += 1
     return failed

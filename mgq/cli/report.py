@@ -60,11 +60,11 @@ def report(
 
 def shown(written: Report) -> None:
     """Print what is missing, the figures in a line or two, and where the page is."""
-    from mgq.cli.console import note, out
+    from mgq.cli.console import note, say
 
     for line in written.missing:
         note(line)
     for line in written.summary():
-        out.print(line, markup=False, soft_wrap=True)
+        say(line)
     size = written.page.stat().st_size / 1e6
-    out.print(f"page: {written.page} ({size:.1f} MB)", markup=False, soft_wrap=True)
+    say(f"page: {written.page} ({size:.1f} MB)")

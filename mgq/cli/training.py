@@ -167,7 +167,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import import_megengine, note, out, progress
+    from mgq.cli.console import import_megengine, note, out, progress, say
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -198,7 +198,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
     out.print(table_of(outcome.comparison, simulated))
-    out.print(told(outcome), markup=False, soft_wrap=True)
+    say(told(outcome))
 
 
 @contextlib.contextmanager
