@@ -38,6 +38,7 @@ from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of  # noqa: E402
 from mgq.zoo.weights import fingerprint  # noqa: E402
+from tests.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
 State = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -137,6 +138,7 @@ def trio_of(arch: str) -> Trio:
 
 @cache
 def _trio_of(arch: str, repeats: tuple[int, ...]) -> Trio:
+    """``repeats`` tells a short ShuffleNetV1 from a whole one."""
     normal = filled(blank(arch))
     state = dict(normal.state_dict())
     made_up = {"pictures": "made up"}
@@ -162,7 +164,7 @@ def classifier_of(arch: str, mode: Mode = Mode.NORMAL, options: Mapping[str, Any
 def short_shufflenet() -> Iterator[None]:
     """ShuffleNetV1 with one unit a stage, in this process: a third of the layers, for tests that are not about them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shufflenet_v1, "REPEATS", (1, 1, 1))
+        patch.setattr(shufflenet_v1, "REPEATS", ONE_UNIT_A_STAGE)
         yield
 
 

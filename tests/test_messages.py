@@ -92,6 +92,7 @@ WRONG = [
     ("train --label-smoothing -1", "--label-smoothing -1", "give 0 to 1"),
     ("train --weight-decay -1", "--weight-decay -1", "give at least 0"),
     ("train --image-size 100", "--image-size 100", "96 would do"),
+    ("train --limit -1", "--limit -1", "give at least 1"),
     ("train --limit 0", "--limit 0", "give at least 1"),
     ("train --seed -1", "--seed -1", "give at least 0"),
     ("train --width 0.5", "width", "leave it out"),

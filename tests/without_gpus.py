@@ -10,6 +10,9 @@ from megengine.quantization import observer
 
 from mgq.zoo import shufflenet_v1
 
+ONE_UNIT_A_STAGE = (1, 1, 1)
+"""What tests that are not about the layers make of ShuffleNetV1."""
+
 
 def without_gpus() -> None:
     """In a process of a part: a real group, but on the processor and without NCCL."""
@@ -22,6 +25,6 @@ def without_gpus() -> None:
     dist.init_process_group = init_process_group
     dist.bcast_list_ = lambda tensors: None
     dist.make_allreduce_cb = lambda how: lambda parameter, gradient: gradient
-    shufflenet_v1.REPEATS = (1, 1, 1)  # as the fixture short_shufflenet
+    shufflenet_v1.REPEATS = ONE_UNIT_A_STAGE
     for name in ("all_reduce_min", "all_reduce_max"):
         setattr(observer, name, lambda tensor, group: tensor)

@@ -314,9 +314,11 @@ def example_recipe(task: Task, epochs: int | None) -> Recipe:
 LINEAR = {"schedule": "linear"}
 
 
+EMA = 0.98
+"""Averages over some 50 steps."""
 # The gradient of weights under a batch norm that does not renormalize grows with the square of its gain: up to 75 in
 # EfficientNet-Lite0, which at 0.003 forgot what it knew.
-KEPT_BATCH_NORM = {"keep_batch_norm": True, "lr": 0.0005, "ema": 0.98}
+KEPT_BATCH_NORM = {"keep_batch_norm": True, "lr": 0.0005, "ema": EMA}
 
 
 def small_recipe(task: Task, epochs: int | None) -> Recipe:
@@ -329,11 +331,12 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     batch = batch_for(task.pictures)
     if task.mode == "qat":
         epochs = epochs or repeats(task.pictures, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
-        values = {"lr": 0.005, "ema": 0.98, "distill": DISTILLED}
+        values = {"calibrate": True, "ema": EMA, "crop_scale": 0.35}
         if task.keep_batch_norm:
             # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
-            values = {**KEPT_BATCH_NORM, "distill": 1.0, "lr": 0.0002}
-        values |= {"crop_scale": 0.35, "calibrate": True}
+            values |= {"keep_batch_norm": True, "lr": 0.0002, "distill": 1.0}
+        else:
+            values |= {"lr": 0.005, "distill": DISTILLED}
     elif task.start is not Start.RANDOM:
         epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
