@@ -22,6 +22,34 @@ MOST_PIXELS = 4096
 """On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
 PIXELS_STEP = 32
 """Every network of the zoo halves its picture five times."""
+INTERPOLATIONS = ("bilinear", "bicubic")
+MOST_RESIZE = 8.0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are prepared for certain weights, beside the crop's size.
+
+    The shorter side becomes ``resize`` times the crop's side, by ``interpolation``; the middle is cut out. Raises
+    ValueError for values that cannot be.
+    """
+
+    resize: float = 256 / 224
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.resize, int | float) or isinstance(self.resize, bool):
+            raise ValueError("resize is no number")
+        if not 1 <= self.resize <= MOST_RESIZE or self.interpolation not in INTERPOLATIONS:
+            raise ValueError("no such resize or interpolation")
+
+    def shorter_side(self, size: int) -> int:
+        """The pixels of a picture's shorter side before a crop of ``size`` pixels is taken."""
+        return round(size * self.resize)
+
+
+COMMON_PREPROCESSING = Preprocessing()
+"""Resize to 256, crop 224, bilinear: the public example's and torchvision's."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +58,7 @@ class CheckpointInfo:
 
     ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
     ``qat`` network, because MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the
-    names of the layers whose weights stay float32 among int8 ones.
+    names of the layers whose weights stay float32 among int8 ones. Without ``preprocessing`` it is the architecture's.
     """
 
     arch: str
@@ -45,6 +73,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
 
 def checked_size(pixels: int) -> int:
@@ -85,10 +114,16 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
 
 
 def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
-    """What ``body`` says, a CheckpointInfo as plain data from JSON. Raises TypeError or KeyError where it is none."""
-    found = CheckpointInfo(
-        **{**body, "classes": names_in(body["classes"]), "float_layers": names_in(body.get("float_layers", []))}
-    )
+    """What ``body`` says, a CheckpointInfo as plain data from JSON.
+
+    Raises TypeError, ValueError or KeyError where it is none.
+    """
+    known = {
+        "classes": names_in(body["classes"]),
+        "float_layers": names_in(body.get("float_layers", [])),
+        "preprocessing": preprocessing_in(body),
+    }
+    found = CheckpointInfo(**{**body, **known})
     texts = (found.arch, found.mode, found.origin, found.target)
     tables = (found.options, found.recipe, found.metrics, found.versions)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
@@ -96,6 +131,12 @@ def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
     if type(found.image_size) is not int or not 1 <= found.image_size <= MOST_PIXELS:
         raise TypeError
     return found
+
+
+def preprocessing_in(body: Mapping[str, Any]) -> Preprocessing | None:
+    """What ``body``, from JSON, says of it; None where it says nothing. Raises TypeError or ValueError for nonsense."""
+    said = body.get("preprocessing")
+    return None if said is None else Preprocessing(**said)
 
 
 def names_in(value: Any) -> tuple[str, ...]:
