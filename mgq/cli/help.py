@@ -5,9 +5,6 @@ from __future__ import annotations
 import click
 import typer.core
 
-from mgq.cli.values import versions
-from mgq.zoo.pretrained import DEFAULT_VERSION
-
 MOST_IN_ONE_LIST = 10
 WIDEST = 24
 """Columns for the flags, before their texts; longer ones have a line of their own."""
@@ -58,6 +55,9 @@ def with_versions(args: list[str]) -> list[str]:
     """``args`` with ``--pretrained`` and the version behind it as one; what is no version is left for the verb."""
     if PRETRAINED_FLAG not in args:
         return args
+    from mgq.cli.values import versions
+    from mgq.zoo.pretrained import DEFAULT_VERSION
+
     known = set(versions())
     found: list[str] = []
     waiting = list(args)

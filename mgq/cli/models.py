@@ -12,7 +12,7 @@ from mgq.cli.options import RUNS, AsJson, Save
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mgq.files.checkpoint import Preprocessing
+    from mgq.files.preprocessing import Preprocessing
     from mgq.zoo.registry import ModelSpec
 
 
@@ -26,7 +26,6 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
     Examples:
       mgq models
       mgq models --json
-      mgq infer -a resnet50 -m normal --pretrained v1 cat.jpg
     """
     from mgq.zoo.registry import specs
 

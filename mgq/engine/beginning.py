@@ -13,7 +13,7 @@ from mgq.engine.request import Request
 from mgq.engine.training_data import Sets, read_sets
 from mgq.errors import InputError, printable
 from mgq.events import Watcher
-from mgq.files.checkpoint import Preprocessing
+from mgq.files.preprocessing import Preprocessing
 from mgq.quant.modes import Mode
 from mgq.zoo.adapt import State
 from mgq.zoo.pretrained import version_in

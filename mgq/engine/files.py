@@ -11,7 +11,8 @@ from mgq.engine.deployed import DeployedNetwork
 from mgq.engine.dump import dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, naming, printable
-from mgq.files.checkpoint import names_in, preprocessing_in
+from mgq.files.checkpoint import names_in
+from mgq.files.preprocessing import preprocessing_in
 from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for

@@ -20,7 +20,8 @@ from mgq.data.transforms import eval_crop
 from mgq.engine.deployed import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
-from mgq.files.checkpoint import COMMON_PREPROCESSING, CheckpointInfo, Preprocessing, checked_size, write_checkpoint
+from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.machine import package_version
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.mixed import float_layers_of, keep_in_float

@@ -17,7 +17,7 @@ from mgq.engine.recipe import SYNTHETIC, Recipe, Task, recipe_for
 from mgq.engine.request import Request
 from mgq.errors import printable
 from mgq.events import Watcher
-from mgq.files.checkpoint import Preprocessing
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from mgq.errors import InputError, printable
 from mgq.files.atomic import atomic_write
+from mgq.files.preprocessing import Preprocessing, preprocessing_in
 
 KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
@@ -22,34 +23,6 @@ MOST_PIXELS = 4096
 """On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
 PIXELS_STEP = 32
 """Every network of the zoo halves its picture five times."""
-INTERPOLATIONS = ("bilinear", "bicubic")
-MOST_RESIZE = 8.0
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pictures are prepared for certain weights, beside the crop's size.
-
-    The shorter side becomes ``resize`` times the crop's side, by ``interpolation``; the middle is cut out. Raises
-    ValueError for values that cannot be.
-    """
-
-    resize: float = 256 / 224
-    interpolation: str = "bilinear"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.resize, int | float) or isinstance(self.resize, bool):
-            raise ValueError("resize is no number")
-        if not 1 <= self.resize <= MOST_RESIZE or self.interpolation not in INTERPOLATIONS:
-            raise ValueError("no such resize or interpolation")
-
-    def shorter_side(self, size: int) -> int:
-        """The pixels of a picture's shorter side before a crop of ``size`` pixels is taken."""
-        return round(size * self.resize)
-
-
-COMMON_PREPROCESSING = Preprocessing()
-"""Resize to 256, crop 224, bilinear: the public example's and torchvision's."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +104,6 @@ def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
     if type(found.image_size) is not int or not 1 <= found.image_size <= MOST_PIXELS:
         raise TypeError
     return found
-
-
-def preprocessing_in(body: Mapping[str, Any]) -> Preprocessing | None:
-    """What ``body``, from JSON, says of it; None where it says nothing. Raises TypeError or ValueError for nonsense."""
-    said = body.get("preprocessing")
-    return None if said is None else Preprocessing(**said)
 
 
 def names_in(value: Any) -> tuple[str, ...]:

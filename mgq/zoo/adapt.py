@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.files.checkpoint import Preprocessing
+from mgq.files.preprocessing import Preprocessing
 
 State = dict[str, npt.NDArray[Any]]
 """Parameter name -> array, as a network's ``state_dict`` has it."""

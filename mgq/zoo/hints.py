@@ -14,7 +14,7 @@ from typing import Any
 
 from mgq.errors import InputError, printable
 from mgq.files.bounded import object_in, text_of
-from mgq.files.checkpoint import COMMON_PREPROCESSING, Preprocessing
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.adapt import HALF_RGB, NO_HINTS, Hints, InputNormalization
 from mgq.zoo.registry import checkpoint_called
 

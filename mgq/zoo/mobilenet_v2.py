@@ -11,7 +11,7 @@ import megengine.module as M
 from megengine import Tensor
 
 from mgq.errors import no_such
-from mgq.files.checkpoint import Preprocessing
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.adapt import (
     IMAGENET_RGB,
     NO_HINTS,

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
-from mgq.files.checkpoint import COMMON_PREPROCESSING, Preprocessing
 from mgq.files.download import Source, cached, sha256_of
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from mgq.errors import InputError, naming, printable
 from mgq.events import OnProgress, silent
-from mgq.files.checkpoint import CheckpointInfo, Preprocessing, info_of
+from mgq.files.checkpoint import CheckpointInfo, info_of
 from mgq.files.download import cached, download
 from mgq.files.pickles import read_state
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.adapt import NO_HINTS, Hints, State
 from mgq.zoo.hints import hints_of
 from mgq.zoo.layers import without_initialization
