@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mgq.engine.networks import classifier_from
+from mgq.engine.dump import dump_classifier
+from mgq.engine.files import opened_file
+from mgq.engine.networks import classifier_from, random_classifier
+from mgq.engine.request import Request
+from mgq.engine.trainer import StoppedError
+from mgq.engine.training import train
 from mgq.errors import InputError
 from mgq.files.preprocessing import Preprocessing
 from mgq.quant.modes import Mode
+from mgq.quant.targets import ONNX
 from mgq.zoo.adapt import IMAGENET_RGB, with_epsilon
 from mgq.zoo.hints import hints_of
 from mgq.zoo.weights import Weights, read_weights
@@ -46,6 +52,7 @@ from tests.test_adapters import (
     tensorflow_same,
 )
 from tests.test_pickles import Forge
+from tests.test_training import small_request, stopping_after
 
 HALF = ((127.5,) * 3, (127.5,) * 3)
 # kernel, stride, expansion, channels, repeats
@@ -302,6 +309,23 @@ class TestPreprocessing:
         again = classifier_from(read_weights(path), Mode.NORMAL)
         assert again.preprocessing == expected
         assert np.array_equal(again.crop(picture), classifier.crop(picture))
+
+    def test_it_goes_into_a_deployed_file(self, tmp_path: Path) -> None:
+        expected = Preprocessing(1 / 0.95, "bicubic")
+        classifier = random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=32, target=ONNX)
+        dump_classifier(replace(classifier, preprocessing=expected), tmp_path / "net.onnx", batch=None)
+        assert opened_file(tmp_path / "net.onnx").preprocessing == expected
+
+    def test_it_goes_into_a_run_that_begins_with_these_weights(self, tmp_path: Path) -> None:
+        expected = Preprocessing(1 / 0.95, "bicubic")
+        start = random_classifier("shufflenet_v1_x0_5_g3", Mode.NORMAL, image_size=32)
+        names = tuple(map(str, range(len(start.classes))))
+        replace(start, preprocessing=expected, classes=names).write_checkpoint(tmp_path / "start.safetensors")
+        request = small_request(tmp_path)
+        with pytest.raises(StoppedError):
+            train(replace(request, checkpoint=tmp_path / "start.safetensors", new_head=True), stopping_after(1))
+        done = train(Request(arch=request.arch, save=tmp_path, resume=True, workers=1))
+        assert read_weights(done.checkpoint).preprocessing == expected
 
     def weights(self, folder: Path) -> Weights:
         state = made_up(resnet_names(18, CLASSES))
