@@ -36,7 +36,7 @@ def analyze(
     ] = None,
     target: TargetName = None,
     save: Save = RUNS,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the error of int8 comes from, layer by layer.
@@ -65,7 +65,7 @@ def analyze(
 
     checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress)
+        words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress)
         found = analysis.analyze(*words)
     for remark in [*found.remarks, *found.pictures.problems]:
         note(remark)

@@ -104,7 +104,7 @@ def calibrate(
         ),
     ] = None,
     about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = "",
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     width: Width = None,
     image_size: ImageSize = None,
     as_json: AsJson = False,

@@ -55,7 +55,7 @@ def infer(
     target: TargetName = None,
     engine: EngineName = None,
     save: Save = RUNS,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,

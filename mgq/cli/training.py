@@ -26,6 +26,7 @@ from mgq.cli.values import (
     FOLDER,
     OBSERVER,
     PIXELS,
+    PRETRAINED,
     SCHEDULE,
     SHARE,
     TARGET,
@@ -69,7 +70,9 @@ SHARED: dict[str, Option] = {
     "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
     "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
     "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
-    "pretrained": Option(bool, False, ("--pretrained",), "Begin with the zoo's weights; downloads published ones."),
+    "pretrained": Option(
+        str, None, ("--pretrained",), "Begin with the zoo's weights; downloads published ones.", PRETRAINED
+    ),
     "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
     "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
     "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),

@@ -147,7 +147,7 @@ def analyze(
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     save: str | Path = "runs",
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     target: str | None = None,
     images: int = IMAGES,
     on_progress: OnProgress = silent,
@@ -171,7 +171,12 @@ def analyze(
 
 
 def opened_with_corrections(
-    arch: str | None, checkpoint: Path | None, save: Path, pretrained: bool, target: str | None, on_progress: OnProgress
+    arch: str | None,
+    checkpoint: Path | None,
+    save: Path,
+    pretrained: bool | str,
+    target: str | None,
+    on_progress: OnProgress,
 ) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
     """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
     spec = spec_of(arch) if arch is not None else None

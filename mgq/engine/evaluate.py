@@ -190,8 +190,9 @@ def evaluation_loader(
     workers: int | None = None,
     max_bad: float = 0.01,
 ) -> Loader:
-    """``dataset`` as ``classifier`` is measured on it: its size, its interpolation, its classes, in order."""
-    transform = EvalTransform(classifier.image_size, interpolation=classifier.spec.interpolation)
+    """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
+    size, how = classifier.image_size, classifier.preprocessing
+    transform = EvalTransform(size, how.shorter_side(size), how.interpolation)
     data = matched(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
 

@@ -17,6 +17,7 @@ from mgq.engine.recipe import SYNTHETIC, Recipe, Task, recipe_for
 from mgq.engine.request import Request
 from mgq.errors import printable
 from mgq.events import Watcher
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights
 
@@ -55,7 +56,9 @@ def read_sets(data: str, given: Weights | None, changes: Mapping[str, Any], watc
     return Sets(subset(sets.train, limit), subset(sets.val, limit)) if limit else sets
 
 
-def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tuple[Loader, Loader]:
+def loaders_of(
+    recipe: Recipe, sets: Sets, request: Request, peers: Peers, how: Preprocessing | None
+) -> tuple[Loader, Loader]:
     """Loaders of the pictures to learn from and to measure on."""
     train_transform = TrainTransform(
         recipe.image_size, scale=(recipe.crop_scale, 1.0), flip=recipe.flip, jitter=recipe.jitter
@@ -72,11 +75,12 @@ def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tu
         rank=peers.rank,
         ranks=peers.count,
     )
-    return train_loader, measuring_loader(recipe, sets.val, request)
+    return train_loader, measuring_loader(recipe, sets.val, request, how)
 
 
-def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request) -> Loader:
-    """A loader of ``pictures`` as they are measured on, without augmentation."""
-    transform = EvalTransform(recipe.image_size, interpolation=spec_of(recipe.arch).interpolation)
+def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request, how: Preprocessing | None) -> Loader:
+    """A loader of ``pictures`` as they are measured on, prepared as ``how`` says or as the architecture's are."""
+    how = how or spec_of(recipe.arch).preprocessing
+    transform = EvalTransform(recipe.image_size, how.shorter_side(recipe.image_size), how.interpolation)
     batch = batch_for(recipe.image_size)
     return Loader(pictures, transform, batch, workers=request.workers, broken="drop", max_bad=request.max_bad)
