@@ -57,7 +57,7 @@ def analyze(
 
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    refuse_hopeless(expand(pictures or []))
+    refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False)
     from mgq.engine import analysis
     from mgq.reports.analysis_page import write_page
@@ -65,7 +65,7 @@ def analyze(
 
     checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress)
+        words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress, note)
         found = analysis.analyze(*words)
     for remark in [*found.remarks, *found.pictures.problems]:
         note(remark)

@@ -132,7 +132,7 @@ def calibrate(
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    refuse_hopeless(expand(pictures or []))
+    refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False)
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
@@ -153,7 +153,7 @@ def calibrate(
         used = pictures_used(method or steps_of(quality)[0].method, images)
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         kind = target_called(target or MEGENGINE.name)
-        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress)
+        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
         watcher = Watcher(on_progress, note)

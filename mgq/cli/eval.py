@@ -157,9 +157,10 @@ def refuse_more_than_cores(jobs: int) -> None:
 
 
 def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+    from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
 
-    return evaluation_folder(folder, on_progress)
+    return evaluation_folder(folder, on_progress, note)
 
 
 def opened_as_can_be(

@@ -46,7 +46,10 @@ def infer(
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
     mode: ModeName = "quantized",
-    topk: Annotated[int, typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.")] = 5,
+    topk: Annotated[
+        int | None,
+        typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.", show_default="5, or all of fewer"),
+    ] = None,
     write: Annotated[
         bool,
         typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
@@ -74,7 +77,7 @@ def infer(
     from mgq.data.pictures import bundled_cat
     from mgq.data.sources import expand, refuse_hopeless
 
-    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
+    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
     ready_for(checkpoint, deployed=not write)
