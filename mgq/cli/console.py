@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import muted_stderr
+from mgq.machine import hush_decoders, muted_stderr
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -129,6 +129,12 @@ def import_megengine() -> None:
 
         (megengine.tensor([0.0]) + 1).numpy()
         megengine.is_cuda_available()
+
+
+def prepare_process() -> None:
+    """What a process that helps needs before its work: what this one has."""
+    hush_decoders()
+    import_megengine()
 
 
 class NoPackages(ModuleType):

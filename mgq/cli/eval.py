@@ -108,7 +108,7 @@ def evaluate(
       mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
       mgq eval -d imagenet --limit 1000 --jobs 4 --json
     """
-    from mgq.cli.console import import_megengine, note, progress
+    from mgq.cli.console import note, prepare_process, progress
 
     refuse_more_than_cores(jobs)
     if devices > 1:
@@ -134,7 +134,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             max_bad=max_bad,
-            prepare=import_megengine,
+            prepare=prepare_process,
             on_progress=on_progress,
         )
     for problem in result.problems:

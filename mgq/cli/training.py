@@ -167,7 +167,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import import_megengine, note, out, progress, say
+    from mgq.cli.console import note, out, prepare_process, progress, say
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -181,7 +181,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = replace(request_of(given), prepare=import_megengine)
+    request = replace(request_of(given), prepare=prepare_process)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:

@@ -399,9 +399,9 @@ def _tiff(data: bytes) -> _Plan:
         raise _RefusalError(_CUT_SHORT)
     for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
         if offsets in tags and lengths in tags:
-            parts = min(tags[offsets].amount, tags[lengths].amount)
-            ends = tags[offsets].numbers(data)[:parts] + tags[lengths].numbers(data)[:parts]
-            if max(ends, default=0) > len(data):
+            starts, sizes = tags[offsets].numbers(data), tags[lengths].numbers(data)
+            parts = min(starts.size, sizes.size)
+            if max(starts[:parts] + sizes[:parts], default=0) > len(data):
                 raise _RefusalError(_CUT_SHORT)
     if all(tag in tags for tag in _TIFF_TILE_SIZE):
         _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
@@ -582,6 +582,8 @@ _PILLOW_COMPLAINTS = (
     EOFError,
     OverflowError,
     MemoryError,
+    RuntimeError,
+    AssertionError,
     struct.error,
     zlib.error,
 )
