@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -171,11 +172,13 @@ def calibrate(
             how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
             sources = found.sources
             if max_drop is None:
-                result = calibrated(classifier, sources, *how_to)
+                result = calibrated(classifier, sources, *how_to, on_remark=note)
             elif labelled is None:
                 raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
             else:
                 shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
+
+                told_once = functools.cache(note)  # the same pictures come again and again
 
                 def compare(other: Classifier) -> Comparison:
                     return compared(classifier, other, shown, watcher, known, **how)
@@ -183,7 +186,7 @@ def calibrate(
                 mixture = within_drop(
                     max_drop,
                     ranked_layers(classifier, kind),
-                    lambda kept: calibrated(classifier, sources, *how_to, kept),
+                    lambda kept: calibrated(classifier, sources, *how_to, kept, told_once),
                     compare,
                 )
                 result, comparison = mixture.calibration, mixture.comparison
