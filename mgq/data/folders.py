@@ -83,9 +83,9 @@ class Tally:
         if self.passed:
             found.append(f"{name}: passed over what other programs left there: {_listed(self.passed)}")
         if self.left_out:
-            number = sum(self.left_out.values())
-            files = "1 file that is no picture" if number == 1 else f"{number:,} files that are no pictures"
-            found.append(f"{name}: left out {files} to mgq: {_listed(self.left_out, with_reason=True)}")
+            number = self.left_out.total()
+            files = "1 file" if number == 1 else f"{number:,} files"
+            found.append(f"{name}: left out {files}: {_listed(self.left_out, with_reason=True)}")
         return found
 
 
