@@ -218,6 +218,7 @@ J2K_MARK = b"\xff\x4f\xff\x51"
 _SIZ, _COD, _COC, _SOT, _SOD, _EOC = 0xFF51, 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
 _MOST_TILES, _MOST_BLOCKS = 4_096, 1_000_000
 _MOST_COMPONENTS = 4
+_LEAST_COD, _LEAST_COC = 10, 7  # bytes
 
 
 class Jpeg2000(NamedTuple):
@@ -229,11 +230,22 @@ class Jpeg2000(NamedTuple):
 
 
 def jpeg2000_facts(data: bytes) -> Jpeg2000:
-    """Those of a JPEG 2000 file in whole, be it in boxes or not.
+    """Those of a JPEG 2000 file, be it in boxes or not: the first thing that its codestream says.
 
-    Raises CutShortError and DamagedError, the latter also for more tiles or blocks than a picture needs: a decoder
-    makes room for each; and struct.error where the file ends too early.
+    Raises CutShortError and DamagedError, the latter also for more tiles than a picture needs; struct.error where the
+    file ends too early.
     """
+    start, end = _codestream(data)
+    marker, length = struct.unpack_from(">HH", data, start)
+    if marker != _SIZ:
+        raise DamagedError
+    if start + 2 + length > end:
+        raise CutShortError
+    return _sizes(data, start + 4)
+
+
+def _codestream(data: bytes) -> tuple[int, int]:
+    """Where its markers begin, behind the first, and where they end."""
     start, end = 0, len(data)
     if data.startswith(JP2_MARK):
         stream = next((box for box in boxes(data) if box.name == b"jp2c"), None)
@@ -242,19 +254,23 @@ def jpeg2000_facts(data: bytes) -> Jpeg2000:
         start, end = stream.start, stream.end
     if not data.startswith(J2K_MARK, start):
         raise DamagedError
-    return _codestream(data, start + 2, end)
+    return start + 2, end
 
 
-def _codestream(data: bytes, at: int, end: int) -> Jpeg2000:
-    """Walk the markers to the end of the codestream, tile by tile."""
-    facts: Jpeg2000 | None = None
+def check_jpeg2000(data: bytes, facts: Jpeg2000) -> None:
+    """Walk the markers of the codestream to its end, tile by tile.
+
+    Raises as :func:`jpeg2000_facts`, and DamagedError for more blocks than a picture needs: a decoder makes room for
+    each.
+    """
+    at, end = _codestream(data)
     next_tile = 0
     while True:
         (marker,) = struct.unpack_from(">H", data, at)
         if at + 2 > end:
             raise CutShortError
         if marker == _EOC:
-            break
+            return
         if marker == _SOD:
             if not next_tile:
                 raise DamagedError
@@ -265,9 +281,7 @@ def _codestream(data: bytes, at: int, end: int) -> Jpeg2000:
             raise DamagedError
         if at + 2 + length > end:
             raise CutShortError
-        if marker == _SIZ and facts is None:
-            facts = _sizes(data, at + 4)
-        elif marker in (_COD, _COC):
+        if marker in (_COD, _COC):
             _refuse_many_blocks(data[at + 4 : at + 2 + length], marker, facts)
         elif marker == _SOT:
             (part,) = struct.unpack_from(">I", data, at + 6)
@@ -277,9 +291,6 @@ def _codestream(data: bytes, at: int, end: int) -> Jpeg2000:
             if next_tile <= at:
                 raise DamagedError
         at += 2 + length
-    if facts is None:
-        raise DamagedError
-    return facts
 
 
 def _sizes(data: bytes, at: int) -> Jpeg2000:
@@ -294,9 +305,9 @@ def _sizes(data: bytes, at: int) -> Jpeg2000:
     return Jpeg2000(right - left, bottom - top, components)
 
 
-def _refuse_many_blocks(style: bytes, marker: int, facts: Jpeg2000 | None) -> None:
+def _refuse_many_blocks(style: bytes, marker: int, facts: Jpeg2000) -> None:
     """Raises DamagedError where a coding style cuts the picture in more blocks or precincts than any needs."""
-    if facts is None:
+    if len(style) < (_LEAST_COD if marker == _COD else _LEAST_COC):
         raise DamagedError
     has_precincts = style[0] & 1
     levels, block_width, block_height, *_ = style[5:] if marker == _COD else style[2:]

@@ -85,9 +85,11 @@ def netpbm_samples(header: Netpbm, data: bytes) -> Samples:
     if header.bits:
         values = _bits(header, data)
     elif header.plain:
-        text = _COMMENT.sub(b" ", data[header.start :]).decode("ascii")
-        values = np.fromstring(text, np.int32, count, sep=" ")
-        if values.size < count or values.min(initial=0) < 0:
+        text = _COMMENT.sub(b" ", data[header.start :])
+        if text.translate(None, b"0123456789 \t\r\n\v\f"):
+            raise ValueError("a sample is no number")
+        values = np.fromstring(text.decode("ascii"), np.int32, count, sep=" ")
+        if values.size < count:
             raise ValueError("samples are missing")
     else:
         values = np.frombuffer(data, np.uint8 if header.most < 256 else np.dtype(">u2"), count, header.start)

@@ -39,7 +39,16 @@ from PIL.TgaImagePlugin import TgaImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mgq.data.boxes import J2K_MARK, JP2_MARK, CutShortError, DamagedError, avif_sizes, is_avif, jpeg2000_facts
+from mgq.data.boxes import (
+    J2K_MARK,
+    JP2_MARK,
+    CutShortError,
+    DamagedError,
+    avif_sizes,
+    check_jpeg2000,
+    is_avif,
+    jpeg2000_facts,
+)
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
 from mgq.errors import InputError, printable
 
@@ -417,6 +426,7 @@ def _avif(data: bytes) -> _Plan:
 def _jpeg_2000(data: bytes) -> _Plan:
     facts = jpeg2000_facts(data)
     _admit(_COST_JPEG_2000, facts.width, facts.height)
+    check_jpeg2000(data, facts)
     return _Plan(lambda: _by_pillow(data, Jpeg2KImageFile, _COST_JPEG_2000))
 
 
@@ -468,7 +478,7 @@ def _tga(data: bytes) -> _Plan:
 
     def decode() -> _Samples:
         pixels = _by_pillow(data, TgaImageFile, _COST_OTHERS)
-        return pixels[:, :, :3] if opaque and pixels.ndim == 3 else pixels
+        return np.ascontiguousarray(pixels[:, :, :3]) if opaque and pixels.ndim == 3 else pixels
 
     return _Plan(decode)
 
@@ -580,7 +590,7 @@ _PILLOW_COMPLAINTS = (
     IndexError,
     KeyError,
     EOFError,
-    OverflowError,
+    ArithmeticError,
     MemoryError,
     RuntimeError,
     AssertionError,
