@@ -79,7 +79,7 @@ def analyze(
 
 def shown(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
-    from mgq.cli.console import out, say
+    from mgq.cli.console import out, say, show_table
     from mgq.engine.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
@@ -92,7 +92,7 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
         whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
     say(whole)
     out.print()
-    out.print(table_of(result.worst(worst), result.float_top1 is not None))
+    show_table(table_of(result.worst(worst), result.float_top1 is not None))
     out.print()
     legend = (
         "Each layer alone in int8, all others float, compared with float. Logits, weights, outputs: signal to noise, "

@@ -124,7 +124,7 @@ def calibrate(
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
-    from mgq.cli.console import duration, note, out, progress, say
+    from mgq.cli.console import duration, note, progress, say, show_table
     from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
     from mgq.files.atomic import ensure_writable_folder
@@ -219,7 +219,7 @@ def calibrate(
     if comparison is not None:
         from mgq.cli.training import agreements, table_of
 
-        out.print(table_of(comparison))
+        show_table(table_of(comparison))
         say(
             f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
             f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"

@@ -275,19 +275,19 @@ def shown(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""
-    from mgq.cli.console import out, say
+    from mgq.cli.console import out, say, show_table
     from mgq.cli.infer import headline
 
     of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
     say(headline(classifier), style="dim")
     say(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim")
-    out.print(figures(result))
+    show_table(figures(result))
     if per_class:
-        out.print(class_table(result))
+        show_table(class_table(result))
     pairs = result.confused(CONFUSED if confused is None else confused)
     pairs = [pair for pair in pairs if confused is not None or pair.count > 1]
     if pairs:
-        out.print(confusion_table(pairs))
+        show_table(confusion_table(pairs))
     out.print(conditions(facts), style="dim", markup=False)
 
 
@@ -295,7 +295,7 @@ def figures(result: Evaluation) -> Table:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row("top-1", f"{result.top1:.1f} % ± {result.top1_error:.1f}")
     if len(result.classes) > 5:  # of fewer, the right one is always there

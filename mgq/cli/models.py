@@ -64,7 +64,7 @@ def show(entries: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.cli.console import out
+    from mgq.cli.console import out, show_table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
@@ -82,7 +82,7 @@ def show(entries: list[dict[str, Any]]) -> None:
             percent(entry["top1_int8"]),
             Text(" ".join(part for part in (at_hand, elsewhere) if part) or "-"),
         )
-    out.print(table)
+    show_table(table)
     sources = dict.fromkeys(entry["top1_source"] for entry in entries if entry["top1_source"])
     out.print(
         "MACs: at 224x224. float, int8: ImageNet top-1 (%) as published by "

@@ -167,7 +167,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, out, prepare_process, progress, say
+    from mgq.cli.console import note, prepare_process, progress, say, show_table
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -197,7 +197,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    out.print(table_of(outcome.comparison, simulated))
+    show_table(table_of(outcome.comparison, simulated))
     say(told(outcome))
 
 

@@ -38,9 +38,9 @@ class Likeness:
                 f"{self.blank} of {self.count} calibration pictures {'is' if self.blank == 1 else 'are'} blank, of a"
                 f" single colour: ranges from them do not hold for photos; {_MEND}"
             )
-        if self.count > 1 and self.different == 1:
+        if self.count > 1 and self.different == 1 and not self.blank:
             found.append(f"all {self.count} calibration pictures are alike to the pixel: they count as one; {_MEND}")
-        elif 0 < self.different < FEWEST:
+        elif 0 < self.different < FEWEST and self.blank < self.count:
             pictures = "1 picture" if self.count == 1 else f"{self.count} pictures"
             alike = f", {self.different} of them different" if self.different < self.count else ""
             found.append(f"calibrated on {pictures}{alike}: ranges of so few may not hold for others; {_MEND}")
