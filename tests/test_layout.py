@@ -181,7 +181,7 @@ def test_what_other_programs_leave_is_passed_over_and_counted_in_one_line(tmp_pa
         remarks: list[str] = []
         use(tmp_path, on_remark=remarks.append)
         (line,) = (line for line in remarks if "passed over" in line)
-        assert "\n" not in line and "2 empty folders" in line
+        assert "\n" not in line and "1 empty folder nothing/" in line and "1 empty folder less/" in line
         found = evaluation_folder(tmp_path)
         assert found.classes == CLASSES and len(found) == 6
     tally = Tally()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.classes import imagenet_classes
-from mgq.data.folders import Tally
+from mgq.data.folders import EMPTY_CLASS, Tally
 from mgq.data.imagenet import unpacked
-from mgq.data.layout import Layout, Role, class_folders, has_pictures, layout_of, listed, named
+from mgq.data.layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
 from mgq.data.pictures import Pixels
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError, printable
@@ -171,16 +172,15 @@ def training_folders(
             f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
             " measure on, always the same"
         )
-        _tell(tally, root, on_remark)
-        return train, val
-    here, there = (_split(layout, role, on_progress) for role in ("train", layout.measured))
-    tally, names = _around(root, here, there), (class_folders(here), class_folders(there))
-    _check_same_classes(layout, *names)
-    train, val = (
-        _labelled(place, classes, on_progress, tally, LEAST_TO_TRAIN)
-        for place, classes in zip((here, there), names, strict=True)
-    )
-    on_remark(_taken(layout, {here: len(train), there: len(val)}))
+    else:
+        places = [_split(layout, role, on_progress) for role in ("train", layout.measured)]
+        tally, names = _around(root, *places), [class_folders(place) for place in places]
+        _check_same_classes(layout, places, names)
+        train, val = (
+            _labelled(place, classes, on_progress, tally, LEAST_TO_TRAIN)
+            for place, classes in zip(places, names, strict=True)
+        )
+        on_remark(_taken(layout, dict(zip(places, map(len, (train, val)), strict=True))))
     _tell(tally, root, on_remark)
     return train, val
 
@@ -315,7 +315,15 @@ def _tell(tally: Tally, folder: Path, on_remark: OnRemark) -> None:
         on_remark(line)
 
 
-def _check_same_classes(layout: Layout, train: Sequence[str], val: Sequence[str]) -> None:
+def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[Sequence[str]]) -> None:
+    """Raises InputError for class folders, ``names`` of both ``places``, that have something in one of them alone."""
+    filled = [[n for n in mine if not is_empty(place / n)] for place, mine in zip(places, names, strict=True)]
+    for place, mine, full, others in zip(places, names, filled, reversed(filled), strict=True):
+        if hollow := sorted(set(mine) & set(others) - set(full)):
+            raise InputError(
+                f"{printable(place)} has no pictures in {named(hollow)}: put some in, or remove the folder everywhere"
+            )
+    train, val = filled
     only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))
     if only_train and _is_imagenet(train) and _is_imagenet(val):
         only_train = []
@@ -349,6 +357,8 @@ def _labelled(
         elif mine.left_out:
             without.append(name)
             there.add(mine)
+        else:
+            mine.passed = Counter([f"{EMPTY_CLASS}{name}/"])
         tally.add(mine)
         on_progress(Progress(f"list {folder.name}", done, len(folders), "classes"))
     if not kept:

@@ -90,11 +90,15 @@ class Tally:
 
 
 _MOST_LISTED = 6
+EMPTY_CLASS = "empty folder "
+"""Before the name of a folder that would be a class, if there were anything in it."""
 
 
 def _listed(counts: Counter[str], with_reason: bool = False) -> str:
-    shown = [_counted(label, count, with_reason) for label, count in counts.most_common(_MOST_LISTED)]
-    rest = counts.total() - sum(count for _, count in counts.most_common(_MOST_LISTED))
+    """The most frequent of ``counts``, but first the folders that might have been classes."""
+    ordered = sorted(counts.items(), key=lambda item: (not item[0].startswith(EMPTY_CLASS), -item[1]))
+    shown = [_counted(label, count, with_reason) for label, count in ordered[:_MOST_LISTED]]
+    rest = counts.total() - sum(count for _, count in ordered[:_MOST_LISTED])
     return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
 
 

@@ -96,6 +96,12 @@ def has_pictures(folder: Path) -> bool:
     return any(entry.is_picture for entry in listed(folder))
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in ``folder`` and below it but what other programs left."""
+    tally = Tally()
+    return next(_pictures_in_and_below(folder, tally), None) is None and not tally.left_out
+
+
 def named(names: Sequence[str], most: int = 3) -> str:
     """``names`` in a few words."""
     shown = ", ".join(printable(name) for name in names[:most])
@@ -206,11 +212,11 @@ def _has_pictures_below(folder: Path) -> bool:
     return next(_pictures_in_and_below(folder), None) is not None
 
 
-def _pictures_in_and_below(folder: Path) -> Iterator[Entry]:
+def _pictures_in_and_below(folder: Path, tally: Tally | None = None) -> Iterator[Entry]:
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        for entry in listed(here):
+        for entry in listed(here, tally):
             if entry.is_picture:
                 yield entry
             elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
