@@ -161,6 +161,12 @@ def test_a_split_in_a_folder_of_its_own_name_is_one_split(tmp_path: Path) -> Non
     assert where(evaluation_folder(tmp_path / "training_set"), tmp_path) == {"training_set/training_set"}
 
 
+def test_a_split_may_have_its_classes_in_a_folder_of_pictures(tmp_path: Path) -> None:
+    filled(tmp_path, "train/images", "val/images")
+    learned, measured = training_folders(tmp_path)
+    assert (where(learned, tmp_path), where(measured, tmp_path)) == ({"train/images"}, {"val/images"})
+
+
 def test_a_wrapper_that_leads_in_a_circle_ends(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "in").symlink_to(tmp_path)
@@ -202,6 +208,14 @@ def test_files_that_are_not_read_are_counted_and_named_with_the_reason(tmp_path:
     said: list[str] = []
     assert len(expand([str(tmp_path)], said.append)) == 6
     assert said == remarks
+
+
+def test_pictures_outside_the_class_folders_are_counted(tmp_path: Path) -> None:
+    filled(tmp_path, "train", "val")
+    make(tmp_path, "loose.jpg", "val/more.jpg")
+    remarks: list[str] = []
+    training_folders(tmp_path, on_remark=remarks.append)
+    assert one_line_about(remarks[-1], "left out 2 files: 2 outside the class folders")
 
 
 def test_no_pictures_says_what_there_is_instead(tmp_path: Path) -> None:

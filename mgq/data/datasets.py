@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.classes import imagenet_classes
-from mgq.data.folders import EMPTY_CLASS, Tally
+from mgq.data.folders import EMPTY_CLASS, OUTSIDE, Tally
 from mgq.data.imagenet import unpacked
 from mgq.data.layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
 from mgq.data.pictures import Pixels
@@ -306,7 +306,8 @@ def _around(root: Path, *places: Path) -> Tally:
     tally = Tally()
     on_the_way = {above for place in places for above in (place, *place.parents) if root in (above, *above.parents)}
     for folder in sorted({root, *on_the_way}):
-        listed(folder, tally)
+        loose = sum(entry.is_picture for entry in listed(folder, tally))
+        tally.left_out += Counter({OUTSIDE: loose})
     return tally
 
 

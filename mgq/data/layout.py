@@ -6,13 +6,14 @@ folder that has nothing but one folder in it, as archives leave them, stands for
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from mgq.data.folders import Entry, Tally, entries_in
+from mgq.data.folders import Entry, Tally, entries_in, scanned
 from mgq.data.imagenet import has_archive
 from mgq.errors import InputError, printable
 
@@ -25,6 +26,7 @@ _WORDS: Mapping[str, Role] = {
 }
 _NAME = re.compile(rf"({'|'.join(_WORDS)})(?:[-_ .]?(?:sets?|data|images|imgs|pictures|photos|split|[0-9]{{4}}))?")
 _DEEPEST = 8
+_WRAPPERS = frozenset({"images", "imgs", "pictures", "photos", "data", "dataset"})
 _MEANING: Mapping[Role, str] = {"train": "what is trained on", "val": "what is measured on", "test": "the test set"}
 
 
@@ -80,8 +82,14 @@ def check_folder(root: Path) -> None:
 
 def listed(folder: Path, tally: Tally | None = None) -> list[Entry]:
     """The folders and pictures in ``folder``, by name. Raises InputError where it may not be searched."""
-    try:
+    with _searching(folder):
         return entries_in(folder, Tally() if tally is None else tally)
+
+
+@contextlib.contextmanager
+def _searching(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{printable(folder)} cannot be searched ({error.strerror}): check its permissions") from error
 
@@ -93,7 +101,8 @@ def class_folders(folder: Path) -> list[str]:
 
 def has_pictures(folder: Path) -> bool:
     """Whether pictures lie in ``folder`` itself."""
-    return any(entry.is_picture for entry in listed(folder))
+    with _searching(folder):
+        return any(entry.is_picture for entry in scanned(folder, Tally()))
 
 
 def is_empty(folder: Path) -> bool:
@@ -159,7 +168,8 @@ def _unwrapped(split: Path, role: Role) -> Path:
         entries = listed(split)
         inner = _only_folder_of_folders(split, entries)
         inside = [entry.name for entry in entries if entry.is_folder and role_of(entry.name)]
-        if inner is None or (role_of(inner.name) != role and inner.name.casefold() != split.parent.name.casefold()):
+        usual = {*_WRAPPERS, split.parent.name.casefold()}
+        if inner is None or (role_of(inner.name) != role and inner.name.casefold() not in usual):
             _refuse_splits_inside(split, inside)
             return split
         split = inner
@@ -182,11 +192,11 @@ def _only_folder_of_folders(here: Path, entries: Sequence[Entry]) -> Path | None
     """The one folder in ``here`` with pictures below it, where these lie in folders of its own; else None."""
     if any(entry.is_picture for entry in entries):
         return None
-    filled = [entry.name for entry in entries if entry.is_folder and _has_pictures_below(here / entry.name)]
-    if len(filled) != 1:
+    filled = (entry.name for entry in entries if entry.is_folder and _has_pictures_below(here / entry.name))
+    first, second = next(filled, None), next(filled, None)
+    if first is None or second is not None or has_pictures(here / first):
         return None
-    inner = here / filled[0]
-    return inner if not has_pictures(inner) else None
+    return here / first
 
 
 def _refuse_parts_of_a_set(root: Path, folders: Sequence[str]) -> None:
@@ -209,15 +219,17 @@ def _refuse_parts_of_a_set(root: Path, folders: Sequence[str]) -> None:
 
 
 def _has_pictures_below(folder: Path) -> bool:
-    return next(_pictures_in_and_below(folder), None) is not None
+    return next(_pictures_in_and_below(folder, Tally()), None) is not None
 
 
-def _pictures_in_and_below(folder: Path, tally: Tally | None = None) -> Iterator[Entry]:
+def _pictures_in_and_below(folder: Path, tally: Tally) -> Iterator[Entry]:
+    """The pictures as they come, so that one may stop at the first."""
     waiting = [folder]
     while waiting:
         here = waiting.pop()
-        for entry in listed(here, tally):
-            if entry.is_picture:
-                yield entry
-            elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
-                waiting.append(here / entry.name)
+        with _searching(here):
+            for entry in scanned(here, tally):
+                if entry.is_picture:
+                    yield entry
+                elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
+                    waiting.append(here / entry.name)
