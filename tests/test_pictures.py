@@ -628,6 +628,20 @@ def test_a_text_named_jpg_is_refused_with_the_formats_that_are_read(tmp_path: Pa
         assert kind in message
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is a HEIF picture, which is not read: save it as JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html><head><title>404</title>", "is a web page"),
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing"),
+        (b"%PDF-1.7\n", "is a drawing"),
+    ],
+)
+def test_what_people_have_in_a_pictures_place_is_named(data: bytes, words: str) -> None:
+    assert words in refusal(data)
+
+
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")  # Root, who may run the tests, is denied nothing.

@@ -137,7 +137,7 @@ def _pixels(data: bytes) -> Pixels:
         raise _RefusalError(_TOO_HEAVY)
     plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
     if plan_of is None:
-        raise _RefusalError(f"is not a picture that can be read ({READ}): save it as one of these")
+        raise _RefusalError(_what_it_is(data))
     try:
         plan = plan_of(data)
     except (CutShortError, struct.error, IndexError) as error:
@@ -145,6 +145,23 @@ def _pixels(data: bytes) -> Pixels:
     except DamagedError as error:
         raise _RefusalError(_DAMAGED) from error
     return UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why a file of no known kind is not read; what people often have in a picture's place is named."""
+    start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "is a HEIF picture, which is not read: save it as JPEG"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and not the picture: get that by `git lfs pull`"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page and not a picture: download the picture itself"
+    if start.startswith((b"<svg", b"%pdf")) or (start.startswith(b"<?xml") and b"<svg" in data[:4096]):
+        return "is a drawing (SVG, PDF), which is not read: save it as PNG"
+    return f"is not a picture that can be read ({READ}): save it as one of these"
 
 
 class _Plan(NamedTuple):
