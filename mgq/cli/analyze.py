@@ -57,7 +57,7 @@ def analyze(
 
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    refuse_hopeless(expand(pictures or []))
+    refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False)
     from mgq.engine import analysis
     from mgq.reports.analysis_page import write_page
@@ -65,7 +65,7 @@ def analyze(
 
     checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress)
+        words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
         found = analysis.analyze(*words)
     for remark in [*found.remarks, *found.pictures.problems]:
         note(remark)
@@ -79,7 +79,7 @@ def analyze(
 
 def shown(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
-    from mgq.cli.console import out, say
+    from mgq.cli.console import out, say, show_table
     from mgq.engine.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
@@ -92,7 +92,7 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
         whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
     say(whole)
     out.print()
-    out.print(table_of(result.worst(worst), result.float_top1 is not None))
+    show_table(table_of(result.worst(worst), result.float_top1 is not None))
     out.print()
     legend = (
         "Each layer alone in int8, all others float, compared with float. Logits, weights, outputs: signal to noise, "

@@ -110,7 +110,7 @@ def show(entries: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.cli.console import out
+    from mgq.cli.console import out, show_table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
@@ -122,7 +122,7 @@ def show(entries: list[dict[str, Any]]) -> None:
         for row in rows_of(entry):
             table.add_row(*name, percent(row.top1_float), percent(row.top1_int8), Text(row.where))
             name = ("", "", "")
-    out.print(table)
+    show_table(table)
     sources = dict.fromkeys(weights["publisher"] for entry in entries for weights in entry["weights"])
     out.print(
         "MACs: at 224x224. float, int8: ImageNet top-1 (%) as published by "

@@ -170,7 +170,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import import_megengine, note, out, progress, say
+    from mgq.cli.console import note, prepare_process, progress, say, show_table
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -184,7 +184,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = replace(request_of(given), prepare=import_megengine)
+    request = replace(request_of(given), prepare=prepare_process)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:
@@ -200,7 +200,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    out.print(table_of(outcome.comparison, simulated))
+    show_table(table_of(outcome.comparison, simulated))
     say(told(outcome))
 
 

@@ -25,7 +25,7 @@ from mgq.engine.networks import Classifier, class_names, open_classifier
 from mgq.engine.processes import Channel, Task, in_processes, nothing
 from mgq.engine.recipe import SYNTHETIC
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
 from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 
@@ -198,7 +198,11 @@ def evaluation_loader(
 
 
 def evaluation_data(
-    root: Path | None, recipe: Mapping[str, Any], image_size: int, on_progress: OnProgress = silent
+    root: Path | None,
+    recipe: Mapping[str, Any],
+    image_size: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
 ) -> Dataset:
     """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
     what it was trained on, these, too.
@@ -208,7 +212,7 @@ def evaluation_data(
     set.
     """
     if root is not None and not was_trained_on(recipe, root):
-        return evaluation_folder(root, on_progress)
+        return evaluation_folder(root, on_progress, on_remark)
     data = recipe.get("data")
     if not isinstance(data, str) or not data:
         raise InputError("these weights do not say which pictures they are measured on: pass -d FOLDER")
@@ -219,7 +223,7 @@ def evaluation_data(
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return measuring_folder(Path(data), on_progress)
+    return measuring_folder(Path(data), on_progress, on_remark)
 
 
 def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:

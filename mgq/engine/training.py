@@ -337,7 +337,8 @@ def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[C
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    found = calibrated(other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
+    words = (other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
+    found = calibrated(*words, on_remark=watcher.on_remark)
     return normal, found.classifier
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.augment import EvalTransform, TrainTransform
-from mgq.data.datasets import KEPT, Dataset, is_unsplit, subset, training_folders
+from mgq.data.datasets import Dataset, subset, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.distributed import Peers
 from mgq.engine.evaluate import batch_for, matched
 from mgq.engine.recipe import SYNTHETIC, Recipe, Task, recipe_for
 from mgq.engine.request import Request
-from mgq.errors import printable
 from mgq.events import Watcher
 from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
@@ -44,12 +43,7 @@ def read_sets(data: str, given: Weights | None, changes: Mapping[str, Any], watc
             SyntheticPictures(counts["val"] or default.synthetic_val, seed, size, "val"),
         )
     else:
-        sets = Sets(*training_folders(Path(data), watcher.on_progress))
-        if is_unsplit(Path(data)):
-            watcher.on_remark(
-                f"{printable(data)} has no train/ and val/: {len(sets.val)} of its pictures, one in {KEPT}, are kept to"
-                " measure on, always the same"
-            )
+        sets = Sets(*training_folders(Path(data), watcher.on_progress, watcher.on_remark))
     if given is not None and given.info is not None:
         sets = Sets(*(matched(dataset, given.info.classes) for dataset in (sets.train, sets.val)))
     limit = changes.get("limit", 0)
