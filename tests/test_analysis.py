@@ -20,8 +20,8 @@ from megengine.module.qat import QATModule
 
 from mgq.engine.analysis import Analysis, Pictures, in_decibels, in_points, pictures_for
 from mgq.engine.networks import random_classifier
-from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode, to_mode
+from mgq.quant.range_observers import as_input
 from mgq.quant.ranges import apply_ranges, folded_bias, folded_weight, observe_weights, quantized_layers
 from mgq.quant.sensitivity import Effect, Sensitivity, Survey, analyzed_layers, effect_of, sensitivity_of
 from mgq.quant.targets import ONNX

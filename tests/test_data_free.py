@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,21 +13,19 @@ import pytest
 from mgq.engine.accuracy_aware import Mixture, within_drop
 from mgq.engine.calibration import (
     Calibration,
-    calibrated,
     calibrated_without_pictures,
-    changed,
     expected_seconds,
-    sources_of,
 )
 from mgq.engine.comparison import Comparison
 from mgq.errors import InputError
 from mgq.quant.calibrate import data_free_network
 from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.quality import QUALITIES, steps_of
+from mgq.quant.names import QUALITIES
+from mgq.quant.quality import changed, preset_called
 from mgq.quant.ranges import quantized_layers
+from mgq.quant.steps import CorrectBias, RoundWeights
 from mgq.quant.targets import MEGENGINE, ONNX, Target
 from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, smooth_pictures, the_error
-from tests.test_calibration import Pictures
 from tests.test_equalization import network_of, with_true_statistics
 
 PICTURES = smooth_pictures(8, seed=4)
@@ -67,25 +64,22 @@ class TestDataFree:
 class TestQuality:
     def test_an_unknown_one_is_refused_with_those_there_are(self) -> None:
         with pytest.raises(InputError) as error:
-            steps_of("great")
+            preset_called("great")
         assert one_line_about(str(error.value), "'great'", *QUALITIES)
 
     def test_what_is_said_wins_over_the_quality(self) -> None:
-        (way,) = changed(steps_of("best"), "ema", False, True)
-        assert (way.method, way.correct_bias, way.compensate) == ("ema", False, True)
-        assert all(not way.compensate for way in changed(steps_of("best"), None, True, False))
-
-    def test_the_best_of_several_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ways = (replace(QUALITIES["fast"][0], method="ema"), QUALITIES["balanced"][0])
-        monkeypatch.setitem(QUALITIES, "best", ways)
-        noises = iter([1.0, 2.0])
-        monkeypatch.setattr("mgq.engine.calibration.noise_of", lambda *_: next(noises))
-        found = calibrated(classifier_of(SHUFFLE), sources_of(Pictures()), 4, quality="best")
-        assert found.ranges.observer == "ema" and found.ranges.provenance["rounding"] == "nearest"
+        preset = changed(preset_called("balanced"), "ema", True, True)
+        assert all(step.name == "ranges by ema" for steps in preset.grids for step in steps if "ranges" in step.name)
+        nearest = changed(preset_called("balanced"), None, True, False)
+        assert nearest.finishes == (CorrectBias(),)
+        assert all(step.name.startswith("ranges") for steps in nearest.grids for step in steps)
+        uncorrected = changed(preset_called("balanced"), None, False, True)
+        assert all(isinstance(step, RoundWeights) and not step.correct_bias for step in uncorrected.finishes)
+        assert uncorrected.preview is None
 
     def test_more_takes_longer(self) -> None:
         own = classifier_of(SHUFFLE)
-        assert expected_seconds(own, 512, "fast") < expected_seconds(own, 512, "best")
+        assert expected_seconds(own, 512, "fast") < expected_seconds(own, 512, "balanced")
 
 
 def mixture_at(drops: list[float], max_drop: float) -> tuple[Mixture, list[int]]:

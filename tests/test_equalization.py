@@ -10,7 +10,7 @@ import pytest
 from megengine import Tensor
 
 from mgq.quant.bias_correction import corrected
-from mgq.quant.calibrate import as_input, calibrated_network
+from mgq.quant.calibrate import calibrated_network
 from mgq.quant.equalization import (
     Channels,
     Problem,
@@ -19,6 +19,7 @@ from mgq.quant.equalization import (
     soft_maximum,
 )
 from mgq.quant.graph import graph_of
+from mgq.quant.range_observers import as_input
 from mgq.quant.rounding import rounded
 from mgq.quant.statistics import expected_statistics, measured_statistics
 from mgq.quant.targets import MEGENGINE, ONNX, Target

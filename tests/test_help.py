@@ -13,8 +13,8 @@ import pytest
 
 from mgq.cli.main import verbs
 from mgq.engine.recipe import SCHEDULES
+from mgq.quant.names import QUALITIES
 from mgq.quant.qat import OBSERVERS
-from mgq.quant.quality import QUALITIES
 from mgq.quant.targets import TARGETS
 from mgq.runtime.registry import engine_names
 from mgq.zoo.mobilenet_v2 import ACTIVATIONS

@@ -26,9 +26,9 @@ from mgq.engine.networks import versions
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, silent
 from mgq.files.checkpoint import checked_size
-from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode
 from mgq.quant.qat import Phase, prepared_for_qat, set_phase
+from mgq.quant.range_observers import as_input
 from mgq.zoo.registry import create_model, spec_of
 
 FORMAT = "mgq bench --train 1"

@@ -59,14 +59,15 @@ def calibrate(
         int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
     ] = 256,
     quality: Annotated[
-        str, typer.Option("--quality", click_type=QUALITY, help="fast, balanced or best: how much time it may take.")
+        str,
+        typer.Option("--quality", click_type=QUALITY, help="fast or balanced: how much is tried."),
     ] = "balanced",
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
             click_type=METHOD,
-            help="Range setting: min-max, ema, histogram, mse or easyquant.",
+            help="Ranges by one way alone: logits, min-max, ema, histogram, mse or easyquant.",
             show_default="by quality",
         ),
     ] = None,
@@ -148,10 +149,10 @@ def calibrate(
         from mgq.engine.networks import Classifier
         from mgq.events import Watcher
         from mgq.quant.calibrate import pictures_used
-        from mgq.quant.quality import steps_of
+        from mgq.quant.names import BEST
         from mgq.quant.targets import MEGENGINE, target_called
 
-        used = pictures_used(method or steps_of(quality)[0].method, images)
+        used = pictures_used(method, images) if method else images
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         kind = target_called(target or MEGENGINE.name)
         found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
@@ -168,6 +169,8 @@ def calibrate(
         else:
             number = min(used, len(found.sources))
             seconds = expected_seconds(classifier, number, quality, method)
+            if quality == BEST:
+                note("--quality best is balanced now, which tries as much: it will go in the next release")
             note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
             how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
             sources = found.sources

@@ -142,7 +142,7 @@ def observers() -> Iterable[str]:
 
 
 def qualities() -> Iterable[str]:
-    from mgq.quant.quality import QUALITIES
+    from mgq.quant.names import QUALITIES
 
     return QUALITIES
 

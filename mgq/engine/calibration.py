@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
@@ -28,23 +27,23 @@ from mgq.files.atomic import write_text_atomically
 from mgq.files.download import sha256_of
 from mgq.quant.calibrate import (
     LAYERWISE_PICTURES,
-    as_input,
-    calibrated_network,
+    best_network,
     checked_method,
     data_free_network,
     pictures_used,
 )
 from mgq.quant.modes import Mode
-from mgq.quant.quality import DEFAULT_QUALITY, Steps, steps_of
+from mgq.quant.pipeline import MOST_HELD, Found
+from mgq.quant.quality import DEFAULT_QUALITY, changed, preset_called
 from mgq.quant.ranges import ActivationRanges, refuse_incomplete
+from mgq.quant.steps import REACTION_IMAGES, RoundWeights
 from mgq.quant.targets import MEGENGINE, Target
 from mgq.zoo.weights import fingerprint
 
 RANGES_FILE = "ranges.json"
-JUDGED = 48
-"""Pictures on which several ways of calibration are compared."""
 TIMED = 8
-LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 4.0, 4.0, 6.0
+GRID_PASSES, JUDGING_PASSES = 2.0, 2.0
+LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 2.0, 2.0, 1.5
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
 
@@ -58,6 +57,8 @@ class Calibration:
     problems: tuple[str, ...]
     beginning: Mapping[str, Any] = field(default_factory=dict)
     """The weights and pictures that it began with, by their SHA-256."""
+    found: Found | None = None
+    """What was tried, and what it gave; None where there were no pictures."""
 
     def write(self, save: Path) -> Path:
         """Write ranges, checkpoint and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's path.
@@ -91,67 +92,50 @@ def calibrated(
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
-    ``quality`` is one of :data:`mgq.quant.quality.QUALITIES`; ``method``, ``correct_bias``, ``compensate`` and
-    ``target`` are those of :func:`mgq.quant.calibrate.calibrated_network`, and say otherwise where they are given;
-    ``easyquant`` takes 64 pictures at most. The weights of the layers ``kept`` stay float32. Pictures that cannot be
-    read are left out and named. ``on_remark`` is told of pictures that are few, blank or alike. Raises InputError where
-    no picture can be read, and for another method or quality.
+    ``quality`` names a preset of :data:`mgq.quant.quality.PRESETS`: candidates that are tried, and of which the one is
+    kept whose logits are nearest to float's on pictures held back. ``method`` fixes how ranges are chosen,
+    ``correct_bias`` and ``compensate`` leave steps out; ``easyquant`` takes 64 pictures at most. The weights of the
+    layers ``kept`` stay float32. Pictures that cannot be read are left out and named; ``on_remark`` is told what was
+    done and left out, and where pictures are few, blank or alike. Raises InputError where no picture can be read, and
+    for another method or quality.
     """
-    ways = changed(steps_of(quality), method, correct_bias, compensate)
+    preset = changed(preset_called(quality), checked_method(method), correct_bias, compensate)
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    wanted = pictures_used(ways[0].method, images)
+    wanted = images if method is None else pictures_used(method, images)
     few = spread(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
     chosen = few if isinstance(few, Sequence) else sources_of(few)
-    # Equalization looks at the first: they should be of all kinds.
+    # Those held back, and those that only some steps look at, should be of all kinds.
     order = np.random.default_rng(0).permutation(len(chosen))
     pictures = Pictures(classifier, [chosen[i] for i in order], on_progress, on_remark)
     arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
+    seen = pictures.all()
+    found, ranges = best_network(classifier.network, seen, arch, weights, preset, target, kept, on_progress)
+    on_remark(found.summary())
     command = f"mgq calibrate -a {arch} --images {images}"
     command += f" --method {method}" if method else f" --quality {quality}"
     command += "" if correct_bias else " --no-bias-correction"
     command += "" if compensate else " --nearest"
-    provenance: dict[str, Any] = {"pictures": about or "unnamed", "images": 0, "of": len(sources)}
-    best: tuple[float, M.Module, ActivationRanges, Steps] | None = None
-    for number, way in enumerate(ways, 1):
-        told = f" {number}/{len(ways)}" if len(ways) > 1 else ""
-        words = (way.method, way.correct_bias, way.compensate)
-        network, ranges = calibrated_network(
-            classifier.network,
-            pictures.batches(told),
-            arch,
-            weights,
-            {},
-            *words,
-            target=target,
-            equalize=way.equalize,
-            kept=kept,
-        )
-        pictures.refuse_none()
-        score = 0.0 if len(ways) == 1 else noise_of(network, classifier.network, pictures.first(JUDGED))
-        if best is None or score < best[0]:
-            best = score, network, ranges, way
-    assert best is not None
-    _, network, ranges, way = best
-    provenance |= {
+    provenance = {
+        "pictures": about or "unnamed",
         "images": pictures.used,
-        "method": way.method,
-        "bias_correction": way.correct_bias,
-        "rounding": "compensated" if way.compensate else "nearest",
-        "equalized": way.compensate and way.equalize,
+        "of": len(sources),
+        "method": ranges.observer,
+        "bias_correction": correct_bias,
+        "rounding": "compensated" if found.draft.rounded else "nearest",
         "float_layers": list(kept),
         "choice": "evenly spread over the sorted list",
+        **found.to_json(),
         **of_all(classifier, command, target),
     }
+    network = found.network
     refuse_incomplete(network, ranges)
     ranges = replace(ranges, provenance=provenance)
-    if way.compensate:
-        ranges = replace(ranges, weights=fingerprint(network.state_dict()))
-    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
     beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
-    return Calibration(ranges, found, pictures.used, tuple(pictures.problems), beginning)
+    return Calibration(ranges, result, pictures.used, tuple(pictures.problems), beginning, found)
 
 
 def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
@@ -175,15 +159,6 @@ def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, An
         "made_by": command + ("" if target is MEGENGINE else f" --target {target.name}"),
         "versions": versions(),
     }
-
-
-def changed(ways: tuple[Steps, ...], method: str | None, correct_bias: bool, compensate: bool) -> tuple[Steps, ...]:
-    """``ways`` as far as nothing else is asked for; with a ``method`` there is only one. Raises InputError for one that
-    there is not."""
-    if method is not None:
-        ways = (replace(ways[0], method=checked_method(method)),)
-    found = [replace(way, correct_bias=way.correct_bias and correct_bias) for way in ways]
-    return tuple(dict.fromkeys(found if compensate else [replace(way, compensate=False) for way in found]))
 
 
 class Pictures:
@@ -238,19 +213,9 @@ class Pictures:
             raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
-def noise_of(network: M.Module, exact: M.Module, pictures: npt.NDArray[np.uint8]) -> float:
-    """Mean square of what ``network`` answers to ``pictures`` minus what ``exact`` does, each picture's mean aside."""
-    total = 0.0
-    for start in range(0, len(pictures), BATCH):
-        batch = Tensor(as_input(pictures[start : start + BATCH]))
-        change = network(batch).numpy() - exact(batch).numpy()
-        total += float(np.square(change - change.mean(axis=1, keepdims=True)).sum())
-    return total / len(pictures)
-
-
 def expected_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
     """About how long :func:`calibrated` will take here: from one timed pass of a few made-up pictures."""
-    ways = changed(steps_of(quality), method, True, True)
+    preset = changed(preset_called(quality), checked_method(method), True, True)
     size = classifier.image_size
     batch = Tensor(np.zeros((TIMED, 3, size, size), np.float32))
     classifier.network(batch).numpy()
@@ -258,15 +223,11 @@ def expected_seconds(classifier: Classifier, images: int, quality: str, method: 
     classifier.network(batch).numpy()
     one = (time.perf_counter() - start) / TIMED
     million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
-    seconds = 0.0
-    for way in ways:
-        layerwise = min(images, LAYERWISE_PICTURES)
-        seconds += one * (images + LAYERWISE_PASSES * layerwise)
-        if way.compensate:
-            seconds += one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million
-        if len(ways) > 1:
-            seconds += 3 * one * min(images, JUDGED)
-    return seconds
+    layerwise, judged = min(images, LAYERWISE_PICTURES), min(images, MOST_HELD)
+    grids, rounded = len(preset.grids), sum(isinstance(step, RoundWeights) for step in preset.finishes)
+    seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
+    seconds += len(preset.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
+    return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
 
 
 def spread(sources: Sequence[Source], number: int) -> list[Source]:

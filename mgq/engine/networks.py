@@ -23,10 +23,11 @@ from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
 from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.machine import package_version
-from mgq.quant.calibrate import as_input, calibrated_network
+from mgq.quant.calibrate import calibrated_network
 from mgq.quant.mixed import float_layers_of, keep_in_float
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.quantize import quantize
+from mgq.quant.range_observers import as_input
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
 from mgq.quant.targets import MEGENGINE, Target, target_called, target_of
 from mgq.zoo.layers import without_initialization

@@ -18,8 +18,8 @@ from mgq.data.transforms import to_batch
 from mgq.engine.networks import Classifier
 from mgq.engine.predict import BATCH
 from mgq.files.onnx_file import imported
-from mgq.quant.calibrate import as_input
 from mgq.quant.modes import Mode
+from mgq.quant.range_observers import as_input
 from mgq.quant.ranges import quantized_layers
 from mgq.quant.targets import MEGENGINE, is_never_negative
 from mgq.runtime.base import batches_of, in_batches

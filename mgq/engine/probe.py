@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 from mgq.data.loader import Loader
 from mgq.events import OnProgress, Progress, silent
-from mgq.quant.calibrate import as_input
+from mgq.quant.range_observers import as_input
 
 DECAY = 0.03  # at features of root mean square 1
 MOST_STEPS = 200

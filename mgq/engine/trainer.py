@@ -40,8 +40,9 @@ from mgq.engine.training_state import START_AGAIN, TrainingState
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import ALONE, Progress, Watcher
 from mgq.files.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.quant.calibrate import DEFAULT_METHOD, as_input, calibrated_network
+from mgq.quant.calibrate import DEFAULT_METHOD, calibrated_network
 from mgq.quant.qat import Phase, plain_qat, set_phase
+from mgq.quant.range_observers import as_input
 from mgq.quant.ranges import apply_ranges, observe_weights
 from mgq.quant.targets import target_called
 from mgq.runtime.base import BatchRuntime, in_batches

@@ -26,19 +26,33 @@ DIGITS = 6
 
 @dataclass
 class BiasCorrection:
-    """Shown the layers of a network in turn, corrects each; ``found`` is what was added, by the names of the layers."""
+    """Shown the layers of a network in turn, corrects each; ``found`` is what was added, by the names of the layers.
 
+    With ``of_weights`` it corrects what rounding the weights shifts, and not what the layers before and clipping do:
+    where outliers are clipped on purpose, the mean of all positions is no measure of what is wrong at most of them.
+    """
+
+    of_weights: bool = False
+    exact_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights before they were rounded, where they are no longer in the layer, by its name."""
     found: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __call__(self, layer: Layer) -> None:
         module = layer.module
         if not is_convolution(module) or bias_parameter(module) is None:
             return
-        exact = mean_output(module, layer.inputs[0], folded_weight(module))
+        weight = self.exact_weights.pop(layer.name, None)
+        weight = folded_weight(module) if weight is None else weight
+        exact = mean_output(module, (layer.fake_inputs if self.of_weights else layer.inputs)[0], weight)
         fake = mean_output(module, layer.fake_inputs[0], quantized_weight(module))
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
         add_to_bias(module, correction)
         self.found[layer.name] = correction
+
+    def remember_weights(self, layer: Layer) -> None:
+        """To be shown a layer before another visitor rounds its weights."""
+        if is_convolution(layer.module):
+            self.exact_weights[layer.name] = folded_weight(layer.module)
 
 
 def corrected(network: M.Module, pictures: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:

@@ -4,60 +4,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
-from megengine import Tensor
-from megengine.module.qat import QuantStub
-from megengine.quantization.observer import Observer
-from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
-from megengine.quantization.utils import QParams
+from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError, no_such
+from mgq.events import OnProgress, silent
 from mgq.quant.bias_correction import BiasCorrection
 from mgq.quant.data_free import correct_expected_bias, set_expected_ranges
 from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
-from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
+from mgq.quant.estimators import ESTIMATORS
 from mgq.quant.layerwise import Visitor, visit_layers
-from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.names import EASYQUANT, METHODS, MSE
-from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantized_layers, set_range
+from mgq.quant.names import EASYQUANT, LOGITS, METHODS, MSE
+from mgq.quant.pipeline import Found, find_best
+from mgq.quant.quality import Preset
+from mgq.quant.range_observers import as_input, estimated_ranges
+from mgq.quant.ranges import ActivationRanges, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
 from mgq.quant.statistics import expected_of
+from mgq.quant.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
 from mgq.quant.targets import MEGENGINE, Target, target_of
+from mgq.zoo.weights import fingerprint
 
 DEFAULT_METHOD = MSE
-DATA_FREE = "batch norms"
-"""What stands for the method where there were no pictures."""
 EQUALIZATION_PICTURES = 64
-LAYERWISE_PICTURES = 64
-"""What is done layer by layer keeps all pictures in memory, in float and quantized, and more tell it no more."""
+LAYERWISE_PICTURES = LAYERWISE_IMAGES
 
 
-class EstimatingObserver(Observer):  # type: ignore[misc]
-    """Shows what passes to a range estimator."""
-
-    def __init__(self, observer: Observer, estimator: RangeEstimator) -> None:
-        super().__init__(observer.dtype)
-        self.estimator = estimator
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.estimator.update(x.numpy())
-        return x
-
-    def get_qparams(self) -> QParams | None:
-        return None
-
-
-def checked_method(method: str) -> str:
-    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS``."""
-    if method not in METHODS:
+def checked_method(method: str | None) -> str | None:
+    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS`` or None."""
+    if method is not None and method not in METHODS:
         raise no_such("calibration method", method, METHODS)
     return method
 
@@ -78,8 +60,9 @@ def measured_ranges(
 ) -> ActivationRanges:
     """The range of each layer of ``network`` (mode ``normal``) over ``batches``, chosen by ``method``.
 
-    ``min-max``: smallest and largest value; ``ema``: moving average of each batch's; ``histogram``: all but one value
-    in 10,000; ``mse``: smallest squared error of rounding and clipping; ``easyquant``: largest cosine similarity of
+    ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
+    batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
+    ``easyquant``: largest cosine similarity of
     each layer's float and int8 outputs, searched on at most 64 of the pictures, for ranges of the weights, too. With
     ``correct_bias`` what int8 then shifts on average is measured on at most 64 pictures, to be taken out of the biases.
 
@@ -113,26 +96,29 @@ def calibrated_network(
     InputError for a layer that cannot.
     """
     checked_method(method)
-    batches = iter(batches)
+    sample = Sample(LAYERWISE_IMAGES)
     if compensate and mode_of(network) is Mode.NORMAL:
         network, in_place = without_dead_channels(network, in_place)[0], True
         if equalize:
-            first = taken(batches, EQUALIZATION_PICTURES)
-            if first:
+            batches = list(batches)
+            seen = np.concatenate(batches)[:EQUALIZATION_PICTURES] if batches else None
+            if seen is not None:
                 with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
-                    equalized(network, np.concatenate(first)[:EQUALIZATION_PICTURES], target, in_place=True)
-            batches = chain(first, batches)
-    watched = prepared(network, target, in_place)
-    keep_in_float(watched, kept)
-    sample = Sample(LAYERWISE_PICTURES)
+                    equalized(network, seen, target, in_place=True)
+    watched = prepare(network, target, kept, in_place)
     search, rounding, correction = Search(), CompensatedRounding(), BiasCorrection()
     visitors: list[Visitor] = []
-    if method == EASYQUANT:
+    if method in (EASYQUANT, LOGITS):
         for batch in batches:
             sample.add(batch)
+    if method == EASYQUANT:
         visitors.append(search)
+    elif method == LOGITS:
+        if sample.pictures:
+            search.activations.update(ranges_by_logits(watched, reactions_of(watched, np.stack(sample.pictures))))
     else:
         search.activations.update(estimated_ranges(to_mode(watched, Mode.QAT), sample.of(batches), ESTIMATORS[method]))
+    if method != EASYQUANT:
         layers = quantized_layers(watched)
         for name, found in search.activations.items():
             set_range(layers[name].act_observer, *found)
@@ -147,6 +133,30 @@ def calibrated_network(
     tables = search.activations, weight_ranges, corrections
     ranges = ActivationRanges(arch, method, weights, provenance, *tables, target_of(watched).name)
     return watched, ranges
+
+
+def best_network(
+    network: M.Module,
+    images: npt.NDArray[np.uint8],
+    arch: str,
+    weights: str,
+    preset: Preset,
+    target: Target = MEGENGINE,
+    kept: Sequence[str] = (),
+    on_progress: OnProgress = silent,
+) -> tuple[Found, ActivationRanges]:
+    """What :func:`mgq.quant.pipeline.find_best` makes of ``network`` (mode ``normal``), and its ranges.
+
+    ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
+    ``weights``, the fingerprint of the old ones, is replaced.
+    """
+    found = find_best(network, images, preset, lambda fit: Draft(network, fit, target, tuple(kept)), on_progress)
+    draft = found.draft
+    assert draft.watched is not None
+    own = draft.network is not network or draft.rounded
+    state = fingerprint(draft.watched.state_dict()) if own else weights
+    tables = draft.activations, draft.weights, {} if own else draft.corrections
+    return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
 
 
 def data_free_network(
@@ -165,29 +175,12 @@ def data_free_network(
     network, _ = without_dead_channels(network, in_place)
     equalized(network, None, target, in_place=True)
     graph, statistics = expected_of(network)
-    watched = prepared(network, target, in_place=True)
+    watched = prepare(network, target, in_place=True)
     activations = set_expected_ranges(watched, graph, statistics)
     correct_expected_bias(watched, graph, statistics)
     enable_fake_quant(watched)
     disable_observer(watched)
-    return watched, ActivationRanges(arch, DATA_FREE, weights, provenance, activations, target=target.name)
-
-
-def prepared(network: M.Module, target: Target, in_place: bool) -> M.Module:
-    """``network``, or a copy, in mode ``qat`` and evaluation state, its fake quantization off, weights observed."""
-    watched = to_mode(network, Mode.QAT, target, in_place)
-    watched.eval()
-    disable_fake_quant(watched)
-    observe_weights(watched)
-    return watched
-
-
-def taken(batches: Iterator[npt.NDArray[np.uint8]], number: int) -> list[npt.NDArray[np.uint8]]:
-    """The first of ``batches``, with ``number`` pictures together, or all."""
-    found: list[npt.NDArray[np.uint8]] = []
-    while sum(map(len, found)) < number and (batch := next(batches, None)) is not None:
-        found.append(batch)
-    return found
+    return watched, ActivationRanges(arch, BATCH_NORMS, weights, provenance, activations, target=target.name)
 
 
 class Sample:
@@ -211,26 +204,3 @@ class Sample:
         for batch in batches:
             self.add(batch)
             yield batch
-
-
-def estimated_ranges(
-    watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], kind: type[RangeEstimator]
-) -> dict[str, Range]:
-    estimators = with_estimators(watched, kind)
-    for batch in batches:
-        watched(Tensor(as_input(batch)))
-    return {name: estimator.range() for name, estimator in estimators.items() if estimator.has_seen}
-
-
-def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, RangeEstimator]:
-    """Put an estimator behind each layer of a ``qat`` network but its input, whose scale is fixed; by their names."""
-    layers = {name: layer for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)}
-    estimators = {name: kind(half_of(layer)) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name])
-    return estimators
-
-
-def as_input(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Pixels as networks take them: float32, minus 128."""
-    return batch.astype(np.float32) - 128

@@ -7,7 +7,8 @@ shuffled as well. A ReLU6 would not keep the factor, unless nothing can ever rea
 
 The paper makes the ranges of weights equal, layer by layer. That can cost activations more than weights gain. Here the
 factors of all channels together minimize the noise itself: what rounding adds to each tensor and to each weight, as far
-as the layers that read it let it through, in terms of what they give.
+as the layers that read it let it through, in terms of what they give. Where gradients of the logits were measured
+(:mod:`mgq.quant.logit_gradients`), these say what noise does, and how far each channel has to reach.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mgq.quant.graph import (
     Transpose,
     graph_of,
 )
+from mgq.quant.logit_gradients import Reaction, Reactions
 from mgq.quant.statistics import (
     CEILINGS,
     IMAGE_SIZE,
@@ -59,6 +61,8 @@ COMPENSATED, DEPTHWISE_COMPENSATED = 0.1, 0.6
 """Part of the weights' noise that is left where its errors make up for each other: many inputs allow for more."""
 AVERAGED = 0.05
 """Part of a tensor's noise that is left in its mean over the positions."""
+HEADROOM = 1.25
+"""How much larger than on the pictures seen a channel may become on others."""
 
 
 @dataclass
@@ -103,6 +107,14 @@ class Rounded:
     largest: Values
     harm: Values
 
+    def informed_by(self, reaction: Reaction | None, half: float) -> Rounded:
+        """The same by what the logits tell: channels reach as far as clipping would cost more than it gains."""
+        if reaction is None:
+            return self
+        harm = reaction.squares.sum(axis=1) / (12 * half**2)
+        reach = np.minimum(self.largest, reaction.channel_limits(half) + 1e-9)
+        return replace(self, largest=reach, harm=harm + 1e-12 * harm.max())
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -137,11 +149,15 @@ def equalized(
     pictures: npt.NDArray[np.uint8] | None = None,
     target: Target = MEGENGINE,
     in_place: bool = False,
+    reactions: Reactions | None = None,
+    to_ceilings: bool = False,
 ) -> tuple[M.Module, dict[str, float]]:
     """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each layer's largest factor.
 
     ``pictures``, uint8 (N, 3, H, W), tell how large channels are; without any, the batch norms do. ``target`` is what
-    the network will be quantized for. The answers stay but for float32 rounding.
+    the network will be quantized for. ``reactions`` are those of this network's logits, where they were measured. The
+    answers stay but for float32 rounding; ``to_ceilings`` lets a channel grow until the largest value that the pictures
+    show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
     """
     network = network if in_place else deepcopy(network)
     training = network.training
@@ -154,7 +170,10 @@ def equalized(
         starts = range(0, len(pictures), BATCH)
         batches = (pictures[start : start + BATCH].astype(np.float32) - 128 for start in starts)
         statistics = measured_statistics(network, graph, batches)
-    factors = Problem.of(graph, sets, statistics, target).solved(limits(network, graph, sets))
+    problem = Problem.of(graph, sets, statistics, target)
+    if reactions:
+        problem = problem.informed_by(reactions, graph, target)
+    factors = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
     modules = dict(network.named_modules())
     largest = {}
     for node in graph.nodes:
@@ -200,8 +219,11 @@ def sets_of(graph: Graph) -> Sets:
     return Sets(len(channels.parent), roots, np.concatenate([roots[graph.input], roots[graph.output]]))
 
 
-def limits(network: M.Module, graph: Graph, sets: Sets) -> tuple[Values, Values]:
-    """The least and the largest logarithm of the factor of each set of channels."""
+def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None = None) -> tuple[Values, Values]:
+    """The least and the largest logarithm of the factor of each set of channels.
+
+    A channel below a ceiling keeps below it: whatever the picture shows, or on pictures like those ``seen``.
+    """
     upper = np.full(sets.number, np.log(LARGEST_FACTOR))
     lower = -upper
     clipped = [node for node in graph.nodes if isinstance(node, Convolution) and node.activation == "relu6"]
@@ -209,6 +231,8 @@ def limits(network: M.Module, graph: Graph, sets: Sets) -> tuple[Values, Values]
         highest = highest_values(network)
         for node in clipped:
             slots, most = sets.of[node.output], np.maximum(highest[node.output], 1e-6)
+            if seen is not None:
+                most = np.clip(seen[node.output].highest * HEADROOM, 1e-6, most)
             ceiling = CEILINGS[node.activation]
             upper[slots] = np.minimum(upper[slots], np.where(most < ceiling, np.log(ceiling / most), 0.0))
             lower[slots] = np.where(most < ceiling, lower[slots], 0.0)
@@ -231,8 +255,7 @@ class Problem:
         tensors, layers = [], []
         for node in graph.nodes:
             if isinstance(node, Convolution | Add):
-                never_negative = node.relu if isinstance(node, Add) else bool(node.activation)
-                half = UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
+                half = half_behind(node, target)
                 tensors.append(
                     Rounded(
                         sets.of[node.output],
@@ -242,8 +265,7 @@ class Problem:
                 )
             if isinstance(node, Convolution):
                 shape, groups = node.weight.shape, node.groups
-                left = DEPTHWISE_COMPENSATED if groups == shape[0] else COMPENSATED
-                noise = shape[2] * shape[3] * left / (12 * target.levels**2)
+                noise = noise_of_a_weight(node, target)
                 layers.append(
                     Layer(
                         np.abs(node.weight).reshape(groups, -1, shape[1], shape[2] * shape[3]).max(3) + 1e-12,
@@ -254,6 +276,22 @@ class Problem:
                     )
                 )
         return cls(sets.number, tuple(tensors), tuple(layers), target.per_channel)
+
+    def informed_by(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
+        """The same, with the noise and the reach of channels that the gradients of the logits tell."""
+        made = [node for node in graph.nodes if isinstance(node, Convolution | Add)]
+        convolutions = [node for node in graph.nodes if isinstance(node, Convolution)]
+        tensors = [
+            tensor.informed_by(reactions.get(node.output), half_behind(node, target))
+            for node, tensor in zip(made, self.tensors, strict=True)
+        ]
+        layers = []
+        for node, layer in zip(convolutions, self.layers, strict=True):
+            if node.output in reactions:
+                harm = reactions[node.output].squares.sum(axis=1) * noise_of_a_weight(node, target)
+                layer = replace(layer, harm=harm.reshape(layer.harm.shape))
+            layers.append(layer)
+        return replace(self, tensors=tuple(tensors), layers=tuple(layers))
 
     def solved(self, bounds: tuple[Values, Values]) -> Values:
         """The factors with the least noise, (number,)."""
@@ -280,7 +318,22 @@ class Problem:
         gradient = np.zeros(self.number)
         total = sum(tensor_noise(tensor, logs, gradient) for tensor in self.tensors)
         total += sum(weight_noise(layer, logs, gradient, self.per_channel) for layer in self.layers)
+        if total == 0:  # nothing reaches the logits
+            return 0.0, np.zeros(self.number)
         return float(np.log(total)), gradient / total
+
+
+def half_behind(node: Convolution | Add, target: Target) -> float:
+    """Largest value / step of the grid behind ``node``."""
+    never_negative = node.relu if isinstance(node, Add) else bool(node.activation)
+    return UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
+
+
+def noise_of_a_weight(node: Convolution, target: Target) -> float:
+    """Variance of the error of an output, for a largest weight of 1 and inputs of mean square 1."""
+    height, width = node.weight.shape[2:]
+    left = DEPTHWISE_COMPENSATED if node.groups == len(node.weight) else COMPENSATED
+    return height * width * left / (12 * target.levels**2)
 
 
 def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:

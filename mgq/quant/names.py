@@ -15,7 +15,16 @@ class Mode(str, Enum):
 
 TARGETS = MEGENGINE, ONNX, ONNX_AVX2 = ("megengine", "onnx", "onnx-avx2")
 """What int8 is for; :mod:`mgq.quant.targets` says what that means."""
-METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT = ("min-max", "ema", "histogram", "mse", "easyquant")
+METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
+    "min-max",
+    "ema",
+    "histogram",
+    "mse",
+    "easyquant",
+    "logits",
+)
 """How calibration chooses ranges."""
+QUALITIES = FAST, BALANCED, BEST = ("fast", "balanced", "best")
+"""Presets of post-training quantization. ``best`` is another name of ``balanced`` now."""
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")
 """What gives quantization-aware training its scales."""

@@ -1,33 +1,73 @@
-"""How much time calibration may take: three sets of steps, by name."""
+"""How much time post-training quantization may take: presets, lists of candidates for :mod:`mgq.quant.pipeline`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mgq.errors import no_such
+from mgq.quant.names import BALANCED, BEST, FAST, LOGITS, QUALITIES
+from mgq.quant.steps import (
+    ClearDeadChannels,
+    CorrectBias,
+    Equalize,
+    ExpectedRanges,
+    RangesByLogits,
+    RangesBySeen,
+    RoundWeights,
+    Step,
+)
+
+PREVIEWED = 16
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What calibration does: how ranges are chosen (``method``), and what else is done to the network."""
+class Preset:
+    """``grids``: candidates for equalization and ranges, each a list of steps. ``finishes``: what is tried on the best
+    of them. ``preview``: what stands for the finish while grids are compared."""
 
-    method: str
-    correct_bias: bool = True
-    compensate: bool = True
-    equalize: bool = True
+    grids: tuple[tuple[Step, ...], ...]
+    finishes: tuple[Step, ...]
+    preview: Step | None
 
 
-QUALITIES: dict[str, tuple[Steps, ...]] = {
-    "fast": (Steps("min-max", compensate=False, equalize=False),),
-    "balanced": (Steps("mse"),),
-    "best": (Steps("mse"), Steps("mse", equalize=False), Steps("min-max"), Steps("histogram")),
+CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
+PLAIN = (RangesBySeen(),)
+BY_LOGITS = (RangesByLogits(),)
+DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
+EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
+UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+
+DEFAULT_QUALITY = BALANCED
+PRESETS: dict[str, Preset] = {
+    FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
+    BALANCED: Preset(
+        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
+        (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
+        PREVIEW,
+    ),
 }
-"""Name -> the ways that are tried; of several, that is kept whose logits are nearest to float's."""
-DEFAULT_QUALITY = "balanced"
+PRESETS[BEST] = PRESETS[BALANCED]
 
 
-def steps_of(quality: str) -> tuple[Steps, ...]:
+def preset_called(quality: str) -> Preset:
     """Raises InputError, which lists them, where there is no ``quality``."""
-    if quality not in QUALITIES:
+    if quality not in PRESETS:
         raise no_such("quality", quality, QUALITIES)
-    return QUALITIES[quality]
+    return PRESETS[quality]
+
+
+def changed(preset: Preset, method: str | None, correct_bias: bool, compensate: bool) -> Preset:
+    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are."""
+    if method is not None:
+        ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
+        grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
+        swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
+        preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
+    if not compensate:
+        grids = tuple(steps for steps in preset.grids if CLEAR not in steps)
+        preset = replace(preset, grids=grids, finishes=(CorrectBias(),))
+    if not correct_bias:
+        rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
+        grids = tuple(steps for steps in preset.grids if steps != DATA_FREE)
+        preset = Preset(grids, tuple(rounding), None)
+    return preset

@@ -11,10 +11,12 @@ from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quant.calibrate import calibrated_network
+from mgq.quant.calibrate import best_network
 from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
+from mgq.quant.quality import DEFAULT_QUALITY, preset_called
 from mgq.quant.ranges import ActivationRanges, apply_ranges
-from mgq.quant.targets import target_called
+from mgq.quant.steps import prepare, switch_on
+from mgq.quant.targets import MEGENGINE, target_called
 
 
 def quantize(
@@ -41,10 +43,16 @@ def quantize(
             raise InputError("a float network needs pictures or ranges to be quantized; pass one of them")
         if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
             raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
-        batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        calibrated, ranges = calibrated_network(network, batches, type(network).__name__, "", {}, in_place=in_place)
-        if not ranges.ranges:
+        batches = [pictures] if isinstance(pictures, np.ndarray) else list(pictures)
+        if not sum(map(len, batches)):
             raise InputError("there are no pictures to measure ranges on; pass at least one")
+        found, _ = best_network(network, np.concatenate(batches), "", "", preset_called(DEFAULT_QUALITY))
+        if not in_place:
+            return to_mode(found.network, mode, in_place=True)
+        # The network itself is wanted: it takes the ranges, weights and biases that were found.
+        calibrated = prepare(network, MEGENGINE, in_place=True)
+        calibrated.load_state_dict(found.network.state_dict())
+        switch_on(calibrated)
         return to_mode(calibrated, mode, in_place=True)
     fake_quantized = to_mode(network, Mode.QAT, target_called(ranges.target), in_place)
     apply_ranges(fake_quantized, ranges)

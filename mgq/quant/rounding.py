@@ -47,9 +47,11 @@ BLOCK = 128
 class CompensatedRounding:
     """Shown the layers of a network in turn, rounds their weights to the grid that their ranges give.
 
-    ``weights``: the ranges of these grids by name; no others fit the weights from now on.
+    With ``refit`` weights are fitted beforehand to what the int8 layers before let them see. ``weights``: the ranges
+    of these grids by name; no others fit the weights from now on.
     """
 
+    refit: bool = True
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     weights: dict[str, Range] = field(default_factory=dict)
 
@@ -61,7 +63,7 @@ class CompensatedRounding:
         conv = module.conv if hasattr(module, "conv") else module
         seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
-        fitted = refitted(groups, seen, exact)
+        fitted = refitted(groups, seen, exact) if self.refit else groups
         step = self.steps_for(module, groups, fitted)
         levels = levels_of(module)
         rounded = compensated(fitted / step, damped(covariances(seen, seen), DAMPING), levels)

@@ -17,7 +17,7 @@ from megengine.quantization.fake_quant import _FakeQuantize
 from megengine.quantization.observer import Observer
 
 from mgq.events import OnProgress, Progress, silent
-from mgq.quant.calibrate import as_input
+from mgq.quant.range_observers import as_input
 from mgq.quant.ranges import add_to_bias, bias_parameter, folded_weight, half_of, quantized_weight
 from mgq.quant.targets import UNSIGNED, levels_of
 

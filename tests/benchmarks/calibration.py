@@ -32,11 +32,12 @@ from mgq.data.sources import expand  # noqa: E402
 from mgq.data.transforms import to_batch  # noqa: E402
 from mgq.engine.networks import Classifier, open_classifier  # noqa: E402
 from mgq.engine.predict import crops_of  # noqa: E402
-from mgq.quant.calibrate import as_input, measured_ranges, with_estimators  # noqa: E402
+from mgq.quant.calibrate import measured_ranges  # noqa: E402
 from mgq.quant.estimators import ESTIMATORS  # noqa: E402
 from mgq.quant.modes import Mode, fix_input_scale, to_mode  # noqa: E402
 from mgq.quant.names import METHODS  # noqa: E402
 from mgq.quant.quantize import quantize  # noqa: E402
+from mgq.quant.range_observers import as_input, with_estimators  # noqa: E402
 from mgq.quant.ranges import quantized_layers  # noqa: E402
 
 BATCH = 10

@@ -85,8 +85,8 @@ def in_engines(number: int, folder: Path) -> list[Samples]:
     from mgq.deploy.onnx import write_onnx
     from mgq.engine.dump import dump_classifier
     from mgq.engine.networks import random_classifier
-    from mgq.quant.calibrate import as_input
     from mgq.quant.modes import Mode
+    from mgq.quant.range_observers import as_input
     from mgq.quant.targets import ONNX
     from mgq.runtime.registry import load
 

@@ -1,0 +1,235 @@
+"""Candidates of post-training quantization: judged on images held back, and never worse than a simpler one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.quant.calibrate import best_network, data_free_network
+from mgq.quant.logit_gradients import Reaction, measure_reactions
+from mgq.quant.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
+from mgq.quant.quality import PRESETS, preset_called
+from mgq.quant.range_observers import as_input
+from mgq.quant.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
+from mgq.quant.targets import MEGENGINE, ONNX, Target
+from tests.conftest import smooth_pictures
+from tests.test_equalization import network_of, with_true_statistics
+
+IMAGES = smooth_pictures(24, seed=3)
+UNSEEN = smooth_pictures(16, seed=11)
+SHUFFLE = "shufflenet_v1_x0_5_g3"
+CASES = [("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
+CASES += [(SHUFFLE, {}, "balanced", ONNX), (SHUFFLE, {}, "balanced", MEGENGINE)]
+NAMES = ["mobilenet", "shufflenet", "per-layer"]
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
+
+
+def trained_like(arch: str, options: dict[str, object]) -> M.Module:
+    """A network whose batch norms have the statistics of the images, as in a trained one."""
+    network = network_of(arch, **options)
+    with_true_statistics(network)
+    network.eval()
+    return network
+
+
+@dataclass(frozen=True)
+class Harm:
+    """A step that makes everything worse: ranges a hundredth of what they should be."""
+
+    name: str = "harm"
+
+    def apply(self, draft: Draft) -> Draft:
+        done = RangesBySeen().apply(draft)
+        narrow = {name: (low / 100, high / 100) for name, (low, high) in done.activations.items()}
+        return draft.with_ranges(draft.prepared(), narrow, "harm")
+
+
+class TestHeldBack:
+    def test_a_fifth_is_held_back_and_never_fitted_to(self) -> None:
+        images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+        fit, held = split(images)
+        assert len(held) == 20 and len(fit) == 80
+        assert not set(held.ravel().tolist()) & set(fit.ravel().tolist())
+
+    @pytest.mark.parametrize("number", [1, 2, FEWEST - 1])
+    def test_of_too_few_none_are_held_back(self, number: int) -> None:
+        fit, held = split(IMAGES[:number])
+        assert len(fit) == len(held) == number
+
+    def test_of_some_at_least_eight_are_held_back(self) -> None:
+        fit, held = split(IMAGES[:FEWEST])
+        assert (len(fit), len(held)) == (FEWEST - 8, 8)
+
+
+class TestSearch:
+    @pytest.mark.parametrize(("arch", "options", "quality", "target"), CASES, ids=NAMES)
+    def test_no_candidate_is_better_than_what_is_kept(
+        self, arch: str, options: dict[str, object], quality: str, target: Target
+    ) -> None:
+        network = trained_like(arch, options)
+        found, _ = best_network(network, IMAGES, arch, "", preset_called(quality), target)
+        _, held = split(IMAGES)
+        finished = [trial for trial in found.trials if len(trial.steps) == len(found.best.steps)]
+        assert found.best.snr >= max(trial.snr for trial in finished) - 0.1
+        assert found.held_back and found.judged_on == len(held)
+        # What was measured is what is handed out.
+        assert snr_of(logits_of(found.network, held), logits_of(network, held)) == pytest.approx(
+            found.best.snr, abs=1e-6
+        )
+
+    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_pictures_on_unseen_images(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        exact = logits_of(network, UNSEEN)
+
+        def snr(quantized: M.Module | None) -> float:
+            assert quantized is not None
+            return snr_of(logits_of(quantized, UNSEEN), exact)
+
+        fast, balanced = (
+            snr(best_network(network, IMAGES, "", "", preset_called(quality), ONNX)[0].network)
+            for quality in ("fast", "balanced")
+        )
+        free = snr(data_free_network(network, "", "", {}, ONNX)[0])
+        plain = snr(RangesBySeen().apply(Draft(network, IMAGES, ONNX)).watched)
+        assert balanced >= fast - 0.2 and fast >= max(free, plain) - 0.2
+
+    def test_a_step_that_harms_is_left_out_and_named(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesBySeen(),)))
+        found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
+        assert "harm" not in found.best.steps
+        assert "left out, as it did not help: harm" in found.summary()
+        assert "\n" not in found.summary()
+
+    def test_a_finish_that_harms_is_left_out(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        good: Step = PRESETS["fast"].finishes[0]
+        found = find_best(
+            network,
+            IMAGES,
+            replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(), good)),
+            lambda fit: Draft(network, fit, ONNX),
+        )
+        assert found.best.steps == ("ranges by min-max", good.name)
+
+    def test_the_float_network_stays_as_it_is(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        before = logits_of(network, UNSEEN)
+        best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        assert np.array_equal(logits_of(network, UNSEEN), before)
+
+
+ODD: dict[str, Images] = {
+    "one": IMAGES[:1],
+    "two": IMAGES[:2],
+    "black": np.zeros((20, *IMAGES.shape[1:]), np.uint8),
+    "alike": np.repeat(IMAGES[:1], 20, axis=0),
+}
+
+
+class TestOddInput:
+    @pytest.mark.parametrize("kind", ODD)
+    def test_odd_images_give_a_sound_network(self, kind: str) -> None:
+        network = trained_like(SHUFFLE, {})
+        found, ranges = best_network(network, ODD[kind], "", "", preset_called("balanced"), ONNX)
+        assert np.isfinite(logits_of(found.network, UNSEEN)).all()
+        assert all(np.isfinite(limit) for limits in ranges.ranges.values() for limit in limits)
+
+    def test_a_network_whose_logits_are_constant_is_calibrated(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        head = network.classifier[0] if hasattr(network.classifier, "__getitem__") else network.classifier
+        head.weight[...] = Tensor(np.zeros_like(head.weight.numpy()))
+        found, _ = best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        assert np.isfinite(logits_of(found.network, UNSEEN)).all()
+
+    def test_dead_channels_and_variances_near_zero_are_sound(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        bn = next(module for module in network.modules() if isinstance(module, M.BatchNorm2d))
+        for parameter, value in ((bn.weight, 0.0), (bn.running_var, 1e-12)):
+            changed = parameter.numpy().copy()
+            changed[:, :2] = value
+            parameter[...] = Tensor(changed)
+        found, _ = best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        assert found.best.snr > 10
+
+
+class TestSignalToNoise:
+    def test_equal_logits_have_no_noise(self) -> None:
+        logits = np.ones((2, 3), np.float64)
+        assert snr_of(logits, logits) == NO_NOISE
+
+    def test_it_is_the_ratio_of_energies(self) -> None:
+        exact: npt.NDArray[np.float64] = np.full((4, 5), 10.0)
+        assert snr_of(exact + 1, exact) == pytest.approx(20)
+
+    def test_logits_that_are_not_finite_are_the_worst(self) -> None:
+        exact = np.ones((1, 2))
+        assert snr_of(exact * np.nan, exact) == -NO_NOISE
+
+
+def on_grid(limit: float, _: M.Module, __: object, output: Tensor) -> Tensor:
+    """What an int8 grid up to ``limit`` makes of the output of a layer."""
+    step = limit / 127.5
+    return Tensor((np.clip(np.rint(output.numpy() / step), -128, 127) * step).astype(np.float32))
+
+
+class TestReactions:
+    def test_the_noise_of_a_grid_is_foretold(self) -> None:
+        """The estimate, made of gradients alone, beside the change of the logits that the grid really makes."""
+        network = trained_like(SHUFFLE, {})
+        draft = Draft(network, IMAGES, ONNX)
+        exact = logits_of(network, IMAGES)
+        name = "features.1.branch_main_2.0"
+        reaction = draft.reactions[name]
+        modules = dict(network.named_modules())
+        for limit in (reaction.largest, 0.6 * reaction.largest):
+            hook = modules[name].register_forward_hook(functools.partial(on_grid, limit))
+            try:
+                real = float(np.square(logits_of(network, IMAGES) - exact).sum())
+            finally:
+                hook.remove()
+            assert 0.25 < reaction.noise(limit, 127.5) / real < 4
+
+    def test_values_that_matter_to_no_logit_may_be_clipped(self) -> None:
+        rng = np.random.default_rng(0)
+        values = rng.normal(0, 1, (8, 4, 6, 6)).astype(np.float32)
+        gradients = rng.normal(0, 1, values.shape).astype(np.float32)
+        values[:, 0, 0, 0], gradients[:, 0, 0, 0] = 50.0, 0.0
+        reaction = Reaction(-4.0, 50.0, np.zeros((4, 512)))
+        reaction.add(values, gradients)
+        assert reaction.best_limit(127.5) < 10
+
+    def test_layers_that_give_nothing_are_left_out(self) -> None:
+        network = trained_like("mobilenet_v2", {})
+        bn = network.features[0].bn
+        for parameter in (bn.weight, bn.bias):
+            parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
+        found = measure_reactions(network, ["features.0", "features.1.conv.0"], in_batches(IMAGES[:8]))
+        assert "features.0" not in found
+
+
+def test_ranges_by_logits_do_not_need_a_network_of_the_zoo() -> None:
+    class Net(M.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant = M.QuantStub(), M.DequantStub()
+            self.first = M.ConvBnRelu2d(3, 8, 3, 2, 1)
+            self.head = M.Linear(8, 4)
+            self.head.disable_quantize()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.dequant(self.first(self.quant(x))).mean(axis=(2, 3)))
+
+    network = Net()
+    network.eval()
+    done = RoundWeights().apply(RangesByLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
+    assert done.watched is not None
+    exact: npt.NDArray[np.float64] = logits_of(network, IMAGES[:8])
+    assert snr_of(logits_of(done.watched, IMAGES[:8]), exact) > 15
+    assert as_input(IMAGES[:1]).dtype == np.float32
