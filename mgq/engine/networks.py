@@ -126,17 +126,18 @@ def open_classifier(
     image_size: int | None = None,
     on_progress: OnProgress = silent,
     target: str | None = None,
+    key: str | None = None,
 ) -> Classifier:
     """The network that these words mean, ready to run.
 
-    Weights come from ``checkpoint``; else the newest run of ``arch`` under ``save``; else the zoo's pretrained
+    Weights come from ``checkpoint``, where ``key`` chooses one of several networks; else the newest run of ``arch`` under ``save``; else the zoo's pretrained
     ones (``pretrained`` goes straight to them, and allows a download). A float state needs ``ranges``, or those
     that mgq has for exactly these weights, to become ``qat`` or ``quantized``. ``target`` has to be what they were
     quantized for; MegEngine by default where that is open. Raises InputError where there are no weights, where they do
     not fit, or where ranges are missing.
     """
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress)
+    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
     for name, value in (options or {}).items():
         if name not in spec_of(weights.arch).options:
             raise InputError(f"{weights.arch} has no option '{name}'; leave it out")
@@ -153,9 +154,10 @@ def found_weights(
     save: Path,
     pretrained: bool,
     on_progress: OnProgress,
+    key: str | None = None,
 ) -> Weights:
     if checkpoint is not None:
-        return read_weights(checkpoint, spec)
+        return read_weights(checkpoint, spec, key=key)
     spec = spec or spec_of(DEFAULT_ARCH)
     run = None if pretrained else newest_run(spec, mode, save)
     if run is not None:
