@@ -119,8 +119,8 @@ def infer(
 ) -> list[Answer]:
     """Classify ``pictures`` (files, folders, glob patterns; the bundled cat when none) with one network.
 
-    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest run of ``arch`` under
-    ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
+    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest
+    run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
     :class:`Answer` a picture, in order. Raises InputError where there is no such network.
     """
     classifier = open_classifier(

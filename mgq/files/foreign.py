@@ -34,6 +34,8 @@ def known_file(data: bytes) -> str | None:
         return HDF5
     if data[4:8] == b"TFL3":
         return TFLITE
+    if data.startswith(b"\x93NUMPY"):
+        return "is one numpy array, without a name: give a state dict"
     if data[:1] == b"\x08" and any(mark in data[:64] for mark in (b"pytorch", b"onnx", b"tf2onnx", b"mgq")):
         return ONNX
     return None

@@ -23,7 +23,7 @@ def _names(module: str, names: str) -> set[str]:
     return {f"{module}.{name}" for name in names.split()}
 
 
-_BUILTINS = "bool int float complex str bytes bytearray list tuple dict set frozenset range slice object"
+_BUILTINS = "bool int float complex str bytearray list tuple dict set frozenset range xrange slice object"
 _PATHS = "PurePath PurePosixPath PureWindowsPath Path PosixPath WindowsPath"
 _NUMPY_TYPES = (
     "bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 longdouble complex64 "
@@ -46,7 +46,7 @@ _ENUMS = {
     "transformers.training_args.OptimizerNames",
 }
 _VALUES = (
-    {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS.split() if name != "bytes"}
+    {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS.split()}
     | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS.split()}
     | _names("argparse", "Namespace")
     | _names("types", "SimpleNamespace")
@@ -59,11 +59,12 @@ _VALUES = (
     | _names("fractions", "Fraction")
     | _names("uuid", "UUID")
     | _names("time", "struct_time")
-    | _names("typing", "Any")
+    | _names("typing", "Any Optional Union List Dict Tuple")
     | _names("numpy", _NUMPY_TYPES)
     | _names("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor")
     | _names("numpy.random._mt19937", "MT19937")
     | _names("numpy.random._pcg64", "PCG64")
+    | _names("numpy.random.bit_generator", "SeedSequence __pyx_unpickle_SeedSequence")
     | _names("pandas._libs.tslibs.timestamps", "_unpickle_timestamp Timestamp")
     | _names("torch", _TORCH_TYPES)
     | _names("torch.serialization", "_get_layout")
@@ -103,6 +104,15 @@ _MAPPINGS = {
     "mmcv.utils.config.ConfigDict",
     "mmengine.config.config.ConfigDict",
 }
+
+
+OF_INERT = (
+    _names("builtins", "getattr")
+    | _names("__builtin__", "getattr")
+    | _names("_operator", "or_ getitem")
+    | _names("operator", "or_ getitem")
+)
+"""Functions by which enums, flags and types are written. They are read past where their first argument is inert."""
 
 
 def is_inert(module: str, name: str) -> bool:

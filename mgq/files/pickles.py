@@ -30,7 +30,7 @@ from mgq.files.bounded import LONGEST_JSON, object_in
 from mgq.files.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.files.choice import Choice, as_mapping, chosen
 from mgq.files.foreign import SAVED_MODEL, TENSORFLOW, known_file, known_model, known_name
-from mgq.files.inert import Inert, is_inert, is_mapping
+from mgq.files.inert import OF_INERT, Inert, is_inert, is_mapping
 from mgq.files.sound import unsound
 from mgq.files.torch_files import (
     CODES,
@@ -557,7 +557,7 @@ _KNOWN = {_Name("numpy", "ndarray"), _BFLOAT_NAME, *_CALLS, *_CLASSES, *_STORAGE
 def _wants_code(name: object, model: str | None = None) -> UnreadableError:
     asks = f"would run code: it asks for {str(name)[:120]!r}; "
     if model is not None:
-        return UnreadableError(f"holds a whole pickled model and {asks}{model}")
+        return UnreadableError(f"holds a whole pickled model, or layers of one, and {asks}{model}")
     return UnreadableError(
         f"{asks}only tensors and plain containers are read. "
         "Get the weights as .safetensors or from a source you trust, or save the state dict alone"
@@ -571,7 +571,7 @@ class _OddKey:
     value: object
 
 
-_ODD_KEYS = (int, bool, float, type(None), Inert, _Dtype)
+_ODD_KEYS = (int, bool, float, type(None), Inert, _Dtype, TorchTensor)
 
 
 def _put(mapping: dict[object, object], key: object, value: object) -> None:
@@ -582,6 +582,13 @@ def _put(mapping: dict[object, object], key: object, value: object) -> None:
         mapping[_OddKey(key)] = value
     else:
         raise damaged()
+
+
+def _result_of(name: _Name, args: tuple[Any, ...]) -> Inert:
+    """What one of ``OF_INERT`` makes of an inert value: that value. Raises UnreadableError where it is none."""
+    if not args or type(args[0]) is not Inert:
+        raise _wants_code(name)
+    return args[0]
 
 
 class _Machine:
@@ -713,7 +720,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise damaged()
         asked = _Name(module, name)
-        if asked in _KNOWN or is_mapping(module, name):
+        if asked in _KNOWN or is_mapping(module, name) or str(asked) in OF_INERT:
             self.push(asked)
         elif is_inert(module, name):
             self.push(Inert(str(asked)))
@@ -729,6 +736,8 @@ class _Machine:
             self.push(name)
         elif type(name) is not _Name:
             raise damaged()
+        elif str(name) in OF_INERT:
+            self.push(_result_of(name, args))
         elif is_mapping(name.module, name.name):
             self.push({})
         else:

@@ -31,6 +31,7 @@ from mgq.quant.ranges import ActivationRanges, half_of, observe_weights, quantiz
 from mgq.quant.rounding import CompensatedRounding
 from mgq.quant.statistics import expected_of
 from mgq.quant.targets import MEGENGINE, Target, target_of
+from mgq.zoo.overflow import is_finite
 
 DEFAULT_METHOD = MSE
 DATA_FREE = "batch norms"
@@ -41,13 +42,18 @@ LAYERWISE_PICTURES = 64
 
 
 class EstimatingObserver(Observer):  # type: ignore[misc]
-    """Shows what passes to a range estimator."""
+    """Shows what passes behind ``layer`` to a range estimator. Raises FailureError for what is not finite."""
 
-    def __init__(self, observer: Observer, estimator: RangeEstimator) -> None:
+    def __init__(self, observer: Observer, estimator: RangeEstimator, layer: str = "") -> None:
         super().__init__(observer.dtype)
         self.estimator = estimator
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_finite(x):
+            raise FailureError(
+                f"the layer {self.layer} gives numbers that are not finite for these pictures: take other weights"
+            )
         self.estimator.update(x.numpy())
         return x
 
@@ -227,7 +233,7 @@ def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, 
     layers = {name: layer for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)}
     estimators = {name: kind(half_of(layer)) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name])
+        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name], name)
     return estimators
 
 

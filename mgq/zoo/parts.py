@@ -45,7 +45,7 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
         found = without(prefix, weights)
         if holds(found):
             return Part(found, (*stripped(prefix), *left_out(counters)))
-    parts = {prefix: found for prefix, found in groups(weights).items() if holds(found) and fits(found)}
+    parts = {prefix: found for prefix, found in sorted(groups(weights).items()) if holds(found) and fits(found)}
     if len(parts) > 1:
         names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
         first = printable(next(iter(parts)))[:-1][:80]
@@ -94,7 +94,7 @@ def left_out(names: list[str]) -> tuple[str, ...]:
     """A phrase about tensors that are not the network's."""
     if not names:
         return ()
-    shown = " and ".join(printable(name)[:80] for name in names[:_SHOWN])
+    shown = ", ".join(printable(name)[:80] for name in names[:_SHOWN])
     return (f"leaving out {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""),)
 
 

@@ -19,6 +19,7 @@ from mgq.files.download import cached, download
 from mgq.files.pickles import read_state
 from mgq.zoo.adapt import State
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.overflow import overflowing_layer
 from mgq.zoo.parts import Part, network_part
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, spec_of, specs
@@ -99,10 +100,10 @@ def read_weights(
 
 
 def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
-    """The network of one of the architectures ``known`` in the ``tensors`` of the file ``name``."""
+    """The network in the ``tensors`` of the file ``name``; where it has several, one of the architectures ``known``."""
 
     def holds(state: State) -> bool:
-        return any(may_hold(spec, state) for spec in known)
+        return any(may_hold(spec, state) for spec in specs().values())
 
     def fits(state: State) -> bool:
         return any(may_hold(spec, state) and misfits(spec, state) == 0 for spec in known)
@@ -150,6 +151,9 @@ def recognized(spec: ModelSpec, state: State, name: str, kind: str, origin: str 
         origin = origin or f"{name} ({kind}, {adapted.layout})"
     classes = classes_in(spec, state)
     network = loaded(spec, state, classes, options, name)
+    layer = overflowing_layer(network)
+    if layer is not None:
+        raise InputError(f"{name} has finite weights so large that the layer {layer} overflows: take other weights")
     return Weights(spec.name, state, mode_in(state), options, classes, origin or f"{name} ({kind})", network)
 
 
