@@ -5,10 +5,12 @@ The network is a narrow MobileNetV2 under torchvision's names, in files that are
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.numpy import save_file
 
 import mgq as package
 from mgq.engine.files import opened_file
-from mgq.engine.networks import open_classifier
+from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import FailureError, InputError
 from mgq.files.pickles import read_state
 from mgq.files.sealed import read_sealed, sealed_bytes
@@ -546,6 +548,12 @@ FAULTS = {
 }
 
 
+def a_copy() -> Classifier:
+    """A classifier that may be changed."""
+    whole = classifier_of("shufflenet_v1_x0_5_g3")
+    return replace(whole, network=copy.deepcopy(whole.network))
+
+
 class TestNumbersThatCannotBe:
     @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.parametrize("form", ["torch zip", "torch legacy", "safetensors", "megengine pickle", "under a key"])
@@ -582,7 +590,7 @@ class TestNumbersThatCannotBe:
         assert read_weights(written(tmp_path / "w.pth", state)).arch == MOBILE
 
     def test_a_checkpoint_of_mgq_is_held_to_it(self, tmp_path: Path) -> None:
-        classifier = classifier_of("shufflenet_v1_x0_5_g3")
+        classifier = a_copy()
         name, parameter = next(iter(classifier.network.named_parameters()))
         parameter[...] = parameter * np.float32(np.nan)
         path = tmp_path / "c.safetensors"
@@ -610,7 +618,7 @@ class TestNumbersThatCannotBe:
 
     def test_a_megengine_file_is_held_to_it(self, tmp_path: Path) -> None:
         path = tmp_path / "m.megengine"
-        classifier = classifier_of("shufflenet_v1_x0_5_g3")
+        classifier = a_copy()
         weight = classifier.network.classifier[0].weight
         raw = np.asarray(weight.numpy(), np.float32).tobytes()
         from mgq.engine.dump import dump_classifier
@@ -634,7 +642,7 @@ class TestOverflow:
         assert one_line_about(message, "the layer features.3.conv.0", "overflows")
 
     def test_answers_that_are_no_numbers_are_a_failure_in_a_line(self) -> None:
-        classifier = classifier_of("shufflenet_v1_x0_5_g3")
+        classifier = a_copy()
         weight = classifier.network.classifier[0].weight
         weight[...] = weight * np.float32(np.inf)
         with pytest.raises(FailureError, match="not finite"):
@@ -643,7 +651,7 @@ class TestOverflow:
     def test_calibration_names_the_layer(self) -> None:
         from mgq.quant.calibrate import calibrated_network
 
-        classifier = classifier_of("shufflenet_v1_x0_5_g3")
+        classifier = a_copy()
         scale = classifier.network.first_conv[0].bn.weight
         scale[...] = scale * np.float32(1e38)
         pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
@@ -654,7 +662,7 @@ class TestOverflow:
     def test_nothing_is_exported_of_it(self, name: str, tmp_path: Path) -> None:
         from mgq.engine.dump import dump_classifier
 
-        classifier = classifier_of("shufflenet_v1_x0_5_g3")
+        classifier = a_copy()
         weight = classifier.network.classifier[0].weight
         weight[...] = weight * np.float32(np.inf)
         with pytest.raises(FailureError, match="not finite"):
