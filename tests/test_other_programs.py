@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 import mgq as package
+from mgq.engine.calibration import calibrated_without_pictures
 from mgq.engine.files import opened_file
 from mgq.engine.networks import Classifier, open_classifier
 from mgq.errors import FailureError, InputError
@@ -28,6 +29,7 @@ from mgq.files.pickles import read_state
 from mgq.files.sealed import read_sealed, sealed_bytes
 from mgq.files.sound import fault_of
 from mgq.quant.modes import Mode
+from mgq.reports.run import float_weights, run_called
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights, read_weights
 from tests.conftest import CLASSES, Mgq, State, classifier_of, one_line_about, the_error
@@ -295,10 +297,8 @@ class TestKeyOfTheCommand:
 
     def test_every_verb_that_reads_weights_knows_it(self, mgq: Mgq, pair: Path) -> None:
         for verb in ("infer", "eval", "calibrate", "analyze", "dump", "train", "qat", "report"):
-            said = mgq(verb, "-c", pair, "--key", "nobody", *(["-d", pair.parent] if verb == "eval" else []))
-            if verb == "eval":  # which looks for pictures first
-                continue
-            assert "has no network 'nobody': it has 'state_dict', 'state_dict_ema'" in the_error(said), verb
+            error = the_error(mgq(verb, "-c", pair, "--key", "nobody"))
+            assert "has no network 'nobody': it has 'state_dict', 'state_dict_ema'" in error, verb
 
     def test_infer_says_which_network_answers(self, mgq: Mgq, pair: Path) -> None:
         taken = mgq("infer", "-c", pair, "-m", "normal", "--image-size", "32", "--topk", "2")
@@ -314,6 +314,17 @@ class TestKeyOfTheCommand:
     def test_finished_files_have_none(self, mgq: Mgq, tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
         assert "leave out --key" in the_error(mgq("infer", "-c", name, "--key", "ema"))
+
+    def test_a_report_compares_with_the_network_that_was_chosen(self, pair: Path, other: State, tmp_path: Path) -> None:
+        chosen = open_classifier(checkpoint=pair, mode=Mode.NORMAL, key="state_dict", image_size=32)
+        calibrated_without_pictures(chosen).write(tmp_path / "runs")
+        weights, why_not = float_weights(run_called(f"{MOBILE}.calibration", tmp_path / "runs"))
+        assert weights is not None and is_network(weights, other), why_not
+
+    def test_qat_says_what_it_begins_with(self, mgq: Mgq, pair: Path) -> None:
+        small = ("--epochs", "1", "--limit", "10", "--batch-size", "5", "--image-size", "32")
+        said = mgq("qat", "-c", pair, "--key", "state_dict", *small)
+        assert f"{MOBILE}: begins with {pair} (torch zip, network 'state_dict', not 'state_dict_ema'" in said.err
 
     def test_python_has_the_same_word(self, pair: Path, other: State) -> None:
         target = package.create_model(MOBILE, CLASSES, width=0.5, activation="relu6")
@@ -599,7 +610,7 @@ class TestNumbersThatCannotBe:
 
     def test_every_verb_refuses_them_before_it_begins(self, mgq: Mgq, good: State, tmp_path: Path) -> None:
         path = written(tmp_path / "w.pth", spoiled(good, HEAD, np.nan))
-        for verb in ("infer", "calibrate", "analyze", "dump", "train", "qat", "report"):
+        for verb in ("infer", "eval", "calibrate", "analyze", "dump", "train", "qat", "report"):
             assert "(NaN) in classifier.1.weight" in the_error(mgq(verb, "-c", path)), verb
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,18 @@ class Choice:
     others: tuple[str, ...] = ()
 
     @property
-    def remarkable(self) -> bool:
-        """Whether a reader would want to know which one it is."""
-        return bool(self.others) or self.key not in ("", *_USUAL)
+    def said(self) -> str:
+        """Which network it is, in words, where a reader would want to know; '' otherwise."""
+        if not self.others and self.key in ("", *_USUAL):
+            return ""
+        others = " and ".join(f"'{printable(name)[:80]}'" for name in self.others[:_SHOWN])
+        return f"network '{printable(self.key)[:80]}'" + (f", not {others}" if others else "")
+
+
+def key_said(text: str) -> str | None:
+    """The key of the network that ``text``, as :attr:`Choice.said` has it behind a format, is about; None without."""
+    found = re.match(r"[a-z ]+, network '([^']*)'", text)
+    return found[1] if found else None
 
 
 def as_mapping(root: object, is_tensor: IsTensor) -> object:

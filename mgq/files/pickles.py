@@ -28,7 +28,7 @@ import safetensors
 from mgq.errors import InputError, printable
 from mgq.files.bounded import LONGEST_JSON, object_in
 from mgq.files.checkpoint import KEY as CHECKPOINT_KEY
-from mgq.files.choice import Choice, as_mapping, chosen
+from mgq.files.choice import as_mapping, chosen
 from mgq.files.foreign import SAVED_MODEL, TENSORFLOW, known_file, known_model, known_name
 from mgq.files.inert import OF_INERT, Inert, is_inert, is_mapping
 from mgq.files.sound import unsound
@@ -60,7 +60,6 @@ _LONGEST_TEXT = 4096  # beyond it a text stays bytes
 _LONGEST_NAME = 256
 _LONGEST_PICKLE = 2**22  # without the data, as PyTorch writes it
 _LARGEST_KEY = 2**31
-_SHOWN = 8
 LONGEST_HEADER = LONGEST_JSON
 """Bytes in the header of a .safetensors file."""
 _SAFETENSORS_CODES = {
@@ -215,7 +214,7 @@ def _safetensors_state(data: bytes, key: str | None, allowance: Allowance) -> St
         tensors[name] = owned(view, code, allowance)
     if not tensors:
         raise _no_tensors()
-    return StateFile(tensors, None, "safetensors", metadata, _taken(choice))
+    return StateFile(tensors, None, "safetensors", metadata, choice.said)
 
 
 def _safetensors_header(data: bytes) -> dict[str, Any]:
@@ -240,19 +239,11 @@ def _picked(root: object, key: str | None, format: str, allowance: Allowance) ->
     tensors = {_text_key(name): _leaf(name, value, allowance) for name, value in choice.state.items()}
     step, arch = whole.get("step") if choice.key else None, whole.get("arch")
     step = step if type(step) is int and step >= 0 else None
-    return StateFile(tensors, step, format, {}, _taken(choice), arch if type(arch) is str else None)
+    return StateFile(tensors, step, format, {}, choice.said, arch if type(arch) is str else None)
 
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, _Tensor)
-
-
-def _taken(choice: Choice) -> str:
-    """Which network of the file it is, in words, where a reader would want to know."""
-    if not choice.remarkable:
-        return ""
-    others = " and ".join(repr(name[:80]) for name in choice.others[:_SHOWN])
-    return f"network {choice.key[:80]!r}" + (f", not {others}" if others else "")
 
 
 def _no_tensors() -> UnreadableError:

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,16 @@ def _zips() -> Sequence[bytes]:
     return [test_pickles.small_zip()]
 
 
-def _zip_from_nothing(rng: random.Random) -> bytes:
-    """A whole zip archive around a damaged pickle."""
+def _zip_from_nothing(rng: random.Random, beside: bool = False) -> bytes:
+    """A whole zip archive around a damaged pickle, which may have more in it than weights."""
     import zipfile
 
-    from tests import test_pickles
+    from tests import test_other_programs, test_pickles
 
     forge = test_pickles.Forge()
-    whole = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    whole: dict[str, object] = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    if beside:
+        whole = {"state_dict": whole, "state_dict_ema": whole, **test_other_programs.BESIDE}
     data = damaged(test_pickles.pickled(whole), rng, _PICKLE_TOKENS, [test_pickles.small_megengine()])
     entries = {"w/data.pkl": data, **{f"w/data/{key}": raw for key, (_, raw) in forge.storages.items()}}
     return test_pickles.zipped(entries, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
@@ -758,7 +760,15 @@ READERS: tuple[Reader, ...] = (
     Reader("pickle", ".pkl", 15, _pickles, _read_state, _PICKLE_TOKENS, forged=_pickle_from_nothing),
     Reader("torch zip", ".pth", 8, _zips, _read_state, _PICKLE_TOKENS, forged=_zip_from_nothing),
     Reader("torch legacy", ".pth", 8, _legacies, _read_state, _PICKLE_TOKENS),
-    Reader("of other programs", ".pth", 8, _of_other_programs, _read_of_other_programs, _PICKLE_TOKENS),
+    Reader(
+        "of other programs",
+        ".pth",
+        8,
+        _of_other_programs,
+        _read_of_other_programs,
+        _PICKLE_TOKENS,
+        forged=partial(_zip_from_nothing, beside=True),
+    ),
     Reader(
         "safetensors",
         ".safetensors",
