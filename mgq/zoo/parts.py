@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mgq.errors import InputError, printable
 from mgq.zoo.adapt import IMAGENET_RGB, State
@@ -57,7 +59,7 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
     return Part(weights)
 
 
-def is_counter(name: str, value: np.ndarray) -> bool:  # type: ignore[type-arg]
+def is_counter(name: str, value: npt.NDArray[Any]) -> bool:
     """Whether ``value`` counts or looks something up: weights and statistics are no whole numbers."""
     return value.dtype.kind in "iub" or (value.size == 1 and name.endswith(_COUNTED))
 
