@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +102,34 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def debugging() -> bool:
     """Whether tracebacks and what the libraries say are to be shown."""
     return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def hush_decoders() -> None:
+    """Keep from the terminal what libraries say of damaged pictures, but for debugging: mgq names the files itself.
+
+    libjpeg, libpng and libtiff print through the C library's ``stderr``, from whatever thread decodes, and name no
+    file. That is sent to nowhere; Python's ``sys.stderr`` has a way of its own and stays. Where the C library has no
+    such variable, nothing changes.
+    """
+    if debugging():
+        return
+    logging.getLogger("PIL").addHandler(_UNHEARD)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if nowhere := _nowhere():
+            ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stderr").value = nowhere
+
+
+_UNHEARD = logging.NullHandler()
+
+
+@functools.cache
+def _nowhere() -> int | None:
+    """A file of the C library that keeps nothing; None where it cannot be opened."""
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    found: int | None = libc.fopen(os.devnull.encode(), b"w")
+    return found
 
 
 @contextlib.contextmanager

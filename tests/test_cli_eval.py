@@ -158,6 +158,7 @@ def sets(made: Path, tmp_path: Path) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture)
     (tmp_path / "hollow" / "b").mkdir()
+    (tmp_path / "hollow" / "b" / "notes.txt").touch()
     yield tmp_path
 
 
@@ -166,7 +167,7 @@ def sets(made: Path, tmp_path: Path) -> Iterator[Path]:
     [
         ("gone", "gone does not exist"),
         ("loose", "no class folders"),
-        ("one", "1 class folder"),
+        ("one", "does not know (a;"),
         ("hollow", "no pictures in b"),
         ("other", "fir, oak"),
     ],

@@ -430,6 +430,40 @@ def test_a_webp_that_begins_with_another_chunk_is_refused(tmp_path: Path) -> Non
     refusal(read_picture, written(tmp_path / "w.webp", data), "w.webp")
 
 
+def test_an_avif_whose_frame_is_larger_than_it_says_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (7_000, 5_000), (9, 9, 9)).save(file, "AVIF", speed=10)
+    data = bytearray(file.getvalue())
+    at = data.index(b"ispe") + 8
+    data[at : at + 8] = struct.pack(">II", 64, 64)
+    refusal(read_picture, written(tmp_path / "small.avif", bytes(data)), "small.avif", "7,000 x 5,000")
+
+
+def jpeg_2000(**options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (256, 256), (9, 99, 199)).save(file, "JPEG2000", no_jp2=True, **options)
+    return file.getvalue()
+
+
+def test_a_jpeg_2000_of_millions_of_tiles_or_blocks_is_refused(tmp_path: Path) -> None:
+    whole = jpeg_2000()
+    assert read_picture(whole).shape == (256, 256, 3)
+    size = whole.index(b"\xff\x51") + 6
+    tiles = whole[: size + 16] + struct.pack(">II", 2, 2) + whole[size + 24 :]
+    refusal(read_picture, written(tmp_path / "tiles.jp2", tiles), "tiles.jp2", "damaged")
+    style = whole.index(b"\xff\x52") + 4
+    large = bytearray(whole[:size] + struct.pack(">II", 5_000, 4_000) + whole[size + 8 :])
+    large[size + 16 : size + 24] = struct.pack(">II", 5_000, 4_000)
+    large[style + 6 : style + 8] = b"\0\0"  # blocks of 4x4
+    refusal(read_picture, written(tmp_path / "blocks.jp2", bytes(large)), "blocks.jp2", "damaged")
+
+
+def test_a_tiff_whose_strips_are_numbers_of_two_kinds_is_one_line(tmp_path: Path) -> None:
+    strips = [(273, 4, 4, 8), (279, 11, 4, 8)]
+    odd = tiff((256, 3, 1, 8), (257, 3, 1, 8), *strips, room=64)
+    refusal(read_picture, written(tmp_path / "odd.tif", odd), "odd.tif")
+
+
 def tiff(*fields: tuple[int, int, int, int], room: int = 0) -> bytes:
     entries = b"".join(struct.pack("<HHII", *entry) for entry in fields)
     return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4 + room)

@@ -88,6 +88,17 @@ def exif_of(orientation: int, order: str = "<") -> bytes:
         ("TIFF", {}, 0.0),
         ("TIFF", {"compression": "tiff_lzw"}, 0.0),
         ("GIF", {}, 12.0),
+        ("PPM", {}, 0.0),
+        ("JPEG2000", {}, 0.0),
+        ("JPEG2000", {"no_jp2": True, "tile_size": (32, 32)}, 0.0),
+        ("JPEG2000", {"irreversible": True, "quality_mode": "dB", "quality_layers": [45]}, 2.0),
+        ("AVIF", {"quality": 95}, 2.0),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}, 2.0),
+        ("TGA", {}, 0.0),
+        ("TGA", {"compression": "tga_rle"}, 0.0),
+        ("PCX", {}, 0.0),
+        ("SGI", {}, 0.0),
+        ("QOI", {}, 0.0),
     ],
 )
 def test_each_format_gives_the_picture_in_bgr_order(kind: str, options: dict[str, Any], tolerance: float) -> None:
@@ -105,26 +116,26 @@ def test_a_path_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(path)[:, :, ::-1], scene())
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "TGA", "PCX", "SGI"])
 def test_grey_becomes_three_equal_channels(kind: str) -> None:
     read = rgb(encoded(np.ascontiguousarray(scene()[:, :, 0]), kind, **FAITHFUL.get(kind, {})))
     assert np.abs(read - scene()[:, :, :1]).max() <= 2
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "GIF", "PPM", "PCX"])
 def test_one_bit_becomes_black_and_white(kind: str) -> None:
     bits = scene()[:, :, 0] > 100
     read = rgb(encoded(Image.fromarray(bits), kind))
     np.testing.assert_array_equal(read, np.repeat(bits[:, :, None] * 255, 3, axis=2))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     wide = scene()[:, :, 0].astype(np.uint16) * 257
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(wide), kind))[:, :, 0], scene()[:, :, 0])
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".ppm"])
 def test_sixteen_bit_colour_is_scaled_not_clipped(suffix: str) -> None:
     wide = scene()[:, :, ::-1].astype(np.uint16) * 257
     np.testing.assert_array_equal(rgb(cv2.imencode(suffix, wide)[1].tobytes()), scene())
@@ -173,6 +184,50 @@ def test_the_first_frame_of_an_animation_is_read() -> None:
         assert np.abs(rgb(data) - scene()).mean() < 12, kind
 
 
+# ---- Netpbm ----
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"P1\n# a comment\n2 2\n10\n0 1", [[0, 255], [255, 0]]),
+        (b"P4 2 2\n\x80\x40", [[0, 255], [255, 0]]),
+        (b"P2 2 1 # most\n15\n0 15", [[0, 255]]),
+        (b"P2\n2 1\n65535\n0 32896 # and more", [[0, 128]]),
+        (b"P5 2 1 1\n\0\1", [[0, 255]]),
+        (b"P5\n2 1\n1023\n\x02\0\x03\xff", [[128, 255]]),
+    ],
+)
+def test_grey_netpbm_of_any_depth_uses_the_whole_range(data: bytes, expected: list[list[int]]) -> None:
+    assert rgb(data)[:, :, 0].tolist() == expected
+
+
+def test_words_and_bytes_of_netpbm_give_the_same_colours() -> None:
+    pixels = scene(6, 5)
+    plain = b"P3 5 6 255\n" + " ".join(map(str, pixels.ravel())).encode() + b"\n"
+    header = b"P7\nWIDTH 5\nHEIGHT 6\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n"
+    for data in (plain, encoded(pixels, "PPM"), header + pixels.tobytes()):
+        np.testing.assert_array_equal(rgb(data), pixels)
+
+
+def test_a_pam_with_alpha_is_laid_on_white() -> None:
+    header = b"P7\nWIDTH 2\nHEIGHT 1\nDEPTH 2\nMAXVAL 255\nTUPLTYPE GRAYSCALE_ALPHA\nENDHDR\n"
+    assert rgb(header + b"\x0a\xff\x0a\0").tolist() == [[[10] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(
+    "data", [b"P2 2 1 255 1 x", b"P2 2 1 255 1", b"P1 2 1 12", b"P5 2 1 0\n\0\0", b"P3 1 1 255 1 -2 3"]
+)
+def test_netpbm_of_what_is_no_sample_is_refused(data: bytes) -> None:
+    refusal(data)
+
+
+def test_a_tga_without_alpha_bits_is_opaque_whatever_its_fourth_byte() -> None:
+    data = bytearray(encoded(np.dstack([scene(), np.zeros((48, 64), np.uint8)]), "TGA"))
+    data[17] &= 0xF0
+    np.testing.assert_array_equal(rgb(bytes(data)), scene())
+
+
 # ---- transparency ----
 
 
@@ -182,7 +237,7 @@ def veiled() -> Pixels:
     return np.dstack([scene(), np.broadcast_to(alpha, (48, 64))])
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG2000", "TGA", "QOI", "SGI"])
 def test_transparent_pixels_are_laid_on_white(kind: str) -> None:
     picture = veiled()
     alpha = picture[:, :, 3:] / 255
@@ -255,7 +310,7 @@ STORED: dict[int, Callable[[Pixels], Pixels]] = {
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_each_exif_orientation_is_turned_upright_once(kind: str, orientation: int) -> None:
     stored = np.ascontiguousarray(STORED[orientation](scene()))
     exif = Image.Exif()
@@ -315,6 +370,14 @@ SAMPLES = {
     "animated WebP": encoded(scene(), "WEBP", save_all=True, append_images=[Image.fromarray(255 - scene())]),
     "TIFF": encoded(scene(), "TIFF"),
     "packed TIFF": encoded(scene(), "TIFF", compression="tiff_lzw"),
+    "PPM": encoded(scene(), "PPM"),
+    "JPEG 2000": encoded(scene(), "JPEG2000"),
+    "JPEG 2000 without boxes": encoded(scene(), "JPEG2000", no_jp2=True, tile_size=(32, 32)),
+    "AVIF": encoded(scene(), "AVIF"),
+    "TGA": encoded(scene(), "TGA").removesuffix(b"\0" * 8 + b"TRUEVISION-XFILE.\0"),
+    "PCX": encoded(Image.fromarray(scene()).convert("P"), "PCX"),
+    "SGI": encoded(scene(), "SGI"),
+    "QOI": encoded(scene(), "QOI"),
 }
 
 
@@ -335,12 +398,12 @@ def test_a_truncated_picture_is_refused_and_never_half_read(
 
 
 def test_truncation_is_called_by_its_name() -> None:
-    for sample in ("baseline JPEG", "PNG", "WebP", "TIFF"):
+    for sample in ("baseline JPEG", "PNG", "WebP", "TIFF", "PPM", "AVIF", "JPEG 2000"):
         data = SAMPLES[sample]
         assert refusal(data[: len(data) * 3 // 4], "a.jpg") == ("a.jpg is cut short: copy or download it again")
 
 
-@pytest.mark.parametrize("sample", ["baseline JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF"])
+@pytest.mark.parametrize("sample", ["baseline JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF", "PPM", "TGA", "SGI"])
 def test_bytes_after_the_end_are_ignored(sample: str) -> None:
     data = SAMPLES[sample]
     np.testing.assert_array_equal(read_picture(data + b"\xff\xd8more" * 9), read_picture(data))
@@ -414,7 +477,42 @@ def with_tiff_size(width: int, height: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0)
 
 
+def with_avif_size(width: int, height: int) -> bytes:
+    data = bytearray(SAMPLES["AVIF"])
+    at = data.index(b"ispe") + 8
+    data[at : at + 8] = struct.pack(">II", width, height)
+    return bytes(data)
+
+
+def with_jpeg_2000_size(width: int, height: int) -> bytes:
+    data = bytearray(SAMPLES["JPEG 2000"])
+    at = data.index(b"\xff\x51") + 6
+    data[at : at + 8] = struct.pack(">II", width, height)
+    data[at + 16 : at + 24] = struct.pack(">II", max(1, width), max(1, height))  # in one tile
+    return bytes(data)
+
+
+def with_numbers(sample: str, form: str, at: int) -> Callable[[int, int], bytes]:
+    """Makes of a sample one with other numbers in its header."""
+
+    def made(width: int, height: int) -> bytes:
+        data = bytearray(SAMPLES[sample])
+        struct.pack_into(form, data, at, width, height)
+        return bytes(data)
+
+    return made
+
+
 LIARS = {
+    "PPM": lambda width, height: b"P6\n%d %d\n255\n" % (width, height),
+    "plain PGM": lambda width, height: b"P2 %d %d 255 1 2 3" % (width, height),
+    "PAM": lambda width, height: b"P7\nWIDTH %d\nHEIGHT %d\nDEPTH 4\nMAXVAL 255\nENDHDR\n" % (width, height),
+    "AVIF": with_avif_size,
+    "JPEG 2000": with_jpeg_2000_size,
+    "TGA": with_numbers("TGA", "<HH", 12),
+    "PCX": lambda width, height: with_numbers("PCX", "<HH", 8)(width - 1, height - 1),
+    "SGI": with_numbers("SGI", ">HH", 6),
+    "QOI": with_numbers("QOI", ">II", 4),
     "JPEG": with_jpeg_size,
     "PNG": lambda width, height: png(width, height, 8, 2, b"\0"),
     "WebP": with_webp_size,
@@ -526,8 +624,22 @@ def test_a_text_named_jpg_is_refused_with_the_formats_that_are_read(tmp_path: Pa
     path.write_bytes(text)
     message = refusal(path)
     assert message.startswith(f"{path} is not a picture that can be read")
-    for kind in ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF"):
+    for kind in ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "JPEG 2000", "PPM", "TGA"):
         assert kind in message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is a HEIF picture, which is not read: save it as JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html><head><title>404</title>", "is a web page"),
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing"),
+        (b"%PDF-1.7\n", "is a drawing"),
+    ],
+)
+def test_what_people_have_in_a_pictures_place_is_named(data: bytes, words: str) -> None:
+    assert words in refusal(data)
 
 
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ def test_folders_deeper_than_the_stack_are_searched() -> None:
 def test_a_folder_without_pictures_is_told_and_the_others_are_answered() -> None:
     make("a.jpg", "in/notes.txt")
     empty, picture = expand(["in", "a.jpg"])
-    assert problem(empty) == "in has no pictures in it: name another folder"
+    assert problem(empty) == "in has no pictures in it, but 1 .txt: name another folder"
     assert picture.read().shape == (2, 3, 3)
 
 

@@ -20,6 +20,7 @@ from mgq.errors import InputError
 from mgq.files.checkpoint import FORMAT, KEY, CheckpointInfo, info_of, write_checkpoint
 from mgq.files.download import Source
 from mgq.files.pickles import read_state
+from mgq.files.preprocessing import Preprocessing
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.zoo import weights as weights_module
 from mgq.zoo.layers import ConvBnRelu6
@@ -251,6 +252,7 @@ class TestOwnCheckpoints:
             recipe={"lr": 0.1, "nested": {"x": [1, 2]}},
             metrics={"top1": 61.5},
             versions={"mgq": "1"},
+            preprocessing=Preprocessing(232 / 224, "bicubic"),
         )
         path = tmp_path / "c.safetensors"
         write_checkpoint(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2]}, info)
@@ -271,6 +273,12 @@ class TestOwnCheckpoints:
             ({"arch": ["resnet18"]}, "damaged metadata"),
             ({"options": 5}, "damaged metadata"),
             ({"image_size": "large"}, "damaged metadata"),
+            ({"preprocessing": {"resize": 0.5}}, "damaged metadata"),
+            ({"preprocessing": {"resize": True}}, "damaged metadata"),
+            ({"preprocessing": {"resize": 1e400}}, "damaged metadata"),
+            ({"preprocessing": {"interpolation": "magic"}}, "damaged metadata"),
+            ({"preprocessing": {"crop": 1}}, "damaged metadata"),
+            ({"preprocessing": [1]}, "damaged metadata"),
             ({"arch": "resnet19"}, "there is no architecture 'resnet19'"),
             ({"options": {"depth": 3}}, "has no option 'depth'"),
             ({"classes": ["one"]}, "at least 2 classes"),
@@ -398,7 +406,13 @@ class TestPublishedWeights:
         found = published_checkpoint(spec_of("resnet18"), mode)
         assert found is not None
         assert file in found.source.name
-        assert published_checkpoint(spec_of("resnet34"), mode) is None
+        assert published_checkpoint(spec_of("shufflenet_v1_x1_0_g3"), mode) is None
+
+    @pytest.mark.parametrize("mode", ["normal", "qat", "quantized"])
+    def test_weights_that_are_published_in_float_alone_serve_every_mode(self, mode: str) -> None:
+        found = published_checkpoint(spec_of("resnet34"), mode)
+        assert found is not None
+        assert (found.mode, found.version) == ("normal", "v1")
 
     def test_what_is_downloaded_is_read_as_that_architecture(
         self, monkeypatch: pytest.MonkeyPatch, pickled: Callable[[object], Path]
@@ -419,8 +433,10 @@ class TestPublishedWeights:
     @pytest.mark.usefixtures("no_downloads")
     def test_where_none_is_published_the_others_are_named(self) -> None:
         with pytest.raises(InputError) as error:
-            published_weights(spec_of("resnet50"), "normal")
-        assert one_line_about(str(error.value), "resnet50", "resnet18, mobilenet_v2, shufflenet_v1_x1_5_g3")
+            published_weights(spec_of("shufflenet_v1_x1_0_g3"), "normal")
+        assert one_line_about(
+            str(error.value), "shufflenet_v1_x1_0_g3", "resnet18, ", "mobilenet_v2, shufflenet_v1_x1_5"
+        )
 
     def test_what_was_downloaded_before_is_known(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         there = "resnet18_normal_69796.pkl"

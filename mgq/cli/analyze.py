@@ -37,7 +37,7 @@ def analyze(
     ] = None,
     target: TargetName = None,
     save: Save = RUNS,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the error of int8 comes from, layer by layer.
@@ -58,7 +58,7 @@ def analyze(
 
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    refuse_hopeless(expand(pictures or []))
+    refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False, key=key)
     from mgq.engine import analysis
     from mgq.reports.analysis_page import write_page
@@ -66,7 +66,7 @@ def analyze(
 
     checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, pictures or [], arch, checkpoint, save, pretrained, target, images, on_progress)
+        words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
         found = analysis.analyze(*words, key)
     for remark in [*found.remarks, *found.pictures.problems]:
         note(remark)
@@ -80,7 +80,7 @@ def analyze(
 
 def shown(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
-    from mgq.cli.console import out, say
+    from mgq.cli.console import out, say, show_table
     from mgq.engine.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
@@ -93,7 +93,7 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
         whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
     say(whole)
     out.print()
-    out.print(table_of(result.worst(worst), result.float_top1 is not None))
+    show_table(table_of(result.worst(worst), result.float_top1 is not None))
     out.print()
     legend = (
         "Each layer alone in int8, all others float, compared with float. Logits, weights, outputs: signal to noise, "

@@ -164,13 +164,14 @@ def show_training(report: TrainingReport, console: Console) -> None:
     from rich.text import Text
 
     from mgq.bench.training import COLUMNS, LEGEND, cells
+    from mgq.cli.console import show_table
 
     for name, value in report.conditions():
         console.print(Text.assemble((f"{name}: ", "bold"), value))
     for network in report.settings.networks:
         console.print()
         console.print(Text.assemble((network, "bold cyan"), ": random weights (speed only)"))
-        console.print(plain_table(COLUMNS, [cells(row) for row in report.rows_of(network)]))
+        show_table(plain_table(COLUMNS, [cells(row) for row in report.rows_of(network)]), console)
     console.print()
     console.print(Text(LEGEND, style="dim"))
     for remark in report.remarks():
@@ -206,6 +207,7 @@ def show(report: Report, console: Console) -> None:
     from rich.text import Text
 
     from mgq.bench.tables import EXAMPLE_COLUMNS, EXAMPLE_LEGEND, LEGEND, comparison_text, example_cells
+    from mgq.cli.console import show_table
 
     for name, value in report.conditions():
         console.print(Text.assemble((f"{name}: ", "bold"), value))
@@ -219,7 +221,7 @@ def show(report: Report, console: Console) -> None:
     console.print(Text(LEGEND, style="dim"))
     console.print()
     example = [example_cells(report, name, engines=False) for name in report.settings.networks]
-    console.print(plain_table(EXAMPLE_COLUMNS, example, left=1))
+    show_table(plain_table(EXAMPLE_COLUMNS, example, left=1), console)
     console.print(Text(EXAMPLE_LEGEND, style="dim"))
     for remark in report.remarks():
         console.print(Text(f"! {remark}", style="yellow"))
@@ -230,6 +232,7 @@ def show_rows(rows: tuple[Row, ...], console: Console) -> None:
     from rich.text import Text
 
     from mgq.bench.tables import COLUMNS, cells, groups
+    from mgq.cli.console import show_table
 
     parts = groups(rows)
     texts = {title: [cells(row) for row in members] for title, members in parts.items()}
@@ -239,7 +242,7 @@ def show_rows(rows: tuple[Row, ...], console: Console) -> None:
     for place, (title, members) in enumerate(parts.items()):
         styles = [None if row.sound else "yellow" for row in members]
         console.print(Text(title, style="bold"))
-        console.print(plain_table(COLUMNS, texts[title], styles, left=1, gap=1, widths=widths, header=place == 0))
+        show_table(plain_table(COLUMNS, texts[title], styles, left=1, gap=1, widths=widths, header=place == 0), console)
 
 
 def plain_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def calibrate(
         ),
     ] = None,
     about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = "",
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     width: Width = None,
     image_size: ImageSize = None,
     as_json: AsJson = False,
@@ -125,7 +126,7 @@ def calibrate(
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
-    from mgq.cli.console import duration, note, out, progress, say
+    from mgq.cli.console import duration, note, progress, say, show_table
     from mgq.data.sources import expand, refuse_hopeless
     from mgq.errors import InputError
     from mgq.files.atomic import ensure_writable_folder
@@ -134,7 +135,7 @@ def calibrate(
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    refuse_hopeless(expand(pictures or []))
+    refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False, key=key)
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
@@ -155,7 +156,7 @@ def calibrate(
         used = pictures_used(method or steps_of(quality)[0].method, images)
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         kind = target_called(target or MEGENGINE.name)
-        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress)
+        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
         watcher = Watcher(on_progress, note)
@@ -173,11 +174,13 @@ def calibrate(
             how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
             sources = found.sources
             if max_drop is None:
-                result = calibrated(classifier, sources, *how_to)
+                result = calibrated(classifier, sources, *how_to, on_remark=note)
             elif labelled is None:
                 raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
             else:
                 shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
+
+                told_once = functools.cache(note)  # the same pictures come again and again
 
                 def compare(other: Classifier) -> Comparison:
                     return compared(classifier, other, shown, watcher, known, **how)
@@ -185,7 +188,7 @@ def calibrate(
                 mixture = within_drop(
                     max_drop,
                     ranked_layers(classifier, kind),
-                    lambda kept: calibrated(classifier, sources, *how_to, kept),
+                    lambda kept: calibrated(classifier, sources, *how_to, kept, told_once),
                     compare,
                 )
                 result, comparison = mixture.calibration, mixture.comparison
@@ -218,7 +221,7 @@ def calibrate(
     if comparison is not None:
         from mgq.cli.training import agreements, table_of
 
-        out.print(table_of(comparison))
+        show_table(table_of(comparison))
         say(
             f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
             f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"

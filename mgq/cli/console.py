@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -16,7 +17,11 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import muted_stderr
+from mgq.machine import hush_decoders, muted_stderr
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Column, Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -28,6 +33,59 @@ PLAIN_STEPS = 10
 def say(text: str, style: str | None = None, to: Console = out) -> None:
     """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are."""
     to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+
+
+NARROWEST = 12
+"""A column whose text may be folded is made no narrower, in characters."""
+_ENDLESS = 1_000_000
+
+
+def show_table(table: Table, to: Console = out) -> None:
+    """Print ``table``, folding the columns that are not ``no_wrap``; where it is too wide for that, each row as lines
+    of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
+    """
+    from rich.measure import Measurement
+
+    widths = [widest(column, table.show_header) for column in table.columns]
+    whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
+    lines = whole - sum(max(width, c.min_width or 0) for width, c in zip(widths, table.columns, strict=True))
+    for column, width in zip(table.columns, widths, strict=True):
+        if column.no_wrap:
+            column.min_width = max(width, column.min_width or 0)
+        elif whole > to.width:
+            column.min_width = None
+    least = sum(c.min_width or min(width, NARROWEST) for width, c in zip(widths, table.columns, strict=True))
+    if lines + least <= to.width:
+        to.print(table)
+    else:
+        say(stacked(table), to=to)
+
+
+def widest(column: Column, with_heading: bool) -> int:
+    """The characters of the longest line in ``column``."""
+    cells = [*column.cells, column.header] if with_heading else column.cells
+    return max((line.cell_len for cell in cells for line in as_text(cell).split(allow_blank=True)), default=0)
+
+
+def as_text(cell: RenderableType) -> Text:
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
+def stacked(table: Table) -> str:
+    """The rows of ``table``, one below the other, a line a column."""
+    headings = [as_text(column.header).plain.replace("\n", " ").strip() for column in table.columns]
+    rows = zip(*([as_text(cell).plain for cell in column.cells] for column in table.columns), strict=True)
+    named = any(headings)
+    blocks = [] if table.title is None else [as_text(table.title).plain]
+    for row in rows:
+        lines = []
+        for place, (heading, cell) in enumerate(zip(headings, row, strict=True)):
+            if heading:
+                lines.append(f"{heading}: {cell}")
+            elif cell and (place == 0 or not named):
+                lines.append(cell)
+        blocks.append("\n".join(lines) if named else " ".join(lines))
+    return "\n" + "\n\n".join(blocks) + "\n" if named else "\n".join(blocks)
 
 
 def print_error(text: str) -> None:
@@ -129,6 +187,12 @@ def import_megengine() -> None:
 
         (megengine.tensor([0.0]) + 1).numpy()
         megengine.is_cuda_available()
+
+
+def prepare_process() -> None:
+    """What a process that helps needs before its work: what this one has."""
+    hush_decoders()
+    import_megengine()
 
 
 class NoPackages(ModuleType):

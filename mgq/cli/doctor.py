@@ -44,7 +44,7 @@ def show(diagnosis: Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.cli.console import out, say
+    from mgq.cli.console import say, show_table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -56,6 +56,6 @@ def show(diagnosis: Diagnosis) -> None:
         if finding.mend:
             text.append(f"\nmend: {finding.mend}", style="bold")
         table.add_row(Text(sign, style=style), finding.name, text)
-    out.print(table)
+    show_table(table)
     words = "pictures can be classified here" if diagnosis.works else "mgq cannot work here yet: mend the errors above"
     say(words, style="bold")

@@ -83,7 +83,7 @@ def dump(
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False,
     save: Save = RUNS,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,

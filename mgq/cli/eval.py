@@ -84,7 +84,7 @@ def evaluate(
     as_json: AsJson = False,
     report_freq: ReportFreq = None,
     max_bad: MaxBad = 0.01,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,
@@ -110,7 +110,7 @@ def evaluate(
       mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
       mgq eval -d imagenet --limit 1000 --jobs 4 --json
     """
-    from mgq.cli.console import import_megengine, note, progress
+    from mgq.cli.console import note, prepare_process, progress
 
     refuse_more_than_cores(jobs)
     if devices > 1:
@@ -136,7 +136,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             max_bad=max_bad,
-            prepare=import_megengine,
+            prepare=prepare_process,
             on_progress=on_progress,
         )
     for problem in result.problems:
@@ -159,16 +159,17 @@ def refuse_more_than_cores(jobs: int) -> None:
 
 
 def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+    from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
 
-    return evaluation_folder(folder, on_progress)
+    return evaluation_folder(folder, on_progress, note)
 
 
 def opened_as_can_be(
     arch: str | None,
     checkpoint: Path | None,
     save: Path,
-    pretrained: bool,
+    pretrained: str | None,
     ranges: Path | None,
     width: float | None,
     image_size: int | None,
@@ -277,19 +278,19 @@ def shown(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""
-    from mgq.cli.console import out, say
+    from mgq.cli.console import out, say, show_table
     from mgq.cli.infer import headline
 
     of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
     say(headline(classifier), style="dim")
     say(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim")
-    out.print(figures(result))
+    show_table(figures(result))
     if per_class:
-        out.print(class_table(result))
+        show_table(class_table(result))
     pairs = result.confused(CONFUSED if confused is None else confused)
     pairs = [pair for pair in pairs if confused is not None or pair.count > 1]
     if pairs:
-        out.print(confusion_table(pairs))
+        show_table(confusion_table(pairs))
     out.print(conditions(facts), style="dim", markup=False)
 
 
@@ -297,7 +298,7 @@ def figures(result: Evaluation) -> Table:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row("top-1", f"{result.top1:.1f} % ± {result.top1_error:.1f}")
     if len(result.classes) > 5:  # of fewer, the right one is always there

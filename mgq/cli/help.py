@@ -25,11 +25,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Which long options belong together, in this order, whatever the verb; the others are among its own.
 
 An option's ``rich_help_panel`` says otherwise."""
+PRETRAINED_FLAG = "--pretrained"
 _GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
 
 
 class Verb(typer.core.TyperCommand):
-    """A verb of ``mgq``, with its many options in groups."""
+    """A verb of ``mgq``, with its many options in groups; ``--pretrained`` stands alone or has a version behind it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_versions(args))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = self.get_params(ctx)
@@ -45,6 +49,26 @@ class Verb(typer.core.TyperCommand):
             if records:
                 with formatter.section(title):  # one column for all of them
                     formatter.write_dl([(first.ljust(width), text) for first, text in records], col_max=width)
+
+
+def with_versions(args: list[str]) -> list[str]:
+    """``args`` with ``--pretrained`` and the version behind it as one; what is no version is left for the verb."""
+    if PRETRAINED_FLAG not in args:
+        return args
+    from mgq.cli.values import versions
+    from mgq.zoo.pretrained import DEFAULT_VERSION
+
+    known = set(versions())
+    found: list[str] = []
+    waiting = list(args)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            return [*found, word, *waiting]
+        if word == PRETRAINED_FLAG:
+            word += f"={waiting.pop(0) if waiting and waiting[0] in known else DEFAULT_VERSION}"
+        found.append(word)
+    return found
 
 
 def title_of(parameter: click.Parameter, grouped: bool) -> str:

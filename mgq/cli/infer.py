@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from mgq.engine.predict import Answer
     from mgq.events import OnProgress
 
-BAR = 20
+BAR, BESIDE_BARS = 20, 48
+"""Characters of a bar at the most, and of what stands beside it."""
 
 
 def infer(
@@ -48,7 +49,10 @@ def infer(
     checkpoint: CheckpointFile = None,
     key: KeyName = None,
     mode: ModeName = "quantized",
-    topk: Annotated[int, typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.")] = 5,
+    topk: Annotated[
+        int | None,
+        typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.", show_default="5, or all of fewer"),
+    ] = None,
     write: Annotated[
         bool,
         typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
@@ -57,7 +61,7 @@ def infer(
     target: TargetName = None,
     engine: EngineName = None,
     save: Save = RUNS,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,
@@ -76,7 +80,7 @@ def infer(
     from mgq.data.pictures import bundled_cat
     from mgq.data.sources import expand, refuse_hopeless
 
-    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())])
+    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
     ready_for(checkpoint, not write, key)
@@ -118,7 +122,7 @@ def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> It
 
 def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
     """Print a table for each answer, an error line for each picture without one; the number of those."""
-    from mgq.cli.console import out, print_error, say
+    from mgq.cli.console import print_error, say, show_table
 
     failed = shown = 0
     for answer in found:
@@ -128,7 +132,7 @@ def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
             continue
         if not shown:
             say(headline(classifier), style="dim")
-        out.print(table_of(answer))
+        show_table(table_of(answer))
         shown += 1
     return failed
 
@@ -144,16 +148,18 @@ def table_of(answer: Answer) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from mgq.cli.console import out
     from mgq.errors import printable
 
     title = Text(f"{printable(answer.picture)}  ", style="bold")
     title.append(f"{answer.milliseconds:.1f} ms", style="dim")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.add_column("class", min_width=30, overflow="fold")
-    table.add_column("probability", justify="right")
-    table.add_column("")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    length = max(0, min(BAR, out.width - BESIDE_BARS))
     for guess in answer.guesses:
-        bar = "█" * round(guess.probability * BAR)
+        bar = "█" * round(guess.probability * length)
         table.add_row(Text(printable(guess.name)), f"{guess.probability:.1%}", Text(bar, style="green"))
     return table
 

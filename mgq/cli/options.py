@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.values import ARCH, AT_LEAST_NONE, COUNT, ENGINE, FACTOR, FOLDER, MODE, PIXELS, SHARE, TARGET
+from mgq.cli.values import ARCH, AT_LEAST_NONE, COUNT, ENGINE, FACTOR, FOLDER, MODE, PIXELS, PRETRAINED, SHARE, TARGET
 
 if TYPE_CHECKING:
     from mgq.engine.networks import Classifier
@@ -28,7 +28,13 @@ ModeName = Annotated[
 ]
 Save = Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="The zoo's weights, not a run's; downloads published ones.")
+    str | None,
+    typer.Option(
+        "--pretrained",
+        click_type=PRETRAINED,
+        help="The zoo's weights, not a run's; a name behind it picks one of several; downloads published ones.",
+        show_default=False,
+    ),
 ]
 Ranges = Annotated[Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")]
 Width = Annotated[float | None, typer.Option("--width", click_type=FACTOR, help="Width multiplier (mobilenet_v2).")]
@@ -108,7 +114,7 @@ def opened(
     checkpoint: Path | None,
     mode: str,
     save: Path,
-    pretrained: bool,
+    pretrained: str | None,
     ranges: Path | None,
     width: float | None,
     image_size: int | None,
@@ -141,7 +147,7 @@ def opened(
         checkpoint,
         parse_mode(mode),
         save,
-        pretrained,
+        pretrained or False,
         read_ranges(ranges) if ranges else None,
         builder,
         image_size,

@@ -26,6 +26,7 @@ from mgq.cli.values import (
     FOLDER,
     OBSERVER,
     PIXELS,
+    PRETRAINED,
     SCHEDULE,
     SHARE,
     TARGET,
@@ -70,7 +71,9 @@ SHARED: dict[str, Option] = {
     "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
     "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
     "key": Option(str, None, ("--key",), KEY_HELP),
-    "pretrained": Option(bool, False, ("--pretrained",), "Begin with the zoo's weights; downloads published ones."),
+    "pretrained": Option(
+        str, None, ("--pretrained",), "Begin with the zoo's weights; downloads published ones.", PRETRAINED
+    ),
     "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
     "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
     "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),
@@ -168,7 +171,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import import_megengine, note, out, progress, say
+    from mgq.cli.console import note, prepare_process, progress, say, show_table
     from mgq.engine.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -182,7 +185,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = replace(request_of(given), prepare=import_megengine)
+    request = replace(request_of(given), prepare=prepare_process)
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:
@@ -198,7 +201,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    out.print(table_of(outcome.comparison, simulated))
+    show_table(table_of(outcome.comparison, simulated))
     say(told(outcome))
 
 

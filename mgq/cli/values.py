@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from mgq.errors import InputError, no_such, printable
 
-NAME_METAVAR = {"architecture": "arch"}
+NAME_METAVAR = {"architecture": "arch", "version of pretrained weights": "version"}
 """What help calls a value whose kind has a long name."""
 
 
@@ -110,6 +110,13 @@ def archs() -> Iterable[str]:
     return specs()
 
 
+def versions() -> Iterable[str]:
+    from mgq.zoo.pretrained import DEFAULT_VERSION
+    from mgq.zoo.registry import specs
+
+    return dict.fromkeys([DEFAULT_VERSION, *(found for spec in specs().values() for found in spec.versions)])
+
+
 def modes() -> Iterable[str]:
     from mgq.quant.names import Mode
 
@@ -171,6 +178,7 @@ def loads() -> Iterable[str]:
 
 
 ARCH = Named("architecture", archs, "`mgq models` lists them all")
+PRETRAINED = Named("version of pretrained weights", versions, "`mgq models` lists them")
 MODE = Named("mode", modes)
 TARGET = Named("target", targets)
 METHOD = Named("method", methods)

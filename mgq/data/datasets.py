@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.classes import imagenet_classes
-from mgq.data.imagenet import Split, has_archive, unpacked
+from mgq.data.folders import EMPTY_CLASS, OUTSIDE, Tally
+from mgq.data.imagenet import unpacked
+from mgq.data.layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
 from mgq.data.pictures import Pixels
-from mgq.data.sources import PICTURE_SUFFIXES, entry_of
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
 
 
 class Dataset(Protocol):
@@ -143,26 +145,49 @@ KEPT = 5
 """Of a folder without ``train`` and ``val``, one picture in so many is kept to measure on."""
 
 
-def training_folders(root: Path, on_progress: OnProgress = silent) -> tuple[Dataset, Dataset]:
+LEAST_TO_TRAIN = 2
+"""The fewest classes that a classifier can be trained on. One can be measured on."""
+
+
+def training_folders(
+    root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard
+) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
-    Where one is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders
-    that are all named by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is
-    unsplit, see ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``held_apart``.
+    The splits may have other names, see ``mgq.data.layout``; without ``val``, ``test`` is measured on. Where one is
+    missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named by
+    wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see ``is_unsplit``,
+    one picture in ``KEPT`` is to measure on, see ``held_apart``. ``on_remark`` is told what was taken for what, and
+    what was left out.
 
-    Raises InputError for a missing folder, fewer than two classes, a class without pictures, or class names that
-    are not the same in both. Of ImageNet's classes ``val`` may have fewer than ``train``.
+    Raises InputError for a missing folder, fewer than two classes, a class without pictures, class names that are not
+    the same in both, or folders that can be read in two ways. Of ImageNet's classes ``val`` may have fewer than
+    ``train``.
     """
-    if is_unsplit(root):
-        return held_apart(evaluation_folder(root, on_progress))
-    train, val = (_class_folders(_split(root, split, on_progress)) for split in ("train", "val"))
-    _check_same_classes(root, train, val)
-    return _labelled(root / "train", train, on_progress), _labelled(root / "val", val, on_progress)
+    layout = layout_of(root)
+    if layout.classes or (not layout.splits and has_pictures(layout.root)):
+        tally = _around(root, layout.root)
+        train, val = held_apart(_labelled(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
+        on_remark(
+            f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
+            " measure on, always the same"
+        )
+    else:
+        places = [_split(layout, role, on_progress) for role in ("train", layout.measured)]
+        tally, names = _around(root, *places), [class_folders(place) for place in places]
+        _check_same_classes(layout, places, names)
+        train, val = (
+            _labelled(place, classes, on_progress, tally, LEAST_TO_TRAIN)
+            for place, classes in zip(places, names, strict=True)
+        )
+        on_remark(_taken(layout, dict(zip(places, map(len, (train, val)), strict=True))))
+    _tell(tally, root, on_remark)
+    return train, val
 
 
 def is_unsplit(root: Path) -> bool:
     """Whether ``root`` is a folder of class folders without ``train`` and ``val``."""
-    return root.is_dir() and not _has_splits(root) and len(_class_folders(root)) > 1
+    return root.is_dir() and len(layout_of(root).classes) > 1
 
 
 def held_apart(pictures: ImageFolder) -> tuple[Dataset, Dataset]:
@@ -192,102 +217,160 @@ def _rank(path: Path) -> float:
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=6).digest(), "big") / 2**48
 
 
-def measuring_folder(root: Path, on_progress: OnProgress = silent) -> Dataset:
+def measuring_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> Dataset:
     """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
-    return training_folders(root, on_progress)[1] if is_unsplit(root) else evaluation_folder(root, on_progress)
+    if is_unsplit(root):
+        return training_folders(root, on_progress, on_remark)[1]
+    return evaluation_folder(root, on_progress, on_remark)
 
 
-def evaluation_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
+def evaluation_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
-    A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
-    the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
+    The splits may have other names, see ``mgq.data.layout``; without ``val`` it is ``test``. One class is enough. A
+    class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is the rank
+    among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names. ``on_remark`` is
+    told what was taken for what, where that is not plain, and what was left out.
 
-    Raises InputError where there are no class folders, fewer than two, or one without pictures.
+    Raises InputError where there are no class folders, one without pictures, or folders that can be read in two ways.
     """
-    _check_folder(root)
-    if _has_splits(root):
-        root = _split(root, "val", on_progress)
-    folders = _class_folders(root)
-    if not folders and _has_pictures(root):
-        raise InputError(
-            f"{printable(root)} has pictures but no class folders: put them in <class>/ to measure accuracy"
-        )
-    return _labelled(root, folders, on_progress)
+    layout = layout_of(root)
+    place = _split(layout, layout.measured, on_progress) if layout.splits else layout.root
+    tally = _around(root, place)
+    found = _labelled(place, class_folders(place), on_progress, tally)
+    if layout.splits and (place != root / "val" or "test" in layout.splits):
+        on_remark(_taken(layout, {place: len(found)}))
+    _tell(tally, root, on_remark)
+    return found
 
 
-def calibration_folder(root: Path, on_progress: OnProgress = silent) -> ImageFolder:
+def calibration_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> ImageFolder:
     """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
 
     Labels are given as by ``evaluation_folder`` where there are two class folders or more; else they are None.
     Raises InputError where there is no picture.
     """
-    _check_folder(root)
-    if _has_splits(root):
-        root = _split(root, "train" if _has_split(root, "train") else "val", on_progress)
-    folders = _class_folders(root)
-    if len(folders) > 1 and not _has_pictures(root):
-        return _labelled(root, folders, on_progress)
-    paths = _pictures_below(root, "")
-    if not paths.lengths.size:
-        raise InputError(f"{printable(root)} has no pictures in it: name another folder")
-    return _folder_of(root, (), None, [paths])
+    layout = layout_of(root)
+    role: Role = "train" if "train" in layout.splits else layout.measured
+    place = _split(layout, role, on_progress) if layout.splits else layout.root
+    folders = class_folders(place)
+    if len(folders) > 1 and not has_pictures(place):
+        tally = _around(root, place)
+        found = _labelled(place, folders, on_progress, tally)
+    else:
+        tally = Tally() if place == root else _around(root, place.parent)
+        paths = _pictures_below(place, "", tally)
+        if not paths.lengths.size:
+            raise InputError(f"{printable(place)} has no pictures in it{tally.instead()}: name another folder")
+        found = _folder_of(place, (), None, [paths])
+    _tell(tally, root, on_remark)
+    return found
 
 
-def _has_split(root: Path, split: Split) -> bool:
-    return (root / split).is_dir() or has_archive(root, split)
+def _split(layout: Layout, role: Role, on_progress: OnProgress) -> Path:
+    """The folder of a split, unpacked where it is not yet there."""
+    path = layout.splits.get(role)
+    if path is not None:
+        return path
+    if role in layout.splits and role != "test":
+        return unpacked(layout.root, role, on_progress)
+    mend = f"make it, with a folder of pictures for each class{_another(layout)}"
+    raise InputError(f"{printable(layout.root)} has no folder {role}/: {mend}")
 
 
-def _has_splits(root: Path) -> bool:
-    return _has_split(root, "train") or _has_split(root, "val")
+def _another(layout: Layout) -> str:
+    """What a set with one split alone may be used as."""
+    only = next(iter(layout.splits.values()), None)
+    return "" if only is None else f", or name {printable(only)}, to take that for the whole set"
 
 
-def _split(root: Path, split: Split, on_progress: OnProgress) -> Path:
-    _check_folder(root)
-    if (root / split).is_dir():
-        return root / split
-    if has_archive(root, split):
-        return unpacked(root, split, on_progress)
-    raise InputError(f"{printable(root)} has no folder {split}/: make it, with a folder of pictures for each class")
+_USES: Mapping[Role, str] = {"train": "trained on", "val": "measured on", "test": "measured on"}
 
 
-def _check_folder(root: Path) -> None:
-    if not root.exists():
-        raise InputError(f"{printable(root)} does not exist: check the path")
-    if not root.is_dir():
-        raise InputError(f"{printable(root)} is not a folder: name a folder of pictures")
+def _taken(layout: Layout, counts: Mapping[Path, int]) -> str:
+    """Which folders were taken for what, in one line."""
+    parts = []
+    for role, path in layout.splits.items():
+        place = path or layout.root / role
+        name = printable(place.relative_to(layout.root))
+        if place in counts:
+            as_val = ", for there is no val/" if role == "test" else ""
+            parts.append(f"{name}/ is {_USES[role]} ({counts[place]:,} pictures{as_val})")
+        else:
+            parts.append(f"{name}/ is not looked at")
+    return f"{printable(layout.root)}: {', '.join(parts)}"
 
 
-def _check_same_classes(root: Path, train: Sequence[str], val: Sequence[str]) -> None:
+def _around(root: Path, *places: Path) -> Tally:
+    """What does not count in the folders from ``root`` to ``places``, to which what lies deeper may be added."""
+    tally = Tally()
+    on_the_way = {above for place in places for above in (place, *place.parents) if root in (above, *above.parents)}
+    for folder in sorted({root, *on_the_way}):
+        loose = sum(entry.is_picture for entry in listed(folder, tally))
+        tally.left_out += Counter({OUTSIDE: loose})
+    return tally
+
+
+def _tell(tally: Tally, folder: Path, on_remark: OnRemark) -> None:
+    for line in tally.lines(printable(folder)):
+        on_remark(line)
+
+
+def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[Sequence[str]]) -> None:
+    """Raises InputError for class folders, ``names`` of both ``places``, that have something in one of them alone."""
+    filled = [[n for n in mine if not is_empty(place / n)] for place, mine in zip(places, names, strict=True)]
+    for place, mine, full, others in zip(places, names, filled, reversed(filled), strict=True):
+        if hollow := sorted(set(mine) & set(others) - set(full)):
+            raise InputError(
+                f"{printable(place)} has no pictures in {named(hollow)}: put some in, or remove the folder everywhere"
+            )
+    train, val = filled
     only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))
     if only_train and _is_imagenet(train) and _is_imagenet(val):
         only_train = []
-    for here, there, names in (("train", "val", only_train), ("val", "train", only_val)):
+    first, second = (path.name if (path := layout.splits[r]) else r for r in ("train", layout.measured))
+    for here, there, names in ((first, second, only_train), (second, first, only_val)):
         if names:
             raise InputError(
-                f"{printable(root)} has {_listed(names)} in {here}/ and not in {there}/: give both the same classes"
+                f"{printable(layout.root)} has {named(names)} in {here}/ and not in {there}/: give both the same"
+                " classes"
             )
 
 
 # ---- classes ----
 
 
-def _labelled(folder: Path, folders: Sequence[str], on_progress: OnProgress) -> ImageFolder:
-    """The pictures of the class folders, which must be two at least and none empty."""
-    if len(folders) < 2:
-        raise InputError(
-            f"{printable(folder)} has {len(folders) or 'no'} class folder{'s' * (not folders)} and a classifier"
-            " needs 2: make a folder of pictures for each class"
-        )
-    paths = []
+def _labelled(
+    folder: Path, folders: Sequence[str], on_progress: OnProgress, tally: Tally, least: int = 1
+) -> ImageFolder:
+    """The pictures of the class folders, of which there must be ``least``; empty folders are none.
+
+    What does not count in them goes to ``tally``.
+    """
+    _check_number(folder, folders, least)
+    paths, kept, without, there = [], [], [], Tally()
     for done, name in enumerate(folders, 1):
-        paths.append(_pictures_below(folder / name, f"{name}/"))
+        mine = Tally()
+        found = _pictures_below(folder / name, f"{name}/", mine)
+        if found.lengths.size:
+            paths.append(found)
+            kept.append(name)
+        elif mine.left_out:
+            without.append(name)
+            there.add(mine)
+        else:
+            mine.passed = Counter([f"{EMPTY_CLASS}{name}/"])
+        tally.add(mine)
         on_progress(Progress(f"list {folder.name}", done, len(folders), "classes"))
-    empty = [name for name, group in zip(folders, paths, strict=True) if not group.lengths.size]
-    if len(empty) == len(folders):
-        raise InputError(f"{printable(folder)} has no pictures in its class folders: put some in each")
-    if empty:
-        raise InputError(f"{printable(folder)} has no pictures in {_listed(empty)}: put some in, or remove the folder")
+    if not kept:
+        raise InputError(f"{printable(folder)} has no pictures in its class folders{tally.instead()}: put some in each")
+    if without:
+        raise InputError(
+            f"{printable(folder)} has no pictures in {named(without)}: put some in, or remove the folder (there:"
+            f" {there.there()})"
+        )
+    _check_number(folder, kept, least)
+    folders = kept
     if not _is_imagenet(folders):
         return _folder_of(folder, tuple(map(printable, folders)), range(len(folders)), paths)
     ranks = {entry.wnid: rank for rank, entry in enumerate(imagenet_classes())}
@@ -295,13 +378,23 @@ def _labelled(folder: Path, folders: Sequence[str], on_progress: OnProgress) -> 
     return _folder_of(folder, names, [ranks[name] for name in folders], paths)
 
 
+def _check_number(folder: Path, folders: Sequence[str], least: int) -> None:
+    """Raises InputError for fewer class folders than ``least``."""
+    if len(folders) >= least:
+        return
+    if not folders and has_pictures(folder):
+        raise InputError(
+            f"{printable(folder)} has pictures but no class folders: put them in <class>/ to measure accuracy"
+        )
+    needed = f" and a classifier needs {least}" if least > 1 else ""
+    raise InputError(
+        f"{printable(folder)} has {len(folders) or 'no'} class folder{'s' * (not folders)}{needed}: make a folder of"
+        " pictures for each class"
+    )
+
+
 def _is_imagenet(folders: Sequence[str]) -> bool:
     return bool(folders) and set(folders) <= {entry.wnid for entry in imagenet_classes()}
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(printable(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class _Paths(NamedTuple):
@@ -326,38 +419,16 @@ def _folder_of(
 # ---- what is on the disk ----
 
 
-def _class_folders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``, sorted, but hidden ones."""
-    return sorted(entry.name for entry in map(entry_of, _shown(folder)) if entry.is_folder)
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(entry.is_picture for entry in map(entry_of, _shown(folder)))
-
-
-def _pictures_below(folder: Path, prefix: str) -> _Paths:
-    """The pictures in ``folder`` and below it, each path after ``prefix``, sorted."""
+def _pictures_below(folder: Path, prefix: str, tally: Tally) -> _Paths:
+    """The pictures in ``folder`` and below it, each path after ``prefix``, sorted; the rest goes to ``tally``."""
     found: list[bytes] = []
     waiting = [(folder, prefix)]
     while waiting:
         here, path = waiting.pop()
-        for entry in _shown(here):
-            if entry.is_dir(follow_symlinks=False):  # Not through links, which may lead in a circle.
-                waiting.append((here / entry.name, f"{path}{entry.name}/"))
-            # A pipe, which an archive may hold, too, would be waited for without end.
-            elif _is_picture(entry.name) and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+        for entry in listed(here, tally):
+            if entry.is_picture:
                 found.append(os.fsencode(path + entry.name))
+            elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
+                waiting.append((here / entry.name, f"{path}{entry.name}/"))
     found.sort()
     return _Paths(b"".join(found), np.array([len(path) for path in found], np.int64))
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def _shown(folder: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{printable(folder)} cannot be searched ({error.strerror}): check its permissions") from error

@@ -4,8 +4,8 @@ Size, orientation and completeness are read from the file's own structure first.
 absurdly large or cut short is refused before a decoder sees it: decoders allocate whatever size a header
 claims, and answer some cut files with half a grey picture.
 
-OpenCV decodes JPEG (for speed) and PNG (it keeps 16 bits and refuses missing rows). Pillow decodes the other
-formats, of whose faults OpenCV complains on standard error.
+OpenCV decodes JPEG (for speed) and PNG (it keeps 16 bits and refuses missing rows), ``mgq.data.netpbm`` the formats of
+Netpbm. Pillow decodes the others, of whose faults OpenCV complains on standard error.
 
 Sources: ITU-T T.81 (JPEG), the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0, Exif 2.32, GIF 89a.
 """
@@ -26,12 +26,30 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.PcxImagePlugin import PcxImageFile
+from PIL.QoiImagePlugin import QoiImageFile
+from PIL.SgiImagePlugin import SgiImageFile
+from PIL.SunImagePlugin import SunImageFile
+from PIL.TgaImagePlugin import TgaImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from mgq.data.boxes import (
+    J2K_MARK,
+    JP2_MARK,
+    CutShortError,
+    DamagedError,
+    avif_sizes,
+    check_jpeg2000,
+    is_avif,
+    jpeg2000_facts,
+)
+from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
 from mgq.errors import InputError, printable
 
 MAX_SIDE = 20_000
@@ -50,10 +68,10 @@ _Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
 def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
     """The pixels of a picture file, or of the bytes of one: uint8 of shape (H, W, 3), channels in BGR order.
 
-    Reads JPEG, PNG, WebP, GIF, BMP and TIFF, known by their content and not by their suffix; of several
-    frames or pages the first. The picture is turned as its EXIF orientation says and laid on white where it
-    is transparent; of 16 bits a sample the upper 8 are kept. ``name`` is what messages call it (by default
-    the path).
+    Reads JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PBM to PAM, TGA, PCX, SGI, Sun raster and QOI, known by
+    their content and not by their suffix; of several frames or pages the first. The picture is turned as its EXIF
+    orientation says and laid on white where it is transparent; of 16 bits a sample the upper 8 are kept. ``name`` is
+    what messages call it (by default the path).
 
     Raises InputError for a file that is missing, empty, cut short, damaged, not a picture, or over ``MAX_SIDE``,
     ``MAX_PIXELS``, ``MAX_MEMORY`` or ``MAX_BYTES``. Damage inside the scan of a JPEG that is otherwise whole cannot be
@@ -81,6 +99,20 @@ _DAMAGED = "is damaged or cut short: copy or download it again"
 _TOO_HEAVY = f"is larger than {MAX_BYTES // 1_000_000} MB, the most that is read: save it smaller"
 
 
+READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, TGA"
+"""The kinds that people have, as messages list them."""
+HEAD_BYTES = 4096
+"""So much of a file tells whether it begins as a picture."""
+
+
+def begins_as_picture(head: bytes) -> bool:
+    """Whether a file that begins with ``head``, of ``HEAD_BYTES`` or the whole of it, is of a kind that is read.
+
+    A TGA, which begins with nothing that tells it from other files, is not recognized.
+    """
+    return any(is_mine(head) for is_mine, _ in _FORMATS if is_mine is not _is_tga)
+
+
 def _bytes_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -105,14 +137,31 @@ def _pixels(data: bytes) -> Pixels:
         raise _RefusalError(_TOO_HEAVY)
     plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
     if plan_of is None:
-        raise _RefusalError(
-            "is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF): save it as one of these"
-        )
+        raise _RefusalError(_what_it_is(data))
     try:
         plan = plan_of(data)
-    except (struct.error, IndexError) as error:
+    except (CutShortError, struct.error, IndexError) as error:
         raise _RefusalError(_CUT_SHORT) from error
+    except DamagedError as error:
+        raise _RefusalError(_DAMAGED) from error
     return UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why a file of no known kind is not read; what people often have in a picture's place is named."""
+    start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "is a HEIF picture, which is not read: save it as JPEG"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and not the picture: get that by `git lfs pull`"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page and not a picture: download the picture itself"
+    if start.startswith((b"<svg", b"%pdf")) or (start.startswith(b"<?xml") and b"<svg" in data[:4096]):
+        return "is a drawing (SVG, PDF), which is not read: save it as PNG"
+    return f"is not a picture that can be read ({READ}): save it as one of these"
 
 
 class _Plan(NamedTuple):
@@ -129,6 +178,7 @@ class _Plan(NamedTuple):
 _COST_JPEG, _COST_JPEG_LINES, _COST_JPEG_COMPONENT = 7, 4, 2
 _COST_PNG, _COST_PNG_ALPHA, _COST_PNG_HOLE, _COST_PNG_16 = 7, 9, 11, 21
 _COST_WEBP, _COST_GIF, _COST_BMP, _COST_TIFF = 24, 13, 14, 16
+_COST_AVIF, _COST_JPEG_2000, _COST_OTHERS = 28, 32, 22
 
 
 def _admit(cost: int, width: int, height: int) -> None:
@@ -375,13 +425,109 @@ def _tiff(data: bytes) -> _Plan:
         raise _RefusalError(_CUT_SHORT)
     for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
         if offsets in tags and lengths in tags:
-            parts = min(tags[offsets].amount, tags[lengths].amount)
-            ends = tags[offsets].numbers(data)[:parts] + tags[lengths].numbers(data)[:parts]
-            if max(ends, default=0) > len(data):
+            starts, sizes = tags[offsets].numbers(data), tags[lengths].numbers(data)
+            parts = min(starts.size, sizes.size)
+            if max(starts[:parts] + sizes[:parts], default=0) > len(data):
                 raise _RefusalError(_CUT_SHORT)
     if all(tag in tags for tag in _TIFF_TILE_SIZE):
         _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
     return _Plan(lambda: _by_pillow(data, TiffImageFile, _COST_TIFF))
+
+
+def _avif(data: bytes) -> _Plan:
+    for size in avif_sizes(data):
+        _admit(_COST_AVIF, *size)
+    return _Plan(lambda: _by_pillow(data, AvifImageFile, _COST_AVIF, turned=True))
+
+
+def _jpeg_2000(data: bytes) -> _Plan:
+    facts = jpeg2000_facts(data)
+    _admit(_COST_JPEG_2000, facts.width, facts.height)
+    check_jpeg2000(data, facts)
+    return _Plan(lambda: _by_pillow(data, Jpeg2KImageFile, _COST_JPEG_2000))
+
+
+def _netpbm(data: bytes) -> _Plan:
+    header = netpbm_header(data)
+    if header is None:
+        raise _RefusalError(_DAMAGED)
+    _admit(header.cost, header.width, header.height)
+    if header.start + header.length > len(data):
+        raise _RefusalError(_CUT_SHORT)
+
+    def decode() -> _Samples:
+        try:
+            samples = netpbm_samples(header, data)
+        except ValueError as error:
+            raise _RefusalError(_DAMAGED) from error
+        return _bgr_of(samples)
+
+    return _Plan(decode)
+
+
+def _bgr_of(samples: _Samples) -> _Samples:
+    """Grey (H, W), BGR or BGRA of samples (H, W, 1 to 4): grey, grey and alpha, RGB, RGBA."""
+    channels = samples.shape[2]
+    order = {1: [0], 2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
+    return samples[:, :, 0] if channels == 1 else np.ascontiguousarray(samples[:, :, order])
+
+
+# How a TGA may hold its pixels: kind -> bits of each, and of the entries of its palette.
+_TGA_DEPTHS = {1: (8,), 2: (16, 24, 32), 3: (1, 8, 16), 9: (8,), 10: (16, 24, 32), 11: (8, 16)}
+_TGA_HEADER = struct.Struct("<BBBHHBHHHHBB")
+
+
+def _is_tga(data: bytes) -> bool:
+    """Whether the header, which has no mark, says nothing impossible."""
+    if len(data) <= _TGA_HEADER.size:
+        return False
+    _, has_palette, kind, first, entries, entry_bits, _, _, width, height, depth, flags = _TGA_HEADER.unpack_from(data)
+    if depth not in _TGA_DEPTHS.get(kind, ()) or not (width and height) or flags & 0xC0:
+        return False
+    palette = (first + entries <= 256 and entry_bits in (16, 24, 32)) if has_palette == 1 else not entry_bits
+    return palette and has_palette == (kind & 7 == 1)
+
+
+def _tga(data: bytes) -> _Plan:
+    width, height = struct.unpack_from("<HH", data, 12)
+    _admit(_COST_OTHERS, width, height)
+    opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
+
+    def decode() -> _Samples:
+        pixels = _by_pillow(data, TgaImageFile, _COST_OTHERS)
+        return np.ascontiguousarray(pixels[:, :, :3]) if opaque and pixels.ndim == 3 else pixels
+
+    return _Plan(decode)
+
+
+_PCX_PALETTE, _PCX_PALETTE_MARK = 769, 12
+
+
+def _is_pcx(data: bytes) -> bool:
+    """Whether version, packing and depth are those that exist, and the margins lie in the right order."""
+    if len(data) < 128 or data[0] != 10 or data[1] not in (0, 2, 3, 5) or data[2] != 1 or data[3] not in (1, 2, 4, 8):
+        return False
+    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
+    return bool(left <= right and top <= bottom)
+
+
+def _of_header(form: str, at: int, plugin: type[ImageFile]) -> Callable[[bytes], _Plan]:
+    """How to read a format whose header has width and height at ``at``, in the form ``form`` of struct."""
+
+    def plan_of(data: bytes) -> _Plan:
+        _admit(_COST_OTHERS, *struct.unpack_from(form, data, at))
+        return _Plan(lambda: _by_pillow(data, plugin, _COST_OTHERS))
+
+    return plan_of
+
+
+def _pcx(data: bytes) -> _Plan:
+    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
+    _admit(_COST_OTHERS, right - left + 1, bottom - top + 1)
+    has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
+    if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
+        raise _RefusalError(_CUT_SHORT)
+    return _Plan(lambda: _by_pillow(data, PcxImageFile, _COST_OTHERS))
 
 
 # ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
@@ -461,15 +607,17 @@ _PILLOW_COMPLAINTS = (
     IndexError,
     KeyError,
     EOFError,
-    OverflowError,
+    ArithmeticError,
     MemoryError,
+    RuntimeError,
+    AssertionError,
     struct.error,
     zlib.error,
 )
 
 
-def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int) -> _Samples:
-    """Grey, BGR or BGRA of the first frame.
+def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int, turned: bool = False) -> _Samples:
+    """Grey, BGR or BGRA of the first frame; ``turned`` as the orientation that Pillow finds says.
 
     The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
     """
@@ -477,7 +625,9 @@ def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int) -> _Samples:
         with plugin(io.BytesIO(data)) as picture:
             _admit(cost, *picture.size)  # A GIF's frame may be larger than the canvas in its header.
             picture.load()
-            return _by_channels(picture)
+            pixels = _by_channels(picture)
+            turn = picture.getexif().get(_ORIENTATION, 1) if turned else 1
+            return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
     except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
         raise _RefusalError(_DAMAGED) from error
 
@@ -540,4 +690,12 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] =
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
     (_is_bmp, _bmp),
     (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
+    (is_avif, _avif),
+    (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
+    (begins_as_netpbm, _netpbm),
+    (lambda data: data.startswith(b"qoif"), _of_header(">II", 4, QoiImageFile)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_header(">II", 4, SunImageFile)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_header(">HH", 6, SgiImageFile)),
+    (_is_pcx, _pcx),
+    (_is_tga, _tga),
 )

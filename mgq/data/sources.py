@@ -8,28 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mgq.data.folders import PICTURE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
 from mgq.data.pictures import MAX_BYTES, read_picture
 from mgq.errors import InputError, printable
+from mgq.events import OnRemark, unheard
 
-PICTURE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".dib",
-    ".tif",
-    ".tiff",
-)
-"""The suffixes, in lower case, by which a picture is known in a folder."""
+__all__ = ["PICTURE_SUFFIXES", "Source", "expand", "refuse_hopeless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +54,15 @@ def refuse_hopeless(sources: Sequence[Source]) -> None:
         sources[0].read()
 
 
-def expand(arguments: Sequence[str]) -> list[Source]:
+def expand(arguments: Sequence[str], on_remark: OnRemark = unheard) -> list[Source]:
     """The pictures that ``arguments`` name, in their order, each once.
 
     An argument is one of these; what exists under that very name is preferred to a pattern:
 
     - a file, tried whatever its suffix;
-    - a folder, searched with all below it for files that have one of ``PICTURE_SUFFIXES``, in the order of
-      their names. Hidden files are left out. Links are followed, and no folder is entered twice;
+    - a folder, searched with all below it for pictures, known by one of ``PICTURE_SUFFIXES`` or, where a suffix says
+      nothing, by content, in the order of their names. What is hidden or left by other programs is passed over, what
+      is no picture left out, and ``on_remark`` is told of both. Links are followed, and no folder is entered twice;
     - a pattern with ``*``, ``?``, ``[...]`` or ``**`` (any folders): the files and folders that match it;
     - ``-``: the bytes of one picture on standard input.
 
@@ -83,8 +72,12 @@ def expand(arguments: Sequence[str]) -> list[Source]:
     found: dict[str | None, Source] = {}
     real_folders: dict[str, str] = {}
     for argument in arguments:
-        for source in _sources(argument):
+        tally, has_some = Tally(), False
+        for source in _sources(argument, tally):
             found.setdefault(_identity(source, real_folders), source)
+            has_some = has_some or source.problem is None
+        for line in tally.lines(printable(argument)) if has_some else []:
+            on_remark(line)
     return list(found.values())
 
 
@@ -98,18 +91,19 @@ def _identity(source: Source, real_folders: dict[str, str]) -> str | None:
     return f"{real_folders[folder]}{os.sep}{name}"
 
 
-def _sources(argument: str) -> Iterator[Source]:
+def _sources(argument: str, tally: Tally) -> Iterator[Source]:
     path = Path(argument)
     if argument == "-":
         yield Source()
     elif not argument:
         yield _nothing(argument, "an empty name was given: name a picture, a folder or a pattern")
-    elif _is_folder(path):
-        yield from _or_nothing(_in_folder(path), argument, "has no pictures in it: name another folder")
+    elif is_folder(path):
+        yield from _or_nothing(_in_folder(path, tally), argument, "has no pictures in it", "name another folder", tally)
     elif _exists(path) or not _is_pattern(argument):
         yield _file(path)
     else:
-        yield from _or_nothing(_of_pattern(path), argument, "matches no picture: check the pattern")
+        found = _of_pattern(path, tally)
+        yield from _or_nothing(found, argument, "matches no picture", "check the pattern", tally)
 
 
 def _file(path: Path) -> Source:
@@ -120,24 +114,17 @@ def _nothing(name: str, problem: str) -> Source:
     return Source(name, problem)
 
 
-def _or_nothing(sources: Iterator[Source], argument: str, problem: str) -> Iterator[Source]:
-    """``sources``, or one that tells of ``problem`` if there are none."""
+def _or_nothing(sources: Iterator[Source], argument: str, problem: str, mend: str, tally: Tally) -> Iterator[Source]:
+    """``sources``, or one that tells of ``problem``, and of what there is instead, if there are none."""
     source = next(sources, None)
     if source is None:
-        yield _nothing(argument, f"{printable(argument)} {problem}")
+        yield _nothing(argument, f"{printable(argument)} {problem}{tally.instead()}: {mend}")
         return
     yield source
     yield from sources
 
 
 # What cannot be looked at counts as absent here. If it was named, reading it tells what is wrong.
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def _exists(path: Path) -> bool:
@@ -151,7 +138,7 @@ def _exists(path: Path) -> bool:
 # ---- folders ----
 
 
-def _in_folder(top: Path) -> Iterator[Source]:
+def _in_folder(top: Path, tally: Tally) -> Iterator[Source]:
     """The pictures in and below a folder; a folder that cannot be searched is told of in its place."""
     entered: set[tuple[int, int]] = set()
     waiting = [(top, True)]  # Not recursion: folders may be nested deeper than Python's stack.
@@ -161,12 +148,12 @@ def _in_folder(top: Path) -> Iterator[Source]:
             yield _file(path)
             continue
         try:
-            inside = _listed(path, entered)
+            inside = _listed(path, entered, tally)
         except OSError as error:
             problem = f"{printable(str(path))} cannot be searched ({error.strerror}): check its permissions"
             yield _nothing(str(path), problem)
             continue
-        waiting.extend((path / e.name, e.is_folder) for e in reversed(inside) if e.is_folder or e.is_picture)
+        waiting.extend((path / entry.name, entry.is_folder) for entry in reversed(inside))
 
 
 def _folders_below(top: Path) -> Iterator[Path]:
@@ -176,34 +163,20 @@ def _folders_below(top: Path) -> Iterator[Path]:
     while waiting:
         path = waiting.pop()
         try:
-            inside = _listed(path, entered)
+            inside = _listed(path, entered, Tally())
         except OSError:
             continue  # As in a shell: a pattern matches what can be seen.
         yield path
         waiting.extend(path / entry.name for entry in reversed(inside) if entry.is_folder)
 
 
-class Entry(NamedTuple):
-    name: str
-    is_folder: bool
-    is_picture: bool
-
-
-def _listed(folder: Path, entered: set[tuple[int, int]]) -> list[Entry]:
-    """What is in a folder but hidden, by name; nothing if it was ``entered`` before (a loop of links)."""
+def _listed(folder: Path, entered: set[tuple[int, int]], tally: Tally) -> list[Entry]:
+    """The folders and pictures in a folder, by name; nothing if it was ``entered`` before (a loop of links)."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in entered:
         return []
     entered.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        return sorted(entry_of(entry) for entry in entries if not entry.name.startswith("."))
-
-
-def entry_of(entry: os.DirEntry[str]) -> Entry:
-    """A broken link with a picture's suffix counts as one, since its loss should be told; a pipe does not."""
-    is_folder = _is_folder(Path(entry.path)) if entry.is_symlink() else entry.is_dir()
-    has_suffix = entry.name.lower().endswith(PICTURE_SUFFIXES)
-    return Entry(entry.name, is_folder, has_suffix and (entry.is_symlink() or entry.is_file()))
+    return entries_in(folder, tally)
 
 
 # ---- patterns ----
@@ -213,12 +186,12 @@ def _is_pattern(text: str) -> bool:
     return any(character in text for character in "*?[")
 
 
-def _of_pattern(pattern: Path) -> Iterator[Source]:
+def _of_pattern(pattern: Path, tally: Tally) -> Iterator[Source]:
     parts = pattern.parts
     paths = _matches(Path(parts[0]), parts[1:]) if pattern.is_absolute() else _matches(Path(), parts)
     for path in paths:
-        if _is_folder(path):
-            yield from _in_folder(path)
+        if is_folder(path):
+            yield from _in_folder(path, tally)
         else:
             yield _file(path)
 
@@ -239,7 +212,7 @@ def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
             yield from _matches(below, rest)
     elif _is_pattern(first):
         for name in _names_in(folder):
-            is_shown = first.startswith(".") or not name.startswith(".")
+            is_shown = first.startswith(".") or not is_left_by_programs(name)
             if is_shown and fnmatchcase(name, first):
                 yield from _continued(folder / name, rest)
     else:
@@ -247,7 +220,7 @@ def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _continued(path: Path, rest: tuple[str, ...]) -> Iterator[Path]:
-    if _is_folder(path) or (not rest and _exists(path)):
+    if is_folder(path) or (not rest and _exists(path)):
         yield from _matches(path, rest)
 
 

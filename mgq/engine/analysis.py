@@ -21,7 +21,7 @@ from mgq.engine.networks import Classifier, classifier_from, found_weights, newe
 from mgq.engine.parity import own_pictures
 from mgq.engine.predict import crops_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, OnRemark, silent, unheard
 from mgq.quant.modes import Mode
 from mgq.quant.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
 from mgq.zoo.registry import spec_of
@@ -147,10 +147,11 @@ def analyze(
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     save: str | Path = "runs",
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     target: str | None = None,
     images: int = IMAGES,
     on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
     key: str | None = None,
 ) -> Analysis:
     """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
@@ -166,7 +167,7 @@ def analyze(
         arch = newest_arch(Path(save), Mode.QAT)
     classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
     root = Path(data) if data is not None else None
-    seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress)
+    seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress, on_remark)
     found = sensitivity_of(classifier.network, seen.images, seen.labels, corrections, on_progress)
     return Analysis(classifier, seen, found, bool(corrections))
 
@@ -175,7 +176,7 @@ def opened_with_corrections(
     arch: str | None,
     checkpoint: Path | None,
     save: Path,
-    pretrained: bool,
+    pretrained: bool | str,
     target: str | None,
     on_progress: OnProgress,
     key: str | None = None,
@@ -190,14 +191,19 @@ def opened_with_corrections(
 
 
 def pictures_for(
-    classifier: Classifier, named: Sequence[str], data: Path | None, images: int, on_progress: OnProgress = silent
+    classifier: Classifier,
+    named: Sequence[str],
+    data: Path | None,
+    images: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
 ) -> Pictures:
     """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
     the cat. Raises InputError where none can be read."""
     if named:
         return read(classifier, ", ".join(named), spread(expand(named), images), None, "")
     if data is not None:
-        return of_dataset(classifier, *labelled_or_not(classifier, data, on_progress), images)
+        return of_dataset(classifier, *labelled_or_not(classifier, data, on_progress, on_remark), images)
     try:
         dataset = evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
     except InputError as error:
@@ -206,10 +212,12 @@ def pictures_for(
     return of_dataset(classifier, matched(dataset, classifier.classes), "", images)
 
 
-def labelled_or_not(classifier: Classifier, data: Path, on_progress: OnProgress) -> tuple[Dataset, str]:
+def labelled_or_not(
+    classifier: Classifier, data: Path, on_progress: OnProgress, on_remark: OnRemark = unheard
+) -> tuple[Dataset, str]:
     """The pictures in ``data``, and why they have no labels that the network knows, where they have none."""
     try:
-        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
+        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress, on_remark)
         return matched(found, classifier.classes), ""
     except InputError as error:
         return calibration_folder(data, on_progress), f"accuracy was not measured: {error}"

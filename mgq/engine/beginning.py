@@ -13,8 +13,10 @@ from mgq.engine.request import Request
 from mgq.engine.training_data import Sets, read_sets
 from mgq.errors import InputError, printable
 from mgq.events import Watcher
+from mgq.files.preprocessing import Preprocessing
 from mgq.quant.modes import Mode
 from mgq.zoo.adapt import State
+from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weights import (
     Weights,
@@ -42,6 +44,7 @@ class Beginning:
     classes: tuple[str, ...] | None = None
     image_size: int | None = None
     keeps_batch_norm: bool = False
+    preprocessing: Preprocessing | None = None
 
 
 def keeps_batch_norm(weights: Weights) -> bool:
@@ -64,12 +67,12 @@ def beginning_of(spec: ModelSpec, given: Weights | None, sets: Sets, request: Re
         if has != value:
             raise InputError(f"{weights.origin} has {name} {has}, not {value}; leave the option out")
     state = float_part(weights.state)
-    size = weights.info.image_size if weights.info else None
+    size, how = weights.info.image_size if weights.info else None, weights.preprocessing
     fits = has_classes_of(weights, sets.train)
     if fits and not request.new_head:
         watcher.on_remark(f"{spec.name}: begins with {weights.origin}")
         kept = keeps_batch_norm(weights)
-        return Beginning(state, weights.origin, weights.options, image_size=size, keeps_batch_norm=kept)
+        return Beginning(state, weights.origin, weights.options, None, size, kept, how)
     if not (from_zoo or request.new_head):
         raise InputError(
             f"{weights.origin} answers {classes_in_words(weights)} and {sets.train.name} has "
@@ -78,7 +81,7 @@ def beginning_of(spec: ModelSpec, given: Weights | None, sets: Sets, request: Re
     watcher.on_remark(f"{spec.name}: begins with {weights.origin}, and a new classifier for these classes")
     head = spec.head.removesuffix("weight")
     body = {name: value for name, value in state.items() if not name.startswith(head)}
-    return Beginning(body, weights.origin, weights.options, image_size=size)
+    return Beginning(body, weights.origin, weights.options, image_size=size, preprocessing=how)
 
 
 def has_classes_of(weights: Weights, dataset: Dataset) -> bool:
@@ -116,7 +119,7 @@ def float_weights(request: Request, changes: dict[str, Any], watcher: Watcher) -
     if given is not None:
         return spec, given
     if request.pretrained:
-        return spec, zoo_weights(spec, True, watcher)
+        return spec, zoo_weights(spec, request.pretrained, watcher)
     run = newest_run(spec, Mode.NORMAL, request.save)
     if run is not None:
         return spec, read_weights(run, spec)
@@ -130,13 +133,17 @@ def float_weights(request: Request, changes: dict[str, Any], watcher: Watcher) -
     return spec, found if found.classes == len(sets.train.classes) else None
 
 
-def zoo_weights(spec: ModelSpec, fetch: bool, watcher: Watcher) -> Weights | None:
-    """The zoo's pretrained weights: those that are installed or were fetched before, or with ``fetch`` any."""
-    found = packaged_weights(spec)
+def zoo_weights(spec: ModelSpec, fetch: bool | str, watcher: Watcher) -> Weights | None:
+    """The zoo's pretrained weights: those that are installed or were fetched before, or with ``fetch`` any.
+
+    A name, such as ``v1``, asks for that version of them.
+    """
+    version = version_in(fetch)
+    found = None if version else packaged_weights(spec)
     if found is not None:
         return found
-    if fetch and not spec.checkpoints:
+    if fetch and not version and not spec.checkpoints:
         raise InputError(f"there are no pretrained weights of {spec.name}: {ways_to_weights(spec)}")
     if fetch or is_cached(spec, "normal"):
-        return published_weights(spec, "normal", watcher.on_progress)
+        return published_weights(spec, "normal", watcher.on_progress, version)
     return None

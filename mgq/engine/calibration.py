@@ -17,12 +17,13 @@ from mgq.data.datasets import Dataset, evenly, subset
 from mgq.data.pictures import read_picture
 from mgq.data.sources import Source
 from mgq.data.transforms import to_batch
+from mgq.engine.likeness import Likeness
 from mgq.engine.networks import Classifier, versions
 from mgq.engine.predict import BATCH, batched, crops_of
 from mgq.engine.provenance import listing_of, this_process
 from mgq.engine.runs import RunFolder
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
 from mgq.files.atomic import write_text_atomically
 from mgq.files.download import sha256_of
 from mgq.quant.calibrate import (
@@ -86,13 +87,15 @@ def calibrated(
     target: Target = MEGENGINE,
     quality: str = DEFAULT_QUALITY,
     kept: Sequence[str] = (),
+    on_remark: OnRemark = unheard,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
     ``quality`` is one of :data:`mgq.quant.quality.QUALITIES`; ``method``, ``correct_bias``, ``compensate`` and
     ``target`` are those of :func:`mgq.quant.calibrate.calibrated_network`, and say otherwise where they are given;
     ``easyquant`` takes 64 pictures at most. The weights of the layers ``kept`` stay float32. Pictures that cannot be
-    read are left out and named. Raises InputError where no picture can be read, and for another method or quality.
+    read are left out and named. ``on_remark`` is told of pictures that are few, blank or alike. Raises InputError where
+    no picture can be read, and for another method or quality.
     """
     ways = changed(steps_of(quality), method, correct_bias, compensate)
     if images < 1:
@@ -104,7 +107,7 @@ def calibrated(
     chosen = few if isinstance(few, Sequence) else sources_of(few)
     # Equalization looks at the first: they should be of all kinds.
     order = np.random.default_rng(0).permutation(len(chosen))
-    pictures = Pictures(classifier, [chosen[i] for i in order], on_progress)
+    pictures = Pictures(classifier, [chosen[i] for i in order], on_progress, on_remark)
     arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
     command = f"mgq calibrate -a {arch} --images {images}"
     command += f" --method {method}" if method else f" --quality {quality}"
@@ -186,10 +189,17 @@ def changed(ways: tuple[Steps, ...], method: str | None, correct_bias: bool, com
 class Pictures:
     """The pictures of a calibration, as batches of what the network sees of them: as often as they are wanted."""
 
-    def __init__(self, classifier: Classifier, sources: Sequence[Source], on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        sources: Sequence[Source],
+        on_progress: OnProgress,
+        on_remark: OnRemark = unheard,
+    ) -> None:
         self.classifier = classifier
         self.sources = sources
         self.on_progress = on_progress
+        self.on_remark = on_remark
         self.used = 0
         self.problems: list[str] = []
 
@@ -197,14 +207,20 @@ class Pictures:
         """uint8 (N, 3, H, W); what cannot be read is noted as a problem."""
         done = self.used = 0
         self.problems = []
+        likeness = Likeness()
         for group in batched(crops_of(self.classifier, self.sources), BATCH):
             self.problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
             crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
             self.used += len(crops)
+            for crop in crops:
+                likeness.add(crop)
             if crops:
                 yield to_batch(crops)
             done += len(group)
             self.on_progress(Progress(f"calibrate{told}", done, len(self.sources), "pictures"))
+        for line in likeness.warnings():
+            self.on_remark(line)
+        self.on_remark = unheard  # they are the same pictures the next time
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): so many of them."""

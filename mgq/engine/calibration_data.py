@@ -13,7 +13,7 @@ from mgq.engine.networks import Classifier
 from mgq.engine.recipe import SYNTHETIC
 from mgq.engine.training_data import read_sets
 from mgq.errors import InputError
-from mgq.events import OnProgress, Watcher, silent
+from mgq.events import OnProgress, OnRemark, Watcher, silent, unheard
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,26 @@ class CalibrationPictures:
 
 
 def pictures_at_hand(
-    classifier: Classifier, named: Sequence[str], data: Path | None, images: int, on_progress: OnProgress = silent
+    classifier: Classifier,
+    named: Sequence[str],
+    data: Path | None,
+    images: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
 ) -> CalibrationPictures:
     """As :func:`pictures_for`, but without sources where nothing is named and weights know of no pictures."""
     if not named and data is None and not classifier.recipe.get("data"):
         return CalibrationPictures("", None, None, "there are no pictures")
-    return pictures_for(classifier, named, data, images, on_progress)
+    return pictures_for(classifier, named, data, images, on_progress, on_remark)
 
 
 def pictures_for(
-    classifier: Classifier, named: Sequence[str], data: Path | None, images: int, on_progress: OnProgress = silent
+    classifier: Classifier,
+    named: Sequence[str],
+    data: Path | None,
+    images: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
 ) -> CalibrationPictures:
     """The ``named`` files and folders; else those of the folder ``data``; else those the network was trained on.
 
@@ -53,7 +63,7 @@ def pictures_for(
         return CalibrationPictures(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return trained_on(classifier, on_progress)
-    pictures = calibration_folder(data, on_progress)
+    pictures = calibration_folder(data, on_progress, on_remark)
     try:
         labelled = evaluation_folder(data, on_progress)
         same = isinstance(labelled, ImageFolder) and labelled.folder == pictures.folder

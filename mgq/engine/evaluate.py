@@ -25,7 +25,7 @@ from mgq.engine.networks import Classifier, class_names, open_classifier
 from mgq.engine.processes import Channel, Task, in_processes, nothing
 from mgq.engine.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
 from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 
@@ -190,14 +190,19 @@ def evaluation_loader(
     workers: int | None = None,
     max_bad: float = 0.01,
 ) -> Loader:
-    """``dataset`` as ``classifier`` is measured on it: its size, its interpolation, its classes, in order."""
-    transform = EvalTransform(classifier.image_size, interpolation=classifier.spec.interpolation)
+    """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
+    size, how = classifier.image_size, classifier.preprocessing
+    transform = EvalTransform(size, how.shorter_side(size), how.interpolation)
     data = matched(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
 
 
 def evaluation_data(
-    root: Path | None, recipe: Mapping[str, Any], image_size: int, on_progress: OnProgress = silent
+    root: Path | None,
+    recipe: Mapping[str, Any],
+    image_size: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
 ) -> Dataset:
     """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
     what it was trained on, these, too.
@@ -207,7 +212,7 @@ def evaluation_data(
     set.
     """
     if root is not None and not was_trained_on(recipe, root):
-        return evaluation_folder(root, on_progress)
+        return evaluation_folder(root, on_progress, on_remark)
     data = recipe.get("data")
     if not isinstance(data, str) or not data:
         raise InputError("these weights do not say which pictures they are measured on: pass -d FOLDER")
@@ -218,7 +223,7 @@ def evaluation_data(
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return measuring_folder(Path(data), on_progress)
+    return measuring_folder(Path(data), on_progress, on_remark)
 
 
 def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:

@@ -12,6 +12,7 @@ from mgq.engine.dump import dump_classifier, format_for
 from mgq.engine.networks import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.files.checkpoint import names_in
+from mgq.files.preprocessing import preprocessing_in
 from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
@@ -31,6 +32,7 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
             spec, mode = spec_of(about["arch"]), Mode(about["mode"])
         classes, size = names_in(about["classes"]), about["image_size"]
         options, recipe = dict(about["options"]), dict(about["recipe"])
+        preprocessing = preprocessing_in(about) or spec.preprocessing
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
     if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
@@ -39,7 +41,8 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
     network = DeployedNetwork(runtime, path.stat().st_size)
     origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
-    return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, (path, engine.key))
+    file = (path, engine.key)
+    return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, file, None, preprocessing)
 
 
 def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:

@@ -22,6 +22,7 @@ from mgq.engine.metrics import refuse_not_finite
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.machine import package_version
 from mgq.quant.calibrate import as_input, calibrated_network
 from mgq.quant.mixed import float_layers_of, keep_in_float
@@ -30,6 +31,7 @@ from mgq.quant.quantize import quantize
 from mgq.quant.ranges import ActivationRanges, packaged_ranges, refuse_incomplete
 from mgq.quant.targets import MEGENGINE, Target, target_called, target_of
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weights import (
     Weights,
@@ -73,6 +75,7 @@ class Classifier:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     file: tuple[Path, str] | None = None
     made_from: tuple[Classifier, str] | None = None
+    preprocessing: Preprocessing = COMMON_PREPROCESSING
 
     @property
     def target(self) -> Target:
@@ -87,7 +90,8 @@ class Classifier:
 
     def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3)."""
-        return eval_crop(picture, self.image_size, interpolation=self.spec.interpolation)
+        how = self.preprocessing
+        return eval_crop(picture, self.image_size, how.shorter_side(self.image_size), how.interpolation)
 
     def info(self) -> CheckpointInfo:
         return CheckpointInfo(
@@ -101,6 +105,7 @@ class Classifier:
             recipe=dict(self.recipe),
             versions=versions(),
             float_layers=float_layers_of(self.fake_quantized) if self.fake_quantized is not None else (),
+            preprocessing=self.preprocessing,
         )
 
     def write_checkpoint(self, path: Path) -> None:
@@ -122,7 +127,7 @@ def open_classifier(
     checkpoint: Path | None = None,
     mode: Mode = Mode.QUANTIZED,
     save: Path = Path("runs"),
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
@@ -133,10 +138,11 @@ def open_classifier(
     """The network that these words mean, ready to run.
 
     Weights come from ``checkpoint``, where ``key`` chooses one of several networks; else the newest run of ``arch``
-    under ``save``; else the zoo's pretrained ones (``pretrained`` goes straight to them, and allows a download). A
-    float state needs ``ranges``, or those that mgq has for exactly these weights, to become ``qat`` or ``quantized``.
-    ``target`` has to be what they were quantized for; MegEngine by default where that is open. Raises InputError where
-    there are no weights, where they do not fit, or where ranges are missing.
+    under ``save``; else the zoo's pretrained ones (``pretrained`` goes straight to them, and allows a download; a name
+    such as ``v1`` asks for that version of them). A float state needs ``ranges``, or those that mgq has for exactly
+    these weights, to become ``qat`` or ``quantized``. ``target`` has to be what they were quantized for; MegEngine by
+    default where that is open. Raises InputError where there are no weights, where they do not fit, or where ranges are
+    missing.
     """
     spec = spec_of(arch) if arch is not None else None
     weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
@@ -154,7 +160,7 @@ def found_weights(
     checkpoint: Path | None,
     mode: Mode,
     save: Path,
-    pretrained: bool,
+    pretrained: bool | str,
     on_progress: OnProgress,
     key: str | None = None,
 ) -> Weights:
@@ -164,11 +170,12 @@ def found_weights(
     run = None if pretrained else newest_run(spec, mode, save)
     if run is not None:
         return read_weights(run, spec)
-    packaged = packaged_weights(spec)
+    version = version_in(pretrained)
+    packaged = None if version else packaged_weights(spec)
     if packaged is not None:
         return packaged
     if pretrained or is_cached(spec, mode.value):
-        return published_weights(spec, mode.value, on_progress)
+        return published_weights(spec, mode.value, on_progress, version)
     raise InputError(f"no weights for {spec.name} at hand: {ways_to_weights(spec)}")
 
 
@@ -229,6 +236,7 @@ def classifier_from(
         origin=weights.origin,
         options=weights.options,
         recipe=weights.info.recipe if weights.info else {},
+        preprocessing=weights.preprocessing or spec.preprocessing,
     )
     if mode is Mode.NORMAL:
         return classifier
@@ -313,7 +321,8 @@ def random_classifier(
     network.eval()
     origin = "random weights (speed only)"
     names = class_names(1000)
-    classifier = Classifier(network, None, spec, Mode.NORMAL, names, image_size, origin, options)
+    how = spec.preprocessing
+    classifier = Classifier(network, None, spec, Mode.NORMAL, names, image_size, origin, options, preprocessing=how)
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)

@@ -23,6 +23,8 @@ from mgq.machine import usable_cores
 from mgq.quant.modes import Mode, parse_mode
 
 BATCH = 16
+SHOWN = 5
+"""Classes of an answer, unless told otherwise or there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,17 @@ class Answer:
     error: str | None = None
 
 
-def answers(classifier: Classifier, sources: Sequence[Source], topk: int = 5, batch: int = BATCH) -> Iterator[Answer]:
-    """One answer for each of ``sources``, in order, the most probable class first.
+def answers(
+    classifier: Classifier, sources: Sequence[Source], topk: int | None = None, batch: int = BATCH
+) -> Iterator[Answer]:
+    """One answer for each of ``sources``, in order, the most probable class first: ``topk`` classes, by default
+    ``SHOWN`` or all where there are fewer.
 
     A picture that cannot be read gives an answer with an ``error``; the others are answered all the same. Memory
     does not grow with the number of pictures. Raises InputError for a ``topk`` that the network cannot give.
     """
     classes = len(classifier.classes)
+    topk = min(SHOWN, classes) if topk is None else topk
     if not 1 <= topk <= classes:
         raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
     for group in batched(crops_of(classifier, sources), batch):
@@ -113,7 +119,7 @@ def infer(
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
-    topk: int = 5,
+    topk: int | None = None,
     on_progress: OnProgress = silent,
     key: str | None = None,
 ) -> list[Answer]:

@@ -32,7 +32,7 @@ class Request:
     recipe: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
+    pretrained: bool | str = False
     from_scratch: bool = False
     new_head: bool = False
     distill: bool | None = None

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import megengine as mge
@@ -383,7 +383,7 @@ class Trainer:
             "start": self.start,
             "seconds": self.seconds,
             "pictures": [len(self.train.dataset), len(self.val.dataset)],
-            "info": vars(self.info),
+            "info": asdict(self.info),
         }
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.values.items()}

@@ -224,8 +224,9 @@ def planned(
         target=recipe.target,
         recipe=plain(recipe),
         versions=versions(),
+        preprocessing=beginning.preprocessing,
     )
-    loaders_of(recipe, sets, request, Peers())
+    loaders_of(recipe, sets, request, Peers(), info.preprocessing)
     return Plan(recipe, sets, beginning, info, request)
 
 
@@ -338,7 +339,8 @@ def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[C
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    found = calibrated(other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
+    words = (other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
+    found = calibrated(*words, on_remark=watcher.on_remark)
     return normal, found.classifier
 
 
@@ -371,7 +373,7 @@ def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> Figur
     recipe = plan.recipe
     network = first_network(plan)
     teacher = teacher_of(recipe, run) if recipe.mode == "qat" else None
-    train_loader, val_loader = loaders_of(recipe, plan.sets, plan.request, peers)
+    train_loader, val_loader = loaders_of(recipe, plan.sets, plan.request, peers, plan.info.preprocessing)
     examples = examples_of(plan)
     with training_kernels(watcher), train_loader, val_loader, examples or contextlib.nullcontext():
         trainer = Trainer(
@@ -422,7 +424,8 @@ def examples_of(plan: Plan) -> Loader | None:
         number = LAYERWISE_PICTURES
     if number == 0:
         return None
-    return measuring_loader(recipe, subset(pictures, min(number, len(pictures))), plan.request)
+    few = subset(pictures, min(number, len(pictures)))
+    return measuring_loader(recipe, few, plan.request, plan.info.preprocessing)
 
 
 def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:

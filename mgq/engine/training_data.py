@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.augment import EvalTransform, TrainTransform
-from mgq.data.datasets import KEPT, Dataset, is_unsplit, subset, training_folders
+from mgq.data.datasets import Dataset, subset, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.distributed import Peers
 from mgq.engine.evaluate import batch_for, matched
 from mgq.engine.recipe import SYNTHETIC, Recipe, Task, recipe_for
 from mgq.engine.request import Request
-from mgq.errors import printable
 from mgq.events import Watcher
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights
 
@@ -43,19 +43,16 @@ def read_sets(data: str, given: Weights | None, changes: Mapping[str, Any], watc
             SyntheticPictures(counts["val"] or default.synthetic_val, seed, size, "val"),
         )
     else:
-        sets = Sets(*training_folders(Path(data), watcher.on_progress))
-        if is_unsplit(Path(data)):
-            watcher.on_remark(
-                f"{printable(data)} has no train/ and val/: {len(sets.val)} of its pictures, one in {KEPT}, are kept to"
-                " measure on, always the same"
-            )
+        sets = Sets(*training_folders(Path(data), watcher.on_progress, watcher.on_remark))
     if given is not None and given.info is not None:
         sets = Sets(*(matched(dataset, given.info.classes) for dataset in (sets.train, sets.val)))
     limit = changes.get("limit", 0)
     return Sets(subset(sets.train, limit), subset(sets.val, limit)) if limit else sets
 
 
-def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tuple[Loader, Loader]:
+def loaders_of(
+    recipe: Recipe, sets: Sets, request: Request, peers: Peers, how: Preprocessing | None
+) -> tuple[Loader, Loader]:
     """Loaders of the pictures to learn from and to measure on."""
     train_transform = TrainTransform(
         recipe.image_size, scale=(recipe.crop_scale, 1.0), flip=recipe.flip, jitter=recipe.jitter
@@ -72,11 +69,12 @@ def loaders_of(recipe: Recipe, sets: Sets, request: Request, peers: Peers) -> tu
         rank=peers.rank,
         ranks=peers.count,
     )
-    return train_loader, measuring_loader(recipe, sets.val, request)
+    return train_loader, measuring_loader(recipe, sets.val, request, how)
 
 
-def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request) -> Loader:
-    """A loader of ``pictures`` as they are measured on, without augmentation."""
-    transform = EvalTransform(recipe.image_size, interpolation=spec_of(recipe.arch).interpolation)
+def measuring_loader(recipe: Recipe, pictures: Dataset, request: Request, how: Preprocessing | None) -> Loader:
+    """A loader of ``pictures`` as they are measured on, prepared as ``how`` says or as the architecture's are."""
+    how = how or spec_of(recipe.arch).preprocessing
+    transform = EvalTransform(recipe.image_size, how.shorter_side(recipe.image_size), how.interpolation)
     batch = batch_for(recipe.image_size)
     return Loader(pictures, transform, batch, workers=request.workers, broken="drop", max_bad=request.max_bad)

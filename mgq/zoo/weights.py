@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, info_of
 from mgq.files.download import cached, download
 from mgq.files.pickles import read_state
-from mgq.zoo.adapt import State
+from mgq.files.preprocessing import Preprocessing
+from mgq.zoo.adapt import NO_HINTS, Hints, State
+from mgq.zoo.hints import hints_of
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.overflow import overflowing_layer
 from mgq.zoo.parts import Part, network_part
@@ -37,7 +39,7 @@ class Weights:
     ``mode`` is ``normal``, or ``qat`` where the state holds observers too. ``options`` are the builder's options
     that the weights were trained with. ``network`` is in mode ``normal``, in evaluation state, and has the float
     part of the state. ``origin`` is a phrase for the user,
-    ``info`` what an mgq checkpoint says of itself.
+    ``info`` what an mgq checkpoint says of itself. Without ``preprocessing`` it is the architecture's.
     """
 
     arch: str
@@ -48,6 +50,7 @@ class Weights:
     origin: str
     network: M.Module
     info: CheckpointInfo | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def float_part(state: State) -> State:
@@ -96,7 +99,7 @@ def read_weights(
         raise InputError(f"{name} has the parameter names of no architecture of the zoo; see `mgq models`")
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
     kind = ", ".join([file.format, *([file.taken] if file.taken else []), *part.said])
-    return recognized(best, state, name, kind, origin)
+    return recognized(best, state, name, kind, origin, hints_of(path, file.arch))
 
 
 def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
@@ -139,22 +142,29 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
     network = loaded(spec, state, len(info.classes), info.options, name)
     origin = f"{name} ({printable(info.origin)[:200]})"
     mode = mode_in(state)
-    return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info)
+    how = info.preprocessing
+    return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info, how)
 
 
-def recognized(spec: ModelSpec, state: State, name: str, kind: str, origin: str | None) -> Weights:
+def recognized(
+    spec: ModelSpec, state: State, name: str, kind: str, origin: str | None, hints: Hints = NO_HINTS
+) -> Weights:
     """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
-    adapted = spec.adapted(state)
+    adapted = spec.adapted(state, hints)
     options: Mapping[str, Any] = spec.read_options(state)
+    how = hints.preprocessing
     if adapted is not None:
-        state, options = adapted.state, adapted.options
+        state, options, how = adapted.state, adapted.options, adapted.preprocessing
         origin = origin or f"{name} ({kind}, {adapted.layout})"
     classes = classes_in(spec, state)
     network = loaded(spec, state, classes, options, name)
+    if adapted is not None and adapted.unclear:
+        raise InputError(f"{name} {adapted.unclear}")
     layer = overflowing_layer(network)
     if layer is not None:
         raise InputError(f"{name} has finite weights so large that the layer {layer} overflows: take other weights")
-    return Weights(spec.name, state, mode_in(state), options, classes, origin or f"{name} ({kind})", network)
+    told = origin or f"{name} ({kind})"
+    return Weights(spec.name, state, mode_in(state), options, classes, told, network, preprocessing=how)
 
 
 def mode_in(state: State) -> str:
@@ -241,8 +251,8 @@ def load_state(network: M.Module, state: State, what: str) -> None:
 def load_weights(network: M.Module, path: str | Path, key: str | None = None) -> Weights:
     """Load the weights in the file ``path`` into ``network`` (mode ``normal`` or ``qat``), strictly.
 
-    Takes mgq checkpoints (.safetensors), the public example's pickles, and PyTorch files with torchvision's names
-    for ResNet and MobileNetV2 or EfficientNet-Lite's; ``key`` chooses one of several networks in the file. Raises
+    Takes mgq checkpoints (.safetensors), the public example's pickles, and PyTorch files with torchvision's or timm's
+    names, or those of the EfficientNet-Lite packages; ``key`` chooses one of several networks in the file. Raises
     InputError that names the first parameters that differ; the network is unchanged then.
     """
     state = network.state_dict()
@@ -284,23 +294,35 @@ def packaged_weights(spec: ModelSpec) -> Weights | None:
     return read_weights(path, spec, origin=f"ImageNet weights of {packaged.package}")
 
 
-def published_weights(spec: ModelSpec, mode: str, on_progress: OnProgress = silent) -> Weights:
-    """The public example's checkpoint of ``spec``, downloaded into the cache folder where it is not there yet.
+def published_weights(
+    spec: ModelSpec, mode: str, on_progress: OnProgress = silent, version: str | None = None
+) -> Weights:
+    """A published checkpoint of ``spec``, downloaded into the cache folder where it is not there yet.
 
-    A network for int8 needs the ``qat`` one. Raises InputError where none is published, FailureError where the
-    network refuses.
+    It is the default one or the one called ``version``. Raises InputError where none is published, FailureError where
+    the network refuses.
     """
-    checkpoint = published_checkpoint(spec, mode)
+    checkpoint = published_checkpoint(spec, mode, version)
+    if checkpoint is None and version and spec.versions:
+        raise InputError(
+            f"no weights of {spec.name} are called {printable(version)[:80]}: it has {', '.join(spec.versions)}"
+        )
     if checkpoint is None:
         known = ", ".join(s.name for s in specs().values() if s.checkpoints)
         raise InputError(f"no checkpoint is published for {spec.name}; there are some for {known}")
     path = download(checkpoint.source, on_progress=on_progress)
-    return read_weights(path, spec, origin=f"published checkpoint {checkpoint.source.name}")
+    weights = read_weights(path, spec, origin=f"published checkpoint {checkpoint.source.name}")
+    return replace(weights, preprocessing=checkpoint.preprocessing)
 
 
-def published_checkpoint(spec: ModelSpec, mode: str) -> PublishedCheckpoint | None:
-    wanted = "normal" if mode == "normal" else "qat"
-    return next((found for found in spec.checkpoints if found.mode == wanted), None)
+def published_checkpoint(spec: ModelSpec, mode: str, version: str | None = None) -> PublishedCheckpoint | None:
+    """The published checkpoint of ``spec`` for ``mode``, the default one or the one called ``version``; None without.
+
+    A network for int8 needs the ``qat`` one; where the version has only float weights, it is to be calibrated.
+    """
+    version = version or next(iter(spec.versions), None)
+    found = {checkpoint.mode: checkpoint for checkpoint in spec.checkpoints if checkpoint.version == version}
+    return found.get("normal" if mode == "normal" else "qat", found.get("normal"))
 
 
 def is_cached(spec: ModelSpec, mode: str) -> bool:

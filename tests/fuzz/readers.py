@@ -412,6 +412,19 @@ def _encoded(suffixes: Sequence[str]) -> Callable[[], Sequence[bytes]]:
 _EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
 _VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *(("JPEG", "RGB", {}), ("JPEG", "L", {"progressive": True}), ("JPEG", "CMYK", {})),
+    ("AVIF", "RGB", {"exif": _EXIF}),
+    ("AVIF", "RGBA", {"animated": True}),
+    ("JPEG2000", "RGB", {}),
+    ("JPEG2000", "L", {"no_jp2": True, "tile_size": (8, 8)}),
+    ("JPEG2000", "RGBA", {"irreversible": True, "precinct_size": (16, 16)}),
+    ("PPM", "RGB", {}),
+    ("PPM", "1", {}),
+    ("TGA", "RGBA", {"compression": "tga_rle"}),
+    ("TGA", "P", {}),
+    ("PCX", "P", {}),
+    ("PCX", "RGB", {}),
+    ("SGI", "RGBA", {}),
+    ("QOI", "RGB", {}),
     ("JPEG", "RGB", {"exif": _EXIF}),
     *(("PNG", "RGBA", {}), ("PNG", "P", {}), ("PNG", "L", {"transparency": 3}), ("PNG", "1", {})),
     *(("WEBP", "RGB", {}), ("WEBP", "RGBA", {"lossless": True}), ("WEBP", "RGB", {"animated": True})),
@@ -821,6 +834,13 @@ READERS: tuple[Reader, ...] = (
     _picture(
         "tiff", 5, (b"\x00\x01\x03\0", b"\x11\x01\x04\0", b"\x17\x01\x04\0", b"\x42\x01\x04\0", b"\x03\x01\x03\0")
     ),
+    _picture("avif", 4, (b"ispe", b"av1C", b"iloc", b"mdat", b"irot", b"grid", b"stco", b"\x0a\x0b", b"\x12\0")),
+    _picture("jpeg2000", 4, (b"\xff\x51", b"\xff\x52", b"\xff\x53", b"\xff\x90", b"\xff\x93", b"pclr", b"cdef")),
+    _picture("ppm", 2, (b"P1", b"P3", b"P7\n", b"#", b"WIDTH ", b"DEPTH ", b"\nENDHDR\n", b" 65535\n", b" 999999999 ")),
+    _picture("tga", 2, (b"\0\0\x02", b"\x01\x01\x09", b"\0\0\x0a", b"\x20\x08", b"\x18\x20")),
+    _picture("pcx", 1, (b"\x0a\x05\x01\x08", b"\x0a\x03\x01\x01", b"\x0c", b"\xff\xff")),
+    _picture("sgi", 1, (b"\x01\xda\x01\x01", b"\x01\xda\0\x02", b"\0\x03", b"\xff\xff")),
+    _picture("qoi", 1, (b"qoif", b"\xfe", b"\xff", b"\xc0", b"\0\0\0\x01")),
     Reader(
         "imagenet tar",
         ".tar",
