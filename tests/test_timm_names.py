@@ -167,6 +167,14 @@ def as_pth(state: State, path: Path) -> Path:
     return path
 
 
+def trained(path: Path, state: State, **beside: object) -> Path:
+    """A checkpoint as timm's ``train.py`` leaves it: the weights, and what is known of them ``beside``."""
+    forge = Forge()
+    tensors = {name: forge.tensor(np.ascontiguousarray(value)) for name, value in state.items()}
+    path.write_bytes(forge.zip({"epoch": 9, **beside, "state_dict": tensors}))
+    return path
+
+
 Write = Callable[[State, Path], Path]
 
 
@@ -268,6 +276,72 @@ class TestReading:
         with pytest.raises(InputError) as caught:
             read_weights(in_hub(tmp_path / "odd", config))
         assert one_line_about(str(caught.value), "config.json")
+
+    @pytest.mark.parametrize(
+        ("arch", "name"),
+        [
+            ("tf_efficientnet_lite0", "tf_efficientnet_lite0"),
+            ("hf-hub:timm/tf_efficientnet_lite0.in1k", "tf_efficientnet_lite0"),
+            ("efficientnet_lite0", "efficientnet_lite0"),
+            ("efficientnet_lite0.ra_in1k", "efficientnet_lite0"),
+        ],
+    )
+    def test_a_checkpoint_is_told_by_the_arch_that_it_keeps(self, arch: str, name: str, tmp_path: Path) -> None:
+        state, pictures = state_of("efficientnet_lite0"), random_pictures(64)
+        weights = read_weights(trained(tmp_path / "model_best.pth.tar", state, arch=arch))
+        assert f"timm names, read as {name} by the arch in the file" in weights.origin
+        network = tf_lite(0) if name.startswith("tf_") else lite(0)
+        assert_equal_logits(logits_of(weights.network, pictures), network.logits(state, pictures))
+
+    def test_the_arch_in_a_file_goes_before_the_file_s_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "efficientnet_lite0.pth"
+        weights = read_weights(trained(path, state_of("efficientnet_lite0"), arch="tf_efficientnet_lite0"))
+        assert "read as tf_efficientnet_lite0 by the arch in the file" in weights.origin
+
+    @pytest.mark.parametrize("arch", ["efficientnet", "", 5, None])
+    def test_an_arch_that_tells_nothing_leaves_it_to_the_file_s_name(self, arch: object, tmp_path: Path) -> None:
+        state = state_of("efficientnet_lite0")
+        weights = read_weights(trained(tmp_path / "tf_efficientnet_lite0.pth", state, arch=arch))
+        assert "read as tf_efficientnet_lite0 by the file's name" in weights.origin
+        with pytest.raises(InputError) as caught:
+            read_weights(trained(tmp_path / "last.pth.tar", state, arch=arch))
+        assert one_line_about(str(caught.value), "last.pth.tar", "tf_efficientnet_lite*", " efficientnet_lite*")
+
+    def test_an_arch_of_a_thousand_letters_is_said_in_short(self, tmp_path: Path) -> None:
+        state = state_of("mobilenetv2_100")
+        weights = read_weights(trained(tmp_path / "last.pth.tar", state, arch="mobilenetv2_100." + "a" * 4000))
+        assert "read as mobilenetv2_100.aaa" in weights.origin and len(weights.origin) < len(str(tmp_path)) + 300
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
+    def test_a_wrapper_s_prefix_hides_neither_names_nor_hints(self, prefix: str, tmp_path: Path) -> None:
+        state, pictures = state_of("efficientnet_lite0"), random_pictures(64)
+        wrapped = {prefix + name: value for name, value in state.items()}
+        weights = read_weights(as_pth(wrapped, tmp_path / "tf_efficientnet_lite0.pth"))
+        assert f"without the prefix '{prefix}', timm names, read as tf_efficientnet_lite0" in weights.origin
+        assert_equal_logits(logits_of(weights.network, pictures), tf_lite(0).logits(state, pictures))
+
+    def test_of_a_network_and_its_average_the_chosen_one_is_told_by_the_arch(self, tmp_path: Path) -> None:
+        state, forge = state_of("efficientnet_lite0"), Forge()
+        average = {**state, "classifier.bias": state["classifier.bias"] + 1}
+        both = {
+            key: {name: forge.tensor(np.ascontiguousarray(value)) for name, value in of.items()}
+            for key, of in (("state_dict", state), ("state_dict_ema", average))
+        }
+        path = tmp_path / "last.pth.tar"
+        path.write_bytes(forge.zip({"arch": "tf_efficientnet_lite0", **both}))
+        for key, expected, other in (("state_dict", state, "state_dict_ema"), (None, average, "state_dict")):
+            weights = read_weights(path, key=key)
+            assert f"not '{other}', timm names, read as tf_efficientnet_lite0" in weights.origin
+            assert np.array_equal(weights.state["classifier.1.bias"], expected["classifier.bias"])
+
+    def test_the_recipe_s_crop_is_told_by_the_arch(self, tmp_path: Path) -> None:
+        state = made_up(resnet_names(18, CLASSES))
+        weights = read_weights(trained(tmp_path / "last.pth.tar", state, arch="resnet18.a1_in1k"))
+        assert weights.preprocessing == Preprocessing(1 / 0.95, "bicubic")
+
+    def test_an_arch_of_no_known_recipe_says_nothing(self, tmp_path: Path) -> None:
+        weights = read_weights(trained(tmp_path / "model_best.pth.tar", made_up(resnet_names(18, 10)), arch="resnet18"))
+        assert "torchvision names)" in weights.origin and weights.preprocessing is None
 
     @pytest.mark.parametrize("file", ["resnet18.pth", "resnet18-f37072fd.pth", "my_resnet18.best.pth", "weights.pth"])
     def test_a_name_of_no_known_recipe_says_nothing(self, file: str, tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_models_are_shown_whole(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(out, "width", width)
-    entry = {"name": "shufflenet_v1_x0_5_g3", "parameters": 880_000, "macs_224": 51e6, "top1_float": 69.8}
-    entry |= {"top1_int8": None, "weights_at_hand": ["runs/x: y"], "weights_elsewhere": [], "top1_source": "a paper"}
-    models.show([entry])
+    weights = {"version": None, "from": "a package", "at_hand": True, "publisher": "a paper"}
+    entry = {"name": "shufflenet_v1_x0_5_g3", "parameters": 880_000, "macs_224": 51e6, "weights_at_hand": ["runs/x: y"]}
+    models.show([{**entry, "weights": [{**weights, "top1_float": 69.8, "top1_int8": None}]}])
     shown = capsys.readouterr().out
     for word in ("shufflenet_v1_x0_5_g3", "0.88 M", "51 M", "69.8", "runs/x"):
         assert word in shown

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, Pretrained, Save, TargetName, ready_for
+from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, KeyName, Pretrained, Save, TargetName, ready_for
 from mgq.cli.values import COUNT
 from mgq.errors import printable
 
@@ -27,6 +27,7 @@ def analyze(
     ] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
+    key: KeyName = None,
     images: Annotated[
         int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
     ] = 32,
@@ -58,7 +59,7 @@ def analyze(
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(pictures or [], note))
-    ready_for(checkpoint, deployed=False)
+    ready_for(checkpoint, deployed=False, key=key)
     from mgq.engine import analysis
     from mgq.reports.analysis_page import write_page
     from mgq.reports.html import checked_page
@@ -66,7 +67,7 @@ def analyze(
     checked_page(html or Path("analysis.html"))
     with progress() as on_progress:
         words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
-        found = analysis.analyze(*words)
+        found = analysis.analyze(*words, key)
     for remark in [*found.remarks, *found.pictures.problems]:
         note(remark)
     page = html or Path(f"{found.classifier.spec.name}.analysis.html")

@@ -17,6 +17,7 @@ from mgq.cli.options import (
     AsJson,
     CheckpointFile,
     ImageSize,
+    KeyName,
     Limit,
     MaxBad,
     Pretrained,
@@ -55,6 +56,7 @@ def calibrate(
     ] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
+    key: KeyName = None,
     images: Annotated[
         int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
     ] = 256,
@@ -135,11 +137,11 @@ def calibrate(
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
     refuse_hopeless(expand(pictures or [], note))
-    ready_for(checkpoint, deployed=False)
+    ready_for(checkpoint, deployed=False, key=key)
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:
-        classifier = opened(*words, on_progress)
+        classifier = opened(*words, on_progress, key=key)
         from mgq.data.datasets import subset
         from mgq.engine.accuracy_aware import ranked_layers, within_drop
         from mgq.engine.calibration import calibrated, calibrated_without_pictures, expected_seconds

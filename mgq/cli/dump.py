@@ -15,6 +15,7 @@ from mgq.cli.options import (
     Arch,
     CheckpointFile,
     ImageSize,
+    KeyName,
     ModeName,
     Pretrained,
     Ranges,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 def dump(
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
+    key: KeyName = None,
     mode: ModeName = "quantized",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine or .onnx by default.")
@@ -99,12 +101,12 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    ready_for(checkpoint, deployed=False)
+    ready_for(checkpoint, deployed=False, key=key)
     from mgq.engine.dump import opened_for
 
     with progress() as on_progress:
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
-        classifier = opened_for(partial(opened, *where), output, kind, target)
+        classifier = opened_for(partial(opened, *where, key=key), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune)
     pictures = pictures_in(classifier, data) if data is not None and check != "none" else None
     dumped = written(classifier, wanted, out)

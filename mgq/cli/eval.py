@@ -18,6 +18,7 @@ from mgq.cli.options import (
     EngineName,
     ImageSize,
     Jobs,
+    KeyName,
     LabelledData,
     Limit,
     MaxBad,
@@ -51,6 +52,7 @@ def evaluate(
     data: LabelledData = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
+    key: KeyName = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -115,9 +117,9 @@ def evaluate(
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = data_in(data, on_progress) if data is not None else None
-        ready_for(checkpoint)
+        ready_for(checkpoint, key=key)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
+        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine import evaluate as evaluation
@@ -174,11 +176,12 @@ def opened_as_can_be(
     on_progress: OnProgress,
     target: str | None,
     engine: str | None,
+    key: str | None,
 ) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine)
+    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
     if checkpoint is None and not pretrained and only_float_run(arch, save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return opened(arch, None, "normal", *words)

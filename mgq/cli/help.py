@@ -11,8 +11,8 @@ WIDEST = 24
 ARGUMENTS, OWN, DEVICES, OUTPUT = "Arguments", "Options", "Devices", "Output"
 GROUPS: dict[str, tuple[str, ...]] = {
     "Network": (
-        *("--arch", "--checkpoint", "--mode", "--target", "--engine", "--pretrained", "--ranges", "--from-scratch"),
-        *("--new-head", "--classes", "--image-size", "--width", "--activation"),
+        *("--arch", "--checkpoint", "--key", "--mode", "--target", "--engine", "--pretrained", "--ranges"),
+        *("--from-scratch", "--new-head", "--classes", "--image-size", "--width", "--activation"),
     ),
     "Pictures": ("--data", "--image", "--images", "--limit", "--workers", "--jobs", "--max-bad"),
     OWN: ("--help",),

@@ -17,6 +17,7 @@ from mgq.cli.options import (
     CheckpointFile,
     EngineName,
     ImageSize,
+    KeyName,
     ModeName,
     Pretrained,
     Ranges,
@@ -46,6 +47,7 @@ def infer(
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
+    key: KeyName = None,
     mode: ModeName = "quantized",
     topk: Annotated[
         int | None,
@@ -81,10 +83,10 @@ def infer(
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    ready_for(checkpoint, deployed=not write)
+    ready_for(checkpoint, not write, key)
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
-        classifier = opened(*words)
+        classifier = opened(*words, key)
         from mgq.engine.predict import answers
 
         found = begun(reported(answers(classifier, sources, topk), len(sources), on_progress))

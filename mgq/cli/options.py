@@ -20,6 +20,8 @@ CheckpointFile = Annotated[
     Path | None,
     typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth; or a dump."),
 ]
+KEY_HELP = "Which network of the file of -c, where it has several, such as state_dict_ema."
+KeyName = Annotated[str | None, typer.Option("--key", metavar="NAME", help=KEY_HELP)]
 ModeName = Annotated[
     str,
     typer.Option("-m", "--mode", click_type=MODE, help="normal (float32), qat (fake-quantized) or quantized (int8)."),
@@ -88,10 +90,10 @@ def arch_at_hand(save: Path, mode: str | None) -> str | None:
     return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
 
 
-def ready_for(checkpoint: Path | None, deployed: bool = True) -> None:
+def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
     """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
 
-    ``deployed`` says whether it may be a dumped file.
+    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
     """
     from mgq.cli.console import import_megengine
     from mgq.deploy.formats import format_of
@@ -100,8 +102,10 @@ def ready_for(checkpoint: Path | None, deployed: bool = True) -> None:
 
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
+    if checkpoint is None and key is not None:
+        raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
-        refuse_unreadable(checkpoint)
+        refuse_unreadable(checkpoint, key)
     import_megengine()
 
 
@@ -117,6 +121,7 @@ def opened(
     on_progress: OnProgress,
     target: str | None = None,
     engine: str | None = None,
+    key: str | None = None,
 ) -> Classifier:
     """The network that the shared options mean; behind :func:`ready_for`."""
     from mgq.deploy.formats import format_of
@@ -148,5 +153,6 @@ def opened(
         image_size,
         on_progress,
         target,
+        key,
     )
     return classifier if engine is None else with_engine(classifier, engine)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.options import RUNS, AsJson, LabelledData, Limit, Save, ready_for
+from mgq.cli.options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, ready_for
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report
@@ -23,6 +23,7 @@ def report(
     checkpoint: Annotated[
         Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
     ] = None,
+    key: KeyName = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The page to write.", show_default="report.html in the run")
     ] = None,
@@ -47,11 +48,11 @@ def report(
     """
     from mgq.cli.console import progress
 
-    ready_for(checkpoint, deployed=False)
+    ready_for(checkpoint, deployed=False, key=key)
     from mgq.reports import report as reports
 
     with progress() as on_progress:
-        written = reports.report(run, data, checkpoint, save, output, limit, pictures, engines, on_progress)
+        written = reports.report(run, data, checkpoint, save, output, limit, pictures, engines, on_progress, key)
     if as_json:
         sys.stdout.write(json.dumps(written.to_json()) + "\n")
     else:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 from click import ParamType
 
-from mgq.cli.options import RUNS, ready_for
+from mgq.cli.options import KEY_HELP, RUNS, ready_for
 from mgq.cli.values import (
     ARCH,
     AT_LEAST_NONE,
@@ -70,6 +70,7 @@ SHARED: dict[str, Option] = {
     "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
     "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
     "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
+    "key": Option(str, None, ("--key",), KEY_HELP),
     "pretrained": Option(
         str, None, ("--pretrained",), "Begin with the zoo's weights; downloads published ones.", PRETRAINED
     ),
@@ -175,7 +176,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
 
     if values["recipe"] is not None:
         read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
-    ready_for(values["checkpoint"], deployed=False)
+    ready_for(values["checkpoint"], deployed=False, key=values["key"])
     from mgq.engine import training
     from mgq.engine.calls import request_of
     from mgq.engine.trainer import StoppedError

@@ -152,6 +152,7 @@ def analyze(
     images: int = IMAGES,
     on_progress: OnProgress = silent,
     on_remark: OnRemark = unheard,
+    key: str | None = None,
 ) -> Analysis:
     """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
 
@@ -164,7 +165,7 @@ def analyze(
     where = Path(checkpoint) if checkpoint is not None else None
     if arch is None and where is None and not pretrained:
         arch = newest_arch(Path(save), Mode.QAT)
-    classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress)
+    classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
     root = Path(data) if data is not None else None
     seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress, on_remark)
     found = sensitivity_of(classifier.network, seen.images, seen.labels, corrections, on_progress)
@@ -178,10 +179,11 @@ def opened_with_corrections(
     pretrained: bool | str,
     target: str | None,
     on_progress: OnProgress,
+    key: str | None = None,
 ) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
     """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress)
+    weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress, key)
     if weights.mode == Mode.QAT.value:
         return classifier_from(weights, Mode.QAT, target=target), {}
     ranges = ranges_for(weights, None, target)

@@ -107,7 +107,7 @@ def wanted_network(request: Request, changes: dict[str, Any]) -> tuple[ModelSpec
         changes.pop("options", None)
     if request.checkpoint is None:
         return spec_of(arch or DEFAULT_ARCH), None
-    weights = read_weights(request.checkpoint, spec_of(arch) if arch else None)
+    weights = read_weights(request.checkpoint, spec_of(arch) if arch else None, key=request.key)
     return spec_of(weights.arch), weights
 
 

@@ -57,16 +57,18 @@ def evaluate(
     jobs: int = 1,
     save: str | Path = "runs",
     on_progress: OnProgress = silent,
+    key: str | None = None,
 ) -> Evaluation:
     """Measure a network on labelled pictures, as ``mgq eval`` does: top-1 and top-5 in percent, loss in nats.
 
-    ``data`` is a folder of class folders (or one with ``val/``), by default what the run was measured on. Raises
+    ``data`` is a folder of class folders (or one with ``val/``), by default what the run was measured on; ``key``
+    chooses one of several networks in ``checkpoint``. Raises
     InputError where there are no weights or pictures, or their classes do not match.
     """
     wanted = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None:
         arch = newest_arch(Path(save), wanted)
-    classifier = open_classifier(arch, Path(checkpoint) if checkpoint else None, wanted, Path(save))
+    classifier = open_classifier(arch, Path(checkpoint) if checkpoint else None, wanted, Path(save), key=key)
     root = Path(data) if data is not None else None
     pictures = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:

@@ -84,11 +84,12 @@ def dump_classifier(
     if batch is not None and batch < 1:
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
     ensure_writable_folder(path.absolute().parent)
+    cat = classifier.crop(read_picture(bundled_cat()))
+    classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
     if kind == "onnx":
         return dumped_onnx(classifier, path, input_type, batch, rewrites)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
-    cat = classifier.crop(read_picture(bundled_cat()))
     report = write_megengine(
         classifier.network,
         path,

@@ -20,11 +20,11 @@ from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_f
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 from mgq.engine.files import opened_file, written_for
-from mgq.engine.metrics import Labels, Logits, Meter, cross_entropy, standard_error
+from mgq.engine.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.networks import Classifier, class_names, open_classifier
 from mgq.engine.processes import Channel, Task, in_processes, nothing
 from mgq.engine.recipe import SYNTHETIC
-from mgq.errors import FailureError, InputError, printable
+from mgq.errors import InputError, printable
 from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
 from mgq.machine import usable_cores
 from mgq.quant.modes import Mode
@@ -324,8 +324,7 @@ class _Tally:
                 f"{self.loader.dataset.name} has {len(self.loader.dataset.classes)} classes and the network has"
                 f" {outputs} outputs: give pictures of its classes"
             )
-        if not np.isfinite(logits).all():
-            raise FailureError("the network's answers are not finite numbers: its weights are damaged, take others")
+        refuse_not_finite(logits)
 
     def evaluation(self, jobs: int = 1) -> Evaluation:
         seconds = time.perf_counter() - self.start

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import FailureError
+
 Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 TOP = 5
 """The k of the second accuracy that is always given; less where there are fewer classes."""
+
+
+def refuse_not_finite(logits: Logits) -> None:
+    """Raises FailureError where one of ``logits`` is NaN or infinite: no answer can be told from them."""
+    if not np.isfinite(logits).all():
+        raise FailureError("the network's answers are not finite numbers: its weights are damaged, take others")
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> npt.NDArray[np.float64]:

@@ -18,6 +18,7 @@ from megengine import Tensor
 from mgq.data.classes import imagenet_classes
 from mgq.data.transforms import eval_crop
 from mgq.engine.deployed import int8_of
+from mgq.engine.metrics import refuse_not_finite
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
@@ -83,8 +84,9 @@ class Classifier:
         return target_of(self.fake_quantized) if self.fake_quantized is not None else MEGENGINE
 
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+        """uint8 (N, 3, H, W), BGR -> float32 (N, classes). Raises FailureError where they are not finite."""
         result: npt.NDArray[np.float32] = self.network(Tensor(as_input(batch))).numpy()
+        refuse_not_finite(result)
         return result
 
     def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -132,18 +134,19 @@ def open_classifier(
     image_size: int | None = None,
     on_progress: OnProgress = silent,
     target: str | None = None,
+    key: str | None = None,
 ) -> Classifier:
     """The network that these words mean, ready to run.
 
-    Weights come from ``checkpoint``; else the newest run of ``arch`` under ``save``; else the zoo's pretrained
-    ones (``pretrained`` goes straight to them, and allows a download; a name such as ``v1`` asks for that version of
-    them). A float state needs ``ranges``, or those
-    that mgq has for exactly these weights, to become ``qat`` or ``quantized``. ``target`` has to be what they were
-    quantized for; MegEngine by default where that is open. Raises InputError where there are no weights, where they do
-    not fit, or where ranges are missing.
+    Weights come from ``checkpoint``, where ``key`` chooses one of several networks; else the newest run of ``arch``
+    under ``save``; else the zoo's pretrained ones (``pretrained`` goes straight to them, and allows a download; a name
+    such as ``v1`` asks for that version of them). A float state needs ``ranges``, or those that mgq has for exactly
+    these weights, to become ``qat`` or ``quantized``. ``target`` has to be what they were quantized for; MegEngine by
+    default where that is open. Raises InputError where there are no weights, where they do not fit, or where ranges are
+    missing.
     """
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress)
+    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
     for name, value in (options or {}).items():
         if name not in spec_of(weights.arch).options:
             raise InputError(f"{weights.arch} has no option '{name}'; leave it out")
@@ -160,9 +163,10 @@ def found_weights(
     save: Path,
     pretrained: bool | str,
     on_progress: OnProgress,
+    key: str | None = None,
 ) -> Weights:
     if checkpoint is not None:
-        return read_weights(checkpoint, spec)
+        return read_weights(checkpoint, spec, key=key)
     spec = spec or spec_of(DEFAULT_ARCH)
     run = None if pretrained else newest_run(spec, mode, save)
     if run is not None:

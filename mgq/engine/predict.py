@@ -121,11 +121,12 @@ def infer(
     mode: Mode | str = Mode.QUANTIZED,
     topk: int | None = None,
     on_progress: OnProgress = silent,
+    key: str | None = None,
 ) -> list[Answer]:
     """Classify ``pictures`` (files, folders, glob patterns; the bundled cat when none) with one network.
 
-    The network is chosen as ``mgq infer`` chooses it: ``checkpoint``, else the newest run of ``arch`` under
-    ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
+    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest
+    run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
     :class:`Answer` a picture, in order. Raises InputError where there is no such network.
     """
     classifier = open_classifier(
@@ -133,6 +134,7 @@ def infer(
         Path(checkpoint) if checkpoint is not None else None,
         mode if isinstance(mode, Mode) else parse_mode(mode),
         on_progress=on_progress,
+        key=key,
     )
     sources = expand([str(picture) for picture in pictures] or [str(bundled_cat())])
     found = []

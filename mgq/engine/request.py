@@ -28,6 +28,7 @@ class Request:
     data: Path | None = None
     save: Path = Path("runs")
     checkpoint: Path | None = None
+    key: str | None = None
     recipe: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)

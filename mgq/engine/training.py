@@ -156,6 +156,8 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
             f"run `mgq train -a {spec.name} -d {data}` first"
         )
     plan = planned(request, Mode.QAT, spec, data, sets, beginning, changes)
+    if at_hand:
+        watcher.on_remark(f"{spec.name}: begins with {given.origin}")
     with new_run(plan, watcher) as run:
         return finished(plan, run, cluster, watcher)
 

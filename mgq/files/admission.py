@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mgq.errors import InputError, printable
 
-def refuse_unreadable(path: Path) -> None:
+
+def refuse_unreadable(path: Path, key: str | None = None) -> None:
     """Read ``path`` as what it is called, and keep nothing. Needs no MegEngine.
 
-    Raises InputError as the reader does: for a file that is missing or damaged, is something else, or would run code.
+    Raises InputError as the reader does: for a file that is missing or damaged, is something else, would run code, or
+    has no network called ``key``.
     """
     suffix = path.suffix.lower()
+    if key is not None and suffix in (".onnx", ".megengine"):
+        raise InputError(f"{printable(path)} is a finished file with one network: leave out --key")
     if suffix == ".onnx":
         from mgq.files.onnx_file import read_onnx
 
@@ -22,4 +27,4 @@ def refuse_unreadable(path: Path) -> None:
     else:
         from mgq.files.pickles import read_state
 
-        read_state(path)
+        read_state(path, key)

@@ -17,7 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from mgq.files.flatbuffer import LONGEST_VECTOR, Table
+from mgq.files.sound import fault_of
 
 Shape = tuple[int, ...]
 
@@ -177,6 +180,10 @@ def _constant(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
     # Several constants may not show the same bytes: each becomes memory of its own.
     reader.data_left -= len(data)
     _demand(reader.data_left >= 0)
+    if kind == FLOAT32:
+        fault = fault_of(np.frombuffer(data, "<f4"), is_variance=False)
+        if fault:
+            raise ForeignGraphError(f"has {fault} in its constant {len(reader.variables)}")
     few = kind == INT32 and len(shape) == 1 and shape[0] <= _MOST_AXES
     return _Variable(kind, shape, struct.unpack(f"<{shape[0]}i", data) if few else None)
 

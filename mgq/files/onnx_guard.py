@@ -13,7 +13,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from mgq.errors import printable
+from mgq.files.sound import fault_of
 
 MOST_BYTES = 1 << 28
 """Of a file, and of any tensor that is computed for one picture (or one batch, where its size is fixed)."""
@@ -68,8 +71,10 @@ def output_shapes(model: Any) -> dict[str, tuple[int, ...]]:
         raise StrangeModelError("has functions or parts that are no plain graph, which are not run")
     if len(graph.node) > _MOST_NODES:
         raise StrangeModelError(f"has more than {_MOST_NODES:,} operators, which no classifier has")
+    variances = {node.input[4] for node in graph.node if node.op_type == "BatchNormalization" and len(node.input) > 4}
     for tensor in graph.initializer:
         _refuse_tensor(tensor)
+        _refuse_numbers(tensor, tensor.name in variances)
     for node in graph.node:
         _refuse_node(node)
     names = Counter(tensor.name for tensor in graph.initializer)
@@ -97,6 +102,7 @@ def _refuse_node(node: Any) -> None:
             raise StrangeModelError(f"has a {_short(node.op_type)} with {_short(attribute.name)}, which is not run")
         if kind == "TENSOR":
             _refuse_tensor(attribute.t)
+            _refuse_numbers(attribute.t, False)
         least = 1 if attribute.name in _COUNTS_FROM_1 else 0 if attribute.name in _COUNTS_FROM_0 else None
         numbers = (attribute.i,) if kind == "INT" else attribute.ints
         if least is not None and not all(least <= number <= _MOST_STEP for number in numbers):
@@ -116,6 +122,16 @@ def _refuse_tensor(tensor: Any) -> None:
     data = len(tensor.raw_data), len(getattr(tensor, place))
     if data not in ((elements * width, 0), (0, elements)):
         raise StrangeModelError(f"has a constant {name} of another size than it says")
+
+
+def _refuse_numbers(tensor: Any, is_variance: bool) -> None:
+    """Raises StrangeModelError where a constant cannot be weights. A single infinity may be the end of a range."""
+    import onnx
+
+    values = onnx.numpy_helper.to_array(tensor)
+    fault = fault_of(values, is_variance)
+    if fault and not (values.size == 1 and np.isinf(values).all()):
+        raise StrangeModelError(f"has {fault} in {_short(tensor.name)}")
 
 
 def _skeleton(model: Any) -> Any:

@@ -5,7 +5,9 @@ of unknown origin, even when it may look up no dangerous name: an index in the f
 gigabytes, a deep tuple used as a key overflows its stack, and a state can be written into the functions that
 guard it. So a machine of our own reads pickles here. It knows only the instructions that weights need. A name
 in the file stays a name (:class:`_Name`, which cannot be called), and each name that may be "called" stands
-for one function of this module that makes an array or a container. Steps and memory are limited.
+for one function of this module that makes an array or a container. What programs leave beside the weights (settings,
+paths, dates: :mod:`mgq.files.inert`) becomes one inert value, whatever its arguments. Any other name is refused. Steps
+and memory are limited.
 
 Format: the opcodes of Python's ``pickletools`` for protocols 2 to 5; ``megengine.save``; ``torch.save``.
 """
@@ -25,6 +27,11 @@ import safetensors
 
 from mgq.errors import InputError, printable
 from mgq.files.bounded import LONGEST_JSON, object_in
+from mgq.files.checkpoint import KEY as CHECKPOINT_KEY
+from mgq.files.choice import as_mapping, chosen
+from mgq.files.foreign import SAVED_MODEL, TENSORFLOW, known_file, known_model, known_name
+from mgq.files.inert import OF_INERT, Inert, is_inert, is_mapping
+from mgq.files.sound import unsound
 from mgq.files.torch_files import (
     CODES,
     LEGACY_MAGIC,
@@ -33,6 +40,7 @@ from mgq.files.torch_files import (
     Allowance,
     Archive,
     Array,
+    DamagedError,
     LegacyStorages,
     Storages,
     TorchTensor,
@@ -45,11 +53,12 @@ from mgq.files.torch_files import (
     torch_tensor,
 )
 
-_LARGEST_FILE = 2**28  # mobilenet_v2 at its greatest width has 212 MiB
+_LARGEST_FILE = 2**30  # mobilenet_v2 at its greatest width has 212 MiB, and an average and momentum beside it
 _MOST_MEMORY = 2**29  # of all arrays together
 _MOST_STEPS = 500_000  # PyTorch needs about 40 for a tensor
 _LONGEST_TEXT = 4096  # beyond it a text stays bytes
 _LONGEST_NAME = 256
+_LONGEST_PICKLE = 2**22  # without the data, as PyTorch writes it
 _LARGEST_KEY = 2**31
 LONGEST_HEADER = LONGEST_JSON
 """Bytes in the header of a .safetensors file."""
@@ -68,7 +77,6 @@ _SAFETENSORS_CODES = {
     "F32": "f4",
     "F64": "f8",
 }
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 
 
 @dataclass(frozen=True)
@@ -79,35 +87,48 @@ class StateFile:
     float32; numbers are arrays of no axes. The dtype of an array quantized by MegEngine carries its scale as
     ``dtype.metadata["mgb_dtype"]``, the form that MegEngine itself uses. ``step`` is the training step where
     the file tells it. ``format`` is "megengine pickle", "torch zip", "torch legacy" or "safetensors".
-    ``metadata`` is the free text in the header of a ``.safetensors`` file, empty for the others.
+    ``metadata`` is the free text in the header of a ``.safetensors`` file, empty for the others. ``taken`` says in
+    words which of several networks this is, or where it lay if that is unusual; '' otherwise. ``arch`` is the
+    architecture as the file calls it, where it does.
     """
 
     tensors: dict[str, Array]
     step: int | None
     format: str
     metadata: dict[str, str]
+    taken: str = ""
+    arch: str | None = None
 
 
-def read_state(path: Path) -> StateFile:
+def read_state(path: Path, key: str | None = None) -> StateFile:
     """The weights in a file of MegEngine, PyTorch or safetensors, recognised by its content.
 
-    Reads a state dict alone or under one of "state_dict", "model", "model_state_dict" and "net". Runs nothing
-    that the file asks for, and takes at most a few times the file's size in memory.
+    Reads a state dict, alone or inside of other containers. Of several it takes the one under the dotted ``key``;
+    without a key the one that the file's program prefers. Runs nothing that the file asks for, and takes at most a
+    few times the file's size in memory.
 
     Raises InputError, one line, when the file is missing, cannot be read, is damaged, wants code to be run,
-    or holds something else than named tensors and numbers.
+    holds something else than named tensors and numbers, or numbers that cannot be weights; where it has no such
+    ``key``, or several networks of which none is preferred.
     """
     data = _content(path)
     try:
-        return _state(data)
+        found = _state(data, key)
+        fault = unsound(found.tensors)
+        if fault:
+            raise UnreadableError(fault)
+        return found
     except UnreadableError as error:
-        raise InputError(f"{printable(path)} {error}") from error
+        why = known_name(path.name) or error if isinstance(error, DamagedError) else error
+        raise InputError(f"{printable(path)} {why}") from error
 
 
 def _content(path: Path) -> bytes:
     """The bytes of the file ``path``. Raises InputError when it is no file, too large or not readable."""
     try:
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode) and (path / SAVED_MODEL).exists():
+            raise InputError(f"{printable(path)} {TENSORFLOW}")
         if stat.S_ISDIR(status.st_mode):
             raise InputError(f"{printable(path)} is a folder: give a weights file")
         if not stat.S_ISREG(status.st_mode):
@@ -126,23 +147,26 @@ def _content(path: Path) -> bytes:
     return data
 
 
-def _state(data: bytes) -> StateFile:
+def _state(data: bytes, key: str | None) -> StateFile:
     allowance = Allowance(min(2 * len(data) + 2**26, _MOST_MEMORY))
     if _looks_like_safetensors(data):
-        return _safetensors_state(data, allowance)
+        return _safetensors_state(data, key, allowance)
     if data.startswith(b"PK"):
         archive = Archive(data)
         machine = _Machine(archive.pickle(), allowance)
-        return _picked(machine.load(archive), "torch zip", allowance)
+        return _picked(machine.load(archive), key, "torch zip", allowance)
     if data[257:262] == b"ustar":
         raise UnreadableError(
             "is a tar archive, PyTorch's oldest format, which is not read: load it in PyTorch and save it again"
         )
+    what = known_file(data)
+    if what:
+        raise UnreadableError(what)
     machine = _Machine(memoryview(data), allowance)
     root = machine.load()
     if type(root) is int and root == LEGACY_MAGIC:
-        return _picked(_legacy_root(machine, memoryview(data)), "torch legacy", allowance)
-    return _picked(root, "megengine pickle", allowance)
+        return _picked(_legacy_root(machine, memoryview(data)), key, "torch legacy", allowance)
+    return _picked(root, key, "megengine pickle", allowance)
 
 
 def _legacy_root(machine: _Machine, data: memoryview) -> object:
@@ -162,7 +186,7 @@ def _looks_like_safetensors(data: bytes) -> bool:
     return data[8:9] == b"{" and (data[4:8] == b"\0\0\0\0" or data[:1] != b"\x80")
 
 
-def _safetensors_state(data: bytes, allowance: Allowance) -> StateFile:
+def _safetensors_state(data: bytes, key: str | None, allowance: Allowance) -> StateFile:
     header = _safetensors_header(data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -178,14 +202,19 @@ def _safetensors_state(data: bytes, allowance: Allowance) -> StateFile:
     except safetensors.SafetensorError as error:
         why = printable(error)[:120]
         raise UnreadableError(f"has a header that does not fit its data ({why}): get it again") from error
+    if key is not None and CHECKPOINT_KEY in metadata:
+        raise UnreadableError("is mgq's own checkpoint, which has one network: leave out --key")
+    found = dict(entries)
+    choice = chosen({name: name for name in found}, key, lambda _: True)
     tensors = {}
-    for name, entry in entries:
+    for name, whole_name in choice.state.items():
+        entry = found[whole_name]
         code, shape = _SAFETENSORS_CODES[entry["dtype"]], checked_shape(tuple(entry["shape"]))
         view = element_view(memoryview(entry["data"]), code, "<", shape, 0, _packed(shape))
         tensors[name] = owned(view, code, allowance)
     if not tensors:
         raise _no_tensors()
-    return StateFile(tensors, None, "safetensors", metadata)
+    return StateFile(tensors, None, "safetensors", metadata, choice.said)
 
 
 def _safetensors_header(data: bytes) -> dict[str, Any]:
@@ -199,24 +228,22 @@ def _safetensors_header(data: bytes) -> dict[str, Any]:
         raise damaged() from error
 
 
-def _picked(root: object, format: str, allowance: Allowance) -> StateFile:
+def _picked(root: object, key: str | None, format: str, allowance: Allowance) -> StateFile:
     """The state dict in what a pickle held, as arrays. Raises UnreadableError unless there is one."""
-    if type(root) is not dict:
+    whole = as_mapping(root, _is_tensor)
+    if not isinstance(whole, dict):
         raise UnreadableError(f"holds {_kind(root)}, not a state dict: save the state dict of a network")
-    inside = [name for name in _WRAPPERS if _has_tensors(root.get(name))]
-    if len(inside) > 1:
-        names = " and ".join(map(repr, inside))
-        raise UnreadableError(f"has more than one set of tensors, under {names}: save the one you want alone")
-    state = root[inside[0]] if inside else root
-    if not _has_tensors(state):
+    choice = chosen(whole, key, _is_tensor)
+    if not any(map(_is_tensor, choice.state.values())):
         raise _no_tensors()
-    step = root.get("step") if inside else None
-    tensors = {_text_key(name): _leaf(name, value, allowance) for name, value in state.items()}
-    return StateFile(tensors, step if type(step) is int and step >= 0 else None, format, {})
+    tensors = {_text_key(name): _leaf(name, value, allowance) for name, value in choice.state.items()}
+    step, arch = whole.get("step") if choice.key else None, whole.get("arch")
+    step = step if type(step) is int and step >= 0 else None
+    return StateFile(tensors, step, format, {}, choice.said, arch if type(arch) is str else None)
 
 
-def _has_tensors(value: object) -> bool:
-    return type(value) is dict and any(isinstance(leaf, _Tensor) for leaf in value.values())
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, _Tensor)
 
 
 def _no_tensors() -> UnreadableError:
@@ -225,6 +252,7 @@ def _no_tensors() -> UnreadableError:
 
 def _text_key(name: object) -> str:
     if type(name) is not str:
+        name = name.value if isinstance(name, _OddKey) else name
         raise UnreadableError(f"names a tensor by {_kind(name)}: save a state dict, whose names are texts")
     return name
 
@@ -245,6 +273,8 @@ def _leaf(name: str, value: object, allowance: Allowance) -> Array:
 
 def _kind(value: object) -> str:
     """What a value is, in words."""
+    if isinstance(value, Inert):
+        return f"a value of {value.name[:80]}"
     return _KINDS.get(type(value), "an object")
 
 
@@ -281,6 +311,8 @@ class _Dtype:
         """Takes numpy's (version, byte order, None, None, None, size, alignment, flags[, metadata])."""
         if type(state) is not tuple or len(state) not in (8, 9):
             raise damaged()
+        if self.code not in CODES:
+            return
         order, subdtype, names, fields = state[1:5]
         if subdtype is not None or names is not None or fields is not None:
             raise damaged()
@@ -309,6 +341,9 @@ class _NumpyArray:
     def set(self, shape: object, dtype: object, fortran: bool, raw: object) -> None:
         """Takes the contents. Raises UnreadableError unless ``raw`` has as many bytes as the shape needs."""
         shape = checked_shape(shape)
+        if type(dtype) is _Dtype and dtype.code not in CODES:
+            self.dtype = dtype  # nothing of it is looked at, unless somebody wants it as weights
+            return
         if type(dtype) is not _Dtype or type(raw) is not memoryview:
             raise damaged()
         if len(raw) != math.prod(shape) * stored_dtype(dtype.code, dtype.order).itemsize:
@@ -318,9 +353,12 @@ class _NumpyArray:
         self.strides = _packed(shape[::-1])[::-1] if fortran else _packed(shape)
 
     def array(self, allowance: Allowance) -> Array:
-        """The contents as a new array."""
+        """The contents as a new array. Raises UnreadableError where they are no plain numbers."""
         if self.dtype is None:
             raise damaged()
+        if self.dtype.code not in CODES:
+            code = self.dtype.code[:20]
+            raise UnreadableError(f"has an array of dtype {code!r}, not of plain numbers: save it as float32")
         view = element_view(self.raw, self.dtype.code, self.dtype.order, self.shape, 0, self.strides)
         return owned(view, self.dtype.code, allowance, self.dtype.metadata)
 
@@ -431,8 +469,6 @@ def _dtype(machine: _Machine, args: tuple[Any, ...]) -> object:
         return _Dtype("bf16")
     if type(code) is not str:
         raise damaged()
-    if code not in CODES:
-        raise UnreadableError(f"has an array of dtype {code[:20]!r}, not of plain numbers: save it as float32")
     return _Dtype(code)
 
 
@@ -462,8 +498,15 @@ def _torch_tensor(machine: _Machine, args: tuple[Any, ...]) -> object:
     return torch_tensor(part, offset, size, stride)
 
 
+def _torch_typed(machine: _Machine, args: tuple[Any, ...]) -> object:
+    make, _, inner, _ = args  # a function and its arguments, between them the class, behind them attributes
+    if type(make) is not _Name or make not in _REBUILDERS or type(inner) is not tuple:
+        raise damaged()
+    return _CALLS[make](machine, inner)
+
+
 def _torch_parameter(machine: _Machine, args: tuple[Any, ...]) -> object:
-    tensor, *_ = args
+    tensor, *_ = args  # then: needs a gradient, hooks, attributes
     if not isinstance(tensor, _Tensor):
         raise damaged()
     return tensor
@@ -483,6 +526,8 @@ _CALLS: dict[_Name, _Make] = {
     _Name("torch._utils", "_rebuild_tensor"): _torch_tensor,
     _Name("torch._utils", "_rebuild_tensor_v2"): _torch_tensor,
     _Name("torch._utils", "_rebuild_parameter"): _torch_parameter,
+    _Name("torch._utils", "_rebuild_parameter_with_state"): _torch_parameter,
+    _Name("torch._tensor", "_rebuild_from_type_v2"): _torch_typed,
     _Name("numpy", "dtype"): _dtype,
     _Name("_codecs", "encode"): _latin1_bytes,
     _Name("__builtin__", "bytes"): _empty_bytes,
@@ -495,21 +540,46 @@ _CLASSES: dict[_Name, _Make] = {
     _Name("megengine.tensor", "Parameter"): _meg_tensor,
 }
 _STORAGES = {_Name("torch", name): code for name, code in STORAGE_CODES.items()}
-_KNOWN = {_Name("numpy", "ndarray"), _BFLOAT_NAME, *_CALLS, *_CLASSES, *_STORAGES}
+_REBUILDERS = {_Name("torch._utils", "_rebuild_tensor"), _Name("torch._utils", "_rebuild_tensor_v2")}
+_TENSOR_CLASSES = {_Name("torch", "Tensor"), *(_Name("torch.nn.parameter", name) for name in ("Parameter", "Buffer"))}
+_KNOWN = {_Name("numpy", "ndarray"), _BFLOAT_NAME, *_CALLS, *_CLASSES, *_STORAGES, *_TENSOR_CLASSES}
 
 
-def _wants_code(name: object) -> UnreadableError:
+def _wants_code(name: object, model: str | None = None) -> UnreadableError:
+    asks = f"would run code: it asks for {str(name)[:120]!r}; "
+    if model is not None:
+        return UnreadableError(f"holds a whole pickled model, or layers of one, and {asks}{model}")
     return UnreadableError(
-        f"would run code: it asks for {str(name)[:120]!r}; only tensors and plain containers are read. "
-        "Get the weights as .safetensors or from a source you trust"
+        f"{asks}only tensors and plain containers are read. "
+        "Get the weights as .safetensors or from a source you trust, or save the state dict alone"
     )
+
+
+@dataclass(eq=False)
+class _OddKey:
+    """A key that no weights have. It is equal to itself alone: the file has no say in its hash."""
+
+    value: object
+
+
+_ODD_KEYS = (int, bool, float, type(None), Inert, _Dtype, TorchTensor)
 
 
 def _put(mapping: dict[object, object], key: object, value: object) -> None:
     # Other keys have hashes or comparisons that a file could make slow, or endless.
-    if type(key) is not str and not (type(key) is int and abs(key) < _LARGEST_KEY):
+    if type(key) is str or (type(key) is int and abs(key) < _LARGEST_KEY):
+        mapping[key] = value
+    elif type(key) in _ODD_KEYS or (type(key) is tuple and all(type(part) in (str, *_ODD_KEYS) for part in key)):
+        mapping[_OddKey(key)] = value
+    else:
         raise damaged()
-    mapping[key] = value
+
+
+def _result_of(name: _Name, args: tuple[Any, ...]) -> Inert:
+    """What one of ``OF_INERT`` makes of an inert value: that value. Raises UnreadableError where it is none."""
+    if not args or type(args[0]) is not Inert:
+        raise _wants_code(name)
+    return args[0]
 
 
 class _Machine:
@@ -621,36 +691,72 @@ class _Machine:
 
     def extend(self, values: list[Any]) -> None:
         """Adds to the topmost list."""
+        if type(self.top()) is Inert:
+            return
         if type(self.top()) is not list:
             raise damaged()
         self.top().extend(values)
 
     def update(self, values: list[Any]) -> None:
         """Adds keys and values, in turn, to the topmost mapping."""
+        if type(self.top()) is Inert:
+            return
         if type(self.top()) is not dict:
             raise damaged()
         for key, value in zip(values[::2], values[1::2], strict=True):
             _put(self.top(), key, value)
 
     def name(self, module: object, name: object) -> None:
-        """Pushes a name, if it is one of those that weights need. Raises UnreadableError otherwise."""
+        """Pushes a name, if weights need it or it is read past. Raises UnreadableError otherwise."""
         if type(module) is not str or type(name) is not str:
             raise damaged()
-        known = _Name(module, name)
-        if known not in _KNOWN:
-            raise _wants_code(known)
-        self.push(known)
+        asked = _Name(module, name)
+        if asked in _KNOWN or is_mapping(module, name) or str(asked) in OF_INERT:
+            self.push(asked)
+        elif is_inert(module, name):
+            self.push(Inert(str(asked)))
+        else:
+            raise _wants_code(asked, known_model(bytes(self._data[:_LONGEST_PICKLE])))
 
     def make(self, makers: dict[_Name, _Make]) -> None:
         """Pushes what the name and the arguments on the stack make. Raises UnreadableError."""
         name, args = self.pop_many(2)
-        if type(name) is not _Name or type(args) is not tuple:
+        if type(args) is not tuple:
             raise damaged()
-        self.push(makers[name](self, args))
+        if type(name) is Inert:
+            self.push(name)
+        elif type(name) is not _Name:
+            raise damaged()
+        elif str(name) in OF_INERT:
+            self.push(_result_of(name, args))
+        elif is_mapping(name.module, name.name):
+            self.push({})
+        else:
+            self.push(makers[name](self, args))
+
+    def make_with_words(self) -> None:
+        """As :meth:`make` of an inert class, whose arguments have names, too."""
+        self.pop_many(1)
+        if type(self._stack[-2]) is not Inert:
+            raise damaged()
+        self.make({})
+
+    def drop_mark(self) -> None:
+        """Adds all values since the last mark to a set, which is nothing that weights need."""
+        self.pop_mark()
+        if self.top() is not _SET:
+            raise damaged()
+
+    def freeze_mark(self) -> None:
+        """Makes a set of all values since the last mark."""
+        self.pop_mark()
+        self.push(_SET)
 
     def build(self) -> None:
         """Gives the topmost object its state. A mapping drops it: there PyTorch keeps versions of layers."""
         state, target = self.pop(), self.top()
+        if type(target) is Inert:
+            return
         if isinstance(target, _Dtype | _NumpyArray | _MegTensor):
             target.set_state(state)
         elif type(target) is not dict or type(state) is not dict:
@@ -672,6 +778,7 @@ class _Machine:
 _U1, _U2, _U4, _U8 = struct.Struct("<B"), struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 _STOP = ord(".")
+_SET = Inert("a set")
 
 
 def _refuse_extension(machine: _Machine) -> None:
@@ -717,6 +824,9 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord("e"): lambda m: m.extend(m.pop_mark()),
     ord("s"): lambda m: m.update(list(m.pop_many(2))),
     ord("u"): lambda m: m.update(m.pop_mark()),
+    0x8F: lambda m: m.push(_SET),
+    0x90: lambda m: m.drop_mark(),
+    0x91: lambda m: m.freeze_mark(),
     # the stack and the memo
     ord("("): lambda m: m.mark(),
     ord("0"): lambda m: m.pop(),
@@ -732,6 +842,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
     0x93: lambda m: m.name(*m.pop_many(2)),
     ord("R"): lambda m: m.make(_CALLS),
     0x81: lambda m: m.make(_CLASSES),
+    0x92: lambda m: m.make_with_words(),
     ord("b"): lambda m: m.build(),
     ord("Q"): lambda m: m.persistent(),
     ord("i"): _refuse_instance,

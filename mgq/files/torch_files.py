@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.files.foreign import known_archive
+
 Array = npt.NDArray[Any]
 
 # bf16 is no numpy dtype: it is read as 16-bit integers and widened.
@@ -54,9 +56,13 @@ class UnreadableError(Exception):
     """Why a file is not read: the rest of a one-line sentence that begins with its name, and the mend."""
 
 
-def damaged() -> UnreadableError:
+class DamagedError(UnreadableError):
+    """The bytes make no sense as weights."""
+
+
+def damaged() -> DamagedError:
     """The error for a file whose bytes make no sense as weights."""
-    return UnreadableError(
+    return DamagedError(
         "is truncated or not a weights file: get it again, or give a state dict of MegEngine or PyTorch "
         "or a .safetensors file"
     )
@@ -243,6 +249,9 @@ class Archive(Storages):
         super().__init__()
         self._data = memoryview(data)
         self._entries = _entries(data)
+        what = known_archive(self._entries)
+        if what:
+            raise UnreadableError(what)
         tops = [name.removesuffix("data.pkl") for name in self._entries if name.endswith("/data.pkl")]
         if len(tops) != 1:
             raise UnreadableError(

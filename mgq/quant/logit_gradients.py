@@ -23,6 +23,9 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.autodiff import Function, GradManager
 
+from mgq.errors import FailureError
+from mgq.zoo.overflow import is_finite
+
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 
@@ -106,6 +109,10 @@ Reactions = dict[str, Reaction]
 """Name of a layer -> how the logits react to errors behind it."""
 
 
+def not_finite(layer: str) -> str:
+    return f"the layer {layer} gives numbers that are not finite for these pictures: take other weights"
+
+
 class Watch(Function):  # type: ignore[misc]
     """Passes a tensor on, and shows it with its gradient once that is known."""
 
@@ -159,12 +166,17 @@ def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable
 def value_ranges(
     network: M.Module, names: Iterable[str], batches: Iterable[Array]
 ) -> dict[str, tuple[float, float, int]]:
-    """Smallest and largest value that each of the layers ``names`` gives on ``batches``, and its number of channels."""
+    """Smallest and largest value that each of the layers ``names`` gives on ``batches``, and its number of channels.
+
+    Raises FailureError that names a layer whose values are not finite.
+    """
     modules = dict(network.named_modules())
     found: dict[str, tuple[float, float, int]] = {}
 
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
+            if not is_finite(output):
+                raise FailureError(not_finite(name))
             values = output.numpy()
             low, high, _channels = found.get(name, (0.0, 0.0, 0))
             found[name] = min(low, float(values.min())), max(high, float(values.max())), values.shape[1]

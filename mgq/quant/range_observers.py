@@ -12,18 +12,24 @@ from megengine.module.qat import QuantStub
 from megengine.quantization.observer import Observer
 from megengine.quantization.utils import QParams
 
+from mgq.errors import FailureError
 from mgq.quant.estimators import Range, RangeEstimator
+from mgq.quant.logit_gradients import not_finite
 from mgq.quant.ranges import half_of, quantized_layers
+from mgq.zoo.overflow import is_finite
 
 
 class EstimatingObserver(Observer):  # type: ignore[misc]
-    """Shows what passes to a range estimator."""
+    """Shows what passes behind ``layer`` to a range estimator. Raises FailureError for what is not finite."""
 
-    def __init__(self, observer: Observer, estimator: RangeEstimator) -> None:
+    def __init__(self, observer: Observer, estimator: RangeEstimator, layer: str = "") -> None:
         super().__init__(observer.dtype)
         self.estimator = estimator
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_finite(x):
+            raise FailureError(not_finite(self.layer))
         self.estimator.update(x.numpy())
         return x
 
@@ -45,7 +51,7 @@ def with_estimators(watched: M.Module, kind: type[RangeEstimator]) -> dict[str, 
     layers = {name: layer for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)}
     estimators = {name: kind(half_of(layer)) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name])
+        layer.act_observer = EstimatingObserver(layer.act_observer, estimators[name], name)
     return estimators
 
 

@@ -93,12 +93,14 @@ def report(
     pictures: int = SHOWN,
     engines: bool | Mapping[str, Entrant] = True,
     on_progress: OnProgress = silent,
+    key: str | None = None,
 ) -> Report:
     """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.
 
     ``run`` is the folder of a run, or its name under ``save``; by default the newest one there. The networks are
     measured on the labelled pictures in ``data``, by default on those that the run was measured on, or on ``limit`` of
-    them, evenly spread. ``checkpoint`` holds the float network to compare with where the run does not know it any more.
+    them, evenly spread. ``checkpoint`` holds the float network to compare with where the run does not know it any more;
+    ``key`` chooses one of several in it.
     ``pictures`` is how many of those that int8 answers otherwise are shown. ``engines``: whether other engines are
     measured, too, or which. ``output`` is by default ``report.html`` in the run's folder.
 
@@ -112,7 +114,7 @@ def report(
     machine = this_machine()  # as it is before the work begins
     its = run_called(run, Path(save))
     page = checked_page(Path(output) if output is not None else its.path / PAGE, "--output")
-    normal, why_not = wanted_float(its, checkpoint)
+    normal, why_not = wanted_float(its, checkpoint, key)
     networks = networks_of(its, normal)
     missing = [f"float32: {why_not}"] if why_not else []
     if not its.is_int8:
@@ -141,24 +143,26 @@ def report(
         machine=machine,
         versions=versions(),
         made=datetime.now().astimezone(),
-        command=command_of(its, data, checkpoint, limit),
+        command=command_of(its, data, checkpoint, key, limit),
         page=page,
     )
     write_text_atomically(page, page_of(result))
     return result
 
 
-def wanted_float(run: Run, checkpoint: str | Path | None) -> tuple[Weights | None, str]:
+def wanted_float(run: Run, checkpoint: str | Path | None, key: str | None) -> tuple[Weights | None, str]:
     """The float network of ``checkpoint``, else what the run knows of; or why there is none."""
     if checkpoint is None:
         return float_weights(run)
-    weights = read_weights(Path(checkpoint), spec_of(run.weights.arch))
+    weights = read_weights(Path(checkpoint), spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
         raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
     return weights, ""
 
 
-def command_of(run: Run, data: str | Path | None, checkpoint: str | Path | None, limit: int | None) -> str:
-    options = {"-d": data, "-c": checkpoint, "--limit": limit}
+def command_of(
+    run: Run, data: str | Path | None, checkpoint: str | Path | None, key: str | None, limit: int | None
+) -> str:
+    options = {"-d": data, "-c": checkpoint, "--key": key, "--limit": limit}
     said = [word for name, value in options.items() if value is not None for word in (name, str(value))]
     return shlex.join(["mgq", "report", str(run.path), *said])

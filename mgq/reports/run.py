@@ -22,6 +22,7 @@ from mgq.engine.training_state import read_training_state
 from mgq.errors import InputError, printable
 from mgq.events import OnProgress, silent
 from mgq.files.checkpoint import CheckpointInfo
+from mgq.files.choice import key_said
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weights import Weights, packaged_weights, read_weights
 
@@ -184,7 +185,7 @@ def float_weights(run: Run) -> tuple[Weights | None, str]:
         return None, f"the float network that it began with ({origin}) is not at hand: give it with -c FILE"
     if path.stat().st_mtime > run.checkpoint.stat().st_mtime:
         return None, f"{path} has been trained anew since: calibrate again, or give the float network with -c FILE"
-    return read_weights(path, spec_of(run.weights.arch)), ""
+    return read_weights(path, spec_of(run.weights.arch), key=key_said(origin.partition(" (")[2])), ""
 
 
 def path_in(origin: str, run: Run) -> Path | None:

@@ -1,7 +1,8 @@
-"""What a file of PyTorch weights is known by besides its tensors: its name, its folder, the config.json beside it.
+"""What a file of PyTorch weights is known by besides its tensors: its ``arch``, its name, its folder, its config.json.
 
 Normalization, padding and crop are not in a state dict. timm's files tell them by the model's name with its training's
-tag (``resnet18.a1_in1k``), or by the ``config.json`` that lies beside every ``model.safetensors`` of a hub.
+tag (``resnet18.a1_in1k``), which its ``train.py`` keeps in the file as ``arch``, or by the ``config.json`` that lies
+beside every ``model.safetensors`` of a hub.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mgq.zoo.registry import checkpoint_called
 HUB_NAMES = frozenset({"model.safetensors", "pytorch_model.bin"})
 """What a hub calls the weights of every model: the name says nothing, the folder does."""
 CONFIG, MOST_CONFIG_BYTES = "config.json", 1 << 16
+LONGEST_NAME = 80
 NEAREST_FOLDERS = 3  # models--timm--NAME/snapshots/REVISION/model.safetensors
 MODEL = re.compile(
     r"(?:tf_)?efficientnet[_-]lite\d|mobilenetv2_\d{3}d?(?:\.[a-z0-9_]+)?|resnet(?:18|34|50)\.[a-z0-9]+(?:_[a-z0-9]+)*"
@@ -41,12 +43,18 @@ LITE_CROPS: Mapping[str, float] = {"0": 0.875, "1": 0.882, "2": 0.89}
 """timm's share of a resized picture that ``tf_efficientnet_lite`` with this number sees."""
 
 
-def hints_of(path: Path) -> Hints:
-    """What is known of the weights in ``path``; nothing where no name says anything."""
+def hints_of(path: Path, arch: str | None = None) -> Hints:
+    """What is known of the weights in ``path``, which itself calls its architecture ``arch``.
+
+    What the file says goes before what it is called; nothing is known where no name says anything.
+    """
     published = checkpoint_called(path)
     if published is not None:
         model = f"{published.publisher}'s {published.version}"
         return Hints(model, "by its SHA-256", preprocessing=published.preprocessing)
+    kept = named(arch, "by the arch in the file") if arch is not None else NO_HINTS
+    if kept.model:
+        return kept
     if path.name not in HUB_NAMES:
         return named(path.name, "by the file's name")
     found = from_config(path.with_name(CONFIG))
@@ -61,7 +69,7 @@ def named(text: str, told_by: str) -> Hints:
     match = MODEL.search(text.lower())
     if match is None:
         return NO_HINTS
-    model = match[0].replace("-lite", "_lite").removesuffix(".safetensors").removesuffix(".pth")
+    model = match[0][:LONGEST_NAME].replace("-lite", "_lite").removesuffix(".safetensors").removesuffix(".pth")
     recipe = model.partition(".")[2].partition("_")[0]
     if model.startswith("resnet") and recipe not in RECIPES:
         return NO_HINTS  # as in resnet18.pth
@@ -88,7 +96,7 @@ def from_config(path: Path) -> Hints | None:
         model, how = body["architecture"], body.get("pretrained_cfg") or {}
         if not isinstance(model, str):
             return None
-        return Hints(printable(model)[:80], f"by {CONFIG}", normalization_in(how), preprocessing_of(how))
+        return Hints(printable(model)[:LONGEST_NAME], f"by {CONFIG}", normalization_in(how), preprocessing_of(how))
     except (KeyError, TypeError, AttributeError):
         return None  # of another library
     except ValueError:

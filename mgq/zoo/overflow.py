@@ -1,0 +1,36 @@
+"""Whether a network computes with finite numbers: what overflows inside of it may be hidden by the next ReLU."""
+
+from __future__ import annotations
+
+import math
+
+import megengine.module as M
+import numpy as np
+from megengine import Tensor
+
+_SIDE = 64
+"""Pixels of the made-up picture: two positions are left of it behind the last layer."""
+
+
+def overflowing_layer(network: M.Module) -> str | None:
+    """The first layer of ``network`` whose outputs are not finite for a picture of noise; None where all are."""
+    found: list[str] = []
+    names = {id(module): name for name, module in network.named_modules()}
+
+    def look(module: M.Module, _: object, output: object) -> None:
+        if not found and isinstance(output, Tensor) and not is_finite(output):
+            found.append(names[id(module)])
+
+    handles = [module.register_forward_hook(look) for module in network.modules()]
+    try:
+        noise = np.random.default_rng(0).integers(-128, 128, (1, 3, _SIDE, _SIDE))
+        network(Tensor(noise.astype(np.float32)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def is_finite(values: Tensor) -> bool:
+    array = values.numpy()
+    return math.isfinite(float(array.min())) and math.isfinite(float(array.max()))
