@@ -11,7 +11,16 @@ import pytest
 
 from tests.benchmarks import peers
 from tests.benchmarks.cost import measured
-from tests.benchmarks.fidelity import UNKNOWN, decibels_of, likeness_of, parsed, places_of, wilson
+from tests.benchmarks.fidelity import (
+    UNKNOWN,
+    decibels_of,
+    in_onnxruntime,
+    in_openvino,
+    likeness_of,
+    parsed,
+    places_of,
+    wilson,
+)
 
 
 def float32(*rows: list[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -82,6 +91,20 @@ def test_pictures_of_the_same_kind_come_from_one_folder_or_two() -> None:
     for wrong in (words, [*words, "--every", "5", "--unseen", "c"]):
         with pytest.raises(SystemExit):
             parsed(wrong)
+
+
+def test_files_that_take_pixels_and_floats_are_asked_the_same(tmp_path: Path) -> None:
+    from mgq.deploy.onnx import write_onnx
+    from mgq.engine.networks import random_classifier
+    from mgq.quant.modes import Mode
+
+    path = tmp_path / "float.onnx"
+    write_onnx(random_classifier("resnet18", Mode.NORMAL).network, path, image_size=32, batch=1, provenance={})
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    answers = in_openvino(path, pixels)
+    assert decibels_of(in_openvino(peers.written_with_float_input(path, path), pixels), answers) > 80
+    assert decibels_of(in_onnxruntime(path, pixels), answers) > 80
+    assert answers.shape == (3, 1000)
 
 
 @pytest.mark.parametrize(("number", "part"), [(100, 10), (7, 7), (13, 1), (99, 9)])

@@ -220,7 +220,7 @@ def in_openvino(path: Path, pixels: Pixels) -> Logits:
 
     core = imported("openvino").Core()
     network = core.compile_model(core.read_model(str(path)), "CPU", settings_for(1))
-    kind = "float" if "f32" in str(network.inputs[0].element_type) else "uint8"
+    kind = "uint8" if network.input(0).get_element_type().get_type_name() == "u8" else "float"
     return np.concatenate([network([fed(picture[None], kind)])[0].copy() for picture in pixels])
 
 
