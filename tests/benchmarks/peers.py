@@ -22,6 +22,8 @@ Pixels = npt.NDArray[np.uint8]
 Feed = dict[str, npt.NDArray[Any]]
 Write = Callable[[Path, Pixels, Path], None]
 
+PIXEL_ZERO = 128
+"""What is taken from pixels before a network sees them."""
 AT_ONCE = 10
 """ONNX Runtime keeps what all layers answer to so many pictures: to all at once that is many gigabytes."""
 
@@ -74,7 +76,9 @@ def feeds(path: Path, pixels: Pixels) -> list[Feed]:
 
     entry = onnx.load(str(path)).graph.input[0]
     is_float = entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    return [{entry.name: picture[None].astype(np.float32) - 128 if is_float else picture[None]} for picture in pixels]
+    return [
+        {entry.name: picture[None].astype(np.float32) - PIXEL_ZERO if is_float else picture[None]} for picture in pixels
+    ]
 
 
 def write_nncf(source: Path, pixels: Pixels, path: Path, mixed: bool = False, exact: bool = False) -> None:
@@ -165,6 +169,21 @@ def write_neural_compressor(source: Path, pixels: Pixels, path: Path) -> None:
     if quantized is None:
         raise RuntimeError("Intel Neural Compressor found nothing that it would quantize")
     quantized.save(str(path))
+    give_back_zero_point(path, PIXEL_ZERO)
+
+
+def give_back_zero_point(path: Path, zero_point: int) -> None:
+    """Of the input of the file ``path``: Intel Neural Compressor takes a scale of exactly 1 for a tensor without
+    values, and sets 0 where pixels minus 128 need ``zero_point``."""
+    import onnx
+
+    model = onnx.load(str(path))
+    first = next(node for node in model.graph.node if model.graph.input[0].name in node.input)
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    _, scale, zero = first.input
+    if onnx.numpy_helper.to_array(constants[scale]) == 1:
+        constants[zero].CopyFrom(onnx.numpy_helper.from_array(np.array(zero_point, np.uint8), zero))
+        onnx.save(model, str(path))
 
 
 def write_aimet(source: Path, pixels: Pixels, path: Path, method: str = "min_max") -> None:
