@@ -88,7 +88,7 @@ def test_pictures_of_the_same_kind_come_from_one_folder_or_two() -> None:
     words = ["-a", "resnet18", "--calibration", "a", "--other", "b"]
     assert parsed([*words, "--every", "5"]).unseen is None
     assert parsed([*words, "--unseen", "c"]).every is None
-    for wrong in (words, [*words, "--every", "5", "--unseen", "c"]):
+    for wrong in (words, [*words, "--every", "5", "--unseen", "c"], [*words, "--every", "0"]):
         with pytest.raises(SystemExit):
             parsed(wrong)
 

@@ -346,6 +346,14 @@ def percent(share: float | None) -> str:
     return NONE if share is None else f"{100 * share:.1f}"
 
 
+def count(text: str) -> int:
+    """A whole number from 1. Raises ValueError for anything else."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fidelity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -355,10 +363,10 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", default="onnx", help="what mgq quantizes for: onnx or onnx-avx2")
     parser.add_argument("--calibration", type=Path, required=True, help="folder of the pictures that calibrate")
     parser.add_argument("--unseen", type=Path, help="folder of other pictures of the same kind")
-    parser.add_argument("--every", type=int, help="every so many-th of --calibration calibrates, the rest is unseen")
+    parser.add_argument("--every", type=count, help="every so many-th of --calibration calibrates, the rest is unseen")
     parser.add_argument("--other", type=Path, required=True, help="folder of pictures of another kind")
-    parser.add_argument("--images", type=int, default=100, help="pictures that calibrate, at most, evenly spread")
-    parser.add_argument("--limit", type=int, help="compare on so many pictures of either kind, evenly spread")
+    parser.add_argument("--images", type=count, default=100, help="pictures that calibrate, at most, evenly spread")
+    parser.add_argument("--limit", type=count, help="compare on so many pictures of either kind, evenly spread")
     for option, names in (("--mgq", list(WAYS)), ("--peers", list(peers.PEERS))):
         told = f"all by default, any of: {', '.join(names)}"
         parser.add_argument(option, nargs="*", choices=names, default=names, metavar="NAME", help=told)
@@ -434,4 +442,10 @@ def as_data(row: Row) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parsed())
+    from mgq.errors import MgqError
+
+    try:
+        main(parsed())
+    except MgqError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
