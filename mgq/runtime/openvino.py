@@ -28,18 +28,11 @@ class OpenVino(OfOnnxFile):
         self.version: str = engine.__version__.partition("-")[0]
         self.threads = checked_threads(threads)
         self.file = read_onnx(path)
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            # Float stays float32, whatever the processor has besides.
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
         try:
             # While it looks for devices, in a thread of its own, MegEngine's library complains that there is no GPU.
             with muted_stderr():
                 core = engine.Core()
-                self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings)
+                self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings_for(threads))
         except Exception as error:
             raise cannot_run(self, path, error) from None
         self.request = self.network.create_infer_request()
@@ -59,3 +52,14 @@ class OpenVino(OfOnnxFile):
             return self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
+
+
+def settings_for(threads: int) -> dict[str, Any]:
+    """How OpenVINO is told to run: one picture after the other, on so many threads."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Float stays float32, whatever the processor has besides.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
