@@ -9,6 +9,7 @@ the target's kernels send them: away from zero in MegEngine, to even in those of
 
 from __future__ import annotations
 
+import megengine.functional as F
 import megengine.module as M
 import megengine.module.qat as Q
 import megengine.module.quantized as QD
@@ -16,6 +17,7 @@ from megengine import Tensor
 from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import FakeQuant
 from megengine.quantization import FakeQuantize
+from megengine.quantization.utils import QuantMode, create_qparams
 
 from mgq.quant.even import INT32, bias_in_steps
 from mgq.quant.targets import ChannelFakeQuantize
@@ -25,19 +27,34 @@ class EvenBias:
     """What a fake-quantized layer with weights adds to MegEngine's: for ONNX, the integers that the file has."""
 
     def apply_quant_bias(self, target: Tensor | None, inp: Tensor, w_qat: Tensor) -> Tensor | None:
-        result: Tensor | None = super().apply_quant_bias(target, inp, w_qat)  # type: ignore[misc]
-        is_even = isinstance(self.weight_fake_quant, ChannelFakeQuantize) and not self.training  # type: ignore[attr-defined]
-        if target is None or result is None or not is_even or result.qparams.scale is None:
-            return result
-        steps = bias_in_steps(target, result.qparams.scale)
-        even = steps * result.qparams.scale
-        even.qparams.update(result.qparams)
+        quantizers = self.weight_fake_quant, self.act_fake_quant  # type: ignore[attr-defined]
+        is_even = isinstance(quantizers[0], ChannelFakeQuantize) and not self.training  # type: ignore[attr-defined]
+        at_work = all(quantizer is None or quantizer.enabled for quantizer in quantizers)
+        if target is None or not is_even or not at_work or inp.qparams.scale is None:
+            return super().apply_quant_bias(target, inp, w_qat)  # type: ignore[misc]
+        scales = inp.qparams.scale * w_qat.qparams.scale
+        steps = bias_in_steps(target, scales)
+        even = steps * scales
+        even.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint32", scale=scales))
         even.steps = steps
         return even
 
 
 class ExactLinear(EvenBias, Q.Linear):  # type: ignore[misc]
-    """Fake-quantized classifier: its products and their sums are exact where all scales have few digits."""
+    """Fake-quantized classifier that counts in integers, as convolutions do."""
+
+    def forward(self, inp: Tensor) -> Tensor:
+        quantizer = self.weight_fake_quant
+        if self.training or inp.qparams.scale is None or not isinstance(quantizer, ChannelFakeQuantize):
+            return super().forward(inp)
+        if not quantizer.enabled:
+            return super().forward(inp)
+        weight = self.apply_quant_weight(self.weight)
+        bias = self.apply_quant_bias(self.bias, inp, weight)
+        scales = weight.qparams.scale
+        steps = integers(weight, scales.reshape(-1, 1))
+        sums = F.linear(integers(inp, inp.qparams.scale), steps, None)
+        return (sums if bias is None else sums + integers(bias, bias.qparams.scale)) * (inp.qparams.scale * scales)
 
 
 class ExactSums(EvenBias):

@@ -53,9 +53,9 @@ def move_to_exact_scales(network: M.Module) -> dict[str, Range]:
     exponents: dict[str, int] = {}
     for family, tensors in families.items():
         wanted = [graph.grids[tensor].scale for tensor in tensors]
-        most = min(most_of(layers[tensor]) for tensor in tensors)
+        ceilings = [ceiling_of(layers[tensor]) for tensor in tensors]
         shares = [AVERAGED if is_averaged(graph, tensor) else 1.0 for tensor in tensors]
-        factors[family], found = fitting(wanted, shares, most)
+        factors[family], found = fitting(wanted, ceilings, shares)
         exponents.update(zip(tensors, found, strict=True))
     scale_channels(network, graph, sets, {tensor: factors.get(family, 1.0) for tensor, family in whole.items()})
     keep_means_fine(graph, exponents)
@@ -88,28 +88,36 @@ def is_averaged(graph: Graph, tensor: str) -> bool:
     return all(isinstance(node, GlobalAverage) for node in readers) and bool(readers)
 
 
-def most_of(layer: QATModule) -> float:
-    """The largest exponent that the scale behind ``layer`` may have: where a ReLU6 ends its grid must have ended."""
-    return math.floor(math.log2(CEILING / half_of(layer))) if isinstance(layer, QatConvBnRelu6) else math.inf
+def ceiling_of(layer: QATModule) -> float:
+    """The largest scale that the grid behind ``layer`` may have: its end is not beyond that of a ReLU6."""
+    return CEILING / half_of(layer) if isinstance(layer, QatConvBnRelu6) else math.inf
 
 
-def fitting(wanted: Sequence[float], shares: Sequence[float], most: float) -> tuple[float, list[int]]:
+def fitting(wanted: Sequence[float], ceilings: Sequence[float], shares: Sequence[float]) -> tuple[float, list[int]]:
     """The factor for tensors that want these scales, and the exponent of the scale that each gets then.
 
-    No scale is less than the factor times that wanted, or 2**``most`` the largest; the noise of all, weighted by
-    ``shares``, is the least.
+    A scale is no less than the factor times that wanted, and no more than its ceiling, as it is and with the factor.
+    The noise of all, weighted by ``shares``, is the least.
     """
 
     def exponents(factor: float) -> list[int]:
-        return [math.ceil(math.log2(value * factor) - EVEN) for value in wanted]
+        least = [math.ceil(math.log2(value * factor) - EVEN) for value in wanted]
+        return [int(min(e, below(most * factor))) for e, most in zip(least, ceilings, strict=True)]
 
     def noise(factor: float) -> float:
         return sum(s * 4.0**e for s, e in zip(shares, exponents(factor), strict=True)) / factor**2
 
-    factor = min((2.0 ** round(math.log2(value)) / value for value in wanted), key=noise)
+    leading = [value for value, most in zip(wanted, ceilings, strict=True) if most < math.inf] or wanted
+    factor = min((2.0 ** round(math.log2(value)) / value for value in leading), key=noise)
     found = exponents(factor)
-    shift = int(min(max(LEAST - min(found), 0), most - max(found)))
+    room = min(below(most) - e for e, most in zip(found, ceilings, strict=True))
+    shift = int(min(max(LEAST - min(found), 0), room))
     return factor * 2.0**shift, [exponent + shift for exponent in found]
+
+
+def below(value: float) -> float:
+    """The largest exponent of a power of two not above ``value``."""
+    return math.floor(math.log2(value) + EVEN) if value < math.inf else math.inf
 
 
 def scale_channels(network: M.Module, graph: Graph, sets: Sets, factors: Mapping[str, float]) -> None:
