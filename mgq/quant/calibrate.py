@@ -23,6 +23,7 @@ from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS, Range, RangeEstimator
+from mgq.quant.exact_scales import move_to_exact_scales
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, mode_of, to_mode
@@ -136,6 +137,9 @@ def calibrated_network(
         layers = quantized_layers(watched)
         for name, found in search.activations.items():
             set_range(layers[name].act_observer, *found)
+        if compensate and target_of(watched) is not MEGENGINE:
+            with contextlib.suppress(FailureError):
+                search.activations.update(move_to_exact_scales(watched).ranges)
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.pictures and visitors:
@@ -167,6 +171,9 @@ def data_free_network(
     graph, statistics = expected_of(network)
     watched = prepared(network, target, in_place=True)
     activations = set_expected_ranges(watched, graph, statistics)
+    if target is not MEGENGINE:
+        moved = move_to_exact_scales(watched)
+        activations, statistics = moved.ranges, moved.statistics(statistics)
     correct_expected_bias(watched, graph, statistics)
     enable_fake_quant(watched)
     disable_observer(watched)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import megengine.module as M
 import numpy as np
@@ -25,7 +26,7 @@ from mgq.quant.graph import Convolution, GlobalAverage, Graph, Linear, graph_of
 from mgq.quant.learned import SMALLEST_SCALE
 from mgq.quant.ranges import half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.relu6 import CEILING, QatConvBnRelu6
-from mgq.quant.statistics import IMAGE_SIZE
+from mgq.quant.statistics import IMAGE_SIZE, Statistics
 from mgq.quant.targets import QuantizedFeatures, is_never_negative
 
 LEAST = math.ceil(math.log2(SMALLEST_SCALE))
@@ -34,12 +35,24 @@ EVEN = 1e-6
 """Of an exponent: so far above an integer it still is that integer."""
 
 
-def move_to_exact_scales(network: M.Module) -> dict[str, Range]:
+@dataclass(frozen=True)
+class Moved:
+    """What was done: the new ``ranges`` by layer, and by how much each tensor of the network is larger by name."""
+
+    ranges: dict[str, Range]
+    factors: dict[str, float]
+
+    def statistics(self, before: Statistics) -> Statistics:
+        """Those of the network as it is now."""
+        return {tensor: moments.times(self.factors[tensor]) for tensor, moments in before.items()}
+
+
+def move_to_exact_scales(network: M.Module) -> Moved:
     """Scale channels of ``network``, mode ``qat`` with ranges, and widen ranges, until all scales are powers of two.
 
-    Its weights must not be rounded yet. Returns the new ranges of activations by layer. What it gives in float stays
-    the same but for float32 rounding; a ReLU6 saturates where its scaled channels do. Raises FailureError where the
-    network cannot be followed.
+    Its weights must not be rounded yet. What it gives in float stays the same but for float32 rounding; a ReLU6
+    saturates where its scaled channels do. Raises FailureError where the network cannot be followed; nothing is
+    changed then.
     """
     graph = graph_of(network, IMAGE_SIZE)
     sets = sets_of(graph)
@@ -57,14 +70,15 @@ def move_to_exact_scales(network: M.Module) -> dict[str, Range]:
         shares = [AVERAGED if is_averaged(graph, tensor) else 1.0 for tensor in tensors]
         factors[family], found = fitting(wanted, ceilings, shares)
         exponents.update(zip(tensors, found, strict=True))
-    scale_channels(network, graph, sets, {tensor: factors.get(family, 1.0) for tensor, family in whole.items()})
+    by_tensor = {tensor: factors.get(family, 1.0) for tensor, family in whole.items()}
+    scale_channels(network, graph, sets, by_tensor)
     keep_means_fine(graph, exponents)
     names = {id(layer): name for name, layer in quantized_layers(network).items()}
     ranges = {names[id(layer)]: range_of(layer, exponents[tensor]) for tensor, layer in layers.items()}
     for tensor, layer in layers.items():
         set_range(layer.act_observer, *range_of(layer, exponents[tensor]))
     observe_weights(network)
-    return ranges
+    return Moved(ranges, by_tensor)
 
 
 def joined(sets: Sets) -> dict[str, int]:
