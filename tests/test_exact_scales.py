@@ -266,7 +266,8 @@ def counted_logits(graph: Graph, pictures: npt.NDArray[np.uint8]) -> npt.NDArray
 
 def on_grid(graph: Graph, tensor: str, values: Any) -> Integers:
     grid = graph.grids[tensor]
-    return np.clip(np.rint(values / grid.scale), grid.lowest, grid.highest).astype(np.int64)
+    found: Integers = np.clip(np.rint(values / grid.scale), grid.lowest, grid.highest).astype(np.int64)
+    return found
 
 
 def windows(
@@ -275,7 +276,7 @@ def windows(
     """(N, C, H, W) -> (N, C, H', W', *kernel)."""
     sides = [(0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2]
     padded = np.pad(source, sides, constant_values=fill)
-    found = np.lib.stride_tricks.sliding_window_view(padded, kernel, (2, 3))
+    found: Integers = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))  # type: ignore[call-overload]
     return found[:, :, :: stride[0], :: stride[1]]
 
 
@@ -287,12 +288,14 @@ def convolved(node: Convolution, source: Integers) -> Integers:
     grouped = seen.reshape(pictures, node.groups, channels // node.groups, height, width, -1)
     weight = node.integers.astype(np.float64).reshape(node.groups, -1, channels // node.groups, grouped.shape[-1])
     sums = np.einsum("ngchwk,gock->ngohw", grouped.astype(np.float64), weight, optimize=True)
-    return np.rint(sums).astype(np.int64).reshape(pictures, -1, height, width)
+    found: Integers = np.rint(sums).astype(np.int64).reshape(pictures, -1, height, width)
+    return found
 
 
 def product(node: Linear, source: Integers) -> Integers:
     assert node.integers is not None
-    return source.reshape(len(source), -1) @ node.integers.astype(np.int64).T
+    sums: Integers = source.reshape(len(source), -1) @ node.integers.astype(np.int64).T
+    return sums
 
 
 def test_every_layer_of_the_simulation_knows_its_target() -> None:
