@@ -21,6 +21,7 @@ from mgq.deploy.rewrite import REWRITES, without_shuffles
 from mgq.errors import FailureError
 from mgq.files.atomic import atomic_write
 from mgq.files.onnx_file import METADATA, imported
+from mgq.quant.even import bias_steps
 from mgq.quant.graph import (
     Add,
     Convolution,
@@ -222,10 +223,7 @@ class Writer:
         names = [self.dequantized_constant(f"{name}/weight", node.integers, node.scales)]
         if node.bias is not None:
             scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
-            bias = np.rint(node.bias / scales.astype(np.float64))
-            limits = np.iinfo(np.int32)
-            integers = np.clip(bias, limits.min, limits.max).astype(np.int32)
-            names.append(self.dequantized_constant(f"{name}/bias", integers, scales))
+            names.append(self.dequantized_constant(f"{name}/bias", bias_steps(node.bias, scales), scales))
         return names
 
     def dequantized_constant(self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32]) -> str:
@@ -280,8 +278,22 @@ class Writer:
         return OUTPUT if node.output == self.graph.output else f"{node.output}/sum"
 
     def write_add(self, node: Add) -> None:
-        value = self.add("Add", [self.float_of(tensor) for tensor in node.inputs], f"{node.output}/sum")
+        value = self.add("Add", [self.summand(tensor) for tensor in node.inputs], f"{node.output}/sum")
         self.finish(node, self.activated(node.output, "relu" if node.relu else "", value))
+
+    def summand(self, tensor: str) -> str:
+        """The name of ``tensor`` as floats for a sum: what a convolution made is put on its grid once more.
+
+        OpenVINO leaves out the first rounding behind a convolution where a sum and another follow (2025.4), so that its
+        integers are not those of others. It keeps the second, all in the kernel of the convolution as before, and ONNX
+        Runtime drops it.
+        """
+        makers = [node for node in self.graph.nodes if node.output == tensor]
+        if tensor not in self.graph.grids or not any(isinstance(node, Convolution) for node in makers):
+            return self.float_of(tensor)
+        constants = self.grid_constants(tensor, self.graph.grids[tensor])
+        again = self.add("QuantizeLinear", [self.float_of(tensor), *constants], f"{tensor}/again")
+        return self.add("DequantizeLinear", [again, *constants], f"{tensor}/summand")
 
     def write_max_pool(self, node: MaxPool) -> None:
         shape = {"kernel_shape": list(node.kernel), "strides": list(node.stride)}

@@ -19,6 +19,7 @@ from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS
+from mgq.quant.exact_scales import move_to_exact_scales
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.modes import Mode, mode_of, to_mode
 from mgq.quant.names import EASYQUANT, LOGITS, METHODS, MSE
@@ -106,7 +107,9 @@ def calibrated_network(
                 with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
                     equalized(network, seen, target, in_place=True)
     watched = prepare(network, target, kept, in_place)
-    search, rounding, correction = Search(), CompensatedRounding(), BiasCorrection()
+    # With a scale for each output little is to be made up for, and weights fitted to few pictures lose by it.
+    rounding = CompensatedRounding(refit=not target_of(watched).per_channel)
+    search, correction = Search(), BiasCorrection()
     visitors: list[Visitor] = []
     if method in (EASYQUANT, LOGITS):
         for batch in batches:
@@ -122,6 +125,9 @@ def calibrated_network(
         layers = quantized_layers(watched)
         for name, found in search.activations.items():
             set_range(layers[name].act_observer, *found)
+        if compensate and target_of(watched) is not MEGENGINE:
+            with contextlib.suppress(FailureError):
+                search.activations.update(move_to_exact_scales(watched).ranges)
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.pictures and visitors:
@@ -153,7 +159,7 @@ def best_network(
     found = find_best(network, images, preset, lambda fit: Draft(network, fit, target, tuple(kept)), on_progress)
     draft = found.draft
     assert draft.watched is not None
-    own = draft.network is not network or draft.rounded
+    own = draft.network is not network or draft.rounded or draft.rescaled
     state = fingerprint(draft.watched.state_dict()) if own else weights
     tables = draft.activations, draft.weights, {} if own else draft.corrections
     return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
@@ -177,6 +183,9 @@ def data_free_network(
     graph, statistics = expected_of(network)
     watched = prepare(network, target, in_place=True)
     activations = set_expected_ranges(watched, graph, statistics)
+    if target is not MEGENGINE:
+        moved = move_to_exact_scales(watched)
+        activations, statistics = moved.ranges, moved.statistics(statistics)
     correct_expected_bias(watched, graph, statistics)
     enable_fake_quant(watched)
     disable_observer(watched)

@@ -22,6 +22,7 @@ from megengine.traced_module import register_as_builtin, trace_module
 from megengine.traced_module.expr import CallFunction, CallMethod, Expr
 
 from mgq.errors import FailureError
+from mgq.quant.even import EvenFakeQuantize
 from mgq.quant.fold import activation_of, folded_layer
 from mgq.quant.learned import rounded
 from mgq.quant.modes import Mode, mode_of
@@ -170,7 +171,7 @@ class Reader:
         if self.quantized:
             disable_fake_quant(copy)
             disable_observer(copy)
-        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6):
+        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
             register_as_builtin(kind)
         sample = Tensor(np.zeros((1, 3, self.image_size, self.image_size), np.float32))
         flat = trace_module(copy, sample).flatten().graph

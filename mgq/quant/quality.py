@@ -11,6 +11,7 @@ from mgq.quant.steps import (
     CorrectBias,
     Equalize,
     ExpectedRanges,
+    MoveToExactScales,
     RangesByLogits,
     RangesBySeen,
     RoundWeights,
@@ -56,8 +57,13 @@ def preset_called(quality: str) -> Preset:
     return PRESETS[quality]
 
 
-def changed(preset: Preset, method: str | None, correct_bias: bool, compensate: bool) -> Preset:
-    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are."""
+def changed(
+    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, exact_scales: bool = False
+) -> Preset:
+    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
+
+    With ``exact_scales``, which change the weights, every candidate has these.
+    """
     if method is not None:
         ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
         grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
@@ -66,8 +72,9 @@ def changed(preset: Preset, method: str | None, correct_bias: bool, compensate: 
     if not compensate:
         grids = tuple(steps for steps in preset.grids if CLEAR not in steps)
         preset = replace(preset, grids=grids, finishes=(CorrectBias(),))
+    elif exact_scales:
+        preset = replace(preset, grids=tuple((*steps, MoveToExactScales()) for steps in preset.grids))
     if not correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
-        grids = tuple(steps for steps in preset.grids if steps != DATA_FREE)
-        preset = Preset(grids, tuple(rounding), None)
+        preset = Preset(preset.grids, tuple(rounding), None)
     return preset

@@ -22,10 +22,12 @@ CEILING = 6.0
 
 
 class QatConvBnRelu6(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
-    """Fake-quantized convolution, batch norm and ReLU6."""
+    """Fake-quantized convolution, batch norm and ReLU6, at ``ceiling`` where the channels were scaled."""
+
+    ceiling: float = CEILING
 
     def forward(self, inp: Tensor) -> Tensor:
-        return self.apply_quant_activation(F.relu6(self.calc_conv_bn_qat(inp)))
+        return self.apply_quant_activation(F.clip(self.calc_conv_bn_qat(inp), 0.0, self.ceiling))
 
 
 class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]

@@ -26,6 +26,7 @@ from mgq.quant.dead_channels import without_dead_channels
 from mgq.quant.easyquant import Search
 from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS, Range
+from mgq.quant.exact_scales import move_to_exact_scales
 from mgq.quant.layerwise import Visitor, visit_layers
 from mgq.quant.logit_gradients import Reactions, measure_reactions
 from mgq.quant.mixed import keep_in_float
@@ -74,7 +75,8 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer.
+    on their grids already; ``rescaled``: they are not those of ``network``. ``corrections``: what was added to biases,
+    by layer.
     """
 
     network: M.Module
@@ -86,6 +88,7 @@ class Draft:
     activations: Mapping[str, Range] = field(default_factory=dict)
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
+    rescaled: bool = False
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def prepared(self) -> M.Module:
@@ -213,6 +216,26 @@ class RangesBySeen:
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
         found = estimated_ranges(deepcopy(watched), in_uint8_batches(draft.images), ESTIMATORS[self.method])
         return draft.with_ranges(watched, found, self.method)
+
+
+@dataclass(frozen=True)
+class MoveToExactScales:
+    """Scales with which every engine gives the same integers as the simulation (:mod:`mgq.quant.exact_scales`).
+
+    A network that is not of the zoo, and cannot be followed, stays as it is.
+    """
+
+    name: str = "exact scales"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = deepcopy(draft.watched)
+        assert watched is not None
+        try:
+            moved = move_to_exact_scales(watched)
+        except FailureError:
+            return draft
+        switch_on(watched)
+        return replace(draft, watched=watched, activations=moved.ranges, rescaled=True)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 import megengine.functional as F
 import megengine.module as M
 import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
 from megengine import Tensor
 from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import FakeQuant
@@ -23,6 +25,7 @@ from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.errors import no_such
 from mgq.quant import names
+from mgq.quant.even import EvenFakeQuantize
 
 UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
@@ -31,7 +34,14 @@ WEIGHT_LEVELS = 127
 SAFE_LEVELS = 64
 """Without VNNI x86 processors add two products of uint8 and int8 in 16 bits: 2 x 255 x 64 is the most that fits."""
 SMALLEST_SCALE = 2.0**-12
-"""Of a channel's weights, in terms of the layer's largest: channels of zeros need some scale."""
+"""Of a channel's weights, in terms of the layer's largest: no step needs to be finer."""
+SMALLEST_LARGEST = 1e-30
+DIGITS = 4
+"""Binary ones, of a scale of weights: with 20 more for the sum it fits into float32's 24."""
+ROUNDED_AWAY = 0.49
+"""Part of a step by which the largest weight may exceed the last one."""
+ON_GRID = 2e-3
+"""Part of a step by which float32 may put a rounded weight off its grid."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +101,44 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
         self.last = LastScales()
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
-        scales = channel_scales(inp, self.levels)
-        # In the shape of the layer's bias, whose integers count in these and the input's scale.
-        self.last.scales = scales.reshape(-1) if inp.ndim == 2 else scales.reshape(1, -1, 1, 1)
+        scales = self.scales_of(inp)
         return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
+
+    def scales_of(self, weight: Tensor) -> Tensor:
+        """:func:`channel_scales` of ``weight``, of which ``get_qparams`` tells from now on."""
+        scales = channel_scales(weight, self.levels)
+        # In the shape of the layer's bias, whose integers count in these and the input's scale.
+        self.last.scales = scales.reshape(-1) if weight.ndim == 2 else scales.reshape(1, -1, 1, 1)
+        return scales
 
     def get_qparams(self) -> QParams:
         return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
 
 
 def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
-    """The scale of each output of ``weight``, of as many axes: its largest weight is ``levels`` steps."""
-    outputs = 2 if weight.ndim == 5 else 1
-    largest = F.abs(weight.detach())
-    for axis in range(outputs, weight.ndim):
-        largest = largest.max(axis, keepdims=True)
-    least = F.maximum(largest.max() * SMALLEST_SCALE, 1e-30)
-    return F.maximum(largest, least) / levels
+    """The scale of each output of ``weight``, of as many axes: its largest weight is at most ``levels`` steps.
+
+    A scale has ``DIGITS`` binary digits, so that products with it are exact, and is the least of these that serves.
+    Weights that are steps of the next one already keep that: rounding may have made the largest of them smaller.
+    """
+    values = weight.numpy()
+    kernels = tuple(range(2 if values.ndim == 5 else 1, values.ndim))
+    largest = np.abs(values).max(axis=kernels, keepdims=True)
+    least = max(float(largest.max()) * SMALLEST_SCALE, SMALLEST_LARGEST)
+    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs.
+    limits = np.where(largest > 0, np.maximum(largest, least), max(float(largest.max()), SMALLEST_LARGEST))
+    scales = in_few_digits(limits / (levels + ROUNDED_AWAY))
+    wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))
+    steps = values / wider
+    is_wider = (np.abs(steps - np.rint(steps)) < ON_GRID).all(axis=kernels, keepdims=True) & (largest > 0)
+    return Tensor(np.where(is_wider, wider, scales).astype(np.float32), device=weight.device)
+
+
+def in_few_digits(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """``values``, above 0, rounded up to ``DIGITS`` binary digits."""
+    mantissas, exponents = np.frexp(np.asarray(values, np.float64))
+    rounded: npt.NDArray[np.float64] = np.ldexp(np.ceil(mantissas * 2**DIGITS), exponents - DIGITS)
+    return rounded
 
 
 def levels_of(module: M.Module) -> int:
@@ -146,7 +177,7 @@ ONNX = Target(
         weight_observer=MEGENGINE.qconfig.weight_observer,
         act_observer=MEGENGINE.qconfig.act_observer,
         weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow"),
-        act_fake_quant=MEGENGINE.qconfig.act_fake_quant,
+        act_fake_quant=partial(EvenFakeQuantize, dtype="qint8"),
     ),
     per_channel=True,
     unsigned=True,

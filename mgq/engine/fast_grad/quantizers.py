@@ -14,6 +14,7 @@ from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.engine.fast_grad.elementwise import Mask, quantized, quantized_rows
 from mgq.engine.fast_grad.exchange import Array
+from mgq.quant.even import EvenFakeQuantize
 from mgq.quant.qat import CurrentRangeObserver
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -52,7 +53,8 @@ def quantizer_of(qparams: QParams) -> Quantizer | None:
 
 def is_plain(fake_quant: Any) -> bool:
     """Whether ``fake_quant`` is one that :class:`Quantizer` can stand for, and at work."""
-    return type(fake_quant) is FakeQuantize and fake_quant.enabled
+    is_stock = type(fake_quant) is FakeQuantize or (type(fake_quant) is EvenFakeQuantize and fake_quant.training)
+    return is_stock and bool(fake_quant.enabled)
 
 
 def is_known(observer: Any) -> bool:

@@ -1,0 +1,52 @@
+"""Rounding as ONNX and its engines do it: halves to the even neighbour. MegEngine rounds them away from zero."""
+
+from __future__ import annotations
+
+import megengine.functional as F
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.quantization import FakeQuantize
+from megengine.quantization.utils import QParams
+
+SHIFT = 1.5 * 2**23
+"""Beside it float32 has no fractions: what is added to it is rounded, halves to even."""
+INT32 = np.iinfo(np.int32)
+
+
+def to_even(values: Tensor, lowest: int, highest: int) -> Tensor:
+    """``values`` clipped and rounded to integers, float32; the gradient is that of clipping.
+
+    Neither limit may be beyond 2**22.
+    """
+    return (F.minimum(F.maximum(values, lowest), highest) + SHIFT) - SHIFT
+
+
+class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """Rounding of activations to integers and back in float32 by :func:`to_even`, ``steps`` of the result.
+
+    In training state MegEngine's own operator does it: halves are rare, and it is faster with its gradient.
+    """
+
+    def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
+        if self.training:
+            return super().fake_quant_forward(inp, qparams)
+        assert qparams is not None
+        steps = to_even(inp * (1 / qparams.scale), self.qmin, self.qmax)
+        result = steps * qparams.scale
+        result.steps = steps
+        return result
+
+
+def bias_steps(bias: npt.NDArray[np.float32], scales: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """``bias`` in terms of ``scales``, of a shape that fits it: what an ONNX file holds, int32."""
+    steps = np.rint(bias / scales.astype(np.float64))
+    integers: npt.NDArray[np.int32] = np.clip(steps, INT32.min, INT32.max).astype(np.int32)
+    return integers
+
+
+def bias_in_steps(bias: Tensor, scales: Tensor) -> Tensor:
+    """:func:`bias_steps` as float32, with the gradient of a division."""
+    quotient = bias / scales
+    wanted = bias_steps(bias.numpy(), scales.numpy()).astype(np.float32)
+    return quotient + Tensor(wanted - quotient.numpy(), device=bias.device)

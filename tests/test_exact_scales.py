@@ -1,0 +1,304 @@
+"""One truth: the simulation, integer arithmetic and every engine give the same integers, to the last bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import megengine
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.deploy.onnx import write_onnx
+from mgq.engine.parity import layer_parities
+from mgq.quant.calibrate import calibrated_network, data_free_network
+from mgq.quant.even import bias_steps, to_even
+from mgq.quant.exact_scales import below, fitting, move_to_exact_scales
+from mgq.quant.graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    Linear,
+    MaxPool,
+    Reshape,
+    Transpose,
+    graph_of,
+)
+from mgq.quant.modes import Mode, to_mode
+from mgq.quant.range_observers import as_input
+from mgq.quant.ranges import folded_bias, quantized_layers, set_range
+from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.quant.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, channel_scales
+from mgq.runtime.registry import ENGINES, load
+from mgq.zoo.registry import spec_of
+from tests.conftest import logits_of, smooth_pictures
+
+SIZE = 64
+PICTURES = smooth_pictures(2, SIZE, SIZE)
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("resnet18", {}),
+    ("shufflenet_v1_x0_5_g3", {}),
+    ("mobilenet_v2", {}),
+    ("mobilenet_v2", {"activation": "relu6"}),
+    ("efficientnet_lite0", {}),
+]
+Integers = npt.NDArray[np.int64]
+
+
+def float_network(arch: str, options: dict[str, Any]) -> M.Module:
+    megengine.random.seed(7)
+    network = spec_of(arch).build(10, **options)
+    network.eval()
+    # OpenVINO puts the scales of a convolution without any bias into the limits of its rounding, which is not exact.
+    for number, module in enumerate(network.modules()):
+        if isinstance(module, M.BatchNorm2d):
+            shape = module.bias.numpy().shape
+            module.bias[...] = Tensor(np.random.default_rng(number).normal(0, 0.1, shape).astype(np.float32))
+    return network
+
+
+@cache
+def calibrated(number: int, target: Target = ONNX) -> M.Module:
+    arch, options = FAMILIES[number]
+    return calibrated_network(
+        float_network(arch, options), [PICTURES], arch, "", {}, "min-max", equalize=False, target=target
+    )[0]
+
+
+def written(network: M.Module, folder: Path) -> Path:
+    path = folder / "net.onnx"
+    write_onnx(network, path, image_size=SIZE, batch=None, provenance={})
+    return path
+
+
+def is_power_of_two(value: float) -> bool:
+    return bool(np.frexp(value)[0] == 0.5)
+
+
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda n: "-".join(map(str, FAMILIES[n])))
+class TestOneTruth:
+    def test_logits_are_the_same_to_the_bit_everywhere(self, number: int, tmp_path: Path) -> None:
+        network = calibrated(number)
+        wanted = counted_logits(graph_of(network, SIZE), PICTURES)
+        np.testing.assert_allclose(logits_of(network, PICTURES), wanted, rtol=2e-7, atol=1e-6)
+        path = written(network, tmp_path)
+        for engine in ENGINES[:2]:
+            # Of a sum above 2**20 the logit is exact but for float32's last digit; integers are exact always.
+            np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=2e-7, atol=1e-6)
+
+    def test_every_integer_is_the_same(self, number: int, tmp_path: Path) -> None:
+        network = calibrated(number)
+        path = written(network, tmp_path)
+        for engine in ENGINES[:2]:
+            for layer in layer_parities(engine, path, network, PICTURES):
+                assert layer.share == 0, layer
+
+    def test_without_pictures_too(self, number: int, tmp_path: Path) -> None:
+        arch, options = FAMILIES[number]
+        network, _ = data_free_network(float_network(arch, options), arch, "", {}, ONNX)
+        wanted = logits_of(network, PICTURES)
+        path = written(network, tmp_path)
+        for engine in ENGINES[:2]:
+            np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=2e-7, atol=1e-6)
+
+    def test_scales_are_powers_of_two_and_weights_have_few_digits(self, number: int) -> None:
+        graph = graph_of(calibrated(number), SIZE)
+        assert all(is_power_of_two(grid.scale) for grid in graph.grids.values())
+        for node in graph.nodes:
+            if isinstance(node, Convolution | Linear):
+                assert node.scales is not None
+                mantissas = np.frexp(node.scales)[0] * 16
+                assert np.array_equal(mantissas, np.rint(mantissas)), node.output
+
+
+@pytest.mark.parametrize("number", range(len(FAMILIES)))
+def test_moving_to_exact_scales_keeps_what_the_network_gives_in_float(number: int) -> None:
+    arch, options = FAMILIES[number]
+    before = float_network(arch, options)
+    wanted = logits_of(before, PICTURES)
+    network = with_ranges(before)
+    for layer in network.modules():
+        for part in ("act_fake_quant", "weight_fake_quant"):
+            if getattr(layer, part, None) is not None:
+                getattr(layer, part).disable()
+    move_to_exact_scales(network)
+    np.testing.assert_allclose(logits_of(network, PICTURES), wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_a_relu6_ends_where_its_grid_does() -> None:
+    network = with_ranges(float_network("mobilenet_v2", {"activation": "relu6"}))
+    move_to_exact_scales(network)
+    layers = [layer for layer in network.modules() if isinstance(layer, QatConvBnRelu6)]
+    for layer in layers:
+        top = 255 * float(layer.act_observer.get_qparams().scale.numpy())
+        assert top <= min(6.0, layer.ceiling * (1 + 1e-5))
+    assert len(layers) > 30
+
+
+def test_the_other_onnx_target_is_as_exact(tmp_path: Path) -> None:
+    network = calibrated(2, ONNX_AVX2)
+    path = written(network, tmp_path)
+    for engine in ENGINES[:2]:
+        wanted = logits_of(network, PICTURES)
+        np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=2e-7, atol=1e-6)
+
+
+def test_a_bias_of_many_steps_is_that_of_the_file(tmp_path: Path) -> None:
+    network = with_ranges(float_network("resnet18", {}))
+    layer = network.layer1[0].conv_bn_relu1
+    weight, bias = layer.conv.weight.numpy().copy(), layer.bn.bias.numpy().copy()
+    weight[3] *= 1e-5
+    bias.reshape(-1)[3] = float(layer.act_observer.max_val.numpy()) / 2
+    layer.conv.weight[...], layer.bn.bias[...] = Tensor(weight), Tensor(bias)
+    layer.act_fake_quant.enable()
+    scales = channel_scales(layer.conv.weight).numpy().ravel() * float(
+        network.conv_bn_relu1.act_observer.get_qparams().scale.numpy()
+    )
+    assert bias_steps(folded_bias(layer), scales)[3] > 2**24
+    found = layer_parities(ENGINES[0], written(network, tmp_path), network, PICTURES[:2])
+    assert max(entry.largest for entry in found) <= 1
+
+
+class TestRounding:
+    def test_halves_go_to_the_even_neighbour(self) -> None:
+        values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 300.0, -300.0, 0.49999997], np.float32)
+        assert np.array_equal(to_even(Tensor(values), -128, 127).numpy(), np.clip(np.rint(values), -128, 127))
+
+    def test_its_gradient_is_that_of_clipping(self) -> None:
+        values = Tensor(np.array([-200, -1.3, 0.5, 126.9, 200], np.float32))
+        with megengine.autodiff.GradManager() as manager:
+            manager.attach(values)
+            manager.backward(to_even(values, -128, 127).sum())
+        assert values.grad.numpy().tolist() == [0, 1, 1, 1, 0]
+
+    def test_biases_stop_at_int32(self) -> None:
+        found = bias_steps(np.array([1e10, -1e10, 2.5, 3.5], np.float32), np.ones(4, np.float32))
+        assert found.tolist() == [2**31 - 1, -(2**31), 2, 4]
+
+
+class TestScalesOfWeights:
+    @pytest.mark.parametrize("levels", [127, 64])
+    @pytest.mark.parametrize("shape", [(64, 3, 1, 3, 3), (500, 27), (1000, 1), (40, 16, 3, 3)])
+    def test_the_scale_of_rounded_weights_is_the_same(self, shape: tuple[int, ...], levels: int) -> None:
+        weight = np.random.default_rng(1).normal(0, 1, shape).astype(np.float32)
+        scales = channel_scales(Tensor(weight), levels).numpy()
+        steps = np.rint(weight / scales)
+        assert np.abs(steps).max() <= levels
+        again = channel_scales(Tensor((steps * scales).astype(np.float32)), levels).numpy()
+        exact = steps * scales / again
+        assert np.array_equal(np.rint(exact), exact.astype(np.float32))
+        if weight[0].size > 4:
+            assert np.array_equal(again, scales)
+
+    def test_they_lose_little(self) -> None:
+        weight = np.random.default_rng(2).normal(0, 1, (1000, 9)).astype(np.float32)
+        ratio = channel_scales(Tensor(weight)).numpy()[:, 0] / (np.abs(weight).max(1) / 127)
+        assert ratio.min() > 0.995 and ratio.max() < 1.13 and ratio.mean() < 1.06
+
+    def test_a_channel_of_zeros_has_steps_as_coarse_as_others(self) -> None:
+        weight = np.array([[0.0, 0.0], [1.0, -2.0]], np.float32)
+        assert np.unique(channel_scales(Tensor(weight)).numpy()).size == 1
+
+
+class TestFitting:
+    def test_one_tensor_gets_just_what_it_wants(self) -> None:
+        factor, (exponent,) = fitting([0.0123], [np.inf], [1.0])
+        assert 2.0**exponent == pytest.approx(0.0123 * factor)
+        assert 2**-0.5 <= factor <= 2**0.5
+
+    def test_no_tensor_gets_less(self) -> None:
+        wanted = [0.011, 0.017, 0.05, 0.024]
+        factor, found = fitting(wanted, [np.inf] * 4, [1.0] * 4)
+        assert all(2.0**e >= w * factor * (1 - 1e-5) for e, w in zip(found, wanted, strict=True))
+
+    def test_ceilings_hold_as_they_are_and_with_the_factor(self) -> None:
+        ceiling = 6 / 255
+        for wanted in (ceiling, ceiling / 1.1, ceiling / 3):
+            factor, (one, _) = fitting([wanted, wanted / 1.7], [ceiling, np.inf], [1.0, 1.0])
+            assert 2.0**one <= min(ceiling, ceiling * factor) * (1 + 1e-5)
+
+    def test_the_power_below(self) -> None:
+        assert [below(v) for v in (0.25, 0.3, 0.5, np.inf)] == [-2, -2, -1, np.inf]
+
+
+def with_ranges(network: M.Module) -> M.Module:
+    """In mode ``qat`` with ranges of the right size that no power of two fits; quantization is on."""
+    watched, _ = calibrated_network(network, [PICTURES], "", "", {}, "min-max", False, False, target=ONNX)
+    for layer in quantized_layers(watched).values():
+        observer = layer.act_observer
+        set_range(observer, float(observer.min_val.numpy()) * 0.93, float(observer.max_val.numpy()) * 0.93)
+    return watched
+
+
+def counted_logits(graph: Graph, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """What ``graph`` gives in integers, with but one rounding behind each sum: float32 (N, classes)."""
+    values: dict[str, Integers] = {graph.input: as_input(pictures).astype(np.int64)}
+    for node in graph.nodes:
+        sources = [values[name] for name in node.inputs]
+        scales = [graph.grids[name].scale for name in node.inputs]
+        if isinstance(node, MaxPool):
+            lowest = np.iinfo(np.int64).min
+            values[node.output] = windows(sources[0], node.kernel, node.stride, node.padding, lowest).max((-2, -1))
+        elif isinstance(node, Reshape):
+            values[node.output] = sources[0].reshape(len(pictures), *node.shape[1:])
+        elif isinstance(node, Transpose):
+            values[node.output] = sources[0].transpose(node.axes)
+        elif isinstance(node, Add):
+            values[node.output] = on_grid(graph, node.output, sum(v * s for v, s in zip(sources, scales, strict=True)))
+        elif isinstance(node, GlobalAverage):
+            values[node.output] = on_grid(graph, node.output, sources[0].mean((2, 3), keepdims=True) * scales[0])
+        else:
+            assert isinstance(node, Convolution | Linear) and node.integers is not None and node.scales is not None
+            step = (node.scales * np.float32(scales[0])).astype(np.float64)
+            sums = convolved(node, sources[0]) if isinstance(node, Convolution) else product(node, sources[0])
+            if node.bias is not None:
+                sums = sums + bias_steps(node.bias, step.astype(np.float32)).reshape(-1, *(1,) * (sums.ndim - 2))
+            scaled = sums * step.reshape(-1, *(1,) * (sums.ndim - 2))
+            if node.output == graph.output:
+                return scaled.astype(np.float32)
+            values[node.output] = on_grid(graph, node.output, scaled)
+    raise AssertionError("a network ends with its classifier")
+
+
+def on_grid(graph: Graph, tensor: str, values: Any) -> Integers:
+    grid = graph.grids[tensor]
+    found: Integers = np.clip(np.rint(values / grid.scale), grid.lowest, grid.highest).astype(np.int64)
+    return found
+
+
+def windows(
+    source: Integers, kernel: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int], fill: int
+) -> Integers:
+    """(N, C, H, W) -> (N, C, H', W', *kernel)."""
+    sides = [(0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2]
+    padded = np.pad(source, sides, constant_values=fill)
+    found: Integers = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))  # type: ignore[call-overload]
+    return found[:, :, :: stride[0], :: stride[1]]
+
+
+def convolved(node: Convolution, source: Integers) -> Integers:
+    assert node.integers is not None
+    kernel = node.integers.shape[2:]
+    seen = windows(source, kernel, node.stride, node.padding, 0)
+    pictures, channels, height, width = seen.shape[:4]
+    grouped = seen.reshape(pictures, node.groups, channels // node.groups, height, width, -1)
+    weight = node.integers.astype(np.float64).reshape(node.groups, -1, channels // node.groups, grouped.shape[-1])
+    sums = np.einsum("ngchwk,gock->ngohw", grouped.astype(np.float64), weight, optimize=True)
+    found: Integers = np.rint(sums).astype(np.int64).reshape(pictures, -1, height, width)
+    return found
+
+
+def product(node: Linear, source: Integers) -> Integers:
+    assert node.integers is not None
+    sums: Integers = source.reshape(len(source), -1) @ node.integers.astype(np.int64).T
+    return sums
+
+
+def test_every_layer_of_the_simulation_knows_its_target() -> None:
+    network = to_mode(float_network("mobilenet_v2", {}), Mode.QAT, ONNX)
+    assert sum(isinstance(module, ChannelFakeQuantize) for module in network.modules()) > 50
