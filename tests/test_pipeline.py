@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import megengine.module as M
 import numpy as np
@@ -11,6 +12,9 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
+from mgq.cli.analyze import calibration_lines
+from mgq.engine.analysis import calibration_of
+from mgq.engine.calibration import calibrated
 from mgq.quant.calibrate import best_network, data_free_network
 from mgq.quant.logit_gradients import Reaction, measure_reactions
 from mgq.quant.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
@@ -18,7 +22,7 @@ from mgq.quant.quality import PRESETS, preset_called
 from mgq.quant.range_observers import as_input
 from mgq.quant.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
 from mgq.quant.targets import MEGENGINE, ONNX, Target
-from tests.conftest import smooth_pictures
+from tests.conftest import classifier_of, smooth_pictures
 from tests.test_equalization import network_of, with_true_statistics
 
 IMAGES = smooth_pictures(24, seed=3)
@@ -233,3 +237,31 @@ def test_ranges_by_logits_do_not_need_a_network_of_the_zoo() -> None:
     exact: npt.NDArray[np.float64] = logits_of(network, IMAGES[:8])
     assert snr_of(logits_of(done.watched, IMAGES[:8]), exact) > 15
     assert as_input(IMAGES[:1]).dtype == np.float32
+
+
+class Drawn:
+    """A data set in memory."""
+
+    name = "drawn"
+    classes = ("a", "b")
+    labels = None
+
+    def __len__(self) -> int:
+        return 20
+
+    def picture(self, index: int) -> Images:
+        return np.ascontiguousarray(smooth_pictures(1, 80, 96, index)[0].transpose(1, 2, 0))
+
+
+def test_analysis_tells_what_calibration_tried_of_just_these_weights(tmp_path: Path) -> None:
+    made = calibrated(classifier_of(SHUFFLE), Drawn(), 20, target=ONNX, quality="fast")
+    made.write(tmp_path)
+    assert made.found is not None
+    found = calibration_of(made.classifier, [], tmp_path)
+    assert found["steps"] == list(made.found.best.steps)
+    first, *rest = calibration_lines(found)
+    assert "8 pictures held back" in first and len(rest) == len(found["tried"])
+    assert sum(line.endswith("(kept)") for line in rest) == 1
+    decibels = [float(line.split()[0]) for line in rest]
+    assert decibels == sorted(decibels, reverse=True)
+    assert calibration_of(classifier_of(SHUFFLE), [], tmp_path) == {}

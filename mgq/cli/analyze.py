@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,6 +93,8 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
     if result.float_top1 is not None:
         whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
     say(whole)
+    for line in calibration_lines(found.calibration):
+        say(line)
     out.print()
     show_table(table_of(result.worst(worst), result.float_top1 is not None))
     out.print()
@@ -103,6 +106,18 @@ def shown(found: Analysis, worst: int, page: Path) -> None:
     legend += " ± one standard error." if result.float_top1 is not None else ""
     out.print(legend, style="dim", markup=False)
     say(f"page: {page}")
+
+
+def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
+    """What each candidate of the calibration gave, the best first; nothing where that is not known."""
+    if not calibration.get("tried"):
+        return []
+    kind = "held back" if calibration["held_back"] else "that it was fitted to"
+    lines = [f"calibration, logits on {calibration['judged_on']} pictures {kind}:"]
+    for trial in sorted(calibration["tried"], key=lambda trial: -float(trial["snr"])):
+        kept = "  (kept)" if trial["steps"] == calibration["steps"] else ""
+        lines.append(f"  {trial['snr']:6.1f} dB  {', '.join(trial['steps'])}{kept}")
+    return lines
 
 
 def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:

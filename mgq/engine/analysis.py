@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mgq.data.datasets import Dataset, calibration_folder, subset
 from mgq.data.sources import Source, expand
 from mgq.data.transforms import to_batch
-from mgq.engine.calibration import sources_of, spread
+from mgq.engine.calibration import RANGES_FILE, sources_of, spread
 from mgq.engine.evaluate import evaluation_data, matched
 from mgq.engine.metrics import Labels, standard_error
 from mgq.engine.networks import Classifier, classifier_from, found_weights, newest_arch, ranges_for, versions
@@ -23,11 +23,16 @@ from mgq.engine.predict import crops_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, OnRemark, silent, unheard
 from mgq.quant.modes import Mode
+from mgq.quant.ranges import read_ranges
 from mgq.quant.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
 from mgq.zoo.registry import spec_of
+from mgq.zoo.weights import fingerprint
 
 IMAGES = 32
 """Pictures by default: each layer costs a run of all of them."""
+
+
+CALIBRATION_KEYS = ("steps", "tried", "judged_on", "held_back")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Analysis:
     pictures: Pictures
     found: Sensitivity
     corrected: bool = False
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What its calibration tried and kept (:meth:`mgq.quant.pipeline.Found.to_json`), where that is known."""
 
     @property
     def float_error(self) -> float:
@@ -90,6 +97,7 @@ class Analysis:
             "float_top1": found.float_top1,
             "all_layers": plain(asdict(found.whole)),
             "layers": [plain_layer(layer) for layer in found.layers],
+            "calibration": dict(self.calibration),
             "versions": versions(),
             "remarks": self.remarks,
             "problems": list(self.pictures.problems),
@@ -168,8 +176,23 @@ def analyze(
     classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
     root = Path(data) if data is not None else None
     seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress, on_remark)
+    tried = calibration_of(classifier, [where.parent] if where is not None else [], Path(save))
     found = sensitivity_of(classifier.network, seen.images, seen.labels, corrections, on_progress)
-    return Analysis(classifier, seen, found, bool(corrections))
+    return Analysis(classifier, seen, found, bool(corrections), tried)
+
+
+def calibration_of(classifier: Classifier, folders: Sequence[Path], save: Path) -> Mapping[str, Any]:
+    """What the calibration that made ``classifier``, mode ``qat``, tried and kept; empty where that is not known.
+
+    It is told by the ranges in one of ``folders`` or in the run of the network, if they are of just these weights.
+    """
+    own = fingerprint(classifier.network.state_dict())
+    for folder in (*folders, save / f"{classifier.spec.name}.calibration"):
+        path = folder / RANGES_FILE
+        ranges = read_ranges(path) if path.is_file() else None
+        if ranges is not None and ranges.weights == own:
+            return {key: ranges.provenance[key] for key in CALIBRATION_KEYS if key in ranges.provenance}
+    return {}
 
 
 def opened_with_corrections(
