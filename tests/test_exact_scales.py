@@ -17,7 +17,7 @@ from mgq.deploy.onnx import write_onnx
 from mgq.engine.parity import layer_parities
 from mgq.quant.calibrate import calibrated_network, data_free_network
 from mgq.quant.even import bias_steps, to_even
-from mgq.quant.exact_scales import below, fitting, move_to_exact_scales
+from mgq.quant.exact_scales import Noise, below, fitting, fitting_by_noise, move_to_exact_scales
 from mgq.quant.graph import (
     Add,
     Convolution,
@@ -220,6 +220,20 @@ class TestFitting:
         ceiling = 6 / 255
         for wanted in (ceiling, ceiling / 1.1, ceiling / 3):
             factor, (one, _) = fitting([wanted, wanted / 1.7], [ceiling, np.inf], [1.0, 1.0])
+            assert 2.0**one <= min(ceiling, ceiling * factor) * (1 + 1e-5)
+
+    def test_noise_decides_between_the_powers_around(self) -> None:
+        # Clipping costs the second nothing: it gets the finer scale, the first just what it wants.
+        noises: list[Noise] = [lambda scale: 1e3 * abs(scale - 0.01), lambda scale: scale]
+        factor, (one, other) = fitting_by_noise([0.01, 0.017], [np.inf] * 2, noises)
+        assert 2.0**one == pytest.approx(0.01 * factor)
+        assert 2.0**other < 0.017 * factor
+
+    def test_ceilings_hold_where_noise_decides(self) -> None:
+        ceiling = 6 / 255
+        for wanted in (ceiling, ceiling / 1.1, ceiling / 3):
+            coarse: list[Noise] = [lambda scale: -scale] * 2
+            factor, (one, _) = fitting_by_noise([wanted, wanted / 1.7], [ceiling, np.inf], coarse)
             assert 2.0**one <= min(ceiling, ceiling * factor) * (1 + 1e-5)
 
     def test_the_power_below(self) -> None:

@@ -13,7 +13,7 @@ answers stay. Tensors that share channels, those of a chain of sums, share the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import megengine.module as M
@@ -31,6 +31,9 @@ from mgq.quant.targets import QuantizedFeatures, is_never_negative
 
 LEAST = math.ceil(math.log2(SMALLEST_SCALE))
 """Exponent of the smallest scale that observers give."""
+PARTS = 16
+"""Of an octave, in which factors are tried for tensors that share one."""
+Noise = Callable[[float], float]
 EVEN = 1e-6
 """Of an exponent: so far above an integer it still is that integer."""
 
@@ -47,18 +50,20 @@ class Moved:
         return {tensor: moments.times(self.factors[tensor]) for tensor, moments in before.items()}
 
 
-def move_to_exact_scales(network: M.Module) -> Moved:
-    """Scale channels of ``network``, mode ``qat`` with ranges, and widen ranges, until all scales are powers of two.
+def move_to_exact_scales(network: M.Module, noises: Mapping[str, Noise] | None = None) -> Moved:
+    """Scale channels of ``network``, mode ``qat`` with ranges, and change ranges, until all scales are powers of two.
 
-    Its weights must not be rounded yet. What it gives in float stays the same but for float32 rounding; a ReLU6
-    saturates where its scaled channels do. Raises FailureError where the network cannot be followed; nothing is
-    changed then.
+    Its weights must not be rounded yet. ``noises`` tells for each layer what noise a scale makes, clipping included;
+    without it a finer scale makes less, and ranges are only widened. What it gives in float stays the same but for
+    float32 rounding; a ReLU6 saturates where its scaled channels do. Raises FailureError where the network cannot be
+    followed; nothing is changed then.
     """
     graph = graph_of(network, IMAGE_SIZE)
     sets = sets_of(graph)
     whole = joined(sets)
     layers = {tensor_of(graph, name, layer): layer for name, layer in quantized_layers(network).items()}
     layers = {name: layer for name, layer in layers.items() if name in graph.grids and not isinstance(layer, QuantStub)}
+    names = {id(layer): name for name, layer in quantized_layers(network).items()}
     families: dict[int, list[str]] = {}
     for tensor in layers:
         families.setdefault(whole[tensor], []).append(tensor)
@@ -68,12 +73,15 @@ def move_to_exact_scales(network: M.Module) -> Moved:
         wanted = [graph.grids[tensor].scale for tensor in tensors]
         ceilings = [ceiling_of(layers[tensor]) for tensor in tensors]
         shares = [AVERAGED if is_averaged(graph, tensor) else 1.0 for tensor in tensors]
-        factors[family], found = fitting(wanted, ceilings, shares)
+        if noises and all(names[id(layers[tensor])] in noises for tensor in tensors):
+            costs = [noises[names[id(layers[tensor])]] for tensor in tensors]
+            factors[family], found = fitting_by_noise(wanted, ceilings, costs)
+        else:
+            factors[family], found = fitting(wanted, ceilings, shares)
         exponents.update(zip(tensors, found, strict=True))
     by_tensor = {tensor: factors.get(family, 1.0) for tensor, family in whole.items()}
     scale_channels(network, graph, sets, by_tensor)
     keep_means_fine(graph, exponents)
-    names = {id(layer): name for name, layer in quantized_layers(network).items()}
     ranges = {names[id(layer)]: range_of(layer, exponents[tensor]) for tensor, layer in layers.items()}
     for tensor, layer in layers.items():
         set_range(layer.act_observer, *range_of(layer, exponents[tensor]))
@@ -123,10 +131,40 @@ def fitting(wanted: Sequence[float], ceilings: Sequence[float], shares: Sequence
 
     leading = [value for value, most in zip(wanted, ceilings, strict=True) if most < math.inf] or wanted
     factor = min((2.0 ** round(math.log2(value)) / value for value in leading), key=noise)
-    found = exponents(factor)
-    room = min(below(most) - e for e, most in zip(found, ceilings, strict=True))
-    shift = int(min(max(LEAST - min(found), 0), room))
-    return factor * 2.0**shift, [exponent + shift for exponent in found]
+    return raised(factor, exponents(factor), ceilings)
+
+
+def raised(factor: float, exponents: Sequence[int], ceilings: Sequence[float]) -> tuple[float, list[int]]:
+    """Both, larger by one power of two where a scale would be smaller than observers give it."""
+    room = min(below(most) - e for e, most in zip(exponents, ceilings, strict=True))
+    shift = int(min(max(LEAST - min(exponents), 0), room))
+    return factor * 2.0**shift, [exponent + shift for exponent in exponents]
+
+
+def fitting_by_noise(
+    wanted: Sequence[float], ceilings: Sequence[float], noises: Sequence[Noise]
+) -> tuple[float, list[int]]:
+    """The same, where each of ``noises`` tells what a scale of one of the tensors costs, as large as it is now.
+
+    The scales may be finer than those wanted, so that more is clipped, if that costs less.
+    """
+
+    def exponents(factor: float) -> tuple[float, list[int]]:
+        total, found = 0.0, []
+        for value, most, noise in zip(wanted, ceilings, noises, strict=True):
+            highest = below(most * min(1.0, factor))
+            nearest = math.floor(math.log2(value * factor) + EVEN)
+            choices = {int(min(e, highest)) for e in (nearest, nearest + 1)}
+            cost, exponent = min((noise(2.0**e / factor), e) for e in choices)
+            total += cost
+            found.append(exponent)
+        return total, found
+
+    leading = [value for value, most in zip(wanted, ceilings, strict=True) if most < math.inf] or wanted
+    base = [2.0 ** round(math.log2(value)) / value for value in leading]
+    candidates = base if len(wanted) == 1 else [*base, *(base[0] * 2.0 ** (i / PARTS) for i in range(PARTS))]
+    factor = min(candidates, key=lambda factor: exponents(factor)[0])
+    return raised(factor, exponents(factor)[1], ceilings)
 
 
 def below(value: float) -> float:

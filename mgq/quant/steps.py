@@ -6,7 +6,7 @@ A step has a name and one method. Which of them help is not known beforehand; :m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,10 +28,10 @@ from mgq.quant.equalization import equalized
 from mgq.quant.estimators import ESTIMATORS, Range
 from mgq.quant.exact_scales import move_to_exact_scales
 from mgq.quant.layerwise import Visitor, visit_layers
-from mgq.quant.logit_gradients import Reactions, measure_reactions
+from mgq.quant.logit_gradients import Reaction, Reactions, measure_reactions
 from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, to_mode
-from mgq.quant.names import EASYQUANT, MIN_MAX
+from mgq.quant.names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quant.range_observers import as_input, estimated_ranges
 from mgq.quant.ranges import half_of, observe_weights, quantized_layers, set_range
 from mgq.quant.rounding import CompensatedRounding
@@ -76,7 +76,7 @@ class Draft:
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
     on their grids already; ``rescaled``: they are not those of ``network``. ``corrections``: what was added to biases,
-    by layer.
+    by layer. ``measured``: how the logits react to errors, where the ranges were chosen by that.
     """
 
     network: M.Module
@@ -89,6 +89,7 @@ class Draft:
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
     rescaled: bool = False
+    measured: Reactions | None = None
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def prepared(self) -> M.Module:
@@ -183,7 +184,8 @@ class RangesByLogits:
 
     def apply(self, draft: Draft) -> Draft:
         watched = draft.prepared()
-        return draft.with_ranges(watched, ranges_by_logits(watched, draft.reactions), "logits")
+        ranges = ranges_by_logits(watched, draft.reactions)
+        return replace(draft.with_ranges(watched, ranges, LOGITS), measured=draft.reactions)
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,21 @@ class MoveToExactScales:
         watched = deepcopy(draft.watched)
         assert watched is not None
         try:
-            moved = move_to_exact_scales(watched)
+            moved = move_to_exact_scales(watched, noises_of(watched, draft.measured or {}))
         except FailureError:
             return draft
         switch_on(watched)
         return replace(draft, watched=watched, activations=moved.ranges, rescaled=True)
+
+
+def noises_of(watched: M.Module, reactions: Reactions) -> dict[str, Callable[[float], float]]:
+    """For each layer of ``watched``: the noise in the logits that a scale of its output makes."""
+    layers = quantized_layers(watched)
+
+    def noise_of(reaction: Reaction, half: float) -> Callable[[float], float]:
+        return lambda scale: reaction.noise(scale * half, half)
+
+    return {name: noise_of(reaction, half_of(layers[name])) for name, reaction in reactions.items()}
 
 
 @dataclass(frozen=True)
