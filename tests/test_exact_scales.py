@@ -236,6 +236,11 @@ class TestFitting:
             factor, (one, _) = fitting_by_noise([wanted, wanted / 1.7], [ceiling, np.inf], coarse)
             assert 2.0**one <= min(ceiling, ceiling * factor) * (1 + 1e-5)
 
+    def test_a_tensor_that_wants_its_ceiling_gets_it(self) -> None:
+        ceiling = 6 / 255
+        factor, (one,) = fitting_by_noise([ceiling], [ceiling], [lambda scale: abs(scale - ceiling)])
+        assert 2.0**one == pytest.approx(ceiling * factor)
+
     def test_the_power_below(self) -> None:
         assert [below(v) for v in (0.25, 0.3, 0.5, np.inf)] == [-2, -2, -1, np.inf]
 

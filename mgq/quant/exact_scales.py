@@ -152,7 +152,7 @@ def fitting_by_noise(
     def exponents(factor: float) -> tuple[float, list[int]]:
         total, found = 0.0, []
         for value, most, noise in zip(wanted, ceilings, noises, strict=True):
-            highest = below(most * min(1.0, factor))
+            highest = below(most * factor)
             nearest = math.floor(math.log2(value * factor) + EVEN)
             choices = {int(min(e, highest)) for e in (nearest, nearest + 1)}
             cost, exponent = min((noise(2.0**e / factor), e) for e in choices)
