@@ -72,7 +72,8 @@ class Found:
     def summary(self) -> str:
         """What was done and what was left out, in one line."""
         others = dict.fromkeys(step for trial in self.trials for step in trial.steps if step not in self.best.steps)
-        kind = "images held back" if self.held_back else "images that it was fitted to, too few to hold some back"
+        images = "image" if self.judged_on == 1 else "images"
+        kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
         left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
         done = ", ".join(self.best.steps) or "nearest integers, ranges as they are"
         return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{left}"
