@@ -116,6 +116,30 @@ class TestOneTruth:
                 assert np.array_equal(mantissas, np.rint(mantissas)), node.output
 
 
+@pytest.mark.parametrize("target", [ONNX, ONNX_AVX2], ids=lambda target: target.name)
+def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer(
+    target: Target, tmp_path: Path
+) -> None:
+    """Dead channels with a constant output, and weights of 1e-12, 0 and 1e4 beside ordinary ones."""
+    network = float_network("resnet18", {})
+    modules = dict(network.named_modules())
+    for name in ("layer1.0.conv_bn_relu1", "layer2.1.conv_bn_relu1", "layer3.0.conv_bn2"):
+        bn = modules[name].bn
+        for parameter, value in ((bn.weight, 0.0), (bn.bias, 0.8)):
+            values = parameter.numpy().copy()
+            values[:, :7] = value
+            parameter[...] = Tensor(values)
+    conv = modules["layer4.0.conv_bn_relu1"].conv
+    weight = conv.weight.numpy().copy()
+    weight[0], weight[1], weight[2] = weight[0] * 1e-12, 0, weight[2] * 1e4
+    conv.weight[...] = Tensor(weight)
+    found, _ = data_free_network(network, "resnet18", "", {}, target)
+    path = written(found, tmp_path)
+    for engine in ENGINES[:2]:
+        for layer in layer_parities(engine, path, found, PICTURES):
+            assert layer.largest <= 1 and layer.share < 1e-4, layer
+
+
 @pytest.mark.parametrize("number", range(len(FAMILIES)))
 def test_moving_to_exact_scales_keeps_what_the_network_gives_in_float(number: int) -> None:
     arch, options = FAMILIES[number]
