@@ -63,9 +63,9 @@ def measured_ranges(
 
     ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
     batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
-    ``easyquant``: largest cosine similarity of
-    each layer's float and int8 outputs, searched on at most 64 of the pictures, for ranges of the weights, too. With
-    ``correct_bias`` what int8 then shifts on average is measured on at most 64 pictures, to be taken out of the biases.
+    ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
+    pictures, for ranges of the weights, too. With ``correct_bias`` what int8 then shifts on average is measured on at
+    most 64 pictures, to be taken out of the biases.
 
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
