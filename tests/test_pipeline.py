@@ -150,6 +150,17 @@ class TestOddInput:
         found, _ = best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
         assert np.isfinite(logits_of(found.network, UNSEEN)).all()
 
+    def test_a_layer_that_gives_nothing_but_0_has_a_range(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        layer = network.features[1].branch_main_1[0]
+        for parameter in (layer.bn.weight, layer.bn.bias):
+            parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
+        draft = RangesByLogits().apply(Draft(network, IMAGES[:8], ONNX))
+        assert draft.watched is not None
+        assert "features.1.branch_main_1.0" not in draft.reactions
+        assert draft.activations["features.1.branch_main_1.0"] == (0.0, 0.0)
+        assert np.isfinite(logits_of(draft.watched, UNSEEN)).all()
+
     def test_dead_channels_and_variances_near_zero_are_sound(self) -> None:
         network = trained_like(SHUFFLE, {})
         bn = next(module for module in network.modules() if isinstance(module, M.BatchNorm2d))

@@ -33,7 +33,7 @@ from mgq.quant.mixed import keep_in_float
 from mgq.quant.modes import Mode, to_mode
 from mgq.quant.names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quant.range_observers import as_input, estimated_ranges
-from mgq.quant.ranges import half_of, observe_weights, quantized_layers, set_range
+from mgq.quant.ranges import half_of, observe_weights, quantized_layers, runs, set_range
 from mgq.quant.rounding import CompensatedRounding
 from mgq.quant.statistics import expected_of
 from mgq.quant.targets import Target
@@ -184,7 +184,9 @@ class RangesByLogits:
 
     def apply(self, draft: Draft) -> Draft:
         watched = draft.prepared()
-        ranges = ranges_by_logits(watched, draft.reactions)
+        # What gives nothing but 0 on these images has no reaction, but needs a range.
+        ranges = {name: (0.0, 0.0) for name in quantized_layers(watched) if runs(watched, name)}
+        ranges |= ranges_by_logits(watched, draft.reactions)
         return replace(draft.with_ranges(watched, ranges, LOGITS), measured=draft.reactions)
 
 
