@@ -1,0 +1,360 @@
+"""The whole program: which kernel runs on which rows, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mgq.export.native.emit.code import Code, Value
+from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
+from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
+from mgq.export.native.emit.windows import DepthwiseKernel, PoolKernel, emit_depthwise, emit_pool
+from mgq.export.native.layout import Storage
+from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
+from mgq.export.native.planner import Plan, Step, window_of
+from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
+
+ARGUMENTS = (("i8*", "constants"), ("i8*", "work"), ("i8*", "image"), ("i8*", "logits"))
+ENTRY = "mgq_net"
+"""The function: constants, work area, one image and its logits."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """``text`` in LLVM's language, and the constants that its code reads."""
+
+    text: str
+    constants: bytes
+    work: int
+
+
+def emit_module(plan: Plan, isa: Portable, attributes: str = "", linkage: str = "") -> Module:
+    """The whole network for ``isa``; ``attributes`` stand behind each function's head."""
+    return Driver(plan, isa).module(attributes, linkage)
+
+
+def range_of(tensor: Tensor) -> Range:
+    return Range(tensor.zero, tensor.low, tensor.high)
+
+
+class Driver:
+    def __init__(self, plan: Plan, isa: Portable) -> None:
+        self.plan = plan
+        self.isa = isa
+        self.program = plan.program
+        self.constants = Constants()
+        self.kernels: dict[object, Code] = {}
+        self.functions: list[Code] = []
+        self.stored = {name: name for name in plan.storages}
+        self.packed: dict[int, object] = {}
+
+    def module(self, attributes: str, linkage: str) -> Module:
+        main = Code(ENTRY, ARGUMENTS, linkage)
+        self.start(main)
+        for i, group in enumerate(self.plan.groups):
+            code = Code(f"group{i}", ARGUMENTS)
+            self.emit_group(code, group)
+            self.functions.append(code)
+            main.call("void", code.name, *((kind, f"%{name}") for kind, name in ARGUMENTS))
+        everything = [*self.kernels.values(), *self.functions, main]
+        own = {f"@{code.name}(" for code in everything}
+        declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
+        text = "\n".join([*sorted(declared), *(code.text(attributes) for code in everything)])
+        return Module(text, self.constants.content(), self.plan.size)
+
+    def kernel(self, key: object, emit: object) -> str:
+        """The name of the kernel ``key``, which is made where it is new."""
+        if key not in self.kernels:
+            name = f"kernel{len(self.kernels)}"
+            self.kernels[key] = emit(name)  # type: ignore[operator]
+        return self.kernels[key].name
+
+    def storage(self, name: str) -> Storage:
+        return self.plan.storages[self.plan.stored[name]]
+
+    def address(self, code: Code, storage: Storage, offset: int = 0) -> Value:
+        return code.at("%work", storage.offset + storage.origin + offset)
+
+    def row(self, code: Code, storage: Storage, y: Value, offset: int = 0) -> Value:
+        """The first pixel of row ``y``."""
+        place = y if storage.ring is None else code.number("and", y, storage.ring - 1)
+        return code.at(self.address(code, storage, offset), code.number("mul", place, storage.row_bytes))
+
+    # What comes first
+
+    def start(self, code: Code) -> None:
+        for i, value in enumerate((0, 128)):
+            self.fill(code, code.at("%work", i * self.plan.border), value, self.plan.border)
+        storage = self.storage(self.program.input)
+        self.border(code, storage)
+        tensor = self.program.tensors[self.program.input]
+        shape = tensor.height, tensor.width, tensor.channels, storage.row_bytes
+        name = self.kernel(("pixels", *shape), lambda name: emit_pixels(*shape, name))
+        code.call("void", name, ("i8*", "%image"), ("i8*", self.address(code, storage)))
+
+    def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
+        byte = value - 256 if value > 127 else value
+        arguments = ("i8*", pointer), ("i8", str(byte)), ("i64", str(size)), ("i1", "false")
+        code.call("void", "llvm.memset.p0i8.i64", *arguments)
+
+    def border(self, code: Code, storage: Storage) -> None:
+        """Fill what lies around the image in layout P."""
+        if storage.layout != "P" or not storage.pad:
+            return
+        base = code.at("%work", storage.offset)
+        if storage.ring is not None:
+            self.fill(code, base, storage.fill, storage.size)
+            return
+        edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
+        self.fill(code, base, storage.fill, edge + side // 2)
+        self.fill(code, code.at(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
+        if storage.height > 1:
+            first = code.at(base, edge + storage.row_bytes - side // 2)
+
+            def between(y: Value) -> None:
+                self.fill(code, code.at(first, code.number("mul", y, storage.row_bytes)), storage.fill, side)
+
+            code.each(storage.height - 1, between)
+
+    # Groups
+
+    def emit_group(self, code: Code, group: list[Step]) -> None:
+        for step in group:
+            self.border(code, self.storage(step.target))
+        if len(group) > 1:
+            self.emit_rows(code, group)
+            return
+        (step,) = group
+        layer = step.layer
+        if isinstance(layer, Mean):
+            self.emit_mean(code, step, layer)
+        elif isinstance(layer, Linear):
+            self.emit_linear(code, step, layer)
+        elif isinstance(layer, Conv) and not layer.is_depthwise:
+            self.emit_by_tiles(code, step)
+        else:
+            self.pack(step)
+            height = self.storage(step.target).height
+            code.each(height, lambda y: self.emit_row(code, step, y))
+
+    def emit_rows(self, code: Code, group: list[Step]) -> None:
+        """Each row of the last step, with what it needs of the steps before."""
+        for step in group:
+            self.pack(step)
+        done = [code.slot() for _ in group]
+        for slot in done:
+            code.put(slot, 0)
+
+        def produce(i: int, limit: Value) -> None:
+            def body(y: Value) -> None:
+                if i:
+                    produce(i - 1, self.rows_needed(code, group[i], y, self.storage(group[i - 1].target).height))
+                self.emit_row(code, group[i], y)
+
+            code.while_below(done[i], limit, body)
+
+        produce(len(group) - 1, str(self.storage(group[-1].target).height))
+
+    def rows_needed(self, code: Code, step: Step, y: Value, height: int) -> Value:
+        """How many rows of the source have to be there for row ``y``."""
+        layer = step.layer
+        assert isinstance(layer, Conv | MaxPool)
+        last = window_of(layer) - layer.padding[0]
+        wanted = code.number("add", code.number("mul", y, layer.stride[0]), last)
+        too_many = code.value(f"icmp sgt i64 {wanted}, {height}")
+        return code.choose(too_many, "i64", str(height), wanted)
+
+    def pack(self, step: Step) -> None:
+        layer = step.layer
+        if isinstance(layer, MaxPool) or id(step) in self.packed:
+            return
+        assert isinstance(layer, Conv | Linear)
+        source = self.program.tensors[step.source]
+        lanes = self.plan.lanes[step.target]
+        if isinstance(layer, Conv) and layer.is_depthwise:
+            self.packed[id(step)] = pack_depthwise(self.constants, layer, lanes, source.zero)
+            return
+        places = self.plan.lanes[step.source].places, lanes
+        self.packed[id(step)] = pack_tiles(
+            self.constants, self.isa, layer, self.storage(step.source), places, source.zero
+        )
+
+    def emit_row(self, code: Code, step: Step, y: Value) -> None:
+        layer = step.layer
+        if isinstance(layer, MaxPool):
+            self.pool_row(code, step, layer, y)
+        elif isinstance(layer, Conv) and layer.is_depthwise:
+            self.depthwise_row(code, step, layer, y)
+        else:
+            tiles = self.packed[id(step)]
+            assert isinstance(tiles, Tiles)
+            summands = self.summands(step)
+            for first, count, vectors in tiles.runs():
+                code.each(count, lambda i: self.tile_row(code, step, (tiles, first, vectors), i, y, summands))
+
+    def emit_by_tiles(self, code: Code, step: Step) -> None:
+        """All rows of one tile of outputs, then those of the next: weights are read from memory once."""
+        self.pack(step)
+        tiles = self.packed[id(step)]
+        assert isinstance(tiles, Tiles)
+        summands = self.summands(step)
+        height = self.storage(step.target).height
+        for first, count, vectors in tiles.runs():
+
+            def tile(i: Value, first: int = first, vectors: int = vectors) -> None:
+                code.each(height, lambda y: self.tile_row(code, step, (tiles, first, vectors), i, y, summands))
+
+            code.each(count, tile)
+
+    def summands(self, step: Step) -> int:
+        """The offset of the two factors of the sum, own first."""
+        if step.sum is None or step.added is None:
+            return 0
+        factors = dict(zip(step.sum.inputs, step.sum.multipliers, strict=True))
+        order = [factors[step.layer.output], factors[step.added]]
+        return self.constants.add(np.repeat(np.array(order, np.float32), 16))
+
+    def tile_row(
+        self, code: Code, step: Step, tile: tuple[Tiles, int, int], index: Value, y: Value, summands: int
+    ) -> None:
+        """Row ``y`` of tile number ``index`` behind the first of its kind."""
+        tiles, first, vectors = tile
+        layer, target = step.layer, self.storage(step.target)
+        source = self.storage(step.source)
+        assert isinstance(layer, Conv)
+        stride = layer.stride[0]
+        offset = 0
+        if source.layout == "P":
+            offset = -layer.padding[0] * source.row_bytes - layer.padding[1] * source.step
+        other = self.storage(step.added) if step.added is not None else None
+        key = RowKernel(
+            target.width,
+            vectors,
+            source.layout,
+            stride if source.layout == "A" else stride * source.step,
+            target.layout,
+            target.pad if target.layout == "D" else 0,
+            range_of(self.program.tensors[step.target]),
+            self.residual(step),
+            tiles.limit,
+        )
+        name = self.kernel(key, lambda name: emit_row(self.isa, key, name))
+        entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
+        segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
+        wide, narrow = code.number("shl", vector, 6), code.number("shl", vector, 4)
+
+        def behind(pointer: Value, layout: str) -> Value:
+            return code.at(pointer, narrow if layout == "P" else wide)
+
+        residual = "null"
+        if other is not None:
+            residual = behind(self.row(code, other, y), other.layout)
+        values = {
+            "source": self.row(code, source, code.number("mul", y, stride), offset),
+            "segments": code.at("%constants", segments),
+            "weights": code.at("%constants", weights),
+            "bias": code.at("%constants", code.number("add", wide, tiles.bias)),
+            "factors": code.at("%constants", code.number("add", wide, tiles.factors)),
+            "target": behind(self.row(code, target, y), target.layout),
+            "residual": residual,
+            "sum": code.at("%constants", summands),
+            "count": count,
+            "source_step": str(source.step),
+            "target_step": str(target.step),
+            "residual_step": str(other.step if other else 0),
+        }
+        code.call("void", name, *((kind, values[name]) for kind, name in PARAMETERS))
+
+    def residual(self, step: Step) -> Residual | None:
+        if step.added is None:
+            return None
+        zero = self.program.tensors[step.added].zero
+        return Residual(range_of(self.program.tensors[step.layer.output]), self.storage(step.added).layout, zero)
+
+    def window_rows(self, code: Code, step: Step, y: Value, offset: int = 0) -> list[Value]:
+        """Pointers to the rows of the source around row ``y``; the border's where there are none."""
+        layer, source = step.layer, self.storage(step.source)
+        assert isinstance(layer, Conv | MaxPool)
+        first = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
+        outside = code.at("%work", self.plan.border if source.fill else 0)
+        rows = []
+        for i in range(window_of(layer)):
+            number = code.number("add", first, i)
+            inside = code.value(f"icmp ult i64 {number}, {source.height}")
+            rows.append(code.choose(inside, "i8*", self.row(code, source, number, offset), outside))
+        return rows
+
+    def depthwise_row(self, code: Code, step: Step, layer: Conv, y: Value) -> None:
+        weights, bias, factors, limit = self.packed[id(step)]  # type: ignore[misc]
+        source, target = self.storage(step.source), self.storage(step.target)
+        size = window_of(layer)
+        to = range_of(self.program.tensors[step.target])
+        key = DepthwiseKernel(size, layer.stride[0], target.width, to, limit)
+        name = self.kernel(key, lambda name: emit_depthwise(self.isa, key, name))
+        pointers = [*self.window_rows(code, step, y), *(code.at("%constants", o) for o in (weights, bias, factors))]
+        pointers.append(self.row(code, target, y))
+        numbers = source.step, target.step, target.lanes // 16
+        arguments = [*(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers)]
+        code.call("void", name, *arguments)
+
+    def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
+        source, target = self.storage(step.source), self.storage(step.target)
+        key = PoolKernel(window_of(layer), layer.stride[0], target.width, source.lanes, target.layout)
+        name = self.kernel(key, lambda name: emit_pool(key, name))
+        pointers = [*self.window_rows(code, step, y, -layer.padding[1] * source.step), *["null"] * 3]
+        pointers.append(self.row(code, target, y))
+        numbers = source.step, target.step, target.lanes // 16
+        arguments = [*(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers)]
+        code.call("void", name, *arguments)
+
+    # The end
+
+    def emit_mean(self, code: Code, step: Step, layer: Mean) -> None:
+        source, target = self.storage(step.source), self.storage(step.target)
+        tensor = self.program.tensors[step.source]
+        key = MeanKernel(source.height, source.width, range_of(self.program.tensors[step.target]), layer.multiplier > 2**14)
+        name = self.kernel(key, lambda name: emit_mean(self.isa, key, name))
+        bias = self.constants.add(np.full(16, -tensor.zero * source.height * source.width, np.int32))
+        factors = self.constants.add(np.full(16, layer.multiplier, np.float32))
+        pointers = [
+            self.address(code, source),
+            code.at("%constants", bias),
+            code.at("%constants", factors),
+            self.address(code, target),
+        ]
+        numbers = source.step, source.lanes // 16
+        code.call("void", name, *(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers))
+
+    def emit_linear(self, code: Code, step: Step, layer: Linear) -> None:
+        self.pack(step)
+        tiles = self.packed[id(step)]
+        assert isinstance(tiles, Tiles)
+        source, target = self.storage(step.source), self.storage(step.target)
+        for first, count, vectors in tiles.runs():
+            key = RowKernel(1, vectors, "P", 0, "F")
+            name = self.kernel(key, lambda name, key=key: emit_row(self.isa, key, name))
+
+            def tile(index: Value, first: int = first, name: str = name) -> None:
+                place = code.number("add", code.number("shl", index, 4), tiles.table + 16 * first)
+                entry = code.at("%constants", place)
+                segments, parts, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
+                wide = code.number("shl", vector, 6)
+                values = {
+                    "source": self.address(code, source),
+                    "segments": code.at("%constants", segments),
+                    "weights": code.at("%constants", weights),
+                    "bias": code.at("%constants", code.number("add", wide, tiles.bias)),
+                    "factors": code.at("%constants", code.number("add", wide, tiles.factors)),
+                    "target": code.at(self.address(code, target), wide),
+                    "residual": "null",
+                    "sum": "null",
+                    "count": parts,
+                }
+                code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
+
+            code.each(count, tile)
+        size = str(4 * self.program.classes)
+        pointers = ("i8*", "%logits"), ("i8*", self.address(code, target))
+        code.call("void", "llvm.memcpy.p0i8.p0i8.i64", *pointers, ("i64", size), ("i1", "false"))

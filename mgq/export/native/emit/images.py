@@ -1,0 +1,98 @@
+"""What stands at both ends: pixels in planes become rows of four bytes a pixel, and positions become their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant
+from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.rows import TO_D, store_quad
+
+POINTERS = tuple(("i8*", name) for name in ("source", "target"))
+
+
+@dataclass(frozen=True)
+class MeanKernel:
+    """Of ``height`` x ``width`` positions in layout A, whose rows follow one another; to layout P."""
+
+    height: int
+    width: int
+    to: Range
+    limit: bool
+
+
+def emit_pixels(height: int, width: int, channels: int, row_bytes: int, name: str) -> Code:
+    """``channels`` planes at ``source`` to four bytes a pixel at ``target``, the first pixel inside of the border."""
+    code = Code(name, POINTERS)
+
+    def row(index: Value, _: list[Value]) -> list[Value]:
+        source = code.at("%source", code.number("mul", index, width))
+        target = code.at("%target", code.number("mul", index, row_bytes))
+        whole, rest = divmod(width, 16)
+        for count, start, times in ((16, 0, whole), (1, 16 * whole, rest)):
+            if times:
+                put_pixels(code, (source, target), (count, start, times), channels, height * width)
+        return []
+
+    code.repeat(height, [], row)
+    return code
+
+
+def put_pixels(
+    code: Code, pointers: tuple[Value, Value], span: tuple[int, int, int], channels: int, plane: int
+) -> None:
+    """``times`` times ``count`` pixels from ``start`` on."""
+    count, start, times = span
+    narrow, wide = (f"<{count} x i8>", f"<{count} x i32>")
+
+    def step(index: Value) -> None:
+        first = code.number("add", code.number("mul", index, count), start)
+        source = code.at(pointers[0], first)
+        word = ""
+        for channel in range(channels):
+            value = code.value(f"zext {narrow} {code.load(narrow, code.at(source, channel * plane))} to {wide}")
+            if channel:
+                value = code.value(f"shl {wide} {value}, {constant('i32', 8 * channel, count)}")
+                value = code.value(f"or {wide} {word}, {value}")
+            word = value
+        code.store(wide, word, code.at(pointers[1], code.number("mul", first, 4)))
+
+    code.each(times, step)
+
+
+def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
+    pointers = ("source", "bias", "factors", "target")
+    code = Code(name, (*(("i8*", p) for p in pointers), ("i64", "source_step"), ("i64", "vectors")))
+    whole, rest = divmod(kernel.width, 4)
+
+    def vector(index: Value, _: list[Value]) -> list[Value]:
+        source = code.at("%source", code.number("shl", index, 6))
+
+        def row(_: Value, values: list[Value]) -> list[Value]:
+            pointer, total = values
+            if whole:
+                pointer, total = code.repeat(whole, [("i8*", pointer), (INTS, total)], lambda _, v: add(4, v))
+            if rest:
+                pointer, total = add(rest, [pointer, total])
+            return [pointer, total]
+
+        def add(count: int, values: list[Value]) -> list[Value]:
+            pointer, total = values
+            four = code.shuffle(BYTES, code.load(BYTES, pointer, 64), "undef", TO_D)
+            ones = constant("i32", sum(1 << 8 * i for i in range(count)), 16)
+            read = isa.prepare(code, code.as_type(four, BYTES, INTS), False)
+            total = isa.dot(code, total, read, isa.prepare(code, code.value(f"add {INTS} {ones}, {NONE}"), True))
+            return [code.at(pointer, "%source_step"), total]
+
+        start = [("i8*", source), (INTS, code.load(INTS, "%bias", 64))]
+        _, total = code.repeat(kernel.height, start, row)
+        scaled = isa.scaled(code, total, code.load(FLOATS, "%factors", 64))
+        target = code.at("%target", code.number("shl", index, 4))
+        store_quad(isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", target, (0, (0, None, None, None)), 0)
+        return []
+
+    code.repeat("%vectors", [], vector)
+    return code
+
+
+NONE = constant("i32", 0, 16)

@@ -1,0 +1,192 @@
+"""Depthwise convolutions and max pooling: each output row is made of some rows of the source, given as pointers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant
+from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.rows import TO_P, store_quad
+
+
+@dataclass(frozen=True)
+class DepthwiseKernel:
+    """``size`` x ``size`` at ``stride``, rows of layout D to rows of layout A, ``width`` outputs."""
+
+    size: int
+    stride: int
+    width: int
+    to: Range
+    limit: bool
+
+
+@dataclass(frozen=True)
+class PoolKernel:
+    """The largest of ``size`` x ``size`` at ``stride``: rows of layout P of ``lanes`` channels to layout A or P."""
+
+    size: int
+    stride: int
+    width: int
+    lanes: int
+    target: str
+
+
+def row_parameters(size: int) -> tuple[tuple[str, str], ...]:
+    return (
+        *(("i8*", f"row{i}") for i in range(size)),
+        *(("i8*", name) for name in ("weights", "bias", "factors", "target")),
+        *(("i64", name) for name in ("source_step", "target_step", "vectors")),
+    )
+
+
+def pieces(size: int, stride: int) -> list[list[tuple[int, bool, int]]]:
+    """For each of four outputs: quad, whether it is read two pixels on, and the first byte's tap."""
+    result = []
+    for output in range(4):
+        first = output * stride
+        quad, rest = divmod(first, 4)
+        if rest + size <= 4:
+            result.append([(quad, False, -rest)])
+        elif size <= 3:
+            result.append([(quad, True, 2 - rest)])
+        else:
+            last = (first + size - 1) // 4
+            result.append([(q, False, 4 * q - first) for q in range(quad, last + 1)])
+    return result
+
+
+def patterns(size: int, stride: int) -> list[int]:
+    """The first bytes' taps that occur: one vector of weights a row each."""
+    return sorted({tap for output in pieces(size, stride) for _, _, tap in output})
+
+
+def quads_read(size: int, stride: int) -> int:
+    """Quads of the source that four outputs are made of."""
+    return ceil((3 * stride + size) / 4)
+
+
+def emit_depthwise(isa: Portable, kernel: DepthwiseKernel, name: str) -> Code:
+    code = Code(name, row_parameters(kernel.size))
+    taps = patterns(kernel.size, kernel.stride)
+    width = 64 * len(taps) * kernel.size
+    pointers = ["%weights", "%bias", "%factors", "%target", *(f"%row{i}" for i in range(kernel.size))]
+
+    def vector(_: Value, values: list[Value]) -> list[Value]:
+        weights, bias, factors, target, *rows = values
+        prepared = {
+            (row, tap): isa.prepare(code, code.load(INTS, code.at(weights, 64 * (row * len(taps) + i)), 64), True)
+            for row in range(kernel.size)
+            for i, tap in enumerate(taps)
+        }
+        start = code.load(INTS, bias, 64)
+        factor = code.load(FLOATS, factors, 64)
+        emit_quads(isa, kernel, code, prepared, (start, factor, target), rows)
+        moves = (width, 64, 64, 64, *(64 for _ in rows))
+        return [code.at(pointer, move) for pointer, move in zip(values, moves, strict=True)]
+
+    code.repeat("%vectors", [("i8*", pointer) for pointer in pointers], vector)
+    return code
+
+
+def emit_quads(
+    isa: Portable,
+    kernel: DepthwiseKernel,
+    code: Code,
+    prepared: dict[tuple[int, int], tuple[Value, ...]],
+    parameters: tuple[Value, Value, Value],
+    rows: list[Value],
+) -> None:
+    """All quads of a row for 16 channels."""
+    start, factor, target = parameters
+    count = quads_read(kernel.size, kernel.stride)
+    firsts = [code.load(INTS, row, 64) for row in rows]
+
+    def quad(_: Value, values: list[Value]) -> list[Value]:
+        target, *rest = values
+        pointers, carried = rest[: kernel.size], rest[kernel.size :]
+        totals = [start] * 4
+        following, after = [], []
+        for row, (pointer, known) in enumerate(zip(pointers, carried, strict=True)):
+            quads = [known]
+            for i in range(1, count):
+                place = code.at(pointer, code.number("mul", "%source_step", i))
+                quads.append(code.load(INTS, place, 64))
+            totals = [
+                total_of_row(isa, code, total, output, quads, row, prepared)
+                for total, output in zip(totals, pieces(kernel.size, kernel.stride), strict=True)
+            ]
+            following.append(quads[kernel.stride])
+            after.append(code.at(pointer, code.number("mul", "%source_step", kernel.stride)))
+        scaled = [isa.scaled(code, total, factor) for total in totals]
+        store_quad(isa, code, scaled, kernel.to, kernel.limit, "A", target, (0, (0, 1, 2, 3)), 0)
+        return [code.at(target, "%target_step"), *after, *following]
+
+    kinds = [("i8*", target), *(("i8*", row) for row in rows), *((INTS, first) for first in firsts)]
+    code.repeat(ceil(kernel.width / 4), kinds, quad)
+
+
+def total_of_row(
+    isa: Portable,
+    code: Code,
+    total: Value,
+    output: list[tuple[int, bool, int]],
+    quads: list[Value],
+    row: int,
+    prepared: dict[tuple[int, int], tuple[Value, ...]],
+) -> Value:
+    for quad, is_shifted, tap in output:
+        value = quads[quad]
+        if is_shifted:
+            arguments = (INTS, quads[quad + 1]), (INTS, value), (INTS, constant("i32", 16, 16))
+            value = code.call(INTS, "llvm.fshr.v16i32", *arguments)
+        total = isa.dot(code, total, isa.prepare(code, value, False), prepared[row, tap])
+    return total
+
+
+def emit_pool(kernel: PoolKernel, name: str) -> Code:
+    code = Code(name, row_parameters(kernel.size))
+
+    def vector(index: Value, _: list[Value]) -> list[Value]:
+        offset = code.number("shl", index, 4)
+        rows = [code.at(f"%row{i}", offset) for i in range(kernel.size)]
+        unit = 4 if kernel.target == "A" else 1
+        target = code.at("%target", code.number("mul", index, 64 if kernel.target == "A" else 16))
+
+        def pixels(count: int, target: Value, rows: list[Value]) -> None:
+            found = [largest(kernel, code, rows, x) for x in range(count)]
+            if kernel.target == "P":
+                code.store("<16 x i8>", found[0], target, 16)
+                return
+            found += ["undef"] * (4 - count)
+            pairs = [code.shuffle("<16 x i8>", found[i], found[i + 1], range(32)) for i in (0, 2)]
+            four = code.as_type(code.shuffle("<32 x i8>", pairs[0], pairs[1], range(64)), BYTES, INTS)
+            code.store(INTS, code.shuffle(INTS, four, "undef", TO_P), target, 64)
+
+        def step(_: Value, values: list[Value]) -> list[Value]:
+            target, *rows = values
+            pixels(unit, target, rows)
+            ahead = unit * kernel.stride * kernel.lanes
+            return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+
+        whole, rest = divmod(kernel.width, unit)
+        values = [target, *rows]
+        if whole:
+            values = code.repeat(whole, [("i8*", value) for value in values], step)
+        if rest:
+            pixels(rest, values[0], values[1:])
+        return []
+
+    code.repeat("%vectors", [], vector)
+    return code
+
+
+def largest(kernel: PoolKernel, code: Code, rows: list[Value], x: int) -> Value:
+    found = None
+    for row in rows:
+        for column in range(kernel.size):
+            value = code.load("<16 x i8>", code.at(row, (x * kernel.stride + column) * kernel.lanes), 16)
+            both = ("<16 x i8>", value), ("<16 x i8>", found or value)
+            found = value if found is None else code.call("<16 x i8>", "llvm.umax.v16i8", *both)
+    assert found is not None
+    return found

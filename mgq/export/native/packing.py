@@ -1,0 +1,165 @@
+"""Weights, biases and multipliers in the order in which kernels read them, in one block of constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.export.native.emit.isa import Portable
+from mgq.export.native.emit.windows import patterns
+from mgq.export.native.layout import LANES, Lanes, Storage
+from mgq.export.native.program import Conv, Linear
+
+Array = npt.NDArray[Any]
+ALIGNMENT = 64
+OVERFLOW = 2.0**30
+"""Scaled sums below it are safe from int32's end."""
+
+
+@dataclass(eq=False)
+class Constants:
+    """Arrays one after the other, each on a multiple of 64 bytes."""
+
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, values: Array) -> int:
+        """The offset of ``values``."""
+        content = np.ascontiguousarray(values).tobytes()
+        content += bytes(-len(content) % ALIGNMENT)
+        self.parts.append(content)
+        self.size += len(content)
+        return self.size - len(content)
+
+    def content(self) -> bytes:
+        return b"".join(self.parts)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """``vectors`` of outputs of each tile, offset of the table of tiles, of biases and of multipliers.
+
+    A tile in the table is four int32: offset of its segments, their count, offset of its weights, its first vector. A
+    segment is two: bytes from the source's pixel, and how many words of four channels follow one another there.
+    """
+
+    vectors: tuple[int, ...]
+    table: int
+    bias: int
+    factors: int
+    limit: bool
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """First tile, count and vectors of those alike that follow one another."""
+        result: list[tuple[int, int, int]] = []
+        for i, vectors in enumerate(self.vectors):
+            if result and result[-1][2] == vectors:
+                first, count, _ = result[-1]
+                result[-1] = first, count + 1, vectors
+            else:
+                result.append((i, 1, vectors))
+        return result
+
+
+def folded_bias(layer: Conv | Linear, zero: int) -> Array:
+    """The bias less what the zero point of the input adds to each sum, int32, which wraps as the sums do."""
+    weights = layer.weight.reshape(len(layer.weight), -1).astype(np.int64).sum(1)
+    folded: Array = (layer.bias.astype(np.int64) - zero * weights).astype(np.int32)
+    return folded
+
+
+def may_overflow(layer: Conv | Linear, bias: Array) -> bool:
+    weights = np.abs(layer.weight.reshape(len(layer.weight), -1).astype(np.int64)).sum(1)
+    most = (255.0 * weights + np.abs(bias.astype(np.float64))) * layer.multiplier
+    return bool(len(most) and most.max() >= OVERFLOW)
+
+
+def spread_weights(layer: Conv | Linear, source: Array, target: Lanes, lanes: int) -> tuple[Array, Array]:
+    """Weights int8 (lanes out, lanes in, KH, KW), and which of the inputs an output has at all, bool (out, in)."""
+    weight = layer.weight.reshape(*layer.weight.shape[:2], *(layer.weight.shape[2:] or (1, 1)))
+    groups = layer.groups if isinstance(layer, Conv) else 1
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    whole = np.zeros((target.count, lanes, *weight.shape[2:]), np.int8)
+    used = np.zeros((target.count, lanes), bool)
+    for group in range(groups):
+        makes = slice(group * outputs, (group + 1) * outputs)
+        place = np.ix_(target.places[makes], source[group * inputs : (group + 1) * inputs])
+        whole[place] = weight[makes]
+        used[place] = True
+    return whole, used
+
+
+def pack_tiles(
+    constants: Constants, isa: Portable, layer: Conv | Linear, source: Storage, places: tuple[Array, Lanes], zero: int
+) -> Tiles:
+    """``places``: the lane of each input, and the lanes of the outputs."""
+    inputs, target = places
+    weights, used = spread_weights(layer, inputs, target, source.lanes)
+    bias = folded_bias(layer, zero)
+    tiles = [n for block in target.blocks for n in isa.splits(block)]
+    rows, vector = [], 0
+    for count in tiles:
+        lanes = slice(vector * LANES, (vector + count) * LANES)
+        offsets, words = words_of(used[lanes], weights.shape[2:], source)
+        packed = pack_words(weights[lanes], words)
+        segments = segments_of(offsets, 16 if source.layout == "A" else 4)
+        place = constants.add(np.array(segments, np.int32))
+        rows.append((place, len(segments), constants.add(packed), vector))
+        vector += count
+    table = constants.add(np.array(rows, np.int32))
+    factors = constants.add(target.spread(layer.multiplier, np.float32))
+    return Tiles(
+        tuple(tiles), table, constants.add(target.spread(bias, np.int32)), factors, may_overflow(layer, bias)
+    )
+
+
+def words_of(used: Array, kernel: Sequence[int], source: Storage) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Where each word of four channels lies from the pixel on, and its row, column and number."""
+    read = np.flatnonzero(used.any(0).reshape(-1, 4).any(1))
+    if source.layout == "A":
+        return [16 * int(word) for word in read], [(0, 0, int(word)) for word in read]
+    words = [(row, column, int(word)) for row in range(kernel[0]) for column in range(kernel[1]) for word in read]
+    return [row * source.row_bytes + column * source.step + 4 * word for row, column, word in words], words
+
+
+def pack_words(weights: Array, words: list[tuple[int, int, int]]) -> Array:
+    """(words, outputs, 4)"""
+    rows, columns, numbers = (np.array(part) for part in zip(*words, strict=True))
+    split = weights.reshape(len(weights), -1, 4, *weights.shape[2:])
+    packed: Array = split[:, numbers, :, rows, columns]
+    return packed
+
+
+def segments_of(offsets: list[int], step: int) -> list[tuple[int, int]]:
+    """Offsets that follow one another by ``step``, as first and count."""
+    result: list[tuple[int, int]] = []
+    for offset in offsets:
+        if result and result[-1][0] + result[-1][1] * step == offset:
+            result[-1] = result[-1][0], result[-1][1] + 1
+        else:
+            result.append((offset, 1))
+    return result
+
+
+def pack_depthwise(constants: Constants, layer: Conv, target: Lanes, zero: int) -> tuple[int, int, int, bool]:
+    """Offsets of weights, biases and multipliers, and whether scaled sums may overflow."""
+    size = layer.weight.shape[2]
+    whole = np.zeros((target.count, size, size), np.int8)
+    whole[target.places] = layer.weight[:, 0]
+    taps = patterns(size, layer.stride[0])
+    packed = np.zeros((target.vectors, size, len(taps), LANES, 4), np.int8)
+    for i, first in enumerate(taps):
+        for byte in range(4):
+            if 0 <= first + byte < size:
+                packed[:, :, i, :, byte] = whole[:, :, first + byte].reshape(-1, LANES, size).transpose(0, 2, 1)
+    bias = folded_bias(layer, zero)
+    return (
+        constants.add(packed),
+        constants.add(target.spread(bias, np.int32)),
+        constants.add(target.spread(layer.multiplier, np.float32)),
+        may_overflow(layer, bias),
+    )

@@ -1,0 +1,326 @@
+"""An int8 network as a list of integer layers, read from an ONNX file of mgq.
+
+It holds all that is computed and nothing of how: weights int8, biases int32, multipliers float32, and for every tensor
+the range of its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what each layer does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+
+Array = npt.NDArray[Any]
+PIXEL_ZERO = 128
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """uint8 values ``low`` to ``high`` of shape (N, ``channels``, ``height``, ``width``); ``zero`` stands for 0.0."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    scale: float
+    zero: int
+    low: int = 0
+    high: int = 255
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation: names of the tensors that it reads and of the one that it makes."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
+    """``weight`` int8 (O, C / groups, KH, KW), ``bias`` int32 (O,), ``multiplier`` float32 (O,).
+
+    ``padding`` is top, left, bottom, right, filled with the zero of the input.
+    """
+
+    weight: Array
+    bias: Array
+    multiplier: Array
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    groups: int
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == len(self.weight) and self.weight.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """``weight`` int8 (O, I), ``bias`` int32 (O,), ``multiplier`` float32 (O,): logits are float32 (N, O)."""
+
+    weight: Array
+    bias: Array
+    multiplier: Array
+
+
+@dataclass(frozen=True)
+class Sum(Layer):
+    """The two inputs times ``multipliers``, float32."""
+
+    multipliers: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MaxPool(Layer):
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Mean(Layer):
+    """The sum over all positions times ``multiplier``, float32."""
+
+    multiplier: float
+
+
+@dataclass(frozen=True)
+class Shuffle(Layer):
+    """Channel i of the output is channel ``order[i]`` of the input."""
+
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """``layers`` in the order in which they run, from pixels ``input``, uint8 (N, 3, S, S) in BGR, to float logits."""
+
+    layers: tuple[Layer, ...]
+    tensors: Mapping[str, Tensor]
+    input: str
+    output: str
+    classes: int
+
+    @property
+    def image_size(self) -> int:
+        return self.tensors[self.input].height
+
+
+def multiplier_of(numerator: Array | float, denominator: float) -> Array:
+    """``numerator`` / ``denominator``, rounded to float32 once."""
+    quotient: Array = (np.asarray(numerator, np.float64) / float(denominator)).astype(np.float32)
+    return quotient
+
+
+def read_program(model: Any) -> Program:
+    """The program of an ONNX ``model`` that mgq has written in int8. Raises InputError for any other."""
+    return Reader(model).program()
+
+
+def refusal(what: str) -> InputError:
+    return InputError(f"the native engine does not run {what}: pass --engine openvino")
+
+
+@dataclass(frozen=True)
+class Grid:
+    scale: Array
+    zero: int
+
+
+class Reader:
+    """Reads the nodes one by one. A float tensor is known by the integers that it was or will be."""
+
+    def __init__(self, model: Any) -> None:
+        from onnx import numpy_helper
+
+        self.graph = model.graph
+        self.constants: dict[str, Array] = {i.name: numpy_helper.to_array(i) for i in self.graph.initializer}
+        self.values: dict[str, tuple[str, Grid]] = {}  # float tensor -> its integers and their grid
+        self.weights: dict[str, tuple[Array, Array]] = {}  # float constant -> integers and scales
+        self.pending: dict[str, Callable[[str, Grid], None]] = {}  # float result -> what makes integers of it
+        self.tensors: dict[str, Tensor] = {}
+        self.made: dict[str, tuple[Layer, ...]] = {}
+        self.layers: list[Layer] = []
+        self.same_as: dict[str, str] = {}
+        self.moved: dict[str, tuple[str, Array]] = {}  # reshaped tensors -> source, and where its channels are now
+        self.classes = 0
+
+    def program(self) -> Program:
+        from onnx.helper import get_attribute_value
+
+        source = self.graph.input[0]
+        shape = [axis.dim_value for axis in source.type.tensor_type.shape.dim]
+        if source.type.tensor_type.elem_type != 2 or len(shape) != 4:
+            raise refusal("a file whose input is not uint8 (N, 3, S, S)")
+        if min(shape[1:]) < 1:
+            raise refusal("a file whose image size is open")
+        self.tensors[source.name] = Tensor(source.name, *shape[1:], 1.0, PIXEL_ZERO)
+        for node in self.graph.node:
+            attributes = {a.name: get_attribute_value(a) for a in node.attribute}
+            read = getattr(self, f"read_{node.op_type.lower()}", None)
+            if read is None:
+                raise refusal(f"the operator {printable(node.op_type)} of {printable(node.name)}")
+            read(list(node.input), node.output[0], attributes)
+        output = self.graph.output[0].name
+        if not self.layers or self.layers[-1].output != output or not isinstance(self.layers[-1], Linear):
+            raise refusal("a network whose classifier is not int8")
+        return Program(tuple(self.layers), self.tensors, source.name, output, self.classes)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[self.name(name)]
+
+    def name(self, name: str) -> str:
+        return self.same_as.get(name, name)
+
+    def float_input(self, name: str) -> tuple[Tensor, Grid]:
+        if name not in self.values:
+            raise refusal(f"{printable(name)} in float")
+        integers, grid = self.values[name]
+        return self.tensor(integers), grid
+
+    def read_dequantizelinear(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        source, scale, *zero = inputs
+        scales = self.constants[scale]
+        if source in self.constants:
+            self.weights[output] = self.constants[source], scales
+            return
+        integers = self.name(source)
+        self.values[output] = integers, Grid(scales, int(self.constants[zero[0]]))
+        if integers == self.graph.input[0].name and float(scales) != 1.0:
+            raise refusal("pixels with a scale other than 1")
+
+    def read_quantizelinear(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        source, scale, zero = inputs
+        grid = Grid(self.constants[scale], int(self.constants[zero]))
+        if source in self.values:  # put on the grid that it lies on: the integers stay
+            known, old = self.values[source]
+            if old.zero != grid.zero or float(old.scale) != float(grid.scale):
+                raise refusal(f"the second grid of {printable(source)}")
+            self.same_as[output] = known
+            return
+        if source not in self.pending:
+            raise refusal(f"{printable(source)} in float")
+        if grid.zero not in (0, PIXEL_ZERO):
+            raise refusal(f"the zero point {grid.zero} of {printable(output)}")
+        self.pending.pop(source)(output, grid)
+
+    def read_clip(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        source, low, high = inputs
+        if source not in self.tensors:
+            raise refusal(f"a Clip of {printable(source)} in float")
+        old = self.tensors[source]
+        limits = int(self.constants[low]), int(self.constants[high])
+        self.tensors[source] = Tensor(*(getattr(old, f) for f in ("name", "channels", "height", "width", "scale", "zero")), *limits)
+        self.same_as[output] = source
+
+    def make(self, layer: Layer, shape: tuple[int, int, int], grid: Grid) -> None:
+        self.tensors[layer.output] = Tensor(layer.output, *shape, float(grid.scale), grid.zero)
+        self.layers.append(layer)
+
+    def integers_of(self, names: list[str], source: Grid) -> tuple[Array, Array, Array]:
+        """Weights, bias int32 and the scales of the sums, float64, one an output."""
+        if names[0] not in self.weights:
+            raise refusal(f"{printable(names[0])} in float")
+        weight, scales = self.weights[names[0]]
+        outputs = len(weight)
+        sums = np.broadcast_to(scales.astype(np.float64) * float(source.scale), (outputs,))
+        bias = self.weights[names[1]][0] if len(names) > 1 else np.zeros(outputs, np.int32)
+        return weight, bias.astype(np.int32), sums
+
+    def read_conv(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        source, grid = self.float_input(inputs[0])
+        weight, bias, scales = self.integers_of(inputs[1:], grid)
+        stride = tuple(attributes.get("strides", (1, 1)))
+        padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
+        if tuple(attributes.get("dilations", (1, 1))) != (1, 1):
+            raise refusal("a convolution with dilation")
+        shape = len(weight), *positions(source, weight.shape[2:], stride, padding)
+        groups = attributes.get("group", 1)
+
+        def finish(name: str, to: Grid) -> None:
+            multiplier = multiplier_of(scales, float(to.scale))
+            self.make(Conv((source.name,), name, weight, bias, multiplier, stride, padding, groups), shape, to)
+
+        self.pending[output] = finish
+
+    def read_add(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        (first, one), (second, other) = (self.float_input(name) for name in inputs)
+
+        def finish(name: str, to: Grid) -> None:
+            factors = [float(multiplier_of(float(grid.scale), float(to.scale))) for grid in (one, other)]
+            layer = Sum((first.name, second.name), name, (factors[0], factors[1]))
+            self.make(layer, (first.channels, first.height, first.width), to)
+
+        self.pending[output] = finish
+
+    def read_maxpool(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        source = self.tensor(inputs[0])
+        kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes["strides"])
+        padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
+        height, width = positions(source, kernel, stride, padding)
+        self.follow(MaxPool((source.name,), output, kernel, stride, padding), source, (source.channels, height, width))
+
+    def follow(self, layer: Layer, source: Tensor, shape: tuple[int, int, int]) -> None:
+        """``layer`` makes values of its source's grid."""
+        self.tensors[layer.output] = Tensor(layer.output, *shape, source.scale, source.zero, source.low, source.high)
+        self.layers.append(layer)
+
+    def read_globalaveragepool(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        source, grid = self.float_input(inputs[0])
+
+        def finish(name: str, to: Grid) -> None:
+            count = source.height * source.width
+            factor = float(multiplier_of(float(grid.scale) / count, float(to.scale)))
+            self.make(Mean((source.name,), name, factor), (source.channels, 1, 1), to)
+
+        self.pending[output] = finish
+
+    def read_flatten(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        self.same_as[output] = self.name(inputs[0])
+
+    def read_reshape(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        source, places = self.places(inputs[0])
+        shape = [int(axis) for axis in self.constants[inputs[1]][1:]]
+        self.move(source, output, places.reshape(shape))
+
+    def read_transpose(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        source, places = self.places(inputs[0])
+        self.move(source, output, places.transpose([axis - 1 for axis in attributes["perm"][1:]]))
+
+    def places(self, name: str) -> tuple[str, Array]:
+        """The tensor that ``name`` is moved from, and where each of its values is now."""
+        if name in self.moved:
+            return self.moved[name]
+        tensor = self.tensor(name)
+        shape = tensor.channels, tensor.height, tensor.width
+        return tensor.name, np.arange(np.prod(shape)).reshape(shape)
+
+    def move(self, source: str, output: str, places: Array) -> None:
+        tensor = self.tensors[source]
+        shape = tensor.channels, tensor.height, tensor.width
+        self.moved[output] = source, places
+        if places.shape != shape:
+            return
+        order = places[:, 0, 0] // (tensor.height * tensor.width)
+        if not (places == np.arange(places.size).reshape(shape)[order]).all():
+            return  # no shuffle of channels yet
+        self.follow(Shuffle((source,), output, tuple(int(c) for c in order)), tensor, shape)
+
+    def read_gemm(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        source, grid = self.float_input(inputs[0])
+        weight, bias, scales = self.integers_of(inputs[1:], grid)
+        self.classes = len(weight)
+        self.layers.append(Linear((source.name,), output, weight, bias, multiplier_of(scales, 1.0)))
+
+
+def positions(source: Tensor, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:
+    """Height and width of what a window of ``kernel`` makes of ``source``."""
+    height = (source.height + padding[0] + padding[2] - kernel[0]) // stride[0] + 1
+    width = (source.width + padding[1] + padding[3] - kernel[1]) // stride[1] + 1
+    return height, width
