@@ -58,7 +58,14 @@ def lite(path: Path, threads: int) -> FileRuntime:
     return LiteRuntime(path, threads)
 
 
+def native(path: Path, threads: int) -> FileRuntime:
+    from mgq.runtime.native import NativeRuntime
+
+    return NativeRuntime(path, threads)
+
+
 ENGINES = (
+    Engine("native", "native", "llvmlite", ".onnx", native, "pip install --force-reinstall mgq"),
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
     Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
     Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),

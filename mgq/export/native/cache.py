@@ -1,0 +1,113 @@
+"""Compiled networks on disk, by what they were made from: the content of the file, the processor, and mgq's own code.
+
+A cache holds code, so an entry counts only where it is this user's alone, and whole. Any other is made again, and what
+cannot be written is not cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mgq.errors import MgqError
+from mgq.export.native.compiler import Compiled
+from mgq.files.atomic import atomic_write
+
+MAGIC = b"mgq native 1\n"
+MOST_BYTES = 1 << 30
+VARIABLE = "MGQ_NATIVE_CACHE"
+"""The folder of the cache, where it is not the user's own cache folder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A compiled network and what is known of it: of the file that it was made from, say."""
+
+    compiled: Compiled
+    about: Mapping[str, Any]
+
+
+def cache_folder() -> Path:
+    import platformdirs
+
+    return Path(os.environ.get(VARIABLE) or platformdirs.user_cache_path("mgq") / "native")
+
+
+@cache
+def own_code() -> str:
+    """A hash of the code that compiles networks, and of LLVM's version."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(version("llvmlite").encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def key_of(content: bytes, level: str) -> str:
+    digest = hashlib.sha256(content).hexdigest()
+    return hashlib.sha256("\n".join((digest, level, own_code())).encode()).hexdigest()[:40]
+
+
+def read_entry(key: str) -> Entry | None:
+    """The entry ``key``; None where there is none, or none that can be trusted."""
+    try:
+        folder = cache_folder()
+        if not is_own(os.stat(folder)):
+            return None
+        descriptor = os.open(folder / f"{key}.native", os.O_RDONLY | os.O_NOFOLLOW)
+        with open(descriptor, "rb") as file:
+            known = os.fstat(file.fileno())
+            if not is_own(known) or not stat.S_ISREG(known.st_mode) or known.st_size > MOST_BYTES:
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    return parsed(content)
+
+
+def is_own(known: os.stat_result) -> bool:
+    """Whether nobody but this user, and root, can have written it."""
+    return known.st_uid == os.geteuid() and not known.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def parsed(content: bytes) -> Entry | None:
+    """None where ``content`` is damaged."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if not content.startswith(MAGIC):
+            return None
+        head, _, rest = content[len(MAGIC) :].partition(b"\n")
+        known = json.loads(head)
+        if hashlib.sha256(rest).hexdigest() != known["sha256"]:
+            return None
+        about, code = int(known["about"]), int(known["code"])
+        compiled = Compiled(rest[about : about + code], rest[about + code :], int(known["work"]))
+        return Entry(compiled, json.loads(rest[:about]))
+    return None
+
+
+def write_entry(key: str, entry: Entry) -> bool:
+    """Keep ``entry``; whether that could be done."""
+    about = json.dumps(dict(entry.about)).encode()
+    rest = b"".join((about, entry.compiled.code, entry.compiled.constants))
+    sizes = {"about": len(about), "code": len(entry.compiled.code), "work": entry.compiled.work}
+    head = json.dumps({**sizes, "sha256": hashlib.sha256(rest).hexdigest()}).encode()
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not is_own(os.stat(folder)):
+            return False
+        with atomic_write(folder / f"{key}.native") as temporary:
+            temporary.write_bytes(b"".join((MAGIC, head, b"\n", rest)))
+            temporary.chmod(0o600)
+    except (OSError, MgqError):
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""From an ONNX file's network to machine code: in memory, or as an object file to link. It needs llvmlite alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from mgq.export.native.cpu import Level
+from mgq.export.native.emit.driver import Module, emit_module
+from mgq.export.native.planner import make_plan
+from mgq.export.native.program import Program
+
+ATTRIBUTES = "nounwind"
+OPTIMIZATION = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code as an object file, the constants that it reads, and the bytes of its work area."""
+
+    code: bytes
+    constants: bytes
+    work: int
+
+
+@cache
+def llvm() -> Any:
+    """LLVM's binding, made ready for this machine."""
+    import llvmlite.binding as binding
+
+    binding.initialize()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    binding.initialize_native_asmparser()
+    return binding
+
+
+def module_for(program: Program, level: Level, keep: bool = False) -> Module:
+    """``keep``: every tensor stays readable in the work area, for tests. Raises InputError as ``make_plan`` does."""
+    return emit_module(make_plan(program, keep), level.isa(), ATTRIBUTES)
+
+
+def compile_program(program: Program, level: Level, keep: bool = False) -> Compiled:
+    """``program`` for processors of ``level``, to be run by :class:`mgq.export.native.library.Library`."""
+    module = module_for(program, level, keep)
+    return Compiled(object_of(module.text, level), module.constants, module.work)
+
+
+def object_of(text: str, level: Level, shared: bool = False) -> bytes:
+    """The object file of a module's text; ``shared``: to be linked into a shared library."""
+    binding = llvm()
+    module = binding.parse_assembly(text)
+    module.verify()
+    options = {"reloc": "pic", "codemodel": "small"} if shared else {"codemodel": "jitdefault", "jit": True}
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=level.cpu, features=level.features, opt=OPTIMIZATION, **options)
+    content: bytes = machine.emit_object(module)
+    return content

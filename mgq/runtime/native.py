@@ -1,0 +1,83 @@
+"""The native engine: an int8 ``.onnx`` file of mgq as machine code for this processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
+from mgq.export.native.compiler import compile_program
+from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
+from mgq.export.native.library import Library
+from mgq.files.bounded import bytes_of
+from mgq.files.onnx_file import OnnxFile, imported, read_onnx
+from mgq.files.onnx_guard import MOST_BYTES
+from mgq.runtime.base import OfOnnxFile, checked_threads
+
+
+class NativeRuntime(OfOnnxFile):
+    """An ``.onnx`` file that mgq has written in int8. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+
+    ``cpu`` is a name of :func:`mgq.export.native.cpu.cpu_names`. What was compiled once comes from the cache. Raises
+    InputError for a file that the engine does not run, for more threads than cores, for a processor that ``cpu`` does
+    not fit, and for images of another shape than the file takes.
+    """
+
+    name = "native"
+
+    def __init__(self, path: Path, threads: int = 1, cpu: str = NATIVE) -> None:
+        self.threads = checked_threads(threads)
+        level = level_called(cpu)
+        refuse_foreign(level, f"the native engine of {printable(path)}")
+        self.version = level.key
+        self.file, entry = prepare(path, level)
+        self.library = Library(entry.compiled, self.file.classes, threads)
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.file.refuse_other_shape(batch.shape)
+        if batch.dtype != np.uint8:
+            raise InputError(f"{printable(self.file.path)} takes uint8 pixels, not {batch.dtype}")
+        return self.library.run(batch)
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """The logits, by the name of the file's output."""
+        return {self.file.output: self.run(batch)}
+
+
+def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
+    """What is known of the file at ``path``, and its machine code, from the cache where it is there."""
+    try:
+        content = bytes_of(path, MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {printable(path)}: {error.strerror}; check the path") from None
+    except Exception:  # too large, say: the reader says it better
+        content = b""
+    key = key_of(content, level.key)
+    entry = read_entry(key) if content else None
+    if entry is not None:
+        return file_of(path, content, entry), entry
+    file = read_onnx(path)
+    entry = compiled(file, level)
+    write_entry(key, entry)
+    return file, entry
+
+
+def compiled(file: OnnxFile, level: Level) -> Entry:
+    from mgq.export.native.program import read_program
+
+    model = imported("onnx").load_from_string(file.content)
+    if len(model.graph.output) > 1:
+        raise InputError(f"the native engine gives logits alone, and {printable(file.path)} has more outputs")
+    code = compile_program(read_program(model), level)
+    kept = ("input", "type", "shape", "output", "about", "quantized", "classes")
+    return Entry(code, {name: getattr(file, name) for name in kept})
+
+
+def file_of(path: Path, content: bytes, entry: Entry) -> OnnxFile:
+    """As :func:`mgq.files.onnx_file.read_onnx` gives it, without reading it."""
+    about = dict(entry.about)
+    return OnnxFile(path, content, **{**about, "shape": tuple(about["shape"])})
