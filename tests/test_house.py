@@ -17,11 +17,12 @@ MAY_IMPORT = {
     "data": FLOOR | {"files"},
     "quant": FLOOR | {"files", "zoo"},
     "deploy": FLOOR | {"files", "zoo", "quant"},
-    "runtime": FLOOR | {"files", "quant", "deploy"},
-    "engine": FLOOR | {"files", "zoo", "data", "quant", "deploy", "runtime"},
+    "export": FLOOR | {"files"},
+    "runtime": FLOOR | {"files", "quant", "deploy", "export"},
+    "engine": FLOOR | {"files", "zoo", "data", "quant", "deploy", "export", "runtime"},
     "bench": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime"},
     "reports": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench"},
-    "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "runtime", "bench", "reports"},
+    "cli": FLOOR | {"files", "zoo", "data", "quant", "engine", "deploy", "export", "runtime", "bench", "reports"},
 }
 
 

@@ -25,7 +25,7 @@ from mgq.cli.options import (
     opened,
     ready_for,
 )
-from mgq.cli.values import AT_LEAST_NONE, FORMAT, INPUT, Named
+from mgq.cli.values import AT_LEAST_NONE, CPU, FORMAT, INPUT, Named
 from mgq.errors import InputError
 
 CHECKS = ("logits", "layers", "none")
@@ -47,14 +47,15 @@ def dump(
     key: KeyName = None,
     mode: ModeName = "quantized",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine or .onnx by default.")
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine, .onnx or .so by default."),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             "--format",
             click_type=FORMAT,
-            help="megengine or onnx.",
+            help="megengine, onnx or native.",
             show_default="as the file is called, else as the target",
         ),
     ] = None,
@@ -79,6 +80,12 @@ def dump(
     batch: Annotated[
         int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Pictures a run; 0 for any number, in ONNX.")
     ] = 1,
+    cpu: Annotated[
+        str | None,
+        typer.Option(
+            "--cpu", click_type=CPU, help="Processors a native library is for.", show_default="native, this machine's"
+        ),
+    ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False,
@@ -91,12 +98,14 @@ def dump(
     """Write the network as a file to deploy, which takes raw pixels.
 
     A .megengine file is for MegEngine and MegEngine Lite: it is loaded again and must answer to the bit as the network
-    in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture.
+    in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture. A native .so
+    is the network as machine code, with a C header beside it: it needs no engine at all.
 
     \b
     Examples:
       mgq dump
       mgq dump --format onnx
+      mgq dump --format native --cpu avx2
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
     from mgq.cli.console import out, progress
@@ -107,12 +116,12 @@ def dump(
     with progress() as on_progress:
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
         classifier = opened_for(partial(opened, *where, key=key), output, kind, target)
-    wanted = Wanted(output, kind, input_type, batch or None, tune)
+    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu)
     pictures = pictures_in(classifier, data) if data is not None and check != "none" else None
     dumped = written(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
         show_parity(classifier, dumped, pictures, check == "layers", out)
-    if mode == "quantized":
+    if mode == "quantized" and dumped.format != "native":
         show_float_size(classifier, dumped, wanted, out)
 
 
@@ -124,6 +133,7 @@ class Wanted(NamedTuple):
     input_type: str = "uint8"
     batch: int | None = 1
     tune: bool = False
+    cpu: str | None = None
 
 
 def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
@@ -139,10 +149,11 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
         if kind != "onnx":
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = tuned(classifier, wanted.batch or 1, to)
-    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites)
+    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu)
     size = classifier.image_size
+    batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
     say(
-        f"{path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({wanted.batch or 'N'}, 3, {size}, {size}) BGR, "
+        f"{dumped.path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({batch}, 3, {size}, {size}) BGR, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )

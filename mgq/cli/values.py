@@ -165,6 +165,12 @@ def inputs() -> Iterable[str]:
     return INPUTS
 
 
+def cpus() -> Iterable[str]:
+    from mgq.export.native.cpu import cpu_names
+
+    return cpu_names()
+
+
 def schedules() -> Iterable[str]:
     from mgq.engine.recipe import SCHEDULES
 
@@ -187,6 +193,7 @@ QUALITY = Named("quality", qualities)
 ENGINE = Named("engine", engines)
 FORMAT = Named("format", formats)
 INPUT = Named("input", inputs)
+CPU = Named("cpu", cpus)
 SCHEDULE = Named("schedule", schedules)
 LOAD = Named("load", loads)
 

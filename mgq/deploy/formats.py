@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx"}
+SUFFIXES = {"megengine": ".megengine", "onnx": ".onnx", "native": ".so"}
 """Formats of files, and how their names end."""
 INPUTS = ("uint8", "int8", "float32")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +16,10 @@ from mgq.data.pictures import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
 from mgq.deploy.formats import INPUTS, SUFFIXES, format_of
 from mgq.deploy.mge import write_megengine
-from mgq.deploy.onnx import write_onnx
+from mgq.deploy.onnx import model_of, plain_graph, write_onnx
 from mgq.engine.networks import Classifier, open_classifier
-from mgq.errors import InputError, no_such, printable
-from mgq.files.atomic import ensure_writable_folder
+from mgq.errors import FailureError, InputError, no_such, printable
+from mgq.files.atomic import atomic_write, ensure_writable_folder
 from mgq.quant.modes import Mode, parse_mode
 from mgq.quant.targets import MEGENGINE, ONNX
 
@@ -48,15 +50,20 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
     if found == "megengine" and classifier.target is not MEGENGINE:
         its = classifier.target.name
         raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
+    if found == "native" and (classifier.mode is not Mode.QUANTIZED or classifier.target is MEGENGINE):
+        its = (
+            f"target {classifier.target.name}" if classifier.mode is Mode.QUANTIZED else f"mode {classifier.mode.value}"
+        )
+        raise InputError(f"a native library is int8 for the target onnx, not {its}: pass -m quantized --target onnx")
     return found
 
 
 def opened_for(
     opening: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
 ) -> Classifier:
-    """What ``opening`` gives for ``target``. Where that is open, and an ONNX file is wanted, the target onnx is tried
-    first: ranges that come with float weights may be there for it, too."""
-    if target is None and "onnx" in (kind, format_of(path)):
+    """What ``opening`` gives for ``target``. Where that is open, and an ONNX file or a native library is wanted, the
+    target onnx is tried first: ranges that come with float weights may be there for it, too."""
+    if target is None and {"onnx", "native"} & {kind, format_of(path)}:
         with contextlib.suppress(InputError):
             return opening(ONNX.name)
     return opening(target)
@@ -69,6 +76,7 @@ def dump_classifier(
     batch: int | None = 1,
     kind: str | None = None,
     rewrites: Sequence[str] = (),
+    cpu: str | None = None,
 ) -> Dump:
     """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
 
@@ -86,6 +94,10 @@ def dump_classifier(
     ensure_writable_folder(path.absolute().parent)
     cat = classifier.crop(read_picture(bundled_cat()))
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
+    if cpu is not None and kind != "native":
+        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
+    if kind == "native":
+        return dumped_native(classifier, path, input_type, cpu)
     if kind == "onnx":
         return dumped_onnx(classifier, path, input_type, batch, rewrites)
     if batch is None:
@@ -117,6 +129,38 @@ def dumped_onnx(
         rewrites=rewrites,
     )
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
+
+
+def dumped_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
+    """A shared library, which takes any number of images, and its header. It is checked where it runs."""
+    from mgq.export.native.cpu import NATIVE, level_called
+    from mgq.export.native.linker import SharedLibrary, write_library
+    from mgq.export.native.program import read_program
+    from mgq.export.native.reference import run_reference
+    from mgq.runtime.library import LibraryRuntime
+
+    if input_type != "uint8":
+        raise InputError(f"a native library takes uint8 pixels, not {input_type}: leave --input out")
+    level = level_called(cpu or NATIVE)
+    about = provenance_of(classifier)
+    graph = plain_graph(source_of(classifier), classifier.image_size)
+    program = read_program(model_of(graph, classifier.image_size, None, about))
+    with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
+        made: SharedLibrary = write_library(program, Path(folder) / "network.so", level, about)
+        checked = f"for {level.key}, with {path.with_suffix('.h').name}"
+        if made.linked_by is None:
+            checked += "; no linker found: link it with `cc -shared`, or pip install 'mgq[native]'"
+        elif level.runs_here():
+            images = to_batch([classifier.crop(read_picture(bundled_cat()))])
+            wanted, _ = run_reference(program, images)
+            if (LibraryRuntime(made.path).run(images) != wanted).any():
+                raise FailureError(f"{path} is not written: it answers otherwise than the integers in numpy")
+            checked += ", it answers to the bit as the integers in numpy"
+        target = path if made.linked_by else path.with_suffix(".o")
+        for source, place in ((made.path, target), (made.header, path.with_suffix(".h"))):
+            with atomic_write(place) as temporary:
+                shutil.copyfile(source, temporary)
+    return Dump(target, "native", made.size, checked)
 
 
 def source_of(classifier: Classifier) -> M.Module:

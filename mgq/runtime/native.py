@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, MgqError, printable
 from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
@@ -64,6 +64,15 @@ def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
     entry = compiled(file, level)
     write_entry(key, entry)
     return file, entry
+
+
+def runs(path: Path) -> bool:
+    """Whether the engine runs the file at ``path`` on this processor."""
+    try:
+        prepare(path, level_called(NATIVE))
+    except MgqError:
+        return False
+    return True
 
 
 def compiled(file: OnnxFile, level: Level) -> Entry:

@@ -20,7 +20,8 @@ AUTO = "auto"
 class Engine:
     """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
 
-    ``load`` takes a path and a number of threads; it imports the engine's ``package``.
+    ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
+    the choice for a file of its kind where nobody names one.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Engine:
     suffix: str
     load: Callable[[Path, int], FileRuntime]
     mend: str = "pip install 'mgq[deploy]'"
+    suits: Callable[[Path], bool] = lambda path: True
 
     @property
     def is_installed(self) -> bool:
@@ -64,10 +66,25 @@ def native(path: Path, threads: int) -> FileRuntime:
     return NativeRuntime(path, threads)
 
 
+def library(path: Path, threads: int) -> FileRuntime:
+    from mgq.runtime.library import LibraryRuntime
+
+    return LibraryRuntime(path, threads)
+
+
+def is_for_native(path: Path) -> bool:
+    """Whether the native engine runs ``path``, and has its fastest kernels here. What it compiles is cached."""
+    from mgq.export.native.cpu import LEVELS, NATIVE, level_called
+    from mgq.runtime.native import runs
+
+    return level_called(NATIVE) is LEVELS[0] and runs(path)
+
+
 ENGINES = (
-    Engine("native", "native", "llvmlite", ".onnx", native, "pip install --force-reinstall mgq"),
+    Engine("native", "native", "llvmlite", ".onnx", native, "pip install llvmlite", is_for_native),
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
     Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
+    Engine("library", "native library", "ctypes", ".so", library),
     Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
 )
 """The faster first, where they read the same files."""
@@ -101,7 +118,8 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     if not chosen:
         others = " or ".join(engine.key for engine in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
-    found = next((engine for engine in chosen if engine.is_installed), chosen[0])
+    willing = [engine for engine in chosen if key != AUTO or engine.suits(path)] or chosen
+    found = next((engine for engine in willing if engine.is_installed), willing[0])
     found.refuse_missing()
     return found
 

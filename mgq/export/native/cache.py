@@ -61,10 +61,10 @@ def read_entry(key: str) -> Entry | None:
     """The entry ``key``; None where there is none, or none that can be trusted."""
     try:
         folder = cache_folder()
-        if not is_own(os.stat(folder)):
+        if not is_own(folder.stat()):
             return None
         descriptor = os.open(folder / f"{key}.native", os.O_RDONLY | os.O_NOFOLLOW)
-        with open(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb") as file:
             known = os.fstat(file.fileno())
             if not is_own(known) or not stat.S_ISREG(known.st_mode) or known.st_size > MOST_BYTES:
                 return None
@@ -103,7 +103,7 @@ def write_entry(key: str, entry: Entry) -> bool:
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_own(os.stat(folder)):
+        if not is_own(folder.stat()):
             return False
         with atomic_write(folder / f"{key}.native") as temporary:
             temporary.write_bytes(b"".join((MAGIC, head, b"\n", rest)))

@@ -36,9 +36,9 @@ def llvm() -> Any:
     return binding
 
 
-def module_for(program: Program, level: Level, keep: bool = False) -> Module:
+def module_for(program: Program, level: Level, keep: bool = False, linkage: str = "") -> Module:
     """``keep``: every tensor stays readable in the work area, for tests. Raises InputError as ``make_plan`` does."""
-    return emit_module(make_plan(program, keep), level.isa(), ATTRIBUTES)
+    return emit_module(make_plan(program, keep), level.isa(), ATTRIBUTES, linkage)
 
 
 def compile_program(program: Program, level: Level, keep: bool = False) -> Compiled:

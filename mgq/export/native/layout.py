@@ -43,7 +43,7 @@ def arrange(makers: Array, readers: Array) -> Lanes:
     what one group reads lies together.
     """
     places = np.zeros(len(makers), np.int64)
-    blocks = []
+    blocks: list[int] = []
     for group in np.unique(makers):
         inside = np.flatnonzero(makers == group)
         ordered = inside[np.argsort(readers[inside], kind="stable")]

@@ -100,7 +100,10 @@ def pack_tiles(
     inputs, target = places
     weights, used = spread_weights(layer, inputs, target, source.lanes)
     bias = folded_bias(layer, zero)
-    tiles = [n for block in target.blocks for n in isa.splits(block)]
+    if isinstance(layer, Linear):
+        tiles = widest_tiles(target.vectors, isa.widest)
+    else:
+        tiles = [n for block in target.blocks for n in isa.splits(block)]
     rows, vector = [], 0
     for count in tiles:
         lanes = slice(vector * LANES, (vector + count) * LANES)
@@ -112,9 +115,12 @@ def pack_tiles(
         vector += count
     table = constants.add(np.array(rows, np.int32))
     factors = constants.add(target.spread(layer.multiplier, np.float32))
-    return Tiles(
-        tuple(tiles), table, constants.add(target.spread(bias, np.int32)), factors, may_overflow(layer, bias)
-    )
+    return Tiles(tuple(tiles), table, constants.add(target.spread(bias, np.int32)), factors, may_overflow(layer, bias))
+
+
+def widest_tiles(vectors: int, widest: int) -> list[int]:
+    """Tiles of ``widest`` vectors, and the rest one by one."""
+    return [widest] * (vectors // widest) + [1] * (vectors % widest)
 
 
 def words_of(used: Array, kernel: Sequence[int], source: Storage) -> tuple[list[int], list[tuple[int, int, int]]]:

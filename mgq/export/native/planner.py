@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,12 @@ class Planner:
             if isinstance(layer, Sum):
                 last = max(layer.inputs, key=lambda name: position.get(name, -1))
                 maker = by_output.get(last)
-                if not isinstance(maker, Conv) or maker.is_depthwise or len(users[last]) > 1 or len(set(layer.inputs)) < 2:
+                if (
+                    not isinstance(maker, Conv)
+                    or maker.is_depthwise
+                    or len(users[last]) > 1
+                    or len(set(layer.inputs)) < 2
+                ):
                     raise refusal("a sum without a convolution of its own in front")
                 merged[last] = layer
         for layer in self.program.layers:
@@ -190,13 +196,12 @@ class Planner:
             tensor = self.program.tensors[name]
             layout, pad, spare, pooled = self.layout_of(name)
             lanes = 4 if name == first.name else plan.lanes[name].count
-            if name == first.name:
-                if layout != "P" or first.channels > 4:
-                    raise refusal("a network that does not begin with a convolution")
+            if name == first.name and (layout != "P" or first.channels > 4):
+                raise refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
             result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare)
         for group in plan.groups:
-            for step, following in zip(group, group[1:], strict=False):
+            for step, following in pairwise(group):
                 size = window_of(following.layer)
                 result[step.target].ring = 1 << (size - 1).bit_length()
         logits = self.steps[-1].target
@@ -286,7 +291,7 @@ def window_of(layer: Layer) -> int:
 
 def spare_quads(layer: Conv, width: int) -> int:
     """What a depthwise kernel reads behind a row of ``width`` pixels, in groups of four."""
-    top, left, _, right = layer.padding
+    _, left, _, right = layer.padding
     size, stride = layer.weight.shape[3], layer.stride[1]
     outputs = (width + left + right - size) // stride + 1
     read = (-(-outputs // 4) - 1) * stride + quads_read(size, stride)

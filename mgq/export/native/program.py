@@ -7,7 +7,7 @@ the range of its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ class Reader:
             raise refusal("a file whose input is not uint8 (N, 3, S, S)")
         if min(shape[1:]) < 1:
             raise refusal("a file whose image size is open")
-        self.tensors[source.name] = Tensor(source.name, *shape[1:], 1.0, PIXEL_ZERO)
+        self.tensors[source.name] = Tensor(source.name, shape[1], shape[2], shape[3], 1.0, PIXEL_ZERO)
         for node in self.graph.node:
             attributes = {a.name: get_attribute_value(a) for a in node.attribute}
             read = getattr(self, f"read_{node.op_type.lower()}", None)
@@ -214,9 +214,8 @@ class Reader:
         source, low, high = inputs
         if source not in self.tensors:
             raise refusal(f"a Clip of {printable(source)} in float")
-        old = self.tensors[source]
         limits = int(self.constants[low]), int(self.constants[high])
-        self.tensors[source] = Tensor(*(getattr(old, f) for f in ("name", "channels", "height", "width", "scale", "zero")), *limits)
+        self.tensors[source] = replace(self.tensors[source], low=limits[0], high=limits[1])
         self.same_as[output] = source
 
     def make(self, layer: Layer, shape: tuple[int, int, int], grid: Grid) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +16,7 @@ Longs = npt.NDArray[np.int64]
 
 
 def run_reference(program: Program, images: Bytes) -> tuple[Floats, dict[str, Bytes]]:
-    """Logits of ``images``, uint8 (N, 3, S, S), float32 (N, classes), and the integers of every tensor, (N, C, H, W)."""
+    """Logits of ``images``, uint8 (N, 3, S, S), float32 (N, classes), and the integers of all tensors, (N, C, H, W)."""
     values: dict[str, Bytes] = {program.input: images}
     logits = np.zeros((len(images), program.classes), np.float32)
     for layer in program.layers:
@@ -70,14 +72,15 @@ def convolve(layer: Conv, read: Bytes, zero: int) -> Floats:
             product = np.matmul(weight[None, :, :, :, row, column], part)
             total += product.reshape(total.shape)
     whole = total.reshape(len(read), outputs, height, width).astype(np.int64) + layer.bias[:, None, None]
-    return whole.astype(np.int32).astype(np.float32)
+    result: Floats = whole.astype(np.int32).astype(np.float32)
+    return result
 
 
 def max_pool(layer: MaxPool, read: Bytes) -> Bytes:
     """The largest of each window; what lies outside of the image counts as the smallest."""
     top, left, bottom, right = layer.padding
     padded = np.pad(read, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, layer.kernel, (2, 3))
+    windows: Any = np.lib.stride_tricks.sliding_window_view(padded, layer.kernel, axis=(2, 3))  # type: ignore[call-overload]
     largest: Bytes = windows[:, :, :: layer.stride[0], :: layer.stride[1]].max((4, 5))
     return largest
 

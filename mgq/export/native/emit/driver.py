@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -47,8 +49,8 @@ class Driver:
         self.constants = Constants()
         self.kernels: dict[object, Code] = {}
         self.functions: list[Code] = []
-        self.stored = {name: name for name in plan.storages}
-        self.packed: dict[int, object] = {}
+        self.tiles: dict[int, Tiles] = {}
+        self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
 
     def module(self, attributes: str, linkage: str) -> Module:
         main = Code(ENTRY, ARGUMENTS, linkage)
@@ -64,11 +66,11 @@ class Driver:
         text = "\n".join([*sorted(declared), *(code.text(attributes) for code in everything)])
         return Module(text, self.constants.content(), self.plan.size)
 
-    def kernel(self, key: object, emit: object) -> str:
+    def kernel(self, key: object, emit: Callable[[str], Code]) -> str:
         """The name of the kernel ``key``, which is made where it is new."""
         if key not in self.kernels:
             name = f"kernel{len(self.kernels)}"
-            self.kernels[key] = emit(name)  # type: ignore[operator]
+            self.kernels[key] = emit(name)
         return self.kernels[key].name
 
     def storage(self, name: str) -> Storage:
@@ -91,7 +93,7 @@ class Driver:
         self.border(code, storage)
         tensor = self.program.tensors[self.program.input]
         shape = tensor.height, tensor.width, tensor.channels, storage.row_bytes
-        name = self.kernel(("pixels", *shape), lambda name: emit_pixels(*shape, name))
+        name = self.kernel(("pixels", *shape), partial(emit_pixels, *shape))
         code.call("void", name, ("i8*", "%image"), ("i8*", self.address(code, storage)))
 
     def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
@@ -168,16 +170,16 @@ class Driver:
 
     def pack(self, step: Step) -> None:
         layer = step.layer
-        if isinstance(layer, MaxPool) or id(step) in self.packed:
+        if isinstance(layer, MaxPool):
             return
         assert isinstance(layer, Conv | Linear)
         source = self.program.tensors[step.source]
         lanes = self.plan.lanes[step.target]
         if isinstance(layer, Conv) and layer.is_depthwise:
-            self.packed[id(step)] = pack_depthwise(self.constants, layer, lanes, source.zero)
+            self.depthwise[id(step)] = pack_depthwise(self.constants, layer, lanes, source.zero)
             return
         places = self.plan.lanes[step.source].places, lanes
-        self.packed[id(step)] = pack_tiles(
+        self.tiles[id(step)] = pack_tiles(
             self.constants, self.isa, layer, self.storage(step.source), places, source.zero
         )
 
@@ -188,17 +190,19 @@ class Driver:
         elif isinstance(layer, Conv) and layer.is_depthwise:
             self.depthwise_row(code, step, layer, y)
         else:
-            tiles = self.packed[id(step)]
-            assert isinstance(tiles, Tiles)
+            tiles = self.tiles[id(step)]
             summands = self.summands(step)
             for first, count, vectors in tiles.runs():
-                code.each(count, lambda i: self.tile_row(code, step, (tiles, first, vectors), i, y, summands))
+
+                def tile(i: Value, first: int = first, vectors: int = vectors) -> None:
+                    self.tile_row(code, step, (tiles, first, vectors), i, y, summands)
+
+                code.each(count, tile)
 
     def emit_by_tiles(self, code: Code, step: Step) -> None:
         """All rows of one tile of outputs, then those of the next: weights are read from memory once."""
         self.pack(step)
-        tiles = self.packed[id(step)]
-        assert isinstance(tiles, Tiles)
+        tiles = self.tiles[id(step)]
         summands = self.summands(step)
         height = self.storage(step.target).height
         for first, count, vectors in tiles.runs():
@@ -240,7 +244,7 @@ class Driver:
             self.residual(step),
             tiles.limit,
         )
-        name = self.kernel(key, lambda name: emit_row(self.isa, key, name))
+        name = self.kernel(key, partial(emit_row, self.isa, key))
         entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
         segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
         wide, narrow = code.number("shl", vector, 6), code.number("shl", vector, 4)
@@ -287,12 +291,12 @@ class Driver:
         return rows
 
     def depthwise_row(self, code: Code, step: Step, layer: Conv, y: Value) -> None:
-        weights, bias, factors, limit = self.packed[id(step)]  # type: ignore[misc]
+        weights, bias, factors, limit = self.depthwise[id(step)]
         source, target = self.storage(step.source), self.storage(step.target)
         size = window_of(layer)
         to = range_of(self.program.tensors[step.target])
         key = DepthwiseKernel(size, layer.stride[0], target.width, to, limit)
-        name = self.kernel(key, lambda name: emit_depthwise(self.isa, key, name))
+        name = self.kernel(key, partial(emit_depthwise, self.isa, key))
         pointers = [*self.window_rows(code, step, y), *(code.at("%constants", o) for o in (weights, bias, factors))]
         pointers.append(self.row(code, target, y))
         numbers = source.step, target.step, target.lanes // 16
@@ -302,7 +306,7 @@ class Driver:
     def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
         source, target = self.storage(step.source), self.storage(step.target)
         key = PoolKernel(window_of(layer), layer.stride[0], target.width, source.lanes, target.layout)
-        name = self.kernel(key, lambda name: emit_pool(key, name))
+        name = self.kernel(key, partial(emit_pool, key))
         pointers = [*self.window_rows(code, step, y, -layer.padding[1] * source.step), *["null"] * 3]
         pointers.append(self.row(code, target, y))
         numbers = source.step, target.step, target.lanes // 16
@@ -314,8 +318,10 @@ class Driver:
     def emit_mean(self, code: Code, step: Step, layer: Mean) -> None:
         source, target = self.storage(step.source), self.storage(step.target)
         tensor = self.program.tensors[step.source]
-        key = MeanKernel(source.height, source.width, range_of(self.program.tensors[step.target]), layer.multiplier > 2**14)
-        name = self.kernel(key, lambda name: emit_mean(self.isa, key, name))
+        key = MeanKernel(
+            source.height, source.width, range_of(self.program.tensors[step.target]), layer.multiplier > 2**14
+        )
+        name = self.kernel(key, partial(emit_mean, self.isa, key))
         bias = self.constants.add(np.full(16, -tensor.zero * source.height * source.width, np.int32))
         factors = self.constants.add(np.full(16, layer.multiplier, np.float32))
         pointers = [
@@ -329,12 +335,11 @@ class Driver:
 
     def emit_linear(self, code: Code, step: Step, layer: Linear) -> None:
         self.pack(step)
-        tiles = self.packed[id(step)]
-        assert isinstance(tiles, Tiles)
+        tiles = self.tiles[id(step)]
         source, target = self.storage(step.source), self.storage(step.target)
         for first, count, vectors in tiles.runs():
             key = RowKernel(1, vectors, "P", 0, "F")
-            name = self.kernel(key, lambda name, key=key: emit_row(self.isa, key, name))
+            name = self.kernel(key, partial(emit_row, self.isa, key))
 
             def tile(index: Value, first: int = first, name: str = name) -> None:
                 place = code.number("add", code.number("shl", index, 4), tiles.table + 16 * first)

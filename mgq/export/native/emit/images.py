@@ -85,10 +85,13 @@ def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
             return [code.at(pointer, "%source_step"), total]
 
         start = [("i8*", source), (INTS, code.load(INTS, "%bias", 64))]
-        _, total = code.repeat(kernel.height, start, row)
-        scaled = isa.scaled(code, total, code.load(FLOATS, "%factors", 64))
+
+        ends = code.repeat(kernel.height, start, row)
+        scaled = isa.scaled(code, ends[1], code.load(FLOATS, "%factors", 64))
         target = code.at("%target", code.number("shl", index, 4))
-        store_quad(isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", target, (0, (0, None, None, None)), 0)
+        store_quad(
+            isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", target, (0, (0, None, None, None)), 0
+        )
         return []
 
     code.repeat("%vectors", [], vector)

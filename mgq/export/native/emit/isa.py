@@ -5,7 +5,9 @@ All give the same bits. Vectors are 64 bytes wide for every processor; LLVM spli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant, float_text
 
@@ -26,9 +28,7 @@ class Range:
 
 def halves(code: Code, kind: str, value: Value, count: int) -> list[Value]:
     """Two vectors of ``count`` elements each."""
-    return [
-        code.shuffle(kind, value, "undef", list(range(start, start + count))) for start in (0, count)
-    ]
+    return [code.shuffle(kind, value, "undef", list(range(start, start + count))) for start in (0, count)]
 
 
 def joined(code: Code, kind: str, parts: list[Value], count: int) -> Value:
@@ -39,7 +39,10 @@ class Portable:
     """Plain vectors, for any processor that LLVM compiles for."""
 
     name = "portable"
-    most = {1: 4, 2: 4, 3: 2, 4: 2}  # pixels a tile, by vectors of outputs
+    most: ClassVar[Mapping[int, int]] = {1: 4, 2: 2, 4: 1}
+    """Pixels a tile, by its vectors of outputs."""
+    widest = 4
+    """Vectors of a classifier's outputs a tile."""
 
     def splits(self, vectors: int) -> list[int]:
         """``vectors`` of outputs as tiles."""
@@ -99,7 +102,8 @@ class Portable:
 
 class Avx512Vnni(Portable):
     name = "avx512-vnni"
-    most = {1: 16, 2: 14, 3: 9, 4: 6}
+    most: ClassVar[Mapping[int, int]] = {1: 16, 2: 14, 3: 9, 8: 1}
+    widest = 8
 
     def splits(self, vectors: int) -> list[int]:
         if vectors < 3:
@@ -144,7 +148,7 @@ class Avx2(Portable):
     """256-bit vectors; products by ``vpmaddwd``, which does not saturate."""
 
     name = "avx2"
-    most = {1: 4, 2: 2, 3: 1, 4: 1}
+    most: ClassVar[Mapping[int, int]] = {1: 4, 2: 2, 4: 1}
 
     def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
         """Bytes 0 and 2, and bytes 1 and 3, as 16-bit integers."""

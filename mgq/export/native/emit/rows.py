@@ -81,7 +81,9 @@ def tiles_of(kernel: RowKernel, isa: Portable) -> list[tuple[int, list[Quad]]]:
         return list(spans(kernel.width, max(4, most // 4 * 4) if by_quads else most))
     pad = kernel.pad if kernel.target == "D" else 0
     count = ceil((kernel.width + 2 * pad) / 4)
-    quads = [tuple(x if 0 <= x < kernel.width else None for x in range(4 * q - pad, 4 * q - pad + 4)) for q in range(count)]
+    quads = [
+        tuple(x if 0 <= x < kernel.width else None for x in range(4 * q - pad, 4 * q - pad + 4)) for q in range(count)
+    ]
     tiles: list[list[Quad]] = []
     for quad in quads:
         fits = bool(tiles) and pixels_in([*tiles[-1], quad]) <= most and len(tiles[-1]) < 4
@@ -131,10 +133,7 @@ def emit_tiles(isa: Portable, kernel: RowKernel, code: Code, first: int, tile: l
 
     def body(_: Value, values: list[Value]) -> list[Value]:
         source, target, residual = values
-        if pixels_in(tile):
-            totals = sums(isa, kernel, code, tile, source)
-        else:
-            totals = {}
+        totals = sums(isa, kernel, code, tile, source) if pixels_in(tile) else {}
         for j, quad in enumerate(tile):
             for vector in range(kernel.vectors):
                 finish_quad(isa, kernel, code, (j, quad), vector, totals, (target, residual))
@@ -147,9 +146,7 @@ def emit_tiles(isa: Portable, kernel: RowKernel, code: Code, first: int, tile: l
     code.repeat(same, carried, body)
 
 
-def sums(
-    isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source: Value
-) -> dict[tuple[int, int], Value]:
+def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source: Value) -> dict[tuple[int, int], Value]:
     """Bias and products of all pixels of ``tile`` with all vectors, INTS."""
     pixels = [x for quad in tile for x in quad if x is not None]
     keys = [(x, vector) for x in pixels for vector in range(kernel.vectors)]

@@ -1,0 +1,107 @@
+"""A shared library that ``mgq dump --format native`` has written, named by the user: its code runs in this process."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.files.onnx_file import known
+from mgq.runtime.base import checked_threads
+
+MAGIC = b"\x7fELF"
+FUNCTIONS = {
+    "mgq_name": ctypes.c_char_p,
+    "mgq_cpu": ctypes.c_char_p,
+    "mgq_about": ctypes.c_char_p,
+    "mgq_image_size": ctypes.c_int32,
+    "mgq_classes": ctypes.c_int32,
+    "mgq_runs_here": ctypes.c_int32,
+    "mgq_work_size": ctypes.c_size_t,
+    "mgq_run": ctypes.c_int32,
+}
+
+
+class LibraryRuntime:
+    """Takes and returns what :class:`mgq.runtime.base.Runtime` says; batches are split among ``threads``.
+
+    Raises InputError where the file is missing, no library of mgq's, or for another processor, for more threads than
+    cores, and for images of another shape than it takes.
+    """
+
+    name = "native library"
+    batch: int | None = None
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.path = path
+        self.threads = checked_threads(threads)
+        self.functions = opened(path)
+        self.version: str = self.functions["mgq_cpu"]().decode()
+        if not self.functions["mgq_runs_here"]():
+            raise InputError(
+                f"{printable(path)} is for {self.version} processors, and this is none: dump it with --cpu native"
+            )
+        self.classes: int = self.functions["mgq_classes"]()
+        size: int = self.functions["mgq_image_size"]()
+        self.takes: tuple[int | None, ...] = (None, 3, size, size)
+        self.work = [ctypes.create_string_buffer(self.functions["mgq_work_size"]()) for _ in range(self.threads)]
+
+    @cached_property
+    def about(self) -> Mapping[str, Any]:
+        return known(self.functions["mgq_about"]().decode())
+
+    def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        return {"logits": self.run(batch)}
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        if batch.ndim != 4 or batch.shape[1:] != self.takes[1:] or batch.dtype != np.uint8:
+            size = self.takes[3]
+            shape = "x".join(map(str, batch.shape))
+            raise InputError(
+                f"{printable(self.path)} takes uint8 pictures of shape Nx3x{size}x{size}, not {batch.dtype} {shape}"
+            )
+        logits = np.empty((len(batch), self.classes), np.float32)
+        images = np.ascontiguousarray(batch)
+        bounds = np.linspace(0, len(images), min(self.threads, max(len(images), 1)) + 1).astype(int)
+        spans = list(zip(self.work, bounds, bounds[1:], strict=False))
+        if len(spans) == 1:
+            self.run_part(images, logits, *spans[0])
+        else:
+            with ThreadPoolExecutor(len(spans)) as pool:
+                list(pool.map(lambda span: self.run_part(images, logits, *span), spans))
+        return logits
+
+    def run_part(
+        self, images: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], work: Any, first: int, last: int
+    ) -> None:
+        part, answers = images[first:last], logits[first:last]
+        pointers = (ctypes.c_void_p(part.ctypes.data), len(part), ctypes.c_void_p(answers.ctypes.data), work)
+        self.functions["mgq_run"](*pointers)
+
+
+def opened(path: Path) -> dict[str, Any]:
+    """The functions of the library at ``path``. Raises InputError for a file that is none of mgq's."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise InputError(f"{printable(path)} is no shared library: write it by `mgq dump --format native`")
+        loaded = ctypes.CDLL(str(path.absolute()))
+    except OSError as error:
+        why = error.strerror or printable(str(error))[:200]
+        raise InputError(f"cannot load {printable(path)}: {why}; write it again by `mgq dump`") from None
+    functions = {}
+    for name, result in FUNCTIONS.items():
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise InputError(f"{printable(path)} has no {name}: write it by `mgq dump --format native`")
+        function.restype = result
+        functions[name] = function
+    functions["mgq_run"].argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+    return functions
