@@ -14,9 +14,8 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from mgq.deploy.onnx import model_of, plain_graph
-from mgq.engine.dump import source_of
-from mgq.engine.networks import random_classifier
+from mgq.engine.classifier.dump import source_of
+from mgq.engine.classifier.open import random_classifier
 from mgq.errors import InputError
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import LEVELS, Level, level_called
@@ -26,10 +25,11 @@ from mgq.export.native.linker import write_library
 from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Conv, Program, read_program
 from mgq.export.native.reference import run_reference
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.modes import Mode
-from mgq.quant.quantize import quantize
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.quantize import quantize
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
@@ -328,7 +328,11 @@ def test_a_shared_library_needs_libc_alone_and_is_small(tmp_path: Path) -> None:
     weights = sum(layer.weight.size for layer in program.layers if hasattr(layer, "weight"))
     assert made.size < 1.1 * weights + 1e6
     listed = subprocess.run(["ldd", str(made.path)], capture_output=True, text=True, check=True).stdout
-    assert {line.split()[0].partition(".")[0] for line in listed.splitlines()} <= {"linux-vdso", "libc", "/lib64/ld-linux-x86-64"}
+    assert {line.split()[0].partition(".")[0] for line in listed.splitlines()} <= {
+        "linux-vdso",
+        "libc",
+        "/lib64/ld-linux-x86-64",
+    }
 
 
 def test_without_a_linker_the_object_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +365,9 @@ def test_a_library_for_another_processor_says_so(tmp_path: Path) -> None:
 
     from mgq.export.native.cpu import Leaf
 
-    foreign = replace(PORTABLE, key="of-tomorrow", leaves=(Leaf(1, 0, 2, (12,)), Leaf(0x80000000, 0, 1, tuple(range(32)))))
+    foreign = replace(
+        PORTABLE, key="of-tomorrow", leaves=(Leaf(1, 0, 2, (12,)), Leaf(0x80000000, 0, 1, tuple(range(32))))
+    )
     made = write_library(program_for("mobilenet_v2", 32), tmp_path / "net.so", foreign, {})
     with pytest.raises(InputError, match="of-tomorrow"):
         LibraryRuntime(made.path)
