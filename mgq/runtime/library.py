@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.export.native.machine_code import AGAIN, refuse_other_files
 from mgq.export.onnx.onnx_file import known
 from mgq.runtime.protocol import checked_threads
-from mgq.weights.machine_code import AGAIN, refuse_other_files
 
 FUNCTIONS = {
     "mgq_name": ctypes.c_char_p,

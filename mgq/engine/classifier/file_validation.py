@@ -21,7 +21,7 @@ def refuse_unreadable(path: Path, key: str | None = None) -> None:
 
         read_onnx(path)
     elif suffix == ".so":
-        from mgq.weights.machine_code import refuse_other_files
+        from mgq.export.native.machine_code import refuse_other_files
 
         refuse_other_files(path)
     elif suffix == ".megengine":
