@@ -101,6 +101,13 @@ def test_python_in_the_pages_is_python(page: Path) -> None:
         compile("\n".join(line[indent:] for line in block.splitlines()), str(page), "exec")
 
 
+@pytest.mark.skipif(not (ROOT / "mgq" / "ptq").is_dir(), reason="the modules are not in their rooms yet")
+@pytest.mark.parametrize("page", sorted((DOCS / "contributing").glob("*.md")), ids=lambda page: page.name)
+def test_files_that_contributors_are_sent_to_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:mgq|tests|docs)/[^`<>\s]*)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):

@@ -137,6 +137,33 @@ def recipe_options() -> str:
     return ", ".join(with_option)
 
 
+def recipe_meaning() -> str:
+    """The docstring of a recipe, for mkdocstrings."""
+    shown = ("members", "show_root_heading", "show_root_toc_entry", "show_signature")
+    return "::: mgq.engine.recipe.Recipe\n    options:\n" + "".join(f"      {name}: false\n" for name in shown)
+
+
+# ---- types of the Python API ----
+
+TYPES = {
+    "Results": (
+        *("mgq.engine.predict.Answer", "mgq.engine.predict.Guess", "mgq.engine.evaluate.Evaluation"),
+        *("mgq.engine.training.Outcome", "mgq.engine.comparison.Comparison", "mgq.engine.analysis.Analysis"),
+        *("mgq.reports.report.Report", "mgq.zoo.weights.Weights"),
+    ),
+    "Options of training": ("mgq.engine.request.Request",),
+    "Progress": ("mgq.events.Watcher", "mgq.events.Progress"),
+    "Errors": ("mgq.errors.MgqError", "mgq.errors.InputError", "mgq.errors.FailureError"),
+    "Running deployed files": ("mgq.runtime.registry.load", "mgq.runtime.base.FileRuntime"),
+}
+"""Title -> what the functions of the API take and return, for mkdocstrings."""
+
+
+def api_types() -> str:
+    """The types by title, each for mkdocstrings."""
+    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(f"::: {n}" for n in names) for title, names in TYPES.items())
+
+
 # ---- zoo ----
 
 
@@ -180,7 +207,9 @@ def published(spec: ModelSpec, found: PublishedCheckpoint) -> tuple[object, ...]
 GENERATED: dict[str, Callable[[], str]] = {
     "command-line": command_line,
     "recipe-keys": recipe_keys,
+    "recipe-meaning": recipe_meaning,
     "recipe-options": recipe_options,
+    "api-types": api_types,
     "default-recipes": default_recipes,
     "zoo": zoo,
     "zoo-weights": zoo_weights,
