@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from mgq.cli.main import verbs
-from mgq.engine.recipe import Recipe
+from mgq.engine.training.recipe import Recipe
 from mgq.zoo.registry import specs
 
 ROOT = Path(__file__).parents[1]

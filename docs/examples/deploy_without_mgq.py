@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 
 import mgq
-from mgq.data.pictures import bundled_cat
+from mgq.data.decoding import bundled_cat
 
 
 def load(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:

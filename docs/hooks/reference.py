@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from mgq.cli.help import ARGUMENTS, GROUPS, MOST_IN_ONE_LIST, is_argument, title_of
+from mgq.cli.help_layout import ARGUMENTS, GROUPS, MOST_IN_ONE_LIST, is_argument, title_of
 from mgq.cli.main import verbs
-from mgq.engine.recipe import Recipe, Start, Task, option, recipe_for
+from mgq.engine.training.recipe import Recipe, Start, Task, option, recipe_for
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -140,21 +140,29 @@ def recipe_options() -> str:
 def recipe_meaning() -> str:
     """The docstring of a recipe, for mkdocstrings."""
     shown = ("members", "show_root_heading", "show_root_toc_entry", "show_signature")
-    return "::: mgq.engine.recipe.Recipe\n    options:\n" + "".join(f"      {name}: false\n" for name in shown)
+    return "::: mgq.engine.training.recipe.Recipe\n    options:\n" + "".join(f"      {name}: false\n" for name in shown)
 
 
 # ---- types of the Python API ----
 
 TYPES = {
     "Results": (
-        *("mgq.engine.predict.Answer", "mgq.engine.predict.Guess", "mgq.engine.evaluate.Evaluation"),
-        *("mgq.engine.training.Outcome", "mgq.engine.comparison.Comparison", "mgq.engine.analysis.Analysis"),
-        *("mgq.reports.report.Report", "mgq.zoo.weights.Weights"),
+        *(
+            "mgq.engine.classifier.predict.Answer",
+            "mgq.engine.classifier.predict.Guess",
+            "mgq.engine.classifier.evaluate.Evaluation",
+        ),
+        *(
+            "mgq.engine.training.training_run.Outcome",
+            "mgq.engine.classifier.mode_comparison.Comparison",
+            "mgq.engine.calibration.analysis.Analysis",
+        ),
+        *("mgq.reports.report.Report", "mgq.zoo.weight_loading.Weights"),
     ),
-    "Options of training": ("mgq.engine.request.Request",),
+    "Options of training": ("mgq.engine.training.train_options.Request",),
     "Progress": ("mgq.events.Watcher", "mgq.events.Progress"),
     "Errors": ("mgq.errors.MgqError", "mgq.errors.InputError", "mgq.errors.FailureError"),
-    "Running deployed files": ("mgq.runtime.registry.load", "mgq.runtime.base.FileRuntime"),
+    "Running deployed files": ("mgq.runtime.registry.load", "mgq.runtime.protocol.FileRuntime"),
 }
 """Title -> what the functions of the API take and return, for mkdocstrings."""
 

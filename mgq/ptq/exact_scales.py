@@ -1,0 +1,128 @@
+"""Scales with which no rounding meets a tie: every engine gives the same integers then.
+
+A single step that one engine rounds up and another down re-draws all rounding behind it, until 1 answer in 30 is
+another. Engines differ where a value is half way between two integers, or so near to it that float32, in whatever order
+an engine computes, does not know on which side. What is rounded here are integers times a ratio of scales. If all such
+ratios are fractions with an odd denominator n, nothing is ever nearer to half an integer than 1 / 2n:
+
+- a convolution: the scale of each output's weights is the output's over the input's scale, over n;
+- a sum: both summands have scales of p / 127 of the sum's;
+- a mean over positions: what is averaged has a scale of 256 / n of the mean's, for maps of up to 256 positions or an
+  odd multiple of that.
+
+Scales of activations change by half a percent or so for it, those of weights by less; weights must not be rounded yet.
+"""
+
+from __future__ import annotations
+
+import megengine.module as M
+import numpy as np
+from megengine.module.qat import QATModule, QuantStub
+
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Reshape, Transpose, graph_of
+from mgq.ptq.channel_statistics import IMAGE_SIZE
+from mgq.ptq.observers import Range
+from mgq.quantization.activation_ranges import folded_weight, half_of, quantized_layers, set_range
+from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
+from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
+
+SUM_PARTS = 127
+"""Parts of a sum's scale of which those of its summands are multiples."""
+POSITIONS = 256
+"""The largest power of two that the number of positions of a mean may contain."""
+
+
+def set_exact_scales(network: M.Module) -> dict[str, Range]:
+    """Change ranges of ``network``, mode ``qat`` with ranges, and fix scales of weights, until no value can be a tie.
+
+    Returns the new range of each layer. Raises FailureError where the network cannot be followed; nothing is changed
+    then.
+    """
+    graph = graph_of(network, IMAGE_SIZE)
+    layers = {tensor_of(graph, name, layer): layer for name, layer in quantized_layers(network).items()}
+    layers = {name: layer for name, layer in layers.items() if name in graph.grids}
+    scales = settled_scales(graph, layers)
+    names = {id(layer): name for name, layer in quantized_layers(network).items()}
+    ranges = {}
+    for tensor, layer in layers.items():
+        if not isinstance(layer, QuantStub):
+            limit = half_of(layer) * scales[tensor]
+            ranges[names[id(layer)]] = (0.0 if is_never_negative(layer) else -limit), limit
+            set_range(layer.act_observer, *ranges[names[id(layer)]])
+    fix_scales_of_weights(network, graph, layers)
+    return ranges
+
+
+def settled_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float]:
+    """The scale of each of the tensors that ``layers`` make, from the logits back."""
+    made_by = makers(graph)
+    scales = {tensor: graph.grids[tensor].scale for tensor in layers}
+    settled: set[str] = set()
+
+    def settle(tensor: str, scale: float) -> None:
+        if tensor in scales and tensor not in settled:
+            scales[tensor] = scale
+            settled.add(tensor)
+
+    for node in reversed(graph.nodes):
+        sources = [made_by.get(name, name) for name in node.inputs]
+        if node.output not in scales or any(source not in scales for source in sources):
+            continue
+        own = scales[node.output]
+        if isinstance(node, GlobalAverage):
+            most = ceiling_of(layers[sources[0]])
+            settle(sources[0], own * POSITIONS / odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most))
+        elif isinstance(node, Add):
+            for source in sources:
+                settle(source, own * max(1, round(SUM_PARTS * scales[source] / own)) / SUM_PARTS)
+    return scales
+
+
+def odd_near(value: float, least: float) -> int:
+    """The odd number nearest to ``value`` that is not below ``least``, and at least 1."""
+    odd = max(2 * round((value - 1) / 2) + 1, 1)
+    return odd if odd >= least else 2 * int(np.ceil((least - 1) / 2)) + 1
+
+
+def makers(graph: Graph) -> dict[str, str]:
+    """The tensor whose grid each of the others has: moved about, or chosen from, it is the same integers."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if isinstance(node, MaxPool | Reshape | Transpose):
+            found[node.output] = found.get(node.inputs[0], node.inputs[0])
+    return found
+
+
+def tensor_of(graph: Graph, name: str, layer: QATModule) -> str:
+    """What the layer called ``name`` puts on a grid: its output, the pooled features or the pixels."""
+    if isinstance(layer, QuantStub):
+        return graph.input
+    if not isinstance(layer, QuantizedFeatures):
+        return name
+    return next(node.inputs[0] for node in graph.nodes if node.output == graph.output)
+
+
+def ceiling_of(layer: QATModule) -> float:
+    """The largest scale that the grid behind ``layer`` may have: its end is not beyond that of a ReLU6."""
+    return CEILING / half_of(layer) if isinstance(layer, QatConvBnRelu6) else np.inf
+
+
+def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QATModule]) -> None:
+    """Those of each convolution between two grids: the least without ties for its weights as they are."""
+    made_by = makers(graph)
+    for node in graph.nodes:
+        module = layers.get(node.output)
+        source = layers.get(made_by.get(node.inputs[0], node.inputs[0]))
+        quantizer = getattr(module, "weight_fake_quant", None)
+        if not isinstance(node, Convolution) or not isinstance(quantizer, ChannelFakeQuantize) or source is None:
+            continue
+        assert module is not None
+        weights = folded_weight(module).numpy()
+        quantizer.unit = scale_behind(module) / scale_behind(source)
+        largest = np.abs(weights).reshape(len(node.weight), -1).max(axis=1)
+        quantizer.fix_scales(quantizer.allowed_scales(quantizer.least_scales(largest)))
+
+
+def scale_behind(layer: QATModule) -> float:
+    """The scale of the grid behind ``layer``, as all compute it."""
+    return float(layer.act_observer.get_qparams().scale.numpy())
