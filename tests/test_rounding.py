@@ -13,12 +13,16 @@ from mgq.ptq.gptq import (
     compensated,
     covariances,
     damped,
+    energies,
     factor_of_inverse,
     refitted,
+    rounded_in_channels,
     set_folded_weight,
+    settled,
 )
 from mgq.quantization.activation_ranges import folded_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
 from tests.test_calibration import PICTURES, net
 
@@ -44,6 +48,26 @@ def test_outputs_are_nearer_than_by_the_nearest_integers(inputs: int, outputs: i
     rounded, nearest = compensated(weights, varying(seen)), np.rint(weights)
     errors = [float(np.square((found - weights) @ seen.transpose(0, 2, 1)).sum()) for found in (rounded, nearest)]
     assert errors[0] < 0.85 * errors[1]
+
+
+def test_moving_single_weights_makes_it_nearer_still() -> None:
+    weights, seen = layer(64, 8, 2)
+    once = compensated(weights, varying(seen))
+    again = settled(once, weights, varying(seen), 127)
+    assert (energies(again - weights, varying(seen)) <= energies(once - weights, varying(seen)) + 1e-9).all()
+    assert (again != once).any() and np.abs(again).max() <= 127
+
+
+def test_the_best_of_some_scales_loses_little_of_a_small_kernel() -> None:
+    weights, seen = layer(9, 1, 16)
+    seen += 3 * seen.mean(axis=2, keepdims=True)  # neighbours are alike, as in a picture
+    quantizer, covariance = ChannelFakeQuantize("qint8_narrow"), varying(seen)
+    integers, scales = rounded_in_channels(quantizer, weights, covariance)
+    one = np.abs(weights).max(axis=2, keepdims=True) / 127
+    alone = energies(compensated(weights / one, covariance) * one - weights, covariance)
+    tried = energies(integers * scales - weights, covariance)
+    assert np.abs(integers).max() <= 127 and np.array_equal(integers, np.rint(integers))
+    assert 10 * np.log10(alone.sum() / tried.sum()) > 2
 
 
 def test_weights_are_integers_near_what_they_were_and_within_int8() -> None:

@@ -34,7 +34,6 @@ from mgq.quantization.targets import (
     QuantizedFeatures,
     channel_scales,
     is_never_negative,
-    levels_of,
     target_of,
 )
 from mgq.zoo.layers import ConvBnRelu6
@@ -327,7 +326,8 @@ def grid_of(module: Q.QATModule) -> Grid:
 def quantized_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
     if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-        return in_channels(weight, levels_of(module))
+        scales = np.ravel(module.weight_fake_quant.scales_of(Tensor(weight)).numpy())
+        return in_steps(weight, scales), scales
     scale = np.ravel(module.weight_observer.get_qparams().scale.numpy()).astype(np.float32)
     return in_steps(weight, scale), scale
 

@@ -19,7 +19,7 @@ from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
 from mgq.ptq.dead_channels import without_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalized
-from mgq.ptq.exact_scales import move_to_exact_scales
+from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import CompensatedRounding
 from mgq.ptq.layerwise import Visitor, visit_layers
 from mgq.ptq.observers import ESTIMATORS
@@ -118,7 +118,9 @@ def calibrated_network(
         visitors.append(search)
     elif method == LOGITS:
         if sample.pictures:
-            search.activations.update(ranges_by_logits(watched, reactions_of(watched, np.stack(sample.pictures))))
+            search.activations.update(
+                ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.pictures)))
+            )
     else:
         search.activations.update(estimated_ranges(to_mode(watched, Mode.QAT), sample.of(batches), ESTIMATORS[method]))
     if method != EASYQUANT:
@@ -127,7 +129,7 @@ def calibrated_network(
             set_range(layers[name].act_observer, *found)
         if compensate and target_of(watched) is not MEGENGINE:
             with contextlib.suppress(FailureError):
-                search.activations.update(move_to_exact_scales(watched).ranges)
+                search.activations.update(set_exact_scales(watched))
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.pictures and visitors:
@@ -159,7 +161,7 @@ def best_network(
     found = find_best(network, images, preset, lambda fit: Draft(network, fit, target, tuple(kept)), on_progress)
     draft = found.draft
     assert draft.watched is not None
-    own = draft.network is not network or draft.rounded or draft.rescaled
+    own = draft.network is not network or draft.rounded
     state = fingerprint(draft.watched.state_dict()) if own else weights
     tables = draft.activations, draft.weights, {} if own else draft.corrections
     return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
@@ -184,8 +186,7 @@ def data_free_network(
     watched = prepare(network, target, in_place=True)
     activations = set_expected_ranges(watched, graph, statistics)
     if target is not MEGENGINE:
-        moved = move_to_exact_scales(watched)
-        activations, statistics = moved.ranges, moved.statistics(statistics)
+        activations = set_exact_scales(watched)
     correct_expected_bias(watched, graph, statistics)
     enable_fake_quant(watched)
     disable_observer(watched)

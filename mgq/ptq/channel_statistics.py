@@ -36,10 +36,6 @@ class Moments:
     mean: Values
     variance: Values
 
-    def times(self, factor: float) -> Moments:
-        """Of the same tensor, ``factor`` times as large."""
-        return Moments(self.lowest * factor, self.highest * factor, self.mean * factor, self.variance * factor**2)
-
     @property
     def largest(self) -> Values:
         found: Values = np.maximum(-self.lowest, self.highest)

@@ -46,6 +46,7 @@ from mgq.ptq.channel_statistics import (
 )
 from mgq.ptq.dead_channels import highest_values
 from mgq.ptq.logit_gradients import Reaction, Reactions
+from mgq.quantization.batch_norm_folding import folded
 from mgq.quantization.targets import MEGENGINE, Target
 
 Slots = npt.NDArray[np.int64]
@@ -59,6 +60,8 @@ SHARPNESS = 24.0
 SIGNED_HALF, UNSIGNED_HALF = 127.5, 255.0
 COMPENSATED, DEPTHWISE_COMPENSATED = 0.1, 0.6
 """Part of the weights' noise that is left where its errors make up for each other: many inputs allow for more."""
+TRIED = 0.05
+"""The same of depthwise weights where each output has a scale of its own, the best of some."""
 AVERAGED = 0.05
 """Part of a tensor's noise that is left in its mean over the positions."""
 HEADROOM = 1.25
@@ -169,7 +172,7 @@ def equalized(
     else:
         starts = range(0, len(pictures), BATCH)
         batches = (pictures[start : start + BATCH].astype(np.float32) - 128 for start in starts)
-        statistics = measured_statistics(network, graph, batches)
+        statistics = measured_statistics(folded(network), graph, batches)
     problem = Problem.of(graph, sets, statistics, target)
     if reactions:
         problem = problem.informed_by(reactions, graph, target)
@@ -332,7 +335,8 @@ def half_behind(node: Convolution | Add, target: Target) -> float:
 def noise_of_a_weight(node: Convolution, target: Target) -> float:
     """Variance of the error of an output, for a largest weight of 1 and inputs of mean square 1."""
     height, width = node.weight.shape[2:]
-    left = DEPTHWISE_COMPENSATED if node.groups == len(node.weight) else COMPENSATED
+    depthwise = TRIED if target.per_channel else DEPTHWISE_COMPENSATED
+    left = depthwise if node.groups == len(node.weight) else COMPENSATED
     return height * width * left / (12 * target.levels**2)
 
 

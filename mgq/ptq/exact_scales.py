@@ -1,198 +1,128 @@
-"""Scales with which float32 arithmetic between integers is exact: every engine gives the same integers then.
+"""Scales with which no rounding meets a tie: every engine gives the same integers then.
 
 A single step that one engine rounds up and another down re-draws all rounding behind it, until 1 answer in 30 is
-another. The scales of activations become powers of two here, those of weights have few digits
-(:func:`mgq.quantization.targets.channel_scales`): then products, sums and quotients are exact in whatever order an
-engine computes them, and only the rounding to the next integers is left, which all do alike.
+another. Engines differ where a value is half way between two integers, or so near to it that float32, in whatever order
+an engine computes, does not know on which side. What is rounded here are integers times a ratio of scales. If all such
+ratios are fractions with an odd denominator n, nothing is ever nearer to half an integer than 1 / 2n:
 
-A power of two may be up to twice the scale that a tensor wants. So first all channels of a tensor are scaled by the one
-factor that makes its range end where such a grid ends, and the layers that read them by its inverse: the network's
-answers stay. Tensors that share channels, those of a chain of sums, share the factor: the one with the least noise.
+- a convolution: the scale of each output's weights is the output's over the input's scale, over n;
+- a sum: both summands have scales of p / 127 of the sum's;
+- a mean over positions: what is averaged has a scale of 256 / n of the mean's, for maps of up to 256 positions or an
+  odd multiple of that.
+
+Scales of activations change by half a percent or so for it, those of weights by less; weights must not be rounded yet.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import megengine.module as M
 import numpy as np
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.graph.layer_graph import Convolution, GlobalAverage, Graph, Linear, graph_of
-from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics
-from mgq.ptq.equalization import AVERAGED, Channels, Sets, scale, sets_of
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Reshape, Transpose, graph_of
+from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.ptq.observers import Range
-from mgq.quantization.activation_ranges import half_of, observe_weights, quantized_layers, set_range
-from mgq.quantization.learned_scales import SMALLEST_SCALE
+from mgq.quantization.activation_ranges import folded_weight, half_of, quantized_layers, set_range
 from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
-from mgq.quantization.targets import QuantizedFeatures, is_never_negative
+from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
-LEAST = math.ceil(math.log2(SMALLEST_SCALE))
-"""Exponent of the smallest scale that observers give."""
-PARTS = 16
-"""Of an octave, in which factors are tried for tensors that share one."""
-Noise = Callable[[float], float]
-EVEN = 1e-6
-"""Of an exponent: so far above an integer it still is that integer."""
+SUM_PARTS = 127
+"""Parts of a sum's scale of which those of its summands are multiples."""
+POSITIONS = 256
+"""The largest power of two that the number of positions of a mean may contain."""
 
 
-@dataclass(frozen=True)
-class Moved:
-    """What was done: the new ``ranges`` by layer, and by how much each tensor of the network is larger by name."""
+def set_exact_scales(network: M.Module) -> dict[str, Range]:
+    """Change ranges of ``network``, mode ``qat`` with ranges, and fix scales of weights, until no value can be a tie.
 
-    ranges: dict[str, Range]
-    factors: dict[str, float]
-
-    def statistics(self, before: Statistics) -> Statistics:
-        """Those of the network as it is now."""
-        return {tensor: moments.times(self.factors[tensor]) for tensor, moments in before.items()}
-
-
-def move_to_exact_scales(network: M.Module, noises: Mapping[str, Noise] | None = None) -> Moved:
-    """Scale channels of ``network``, mode ``qat`` with ranges, and change ranges, until all scales are powers of two.
-
-    Its weights must not be rounded yet. ``noises`` tells for each layer what noise a scale makes, clipping included;
-    without it a finer scale makes less, and ranges are only widened. What it gives in float stays the same but for
-    float32 rounding; a ReLU6 saturates where its scaled channels do. Raises FailureError where the network cannot be
-    followed; nothing is changed then.
+    Returns the new range of each layer. Raises FailureError where the network cannot be followed; nothing is changed
+    then.
     """
     graph = graph_of(network, IMAGE_SIZE)
-    sets = sets_of(graph)
-    whole = joined(sets)
     layers = {tensor_of(graph, name, layer): layer for name, layer in quantized_layers(network).items()}
-    layers = {name: layer for name, layer in layers.items() if name in graph.grids and not isinstance(layer, QuantStub)}
+    layers = {name: layer for name, layer in layers.items() if name in graph.grids}
+    scales = settled_scales(graph, layers)
     names = {id(layer): name for name, layer in quantized_layers(network).items()}
-    families: dict[int, list[str]] = {}
-    for tensor in layers:
-        families.setdefault(whole[tensor], []).append(tensor)
-    factors: dict[int, float] = {}
-    exponents: dict[str, int] = {}
-    for family, tensors in families.items():
-        wanted = [graph.grids[tensor].scale for tensor in tensors]
-        ceilings = [ceiling_of(layers[tensor]) for tensor in tensors]
-        shares = [AVERAGED if is_averaged(graph, tensor) else 1.0 for tensor in tensors]
-        if noises and all(names[id(layers[tensor])] in noises for tensor in tensors):
-            costs = [noises[names[id(layers[tensor])]] for tensor in tensors]
-            factors[family], found = fitting_by_noise(wanted, ceilings, costs)
-        else:
-            factors[family], found = fitting(wanted, ceilings, shares)
-        exponents.update(zip(tensors, found, strict=True))
-    by_tensor = {tensor: factors.get(family, 1.0) for tensor, family in whole.items()}
-    scale_channels(network, graph, sets, by_tensor)
-    keep_means_fine(graph, exponents)
-    ranges = {names[id(layer)]: range_of(layer, exponents[tensor]) for tensor, layer in layers.items()}
+    ranges = {}
     for tensor, layer in layers.items():
-        set_range(layer.act_observer, *range_of(layer, exponents[tensor]))
-    observe_weights(network)
-    return Moved(ranges, by_tensor)
+        if not isinstance(layer, QuantStub):
+            limit = half_of(layer) * scales[tensor]
+            ranges[names[id(layer)]] = (0.0 if is_never_negative(layer) else -limit), limit
+            set_range(layer.act_observer, *ranges[names[id(layer)]])
+    fix_scales_of_weights(network, graph, layers)
+    return ranges
 
 
-def joined(sets: Sets) -> dict[str, int]:
-    """The family of each tensor: those whose channels, any of them, are scaled together have the same number."""
-    channels = Channels(list(range(sets.number)))
-    for slots in sets.of.values():
-        channels.join(slots[:-1], slots[1:])
-    return {tensor: channels.root(int(slots[0])) for tensor, slots in sets.of.items()}
+def settled_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float]:
+    """The scale of each of the tensors that ``layers`` make, from the logits back."""
+    made_by = makers(graph)
+    scales = {tensor: graph.grids[tensor].scale for tensor in layers}
+    settled: set[str] = set()
+
+    def settle(tensor: str, scale: float) -> None:
+        if tensor in scales and tensor not in settled:
+            scales[tensor] = scale
+            settled.add(tensor)
+
+    for node in reversed(graph.nodes):
+        sources = [made_by.get(name, name) for name in node.inputs]
+        if node.output not in scales or any(source not in scales for source in sources):
+            continue
+        own = scales[node.output]
+        if isinstance(node, GlobalAverage):
+            most = ceiling_of(layers[sources[0]])
+            settle(sources[0], own * POSITIONS / odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most))
+        elif isinstance(node, Add):
+            for source in sources:
+                settle(source, own * max(1, round(SUM_PARTS * scales[source] / own)) / SUM_PARTS)
+    return scales
+
+
+def odd_near(value: float, least: float) -> int:
+    """The odd number nearest to ``value`` that is not below ``least``, and at least 1."""
+    odd = max(2 * round((value - 1) / 2) + 1, 1)
+    return odd if odd >= least else 2 * int(np.ceil((least - 1) / 2)) + 1
+
+
+def makers(graph: Graph) -> dict[str, str]:
+    """The tensor whose grid each of the others has: moved about, or chosen from, it is the same integers."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if isinstance(node, MaxPool | Reshape | Transpose):
+            found[node.output] = found.get(node.inputs[0], node.inputs[0])
+    return found
 
 
 def tensor_of(graph: Graph, name: str, layer: QATModule) -> str:
-    """What the layer called ``name`` puts on a grid: its output, or the pooled features."""
+    """What the layer called ``name`` puts on a grid: its output, the pooled features or the pixels."""
+    if isinstance(layer, QuantStub):
+        return graph.input
     if not isinstance(layer, QuantizedFeatures):
         return name
     return next(node.inputs[0] for node in graph.nodes if node.output == graph.output)
 
 
-def is_averaged(graph: Graph, tensor: str) -> bool:
-    """Whether only the mean of ``tensor`` is read."""
-    readers = [node for node in graph.nodes if tensor in node.inputs]
-    return all(isinstance(node, GlobalAverage) for node in readers) and bool(readers)
-
-
 def ceiling_of(layer: QATModule) -> float:
     """The largest scale that the grid behind ``layer`` may have: its end is not beyond that of a ReLU6."""
-    return CEILING / half_of(layer) if isinstance(layer, QatConvBnRelu6) else math.inf
+    return CEILING / half_of(layer) if isinstance(layer, QatConvBnRelu6) else np.inf
 
 
-def fitting(wanted: Sequence[float], ceilings: Sequence[float], shares: Sequence[float]) -> tuple[float, list[int]]:
-    """The factor for tensors that want these scales, and the exponent of the scale that each gets then.
-
-    A scale is no less than the factor times that wanted, and no more than its ceiling, as it is and with the factor.
-    The noise of all, weighted by ``shares``, is the least.
-    """
-
-    def exponents(factor: float) -> list[int]:
-        least = [math.ceil(math.log2(value * factor) - EVEN) for value in wanted]
-        return [int(min(e, below(most * factor))) for e, most in zip(least, ceilings, strict=True)]
-
-    def noise(factor: float) -> float:
-        return sum(s * 4.0**e for s, e in zip(shares, exponents(factor), strict=True)) / factor**2
-
-    leading = [value for value, most in zip(wanted, ceilings, strict=True) if most < math.inf] or wanted
-    factor = min((2.0 ** round(math.log2(value)) / value for value in leading), key=noise)
-    return raised(factor, exponents(factor), ceilings)
-
-
-def raised(factor: float, exponents: Sequence[int], ceilings: Sequence[float]) -> tuple[float, list[int]]:
-    """Both, larger by one power of two where a scale would be smaller than observers give it."""
-    room = min(below(most) - e for e, most in zip(exponents, ceilings, strict=True))
-    shift = int(min(max(LEAST - min(exponents), 0), room))
-    return factor * 2.0**shift, [exponent + shift for exponent in exponents]
-
-
-def fitting_by_noise(
-    wanted: Sequence[float], ceilings: Sequence[float], noises: Sequence[Noise]
-) -> tuple[float, list[int]]:
-    """The same, where each of ``noises`` tells what a scale of one of the tensors costs, as large as it is now.
-
-    The scales may be finer than those wanted, so that more is clipped, if that costs less.
-    """
-
-    def exponents(factor: float) -> tuple[float, list[int]]:
-        total, found = 0.0, []
-        for value, most, noise in zip(wanted, ceilings, noises, strict=True):
-            highest = below(most * factor)
-            nearest = math.floor(math.log2(value * factor) + EVEN)
-            choices = {int(min(e, highest)) for e in (nearest, nearest + 1)}
-            cost, exponent = min((noise(2.0**e / factor), e) for e in choices)
-            total += cost
-            found.append(exponent)
-        return total, found
-
-    leading = [value for value, most in zip(wanted, ceilings, strict=True) if most < math.inf] or wanted
-    base = [2.0 ** round(math.log2(value)) / value for value in leading]
-    candidates = base if len(wanted) == 1 else [*base, *(base[0] * 2.0 ** (i / PARTS) for i in range(PARTS))]
-    factor = min(candidates, key=lambda factor: exponents(factor)[0])
-    return raised(factor, exponents(factor)[1], ceilings)
-
-
-def below(value: float) -> float:
-    """The largest exponent of a power of two not above ``value``."""
-    return math.floor(math.log2(value) + EVEN) if value < math.inf else math.inf
-
-
-def scale_channels(network: M.Module, graph: Graph, sets: Sets, factors: Mapping[str, float]) -> None:
-    """Make each tensor of ``network`` so many times as large as it was."""
-    modules = dict(network.named_modules())
+def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QATModule]) -> None:
+    """Those of each convolution between two grids: the least without ties for its weights as they are."""
+    made_by = makers(graph)
     for node in graph.nodes:
-        if not isinstance(node, Convolution | Linear):
+        module = layers.get(node.output)
+        source = layers.get(made_by.get(node.inputs[0], node.inputs[0]))
+        quantizer = getattr(module, "weight_fake_quant", None)
+        if not isinstance(node, Convolution) or not isinstance(quantizer, ChannelFakeQuantize) or source is None:
             continue
-        made, read = (np.full(sets.of[name].size, factors[name]) for name in (node.output, node.inputs[0]))
-        module = modules[node.output]
-        scale(module, made, read)
-        if isinstance(module, QatConvBnRelu6):
-            module.ceiling *= factors[node.output]
+        assert module is not None
+        weights = folded_weight(module).numpy()
+        quantizer.unit = scale_behind(module) / scale_behind(source)
+        largest = np.abs(weights).reshape(len(node.weight), -1).max(axis=1)
+        quantizer.fix_scales(quantizer.allowed_scales(quantizer.least_scales(largest)))
 
 
-def keep_means_fine(graph: Graph, exponents: dict[str, int]) -> None:
-    """A mean over 49 positions is never a half of a grid that is no coarser, so that float32 rounds it as integers."""
-    for node in graph.nodes:
-        if isinstance(node, GlobalAverage) and {node.output, node.inputs[0]} <= exponents.keys():
-            exponents[node.output] = min(exponents[node.output], exponents[node.inputs[0]])
-
-
-def range_of(layer: QATModule, exponent: int) -> Range:
-    """The range behind ``layer`` whose scale is 2**``exponent``."""
-    limit = half_of(layer) * 2.0**exponent
-    return (0.0 if is_never_negative(layer) else -limit), limit
+def scale_behind(layer: QATModule) -> float:
+    """The scale of the grid behind ``layer``, as all compute it."""
+    return float(layer.act_observer.get_qparams().scale.numpy())

@@ -2,9 +2,11 @@
 
 Weights are rounded one input at a time, and what the output loses by it is given to the inputs not rounded yet, as far
 as these vary together on real pictures. So many weights that are rounded the wrong way, seen alone, add up to an output
-that is nearer to float's than that of the nearest integers. Before that they are fitted, by ridge regression, to what
-the int8 layers before let the layer see: so each layer also makes up for errors of those before it (the aim of GPTAQ,
-Li et al. 2025, arXiv:2504.02692). Means are left out of account: the bias makes up for them.
+that is nearer to float's than that of the nearest integers. Then single weights move by a step as long as that helps.
+Where each output has a scale of its own, several are tried: for the nine weights of a depthwise convolution, of which
+neighbours read nearly the same, one of them makes nearly no error. Before that weights may be fitted, by ridge
+regression, to what the int8 layers before let the layer see: so each layer also makes up for errors of those before it
+(the aim of GPTAQ, Li et al. 2025, arXiv:2504.02692). Means are left out of account: the bias makes up for them.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from mgq.ptq.layerwise import Layer, visit_layers
 from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, patches, sampled_positions
 from mgq.quantization.activation_ranges import folded_weight, is_kept_in_float, set_range
-from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize, channel_scales, levels_of
+from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
 
 VALUES = 1 << 25
 """Numbers at most in what a layer sees of the pictures."""
@@ -41,6 +44,10 @@ RIDGE = 3.0
 On EfficientNet-Lite0, 100 pictures, the logits of 400 others came within 17.5 dB of float's at 0.1, 18.3 at 0.3, 19.2
 at 1 and 19.5 at 3."""
 BLOCK = 128
+SMALL_KERNEL, TRIALS, WIDEST = 64, 24, 1.35
+"""For kernels of so many weights at most so many scales are tried, the last of them so many times the least."""
+SWEEPS = 2
+"""How often each weight may move after it was rounded."""
 
 
 @dataclass
@@ -48,7 +55,7 @@ class CompensatedRounding:
     """Shown the layers of a network in turn, rounds their weights to the grid that their ranges give.
 
     With ``refit`` weights are fitted beforehand to what the int8 layers before let them see. ``weights``: the ranges
-    of these grids by name; no others fit the weights from now on.
+    of these grids by name, where a layer has one scale; no others fit the weights from now on.
     """
 
     refit: bool = True
@@ -64,23 +71,22 @@ class CompensatedRounding:
         seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
         fitted = refitted(groups, seen, exact) if self.refit else groups
-        step = self.steps_for(module, groups, fitted)
-        levels = levels_of(module)
-        rounded = compensated(fitted / step, damped(covariances(seen, seen), DAMPING), levels)
-        keep_largest(rounded, fitted / step, isinstance(module.weight_fake_quant, ChannelFakeQuantize), levels)
-        set_folded_weight(module, weight, (rounded * step).reshape(weight.shape))
-        if step.size == 1:
-            self.weights[layer.name] = -step.item() * WEIGHT_LEVELS, step.item() * WEIGHT_LEVELS
-
-    def steps_for(self, module: QATModule, before: Array, weights: Array) -> Array:
-        """The step of ``weights`` (groups, outputs, inputs), float32 (1, 1, 1) or one an output: (groups, outputs, 1).
-
-        A layer that has one keeps the share of its largest weight ``before`` that its range covered.
-        """
+        covariance = damped(covariances(seen, seen), DAMPING)
         if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-            scales = channel_scales(Tensor(weights.reshape(-1, weights.shape[2])), levels_of(module)).numpy()
-            per_output: Array = scales.reshape(*weights.shape[:2], 1)
-            return per_output
+            rounded, steps = rounded_in_channels(module.weight_fake_quant, fitted, covariance)
+            module.weight_fake_quant.fix_scales(steps.ravel())
+        else:
+            steps = self.step_for(module, groups, fitted).astype(np.float64)
+            rounded = rounded_together(fitted / steps, covariance, WEIGHT_LEVELS)
+            keep_largest(rounded, fitted / steps)
+            self.weights[layer.name] = -steps.item() * WEIGHT_LEVELS, steps.item() * WEIGHT_LEVELS
+        set_folded_weight(module, weight, (rounded * steps).astype(np.float32).reshape(weight.shape))
+
+    def step_for(self, module: QATModule, before: Array, weights: Array) -> Array:
+        """The step of ``weights`` (groups, outputs, inputs) of a layer that has one, float32 (1, 1, 1).
+
+        It keeps the share of its largest weight ``before`` that its range covered.
+        """
         step = float(module.weight_observer.get_qparams().scale.numpy())
         step *= float(np.abs(weights).max()) / (float(np.abs(before).max()) or 1.0)
         set_range(module.weight_observer, -step * WEIGHT_LEVELS, step * WEIGHT_LEVELS)
@@ -114,13 +120,39 @@ def rounded(network: M.Module, pictures: Array, in_place: bool = False) -> M.Mod
     return network
 
 
-def keep_largest(rounded: Array, steps: Array, of_each_output: bool, levels: int) -> None:
+def rounded_in_channels(quantizer: ChannelFakeQuantize, weights: Array, covariance: Values) -> tuple[Values, Values]:
+    """``weights`` (groups, outputs, inputs) as integers, each output on the best of some scales, (groups, outputs, 1).
+
+    Small kernels are worth more trials than large ones, in which errors make up for each other anyway.
+    """
+    groups, outputs, inputs = weights.shape
+    trials = 1 if inputs > SMALL_KERNEL else TRIALS
+    least = quantizer.least_scales(np.abs(weights).max(axis=2))
+    factors = np.geomspace(1, WIDEST, trials)
+    scales = quantizer.allowed_scales(least[:, :, None] * factors)[..., None]
+    steps = (weights[:, :, None] / scales).reshape(groups, outputs * trials, inputs)
+    tried = rounded_together(steps, covariance, quantizer.levels)
+    errors = energies(tried - steps, covariance).reshape(groups, outputs, trials) * scales[..., 0] ** 2
+    best = errors.argmin(axis=2)[:, :, None, None]
+    integers = np.take_along_axis(tried.reshape(groups, outputs, trials, inputs), best, 2)[:, :, 0]
+    return integers, np.take_along_axis(scales, best, 2)[:, :, 0]
+
+
+def rounded_together(steps: Array | Values, covariance: Values, levels: int) -> Values:
+    """``steps``, weights (groups, outputs, inputs) in terms of their scales, as integers whose errors cancel."""
+    return settled(compensated(steps, covariance, levels), steps, covariance, levels)
+
+
+def energies(errors: Values, covariance: Values) -> Values:
+    """(groups, outputs): what ``errors`` (groups, outputs, inputs) of the weights make of an output, mean square."""
+    found: Values = ((errors @ covariance) * errors).sum(axis=2)
+    return found
+
+
+def keep_largest(rounded: Values, steps: Array) -> None:
     """The largest weight gives the grid its range: it stays, or an observer would find another grid."""
-    rows = steps.reshape(-1, steps.shape[2]) if of_each_output else steps.reshape(1, -1)
-    changed = rounded.reshape(rows.shape)
-    largest = np.abs(rows).argmax(axis=1)[:, None]
-    value = np.clip(np.rint(np.take_along_axis(rows, largest, 1)), -levels, levels)
-    np.put_along_axis(changed, largest, value, 1)
+    largest = int(np.abs(steps).argmax())
+    rounded.reshape(-1)[largest] = np.clip(np.rint(steps.ravel()[largest]), -WEIGHT_LEVELS, WEIGHT_LEVELS)
 
 
 def refitted(weights: Array, seen: Array, exact: Array) -> Array:
@@ -135,13 +167,13 @@ def refitted(weights: Array, seen: Array, exact: Array) -> Array:
     return result
 
 
-def covariances(one: Array, other: Array) -> npt.NDArray[np.float64]:
+def covariances(one: Array, other: Array) -> Values:
     """(groups, positions, inputs), both without means -> (groups, inputs, inputs)."""
-    found: npt.NDArray[np.float64] = (one.transpose(0, 2, 1) @ other / one.shape[1]).astype(np.float64)
+    found: Values = (one.transpose(0, 2, 1) @ other / one.shape[1]).astype(np.float64)
     return found
 
 
-def damped(covariance: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.float64]:
+def damped(covariance: Values, share: float) -> Values:
     """(groups, inputs, inputs) with a share of the mean variance added to each, so that it can be inverted."""
     found = covariance.copy()
     diagonal = np.einsum("gii->gi", found)
@@ -149,36 +181,50 @@ def damped(covariance: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.
     return found
 
 
-def compensated(weights: Array, covariance: npt.NDArray[np.float64], levels: int = WEIGHT_LEVELS) -> Array:
+def compensated(weights: Array | Values, covariance: Values, levels: int = WEIGHT_LEVELS) -> Values:
     """``weights`` (groups, outputs, inputs), in steps, rounded to ``levels`` at most; the most varied input first."""
-    groups, _, inputs = weights.shape
+    inputs = weights.shape[2]
     order = np.argsort(-np.einsum("gii->gi", covariance), axis=1, kind="stable")
-    result = np.empty_like(weights)
-    for group in range(groups):
-        chosen = order[group]
-        upper = factor_of_inverse(covariance[group][np.ix_(chosen, chosen)]).astype(np.float32)
-        left = weights[group][:, chosen]
-        for start in range(0, inputs, BLOCK):
-            end = min(start + BLOCK, inputs)
-            errors = np.empty((len(left), end - start), np.float32)
-            for i in range(start, end):
-                value = np.clip(np.rint(left[:, i]), -levels, levels)
-                errors[:, i - start] = (left[:, i] - value) / upper[i, i]
-                left[:, i + 1 : end] -= np.outer(errors[:, i - start], upper[i, i + 1 : end])
-                left[:, i] = value
-            left[:, end:] -= errors @ upper[start:end, end:]
-        result[group][:, chosen] = left
+    sorted_ = [matrix[np.ix_(chosen, chosen)] for matrix, chosen in zip(covariance, order, strict=True)]
+    upper = np.stack([factor_of_inverse(matrix) for matrix in sorted_])
+    left = np.take_along_axis(weights, order[:, None, :], 2).astype(np.float64)
+    for start in range(0, inputs, BLOCK):
+        end = min(start + BLOCK, inputs)
+        errors = np.empty((*left.shape[:2], end - start))
+        for i in range(start, end):
+            value = np.clip(np.rint(left[:, :, i]), -levels, levels)
+            error = (left[:, :, i] - value) / upper[:, i, i, None]
+            left[:, :, i + 1 : end] -= error[:, :, None] * upper[:, None, i, i + 1 : end]
+            left[:, :, i], errors[:, :, i - start] = value, error
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    result = np.empty_like(left)
+    np.put_along_axis(result, order[:, None, :], left, 2)
     return result
 
 
-def factor_of_inverse(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def settled(integers: Values, steps: Array | Values, covariance: Values, levels: int) -> Values:
+    """``integers`` after single weights moved by a step wherever that makes the error of the output smaller."""
+    found, own = integers.copy(), np.einsum("gii->gi", covariance)
+    pull = (found - steps) @ covariance
+    for _ in range(SWEEPS):
+        for i in range(found.shape[2]):
+            towards = -np.sign(pull[:, :, i])
+            gains = 2 * np.abs(pull[:, :, i]) > own[:, None, i]
+            moves = np.nonzero(gains & (np.abs(found[:, :, i] + towards) <= levels))
+            group, output = moves
+            found[group, output, i] += towards[moves]
+            pull[moves] += towards[moves][:, None] * covariance[moves[0], i]
+    return found
+
+
+def factor_of_inverse(matrix: Values) -> Values:
     """The upper triangular U with U.T @ U the inverse of ``matrix``, symmetric and positive definite.
 
     Backwards, ``matrix`` is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
     """
     lower = cholesky(matrix[::-1, ::-1], lower=True)
     inverse, _ = dtrtri(lower, lower=1)
-    result: npt.NDArray[np.float64] = np.tril(inverse)[::-1, ::-1]
+    result: Values = np.tril(inverse)[::-1, ::-1]
     return result
 
 

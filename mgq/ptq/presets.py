@@ -9,14 +9,15 @@ from mgq.ptq.steps import (
     ClearDeadChannels,
     CorrectBias,
     Equalize,
+    ExactScales,
     ExpectedRanges,
-    MoveToExactScales,
     RangesByLogits,
     RangesBySeen,
     RoundWeights,
     Step,
 )
 from mgq.quantization.option_names import BALANCED, BEST, FAST, LOGITS, QUALITIES
+from mgq.quantization.targets import MEGENGINE, Target
 
 PREVIEWED = 16
 
@@ -31,18 +32,17 @@ class Preset:
     preview: Step | None
 
 
-CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
+CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED, of_logits=False)
 PLAIN = (RangesBySeen(),)
-BY_LOGITS = (RangesByLogits(),)
+BY_LOGITS = (CLEAR, RangesByLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
-EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
-UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+EQUALIZED = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
 DEFAULT_QUALITY = BALANCED
 PRESETS: dict[str, Preset] = {
     FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
     BALANCED: Preset(
-        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
+        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED),
         (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
     ),
@@ -58,11 +58,12 @@ def preset_called(quality: str) -> Preset:
 
 
 def changed(
-    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, exact_scales: bool = False
+    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, target: Target = MEGENGINE
 ) -> Preset:
     """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
 
-    With ``exact_scales``, which change the weights, every candidate has these.
+    For a ``target`` that engines other than MegEngine run, every candidate has exact scales, and weights, of which each
+    output has a scale of its own, are not fitted: they leave little to be made up for.
     """
     if method is not None:
         ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
@@ -70,10 +71,14 @@ def changed(
         swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
         preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
     if not compensate:
-        grids = tuple(steps for steps in preset.grids if CLEAR not in steps)
-        preset = replace(preset, grids=grids, finishes=(CorrectBias(),))
-    elif exact_scales:
-        preset = replace(preset, grids=tuple((*steps, MoveToExactScales()) for steps in preset.grids))
+        plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]
+        kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
+        preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),))
+    if target is not MEGENGINE:
+        preset = replace(preset, grids=tuple((*steps, ExactScales()) for steps in preset.grids))
+    if target.per_channel:
+        finishes = (step for step in preset.finishes if not (isinstance(step, RoundWeights) and step.refit))
+        preset = replace(preset, finishes=tuple(finishes))
     if not correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
         preset = Preset(preset.grids, tuple(rounding), None)

@@ -6,7 +6,7 @@ A step has a name and one method. Which of them help is not known beforehand; :m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,19 +20,20 @@ from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError
-from mgq.ptq.bias_correction import BiasCorrection
+from mgq.ptq.bias_correction import DIGITS, BiasCorrection
 from mgq.ptq.channel_statistics import expected_of
 from mgq.ptq.data_free import set_expected_ranges
 from mgq.ptq.dead_channels import without_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalized
-from mgq.ptq.exact_scales import move_to_exact_scales
+from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import CompensatedRounding
 from mgq.ptq.layerwise import Visitor, visit_layers
-from mgq.ptq.logit_gradients import Reaction, Reactions, measure_reactions
+from mgq.ptq.logit_gradients import Reactions, measure_reactions
 from mgq.ptq.observers import ESTIMATORS, Range
 from mgq.ptq.range_measurement import as_input, estimated_ranges
-from mgq.quantization.activation_ranges import half_of, observe_weights, quantized_layers, runs, set_range
+from mgq.quantization.activation_ranges import add_to_bias, half_of, observe_weights, quantized_layers, runs, set_range
+from mgq.quantization.batch_norm_folding import folded
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
@@ -75,8 +76,7 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already; ``rescaled``: they are not those of ``network``. ``corrections``: what was added to biases,
-    by layer. ``measured``: how the logits react to errors, where the ranges were chosen by that.
+    on their grids already. ``corrections``: what was added to biases, by layer.
     """
 
     network: M.Module
@@ -88,8 +88,6 @@ class Draft:
     activations: Mapping[str, Range] = field(default_factory=dict)
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
-    rescaled: bool = False
-    measured: Reactions | None = None
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def prepared(self) -> M.Module:
@@ -106,14 +104,14 @@ class Draft:
     @cached_property
     def reactions(self) -> Reactions:
         """How the logits of ``network`` react to errors behind its layers."""
-        return reactions_of(self.prepared(), self.images[:: -(-len(self.images) // REACTION_IMAGES)])
+        return reactions_of(folded(self.network), self.prepared(), self.images)
 
 
-def reactions_of(watched: M.Module, images: Images) -> Reactions:
-    """How the logits of a ``qat`` network without fake quantization react to errors behind its quantized layers."""
-    disable_observer(watched)
+def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reactions:
+    """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes."""
     names = [name for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    return measure_reactions(watched, names, in_batches(images))
+    few = images[:: -(-len(images) // REACTION_IMAGES)]
+    return measure_reactions(network, names, in_batches(few))
 
 
 def ranges_by_logits(watched: M.Module, reactions: Reactions) -> dict[str, Range]:
@@ -187,7 +185,7 @@ class RangesByLogits:
         # What gives nothing but 0 on these images has no reaction, but needs a range.
         ranges = {name: (0.0, 0.0) for name in quantized_layers(watched) if runs(watched, name)}
         ranges |= ranges_by_logits(watched, draft.reactions)
-        return replace(draft.with_ranges(watched, ranges, LOGITS), measured=draft.reactions)
+        return draft.with_ranges(watched, ranges, LOGITS)
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class RangesBySeen:
 
 
 @dataclass(frozen=True)
-class MoveToExactScales:
+class ExactScales:
     """Scales with which every engine gives the same integers as the simulation (:mod:`mgq.ptq.exact_scales`).
 
     A network that is not of the zoo, and cannot be followed, stays as it is.
@@ -236,29 +234,23 @@ class MoveToExactScales:
         watched = deepcopy(draft.watched)
         assert watched is not None
         try:
-            moved = move_to_exact_scales(watched, noises_of(watched, draft.measured or {}))
+            ranges = set_exact_scales(watched)
         except FailureError:
             return draft
         switch_on(watched)
-        return replace(draft, watched=watched, activations=moved.ranges, rescaled=True)
-
-
-def noises_of(watched: M.Module, reactions: Reactions) -> dict[str, Callable[[float], float]]:
-    """For each layer of ``watched``: the noise in the logits that a scale of its output makes."""
-    layers = quantized_layers(watched)
-
-    def noise_of(reaction: Reaction, half: float) -> Callable[[float], float]:
-        return lambda scale: reaction.noise(scale * half, half)
-
-    return {name: noise_of(reaction, half_of(layers[name])) for name, reaction in reactions.items()}
+        return replace(draft, watched=watched, activations=ranges)
 
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """What int8 shifts on average is taken out of the biases (:mod:`mgq.ptq.bias_correction`)."""
+    """What int8 shifts on average is taken out of the biases (:mod:`mgq.ptq.bias_correction`).
+
+    Those of the convolutions, and with ``of_logits`` of the classifier.
+    """
 
     of_weights: bool = True
     images: int = LAYERWISE_IMAGES
+    of_logits: bool = True
 
     @property
     def name(self) -> str:
@@ -267,7 +259,8 @@ class CorrectBias:
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
         watched = visited(draft, self.images, correction)
-        return replace(draft, watched=watched, corrections=correction.found)
+        found = correct_logits(watched, draft) if self.of_logits else {}
+        return replace(draft, watched=watched, corrections={**correction.found, **found})
 
 
 @dataclass(frozen=True)
@@ -290,7 +283,22 @@ class RoundWeights:
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
         watched = visited(draft, LAYERWISE_IMAGES, *visitors)
+        if self.correct_bias:
+            correct_logits(watched, draft)
         return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
+
+
+def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ...]]:
+    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name."""
+    linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
+    name, classifier = linear[-1] if linear else ("", None)
+    if classifier is None or classifier.bias is None:
+        return {}
+    images = draft.images[:LAYERWISE_IMAGES]
+    shift = (logits_of(folded(draft.network), images) - logits_of(watched, images)).mean(axis=0)
+    correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
+    add_to_bias(classifier, correction)
+    return {name: correction}
 
 
 def visited(draft: Draft, number: int, *visitors: Visitor) -> M.Module:

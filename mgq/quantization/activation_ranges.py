@@ -103,7 +103,7 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     Its biases are corrected as ``found`` says: to do it twice would correct them twice. Raises InputError where
     ``found`` has a layer that the network does not have.
     """
-    layers = quantized_layers(network)
+    layers, modules = quantized_layers(network), dict(network.named_modules())
     for name, (low, high) in found.ranges.items():
         if name not in layers:
             raise InputError(f"the ranges of {found.arch} name a layer '{name}' that the network does not have")
@@ -114,10 +114,10 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
             raise InputError(f"the ranges of {found.arch} name weights '{name}' that the network does not have")
         set_range(layers[name].weight_observer, low, high)
     for name, correction in found.bias_corrections.items():
-        bias = bias_parameter(layers[name]) if name in layers else None
+        bias = bias_parameter(modules[name]) if name in modules else None
         if bias is None or bias.numpy().size != len(correction):
             raise InputError(f"the ranges of {found.arch} correct biases of '{name}' that the network does not have")
-        add_to_bias(layers[name], correction)
+        add_to_bias(modules[name], correction)
 
 
 def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
@@ -210,13 +210,13 @@ def quantized_weight(module: QATModule) -> Tensor:
     return weight
 
 
-def bias_parameter(module: QATModule) -> Tensor | None:
+def bias_parameter(module: M.Module) -> Tensor | None:
     """What is added to the output of a convolution, behind its batch norm where it has one; None where nothing is."""
     bias: Tensor | None = module.bn.bias if hasattr(module, "bn") else getattr(module, "bias", None)
     return bias
 
 
-def add_to_bias(module: QATModule, correction: Sequence[float]) -> None:
+def add_to_bias(module: M.Module, correction: Sequence[float]) -> None:
     bias = bias_parameter(module)
     assert bias is not None
     bias[...] = bias + Tensor(np.asarray(correction, np.float32).reshape(bias.numpy().shape))

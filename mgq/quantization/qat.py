@@ -28,7 +28,7 @@ from mgq.quantization.activation_ranges import folded_weight, observe_weights
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
-from mgq.quantization.targets import MEGENGINE, Target, target_of
+from mgq.quantization.targets import MEGENGINE, ChannelFakeQuantize, Target, target_of
 
 
 class Phase(str, Enum):
@@ -107,6 +107,8 @@ def prepared_for_qat(
             continue
         if module.act_observer is not None:
             module.act_observer = with_range_of(module.act_observer, partial(kind, dtype=module.act_observer.dtype))
+        if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+            module.weight_fake_quant.fix_scales(None)  # they follow the weights, which are trained
         if module.weight_observer is not None:
             kind_of_weights = partial(CurrentRangeObserver, dtype=module.weight_observer.dtype)
             module.weight_observer = with_range_of(module.weight_observer, kind_of_weights)
@@ -210,7 +212,8 @@ def plain_qat(network: M.Module, in_place: bool = False) -> M.Module:
         if module.weight_observer is not None:
             observer = with_range_of(module.weight_observer, target.qconfig.weight_observer)
             module.weight_observer = with_scale_of(module.weight_fake_quant, observer)
-            module.weight_fake_quant = target.qconfig.weight_fake_quant()
+            if not isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+                module.weight_fake_quant = target.qconfig.weight_fake_quant()
     network.eval()
     disable_observer(network)
     return network

@@ -22,12 +22,10 @@ CEILING = 6.0
 
 
 class QatConvBnRelu6(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
-    """Fake-quantized convolution, batch norm and ReLU6, at ``ceiling`` where the channels were scaled."""
-
-    ceiling: float = CEILING
+    """Fake-quantized convolution, batch norm and ReLU6."""
 
     def forward(self, inp: Tensor) -> Tensor:
-        return self.apply_quant_activation(F.clip(self.calc_conv_bn_qat(inp), 0.0, self.ceiling))
+        return self.apply_quant_activation(F.clip(self.calc_conv_bn_qat(inp), 0.0, CEILING))
 
 
 class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]

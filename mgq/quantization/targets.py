@@ -38,6 +38,11 @@ SMALLEST_SCALE = 2.0**-12
 SMALLEST_LARGEST = 1e-30
 DIGITS = 4
 """Binary ones, of a scale of weights: with 20 more for the sum it fits into float32's 24."""
+FEWEST_PARTS, PARTS, LARGEST_ODD = 64, 4095, 8191
+"""Numbers without ties are one part of up to ``LARGEST_ODD``, or at least ``FEWEST_PARTS`` parts of ``PARTS``. A larger
+one would bring values so near to a tie that float32 does not know on which side they are."""
+EVEN = 1e-6
+"""So far above an integer a number still is that integer."""
 ROUNDED_AWAY = 0.49
 """Part of a step by which the largest weight may exceed the last one."""
 ON_GRID = 2e-3
@@ -89,30 +94,70 @@ class LastScales:
 
 
 class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
-    """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight,
-    ``levels`` steps from zero.
+    """Rounding of weights to int8 and back in float32, each output on a grid of its own, ``levels`` steps from zero.
 
-    Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution.
+    Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution. ``scales``, float32 (O,), are part of
+    the state once they are fixed; until then they follow the largest weight of each output. ``unit`` is the scale of
+    the layer's output in terms of its input's, where scales were chosen so that no rounding meets a tie
+    (:mod:`mgq.ptq.exact_scales`).
     """
 
     def __init__(self, dtype: str, levels: int = WEIGHT_LEVELS) -> None:
         super().__init__(dtype)
         self.levels: int = levels
+        self.unit: float | None = None
+        self.scales: Tensor | None = None
         self.last = LastScales()
+
+    def fix_scales(self, scales: npt.NDArray[Any] | None) -> None:
+        """Those of the outputs from now on, (O,); None lets them follow the weights again."""
+        self.scales = None if scales is None else Tensor(np.asarray(scales, np.float32))
+        self.unit = None if scales is None else self.unit
+
+    def least_scales(self, largest: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The least scales with which weights of at most ``largest`` are ``levels`` steps."""
+        return least_limits(largest) / (self.levels + ROUNDED_AWAY)
+
+    def allowed_scales(self, scales: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The least scales not below ``scales`` that may be fixed."""
+        return scales if self.unit is None else without_ties(scales / self.unit) * self.unit
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
         scales = self.scales_of(inp)
         return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
 
     def scales_of(self, weight: Tensor) -> Tensor:
-        """:func:`channel_scales` of ``weight``, of which ``get_qparams`` tells from now on."""
-        scales = channel_scales(weight, self.levels)
+        """Those of ``weight``, of as many axes, of which ``get_qparams`` tells from now on."""
+        if self.scales is None:
+            scales = channel_scales(weight, self.levels)
+        else:
+            outputs = weight.ndim - (3 if weight.ndim > 2 else 1)
+            scales = self.scales.reshape(*weight._tuple_shape[:outputs], *(1,) * (weight.ndim - outputs))
         # In the shape of the layer's bias, whose integers count in these and the input's scale.
         self.last.scales = scales.reshape(-1) if weight.ndim == 2 else scales.reshape(1, -1, 1, 1)
         return scales
 
     def get_qparams(self) -> QParams:
         return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
+
+
+def least_limits(largest: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """``largest``, that of the weights of each output, but not so small that its steps were too fine to matter."""
+    most = float(largest.max())
+    least = max(most * SMALLEST_SCALE, SMALLEST_LARGEST)
+    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs.
+    found: npt.NDArray[np.float64] = np.where(largest > 0, np.maximum(largest, least), max(most, SMALLEST_LARGEST))
+    return found
+
+
+def without_ties(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The least numbers not below ``ratios``, above 0, an integer of which is never a half: odd denominators.
+
+    They are 1/n up to 1/64, and above it multiples of 1/4095; none is below 1/8191.
+    """
+    odd = np.clip(np.floor(1 / ratios), 1, LARGEST_ODD).astype(np.int64)
+    odd -= odd % 2 == 0
+    return np.where(ratios <= 1 / FEWEST_PARTS, 1 / odd, np.ceil(ratios * PARTS - EVEN) / PARTS)
 
 
 def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
@@ -124,10 +169,7 @@ def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
     values = weight.numpy()
     kernels = tuple(range(2 if values.ndim == 5 else 1, values.ndim))
     largest = np.abs(values).max(axis=kernels, keepdims=True)
-    least = max(float(largest.max()) * SMALLEST_SCALE, SMALLEST_LARGEST)
-    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs.
-    limits = np.where(largest > 0, np.maximum(largest, least), max(float(largest.max()), SMALLEST_LARGEST))
-    scales = in_few_digits(limits / (levels + ROUNDED_AWAY))
+    scales = in_few_digits(least_limits(largest) / (levels + ROUNDED_AWAY))
     wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))
     steps = values / wider
     is_wider = (np.abs(steps - np.rint(steps)) < ON_GRID).all(axis=kernels, keepdims=True) & (largest > 0)

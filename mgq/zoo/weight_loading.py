@@ -238,14 +238,36 @@ def classes_in(spec: ModelSpec, state: State) -> int:
 
 
 def load_state(network: M.Module, state: State, what: str) -> None:
-    """Load ``state`` into ``network``, strictly. Raises InputError that names ``what`` and what differs."""
-    expected = network.state_dict()
+    """Load ``state`` into ``network``, strictly. Raises InputError that names ``what`` and what differs.
+
+    Scales of weights that were fixed are fixed in ``network``, too, and those that were not are not.
+    """
+    quantizers = {f"{name}.scales": module for name, module in network.named_modules() if hasattr(module, "fix_scales")}
+    scales = {name: value for name, value in state.items() if name in quantizers}
+    state = {name: value for name, value in state.items() if name not in scales}
+    expected = {name: value for name, value in network.state_dict().items() if name not in quantizers}
     differences = differing(state, expected)
     if differences:
         raise InputError(f"{what} does not fit the network: {differences}")
-    network.load_state_dict(
-        {name: state[name].reshape(value.shape).astype(value.dtype) for name, value in expected.items()}
-    )
+    for name, value in scales.items():
+        weight = state[weight_beside(name, state)]
+        if value.shape != (outputs_of(weight),) or not (np.isfinite(value) & (value > 0)).all():
+            raise InputError(f"{what} does not fit the network: {printable(name)} is no scale for each output")
+    for name, quantizer in quantizers.items():
+        quantizer.fix_scales(scales.get(name))
+    loaded = {name: state[name].reshape(value.shape).astype(value.dtype) for name, value in expected.items()}
+    network.load_state_dict({**loaded, **scales})
+
+
+def weight_beside(name: str, state: State) -> str:
+    """The parameter that the scales called ``name`` are of."""
+    layer = name.removesuffix(".weight_fake_quant.scales")
+    return next(own for own in (f"{layer}.conv.weight", f"{layer}.weight") if own in state)
+
+
+def outputs_of(weight: npt.NDArray[Any]) -> int:
+    """Outputs of a layer whose ``weight`` is (O, ...), or (groups, O / groups, ...) in a grouped convolution."""
+    return int(np.prod(weight.shape[: 2 if weight.ndim == 5 else 1]))
 
 
 def load_weights(network: M.Module, path: str | Path, key: str | None = None) -> Weights:

@@ -99,8 +99,7 @@ def calibrated(
     done and left out, and where pictures are few, blank or alike. Raises InputError where no picture can be read, and
     for another method or quality.
     """
-    exact = target is not MEGENGINE
-    preset = changed(preset_called(quality), checked_method(method), correct_bias, compensate, exact)
+    preset = changed(preset_called(quality), checked_method(method), correct_bias, compensate, target)
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
