@@ -211,7 +211,7 @@ def test_the_second_start_compiles_nothing(folder: Path, file: Path, monkeypatch
     assert np.array_equal(NativeRuntime(file).run(noise(32)), wanted)
 
 
-@pytest.mark.parametrize("place", (0, 40, -1))
+@pytest.mark.parametrize("place", (0, 40, 100, 120, -1))
 def test_a_damaged_entry_is_made_again(folder: Path, file: Path, place: int) -> None:
     wanted = NativeRuntime(file).run(noise(32))
     (entry,) = folder.iterdir()
@@ -236,7 +236,12 @@ def test_code_that_others_could_have_written_is_not_run(
     folder.chmod(0o777)
     made: list[int] = []
     genuine = native.compiled
-    monkeypatch.setattr(native, "compiled", lambda *args: made.append(1) or genuine(*args))
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return genuine(*args)
+
+    monkeypatch.setattr(native, "compiled", counted)
     NativeRuntime(file)
     folder.chmod(0o700)
     (entry,) = folder.iterdir()
@@ -247,9 +252,7 @@ def test_code_that_others_could_have_written_is_not_run(
 
 def test_a_cache_of_another_user_is_not_used(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NativeRuntime(file)
-    from mgq.export.native import cache as cached
-
-    monkeypatch.setattr(cached.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr("mgq.export.native.cache.os.geteuid", lambda: 12345)
     (entry,) = folder.iterdir()
     before = entry.stat().st_mtime_ns
     NativeRuntime(file).run(noise(32))

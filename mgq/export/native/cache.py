@@ -85,9 +85,10 @@ def parsed(content: bytes) -> Entry | None:
         if not content.startswith(MAGIC):
             return None
         head, _, rest = content[len(MAGIC) :].partition(b"\n")
-        known = json.loads(head)
-        if hashlib.sha256(rest).hexdigest() != known["sha256"]:
+        digest, _, sizes = head.partition(b" ")
+        if hashlib.sha256(sizes + rest).hexdigest().encode() != digest:
             return None
+        known = json.loads(sizes)
         about, code = int(known["about"]), int(known["code"])
         compiled = Compiled(rest[about : about + code], rest[about + code :], int(known["work"]))
         return Entry(compiled, json.loads(rest[:about]))
@@ -99,15 +100,16 @@ def write_entry(key: str, entry: Entry) -> bool:
     about = json.dumps(dict(entry.about)).encode()
     rest = b"".join((about, entry.compiled.code, entry.compiled.constants))
     sizes = {"about": len(about), "code": len(entry.compiled.code), "work": entry.compiled.work}
-    head = json.dumps({**sizes, "sha256": hashlib.sha256(rest).hexdigest()}).encode()
+    head = json.dumps(sizes).encode()
+    digest = hashlib.sha256(head + rest).hexdigest().encode()
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_own(folder.stat()):
             return False
         with atomic_write(folder / f"{key}.native") as temporary:
-            temporary.write_bytes(b"".join((MAGIC, head, b"\n", rest)))
-            temporary.chmod(0o600)
+            temporary.write_bytes(b"".join((MAGIC, digest, b" ", head, b"\n", rest)))
+        (folder / f"{key}.native").chmod(0o600)
     except (OSError, MgqError):
         return False
     return True
