@@ -14,12 +14,16 @@ def refuse_unreadable(path: Path, key: str | None = None) -> None:
     has no network called ``key``.
     """
     suffix = path.suffix.lower()
-    if key is not None and suffix in (".onnx", ".megengine"):
+    if key is not None and suffix in (".onnx", ".megengine", ".so"):
         raise InputError(f"{printable(path)} is a finished file with one network: leave out --key")
     if suffix == ".onnx":
         from mgq.files.onnx_file import read_onnx
 
         read_onnx(path)
+    elif suffix == ".so":
+        from mgq.files.machine_code import refuse_other_files
+
+        refuse_other_files(path)
     elif suffix == ".megengine":
         from mgq.files.sealed import read_sealed
 

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.files.machine_code import AGAIN, refuse_other_files
 from mgq.files.onnx_file import known
 from mgq.runtime.base import checked_threads
 
-MAGIC = b"\x7fELF"
 FUNCTIONS = {
     "mgq_name": ctypes.c_char_p,
     "mgq_cpu": ctypes.c_char_p,
@@ -88,19 +88,17 @@ class LibraryRuntime:
 
 def opened(path: Path) -> dict[str, Any]:
     """The functions of the library at ``path``. Raises InputError for a file that is none of mgq's."""
+    refuse_other_files(path)
     try:
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise InputError(f"{printable(path)} is no shared library: write it by `mgq dump --format native`")
         loaded = ctypes.CDLL(str(path.absolute()))
     except OSError as error:
         why = error.strerror or printable(str(error))[:200]
-        raise InputError(f"cannot load {printable(path)}: {why}; write it again by `mgq dump`") from None
+        raise InputError(f"cannot load {printable(path)}: {why}; {AGAIN} again") from None
     functions = {}
     for name, result in FUNCTIONS.items():
         function = getattr(loaded, name, None)
         if function is None:
-            raise InputError(f"{printable(path)} has no {name}: write it by `mgq dump --format native`")
+            raise InputError(f"{printable(path)} has no {name}: {AGAIN}")
         function.restype = result
         functions[name] = function
     functions["mgq_run"].argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
