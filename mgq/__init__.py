@@ -25,16 +25,16 @@ from mgq.errors import FailureError, InputError, MgqError
 from mgq.machine import prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
-    from mgq.engine.analysis import analyze as analyze
-    from mgq.engine.calls import evaluate as evaluate
-    from mgq.engine.calls import qat as qat
-    from mgq.engine.calls import train as train
-    from mgq.engine.dump import dump as dump
-    from mgq.engine.predict import infer as infer
-    from mgq.quant.quantize import quantize as quantize
+    from mgq.api import evaluate as evaluate
+    from mgq.api import qat as qat
+    from mgq.api import train as train
+    from mgq.engine.calibration.analysis import analyze as analyze
+    from mgq.engine.classifier.dump import dump as dump
+    from mgq.engine.classifier.predict import infer as infer
+    from mgq.ptq.quantize import quantize as quantize
     from mgq.reports.report import report as report
     from mgq.zoo.registry import create_model as create_model
-    from mgq.zoo.weights import load_weights as load_weights
+    from mgq.zoo.weight_loading import load_weights as load_weights
 
 prefer_exact_kernels()
 prefer_fast_kernels()
@@ -42,14 +42,14 @@ wait_without_spinning()
 
 WHERE = {
     "create_model": "mgq.zoo.registry",
-    "load_weights": "mgq.zoo.weights",
-    "quantize": "mgq.quant.quantize",
-    "infer": "mgq.engine.predict",
-    "dump": "mgq.engine.dump",
-    "train": "mgq.engine.calls",
-    "qat": "mgq.engine.calls",
-    "evaluate": "mgq.engine.calls",
-    "analyze": "mgq.engine.analysis",
+    "load_weights": "mgq.zoo.weight_loading",
+    "quantize": "mgq.ptq.quantize",
+    "infer": "mgq.engine.classifier.predict",
+    "dump": "mgq.engine.classifier.dump",
+    "train": "mgq.api",
+    "qat": "mgq.api",
+    "evaluate": "mgq.api",
+    "analyze": "mgq.engine.calibration.analysis",
     "report": "mgq.reports.report",
 }
 

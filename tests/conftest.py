@@ -30,14 +30,14 @@ import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
 
 from mgq.cli.main import run  # noqa: E402
-from mgq.engine.networks import Classifier  # noqa: E402
-from mgq.quant.calibrate import measured_ranges  # noqa: E402
-from mgq.quant.modes import Mode, to_mode  # noqa: E402
-from mgq.quant.ranges import ActivationRanges, apply_ranges  # noqa: E402
+from mgq.engine.classifier.open import Classifier  # noqa: E402
+from mgq.ptq.calibrate import measured_ranges  # noqa: E402
+from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
+from mgq.quantization.modes import Mode, to_mode  # noqa: E402
 from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of  # noqa: E402
-from mgq.zoo.weights import fingerprint  # noqa: E402
+from mgq.zoo.weight_loading import fingerprint  # noqa: E402
 from tests.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
 State = dict[str, npt.NDArray[Any]]
@@ -189,8 +189,8 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     def refused(*_: object, **__: object) -> Path:
         raise AssertionError("a test asked for a download")
 
-    monkeypatch.setattr("mgq.zoo.weights.download", refused)
-    monkeypatch.setattr("mgq.zoo.weights.cached", lambda *_: None)
+    monkeypatch.setattr("mgq.zoo.weight_loading.download", refused)
+    monkeypatch.setattr("mgq.zoo.weight_loading.cached", lambda *_: None)
     yield
 
 

@@ -18,13 +18,13 @@ import pytest
 from megengine import Tensor
 from safetensors.numpy import save_file
 
-from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError
-from mgq.files.pickles import read_state
-from mgq.zoo.adapt import InputNormalization, folded_input
+from mgq.weights.foreign_states import InputNormalization, folded_input
+from mgq.weights.unpickler import read_state
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weights import Weights, read_weights
+from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, State, logits_of, one_line_about, random_state, smooth_pictures, trio_of
 
 Pixels = npt.NDArray[np.uint8]

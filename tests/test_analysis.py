@@ -18,13 +18,19 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.engine.analysis import Analysis, Pictures, in_decibels, in_points, pictures_for
-from mgq.engine.networks import random_classifier
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.range_observers import as_input
-from mgq.quant.ranges import apply_ranges, folded_bias, folded_weight, observe_weights, quantized_layers
-from mgq.quant.sensitivity import Effect, Sensitivity, Survey, analyzed_layers, effect_of, sensitivity_of
-from mgq.quant.targets import ONNX
+from mgq.engine.calibration.analysis import Analysis, Pictures, in_decibels, in_points, pictures_for
+from mgq.engine.classifier.open import random_classifier
+from mgq.ptq.range_measurement import as_input
+from mgq.ptq.sensitivity import Effect, Sensitivity, Survey, analyzed_layers, effect_of, sensitivity_of
+from mgq.quantization.activation_ranges import (
+    apply_ranges,
+    folded_bias,
+    folded_weight,
+    observe_weights,
+    quantized_layers,
+)
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.targets import ONNX
 from mgq.reports.analysis_page import page_of
 from tests.conftest import (
     CLASSES,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mgq.errors import InputError
-from mgq.files.append import append_whole, drop_torn_line
+from mgq.io.append import append_whole, drop_torn_line
 from tests.test_atomic import run_on_small_disk, the_line
 
 
@@ -22,7 +22,7 @@ def test_nothing_of_a_piece_that_does_not_fit_is_there(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from mgq.errors import FailureError
-from mgq.files.append import append_whole
+from mgq.io.append import append_whole
 
 path = Path(sys.argv[1]) / "log"
 append_whole(path, b"first\\n")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.files.atomic import (
+from mgq.io.atomic import (
     atomic_write,
     ensure_writable_folder,
     write_bytes_atomically,
@@ -102,7 +102,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from mgq.files.atomic import write_bytes_atomically
+from mgq.io.atomic import write_bytes_atomically
 
 def stop_before_the_rename(temporary, target):
     print(temporary.read_bytes().decode(), flush=True)
@@ -201,7 +201,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 from mgq.errors import FailureError
-from mgq.files.atomic import atomic_write, write_bytes_atomically
+from mgq.io.atomic import atomic_write, write_bytes_atomically
 
 array = np.ones(200_000, np.uint8)
 path = Path(sys.argv[1]) / "weights"
@@ -334,7 +334,7 @@ def test_a_really_read_only_folder_is_refused_by_name(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from mgq.errors import InputError
-from mgq.files.atomic import ensure_writable_folder, write_bytes_atomically
+from mgq.io.atomic import ensure_writable_folder, write_bytes_atomically
 
 folder = Path(sys.argv[1])
 for attempt in (

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mgq.data import augment
-from mgq.data.augment import Box, Draw, EvalTransform, Stream, TrainTransform, generator
-from mgq.data.pictures import JpegFacts, Pixels, jpeg_facts, read_picture, reduced_jpeg
+from mgq.data import augmentation
+from mgq.data.augmentation import Box, Draw, EvalTransform, Stream, TrainTransform, generator
+from mgq.data.decoding import JpegFacts, Pixels, jpeg_facts, read_picture, reduced_jpeg
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -153,7 +153,7 @@ def test_the_picture_itself_is_left_as_it_was() -> None:
 def by_definition(crop: Pixels, jitter: float, chance: list[float]) -> Pixels:
     """Brightness, contrast and saturation, written out as MegEngine computes them."""
     factors = [1 - jitter + 2 * jitter * c for c in chance[:3]]
-    order = augment._ORDERS[int(chance[3] * 6)]
+    order = augmentation._ORDERS[int(chance[3] * 6)]
     for kind in order:
         pixels = crop.astype(np.float32)
         grey = (pixels @ np.array([0.114, 0.587, 0.299], np.float32))[..., None]
@@ -166,7 +166,7 @@ def by_definition(crop: Pixels, jitter: float, chance: list[float]) -> Pixels:
 def test_colours_change_as_defined_to_three_steps(picture: Pixels) -> None:
     for i in range(60):
         chance = generator(2, Stream.CROP, 0, i).random(4).tolist()
-        found = augment._jittered(picture, 0.4, chance).astype(int)
+        found = augmentation._jittered(picture, 0.4, chance).astype(int)
         difference = np.abs(found - by_definition(picture, 0.4, chance))
         assert difference.max() <= 3
         assert difference.mean() < 0.25
@@ -179,7 +179,7 @@ def test_colours_change_as_in_megengine(monkeypatch: pytest.MonkeyPatch) -> None
         for factor in (0.6, 0.83, 1.0, 1.27, 1.4):
             monkeypatch.setattr(np.random, "uniform", lambda low, high, factor=factor: factor)
             theirs = getattr(vision, name)(0.4).apply(NOISE.copy())
-            ours = (augment._brightened, augment._contrasted, augment._saturated)[i](NOISE, factor)
+            ours = (augmentation._brightened, augmentation._contrasted, augmentation._saturated)[i](NOISE, factor)
             assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
@@ -190,7 +190,7 @@ def test_all_orders_and_all_factors_are_drawn() -> None:
     assert 59 <= values.min() <= 62
     assert 138 <= values.max() <= 140
     assert abs(values.mean() - 99.5) < 3
-    assert len(set(augment._ORDERS)) == 6
+    assert len(set(augmentation._ORDERS)) == 6
 
 
 def test_no_jitter_leaves_colours() -> None:
@@ -232,7 +232,7 @@ def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(by)
         return reduced_jpeg(data, facts, by)
 
-    monkeypatch.setattr(augment, "reduced_jpeg", noted)
+    monkeypatch.setattr(augmentation, "reduced_jpeg", noted)
     return found
 
 

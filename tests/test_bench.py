@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.bench import contest as contest_module
-from mgq.bench import engines as engines_module
+from mgq.bench import cases as contest_module
+from mgq.bench import suite as engines_module
 from mgq.bench.benchmark import notes_on
-from mgq.bench.contest import (
+from mgq.bench.benchmark_report import Report, peaks_from, rows_from
+from mgq.bench.cases import (
     MOST_RUNS,
     TURN_NS,
     WARM_UP_RUNS,
@@ -27,17 +28,16 @@ from mgq.bench.contest import (
     agreement_of,
     contest,
 )
-from mgq.bench.engines import Entrant, Field, Job, cat_batch
-from mgq.bench.players import Present, SideBySide
-from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, settings_for
 from mgq.bench.statistics import interquartile_range, median_of, speed_of, speedup_of
+from mgq.bench.suite import Entrant, Field, Job, cat_batch
 from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, group_of, markdown, three_digits
-from mgq.engine.environment import Machine, cpu_features, cpu_model, saturates, this_machine
+from mgq.bench.workers import Present, SideBySide
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
-from mgq.quant.modes import Mode
-from mgq.quant.targets import MEGENGINE, ONNX
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, ONNX
+from mgq.system.environment import Machine, cpu_features, cpu_model, saturates, this_machine
 
 MS = 1_000_000
 PICTURES = np.zeros((2, 3, 32, 32), np.uint8)

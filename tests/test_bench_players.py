@@ -13,14 +13,14 @@ import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mgq.bench import players as players_module
-from mgq.bench.contest import Contestant, Loaded, contest
+from mgq.bench import workers as players_module
+from mgq.bench.cases import Contestant, Loaded, contest
 from mgq.bench.peak import INSTRUCTIONS, ITERATIONS, SUMS, PeakLoop, instruction_for, module_text
-from mgq.bench.players import Away, Seat
 from mgq.bench.settings import Precision
-from mgq.engine.environment import this_machine
+from mgq.bench.workers import Away, Seat
 from mgq.errors import FailureError, InputError
-from mgq.runtime.base import Runtime
+from mgq.runtime.protocol import Runtime
+from mgq.system.environment import this_machine
 
 PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
 CORE = min(os.sched_getaffinity(0))

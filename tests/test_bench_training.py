@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from mgq.bench.training import (
+from mgq.bench.training_speed import (
     FAST,
     STOCK,
     Stepper,
@@ -19,7 +19,7 @@ from mgq.bench.training import (
     training_settings_for,
 )
 from mgq.errors import InputError
-from mgq.quant.modes import Mode
+from mgq.quantization.modes import Mode
 from tests.conftest import Mgq, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"

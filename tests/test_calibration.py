@@ -16,14 +16,21 @@ import pytest
 from megengine import Tensor
 
 from mgq.data.synthetic import SyntheticPictures
-from mgq.engine.calibration import calibrated, sources_of
+from mgq.engine.calibration.calibration_run import calibrated, sources_of
 from mgq.errors import InputError
-from mgq.quant.calibrate import DEFAULT_METHOD, Sample, measured_ranges
-from mgq.quant.easyquant import SampledConvolution, cosine
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.names import EASYQUANT, METHODS
-from mgq.quant.patches import picked, sampled_positions
-from mgq.quant.ranges import ActivationRanges, apply_ranges, folded_weight, observe_weights, read_ranges, set_range
+from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measured_ranges
+from mgq.ptq.easyquant import SampledConvolution, cosine
+from mgq.ptq.patches import picked, sampled_positions
+from mgq.quantization.activation_ranges import (
+    ActivationRanges,
+    apply_ranges,
+    folded_weight,
+    observe_weights,
+    read_ranges,
+    set_range,
+)
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.option_names import EASYQUANT, METHODS
 from mgq.zoo.layers import ConvBnRelu6
 from tests.conftest import (
     classifier_of,
@@ -160,7 +167,7 @@ class TestMethods:
         assert DEFAULT_METHOD in METHODS
 
     def test_no_more_pictures_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mgq.quant.calibrate.LAYERWISE_PICTURES", 2)
+        monkeypatch.setattr("mgq.ptq.calibrate.LAYERWISE_PICTURES", 2)
         for method, used in (("easyquant", 2), ("min-max", 4)):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
             found = calibrated(own, Pictures(), 4, method=method)

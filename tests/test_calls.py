@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mgq
-from mgq.engine.calls import request_of
+from mgq.api import request_of
 from mgq.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")

@@ -13,9 +13,9 @@ import pytest
 from megengine import Tensor
 from megengine.core.tensor.dtype import get_scale, qint8, qint32
 
-from mgq.quant.casts import casts_in_numpy
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import quantized_weight
+from mgq.quantization.activation_ranges import quantized_weight
+from mgq.quantization.int8_casts import casts_in_numpy
+from mgq.quantization.modes import Mode, to_mode
 from mgq.runtime.megengine import TracedRuntime
 from mgq.zoo.layers import ConvBnRelu6
 

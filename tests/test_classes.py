@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mgq.data.classes import imagenet_classes
+from mgq.data.imagenet_classes import imagenet_classes
 
 
 def test_there_are_1000_classes_in_the_order_of_their_wnids() -> None:

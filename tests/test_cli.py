@@ -15,7 +15,7 @@ import megengine
 import numpy as np
 import pytest
 
-from mgq.data.pictures import bundled_cat
+from mgq.data.decoding import bundled_cat
 from mgq.zoo.registry import create_model, specs
 from tests.conftest import Mgq, the_error
 

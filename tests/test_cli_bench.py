@@ -15,14 +15,14 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import mgq.bench.benchmark as benchmark_module
-from mgq.bench.contest import Agreement
-from mgq.bench.report import Report, Row
+from mgq.bench.benchmark_report import Report, Row
+from mgq.bench.cases import Agreement
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
-from mgq.engine.environment import Machine
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, silent
+from mgq.system.environment import Machine
 
 FP32, INT8 = Precision.FP32, Precision.INT8
 ROOT = Path(__file__).parents[1]

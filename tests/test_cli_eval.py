@@ -13,11 +13,11 @@ import cv2
 import pytest
 
 from mgq.cli.console import plain_lines
-from mgq.data.pictures import bundled_cat
-from mgq.engine.networks import RUN_CHECKPOINT
+from mgq.data.decoding import bundled_cat
+from mgq.engine.classifier.open import RUN_CHECKPOINT
 from mgq.events import Progress
-from mgq.files.checkpoint import write_checkpoint
-from mgq.quant.modes import Mode
+from mgq.quantization.modes import Mode
+from mgq.weights.checkpoint import write_checkpoint
 from tests.conftest import Mgq, classifier_of, one_line_about, smooth_pictures, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"

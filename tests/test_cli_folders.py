@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgq.data.sources import expand
-from mgq.engine.calibration import calibrated
-from mgq.engine.likeness import FEWEST, Likeness
-from mgq.engine.networks import Classifier
-from mgq.quant.modes import Mode
+from mgq.data.image_sources import expand
+from mgq.engine.calibration.calibration_run import calibrated
+from mgq.engine.calibration.image_variety import FEWEST, Likeness
+from mgq.engine.classifier.open import Classifier
+from mgq.quantization.modes import Mode
 from mgq.zoo.registry import spec_of
 from tests.conftest import Mgq, blank, classifier_of, filled, one_line_about, smooth_pictures, the_error, write_pictures
 

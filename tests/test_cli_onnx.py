@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.pictures import bundled_cat
-from mgq.data.sources import expand
-from mgq.engine import calibration
-from mgq.engine.networks import open_classifier
-from mgq.quant.targets import ONNX
+from mgq.data.decoding import bundled_cat
+from mgq.data.image_sources import expand
+from mgq.engine.calibration import calibration_run
+from mgq.engine.classifier.open import open_classifier
+from mgq.quantization.targets import ONNX
 from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, the_error
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -44,7 +44,9 @@ def float_checkpoint(short_shufflenet: None, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def calibrated(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a network for the target onnx."""
-    found = calibration.calibrated(classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, compensate=False)
+    found = calibration_run.calibrated(
+        classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, compensate=False
+    )
     return found.write(tmp_path_factory.mktemp("calibrated"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from mgq.files.download import sha256_of
+from mgq.io.download import sha256_of
 from tests.conftest import Mgq, one_line_about, smooth_pictures, the_error, write_pictures
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")

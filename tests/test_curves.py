@@ -13,7 +13,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mgq.engine.curves import Mark, figure_of, write_curves
+from mgq.engine.runs.curves import Mark, figure_of, write_curves
 from tests.conftest import one_line_about
 
 

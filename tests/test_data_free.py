@@ -10,21 +10,21 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from mgq.engine.accuracy_aware import Mixture, within_drop
-from mgq.engine.calibration import (
+from mgq.engine.calibration.calibration_run import (
     Calibration,
     calibrated_without_pictures,
     expected_seconds,
 )
-from mgq.engine.comparison import Comparison
+from mgq.engine.calibration.mixed_precision import Mixture, within_drop
+from mgq.engine.classifier.mode_comparison import Comparison
 from mgq.errors import InputError
-from mgq.quant.calibrate import data_free_network
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.names import QUALITIES
-from mgq.quant.quality import changed, preset_called
-from mgq.quant.ranges import quantized_layers
-from mgq.quant.steps import CorrectBias, RoundWeights
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.ptq.calibrate import data_free_network
+from mgq.ptq.presets import changed, preset_called
+from mgq.ptq.steps import CorrectBias, RoundWeights
+from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.option_names import QUALITIES
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, smooth_pictures, the_error
 from tests.test_equalization import network_of, with_true_statistics
 
@@ -100,7 +100,7 @@ def mixture_at(drops: list[float], max_drop: float) -> tuple[Mixture, list[int]]
 class TestMaxDrop:
     @pytest.fixture(autouse=True)
     def without_timing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mgq.engine.accuracy_aware.with_slowdown", lambda mixture, _: mixture)
+        monkeypatch.setattr("mgq.engine.calibration.mixed_precision.with_slowdown", lambda mixture, _: mixture)
 
     @pytest.mark.parametrize("least", range(8))
     def test_the_fewest_layers_are_kept(self, least: int) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.data import imagenet
-from mgq.data.classes import imagenet_classes
+from mgq.data import imagenet_archives
 from mgq.data.datasets import (
     KEPT,
     Dataset,
@@ -23,6 +22,7 @@ from mgq.data.datasets import (
     training_folders,
     without_subset,
 )
+from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError
 from mgq.events import Progress
@@ -187,10 +187,10 @@ def test_imagenets_val_may_not_have_classes_that_train_lacks(tmp_path: Path) -> 
 
 def test_original_archives_are_unpacked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wnids = sorted({test_imagenet.BY_ID[number] for number in test_imagenet.TRUTH})
-    test_imagenet.tar(tmp_path / imagenet.TRAIN_ARCHIVE, test_imagenet.train_members(wnids))
-    test_imagenet.tar(tmp_path / imagenet.VAL_ARCHIVE, test_imagenet.val_members())
-    test_imagenet.devkit(tmp_path / imagenet.DEVKIT)
-    monkeypatch.setattr(imagenet, "MD5", test_imagenet.sums(tmp_path))
+    test_imagenet.tar(tmp_path / imagenet_archives.TRAIN_ARCHIVE, test_imagenet.train_members(wnids))
+    test_imagenet.tar(tmp_path / imagenet_archives.VAL_ARCHIVE, test_imagenet.val_members())
+    test_imagenet.devkit(tmp_path / imagenet_archives.DEVKIT)
+    monkeypatch.setattr(imagenet_archives, "MD5", test_imagenet.sums(tmp_path))
     val = evaluation_folder(tmp_path)
     expected = sorted(WNIDS.index(test_imagenet.BY_ID[number]) for number in test_imagenet.TRUTH)
     assert [label for _, label in listed(val)] == expected

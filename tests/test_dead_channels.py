@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.dead_channels import without_dead_channels
-from mgq.quant.range_observers import as_input
+from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.dead_channels import without_dead_channels
+from mgq.ptq.range_measurement import as_input
 from mgq.zoo.registry import spec_of
 
 DEAD = [1, 4, 5]

@@ -11,17 +11,17 @@ import numpy.typing as npt
 import pytest
 
 import mgq
-from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_picture
 from mgq.data.transforms import to_batch
-from mgq.deploy import mge
-from mgq.engine.dump import dump_classifier
-from mgq.engine.networks import Classifier, random_classifier
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.open import Classifier, random_classifier
 from mgq.errors import FailureError, InputError
-from mgq.files.sealed import read_sealed
-from mgq.quant.fold import folded
-from mgq.quant.modes import Mode
-from mgq.runtime.lite import LiteRuntime
+from mgq.export.megengine import writer
+from mgq.export.megengine.megengine_file import read_sealed
+from mgq.quantization.batch_norm_folding import folded
+from mgq.quantization.modes import Mode
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.runtime.megengine_lite import LiteRuntime
 
 SIZE = 64
 ARCHS = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
@@ -100,7 +100,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
     path = tmp_path / "net.megengine"
     path.write_bytes(b"older")
     for name in ("run_in_lite", "run_in_megengine"):
-        monkeypatch.setattr(mge, name, off_by_one_bit(getattr(mge, name)))
+        monkeypatch.setattr(writer, name, off_by_one_bit(getattr(writer, name)))
     with pytest.raises(FailureError, match="differs from the network in memory"):
         dump_classifier(made["resnet18", Mode.QUANTIZED], path)
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
@@ -114,7 +114,7 @@ def off_by_one_bit(run: Callable[..., npt.NDArray[np.float32]]) -> Callable[...,
 def test_where_lite_rounds_otherwise_megengine_itself_has_to_give_the_bits(
     made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
-    monkeypatch.setattr(mge, "run_in_lite", off_by_one_bit(mge.run_in_lite))
+    monkeypatch.setattr(writer, "run_in_lite", off_by_one_bit(writer.run_in_lite))
     assert (
         "loaded again in MegEngine, it"
         in dump_classifier(made["mobilenet_v2", mode], tmp_path / "net.megengine").checked
@@ -124,8 +124,8 @@ def test_where_lite_rounds_otherwise_megengine_itself_has_to_give_the_bits(
 def test_a_file_that_lite_answers_wrongly_is_refused_whatever_megengine_says(
     made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_answer = mge.run_in_lite
-    monkeypatch.setattr(mge, "run_in_lite", lambda *arguments: true_answer(*arguments) * np.float32(1.001))
+    true_answer = writer.run_in_lite
+    monkeypatch.setattr(writer, "run_in_lite", lambda *arguments: true_answer(*arguments) * np.float32(1.001))
     with pytest.raises(FailureError):
         dump_classifier(made["mobilenet_v2", Mode.NORMAL], tmp_path / "net.megengine")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from mgq.engine import request, training
-from mgq.engine.calls import request_of
-from mgq.engine.distributed import Cluster, EndedError, Peers, on_every_device
-from mgq.engine.trainer import StoppedError
+from mgq.api import request_of
+from mgq.engine.distributed.process_group import Cluster, EndedError, Peers, on_every_device
+from mgq.engine.training import train_options, training_run
+from mgq.engine.training.trainer import StoppedError
 from mgq.errors import FailureError, InputError
 from mgq.events import ALONE, Progress, Watcher
 from tests.without_gpus import without_gpus
@@ -97,7 +97,7 @@ def test_a_watcher_that_wants_to_stop_ends_all() -> None:
 
 @pytest.fixture
 def on_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (training, request):
+    for module in (training_run, train_options):
         monkeypatch.setattr(module, "checked_cluster", lambda *_: TWO)
 
 
@@ -108,13 +108,13 @@ def requested(save: Path, **words: Any) -> Any:
 @pytest.mark.usefixtures("on_two")
 def test_train_and_qat_on_two_devices(tmp_path: Path) -> None:
     remarks: list[str] = []
-    trained = training.train(requested(tmp_path), Watcher(on_remark=remarks.append))
+    trained = training_run.train(requested(tmp_path), Watcher(on_remark=remarks.append))
     assert trained.checkpoint.is_file() and trained.comparison.images == 20
     assert sum("epoch 1/1" in line for line in remarks) == 1  # of one process
     log = (trained.checkpoint.parent / "log.txt").read_text()
     assert log.count("epoch 1/1") == 1
 
-    found = training.qat(requested(tmp_path), ALONE)
+    found = training_run.qat(requested(tmp_path), ALONE)
     assert found.comparison.images == 20 and found.recipe.devices == 2
 
 
@@ -123,26 +123,26 @@ def test_a_training_on_two_devices_stops_and_goes_on(tmp_path: Path) -> None:
     epochs: list[str] = []
     watcher = Watcher(on_remark=epochs.append, should_stop=lambda: any("epoch 1/2" in line for line in epochs))
     with pytest.raises(StoppedError, match="stopped on 2 devices; its state last saved is kept") as stopped:
-        training.train(requested(tmp_path, epochs=2, synthetic_train=160), watcher)
+        training_run.train(requested(tmp_path, epochs=2, synthetic_train=160), watcher)
     assert (stopped.value.verb, stopped.value.arch) == ("train", WORDS["arch"])
     again = replace(request_of({"resume": True, "save": tmp_path}), prepare=without_gpus)
-    assert training.train(again).best["epoch"] in (1, 2)
+    assert training_run.train(again).best["epoch"] in (1, 2)
 
 
 def test_another_machine_than_the_first_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "cluster_of", lambda _: Cluster(1, 2, 1, "localhost:1"))
-    monkeypatch.setattr(training, "on_every_device", lambda *_: ({}, {}))
-    with pytest.raises(training.ElsewhereError, match="machine 0"):
-        training.train(requested(tmp_path))
+    monkeypatch.setattr(training_run, "cluster_of", lambda _: Cluster(1, 2, 1, "localhost:1"))
+    monkeypatch.setattr(training_run, "on_every_device", lambda *_: ({}, {}))
+    with pytest.raises(training_run.ElsewhereError, match="machine 0"):
+        training_run.train(requested(tmp_path))
     with pytest.raises(InputError, match="--nnodes needs float weights of shufflenet_v1_x0_5_g3 on every machine"):
-        training.qat(requested(tmp_path))
+        training_run.qat(requested(tmp_path))
 
 
 def test_a_part_of_a_training_can_be_sent(tmp_path: Path) -> None:
-    plan = training.float_plan(request_of({**WORDS, "save": tmp_path}), ALONE)
-    with training.new_run(plan, ALONE) as run:
-        again = pickle.loads(pickle.dumps(partial(training.trained, plan, run)))
+    plan = training_run.float_plan(request_of({**WORDS, "save": tmp_path}), ALONE)
+    with training_run.new_run(plan, ALONE) as run:
+        again = pickle.loads(pickle.dumps(partial(training_run.trained, plan, run)))
         assert again.args[1].path == run.path
         again.args[1].close()  # which is not its to close
-        with pytest.raises(InputError, match="another mgq is writing"), training.new_run(plan, ALONE):
+        with pytest.raises(InputError, match="another mgq is writing"), training_run.new_run(plan, ALONE):
             pass

@@ -10,7 +10,7 @@ import pytest
 
 from mgq.bench import doctor
 from mgq.bench.doctor import Check, Diagnosis, State, checks
-from mgq.engine.environment import cgroup_cores, cgroup_memory
+from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
 
@@ -72,7 +72,7 @@ def test_folders_that_cannot_be_written_to_are_told_and_nothing_is_made(tmp_path
 def test_a_processor_without_vnni_gets_the_target_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for flags, state in (("avx avx2 fma", State.LACKING), ("avx2 avx_vnni", State.FINE)):
         (tmp_path / "cpuinfo").write_text(f"model name : Made Up\nflags : {flags}\n")
-        monkeypatch.setattr("mgq.engine.environment.CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr("mgq.system.environment.CPU_INFO", tmp_path / "cpuinfo")
         finding = check_called("processor").finding()
         assert finding.state is state and "Made Up" in finding.found
         assert ("onnx-avx2" in finding.mend) == (state is State.LACKING)

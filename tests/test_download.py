@@ -22,8 +22,8 @@ import pytest
 
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
-from mgq.files import download as module
-from mgq.files.download import Patience, Source, cache_folder, cached, download, sha256_of
+from mgq.io import download as module
+from mgq.io.download import Patience, Source, cache_folder, cached, download, sha256_of
 from tests.test_atomic import ROOT, run_on_small_disk, the_line
 
 CONTENT = random.Random(7).randbytes(200_000)
@@ -365,7 +365,7 @@ def test_without_a_hash_a_part_is_used_only_if_the_machine_was_not_restarted(
     source = replace(shelf.source(), size=None, sha256=None)
     leave_half(shelf, tmp_path, source)
     if restarted:
-        monkeypatch.setattr("mgq.files.download.boot_id", lambda: "another")
+        monkeypatch.setattr("mgq.io.download.boot_id", lambda: "another")
     assert is_whole(download(source, tmp_path, patience=QUICK))
     assert [asked.first_byte for asked in shelf.asked] == [None if restarted else HALF]
 
@@ -637,7 +637,7 @@ def test_a_server_elsewhere_cannot_send_us_to_this_machine(
 SCRIPT = """
 import sys
 from pathlib import Path
-from mgq.files.download import Source, download
+from mgq.io.download import Source, download
 
 def tell(progress):
     print(progress.what, progress.done, flush=True)
@@ -725,7 +725,7 @@ def test_a_really_full_disk_is_one_line(shelf: Shelf, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from mgq.errors import FailureError
-from mgq.files.download import Source, download
+from mgq.io.download import Source, download
 
 folder = Path(sys.argv[1])
 try:

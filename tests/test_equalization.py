@@ -9,20 +9,20 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.quant.bias_correction import corrected
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.equalization import (
+from mgq.graph.layer_graph import graph_of
+from mgq.ptq.bias_correction import corrected
+from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.channel_statistics import expected_statistics, measured_statistics
+from mgq.ptq.equalization import (
     Channels,
     Problem,
     equalized,
     sets_of,
     soft_maximum,
 )
-from mgq.quant.graph import graph_of
-from mgq.quant.range_observers import as_input
-from mgq.quant.rounding import rounded
-from mgq.quant.statistics import expected_statistics, measured_statistics
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.ptq.gptq import rounded
+from mgq.ptq.range_measurement import as_input
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of, smooth_pictures
 

@@ -15,17 +15,17 @@ import numpy.typing as npt
 import pytest
 
 from mgq.cli.console import import_megengine
-from mgq.data.augment import EvalTransform
-from mgq.data.classes import imagenet_classes
+from mgq.data.augmentation import EvalTransform
 from mgq.data.datasets import evaluation_folder, subset, training_folders
+from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
-from mgq.engine import evaluate as module
-from mgq.engine.evaluate import Evaluation, evaluate, evaluated, evaluation_data, matched
-from mgq.engine.networks import Classifier, class_names
+from mgq.engine.classifier import evaluate as module
+from mgq.engine.classifier.evaluate import Evaluation, evaluate, evaluated, evaluation_data, matched
+from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
-from mgq.quant.modes import Mode
+from mgq.quantization.modes import Mode
 from tests.conftest import classifier_of, one_line_about, smooth_pictures
 
 SIZE = 32

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import quantized_layers
+from mgq.ptq.calibrate import calibrated_network
+from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.modes import Mode, to_mode
 from mgq.zoo.registry import spec_of, specs
 from tests.conftest import logits_of, smooth_pictures
 

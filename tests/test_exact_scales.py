@@ -13,12 +13,9 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.deploy.onnx import write_onnx
-from mgq.engine.parity import layer_parities
-from mgq.quant.calibrate import calibrated_network, data_free_network
-from mgq.quant.even import bias_steps, to_even
-from mgq.quant.exact_scales import Noise, below, fitting, fitting_by_noise, move_to_exact_scales
-from mgq.quant.graph import (
+from mgq.engine.classifier.parity import layer_parities
+from mgq.export.onnx.writer import write_onnx
+from mgq.graph.layer_graph import (
     Add,
     Convolution,
     GlobalAverage,
@@ -29,11 +26,14 @@ from mgq.quant.graph import (
     Transpose,
     graph_of,
 )
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.range_observers import as_input
-from mgq.quant.ranges import folded_bias, quantized_layers, set_range
-from mgq.quant.relu6 import QatConvBnRelu6
-from mgq.quant.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, channel_scales
+from mgq.ptq.calibrate import calibrated_network, data_free_network
+from mgq.ptq.exact_scales import Noise, below, fitting, fitting_by_noise, move_to_exact_scales
+from mgq.ptq.range_measurement import as_input
+from mgq.quantization.activation_ranges import folded_bias, quantized_layers, set_range
+from mgq.quantization.half_to_even import bias_steps, to_even
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.relu6 import QatConvBnRelu6
+from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, channel_scales
 from mgq.runtime.registry import ENGINES, load
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of, smooth_pictures

@@ -22,20 +22,20 @@ from megengine.optimizer import SGD
 from megengine.quantization import LSQ
 from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
-from mgq.engine.fast_grad import fast_gradients, fast_gradients_enabled, onednn
-from mgq.engine.fast_grad.elementwise import PIECE, extremes, held_below, in_pieces, masked
-from mgq.engine.fast_grad.functions import (
+from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, onednn
+from mgq.cpu_kernels.autograd_functions import (
     Convolution,
     FakeQuantizedConvolution,
     FoldedConvolution,
     NormalizedConvolution,
 )
-from mgq.engine.fast_grad.quantizers import quantizer_of
+from mgq.cpu_kernels.elementwise import PIECE, extremes, held_below, in_pieces, masked
+from mgq.cpu_kernels.fake_quantization import quantizer_of
 from mgq.errors import FailureError
 from mgq.machine import usable_cores
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.qat import freeze_batch_norm
-from mgq.quant.relu6 import QatConvBnRelu6
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat import freeze_batch_norm
+from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import specs
 from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_pictures, values_of

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mgq.data.datasets import evaluation_folder
-from mgq.engine.provenance import listing_of
+from mgq.engine.runs.provenance import listing_of
 from tests.conftest import Said, one_line_about, the_error
 from tests.test_cli_training import ARCH, lines_of, started, waited_for
 

@@ -64,7 +64,7 @@ def test_answers_are_compared_with_float_with_labels_and_with_the_simulation() -
 
 
 def test_folders_are_known_by_class_and_those_of_imagenet_by_wnid() -> None:
-    from mgq.data.classes import imagenet_classes
+    from mgq.data.imagenet_classes import imagenet_classes
 
     names = [entry.name for entry in imagenet_classes()]
     assert places_of(names)["n01443537"] == places_of(names)["goldfish"] == 1
@@ -94,9 +94,9 @@ def test_pictures_of_the_same_kind_come_from_one_folder_or_two() -> None:
 
 
 def test_files_that_take_pixels_and_floats_are_asked_the_same(tmp_path: Path) -> None:
-    from mgq.deploy.onnx import write_onnx
-    from mgq.engine.networks import random_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import random_classifier
+    from mgq.export.onnx.writer import write_onnx
+    from mgq.quantization.modes import Mode
 
     path = tmp_path / "float.onnx"
     write_onnx(random_classifier("resnet18", Mode.NORMAL).network, path, image_size=32, batch=1, provenance={})

@@ -12,10 +12,10 @@ import click
 import pytest
 
 from mgq.cli.main import verbs
-from mgq.engine.recipe import SCHEDULES
-from mgq.quant.names import QUALITIES
-from mgq.quant.qat import OBSERVERS
-from mgq.quant.targets import TARGETS
+from mgq.engine.training.recipe import SCHEDULES
+from mgq.quantization.option_names import QUALITIES
+from mgq.quantization.qat import OBSERVERS
+from mgq.quantization.targets import TARGETS
 from mgq.runtime.registry import engine_names
 from mgq.zoo.mobilenet_v2 import ACTIVATIONS
 from mgq.zoo.registry import specs

@@ -27,24 +27,24 @@ import safetensors.numpy
 from onnx import TensorProto, helper
 from PIL import Image
 
-from mgq.data import imagenet
+from mgq.data import imagenet_archives
 from mgq.data.datasets import evaluation_folder
-from mgq.data.imagenet import unpacked
-from mgq.data.pictures import MAX_MEMORY, read_picture
-from mgq.engine.files import opened_file
-from mgq.engine.networks import open_classifier
-from mgq.engine.recipe import Recipe, read_changes
-from mgq.engine.runs import read_metrics
-from mgq.engine.training_state import read_training_state
+from mgq.data.decoding import MAX_MEMORY, read_picture
+from mgq.data.imagenet_archives import unpacked
+from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.classifier.open import open_classifier
+from mgq.engine.runs.run_folder import read_metrics
+from mgq.engine.runs.training_state import read_training_state
+from mgq.engine.training.recipe import Recipe, read_changes
 from mgq.errors import InputError
-from mgq.files.append import drop_torn_line
-from mgq.files.bounded import LONGEST_JSON, object_in
-from mgq.files.flatbuffer import LONGEST_VECTOR, MOST_FIELDS, Table
-from mgq.files.onnx_file import read_onnx
-from mgq.files.pickles import read_state
-from mgq.files.sealed import MAGIC, read_sealed, sealed_bytes
-from mgq.quant.modes import Mode
-from mgq.quant.ranges import read_ranges
+from mgq.export.megengine.flatbuffer import LONGEST_VECTOR, MOST_FIELDS, Table
+from mgq.export.megengine.megengine_file import MAGIC, read_sealed, sealed_bytes
+from mgq.export.onnx.onnx_file import read_onnx
+from mgq.io.append import drop_torn_line
+from mgq.io.limited_io import LONGEST_JSON, object_in
+from mgq.quantization.activation_ranges import read_ranges
+from mgq.quantization.modes import Mode
+from mgq.weights.unpickler import read_state
 from tests import test_imagenet, test_pickles
 from tests.conftest import Mgq, the_error
 from tests.fuzz import readers
@@ -503,7 +503,7 @@ def test_a_chain_of_a_thousand_extended_headers_is_no_traceback(
     block = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
     folder = tmp_path / "folder"
     folder.mkdir()
-    written(folder / imagenet.TRAIN_ARCHIVE, block * 3_000 + bytes(1024))
+    written(folder / imagenet_archives.TRAIN_ARCHIVE, block * 3_000 + bytes(1024))
     with pytest.raises(InputError, match=r"img_train\.tar is damaged"):
         unpacked(folder, "train", md5=test_imagenet.sums(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mgq.data import imagenet
-from mgq.data.classes import imagenet_classes
-from mgq.data.imagenet import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, has_archive, unpacked, wnids_by_id
+from mgq.data import imagenet_archives
+from mgq.data.imagenet_archives import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, has_archive, unpacked, wnids_by_id
+from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 
@@ -273,7 +273,7 @@ def test_an_interrupted_work_goes_on_where_it_was(folder: Path, split: str, expe
     assert files(folder / split) == expected
     again = {path.name: path.stat().st_mtime_ns for path in (folder / split).rglob("*.JPEG")}
     assert {name: again[name] for name in kept} == kept
-    assert not [event for event in events if event.what.startswith(f"check {imagenet._ARCHIVES[split]}")]  # type: ignore[index]
+    assert not [event for event in events if event.what.startswith(f"check {imagenet_archives._ARCHIVES[split]}")]  # type: ignore[index]
 
 
 def test_half_a_file_is_written_again(folder: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_killed_process_leaves_no_folder_and_the_next_finishes(folder: Path) -
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from mgq.data.imagenet import unpacked
+from mgq.data.imagenet_archives import unpacked
 count = 0
 def kill(event):
     global count
@@ -415,7 +415,7 @@ def test_a_file_with_holes_which_takes_more_than_its_archive_is_refused(folder: 
 
 
 def test_a_file_too_large_for_a_picture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagenet, "MAX_BYTES", 100)
+    monkeypatch.setattr(imagenet_archives, "MAX_BYTES", 100)
     with pytest.raises(InputError, match="1280 bytes"):
         unpacked(folder, "val", md5=sums(folder))
 
@@ -438,7 +438,7 @@ def test_an_inner_archive_that_is_none_is_refused(folder: Path) -> None:
 
 
 def test_a_kit_that_unpacks_to_gigabytes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagenet, "_MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(imagenet_archives, "_MOST_UNPACKED", 1 << 20)
     (folder / DEVKIT).write_bytes(gzip.compress(bytes(3 << 20)))
     with pytest.raises(InputError, match="unpacks to more than 1 MB"):
         unpacked(folder, "val", md5=sums(folder))

@@ -18,10 +18,10 @@ from mgq.data.datasets import (
     is_unsplit,
     training_folders,
 )
-from mgq.data.folders import PICTURE_SUFFIXES, Tally, entries_in
-from mgq.data.layout import role_of
+from mgq.data.folder_layout import role_of
+from mgq.data.folder_scan import PICTURE_SUFFIXES, Tally, entries_in
+from mgq.data.image_sources import expand
 from mgq.data.loader import Loader
-from mgq.data.sources import expand
 from mgq.errors import InputError
 from tests.conftest import one_line_about
 from tests.test_datasets import listed, make

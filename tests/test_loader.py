@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.data.augment import Draw, EvalTransform, TrainTransform
+from mgq.data.augmentation import Draw, EvalTransform, TrainTransform
 from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder
+from mgq.data.decoding import Pixels
 from mgq.data.loader import NO_LABEL, Batch, Loader
-from mgq.data.pictures import Pixels
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError
 from mgq.machine import usable_cores
@@ -327,7 +327,7 @@ def test_a_closed_loader_can_be_closed_and_used_again() -> None:
 
 def test_an_interrupt_from_the_keyboard_ends_the_program_at_once() -> None:
     script = """
-from mgq.data.augment import EvalTransform
+from mgq.data.augmentation import EvalTransform
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures
 with Loader(SyntheticPictures(10**6), EvalTransform(64), 32, workers=2) as loader:

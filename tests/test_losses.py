@@ -8,8 +8,8 @@ import pytest
 from megengine import Parameter, Tensor
 from megengine.autodiff import GradManager
 
-from mgq.engine.average import WeightAverage
-from mgq.engine.losses import TEMPERATURE, cross_entropy, distillation
+from mgq.engine.training.ema import WeightAverage
+from mgq.engine.training.losses import TEMPERATURE, cross_entropy, distillation
 from tests.conftest import blank
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (6, 4)).astype(np.float32)

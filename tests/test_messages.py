@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from mgq.cli.console import say
-from mgq.data.pictures import bundled_cat
+from mgq.data.decoding import bundled_cat
 from tests.conftest import Mgq
 
 TEXTS = {

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from mgq.engine.metrics import Meter, cross_entropy, ranks, standard_error
+from mgq.engine.classifier.metrics import Meter, cross_entropy, ranks, standard_error
 
 
 def float32(*rows: list[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -21,25 +21,31 @@ from megengine.module.qat import QATModule
 from megengine.quantization.quantize import disable_fake_quant, enable_fake_quant
 from onnx import numpy_helper
 
-from mgq.deploy.onnx import write_onnx
-from mgq.deploy.rewrite import REWRITES
-from mgq.engine.dump import dump_classifier
-from mgq.engine.networks import Classifier, classifier_from
-from mgq.engine.parity import layer_parities
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.open import Classifier, classifier_from
+from mgq.engine.classifier.parity import layer_parities
 from mgq.errors import InputError
-from mgq.files.checkpoint import FORMAT, KEY, CheckpointInfo, info_of
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.graph import Convolution, graph_of
-from mgq.quant.mixed import FloatWeights, float_layers_of, keep_in_float
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.qat import Phase, plain_qat, prepared_for_qat, set_phase
-from mgq.quant.quantize import quantize, refuse_without_ranges
-from mgq.quant.ranges import folded_weight, is_kept_in_float, observe_weights, quantized_layers, quantized_weight
-from mgq.quant.targets import MEGENGINE, ONNX, TARGETS, Target, target_of
-from mgq.runtime.lite import LiteRuntime
+from mgq.export.onnx.writer import write_onnx
+from mgq.graph.layer_graph import Convolution, graph_of
+from mgq.graph.rewrites import REWRITES
+from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.quantize import quantize, refuse_without_ranges
+from mgq.quantization.activation_ranges import (
+    folded_weight,
+    is_kept_in_float,
+    observe_weights,
+    quantized_layers,
+    quantized_weight,
+)
+from mgq.quantization.float_layers import FloatWeights, float_layers_of, keep_in_float
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat import Phase, plain_qat, prepared_for_qat, set_phase
+from mgq.quantization.targets import MEGENGINE, ONNX, TARGETS, Target, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.runtime.megengine_lite import LiteRuntime
 from mgq.runtime.registry import ENGINES
-from mgq.zoo.weights import read_weights
+from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of
+from mgq.zoo.weight_loading import read_weights
 from tests.conftest import (
     FAMILIES,
     SIZE,

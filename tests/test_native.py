@@ -15,9 +15,8 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from mgq.deploy.onnx import model_of, plain_graph
-from mgq.engine.dump import source_of
-from mgq.engine.networks import random_classifier
+from mgq.engine.classifier.dump import source_of
+from mgq.engine.classifier.open import random_classifier
 from mgq.errors import InputError
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import LEVELS, Level, level_called
@@ -27,10 +26,11 @@ from mgq.export.native.linker import write_library
 from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Conv, Program, read_program
 from mgq.export.native.reference import run_reference
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.modes import Mode
-from mgq.quant.quantize import quantize
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.quantize import quantize
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime

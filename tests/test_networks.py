@@ -14,13 +14,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import mgq
-from mgq.data.classes import imagenet_classes
-from mgq.data.pictures import bundled_cat
-from mgq.data.sources import Source, expand
+from mgq.data.decoding import bundled_cat
+from mgq.data.image_sources import Source, expand
+from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.transforms import to_batch
-from mgq.engine import networks as networks_module
-from mgq.engine.calibration import RANGES_FILE, Calibration, calibrated, spread
-from mgq.engine.networks import (
+from mgq.engine.calibration.calibration_run import RANGES_FILE, Calibration, calibrated, spread
+from mgq.engine.classifier import open as networks_module
+from mgq.engine.classifier.open import (
     RUN_CHECKPOINT,
     class_names,
     newest_run,
@@ -28,18 +28,18 @@ from mgq.engine.networks import (
     random_classifier,
     versions,
 )
-from mgq.engine.predict import BATCH, answers, best, crops_of
-from mgq.engine.provenance import read_environment
+from mgq.engine.classifier.predict import BATCH, answers, best, crops_of
+from mgq.engine.runs.provenance import read_environment
 from mgq.errors import InputError
 from mgq.events import Progress
-from mgq.files.checkpoint import CheckpointInfo, checked_size, write_checkpoint
-from mgq.files.download import sha256_of
-from mgq.quant.calibrate import measured_ranges
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.ranges import read_ranges
+from mgq.io.download import sha256_of
+from mgq.ptq.calibrate import measured_ranges
+from mgq.quantization.activation_ranges import read_ranges
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.weights.checkpoint import CheckpointInfo, checked_size, write_checkpoint
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import create_model, spec_of
-from mgq.zoo.weights import Weights, fingerprint, read_weights
+from mgq.zoo.weight_loading import Weights, fingerprint, read_weights
 from tests.conftest import (
     CLASSES,
     SIZE,

@@ -18,19 +18,28 @@ import pytest
 from megengine import Tensor
 from onnx import numpy_helper
 
-from mgq.deploy.onnx import write_onnx
-from mgq.engine.deployed import DeployedNetwork, int8_of
-from mgq.engine.files import with_engine
-from mgq.engine.networks import random_classifier
-from mgq.engine.parity import layer_parities
+from mgq.engine.classifier.deployed_files import with_engine
+from mgq.engine.classifier.open import random_classifier
+from mgq.engine.classifier.parity import layer_parities
+from mgq.engine.classifier.runtime_module import DeployedNetwork, int8_of
 from mgq.errors import FailureError, InputError
-from mgq.files.onnx_file import read_onnx
-from mgq.quant.calibrate import calibrated_network
-from mgq.quant.graph import Convolution, Linear, graph_of
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.ranges import quantized_layers
-from mgq.quant.targets import MEGENGINE, ONNX, ONNX_AVX2, UNSIGNED, Target, channel_scales, is_never_negative, target_of
-from mgq.quant.targets import TARGETS as TARGETS_BY_NAME
+from mgq.export.onnx.onnx_file import read_onnx
+from mgq.export.onnx.writer import write_onnx
+from mgq.graph.layer_graph import Convolution, Linear, graph_of
+from mgq.ptq.calibrate import calibrated_network
+from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.targets import (
+    MEGENGINE,
+    ONNX,
+    ONNX_AVX2,
+    UNSIGNED,
+    Target,
+    channel_scales,
+    is_never_negative,
+    target_of,
+)
+from mgq.quantization.targets import TARGETS as TARGETS_BY_NAME
 from mgq.runtime.registry import AUTO, ENGINES, Engine, engine_for, load
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of

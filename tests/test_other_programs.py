@@ -21,17 +21,17 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 import mgq as package
-from mgq.engine.calibration import calibrated_without_pictures
-from mgq.engine.files import opened_file
-from mgq.engine.networks import Classifier, open_classifier
+from mgq.engine.calibration.calibration_run import calibrated_without_pictures
+from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import FailureError, InputError
-from mgq.files.pickles import read_state
-from mgq.files.sealed import read_sealed, sealed_bytes
-from mgq.files.sound import fault_of
-from mgq.quant.modes import Mode
-from mgq.reports.run import float_weights, run_called
+from mgq.export.megengine.megengine_file import read_sealed, sealed_bytes
+from mgq.quantization.modes import Mode
+from mgq.reports.finished_run import float_weights, run_called
+from mgq.weights.finite_values import fault_of
+from mgq.weights.unpickler import read_state
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weights import Weights, read_weights
+from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, Mgq, State, classifier_of, one_line_about, the_error
 from tests.test_adapters import made_up, mobilenet_names, resnet_names
 from tests.test_pickles import ORDERED, REBUILD, Call, Forge, Name, Raw, Writer, both_formats, code, pickled, zipped
@@ -396,7 +396,7 @@ BESIDE: dict[str, object] = {
 WATCHED = """
 import sys
 from pathlib import Path
-from mgq.files.pickles import read_state
+from mgq.weights.unpickler import read_state
 
 def refuse(event, arguments):
     if event.startswith(("import", "exec", "compile", "os.", "subprocess.", "socket.", "pickle.")):
@@ -632,7 +632,7 @@ class TestNumbersThatCannotBe:
         classifier = a_copy()
         weight = classifier.network.classifier[0].weight
         raw = np.asarray(weight.numpy(), np.float32).tobytes()
-        from mgq.engine.dump import dump_classifier
+        from mgq.engine.classifier.dump import dump_classifier
 
         dump_classifier(classifier, path)
         sealed = read_sealed(path)
@@ -660,7 +660,7 @@ class TestOverflow:
             classifier.logits(np.zeros((1, 3, 64, 64), np.uint8))
 
     def test_calibration_names_the_layer(self) -> None:
-        from mgq.quant.calibrate import calibrated_network
+        from mgq.ptq.calibrate import calibrated_network
 
         classifier = a_copy()
         scale = classifier.network.first_conv[0].bn.weight
@@ -671,7 +671,7 @@ class TestOverflow:
 
     @pytest.mark.parametrize("name", ["a.onnx", "a.megengine"])
     def test_nothing_is_exported_of_it(self, name: str, tmp_path: Path) -> None:
-        from mgq.engine.dump import dump_classifier
+        from mgq.engine.classifier.dump import dump_classifier
 
         classifier = a_copy()
         weight = classifier.network.classifier[0].weight

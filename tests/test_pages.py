@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mgq.quant.sensitivity import sensitivity_of
+from mgq.ptq.sensitivity import sensitivity_of
 from mgq.reports.analysis_page import page_of
 from mgq.reports.report import report
 from tests.conftest import smooth_pictures, trio_of

@@ -27,7 +27,7 @@ import pytest
 from safetensors.numpy import save as safetensors_bytes
 
 from mgq.errors import InputError
-from mgq.files.pickles import StateFile, read_state
+from mgq.weights.unpickler import StateFile, read_state
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -318,7 +318,7 @@ def test_reading_imports_neither_megengine_nor_torch(tmp_path: Path) -> None:
         (tmp_path / str(number)).write_bytes(make())
     script = (
         "import sys, pathlib\n"
-        "from mgq.files.pickles import read_state\n"
+        "from mgq.weights.unpickler import read_state\n"
         "for path in pathlib.Path(sys.argv[1]).iterdir(): read_state(path)\n"
         "sys.exit('megengine' in sys.modules or 'torch' in sys.modules)"
     )
@@ -684,7 +684,7 @@ def test_call_inside_a_torch_file_is_refused_by_its_name(tmp_path: Path, write: 
         ("torch.nn.modules.conv", "Conv2d"),
         ("megengine", "load"),
         ("megengine.tensor", "Tensor.__init__"),
-        ("mgq.files.pickles", "read_state"),
+        ("mgq.weights.unpickler", "read_state"),
         ("builtins", "bytes"),
         ("", ""),
         ("a\nb", "c\td"),

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mgq.data import pictures
-from mgq.data.pictures import MAX_PIXELS, MAX_SIDE, bundled_cat, read_picture
+from mgq.data import decoding
+from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError, printable
 
@@ -528,7 +528,7 @@ def test_a_header_that_claims_an_enormous_size_is_refused_without_memory(
 ) -> None:
     data = LIARS[kind](50_000, 50_000)
     monkeypatch.setattr(cv2, "imdecode", None)  # No decoder may see it: their memory is hidden from Python.
-    monkeypatch.setattr(pictures, "_by_pillow", None)
+    monkeypatch.setattr(decoding, "_by_pillow", None)
     tracemalloc.start()
     message = refusal(data, "big.jpg")
     peak = tracemalloc.get_traced_memory()[1]
@@ -554,7 +554,7 @@ def test_a_picture_of_the_longest_side_is_read() -> None:
 
 def test_too_many_pixels_are_refused_and_just_enough_pass_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{MAX_PIXELS:,}" in refusal(png(10_001, 10_000, 8, 2, b"\0"))
-    monkeypatch.setattr(pictures, "_by_opencv", lambda *_: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decoding, "_by_opencv", lambda *_: np.zeros((1, 1, 3), np.uint8))
     assert read_picture(png(10_000, 10_000, 8, 2, b"\0")).shape == (1, 1, 3)
 
 
@@ -570,7 +570,7 @@ def test_a_webp_of_the_largest_size_it_can_claim_is_refused(sample: str, monkeyp
         data[26:30] = struct.pack("<HH", 16_383, 16_383)
     else:
         data[21:25] = struct.pack("<I", 16_382 | 16_382 << 14)
-    monkeypatch.setattr(pictures, "_by_pillow", None)
+    monkeypatch.setattr(decoding, "_by_pillow", None)
     assert "is 16,383 x 16,383 pixels" in refusal(bytes(data))
 
 
@@ -588,13 +588,13 @@ def test_a_gif_frame_larger_than_its_canvas_is_refused_without_a_word(
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "heavy.jpg"
     path.write_bytes(SAMPLES["PNG"])
-    os.truncate(path, pictures.MAX_BYTES + 1)  # Sparse: it takes no room on the disk.
-    monkeypatch.setattr(pictures, "_pixels", None)
+    os.truncate(path, decoding.MAX_BYTES + 1)  # Sparse: it takes no room on the disk.
+    monkeypatch.setattr(decoding, "_pixels", None)
     assert "heavy.jpg is larger than 200 MB" in refusal(path)
 
 
 def test_bytes_beyond_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 100)
     assert "is larger than" in refusal(SAMPLES["PNG"])
 
 

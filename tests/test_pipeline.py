@@ -13,15 +13,15 @@ import pytest
 from megengine import Tensor
 
 from mgq.cli.analyze import calibration_lines
-from mgq.engine.analysis import calibration_of
-from mgq.engine.calibration import calibrated
-from mgq.quant.calibrate import best_network, data_free_network
-from mgq.quant.logit_gradients import Reaction, measure_reactions
-from mgq.quant.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.quant.quality import PRESETS, preset_called
-from mgq.quant.range_observers import as_input
-from mgq.quant.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.engine.calibration.analysis import calibration_of
+from mgq.engine.calibration.calibration_run import calibrated
+from mgq.ptq.calibrate import best_network, data_free_network
+from mgq.ptq.logit_gradients import Reaction, measure_reactions
+from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
+from mgq.ptq.presets import PRESETS, preset_called
+from mgq.ptq.range_measurement import as_input
+from mgq.ptq.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import classifier_of, smooth_pictures
 from tests.test_equalization import network_of, with_true_statistics
 

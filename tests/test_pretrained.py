@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_picture
 from mgq.data.transforms import eval_crop, to_batch
-from mgq.engine.networks import classifier_from, open_classifier
+from mgq.engine.classifier.open import classifier_from, open_classifier
 from mgq.errors import FailureError, InputError
-from mgq.files.pickles import read_state
-from mgq.files.preprocessing import Preprocessing
-from mgq.quant.modes import Mode
+from mgq.quantization.modes import Mode
+from mgq.weights.preprocessing import Preprocessing
+from mgq.weights.unpickler import read_state
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, checkpoint_called, spec_of, specs
-from mgq.zoo.weights import published_checkpoint, published_weights, read_weights
+from mgq.zoo.weight_loading import published_checkpoint, published_weights, read_weights
 from tests.conftest import CLASSES, Mgq, logits_of, one_line_about, the_error
 from tests.test_adapters import assert_equal_logits, made_up, plain_mobilenet, resnet_names
 from tests.test_download import Shelf, shelf  # noqa: F401
@@ -116,7 +116,7 @@ def offered(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mo
     source = replace(shelf.source(name=file), size=None, sha256=None, sha256_prefix=digits)
     spec = replace(spec_of("resnet18"), checkpoints=(replace(like, source=source),))
     monkeypatch.setattr("mgq.zoo.registry.specs", lambda: {spec.name: spec})
-    monkeypatch.setattr("mgq.zoo.weights.specs", lambda: {spec.name: spec})
+    monkeypatch.setattr("mgq.zoo.weight_loading.specs", lambda: {spec.name: spec})
     return spec
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.data.augment import EvalTransform
+from mgq.data.augmentation import EvalTransform
 from mgq.data.loader import Loader
-from mgq.engine.probe import DECAY, solve_classifier, solved
-from mgq.engine.stem import stem_of, stem_rate
+from mgq.engine.training.input_layer import stem_of, stem_rate
+from mgq.engine.training.linear_probe import DECAY, solve_classifier, solved
 from mgq.events import Progress
 from mgq.zoo.registry import create_model
 from tests.conftest import same_state, values_of

@@ -16,8 +16,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mgq.engine.processes import Channel, Task, in_processes
 from mgq.errors import FailureError, InputError
+from mgq.system.processes import Channel, Task, in_processes
 
 PREPARED = "MGQ_TEST_PREPARED"
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_whoever_stops_listening_leaves_no_process() -> None:
 
 SCRIPT = """
 from tests.test_processes import talk
-from mgq.engine.processes import in_processes
+from mgq.system.processes import in_processes
 if __name__ == "__main__":
     for message in in_processes([talk, talk], "the count"):
         print(message, flush=True)

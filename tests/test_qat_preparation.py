@@ -18,9 +18,10 @@ from megengine.quantization import FakeQuantize, ema_fakequant_qconfig
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quant.learned import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.qat import (
+from mgq.quantization.activation_ranges import folded_weight, observe_weights
+from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat import (
     OBSERVERS,
     CurrentRangeObserver,
     Phase,
@@ -32,10 +33,9 @@ from mgq.quant.qat import (
     prepared_for_qat,
     set_phase,
 )
-from mgq.quant.ranges import folded_weight, observe_weights
-from mgq.quant.targets import UnitScaleObserver
+from mgq.quantization.targets import UnitScaleObserver
 from mgq.zoo.layers import ConvBnRelu6
-from mgq.zoo.weights import load_state
+from mgq.zoo.weight_loading import load_state
 from tests.conftest import State, blank, logits_of, one_line_about, same_state, values_of
 
 CLASSES = 3
@@ -480,8 +480,8 @@ class TestLearnedScales:
             learned(kind, 0.01)(Tensor(values)),
             gradients_of(learned(kind, 0.01), values, d_output),
         )
-        monkeypatch.setattr("mgq.quant.learned.on_cpu", lambda _: False)
-        monkeypatch.setattr("mgq.quant.learned.cpu_gradients", None)
+        monkeypatch.setattr("mgq.quantization.learned_scales.on_cpu", lambda _: False)
+        monkeypatch.setattr("mgq.quantization.learned_scales.cpu_gradients", None)
         assert np.array_equal(learned(kind, 0.01)(Tensor(values)).numpy(), output.numpy())
         other = gradients_of(learned(kind, 0.01), values, d_output)
         assert np.array_equal(other[0], d_values)

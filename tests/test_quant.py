@@ -22,12 +22,10 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 
 import mgq
 from mgq.errors import InputError
-from mgq.quant import ranges as ranges_module
-from mgq.quant.calibrate import best_network, measured_ranges
-from mgq.quant.fold import folded
-from mgq.quant.modes import Mode, mode_of, parse_mode, to_mode
-from mgq.quant.quality import DEFAULT_QUALITY, preset_called
-from mgq.quant.ranges import (
+from mgq.ptq.calibrate import best_network, measured_ranges
+from mgq.ptq.presets import DEFAULT_QUALITY, preset_called
+from mgq.quantization import activation_ranges as ranges_module
+from mgq.quantization.activation_ranges import (
     FORMAT,
     ActivationRanges,
     apply_ranges,
@@ -35,10 +33,12 @@ from mgq.quant.ranges import (
     quantized_layers,
     read_ranges,
 )
-from mgq.quant.targets import MEGENGINE, UnitScaleObserver, target_called
+from mgq.quantization.batch_norm_folding import folded
+from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
+from mgq.quantization.targets import MEGENGINE, UnitScaleObserver, target_called
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import spec_of, specs
-from mgq.zoo.weights import load_state
+from mgq.zoo.weight_loading import load_state
 from tests.conftest import (
     CLASSES,
     State,

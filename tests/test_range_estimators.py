@@ -9,7 +9,7 @@ from megengine import Tensor
 from megengine.quantization import FakeQuantize
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 
-from mgq.quant.estimators import (
+from mgq.ptq.observers import (
     BINS,
     ESTIMATORS,
     SAMPLE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgq.engine.recipe import (
+from mgq.engine.training.recipe import (
     SYNTHETIC,
     Recipe,
     Start,
@@ -18,7 +18,7 @@ from mgq.engine.recipe import (
     recipe_for,
     recipe_from,
 )
-from mgq.engine.schedule import learning_rate
+from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError
 from tests.conftest import one_line_about
 

@@ -14,18 +14,18 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.bench.contest import Loaded
-from mgq.bench.engines import ENGINES, Entrant, Job
+from mgq.bench.cases import Loaded
+from mgq.bench.suite import ENGINES, Entrant, Job
 from mgq.data.datasets import evaluation_folder
-from mgq.engine.evaluate import Evaluation, evaluate
-from mgq.engine.networks import open_classifier
-from mgq.engine.provenance import write_environment
+from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.engine.classifier.open import open_classifier
+from mgq.engine.runs.provenance import write_environment
 from mgq.errors import InputError
-from mgq.quant.modes import Mode
-from mgq.quant.targets import ONNX
-from mgq.reports.measured import FLOAT, INT8, Measured, chosen_of
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import ONNX
+from mgq.reports.finished_run import run_called
 from mgq.reports.report import Report, report
-from mgq.reports.run import run_called
+from mgq.reports.run_predictions import FLOAT, INT8, Measured, chosen_of
 from tests.conftest import (
     SIZE,
     Mgq,

@@ -13,12 +13,12 @@ import pytest
 from mgq.bench import tune
 from mgq.bench.statistics import Speedup
 from mgq.bench.tune import Form, applicable, fastest, measured_forms
-from mgq.deploy.onnx import write_onnx
-from mgq.deploy.rewrite import REWRITES, dense, in_blocks, stem_on_half_the_grid, without_shuffles
-from mgq.engine.networks import random_classifier
-from mgq.quant.graph import Convolution, Graph, Transpose, graph_of, macs_of
-from mgq.quant.modes import Mode
-from mgq.quant.targets import MEGENGINE, ONNX, Target
+from mgq.engine.classifier.open import random_classifier
+from mgq.export.onnx.writer import write_onnx
+from mgq.graph.layer_graph import Convolution, Graph, Transpose, graph_of, macs_of
+from mgq.graph.rewrites import REWRITES, dense, in_blocks, stem_on_half_the_grid, without_shuffles
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.registry import ENGINES
 
 SIZE = 64

@@ -7,10 +7,8 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.quant.calibrate import calibrated_network, measured_ranges
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import folded_weight, observe_weights
-from mgq.quant.rounding import (
+from mgq.ptq.calibrate import calibrated_network, measured_ranges
+from mgq.ptq.gptq import (
     DAMPING,
     compensated,
     covariances,
@@ -19,6 +17,8 @@ from mgq.quant.rounding import (
     refitted,
     set_folded_weight,
 )
+from mgq.quantization.activation_ranges import folded_weight, observe_weights
+from mgq.quantization.modes import Mode, to_mode
 from tests.conftest import SIZE, logits_of, trio_of
 from tests.test_calibration import PICTURES, net
 
@@ -55,7 +55,7 @@ def test_weights_are_integers_near_what_they_were_and_within_int8() -> None:
 
 
 def test_fitted_weights_make_up_for_what_is_seen_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgq.quant.rounding.RIDGE", 0.3)  # what is seen here is not taken by chance
+    monkeypatch.setattr("mgq.ptq.gptq.RIDGE", 0.3)  # what is seen here is not taken by chance
     weights, exact = layer(64, 8, 2)
     # A tenth is lost of one input, another is mixed up with its neighbour: what a layer before may have done.
     seen = exact.copy()

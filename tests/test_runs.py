@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.engine.runs import RunFolder, read_metrics
-from mgq.engine.training_state import TrainingState, read_training_state, write_training_state
+from mgq.engine.runs.run_folder import RunFolder, read_metrics
+from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import FailureError, InputError
-from mgq.files.checkpoint import info_of
-from mgq.files.pickles import read_state
+from mgq.weights.checkpoint import info_of
+from mgq.weights.unpickler import read_state
 from tests.conftest import one_line_about
 
 STATE = TrainingState(
@@ -64,7 +64,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mgq.cli.console import import_megengine; import_megengine()\n"
-        "from mgq.engine.runs import RunFolder; run = RunFolder.create(Path(sys.argv[1]), 'net', 'normal')\n"
+        "from mgq.engine.runs.run_folder import RunFolder; run = RunFolder.create(Path(sys.argv[1]), 'net', 'normal')\n"
         "run.log('alive'); print('ready', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -186,8 +186,8 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("mgq.files.atomic._sync", full)
-        monkeypatch.setattr("mgq.files.append.os.write", full)
+        monkeypatch.setattr("mgq.io.atomic._sync", full)
+        monkeypatch.setattr("mgq.io.append.os.write", full)
         with pytest.raises(FailureError, match="full"):
             run.write_state(STATE)
         with pytest.raises(FailureError, match="full"):

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.deploy import mge
-from mgq.deploy.mge import fused, write_megengine
-from mgq.deploy.onnx import write_onnx
 from mgq.errors import FailureError
-from mgq.files.onnx_file import imported
+from mgq.export.megengine import writer
+from mgq.export.megengine.writer import fused, write_megengine
+from mgq.export.onnx.onnx_file import imported
+from mgq.export.onnx.writer import write_onnx
 from mgq.machine import DEBUG_VARIABLE
-from mgq.quant.calibrate import measured_ranges
-from mgq.quant.modes import Mode, to_mode
-from mgq.quant.ranges import apply_ranges
-from mgq.runtime.lite import LiteRuntime
+from mgq.ptq.calibrate import measured_ranges
+from mgq.quantization.activation_ranges import apply_ranges
+from mgq.quantization.modes import Mode, to_mode
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
+from mgq.runtime.megengine_lite import LiteRuntime
 from mgq.runtime.openvino import OpenVino
 from mgq.zoo.layers import ConvBnRelu6, global_average
 from tests.conftest import CLASSES, blank, filled, smooth_pictures
@@ -156,7 +156,7 @@ def test_a_fused_relu6_stops_at_6() -> None:
 
 def test_a_file_with_other_last_bits_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # MegEngine folds the batch norms itself then, which the network in memory does not.
-    monkeypatch.setattr(mge, "fused", lambda network: network)
+    monkeypatch.setattr(writer, "fused", lambda network: network)
     with pytest.raises(FailureError, match="differs from the network in memory"):
         written(tmp_path / "net.megengine", Mode.NORMAL)
     assert list(tmp_path.iterdir()) == []

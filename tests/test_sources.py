@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.sources import PICTURE_SUFFIXES, Source, expand
+from mgq.data.image_sources import PICTURE_SUFFIXES, Source, expand
 from mgq.errors import InputError
 
 PNG = cv2.imencode(".png", np.full((2, 3, 3), 7, np.uint8))[1].tobytes()
@@ -316,7 +316,7 @@ def test_standard_input_without_a_picture_is_told(monkeypatch: pytest.MonkeyPatc
 def test_standard_input_is_read_no_further_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     stdin = Stdin(PNG + bytes(1000))
     monkeypatch.setattr(sys, "stdin", stdin)
-    monkeypatch.setattr("mgq.data.sources.MAX_BYTES", len(PNG))
+    monkeypatch.setattr("mgq.data.image_sources.MAX_BYTES", len(PNG))
     expand(["-"])[0].read()
     assert stdin.held.tell() == len(PNG) + 1
 

@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mgq.engine.dump import dump_classifier
-from mgq.engine.files import opened_file
-from mgq.engine.networks import classifier_from, random_classifier
-from mgq.engine.request import Request
-from mgq.engine.trainer import StoppedError
-from mgq.engine.training import train
+from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.open import classifier_from, random_classifier
+from mgq.engine.training.train_options import Request
+from mgq.engine.training.trainer import StoppedError
+from mgq.engine.training.training_run import train
 from mgq.errors import InputError
-from mgq.files.preprocessing import Preprocessing
-from mgq.quant.modes import Mode
-from mgq.quant.targets import ONNX
-from mgq.zoo.adapt import IMAGENET_RGB, with_epsilon
-from mgq.zoo.hints import hints_of
-from mgq.zoo.weights import Weights, read_weights
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import ONNX
+from mgq.weights.foreign_states import IMAGENET_RGB, with_epsilon
+from mgq.weights.preprocessing import Preprocessing
+from mgq.zoo.weight_hints import hints_of
+from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, State, logits_of, one_line_about
 from tests.test_adapters import (
     IMAGENET,

@@ -15,14 +15,14 @@ import pytest
 from megengine import Tensor
 
 from mgq.data.loader import Batch, Loader
-from mgq.engine.networks import open_classifier
-from mgq.engine.request import Request
-from mgq.engine.trainer import StoppedError, Trainer
-from mgq.engine.training import FLOAT_START, Outcome, qat, train
+from mgq.engine.classifier.open import open_classifier
+from mgq.engine.training.train_options import Request
+from mgq.engine.training.trainer import StoppedError, Trainer
+from mgq.engine.training.training_run import FLOAT_START, Outcome, qat, train
 from mgq.errors import InputError
 from mgq.events import Progress, Watcher
-from mgq.quant.modes import Mode
-from mgq.zoo.weights import read_weights
+from mgq.quantization.modes import Mode
+from mgq.zoo.weight_loading import read_weights
 from tests.conftest import one_line_about, smooth_pictures
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -395,7 +395,7 @@ def test_progress_tells_loss_and_accuracy(tmp_path: Path) -> None:
 
 
 def test_ranks_share_out_each_batch(tmp_path: Path) -> None:
-    from mgq.data.augment import EvalTransform
+    from mgq.data.augmentation import EvalTransform
     from mgq.data.synthetic import SyntheticPictures
 
     pictures = SyntheticPictures(20, size=32)

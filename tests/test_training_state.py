@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.engine.training_state import TrainingState, read_training_state, write_training_state
+from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError
-from mgq.files.checkpoint import TRAINING_KEY, write_tensors
+from mgq.weights.checkpoint import TRAINING_KEY, write_tensors
 from tests.conftest import one_line_about
 from tests.test_atomic import ROOT
 
@@ -97,7 +97,7 @@ def test_other_files_say_what_they_are(path: Path) -> None:
 
 def test_a_later_format_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("mgq.engine.training_state.FORMAT", 2)
+        patch.setattr("mgq.engine.runs.training_state.FORMAT", 2)
         write_training_state(path, STATE)
     assert "update mgq" in refused(path)
 
@@ -113,7 +113,7 @@ import sys
 from itertools import count
 from pathlib import Path
 import numpy as np
-from mgq.engine.training_state import TrainingState, write_training_state
+from mgq.engine.runs.training_state import TrainingState, write_training_state
 
 for epoch in count(1):
     tensors = {str(i): np.full(50_000, epoch, np.float32) for i in range(20)}

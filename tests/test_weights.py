@@ -15,19 +15,19 @@ import pytest
 from safetensors.numpy import save_file
 
 import mgq
-from mgq.engine.networks import classifier_from
+from mgq.engine.classifier.open import classifier_from
 from mgq.errors import InputError
-from mgq.files.checkpoint import FORMAT, KEY, CheckpointInfo, info_of, write_checkpoint
-from mgq.files.download import Source
-from mgq.files.pickles import read_state
-from mgq.files.preprocessing import Preprocessing
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.zoo import weights as weights_module
+from mgq.io.download import Source
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of, write_checkpoint
+from mgq.weights.preprocessing import Preprocessing
+from mgq.weights.unpickler import read_state
+from mgq.zoo import weight_loading as weights_module
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.mobilenet_v2 import options_of
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weights import (
+from mgq.zoo.weight_loading import (
     differing,
     fingerprint,
     float_part,

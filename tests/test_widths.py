@@ -14,8 +14,8 @@ from rich.console import Console
 
 from mgq.cli import bench, eval, infer, models, training
 from mgq.cli.console import as_text, out, show_table
-from mgq.engine.evaluate import Evaluation
-from mgq.engine.predict import Answer, Guess
+from mgq.engine.classifier.evaluate import Evaluation
+from mgq.engine.classifier.predict import Answer, Guess
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,8 +24,8 @@ from megengine.utils.network import Network
 
 import mgq
 from mgq.errors import FailureError, InputError
-from mgq.quant.modes import Mode, mode_of, to_mode
-from mgq.quant.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, scaled_channels, without_initialization
 from mgq.zoo.registry import create_model, spec_of, specs
 from tests.conftest import CLASSES, FAMILIES, Trio, blank, filled, logits_of, one_line_about, smooth_pictures, trio_of

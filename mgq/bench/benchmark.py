@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from mgq.bench.contest import Entry, contest
-from mgq.bench.engines import ENGINES, Entrant, Field, precision_of
+from mgq.bench.benchmark_report import Report, peaks_from, rows_from
+from mgq.bench.cases import Entry, contest
 from mgq.bench.peak import instruction_for
-from mgq.bench.report import Report, peaks_from, rows_from
 from mgq.bench.settings import Precision, Settings
-from mgq.engine.environment import Machine, saturates, this_machine
-from mgq.engine.networks import versions
+from mgq.bench.suite import ENGINES, Entrant, Field, precision_of
+from mgq.engine.classifier.open import versions
 from mgq.events import OnProgress, Progress, silent
+from mgq.system.environment import Machine, saturates, this_machine
 
 PICTURE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
@@ -28,7 +28,7 @@ def benchmark(
     """Measure how fast every network of ``settings`` is in every engine of ``engines``.
 
     One network after the other. Each of its rows runs in a process of its own, pinned to as many cores as it has
-    threads, and sleeps while the others have their turns (see :func:`mgq.bench.contest.contest`); files for engines
+    threads, and sleeps while the others have their turns (see :func:`mgq.bench.cases.contest`); files for engines
     that read one go to a temporary folder. An engine that is missing, crashes, or gives other answers, costs only its
     row. Raises InputError where a file of ``against`` is none that an engine could read.
     """

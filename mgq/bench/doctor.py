@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 from mgq.errors import MgqError, printable
 from mgq.machine import package_version, usable_cores
+from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 
 PATIENCE_S = 180
 LEAST_MEMORY = 1_000_000_000
@@ -124,13 +124,13 @@ def checks(save: Path) -> tuple[Check, ...]:
 
 MEGENGINE = "import megengine; assert (megengine.tensor([1.0]) + 1).numpy()[0] == 2"
 PICTURE = """
-from mgq.data.pictures import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_picture
 assert read_picture(bundled_cat()).ndim == 3
 """
-ONEDNN = "from mgq.engine.fast_grad.onednn import library; library()"
+ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
-from mgq.engine.environment import this_machine
+from mgq.system.environment import this_machine
 from mgq.bench.peak import compiled, instruction_for
 from mgq.bench.settings import Precision
 instruction = instruction_for(Precision.INT8, this_machine().features)
@@ -199,7 +199,7 @@ def memory() -> str:
 
 
 def cache() -> str:
-    from mgq.files.download import cache_folder
+    from mgq.io.download import cache_folder
 
     folder = cache_folder()
     refuse_unwritable(folder)

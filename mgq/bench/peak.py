@@ -28,7 +28,7 @@ ITERATIONS = 1_000_000
 class Instruction:
     """A multiply-and-add of LLVM on x86: ``macs`` of it at a time, on values of type ``kind``.
 
-    ``needs`` are the names, as in :mod:`mgq.engine.environment`, of what the processor must have.
+    ``needs`` are the names, as in :mod:`mgq.system.environment`, of what the processor must have.
     """
 
     name: str

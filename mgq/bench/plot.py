@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mgq.bench.report import Report, Row
+from mgq.bench.benchmark_report import Report, Row
 from mgq.bench.settings import Precision, counted
 from mgq.errors import InputError, printable
 

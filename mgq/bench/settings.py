@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mgq.engine.environment import free_memory
 from mgq.errors import InputError, printable
-from mgq.files.checkpoint import checked_size
 from mgq.machine import usable_cores
+from mgq.system.environment import free_memory
+from mgq.weights.checkpoint import checked_size
 from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")

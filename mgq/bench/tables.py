@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mgq.bench.report import Comparison, Report, Row
+from mgq.bench.benchmark_report import Comparison, Report, Row
 from mgq.bench.settings import Precision, counted
 from mgq.bench.statistics import Speedup
 from mgq.zoo.registry import spec_of

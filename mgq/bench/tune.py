@@ -9,17 +9,17 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from mgq.bench.contest import Contestant, Loaded, contest
-from mgq.bench.engines import away
-from mgq.bench.loaders import FromFile
+from mgq.bench.cases import Contestant, Loaded, contest
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, speedup_of
-from mgq.deploy.onnx import plain_graph
-from mgq.deploy.rewrite import REWRITES
-from mgq.engine.dump import dump_classifier, source_of
-from mgq.engine.networks import Classifier
+from mgq.bench.suite import away
+from mgq.bench.worker_loaders import FromFile
+from mgq.engine.classifier.dump import dump_classifier, source_of
+from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
 from mgq.events import OnProgress, silent
+from mgq.export.onnx.writer import plain_graph
+from mgq.graph.rewrites import REWRITES
 from mgq.runtime.registry import AUTO, engine_for
 
 ROUNDS = 15

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.options import RUNS, Arch, AsJson, CheckpointFile, KeyName, Pretrained, Save, TargetName, ready_for
-from mgq.cli.values import COUNT
+from mgq.cli.option_types import COUNT
+from mgq.cli.shared_options import RUNS, Arch, AsJson, CheckpointFile, KeyName, Pretrained, Save, TargetName, ready_for
 from mgq.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mgq.engine.analysis import Analysis
-    from mgq.quant.sensitivity import LayerSensitivity, Values
+    from mgq.engine.calibration.analysis import Analysis
+    from mgq.ptq.sensitivity import LayerSensitivity, Values
 
 
 def analyze(
@@ -54,14 +54,14 @@ def analyze(
       mgq analyze photos/ --html report.html --worst 20
     """
     from mgq.cli.console import note, progress
-    from mgq.data.sources import expand, refuse_hopeless
+    from mgq.data.image_sources import expand, refuse_hopeless
     from mgq.errors import InputError
 
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(pictures or [], note))
     ready_for(checkpoint, deployed=False, key=key)
-    from mgq.engine import analysis
+    from mgq.engine.calibration import analysis
     from mgq.reports.analysis_page import write_page
     from mgq.reports.html import checked_page
 
@@ -82,7 +82,7 @@ def analyze(
 def shown(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
     from mgq.cli.console import out, say, show_table
-    from mgq.engine.analysis import in_decibels, in_points
+    from mgq.engine.calibration.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
     head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
@@ -125,7 +125,7 @@ def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.engine.analysis import in_decibels, in_points
+    from mgq.engine.calibration.analysis import in_decibels, in_points
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
@@ -144,7 +144,7 @@ def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
 
 
 def weight_cells(weights: Values | None) -> list[str]:
-    from mgq.engine.analysis import in_decibels
+    from mgq.engine.calibration.analysis import in_decibels
 
     if weights is None:
         return ["-", "-", "-"]

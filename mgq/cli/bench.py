@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.help import OWN
-from mgq.cli.values import ARCH, COUNT, LOAD, PIXELS
+from mgq.cli.help_layout import OWN
+from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
 from mgq.errors import FailureError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mgq.bench.report import Report, Row
+    from mgq.bench.benchmark_report import Report, Row
     from mgq.bench.settings import Settings
-    from mgq.bench.training import TrainingReport
+    from mgq.bench.training_speed import TrainingReport
 
 STDOUT = "-"
 
@@ -139,10 +139,10 @@ def bench_training(
 ) -> None:
     """``mgq bench --train``."""
     from mgq.cli.console import import_megengine, out, progress
-    from mgq.files.atomic import atomic_write
+    from mgq.io.atomic import atomic_write
 
     import_megengine()
-    from mgq.bench.training import training_benchmark, training_markdown, training_settings_for
+    from mgq.bench.training_speed import training_benchmark, training_markdown, training_settings_for
 
     settings = training_settings_for(arch, rounds, batch, image_size)
     with contextlib.ExitStack() as stack:
@@ -163,7 +163,7 @@ def show_training(report: TrainingReport, console: Console) -> None:
     """Draw a report of training steps: conditions, one table a network, remarks. Fits 80 columns."""
     from rich.text import Text
 
-    from mgq.bench.training import COLUMNS, LEGEND, cells
+    from mgq.bench.training_speed import COLUMNS, LEGEND, cells
     from mgq.cli.console import show_table
 
     for name, value in report.conditions():
@@ -182,8 +182,8 @@ def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> R
     """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
     from mgq.bench.plot import checked_plot, write_plot
     from mgq.cli.console import import_megengine, progress
-    from mgq.files.atomic import atomic_write
-    from mgq.files.onnx_file import read_onnx
+    from mgq.export.onnx.onnx_file import read_onnx
+    from mgq.io.atomic import atomic_write
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None

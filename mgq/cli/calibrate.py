@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.help import OUTPUT
-from mgq.cli.options import (
+from mgq.cli.help_layout import OUTPUT
+from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
+from mgq.cli.shared_options import (
     RUNS,
     Arch,
     AsJson,
@@ -29,10 +30,9 @@ from mgq.cli.options import (
     opened,
     ready_for,
 )
-from mgq.cli.values import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 
 if TYPE_CHECKING:
-    from mgq.engine.accuracy_aware import Mixture
+    from mgq.engine.calibration.mixed_precision import Mixture
 
 WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
 
@@ -128,9 +128,9 @@ def calibrate(
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
     from mgq.cli.console import duration, note, progress, say, show_table
-    from mgq.data.sources import expand, refuse_hopeless
+    from mgq.data.image_sources import expand, refuse_hopeless
     from mgq.errors import InputError
-    from mgq.files.atomic import ensure_writable_folder
+    from mgq.io.atomic import ensure_writable_folder
 
     if data_free and (pictures or method or nearest or ranges_file is not None):
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
@@ -143,16 +143,16 @@ def calibrate(
     with progress() as on_progress:
         classifier = opened(*words, on_progress, key=key)
         from mgq.data.datasets import subset
-        from mgq.engine.accuracy_aware import ranked_layers, within_drop
-        from mgq.engine.calibration import calibrated, calibrated_without_pictures, expected_seconds
-        from mgq.engine.calibration_data import pictures_at_hand
-        from mgq.engine.comparison import Comparison, compared
-        from mgq.engine.evaluate import evaluate
-        from mgq.engine.networks import Classifier
+        from mgq.engine.calibration.calibration_images import pictures_at_hand
+        from mgq.engine.calibration.calibration_run import calibrated, calibrated_without_pictures, expected_seconds
+        from mgq.engine.calibration.mixed_precision import ranked_layers, within_drop
+        from mgq.engine.classifier.evaluate import evaluate
+        from mgq.engine.classifier.mode_comparison import Comparison, compared
+        from mgq.engine.classifier.open import Classifier
         from mgq.events import Watcher
-        from mgq.quant.calibrate import pictures_used
-        from mgq.quant.names import BEST
-        from mgq.quant.targets import MEGENGINE, target_called
+        from mgq.ptq.calibrate import pictures_used
+        from mgq.quantization.option_names import BEST
+        from mgq.quantization.targets import MEGENGINE, target_called
 
         used = pictures_used(method, images) if method else images
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgq.cli.options import RUNS, AsJson, Save
+from mgq.cli.shared_options import RUNS, AsJson, Save
 
 if TYPE_CHECKING:
     from mgq.bench.doctor import Diagnosis

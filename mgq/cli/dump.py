@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.options import (
+from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORMAT, INPUT, Named
+from mgq.cli.shared_options import (
     RUNS,
     Arch,
     CheckpointFile,
@@ -25,7 +26,6 @@ from mgq.cli.options import (
     opened,
     ready_for,
 )
-from mgq.cli.values import AT_LEAST_NONE, CPU, FORMAT, INPUT, Named
 from mgq.errors import InputError
 
 CHECKS = ("logits", "layers", "none")
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.console import Console
 
-    from mgq.engine.dump import Dump
-    from mgq.engine.networks import Classifier
-    from mgq.engine.parity import LayerParity
+    from mgq.engine.classifier.dump import Dump
+    from mgq.engine.classifier.open import Classifier
+    from mgq.engine.classifier.parity import LayerParity
 
 
 def dump(
@@ -111,7 +111,7 @@ def dump(
     from mgq.cli.console import out, progress
 
     ready_for(checkpoint, deployed=False, key=key)
-    from mgq.engine.dump import opened_for
+    from mgq.engine.classifier.dump import opened_for
 
     with progress() as on_progress:
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
@@ -139,8 +139,8 @@ class Wanted(NamedTuple):
 def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     """Write the file and say so."""
     from mgq.cli.console import say
-    from mgq.deploy.formats import SUFFIXES
-    from mgq.engine.dump import dump_classifier, format_for
+    from mgq.engine.classifier.dump import dump_classifier, format_for
+    from mgq.export.formats import SUFFIXES
 
     kind = format_for(classifier, wanted.output, wanted.kind)
     path = wanted.output or Path(f"{classifier.spec.name}.{classifier.mode.value}{SUFFIXES[kind]}")
@@ -180,8 +180,8 @@ def tuned(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
 def pictures_in(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
     """Up to ``COMPARED`` of the pictures in ``data``, as the network sees them. Raises InputError without any."""
     from mgq.cli.console import note
-    from mgq.data.sources import expand
-    from mgq.engine.calibration import Pictures, spread
+    from mgq.data.image_sources import expand
+    from mgq.engine.calibration.calibration_run import Pictures, spread
     from mgq.events import silent
 
     found = Pictures(classifier, spread(expand([str(data)]), COMPARED), silent)
@@ -196,7 +196,7 @@ def show_parity(
 ) -> None:
     """Each installed engine beside MegEngine: equal answers, differences of logits, and on request of layers."""
     from mgq.cli.console import say
-    from mgq.engine.parity import engines_of, layer_parities, own_pictures, parities, reference
+    from mgq.engine.classifier.parity import engines_of, layer_parities, own_pictures, parities, reference
 
     what = "pictures" if pictures is not None else "views of the bundled cat"
     pictures = own_pictures(classifier) if pictures is None else pictures
@@ -228,9 +228,9 @@ def target_of(classifier: Classifier) -> str:
 
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
-    from mgq.deploy.formats import SUFFIXES
-    from mgq.engine.dump import dump_classifier
-    from mgq.engine.networks import float_twin
+    from mgq.engine.classifier.dump import dump_classifier
+    from mgq.engine.classifier.open import float_twin
+    from mgq.export.formats import SUFFIXES
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
         path = Path(folder) / f"float{SUFFIXES[int8.format]}"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.options import (
+from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
+from mgq.cli.shared_options import (
     RUNS,
     Arch,
     AsJson,
@@ -33,15 +34,14 @@ from mgq.cli.options import (
     opened,
     ready_for,
 )
-from mgq.cli.values import AT_LEAST_NONE, COUNT, MODE
 from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.data.datasets import Dataset
-    from mgq.engine.evaluate import Confusion, Evaluation
-    from mgq.engine.networks import Classifier
+    from mgq.engine.classifier.evaluate import Confusion, Evaluation
+    from mgq.engine.classifier.open import Classifier
     from mgq.events import OnProgress
 
 BATCH = 8
@@ -122,7 +122,7 @@ def evaluate(
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
         from mgq.data.datasets import is_unsplit, subset
-        from mgq.engine import evaluate as evaluation
+        from mgq.engine.classifier import evaluate as evaluation
 
         if dataset is None or (data is not None and is_unsplit(data)):
             dataset = evaluation.evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
@@ -200,8 +200,8 @@ def opened_as_can_be(
 
 def only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.networks import DEFAULT_ARCH, newest_run
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import DEFAULT_ARCH, newest_run
+    from mgq.quantization.modes import Mode
     from mgq.zoo.registry import spec_of
 
     spec = spec_of(arch or DEFAULT_ARCH)
@@ -220,9 +220,9 @@ def facts_of(
     workers: int | None,
 ) -> dict[str, Any]:
     """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
-    from mgq.engine.environment import this_machine
-    from mgq.engine.networks import versions
+    from mgq.engine.classifier.open import versions
     from mgq.machine import usable_cores
+    from mgq.system.environment import this_machine
 
     machine = this_machine()
     return {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.options import (
+from mgq.cli.option_types import COUNT
+from mgq.cli.shared_options import (
     RUNS,
     Arch,
     AsJson,
@@ -27,13 +28,12 @@ from mgq.cli.options import (
     opened,
     ready_for,
 )
-from mgq.cli.values import COUNT
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mgq.engine.networks import Classifier
-    from mgq.engine.predict import Answer
+    from mgq.engine.classifier.open import Classifier
+    from mgq.engine.classifier.predict import Answer
     from mgq.events import OnProgress
 
 BAR, BESIDE_BARS = 20, 48
@@ -77,8 +77,8 @@ def infer(
       mgq infer -m normal cat.jpg --dump
     """
     from mgq.cli.console import err, note, progress
-    from mgq.data.pictures import bundled_cat
-    from mgq.data.sources import expand, refuse_hopeless
+    from mgq.data.decoding import bundled_cat
+    from mgq.data.image_sources import expand, refuse_hopeless
 
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
@@ -87,7 +87,7 @@ def infer(
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(*words, key)
-        from mgq.engine.predict import answers
+        from mgq.engine.classifier.predict import answers
 
         found = begun(reported(answers(classifier, sources, topk), len(sources), on_progress))
         failed = shown_json(classifier, found) if as_json else shown_tables(classifier, found)

@@ -20,7 +20,7 @@ from mgq.cli.calibrate import calibrate
 from mgq.cli.doctor import doctor
 from mgq.cli.dump import dump
 from mgq.cli.eval import evaluate
-from mgq.cli.help import Verb
+from mgq.cli.help_layout import Verb
 from mgq.cli.infer import infer
 from mgq.cli.models import models
 from mgq.cli.report import report

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mgq.cli.options import RUNS, AsJson, Save
+from mgq.cli.shared_options import RUNS, AsJson, Save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mgq.files.preprocessing import Preprocessing
+    from mgq.weights.preprocessing import Preprocessing
     from mgq.zoo.registry import ModelSpec
 
 
@@ -69,7 +69,7 @@ def packaged_entries(spec: ModelSpec) -> list[dict[str, Any]]:
 
 def published_entries(spec: ModelSpec) -> list[dict[str, Any]]:
     """The published checkpoints, each file with its figure: of float or, trained for it, of int8."""
-    from mgq.files.download import cached
+    from mgq.io.download import cached
 
     return [
         {

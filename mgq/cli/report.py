@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, ready_for
+from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, ready_for
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 from click import ParamType
 
-from mgq.cli.options import KEY_HELP, RUNS, ready_for
-from mgq.cli.values import (
+from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
     AT_LEAST_ZERO,
@@ -33,14 +32,15 @@ from mgq.cli.values import (
     Named,
     Number,
 )
+from mgq.cli.shared_options import KEY_HELP, RUNS, ready_for
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from rich.table import Table
 
-    from mgq.engine.comparison import Comparison
-    from mgq.engine.training import Outcome
+    from mgq.engine.classifier.mode_comparison import Comparison
+    from mgq.engine.training.training_run import Outcome
 
 
 class Option(NamedTuple):
@@ -172,14 +172,14 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
     from mgq.cli.console import note, prepare_process, progress, say, show_table
-    from mgq.engine.recipe import read_changes
+    from mgq.engine.training.recipe import read_changes
 
     if values["recipe"] is not None:
         read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
     ready_for(values["checkpoint"], deployed=False, key=values["key"])
-    from mgq.engine import training
-    from mgq.engine.calls import request_of
-    from mgq.engine.trainer import StoppedError
+    from mgq.api import request_of
+    from mgq.engine.training import training_run
+    from mgq.engine.training.trainer import StoppedError
     from mgq.events import Watcher
 
     # A flag that was not given leaves what a recipe file says.
@@ -189,12 +189,12 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     with progress() as on_progress, asked_to_stop() as should_stop:
         watcher = Watcher(on_progress, note, should_stop)
         try:
-            outcome: Outcome = getattr(training, name)(request, watcher)
+            outcome: Outcome = getattr(training_run, name)(request, watcher)
         except StoppedError as stopped:
             command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(request.save))}"
             note(f"{stopped}, go on with\n  {command}")
             raise typer.Exit(stopped.exit_code) from None
-        except training.ElsewhereError as done:
+        except training_run.ElsewhereError as done:
             note(str(done))
             raise typer.Exit(done.exit_code) from None
     if values["as_json"]:
@@ -280,7 +280,7 @@ def agreements(comparison: Comparison) -> str:
 
 
 def document_of(outcome: Outcome) -> dict[str, Any]:
-    from mgq.engine.recipe import plain
+    from mgq.engine.training.recipe import plain
 
     return {
         "checkpoint": str(outcome.checkpoint),

@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.classes import imagenet_classes
-from mgq.data.folders import EMPTY_CLASS, OUTSIDE, Tally
-from mgq.data.imagenet import unpacked
-from mgq.data.layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
-from mgq.data.pictures import Pixels
+from mgq.data.decoding import Pixels
+from mgq.data.folder_layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
+from mgq.data.folder_scan import EMPTY_CLASS, OUTSIDE, Tally
+from mgq.data.imagenet_archives import unpacked
+from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticPictures
 from mgq.errors import InputError, printable
 from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
@@ -154,11 +154,11 @@ def training_folders(
 ) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
-    The splits may have other names, see ``mgq.data.layout``; without ``val``, ``test`` is measured on. Where one is
-    missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named by
-    wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see ``is_unsplit``,
-    one picture in ``KEPT`` is to measure on, see ``held_apart``. ``on_remark`` is told what was taken for what, and
-    what was left out.
+    The splits may have other names, see ``mgq.data.folder_layout``; without ``val``, ``test`` is measured on. Where one
+    is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named
+    by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see
+    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``held_apart``. ``on_remark`` is told what was taken
+    for what, and what was left out.
 
     Raises InputError for a missing folder, fewer than two classes, a class without pictures, class names that are not
     the same in both, or folders that can be read in two ways. Of ImageNet's classes ``val`` may have fewer than
@@ -227,10 +227,10 @@ def measuring_folder(root: Path, on_progress: OnProgress = silent, on_remark: On
 def evaluation_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
-    The splits may have other names, see ``mgq.data.layout``; without ``val`` it is ``test``. One class is enough. A
-    class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is the rank
-    among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names. ``on_remark`` is
-    told what was taken for what, where that is not plain, and what was left out.
+    The splits may have other names, see ``mgq.data.folder_layout``; without ``val`` it is ``test``. One class is
+    enough. A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
+    the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
+    ``on_remark`` is told what was taken for what, where that is not plain, and what was left out.
 
     Raises InputError where there are no class folders, one without pictures, or folders that can be read in two ways.
     """

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.augment import Draw, Stream, Transform, generator
+from mgq.data.augmentation import Draw, Stream, Transform, generator
 from mgq.data.datasets import Dataset
-from mgq.data.pictures import Pixels
+from mgq.data.decoding import Pixels
 from mgq.errors import InputError
 from mgq.machine import usable_cores
 

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.augment import Stream, generator
-from mgq.data.pictures import Pixels
+from mgq.data.augmentation import Stream, generator
+from mgq.data.decoding import Pixels
 from mgq.errors import InputError
 
 _Mask = npt.NDArray[np.uint8]

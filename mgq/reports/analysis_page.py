@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgq.engine.analysis import Analysis, in_decibels, in_points
-from mgq.engine.networks import versions
-from mgq.files.atomic import write_text_atomically
-from mgq.quant.sensitivity import EXACT, LayerSensitivity, Values
+from mgq.engine.calibration.analysis import Analysis, in_decibels, in_points
+from mgq.engine.classifier.open import versions
+from mgq.io.atomic import write_text_atomically
+from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
 from mgq.reports.html import (
     BLUE,
     GREEN,
@@ -35,7 +35,7 @@ STEP = 15.0
 
 
 def write_page(analysis: Analysis, path: Path) -> None:
-    """Write the page to ``path``. Raises as :func:`mgq.files.atomic.atomic_write` does."""
+    """Write the page to ``path``. Raises as :func:`mgq.io.atomic.atomic_write` does."""
     write_text_atomically(path, page_of(analysis))
 
 

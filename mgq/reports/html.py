@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from mgq.errors import InputError, printable
-from mgq.files.atomic import ensure_writable_folder
+from mgq.io.atomic import ensure_writable_folder
 
 # Okabe and Ito's colours, told apart by the colour-blind, too; in the dark their lighter sisters.
 BLUE, ORANGE, GREEN, GREY, RULE = "var(--blue)", "var(--orange)", "var(--green)", "var(--grey)", "var(--rule)"

@@ -9,22 +9,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mgq.bench.engines import Entrant
+from mgq.bench.suite import Entrant
 from mgq.data.datasets import subset
-from mgq.engine.environment import Machine, this_machine
-from mgq.engine.networks import versions
-from mgq.engine.runs import Metrics
+from mgq.engine.classifier.open import versions
+from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
 from mgq.events import OnProgress, silent
-from mgq.files.atomic import write_text_atomically
-from mgq.reports.engines import SHOWN as ENGINES
-from mgq.reports.engines import Engines, engines_compared
+from mgq.io.atomic import write_text_atomically
+from mgq.reports.backend_comparison import SHOWN as ENGINES
+from mgq.reports.backend_comparison import Engines, engines_compared
+from mgq.reports.finished_run import Run, float_metrics, float_weights, pictures_of, run_called
 from mgq.reports.html import checked_page
-from mgq.reports.measured import SHOWN, Measured, Networks, measured, networks_of
-from mgq.reports.page import page_of
-from mgq.reports.run import Run, float_metrics, float_weights, pictures_of, run_called
+from mgq.reports.report_page import page_of
+from mgq.reports.run_predictions import SHOWN, Measured, Networks, measured, networks_of
+from mgq.system.environment import Machine, this_machine
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weights import Weights, read_weights
+from mgq.zoo.weight_loading import Weights, read_weights
 
 PAGE = "report.html"
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.files.machine_code import AGAIN, refuse_other_files
-from mgq.files.onnx_file import known
-from mgq.runtime.base import checked_threads
+from mgq.export.onnx.onnx_file import known
+from mgq.runtime.protocol import checked_threads
+from mgq.export.native.machine_code import AGAIN, refuse_other_files
 
 FUNCTIONS = {
     "mgq_name": ctypes.c_char_p,
@@ -30,7 +30,7 @@ FUNCTIONS = {
 
 
 class LibraryRuntime:
-    """Takes and returns what :class:`mgq.runtime.base.Runtime` says; batches are split among ``threads``.
+    """Takes and returns what :class:`mgq.runtime.protocol.Runtime` says; batches are split among ``threads``.
 
     Raises InputError where the file is missing, no library of mgq's, or for another processor, for more threads than
     cores, and for images of another shape than it takes.

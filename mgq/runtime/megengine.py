@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.deploy.mge import CompiledGraph, fused, graph_of
 from mgq.errors import FailureError
-from mgq.quant.modes import Mode, mode_of
+from mgq.export.megengine.writer import CompiledGraph, fused, graph_of
+from mgq.quantization.modes import Mode, mode_of
 
 ONE_THREAD = 1
 
 
 class EagerRuntime:
-    """``network`` run operator by operator. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+    """``network`` run operator by operator. Takes and returns what :class:`mgq.runtime.protocol.Runtime` says.
 
     Raises FailureError for more than one thread, which MegEngine's Python side does not offer on a CPU.
     """

@@ -13,14 +13,15 @@ from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
 from mgq.export.native.library import Library
-from mgq.files.bounded import bytes_of
-from mgq.files.onnx_file import OnnxFile, imported, read_onnx
-from mgq.files.onnx_guard import MOST_BYTES
-from mgq.runtime.base import OfOnnxFile, checked_threads
+from mgq.export.onnx.guard import MOST_BYTES
+from mgq.export.onnx.onnx_file import OnnxFile, imported, read_onnx
+from mgq.io.limited_io import bytes_of
+from mgq.runtime.protocol import OfOnnxFile, checked_threads
 
 
 class NativeRuntime(OfOnnxFile):
-    """An ``.onnx`` file that mgq has written in int8. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+    """An ``.onnx`` file that mgq has written in int8. Takes and returns what :class:`mgq.runtime.protocol.Runtime`
+    says.
 
     ``cpu`` is a name of :func:`mgq.export.native.cpu.cpu_names`. What was compiled once comes from the cache. Raises
     InputError for a file that the engine does not run, for more threads than cores, for a processor that ``cpu`` does
@@ -87,6 +88,6 @@ def compiled(file: OnnxFile, level: Level) -> Entry:
 
 
 def file_of(path: Path, content: bytes, entry: Entry) -> OnnxFile:
-    """As :func:`mgq.files.onnx_file.read_onnx` gives it, without reading it."""
+    """As :func:`mgq.export.onnx.onnx_file.read_onnx` gives it, without reading it."""
     about = dict(entry.about)
     return OnnxFile(path, content, **{**about, "shape": tuple(about["shape"])})

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.files.onnx_file import imported, read_onnx
-from mgq.runtime.base import OfOnnxFile, cannot_run, checked_threads
+from mgq.export.onnx.onnx_file import imported, read_onnx
+from mgq.runtime.protocol import OfOnnxFile, cannot_run, checked_threads
 
 
 class OnnxRuntime(OfOnnxFile):
-    """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.base.Runtime` says.
+    """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.protocol.Runtime` says.
 
-    Raises InputError as :func:`mgq.files.onnx_file.read_onnx` does, for more threads than cores and for pictures of
-    another shape than the file takes.
+    Raises InputError as :func:`mgq.export.onnx.onnx_file.read_onnx` does, for more threads than cores and for pictures
+    of another shape than the file takes.
     """
 
     name = "ONNX Runtime"

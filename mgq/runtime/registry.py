@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mgq.errors import InputError, no_such, printable
 
 if TYPE_CHECKING:
-    from mgq.runtime.base import FileRuntime
+    from mgq.runtime.protocol import FileRuntime
 
 AUTO = "auto"
 
@@ -58,7 +58,7 @@ def onnxruntime(path: Path, threads: int) -> FileRuntime:
 
 
 def lite(path: Path, threads: int) -> FileRuntime:
-    from mgq.runtime.lite import LiteRuntime
+    from mgq.runtime.megengine_lite import LiteRuntime
 
     return LiteRuntime(path, threads)
 

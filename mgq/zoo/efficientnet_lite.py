@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.zoo.adapt import (
+from mgq.weights.foreign_states import (
     BLOCK,
     HALF_RGB,
     IMAGENET_RGB,

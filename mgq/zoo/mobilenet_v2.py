@@ -11,8 +11,7 @@ import megengine.module as M
 from megengine import Tensor
 
 from mgq.errors import no_such
-from mgq.files.preprocessing import Preprocessing
-from mgq.zoo.adapt import (
+from mgq.weights.foreign_states import (
     IMAGENET_RGB,
     NO_HINTS,
     Adapted,
@@ -24,6 +23,7 @@ from mgq.zoo.adapt import (
     without_counters,
     without_timm_names,
 )
+from mgq.weights.preprocessing import Preprocessing
 from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scaled_channels
 
 # expansion, channels, repeats, stride (Table 2 of the paper)

@@ -6,8 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgq.files.download import Source
-from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.io.download import Source
+from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 
 DEFAULT_VERSION = "default"
 

@@ -11,14 +11,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
-from mgq.files.download import Source, cached, sha256_of
-from mgq.files.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.io.download import Source, cached, sha256_of
+from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:
     import megengine.module as M
 
-    from mgq.zoo.adapt import Adapted, Hints, State
+    from mgq.weights.foreign_states import Adapted, Hints, State
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -7,7 +7,7 @@ import re
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.zoo.adapt import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, folded_input, without_counters
+from mgq.weights.foreign_states import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, folded_input, without_counters
 from mgq.zoo.layers import global_average, initialize, on_grid_of
 
 

@@ -27,18 +27,18 @@ from megengine import Tensor  # noqa: E402
 from megengine.quantization import calibration_qconfig  # noqa: E402
 from megengine.quantization.quantize import disable_fake_quant, enable_observer, reset_qconfig  # noqa: E402
 
-from mgq.data.classes import imagenet_classes  # noqa: E402
-from mgq.data.sources import expand  # noqa: E402
+from mgq.data.image_sources import expand  # noqa: E402
+from mgq.data.imagenet_classes import imagenet_classes  # noqa: E402
 from mgq.data.transforms import to_batch  # noqa: E402
-from mgq.engine.networks import Classifier, open_classifier  # noqa: E402
-from mgq.engine.predict import crops_of  # noqa: E402
-from mgq.quant.calibrate import measured_ranges  # noqa: E402
-from mgq.quant.estimators import ESTIMATORS  # noqa: E402
-from mgq.quant.modes import Mode, fix_input_scale, to_mode  # noqa: E402
-from mgq.quant.names import METHODS  # noqa: E402
-from mgq.quant.quantize import quantize  # noqa: E402
-from mgq.quant.range_observers import as_input, with_estimators  # noqa: E402
-from mgq.quant.ranges import quantized_layers  # noqa: E402
+from mgq.engine.classifier.open import Classifier, open_classifier  # noqa: E402
+from mgq.engine.classifier.predict import crops_of  # noqa: E402
+from mgq.ptq.calibrate import measured_ranges  # noqa: E402
+from mgq.ptq.observers import ESTIMATORS  # noqa: E402
+from mgq.ptq.quantize import quantize  # noqa: E402
+from mgq.ptq.range_measurement import as_input, with_estimators  # noqa: E402
+from mgq.quantization.activation_ranges import quantized_layers  # noqa: E402
+from mgq.quantization.modes import Mode, fix_input_scale, to_mode  # noqa: E402
+from mgq.quantization.option_names import METHODS  # noqa: E402
 
 BATCH = 10
 ROUNDS = 5

@@ -35,7 +35,7 @@ CONTENT = bytes(range(256)) * 4096
 FETCH = """
 import sys
 from pathlib import Path
-from mgq.files.download import Source, download
+from mgq.io.download import Source, download
 url, size = sys.argv[1], int(sys.argv[2])
 download(Source(url, "weights.bin", size), Path("cache"))
 """
@@ -157,12 +157,12 @@ def readable(path: Path) -> bool:
     """Whether the reader of files of that name takes ``path``."""
     import cv2
 
-    from mgq.engine.recipe import read_changes
-    from mgq.engine.training_state import read_training_state
+    from mgq.engine.runs.training_state import read_training_state
+    from mgq.engine.training.recipe import read_changes
     from mgq.errors import MgqError
-    from mgq.files.onnx_file import read_onnx
-    from mgq.files.sealed import read_sealed
-    from mgq.zoo.weights import read_weights
+    from mgq.export.megengine.megengine_file import read_sealed
+    from mgq.export.onnx.onnx_file import read_onnx
+    from mgq.zoo.weight_loading import read_weights
 
     try:
         if path.name == "last.safetensors":

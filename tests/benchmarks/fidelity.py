@@ -33,8 +33,8 @@ from tests.benchmarks import peers
 from tests.benchmarks.cost import Cost, measured
 
 if TYPE_CHECKING:
-    from mgq.data.sources import Source
-    from mgq.engine.networks import Classifier
+    from mgq.data.image_sources import Source
+    from mgq.engine.classifier.open import Classifier
 
 Pixels = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -129,7 +129,7 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 def decibels_of(found: Logits, exact: Logits) -> float:
     """10 log10(energy of ``exact`` / energy of the difference), both (N, C): infinite where they are equal."""
-    from mgq.quant.sensitivity import decibels
+    from mgq.ptq.sensitivity import decibels
 
     signal, noise = exact.astype(np.float64), found.astype(np.float64) - exact
     return decibels(float(np.square(signal).sum()), float(np.square(noise).sum()))
@@ -159,16 +159,16 @@ def opened(arguments: argparse.Namespace) -> Classifier:
     from mgq.cli.console import import_megengine
 
     import_megengine()
-    from mgq.engine.networks import open_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import open_classifier
+    from mgq.quantization.modes import Mode
 
     return open_classifier(arguments.arch, arguments.checkpoint, mode=Mode.NORMAL, pretrained=arguments.pretrained)
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, list[Source]]:
     """The pictures that calibrate, and those of each of ``SETS``."""
-    from mgq.data.sources import expand
-    from mgq.engine.calibration import spread
+    from mgq.data.image_sources import expand
+    from mgq.engine.calibration.calibration_run import spread
 
     calibration, other = (expand([str(folder)]) for folder in (arguments.calibration, arguments.other))
     if arguments.every:
@@ -187,7 +187,7 @@ def chosen(arguments: argparse.Namespace) -> dict[str, list[Source]]:
 def seen_by(classifier: Classifier, sources: Sequence[Source]) -> Pictures:
     """What ``classifier`` sees of ``sources``; a picture that cannot be read ends it all, so that all have the same."""
     from mgq.data.transforms import to_batch
-    from mgq.engine.predict import crops_of
+    from mgq.engine.classifier.predict import crops_of
     from mgq.errors import InputError
 
     crops, labels = [], []
@@ -202,7 +202,7 @@ def seen_by(classifier: Classifier, sources: Sequence[Source]) -> Pictures:
 
 def places_of(classes: Sequence[str]) -> dict[str, int]:
     """Name of a folder -> index of the class; ImageNet's may be called by their wnids."""
-    from mgq.data.classes import imagenet_classes
+    from mgq.data.imagenet_classes import imagenet_classes
 
     places = {name: place for place, name in enumerate(classes)}
     wnids = {entry.wnid: places[entry.name] for entry in imagenet_classes() if entry.name in places}
@@ -214,7 +214,7 @@ def places_of(classes: Sequence[str]) -> dict[str, int]:
 
 def in_openvino(path: Path, pixels: Pixels) -> Logits:
     """The logits of a file for OpenVINO, ``.onnx`` or ``.xml``, with a batch of 1: float32 (N, classes)."""
-    from mgq.files.onnx_file import imported
+    from mgq.export.onnx.onnx_file import imported
     from mgq.runtime.onnxruntime import fed
     from mgq.runtime.openvino import settings_for
 
@@ -225,8 +225,8 @@ def in_openvino(path: Path, pixels: Pixels) -> Logits:
 
 
 def in_onnxruntime(path: Path, pixels: Pixels) -> Logits:
-    from mgq.runtime.base import in_batches
     from mgq.runtime.onnxruntime import OnnxRuntime
+    from mgq.runtime.protocol import in_batches
 
     return in_batches(OnnxRuntime(path), pixels)
 
@@ -236,14 +236,14 @@ ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}
 
 def simulated(checkpoint: Path, pixels: Pixels) -> Logits:
     """What fake quantization in MegEngine answers."""
-    from mgq.engine.networks import open_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import open_classifier
+    from mgq.quantization.modes import Mode
 
     return in_megengine(open_classifier(None, checkpoint, mode=Mode.QAT), pixels)
 
 
 def in_megengine(classifier: Classifier, pixels: Pixels) -> Logits:
-    from mgq.engine.predict import BATCH
+    from mgq.engine.classifier.predict import BATCH
 
     parts = [classifier.logits(pixels[place : place + BATCH]) for place in range(0, len(pixels), BATCH)]
     return np.concatenate(parts)
@@ -310,9 +310,9 @@ def of_mgq(task: Task, name: str) -> list[Row]:
 
 
 def dumped(checkpoint: Path, path: Path) -> Path:
-    from mgq.engine.dump import dump_classifier
-    from mgq.engine.networks import open_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.dump import dump_classifier
+    from mgq.engine.classifier.open import open_classifier
+    from mgq.quantization.modes import Mode
 
     dump_classifier(open_classifier(None, checkpoint, mode=Mode.QUANTIZED), path)
     return path
@@ -388,7 +388,7 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def task_of(arguments: argparse.Namespace, folder: Path) -> Task:
-    from mgq.engine.dump import dump_classifier
+    from mgq.engine.classifier.dump import dump_classifier
 
     classifier = opened(arguments)
     sources = chosen(arguments)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
-from mgq.data.augment import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
+from mgq.data.augmentation import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
 from mgq.data.datasets import ImageFolder, calibration_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticPictures

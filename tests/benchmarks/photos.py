@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mgq.data.classes import imagenet_classes
+from mgq.data.imagenet_classes import imagenet_classes
 
 
 def answers(folder: str, mode: str) -> list[dict[str, Any]]:

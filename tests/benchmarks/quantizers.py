@@ -30,9 +30,9 @@ def write_ort(source: Path, path: Path) -> None:
 
 
 def write_float(arch: str, path: Path) -> None:
-    from mgq.deploy.onnx import write_onnx
-    from mgq.engine.networks import random_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import random_classifier
+    from mgq.export.onnx.writer import write_onnx
+    from mgq.quantization.modes import Mode
 
     network = random_classifier(arch, Mode.NORMAL).network
     write_onnx(network, path, image_size=SIZE, batch=1, provenance={"arch": arch, "weights": "random"})

@@ -82,12 +82,12 @@ def in_engines(number: int, folder: Path) -> list[Samples]:
     """MegEngine as ``mgq infer`` runs it, and every engine that reads a dumped file."""
     from megengine import Tensor
 
-    from mgq.deploy.onnx import write_onnx
-    from mgq.engine.dump import dump_classifier
-    from mgq.engine.networks import random_classifier
-    from mgq.quant.modes import Mode
-    from mgq.quant.range_observers import as_input
-    from mgq.quant.targets import ONNX
+    from mgq.engine.classifier.dump import dump_classifier
+    from mgq.engine.classifier.open import random_classifier
+    from mgq.export.onnx.writer import write_onnx
+    from mgq.ptq.range_measurement import as_input
+    from mgq.quantization.modes import Mode
+    from mgq.quantization.targets import ONNX
     from mgq.runtime.registry import load
 
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, SIZE, SIZE), dtype=np.uint8)
@@ -170,8 +170,8 @@ def draw(number: int, folder: Path) -> int:
 
 def in_a_folder(number: int, folder: Path) -> bool:
     """Prints what ``mgq infer`` took for many pictures and for few; whether it was the same."""
-    from mgq.engine.networks import random_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import random_classifier
+    from mgq.quantization.modes import Mode
 
     random_classifier(ARCH, Mode.QAT, image_size=SIZE).write_checkpoint(folder / "network.safetensors")
     peaks = []

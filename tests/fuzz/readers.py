@@ -81,8 +81,8 @@ _PICKLE_TOKENS = (
 
 
 def _read_state(path: Path) -> object:
-    from mgq.files.checkpoint import info_of
-    from mgq.files.pickles import read_state
+    from mgq.weights.checkpoint import info_of
+    from mgq.weights.unpickler import read_state
 
     return info_of(read_state(path).metadata, str(path))
 
@@ -148,8 +148,8 @@ def _of_other_programs() -> Sequence[bytes]:
 
 
 def _read_of_other_programs(path: Path) -> object:
-    from mgq.files.pickles import read_state
-    from mgq.zoo.parts import network_part
+    from mgq.weights.prefixes import network_part
+    from mgq.weights.unpickler import read_state
 
     def holds(state: dict[str, Any]) -> bool:
         return "stem.weight" in state
@@ -237,8 +237,8 @@ def _checkpoint_from_nothing(rng: random.Random) -> bytes:
 
 
 def _read_checkpoint(path: Path) -> object:
-    from mgq.engine.networks import open_classifier
-    from mgq.quant.modes import Mode
+    from mgq.engine.classifier.open import open_classifier
+    from mgq.quantization.modes import Mode
 
     classifier = open_classifier(checkpoint=path, mode=Mode.NORMAL)
     return classifier.info()
@@ -253,7 +253,7 @@ def _states() -> Sequence[bytes]:
 
     import numpy as np
 
-    from mgq.engine.training_state import TrainingState, write_training_state
+    from mgq.engine.runs.training_state import TrainingState, write_training_state
 
     progress = {
         "prepared": True,
@@ -275,7 +275,7 @@ def _states() -> Sequence[bytes]:
 
 @cache
 def _recipe() -> dict[str, Any]:
-    from mgq.engine.recipe import Task, plain, recipe_for
+    from mgq.engine.training.recipe import Task, plain, recipe_for
 
     return plain(recipe_for(Task("resnet18", "normal", "synthetic", 2, 100, 64), {}))
 
@@ -285,8 +285,8 @@ def _state_sealed(data: bytes) -> bytes:
     from safetensors import SafetensorError
     from safetensors.numpy import load, save
 
-    from mgq.engine.training_state import checksum
-    from mgq.files.checkpoint import TRAINING_KEY
+    from mgq.engine.runs.training_state import checksum
+    from mgq.weights.checkpoint import TRAINING_KEY
 
     try:
         (length,) = struct.unpack_from("<Q", data)
@@ -300,8 +300,8 @@ def _state_sealed(data: bytes) -> bytes:
 def _state_from_nothing(rng: random.Random) -> bytes:
     from safetensors.numpy import load, save
 
-    from mgq.engine.training_state import checksum
-    from mgq.files.checkpoint import TRAINING_KEY
+    from mgq.engine.runs.training_state import checksum
+    from mgq.weights.checkpoint import TRAINING_KEY
 
     (whole,) = _states()
     (length,) = struct.unpack_from("<Q", whole)
@@ -311,9 +311,9 @@ def _state_from_nothing(rng: random.Random) -> bytes:
 
 
 def _read_training_state(path: Path) -> object:
-    from mgq.engine.recipe import recipe_from
-    from mgq.engine.training import info_of_progress
-    from mgq.engine.training_state import read_training_state
+    from mgq.engine.runs.training_state import read_training_state
+    from mgq.engine.training.recipe import recipe_from
+    from mgq.engine.training.training_run import info_of_progress
 
     state = read_training_state(path)
     return info_of_progress(state.progress, recipe_from(state.recipe, str(path)), path)
@@ -349,13 +349,13 @@ _TOML_VALUES = (
 
 
 def _read_recipe(path: Path) -> object:
-    from mgq.engine.recipe import Recipe, read_changes
+    from mgq.engine.training.recipe import Recipe, read_changes
 
     return Recipe(**{**_recipe(), **read_changes(path)})
 
 
 def _ranges() -> Sequence[bytes]:
-    from mgq.quant.ranges import ActivationRanges
+    from mgq.quantization.activation_ranges import ActivationRanges
 
     found = ActivationRanges(
         "resnet18", "mse", "0" * 64, {"a": 1}, {"stem": (-1.0, 2.0)}, {"stem": (0.0, 1.0)}, {"stem": (0.5, 1.5)}
@@ -364,7 +364,7 @@ def _ranges() -> Sequence[bytes]:
 
 
 def _read_ranges(path: Path) -> object:
-    from mgq.quant.ranges import read_ranges
+    from mgq.quantization.activation_ranges import read_ranges
 
     return read_ranges(path)
 
@@ -377,8 +377,8 @@ def _metrics() -> Sequence[bytes]:
 
 
 def _read_metrics(path: Path) -> object:
-    from mgq.engine.curves import write_curves
-    from mgq.engine.runs import read_metrics
+    from mgq.engine.runs.curves import write_curves
+    from mgq.engine.runs.run_folder import read_metrics
 
     found = read_metrics(path)
     if hash(path.stat().st_size) % 50 == 0:  # drawing takes a hundred times as long as reading
@@ -448,7 +448,7 @@ def png_sealed(data: bytes) -> bytes:
 
 
 def _read_picture(path: Path) -> object:
-    from mgq.data.pictures import read_picture
+    from mgq.data.decoding import read_picture
 
     return read_picture(path).shape
 
@@ -510,7 +510,7 @@ def _read_tar(path: Path) -> object:
     """Unpack it as the training archive, and look for files where none may be."""
     import shutil
 
-    from mgq.data.imagenet import TRAIN_ARCHIVE, unpacked
+    from mgq.data.imagenet_archives import TRAIN_ARCHIVE, unpacked
 
     around = path.parent / "around"
     folder = around / "folder"
@@ -539,7 +539,7 @@ def _metas() -> Sequence[bytes]:
 
 
 def _read_meta(path: Path) -> object:
-    from mgq.data.imagenet import wnids_by_id
+    from mgq.data.imagenet_archives import wnids_by_id
 
     return wnids_by_id(path.read_bytes())
 
@@ -550,9 +550,9 @@ def _read_meta(path: Path) -> object:
 @cache
 def _graphs() -> Sequence[bytes]:
     """Files of networks as small as they can be with all of the zoo's kinds of layers."""
-    from mgq.deploy.mge import as_input, graph_of
-    from mgq.files.sealed import sealed_bytes
-    from mgq.quant.modes import Mode
+    from mgq.export.megengine.megengine_file import sealed_bytes
+    from mgq.export.megengine.writer import as_input, graph_of
+    from mgq.quantization.modes import Mode
     from tests.conftest import smooth_pictures
     from tests.test_runtime import SIZE, in_memory
 
@@ -567,7 +567,7 @@ def _graphs() -> Sequence[bytes]:
 
 def graph_sealed(data: bytes) -> bytes:
     """The file with the sum that its content has."""
-    from mgq.files.sealed import MAGIC
+    from mgq.export.megengine.megengine_file import MAGIC
 
     body = data[: -len(MAGIC) - 32]
     return body + hashlib.sha256(body).digest() + MAGIC
@@ -575,7 +575,7 @@ def graph_sealed(data: bytes) -> bytes:
 
 def _graph_from_nothing(rng: random.Random) -> bytes:
     """A file with a sound sum whose graph has odd numbers, or which says odd things of itself."""
-    from mgq.files.sealed import MAGIC
+    from mgq.export.megengine.megengine_file import MAGIC
 
     data = rng.choice(_graphs())
     (length,) = struct.unpack("<Q", data[-48:-40])
@@ -600,7 +600,7 @@ def _run_file(path: Path, engine: str) -> object:
     """Open a deployed file as the command does, and ask it once."""
     import numpy as np
 
-    from mgq.engine.files import opened_file
+    from mgq.engine.classifier.deployed_files import opened_file
 
     classifier = opened_file(path, engine, threads=1)
     size = classifier.image_size

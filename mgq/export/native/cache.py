@@ -19,7 +19,7 @@ from typing import Any
 
 from mgq.errors import MgqError
 from mgq.export.native.compiler import Compiled
-from mgq.files.atomic import atomic_write
+from mgq.io.atomic import atomic_write
 
 MAGIC = b"mgq native 1\n"
 """Then a hash of all that follows: sizes, what is known of the file, machine code and constants."""

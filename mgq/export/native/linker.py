@@ -18,7 +18,7 @@ from mgq.export.native.compiler import module_for, object_of
 from mgq.export.native.cpu import Level
 from mgq.export.native.emit.interface import HEADER, Facts, interface_text
 from mgq.export.native.program import Program
-from mgq.files.atomic import atomic_write
+from mgq.io.atomic import atomic_write
 
 SUFFIX = ".so"
 PATIENCE_S = 120

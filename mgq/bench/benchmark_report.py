@@ -1,0 +1,294 @@
+"""The result of a benchmark: conditions and rows, and all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mgq.bench.cases import Agreement, Entry
+from mgq.bench.settings import Load, Precision, Settings, counted
+from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
+from mgq.system.environment import Machine
+
+FORMAT = "mgq bench 2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in one precision in one engine on so many threads.
+
+    A row without a ``speed`` has a ``problem`` that says why. ``speedup`` is int8 over fp32 in the same engine on as
+    many threads, or where that was not measured over the fastest fp32; on int8 rows where both ran. ``share`` is that
+    of the processor's peak in the same precision on as many threads. ``peak_memory``: bytes of the whole process.
+    ``rounds_ns`` are the single runs in nanoseconds, by round. ``file`` names a file that is not mgq's, ``target`` is
+    what an int8 network was quantized for.
+    """
+
+    network: str
+    precision: Precision
+    engine: str
+    engine_version: str
+    weights: str
+    file_bytes: int | None
+    problem: str | None
+    agreement: Agreement | None
+    speed: Speed | None
+    speedup: Speedup | None
+    rounds_ns: Rounds
+    threads: int = 1
+    target: str = ""
+    file: str = ""
+    share: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        what = self.file or f"{self.network} {self.precision.value}"
+        return f"{what} {self.engine}, {counted(self.threads, 'thread')}"
+
+    @property
+    def sound(self) -> bool:
+        """Whether it was timed, and on the right work, as far as that is known."""
+        return self.speed is not None and (bool(self.file) or (self.agreement is not None and self.agreement.holds))
+
+    @property
+    def remark(self) -> str | None:
+        """Why the row has no times, or why they should not be trusted; None for a sound row."""
+        if self.problem is not None:
+            return f"not measured: {self.problem}"
+        if self.agreement is None or self.agreement.holds:
+            return None
+        wrong, of = self.agreement.pictures - self.agreement.same, self.agreement.pictures
+        return (
+            f"another answer than {self.agreement.reference} on {wrong} of {of} pictures "
+            f"(logits differ by up to {self.agreement.largest_difference:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The processor's ceiling: ``macs`` multiplied and added a second, by ``instruction``, as measured in this run."""
+
+    precision: Precision
+    threads: int
+    instruction: str
+    macs: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster ``one`` row was than ``other``: the best of each kind on so many threads."""
+
+    one: Row
+    other: Row
+    speedup: Speedup
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole benchmark. ``notes`` are remarks on the conditions, one line each."""
+
+    settings: Settings
+    machine: Machine
+    versions: Mapping[str, str]
+    picture: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    peaks: tuple[Peak, ...] = ()
+
+    def rows_of(self, network: str) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.network == network)
+
+    def best(self, network: str, precision: Precision, threads: int | None = None, file: str = "") -> Row | None:
+        """The fastest sound row of ``network``, or of another ``file``, in ``precision``, on ``threads`` if given."""
+        rows = [
+            row
+            for row in self.rows_of(network)
+            if row.precision is precision and row.sound and row.file == file and threads in (None, row.threads)
+        ]
+        return max(rows, key=lambda row: row.speed.fps if row.speed else 0.0, default=None)
+
+    def comparisons(self, network: str) -> list[Comparison]:
+        """int8 beside fp32, each in its best engine, and the best engine beside the best one of each other file."""
+        found = []
+        for threads in self.settings.threads:
+            best = {precision: self.best(network, precision, threads) for precision in Precision}
+            pairs = [(best[Precision.INT8], best[Precision.FP32])]
+            pairs += [
+                (best[precision], self.best(network, precision, threads, path.name))
+                for path in self.settings.against
+                for precision in Precision
+            ]
+            found += [
+                Comparison(one, other, speedup_of(one.rounds_ns, other.rounds_ns))
+                for one, other in pairs
+                if one is not None and other is not None
+            ]
+        return found
+
+    def weights_of(self, network: str) -> str:
+        """Where the weights of ``network`` come from, by precision where they differ."""
+        origins: dict[str, str] = {}
+        for row in self.rows_of(network):
+            if row.weights and not row.file:
+                origins.setdefault(row.precision.value, row.weights)
+        if len(set(origins.values())) <= 1:
+            return next(iter(origins.values()), "no weights")
+        return "; ".join(f"{precision}: {origin}" for precision, origin in origins.items())
+
+    def conditions(self) -> list[tuple[str, str]]:
+        """What the numbers depend on, as (name, value) lines for people."""
+        machine, settings = self.machine, self.settings
+        cores = f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical"
+        if machine.usable_cores != machine.logical_cores:
+            cores += f", {machine.usable_cores} usable"
+        side = settings.image_size
+        return [
+            ("CPU", f"{machine.cpu}; cores: {cores}"),
+            ("instructions", ", ".join(machine.features) or "unknown"),
+            ("system", machine.system),
+            ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items())),
+            ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.picture}"),
+            (
+                "measured",
+                f"{settings.load.value}, {counted(settings.rounds, 'round')} in shuffled turns, a pinned process a row",
+            ),
+            *([("peak", "; ".join(map(peak_text, self.peaks)))] if self.peaks else []),
+            ("load at start", ", ".join(f"{value:.2f}" for value in machine.load) or "unknown"),
+            *([("environment", " ".join(machine.variables))] if machine.variables else []),
+        ]
+
+    def remarks(self) -> list[str]:
+        """One line for every row that is not sound, or an engine that ran nowhere for one reason; the notes."""
+        lines = [f"{self.subject(row)}: {row.remark}" for row in self.rows if row.remark is not None]
+        return [*dict.fromkeys(lines), *self.notes]
+
+    def subject(self, row: Row) -> str:
+        """What the remark of ``row`` is about: the engine where all its rows have the same problem."""
+        problems = {other.problem for other in self.rows if other.engine == row.engine}
+        return row.engine if problems == {row.problem} != {None} else row.name
+
+    def to_json(self) -> str:
+        """All of it with every raw sample, a line a row; numbers that are not finite become null."""
+        rows = [asdict(row) | {"sound": row.sound, "remark": row.remark} for row in self.rows]
+        compared = [
+            {"network": network, "one": found.one.name, "other": found.other.name, **asdict(found.speedup)}
+            for network in self.settings.networks
+            for found in self.comparisons(network)
+        ]
+        head = {
+            "format": FORMAT,
+            "settings": asdict(self.settings) | {"against": [str(path) for path in self.settings.against]},
+            "machine": asdict(self.machine),
+            "versions": dict(self.versions),
+            "picture": self.picture,
+            "comparisons": compared,
+            "notes": list(self.notes),
+            "peaks": [asdict(peak) for peak in self.peaks],
+        }
+        lines = ",\n".join("  " + json.dumps(finite(row), allow_nan=False) for row in rows)
+        return json.dumps(finite(head), indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in place of every float that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def peak_text(peak: Peak) -> str:
+    return (
+        f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {counted(peak.threads, 'thread')} ({peak.instruction})"
+    )
+
+
+def rows_from(entries: Sequence[Entry], settings: Settings) -> tuple[Row, ...]:
+    """The rows of the ``entries`` of contests, one of each network, without the self-tests."""
+    # What has to be equal for two entries' times to be compared -> those entries.
+    comparable: dict[tuple[str, int], list[Entry]] = {}
+    for entry in entries:
+        comparable.setdefault((entry.contestant.network, entry.contestant.threads), []).append(entry)
+    rows = {id(entry): row_from(entry, settings, beside) for beside in comparable.values() for entry in beside}
+    return tuple(rows[id(entry)] for entry in entries if not entry.contestant.is_peak)
+
+
+def row_from(entry: Entry, settings: Settings, beside: Sequence[Entry]) -> Row:
+    contestant, loaded = entry.contestant, entry.loaded
+    copies = contestant.threads if settings.load is Load.THROUGHPUT else 1
+    base = base_of(entry, beside)
+    return Row(
+        network=contestant.network,
+        precision=contestant.precision,
+        engine=contestant.engine,
+        engine_version=loaded.player.version if loaded else "",
+        weights=loaded.weights if loaded else "",
+        file_bytes=loaded.file_bytes if loaded else None,
+        problem=entry.problem,
+        agreement=entry.agreement,
+        speed=speed_of(entry.rounds, settings.batch * copies) if entry.rounds else None,
+        speedup=speedup_of(entry.rounds, base.rounds) if base is not None else None,
+        rounds_ns=entry.rounds,
+        threads=contestant.threads,
+        target=contestant.target,
+        file=contestant.file,
+        share=share_of(entry, settings.batch * copies, beside),
+        peak_memory=entry.peak_memory,
+    )
+
+
+def base_of(entry: Entry, beside: Sequence[Entry]) -> Entry | None:
+    """The fp32 entry that an int8 one is measured by: that of its engine, else the fastest."""
+    contestant = entry.contestant
+    if contestant.precision is not Precision.INT8 or not entry.rounds or contestant.file:
+        return None
+    float_ones = [
+        other
+        for other in beside
+        if other.rounds
+        and other.contestant.precision is Precision.FP32
+        and not other.contestant.is_peak
+        and not other.contestant.file
+    ]
+    same = [other for other in float_ones if other.contestant.engine == contestant.engine]
+    return max(same or float_ones, key=lambda other: speed_of(other.rounds, 1).fps, default=None)
+
+
+def share_of(entry: Entry, pictures: int, beside: Sequence[Entry]) -> float | None:
+    """The part of the processor's peak that ``entry`` reaches: the median over rounds, each by its own peak."""
+    contestant = entry.contestant
+    peak = next(
+        (other for other in beside if other.contestant.is_peak and other.contestant.precision is contestant.precision),
+        None,
+    )
+    if peak is None or not peak.rounds or not entry.rounds or contestant.macs is None:
+        return None
+    reached = pictures_a_second(entry.rounds, pictures) * contestant.macs
+    return float(np.median(reached / macs_a_second(peak)))
+
+
+def macs_a_second(peak: Entry) -> Floats:
+    """float64 (rounds,): what a self-test that was timed multiplied and added."""
+    assert peak.player.macs is not None
+    return pictures_a_second(peak.rounds, peak.player.macs)
+
+
+def peaks_from(entries: Sequence[Entry]) -> tuple[Peak, ...]:
+    """What the self-tests found: of each precision and number of threads the highest, of all networks' contests."""
+    found: dict[tuple[Precision, int], Peak] = {}
+    for entry in entries:
+        if entry.contestant.is_peak and entry.rounds:
+            key = entry.contestant.precision, entry.contestant.threads
+            macs = float(np.median(macs_a_second(entry)))
+            if key not in found or macs > found[key].macs:
+                found[key] = Peak(*key, entry.player.name, macs)
+    return tuple(found[key] for key in sorted(found, key=lambda key: (key[1], key[0].value)))

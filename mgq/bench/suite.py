@@ -1,0 +1,297 @@
+"""The engines that take part: the files that they read are written here, and each is given to a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+
+from mgq.bench.cases import Contestant, Loaded, References
+from mgq.bench.peak import instruction_for
+from mgq.bench.settings import Load, Precision, Settings
+from mgq.bench.worker_loaders import FromCheckpoint, FromFile, Peak
+from mgq.bench.workers import Away, Batch, Seat
+from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.transforms import eval_crop, to_batch
+from mgq.engine.classifier.dump import dump_classifier, source_of
+from mgq.engine.classifier.open import Classifier, newest_run, open_classifier, random_classifier
+from mgq.engine.classifier.parity import reference
+from mgq.errors import FailureError, InputError
+from mgq.export.formats import SUFFIXES
+from mgq.export.onnx.onnx_file import read_onnx
+from mgq.graph.layer_graph import graph_of, macs_of
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from mgq.runtime.protocol import Runtime
+from mgq.runtime.registry import ENGINES as FILE_ENGINES
+from mgq.runtime.registry import Engine, engine_called
+from mgq.system.environment import Machine
+from mgq.weights.checkpoint import PIXELS_STEP
+from mgq.zoo.registry import ModelSpec, spec_of
+from mgq.zoo.weight_loading import is_cached
+
+RUNS = Path("runs")
+SIMULATED = "MegEngine's simulation"
+PEAK = "self-test"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is to run: one network in one precision, written for ``target``.
+
+    Files come into ``folder``, once for all who ask; the network is built when first asked for.
+    """
+
+    network: str
+    precision: Precision
+    target: Target
+    settings: Settings
+    folder: Path
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        return replace(classifier_for(self.network, self.precision, self.target), image_size=self.settings.image_size)
+
+    @property
+    def answers(self) -> str:
+        """The name of what all who run it have to answer alike."""
+        return f"{self.network} {self.precision.value} {self.target.name}"
+
+    def file(self, suffix: str) -> Path:
+        return self.folder / f"{self.answers.replace(' ', '.')}{suffix}"
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        path = self.file(".safetensors")
+        self.classifier.write_checkpoint(path)
+        return path
+
+    @cached_property
+    def megengine(self) -> Path:
+        return self.dumped("megengine")
+
+    @cached_property
+    def onnx(self) -> Path:
+        return self.dumped("onnx")
+
+    def dumped(self, kind: str) -> Path:
+        path = self.file(SUFFIXES[kind])
+        dump_classifier(self.classifier, path, batch=self.settings.batch, kind=kind)
+        return path
+
+
+Start: TypeAlias = Callable[[Job, int], Loaded]
+"""Gets an engine going with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
+
+
+def in_megengine(traced: bool, job: Job, threads: int) -> Loaded:
+    if threads > 1:
+        name = "traced" if traced else "eager"
+        raise FailureError(f"MegEngine {name} computes on one thread; for {threads}, use MegEngine Lite")
+    mode = Mode.NORMAL if job.precision is Precision.FP32 else Mode.QUANTIZED
+    load = FromCheckpoint(traced, job.checkpoint, mode.value, job.settings.image_size)
+    return Loaded(seated(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
+
+
+def in_engine(key: str, job: Job, threads: int) -> Loaded:
+    """An engine that reads a file."""
+    engine = engine_called(key)
+    engine.refuse_missing()
+    path = job.megengine if engine.suffix == ".megengine" else job.onnx
+    return Loaded(seated(FromFile(key, path), job, threads, engine.package), job.classifier.origin, path.stat().st_size)
+
+
+def seated(load: Callable[[int], Runtime], job: Job, threads: int, *imports: str) -> Away:
+    return away(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
+
+
+def away(what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str) -> Away:
+    """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
+    cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
+    copies = threads if settings.load is Load.THROUGHPUT else 1
+    seat = Seat(load, threads // copies, copies, cores, imports)
+    return Away(what, seat, cat_batch(settings.batch, settings.image_size))
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
+
+    start: Start
+    target: Target
+    rounds_otherwise: bool = False
+
+
+# In the order of the table. The first one that runs a network is the reference for the answers of the others.
+ENGINES: Mapping[str, Entrant] = MappingProxyType(
+    {
+        "MegEngine eager": Entrant(partial(in_megengine, False), MEGENGINE),
+        "MegEngine traced": Entrant(partial(in_megengine, True), MEGENGINE),
+        "MegEngine Lite": Entrant(partial(in_engine, "lite"), MEGENGINE),
+        "ONNX Runtime": Entrant(partial(in_engine, "onnxruntime"), ONNX, rounds_otherwise=True),
+        "OpenVINO": Entrant(partial(in_engine, "openvino"), ONNX, rounds_otherwise=True),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """All that take part in the contest of one network; ``jobs`` are what its engines run."""
+
+    network: str
+    settings: Settings
+    machine: Machine
+    folder: Path
+    engines: Mapping[str, Entrant]
+
+    @cached_property
+    def jobs(self) -> dict[tuple[Precision, Target], Job]:
+        """A job for each precision, and in int8 for each target."""
+        return {
+            (precision, target): Job(self.network, precision, target, self.settings, self.folder)
+            for precision in self.settings.precisions
+            for target in ((MEGENGINE, ONNX) if precision is Precision.INT8 else (MEGENGINE,))
+        }
+
+    def job(self, precision: Precision, entrant: Entrant) -> Job:
+        return self.jobs[precision, entrant.target if precision is Precision.INT8 else MEGENGINE]
+
+    @cached_property
+    def macs(self) -> int:
+        """What one picture takes to multiply and add."""
+        classifier = next(iter(self.jobs.values())).classifier
+        return macs_of(graph_of(source_of(classifier), classifier.image_size))
+
+    def contestants(self) -> list[Contestant]:
+        """Every precision in every engine on each number of threads, the other files, and the self-tests."""
+        found: list[Contestant] = []
+        for threads in self.settings.threads:
+            for precision in self.settings.precisions:
+                found += [self.contestant(precision, name, threads) for name in self.taking_part(precision, threads)]
+            found += self.rivals(threads)
+            found += self.peaks(threads)
+        return found
+
+    def taking_part(self, precision: Precision, threads: int) -> list[str]:
+        """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
+        names = list(self.engines)
+        if self.settings.yardstick and precision is Precision.FP32:
+            there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
+            return there[:1] or names[:1]
+        single = ("MegEngine eager", "MegEngine traced")
+        return [name for name in names if threads == min(self.settings.threads) or name not in single]
+
+    def contestant(self, precision: Precision, name: str, threads: int) -> Contestant:
+        entrant = self.engines[name]
+        job = self.job(precision, entrant)
+        is_int8 = precision is Precision.INT8
+        return Contestant(
+            network=self.network,
+            precision=precision,
+            engine=name,
+            load=partial(entrant.start, job, threads),
+            rounds_otherwise=is_int8 and entrant.rounds_otherwise,
+            threads=threads,
+            answers=job.answers,
+            target=entrant.target.name if is_int8 else "",
+            macs=self.macs,
+        )
+
+    def references(self) -> References:
+        """Whose answers count where MegEngine itself cannot run the int8 network: its simulation's."""
+        found: References = {}
+        if any(entrant.target is ONNX for entrant in self.engines.values()):
+            job = self.jobs.get((Precision.INT8, ONNX))
+            if job is not None:
+                pictures = cat_batch(self.settings.batch, self.settings.image_size)
+                found[job.answers] = (SIMULATED, reference(job.classifier, pictures))
+        return found
+
+    def rivals(self, threads: int) -> list[Contestant]:
+        """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
+        return [
+            Contestant(
+                network=self.network,
+                precision=precision_of(path),
+                engine=engine.name,
+                load=partial(self.start_rival, engine, path, threads),
+                threads=threads,
+                answers=None,
+                file=path.name,
+            )
+            for path in self.settings.against
+            for engine in FILE_ENGINES
+            if engine.suffix == ".onnx"
+        ]
+
+    def start_rival(self, engine: Engine, path: Path, threads: int) -> Loaded:
+        engine.refuse_missing()
+        player = away(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
+        return Loaded(player, str(path), path.stat().st_size)
+
+    def peaks(self, threads: int) -> list[Contestant]:
+        """The self-tests of the processor, where there are any for it."""
+        features = self.machine.features
+        return [
+            Contestant(
+                network=self.network,
+                precision=precision,
+                engine=PEAK,
+                load=partial(self.start_peak, precision, threads),
+                threads=threads,
+                answers=None,
+                is_peak=True,
+            )
+            for precision in self.settings.precisions
+            if instruction_for(precision, features) is not None
+        ]
+
+    def start_peak(self, precision: Precision, threads: int) -> Loaded:
+        settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
+        return Loaded(away(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), "")
+
+
+@cache
+def precision_of(path: Path) -> Precision:
+    """What an ONNX file computes with. Raises InputError where it is none that an engine could read."""
+    return Precision.INT8 if read_onnx(path).quantized else Precision.FP32
+
+
+@cache
+def cat_batch(batch: int, image_size: int) -> Batch:
+    """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
+    crop = eval_crop(read_picture(bundled_cat()), image_size)
+    return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
+
+
+def classifier_for(network: str, precision: Precision, target: Target) -> Classifier:
+    """``network`` with the weights that are at hand, else with random ones, which serve speed as well.
+
+    An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
+    ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.
+    """
+    mode = Mode.NORMAL if precision is Precision.FP32 else Mode.QUANTIZED if target is MEGENGINE else Mode.QAT
+    random = partial(random_classifier, network, mode, target=target)
+    if not has_weights(spec_of(network), mode):
+        return random()
+    wanted = [None] if mode is Mode.NORMAL else [MEGENGINE.name] if target is MEGENGINE else [ONNX.name, None]
+    problem: InputError | None = None
+    for name in wanted:
+        try:
+            return open_classifier(network, mode=mode, save=RUNS, target=name)
+        except InputError as error:
+            problem = problem or error
+    found = random()
+    return replace(found, origin=f"{found.origin}; not used: {problem}")
+
+
+def has_weights(spec: ModelSpec, mode: Mode) -> bool:
+    """Whether there are weights for ``mode`` on this machine, however good: no download."""
+    packaged = spec.packaged is not None and spec.packaged.path() is not None
+    return packaged or newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)

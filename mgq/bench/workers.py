@@ -1,0 +1,232 @@
+"""Those who take turns in a contest: an engine with a network, here or in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import FailureError
+from mgq.machine import muted_stderr
+from mgq.runtime.protocol import Runtime
+from mgq.system.processes import Answering, Channel
+
+Batch = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+Clock = Callable[[], int]
+
+LOAD_PATIENCE_S = 180.0
+"""How long an engine may take to load a network: traced and eager ones build it first."""
+TURN_PATIENCE_S = 120.0
+STATUS = Path("/proc/self/status")
+
+
+class Player(Protocol):
+    """Who takes turns. All may raise an MgqError, whose line says what went wrong."""
+
+    name: str
+    version: str
+    threads: int
+    macs: int | None
+
+    def wait_until_ready(self) -> None:
+        """Before this, the others may not be called, and what it says of itself may be open."""
+
+    def logits(self) -> Logits:
+        """float32 (N, classes) for the pictures of the contest."""
+
+    def turn(self, repeats: int) -> tuple[int, ...]:
+        """The times of ``repeats`` single runs in nanoseconds, after one that is not counted."""
+
+    def peak_memory(self) -> int | None:
+        """The most bytes of memory that its process has held; None where it has none of its own."""
+
+    def close(self) -> None: ...
+
+
+class Present:
+    """A runtime in this process. ``macs`` is what a run of it multiplies and adds, where it tells."""
+
+    def __init__(self, runtime: Runtime, batch: Batch, clock: Clock = time.perf_counter_ns) -> None:
+        self.runtime, self.batch, self.clock = runtime, batch, clock
+        self.name, self.version, self.threads = runtime.name, runtime.version, runtime.threads
+        self.macs: int | None = getattr(runtime, "macs", None)
+
+    def wait_until_ready(self) -> None:
+        pass
+
+    def logits(self) -> Logits:
+        logits = self.runtime.run(self.batch)
+        if logits.ndim != 2 or logits.shape[0] != self.batch.shape[0] or logits.shape[1] == 0:
+            raise FailureError(
+                f"{self.name} gave no logits but an array of shape {logits.shape} for {len(self.batch)} pictures"
+            )
+        return logits.copy()
+
+    def turn(self, repeats: int) -> tuple[int, ...]:
+        # The first run brings back into the caches what the others' turns drove out.
+        with garbage_kept():
+            return times_of(self.runtime, self.batch, repeats, self.clock)
+
+    def peak_memory(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def times_of(runtime: Runtime, batch: Batch, repeats: int, clock: Clock) -> tuple[int, ...]:
+    """The times of ``repeats`` runs in nanoseconds, after one that is not counted."""
+    runtime.run(batch)
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        runtime.run(batch)
+        times.append(clock() - start)
+    return tuple(times)
+
+
+class SideBySide(Present):
+    """As many copies of a runtime of one thread as there are threads, all at work at the same time."""
+
+    def __init__(self, copies: Sequence[Runtime], batch: Batch, clock: Clock = time.perf_counter_ns) -> None:
+        super().__init__(copies[0], batch, clock)
+        self.copies = copies
+        self.threads = len(copies)
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def turn(self, repeats: int) -> tuple[int, ...]:
+        with garbage_kept():
+            turns = self.pool.map(lambda one: times_of(one, self.batch, repeats, self.clock), self.copies)
+            return tuple(time for turn in turns for time in turn)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """No garbage collection inside, which would fall into the time of whoever happens to run."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# ---- in a process of its own ----
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a player sits: ``load``, which is pickled, gives a runtime on so many threads there.
+
+    ``copies`` run side by side, each on ``threads`` threads; ``cores`` are all that the process may run on. ``imports``
+    are modules to be loaded before that, on any core.
+    """
+
+    load: Callable[[int], Runtime]
+    threads: int
+    copies: int
+    cores: tuple[int, ...]
+    imports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What a player in a process of its own says of itself when it is ready."""
+
+    name: str
+    version: str
+    threads: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class Service:
+    """The work of a player's process: load, greet, and answer until the pipe ends."""
+
+    seat: Seat
+    batch: Batch
+
+    def __call__(self, channel: Channel) -> None:
+        seat = self.seat
+        with muted_stderr():  # What libraries say when they are loaded is no news.
+            for name in seat.imports:
+                import_module(name)
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, seat.cores)
+            runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
+        player = SideBySide(runtimes, self.batch) if seat.copies > 1 else Present(runtimes[0], self.batch)
+        channel.send(Greeting(player.name, player.version, player.threads, player.macs))
+        for question, *arguments in channel.questions():
+            channel.send(ANSWERS[question](player, *arguments))
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "logits": lambda player: player.logits(),
+    "turn": lambda player, repeats: player.turn(repeats),
+    "memory": lambda player: most_memory(),
+}
+
+
+def most_memory() -> int | None:
+    """The most bytes of memory that this process has held; None where the system does not tell.
+
+    ``getrusage`` would count those of the process that started this one.
+    """
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+class Away:
+    """A player in a process of its own, which begins to load at once and is paused between its turns."""
+
+    def __init__(self, what: str, seat: Seat, batch: Batch) -> None:
+        self.process = Answering(Service(seat, batch), what, seat.threads)
+        self.name, self.version = what, ""
+        self.threads = seat.threads * seat.copies
+        self.macs: int | None = None
+
+    def wait_until_ready(self) -> None:
+        """Raises an MgqError where the engine is missing, or cannot run the network."""
+        greeting: Greeting = self.process.answer(LOAD_PATIENCE_S)
+        self.process.pause()
+        self.name, self.version = greeting.name, greeting.version
+        self.threads, self.macs = greeting.threads, greeting.macs
+
+    def ask(self, *question: Any) -> Any:
+        self.process.resume()
+        answer = self.process.ask(question, TURN_PATIENCE_S)
+        self.process.pause()
+        return answer
+
+    def logits(self) -> Logits:
+        logits: Logits = self.ask("logits")
+        return logits
+
+    def turn(self, repeats: int) -> tuple[int, ...]:
+        times: tuple[int, ...] = self.ask("turn", repeats)
+        return times
+
+    def peak_memory(self) -> int | None:
+        memory: int | None = self.ask("memory")
+        return memory
+
+    def close(self) -> None:
+        self.process.close()

@@ -1,0 +1,84 @@
+"""How a verb's help is laid out: many options in groups, the most wanted first."""
+
+from __future__ import annotations
+
+import click
+import typer.core
+
+MOST_IN_ONE_LIST = 10
+WIDEST = 24
+"""Columns for the flags, before their texts; longer ones have a line of their own."""
+ARGUMENTS, OWN, DEVICES, OUTPUT = "Arguments", "Options", "Devices", "Output"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Network": (
+        *("--arch", "--checkpoint", "--key", "--mode", "--target", "--engine", "--pretrained", "--ranges"),
+        *("--from-scratch", "--new-head", "--classes", "--image-size", "--width", "--activation"),
+    ),
+    "Pictures": ("--data", "--image", "--images", "--limit", "--workers", "--jobs", "--max-bad"),
+    OWN: ("--help",),
+    DEVICES: ("--ngpus", "--nnodes", "--node-rank", "--master"),
+    OUTPUT: (
+        *("--save", "--output", "--html", "--json", "--markdown", "--plot", "--topk", "--worst", "--per-class"),
+        *("--confused", "--report-freq", "--tensorboard", "--about"),
+    ),
+}
+"""Which long options belong together, in this order, whatever the verb; the others are among its own.
+
+An option's ``rich_help_panel`` says otherwise."""
+PRETRAINED_FLAG = "--pretrained"
+_GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
+
+
+class Verb(typer.core.TyperCommand):
+    """A verb of ``mgq``, with its many options in groups; ``--pretrained`` stands alone or has a version behind it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_versions(args))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        parameters = self.get_params(ctx)
+        grouped = sum(not is_argument(parameter) for parameter in parameters) > MOST_IN_ONE_LIST
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (ARGUMENTS, *GROUPS)}
+        for parameter in parameters:
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[title_of(parameter, grouped)].append(record)
+        flags = [first for title, records in sections.items() if title != ARGUMENTS for first, _ in records]
+        width = min(WIDEST, max(map(len, flags)))
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):  # one column for all of them
+                    formatter.write_dl([(first.ljust(width), text) for first, text in records], col_max=width)
+
+
+def with_versions(args: list[str]) -> list[str]:
+    """``args`` with ``--pretrained`` and the version behind it as one; what is no version is left for the verb."""
+    if PRETRAINED_FLAG not in args:
+        return args
+    from mgq.cli.option_types import versions
+    from mgq.zoo.pretrained import DEFAULT_VERSION
+
+    known = set(versions())
+    found: list[str] = []
+    waiting = list(args)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            return [*found, word, *waiting]
+        if word == PRETRAINED_FLAG:
+            word += f"={waiting.pop(0) if waiting and waiting[0] in known else DEFAULT_VERSION}"
+        found.append(word)
+    return found
+
+
+def title_of(parameter: click.Parameter, grouped: bool) -> str:
+    if is_argument(parameter):
+        return ARGUMENTS
+    if not grouped:
+        return OWN
+    own = getattr(parameter, "rich_help_panel", None)
+    return str(own) if own else next((_GROUP_OF[flag] for flag in parameter.opts if flag in _GROUP_OF), OWN)
+
+
+def is_argument(parameter: click.Parameter) -> bool:
+    return parameter.param_type_name == "argument"

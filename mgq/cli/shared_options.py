@@ -1,0 +1,170 @@
+"""The options that several verbs share, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgq.cli.option_types import (
+    ARCH,
+    AT_LEAST_NONE,
+    COUNT,
+    ENGINE,
+    FACTOR,
+    FOLDER,
+    MODE,
+    PIXELS,
+    PRETRAINED,
+    SHARE,
+    TARGET,
+)
+
+if TYPE_CHECKING:
+    from mgq.engine.classifier.open import Classifier
+    from mgq.events import OnProgress
+
+Arch = Annotated[
+    str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
+]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option("-c", "--checkpoint", help="Weights: .safetensors, .pkl of the example, PyTorch .pth; or a dump."),
+]
+KEY_HELP = "Which network of the file of -c, where it has several, such as state_dict_ema."
+KeyName = Annotated[str | None, typer.Option("--key", metavar="NAME", help=KEY_HELP)]
+ModeName = Annotated[
+    str,
+    typer.Option("-m", "--mode", click_type=MODE, help="normal (float32), qat (fake-quantized) or quantized (int8)."),
+]
+Save = Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(
+        "--pretrained",
+        click_type=PRETRAINED,
+        help="The zoo's weights, not a run's; a name behind it picks one of several; downloads published ones.",
+        show_default=False,
+    ),
+]
+Ranges = Annotated[Path | None, typer.Option("--ranges", help="Activation ranges written by `mgq calibrate`.")]
+Width = Annotated[float | None, typer.Option("--width", click_type=FACTOR, help="Width multiplier (mobilenet_v2).")]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", click_type=PIXELS, help="Pixels on a side, a multiple of 32.")
+]
+LabelledData = Annotated[
+    Path | None,
+    typer.Option("-d", "--data", help="Labelled pictures: val/<class>/ or <class>/ in this folder."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("-w", "--workers", click_type=AT_LEAST_NONE, help="Threads that decode pictures; one a core."),
+]
+Jobs = Annotated[int, typer.Option("--jobs", click_type=COUNT, help="Processes that share the pictures; same result.")]
+Limit = Annotated[int | None, typer.Option("--limit", click_type=COUNT, help="Take so many pictures, evenly spread.")]
+MaxBad = Annotated[
+    float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is put up with.")
+]
+ReportFreq = Annotated[
+    int | None,
+    typer.Option("--report-freq", click_type=COUNT, help="A plain line every so many batches, instead of a bar."),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        click_type=TARGET,
+        help="What int8 is for: megengine; onnx (ONNX Runtime, OpenVINO); onnx-avx2 (those without VNNI).",
+        show_default=False,
+    ),
+]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        click_type=ENGINE,
+        help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
+RUNS = Path("runs")
+
+
+def arch_at_hand(save: Path, mode: str | None) -> str | None:
+    """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
+    from mgq.engine.classifier.open import newest_arch
+    from mgq.quantization.modes import Mode, parse_mode
+
+    modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
+    return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
+
+
+def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+    """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
+
+    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
+    """
+    from mgq.cli.console import import_megengine
+    from mgq.engine.classifier.file_validation import refuse_unreadable
+    from mgq.errors import InputError, printable
+    from mgq.export.formats import format_of
+
+    if checkpoint is not None and not deployed and format_of(checkpoint):
+        raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
+    if checkpoint is None and key is not None:
+        raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
+    if checkpoint is not None:
+        refuse_unreadable(checkpoint, key)
+    import_megengine()
+
+
+def opened(
+    arch: str | None,
+    checkpoint: Path | None,
+    mode: str,
+    save: Path,
+    pretrained: str | None,
+    ranges: Path | None,
+    width: float | None,
+    image_size: int | None,
+    on_progress: OnProgress,
+    target: str | None = None,
+    engine: str | None = None,
+    key: str | None = None,
+) -> Classifier:
+    """The network that the shared options mean; behind :func:`ready_for`."""
+    from mgq.engine.classifier.deployed_files import opened_file, with_engine
+    from mgq.engine.classifier.open import open_classifier
+    from mgq.errors import InputError, printable
+    from mgq.export.formats import format_of
+    from mgq.quantization.activation_ranges import read_ranges
+    from mgq.quantization.modes import Mode, parse_mode
+    from mgq.runtime.registry import AUTO
+
+    if checkpoint is not None and format_of(checkpoint):
+        given = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
+        for option, value in given.items():
+            if value is not None:
+                raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
+        found = opened_file(checkpoint, engine or AUTO, arch=arch)
+        if mode == Mode.NORMAL.value != found.mode.value:
+            raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
+        return found
+    builder: dict[str, Any] = {} if width is None else {"width": width}
+    classifier = open_classifier(
+        arch,
+        checkpoint,
+        parse_mode(mode),
+        save,
+        pretrained or False,
+        read_ranges(ranges) if ranges else None,
+        builder,
+        image_size,
+        on_progress,
+        target,
+        key,
+    )
+    return classifier if engine is None else with_engine(classifier, engine)

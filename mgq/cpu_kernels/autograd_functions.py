@@ -1,0 +1,234 @@
+"""MegEngine operators with fast CPU kernels: the stock ones' results and gradients, up to float32 rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import megengine.module.qat as Q
+import numpy as np
+from megengine import Tensor
+from megengine.autodiff import Function
+from megengine.core._imperative_rt.core2 import apply, get_grad_key
+from megengine.core.ops.builtin import Elemwise
+from megengine.quantization.utils import QParams, fake_quant_bias
+
+from mgq.cpu_kernels import onednn_kernels
+from mgq.cpu_kernels.elementwise import extremes, extremes_of_rows, held_below, mask_rows, masked
+from mgq.cpu_kernels.fake_quantization import Quantizer, observed, quantizer_of
+from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
+from mgq.cpu_kernels.tensor_exchange import Array, tensors, values
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a gradient with respect to one of ``tensors`` is being recorded."""
+    return get_grad_key(tensors) is not None
+
+
+class Convolution(Function):  # type: ignore[misc]
+    """(source, weights) -> output of one convolution without bias."""
+
+    def __init__(self, geometry: Geometry, wants_source: bool) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.wants_source = wants_source
+
+    def forward(self, source: Tensor, weights: Tensor) -> Tensor:
+        self.saved = source, weights
+        return Tensor(onednn_kernels.convolution(self.geometry, *values(source, weights)), device=source.device)
+
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        source, weights, gradient = values(*self.saved, d_output)
+        del self.saved
+        gradients = onednn_kernels.convolution_gradients(self.geometry, source, weights, gradient, self.wants_source)
+        return tensors(gradients, d_output.device)
+
+
+class NormalizedConvolution(Function):  # type: ignore[misc]
+    """(source, weights, scale, shift) -> output of a convolution, batch norm and maybe ReLU.
+
+    With a ``ceiling`` the output is held at or below it. ``mean`` and ``variance`` (biased) of each channel, float32
+    (C,), are those to use where ``norm`` is fixed, else those found once it was called.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        norm: Norm,
+        ceiling: float | None,
+        wants_source: bool,
+        mean: Array,
+        variance: Array,
+    ) -> None:
+        super().__init__()
+        self.mean, self.variance = mean, variance
+        self.geometry = geometry
+        self.norm = norm
+        self.ceiling = ceiling
+        self.wants_source = wants_source
+
+    def forward(self, source: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        output = self.computed(*values(source, weights, scale, shift))
+        self.saved = source, weights, scale
+        return Tensor(output, device=source.device)
+
+    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        return self.normalized(source, weights, scale, shift)
+
+    def normalized(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output, self.statistics = onednn_kernels.normalized_convolution(
+            self.geometry, self.norm, source, weights, scale, shift, self.mean, self.variance
+        )
+        self.passes = None if self.ceiling is None else held_below(output, self.ceiling)
+        return output
+
+    def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        arrays = values(*self.saved, d_output)
+        del self.saved
+        return tensors(self.gradients(*arrays), d_output.device)
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        return self.normalized_gradients(source, weights, scale, d_output)
+
+    def normalized_gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        if self.passes is not None:
+            d_output = masked(d_output, self.passes)
+        statistics = self.statistics
+        del self.statistics, self.passes
+        return onednn_kernels.normalized_convolution_gradients(
+            self.geometry, self.norm, source, weights, scale, statistics, d_output, self.wants_source
+        )
+
+
+class FakeQuantizedConvolution(NormalizedConvolution):
+    """The same in quantization-aware training of ``module``, whose observers it feeds: weights and output quantized.
+
+    MegEngine quantizes the weights with batch norm folded in, and divides the convolution by the factor again
+    (arXiv:1806.08342, section 3.2.2). Dividing the weights gives the same and is less work. ``qparams`` of the output
+    are there once it was called.
+    """
+
+    def __init__(self, module: Q.QATModule, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.module = module
+
+    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output = self.convolved(source, weights, scale, shift)
+        self.qparams = observed(self.module.act_observer, lambda: extremes(output))
+        output, passes = quantizer(self.qparams).applied(output)
+        if passes is not None:
+            self.passes = passes if self.passes is None else self.passes & passes
+        return output
+
+    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        """Before the output is quantized."""
+        bn = self.module.bn
+        self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
+        self.factor = np.ravel(scale * self.inverse)
+        self.quantize_weights(weights, divide=True)
+        return self.normalized(source, self.effective, scale, shift)
+
+    def quantize_weights(self, weights: Array, divide: bool) -> QParams:
+        """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
+        qparams = observed(self.module.weight_observer, lambda: extremes_of_rows(weights, self.factor))
+        self.effective, self.weights_pass = quantizer(qparams).applied_to_rows(weights, self.factor, divide)
+        return qparams
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        d_source, d_effective, d_scale, d_shift = self.normalized_gradients(source, self.effective, scale, d_output)
+        # With q = d_effective / factor: d_factor is the sum of passed q times weights less q times effective weights.
+        d_factor = mask_rows(d_effective, self.weights_pass, weights, effective=self.effective)
+        d_factor /= self.factor
+        d_scale += d_factor.reshape(d_scale.shape) * self.inverse
+        del self.effective, self.weights_pass
+        return d_source, d_effective, d_scale, d_shift
+
+
+class FoldedConvolution(FakeQuantizedConvolution):
+    """The same with the batch norm of ``module`` folded into weights and bias, as they are once it is in eval mode.
+
+    The bias is rounded to multiples of the scales of input and weights (``source_qparams``), as int8 has it.
+    """
+
+    def __init__(self, module: Q.QATModule, source_qparams: QParams | None, *arguments: Any) -> None:
+        super().__init__(module, *arguments)
+        self.source_qparams = source_qparams
+        channels = self.geometry.output[1]
+        # What is left of batch norm: no mean, a factor of 1 / sqrt(variance + epsilon) = 1, and a bias.
+        self.ones = np.ones(channels, np.float32)
+        self.running_mean, self.mean = self.mean, np.zeros(channels, np.float32)
+        self.running_variance, self.variance = self.variance, self.ones - np.float32(self.norm.epsilon)
+
+    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
+        self.inverse = inverse.reshape(scale.shape)
+        self.factor = np.ravel(scale * self.inverse)
+        qparams = self.quantize_weights(weights, divide=False)
+        self.centre = self.running_mean.reshape(scale.shape) * self.inverse
+        bias = self.quantized_bias(shift - scale * self.centre, qparams)
+        return self.normalized(source, self.effective, self.ones, bias)
+
+    def quantized_bias(self, bias: Array, weight_qparams: QParams) -> Array:
+        device = self.module.conv.weight.device
+        source, weights = Tensor(0.0, device=device), Tensor(0.0, device=device)
+        if self.source_qparams is None:
+            return bias
+        source.qparams.update(self.source_qparams)
+        weights.qparams.update(weight_qparams)
+        rounded: Array = fake_quant_bias(Tensor(bias, device=device), source, weights).numpy()
+        return rounded
+
+    def gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        d_source, d_quantized, _, d_bias = self.normalized_gradients(source, self.effective, self.ones, d_output)
+        d_bias = d_bias.reshape(scale.shape)
+        d_factor = mask_rows(d_quantized, self.weights_pass, weights, factors=self.factor)
+        d_scale = d_factor.reshape(scale.shape) * self.inverse - d_bias * self.centre
+        del self.effective, self.weights_pass
+        return d_source, d_quantized, d_scale, d_bias
+
+
+def quantizer(qparams: object) -> Quantizer:
+    found = quantizer_of(qparams)
+    assert found is not None
+    return found
+
+
+class AddRelu(Function):  # type: ignore[misc]
+    """max(a + b, 0). MegEngine's own gradient of ReLU branches on every element."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        (self.output,) = apply(Elemwise(mode="FUSE_ADD_RELU"), a, b)
+        return self.output
+
+    def backward(self, d_output: Tensor) -> tuple[Tensor, Tensor]:
+        # RELU6_GRAD is vectorized: it passes the gradient where 0 < output < 6, so the output is first held below 1.
+        (held,) = apply(Elemwise(mode="MIN"), self.output, Tensor(1.0, device=d_output.device))
+        (gradient,) = apply(Elemwise(mode="RELU6_GRAD"), held, d_output)
+        del self.output
+        return gradient, gradient
+
+
+class FakeQuantization(Function):  # type: ignore[misc]
+    """(x,) -> x as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+
+    def __init__(self, quantizer: Quantizer, array: Array) -> None:
+        super().__init__()
+        self.quantizer, self.array = quantizer, array
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, self.passes = self.quantizer.applied(self.array)
+        del self.array
+        return Tensor(output, device=x.device)
+
+    def backward(self, d_output: Tensor) -> Tensor:
+        if self.passes is None:
+            return d_output
+        (gradient,) = values(d_output)
+        return Tensor(masked(gradient, self.passes), device=d_output.device)

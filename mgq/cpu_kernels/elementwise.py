@@ -1,0 +1,158 @@
+"""Arithmetic on large arrays, element by element: in pieces that stay in a core's cache, on all cores.
+
+numpy passes over an array once for every operation, on one core, and without the lock that threads share in Python.
+Every result here is the same to the bit whatever the number of cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.cpu_kernels import numba_loops
+from mgq.cpu_kernels.tensor_exchange import Array, empty
+from mgq.machine import usable_cores
+
+Mask = npt.NDArray[np.bool_]
+Result = TypeVar("Result")
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+PIECE = 1 << 15
+"""Elements: a few float32 arrays of so many lie in the second cache together."""
+LONG_PIECE = 1 << 17
+"""For a function that passes over its elements once: a call costs nothing beside the work then."""
+# Arrays with fewer pieces for each core are not worth a thread.
+PIECES_A_CORE = 4
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(usable_cores(), "mgq-elementwise")
+
+
+# A forked process has no threads but the one that forked.
+os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
+    """What ``function`` gives for slices of ``piece`` elements that together are ``size``, in their order."""
+
+    def run(first: int, last: int) -> list[Result]:
+        return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
+
+    pieces = -(-size // piece)
+    if usable_cores() == 1 or pieces < PIECES_A_CORE * usable_cores():
+        return run(0, size)
+    share = -(-pieces // usable_cores()) * piece
+    futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
+    results = run(0, share)
+    for future in futures:
+        results += future.result()
+    return results
+
+
+def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
+    """What ``function`` gives for slices of ``rows`` (rows, elements): as many whole rows as a piece has."""
+    return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
+
+
+def quantized(
+    array: Array, scale: np.float32, zero_point: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[Array, Mask | None]:
+    """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
+    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
+    source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
+
+    def quantize(piece: slice) -> int:
+        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, lowest, highest)
+
+    return output, passes if sum(in_pieces(quantize, source.size, LONG_PIECE)) else None
+
+
+def quantized_rows(
+    array: Array, factors: Array, divide: bool, scale: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[Array, Mask]:
+    """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and by it again."""
+    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
+    source, target, marks = (rows_of(a, factors.size) for a in (array, output, passes))
+    each = factors.reshape(-1)
+
+    def quantize(part: slice) -> None:
+        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, lowest, highest)
+
+    in_rows(quantize, source, LONG_PIECE)
+    return output, passes
+
+
+def mask_rows(
+    gradient: Array, passes: Mask, weights: Array, effective: Array | None = None, factors: Array | None = None
+) -> Array:
+    """Keep of the ``gradient`` with respect to ``weights`` what ``passes``, in place, times ``factors`` by output.
+
+    Returns, for each output channel, the sum of what passed times ``weights``, less that of all times ``effective``:
+    (O,), O the leading axes.
+    """
+    outputs = int(np.prod(weights.shape[: weights.ndim - 3]))
+    sums = empty((outputs,))
+    rows, marks, others = (rows_of(array, outputs) for array in (gradient, passes, weights))
+    used = None if effective is None else rows_of(effective, outputs)
+
+    def run(part: slice) -> None:
+        numba_loops.mask_rows(
+            rows[part],
+            marks[part],
+            others[part],
+            None if used is None else used[part],
+            None if factors is None else factors[part],
+            sums[part],
+        )
+
+    in_rows(run, rows, LONG_PIECE)
+    return sums
+
+
+def rows_of(array: npt.NDArray[Scalar], rows: int) -> npt.NDArray[Scalar]:
+    return array.reshape(rows, -1)
+
+
+def extremes(array: Array) -> Array:
+    """(2,): the least and the largest element; NaN where there is one."""
+    elements = array.reshape(-1)
+    found = np.array(in_pieces(lambda piece: (elements[piece].min(), elements[piece].max()), elements.size))
+    return np.array([found[:, 0].min(), found[:, 1].max()], np.float32)
+
+
+def extremes_of_rows(array: Array, factors: Array) -> Array:
+    """The same of ``array``, seen as (factors.size, elements), with each row times its factor.
+
+    A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes.
+    """
+    rows = rows_of(array, factors.size)
+    found = in_rows(lambda part: (rows[part].min(axis=1), rows[part].max(axis=1)), rows)
+    lows, highs = (np.concatenate(part) * factors.reshape(-1) for part in zip(*found, strict=True))
+    return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
+
+
+def masked(array: Array, mask: Mask) -> Array:
+    """``array`` where ``mask`` is set, else 0."""
+    result = empty(array.shape)
+    elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
+    in_pieces(lambda piece: numba_loops.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE)
+    return result
+
+
+def held_below(array: Array, ceiling: float) -> Mask | None:
+    """Hold ``array`` in place at or below ``ceiling``; where it was below, or None where it was so everywhere."""
+    elements, below = array.reshape(-1), np.empty(array.shape, np.bool_)
+    marks = below.reshape(-1)
+
+    def hold(piece: slice) -> int:
+        return numba_loops.hold(elements[piece], np.float32(ceiling), marks[piece])
+
+    return below if sum(in_pieces(hold, elements.size, LONG_PIECE)) else None

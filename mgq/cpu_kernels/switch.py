@@ -1,0 +1,284 @@
+"""Which functions of MegEngine the fast ones stand for, and when."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import megengine.module as M
+import megengine.module.conv
+import megengine.module.elemwise
+import megengine.module.qat as Q
+import numpy as np
+from megengine import Tensor, amp
+from megengine.core._imperative_rt.core2 import is_tracing_module
+from megengine.jit.tracing import is_tracing
+
+from mgq.cpu_kernels import onednn
+from mgq.cpu_kernels.autograd_functions import (
+    AddRelu,
+    Convolution,
+    FakeQuantization,
+    FakeQuantizedConvolution,
+    FoldedConvolution,
+    NormalizedConvolution,
+    needs_gradient,
+)
+from mgq.cpu_kernels.elementwise import extremes
+from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, observed, quantizer_of, set_value
+from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
+from mgq.cpu_kernels.tensor_exchange import Array, values
+from mgq.machine import keep_freed_memory
+from mgq.quantization.relu6 import QatConvBnRelu6
+from mgq.zoo.layers import ConvBnRelu6
+
+Stock = Callable[..., Any]
+
+
+class Replacement(NamedTuple):
+    """``owner.name``, and how its fast version is made of the stock one, which it calls where it cannot serve."""
+
+    owner: Any
+    name: str
+    fast: Callable[[Stock], Stock]
+
+
+# What is replaced now, with what stood there.
+_replaced: list[tuple[Any, str, Stock]] = []
+
+
+def enable_fast_gradients() -> None:
+    """Train fast on CPUs from here on; see :func:`fast_gradients`. Does nothing when that is so already."""
+    if _replaced:
+        return
+    onednn.library()
+    keep_freed_memory()
+    for owner, name, fast in replacements():
+        stock = getattr(owner, name)
+        _replaced.append((owner, name, stock))
+        setattr(owner, name, fast(stock))
+
+
+def disable_fast_gradients() -> None:
+    """Train as MegEngine does by itself from here on."""
+    while _replaced:
+        setattr(*_replaced.pop())
+
+
+def fast_gradients_enabled() -> bool:
+    return bool(_replaced)
+
+
+@contextlib.contextmanager
+def fast_gradients() -> Iterator[None]:
+    """Within it, training steps on a CPU are fast: results and gradients are MegEngine's up to float32 rounding.
+
+    It serves the modules Conv2d, ConvBn2d, ConvBnRelu2d and the zoo's ConvBnRelu6, in float and fake-quantized, and
+    ``FUSE_ADD_RELU``, MinMaxObserver, ExponentialMovingAverageObserver and FakeQuantize. Left as they are: GPUs, traced
+    and float16 code, convolutions whose gradient nobody wants, and those with dilation.
+
+    Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
+    """
+    before = fast_gradients_enabled()
+    enable_fast_gradients()
+    try:
+        yield
+    finally:
+        if not before:
+            disable_fast_gradients()
+
+
+def replacements() -> Iterator[Replacement]:
+    yield Replacement(megengine.module.conv, "conv2d", fast_conv2d)
+    yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
+    yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
+    for module, qat_module, relu, ceiling in (
+        (M.ConvBn2d, Q.ConvBn2d, False, None),
+        (M.ConvBnRelu2d, Q.ConvBnRelu2d, True, None),
+        (ConvBnRelu6, QatConvBnRelu6, True, 6.0),
+    ):
+        yield Replacement(module, "forward", fast_conv_bn(relu, ceiling))
+        yield Replacement(qat_module, "forward", fast_qat_conv_bn(relu, ceiling))
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether ``tensors`` are float32 in CPU memory and are being computed with, not traced."""
+    if is_tracing() or is_tracing_module() or amp.enabled:
+        return False
+    return all(
+        t.dtype == np.float32 and t.device.physical_locator[0] == "cpu" and t.format in ("default", "nchw")
+        for t in tensors
+    )
+
+
+def geometry_of(source: Tensor, weights: Tensor, stride: Any, padding: Any) -> Geometry | None:
+    """The convolution of these as oneDNN takes it; None for one that yields nothing."""
+    if source.ndim != 4:
+        return None
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding))
+    return found if min((*found.source, *found.output)) > 0 else None
+
+
+def pair_of(value: Any) -> tuple[int, int]:
+    height, width = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(height), int(width)
+
+
+def fast_conv2d(stock: Stock) -> Stock:
+    def conv2d(
+        inp: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        conv_mode: Any = "cross_correlation",
+        compute_mode: Any = "default",
+    ) -> Tensor:
+        options = (stride, padding, dilation, groups, conv_mode, compute_mode)
+        found = None
+        if (
+            needs_gradient(inp, weight)
+            and on_cpu(inp, weight)
+            and pair_of(dilation) == (1, 1)
+            and str(conv_mode).lower() == "cross_correlation"
+            and compute_mode == "default"
+        ):
+            found = geometry_of(inp, weight, stride, padding)
+        if found is None:
+            return stock(inp, weight, bias, *options)
+        output = Convolution(found, needs_gradient(inp))(inp, weight)
+        return output if bias is None else output + bias
+
+    return conv2d
+
+
+def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
+    def fast(stock: Stock) -> Stock:
+        def forward(self: M.Module, inp: Tensor) -> Tensor:
+            found = fusable(self, inp)
+            if found is None:
+                return stock(self, inp)
+            return normalized(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
+
+        return forward
+
+    return fast
+
+
+def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
+    def fast(stock: Stock) -> Stock:
+        def forward(self: Q.QATModule, inp: Tensor) -> Tensor:
+            known = (
+                is_known(self.weight_observer)
+                and is_known(self.act_observer)
+                and is_plain(self.weight_fake_quant)
+                and is_plain(self.act_fake_quant)
+            )
+            found = fusable(self, inp) if known else None
+            if found is None:
+                return stock(self, inp)
+            arguments = arguments_of(self, found, relu, ceiling, inp)
+            function = (
+                FakeQuantizedConvolution(self, *arguments)
+                if self.training
+                else FoldedConvolution(self, inp.qparams, *arguments)
+            )
+            output = normalized(self, function, inp)
+            output.qparams.update(function.qparams)
+            return output
+
+        return forward
+
+    return fast
+
+
+def arguments_of(
+    module: M.Module, geometry: Geometry, relu: bool, ceiling: float | None, source: Tensor
+) -> tuple[Geometry, Norm, float | None, bool, Array, Array]:
+    """What a :class:`NormalizedConvolution` of ``module`` takes. Batch norm in eval mode has its statistics fixed."""
+    bn = module.bn
+    fixed = not bn.training
+    if fixed:
+        mean, variance = (np.ravel(running.numpy()) for running in (bn.running_mean, bn.running_var))
+    else:
+        mean, variance = np.empty((2, geometry.output[1]), np.float32)
+    return geometry, Norm(bn.eps, relu, fixed), ceiling, needs_gradient(source), mean, variance
+
+
+def fusable(module: M.Module, source: Tensor) -> Geometry | None:
+    """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if it is trained and plain."""
+    conv, bn = module.conv, module.bn
+    plainly = (
+        # In eval mode fake quantization folds the batch norm, float modules do as ever.
+        (module.training or not (isinstance(module, Q.QATModule) and bn.training))
+        and type(bn) is M.BatchNorm2d
+        and bn.track_running_stats
+        and not bn.freeze
+        and bn.affine
+        and conv.bias is None
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.compute_mode == "default"
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
+        and needs_gradient(source, conv.weight, bn.weight, bn.bias)
+        and on_cpu(source, conv.weight)
+    )
+    found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
+    # One value alone has no unbiased variance.
+    return found if found is not None and (not bn.training or elements_a_channel(found) > 1) else None
+
+
+def elements_a_channel(geometry: Geometry) -> int:
+    batch, _, height, width = geometry.output
+    return batch * height * width
+
+
+def normalized(module: M.Module, function: NormalizedConvolution, source: Tensor) -> Tensor:
+    """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
+    bn = module.bn
+    output = function(source, module.conv.weight, bn.weight, bn.bias)
+    if function.norm.fixed:
+        return output
+    elements = elements_a_channel(function.geometry)
+    keep = np.float32(bn.momentum)
+    unbiased = function.variance * np.float32(elements / (elements - 1))
+    for running, now in ((bn.running_mean, function.mean), (bn.running_var, unbiased)):
+        old = running.numpy()
+        set_value(running, old * keep + now.reshape(old.shape) * (ONE - keep))
+    return output
+
+
+def fast_elemwise(stock: Stock) -> Stock:
+    def elemwise(*inputs: Tensor, mode: Any) -> Tensor:
+        if (
+            str(mode).upper() == "FUSE_ADD_RELU"
+            and needs_gradient(*inputs)
+            and on_cpu(*inputs)
+            and inputs[0]._tuple_shape == inputs[1]._tuple_shape
+        ):
+            return AddRelu()(*inputs)
+        return stock(*inputs, mode=mode)
+
+    return elemwise
+
+
+def fast_quantization(stock: Stock) -> Stock:
+    def apply_fakequant_with_observer(self: Q.QATModule, target: Tensor, fake_quant: Any, observer: Any) -> Tensor:
+        if not is_plain(fake_quant) or observer is None or not on_cpu(target):
+            return stock(self, target, fake_quant, observer)
+        if is_known(observer):
+            (array,) = values(target)
+            qparams = observed(observer, lambda: extremes(array))
+        else:
+            target = observer(target)
+            qparams = observer.get_qparams()
+            (array,) = values(target)
+        quantizer = quantizer_of(qparams)
+        output = fake_quant(target, qparams) if quantizer is None else FakeQuantization(quantizer, array)(target)
+        output.qparams.update(qparams)
+        return output
+
+    return apply_fakequant_with_observer

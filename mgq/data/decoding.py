@@ -1,0 +1,701 @@
+"""From a picture file to pixels: what any program would show, or one line that says why not.
+
+Size, orientation and completeness are read from the file's own structure first. A picture that is
+absurdly large or cut short is refused before a decoder sees it: decoders allocate whatever size a header
+claims, and answer some cut files with half a grey picture.
+
+OpenCV decodes JPEG (for speed) and PNG (it keeps 16 bits and refuses missing rows), ``mgq.data.netpbm`` the formats of
+Netpbm. Pillow decodes the others, of whose faults OpenCV complains on standard error.
+
+Sources: ITU-T T.81 (JPEG), the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0, Exif 2.32, GIF 89a.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.PcxImagePlugin import PcxImageFile
+from PIL.QoiImagePlugin import QoiImageFile
+from PIL.SgiImagePlugin import SgiImageFile
+from PIL.SunImagePlugin import SunImageFile
+from PIL.TgaImagePlugin import TgaImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from mgq.data.image_headers import (
+    J2K_MARK,
+    JP2_MARK,
+    CutShortError,
+    DamagedError,
+    avif_sizes,
+    check_jpeg2000,
+    is_avif,
+    jpeg2000_facts,
+)
+from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
+from mgq.errors import InputError, printable
+
+MAX_SIDE = 20_000
+"""The most pixels a picture may have on a side."""
+MAX_PIXELS = 100_000_000
+"""The most pixels a picture of any format may have altogether (300 MB decoded)."""
+MAX_MEMORY = 800_000_000
+"""The most bytes that decoding a picture may take, which sets a lower limit than ``MAX_PIXELS`` to most formats."""
+MAX_BYTES = 200_000_000
+"""The most bytes a picture's file may have."""
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+_Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
+
+
+def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
+    """The pixels of a picture file, or of the bytes of one: uint8 of shape (H, W, 3), channels in BGR order.
+
+    Reads JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PBM to PAM, TGA, PCX, SGI, Sun raster and QOI, known by
+    their content and not by their suffix; of several frames or pages the first. The picture is turned as its EXIF
+    orientation says and laid on white where it is transparent; of 16 bits a sample the upper 8 are kept. ``name`` is
+    what messages call it (by default the path).
+
+    Raises InputError for a file that is missing, empty, cut short, damaged, not a picture, or over ``MAX_SIDE``,
+    ``MAX_PIXELS``, ``MAX_MEMORY`` or ``MAX_BYTES``. Damage inside the scan of a JPEG that is otherwise whole cannot be
+    told from content: libjpeg carries on as well as it can.
+    """
+    if name is None:
+        name = "the picture" if isinstance(source, bytes) else str(source)
+    try:
+        return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
+    except _RefusalError as refusal:
+        raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
+
+
+def bundled_cat() -> Path:
+    """The photograph of a cat that is installed with the program (CC0; see assets/README.md)."""
+    return Path(__file__).with_name("cat.jpg")
+
+
+class _RefusalError(Exception):
+    """Why a picture is not read: the end of a sentence that begins with its name."""
+
+
+_CUT_SHORT = "is cut short: copy or download it again"
+_DAMAGED = "is damaged or cut short: copy or download it again"
+_TOO_HEAVY = f"is larger than {MAX_BYTES // 1_000_000} MB, the most that is read: save it smaller"
+
+
+READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, TGA"
+"""The kinds that people have, as messages list them."""
+HEAD_BYTES = 4096
+"""So much of a file tells whether it begins as a picture."""
+
+
+def begins_as_picture(head: bytes) -> bool:
+    """Whether a file that begins with ``head``, of ``HEAD_BYTES`` or the whole of it, is of a kind that is read.
+
+    A TGA, which begins with nothing that tells it from other files, is not recognized.
+    """
+    return any(is_mine(head) for is_mine, _ in _FORMATS if is_mine is not _is_tga)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return file.read(MAX_BYTES + 1)  # A pipe or a device, which may have no end.
+            if status.st_size > MAX_BYTES:
+                raise _RefusalError(_TOO_HEAVY)
+            return file.read()
+    except FileNotFoundError as error:
+        raise _RefusalError("does not exist: check the path") from error
+    except IsADirectoryError as error:
+        raise _RefusalError("is a folder, not a picture: name a picture in it") from error
+    except OSError as error:
+        raise _RefusalError(f"cannot be read ({error.strerror}): check the path and its permissions") from error
+
+
+def _pixels(data: bytes) -> Pixels:
+    if not data:
+        raise _RefusalError("is empty (0 bytes): copy or download it again")
+    if len(data) > MAX_BYTES:
+        raise _RefusalError(_TOO_HEAVY)
+    plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
+    if plan_of is None:
+        raise _RefusalError(_what_it_is(data))
+    try:
+        plan = plan_of(data)
+    except (CutShortError, struct.error, IndexError) as error:
+        raise _RefusalError(_CUT_SHORT) from error
+    except DamagedError as error:
+        raise _RefusalError(_DAMAGED) from error
+    return UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why a file of no known kind is not read; what people often have in a picture's place is named."""
+    start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "is a HEIF picture, which is not read: save it as JPEG"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and not the picture: get that by `git lfs pull`"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page and not a picture: download the picture itself"
+    if start.startswith((b"<svg", b"%pdf")) or (start.startswith(b"<?xml") and b"<svg" in data[:4096]):
+        return "is a drawing (SVG, PDF), which is not read: save it as PNG"
+    return f"is not a picture that can be read ({READ}): save it as one of these"
+
+
+class _Plan(NamedTuple):
+    """What to do with a file whose structure is sound.
+
+    ``decode`` gives grey (H, W), BGR (H, W, 3) or BGRA (H, W, 4), not yet turned.
+    """
+
+    decode: Callable[[], _Samples]
+    orientation: int = 1
+
+
+# Bytes for each pixel that decoding takes at its peak, the decoder's own included, as measured.
+_COST_JPEG, _COST_JPEG_LINES, _COST_JPEG_COMPONENT = 7, 4, 2
+_COST_PNG, _COST_PNG_ALPHA, _COST_PNG_HOLE, _COST_PNG_16 = 7, 9, 11, 21
+_COST_WEBP, _COST_GIF, _COST_BMP, _COST_TIFF = 24, 13, 14, 16
+_COST_AVIF, _COST_JPEG_2000, _COST_OTHERS = 28, 32, 22
+
+
+def _admit(cost: int, width: int, height: int) -> None:
+    """Refuse a size that no picture has, or that is too large to decode at ``cost`` bytes a pixel."""
+    if width < 1 or height < 1:
+        raise _RefusalError(_DAMAGED)
+    for way, extent in (("wide", width), ("high", height)):
+        if extent > MAX_SIDE:
+            raise _RefusalError(
+                f"is {extent:,} pixels {way}, and at most {MAX_SIDE:,} on a side are read: scale it down"
+            )
+    most = min(MAX_PIXELS, MAX_MEMORY // cost)
+    if width * height > most:
+        raise _RefusalError(f"is {width:,} x {height:,} pixels, and at most {most:,} in all are read: scale it down")
+
+
+# ---- JPEG ----
+
+_JPEG_MARK = b"\xff\xd8"
+# Any marker but fill bytes and those inside a scan (stuffed zeros, restarts), so a search passes over scans.
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8})
+_JPEG_END, _JPEG_SCAN, _JPEG_EXIF = 0xD9, 0xDA, 0xE1
+_EXIF_MARK = b"Exif\0\0"
+_MOST_COMPONENTS = 4
+_MOST_PIXELS_A_BYTE = 8 * 64 * 4  # a block of 8x8 takes a bit or more; colours may have a quarter of the resolution
+_MOST_SCANS = 200
+_MOST_SCANNED = 1_500_000_000  # pixels, in all scans together
+
+
+class JpegFacts(NamedTuple):
+    """What a JPEG says of itself that would be decoded; pixels as they are stored, not yet turned."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height as it is looked at."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def jpeg_facts(data: bytes) -> JpegFacts | None:
+    """Those of a JPEG that :func:`read_picture` would decode; None for everything else."""
+    if not data.startswith(_JPEG_MARK):
+        return None
+    try:
+        return _jpeg_facts(data)
+    except (_RefusalError, struct.error, IndexError):
+        return None
+
+
+def reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
+    """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
+
+    The decoder leaves out the high frequencies, which is the mean over squares in effect.
+    """
+    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[by]
+    size = -(-facts.width // by), -(-facts.height // by)
+    try:
+        pixels = _by_opencv(data, size, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except _RefusalError:
+        return None
+    return UPRIGHT[facts.orientation](np.asarray(pixels, np.uint8))
+
+
+def _jpeg(data: bytes) -> _Plan:
+    facts = _jpeg_facts(data)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return _Plan(lambda: _by_opencv(data, (facts.width, facts.height), flags), facts.orientation)
+
+
+def _jpeg_facts(data: bytes) -> JpegFacts:
+    """Walk the segments to the end-of-image marker: a file without it has lost its last rows."""
+    size: tuple[int, int] | None = None
+    orientation = 1
+    components = scans = 0
+    at = 2
+    while True:
+        found = _JPEG_MARKER.search(data, at)
+        if found is None:
+            raise _RefusalError(_CUT_SHORT)
+        at = found.end()
+        marker = data[at - 1]
+        if marker == _JPEG_END:
+            break
+        if marker in _JPEG_WITHOUT_LENGTH:
+            continue
+        (length,) = struct.unpack_from(">H", data, at)
+        if at + length > len(data):
+            raise _RefusalError(_CUT_SHORT)
+        if marker in _JPEG_FRAMES and size is None:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 2)
+            _admit(_COST_JPEG, width, height)
+            if bits != 8:
+                raise _RefusalError(f"has {bits} bits a sample, not 8 as a JPEG should: save it with 8")
+            size = width, height
+        elif marker == _JPEG_SCAN:
+            scans += 1
+        elif marker == _JPEG_EXIF and data.startswith(_EXIF_MARK, at + 2):
+            orientation = exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
+        at += length
+    if size is None or not scans or components > _MOST_COMPONENTS:
+        raise _RefusalError(_DAMAGED)
+    if size[0] * size[1] > len(data) * _MOST_PIXELS_A_BYTE:
+        raise _RefusalError(_CUT_SHORT)
+    if scans > 1:  # all coefficients are kept until the last scan, and each goes through all of them
+        _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
+        if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
+            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it anew")
+    return JpegFacts(*size, orientation)
+
+
+# ---- PNG ----
+
+_PNG_MARK = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_PNG_GREY, _PNG_PALETTE = 0, 3
+_PNG_ALPHA = {4, 6}
+
+
+def _png(data: bytes) -> _Plan:
+    """Walk the chunks and keep those that make the pixels, each proved by its checksum.
+
+    The others (colour profiles, text, further frames) are left out: libpng complains of many on standard
+    error, and text may unpack to a thousand times its size.
+    """
+    view = memoryview(data)
+    kept = bytearray(_PNG_MARK)
+    seen: set[bytes] = set()
+    width = height = depth = colour = 0
+    transparent_grey: int | None = None
+    orientation = 1
+    at = len(_PNG_MARK)
+    while b"IEND" not in seen:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body, end = at + 8, at + 12 + length
+        if not seen and kind != b"IHDR":
+            raise _RefusalError(_DAMAGED)
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack_from(">IIBB", data, body)
+            _admit(_COST_PNG_16 if depth == 16 else _COST_PNG, width, height)
+        if end > len(data):
+            raise _RefusalError(_CUT_SHORT)
+        if kind in _PNG_KEPT:
+            if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+                raise _RefusalError(_DAMAGED)
+            kept += view[at:end]
+            seen.add(kind)
+        elif kind == b"eXIf":
+            orientation = exif_orientation(data[body : end - 4])
+        if kind == b"tRNS" and colour == _PNG_GREY:
+            transparent_grey = int.from_bytes(view[body : body + 2], "big")
+        at = end
+    if depth < 16:
+        _admit(_COST_PNG_ALPHA if colour in _PNG_ALPHA else _COST_PNG_HOLE if b"tRNS" in seen else 1, width, height)
+    if b"IDAT" not in seen or (colour == _PNG_PALETTE and b"PLTE" not in seen):
+        raise _RefusalError(_DAMAGED)
+
+    def decode() -> _Samples:
+        pixels = _by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
+        return pixels if transparent_grey is None else _holed(pixels, transparent_grey, depth)
+
+    return _Plan(decode, orientation)
+
+
+def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
+    """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
+    most = np.iinfo(grey.dtype).max
+    alpha = np.where(grey == hole * most // (2**depth - 1), grey.dtype.type(0), grey.dtype.type(most))
+    return np.dstack([grey, grey, grey, alpha])
+
+
+# ---- the formats that Pillow decodes ----
+
+
+def _webp(data: bytes) -> _Plan:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        size = 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    elif kind == b"VP8L":
+        packed = int.from_bytes(data[21:25], "little")
+        size = 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        size = width & 0x3FFF, height & 0x3FFF
+    else:
+        raise _RefusalError(_DAMAGED)
+    _admit(_COST_WEBP, *size)
+    if 8 + int.from_bytes(data[4:8], "little") > len(data):
+        raise _RefusalError(_CUT_SHORT)
+    return _Plan(lambda: _by_pillow(data, WebPImageFile, _COST_WEBP), _webp_orientation(data))
+
+
+def _webp_orientation(data: bytes) -> int:
+    at = 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        if kind == b"EXIF":
+            return exif_orientation(data[at + 8 : at + 8 + length].removeprefix(_EXIF_MARK))
+        at += 8 + length + length % 2
+    return 1
+
+
+def _gif(data: bytes) -> _Plan:
+    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))
+    return _Plan(lambda: _by_pillow(data, GifImageFile, _COST_GIF))
+
+
+_BMP_OLD_HEADER = 12
+_BMP_HEADERS = frozenset({_BMP_OLD_HEADER, 40, 52, 56, 64, 108, 124})
+
+
+def _is_bmp(data: bytes) -> bool:
+    """Whether the size of the second header is one that exists, since any text may begin with BM."""
+    return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
+
+
+def _bmp(data: bytes) -> _Plan:
+    width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
+    _admit(_COST_BMP, width, abs(height))  # A negative height says that the rows go from top to bottom.
+    return _Plan(lambda: _by_pillow(data, BmpImageFile, _COST_BMP))
+
+
+_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
+_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
+_TIFF_TILE_SIZE = (322, 323)
+_MOST_NUMBERS = 1_000_000  # in a field, each of which becomes an object; strips and tiles have most of them
+
+
+def _tiff(data: bytes) -> _Plan:
+    """Check that all fields, strips and tiles lie in the file. Pillow heeds the orientation by itself."""
+    fields = list(_tiff_fields(data))
+    tags = {field.tag: field for field in fields}
+    # Of two fields of one tag, some readers take the first and some the last.
+    if len(tags) < len(fields) or _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
+        raise _RefusalError(_DAMAGED)
+    if any(field.kind in _FIELD_BYTES and field.amount > _MOST_NUMBERS for field in fields):
+        raise _RefusalError(_DAMAGED)
+    _admit(_COST_TIFF, tags[_TIFF_WIDTH].first(data), tags[_TIFF_HEIGHT].first(data))
+    if any(field.start + field.length > len(data) for field in tags.values()):
+        raise _RefusalError(_CUT_SHORT)
+    for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
+        if offsets in tags and lengths in tags:
+            starts, sizes = tags[offsets].numbers(data), tags[lengths].numbers(data)
+            parts = min(starts.size, sizes.size)
+            if max(starts[:parts] + sizes[:parts], default=0) > len(data):
+                raise _RefusalError(_CUT_SHORT)
+    if all(tag in tags for tag in _TIFF_TILE_SIZE):
+        _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
+    return _Plan(lambda: _by_pillow(data, TiffImageFile, _COST_TIFF))
+
+
+def _avif(data: bytes) -> _Plan:
+    for size in avif_sizes(data):
+        _admit(_COST_AVIF, *size)
+    return _Plan(lambda: _by_pillow(data, AvifImageFile, _COST_AVIF, turned=True))
+
+
+def _jpeg_2000(data: bytes) -> _Plan:
+    facts = jpeg2000_facts(data)
+    _admit(_COST_JPEG_2000, facts.width, facts.height)
+    check_jpeg2000(data, facts)
+    return _Plan(lambda: _by_pillow(data, Jpeg2KImageFile, _COST_JPEG_2000))
+
+
+def _netpbm(data: bytes) -> _Plan:
+    header = netpbm_header(data)
+    if header is None:
+        raise _RefusalError(_DAMAGED)
+    _admit(header.cost, header.width, header.height)
+    if header.start + header.length > len(data):
+        raise _RefusalError(_CUT_SHORT)
+
+    def decode() -> _Samples:
+        try:
+            samples = netpbm_samples(header, data)
+        except ValueError as error:
+            raise _RefusalError(_DAMAGED) from error
+        return _bgr_of(samples)
+
+    return _Plan(decode)
+
+
+def _bgr_of(samples: _Samples) -> _Samples:
+    """Grey (H, W), BGR or BGRA of samples (H, W, 1 to 4): grey, grey and alpha, RGB, RGBA."""
+    channels = samples.shape[2]
+    order = {1: [0], 2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
+    return samples[:, :, 0] if channels == 1 else np.ascontiguousarray(samples[:, :, order])
+
+
+# How a TGA may hold its pixels: kind -> bits of each, and of the entries of its palette.
+_TGA_DEPTHS = {1: (8,), 2: (16, 24, 32), 3: (1, 8, 16), 9: (8,), 10: (16, 24, 32), 11: (8, 16)}
+_TGA_HEADER = struct.Struct("<BBBHHBHHHHBB")
+
+
+def _is_tga(data: bytes) -> bool:
+    """Whether the header, which has no mark, says nothing impossible."""
+    if len(data) <= _TGA_HEADER.size:
+        return False
+    _, has_palette, kind, first, entries, entry_bits, _, _, width, height, depth, flags = _TGA_HEADER.unpack_from(data)
+    if depth not in _TGA_DEPTHS.get(kind, ()) or not (width and height) or flags & 0xC0:
+        return False
+    palette = (first + entries <= 256 and entry_bits in (16, 24, 32)) if has_palette == 1 else not entry_bits
+    return palette and has_palette == (kind & 7 == 1)
+
+
+def _tga(data: bytes) -> _Plan:
+    width, height = struct.unpack_from("<HH", data, 12)
+    _admit(_COST_OTHERS, width, height)
+    opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
+
+    def decode() -> _Samples:
+        pixels = _by_pillow(data, TgaImageFile, _COST_OTHERS)
+        return np.ascontiguousarray(pixels[:, :, :3]) if opaque and pixels.ndim == 3 else pixels
+
+    return _Plan(decode)
+
+
+_PCX_PALETTE, _PCX_PALETTE_MARK = 769, 12
+
+
+def _is_pcx(data: bytes) -> bool:
+    """Whether version, packing and depth are those that exist, and the margins lie in the right order."""
+    if len(data) < 128 or data[0] != 10 or data[1] not in (0, 2, 3, 5) or data[2] != 1 or data[3] not in (1, 2, 4, 8):
+        return False
+    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
+    return bool(left <= right and top <= bottom)
+
+
+def _of_header(form: str, at: int, plugin: type[ImageFile]) -> Callable[[bytes], _Plan]:
+    """How to read a format whose header has width and height at ``at``, in the form ``form`` of struct."""
+
+    def plan_of(data: bytes) -> _Plan:
+        _admit(_COST_OTHERS, *struct.unpack_from(form, data, at))
+        return _Plan(lambda: _by_pillow(data, plugin, _COST_OTHERS))
+
+    return plan_of
+
+
+def _pcx(data: bytes) -> _Plan:
+    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
+    _admit(_COST_OTHERS, right - left + 1, bottom - top + 1)
+    has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
+    if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
+        raise _RefusalError(_CUT_SHORT)
+    return _Plan(lambda: _by_pillow(data, PcxImageFile, _COST_OTHERS))
+
+
+# ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
+
+_FIELD_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4"}
+
+
+class _Field(NamedTuple):
+    tag: int
+    kind: int
+    amount: int
+    start: int
+    order: str
+
+    @property
+    def length(self) -> int:
+        return self.amount * _FIELD_BYTES.get(self.kind, 1)
+
+    def first(self, tiff: bytes) -> int:
+        """The first of its whole numbers. Raises struct.error where it is cut off, IndexError where there is none."""
+        return int(self._replace(amount=min(1, self.amount)).numbers(tiff)[0])
+
+    def numbers(self, tiff: bytes) -> npt.NDArray[np.int64]:
+        """The whole numbers it holds; none if it holds others. Raises struct.error where they are cut off."""
+        form = _WHOLE_NUMBERS.get(self.kind)
+        if form is None:
+            return np.zeros(0, np.int64)
+        if self.start + self.length > len(tiff):
+            raise struct.error
+        return np.frombuffer(tiff, self.order + form, self.amount, self.start).astype(np.int64)
+
+
+def _tiff_fields(tiff: bytes) -> Iterator[_Field]:
+    """The fields of the first directory. Raises struct.error where the bytes end before it does."""
+    order = "<" if tiff.startswith(b"II") else ">"
+    (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (entries,) = struct.unpack_from(f"{order}H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * entries, 12):
+        tag, kind, amount, pointer = struct.unpack_from(f"{order}HHII", tiff, entry)
+        field = _Field(tag, kind, amount, pointer, order)
+        yield field if field.length > 4 else field._replace(start=entry + 8)
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """The orientation, 1 to 8, that an EXIF block tells; 1 where it tells none or is malformed."""
+    try:
+        for field in _tiff_fields(tiff):
+            if field.tag == _ORIENTATION:
+                turn = field.first(tiff)
+                return turn if turn in UPRIGHT else 1
+    except (struct.error, IndexError):
+        pass
+    return 1
+
+
+# ---- decoders ----
+
+
+def _by_opencv(data: bytes | bytearray, size: tuple[int, int], flags: int) -> _Samples:
+    """Grey, BGR or BGRA, as ``flags`` say, of exactly the ``size`` (width, height) that was admitted."""
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise _RefusalError(_DAMAGED) from error
+    if pixels is None or pixels.shape[1::-1] != size:
+        raise _RefusalError(_DAMAGED)
+    return np.asarray(pixels, pixels.dtype)
+
+
+# What Pillow's plugins raise for damaged files; a fault of ours would raise something else.
+_PILLOW_COMPLAINTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+
+def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int, turned: bool = False) -> _Samples:
+    """Grey, BGR or BGRA of the first frame; ``turned`` as the orientation that Pillow finds says.
+
+    The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
+    """
+    try:
+        with plugin(io.BytesIO(data)) as picture:
+            _admit(cost, *picture.size)  # A GIF's frame may be larger than the canvas in its header.
+            picture.load()
+            pixels = _by_channels(picture)
+            turn = picture.getexif().get(_ORIENTATION, 1) if turned else 1
+            return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
+    except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
+        raise _RefusalError(_DAMAGED) from error
+
+
+def _by_channels(picture: Image.Image) -> _Samples:
+    if picture.mode.startswith("I;16"):
+        return np.asarray(picture).astype(np.uint16)
+    if picture.mode in {"I", "F", "LAB"}:
+        raise _RefusalError(
+            f"has samples of a kind that is not read (Pillow calls it {picture.mode}): save it as 8-bit RGB"
+        )
+    if picture.has_transparency_data:
+        return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
+    return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR))
+
+
+# ---- from what was decoded to 8 bits, BGR, upright ----
+
+_ROWS_AT_ONCE = 256
+
+
+def _as_uint8(pixels: npt.NDArray[np.generic]) -> Pixels:
+    return pixels.astype(np.uint8, copy=False)
+
+
+def _eight_bits(pixels: _Samples) -> Pixels:
+    return _as_uint8(pixels if pixels.dtype == np.uint8 else pixels >> 8)
+
+
+def _opaque(pixels: Pixels) -> Pixels:
+    """BGR of grey, BGR or BGRA, laid on white: what a transparent pixel hides must not reach the network."""
+    if pixels.ndim == 2:
+        return _as_uint8(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
+    if pixels.shape[2] == 3:
+        return pixels
+    laid = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for top in range(0, len(pixels), _ROWS_AT_ONCE):  # In bands, to keep the 16-bit intermediates small.
+        band = pixels[top : top + _ROWS_AT_ONCE].astype(np.uint16)
+        alpha = band[:, :, 3:]
+        laid[top : top + _ROWS_AT_ONCE] = (band[:, :, :3] * alpha + (255 - alpha) * 255 + 127) // 255
+    return laid
+
+
+# How to undo each EXIF orientation. OpenCV's functions are several times faster than copying NumPy views.
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: _as_uint8(cv2.flip(pixels, 1)),
+    3: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_180)),
+    4: lambda pixels: _as_uint8(cv2.flip(pixels, 0)),
+    5: lambda pixels: _as_uint8(cv2.transpose(pixels)),
+    6: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)),
+    7: lambda pixels: _as_uint8(cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)),
+    8: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)),
+}
+
+_FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] = (
+    (lambda data: data.startswith(_JPEG_MARK), _jpeg),
+    (lambda data: data.startswith(_PNG_MARK), _png),
+    (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
+    (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
+    (_is_bmp, _bmp),
+    (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
+    (is_avif, _avif),
+    (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
+    (begins_as_netpbm, _netpbm),
+    (lambda data: data.startswith(b"qoif"), _of_header(">II", 4, QoiImageFile)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_header(">II", 4, SunImageFile)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_header(">HH", 6, SgiImageFile)),
+    (_is_pcx, _pcx),
+    (_is_tga, _tga),
+)

@@ -1,0 +1,420 @@
+"""ImageNet (ILSVRC 2012) from its original archives: checked, unpacked once, sorted into class folders.
+
+The archives are those of image-net.org. The training archive holds one tar a class. The validation archive is
+flat, and the development kit says which class each of its pictures shows.
+
+Sources: the readme of the development kit; MathWorks, "MAT-File Format" (Level 5), for its ``meta.mat``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from mgq.data.decoding import MAX_BYTES
+from mgq.data.imagenet_classes import imagenet_classes
+from mgq.errors import FailureError, InputError, printable
+from mgq.events import OnProgress, Progress, silent
+from mgq.io.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
+
+if TYPE_CHECKING:
+    import filelock
+
+Split: TypeAlias = Literal["train", "val"]
+
+TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
+VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+MD5: Mapping[str, str] = {
+    TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT: "fa75699e90414af021442c21a62c3abf",
+}
+"""The MD5 sums that image-net.org publishes."""
+
+_ARCHIVES: Mapping[Split, str] = {"train": TRAIN_ARCHIVE, "val": VAL_ARCHIVE}
+_GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+_META = "ILSVRC2012_devkit_t12/data/meta.mat"
+_CLASS_TAR = re.compile(r"(n[0-9]{8})\.tar")
+_TRAIN_PICTURE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
+_VAL_PICTURE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+_MOST_UNPACKED = 64 << 20  # bytes, of the development kit, whose archive has 2.6 MB
+_HASH_CHUNK = 8 << 20  # bytes
+_LOCK_POLL_S = 0.5
+_AGAIN = "copy or download it again"
+
+
+def has_archive(folder: Path, split: Split) -> bool:
+    """Whether the original archive of ``split`` lies in ``folder``."""
+    return (folder / _ARCHIVES[split]).is_file()
+
+
+def unpacked(
+    folder: Path, split: Split, on_progress: OnProgress = silent, md5: Mapping[str, str] | None = None
+) -> Path:
+    """``folder/<split>``, made of the archives in ``folder`` unless it is there: ``<split>/<wnid>/*.JPEG``.
+
+    ``val`` needs the development kit beside its archive. The archives are checked against ``md5`` (by default
+    ``MD5``) first. The work grows in the hidden folder ``.<split>.part``, which becomes ``<split>`` when all is
+    there. After an interruption the next call goes on: a file that has its full size is not written again, nor
+    is an archive that was checked read again for that. When two processes want it, one works and the other
+    waits. Progress is in bytes. Nothing but pictures with the names that ImageNet gives them is ever written.
+
+    Raises InputError when an archive is missing, is not the original or holds anything unexpected, or the folder
+    cannot be written; FailureError when the disk is full.
+    """
+    target = folder / split
+    if target.is_dir():
+        return target
+    sums = MD5 if md5 is None else md5
+    _archive(folder, _ARCHIVES[split])
+    ensure_writable_folder(folder, "copy the archives to a folder that can be written")
+    with _alone(folder, split, on_progress):
+        if not target.is_dir():
+            part = folder / f".{split}.part"
+            if split == "train":
+                _unpack_train(folder, part, sums, on_progress)
+            else:
+                _unpack_val(folder, part, sums, on_progress)
+            _finish(part, target)
+    return target
+
+
+def wnids_by_id(meta: bytes) -> dict[int, str]:
+    """The WordNet id of each ``ILSVRC2012_ID``, 1 to 1000, from the bytes of the development kit's ``meta.mat``.
+
+    Raises InputError when it is not a Level 5 MAT-file that names each of ImageNet's 1,000 classes once.
+    """
+    try:
+        found = {int(number): wnid for number, wnid in _synsets(meta) if 1 <= number <= 1000}
+    except (_MatError, struct.error, zlib.error, ValueError, OverflowError) as error:
+        raise InputError(f"meta.mat of {DEVKIT} cannot be understood: {_AGAIN}") from error
+    if sorted(found.values()) != [entry.wnid for entry in imagenet_classes()]:
+        raise InputError(f"meta.mat of {DEVKIT} does not name the 1,000 classes of ImageNet: {_AGAIN}")
+    return found
+
+
+# ---- the two splits ----
+
+
+def _unpack_train(folder: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    archive = _archive(folder, TRAIN_ARCHIVE)
+    known = {entry.wnid for entry in imagenet_classes()}
+    _begin(part, archive, sums, on_progress)
+    with _opened(archive) as outer:
+        for member, classwise in _files_in(outer, archive, on_progress):
+            named = _CLASS_TAR.fullmatch(member.name)
+            if named is None or named[1] not in known:
+                raise _unexpected(archive, member.name)
+            class_folder = _made(part / named[1])
+            with tarfile.open(fileobj=classwise, mode="r:") as inner:
+                for picture, file in _files_in(inner, archive, silent):
+                    picture_of = _TRAIN_PICTURE.fullmatch(picture.name)
+                    if picture_of is None or picture_of[1] != named[1]:
+                        raise _unexpected(archive, f"{member.name}/{picture.name}")
+                    _keep(class_folder / picture.name, picture, file, archive)
+
+
+def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    archive = _archive(folder, VAL_ARCHIVE)
+    wnids = _wnids_of_val(_archive(folder, DEVKIT), part, sums, on_progress)
+    _begin(part, archive, sums, on_progress)
+    for wnid in sorted(set(wnids)):
+        _made(part / wnid)
+    with _opened(archive) as tar:
+        for member, file in _files_in(tar, archive, on_progress):
+            named = _VAL_PICTURE.fullmatch(member.name)
+            number = int(named[1]) if named else 0
+            if not 1 <= number <= len(wnids):
+                raise _unexpected(archive, member.name)
+            _keep(part / wnids[number - 1] / member.name, member, file, archive)
+
+
+def _wnids_of_val(devkit: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> list[str]:
+    """The wnid of each validation picture: that of ``ILSVRC2012_val_00000001.JPEG`` is the first."""
+    _check_sum(devkit, part, sums, on_progress)
+    files = _devkit_files(devkit, (_META, _GROUND_TRUTH))
+    by_id = wnids_by_id(files[_META])
+    try:
+        return [by_id[int(line)] for line in files[_GROUND_TRUTH].split()]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"the ground truth in {printable(devkit)} has lines that are no class: {_AGAIN}") from error
+
+
+def _devkit_files(devkit: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The bytes of the files ``names``, read in memory: whatever else is in the archive is never looked at."""
+    try:
+        with gzip.open(devkit) as packed:
+            data = packed.read(_MOST_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{printable(devkit)} is damaged or cannot be read: {_AGAIN}") from error
+    if len(data) > _MOST_UNPACKED:
+        raise InputError(f"{printable(devkit)} unpacks to more than {_MOST_UNPACKED >> 20} MB: {_AGAIN}")
+    found: dict[str, bytes] = {}
+    with _reading(devkit), tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isreg() and member.name in names else None
+            if file is not None:
+                found[member.name] = file.read()
+    for name in names:
+        if name not in found:
+            raise InputError(f"{printable(devkit)} holds no {name}: {_AGAIN}")
+    return found
+
+
+# ---- reading archives ----
+
+
+def _archive(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise InputError(f"{printable(folder)} has no {name}: get it from image-net.org and put it there")
+    return folder / name
+
+
+@contextlib.contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """Turns errors of reading into one line; those of writing have become such before."""
+    try:
+        yield
+    except (tarfile.TarError, RecursionError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"{printable(archive)} is damaged: {_AGAIN}") from error
+    except OSError as error:
+        raise InputError(f"{printable(archive)} cannot be read ({error.strerror}): check it and its disk") from error
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    with _reading(archive), archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        yield tar
+
+
+def _files_in(
+    tar: tarfile.TarFile, archive: Path, on_progress: OnProgress
+) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The members, all of which must be plain files: no folders, links, devices or holes."""
+    total = archive.stat().st_size
+    for member in tar:
+        if not member.isreg() or member.issparse():
+            raise _unexpected(archive, member.name)
+        file = tar.extractfile(member)
+        assert file is not None  # as it is a regular file
+        yield member, file
+        on_progress(Progress(f"unpack {archive.name}", member.offset_data + member.size, total, "B"))
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would remember a million of them
+    on_progress(Progress(f"unpack {archive.name}", total, total, "B"))
+
+
+def _unexpected(archive: Path, name: str) -> InputError:
+    return InputError(f"{printable(archive)} holds {printable(name)}, which ImageNet's does not: {_AGAIN}")
+
+
+def _keep(path: Path, member: tarfile.TarInfo, file: IO[bytes], archive: Path) -> None:
+    """Write the picture to ``path``, unless an earlier run did so: half a file is smaller than it should be."""
+    if member.size > MAX_BYTES:
+        raise _unexpected(archive, f"{member.name} of {member.size} bytes")
+    if _size(path) == member.size:
+        return
+    data = file.read()  # All of it: tarfile raises an error where the archive ends before.
+    with writing(path):
+        path.write_bytes(data)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _made(folder: Path) -> Path:
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+# ---- before and after ----
+
+
+def _begin(part: Path, archive: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    _check_sum(archive, part, sums, on_progress)
+    is_new = not any(entry.is_dir() for entry in part.iterdir())
+    free, needed = shutil.disk_usage(part).free, archive.stat().st_size
+    if is_new and free < needed:
+        raise FailureError(
+            f"unpacking {printable(archive)} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: make room"
+        )
+
+
+def _check_sum(archive: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    """Refuse an archive that is not the original. What was found is noted in ``part``: reading takes minutes."""
+    _made(part)
+    note = part / f".{archive.name}.json"
+    status = archive.stat()
+    state = {"size": status.st_size, "changed_ns": status.st_mtime_ns, "md5": sums[archive.name]}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(note.read_text(encoding="utf-8")) == state:
+            return
+    found = _md5(archive, on_progress)
+    if found != sums[archive.name]:
+        raise InputError(
+            f"{printable(archive)} is not the original: its MD5 is {found}, not {sums[archive.name]}: {_AGAIN}"
+        )
+    write_text_atomically(note, json.dumps(state))
+
+
+def _md5(archive: Path, on_progress: OnProgress) -> str:
+    total = archive.stat().st_size
+    digest = hashlib.md5(usedforsecurity=False)
+    done = 0
+    with _reading(archive), archive.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            on_progress(Progress(f"check {archive.name}", done, total, "B"))
+    return digest.hexdigest()
+
+
+def _finish(part: Path, target: Path) -> None:
+    with writing(target):
+        for note in part.glob(".*.json"):
+            note.unlink()
+        # Once for all files: a sync of each would take hours, and a name must not outlive what it names.
+        os.sync()
+        part.rename(target)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
+    """Holds the lock of ``split``. Its file is left: to remove it would let two processes hold it."""
+    import filelock
+
+    lock = filelock.FileLock(folder / f".{split}.lock")
+    while not _locked(lock, folder):
+        on_progress(Progress(f"wait for another process that unpacks {_ARCHIVES[split]}", 0, None))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _locked(lock: filelock.BaseFileLock, folder: Path) -> bool:
+    import filelock
+
+    try:
+        lock.acquire(timeout=_LOCK_POLL_S)
+    except filelock.Timeout:
+        return False
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return True
+
+
+# ---- as much of a Level 5 MAT-file as meta.mat takes: one array of structures of numbers and texts ----
+
+
+class _MatError(Exception):
+    """The bytes are not such a file."""
+
+
+_MAT_HEADER = 128
+_MAT_MOST_ELEMENTS = 100_000  # of one array: 1,860 entries of 8 fields are there, and zeros unpack to millions
+_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
+_MAT_STRUCTURE = 2
+_MAT_NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 18), "bBhHiIfdqQBHI", strict=True))
+_Element: TypeAlias = tuple[int, memoryview]
+
+
+def _synsets(meta: bytes) -> Iterator[tuple[float, str]]:
+    """The ILSVRC2012_ID and the wnid of each entry of the variable ``synsets``, the inner nodes included."""
+    order = {b"IM": "<", b"MI": ">"}.get(meta[126:128])
+    if order is None:
+        raise _MatError
+    for kind, body in _elements(memoryview(meta)[_MAT_HEADER:], order):
+        if kind == _MAT_COMPRESSED:
+            ((kind, body),) = _elements(memoryview(_inflated(body)), order)
+        if kind == _MAT_MATRIX:
+            yield from _entries(body, order)
+
+
+def _elements(data: memoryview, order: str) -> Iterator[_Element]:
+    """Each data element: its type and its bytes. Up to four bytes may lie in the tag itself."""
+    at = 0
+    for _ in range(_MAT_MOST_ELEMENTS):
+        if at >= len(data):
+            return
+        kind, length = struct.unpack_from(f"{order}II", data, at)
+        start = at + 8
+        if kind >> 16:
+            kind, length, start = kind & 0xFFFF, kind >> 16, at + 4
+        if start + length > len(data):
+            raise _MatError
+        yield kind, data[start : start + length]
+        at = max(at + 8, start + length)
+        if kind != _MAT_COMPRESSED:
+            at += -at % 8
+    raise _MatError
+
+
+def _inflated(packed: memoryview) -> bytes:
+    inflater = zlib.decompressobj()
+    data = inflater.decompress(packed, _MOST_UNPACKED)
+    if not inflater.eof:
+        raise _MatError
+    return data
+
+
+def _entries(matrix: memoryview, order: str) -> Iterator[tuple[float, str]]:
+    """The entries of an array of structures with the two fields, none of other arrays."""
+    class_, rest = _array(matrix, order)
+    if class_ != _MAT_STRUCTURE or len(rest) < 2:
+        return
+    (length,) = struct.unpack(f"{order}i", rest[0][1])
+    if length < 1:
+        raise _MatError
+    names = rest[1][1].tobytes()
+    fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
+    if not {"ILSVRC2012_ID", "WNID"} <= set(fields):
+        return
+    number_at, wnid_at = fields.index("ILSVRC2012_ID"), fields.index("WNID")
+    values = rest[2:]
+    for first in range(0, len(values) - len(fields) + 1, len(fields)):
+        number = _numbers(values[first + number_at], order)
+        wnid = _numbers(values[first + wnid_at], order)
+        yield float(number[0]), "".join(chr(int(code)) for code in wnid)
+
+
+def _array(matrix: memoryview, order: str) -> tuple[int, list[_Element]]:
+    """The class of an array, and what follows its flags, dimensions and name."""
+    elements = list(_elements(matrix, order))
+    if len(elements) < 3:
+        raise _MatError
+    (flags,) = struct.unpack_from(f"{order}I", elements[0][1])
+    return flags & 0xFF, elements[3:]
+
+
+def _numbers(element: _Element, order: str) -> Sequence[float]:
+    """The numbers of a numeric array or the codes of a text, whatever type they were packed as."""
+    kind, body = element
+    if kind != _MAT_MATRIX:
+        raise _MatError
+    _, rest = _array(body, order)
+    if not rest or rest[0][0] not in _MAT_NUMBERS:
+        raise _MatError
+    values: list[float] = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]]).tolist()
+    if not values:
+        raise _MatError
+    return values

@@ -1,0 +1,264 @@
+"""``mgq analyze`` as a call: which network, which pictures, and what quantization does to each layer of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.datasets import Dataset, calibration_folder, subset
+from mgq.data.image_sources import Source, expand
+from mgq.data.transforms import to_batch
+from mgq.engine.calibration.calibration_run import RANGES_FILE, sources_of, spread
+from mgq.engine.classifier.evaluate import evaluation_data, matched
+from mgq.engine.classifier.metrics import Labels, standard_error
+from mgq.engine.classifier.open import Classifier, classifier_from, found_weights, newest_arch, ranges_for, versions
+from mgq.engine.classifier.parity import own_pictures
+from mgq.engine.classifier.predict import crops_of
+from mgq.errors import InputError
+from mgq.events import OnProgress, OnRemark, silent, unheard
+from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
+from mgq.quantization.activation_ranges import read_ranges
+from mgq.quantization.modes import Mode
+from mgq.zoo.registry import spec_of
+from mgq.zoo.weight_loading import fingerprint
+
+IMAGES = 32
+"""Pictures by default: each layer costs a run of all of them."""
+
+
+CALIBRATION_KEYS = ("steps", "tried", "judged_on", "held_back")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """``images`` uint8 (N, 3, S, S), BGR, and ``labels`` int64 (N,), None where there are none.
+
+    ``name`` says what they are; ``remark`` why there are no labels, or why it is not what was asked for.
+    ``problems`` has a line for each picture that could not be read.
+    """
+
+    name: str
+    images: npt.NDArray[np.uint8]
+    labels: Labels | None
+    remark: str = ""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found in ``classifier`` (mode ``qat``) with ``pictures``.
+
+    ``corrected``: its biases make up for what int8 shifts, which float and single layers went without.
+    """
+
+    classifier: Classifier
+    pictures: Pictures
+    found: Sensitivity
+    corrected: bool = False
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What its calibration tried and kept (:meth:`mgq.ptq.pipeline.Found.to_json`), where that is known."""
+
+    @property
+    def float_error(self) -> float:
+        """The standard error of the float network's top-1, in points; NaN without labels."""
+        top1 = self.found.float_top1
+        return math.nan if top1 is None else standard_error(top1, self.found.pictures)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the reader of the numbers should know besides."""
+        remarks = [self.pictures.remark] if self.pictures.remark else []
+        if self.corrected:
+            remarks.append("single layers go without the bias corrections that all layers together have")
+        if self.found.rounded_before:
+            remarks.append(
+                "calibration or training has put these weights on the int8 grid already: float means them as they are,"
+                " and their own error is nil"
+            )
+        return remarks
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the layers in the order in which they run: dB, percent, points; None for infinite dB."""
+        classifier, found = self.classifier, self.found
+        return {
+            "arch": classifier.spec.name,
+            "target": classifier.target.name,
+            "weights": classifier.origin,
+            "data": self.pictures.name,
+            "pictures": found.pictures,
+            "labelled": self.pictures.labels is not None,
+            "image_size": classifier.image_size,
+            "float_top1": found.float_top1,
+            "all_layers": plain(asdict(found.whole)),
+            "layers": [plain_layer(layer) for layer in found.layers],
+            "calibration": dict(self.calibration),
+            "versions": versions(),
+            "remarks": self.remarks,
+            "problems": list(self.pictures.problems),
+        }
+
+
+def plain_layer(layer: LayerSensitivity) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "kind": layer.kind,
+        "alone": plain(asdict(layer.alone)),
+        "weights": plain_values(layer.weights),
+        "activations": plain_values(layer.activations),
+        "carried_snr": finite(layer.carried_snr),
+    }
+
+
+def plain_values(values: Values | None) -> dict[str, Any] | None:
+    """But for histogram and single channels, which are many."""
+    if values is None:
+        return None
+    numbers = {name: finite(getattr(values, name)) for name in ("snr", "low", "high", "limit", "clipped")}
+    return {**numbers, "median_share": values.median_share, "dominating": values.dominating()}
+
+
+def plain(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in numbers.items()}
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def in_decibels(value: float | None, unit: str = "") -> str:
+    """As tables show it, ``unit`` behind a number: ``exact`` where only float32's own rounding is left, ``-`` where
+    there is nothing to say."""
+    if value is None:
+        return "-"
+    return "exact" if value > EXACT else f"{value:.1f}{unit}"
+
+
+def in_points(effect: Effect) -> str:
+    """The change of top-1 and its standard error; ``-`` without labels."""
+    if effect.top1_change is None or effect.top1_error is None:
+        return "-"
+    # Where no picture changed, or there is but one, nothing can be said of the error.
+    error = f" ±{effect.top1_error:.1f}" if effect.top1_error > 0 else ""
+    return f"{effect.top1_change:+.1f}{error}"
+
+
+def analyze(
+    data: str | Path | None = None,
+    pictures: Sequence[str | Path] = (),
+    arch: str | None = None,
+    checkpoint: str | Path | None = None,
+    save: str | Path = "runs",
+    pretrained: bool | str = False,
+    target: str | None = None,
+    images: int = IMAGES,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
+    key: str | None = None,
+) -> Analysis:
+    """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
+
+    The network is chosen as ``mgq eval -m qat`` chooses it. ``images`` of the ``pictures`` (files, folders, patterns)
+    or of the folder ``data`` are used, evenly spread; without either, those that the run was measured on, else the
+    bundled cat. Raises InputError where there are no weights, no ranges for int8, or no pictures that can be read.
+    """
+    if images < 1:
+        raise InputError(f"an analysis needs at least 1 picture, not {images}")
+    where = Path(checkpoint) if checkpoint is not None else None
+    if arch is None and where is None and not pretrained:
+        arch = newest_arch(Path(save), Mode.QAT)
+    classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
+    root = Path(data) if data is not None else None
+    seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress, on_remark)
+    tried = calibration_of(classifier, [where.parent] if where is not None else [], Path(save))
+    found = sensitivity_of(classifier.network, seen.images, seen.labels, corrections, on_progress)
+    return Analysis(classifier, seen, found, bool(corrections), tried)
+
+
+def calibration_of(classifier: Classifier, folders: Sequence[Path], save: Path) -> Mapping[str, Any]:
+    """What the calibration that made ``classifier``, mode ``qat``, tried and kept; empty where that is not known.
+
+    It is told by the ranges in one of ``folders`` or in the run of the network, if they are of just these weights.
+    """
+    own = fingerprint(classifier.network.state_dict())
+    for folder in (*folders, save / f"{classifier.spec.name}.calibration"):
+        path = folder / RANGES_FILE
+        ranges = read_ranges(path) if path.is_file() else None
+        if ranges is not None and ranges.weights == own:
+            return {key: ranges.provenance[key] for key in CALIBRATION_KEYS if key in ranges.provenance}
+    return {}
+
+
+def opened_with_corrections(
+    arch: str | None,
+    checkpoint: Path | None,
+    save: Path,
+    pretrained: bool | str,
+    target: str | None,
+    on_progress: OnProgress,
+    key: str | None = None,
+) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
+    """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
+    spec = spec_of(arch) if arch is not None else None
+    weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress, key)
+    if weights.mode == Mode.QAT.value:
+        return classifier_from(weights, Mode.QAT, target=target), {}
+    ranges = ranges_for(weights, None, target)
+    return classifier_from(weights, Mode.QAT, ranges), ranges.bias_corrections
+
+
+def pictures_for(
+    classifier: Classifier,
+    named: Sequence[str],
+    data: Path | None,
+    images: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
+) -> Pictures:
+    """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
+    the cat. Raises InputError where none can be read."""
+    if named:
+        return read(classifier, ", ".join(named), spread(expand(named), images), None, "")
+    if data is not None:
+        return of_dataset(classifier, *labelled_or_not(classifier, data, on_progress, on_remark), images)
+    try:
+        dataset = evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
+    except InputError as error:
+        cat = own_pictures(classifier)[:images]
+        return Pictures("the bundled cat's views", cat, None, f"the bundled cat stands in: {error}")
+    return of_dataset(classifier, matched(dataset, classifier.classes), "", images)
+
+
+def labelled_or_not(
+    classifier: Classifier, data: Path, on_progress: OnProgress, on_remark: OnRemark = unheard
+) -> tuple[Dataset, str]:
+    """The pictures in ``data``, and why they have no labels that the network knows, where they have none."""
+    try:
+        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress, on_remark)
+        return matched(found, classifier.classes), ""
+    except InputError as error:
+        return calibration_folder(data, on_progress), f"accuracy was not measured: {error}"
+
+
+def of_dataset(classifier: Classifier, dataset: Dataset, remark: str, images: int) -> Pictures:
+    name = dataset.name
+    chosen = subset(dataset, images)
+    labels = None if remark else chosen.labels
+    return read(classifier, name, sources_of(chosen), labels, remark)
+
+
+def read(classifier: Classifier, name: str, sources: Sequence[Source], labels: Labels | None, remark: str) -> Pictures:
+    """``sources`` as the network sees them; those that cannot be read are left out and named."""
+    crops = [crop for _, crop in crops_of(classifier, sources)]
+    good = [i for i, crop in enumerate(crops) if isinstance(crop, np.ndarray)]
+    problems = tuple(str(crop) for crop in crops if isinstance(crop, InputError))
+    if not good:
+        raise InputError(f"none of {len(crops)} pictures could be read; the first: {problems[0]}")
+    images = to_batch([crop for crop in crops if isinstance(crop, np.ndarray)])
+    return Pictures(name, images, None if labels is None else labels[good], remark, problems)

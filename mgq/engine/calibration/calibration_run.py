@@ -1,0 +1,257 @@
+"""Calibration as a run: pictures in, a checkpoint that is ready for int8 out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+
+from mgq.data.datasets import Dataset, evenly, subset
+from mgq.data.decoding import read_picture
+from mgq.data.image_sources import Source
+from mgq.data.transforms import to_batch
+from mgq.engine.calibration.image_variety import Likeness
+from mgq.engine.classifier.open import Classifier, versions
+from mgq.engine.classifier.predict import BATCH, batched, crops_of
+from mgq.engine.runs.provenance import listing_of, this_process
+from mgq.engine.runs.run_folder import RunFolder
+from mgq.errors import InputError
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
+from mgq.io.atomic import write_text_atomically
+from mgq.io.download import sha256_of
+from mgq.ptq.calibrate import (
+    LAYERWISE_PICTURES,
+    best_network,
+    checked_method,
+    data_free_network,
+    pictures_used,
+)
+from mgq.ptq.pipeline import MOST_HELD, Found
+from mgq.ptq.presets import DEFAULT_QUALITY, changed, preset_called
+from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
+from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, Target
+from mgq.zoo.weight_loading import fingerprint
+
+RANGES_FILE = "ranges.json"
+TIMED = 8
+GRID_PASSES, JUDGING_PASSES = 2.0, 2.0
+LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 2.0, 2.0, 1.5
+"""What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found: the ranges, the network in ``qat`` mode that has them, the pictures left out."""
+
+    ranges: ActivationRanges
+    classifier: Classifier
+    used: int
+    problems: tuple[str, ...]
+    beginning: Mapping[str, Any] = field(default_factory=dict)
+    """The weights and pictures that it began with, by their SHA-256."""
+    found: Found | None = None
+    """What was tried, and what it gave; None where there were no pictures."""
+
+    def write(self, save: Path) -> Path:
+        """Write ranges, checkpoint and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's path.
+
+        An earlier calibration is kept under another name. Raises as :meth:`RunFolder.create` does.
+        """
+        with RunFolder.create(save, self.classifier.spec.name, "calibration") as run:
+            self.write_ranges(run.path / RANGES_FILE)
+            self.classifier.write_checkpoint(run.checkpoint)
+            made = {"processes": [this_process()], "checkpoint_sha256": sha256_of(run.checkpoint)}
+            run.note_environment(**self.beginning, **made)
+            return run.checkpoint
+
+    def write_ranges(self, path: Path) -> None:
+        write_text_atomically(path, self.ranges.to_json())
+
+
+def calibrated(
+    classifier: Classifier,
+    sources: Sequence[Source] | Dataset,
+    images: int,
+    about: str = "",
+    on_progress: OnProgress = silent,
+    method: str | None = None,
+    correct_bias: bool = True,
+    compensate: bool = True,
+    target: Target = MEGENGINE,
+    quality: str = DEFAULT_QUALITY,
+    kept: Sequence[str] = (),
+    on_remark: OnRemark = unheard,
+) -> Calibration:
+    """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
+
+    ``quality`` names a preset of :data:`mgq.ptq.presets.PRESETS`: candidates that are tried, and of which the one is
+    kept whose logits are nearest to float's on pictures held back. ``method`` fixes how ranges are chosen,
+    ``correct_bias`` and ``compensate`` leave steps out; ``easyquant`` takes 64 pictures at most. The weights of the
+    layers ``kept`` stay float32. Pictures that cannot be read are left out and named; ``on_remark`` is told what was
+    done and left out, and where pictures are few, blank or alike. Raises InputError where no picture can be read, and
+    for another method or quality.
+    """
+    exact = target is not MEGENGINE
+    preset = changed(preset_called(quality), checked_method(method), correct_bias, compensate, exact)
+    if images < 1:
+        raise InputError(f"calibration needs at least 1 picture, not {images}")
+    if len(sources) == 0:
+        raise InputError("there are no pictures to calibrate with; name some")
+    wanted = images if method is None else pictures_used(method, images)
+    few = spread(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
+    chosen = few if isinstance(few, Sequence) else sources_of(few)
+    # Those held back, and those that only some steps look at, should be of all kinds.
+    order = np.random.default_rng(0).permutation(len(chosen))
+    pictures = Pictures(classifier, [chosen[i] for i in order], on_progress, on_remark)
+    arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
+    seen = pictures.all()
+    found, ranges = best_network(classifier.network, seen, arch, weights, preset, target, kept, on_progress)
+    on_remark(found.summary())
+    command = f"mgq calibrate -a {arch} --images {images}"
+    command += f" --method {method}" if method else f" --quality {quality}"
+    command += "" if correct_bias else " --no-bias-correction"
+    command += "" if compensate else " --nearest"
+    provenance = {
+        "pictures": about or "unnamed",
+        "images": pictures.used,
+        "of": len(sources),
+        "method": ranges.observer,
+        "bias_correction": correct_bias,
+        "rounding": "compensated" if found.draft.rounded else "nearest",
+        "float_layers": list(kept),
+        "choice": "evenly spread over the sorted list",
+        **found.to_json(),
+        **of_all(classifier, command, target),
+    }
+    network = found.network
+    refuse_incomplete(network, ranges)
+    ranges = replace(ranges, provenance=provenance)
+    result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
+    return Calibration(ranges, result, pictures.used, tuple(pictures.problems), beginning, found)
+
+
+def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
+    """Int8 of ``classifier`` (mode ``normal``) by what its batch norms say, without a picture."""
+    provenance = {"pictures": "none: expected by the batch norms", "images": 0}
+    provenance |= of_all(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
+    network, ranges = data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
+    refuse_incomplete(network, ranges)
+    found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    weights = fingerprint(classifier.network.state_dict())
+    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of([])}
+    ranges = replace(ranges, weights=fingerprint(network.state_dict()))
+    return Calibration(ranges, found, 0, (), beginning)
+
+
+def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
+    """What every kind of calibration has to say of itself."""
+    return {
+        "weights": classifier.origin,
+        "image_size": classifier.image_size,
+        "made_by": command + ("" if target is MEGENGINE else f" --target {target.name}"),
+        "versions": versions(),
+    }
+
+
+class Pictures:
+    """The pictures of a calibration, as batches of what the network sees of them: as often as they are wanted."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        sources: Sequence[Source],
+        on_progress: OnProgress,
+        on_remark: OnRemark = unheard,
+    ) -> None:
+        self.classifier = classifier
+        self.sources = sources
+        self.on_progress = on_progress
+        self.on_remark = on_remark
+        self.used = 0
+        self.problems: list[str] = []
+
+    def batches(self, told: str = "") -> Iterator[npt.NDArray[np.uint8]]:
+        """uint8 (N, 3, H, W); what cannot be read is noted as a problem."""
+        done = self.used = 0
+        self.problems = []
+        likeness = Likeness()
+        for group in batched(crops_of(self.classifier, self.sources), BATCH):
+            self.problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
+            crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
+            self.used += len(crops)
+            for crop in crops:
+                likeness.add(crop)
+            if crops:
+                yield to_batch(crops)
+            done += len(group)
+            self.on_progress(Progress(f"calibrate{told}", done, len(self.sources), "pictures"))
+        for line in likeness.warnings():
+            self.on_remark(line)
+        self.on_remark = unheard  # they are the same pictures the next time
+
+    def first(self, number: int) -> npt.NDArray[np.uint8]:
+        """uint8 (N, 3, H, W): so many of them."""
+        return Pictures(self.classifier, self.sources[:number], silent).all()
+
+    def all(self) -> npt.NDArray[np.uint8]:
+        """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""
+        batches = list(self.batches())
+        self.refuse_none()
+        return np.concatenate(batches)
+
+    def refuse_none(self) -> None:
+        """Raises InputError where no picture could be read."""
+        if self.used == 0:
+            raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
+
+
+def expected_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
+    """About how long :func:`calibrated` will take here: from one timed pass of a few made-up pictures."""
+    preset = changed(preset_called(quality), checked_method(method), True, True)
+    size = classifier.image_size
+    batch = Tensor(np.zeros((TIMED, 3, size, size), np.float32))
+    classifier.network(batch).numpy()
+    start = time.perf_counter()
+    classifier.network(batch).numpy()
+    one = (time.perf_counter() - start) / TIMED
+    million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
+    layerwise, judged = min(images, LAYERWISE_PICTURES), min(images, MOST_HELD)
+    grids, rounded = len(preset.grids), sum(isinstance(step, RoundWeights) for step in preset.finishes)
+    seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
+    seconds += len(preset.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
+    return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
+
+
+def spread(sources: Sequence[Source], number: int) -> list[Source]:
+    """``number`` of ``sources`` (or all, where there are fewer), evenly spread."""
+    return [sources[i] for i in evenly(len(sources), number)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource(Source):
+    """One picture of a dataset, opened or made when it is read."""
+
+    dataset: Dataset
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"picture {self.index} of {self.dataset.name}"
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        picture = self.dataset.picture(self.index)
+        return read_picture(picture) if isinstance(picture, Path) else picture
+
+
+def sources_of(dataset: Dataset) -> list[Source]:
+    """The pictures of ``dataset`` in their order."""
+    return [DatasetSource(dataset=dataset, index=i) for i in range(len(dataset))]

@@ -1,0 +1,202 @@
+"""A network as a file to deploy, with what is known of it inside."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megengine.module as M
+
+from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.transforms import to_batch
+from mgq.engine.classifier.open import Classifier, open_classifier
+from mgq.errors import FailureError, InputError, no_such, printable
+from mgq.export.formats import INPUTS, SUFFIXES, format_of
+from mgq.export.megengine.writer import write_megengine
+from mgq.export.onnx.writer import model_of, plain_graph, write_onnx
+from mgq.io.atomic import atomic_write, ensure_writable_folder
+from mgq.quantization.modes import Mode, parse_mode
+from mgq.quantization.targets import MEGENGINE, ONNX
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A file that was written: its format, its bytes, and in a sentence how far it was checked."""
+
+    path: Path
+    format: str
+    size: int
+    checked: str
+
+
+def format_for(classifier: Classifier, path: Path | None = None, wanted: str | None = None) -> str:
+    """The format of a file: as ``wanted``, else as ``path`` ends, else that of what the network was quantized for.
+
+    Raises InputError for an unknown format, and one that the path or the network contradicts.
+    """
+    by_name = format_of(path)
+    if wanted is not None and wanted not in SUFFIXES:
+        raise no_such("format", wanted, SUFFIXES)
+    if wanted and by_name and wanted != by_name:
+        raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
+    if path is not None and wanted is None and by_name is None:
+        raise InputError(f"{printable(path)} does not say its format: let it end in {' or '.join(SUFFIXES.values())}")
+    found = wanted or by_name or ("megengine" if classifier.target is MEGENGINE else "onnx")
+    if found == "megengine" and classifier.target is not MEGENGINE:
+        its = classifier.target.name
+        raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
+    if found == "native" and (classifier.mode is not Mode.QUANTIZED or classifier.target is MEGENGINE):
+        its = (
+            f"target {classifier.target.name}" if classifier.mode is Mode.QUANTIZED else f"mode {classifier.mode.value}"
+        )
+        raise InputError(f"a native library is int8 for the target onnx, not {its}: pass -m quantized --target onnx")
+    return found
+
+
+def opened_for(
+    opening: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
+) -> Classifier:
+    """What ``opening`` gives for ``target``. Where that is open, and an ONNX file or a native library is wanted, the
+    target onnx is tried first: ranges that come with float weights may be there for it, too."""
+    if target is None and {"onnx", "native"} & {kind, format_of(path)}:
+        with contextlib.suppress(InputError):
+            return opening(ONNX.name)
+    return opening(target)
+
+
+def dump_classifier(
+    classifier: Classifier,
+    path: Path,
+    input_type: str = "uint8",
+    batch: int | None = 1,
+    kind: str | None = None,
+    rewrites: Sequence[str] = (),
+    cpu: str | None = None,
+) -> Dump:
+    """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
+
+    The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
+    pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` are as in
+    :func:`mgq.export.onnx.writer.write_onnx`. Raises InputError for another input type or
+    a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    """
+    kind = format_for(classifier, path, kind)
+    if input_type not in INPUTS:
+        raise no_such("input", input_type, INPUTS)
+    if batch is not None and batch < 1:
+        raise InputError(f"a batch holds at least 1 picture, not {batch}")
+    ensure_writable_folder(path.absolute().parent)
+    cat = classifier.crop(read_picture(bundled_cat()))
+    classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
+    if cpu is not None and kind != "native":
+        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
+    if kind == "native":
+        return dumped_native(classifier, path, input_type, cpu)
+    if kind == "onnx":
+        return dumped_onnx(classifier, path, input_type, batch, rewrites)
+    if batch is None:
+        raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
+    report = write_megengine(
+        classifier.network,
+        path,
+        image_size=classifier.image_size,
+        batch=batch,
+        input_type=input_type,
+        provenance=asdict(classifier.info()),
+        check=to_batch([cat] * batch),
+    )
+    checked = f"loaded again in {report.exact_in}, it answers to the bit as the network in memory"
+    return Dump(path, kind, report.size, checked)
+
+
+def dumped_onnx(
+    classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str]
+) -> Dump:
+    if input_type != "uint8":
+        raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
+    report = write_onnx(
+        source_of(classifier),
+        path,
+        image_size=classifier.image_size,
+        batch=batch,
+        provenance=provenance_of(classifier),
+        rewrites=rewrites,
+    )
+    return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
+
+
+def dumped_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
+    """A shared library, which takes any number of images, and its header. It is checked where it runs."""
+    from mgq.export.native.cpu import NATIVE, level_called
+    from mgq.export.native.linker import SharedLibrary, write_library
+    from mgq.export.native.program import read_program
+    from mgq.export.native.reference import run_reference
+    from mgq.runtime.library import LibraryRuntime
+
+    if input_type != "uint8":
+        raise InputError(f"a native library takes uint8 pixels, not {input_type}: leave --input out")
+    level = level_called(cpu or NATIVE)
+    about = provenance_of(classifier)
+    graph = plain_graph(source_of(classifier), classifier.image_size)
+    program = read_program(model_of(graph, classifier.image_size, None, about))
+    with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
+        made: SharedLibrary = write_library(program, Path(folder) / "network.so", level, about)
+        checked = f"for {level.key}, with {path.with_suffix('.h').name}"
+        if made.linked_by is None:
+            checked += "; no linker found: link it with `cc -shared`, or pip install 'mgq[native]'"
+        elif level.runs_here():
+            images = to_batch([classifier.crop(read_picture(bundled_cat()))])
+            wanted, _ = run_reference(program, images)
+            if (LibraryRuntime(made.path).run(images) != wanted).any():
+                raise FailureError(f"{path} is not written: it answers otherwise than the integers in numpy")
+            checked += ", it answers to the bit as the integers in numpy"
+        target = path if made.linked_by else path.with_suffix(".o")
+        for source, place in ((made.path, target), (made.header, path.with_suffix(".h"))):
+            with atomic_write(place) as temporary:
+                shutil.copyfile(source, temporary)
+    return Dump(target, "native", made.size, checked)
+
+
+def source_of(classifier: Classifier) -> M.Module:
+    """The network with the grids that an int8 file is written from; a float one itself."""
+    if classifier.mode is Mode.NORMAL:
+        return classifier.network
+    assert classifier.fake_quantized is not None
+    return classifier.fake_quantized
+
+
+def provenance_of(classifier: Classifier) -> Mapping[str, Any]:
+    return asdict(classifier.info())
+
+
+def dump(
+    path: str | Path,
+    arch: str | None = None,
+    checkpoint: str | Path | None = None,
+    mode: Mode | str = Mode.QUANTIZED,
+    input_type: str = "uint8",
+    batch: int | None = 1,
+    **choice: Any,
+) -> Path:
+    """Write the network that ``mgq dump`` would to ``path``, an ``.onnx`` or ``.megengine`` file; returns the path.
+
+    ``choice`` are further arguments of :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises
+    as that and :func:`dump_classifier` do.
+    """
+    mode = mode if isinstance(mode, Mode) else parse_mode(mode)
+    target = choice.pop("target", None)
+
+    def opening(target: str | None) -> Classifier:
+        return open_classifier(
+            arch, Path(checkpoint) if checkpoint is not None else None, mode, target=target, **choice
+        )
+
+    classifier = opened_for(opening, Path(path), None, target)
+    dump_classifier(classifier, Path(path), input_type, batch)
+    return Path(path)

@@ -1,0 +1,451 @@
+"""Evaluation: how often a network is right on labelled pictures, where it errs, and how fast it answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.augmentation import EvalTransform, Transform
+from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
+from mgq.data.loader import Loader
+from mgq.data.synthetic import SyntheticPictures
+from mgq.engine.classifier.deployed_files import opened_file, written_for
+from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
+from mgq.engine.classifier.open import Classifier, class_names, open_classifier
+from mgq.engine.training.recipe import SYNTHETIC
+from mgq.errors import InputError, printable
+from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
+from mgq.machine import usable_cores
+from mgq.quantization.modes import Mode
+from mgq.system.processes import Channel, Task, in_processes, nothing
+
+Network = Callable[[npt.NDArray[np.uint8]], Logits]
+"""uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+
+BATCH = 8
+"""Pictures at a time: with 32, float EfficientNet-Lite0 was measured at half the speed."""
+MOST = 32
+SYNTHETIC_VAL = 500
+"""Pictures that a run on the synthetic set is measured on, unless its recipe says otherwise."""
+_SHOWN = 3
+
+
+def batch_for(image_size: int) -> int:
+    """As many pictures as have the pixels of ``BATCH`` at 224x224; for each batch all weights are quantized anew."""
+    return max(BATCH, min(MOST, BATCH * 224**2 // image_size**2))
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: its ``images``, how many of them were ``correct``, and how often it was ``predicted`` at all."""
+
+    index: int
+    name: str
+    images: int
+    correct: int
+    predicted: int
+
+    @property
+    def top1(self) -> float:
+        """The share of its pictures that were recognised, in percent; NaN where it has none."""
+        return 100 * self.correct / self.images if self.images else math.nan
+
+    @property
+    def precision(self) -> float:
+        """The share of the answers with its name that were right, in percent; NaN where there was none."""
+        return 100 * self.correct / self.predicted if self.predicted else math.nan
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """``count`` of the ``images`` pictures of the class ``true`` were taken for ``predicted``."""
+
+    true: str
+    predicted: str
+    count: int
+    images: int
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network answered to ``images`` pictures.
+
+    ``loss`` is the mean cross entropy in nats, ``top1`` and ``top5`` are percent (0..100). ``predictions``,
+    ``labels`` and ``indices`` in the dataset are int64 (images,), in the order of the dataset. ``seconds`` are
+    those of reading the pictures and asking the network, which goes on at the same time. ``problems`` has a line
+    for each picture that could not be read and so was left out. ``jobs`` is the number of processes that worked.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float
+    seconds: float
+    predictions: Labels = field(repr=False)
+    labels: Labels = field(repr=False)
+    indices: Labels = field(repr=False)
+    classes: tuple[str, ...] = field(repr=False)
+    problems: tuple[str, ...] = ()
+    jobs: int = 1
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def top1_error(self) -> float:
+        """The standard error of ``top1``, in points."""
+        return standard_error(self.top1, self.images)
+
+    @cached_property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """How often pictures of each class (row) got each answer (column), int64 (classes, classes)."""
+        classes = len(self.classes)
+        cells = np.bincount(self.labels * classes + self.predictions, minlength=classes * classes)
+        return cells.reshape(classes, classes)
+
+    def per_class(self) -> list[ClassResult]:
+        """Every class of which there were pictures, in the order of the classes."""
+        classes = len(self.classes)
+        right = self.labels[self.labels == self.predictions]
+        images, correct, predicted = (
+            np.bincount(numbers, minlength=classes).tolist() for numbers in (self.labels, right, self.predictions)
+        )
+        return [
+            ClassResult(i, name, images[i], correct[i], predicted[i])
+            for i, name in enumerate(self.classes)
+            if images[i]
+        ]
+
+    def confused(self, most: int | None = None) -> list[Confusion]:
+        """The pairs that were mistaken for each other, the most frequent first; at most ``most`` of them."""
+        wrong = self.labels != self.predictions
+        pairs, counts = np.unique(np.stack([self.labels, self.predictions], 1)[wrong], axis=0, return_counts=True)
+        images = np.bincount(self.labels, minlength=len(self.classes))
+        order = np.argsort(-counts, kind="stable")[:most]
+        return [
+            Confusion(self.classes[true], self.classes[answer], count, int(images[true]))
+            for (true, answer), count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+        ]
+
+
+def evaluated(logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = silent) -> Evaluation:
+    """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
+
+    The loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
+    labels, or labels that the network has no output for; FailureError where an output is not a finite number.
+    """
+    tally = _Tally(loader, what, on_progress)
+    for answers in _answers(logits, loader):
+        tally.add(answers)
+    return tally.evaluation()
+
+
+# ---- a classifier on a dataset ----
+
+
+def evaluate(
+    classifier: Classifier,
+    dataset: Dataset,
+    *,
+    jobs: int = 1,
+    batch_size: int = BATCH,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    prepare: Callable[[], None] = nothing,
+    on_progress: OnProgress = silent,
+) -> Evaluation:
+    """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
+
+    With several ``jobs`` the batches are dealt out to as many processes of one CPU core each, and the result is the
+    same to the bit, but for the time. ``workers`` are threads that decode, of all jobs together. ``prepare`` is
+    called in each process before it loads MegEngine. Pictures that cannot be read are left out and named.
+
+    Raises InputError for classes that the network does not have, more jobs than cores, or more broken pictures than
+    the share ``max_bad``; FailureError where a process dies or an output is not finite.
+    """
+    if not 1 <= jobs <= usable_cores():
+        raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
+    with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
+        jobs = min(jobs, len(loader))
+        if jobs > 1:
+            return _evaluated_in_processes(classifier, loader, jobs, prepare, on_progress)
+        return evaluated(classifier.logits, loader, on_progress=on_progress)
+
+
+def evaluation_loader(
+    classifier: Classifier,
+    dataset: Dataset,
+    batch_size: int = BATCH,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+) -> Loader:
+    """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
+    size, how = classifier.image_size, classifier.preprocessing
+    transform = EvalTransform(size, how.shorter_side(size), how.interpolation)
+    data = matched(dataset, classifier.classes)
+    return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
+
+
+def evaluation_data(
+    root: Path | None,
+    recipe: Mapping[str, Any],
+    image_size: int,
+    on_progress: OnProgress = silent,
+    on_remark: OnRemark = unheard,
+) -> Dataset:
+    """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
+    what it was trained on, these, too.
+
+    ``recipe`` is what a checkpoint keeps of its training, empty where there was none; ``image_size`` is that of
+    synthetic pictures where it does not say. Raises InputError where there is neither, or the folder is no labelled
+    set.
+    """
+    if root is not None and not was_trained_on(recipe, root):
+        return evaluation_folder(root, on_progress, on_remark)
+    data = recipe.get("data")
+    if not isinstance(data, str) or not data:
+        raise InputError("these weights do not say which pictures they are measured on: pass -d FOLDER")
+    if data == SYNTHETIC:
+        count, seed, size = (int(recipe.get(key) or 0) for key in ("synthetic_val", "seed", "image_size"))
+        return SyntheticPictures(count or SYNTHETIC_VAL, seed, size or image_size, "val")
+    if not Path(data).is_dir():
+        raise InputError(
+            f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
+        )
+    return measuring_folder(Path(data), on_progress, on_remark)
+
+
+def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
+    """Whether ``folder`` is the one of a run's ``recipe``."""
+    data = recipe.get("data")
+    return isinstance(data, str) and data != SYNTHETIC and Path(data).resolve() == folder.resolve()
+
+
+def matched(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """``dataset`` with its labels as indices into the network's ``classes``, which are matched by name.
+
+    Only the classes that have pictures count. Weights without class names of their own (see ``class_names``) take
+    those of a dataset that has as many, in its order. Raises InputError where there are no labels, or the network
+    does not know a class.
+    """
+    labels = dataset.labels
+    if labels is None:
+        raise InputError(f"{dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
+    names = tuple(classes)
+    if names == dataset.classes or (names == class_names(len(names)) and len(names) == len(dataset.classes) != 1000):
+        return dataset
+    place = {name: index for index, name in enumerate(names)}
+    used = np.unique(labels).tolist()
+    unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
+    if unknown:
+        raise InputError(
+            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_listed(unknown)}; it knows "
+            f"{_listed(names)}): give pictures of its classes with -d, or weights for these with -c"
+        )
+    translation = np.zeros(len(dataset.classes), np.int64)
+    translation[used] = [place[dataset.classes[label]] for label in used]
+    return Selection(dataset, np.arange(len(dataset)), translation[labels], names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+# ---- batches, and what comes of them ----
+
+
+class _Answers(NamedTuple):
+    """What a network answers to one batch, and all broken pictures that its loader has met."""
+
+    logits: Logits
+    labels: Labels
+    indices: Labels
+    problems: Mapping[int, str]
+
+
+def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
+    """One for each batch that has pictures, and an empty one at the end, for the last broken ones."""
+    for batch in loader:
+        yield _Answers(logits(batch.images), batch.labels, batch.indices, dict(loader.problems))
+    none = np.zeros(0, np.int64)
+    yield _Answers(np.zeros((0, len(loader.dataset.classes)), np.float32), none, none, dict(loader.problems))
+
+
+class _Tally:
+    """Puts answers together, in whatever order they come: every sum in it is the same in any order."""
+
+    def __init__(self, loader: Loader, what: str, on_progress: OnProgress) -> None:
+        self.loader = loader
+        self.what = what
+        self.on_progress = on_progress
+        self.meter = Meter()
+        self.losses: list[float] = []
+        self.parts: list[npt.NDArray[np.int64]] = []
+        self.problems: dict[int, str] = {}
+        self.start = time.perf_counter()
+        if loader.dataset.labels is None:
+            raise InputError(f"{loader.dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
+
+    def restart_clock(self) -> None:
+        self.start = time.perf_counter()
+
+    def add(self, answers: _Answers) -> None:
+        logits, labels, indices, problems = answers
+        if not len(labels) and problems.keys() <= self.problems.keys():
+            return
+        self.problems.update(problems)
+        if len(labels):
+            self._check(logits, labels)
+            losses = cross_entropy(logits, labels)
+            self.meter.add(losses, logits, labels)
+            self.losses += losses.tolist()
+            # argmax takes the lower index of equals, as ranks does.
+            self.parts.append(np.stack([indices, labels, logits.argmax(1)]))
+        done = self.meter.images + len(self.problems)
+        detail = f"top-1 {self.meter.top1:.1f} %" if self.meter.images else ""
+        self.on_progress(Progress(self.what, done, len(self.loader.dataset), "pictures", detail))
+
+    def _check(self, logits: Logits, labels: Labels) -> None:
+        outputs = logits.shape[1]
+        if labels.max() >= outputs or labels.min() < 0:
+            raise InputError(
+                f"{self.loader.dataset.name} has {len(self.loader.dataset.classes)} classes and the network has"
+                f" {outputs} outputs: give pictures of its classes"
+            )
+        refuse_not_finite(logits)
+
+    def evaluation(self, jobs: int = 1) -> Evaluation:
+        seconds = time.perf_counter() - self.start
+        indices, labels, predictions = np.concatenate(self.parts, 1) if self.parts else np.zeros((3, 0), np.int64)
+        order = np.argsort(indices)
+        return Evaluation(
+            images=self.meter.images,
+            loss=math.fsum(self.losses) / self.meter.images if self.losses else math.nan,
+            top1=self.meter.top1,
+            top5=self.meter.top5,
+            seconds=seconds,
+            predictions=predictions[order],
+            labels=labels[order],
+            indices=indices[order],
+            classes=self.loader.dataset.classes,
+            problems=tuple(line for _, line in sorted(self.problems.items())),
+            jobs=jobs,
+        )
+
+
+# ---- several processes ----
+
+
+class _Deal(Loader):
+    """Every ``of``-th batch of ``whole`` from number ``part`` on: the same pictures together as there."""
+
+    def __init__(self, whole: Loader, part: int, of: int) -> None:
+        self.part, self.of = part, of
+        super().__init__(
+            whole.dataset,
+            whole.transform,
+            whole.batch_size,
+            workers=max(1, whole.workers // of) if whole.workers else 0,
+            broken="drop",
+            max_bad=whole.max_bad,
+        )
+
+    def __len__(self) -> int:
+        return len(range(self.part, super().__len__(), self.of))
+
+    def order(self, epoch: int) -> Labels:
+        everything = super().order(epoch)
+        starts = range(self.part * self.batch_size, len(everything), self.of * self.batch_size)
+        return np.concatenate([everything[start : start + self.batch_size] for start in starts])
+
+    def refuse_too_many(self, problems: Mapping[int, str]) -> None:
+        """Raise InputError if ``problems`` of all parts together are more than ``max_bad`` allows."""
+        if self._are_too_many(problems):
+            self._noted(problems)
+            raise self._too_many()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process has to do: open the checkpoint and answer its part of the batches."""
+
+    checkpoint: Path
+    engine: str | None  # that of a deployed file
+    mode: Mode
+    image_size: int
+    dataset: Dataset
+    transform: Transform
+    batch_size: int
+    workers: int
+    max_bad: float
+    part: int
+    of: int
+
+    def __call__(self, channel: Channel) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)
+        if self.engine is not None:
+            classifier = opened_file(self.checkpoint, self.engine, threads=1)
+        else:
+            classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
+        whole = Loader(
+            self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
+        )
+        with _Deal(whole, self.part, self.of) as loader:
+            channel.wait_for_all()
+            for answers in _answers(classifier.logits, loader):
+                channel.send(answers)
+
+
+def _evaluated_in_processes(
+    classifier: Classifier, loader: Loader, jobs: int, prepare: Callable[[], None], on_progress: OnProgress
+) -> Evaluation:
+    tally = _Tally(loader, "evaluate", on_progress)
+    whole = _Deal(loader, 0, 1)
+    with TemporaryDirectory(prefix="mgq-") as folder:
+        engine: str | None = None
+        if classifier.file is not None:
+            checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
+        elif classifier.made_from is not None:
+            source, engine = classifier.made_from
+            checkpoint = written_for(source, engine, Path(folder))
+        else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
+            checkpoint = Path(folder) / "checkpoint.safetensors"
+            classifier.write_checkpoint(checkpoint)
+        tasks: list[Task] = [
+            _Work(
+                checkpoint,
+                engine,
+                classifier.mode,
+                classifier.image_size,
+                loader.dataset,
+                loader.transform,
+                loader.batch_size,
+                loader.workers,
+                loader.max_bad,
+                part,
+                jobs,
+            )
+            for part in range(jobs)
+        ]
+        with closing(in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
+            for message in messages:
+                if message is None:
+                    tally.restart_clock()
+                    continue
+                tally.add(message)
+                whole.refuse_too_many(tally.problems)
+    return tally.evaluation(jobs)

@@ -1,0 +1,34 @@
+"""Whether a file of weights can be read, found out before anything slow is done for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mgq.errors import InputError, printable
+
+
+def refuse_unreadable(path: Path, key: str | None = None) -> None:
+    """Read ``path`` as what it is called, and keep nothing. Needs no MegEngine.
+
+    Raises InputError as the reader does: for a file that is missing or damaged, is something else, would run code, or
+    has no network called ``key``.
+    """
+    suffix = path.suffix.lower()
+    if key is not None and suffix in (".onnx", ".megengine", ".so"):
+        raise InputError(f"{printable(path)} is a finished file with one network: leave out --key")
+    if suffix == ".onnx":
+        from mgq.export.onnx.onnx_file import read_onnx
+
+        read_onnx(path)
+    elif suffix == ".so":
+        from mgq.export.native.machine_code import refuse_other_files
+
+        refuse_other_files(path)
+    elif suffix == ".megengine":
+        from mgq.export.megengine.megengine_file import read_sealed
+
+        read_sealed(path)
+    else:
+        from mgq.weights.unpickler import read_state
+
+        read_state(path, key)

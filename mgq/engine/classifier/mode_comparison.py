@@ -1,0 +1,112 @@
+"""One network in its three modes side by side: what int8 costs in accuracy, and saves in size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+
+from mgq.data.datasets import Dataset
+from mgq.engine.classifier.evaluate import Evaluation, batch_for, evaluate
+from mgq.engine.classifier.open import Classifier, carried
+from mgq.engine.classifier.runtime_module import DeployedNetwork
+from mgq.events import OnProgress, Progress, Watcher
+from mgq.quantization.modes import Mode
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the modes answered to the same pictures, and the bytes of their weights."""
+
+    normal: Evaluation
+    qat: Evaluation
+    quantized: Evaluation
+    normal_bytes: int
+    quantized_bytes: int
+
+    @property
+    def images(self) -> int:
+        return self.normal.images
+
+    @property
+    def drop(self) -> float:
+        """Points of top-1 that real int8 loses against float; negative where it gains."""
+        return self.normal.top1 - self.quantized.top1
+
+    @property
+    def same_as_float(self) -> float:
+        """Percent of the pictures that int8 answers as float does."""
+        return agreement(self.normal, self.quantized)
+
+    @property
+    def same_as_simulated(self) -> float:
+        """Percent of the pictures that int8 answers as fake quantization does."""
+        return agreement(self.qat, self.quantized)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: percent, bytes, nats."""
+        modes: Mapping[str, Evaluation] = {"normal": self.normal, "qat": self.qat, "quantized": self.quantized}
+        return {
+            "images": self.images,
+            **{name: {"top1": found.top1, "top5": found.top5, "loss": found.loss} for name, found in modes.items()},
+            "top1_error": self.normal.top1_error,
+            "drop": self.drop,
+            "same_as_float": self.same_as_float,
+            "same_as_simulated": self.same_as_simulated,
+            "normal_bytes": self.normal_bytes,
+            "quantized_bytes": self.quantized_bytes,
+        }
+
+
+def agreement(one: Evaluation, other: Evaluation) -> float:
+    """Percent of equal answers to the pictures that both have answered."""
+    shared, here, there = np.intersect1d(one.indices, other.indices, return_indices=True)
+    return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
+
+
+def compared(
+    normal: Classifier,
+    simulated: Classifier,
+    pictures: Dataset,
+    watcher: Watcher,
+    known: Evaluation | None = None,
+    **how: Any,
+) -> Comparison:
+    """The float network, the fake-quantized one, and the int8 network made of that, on the labelled ``pictures``.
+
+    ``known`` is what float answered to them, where that was measured before. ``how`` goes on to
+    :func:`mgq.engine.classifier.evaluate.evaluate`. Raises as that does.
+    """
+    int8 = carried(simulated, Mode.QUANTIZED)
+    how.setdefault("batch_size", batch_for(normal.image_size))
+    found = {"float": known} if known is not None else {}
+    for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
+        if what in found:
+            continue
+        found[what] = evaluate(classifier, pictures, on_progress=named(what, watcher.on_progress), **how)
+    return Comparison(
+        found["float"],
+        found["fake-quantized"],
+        found["int8"],
+        bytes_of(normal.network),
+        bytes_of(int8.network),
+    )
+
+
+def named(what: str, on_progress: OnProgress) -> OnProgress:
+    """``on_progress``, told of ``evaluate WHAT``."""
+
+    def listener(event: Progress) -> None:
+        on_progress(event._replace(what=f"evaluate {what}"))
+
+    return listener
+
+
+def bytes_of(network: M.Module) -> int:
+    """Bytes of all parameters and statistics; for int8, of weights in int8 and biases in int32, or of the file."""
+    if isinstance(network, DeployedNetwork):
+        return network.size
+    return sum(int(np.prod(tensor.shape, initial=1)) * np.dtype(tensor.dtype).itemsize for tensor in network.tensors())

@@ -1,0 +1,157 @@
+"""Whether engines answer as MegEngine does: proved on pictures, logits by logits and layer by layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.qat import QATModule
+
+from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.transforms import to_batch
+from mgq.engine.classifier.open import Classifier
+from mgq.engine.classifier.predict import BATCH
+from mgq.export.onnx.onnx_file import imported
+from mgq.ptq.range_measurement import as_input
+from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import MEGENGINE, is_never_negative
+from mgq.runtime.protocol import batches_of, in_batches
+from mgq.runtime.registry import ENGINES, Engine
+
+Pictures = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+
+PARTS = (1.0, 0.8, 0.65, 0.5)
+STEPS = 127.5
+"""The largest logit in terms of one output step: what int8 logits would have."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an engine answers beside MegEngine: percent of equal answers; differences of logits in output steps.
+
+    One output step is the largest logit of all pictures / 127.5.
+    """
+
+    engine: str
+    version: str
+    pictures: int
+    same: float
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How an engine's integers behind a layer differ from MegEngine's where both are given the same.
+
+    ``largest`` in steps of the layer's grid, ``share`` of the values that differ at all, ``values`` in number.
+    """
+
+    layer: str
+    largest: int
+    share: float
+    values: int
+
+
+def own_pictures(classifier: Classifier) -> Pictures:
+    """The bundled cat whole and in parts, each also mirrored: uint8 (8, 3, S, S), as the network sees them."""
+    cat = read_picture(bundled_cat())
+    height, width = cat.shape[:2]
+    found = []
+    for part in PARTS:
+        top, left = (round(side * (1 - part) / 2) for side in (height, width))
+        crop = classifier.crop(cat[top : height - top, left : width - left])
+        found += [crop, crop[:, ::-1]]
+    return to_batch(found)
+
+
+def reference(classifier: Classifier, pictures: Pictures) -> Logits:
+    """MegEngine's logits for the same target: of its int8 network, or of the simulation of what others run."""
+    runs_here = classifier.mode is Mode.NORMAL or classifier.target is MEGENGINE
+    network = classifier.network if runs_here else classifier.fake_quantized
+    assert network is not None
+    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    return np.concatenate([network(Tensor(as_input(batch))).numpy() for batch in batches])
+
+
+def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]:
+    """Run ``path`` in every installed engine that reads it, and compare with ``wanted``, MegEngine's logits.
+
+    ``pictures``: uint8 (N, 3, H, W), given in batches that the file takes. Raises as the engines do.
+    """
+    for engine in engines_of(path):
+        runtime = engine.load(path, 1)
+        found = in_batches(runtime, pictures)
+        step = float(np.abs(wanted).max()) / STEPS
+        differences = np.abs(found - wanted) / step
+        same = 100 * float((found.argmax(1) == wanted.argmax(1)).mean())
+        yield Parity(
+            runtime.name, runtime.version, len(pictures), same, float(differences.max()), float(differences.mean())
+        )
+
+
+def engines_of(path: Path) -> list[Engine]:
+    """The installed engines that run ``path``."""
+    reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower() and engine.is_installed]
+    return [engine for engine in reading if engine.reads(path)]
+
+
+def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pictures) -> list[LayerParity]:
+    """Every quantized layer of ``network``, mode ``qat``, beside the one that ``engine`` runs of ``path``, in order.
+
+    Each layer of MegEngine's is given the integers that the engine's layers before made, so that differences do not
+    add up. The engine has to show what lies between its layers, and so may fuse less than otherwise.
+    """
+    shown = shown_by(engine, path, list(quantized_layers(network)), pictures)
+    found: list[LayerParity] = []
+    names = {id(layer): name for name, layer in quantized_layers(network).items()}
+
+    def hook(module: QATModule, _: object, output: Tensor) -> Tensor | None:
+        name = names[id(module)]
+        if name not in shown:
+            return None
+        scale = float(module.act_observer.get_qparams().scale.numpy())
+        integers = shown[name].astype(np.int32) - (0 if is_never_negative(module) else 128)
+        steps = np.abs(integers.reshape(output._tuple_shape) - np.rint(output.numpy() / scale)).astype(np.int32)
+        found.append(LayerParity(name, int(steps.max()), float((steps > 0).mean()), steps.size))
+        exact = Tensor((integers * np.float32(scale)).astype(np.float32).reshape(output._tuple_shape))
+        exact.qparams.update(output.qparams)
+        return exact
+
+    hooks = [layer.register_forward_hook(hook) for layer in quantized_layers(network).values()]
+    try:
+        network(Tensor(as_input(pictures))).numpy()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+def shown_by(engine: Engine, path: Path, layers: list[str], pictures: Pictures) -> dict[str, npt.NDArray[np.uint8]]:
+    """The integers behind each of ``layers`` that the file has, by name."""
+    onnx = imported("onnx")
+    model = onnx.load(str(path))
+    made = {output for node in model.graph.node for output in node.output}
+    tensors = {
+        layer: next(name for name in (f"{layer}/clipped", f"{layer}/q") if name in made)
+        for layer in layers
+        if f"{layer}/q" in made
+    }
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    model.graph.output.extend(known[name] for name in tensors.values())
+    with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_bytes(model.SerializeToString())
+        runtime = engine.load(temporary, 1)
+        results = [runtime.outputs(batch) for batch in batches_of(runtime.batch or 1, pictures)]
+    return {
+        layer: np.concatenate([result[name] for result in results])[: len(pictures)] for layer, name in tensors.items()
+    }

@@ -1,0 +1,144 @@
+"""From pictures to answers: decode ahead in threads, run in batches, one answer a picture."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.decoding import bundled_cat
+from mgq.data.image_sources import Source, expand
+from mgq.data.transforms import to_batch
+from mgq.engine.classifier.open import Classifier, open_classifier
+from mgq.errors import InputError
+from mgq.events import OnProgress, Progress, silent
+from mgq.machine import usable_cores
+from mgq.quantization.modes import Mode, parse_mode
+
+BATCH = 16
+SHOWN = 5
+"""Classes of an answer, unless told otherwise or there are fewer."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class of an answer: its index, its name, its probability in 0..1."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of one ``picture`` (its path, not made printable).
+
+    ``error`` says why it could not be asked; there are no ``guesses`` then.
+    ``milliseconds`` is the network's time for the picture, a batch's time shared evenly; decoding is not in it.
+    """
+
+    picture: str
+    guesses: tuple[Guess, ...] = ()
+    milliseconds: float = 0.0
+    error: str | None = None
+
+
+def answers(
+    classifier: Classifier, sources: Sequence[Source], topk: int | None = None, batch: int = BATCH
+) -> Iterator[Answer]:
+    """One answer for each of ``sources``, in order, the most probable class first: ``topk`` classes, by default
+    ``SHOWN`` or all where there are fewer.
+
+    A picture that cannot be read gives an answer with an ``error``; the others are answered all the same. Memory
+    does not grow with the number of pictures. Raises InputError for a ``topk`` that the network cannot give.
+    """
+    classes = len(classifier.classes)
+    topk = min(SHOWN, classes) if topk is None else topk
+    if not 1 <= topk <= classes:
+        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
+    for group in batched(crops_of(classifier, sources), batch):
+        crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
+        start = time.perf_counter()
+        logits = iter(classifier.logits(to_batch(crops)) if crops else ())
+        milliseconds = (time.perf_counter() - start) * 1000 / max(1, len(crops))
+        for source, crop in group:
+            name = str(source.path or source.name)
+            if isinstance(crop, InputError):
+                yield Answer(name, error=str(crop))
+            else:
+                yield Answer(name, best(next(logits), classifier.classes, topk), milliseconds)
+
+
+def best(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> tuple[Guess, ...]:
+    """The ``topk`` most probable classes of one picture's logits (classes,), by softmax."""
+    weights = np.exp(logits - logits.max())
+    probabilities = weights / weights.sum()
+    order = np.argsort(-logits, kind="stable")[:topk]
+    return tuple(Guess(int(i), classes[i], float(probabilities[i])) for i in order)
+
+
+def crops_of(
+    classifier: Classifier, sources: Iterable[Source]
+) -> Iterator[tuple[Source, npt.NDArray[np.uint8] | InputError]]:
+    """Each source with the crop that ``classifier`` takes, uint8 (S, S, 3), or why there is none; decoded ahead."""
+
+    def crop_of(source: Source) -> npt.NDArray[np.uint8] | InputError:
+        try:
+            return classifier.crop(source.read())
+        except InputError as error:
+            return error
+
+    waiting: deque[tuple[Source, Future[npt.NDArray[np.uint8] | InputError]]] = deque()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for source in sources:
+            waiting.append((source, pool.submit(crop_of, source)))
+            if len(waiting) > 2 * BATCH:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+
+def batched(
+    items: Iterator[tuple[Source, npt.NDArray[np.uint8] | InputError]], size: int
+) -> Iterator[list[tuple[Source, npt.NDArray[np.uint8] | InputError]]]:
+    while group := list(islice(items, size)):
+        yield group
+
+
+def infer(
+    pictures: Sequence[str | Path] = (),
+    arch: str | None = None,
+    checkpoint: str | Path | None = None,
+    mode: Mode | str = Mode.QUANTIZED,
+    topk: int | None = None,
+    on_progress: OnProgress = silent,
+    key: str | None = None,
+) -> list[Answer]:
+    """Classify ``pictures`` (files, folders, glob patterns; the bundled cat when none) with one network.
+
+    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest
+    run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
+    :class:`Answer` a picture, in order. Raises InputError where there is no such network.
+    """
+    classifier = open_classifier(
+        arch,
+        Path(checkpoint) if checkpoint is not None else None,
+        mode if isinstance(mode, Mode) else parse_mode(mode),
+        on_progress=on_progress,
+        key=key,
+    )
+    sources = expand([str(picture) for picture in pictures] or [str(bundled_cat())])
+    found = []
+    for answer in answers(classifier, sources, topk):
+        found.append(answer)
+        on_progress(Progress("classify", len(found), len(sources), "pictures"))
+    return found

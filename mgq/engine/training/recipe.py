@@ -1,0 +1,386 @@
+"""The recipe of a training run: every number that it depends on, with defaults that fit the data.
+
+ImageNet's are those of the public MegEngine quantization example. A smaller set of pictures gets a recipe that
+scales with its size, the drawn pictures one that is done in minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+
+from mgq.errors import InputError, naming, nearest, no_such, printable
+from mgq.io.limited_io import text_of
+from mgq.quantization.option_names import OBSERVERS, TARGETS
+from mgq.weights.checkpoint import checked_size
+
+SYNTHETIC = "synthetic"
+"""What ``data`` says for the drawn pictures that need no files."""
+SCHEDULES = ("cosine", "linear", "step")
+IMAGENET_PICTURES = 300_000
+"""From this many pictures on, a set gets the public example's recipes for ImageNet."""
+CLASSIFIER_PICTURES = 5_000
+MOST_BYTES = 1 << 16
+"""Of a recipe file; the longest has some 2 KiB."""
+MOST = {
+    "epochs": 100_000,
+    "batch_size": 65_536,
+    "classes": 100_000,
+    "val_every": 100_000,
+    "limit": 10**12,
+    "devices": 1_024,
+    "seed": 2**63 - 1,
+    "classifier_pictures": 10**12,
+    "synthetic_train": 10**8,
+    "synthetic_val": 10**8,
+    "observe_batches": 10**9,
+}
+"""Beyond it no training is meant, and memory or time would be without bound."""
+DISTILLED = 0.5
+"""Share of the loss that is for the float network's answers."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does. Two runs with equal recipes, pictures and versions end with equal weights.
+
+    ``data`` is a folder with ``train/`` and ``val/``, or ``synthetic``. ``lr`` and ``batch_size`` hold for one
+    device; several multiply both. ``stem_lr`` is the factor of the learning rate for the weights that see pixels.
+    ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count epochs and may be fractions.
+    ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms, biases).
+
+    ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own); with
+    ``keep_batch_norm`` batch norms normalize by the statistics that they began with. ``crop_scale`` is the least share
+    of a picture's area that a training crop shows. ``ema`` is the decay of the averaged weights that are measured and
+    kept (0: none). ``classifier_pictures`` is on how many pictures at most the classifier of a float network is
+    solved before the training (0: it begins as it is). ``limit`` takes so many pictures of each set, evenly spread
+    (0: all).
+
+    The last block matters in mode ``qat`` alone. ``target`` is what the int8 network is for. With ``calibrate`` the
+    training begins with the ranges and biases that calibration finds, and keeps these ranges and the statistics of
+    batch norms. ``distill`` is the share of the loss that compares the answers with those of the float network.
+    """
+
+    arch: str
+    mode: str
+    data: str
+    classes: int
+    image_size: int
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: float = 0.0
+    momentum: float = 0.9
+    batch_norm_momentum: float = 0.0
+    keep_batch_norm: bool = False
+    stem_lr: float = 1.0
+    weight_decay: float = 1e-4
+    decay_all: bool = False
+    label_smoothing: float = 0.1
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    jitter: float = 0.0
+    ema: float = 0.0
+    freeze_backbone: bool = False
+    classifier_pictures: int = 0
+    amp: bool = False
+    val_every: int = 1
+    limit: int = 0
+    seed: int = 0
+    devices: int = 1
+    synthetic_train: int = 0
+    synthetic_val: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    target: str = "megengine"
+    observer: str = "ema"
+    observe_batches: int = 0
+    freeze_observers: float = 0.0
+    freeze_batch_norm: float = 0.0
+    calibrate: bool = False
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that cannot be, by its name on the command line."""
+        least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
+        least |= dict.fromkeys(("classifier_pictures", "synthetic_train", "synthetic_val", "observe_batches"), 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value < low:
+                raise InputError(f"{option(name)} {value} is too small: give at least {low}")
+        for name, high in MOST.items():
+            if getattr(self, name) > high:
+                raise InputError(f"{option(name)} {str(getattr(self, name))[:40]} is too large: give at most {high:,}")
+        shares = ("label_smoothing", "flip", "jitter", "distill", "momentum", "batch_norm_momentum", "gamma", "ema")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{option(name)} {getattr(self, name)} is not possible: give 0 to 1")
+        if self.ema == 1 or self.momentum == 1:
+            raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
+        if not 0 < self.crop_scale <= 1:
+            raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
+        for name in ("lr", "stem_lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
+        for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
+            if getattr(self, name) not in known:
+                raise no_such(name, getattr(self, name), known)
+        checked_size(self.image_size)
+
+    @property
+    def is_synthetic(self) -> bool:
+        return self.data == SYNTHETIC
+
+    def to_toml(self) -> str:
+        """The recipe as text that :func:`read_changes` reads."""
+        return tomli_w.dumps(plain(self))
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, as JSON and TOML have it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
+
+
+KINDS = {field.name: str(field.type) for field in fields(Recipe)}
+
+
+def read_changes(path: Path) -> dict[str, Any]:
+    """What a recipe file says, checked by name and type. Raises InputError that names the key."""
+    name = printable(path)
+    try:
+        body = tomli.loads(text_of(path, MOST_BYTES))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {name}: {error.strerror}; check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not a TOML file: {printable(error)[:200]}; see recipe.toml of any run") from None
+    return checked_changes(body, name)
+
+
+def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``body`` with values of the types that a recipe has. Raises InputError for another key or type."""
+    changes: dict[str, Any] = {}
+    for key, value in body.items():
+        if key not in KINDS:
+            near = nearest(key, KINDS)
+            hint = f"did you mean {near}?" if near else "recipe.toml of any run has them all"
+            raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
+        changes[key] = converted(key, value, name)
+    return changes
+
+
+def converted(key: str, value: Any, name: str) -> Any:
+    kind = KINDS[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and number:
+        return as_float(value)
+    if kind == "int" and number and isinstance(value, int):
+        return value
+    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
+        return value
+    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+        return tuple(as_float(v) for v in value)
+    if kind.startswith("Mapping") and isinstance(value, dict):
+        return value
+    wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
+    wanted_kind = wanted.get(kind, "a list of numbers")
+    raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted_kind}")
+
+
+def as_float(value: float) -> float:
+    """``value`` as a float; a whole number that is too large for one as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
+    try:
+        changes = checked_changes(body, name)
+        with naming(name):
+            return Recipe(**changes)
+    except TypeError:
+        raise InputError(f"{name} holds no whole recipe; it was written by another version of mgq") from None
+
+
+# ---- defaults ----
+
+
+class Start(str, Enum):
+    """What a run starts from."""
+
+    RANDOM = "random"
+    TRAINED = "trained"
+    NEW_CLASSIFIER = "trained but for the classifier"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe is wanted for: ``pictures`` are those to train on.
+
+    ``stem_lr`` is what the weights to begin with want; ``keep_batch_norm``: whether their training kept batch norms.
+    """
+
+    arch: str
+    mode: str
+    data: str
+    classes: int
+    pictures: int
+    image_size: int
+    start: Start = Start.RANDOM
+    stem_lr: float = 1.0
+    keep_batch_norm: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
+    """The default recipe for ``task`` with ``changes``: other epochs or batches shift what depends on them.
+
+    With another batch size the learning rate changes in proportion, unless it is given too (arXiv:1706.02677).
+    Raises InputError for values that cannot be.
+    """
+    changes = dict(changes)
+    if "limit" in changes and changes["limit"] > 0:
+        task = replace(task, pictures=min(task.pictures, changes["limit"]))
+    default = default_recipe(task, changes.get("epochs"))
+    if "batch_size" in changes and "lr" not in changes:
+        changes["lr"] = default.lr * changes["batch_size"] / default.batch_size
+    return replace(default, **changes)
+
+
+def default_recipe(task: Task, epochs: int | None = None) -> Recipe:
+    if task.data == SYNTHETIC:
+        return synthetic_recipe(task, epochs)
+    if task.pictures >= IMAGENET_PICTURES:
+        return example_recipe(task, epochs)
+    return small_recipe(task, epochs)
+
+
+def base(task: Task, **values: Any) -> Recipe:
+    return Recipe(
+        arch=task.arch,
+        mode=task.mode,
+        data=task.data,
+        classes=task.classes,
+        image_size=task.image_size,
+        options=dict(task.options),
+        stem_lr=task.stem_lr,
+        **values,
+    )
+
+
+def is_resnet(task: Task) -> bool:
+    return task.arch.startswith("resnet")
+
+
+def example_recipe(task: Task, epochs: int | None) -> Recipe:
+    """The public example's recipe for ImageNet; EfficientNet-Lite, which it has not, is trained as MobileNetV2.
+
+    Source of the figures: MegEngine/Models, official/quantization.
+    """
+    resnet = is_resnet(task)
+    if task.mode == "qat":
+        epochs = epochs or (12 if resnet else 30)
+        schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
+        lr = 0.000125 if resnet else 0.0015625
+        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.pictures, 32), **schedule}
+    elif resnet:
+        epochs = epochs or 90
+        milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
+        values = {"batch_size": 32, "lr": 0.0125, "schedule": "step", "milestones": milestones}
+    else:
+        epochs = epochs or 240
+        values = {"batch_size": 128, "lr": 0.0625, **LINEAR}
+    decay = {"weight_decay": 1e-4, "decay_all": True} if resnet else {"weight_decay": 4e-5, "jitter": 0.4}
+    return base(task, epochs=epochs, **values, **decay)
+
+
+LINEAR = {"schedule": "linear"}
+
+
+EMA = 0.98
+"""Averages over some 50 steps."""
+# The gradient of weights under a batch norm that does not renormalize grows with the square of its gain: up to 75 in
+# EfficientNet-Lite0, which at 0.003 forgot what it knew.
+KEPT_BATCH_NORM = {"keep_batch_norm": True, "lr": 0.0005, "ema": EMA}
+
+
+def small_recipe(task: Task, epochs: int | None) -> Recipe:
+    """For some hundred to some ten thousand pictures.
+
+    The fewer there are, the more often each is seen: about 7,500 crops for trained weights, 50,000 for random
+    ones; 10,000 for quantization-aware training, which begins with calibration, or 4,000 of weights that kept their
+    batch norms.
+    """
+    batch = batch_for(task.pictures)
+    if task.mode == "qat":
+        epochs = epochs or repeats(task.pictures, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
+        values = {"calibrate": True, "ema": EMA, "crop_scale": 0.35}
+        if task.keep_batch_norm:
+            # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
+            values |= {"keep_batch_norm": True, "lr": 0.0002, "distill": 1.0}
+        else:
+            values |= {"lr": 0.005, "distill": DISTILLED}
+    elif task.start is not Start.RANDOM:
+        epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
+        values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
+        if task.start is Start.NEW_CLASSIFIER:
+            values["classifier_pictures"] = CLASSIFIER_PICTURES
+        if task.start is Start.NEW_CLASSIFIER or task.keep_batch_norm:
+            values |= KEPT_BATCH_NORM
+    else:
+        epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
+        values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
+        values["weight_decay"] = 5e-4
+    values["lr"] = values["lr"] * batch / 32
+    # An epoch has so few steps that slower statistics (EfficientNet's 0.99) would stay behind the weights.
+    return base(task, epochs=epochs, batch_size=batch, batch_norm_momentum=0.9, **values)
+
+
+def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
+    """For the drawn pictures: minutes on two cores."""
+    counts = {"synthetic_train": 4_000, "synthetic_val": 500}
+    if task.mode == "qat":
+        epochs = epochs or 1
+        phases = {**qat_phases(epochs, counts["synthetic_train"], 32), "observe_batches": 8}
+        values = {"lr": 0.002, "batch_size": 32, **phases}
+    else:
+        epochs = epochs or 3
+        values = {"lr": 0.02, "batch_size": 32, "warmup": min(0.5, epochs / 10)}
+    return base(task, epochs=epochs, crop_scale=1.0, **values, **counts)
+
+
+def qat_phases(epochs: int, pictures: int, batch: int) -> dict[str, Any]:
+    """Ranges are watched on some batches before fake quantization starts; batch norms keep their statistics for the
+    last half, and activations their ranges for the last third."""
+    return {
+        "observe_batches": max(1, min(32, pictures // batch)),
+        "freeze_batch_norm": epochs / 2,
+        "freeze_observers": epochs * 2 / 3,
+    }
+
+
+def batch_for(pictures: int) -> int:
+    """32, but so few that an epoch has at least four batches where there are hardly any pictures."""
+    return max(1, min(32, pictures // 4))
+
+
+def repeats(pictures: int, crops: int, least: int, most: int) -> int:
+    """Epochs in which about ``crops`` crops are seen."""
+    return max(least, min(most, round(crops / max(1, pictures))))

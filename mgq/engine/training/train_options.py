@@ -1,0 +1,98 @@
+"""What a user asks of ``train`` and ``qat``, and what of it changes the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgq.engine.distributed.process_group import checked_cluster, gpus
+from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, checked_changes, option, read_changes
+from mgq.errors import InputError
+from mgq.quantization.modes import Mode
+from mgq.system.processes import nothing
+from mgq.zoo.weight_loading import Weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for; everything may be left out.
+
+    ``changes`` are values of the recipe by name, which come before those of the file ``recipe``. ``devices`` counts
+    GPUs (None: all there are; 0: the processor). ``prepare`` is called in each process that several of them need,
+    before it loads MegEngine.
+    """
+
+    arch: str | None = None
+    data: Path | None = None
+    save: Path = Path("runs")
+    checkpoint: Path | None = None
+    key: str | None = None
+    recipe: Path | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool | str = False
+    from_scratch: bool = False
+    new_head: bool = False
+    distill: bool | None = None
+    resume: bool = False
+    workers: int | None = None
+    max_bad: float = 0.01
+    report_every: int = 0
+    tensorboard: bool = False
+    devices: int | None = None
+    nodes: int = 1
+    node: int = 0
+    master: str | None = None
+    prepare: Callable[[], None] = nothing
+
+
+def all_changes(request: Request, mode: Mode) -> dict[str, Any]:
+    """What differs from the default recipe: the file's values, then those of the command."""
+    in_file = read_changes(request.recipe) if request.recipe else {}
+    if in_file.get("mode", mode.value) != mode.value:
+        verb = "qat" if in_file["mode"] == "qat" else "train"
+        raise InputError(f"{request.recipe} is a recipe for mode {in_file['mode']}: use `mgq {verb} --recipe`")
+    in_file.pop("mode", None)
+    changes = {**in_file, **checked_changes(request.changes, "the command")}
+    changes["devices"] = checked_cluster(request.devices, request.nodes, request.node, request.master).world
+    if changes.get("amp") and gpus() == 0:
+        raise InputError("--amp needs a GPU that computes in float16, and there is none here: leave it out")
+    return changes
+
+
+def data_of(request: Request, changes: dict[str, Any], given: Weights | None = None) -> str:
+    """The folder of pictures, or ``synthetic``; taken out of ``changes``.
+
+    By default what ``given`` was trained on, else the drawn pictures.
+    """
+    in_recipe = changes.pop("data", None)
+    if request.data is not None:
+        return str(request.data.resolve()) if str(request.data) != SYNTHETIC else SYNTHETIC
+    if in_recipe is not None:
+        return str(in_recipe)
+    known = given.info.recipe.get("data") if given is not None and given.info else None
+    return str(known) if known else SYNTHETIC
+
+
+def refuse_changed(request: Request, recipe: Recipe, path: Path) -> None:
+    """Raises InputError where the request says otherwise than ``recipe``."""
+    wanted = dict(read_changes(request.recipe)) if request.recipe else {}
+    wanted |= checked_changes(request.changes, "the command")
+    if request.data is not None:
+        wanted["data"] = data_of(request, {})
+    if request.options:
+        wanted["options"] = {**recipe.options, **request.options}
+    if request.distill is not None:
+        wanted.setdefault("distill", (recipe.distill or DISTILLED) if request.distill else 0.0)
+    if request.checkpoint is not None or request.pretrained or request.from_scratch or request.new_head:
+        raise InputError(f"--resume goes on with the weights of {path}: leave out what chooses others")
+    for name, value in wanted.items():
+        has = getattr(recipe, name)
+        if value != has:
+            given = f"{value!r}" if isinstance(value, str) else value
+            raise InputError(
+                f"{path} was begun with {option(name)} {has}, not {given}: leave the option out to resume, "
+                "or leave out --resume to start anew"
+            )

@@ -1,0 +1,558 @@
+"""The training loop: read it top to bottom.
+
+A training is a function of its recipe, its pictures and its first weights: every random choice comes from the seed
+and the number of the step, and all that changes is in :meth:`Trainer.state`. So it can be killed at any moment and
+goes on to the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import megengine as mge
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor, amp
+from megengine.autodiff import GradManager
+from megengine.optimizer import SGD
+
+from mgq.data.loader import Batch, Loader
+from mgq.engine.classifier.evaluate import Evaluation, evaluated
+from mgq.engine.classifier.metrics import Meter
+from mgq.engine.classifier.open import versions
+from mgq.engine.classifier.runtime_module import int8_runtime
+from mgq.engine.distributed.process_group import Peers, on_processor
+from mgq.engine.runs.curves import Mark
+from mgq.engine.runs.run_folder import RunFolder
+from mgq.engine.runs.training_state import START_AGAIN, TrainingState
+from mgq.engine.training.ema import WeightAverage
+from mgq.engine.training.input_layer import stem_of
+from mgq.engine.training.linear_probe import solve_classifier
+from mgq.engine.training.losses import cross_entropy, distillation
+from mgq.engine.training.recipe import Recipe, plain
+from mgq.engine.training.schedule import learning_rate
+from mgq.errors import InputError, MgqError, printable
+from mgq.events import ALONE, Progress, Watcher
+from mgq.ptq.calibrate import DEFAULT_METHOD, calibrated_network
+from mgq.ptq.range_measurement import as_input
+from mgq.quantization.activation_ranges import apply_ranges, observe_weights
+from mgq.quantization.qat import Phase, plain_qat, set_phase
+from mgq.quantization.targets import target_called
+from mgq.runtime.protocol import BatchRuntime, in_batches
+from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.zoo.registry import spec_of
+from mgq.zoo.weight_loading import is_observed
+
+SAVE_SECONDS = 300.0
+"""A state to resume from is kept after every epoch, and this often within one."""
+REPORT_SECONDS = 0.5
+CURVE_SECONDS = 20.0
+
+
+class StoppedError(MgqError):
+    """The training by ``recipe`` was asked to stop. The message says where it stands, and what of it is kept.
+
+    ``verb`` and ``arch`` are those that it goes on with.
+    """
+
+    exit_code = 130
+
+    def __init__(self, message: str, recipe: Recipe) -> None:
+        super().__init__(message)
+        self.verb, self.arch = "qat" if recipe.mode == "qat" else "train", recipe.arch
+
+
+class Trainer:
+    """One training of one network (mode ``normal`` or ``qat``) by one recipe, kept in one folder.
+
+    ``train`` and ``val`` are loaders of the pictures to learn from and to measure on; ``info`` is what the checkpoints
+    will say of themselves; ``teacher`` is the float network for distillation; ``examples`` are pictures without
+    augmentation on which, before the first step, the classifier is solved or ``network`` calibrated. ``network`` ends
+    up as trained; the best one on ``val`` is kept as the run's checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: M.Module,
+        train: Loader,
+        val: Loader,
+        run: RunFolder,
+        info: CheckpointInfo,
+        teacher: M.Module | None = None,
+        peers: Peers | None = None,
+        watcher: Watcher = ALONE,
+        report_every: int = 0,
+        examples: Loader | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.network = network
+        self.train = train
+        self.val = val
+        self.run = run
+        self.info = info
+        self.teacher = teacher
+        self.peers = peers or Peers()
+        self.watcher = watcher
+        self.report_every = report_every
+        self.examples = examples
+
+        self.prepared = False
+        self.epoch = 0
+        self.step_in_epoch = 0
+        self.meter = Meter()
+        self.best: dict[str, float] = {}
+        self.start: dict[str, float] = {}  # of a ``qat`` network: calibrated, not trained
+        self.seconds = 0.0  # within this epoch, before now
+        self.phase: Phase | None = None
+        self.average = WeightAverage(network, recipe.ema) if recipe.ema else None
+        self.parameters = trained_parameters(recipe, network)
+        self.manager = GradManager().attach(list(self.parameters.values()), callbacks=self.peers.callbacks())
+        self.optimizer = sgd(recipe, self.parameters)
+        self.scaler = amp.GradScaler() if recipe.amp else None
+        self._saved_at = self._reported_at = self._drawn_at = time.monotonic()
+
+    # ---- the loop ----
+
+    def fit(self) -> None:
+        """Train until the recipe's last epoch. Raises StoppedError when asked to stop; the state is kept then."""
+        if not self.prepared:
+            self.save()
+            self.solve_classifier()
+            self.peers.share(self.network)
+            if self.recipe.mode == "qat" and not self.recipe.calibrate:
+                self.measure_calibrated()
+            self.observe()
+            if self.average is not None:
+                self.average = WeightAverage(self.network, self.recipe.ema)
+            if self.recipe.mode == "qat" and self.recipe.calibrate:
+                self.start = figures_of(self.measure(0))
+            self.prepared = True
+            self.save()
+        while self.epoch < self.recipe.epochs:
+            self.train_epoch()
+            self.finish_epoch()
+        self.draw_curves()
+
+    def solve_classifier(self) -> None:
+        """Let a new classifier begin with what the weights below it know already."""
+        if self.examples is None or self.recipe.mode == "qat":
+            return
+
+        def told(progress: Progress) -> None:
+            self.watcher.on_progress(progress)
+            self.stop_if_asked(keep=False)
+
+        name = head_of(self.recipe).removesuffix(".")
+        solve_classifier(self.network, name, self.examples, self.recipe.label_smoothing, told)
+
+    def observe(self) -> None:
+        """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
+        if self.recipe.mode != "qat":
+            return
+        if self.recipe.calibrate:
+            self.calibrate()
+            return
+        self.network.eval()
+        set_phase(self.network, Phase.OBSERVE)
+        total = min(self.recipe.observe_batches, len(self.train))
+        for number, batch in enumerate(self.train.batches(0), 1):
+            self.network(pixels_of(batch.images)).numpy()  # waits, or all batches would lie in memory at once
+            self.watcher.on_progress(Progress("observe ranges", number, total, "batches"))
+            self.stop_if_asked(keep=False)
+            if number == total:
+                break
+
+    def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The examples, to calibrate on."""
+        assert self.examples is not None
+        for number, batch in enumerate(self.examples.batches(0), 1):
+            self.watcher.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
+            self.stop_if_asked(keep=False)
+            yield batch.images
+
+    def measure_calibrated(self) -> None:
+        """What calibration alone makes of the float network is the first that may be the best.
+
+        The training itself goes on from the float network: its batch norms go on learning.
+        """
+        if self.examples is None or self.teacher is None:
+            return
+        # On the drawn pictures all is to be done in minutes: there the ranges alone are calibrated.
+        thorough = not self.recipe.is_synthetic
+        words = (DEFAULT_METHOD, thorough, thorough)
+        calibrated, _ = calibrated_network(
+            self.teacher, self.pictures(), self.recipe.arch, "", {}, *words, target=target_called(self.recipe.target)
+        )
+        found = self.validated(calibrated)
+        self.keep_if_best(0, found, calibrated)
+        self.start = figures_of(found)
+
+    def calibrate(self) -> None:
+        """Give a ``qat`` network what calibration finds on the examples. It is the first that may be the best."""
+        # A plain copy: learned scales would not follow the ranges that are tried.
+        calibrated, ranges = calibrated_network(plain_qat(self.network), self.pictures(), self.recipe.arch, "", {})
+        own = dict(self.network.named_parameters())
+        for name, value in calibrated.named_parameters():
+            own[name][...] = value
+        apply_ranges(self.network, ranges)
+
+    def train_epoch(self) -> None:
+        started = time.monotonic() - self.seconds
+        self.prepare_network()
+        for batch in self.train.batches(self.epoch, self.step_in_epoch):
+            for problem in batch.problems:
+                self.remark(problem)
+            self.step(batch)
+            self.step_in_epoch += 1
+            self.seconds = time.monotonic() - started
+            self.report()
+            self.stop_if_asked()
+            if time.monotonic() - self._saved_at > SAVE_SECONDS and self.step_in_epoch < len(self.train):
+                self.save()
+
+    def prepare_network(self) -> None:
+        """Set the network to learn; what the recipe keeps still by now, is."""
+        self.network.train()
+        if self.recipe.freeze_backbone or self.recipe.keep_batch_norm:
+            for name, module in self.network.named_modules():
+                if isinstance(module, M.BatchNorm2d) and not name.startswith(head_of(self.recipe)):
+                    module.eval()
+        self.phase = None  # train() has undone it
+
+    def enter_phase(self) -> None:
+        """Put a ``qat`` network into the phase that the recipe has for this step."""
+        wanted = phase_at(self.recipe, self.epochs_done)
+        if self.phase is not wanted:
+            self.phase = wanted
+            set_phase(self.network, wanted)
+
+    def step(self, batch: Batch) -> None:
+        if self.recipe.mode == "qat":
+            self.enter_phase()
+        # Dropout draws from MegEngine's own generator, which cannot be kept: so it starts anew at every step.
+        mge.random.seed(step_seed(self.recipe.seed, self.steps_done, self.peers.rank))
+        images, labels = pixels_of(batch.images), Tensor(batch.labels.astype(np.int32))
+        with self.manager:
+            with amp.autocast(enabled=self.recipe.amp):
+                logits = self.network(images)
+                loss = self.loss(logits, labels, images)
+            if self.scaler is None:
+                self.manager.backward(loss)
+            else:
+                self.scaler.backward(self.manager, loss)
+        value = float(loss.numpy().item())
+        if not math.isfinite(value):
+            raise InputError(self.lost(value))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["lr_factor"]
+        self.optimizer.step().clear_grad()
+        if self.average is not None:
+            self.average.update(self.network)
+        self.meter.add(value, logits.numpy().astype(np.float32), batch.labels)
+
+    def loss(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        own = cross_entropy(logits, labels, self.recipe.label_smoothing)
+        if self.teacher is None or not self.recipe.distill:
+            return own
+        share = self.recipe.distill
+        return (1 - share) * own + share * distillation(logits, self.teacher(images).detach())
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * len(self.train) + self.step_in_epoch
+
+    @property
+    def epochs_done(self) -> float:
+        return self.steps_done / len(self.train)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the step under way, taken in the middle of it."""
+        return learning_rate(self.recipe, (self.steps_done + 0.5) / len(self.train))
+
+    def lost(self, value: float) -> str:
+        kept = f"{self.run.checkpoint} is the last good one" if self.best else "no checkpoint was written yet"
+        return (
+            f"the loss became {value} at step {self.steps_done + 1} (epoch {self.epoch + 1}): "
+            f"{kept}; start again with a smaller --lr than {self.recipe.lr:g}"
+        )
+
+    # ---- the end of an epoch ----
+
+    def finish_epoch(self) -> None:
+        """Measure, keep what is best, note the figures, keep the state: in this order, so that a kill in between
+        leaves a state from which all of it is done again."""
+        entry: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.steps_done,
+            "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
+            "loss": self.meter.loss,
+            "top1": self.meter.top1,
+            "images_per_second": self.meter.images * self.peers.count / max(self.seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+        if self.phase is not None:
+            entry["phase"] = self.phase.value
+        if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
+            found = self.measure(self.epoch + 1)
+            entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
+        if self.peers.is_first:
+            self.run.add_metrics(entry)
+        self.remark(line_of(entry, self.recipe.epochs))
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.meter, self.seconds = Meter(), 0.0
+        self.save()
+        if time.monotonic() - self._drawn_at > CURVE_SECONDS:
+            self.draw_curves()
+        self.stop_if_asked(keep=False)
+
+    def measure(self, epoch: int) -> Evaluation:
+        """Validate, and keep what is the best so far; ``epoch`` counts from 1, 0 is the start."""
+        network = self.measured_network()
+        found = self.validated(network)
+        self.keep_if_best(epoch, found, network)
+        return found
+
+    def keep_if_best(self, epoch: int, found: Evaluation, network: M.Module) -> None:
+        """``found`` is what ``network`` is worth."""
+        if self.is_best(found):
+            self.best = {"epoch": epoch, **figures_of(found)}
+            self.keep_best(network)
+
+    def validated(self, network: M.Module) -> Evaluation:
+        network.eval()
+        int8 = self.int8_runtime(network)
+
+        def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            if int8 is not None:
+                return in_batches(int8, images)
+            answer: npt.NDArray[np.float32] = network(pixels_of(images)).numpy()
+            return answer
+
+        return evaluated(logits, self.val, "validate", self.watcher.on_progress)
+
+    def int8_runtime(self, network: M.Module) -> BatchRuntime | None:
+        """A ``qat`` network as real int8 in its target's engine: what counts in the end, and several times as fast.
+
+        None for others, on a GPU, and where the engine is not installed: there the network stands for itself.
+        """
+        if self.recipe.mode == "qat" and on_processor():
+            with contextlib.suppress(InputError):
+                return int8_runtime(plain_qat(network), self.recipe.image_size)
+        return None
+
+    def measured_network(self) -> M.Module:
+        network = self.network if self.average is None else self.average.averaged(self.network)
+        observe_weights(network)  # they are one step ahead of the ranges that were seen of them
+        return network
+
+    def is_best(self, found: Evaluation) -> bool:
+        """More right answers than before, or as many with a smaller loss."""
+        if not self.best:
+            return True
+        return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
+
+    def keep_best(self, network: M.Module) -> None:
+        if not self.peers.is_first:
+            return
+        figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
+        info = replace(self.info, step=self.steps_done, metrics=figures)
+        write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
+
+    # ---- what is kept ----
+
+    def state(self) -> TrainingState:
+        """All that this training needs to go on to the bit."""
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for name, value in self.network.state_dict().items():
+            tensors[f"network.{name}"] = value
+        for name, parameter in self.parameters.items():
+            tensors[f"velocity.{name}"] = self.optimizer._state[parameter]["momentum_buffer"].numpy()
+        progress: dict[str, Any] = {
+            "prepared": self.prepared,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "meter": self.meter.state(),
+            "best": self.best,
+            "start": self.start,
+            "seconds": self.seconds,
+            "pictures": [len(self.train.dataset), len(self.val.dataset)],
+            "info": asdict(self.info),
+        }
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
+            progress["average_steps"] = self.average.steps
+        if self.scaler is not None:
+            progress["scale"] = self.scaler.scale_factor
+        return TrainingState(tensors, progress, plain(self.recipe), versions())
+
+    def load(self, state: TrainingState) -> None:
+        """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
+        pictures = [len(self.train.dataset), len(self.val.dataset)]
+        if state.progress["pictures"] != pictures:
+            was, now = state.progress["pictures"], pictures
+            raise InputError(
+                f"{self.recipe.data} had {was[0]} + {was[1]} pictures when this run began and has {now[0]} + {now[1]} "
+                "now: put them back, or start a new run without --resume"
+            )
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RuntimeError):
+            raise InputError(f"{printable(self.run.last)} does not fit this training; {START_AGAIN}") from None
+
+    def _take(self, state: TrainingState) -> None:
+        parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        for name, value in state.tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        self.network.load_state_dict(parts["network"])
+        for name, parameter in self.parameters.items():
+            self.optimizer._state[parameter]["momentum_buffer"][...] = Tensor(parts["velocity"][name])
+        self.prepared = state.progress.get("prepared", True)
+        self.epoch = state.progress["epoch"]
+        self.step_in_epoch = state.progress["step_in_epoch"]
+        self.meter = Meter.from_state(state.progress["meter"])
+        self.best = dict(state.progress["best"])
+        self.start = dict(state.progress.get("start", {}))
+        self.seconds = state.progress["seconds"]
+        if self.average is not None:
+            self.average.load(parts["average"], state.progress["average_steps"])
+        if self.scaler is not None:
+            self.scaler.scale_factor = state.progress["scale"]
+
+    def save(self) -> None:
+        if self.peers.is_first:
+            self.run.write_state(self.state())
+        self._saved_at = time.monotonic()
+
+    # ---- what is told ----
+
+    def report(self) -> None:
+        now = time.monotonic()
+        last = self.step_in_epoch == len(self.train)
+        if now - self._reported_at > REPORT_SECONDS or last:
+            self._reported_at = now
+            done = self.step_in_epoch * self.train.batch_size * self.peers.count
+            total = len(self.train) * self.train.batch_size * self.peers.count
+            detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %"
+            what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
+            self.watcher.on_progress(Progress(what, done, total, "pictures", detail))
+        if self.report_every and self.step_in_epoch % self.report_every == 0:
+            self.remark(
+                f"epoch {self.epoch + 1} step {self.step_in_epoch}/{len(self.train)}  lr {self.learning_rate:.3g}  "
+                f"loss {self.meter.loss:.3f}  top-1 {self.meter.top1:.1f} %"
+            )
+
+    def remark(self, line: str) -> None:
+        if self.peers.is_first:
+            self.run.log(line)
+            self.watcher.on_remark(line)
+
+    def stop_if_asked(self, keep: bool = True) -> None:
+        if not self.watcher.should_stop():
+            return
+        if keep:
+            self.save()
+        step = f", step {self.step_in_epoch} of {len(self.train)}" if self.step_in_epoch else ""
+        where = f"stopped in epoch {min(self.epoch + 1, self.recipe.epochs)} of {self.recipe.epochs}{step}"
+        raise StoppedError(f"{where}; all of it is kept", self.recipe)
+
+    def draw_curves(self) -> None:
+        if self.peers.is_first:
+            problem = self.run.write_curves(f"{self.recipe.arch}, mode {self.recipe.mode}", marks(self.recipe))
+            if problem is not None:
+                self.remark(problem)
+        self._drawn_at = time.monotonic()
+
+
+def figures_of(found: Evaluation) -> dict[str, float]:
+    """What is kept of an evaluation: percent, and nats."""
+    return {"top1": found.top1, "top5": found.top5, "loss": found.loss}
+
+
+def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
+    """The state that a checkpoint holds: that of a ``qat`` network in the form that every verb loads."""
+    state: dict[str, npt.NDArray[Any]] = (plain_qat(network) if mode == "qat" else network).state_dict()
+    return state
+
+
+def trained_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
+    """Name -> parameter, of those that the recipe trains."""
+    named = dict(network.named_parameters())
+    if recipe.freeze_backbone:
+        return {name: value for name, value in named.items() if name.startswith(head_of(recipe))}
+    return named
+
+
+def head_of(recipe: Recipe) -> str:
+    """What the names of the classifier's parameters begin with."""
+    return spec_of(recipe.arch).head.removesuffix("weight")
+
+
+def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
+    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales.
+
+    Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
+    """
+    stem = stem_of(parameters)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
+        factor = recipe.stem_lr if name == stem else 1.0
+        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
+    return SGD(
+        [
+            {"params": group, "weight_decay": decay, "lr": recipe.lr * factor, "lr_factor": factor}
+            for (decay, factor), group in groups.items()
+        ],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+    )
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether it has more than one dimension, axes of length 1 left aside."""
+    return sum(int(axis) > 1 for axis in parameter.shape) > 1
+
+
+def phase_at(recipe: Recipe, epoch: float) -> Phase:
+    """What quantization-aware training keeps still at ``epoch``, which counts from 0."""
+    if recipe.calibrate or epoch >= recipe.freeze_observers > 0:
+        return Phase.FREEZE_OBSERVERS
+    return Phase.FREEZE_BATCH_NORM if epoch >= recipe.freeze_batch_norm > 0 else Phase.QUANTIZE
+
+
+def marks(recipe: Recipe) -> list[Mark]:
+    """Where in a run, in epochs, something changes for good, for the curves."""
+    if recipe.mode != "qat" or recipe.calibrate:
+        return []
+    found = [(recipe.freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]
+    return [Mark(epoch, text) for epoch, text in found if 0 < epoch < recipe.epochs]
+
+
+def pixels_of(images: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 (N, 3, H, W) as networks take it: float32, minus 128."""
+    return Tensor(as_input(images))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for each step and rank, well apart from its neighbours' (splitmix64's finalizer, Steele et al. 2014)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank + 1) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**31
+
+
+def line_of(entry: Mapping[str, Any], epochs: int) -> str:
+    """A finished epoch in one line."""
+    line = f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.3f}  train {entry['top1']:.1f} %"
+    if "val_top1" in entry:
+        line += f"  val {entry['val_top1']:.1f} %"
+    return f"{line}  {entry['images_per_second']:.1f} pictures/s"

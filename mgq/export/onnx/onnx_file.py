@@ -1,0 +1,98 @@
+"""ONNX files as the engines that run them take them: checked before an engine sees them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgq.errors import InputError, printable
+from mgq.export.onnx.guard import MOST_BYTES, StrangeModelError, output_shapes
+from mgq.io.limited_io import bytes_of, object_in
+from mgq.machine import muted_stderr
+
+INTEGER_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
+METADATA = "mgq"
+"""The key of what mgq writes into a file's metadata, as JSON."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) has None where any will
+    do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is what mgq wrote into it, empty in others.
+    ``quantized``: whether there are integers to compute with. ``classes`` is how many numbers an answer has.
+    """
+
+    path: Path
+    content: bytes = field(repr=False)
+    input: str
+    type: str
+    shape: tuple[int | None, ...]
+    output: str
+    about: dict[str, Any] = field(repr=False)
+    quantized: bool = False
+    classes: int = 0
+
+    def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError where a batch of ``shape`` does not fit."""
+        fits = len(shape) == len(self.shape) and all(
+            wanted is None or wanted == has for wanted, has in zip(self.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = "x".join("N" if axis is None else str(axis) for axis in self.shape)
+            raise InputError(
+                f"{printable(self.path)} takes pictures of shape {wanted}, not {'x'.join(map(str, shape))}"
+            )
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
+    one needs (see :mod:`mgq.export.onnx.guard`), or where the package that reads it is not installed."""
+    name = printable(path)
+    onnx = imported("onnx")
+    try:
+        content = bytes_of(path, MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
+    try:
+        model = onnx.load_from_string(content)
+        answers = output_shapes(model)
+    except StrangeModelError as error:
+        raise InputError(f"{name} {error}") from None
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name} is damaged, or is no ONNX file ({printable(what)[:200]}): write it again") from None
+    constants = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1 or not model.graph.output:
+        raise InputError(f"{name} does not take one batch of pictures and give an answer: give a classifier")
+    tensor = inputs[0].type.tensor_type
+    shape = tuple(int(axis.dim_value) or None for axis in tensor.shape.dim)
+    if len(shape) != 4 or shape[1] not in (3, None):
+        raise InputError(f"{name} does not take pictures (N, 3, H, W): give a classifier of pictures")
+    output = model.graph.output[0].name
+    answer = answers[output]
+    if len(answer) != 2 or shape[0] not in (None, answer[0]):
+        raise InputError(f"{name} does not answer with one number for each class: give a classifier of pictures")
+    about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
+    return OnnxFile(path, content, inputs[0].name, kind, shape, output, known(about), quantized, answer[1])
+
+
+def known(about: str | None) -> dict[str, Any]:
+    """What mgq wrote into the file; empty where another program wrote it, or that is damaged."""
+    try:
+        return object_in(about) if about is not None else {}
+    except ValueError:
+        return {}
+
+
+def imported(package: str) -> Any:
+    """Raises InputError where ``package`` is not installed, or fails."""
+    try:
+        with muted_stderr():  # OpenVINO's import makes MegEngine's library complain that there is no GPU
+            return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"{package} cannot be imported ({error}): pip install 'mgq[deploy]'") from None

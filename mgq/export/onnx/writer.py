@@ -1,0 +1,318 @@
+"""The writer of ONNX files: standard operators only, integers between QuantizeLinear and DequantizeLinear (QDQ).
+
+The form is the one that engines turn into integer kernels throughout: pixels are the integers that the first
+convolution reads; what lies behind a ReLU is uint8 with zero point 0, so that its saturation is the ReLU; what has a
+sign is uint8 with zero point 128, which ONNX Runtime runs faster than int8; shuffles and max pooling move integers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import FailureError
+from mgq.export.onnx.onnx_file import METADATA, imported
+from mgq.graph.layer_graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    Grid,
+    Linear,
+    MaxPool,
+    Node,
+    Reshape,
+    Transpose,
+    Weighted,
+    graph_of,
+)
+from mgq.graph.rewrites import REWRITES, without_shuffles
+from mgq.io.atomic import atomic_write
+from mgq.quantization.half_to_even import bias_steps
+
+OPSET = 17
+IR_VERSION = 8
+"""The oldest that has the opset: the more engines read it."""
+INPUT, OUTPUT = "data", "logits"
+PIXEL_ZERO = 128
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written: bytes of the file, and of the integers in it (0 in a float network)."""
+
+    path: Path
+    size: int
+    parameters: int
+
+
+def write_onnx(
+    network: M.Module,
+    path: Path,
+    *,
+    image_size: int,
+    batch: int | None,
+    provenance: Mapping[str, Any],
+    rewrites: Sequence[str] = (),
+) -> OnnxReport:
+    """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
+
+    The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
+    logits. ``rewrites`` are names of :data:`mgq.graph.rewrites.REWRITES`. ``provenance`` lies as JSON in its metadata.
+    ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
+    be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
+    """
+    graph = plain_graph(network, image_size)
+    for name in rewrites:
+        graph = REWRITES[name](graph)
+    onnx = imported("onnx")
+    model = model_of(graph, image_size, batch, provenance)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise FailureError(f"{path} is not written: ONNX refuses it: {error}") from None
+    content = model.SerializeToString()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    integers = [node.integers.size for node in graph.nodes if isinstance(node, Weighted) and node.integers is not None]
+    return OnnxReport(path, len(content), sum(integers))
+
+
+def plain_graph(network: M.Module, image_size: int) -> Graph:
+    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing."""
+    return without_shuffles(graph_of(network, image_size), most=0)
+
+
+def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any]) -> Any:
+    """``graph`` as an ONNX model."""
+    onnx = imported("onnx")
+    helper, types = onnx.helper, onnx.TensorProto
+
+    writer = Writer(graph)
+    writer.write()
+    shape: list[int | str] = [batch or "N", 3, image_size, image_size]
+    classes = graph.shapes[graph.output][-1]
+    body = helper.make_graph(
+        writer.nodes,
+        "mgq",
+        [helper.make_tensor_value_info(INPUT, types.UINT8, shape)],
+        [helper.make_tensor_value_info(OUTPUT, types.FLOAT, [batch or "N", classes])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in writer.constants.items()],
+    )
+    model = helper.make_model(
+        body, producer_name="mgq", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )
+    entry = model.metadata_props.add()
+    entry.key = METADATA
+    entry.value = json.dumps({**provenance, "input": input_of(shape)}, sort_keys=True)
+    return model
+
+
+def input_of(shape: list[int | str]) -> dict[str, Any]:
+    return {"name": INPUT, "type": "uint8", "shape": shape, "order": "BGR"}
+
+
+class Writer:
+    """Turns the nodes of a graph into those of ONNX, in ``nodes`` and ``constants``.
+
+    A tensor with a grid has two names: as integers, and behind its DequantizeLinear as floats.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.make_node = imported("onnx.helper").make_node
+        self.nodes: list[Any] = []
+        self.constants: dict[str, npt.NDArray[Any]] = {}
+        self.floats: dict[str, str] = {}
+        self.integers: dict[str, str] = {}
+        self.counts: dict[str, str] = {}
+
+    def write(self) -> None:
+        grid = self.graph.grids.get(self.graph.input, Grid(1.0))
+        assert grid.scale == 1.0
+        self.integers[self.graph.input] = INPUT
+        if self.graph.input not in self.graph.grids:
+            self.floats[self.graph.input] = self.dequantized(INPUT, self.graph.input, grid)
+        for node in self.graph.nodes:
+            self.write_node(node)
+
+    def write_node(self, node: Node) -> None:
+        kinds = {
+            Convolution: self.write_convolution,
+            Linear: self.write_linear,
+            Add: self.write_add,
+            MaxPool: self.write_max_pool,
+            GlobalAverage: self.write_average,
+            Reshape: self.write_reshape,
+            Transpose: self.write_transpose,
+        }
+        write: Any = kinds[type(node)]
+        write(node)
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(self.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
+        return output
+
+    def constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        self.constants[name] = value
+        return name
+
+    def float_of(self, tensor: str) -> str:
+        """The name of ``tensor`` as floats."""
+        if tensor not in self.floats:
+            self.floats[tensor] = self.dequantized(self.integers[tensor], tensor, self.graph.grids[tensor])
+        return self.floats[tensor]
+
+    def counts_of(self, tensor: str) -> str:
+        """The name of the integers of ``tensor`` as floats, without their scale."""
+        if tensor not in self.counts:
+            value = self.add("Cast", [self.integers[tensor]], f"{tensor}/cast", to=imported("onnx").TensorProto.FLOAT)
+            zero_point = zero_point_of(self.graph.grids[tensor])
+            if zero_point:
+                zero = self.constant(f"{tensor}/zero", np.array(zero_point, np.float32))
+                value = self.add("Sub", [value, zero], f"{tensor}/counts")
+            self.counts[tensor] = value
+        return self.counts[tensor]
+
+    def grid_constants(self, tensor: str, grid: Grid) -> list[str]:
+        zero_point = zero_point_of(grid)
+        return [
+            self.constant(f"{tensor}/scale", np.array(grid.scale, np.float32)),
+            self.constant(f"{tensor}/zero_point", np.array(zero_point, np.uint8)),
+        ]
+
+    def dequantized(self, integers: str, tensor: str, grid: Grid) -> str:
+        return self.add("DequantizeLinear", [integers, *self.grid_constants(tensor, grid)], f"{tensor}/float")
+
+    def finish(self, node: Node, value: str) -> None:
+        """``value``, what ``node`` computes in floats, becomes its output: rounded to the grid where it has one."""
+        grid = self.graph.grids.get(node.output)
+        if grid is None:
+            self.floats[node.output] = value
+            return
+        quantized = self.add("QuantizeLinear", [value, *self.grid_constants(node.output, grid)], f"{node.output}/q")
+        lowest, highest = (limit + zero_point_of(grid) for limit in (grid.lowest, grid.highest))
+        if (lowest, highest) != (0, 255):
+            limits = [
+                self.constant(f"{node.output}/{name}", np.array(limit, np.uint8))
+                for name, limit in (("lowest", lowest), ("highest", highest))
+            ]
+            quantized = self.add("Clip", [quantized, *limits], f"{node.output}/clipped")
+        self.integers[node.output] = quantized
+
+    def move(self, node: Node, operator: str, more: list[str], **attributes: Any) -> None:
+        """An operator that only moves or chooses values: it is done with the integers where there are any."""
+        (source,) = node.inputs
+        table = self.integers if source in self.graph.grids else self.floats
+        table[node.output] = self.add(operator, [table[source], *more], f"{node.output}/{operator}", **attributes)
+
+    def parameters(self, node: Weighted) -> list[str]:
+        """Names of the weights of ``node`` as floats, and of its bias where it has one."""
+        name = node.output
+        grid = self.graph.grids.get(node.inputs[0])
+        if node.integers is None or node.scales is None or grid is None:
+            names = [self.constant(f"{name}/weight", node.weight)]
+            return names + ([self.constant(f"{name}/bias", node.bias)] if node.bias is not None else [])
+        names = [self.dequantized_constant(f"{name}/weight", node.integers, node.scales)]
+        if node.bias is not None:
+            scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
+            names.append(self.dequantized_constant(f"{name}/bias", bias_steps(node.bias, scales), scales))
+        return names
+
+    def dequantized_constant(self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32]) -> str:
+        """One scale for all, or one for each output."""
+        if scales.size == 1:
+            scales = scales.reshape(())
+        inputs = [self.constant(f"{name}/integers", integers), self.constant(f"{name}/scale", scales)]
+        if integers.dtype == np.int8:  # a zero point is optional, but engines look for that of weights
+            inputs.append(self.constant(f"{name}/zero_point", np.zeros(scales.shape, np.int8)))
+        attributes = {"axis": 0} if scales.ndim else {}
+        return self.add("DequantizeLinear", inputs, f"{name}/float", **attributes)
+
+    def convolved(self, node: Convolution) -> list[str]:
+        """What a Conv reads: the source of ``node`` as floats, weights and bias.
+
+        Float weights that stand between DequantizeLinear and QuantizeLinear ONNX Runtime would quantize by itself. So
+        their source is cast instead, and its scale is theirs.
+        """
+        (source,) = node.inputs
+        if node.integers is None and source in self.graph.grids:
+            scaled = replace(node, weight=node.weight * np.float32(self.graph.grids[source].scale))
+            return [self.counts_of(source), *self.parameters(scaled)]
+        return [self.float_of(source), *self.parameters(node)]
+
+    def write_convolution(self, node: Convolution) -> None:
+        value = self.add(
+            "Conv",
+            self.convolved(node),
+            f"{node.output}/sum",
+            kernel_shape=list(node.weight.shape[2:]),
+            strides=list(node.stride),
+            pads=[*node.padding, *(node.padding_end or node.padding)],
+            group=node.groups,
+        )
+        self.finish(node, self.activated(node.output, node.activation, value))
+
+    def activated(self, name: str, activation: str, value: str) -> str:
+        """Behind a grid that begins at 0 the ReLU is its saturation, and there is no operator of it."""
+        grid = self.graph.grids.get(name)
+        if activation == "relu" and grid is None:
+            return self.add("Relu", [value], f"{name}/relu")
+        if activation == "relu6" and grid is None:
+            limits = [self.constant(f"{name}/{limit}", np.array(limit, np.float32)) for limit in (0, 6)]
+            return self.add("Clip", [value, *limits], f"{name}/relu6")
+        return value
+
+    def write_linear(self, node: Linear) -> None:
+        inputs = [self.float_of(node.inputs[0]), *self.parameters(node)]
+        self.finish(node, self.add("Gemm", inputs, self.result(node), transB=1))
+
+    def result(self, node: Node) -> str:
+        return OUTPUT if node.output == self.graph.output else f"{node.output}/sum"
+
+    def write_add(self, node: Add) -> None:
+        value = self.add("Add", [self.summand(tensor) for tensor in node.inputs], f"{node.output}/sum")
+        self.finish(node, self.activated(node.output, "relu" if node.relu else "", value))
+
+    def summand(self, tensor: str) -> str:
+        """The name of ``tensor`` as floats for a sum: what a convolution made is put on its grid once more.
+
+        OpenVINO leaves out the first rounding behind a convolution where a sum and another follow (2025.4), so that its
+        integers are not those of others. It keeps the second, all in the kernel of the convolution as before, and ONNX
+        Runtime drops it.
+        """
+        makers = [node for node in self.graph.nodes if node.output == tensor]
+        if tensor not in self.graph.grids or not any(isinstance(node, Convolution) for node in makers):
+            return self.float_of(tensor)
+        constants = self.grid_constants(tensor, self.graph.grids[tensor])
+        again = self.add("QuantizeLinear", [self.float_of(tensor), *constants], f"{tensor}/again")
+        return self.add("DequantizeLinear", [again, *constants], f"{tensor}/summand")
+
+    def write_max_pool(self, node: MaxPool) -> None:
+        shape = {"kernel_shape": list(node.kernel), "strides": list(node.stride)}
+        self.move(node, "MaxPool", [], **shape, pads=[*node.padding, *node.padding])
+
+    def write_average(self, node: GlobalAverage) -> None:
+        value = self.add("GlobalAveragePool", [self.float_of(node.inputs[0])], f"{node.output}/mean")
+        self.finish(node, value)
+        table = self.integers if node.output in self.graph.grids else self.floats
+        table[node.output] = self.add("Flatten", [table[node.output]], f"{node.output}/flat", axis=1)
+
+    def write_reshape(self, node: Reshape) -> None:
+        # 0 keeps the batch, whatever it is.
+        shape = self.constant(f"{node.output}/shape", np.array([0, *node.shape[1:]], np.int64))
+        self.move(node, "Reshape", [shape])
+
+    def write_transpose(self, node: Transpose) -> None:
+        self.move(node, "Transpose", [], perm=list(node.axes))
+
+
+def zero_point_of(grid: Grid) -> int:
+    return 0 if grid.lowest >= 0 else PIXEL_ZERO

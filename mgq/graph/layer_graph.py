@@ -1,0 +1,345 @@
+"""A network as a small graph of plain layers, with the grid of every tensor: for equalization and for exporters.
+
+It is read from the traced network, whose layers stay whole, so that scales and parameters are those of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.conv_bn import _ConvBnActivation2d
+from megengine.quantization.quantize import disable_fake_quant, disable_observer
+from megengine.traced_module import register_as_builtin, trace_module
+from megengine.traced_module.expr import CallFunction, CallMethod, Expr
+
+from mgq.errors import FailureError
+from mgq.quantization.activation_ranges import folded_bias, folded_weight, is_kept_in_float
+from mgq.quantization.batch_norm_folding import activation_of, folded_layer
+from mgq.quantization.half_to_even import EvenFakeQuantize
+from mgq.quantization.learned_scales import rounded
+from mgq.quantization.modes import Mode, mode_of
+from mgq.quantization.relu6 import QAT_TO_QUANTIZED
+from mgq.quantization.targets import (
+    WEIGHT_LEVELS,
+    ChannelFakeQuantize,
+    QuantizedFeatures,
+    channel_scales,
+    is_never_negative,
+    levels_of,
+    target_of,
+)
+from mgq.zoo.layers import ConvBnRelu6
+
+Array = npt.NDArray[np.float32]
+Integers = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """int8 or uint8 values ``lowest`` to ``highest`` that stand for multiples of ``scale``; zero is 0.
+
+    Values beyond are saturated, which also is the activation of a layer: nothing below 0 behind a ReLU.
+    """
+
+    scale: float
+    lowest: int = -128
+    highest: int = 127
+
+    def refined(self) -> Grid:
+        """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
+        if (self.lowest, self.highest) == (0, 127):
+            return Grid(self.scale / 2, 0, 255)
+        return self
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation: names of the tensors that it reads and of the one that it makes."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Weighted(Node):
+    """A convolution or a linear layer: ``weight`` float32 (O, C / groups, H, W) or (O, I), ``bias`` float32 (O,).
+
+    In an int8 network ``integers`` times ``scales``, one or one for each output, is what it computes with; a layer
+    kept in float has neither.
+    """
+
+    weight: Array
+    bias: Array | None
+    integers: Integers | None
+    scales: Array | None
+
+
+@dataclass(frozen=True)
+class Convolution(Weighted):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    activation: str  # "", "relu" or "relu6"
+    padding_end: tuple[int, int] | None = None  # below and to the right, where it is not ``padding``
+
+
+@dataclass(frozen=True)
+class Linear(Weighted):
+    pass
+
+
+@dataclass(frozen=True)
+class Add(Node):
+    relu: bool
+
+
+@dataclass(frozen=True)
+class MaxPool(Node):
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class GlobalAverage(Node):
+    pass
+
+
+@dataclass(frozen=True)
+class Reshape(Node):
+    """To ``shape``, whose first axis is the batch."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transpose(Node):
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """``nodes`` in the order in which they run, from ``input`` (N, 3, S, S) to ``output`` (N, classes).
+
+    ``grids``: name of a tensor -> its grid; tensors without one are float32. ``shapes`` are those for a batch of 1.
+    """
+
+    nodes: tuple[Node, ...]
+    input: str
+    output: str
+    grids: dict[str, Grid]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def macs_of(graph: Graph) -> int:
+    """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
+    positions = {node.output: int(np.prod(graph.shapes[node.output][2:])) for node in graph.nodes}
+    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, Weighted))
+
+
+def graph_of(network: M.Module, image_size: int) -> Graph:
+    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written."""
+    return Reader(network, image_size).graph()
+
+
+class Reader:
+    """Reads the traced network, expression by expression."""
+
+    def __init__(self, network: M.Module, image_size: int) -> None:
+        self.quantized = mode_of(network) is Mode.QAT
+        self.levels = target_of(network).levels
+        self.network = network
+        self.modules = dict(network.named_modules())
+        self.image_size = image_size
+        self.nodes: list[Node] = []
+        self.grids: dict[str, Grid] = {}
+        self.layers: dict[str, str] = {}  # name of a tensor when traced -> the layer that makes it
+        self.same_as: dict[str, str] = {}  # tensors that are others unchanged
+
+    def graph(self) -> Graph:
+        copy = deepcopy(self.network)
+        copy.eval()
+        if self.quantized:
+            disable_fake_quant(copy)
+            disable_observer(copy)
+        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
+            register_as_builtin(kind)
+        sample = Tensor(np.zeros((1, 3, self.image_size, self.image_size), np.float32))
+        flat = trace_module(copy, sample).flatten().graph
+        shapes: dict[str, tuple[int, ...]] = {}
+        for expression in flat._exprs:
+            self.read(expression)
+        source = flat.inputs[1]
+        output = self.name(flat.outputs[0])
+        for node in flat.nodes(recursive=True):
+            if getattr(node, "shape", None) is not None:
+                shapes[self.name(node)] = tuple(int(axis) for axis in node.shape)
+        return Graph(tuple(self.nodes), source._name, output, self.grids, shapes)
+
+    def name(self, node: Any) -> str:
+        name: str = self.layers.get(node._name, node._name)
+        return self.same_as.get(name, name)
+
+    def read(self, expression: Expr) -> None:
+        if isinstance(expression, CallFunction):
+            self.read_function(expression)
+        elif isinstance(expression, CallMethod) and expression.method == "__call__":
+            called, *sources = expression.inputs
+            layer = called.qualname.partition(".")[2]
+            self.layers[expression.outputs[0]._name] = layer
+            self.read_module(self.modules[layer], [self.name(source) for source in sources], layer)
+        elif type(expression).__name__ not in ("GetAttr", "Input"):
+            raise FailureError(f"the network does {expression}, which cannot be exported")
+
+    def read_module(self, module: M.Module, inputs: list[str], output: str) -> None:
+        for kind, read in self.readers():
+            if isinstance(module, kind):
+                read(module, tuple(inputs), output)
+                return
+        raise FailureError(f"a layer of type {type(module).__name__} cannot be exported")
+
+    def readers(self) -> tuple[tuple[Any, Callable[[Any, tuple[str, ...], str], None]], ...]:
+        return (
+            (M.Identity, self.read_nothing),
+            (M.Dropout, self.read_nothing),
+            (M.QuantStub | Q.QuantStub, self.read_stub),
+            (M.DequantStub | Q.DequantStub, self.read_stub),
+            (M.MaxPool2d, self.read_max_pool),
+            (M.Elemwise, self.read_sum),
+            (M.Linear, self.read_linear),
+            (_ConvBnActivation2d, self.read_convolution),
+        )
+
+    def read_nothing(self, _: M.Module, inputs: tuple[str, ...], output: str) -> None:
+        self.same_as[output] = inputs[0]
+
+    def read_stub(self, module: M.Module, inputs: tuple[str, ...], output: str) -> None:
+        """The entry to the int8 network, or the exit; nothing to be done in either but to note the grid."""
+        self.same_as[output] = inputs[0]
+        if isinstance(module, Q.QuantStub | QuantizedFeatures):
+            self.grids[inputs[0]] = grid_of(module)
+
+    def read_max_pool(self, module: M.MaxPool2d, inputs: tuple[str, ...], output: str) -> None:
+        self.nodes.append(MaxPool(inputs, output, pair(module.kernel_size), pair(module.stride), pair(module.padding)))
+        self.pass_grid(inputs[0], output)
+
+    def read_sum(self, module: M.Elemwise, inputs: tuple[str, ...], output: str) -> None:
+        method = str(module.method).upper().rpartition(".")[2]
+        if method not in ("ADD", "FUSE_ADD_RELU"):
+            raise FailureError(f"an element-wise {method} cannot be exported")
+        self.nodes.append(Add(inputs, output, method == "FUSE_ADD_RELU"))
+        if isinstance(module, Q.QATModule):
+            self.grids[output] = grid_of(module)
+
+    def read_linear(self, module: M.Linear, inputs: tuple[str, ...], output: str) -> None:
+        bias = None if module.bias is None else np.ravel(module.bias.numpy())
+        weight = module.weight.numpy()
+        # Whatever the network is quantized for, a classifier behind integers is best integers, too.
+        integers, scales = in_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
+        self.nodes.append(Linear(inputs, output, weight, bias, integers, scales))
+
+    def read_convolution(self, module: Any, inputs: tuple[str, ...], output: str) -> None:
+        conv = module.conv
+        if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            raise FailureError("a convolution with dilation, or padding other than zeros, cannot be exported")
+        activation = activation_of(module)
+        weight, bias = folded_parameters(module)
+        is_int8 = self.quantized and not is_kept_in_float(module)
+        integers, scales = quantized_weights(module, weight) if is_int8 else (None, None)
+        self.nodes.append(
+            Convolution(
+                inputs,
+                output,
+                weight,
+                bias,
+                integers,
+                scales,
+                pair(conv.stride),
+                pair(conv.padding),
+                conv.groups,
+                activation,
+            )
+        )
+        if self.quantized:
+            self.grids[output] = grid_of(module)
+
+    def read_function(self, expression: CallFunction) -> None:
+        function = expression.func
+        source, output = self.name(expression.inputs[0]), expression.outputs[0]._name
+        arguments = [value for value in expression.args[1:] if not hasattr(value, "_name")]
+        if function is F.reshape:
+            self.nodes.append(Reshape((source,), output, numbers(arguments[0])))
+        elif function is F.transpose:
+            self.nodes.append(Transpose((source,), output, numbers(arguments[0])))
+        elif function is F.flatten:
+            self.same_as[output] = source  # the classifier reads (N, C, 1, 1) as (N, C)
+            return
+        elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
+            self.nodes.append(GlobalAverage((source,), output))
+            if source in self.grids:
+                self.grids[output] = self.grids[source].refined()
+            return
+        else:
+            raise FailureError(f"the function {function.__name__} of the network cannot be exported")
+        self.pass_grid(source, output)
+
+    def pass_grid(self, source: str, output: str) -> None:
+        if source in self.grids:
+            self.grids[output] = self.grids[source]
+
+
+def pair(value: Any) -> tuple[int, int]:
+    height, width = value if isinstance(value, tuple | list) else (value, value)
+    return int(height), int(width)
+
+
+def numbers(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def folded_parameters(module: Any) -> tuple[Array, Array]:
+    """Weights (O, C / groups, H, W) and bias (O,) with batch norm folded in, float32."""
+    if isinstance(module, Q.QATModule):
+        weight, bias = folded_weight(module).numpy(), folded_bias(module)
+    else:
+        plain = folded_layer(module)
+        weight, bias = plain.weight.numpy(), np.ravel(plain.bias.numpy())
+    return weight.reshape(-1, *weight.shape[-3:]), bias
+
+
+def grid_of(module: Q.QATModule) -> Grid:
+    """The grid of the output of ``module``."""
+    qparams = module.act_observer.get_qparams()
+    meta = qparams.dtype_meta
+    lowest = 0 if is_never_negative(module) else int(meta.qmin)
+    return Grid(float(qparams.scale.numpy()), lowest, int(meta.qmax))
+
+
+def quantized_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:
+    """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
+    if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+        return in_channels(weight, levels_of(module))
+    scale = np.ravel(module.weight_observer.get_qparams().scale.numpy()).astype(np.float32)
+    return in_steps(weight, scale), scale
+
+
+def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
+    """``weight`` (O, ...) as int8, each output on a grid of its own, and their scales, float32 (O,)."""
+    scales = np.ravel(channel_scales(Tensor(weight), levels).numpy())
+    return in_steps(weight, scales), scales
+
+
+def in_steps(weight: Array, scales: Array) -> Integers:
+    """``weight`` in terms of ``scales``, halves rounded away from zero as in MegEngine."""
+    steps = weight / scales.reshape(-1, *(1,) * (weight.ndim - 1))
+    integers: Integers = np.clip(rounded(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    return integers

@@ -1,0 +1,195 @@
+"""What the channels of a float network look like: measured on pictures, or expected of its batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from scipy.special import ndtr
+
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose, graph_of
+from mgq.quantization.relu6 import CEILING
+
+Values = npt.NDArray[np.float64]
+
+DEVIATIONS = 6.0
+"""So many standard deviations from its mean the output of a batch norm is expected at most."""
+PIXEL_DEVIATION = 60.0
+"""Of pixels minus 128, as they are in photographs."""
+POOLED = 0.25
+"""Of a channel's variance, what is left in its mean over a picture."""
+CEILINGS = {"relu": np.inf, "relu6": CEILING}
+IMAGE_SIZE = 64
+"""Pixels on a side of the picture with which channels are followed: any will do."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Each channel of a tensor: float64 (C,). ``lowest`` and ``highest`` are its range."""
+
+    lowest: Values
+    highest: Values
+    mean: Values
+    variance: Values
+
+    def times(self, factor: float) -> Moments:
+        """Of the same tensor, ``factor`` times as large."""
+        return Moments(self.lowest * factor, self.highest * factor, self.mean * factor, self.variance * factor**2)
+
+    @property
+    def largest(self) -> Values:
+        found: Values = np.maximum(-self.lowest, self.highest)
+        return found
+
+    @property
+    def mean_square(self) -> Values:
+        return self.variance + self.mean**2
+
+    def moved(self, move: Callable[[Values], Values]) -> Moments:
+        """The same of channels in another order."""
+        return Moments(*(move(values) for values in (self.lowest, self.highest, self.mean, self.variance)))
+
+
+Statistics = dict[str, Moments]
+"""Name of a tensor of a network's graph -> its channels."""
+
+
+def measured_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.NDArray[np.float32]]) -> Statistics:
+    """Of what ``network``, mode ``normal`` and in evaluation state, makes of ``batches``: float32 (N, 3, H, W)."""
+    modules = dict(network.named_modules())
+    sums: dict[str, list[Values]] = {}
+
+    def note(name: str) -> Callable[[M.Module, object, Tensor], None]:
+        def see(_: M.Module, __: object, output: Tensor) -> None:
+            values = output.numpy()
+            values = values.reshape(*values.shape[:2], -1)
+            size = values.shape[0] * values.shape[2]
+            found = [values.min((0, 2)), values.max((0, 2)), values.mean((0, 2)), (values**2).mean((0, 2))]
+            low, high, mean, square = (part.astype(np.float64) for part in found)
+            if name in sums:
+                before = sums[name]
+                sums[name] = [
+                    np.minimum(before[0], low),
+                    np.maximum(before[1], high),
+                    *(before[2] + size * mean, before[3] + size * square, before[4] + size),
+                ]
+            else:
+                sums[name] = [low, high, size * mean, size * square, np.array(float(size))]
+
+        return see
+
+    made = [node.output for node in graph.nodes if isinstance(node, Convolution | Add | Linear)]
+    hooks = [modules[name].register_forward_hook(note(name)) for name in made]
+    try:
+        for batch in batches:
+            network(Tensor(batch)).numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    known = {
+        name: Moments(low, high, mean / size, np.maximum(square / size - (mean / size) ** 2, 0))
+        for name, (low, high, mean, square, size) in sums.items()
+    }
+    return completed(graph, known)
+
+
+def expected_of(network: M.Module) -> tuple[Graph, Statistics]:
+    """The graph of ``network``, mode ``normal``, and what its batch norms say of its tensors."""
+    graph = graph_of(network, IMAGE_SIZE)
+    return graph, expected_statistics(network, graph)
+
+
+def expected_statistics(network: M.Module, graph: Graph) -> Statistics:
+    """Of pictures like those that ``network`` (mode ``normal``) was trained on, by its batch norms' word alone.
+
+    A batch norm's output is taken as normally distributed, with its shift as mean and its scale as deviation; the
+    addends of a sum as independent.
+    """
+    modules = dict(network.named_modules())
+    known: Statistics = {graph.input: pixels()}
+    for node in graph.nodes:
+        sources = [known[name] for name in node.inputs]
+        if isinstance(node, Convolution):
+            bn = modules[node.output].bn
+            shift, scale = (np.ravel(value.numpy()).astype(np.float64) for value in (bn.bias, bn.weight))
+            known[node.output] = rectified(shift, scale**2, node.activation)
+        elif isinstance(node, Add):
+            mean, variance = sources[0].mean + sources[1].mean, sources[0].variance + sources[1].variance
+            known[node.output] = rectified(mean, variance, "relu" if node.relu else "")
+        elif isinstance(node, Linear):
+            weight = node.weight.astype(np.float64)
+            offset = 0.0 if node.bias is None else node.bias.astype(np.float64)
+            known[node.output] = rectified(weight @ sources[0].mean + offset, weight**2 @ sources[0].variance, "")
+        elif isinstance(node, GlobalAverage):
+            known[node.output] = averaged(sources[0])
+        else:
+            known = completed(graph, known)
+    return known
+
+
+def averaged(source: Moments) -> Moments:
+    """Means over all positions of a picture, neighbours of which are alike."""
+    variance = source.variance * POOLED
+    reach = DEVIATIONS * np.sqrt(variance)
+    low, high = (np.clip(source.mean + side, source.lowest, source.highest) for side in (-reach, reach))
+    return Moments(low, high, source.mean, variance)
+
+
+def pixels() -> Moments:
+    return Moments(np.full(3, -128.0), np.full(3, 127.0), np.zeros(3), np.full(3, PIXEL_DEVIATION**2))
+
+
+def rectified(mean: Values, variance: Values, activation: str) -> Moments:
+    """A normal distribution with that ``mean`` and ``variance`` behind an activation.
+
+    The moments are those of a normal distribution censored at 0 and at the ceiling.
+    """
+    deviation = np.sqrt(variance)
+    low, high = mean - DEVIATIONS * deviation, mean + DEVIATIONS * deviation
+    if not activation:
+        return Moments(low, high, mean, variance)
+    ceiling = CEILINGS[activation]
+    safe = np.maximum(deviation, 1e-12)
+    first, second = censored(mean, safe, 0.0), censored(mean, safe, ceiling) if np.isfinite(ceiling) else None
+    # min(max(x, 0), c) = max(x, 0) - max(x - c, 0)
+    new_mean = first[0] - (second[0] if second else 0.0)
+    square = first[1] - (second[1] + 2 * ceiling * second[0] if second else 0.0)
+    return Moments(np.clip(low, 0, ceiling), np.clip(high, 0, ceiling), new_mean, np.maximum(square - new_mean**2, 0))
+
+
+def censored(mean: Values, deviation: Values, at: float) -> tuple[Values, Values]:
+    """Mean and mean square of max(x - ``at``, 0) for a normally distributed x."""
+    z = (mean - at) / deviation
+    density, below = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi), ndtr(z)
+    first: Values = (mean - at) * below + deviation * density
+    second: Values = ((mean - at) ** 2 + deviation**2) * below + (mean - at) * deviation * density
+    return first, second
+
+
+def completed(graph: Graph, known: Statistics) -> Statistics:
+    """``known`` and what follows from it: pixels, and tensors whose channels were only pooled or moved."""
+    found = {graph.input: pixels(), **known}
+    for node in graph.nodes:
+        source = node.inputs[0]
+        if isinstance(node, MaxPool | GlobalAverage | Reshape | Transpose) and source in found:
+            move = mover(graph, node) if isinstance(node, Reshape | Transpose) else None
+            found.setdefault(node.output, found[source].moved(move) if move else found[source])
+    return found
+
+
+def mover(graph: Graph, node: Reshape | Transpose) -> Callable[[Values], Values]:
+    """From values of the channels in front of ``node`` to those behind it, both flat."""
+    order = moved(np.arange(np.prod(graph.shapes[node.inputs[0]][1:-2], dtype=int)), graph, node)
+    return lambda values: values[order]
+
+
+def moved(channels: npt.NDArray[np.int64], graph: Graph, node: Reshape | Transpose) -> npt.NDArray[np.int64]:
+    """Flat ``channels`` in the order in which a reshaping or transposition leaves them."""
+    if isinstance(node, Reshape):
+        return channels
+    axes = [axis - 1 for axis in node.axes[1:-2]]
+    return channels.reshape(graph.shapes[node.inputs[0]][1:-2]).transpose(axes).ravel()

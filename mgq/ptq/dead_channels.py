@@ -1,0 +1,131 @@
+"""Channels that are 0 whatever the picture shows: what they are made of, and what reads them, may be 0, too.
+
+It is exact, and matters with one scale a layer: weights that no number ever meets can be the largest ones of theirs.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.conv_bn import _ConvBnActivation2d
+
+from mgq.quantization.batch_norm_folding import folded_layer
+from mgq.quantization.relu6 import CEILING
+from mgq.zoo.layers import ConvBnRelu6
+
+Values = npt.NDArray[np.float64]
+DARKEST, BRIGHTEST = -128.0, 127.0
+"""What a pixel minus 128 can be."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What each channel of a tensor can be at least and at most, float64 (C,)."""
+
+    low: Values
+    high: Values
+
+    def with_padding(self) -> Interval:
+        """Zeros, which stand around a picture, included."""
+        return Interval(np.minimum(self.low, 0), np.maximum(self.high, 0))
+
+
+@dataclass
+class Survey:
+    """Follows one run of a network, and clears weights on the way.
+
+    ``known`` are intervals by identity of tensors, which ``kept`` keeps alive. ``dead``: name of a layer -> how many of
+    its channels are always 0. ``highest``: name of a layer -> what its channels are at most, before a ReLU6, (C,).
+    """
+
+    names: dict[int, str]
+    known: dict[int, Interval] = field(default_factory=dict)
+    kept: list[Tensor] = field(default_factory=list)
+    dead: dict[str, int] = field(default_factory=dict)
+    highest: dict[str, Values] = field(default_factory=dict)
+
+    def note(self, tensor: Tensor, interval: Interval) -> None:
+        self.known[id(tensor)] = interval
+        self.kept.append(tensor)
+
+    def see(self, module: M.Module, inputs: Any, output: Tensor) -> None:
+        """A layer has run."""
+        intervals = [self.known.get(id(tensor)) for tensor in inputs]
+        if isinstance(module, _ConvBnActivation2d) and intervals[0] is not None:
+            self.note(output, self.through(module, intervals[0].with_padding()))
+        elif isinstance(module, M.MaxPool2d | M.QuantStub | M.Identity) and intervals[0] is not None:
+            self.note(output, intervals[0])
+        elif isinstance(module, M.Elemwise) and all(interval is not None for interval in intervals):
+            low = sum(interval.low for interval in intervals if interval is not None)
+            high = sum(interval.high for interval in intervals if interval is not None)
+            rectified = str(module.method).upper().endswith("RELU")
+            floor = 0.0 if rectified else -np.inf
+            self.note(output, Interval(np.maximum(low, floor), np.maximum(high, floor)))
+
+    def through(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
+        """What the outputs of a convolution with batch norm can be; what cannot matter in it becomes 0."""
+        conv, plain = module.conv, folded_layer(module)
+        weight = plain.weight.numpy().astype(np.float64)
+        own = conv.weight.numpy()
+        shape = own.shape
+        groups = conv.groups
+        # (groups, outputs of one, inputs of one, positions)
+        weight = weight.reshape(groups, -1, shape[-3], shape[-1] * shape[-2])
+        own = own.reshape(weight.shape).copy()
+        low, high = (side.reshape(groups, 1, -1, 1) for side in (inputs.low, inputs.high))
+        own[np.broadcast_to((low == 0) & (high == 0), own.shape)] = 0
+        positive, negative = np.maximum(weight, 0), np.minimum(weight, 0)
+        bias = np.ravel(plain.bias.numpy()).astype(np.float64)
+        highest = (positive * high + negative * low).sum(axis=(2, 3)).ravel() + bias
+        lowest = (positive * low + negative * high).sum(axis=(2, 3)).ravel() + bias
+        self.highest[self.names[id(module)]] = highest
+        if isinstance(module, M.ConvBnRelu2d):  # ReLU6 included
+            is_dead = highest <= 0
+            own[is_dead.reshape(groups, -1)] = 0
+            if is_dead.any():
+                self.dead[self.names[id(module)]] = int(is_dead.sum())
+            ceiling = CEILING if isinstance(module, ConvBnRelu6) else np.inf
+            lowest, highest = np.clip(lowest, 0, ceiling), np.clip(highest, 0, ceiling)
+        conv.weight[...] = Tensor(own.reshape(shape))
+        return Interval(lowest, highest)
+
+
+def without_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Module, dict[str, int]]:
+    """A copy of ``network`` (mode ``normal``), or itself, without weights that can never matter, and what was found.
+
+    A channel behind a ReLU is dead where the largest sum that its inputs allow, bounded layer by layer from the pixels
+    on, is not positive: its own weights, and those that read it, become 0. The answers stay. The second result tells
+    how many channels of which layer are dead.
+    """
+    network = network if in_place else deepcopy(network)
+    return network, surveyed(network).dead
+
+
+def highest_values(network: M.Module) -> dict[str, Values]:
+    """Layer -> what each channel of it can be at most, before a ReLU6, whatever the picture shows: float64 (C,)."""
+    return surveyed(deepcopy(network)).highest
+
+
+def surveyed(network: M.Module) -> Survey:
+    """What a run of ``network`` tells; it is cleared of dead channels on the way."""
+    training = network.training
+    network.eval()
+    survey = Survey({id(module): name for name, module in network.named_modules()})
+    # Only shapes of intervals follow from the picture: a small one serves.
+    picture = Tensor(np.zeros((1, 3, 64, 64), np.float32))
+    survey.note(picture, Interval(np.full(3, DARKEST), np.full(3, BRIGHTEST)))
+    kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise)
+    hooks = [module.register_forward_hook(survey.see) for module in network.modules() if isinstance(module, kinds)]
+    try:
+        network(picture)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        network.train(training)
+    return survey

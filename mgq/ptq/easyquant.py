@@ -1,0 +1,155 @@
+"""EasyQuant (Wu et al. 2020, arXiv:2006.16669): scales that let each layer's int8 output point where float's does.
+
+Layer by layer, in the order in which they run, the scale of the weights and the scale of the output are chosen in turn
+for the largest cosine similarity of the float output and the fake-quantized one, whose input comes from the layers
+quantized before. The paper tries every scale on the whole output; here it is a sample of its positions, which tells the
+same and takes seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+from megengine.module.qat import QATModule, QuantStub
+
+from mgq.ptq.layerwise import Layer
+from mgq.ptq.observers import Range
+from mgq.ptq.patches import is_convolution, patches, picked, sampled_positions
+from mgq.quantization.activation_ranges import (
+    folded_bias,
+    folded_weight,
+    half_of,
+    is_kept_in_float,
+    quantized_weight,
+    set_range,
+)
+from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
+from mgq.quantization.targets import ChannelFakeQuantize
+
+Array = npt.NDArray[np.float32]
+
+ROUNDS = 2
+WEIGHTS_HALF = 127.0  # range / step: int8 without -128
+FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in MegEngine's own search
+
+
+@dataclass
+class Search:
+    """Shown the layers of a network in turn, finds and sets their ranges: of activations and of weights, by name."""
+
+    positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    activations: dict[str, Range] = field(default_factory=dict)
+    weights: dict[str, Range] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer) -> None:
+        if not isinstance(layer.module, QuantStub):
+            self.choose(layer)
+
+    def choose(self, layer: Layer) -> None:
+        module, name = layer.module, layer.name
+        exact, other = layer.output.numpy(), layer.fake_output.numpy()
+        if exact.ndim != 4:  # not of the zoo: taken as it is
+            self.activations[name] = float(exact.min()), float(exact.max())
+            set_range(module.act_observer, *self.activations[name])
+            return
+        at = sampled_positions(exact.shape, self.positions)
+        wanted = picked(exact, at)
+        limit = largest = float(np.abs(exact).max())
+        tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
+        grid = OutputGrid.of(module)
+        if largest and is_convolution(module):
+            sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
+            if is_kept_in_float(module) or isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+                limit = best(tries, wanted, grid.on(sampled.with_weights(quantized_weight(module).numpy())))
+            else:
+                limit, weight_limit = in_turn(sampled, largest, tries, wanted, grid)
+                self.weights[name] = -weight_limit, weight_limit
+                set_range(module.weight_observer, *self.weights[name])
+        elif largest:
+            limit = best(tries, wanted, grid.on(picked(other, at)))
+        self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
+        set_range(module.act_observer, *self.activations[name])
+
+
+@dataclass(frozen=True)
+class OutputGrid:
+    """The integers behind a layer, and how many steps its range has."""
+
+    half: float
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, module: QATModule) -> OutputGrid:
+        return cls(half_of(module), module.act_observer.qmin, module.act_observer.qmax)
+
+    def on(self, output: Array) -> Callable[[float], Array]:
+        """From a limit of the range to ``output`` quantized with it."""
+        return lambda limit: quantized(output, limit / self.half, self.lowest, self.highest)
+
+
+def in_turn(
+    sampled: SampledConvolution, largest: float, tries: npt.NDArray[np.float64], wanted: Array, grid: OutputGrid
+) -> tuple[float, float]:
+    """The ranges of a convolution's output, whose ``largest`` value is known, and of its weights."""
+    limit, largest_weight = largest, float(np.abs(sampled.weight).max())
+    for _ in range(ROUNDS):
+        now = limit
+        weight_limit = best(largest_weight * FRACTIONS, wanted, lambda w: grid.on(sampled.output(w))(now))  # noqa: B023
+        limit = best(tries, wanted, grid.on(sampled.output(weight_limit)))
+    return limit, weight_limit
+
+
+class SampledConvolution:
+    """The convolution, batch norm and ReLU of ``module`` at some positions of its output, for any range of weights."""
+
+    def __init__(self, module: QATModule, source: Array, at: Any) -> None:
+        conv = module.conv if hasattr(module, "conv") else module
+        self.module = module
+        self.weight = folded_weight(module).numpy()
+        groups = conv.groups
+        self.outputs = self.weight.reshape(groups, -1, int(np.prod(self.weight.shape[-3:])))
+        gathered = patches(source, conv.kernel_size, conv.stride, conv.padding, at)
+        positions = gathered.shape[0]
+        # (groups, positions, inputs a group * kernel)
+        self.patches = np.ascontiguousarray(gathered.reshape(positions, groups, -1).transpose(1, 0, 2))
+        self.bias = folded_bias(module).reshape(groups, 1, -1)
+
+    def output(self, limit: float) -> Array:
+        """float32 (positions, channels) with weights quantized to ``limit``."""
+        return self.with_weights(quantized(self.outputs, limit / WEIGHTS_HALF, -127, 127))
+
+    def with_weights(self, weight: Array) -> Array:
+        """float32 (positions, channels) with ``weight``, (outputs, ...) or (groups, outputs a group, ...)."""
+        weight = weight.reshape(self.outputs.shape)
+        result = self.patches @ weight.transpose(0, 2, 1) + self.bias
+        result = result.transpose(1, 0, 2).reshape(result.shape[1], -1)
+        if isinstance(self.module, Q.ConvBnRelu2d | Q.ConvRelu2d):
+            np.maximum(result, 0, out=result)
+        if isinstance(self.module, QatConvBnRelu6):
+            np.minimum(result, np.float32(CEILING), out=result)
+        return result
+
+
+def quantized(values: Array, step: float, lowest: int, highest: int) -> Array:
+    """``values`` rounded to multiples of ``step``, from ``lowest`` to ``highest`` of them."""
+    result: Array = np.rint(values * np.float32(1 / step))
+    np.clip(result, lowest, highest, out=result)
+    result *= np.float32(step)
+    return result
+
+
+def best(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> float:
+    """The limit with which what is made points most nearly in the direction of ``wanted``."""
+    similarities = [cosine(wanted, made_with(float(limit))) for limit in limits]
+    return float(limits[int(np.argmax(similarities))])
+
+
+def cosine(one: Array, other: Array) -> float:
+    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.vdot(one, other)) / norms if norms else 0.0

@@ -1,0 +1,424 @@
+"""Cross-layer equalization: channels of one float network, scaled so that int8 makes the least noise in it.
+
+A channel may be larger by any factor if what reads it is smaller by the same (Nagel et al. 2019, arXiv:1906.04721,
+section 4.1): sums, ReLUs, pooling and shuffles keep the factor, so the answers stay. Channels are followed through the
+whole network: one that passes a shortcut has one factor in all layers that make or read it, in groups, depthwise and
+shuffled as well. A ReLU6 would not keep the factor, unless nothing can ever reach 6: else its channels stay.
+
+The paper makes the ranges of weights equal, layer by layer. That can cost activations more than weights gain. Here the
+factors of all channels together minimize the noise itself: what rounding adds to each tensor and to each weight, as far
+as the layers that read it let it through, in terms of what they give. Where gradients of the logits were measured
+(:mod:`mgq.ptq.logit_gradients`), these say what noise does, and how far each channel has to reach.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.conv_bn import _ConvBnActivation2d
+from scipy.optimize import minimize
+
+from mgq.graph.layer_graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    Linear,
+    Node,
+    Reshape,
+    Transpose,
+    graph_of,
+)
+from mgq.ptq.channel_statistics import (
+    CEILINGS,
+    IMAGE_SIZE,
+    Statistics,
+    Values,
+    expected_of,
+    expected_statistics,
+    measured_statistics,
+    moved,
+)
+from mgq.ptq.dead_channels import highest_values
+from mgq.ptq.logit_gradients import Reaction, Reactions
+from mgq.quantization.targets import MEGENGINE, Target
+
+Slots = npt.NDArray[np.int64]
+
+BATCH = 16
+LARGEST_FACTOR = 64.0
+ROUNDS, STEPS = 3, 70
+LARGEST_KERNELS = 16
+SHARPNESS = 24.0
+"""Power of the mean that stands for a maximum, so that there is a gradient."""
+SIGNED_HALF, UNSIGNED_HALF = 127.5, 255.0
+COMPENSATED, DEPTHWISE_COMPENSATED = 0.1, 0.6
+"""Part of the weights' noise that is left where its errors make up for each other: many inputs allow for more."""
+AVERAGED = 0.05
+"""Part of a tensor's noise that is left in its mean over the positions."""
+HEADROOM = 1.25
+"""How much larger than on the pictures seen a channel may become on others."""
+
+
+@dataclass
+class Channels:
+    """Sets of channels that can only be scaled together: union-find over all channels of all layers."""
+
+    parent: list[int] = field(default_factory=list)
+
+    def new(self, number: int) -> Slots:
+        first = len(self.parent)
+        self.parent += range(first, first + number)
+        return np.arange(first, first + number)
+
+    def root(self, slot: int) -> int:
+        while self.parent[slot] != slot:
+            self.parent[slot] = self.parent[self.parent[slot]]
+            slot = self.parent[slot]
+        return slot
+
+    def roots(self, slots: Slots) -> Slots:
+        return np.array([self.root(int(slot)) for slot in slots])
+
+    def join(self, one: Slots, other: Slots) -> None:
+        for a, b in zip(one, other, strict=True):
+            self.parent[self.root(int(a))] = self.root(int(b))
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Which set each channel of each tensor belongs to, by the tensor's name; those that cannot be scaled."""
+
+    number: int
+    of: dict[str, Slots]
+    fixed: Slots
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor on a grid: the set of each channel, its largest value, and what its noise does, float64 (C,)."""
+
+    sets: Slots
+    largest: Values
+    harm: Values
+
+    def informed_by(self, reaction: Reaction | None, half: float) -> Rounded:
+        """The same by what the logits tell: channels reach as far as clipping would cost more than it gains."""
+        if reaction is None:
+            return self
+        harm = reaction.squares.sum(axis=1) / (12 * half**2)
+        reach = np.minimum(self.largest, reaction.channel_limits(half) + 1e-9)
+        return replace(self, largest=reach, harm=harm + 1e-12 * harm.max())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights on a grid. ``kernels`` (groups, outputs, inputs): the largest absolute weight of each kernel.
+
+    ``outputs`` and ``inputs``, (groups, outputs) and (groups, inputs), are sets of channels; ``energy``, like
+    ``inputs``: mean square of what is read; ``harm``, like ``outputs``: what noise of the output does.
+
+    Only large kernels can set a range: ``logs`` (groups, outputs, few) are those of each output's largest, as the
+    factors are by now, and ``readers`` the sets that they read.
+    """
+
+    kernels: Values
+    outputs: Slots
+    inputs: Slots
+    energy: Values
+    harm: Values
+    logs: Values = field(default_factory=lambda: np.empty(0))
+    readers: Slots = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def at(self, logs: Values) -> Layer:
+        """The same with the largest kernels where the logarithms of the factors are ``logs``."""
+        scaled = self.kernels * np.exp(-logs[self.inputs])[:, None, :]
+        few = min(LARGEST_KERNELS, scaled.shape[2])
+        chosen = np.argpartition(scaled, -few, axis=2)[:, :, -few:]
+        readers = np.take_along_axis(self.inputs[:, None, :], chosen, axis=2)
+        return replace(self, logs=np.log(np.take_along_axis(self.kernels, chosen, axis=2)), readers=readers)
+
+
+def equalized(
+    network: M.Module,
+    pictures: npt.NDArray[np.uint8] | None = None,
+    target: Target = MEGENGINE,
+    in_place: bool = False,
+    reactions: Reactions | None = None,
+    to_ceilings: bool = False,
+) -> tuple[M.Module, dict[str, float]]:
+    """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each layer's largest factor.
+
+    ``pictures``, uint8 (N, 3, H, W), tell how large channels are; without any, the batch norms do. ``target`` is what
+    the network will be quantized for. ``reactions`` are those of this network's logits, where they were measured. The
+    answers stay but for float32 rounding; ``to_ceilings`` lets a channel grow until the largest value that the pictures
+    show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
+    """
+    network = network if in_place else deepcopy(network)
+    training = network.training
+    network.eval()
+    graph = graph_of(network, IMAGE_SIZE)
+    sets = sets_of(graph)
+    if pictures is None:
+        statistics = expected_statistics(network, graph)
+    else:
+        starts = range(0, len(pictures), BATCH)
+        batches = (pictures[start : start + BATCH].astype(np.float32) - 128 for start in starts)
+        statistics = measured_statistics(network, graph, batches)
+    problem = Problem.of(graph, sets, statistics, target)
+    if reactions:
+        problem = problem.informed_by(reactions, graph, target)
+    factors = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
+    modules = dict(network.named_modules())
+    largest = {}
+    for node in graph.nodes:
+        if isinstance(node, Convolution | Linear):
+            made, read = factors[sets.of[node.output]], factors[sets.of[node.inputs[0]]]
+            scale(modules[node.output], made, read)
+            largest[node.output] = float(np.exp(np.abs(np.log(made)).max()))
+    network.train(training)
+    return network, largest
+
+
+def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:
+    """What rounding the weights of each convolution of ``network`` (mode ``normal``) costs its answers, by name.
+
+    It is an estimate by what batch norms expect, in arbitrary units: good for an order.
+    """
+    graph, statistics = expected_of(network)
+    sets = sets_of(graph)
+    problem = Problem.of(graph, sets, statistics, target)
+    zeros = np.zeros(sets.number)
+    names = [node.output for node in graph.nodes if isinstance(node, Convolution)]
+    layers = problem.at(zeros).layers
+    return {
+        name: weight_noise(layer, zeros, zeros.copy(), problem.per_channel)
+        for name, layer in zip(names, layers, strict=True)
+    }
+
+
+def sets_of(graph: Graph) -> Sets:
+    """Follow the channels through ``graph``: pixels and logits keep their size."""
+    channels = Channels()
+    of = {graph.input: channels.new(3)}
+    for node in graph.nodes:
+        source = of[node.inputs[0]]
+        if isinstance(node, Convolution | Linear):
+            of[node.output] = channels.new(len(node.weight))
+        elif isinstance(node, Add):
+            channels.join(source, of[node.inputs[1]])
+            of[node.output] = source
+        else:
+            of[node.output] = moved(source, graph, node) if isinstance(node, Reshape | Transpose) else source
+    roots = {name: channels.roots(slots) for name, slots in of.items()}
+    return Sets(len(channels.parent), roots, np.concatenate([roots[graph.input], roots[graph.output]]))
+
+
+def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None = None) -> tuple[Values, Values]:
+    """The least and the largest logarithm of the factor of each set of channels.
+
+    A channel below a ceiling keeps below it: whatever the picture shows, or on pictures like those ``seen``.
+    """
+    upper = np.full(sets.number, np.log(LARGEST_FACTOR))
+    lower = -upper
+    clipped = [node for node in graph.nodes if isinstance(node, Convolution) and node.activation == "relu6"]
+    if clipped:
+        highest = highest_values(network)
+        for node in clipped:
+            slots, most = sets.of[node.output], np.maximum(highest[node.output], 1e-6)
+            if seen is not None:
+                most = np.clip(seen[node.output].highest * HEADROOM, 1e-6, most)
+            ceiling = CEILINGS[node.activation]
+            upper[slots] = np.minimum(upper[slots], np.where(most < ceiling, np.log(ceiling / most), 0.0))
+            lower[slots] = np.where(most < ceiling, lower[slots], 0.0)
+    lower[sets.fixed] = upper[sets.fixed] = 0.0
+    return lower, upper
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The noise of a quantized network, as a function of the logarithms of the factors of its sets of channels."""
+
+    number: int
+    tensors: tuple[Rounded, ...]
+    layers: tuple[Layer, ...]
+    per_channel: bool
+
+    @classmethod
+    def of(cls, graph: Graph, sets: Sets, statistics: Statistics, target: Target) -> Problem:
+        harm = harms(graph, statistics)
+        tensors, layers = [], []
+        for node in graph.nodes:
+            if isinstance(node, Convolution | Add):
+                half = half_behind(node, target)
+                tensors.append(
+                    Rounded(
+                        sets.of[node.output],
+                        statistics[node.output].largest + 1e-9,
+                        harm[node.output] / (12 * half**2),
+                    )
+                )
+            if isinstance(node, Convolution):
+                shape, groups = node.weight.shape, node.groups
+                noise = noise_of_a_weight(node, target)
+                layers.append(
+                    Layer(
+                        np.abs(node.weight).reshape(groups, -1, shape[1], shape[2] * shape[3]).max(3) + 1e-12,
+                        sets.of[node.output].reshape(groups, -1),
+                        sets.of[node.inputs[0]].reshape(groups, -1),
+                        statistics[node.inputs[0]].mean_square.reshape(groups, -1),
+                        (harm[node.output] * noise).reshape(groups, -1),
+                    )
+                )
+        return cls(sets.number, tuple(tensors), tuple(layers), target.per_channel)
+
+    def informed_by(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
+        """The same, with the noise and the reach of channels that the gradients of the logits tell."""
+        made = [node for node in graph.nodes if isinstance(node, Convolution | Add)]
+        convolutions = [node for node in graph.nodes if isinstance(node, Convolution)]
+        tensors = [
+            tensor.informed_by(reactions.get(node.output), half_behind(node, target))
+            for node, tensor in zip(made, self.tensors, strict=True)
+        ]
+        layers = []
+        for node, layer in zip(convolutions, self.layers, strict=True):
+            if node.output in reactions:
+                harm = reactions[node.output].squares.sum(axis=1) * noise_of_a_weight(node, target)
+                layer = replace(layer, harm=harm.reshape(layer.harm.shape))
+            layers.append(layer)
+        return replace(self, tensors=tuple(tensors), layers=tuple(layers))
+
+    def solved(self, bounds: tuple[Values, Values]) -> Values:
+        """The factors with the least noise, (number,)."""
+        logs = np.zeros(self.number)
+        for _ in range(ROUNDS):
+            found = minimize(
+                self.at(logs).noise,
+                logs,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=np.stack(bounds, axis=1),
+                options={"maxiter": STEPS, "maxcor": 20},
+            )
+            logs = found.x
+        factors: Values = np.exp(logs)
+        return factors
+
+    def at(self, logs: Values) -> Problem:
+        """The same with the kernels that matter where the logarithms of the factors are ``logs``."""
+        return replace(self, layers=tuple(layer.at(logs) for layer in self.layers))
+
+    def noise(self, logs: Values) -> tuple[float, Values]:
+        """The logarithm of the noise and its gradient."""
+        gradient = np.zeros(self.number)
+        total = sum(tensor_noise(tensor, logs, gradient) for tensor in self.tensors)
+        total += sum(weight_noise(layer, logs, gradient, self.per_channel) for layer in self.layers)
+        if total == 0:  # nothing reaches the logits
+            return 0.0, np.zeros(self.number)
+        return float(np.log(total)), gradient / total
+
+
+def half_behind(node: Convolution | Add, target: Target) -> float:
+    """Largest value / step of the grid behind ``node``."""
+    never_negative = node.relu if isinstance(node, Add) else bool(node.activation)
+    return UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
+
+
+def noise_of_a_weight(node: Convolution, target: Target) -> float:
+    """Variance of the error of an output, for a largest weight of 1 and inputs of mean square 1."""
+    height, width = node.weight.shape[2:]
+    left = DEPTHWISE_COMPENSATED if node.groups == len(node.weight) else COMPENSATED
+    return height * width * left / (12 * target.levels**2)
+
+
+def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
+    """What noise of variance 1 in each channel of each tensor adds to the layers that read it, (C,).
+
+    In terms of the variance of what they give, and summed over all of them, those behind a shortcut included.
+    """
+    found: dict[str, Values] = {node.output: np.zeros(1) for node in graph.nodes}
+    found[graph.input] = np.zeros(1)
+    for node in reversed(graph.nodes):
+        for source in node.inputs:
+            found[source] = found[source] + passed_back(node, graph, found[node.output], statistics)
+    return found
+
+
+def passed_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) -> Values:
+    """The part of ``harms`` in front of ``node`` that is due to it, from what it is ``behind`` it."""
+    if isinstance(node, Convolution | Linear):
+        groups = node.groups if isinstance(node, Convolution) else 1
+        squares = np.square(node.weight, dtype=np.float64).reshape(groups, -1, node.weight.shape[1], kernel(node))
+        total = max(float(statistics[node.output].variance.sum()), 1e-12)
+        result: Values = squares.sum(axis=(1, 3)).ravel() / total
+        return result
+    if isinstance(node, Transpose):
+        order = moved(np.arange(behind.size), graph, node)
+        result = np.empty_like(behind)
+        result[order] = behind
+        return result
+    return behind * AVERAGED if isinstance(node, GlobalAverage) else behind
+
+
+def kernel(node: Convolution | Linear) -> int:
+    return int(np.prod(node.weight.shape[2:]))
+
+
+def tensor_noise(tensor: Rounded, logs: Values, gradient: Values) -> float:
+    """What a tensor's grid, as wide as its largest channel, adds; ``gradient`` is added to."""
+    sets = tensor.sets
+    squared_range, share = soft_maximum(np.log(tensor.largest) + logs[sets])
+    harm = tensor.harm * np.exp(-2 * logs[sets])
+    np.add.at(gradient, sets, 2 * squared_range * (harm.sum() * share - harm))
+    return float(squared_range * harm.sum())
+
+
+def weight_noise(layer: Layer, logs: Values, gradient: Values, per_channel: bool) -> float:
+    """What the grid of a layer's weights, or of each output's, adds; ``gradient`` is added to."""
+    made, read = logs[layer.outputs], logs[layer.inputs]
+    scaled = layer.logs + made[:, :, None] - logs[layer.readers]
+    energy, harm = layer.energy * np.exp(2 * read), layer.harm * np.exp(-2 * made)
+    if per_channel:
+        squared_range, share = soft_maximum(scaled, axis=2)
+        noise = squared_range[:, :, 0] * harm * energy.sum(axis=1, keepdims=True)
+        towards = (squared_range[:, :, 0] * harm).sum(axis=1, keepdims=True) * energy
+        np.add.at(gradient, layer.inputs, 2 * towards)
+        np.add.at(gradient, layer.readers, -2 * noise[:, :, None] * share)
+        return float(noise.sum())
+    squared_range, share = soft_maximum(scaled)
+    of_groups = harm.sum(axis=1) * energy.sum(axis=1)
+    total = float(squared_range * of_groups.sum())
+    own = squared_range * harm * energy.sum(axis=1, keepdims=True)
+    np.add.at(gradient, layer.outputs, 2 * (total * share.sum(axis=2) - own))
+    towards = squared_range * energy * harm.sum(axis=1, keepdims=True)
+    np.add.at(gradient, layer.inputs, 2 * towards)
+    np.add.at(gradient, layer.readers, -2 * total * share)
+    return total
+
+
+def soft_maximum(logs: Values, axis: int | None = None) -> tuple[Values, Values]:
+    """The square of the largest value of those with these ``logs``, nearly, and the part of each in its growth."""
+    largest = logs.max(axis=axis, keepdims=True)
+    parts = np.exp(SHARPNESS * (logs - largest))
+    total = parts.sum(axis=axis, keepdims=True)
+    square: Values = np.exp(2 * (largest + np.log(total) / SHARPNESS))
+    return (square if axis is not None else square.reshape(())), parts / total
+
+
+def scale(module: M.Module, made: Values, read: Values) -> None:
+    """Make the outputs of a layer ``made`` times as large, (O,), given inputs ``read`` times as large, (I,)."""
+    layer = module.conv if isinstance(module, _ConvBnActivation2d) else module
+    weight = layer.weight.numpy()
+    groups = getattr(layer, "groups", 1)
+    grouped = weight.reshape(groups, made.size // groups, read.size // groups, -1).astype(np.float64)
+    grouped /= read.reshape(groups, 1, -1, 1)
+    layer.weight[...] = Tensor(grouped.reshape(weight.shape).astype(np.float32))
+    if isinstance(module, _ConvBnActivation2d):
+        for parameter in (module.bn.weight, module.bn.bias):
+            values = parameter.numpy()
+            parameter[...] = Tensor((values * made.reshape(values.shape)).astype(np.float32))

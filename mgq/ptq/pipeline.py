@@ -1,0 +1,161 @@
+"""Post-training quantization that keeps what helps: steps are tried, and judged on images held back from them.
+
+A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
+grids (equalization and ranges) are compared first, then, on the best of them, ways to round the weights. What wins is
+what gives the logits nearest to float's on the images held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import FailureError
+from mgq.events import OnProgress, Progress, silent
+from mgq.ptq.presets import Preset
+from mgq.ptq.steps import Draft, Images, Step, logits_of
+
+HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
+"""One image in so many is held back, at least and at most so many."""
+FEWEST = 2 * FEWEST_HELD
+"""Of fewer images none are held back: candidates are judged on those that they were fitted to."""
+EQUAL = 0.05
+"""dB by which a candidate with more steps has to be better."""
+NO_NOISE = 200.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a list of steps gave on the images held back: signal to noise ratio of the logits against float's, in dB."""
+
+    steps: tuple[str, ...]
+    snr: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    draft: Draft
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best draft, what was tried in order, and on how many images it was judged; whether those were held back."""
+
+    draft: Draft
+    best: Trial
+    trials: tuple[Trial, ...]
+    judged_on: int
+    held_back: bool
+
+    @property
+    def network(self) -> M.Module:
+        """The network in mode ``qat``, ready to be used."""
+        assert self.draft.watched is not None
+        return self.draft.watched
+
+    def to_json(self) -> dict[str, Any]:
+        """The steps that were kept, and what every candidate gave on the images that it was judged on."""
+        tried = [{"steps": list(trial.steps), "snr": round(trial.snr, 2)} for trial in self.trials]
+        return {
+            "steps": list(self.best.steps),
+            "tried": tried,
+            "judged_on": self.judged_on,
+            "held_back": self.held_back,
+        }
+
+    def summary(self) -> str:
+        """What was done and what was left out, in one line."""
+        others = dict.fromkeys(step for trial in self.trials for step in trial.steps if step not in self.best.steps)
+        images = "image" if self.judged_on == 1 else "images"
+        kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
+        left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
+        done = ", ".join(self.best.steps) or "nearest integers, ranges as they are"
+        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{left}"
+
+
+def split(images: Images) -> tuple[Images, Images]:
+    """Images to fit to, and those held back: every fifth; with too few of them, all for both."""
+    if len(images) < FEWEST:
+        return images, images
+    number = max(FEWEST_HELD, len(images) // HELD_SHARE)
+    held = np.zeros(len(images), bool)
+    held[np.linspace(0, len(images) - 1, number).round().astype(int)] = True
+    return images[~held], images[held][:: -(-number // MOST_HELD)]
+
+
+def snr_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
+    """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, which also stands for none."""
+    noise, signal = float(np.square(logits - exact).sum()), float(np.square(exact).sum())
+    if not np.isfinite(noise):
+        return -NO_NOISE
+    if noise == 0:
+        return NO_NOISE
+    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -NO_NOISE, NO_NOISE))
+
+
+def find_best(
+    network: M.Module,
+    images: Images,
+    preset: Preset,
+    draft_of: Callable[[Images], Draft],
+    on_progress: OnProgress = silent,
+) -> Found:
+    """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
+
+    ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images.
+    """
+    fit, held = split(images)
+    exact = logits_of(network, held)
+    tried: list[Candidate] = []
+
+    def judge(steps: Sequence[str], draft: Draft, judged: Draft) -> Candidate:
+        assert judged.watched is not None
+        candidate = Candidate(draft, Trial(tuple(steps), snr_of(logits_of(judged.watched, held), exact)))
+        tried.append(candidate)
+        total = len(preset.grids) + len(preset.finishes)
+        on_progress(Progress("calibrate: candidates", len(tried), total, "tried"))
+        return candidate
+
+    reached: dict[tuple[Step, ...], Draft] = {(): draft_of(fit)}
+    grids = []
+    for steps in preset.grids:
+        try:
+            draft = applied(steps, reached)
+        except FailureError:  # a network that is not of the zoo, and cannot be followed
+            continue
+        # Judged with biases corrected in a hurry, as all will be in the end.
+        judged = draft if preset.preview is None else preset.preview.apply(draft)
+        grids.append(judge([step.name for step in steps], draft, judged))
+    best = best_of(grids)
+    finished = []
+    for step in preset.finishes:
+        draft = step.apply(best.draft)
+        finished.append(judge((*best.trial.steps, step.name), draft, draft))
+    best = best_of(finished or [best])
+    return Found(best.draft, best.trial, tuple(each.trial for each in tried), len(held), held is not images)
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The first, unless a later one is better by enough."""
+    best = candidates[0]
+    for candidate in candidates[1:]:
+        if candidate.trial.snr > best.trial.snr + EQUAL:
+            best = candidate
+    return best
+
+
+def applied(steps: Sequence[Step], reached: dict[tuple[Step, ...], Draft]) -> Draft:
+    """What ``steps`` give, beginning with what others before have ``reached``, and noted there."""
+    done: tuple[Step, ...] = ()
+    for step in steps:
+        further = (*done, step)
+        if further not in reached:
+            reached[further] = step.apply(reached[done])
+        done = further
+    return reached[done]

@@ -1,0 +1,80 @@
+"""How much time post-training quantization may take: presets, lists of candidates for :mod:`mgq.ptq.pipeline`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mgq.errors import no_such
+from mgq.ptq.steps import (
+    ClearDeadChannels,
+    CorrectBias,
+    Equalize,
+    ExpectedRanges,
+    MoveToExactScales,
+    RangesByLogits,
+    RangesBySeen,
+    RoundWeights,
+    Step,
+)
+from mgq.quantization.option_names import BALANCED, BEST, FAST, LOGITS, QUALITIES
+
+PREVIEWED = 16
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``grids``: candidates for equalization and ranges, each a list of steps. ``finishes``: what is tried on the best
+    of them. ``preview``: what stands for the finish while grids are compared."""
+
+    grids: tuple[tuple[Step, ...], ...]
+    finishes: tuple[Step, ...]
+    preview: Step | None
+
+
+CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
+PLAIN = (RangesBySeen(),)
+BY_LOGITS = (RangesByLogits(),)
+DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
+EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
+UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+
+DEFAULT_QUALITY = BALANCED
+PRESETS: dict[str, Preset] = {
+    FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
+    BALANCED: Preset(
+        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
+        (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
+        PREVIEW,
+    ),
+}
+PRESETS[BEST] = PRESETS[BALANCED]
+
+
+def preset_called(quality: str) -> Preset:
+    """Raises InputError, which lists them, where there is no ``quality``."""
+    if quality not in PRESETS:
+        raise no_such("quality", quality, QUALITIES)
+    return PRESETS[quality]
+
+
+def changed(
+    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, exact_scales: bool = False
+) -> Preset:
+    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
+
+    With ``exact_scales``, which change the weights, every candidate has these.
+    """
+    if method is not None:
+        ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
+        grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
+        swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
+        preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
+    if not compensate:
+        grids = tuple(steps for steps in preset.grids if CLEAR not in steps)
+        preset = replace(preset, grids=grids, finishes=(CorrectBias(),))
+    elif exact_scales:
+        preset = replace(preset, grids=tuple((*steps, MoveToExactScales()) for steps in preset.grids))
+    if not correct_bias:
+        rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
+        preset = Preset(preset.grids, tuple(rounding), None)
+    return preset

@@ -1,0 +1,309 @@
+"""The steps of post-training quantization: each makes a better draft of the int8 network of one, or a worse one.
+
+A step has a name and one method. Which of them help is not known beforehand; :mod:`mgq.ptq.pipeline` tries them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.module.qat import QuantStub
+from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
+
+from mgq.errors import FailureError
+from mgq.ptq.bias_correction import BiasCorrection
+from mgq.ptq.channel_statistics import expected_of
+from mgq.ptq.data_free import set_expected_ranges
+from mgq.ptq.dead_channels import without_dead_channels
+from mgq.ptq.easyquant import Search
+from mgq.ptq.equalization import equalized
+from mgq.ptq.exact_scales import move_to_exact_scales
+from mgq.ptq.gptq import CompensatedRounding
+from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.logit_gradients import Reaction, Reactions, measure_reactions
+from mgq.ptq.observers import ESTIMATORS, Range
+from mgq.ptq.range_measurement import as_input, estimated_ranges
+from mgq.quantization.activation_ranges import half_of, observe_weights, quantized_layers, runs, set_range
+from mgq.quantization.float_layers import keep_in_float
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
+from mgq.quantization.targets import Target
+
+Images = npt.NDArray[np.uint8]
+LAYERWISE_IMAGES = 64
+"""What is done layer by layer keeps all images in memory, in float and quantized; more tell it little more."""
+REACTION_IMAGES = 128
+"""Images on which gradients are measured at most, evenly spread."""
+BATCH = 8
+BATCH_NORMS = "batch norms"
+"""What stands for the method where there were no pictures."""
+
+
+def in_uint8_batches(images: Images) -> list[Images]:
+    return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+
+def in_batches(images: Images) -> list[npt.NDArray[np.float32]]:
+    return [as_input(batch) for batch in in_uint8_batches(images)]
+
+
+def prepare(network: M.Module, target: Target, kept: Sequence[str] = (), in_place: bool = False) -> M.Module:
+    """``network``, or a copy, in mode ``qat`` and evaluation state, its fake quantization off, weights observed.
+
+    The weights of the layers ``kept`` stay float32. Raises InputError for a layer that cannot.
+    """
+    watched = to_mode(network, Mode.QAT, target, in_place)
+    watched.eval()
+    disable_fake_quant(watched)
+    observe_weights(watched)
+    keep_in_float(watched, kept)
+    return watched
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, what became of it in ``qat``.
+
+    ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
+    ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
+    on their grids already; ``rescaled``: they are not those of ``network``. ``corrections``: what was added to biases,
+    by layer. ``measured``: how the logits react to errors, where the ranges were chosen by that.
+    """
+
+    network: M.Module
+    images: Images
+    target: Target
+    kept: tuple[str, ...] = ()
+    watched: M.Module | None = None
+    method: str = ""
+    activations: Mapping[str, Range] = field(default_factory=dict)
+    weights: Mapping[str, Range] = field(default_factory=dict)
+    rounded: bool = False
+    rescaled: bool = False
+    measured: Reactions | None = None
+    corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def prepared(self) -> M.Module:
+        return prepare(self.network, self.target, self.kept)
+
+    def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
+        """``watched`` with these ranges, ready to be used."""
+        layers = quantized_layers(watched)
+        for name, found in activations.items():
+            set_range(layers[name].act_observer, *found)
+        switch_on(watched)
+        return replace(self, watched=watched, activations=activations, method=method)
+
+    @cached_property
+    def reactions(self) -> Reactions:
+        """How the logits of ``network`` react to errors behind its layers."""
+        return reactions_of(self.prepared(), self.images[:: -(-len(self.images) // REACTION_IMAGES)])
+
+
+def reactions_of(watched: M.Module, images: Images) -> Reactions:
+    """How the logits of a ``qat`` network without fake quantization react to errors behind its quantized layers."""
+    disable_observer(watched)
+    names = [name for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
+    return measure_reactions(watched, names, in_batches(images))
+
+
+def ranges_by_logits(watched: M.Module, reactions: Reactions) -> dict[str, Range]:
+    """The range of each layer of ``watched`` for which rounding and clipping change the logits least."""
+    layers = quantized_layers(watched)
+    return {name: reaction.best_range(half_of(layers[name])) for name, reaction in reactions.items()}
+
+
+def switch_on(watched: M.Module) -> None:
+    enable_fake_quant(watched)
+    disable_observer(watched)
+
+
+class Step(Protocol):
+    """One step. ``name`` says what it does, as the program tells it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def apply(self, draft: Draft) -> Draft:
+        """Another draft; the network of ``draft`` itself stays as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClearDeadChannels:
+    """Weights of channels that no picture can wake become 0 (:mod:`mgq.ptq.dead_channels`)."""
+
+    name: str = "dead channels cleared"
+
+    def apply(self, draft: Draft) -> Draft:
+        return replace(draft, network=without_dead_channels(draft.network)[0])
+
+
+@dataclass(frozen=True)
+class Equalize:
+    """Channels are scaled so that int8 makes the least noise (:mod:`mgq.ptq.equalization`).
+
+    By what the pictures and the gradients of the logits tell, or, with ``data_free``, by the batch norms alone. A
+    network that is not of the zoo, and cannot be followed, stays as it is.
+    """
+
+    to_ceilings: bool = False
+    data_free: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.data_free:
+            return "channels equalized by batch norms"
+        return "channels equalized up to the ceilings seen" if self.to_ceilings else "channels equalized"
+
+    def apply(self, draft: Draft) -> Draft:
+        network = draft.network
+        with contextlib.suppress(FailureError):
+            if self.data_free:
+                network, _ = equalized(network, None, draft.target)
+            else:
+                ways = {"reactions": draft.reactions, "to_ceilings": self.to_ceilings}
+                network, _ = equalized(network, draft.images, draft.target, **ways)  # type: ignore[arg-type]
+        return replace(draft, network=network)
+
+
+@dataclass(frozen=True)
+class RangesByLogits:
+    """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`)."""
+
+    name: str = "ranges by the logits"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = draft.prepared()
+        # What gives nothing but 0 on these images has no reaction, but needs a range.
+        ranges = {name: (0.0, 0.0) for name in quantized_layers(watched) if runs(watched, name)}
+        ranges |= ranges_by_logits(watched, draft.reactions)
+        return replace(draft.with_ranges(watched, ranges, LOGITS), measured=draft.reactions)
+
+
+@dataclass(frozen=True)
+class ExpectedRanges:
+    """Ranges by what the batch norms expect (:mod:`mgq.ptq.data_free`)."""
+
+    name: str = "ranges by batch norms"
+
+    def apply(self, draft: Draft) -> Draft:
+        graph, statistics = expected_of(draft.network)
+        watched = draft.prepared()
+        return draft.with_ranges(watched, set_expected_ranges(watched, graph, statistics), BATCH_NORMS)
+
+
+@dataclass(frozen=True)
+class RangesBySeen:
+    """Ranges that one method of :data:`mgq.quantization.option_names.METHODS` takes from the values behind each layer
+    alone."""
+
+    method: str = MIN_MAX
+
+    @property
+    def name(self) -> str:
+        return f"ranges by {self.method}"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = draft.prepared()
+        if self.method == EASYQUANT:
+            search = Search()
+            visit_layers(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
+            return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
+        found = estimated_ranges(deepcopy(watched), in_uint8_batches(draft.images), ESTIMATORS[self.method])
+        return draft.with_ranges(watched, found, self.method)
+
+
+@dataclass(frozen=True)
+class MoveToExactScales:
+    """Scales with which every engine gives the same integers as the simulation (:mod:`mgq.ptq.exact_scales`).
+
+    A network that is not of the zoo, and cannot be followed, stays as it is.
+    """
+
+    name: str = "exact scales"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = deepcopy(draft.watched)
+        assert watched is not None
+        try:
+            moved = move_to_exact_scales(watched, noises_of(watched, draft.measured or {}))
+        except FailureError:
+            return draft
+        switch_on(watched)
+        return replace(draft, watched=watched, activations=moved.ranges, rescaled=True)
+
+
+def noises_of(watched: M.Module, reactions: Reactions) -> dict[str, Callable[[float], float]]:
+    """For each layer of ``watched``: the noise in the logits that a scale of its output makes."""
+    layers = quantized_layers(watched)
+
+    def noise_of(reaction: Reaction, half: float) -> Callable[[float], float]:
+        return lambda scale: reaction.noise(scale * half, half)
+
+    return {name: noise_of(reaction, half_of(layers[name])) for name, reaction in reactions.items()}
+
+
+@dataclass(frozen=True)
+class CorrectBias:
+    """What int8 shifts on average is taken out of the biases (:mod:`mgq.ptq.bias_correction`)."""
+
+    of_weights: bool = True
+    images: int = LAYERWISE_IMAGES
+
+    @property
+    def name(self) -> str:
+        return "biases corrected for rounded weights" if self.of_weights else "biases corrected"
+
+    def apply(self, draft: Draft) -> Draft:
+        correction = BiasCorrection(self.of_weights)
+        watched = visited(draft, self.images, correction)
+        return replace(draft, watched=watched, corrections=correction.found)
+
+
+@dataclass(frozen=True)
+class RoundWeights:
+    """Weights are rounded so that their errors make up for each other, biases corrected (:mod:`mgq.ptq.gptq`).
+
+    With ``refit`` weights are also fitted to what the int8 layers before let them see.
+    """
+
+    refit: bool = False
+    correct_bias: bool = True
+
+    @property
+    def name(self) -> str:
+        return "weights fitted and rounded" if self.refit else "weights rounded together"
+
+    def apply(self, draft: Draft) -> Draft:
+        rounding, correction = CompensatedRounding(self.refit), BiasCorrection(of_weights=not self.refit)
+        visitors: list[Visitor] = [rounding]
+        if self.correct_bias:
+            visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
+        watched = visited(draft, LAYERWISE_IMAGES, *visitors)
+        return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
+
+
+def visited(draft: Draft, number: int, *visitors: Visitor) -> M.Module:
+    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer."""
+    watched = deepcopy(draft.watched)
+    assert watched is not None
+    visit_layers(watched, as_input(draft.images[:number]), *visitors)
+    switch_on(watched)
+    return watched
+
+
+def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
+    """float64 (N, classes)."""
+    found = [network(Tensor(batch)).numpy() for batch in in_batches(images)]
+    logits: npt.NDArray[np.float64] = np.concatenate(found).astype(np.float64)
+    return logits

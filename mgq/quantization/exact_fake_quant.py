@@ -1,0 +1,141 @@
+"""Fake quantization that answers as real int8 does, to the bit.
+
+Fake-quantized values are integers times a scale, rounded to float32 each, and so are their products and sums: now and
+then a sum falls on the other side of a rounding threshold than the integers' own. One such step becomes many on its way
+through the layers behind, until 1 answer in 100 is another. In evaluation state a convolution here counts in the
+integers themselves, which float32 holds exactly up to 2**24, and scales the sum as the int8 kernels do. Halves go where
+the target's kernels send them: away from zero in MegEngine, to even in those of ONNX
+(:mod:`mgq.quantization.half_to_even`).
+"""
+
+from __future__ import annotations
+
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.qat as Q
+import megengine.module.quantized as QD
+from megengine import Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import FakeQuant
+from megengine.quantization import FakeQuantize
+from megengine.quantization.utils import QuantMode, create_qparams
+
+from mgq.quantization.half_to_even import INT32, bias_in_steps
+from mgq.quantization.targets import ChannelFakeQuantize
+
+
+class EvenBias:
+    """What a fake-quantized layer with weights adds to MegEngine's: for ONNX, the integers that the file has."""
+
+    def apply_quant_bias(self, target: Tensor | None, inp: Tensor, w_qat: Tensor) -> Tensor | None:
+        quantizers = self.weight_fake_quant, self.act_fake_quant  # type: ignore[attr-defined]
+        is_even = isinstance(quantizers[0], ChannelFakeQuantize) and not self.training  # type: ignore[attr-defined]
+        at_work = all(quantizer is None or quantizer.enabled for quantizer in quantizers)
+        if target is None or not is_even or not at_work or inp.qparams.scale is None:
+            return super().apply_quant_bias(target, inp, w_qat)  # type: ignore[misc]
+        scales = inp.qparams.scale * w_qat.qparams.scale
+        steps = bias_in_steps(target, scales)
+        even = steps * scales
+        even.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint32", scale=scales))
+        even.steps = steps
+        return even
+
+
+class ExactLinear(EvenBias, Q.Linear):  # type: ignore[misc]
+    """Fake-quantized classifier that counts in integers, as convolutions do."""
+
+    def forward(self, inp: Tensor) -> Tensor:
+        quantizer = self.weight_fake_quant
+        if self.training or inp.qparams.scale is None or not isinstance(quantizer, ChannelFakeQuantize):
+            return super().forward(inp)
+        if not quantizer.enabled:
+            return super().forward(inp)
+        weight = self.apply_quant_weight(self.weight)
+        bias = self.apply_quant_bias(self.bias, inp, weight)
+        scales = weight.qparams.scale
+        steps = integers(weight, scales.reshape(-1, 1))
+        sums = F.linear(integers(inp, inp.qparams.scale), steps, None)
+        return (sums if bias is None else sums + integers(bias, bias.qparams.scale)) * (inp.qparams.scale * scales)
+
+
+class ExactSums(EvenBias):
+    """What a fake-quantized convolution with batch norm adds to MegEngine's, ahead of it among the bases."""
+
+    def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
+        """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
+        if self.counts and inp.qparams.scale is not None:
+            weight, bias = self.folded()
+            bias = self.apply_quant_bias(bias, inp, weight)
+            if bias is not None and bias.qparams.scale is not None:
+                return counted(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
+        return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Fake-quantized weight, which may know its ``steps``, and bias, with the batch norm folded in."""
+        bn, quantizer = self.bn, self.weight_fake_quant  # type: ignore[attr-defined]
+        if type(quantizer) not in (FakeQuantize, ChannelFakeQuantize) or not quantizer.enabled:
+            return self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined,no-any-return]
+        # Integers are wanted: to make values of them, and integers of these again, takes three times as long.
+        quantizer.disable()
+        weight, bias = self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined]
+        quantizer.enable()
+        scales = weight.qparams.scale
+        if isinstance(quantizer, ChannelFakeQuantize):
+            scales = quantizer.scales_of(weight)
+            weight.qparams.update(quantizer.get_qparams())
+        weight.steps = rounded(weight / scales, quantizer.qmin, quantizer.qmax)
+        return weight, bias
+
+    @property
+    def counts(self) -> bool:
+        """Whether the network is used as int8 will be: nothing trained in it, nothing observed any more."""
+        return not self.training and not self.act_observer.enabled  # type: ignore[attr-defined]
+
+    def apply_quant_activation(self, target: Tensor) -> Tensor:
+        """``target`` on the output's grid, rounded as int8 kernels round it: times the inverse of its scale."""
+        quantizer, observer = self.act_fake_quant, self.act_observer  # type: ignore[attr-defined]
+        if not self.counts or type(quantizer) is not FakeQuantize or not quantizer.enabled:
+            return super().apply_quant_activation(target)  # type: ignore[misc]
+        qparams = observer.get_qparams()
+        steps = rounded(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
+        result = steps * qparams.scale
+        result.qparams.update(qparams)
+        result.steps = steps
+        return result
+
+
+class ExactConvBn2d(ExactSums, Q.ConvBn2d):  # type: ignore[misc]
+    """Fake-quantized convolution and batch norm."""
+
+
+class ExactConvBnRelu2d(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
+    """Fake-quantized convolution, batch norm and ReLU."""
+
+
+FLOAT_TO_QAT = {M.ConvBn2d: ExactConvBn2d, M.ConvBnRelu2d: ExactConvBnRelu2d, M.Linear: ExactLinear}
+QAT_TO_QUANTIZED = {ExactConvBn2d: QD.ConvBn2d, ExactConvBnRelu2d: QD.ConvBnRelu2d, ExactLinear: QD.Linear}
+
+
+def counted(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of three fake-quantized tensors whose ``qparams`` have scales, float32 (N, C, H, W)."""
+    step = source.qparams.scale * weight.qparams.scale
+    scales = weight.qparams.scale
+    if scales.size > 1:  # one an output, in the shape of the bias
+        scales = scales.reshape(*weight._tuple_shape[: weight.ndim - 3], 1, 1, 1)
+    counts = integers(source, source.qparams.scale), integers(weight, scales)
+    offset = integers(bias, bias.qparams.scale)
+    if conv.groups == conv.in_channels:  # MegEngine's depthwise kernels start from the bias
+        return conv.calc_conv(*counts, offset) * step
+    return conv.calc_conv(*counts, None) * step + offset * step  # others scale sum and bias one by one
+
+
+def integers(values: Tensor, scales: Tensor) -> Tensor:
+    """How many steps ``values`` are: float32, with the gradient of a division."""
+    known: Tensor | None = getattr(values, "steps", None)
+    return rounded(values / scales) if known is None else known
+
+
+def rounded(values: Tensor, lowest: int = int(INT32.min), highest: int = int(INT32.max)) -> Tensor:
+    """``values`` rounded to integers, halves away from zero; with the gradient of fake quantization."""
+    one, zero = Tensor([1.0], device=values.device), Tensor([0.0], device=values.device)
+    return apply(FakeQuant(qmin=lowest, qmax=highest), values, one, zero)[0]

@@ -1,0 +1,78 @@
+"""The three modes of a network and the one function that moves it from one to the next."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import megengine.module as M
+from megengine.module.qat import QATModule, QuantStub
+from megengine.module.quantized import QuantizedModule
+from megengine.quantization import quantize, quantize_qat
+
+from mgq.errors import InputError, no_such
+from mgq.quantization.float_layers import replace_kept_layers
+from mgq.quantization.int8_casts import casts_in_numpy
+from mgq.quantization.option_names import Mode as Mode
+from mgq.quantization.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
+from mgq.quantization.targets import MEGENGINE, Target, UnitScaleObserver, target_of
+from mgq.zoo.layers import without_initialization
+
+ORDER = tuple(Mode)
+
+
+def parse_mode(text: str) -> Mode:
+    """The mode called ``text``. Raises InputError that lists the three."""
+    try:
+        return Mode(text)
+    except ValueError:
+        raise no_such("mode", text, [mode.value for mode in Mode]) from None
+
+
+def mode_of(network: M.Module) -> Mode:
+    """The mode that ``network`` is in."""
+    kinds = {type(module) for module in network.modules()}
+    if any(issubclass(kind, QuantizedModule) for kind in kinds):
+        return Mode.QUANTIZED
+    return Mode.QAT if any(issubclass(kind, QATModule) for kind in kinds) else Mode.NORMAL
+
+
+def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place: bool = False) -> M.Module:
+    """``network`` carried forward to ``mode``, step by step: a copy, or with ``in_place`` the network itself.
+
+    A network that comes to ``qat`` has observers without ranges: train, calibrate, load a state or apply ranges
+    before it goes on to ``quantized``. Raises InputError for a step backward.
+    """
+    now = mode_of(network)
+    if ORDER.index(mode) < ORDER.index(now):
+        raise InputError(f"a network in mode {now.value} cannot go back to {mode.value}; load it again")
+    training = network.training
+    network = network if in_place else deepcopy(network)
+    with without_initialization():
+        if now is Mode.NORMAL and mode is not Mode.NORMAL:
+            target.prepare(network)
+            quantize_qat(network, qconfig=target.qconfig, mapping={**target.replacements, **FLOAT_TO_QAT})
+            for module in network.modules():
+                if isinstance(module, QATModule):
+                    target.equip(module)
+            fix_input_scale(network)
+        if mode is Mode.QUANTIZED and now is not Mode.QUANTIZED:
+            if target_of(network) is not MEGENGINE:
+                raise InputError(
+                    f"MegEngine cannot run int8 networks for the target {target_of(network).name}; "
+                    "write an ONNX file of it"
+                )
+            network.eval()
+            replace_kept_layers(network)
+            with casts_in_numpy():
+                quantize(network, mapping=QAT_TO_QUANTIZED)
+            network.eval()
+    if mode is not Mode.QUANTIZED:
+        network.train(training)
+    return network
+
+
+def fix_input_scale(network: M.Module) -> None:
+    """Pixels minus 128 are the int8 input: the observer at the input stub gives scale 1 whatever it sees."""
+    for module in network.modules():
+        if isinstance(module, QuantStub):
+            module.act_observer = UnitScaleObserver(dtype="qint8")

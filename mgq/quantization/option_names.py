@@ -1,0 +1,30 @@
+"""What options of quantization may say, by name. Reading it imports nothing else of weight."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Mode(str, Enum):
+    """``normal``: float32. ``qat``: float32 with fake quantization. ``quantized``: int8, inference only."""
+
+    NORMAL = "normal"
+    QAT = "qat"
+    QUANTIZED = "quantized"
+
+
+TARGETS = MEGENGINE, ONNX, ONNX_AVX2 = ("megengine", "onnx", "onnx-avx2")
+"""What int8 is for; :mod:`mgq.quantization.targets` says what that means."""
+METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
+    "min-max",
+    "ema",
+    "histogram",
+    "mse",
+    "easyquant",
+    "logits",
+)
+"""How calibration chooses ranges."""
+QUALITIES = FAST, BALANCED, BEST = ("fast", "balanced", "best")
+"""Presets of post-training quantization. ``best`` is another name of ``balanced`` now."""
+OBSERVERS = ("ema", "min-max", "lsq", "tqt")
+"""What gives quantization-aware training its scales."""

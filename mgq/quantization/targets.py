@@ -1,0 +1,231 @@
+"""What the int8 network will run on, and so what fake quantization must imitate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import megengine.functional as F
+import megengine.module as M
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import FakeQuant
+from megengine.core.tensor.dtype import QuantDtypeMeta
+from megengine.module.qat import QATModule
+from megengine.quantization import FakeQuantize, QConfig
+from megengine.quantization.observer import (
+    ExponentialMovingAverageObserver,
+    MinMaxObserver,
+)
+from megengine.quantization.utils import QParams, QuantMode, create_qparams
+
+from mgq.errors import no_such
+from mgq.quantization import option_names
+from mgq.quantization.half_to_even import EvenFakeQuantize
+
+UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
+"""uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
+know symmetric grids of signed integers alone, its mirrored half seems to be there, too."""
+WEIGHT_LEVELS = 127
+SAFE_LEVELS = 64
+"""Without VNNI x86 processors add two products of uint8 and int8 in 16 bits: 2 x 255 x 64 is the most that fits."""
+SMALLEST_SCALE = 2.0**-12
+"""Of a channel's weights, in terms of the layer's largest: no step needs to be finer."""
+SMALLEST_LARGEST = 1e-30
+DIGITS = 4
+"""Binary ones, of a scale of weights: with 20 more for the sum it fits into float32's 24."""
+ROUNDED_AWAY = 0.49
+"""Part of a step by which the largest weight may exceed the last one."""
+ON_GRID = 2e-3
+"""Part of a step by which float32 may put a rounded weight off its grid."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table of targets: types and granularity of what runs in the end.
+
+    ``per_channel``: weights have a scale for each output. ``unsigned``: what is behind a ReLU has 256 levels instead
+    of 128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads. ``levels``: weights
+    are so many steps at most.
+    """
+
+    name: str
+    weights: str
+    activations: str
+    qconfig: QConfig
+    per_channel: bool
+    unsigned: bool
+    int8_head: bool
+    levels: int = WEIGHT_LEVELS
+
+    def prepare(self, network: M.Module) -> None:
+        """Choose which layers of a float ``network`` are quantized."""
+        if self.int8_head:
+            network.disable_quantize(False)
+
+    @property
+    def replacements(self) -> dict[Any, Any]:
+        """Type of a float layer -> the ``qat`` one, where it is not MegEngine's."""
+        return {M.DequantStub: QuantizedFeatures} if self.int8_head else {}
+
+    def equip(self, module: QATModule) -> None:
+        """Give a layer of a ``qat`` network new observers and fake quantization, without ranges."""
+        module.set_qconfig(self.qconfig)
+        if isinstance(module, Q.Linear):
+            module.act_observer = module.act_fake_quant = None  # logits are float
+        elif self.unsigned and is_never_negative(module):
+            module.act_observer = self.qconfig.act_observer(dtype=UNSIGNED)
+            module.act_fake_quant = self.qconfig.act_fake_quant(dtype=UNSIGNED)
+
+
+class LastScales:
+    """What is no part of a module's state."""
+
+    scales: Tensor | None = None
+
+
+class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """Rounding of weights to int8 and back in float32, each output on a grid that ends at its own largest weight,
+    ``levels`` steps from zero.
+
+    Weights are (O, ...), or (groups, O / groups, ...) in a grouped convolution.
+    """
+
+    def __init__(self, dtype: str, levels: int = WEIGHT_LEVELS) -> None:
+        super().__init__(dtype)
+        self.levels: int = levels
+        self.last = LastScales()
+
+    def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
+        scales = self.scales_of(inp)
+        return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
+
+    def scales_of(self, weight: Tensor) -> Tensor:
+        """:func:`channel_scales` of ``weight``, of which ``get_qparams`` tells from now on."""
+        scales = channel_scales(weight, self.levels)
+        # In the shape of the layer's bias, whose integers count in these and the input's scale.
+        self.last.scales = scales.reshape(-1) if weight.ndim == 2 else scales.reshape(1, -1, 1, 1)
+        return scales
+
+    def get_qparams(self) -> QParams:
+        return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
+
+
+def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
+    """The scale of each output of ``weight``, of as many axes: its largest weight is at most ``levels`` steps.
+
+    A scale has ``DIGITS`` binary digits, so that products with it are exact, and is the least of these that serves.
+    Weights that are steps of the next one already keep that: rounding may have made the largest of them smaller.
+    """
+    values = weight.numpy()
+    kernels = tuple(range(2 if values.ndim == 5 else 1, values.ndim))
+    largest = np.abs(values).max(axis=kernels, keepdims=True)
+    least = max(float(largest.max()) * SMALLEST_SCALE, SMALLEST_LARGEST)
+    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs.
+    limits = np.where(largest > 0, np.maximum(largest, least), max(float(largest.max()), SMALLEST_LARGEST))
+    scales = in_few_digits(limits / (levels + ROUNDED_AWAY))
+    wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))
+    steps = values / wider
+    is_wider = (np.abs(steps - np.rint(steps)) < ON_GRID).all(axis=kernels, keepdims=True) & (largest > 0)
+    return Tensor(np.where(is_wider, wider, scales).astype(np.float32), device=weight.device)
+
+
+def in_few_digits(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """``values``, above 0, rounded up to ``DIGITS`` binary digits."""
+    mantissas, exponents = np.frexp(np.asarray(values, np.float64))
+    rounded: npt.NDArray[np.float64] = np.ldexp(np.ceil(mantissas * 2**DIGITS), exponents - DIGITS)
+    return rounded
+
+
+def levels_of(module: M.Module) -> int:
+    """How many steps a weight of the layer ``module`` of a ``qat`` network is at most."""
+    return int(getattr(module.weight_fake_quant, "levels", WEIGHT_LEVELS))
+
+
+class QuantizedFeatures(Q.DequantStub):  # type: ignore[misc]
+    """The exit of the integer layers in front of an int8 classifier: pooled features on a grid of their own."""
+
+    with_act = True
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return self.apply_quant_activation(inp)
+
+
+MEGENGINE = Target(
+    name=option_names.MEGENGINE,
+    weights="int8 in -127..127, symmetric, one scale a layer",
+    activations="int8 in -128..127, symmetric, one scale a layer",
+    qconfig=QConfig(
+        weight_observer=partial(MinMaxObserver, dtype="qint8_narrow"),
+        act_observer=partial(ExponentialMovingAverageObserver, dtype="qint8"),
+        weight_fake_quant=partial(FakeQuantize, dtype="qint8_narrow"),
+        act_fake_quant=partial(FakeQuantize, dtype="qint8"),
+    ),
+    per_channel=False,
+    unsigned=False,
+    int8_head=False,
+)
+ONNX = Target(
+    name=option_names.ONNX,
+    weights="int8 in -127..127, symmetric, one scale an output channel",
+    activations="uint8 in 0..255 behind a ReLU, int8 in -128..127 elsewhere, one scale a layer",
+    qconfig=QConfig(
+        weight_observer=MEGENGINE.qconfig.weight_observer,
+        act_observer=MEGENGINE.qconfig.act_observer,
+        weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow"),
+        act_fake_quant=partial(EvenFakeQuantize, dtype="qint8"),
+    ),
+    per_channel=True,
+    unsigned=True,
+    int8_head=True,
+)
+ONNX_AVX2 = replace(
+    ONNX,
+    name=option_names.ONNX_AVX2,
+    weights=f"int8 in -{SAFE_LEVELS}..{SAFE_LEVELS}, symmetric, one scale an output channel: sums cannot saturate",
+    qconfig=ONNX.qconfig._replace(
+        weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow", levels=SAFE_LEVELS)
+    ),
+    levels=SAFE_LEVELS,
+)
+TARGETS = {target.name: target for target in (MEGENGINE, ONNX, ONNX_AVX2)}
+
+
+def target_called(name: str) -> Target:
+    """Raises InputError, which lists them, where there is no target ``name``."""
+    if name not in TARGETS:
+        raise no_such("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def target_of(network: M.Module) -> Target:
+    """What a ``qat`` network imitates."""
+    levels = next((module.levels for module in network.modules() if isinstance(module, ChannelFakeQuantize)), None)
+    if levels is None:
+        return MEGENGINE
+    return next(target for target in TARGETS.values() if target.per_channel and target.levels == levels)
+
+
+def is_never_negative(module: M.Module) -> bool:
+    """Whether a ReLU, or what is like one, ends the layer ``module`` of a ``qat`` network."""
+    if isinstance(module, Q.Elemwise):
+        return str(module.method).upper().endswith("FUSE_ADD_RELU")
+    return isinstance(module, Q.ConvBnRelu2d | Q.ConvRelu2d | QuantizedFeatures)
+
+
+class UnitScaleObserver(ExponentialMovingAverageObserver):  # type: ignore[misc]
+    """The observer of the network's input: whatever it sees, the scale is exactly 1.
+
+    So a pixel minus 128 is its own int8 value. It has the state of the observer that it stands for, because the
+    public example's checkpoints hold one.
+    """
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        return x_orig
+
+    def get_qparams(self) -> QParams:
+        return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=Tensor(1.0))

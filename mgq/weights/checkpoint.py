@@ -1,0 +1,125 @@
+"""mgq's checkpoint: a safetensors file whose metadata says what the tensors are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from mgq.errors import InputError, printable
+from mgq.io.atomic import atomic_write
+from mgq.weights.preprocessing import Preprocessing, preprocessing_in
+
+KEY = "mgq"
+TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
+FORMAT = 1
+MOST_PIXELS = 4096
+"""On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
+PIXELS_STEP = 32
+"""Every network of the zoo halves its picture five times."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself, so that no verb has to ask again.
+
+    ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
+    ``qat`` network, because MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the
+    names of the layers whose weights stay float32 among int8 ones. Without ``preprocessing`` it is the architecture's.
+    """
+
+    arch: str
+    mode: str
+    classes: tuple[str, ...]
+    image_size: int
+    origin: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "megengine"
+    step: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    float_layers: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+
+
+def checked_size(pixels: int) -> int:
+    """``pixels`` if a network can take a picture of so many on a side. Raises InputError that names the nearest."""
+    if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
+        return pixels
+    near = min(MOST_PIXELS, max(PIXELS_STEP, round(pixels / PIXELS_STEP) * PIXELS_STEP))
+    wrong = "too large" if pixels > MOST_PIXELS else "too small" if pixels <= 0 else f"not a multiple of {PIXELS_STEP}"
+    raise InputError(f"--image-size {pixels} is {wrong}: {near} would do")
+
+
+def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: CheckpointInfo) -> None:
+    """Write ``state`` and ``info`` to ``path`` so that the file is there whole or not at all."""
+    write_tensors(path, state, {KEY: json.dumps({"format": FORMAT, **asdict(info)})})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all. Raises as ``atomic_write`` does."""
+    dense = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(dense, str(temporary), metadata=dict(metadata))
+
+
+def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
+    """What the ``metadata`` of the safetensors file ``name`` says; None where it is not mgq's.
+
+    Raises InputError where it is mgq's and damaged, of a later format, or the state of a training.
+    """
+    if TRAINING_KEY in metadata:
+        raise InputError(f"{name} is what --resume goes on from, not a checkpoint; pass the one that lies beside it")
+    if KEY not in metadata:
+        return None
+    try:
+        body = body_of(metadata[KEY], FORMAT, name)
+        return info_from(body)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
+
+
+def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
+    """What ``body`` says, a CheckpointInfo as plain data from JSON.
+
+    Raises TypeError, ValueError or KeyError where it is none.
+    """
+    known = {
+        "classes": names_in(body["classes"]),
+        "float_layers": names_in(body.get("float_layers", [])),
+        "preprocessing": preprocessing_in(body),
+    }
+    found = CheckpointInfo(**{**body, **known})
+    texts = (found.arch, found.mode, found.origin, found.target)
+    tables = (found.options, found.recipe, found.metrics, found.versions)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        raise TypeError
+    if type(found.image_size) is not int or not 1 <= found.image_size <= MOST_PIXELS:
+        raise TypeError
+    return found
+
+
+def names_in(value: Any) -> tuple[str, ...]:
+    """``value``, from JSON, as names. Raises TypeError unless it is a list of strings."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError
+    return tuple(value)
+
+
+def body_of(text: str, known: int, name: str) -> dict[str, Any]:
+    """What the JSON ``text`` in the file ``name`` holds besides its format, which has to be the ``known`` one.
+
+    Raises InputError for another format. Where ``text`` is damaged it raises what the JSON of it leads to.
+    """
+    body: dict[str, Any] = json.loads(text)
+    version = body.pop("format")
+    if version != known:
+        raise InputError(f"{name} has checkpoint format {printable(version)[:80]}, this mgq reads {known}; update mgq")
+    return body

@@ -1,0 +1,115 @@
+"""Which of the tensors in a file are the network: wrappers put prefixes before names, and counters beside weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.weights.foreign_states import IMAGENET_RGB, State
+
+Judge = Callable[[State], bool]
+
+_DEEPEST = 12
+_FEWEST = 20
+"""No network of the zoo has fewer tensors: what has is not looked at as one."""
+_SHOWN = 3
+_UNSAID = "num_batches_tracked"
+_COUNTED = ("total_ops", "total_params")
+"""What the profiler thop leaves in every layer: one number each."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one network under its own names, and in words what was taken off and left out to get there."""
+
+    state: State
+    said: tuple[str, ...] = ()
+
+
+def network_part(state: State, holds: Judge, fits: Judge) -> Part:
+    """The network in ``state``: without counters and without the longest prefix of all names that makes it one.
+
+    ``holds`` tells whether a state has the names of a network of the zoo, ``fits`` whether it is one, no tensor missing
+    and none too many. Where names have no common prefix that helps, the only part that fits is taken. What has no
+    network in it is returned as it is, for the strict loading to say what is wrong. Raises InputError where several
+    parts fit, or where what is left out would change the answers.
+    """
+    weights = {name: value for name, value in state.items() if not is_counter(name, value)}
+    counters = [name for name in state if name not in weights and not name.endswith(_UNSAID)]
+    for prefix in common_prefixes(weights):
+        found = without(prefix, weights)
+        if holds(found):
+            return Part(found, (*stripped(prefix), *left_out(counters)))
+    parts = {prefix: found for prefix, found in sorted(groups(weights).items()) if holds(found) and fits(found)}
+    if len(parts) > 1:
+        names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
+        first = printable(next(iter(parts)))[:-1][:80]
+        raise InputError(f"has {len(parts)} networks, {names}: choose one, such as --key {first}")
+    for prefix, found in parts.items():
+        rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        refuse_other_normalization(rest)
+        return Part(found, (*stripped(prefix), *left_out([*rest, *counters])))
+    return Part(weights)
+
+
+def is_counter(name: str, value: npt.NDArray[Any]) -> bool:
+    """Whether ``value`` counts or looks something up: weights and statistics are no whole numbers."""
+    return value.dtype.kind in "iub" or (value.size == 1 and name.endswith(_COUNTED))
+
+
+def common_prefixes(names: Iterable[str]) -> Iterator[str]:
+    """The dotted prefixes that all ``names`` share, the longest first; '' is the last."""
+    parts = [name.split(".")[:-1] for name in names] or [[]]
+    pairs = zip(min(parts), max(parts), strict=False)  # what these share all do
+    shared = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    for end in range(len(shared), -1, -1):
+        yield "".join(f"{part}." for part in shared[:end])
+
+
+def without(prefix: str, state: State) -> State:
+    return {name[len(prefix) :]: value for name, value in state.items()}
+
+
+def groups(state: State) -> dict[str, State]:
+    """The parts of ``state`` whose names begin alike, by prefix, without it."""
+    found: dict[str, State] = defaultdict(dict)
+    for name, value in state.items():
+        parts = name.split(".")
+        for end in range(1, min(len(parts), _DEEPEST)):
+            prefix = ".".join(parts[:end]) + "."
+            found[prefix][name[len(prefix) :]] = value
+    return {prefix: part for prefix, part in found.items() if len(part) >= _FEWEST}
+
+
+def stripped(prefix: str) -> tuple[str, ...]:
+    return (f"without the prefix '{printable(prefix)[:80]}'",) if prefix else ()
+
+
+def left_out(names: list[str]) -> tuple[str, ...]:
+    """A phrase about tensors that are not the network's."""
+    if not names:
+        return ()
+    shown = ", ".join(printable(name)[:80] for name in names[:_SHOWN])
+    return (f"leaving out {shown}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""),)
+
+
+def refuse_other_normalization(rest: State) -> None:
+    """Raises InputError where ``rest`` says that pictures were normalized by other statistics than ImageNet's."""
+    for name, value in rest.items():
+        last = name.rpartition(".")[2]
+        if value.size != 3 or not ("mean" in last or "std" in last):
+            continue
+        expected = np.array(IMAGENET_RGB.mean if "mean" in last else IMAGENET_RGB.std)
+        if not any(np.allclose(value.ravel(), expected / scale, atol=0.01 / scale * 255) for scale in (1, 255)):
+            values = ", ".join(f"{number:g}" for number in value.ravel().tolist())
+            raise InputError(
+                f"normalizes pictures by its own {printable(name)[:80]} ({values}), not by ImageNet's: fold that into "
+                "the first convolution, or train with ImageNet's"
+            )
