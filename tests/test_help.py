@@ -84,7 +84,7 @@ def completed(mgq: Mgq, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str
         ("mgq qat --observer ", list(OBSERVERS)),
         ("mgq train --schedule ", list(SCHEDULES)),
         ("mgq train --activation ", list(ACTIVATIONS)),
-        ("mgq dump --format ", ["megengine", "onnx"]),
+        ("mgq dump --format ", ["megengine", "onnx", "native"]),
         ("mgq dump --check ", ["logits", "layers", "none"]),
         ("mgq bench --mode ", ["latency", "throughput"]),
     ],

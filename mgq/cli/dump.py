@@ -208,7 +208,7 @@ def show_parity(
             to=to,
         )
     if layers and classifier.fake_quantized is not None:
-        for engine in engines_of(dumped.path):
+        for engine in (engine for engine in engines_of(dumped.path) if engine.shows_layers):
             differences = layer_parities(engine, dumped.path, classifier.fake_quantized, pictures)
             say(f"  {engine.name}, layer by layer: {in_words(differences)}", to=to)
 

@@ -21,7 +21,8 @@ class Engine:
     """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
 
     ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
-    the choice for a file of its kind where nobody names one.
+    the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all.
+    ``shows_layers``: whether it gives more outputs than logits.
     """
 
     key: str
@@ -31,6 +32,8 @@ class Engine:
     load: Callable[[Path, int], FileRuntime]
     mend: str = "pip install 'mgq[deploy]'"
     suits: Callable[[Path], bool] = lambda path: True
+    reads: Callable[[Path], bool] = lambda path: True
+    shows_layers: bool = True
 
     @property
     def is_installed(self) -> bool:
@@ -73,18 +76,26 @@ def library(path: Path, threads: int) -> FileRuntime:
 
 
 def is_for_native(path: Path) -> bool:
-    """Whether the native engine runs ``path``, and has its fastest kernels here. What it compiles is cached."""
+    """Whether the native engine runs ``path``, and has its fastest kernels here."""
     from mgq.export.native.cpu import LEVELS, NATIVE, level_called
+
+    return level_called(NATIVE) is LEVELS[0] and runs_in_native(path)
+
+
+def runs_in_native(path: Path) -> bool:
+    """What it compiles to find out is cached."""
     from mgq.runtime.native import runs
 
-    return level_called(NATIVE) is LEVELS[0] and runs(path)
+    return runs(path)
 
 
 ENGINES = (
-    Engine("native", "native", "llvmlite", ".onnx", native, "pip install llvmlite", is_for_native),
+    Engine(
+        "native", "native", "llvmlite", ".onnx", native, "pip install llvmlite", is_for_native, runs_in_native, False
+    ),
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
     Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
-    Engine("library", "native library", "ctypes", ".so", library),
+    Engine("library", "native library", "ctypes", ".so", library, shows_layers=False),
     Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
 )
 """The faster first, where they read the same files."""

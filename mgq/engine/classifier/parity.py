@@ -99,8 +99,9 @@ def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]
 
 
 def engines_of(path: Path) -> list[Engine]:
-    """The installed engines that read ``path``."""
-    return [engine for engine in ENGINES if engine.suffix == path.suffix.lower() and engine.is_installed]
+    """The installed engines that run ``path``."""
+    reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower() and engine.is_installed]
+    return [engine for engine in reading if engine.reads(path)]
 
 
 def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pictures) -> list[LayerParity]:

@@ -22,6 +22,7 @@ from mgq.export.native.compiler import Compiled
 from mgq.io.atomic import atomic_write
 
 MAGIC = b"mgq native 1\n"
+"""Then a hash of all that follows: sizes, what is known of the file, machine code and constants."""
 MOST_BYTES = 1 << 30
 VARIABLE = "MGQ_NATIVE_CACHE"
 """The folder of the cache, where it is not the user's own cache folder."""
@@ -81,14 +82,12 @@ def is_own(known: os.stat_result) -> bool:
 
 def parsed(content: bytes) -> Entry | None:
     """None where ``content`` is damaged."""
+    digest, _, whole = content[len(MAGIC) :].partition(b"\n")
+    if not content.startswith(MAGIC) or hashlib.sha256(whole).hexdigest().encode() != digest:
+        return None
+    head, _, rest = whole.partition(b"\n")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        if not content.startswith(MAGIC):
-            return None
-        head, _, rest = content[len(MAGIC) :].partition(b"\n")
-        digest, _, sizes = head.partition(b" ")
-        if hashlib.sha256(sizes + rest).hexdigest().encode() != digest:
-            return None
-        known = json.loads(sizes)
+        known = json.loads(head)
         about, code = int(known["about"]), int(known["code"])
         compiled = Compiled(rest[about : about + code], rest[about + code :], int(known["work"]))
         return Entry(compiled, json.loads(rest[:about]))
@@ -98,18 +97,16 @@ def parsed(content: bytes) -> Entry | None:
 def write_entry(key: str, entry: Entry) -> bool:
     """Keep ``entry``; whether that could be done."""
     about = json.dumps(dict(entry.about)).encode()
-    rest = b"".join((about, entry.compiled.code, entry.compiled.constants))
     sizes = {"about": len(about), "code": len(entry.compiled.code), "work": entry.compiled.work}
-    head = json.dumps(sizes).encode()
-    digest = hashlib.sha256(head + rest).hexdigest().encode()
+    whole = b"".join((json.dumps(sizes).encode(), b"\n", about, entry.compiled.code, entry.compiled.constants))
+    digest = hashlib.sha256(whole).hexdigest().encode()
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_own(folder.stat()):
             return False
         with atomic_write(folder / f"{key}.native") as temporary:
-            temporary.write_bytes(b"".join((MAGIC, digest, b" ", head, b"\n", rest)))
-        (folder / f"{key}.native").chmod(0o600)
+            temporary.write_bytes(b"".join((MAGIC, digest, b"\n", whole)))
     except (OSError, MgqError):
         return False
     return True
