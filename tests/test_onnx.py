@@ -253,11 +253,11 @@ class TestEngines:
     def test_each_reads_its_files(self) -> None:
         assert engine_for(Path("a.onnx")).key == "openvino"
         assert engine_for(Path("a.megengine")).key == "lite"
-        with pytest.raises(InputError, match="choose auto, openvino, onnxruntime, lite"):
+        with pytest.raises(InputError, match="choose auto, openvino, onnxruntime, native, library, lite"):
             engine_for(Path("a.onnx"), "tensorrt")
         with pytest.raises(InputError, match=r"does not read \.onnx"):
             engine_for(Path("a.onnx"), "lite")
-        with pytest.raises(InputError, match=r"\.onnx or \.megengine"):
+        with pytest.raises(InputError, match=r"\.onnx or \.so or \.megengine"):
             engine_for(Path("a.tflite"))
 
     def test_what_is_not_installed_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:

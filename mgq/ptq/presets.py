@@ -36,13 +36,14 @@ CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED, of_logits=Fa
 PLAIN = (RangesBySeen(),)
 BY_LOGITS = (CLEAR, RangesByLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
-EQUALIZED = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
+UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
 DEFAULT_QUALITY = BALANCED
 PRESETS: dict[str, Preset] = {
     FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
     BALANCED: Preset(
-        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED),
+        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
         (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
     ),

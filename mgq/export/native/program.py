@@ -166,7 +166,10 @@ class Reader:
             read = getattr(self, f"read_{node.op_type.lower()}", None)
             if read is None:
                 raise refusal(f"the operator {printable(node.op_type)} of {printable(node.name)}")
-            read(list(node.input), node.output[0], attributes)
+            try:
+                read(list(node.input), node.output[0], attributes)
+            except (KeyError, IndexError, ValueError):  # in a place where mgq does not write it
+                raise refusal(f"the {printable(node.op_type)} of {printable(node.name)} where it stands") from None
         output = self.graph.output[0].name
         if not self.layers or self.layers[-1].output != output or not isinstance(self.layers[-1], Linear):
             raise refusal("a network whose classifier is not int8")
