@@ -60,8 +60,6 @@ SHARPNESS = 24.0
 SIGNED_HALF, UNSIGNED_HALF = 127.5, 255.0
 COMPENSATED, DEPTHWISE_COMPENSATED = 0.1, 0.6
 """Part of the weights' noise that is left where its errors make up for each other: many inputs allow for more."""
-TRIED = 0.05
-"""The same of depthwise weights where each output has a scale of its own, the best of some."""
 AVERAGED = 0.05
 """Part of a tensor's noise that is left in its mean over the positions."""
 HEADROOM = 1.25
@@ -335,8 +333,7 @@ def half_behind(node: Convolution | Add, target: Target) -> float:
 def noise_of_a_weight(node: Convolution, target: Target) -> float:
     """Variance of the error of an output, for a largest weight of 1 and inputs of mean square 1."""
     height, width = node.weight.shape[2:]
-    depthwise = TRIED if target.per_channel else DEPTHWISE_COMPENSATED
-    left = depthwise if node.groups == len(node.weight) else COMPENSATED
+    left = DEPTHWISE_COMPENSATED if node.groups == len(node.weight) else COMPENSATED
     return height * width * left / (12 * target.levels**2)
 
 

@@ -8,7 +8,7 @@ what gives the logits nearest to float's on the images held back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import megengine.module as M
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, silent
 from mgq.ptq.presets import Preset
-from mgq.ptq.steps import Draft, Images, Step, logits_of
+from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in so many is held back, at least and at most so many."""
@@ -26,6 +26,9 @@ FEWEST = 2 * FEWEST_HELD
 """Of fewer images none are held back: candidates are judged on those that they were fitted to."""
 EQUAL = 0.05
 """dB by which a candidate with more steps has to be better."""
+WITHOUT_IMAGES = 1.5
+"""dB by which ranges that no image was looked at for have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
+with them on images held back, against 23.9, and 15.8 on those that it was not trained on: they had clipped these."""
 NO_NOISE = 200.0
 
 
@@ -39,8 +42,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
+    """``handicap``: dB by which it has to be better than others."""
+
     draft: Draft
     trial: Trial
+    handicap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ def find_best(
             continue
         # Judged with biases corrected in a hurry, as all will be in the end.
         judged = draft if preset.preview is None else preset.preview.apply(draft)
-        grids.append(judge([step.name for step in steps], draft, judged))
+        candidate = judge([step.name for step in steps], draft, judged)
+        grids.append(replace(candidate, handicap=WITHOUT_IMAGES if draft.method == BATCH_NORMS else 0.0))
     best = best_of(grids)
     finished = []
     for step in preset.finishes:
@@ -145,7 +152,7 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless a later one is better by enough."""
     best = candidates[0]
     for candidate in candidates[1:]:
-        if candidate.trial.snr > best.trial.snr + EQUAL:
+        if candidate.trial.snr - candidate.handicap > best.trial.snr - best.handicap + EQUAL:
             best = candidate
     return best
 
