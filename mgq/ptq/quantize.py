@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import megengine.module as M
@@ -10,8 +11,9 @@ import numpy.typing as npt
 from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import best_network
+from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.presets import DEFAULT_QUALITY, preset_called
 from mgq.ptq.steps import prepare, switch_on
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges
@@ -57,6 +59,9 @@ def quantize(
     fake_quantized = to_mode(network, Mode.QAT, target_called(ranges.target), in_place)
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()
+    if ranges.target != MEGENGINE.name:
+        with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
+            set_exact_scales(fake_quantized)
     return to_mode(fake_quantized, mode, in_place=True)
 
 
