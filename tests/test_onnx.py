@@ -260,6 +260,12 @@ class TestEngines:
         with pytest.raises(InputError, match=r"\.onnx or \.so or \.megengine"):
             engine_for(Path("a.tflite"))
 
+    def test_nothing_is_compiled_to_choose_an_engine_before_the_native_one(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mgq.runtime.native.prepare", lambda *_: pytest.fail("compiled"))
+        assert engine_for(written("resnet18", ONNX, folder)).key == "openvino"
+
     def test_what_is_not_installed_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mgq.runtime.registry.find_spec", lambda name: None if name == "openvino" else object())
         assert engine_for(Path("a.onnx")).key == "onnxruntime"

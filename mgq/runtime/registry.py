@@ -130,8 +130,9 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     if not chosen:
         others = " or ".join(engine.key for engine in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
-    willing = [engine for engine in chosen if key != AUTO or engine.suits(path)] or chosen
-    found = next((engine for engine in willing if engine.is_installed), willing[0])
+    installed = (engine for engine in chosen if engine.is_installed)
+    # One by one, for to ask the native engine is to compile the network.
+    found = next((engine for engine in installed if key != AUTO or engine.suits(path)), chosen[0])
     found.refuse_missing()
     return found
 
