@@ -39,6 +39,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpuinfo_field(cpuinfo: str, name: str) -> str:
+    """The value of the first line called ``name``: all processors of a machine are taken to be alike."""
+    for line in cpuinfo.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return ""
+
+
 def package_version(package: str) -> str | None:
     """The version of ``package`` as pip calls it; None where it is not installed. Imports nothing of it."""
     from importlib.metadata import PackageNotFoundError, version

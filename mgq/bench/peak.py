@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mgq.bench.settings import Precision
 from mgq.errors import FailureError
+from mgq.export.native.compiler import llvm
 
 SUMS = 12
 """Independent sums: more than the latency of the instruction times how many begin in a cycle in any x86 core, and few
@@ -138,16 +139,12 @@ class PeakLoop:
 
 def compiled(instruction: Instruction) -> tuple[Callable[[int, int], None], Any]:
     """The loop as machine code, and what has to live as long. Raises FailureError where it cannot be compiled."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+    binding = llvm()
     try:
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=instruction.features + ",-prefer-256-bit", opt=2
+        machine = binding.Target.from_default_triple().create_target_machine(
+            cpu=binding.get_host_cpu_name(), features=instruction.features + ",-prefer-256-bit", opt=2
         )
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(module_text(instruction)), machine)
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(module_text(instruction)), machine)
         engine.finalize_object()
         address = engine.get_function_address("peak")
     except RuntimeError as error:

@@ -227,7 +227,7 @@ class Field:
             )
             for path in self.settings.against
             for engine in FILE_ENGINES
-            if engine.suffix == ".onnx" and (engine.shows_layers or engine.reads(path))
+            if engine.suffix == ".onnx" and engine.reads(path)
         ]
 
     def start_rival(self, engine: Engine, path: Path, threads: int) -> Loaded:

@@ -13,6 +13,7 @@ from scipy.special import ndtr
 
 from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose, graph_of
 from mgq.quantization.relu6 import CEILING
+from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
 
@@ -79,13 +80,9 @@ def measured_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.N
         return see
 
     made = [node.output for node in graph.nodes if isinstance(node, Convolution | Add | Linear)]
-    hooks = [modules[name].register_forward_hook(note(name)) for name in made]
-    try:
+    with forward_hooks((modules[name], note(name)) for name in made):
         for batch in batches:
             network(Tensor(batch)).numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
     known = {
         name: Moments(low, high, mean / size, np.maximum(square / size - (mean / size) ** 2, 0))
         for name, (low, high, mean, square, size) in sums.items()

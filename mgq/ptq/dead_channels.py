@@ -17,7 +17,7 @@ from megengine.module.conv_bn import _ConvBnActivation2d
 
 from mgq.quantization.batch_norm_folding import folded_layer
 from mgq.quantization.relu6 import CEILING
-from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.layers import ConvBnRelu6, forward_hooks
 
 Values = npt.NDArray[np.float64]
 DARKEST, BRIGHTEST = -128.0, 127.0
@@ -121,11 +121,9 @@ def surveyed(network: M.Module) -> Survey:
     picture = Tensor(np.zeros((1, 3, 64, 64), np.float32))
     survey.note(picture, Interval(np.full(3, DARKEST), np.full(3, BRIGHTEST)))
     kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise)
-    hooks = [module.register_forward_hook(survey.see) for module in network.modules() if isinstance(module, kinds)]
     try:
-        network(picture)
+        with forward_hooks((module, survey.see) for module in network.modules() if isinstance(module, kinds)):
+            network(picture)
     finally:
-        for handle in hooks:
-            handle.remove()
         network.train(training)
     return survey

@@ -39,16 +39,17 @@ def set_exact_scales(network: M.Module) -> dict[str, Range]:
     then.
     """
     graph = graph_of(network, IMAGE_SIZE)
-    layers = {tensor_of(graph, name, layer): layer for name, layer in quantized_layers(network).items()}
-    layers = {name: layer for name, layer in layers.items() if name in graph.grids}
+    named = quantized_layers(network)
+    names = {tensor_of(graph, name, layer): name for name, layer in named.items()}
+    layers = {tensor: named[name] for tensor, name in names.items() if tensor in graph.grids}
     scales = settled_scales(graph, layers)
-    names = {id(layer): name for name, layer in quantized_layers(network).items()}
     ranges = {}
     for tensor, layer in layers.items():
         if not isinstance(layer, QuantStub):
             limit = half_of(layer) * scales[tensor]
-            ranges[names[id(layer)]] = (0.0 if is_never_negative(layer) else -limit), limit
-            set_range(layer.act_observer, *ranges[names[id(layer)]])
+            found = (0.0 if is_never_negative(layer) else -limit), limit
+            set_range(layer.act_observer, *found)
+            ranges[names[tensor]] = found
     fix_scales_of_weights(network, graph, layers)
     return ranges
 

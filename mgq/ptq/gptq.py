@@ -185,8 +185,9 @@ def compensated(weights: Array | Values, covariance: Values, levels: int = WEIGH
     """``weights`` (groups, outputs, inputs), in steps, rounded to ``levels`` at most; the most varied input first."""
     inputs = weights.shape[2]
     order = np.argsort(-np.einsum("gii->gi", covariance), axis=1, kind="stable")
-    sorted_ = [matrix[np.ix_(chosen, chosen)] for matrix, chosen in zip(covariance, order, strict=True)]
-    upper = np.stack([factor_of_inverse(matrix) for matrix in sorted_])
+    upper = np.stack(
+        [factor_of_inverse(matrix[np.ix_(rank, rank)]) for matrix, rank in zip(covariance, order, strict=True)]
+    )
     left = np.take_along_axis(weights, order[:, None, :], 2).astype(np.float64)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
@@ -210,10 +211,10 @@ def settled(integers: Values, steps: Array | Values, covariance: Values, levels:
         for i in range(found.shape[2]):
             towards = -np.sign(pull[:, :, i])
             gains = 2 * np.abs(pull[:, :, i]) > own[:, None, i]
-            moves = np.nonzero(gains & (np.abs(found[:, :, i] + towards) <= levels))
-            group, output = moves
-            found[group, output, i] += towards[moves]
-            pull[moves] += towards[moves][:, None] * covariance[moves[0], i]
+            group, output = np.nonzero(gains & (np.abs(found[:, :, i] + towards) <= levels))
+            moves = towards[group, output]
+            found[group, output, i] += moves
+            pull[group, output] += moves[:, None] * covariance[group, i]
     return found
 
 

@@ -13,6 +13,7 @@ from megengine import Tensor
 from megengine.module.qat import QATModule
 
 from mgq.quantization.activation_ranges import quantized_layers
+from mgq.zoo.layers import forward_hooks
 
 Array = npt.NDArray[np.float32]
 
@@ -56,14 +57,12 @@ def visit_layers(network: M.Module, pictures: Array, *visitors: Visitor) -> None
         module.set_fake_quant(False)
         return F.concat([outputs[:half], quantized])
 
-    hooks = [module.register_forward_hook(hook) for module in layers.values()]
     for module in layers.values():
         module.set_fake_quant(False)
         module.set_observer(False)
     try:
-        network(Tensor(np.concatenate([pictures, pictures]))).numpy()
+        with forward_hooks((module, hook) for module in layers.values()):
+            network(Tensor(np.concatenate([pictures, pictures]))).numpy()
     finally:
-        for handle in hooks:
-            handle.remove()
         for module in layers.values():
             module.set_fake_quant(True)

@@ -24,6 +24,7 @@ from megengine import Tensor
 from megengine.autodiff import Function, GradManager
 
 from mgq.errors import FailureError
+from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
 
 Array = npt.NDArray[np.float32]
@@ -148,8 +149,7 @@ def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], Tensor]:
         return lambda _, __, output: Watch(found[name].add)(output)
 
-    hooks = [modules[name].register_forward_hook(hook_of(name)) for name in found]
-    try:
+    with forward_hooks((modules[name], hook_of(name)) for name in found):
         for batch in batches:
             manager, pixels = GradManager(), Tensor(batch)
             manager.attach([pixels])
@@ -157,9 +157,6 @@ def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable
                 logits = network(pixels)
                 combination = random.standard_normal(logits._tuple_shape).astype(np.float32)
                 manager.backward((logits * Tensor(combination)).sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -183,11 +180,7 @@ def value_ranges(
 
         return see
 
-    hooks = [modules[name].register_forward_hook(hook_of(name)) for name in names]
-    try:
+    with forward_hooks((modules[name], hook_of(name)) for name in names):
         for batch in batches:
             network(Tensor(batch)).numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found

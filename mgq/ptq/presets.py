@@ -76,10 +76,9 @@ def changed(
         kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
         preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),))
     if target is not MEGENGINE:
-        preset = replace(preset, grids=tuple((*steps, ExactScales()) for steps in preset.grids))
-    if target.per_channel:
+        grids = tuple((*steps, ExactScales()) for steps in preset.grids)
         finishes = (step for step in preset.finishes if not (isinstance(step, RoundWeights) and step.refit))
-        preset = replace(preset, finishes=tuple(finishes))
+        preset = replace(preset, grids=grids, finishes=tuple(finishes))
     if not correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
         preset = Preset(preset.grids, tuple(rounding), None)

@@ -20,6 +20,7 @@ from mgq.events import OnProgress, Progress, silent
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, folded_weight, half_of, quantized_weight
 from mgq.quantization.targets import UNSIGNED, levels_of
+from mgq.zoo.layers import forward_hooks
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -182,12 +183,8 @@ def observed(layers: Mapping[str, QATModule], seen: Callable[[str, Tensor], None
 
         return hook
 
-    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
+    with forward_hooks((layer, hook_of(name)) for name, layer in layers.items()):
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @contextmanager

@@ -106,6 +106,11 @@ class Draft:
         """How the logits of ``network`` react to errors behind its layers."""
         return reactions_of(folded(self.network), self.prepared(), self.images)
 
+    @cached_property
+    def logits(self) -> npt.NDArray[np.float64]:
+        """Of the float network, for the images that biases are corrected by."""
+        return logits_of(folded(self.network), self.images[:LAYERWISE_IMAGES])
+
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reactions:
     """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes."""
@@ -294,8 +299,7 @@ def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ..
     name, classifier = linear[-1] if linear else ("", None)
     if classifier is None or classifier.bias is None:
         return {}
-    images = draft.images[:LAYERWISE_IMAGES]
-    shift = (logits_of(folded(draft.network), images) - logits_of(watched, images)).mean(axis=0)
+    shift = (draft.logits - logits_of(watched, draft.images[:LAYERWISE_IMAGES])).mean(axis=0)
     correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
     add_to_bias(classifier, correction)
     return {name: correction}

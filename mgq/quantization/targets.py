@@ -131,14 +131,19 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
         if self.scales is None:
             scales = channel_scales(weight, self.levels)
         else:
-            outputs = weight.ndim - (3 if weight.ndim > 2 else 1)
-            scales = self.scales.reshape(*weight._tuple_shape[:outputs], *(1,) * (weight.ndim - outputs))
+            axes = axes_of_outputs(weight.ndim)
+            scales = self.scales.reshape(*weight._tuple_shape[:axes], *(1,) * (weight.ndim - axes))
         # In the shape of the layer's bias, whose integers count in these and the input's scale.
         self.last.scales = scales.reshape(-1) if weight.ndim == 2 else scales.reshape(1, -1, 1, 1)
         return scales
 
     def get_qparams(self) -> QParams:
         return create_qparams(QuantMode.SYMMERTIC, self.dtype, scale=self.last.scales)
+
+
+def axes_of_outputs(axes: int) -> int:
+    """How many of the ``axes`` of weights count outputs: (groups, O / groups, ...) in a grouped convolution."""
+    return 2 if axes == 5 else 1
 
 
 def least_limits(largest: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -167,7 +172,7 @@ def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
     Weights that are steps of the next one already keep that: rounding may have made the largest of them smaller.
     """
     values = weight.numpy()
-    kernels = tuple(range(2 if values.ndim == 5 else 1, values.ndim))
+    kernels = tuple(range(axes_of_outputs(values.ndim), values.ndim))
     largest = np.abs(values).max(axis=kernels, keepdims=True)
     scales = in_few_digits(least_limits(largest) / (levels + ROUNDED_AWAY))
     wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))

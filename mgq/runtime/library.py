@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.export.native.library import Parts
 from mgq.export.native.machine_code import AGAIN, refuse_other_files
 from mgq.export.onnx.onnx_file import known
 from mgq.runtime.protocol import checked_threads
@@ -52,6 +52,7 @@ class LibraryRuntime:
         size: int = self.functions["mgq_image_size"]()
         self.takes: tuple[int | None, ...] = (None, 3, size, size)
         self.work = [ctypes.create_string_buffer(self.functions["mgq_work_size"]()) for _ in range(self.threads)]
+        self.parts = Parts(self.threads)
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
@@ -69,21 +70,12 @@ class LibraryRuntime:
             )
         logits = np.empty((len(batch), self.classes), np.float32)
         images = np.ascontiguousarray(batch)
-        bounds = np.linspace(0, len(images), min(self.threads, max(len(images), 1)) + 1).astype(int)
-        spans = list(zip(self.work, bounds, bounds[1:], strict=False))
-        if len(spans) == 1:
-            self.run_part(images, logits, *spans[0])
-        else:
-            with ThreadPoolExecutor(len(spans)) as pool:
-                list(pool.map(lambda span: self.run_part(images, logits, *span), spans))
+        self.parts.run(len(images), lambda part, chosen: self.run_part(images[chosen], logits[chosen], self.work[part]))
         return logits
 
-    def run_part(
-        self, images: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], work: Any, first: int, last: int
-    ) -> None:
-        part, answers = images[first:last], logits[first:last]
-        pointers = (ctypes.c_void_p(part.ctypes.data), len(part), ctypes.c_void_p(answers.ctypes.data), work)
-        self.functions["mgq_run"](*pointers)
+    def run_part(self, images: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], work: Any) -> None:
+        pointers = ctypes.c_void_p(images.ctypes.data), ctypes.c_void_p(logits.ctypes.data)
+        self.functions["mgq_run"](pointers[0], len(images), pointers[1], work)
 
 
 def opened(path: Path) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
 from mgq.export.native.library import Library
-from mgq.export.onnx.guard import MOST_BYTES
-from mgq.export.onnx.onnx_file import OnnxFile, imported, read_onnx
-from mgq.io.limited_io import bytes_of
+from mgq.export.onnx.onnx_file import OnnxFile, content_of, imported, parsed_onnx
 from mgq.runtime.protocol import OfOnnxFile, checked_threads
 
 
@@ -51,17 +49,12 @@ class NativeRuntime(OfOnnxFile):
 
 def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
     """What is known of the file at ``path``, and its machine code, from the cache where it is there."""
-    try:
-        content = bytes_of(path, MOST_BYTES)
-    except OSError as error:
-        raise InputError(f"cannot read {printable(path)}: {error.strerror}; check the path") from None
-    except Exception:  # too large, say: the reader says it better
-        content = b""
+    content = content_of(path)
     key = key_of(content, level.key)
-    entry = read_entry(key) if content else None
+    entry = read_entry(key)
     if entry is not None:
         return file_of(path, content, entry), entry
-    file = read_onnx(path)
+    file = parsed_onnx(path, content)
     entry = compiled(file, level)
     write_entry(key, entry)
     return file, entry

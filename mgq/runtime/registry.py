@@ -93,7 +93,15 @@ ENGINES = (
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
     Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
     Engine(
-        "native", "native", "llvmlite", ".onnx", native, "pip install llvmlite", is_for_native, runs_in_native, False
+        "native",
+        "native",
+        "llvmlite",
+        ".onnx",
+        native,
+        mend="pip install llvmlite",
+        suits=is_for_native,
+        reads=runs_in_native,
+        shows_layers=False,
     ),
     Engine("library", "native library", "ctypes", ".so", library, shows_layers=False),
     Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from mgq.machine import CPU_INFO, usable_cores
+from mgq.machine import CPU_INFO, cpuinfo_field, usable_cores
 
 # What the kernel calls it -> what the world calls it: the instructions that int8 and fp32 speed depends on.
 FEATURES = {
@@ -123,15 +123,6 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
     """Those of ``FEATURES`` that the text of ``/proc/cpuinfo`` lists, by the names that the world uses."""
     flags = set((cpuinfo_field(cpuinfo, "flags") or cpuinfo_field(cpuinfo, "Features")).split())
     return tuple(name for flag, name in FEATURES.items() if flag in flags)
-
-
-def cpuinfo_field(cpuinfo: str, name: str) -> str:
-    """The value of the first line called ``name``: all processors of a machine are taken to be alike."""
-    for line in cpuinfo.splitlines():
-        key, colon, value = line.partition(":")
-        if colon and key.strip() == name:
-            return value.strip()
-    return ""
 
 
 def operating_system() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import megengine.functional as F
 import megengine.module as M
@@ -20,6 +21,17 @@ class ConvBnRelu6(M.ConvBnRelu2d):  # type: ignore[misc]
 
     def forward(self, inp: Tensor) -> Tensor:
         return F.relu6(self.bn(self.conv(inp)))
+
+
+@contextlib.contextmanager
+def forward_hooks(hooks: Iterable[tuple[M.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, each hook is shown its module, what that reads and what it gives, and may give something else."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def global_average(features: Tensor) -> Tensor:

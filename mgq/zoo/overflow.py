@@ -8,6 +8,8 @@ import megengine.module as M
 import numpy as np
 from megengine import Tensor
 
+from mgq.zoo.layers import forward_hooks
+
 _SIDE = 64
 """Pixels of the made-up picture: two positions are left of it behind the last layer."""
 
@@ -21,13 +23,9 @@ def overflowing_layer(network: M.Module) -> str | None:
         if not found and isinstance(output, Tensor) and not is_finite(output):
             found.append(names[id(module)])
 
-    handles = [module.register_forward_hook(look) for module in network.modules()]
-    try:
-        noise = np.random.default_rng(0).integers(-128, 128, (1, 3, _SIDE, _SIDE))
+    noise = np.random.default_rng(0).integers(-128, 128, (1, 3, _SIDE, _SIDE))
+    with forward_hooks((module, look) for module in network.modules()):
         network(Tensor(noise.astype(np.float32)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

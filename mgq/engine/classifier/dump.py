@@ -83,8 +83,9 @@ def dump_classifier(
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
     ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` are as in
-    :func:`mgq.export.onnx.writer.write_onnx`. Raises InputError for another input type or
-    a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for processors of the
+    kind ``cpu`` (see :func:`mgq.export.native.cpu.level_called`), and is checked where it runs. Raises InputError for
+    another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:
@@ -184,7 +185,8 @@ def dump(
     batch: int | None = 1,
     **choice: Any,
 ) -> Path:
-    """Write the network that ``mgq dump`` would to ``path``, an ``.onnx`` or ``.megengine`` file; returns the path.
+    """Write the network that ``mgq dump`` would to ``path``, an ``.onnx``, ``.megengine`` or ``.so`` file; returns
+    the path.
 
     ``choice`` are further arguments of :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises
     as that and :func:`dump_classifier` do.

@@ -24,6 +24,7 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, is_never_negative
 from mgq.runtime.protocol import batches_of, in_batches
 from mgq.runtime.registry import ENGINES, Engine
+from mgq.zoo.layers import forward_hooks
 
 Pictures = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -126,12 +127,8 @@ def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pict
         exact.qparams.update(output.qparams)
         return exact
 
-    hooks = [layer.register_forward_hook(hook) for layer in quantized_layers(network).values()]
-    try:
+    with forward_hooks((layer, hook) for layer in quantized_layers(network).values()):
         network(Tensor(as_input(pictures))).numpy()
-    finally:
-        for handle in hooks:
-            handle.remove()
     return found
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from mgq.errors import InputError, no_such
 from mgq.export.native.emit.isa import Avx2, Avx512Vnni, AvxVnni, Portable
+from mgq.machine import CPU_INFO, cpuinfo_field
 
-CPU_INFO = Path("/proc/cpuinfo")
 NATIVE = "native"
 
 
@@ -71,10 +70,9 @@ LEVELS = (
 def host_flags() -> frozenset[str]:
     """The features of this processor as Linux calls them; none where it does not say."""
     try:
-        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        return frozenset(cpuinfo_field(CPU_INFO.read_text(encoding="utf-8", errors="replace"), "flags").split())
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
 
 
 def cpu_names() -> tuple[str, ...]:

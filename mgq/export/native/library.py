@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,23 @@ def reserve(size: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
 
 
+class Parts:
+    """A batch in as many parts as there are ``threads``, each done by one of them."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def run(self, count: int, work: Callable[[int, slice], None]) -> None:
+        """``work`` takes the number of a part, and which of the ``count`` images are in it."""
+        parts = min(self.threads, count)
+        if self.pool is None or parts < 2:
+            work(0, slice(0, count))
+            return
+        bounds = [count * part // parts for part in range(parts + 1)]
+        list(self.pool.map(lambda part: work(part, slice(bounds[part], bounds[part + 1])), range(parts)))
+
+
 @dataclass(eq=False)
 class Library:
     """A compiled network with its constants, and a work area for each of ``threads``.
@@ -39,24 +57,18 @@ class Library:
         self.constants[:] = np.frombuffer(self.compiled.constants, np.uint8)
         self.work = [reserve(self.compiled.work) for _ in range(self.threads)]
         self.engine, self.function = linked(self.compiled.code)
-        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        self.parts = Parts(self.threads)
 
     def run(self, images: Bytes) -> npt.NDArray[np.float32]:
         """Logits float32 (N, classes) of ``images``, uint8 (N, 3, S, S) in BGR."""
         images = np.ascontiguousarray(images)
         logits = np.empty((len(images), self.classes), np.float32)
-        if self.pool is None or len(images) < 2:
-            self.run_part(images, logits, 0, 1)
-        else:
-            parts = range(min(self.threads, len(images)))
-            list(self.pool.map(lambda part: self.run_part(images, logits, part, len(parts)), parts))
+        self.parts.run(len(images), lambda part, chosen: self.run_part(images[chosen], logits[chosen], self.work[part]))
         return logits
 
-    def run_part(self, images: Bytes, logits: npt.NDArray[np.float32], part: int, parts: int) -> None:
-        for i in range(part, len(images), parts):
-            self.function(
-                self.constants.ctypes.data, self.work[part].ctypes.data, images[i].ctypes.data, logits[i].ctypes.data
-            )
+    def run_part(self, images: Bytes, logits: npt.NDArray[np.float32], work: Bytes) -> None:
+        for image, answer in zip(images, logits, strict=True):
+            self.function(self.constants.ctypes.data, work.ctypes.data, image.ctypes.data, answer.ctypes.data)
 
 
 def linked(code: bytes) -> tuple[Any, Any]:

@@ -49,12 +49,22 @@ class OnnxFile:
 def read_onnx(path: Path) -> OnnxFile:
     """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
     one needs (see :mod:`mgq.export.onnx.guard`), or where the package that reads it is not installed."""
+    imported("onnx")
+    return parsed_onnx(path, content_of(path))
+
+
+def content_of(path: Path) -> bytes:
+    """Raises InputError where ``path`` cannot be read, or is larger than a file of a classifier."""
+    try:
+        return bytes_of(path, MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {printable(path)}: {error.strerror}; check the path") from None
+
+
+def parsed_onnx(path: Path, content: bytes) -> OnnxFile:
+    """The ``content`` of the file at ``path``. Raises as :func:`read_onnx` does."""
     name = printable(path)
     onnx = imported("onnx")
-    try:
-        content = bytes_of(path, MOST_BYTES)
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
     try:
         model = onnx.load_from_string(content)
         answers = output_shapes(model)

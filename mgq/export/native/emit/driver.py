@@ -245,8 +245,7 @@ class Driver:
             tiles.limit,
         )
         name = self.kernel(key, partial(emit_row, self.isa, key))
-        entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
-        segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
+        packed, vector = self.tile_values(code, tiles, first, index)
         wide, narrow = code.number("shl", vector, 6), code.number("shl", vector, 4)
 
         def behind(pointer: Value, layout: str) -> Value:
@@ -256,20 +255,29 @@ class Driver:
         if other is not None:
             residual = behind(self.row(code, other, y), other.layout)
         values = {
+            **packed,
             "source": self.row(code, source, code.number("mul", y, stride), offset),
-            "segments": code.at("%constants", segments),
-            "weights": code.at("%constants", weights),
-            "bias": code.at("%constants", code.number("add", wide, tiles.bias)),
-            "factors": code.at("%constants", code.number("add", wide, tiles.factors)),
             "target": behind(self.row(code, target, y), target.layout),
             "residual": residual,
             "sum": code.at("%constants", summands),
-            "count": count,
             "source_step": str(source.step),
             "target_step": str(target.step),
             "residual_step": str(other.step if other else 0),
         }
         code.call("void", name, *((kind, values[name]) for kind, name in PARAMETERS))
+
+    def tile_values(self, code: Code, tiles: Tiles, first: int, index: Value) -> tuple[dict[str, Value], Value]:
+        """What a kernel is given of tile number ``index`` behind ``first``, and the tile's first vector."""
+        entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
+        segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
+        wide = code.number("shl", vector, 6)
+        places = {
+            "segments": segments,
+            "weights": weights,
+            "bias": code.number("add", wide, tiles.bias),
+            "factors": code.number("add", wide, tiles.factors),
+        }
+        return {"count": count, **{name: code.at("%constants", place) for name, place in places.items()}}, vector
 
     def residual(self, step: Step) -> Residual | None:
         if step.added is None:
@@ -342,20 +350,13 @@ class Driver:
             name = self.kernel(key, partial(emit_row, self.isa, key))
 
             def tile(index: Value, first: int = first, name: str = name) -> None:
-                place = code.number("add", code.number("shl", index, 4), tiles.table + 16 * first)
-                entry = code.at("%constants", place)
-                segments, parts, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
-                wide = code.number("shl", vector, 6)
+                packed, vector = self.tile_values(code, tiles, first, index)
                 values = {
+                    **packed,
                     "source": self.address(code, source),
-                    "segments": code.at("%constants", segments),
-                    "weights": code.at("%constants", weights),
-                    "bias": code.at("%constants", code.number("add", wide, tiles.bias)),
-                    "factors": code.at("%constants", code.number("add", wide, tiles.factors)),
-                    "target": code.at(self.address(code, target), wide),
+                    "target": code.at(self.address(code, target), code.number("shl", vector, 6)),
                     "residual": "null",
                     "sum": "null",
-                    "count": parts,
                 }
                 code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
 

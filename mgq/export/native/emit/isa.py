@@ -100,7 +100,25 @@ class Portable:
         return result
 
 
-class Avx512Vnni(Portable):
+class Saturating(Portable):
+    """Processors that round, and saturate to bytes, by instructions of their own."""
+
+    def requantized(self, code: Code, value: Value, to: Range) -> Value:
+        limited = self.limited(code, value, to.low - to.zero, to.high - to.zero)
+        return code.call(FLOATS, "llvm.roundeven.v16f32", (FLOATS, limited))
+
+    def finished(self, code: Code, result: Value, to: Range) -> Value:
+        """Bytes that saturated around 0, moved to the zero point and limited."""
+        if to.zero:
+            result = code.value(f"xor {BYTES} {result}, {constant('i8', -128, 64)}")
+        for name, limit, widest in (("umax", to.low, 0), ("umin", to.high, 255)):
+            if limit != widest:
+                bound = constant("i8", limit - 256 if limit > 127 else limit, 64)
+                result = code.call(BYTES, f"llvm.{name}.v64i8", (BYTES, result), (BYTES, bound))
+        return result
+
+
+class Avx512Vnni(Saturating):
     name = "avx512-vnni"
     most: ClassVar[Mapping[int, int]] = {1: 16, 2: 14, 3: 9, 8: 1}
     widest = 8
@@ -124,27 +142,15 @@ class Avx512Vnni(Portable):
         name = "llvm.x86.avx512.mask.cvtps2dq.512"
         return code.call(INTS, name, (FLOATS, value), (INTS, "undef"), ("i16", "-1"), ("i32", "4"))
 
-    def requantized(self, code: Code, value: Value, to: Range) -> Value:
-        limited = self.limited(code, value, to.low - to.zero, to.high - to.zero)
-        return code.call(FLOATS, "llvm.roundeven.v16f32", (FLOATS, limited))
-
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
         shorts = [
             code.call(SHORTS, "llvm.x86.avx512.packssdw.512", (INTS, four[i]), (INTS, four[i + 1])) for i in (0, 2)
         ]
         name = "llvm.x86.avx512.packsswb.512" if to.zero else "llvm.x86.avx512.packuswb.512"
-        result = code.call(BYTES, name, (SHORTS, shorts[0]), (SHORTS, shorts[1]))
-        if to.zero:
-            result = code.value(f"xor {BYTES} {result}, {constant('i8', -128, 64)}")
-        for name, limit, widest in (("umax", to.low, 0), ("umin", to.high, 255)):
-            if limit != widest:
-                signed = limit - 256 if limit > 127 else limit
-                bound = constant("i8", signed, 64)
-                result = code.call(BYTES, f"llvm.{name}.v64i8", (BYTES, result), (BYTES, bound))
-        return result
+        return self.finished(code, code.call(BYTES, name, (SHORTS, shorts[0]), (SHORTS, shorts[1])), to)
 
 
-class Avx2(Portable):
+class Avx2(Saturating):
     """256-bit vectors; products by ``vpmaddwd``, which does not saturate."""
 
     name = "avx2"
@@ -175,10 +181,6 @@ class Avx2(Portable):
         ]
         return joined(code, "<8 x i32>", parts, 8)
 
-    def requantized(self, code: Code, value: Value, to: Range) -> Value:
-        limited = self.limited(code, value, to.low - to.zero, to.high - to.zero)
-        return code.call(FLOATS, "llvm.roundeven.v16f32", (FLOATS, limited))
-
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
         split = [halves(code, INTS, value, 8) for value in four]
         name = "llvm.x86.avx2.packsswb" if to.zero else "llvm.x86.avx2.packuswb"
@@ -194,14 +196,7 @@ class Avx2(Portable):
                 for i in (0, 2)
             ]
             parts.append(code.call("<32 x i8>", name, ("<16 x i16>", shorts[0]), ("<16 x i16>", shorts[1])))
-        result = joined(code, "<32 x i8>", parts, 32)
-        if to.zero:
-            result = code.value(f"xor {BYTES} {result}, {constant('i8', -128, 64)}")
-        for name, limit, widest in (("umax", to.low, 0), ("umin", to.high, 255)):
-            if limit != widest:
-                bound = constant("i8", limit - 256 if limit > 127 else limit, 64)
-                result = code.call(BYTES, f"llvm.{name}.v64i8", (BYTES, result), (BYTES, bound))
-        return result
+        return self.finished(code, joined(code, "<32 x i8>", parts, 32), to)
 
 
 class AvxVnni(Avx2):
