@@ -70,8 +70,22 @@ def messages_of(*tasks: Task) -> list[Any]:
 
 def children() -> set[int]:
     """The processes of this one but for the standard library's tracker of resources, which stays."""
-    found = psutil.Process().children(recursive=True)
-    return {child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())}
+    return {child.pid for child in psutil.Process().children(recursive=True) if not tracks_resources(child)}
+
+
+def tracks_resources(child: psutil.Process) -> bool:
+    """Whether it is that tracker; a process that has ended has no command line to tell by, and is not."""
+    try:
+        return "resource_tracker" in " ".join(child.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_child_that_ended_and_was_not_waited_for_is_counted() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    assert ended(gone.pid) and gone.pid in children()
+    gone.wait()
+    assert gone.pid not in children()
 
 
 @pytest.fixture(autouse=True)
