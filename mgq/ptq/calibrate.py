@@ -21,7 +21,7 @@ from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalized
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import CompensatedRounding
-from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.layerwise import Visitor, visit_beside_float
 from mgq.ptq.observers import ESTIMATORS
 from mgq.ptq.pipeline import Found, find_best
 from mgq.ptq.presets import Preset
@@ -133,7 +133,7 @@ def calibrated_network(
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.pictures and visitors:
-        visit_layers(watched, as_input(np.stack(sample.pictures)), *visitors)
+        visit_beside_float(watched, as_input(np.stack(sample.pictures)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights

@@ -21,14 +21,14 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
-from mgq.ptq.channel_statistics import expected_of
+from mgq.ptq.channel_statistics import Statistics, expected_of
 from mgq.ptq.data_free import set_expected_ranges
 from mgq.ptq.dead_channels import without_dead_channels
 from mgq.ptq.easyquant import Search
-from mgq.ptq.equalization import equalized
+from mgq.ptq.equalization import equalized, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import CompensatedRounding
-from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
 from mgq.ptq.logit_gradients import Reactions, measure_reactions
 from mgq.ptq.observers import ESTIMATORS, Range
 from mgq.ptq.range_measurement import as_input, estimated_ranges
@@ -76,7 +76,8 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer.
+    on their grids already. ``corrections``: what was added to biases, by layer. ``measured``: ``reactions`` that are
+    known.
     """
 
     network: M.Module
@@ -89,6 +90,11 @@ class Draft:
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    measured: Reactions | None = None
+
+    def rewritten(self, network: M.Module, measured: Reactions | None = None) -> Draft:
+        """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
+        return replace(self, network=network, measured=measured)
 
     def prepared(self) -> M.Module:
         return prepare(self.network, self.target, self.kept)
@@ -104,7 +110,14 @@ class Draft:
     @cached_property
     def reactions(self) -> Reactions:
         """How the logits of ``network`` react to errors behind its layers."""
+        if self.measured is not None:
+            return self.measured
         return reactions_of(folded(self.network), self.prepared(), self.images)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
+        return statistics_of_images(self.network, self.images)
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -148,7 +161,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft, network=without_dead_channels(draft.network)[0])
+        return draft.rewritten(without_dead_channels(draft.network)[0])
 
 
 @dataclass(frozen=True)
@@ -169,14 +182,19 @@ class Equalize:
         return "channels equalized up to the ceilings seen" if self.to_ceilings else "channels equalized"
 
     def apply(self, draft: Draft) -> Draft:
-        network = draft.network
         with contextlib.suppress(FailureError):
             if self.data_free:
-                network, _ = equalized(network, None, draft.target)
-            else:
-                ways = {"reactions": draft.reactions, "to_ceilings": self.to_ceilings}
-                network, _ = equalized(network, draft.images, draft.target, **ways)  # type: ignore[arg-type]
-        return replace(draft, network=network)
+                return draft.rewritten(equalized(draft.network, None, draft.target)[0])
+            network, factors = equalized(
+                draft.network,
+                target=draft.target,
+                reactions=draft.reactions,
+                to_ceilings=self.to_ceilings,
+                statistics=draft.statistics,
+            )
+            scaled = {name: reaction.scaled(factors[name]) for name, reaction in draft.reactions.items()}
+            return draft.rewritten(network, scaled)
+        return draft
 
 
 @dataclass(frozen=True)
@@ -220,7 +238,7 @@ class RangesBySeen:
         watched = draft.prepared()
         if self.method == EASYQUANT:
             search = Search()
-            visit_layers(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
+            visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
         found = estimated_ranges(deepcopy(watched), in_uint8_batches(draft.images), ESTIMATORS[self.method])
         return draft.with_ranges(watched, found, self.method)
@@ -263,7 +281,7 @@ class CorrectBias:
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
-        watched = visited(draft, self.images, correction)
+        watched = visited(draft, self.images, correction, beside_float=not self.of_weights)
         found = correct_logits(watched, draft) if self.of_logits else {}
         return replace(draft, watched=watched, corrections={**correction.found, **found})
 
@@ -287,7 +305,7 @@ class RoundWeights:
         visitors: list[Visitor] = [rounding]
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
-        watched = visited(draft, LAYERWISE_IMAGES, *visitors)
+        watched = visited(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
         if self.correct_bias:
             correct_logits(watched, draft)
         return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
@@ -305,11 +323,12 @@ def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ..
     return {name: correction}
 
 
-def visited(draft: Draft, number: int, *visitors: Visitor) -> M.Module:
+def visited(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> M.Module:
     """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer."""
     watched = deepcopy(draft.watched)
     assert watched is not None
-    visit_layers(watched, as_input(draft.images[:number]), *visitors)
+    visit = visit_beside_float if beside_float else visit_layers
+    visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
     return watched
 
