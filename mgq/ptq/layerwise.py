@@ -52,9 +52,9 @@ class Layer:
 Visitor = Callable[[Layer], None]
 
 
-def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> None:
+def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> Array:
     """Run ``network``, a ``qat`` one in evaluation state, in int8, and show each quantized layer to the ``visitors`` in
-    turn, before it runs.
+    turn, before it runs. Returns what it answers in the end, float32 (N, classes).
 
     ``images``: float32 (N, 3, H, W), pixels minus 128. Afterwards fake quantization is on and observers are off.
     """
@@ -70,10 +70,11 @@ def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> None:
         module.set_fake_quant(True)
         module.set_observer(False)
     with forward_pre_hooks((module, hook) for module in layers.values()):
-        network(Tensor(images)).numpy()
+        answers: Array = network(Tensor(images)).numpy()
+    return answers
 
 
-def visit_beside_float(network: M.Module, images: Array, *visitors: Visitor) -> None:
+def visit_beside_float(network: M.Module, images: Array, *visitors: Visitor) -> Array:
     """The same, with what each layer does in the float network. It takes more than twice the time."""
     layers = quantized_layers(network)
     names = {id(module): name for name, module in layers.items()}
@@ -95,7 +96,8 @@ def visit_beside_float(network: M.Module, images: Array, *visitors: Visitor) -> 
         module.set_observer(False)
     try:
         with forward_hooks((module, hook) for module in layers.values()):
-            network(Tensor(np.concatenate([images, images]))).numpy()
+            answers: Array = network(Tensor(np.concatenate([images, images]))).numpy()
     finally:
         for module in layers.values():
             module.set_fake_quant(True)
+    return answers[len(images) :]

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.autodiff import Function, GradManager
 
+from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
 from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
@@ -73,18 +74,11 @@ class Reaction:
     def add(self, values: Array, gradients: Array) -> None:
         """Both (N, C, ...)."""
         images, channels = values.shape[:2]
-        values, gradients = values.reshape(images, channels, -1), gradients.reshape(images, channels, -1)
-        gradients = gradients * (values != 0)
-        lowest, span = self.lowest.astype(np.float32), (self.highest - self.lowest).astype(np.float32)
-        bins = ((values - lowest[:, None]) * (BINS / np.maximum(span, TINY))[:, None]).astype(np.int32)
-        np.clip(bins, 0, BINS - 1, out=bins)
-        rows = np.arange(channels, dtype=np.int32)[:, None]
-        squares = np.bincount((bins + BINS * rows).ravel(), np.square(gradients).ravel(), BINS * channels)
-        self.squares += squares.reshape(channels, BINS)
-        few = bins // (BINS // FEW_BINS) + FEW_BINS * rows
-        for own, gradient in zip(few, gradients, strict=True):
-            pull = np.bincount(own.ravel(), gradient.ravel(), FEW_BINS * channels)
-            self.pulls.append(pull.astype(np.float32).reshape(channels, FEW_BINS))
+        rows = values.reshape(images, channels, -1), gradients.reshape(images, channels, -1)
+        for own_values, own_gradients in zip(*rows, strict=True):
+            pull = np.zeros((channels, FEW_BINS), np.float32)
+            add_to_histograms(own_values, own_gradients, self.lowest, self.highest, self.squares, pull)
+            self.pulls.append(pull)
 
     def scaled(self, factors: Values) -> Reaction:
         """The same where channels are ``factors`` (C,), above 0, as large, and those who read them make up for it."""

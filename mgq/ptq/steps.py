@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import megengine.module as M
 import numpy as np
@@ -281,8 +281,8 @@ class CorrectBias:
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
-        watched = visited(draft, self.images, correction, beside_float=not self.of_weights)
-        found = correct_logits(watched, draft) if self.of_logits else {}
+        watched, logits = visited(draft, self.images, correction, beside_float=not self.of_weights)
+        found = correct_logits(watched, draft, logits) if self.of_logits else {}
         return replace(draft, watched=watched, corrections={**correction.found, **found})
 
 
@@ -305,32 +305,37 @@ class RoundWeights:
         visitors: list[Visitor] = [rounding]
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
-        watched = visited(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
+        watched, logits = visited(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
         if self.correct_bias:
-            correct_logits(watched, draft)
+            correct_logits(watched, draft, logits)
         return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
 
 
-def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ...]]:
-    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name."""
+def correct_logits(watched: M.Module, draft: Draft, logits: npt.NDArray[Any]) -> dict[str, tuple[float, ...]]:
+    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name.
+
+    ``logits``: what ``watched`` answers to the first images of ``draft``.
+    """
     linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
     name, classifier = linear[-1] if linear else ("", None)
     if classifier is None or classifier.bias is None:
         return {}
-    shift = (draft.logits - logits_of(watched, draft.images[:LAYERWISE_IMAGES])).mean(axis=0)
+    shift = (draft.logits[: len(logits)] - logits).mean(axis=0)
     correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
     add_to_bias(classifier, correction)
     return {name: correction}
 
 
-def visited(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> M.Module:
-    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer."""
+def visited(
+    draft: Draft, number: int, *visitors: Visitor, beside_float: bool
+) -> tuple[M.Module, npt.NDArray[np.float32]]:
+    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer, and what it answers."""
     watched = deepcopy(draft.watched)
     assert watched is not None
     visit = visit_beside_float if beside_float else visit_layers
-    visit(watched, as_input(draft.images[:number]), *visitors)
+    logits = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
-    return watched
+    return watched, logits
 
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:

@@ -19,7 +19,7 @@ def to_even(values: Tensor, lowest: int, highest: int) -> Tensor:
 
     Neither limit may be beyond 2**22.
     """
-    return (F.minimum(F.maximum(values, lowest), highest) + SHIFT) - SHIFT
+    return (F.clip(values, lowest, highest) + SHIFT) - SHIFT
 
 
 class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
