@@ -16,7 +16,7 @@ from mgq.ptq.steps import (
     RoundWeights,
     Step,
 )
-from mgq.quantization.option_names import BALANCED, BEST, FAST, LOGITS, QUALITIES
+from mgq.quantization.option_names import BALANCED, BEST, BY_GPTQ, FAST, LOGITS, QUALITIES, ROUNDINGS, TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target
 
 PREVIEWED = 16
@@ -39,7 +39,7 @@ DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
 EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
 UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
-DEFAULT_QUALITY = BALANCED
+DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
     FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
     BALANCED: Preset(
@@ -51,15 +51,26 @@ PRESETS: dict[str, Preset] = {
 PRESETS[BEST] = PRESETS[BALANCED]
 
 
-def preset_called(quality: str) -> Preset:
-    """Raises InputError, which lists them, where there is no ``quality``."""
-    if quality not in PRESETS:
-        raise no_such("quality", quality, QUALITIES)
-    return PRESETS[quality]
+def get_preset(name: str) -> Preset:
+    """Raises InputError, which lists them, where there is no preset ``name``."""
+    if name not in PRESETS:
+        raise no_such("quality", name, QUALITIES)
+    return PRESETS[name]
 
 
-def changed(
-    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, target: Target = MEGENGINE
+def check_rounding(weight_rounding: str) -> str:
+    """``weight_rounding`` itself. Raises InputError, which lists them, unless it is one of ``ROUNDINGS``."""
+    if weight_rounding not in ROUNDINGS:
+        raise no_such("rounding of weights", weight_rounding, ROUNDINGS)
+    return weight_rounding
+
+
+def adapt_preset(
+    preset: Preset,
+    method: str | None = None,
+    correct_bias: bool = True,
+    weight_rounding: str = BY_GPTQ,
+    target: Target = MEGENGINE,
 ) -> Preset:
     """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
 
@@ -71,7 +82,7 @@ def changed(
         grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
         swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
         preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
-    if not compensate:
+    if check_rounding(weight_rounding) == TO_NEAREST:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]
         kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
         preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),))
