@@ -151,7 +151,7 @@ def image(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "parts"),
+    ("images", "parts"),
     [
         ([image(0, 0)] * 20, [("20 of 20 calibration pictures are blank", "single colour")]),
         ([image(9, 9), *(image(i, 1) for i in range(20, 40))], [("1 of 21 calibration pictures is blank",)]),

@@ -61,7 +61,7 @@ def with_true_statistics(network: M.Module) -> None:
 
 
 @pytest.mark.parametrize(("arch", "options"), NETWORKS, ids=str)
-@pytest.mark.parametrize(("target", "with_pictures"), [(MEGENGINE, True), (ONNX, False)], ids=["measured", "expected"])
+@pytest.mark.parametrize(("target", "with_images"), [(MEGENGINE, True), (ONNX, False)], ids=["measured", "expected"])
 def test_the_float_network_answers_as_before(
     arch: str, options: dict[str, object], target: Target, with_images: bool
 ) -> None:
