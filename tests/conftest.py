@@ -190,7 +190,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         raise AssertionError("a test asked for a download")
 
     monkeypatch.setattr("mgq.zoo.weight_loading.download", refused)
-    monkeypatch.setattr("mgq.zoo.weight_loading.cached", lambda *_: None)
+    monkeypatch.setattr("mgq.zoo.weight_loading.find_cached", lambda *_: None)
     yield
 
 

@@ -234,7 +234,7 @@ def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(by)
         return decode_reduced_jpeg(data, facts, by)
 
-    monkeypatch.setattr(augmentation, "reduced_jpeg", noted)
+    monkeypatch.setattr(augmentation, "decode_reduced_jpeg", noted)
     return found
 
 

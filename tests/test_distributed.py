@@ -98,7 +98,7 @@ def test_a_watcher_that_wants_to_stop_ends_all() -> None:
 @pytest.fixture
 def on_two(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (training_run, train_options):
-        monkeypatch.setattr(module, "checked_cluster", lambda *_: TWO)
+        monkeypatch.setattr(module, "check_cluster", lambda *_: TWO)
 
 
 def requested(save: Path, **words: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_training_on_two_devices_stops_and_goes_on(tmp_path: Path) -> None:
 
 def test_another_machine_than_the_first_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_run, "find_cluster", lambda _: Cluster(1, 2, 1, "localhost:1"))
-    monkeypatch.setattr(training_run, "on_every_device", lambda *_: ({}, {}))
+    monkeypatch.setattr(training_run, "launch", lambda *_: ({}, {}))
     with pytest.raises(training_run.ElsewhereError, match="machine 0"):
         training_run.train(requested(tmp_path))
     with pytest.raises(InputError, match="--nnodes needs float weights of shufflenet_v1_x0_5_g3 on every machine"):

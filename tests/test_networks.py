@@ -31,9 +31,10 @@ from mgq.engine.classifier.open import (
 from mgq.engine.classifier.predict import BATCH, best_scores, predict, read_crops
 from mgq.engine.runs.provenance import read_environment
 from mgq.errors import InputError
-from mgq.events import Progress
+from mgq.events import Callbacks, Progress
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import measure_ranges
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
@@ -244,7 +245,7 @@ class TestWhereWeightsComeFrom:
     ) -> None:
         weights = weights_of(SHUFFLE, tmp_path)
         monkeypatch.setattr(networks_module, "is_cached", lambda *_: False)
-        monkeypatch.setattr(networks_module, "published_weights", lambda *_: weights)
+        monkeypatch.setattr(networks_module, "fetch_published_weights", lambda *_: weights)
         with pytest.raises(InputError):
             open_classifier("shufflenet_v1_x1_5_g3", mode=Mode.NORMAL, save=tmp_path)
         opened = open_classifier("shufflenet_v1_x1_5_g3", mode=Mode.NORMAL, save=tmp_path, pretrained=True)
@@ -303,8 +304,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "02a.png").write_bytes(b"no picture")
     sources = expand([str(folder), str(folder.parent / "missing.png")])
     events: list[Progress] = []
-    words = (sources, 10, "made-up pictures", events.append, "min-max")
-    return Run(calibrate(classifier_of(SHUFFLE), *words, weight_rounding="nearest"), sources, events)
+    config = CalibrationConfig(method="min-max", weight_rounding="nearest")
+    found = calibrate(classifier_of(SHUFFLE), sources, 10, "made-up pictures", config, Callbacks(events.append))
+    return Run(found, sources, events)
 
 
 class TestCalibration:

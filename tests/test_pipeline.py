@@ -18,7 +18,7 @@ from mgq.engine.calibration.calibration_run import calibrate
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
 from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, get_preset
+from mgq.ptq.presets import PRESETS, CalibrationConfig, get_preset
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
@@ -263,7 +263,7 @@ class Drawn:
 
 
 def test_analysis_tells_what_calibration_tried_of_just_these_weights(tmp_path: Path) -> None:
-    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, target=ONNX, preset="fast")
+    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, config=CalibrationConfig("fast", target=ONNX))
     made.write(tmp_path)
     assert made.found is not None
     found = calibration_of(made.classifier, [], tmp_path)

@@ -151,9 +151,9 @@ def test_whoever_stops_listening_leaves_no_process() -> None:
 
 SCRIPT = """
 from tests.test_processes import talk
-from mgq.system.processes import in_processes
+from mgq.system.processes import run_in_processes
 if __name__ == "__main__":
-    for message in in_processes([talk, talk], "the count"):
+    for message in run_in_processes([talk, talk], "the count"):
         print(message, flush=True)
 """
 

@@ -179,7 +179,7 @@ def test_what_openvino_s_devices_say_is_for_debugging(
             return getattr(self.core, name)
 
     talking = SimpleNamespace(Core=Talking, __version__=engine.__version__)
-    monkeypatch.setattr("mgq.runtime.openvino.imported", lambda _: talking)
+    monkeypatch.setattr("mgq.runtime.openvino.import_package", lambda _: talking)
     monkeypatch.setenv(DEBUG_VARIABLE, debugging)
     capfd.readouterr()
     assert OpenVino(path).run(smooth_images(1, SIZE, SIZE)).shape == (1, CLASSES)

@@ -440,7 +440,7 @@ class TestPublishedWeights:
 
     def test_what_was_downloaded_before_is_known(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         there = "resnet18_normal_69796.pkl"
-        monkeypatch.setattr(weights_module, "cached", lambda source: tmp_path if source.name == there else None)
+        monkeypatch.setattr(weights_module, "find_cached", lambda source: tmp_path if source.name == there else None)
         spec = spec_of("resnet18")
         assert [is_cached(spec, mode) for mode in ("normal", "qat", "quantized")] == [True, False, False]
         assert not is_cached(spec_of("resnet34"), "normal")

@@ -130,18 +130,18 @@ def list_checks(save: Path) -> tuple[Check, ...]:
 
 MEGENGINE = "import megengine; assert (megengine.tensor([1.0]) + 1).numpy()[0] == 2"
 IMAGE = """
-from mgq.data.decoding import bundled_cat, read_picture
-assert read_picture(bundled_cat()).ndim == 3
+from mgq.data.decoding import bundled_cat, read_image
+assert read_image(bundled_cat()).ndim == 3
 """
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
 from mgq.system.environment import this_machine
-from mgq.bench.peak import compiled, instruction_for
+from mgq.bench.peak import compile_loop, find_instruction
 from mgq.bench.settings import Precision
-instruction = instruction_for(Precision.INT8, this_machine().features)
+instruction = find_instruction(Precision.INT8, this_machine().features)
 if instruction is not None:
-    compiled(instruction)
+    compile_loop(instruction)
 """
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
-from mgq.errors import FailureError, no_such
+from mgq.errors import FailureError
 from mgq.events import OnProgress, ignore_progress
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
@@ -24,25 +24,18 @@ from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_layers
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.pipeline import SearchResult, find_best
-from mgq.ptq.presets import Preset, check_rounding
+from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
 from mgq.quantization.activation_ranges import ActivationRanges, find_quantized_layers, set_range
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, METHODS, MSE, TO_NEAREST
+from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.weight_loading import fingerprint
 
 DEFAULT_METHOD = MSE
 EQUALIZATION_IMAGES = 64
 MOST_LAYERWISE_IMAGES = LAYERWISE_IMAGES
-
-
-def check_method(method: str | None) -> str | None:
-    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS`` or None."""
-    if method is not None and method not in METHODS:
-        raise no_such("calibration method", method, METHODS)
-    return method
 
 
 def count_images_used(method: str, images: int) -> int:
@@ -141,8 +134,16 @@ def calibrate_network(
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights
     corrections = {} if compensate else correction.found
-    tables = search.activations, weight_ranges, corrections
-    ranges = ActivationRanges(arch, method, weights, provenance, *tables, target_of(watched).name)
+    ranges = ActivationRanges(
+        arch=arch,
+        observer=method,
+        weights=weights,
+        provenance=provenance,
+        ranges=search.activations,
+        weight_ranges=weight_ranges,
+        bias_corrections=corrections,
+        target=target_of(watched).name,
+    )
     return watched, ranges
 
 
@@ -168,8 +169,16 @@ def find_best_network(
     assert draft.watched is not None
     own = draft.network is not network or draft.rounded
     state = fingerprint(draft.watched.state_dict()) if own else weights
-    tables = draft.activations, draft.weights, {} if own else draft.corrections
-    return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
+    return found, ActivationRanges(
+        arch=arch,
+        observer=draft.method,
+        weights=state,
+        provenance={},
+        ranges=draft.activations,
+        weight_ranges=draft.weights,
+        bias_corrections={} if own else draft.corrections,
+        target=target.name,
+    )
 
 
 def calibrate_data_free_network(

@@ -191,8 +191,8 @@ def main() -> None:
     cv2.setNumThreads(1)  # So that a worker is one thread.
     with tempfile.TemporaryDirectory() as drawn:
         if options.folder is None:
-            drawn_photos(Path(drawn), options.pictures)
-        images = some(calibration_folder(options.folder or Path(drawn)), options.pictures)
+            drawn_photos(Path(drawn), options.images)
+        images = some(calibration_folder(options.folder or Path(drawn)), options.images)
         print(f"{len(images)} pictures, crops of {options.size}, medians of {options.rounds} rounds, pictures/s")
         print("CPU is processor time per picture in microseconds, which other work on the machine disturbs less")
         print(

@@ -201,7 +201,7 @@ def main() -> None:
         print("\n".join(samples.line() for samples in found), flush=True)
         trained = in_training(wanted.steps, folder / "runs")
         print(trained.line(), flush=True)
-        flat = in_a_folder(wanted.pictures, folder)
+        flat = in_a_folder(wanted.images, folder)
     print(
         f"flat: less than {MOST_GROWTH:.0%} more at the end than at {WARM:.0%} of the way; {ARCH}, random weights, "
         f"{SIZE} pixels ({TRAINED_SIZE} in training); {(time.monotonic() - start) / 60:.0f} minutes"
