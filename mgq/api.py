@@ -22,7 +22,7 @@ BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
 
 
-@accept_old_keywords(callbacks="callbacks")
+@accept_old_keywords(watcher="callbacks")
 def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
@@ -34,7 +34,7 @@ def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     return training_run.train(make_train_options(words), callbacks)
 
 
-@accept_old_keywords(callbacks="callbacks")
+@accept_old_keywords(watcher="callbacks")
 def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""

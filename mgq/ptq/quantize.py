@@ -22,7 +22,7 @@ from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quantization.targets import MEGENGINE, get_target
 
 
-@accept_old_keywords(images="images")
+@accept_old_keywords(pictures="images")
 def quantize(
     network: M.Module,
     images: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]] | None = None,

@@ -84,7 +84,7 @@ class Report:
         }
 
 
-@accept_old_keywords(images="images")
+@accept_old_keywords(pictures="images")
 def report(
     run: str | Path | None = None,
     data: str | Path | None = None,

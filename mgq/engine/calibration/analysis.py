@@ -157,7 +157,7 @@ def in_points(effect: Effect) -> str:
     return f"{effect.top1_change:+.1f}{error}"
 
 
-@accept_old_keywords(images="files", on_message="on_message")
+@accept_old_keywords(pictures="files", on_remark="on_message")
 def analyze(
     data: str | Path | None = None,
     files: Sequence[str | Path] = (),

@@ -51,13 +51,13 @@ class Prediction:
     error: str | None = None
 
     @property
-    def image(self) -> str:
+    def picture(self) -> str:
         """The old name of ``image``."""
         warn_renamed("picture", "image")
         return self.image
 
     @property
-    def scores(self) -> tuple[ClassScore, ...]:
+    def guesses(self) -> tuple[ClassScore, ...]:
         """The old name of ``scores``."""
         warn_renamed("guesses", "scores")
         return self.scores
@@ -127,7 +127,7 @@ def group_items(
         yield group
 
 
-@accept_old_keywords(images="images")
+@accept_old_keywords(pictures="images")
 def infer(
     images: Sequence[str | Path] = (),
     arch: str | None = None,
