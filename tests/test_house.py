@@ -13,6 +13,7 @@ import mgq
 
 ROOT = Path(mgq.__file__).parent
 ROOMS = (
+    "deprecation",
     "errors",
     "events",
     "machine",

@@ -18,7 +18,7 @@ from megengine.module.qat import QATModule
 
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.patches import is_convolution
-from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, folded_weight, quantized_weight
+from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quantize_weight
 
 Values = npt.NDArray[np.float64]
 Pair = tuple[int, int]
@@ -44,10 +44,10 @@ class BiasCorrection:
         if not is_convolution(module) or bias_parameter(module) is None:
             return
         weight = self.exact_weights.pop(layer.name, None)
-        weight = folded_weight(module) if weight is None else weight
+        weight = fold_weight(module) if weight is None else weight
         seen = mean_patch(module, layer.fake_inputs[0])
         wanted = seen if self.of_weights else mean_patch(module, layer.in_float.inputs[0])
-        exact, fake = mean_output(weight, wanted), mean_output(quantized_weight(module), seen)
+        exact, fake = average_output(weight, wanted), average_output(quantize_weight(module), seen)
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
         add_to_bias(module, correction)
         self.found[layer.name] = correction
@@ -55,16 +55,16 @@ class BiasCorrection:
     def remember_weights(self, layer: Layer) -> None:
         """To be shown a layer before another visitor rounds its weights."""
         if is_convolution(layer.module):
-            self.exact_weights[layer.name] = folded_weight(layer.module)
+            self.exact_weights[layer.name] = fold_weight(layer.module)
 
 
-def corrected(network: M.Module, pictures: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
+def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
     """A copy of ``network``, or itself, a ``qat`` one with ranges, whose outputs are right on average.
 
-    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
+    ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
     network = network if in_place else deepcopy(network)
-    visit_beside_float(network, pictures, BiasCorrection())
+    visit_beside_float(network, images, BiasCorrection())
     return network
 
 
@@ -89,7 +89,7 @@ def window_means(values: Values, kernel: Pair, stride: Pair, padding: Pair) -> V
     return found
 
 
-def mean_output(weight: Tensor, mean: Values) -> Values:
+def average_output(weight: Tensor, mean: Values) -> Values:
     """(O,): the mean output, without a bias, of a convolution with ``weight`` that reads ``mean`` (groups, inputs)."""
     groups, inputs = mean.shape
     found: Values = (weight.numpy().reshape(groups, -1, inputs) @ mean[:, :, None]).ravel()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.zoo.layers import forward_hooks, forward_pre_hooks
 
 Array = npt.NDArray[np.float32]
@@ -58,7 +58,7 @@ def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> Array:
 
     ``images``: float32 (N, 3, H, W), pixels minus 128. Afterwards fake quantization is on and observers are off.
     """
-    layers = quantized_layers(network)
+    layers = find_quantized_layers(network)
     names = {id(module): name for name, module in layers.items()}
 
     def hook(module: QATModule, inputs: Sequence[Tensor]) -> None:
@@ -76,7 +76,7 @@ def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> Array:
 
 def visit_beside_float(network: M.Module, images: Array, *visitors: Visitor) -> Array:
     """The same, with what each layer does in the float network. It takes more than twice the time."""
-    layers = quantized_layers(network)
+    layers = find_quantized_layers(network)
     names = {id(module): name for name, module in layers.items()}
 
     def hook(module: QATModule, inputs: Sequence[Tensor], outputs: Tensor) -> Tensor:
