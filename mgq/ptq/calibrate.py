@@ -21,7 +21,7 @@ from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
-from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.layerwise import Visitor, visit_beside_float
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset, check_method, check_rounding
@@ -129,7 +129,7 @@ def calibrate_network(
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.images and visitors:
-        visit_layers(watched, as_input(np.stack(sample.images)), *visitors)
+        visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights
