@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import typer
 import typer.core
@@ -24,7 +25,7 @@ from mgq.cli.help_layout import Verb
 from mgq.cli.infer import infer
 from mgq.cli.models import models
 from mgq.cli.report import report
-from mgq.cli.training import qat, train
+from mgq.cli.training import Qat, Train
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version
 
@@ -40,9 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "qat": qat,
+VERBS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "qat": Qat,
     "calibrate": calibrate,
     "eval": evaluate,
     "infer": infer,
