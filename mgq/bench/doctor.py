@@ -109,6 +109,8 @@ def checks(save: Path) -> tuple[Check, ...]:
         Check("ONNX", partial(loaded, "onnx", "import onnx"), deploy),
         Check("ONNX Runtime", partial(loaded, "onnxruntime", "import onnxruntime"), deploy),
         Check("OpenVINO", partial(loaded, "openvino", "import openvino; openvino.Core().available_devices"), deploy),
+        Check("native engine", native, again + "llvmlite"),
+        Check("linker", linker, "pip install 'mgq[native]', needed only by `mgq dump --format native`"),
         Check("MegEngine Lite", partial(loaded, "megengine", "import megenginelite"), again + "megengine==1.13.0"),
         Check("training: oneDNN", partial(loaded, "onednn-cpu-gomp", ONEDNN), "pip install onednn-cpu-gomp"),
         Check("training: numba", partial(loaded, "numba", NUMBA), again + "numba"),
@@ -128,6 +130,11 @@ from mgq.data.decoding import bundled_cat, read_picture
 assert read_picture(bundled_cat()).ndim == 3
 """
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
+NATIVE = """
+from mgq.export.native.compiler import object_of
+from mgq.export.native.cpu import NATIVE, level_called
+object_of("define void @nothing() { ret void }", level_called(NATIVE))
+"""
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
 from mgq.system.environment import this_machine
@@ -156,6 +163,25 @@ def loaded(package: str, code: str) -> str:
         raise LackingError(f"{version} is installed, and crashes (signal {-done.returncode}) when it is used")
     lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
     raise LackingError(f"{version} is installed, and does not work: {printable(lines[-1])}")
+
+
+def native() -> str:
+    """The version of its compiler, its kernels for this processor, and where it keeps what it has compiled."""
+    from mgq.export.native.cache import cache_folder
+    from mgq.export.native.cpu import level_called
+
+    version = loaded("llvmlite", NATIVE)
+    return f"llvmlite {version}, kernels for {level_called('native').key}, {kept(cache_folder())}"
+
+
+def linker() -> str:
+    """What links shared libraries."""
+    from mgq.export.native.linker import link_command
+
+    command = link_command()
+    if command is None:
+        raise LackingError("none: `mgq dump --format native` writes object files")
+    return " ".join(part for part in command if not part.startswith("-") and part != sys.executable)
 
 
 # ---- the machine ----
@@ -201,7 +227,11 @@ def memory() -> str:
 def cache() -> str:
     from mgq.io.download import cache_folder
 
-    folder = cache_folder()
+    return kept(cache_folder())
+
+
+def kept(folder: Path) -> str:
+    """A folder of files that can be made again, and their size."""
     refuse_unwritable(folder)
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
     return f"{printable(folder)}, {size / 1e6:.1f} MB"

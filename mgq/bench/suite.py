@@ -121,11 +121,12 @@ def away(what: str, load: Callable[[int], Runtime], threads: int, settings: Sett
 
 @dataclass(frozen=True)
 class Entrant:
-    """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
+    """An engine that takes part: how it starts, what its int8 networks are quantized for, and in what it computes."""
 
     start: Start
     target: Target
     rounds_otherwise: bool = False
+    precisions: tuple[Precision, ...] = tuple(Precision)
 
 
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
@@ -136,6 +137,7 @@ ENGINES: Mapping[str, Entrant] = MappingProxyType(
         "MegEngine Lite": Entrant(partial(in_engine, "lite"), MEGENGINE),
         "ONNX Runtime": Entrant(partial(in_engine, "onnxruntime"), ONNX, rounds_otherwise=True),
         "OpenVINO": Entrant(partial(in_engine, "openvino"), ONNX, rounds_otherwise=True),
+        "native": Entrant(partial(in_engine, "native"), ONNX, rounds_otherwise=True, precisions=(Precision.INT8,)),
     }
 )
 
@@ -180,7 +182,7 @@ class Field:
 
     def taking_part(self, precision: Precision, threads: int) -> list[str]:
         """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
-        names = list(self.engines)
+        names = [name for name, entrant in self.engines.items() if precision in entrant.precisions]
         if self.settings.yardstick and precision is Precision.FP32:
             there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
             return there[:1] or names[:1]

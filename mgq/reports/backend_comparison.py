@@ -115,7 +115,12 @@ def engines_compared(
             for what, one in networks.by_name.items()
             if what in PRECISIONS
         }
-        contestants = [contestant(job, name, entrant) for job in jobs.values() for name, entrant in engines.items()]
+        contestants = [
+            contestant(job, name, entrant)
+            for job in jobs.values()
+            for name, entrant in engines.items()
+            if job.precision in entrant.precisions
+        ]
         entries = contest(contestants, rounds, on_progress=on_progress)
         rows: list[Row] = []
         for entry in entries:

@@ -12,20 +12,30 @@ from mgq.export.native.emit.code import Code, Value
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
 from mgq.export.native.emit.isa import Portable, Range
 from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
-from mgq.export.native.emit.windows import DepthwiseKernel, PoolKernel, emit_depthwise, emit_pool
-from mgq.export.native.layout import Storage
+from mgq.export.native.emit.team import NET, WAIT, Team
+from mgq.export.native.emit.windows import (
+    DepthwiseKernel,
+    PoolKernel,
+    emit_depthwise,
+    emit_pool,
+    weight_bytes,
+)
+from mgq.export.native.layout import LANES, Storage
 from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
 from mgq.export.native.planner import Plan, Step, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
-ARGUMENTS = (("i8*", "constants"), ("i8*", "work"), ("i8*", "image"), ("i8*", "logits"))
-ENTRY = "mgq_net"
-"""The function: constants, work area, one image and its logits."""
+ARGUMENTS = (
+    *(("i8*", name) for name in ("constants", "work", "own", "image", "logits", "team")),
+    *(("i64", name) for name in ("part", "parts")),
+)
+"""Of the network: constants, the work area of the image, that of this thread, one image and its logits; what threads
+know of one another, and which ``part`` of the layers this one computes."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """``text`` in LLVM's language, and the constants that its code reads."""
+    """``text`` in LLVM's language, the constants that its code reads, and the bytes of a thread's work area."""
 
     text: str
     constants: bytes
@@ -33,7 +43,8 @@ class Module:
 
 
 def emit_module(plan: Plan, isa: Portable, attributes: str = "", linkage: str = "") -> Module:
-    """The whole network for ``isa``; ``attributes`` stand behind each function's head."""
+    """The whole network for ``isa``; ``attributes`` stand behind each function's head, ``linkage`` is that of what
+    :mod:`mgq.export.native.emit.team` says."""
     return Driver(plan, isa).module(attributes, linkage)
 
 
@@ -53,17 +64,21 @@ class Driver:
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
 
     def module(self, attributes: str, linkage: str) -> Module:
-        main = Code(ENTRY, ARGUMENTS, linkage)
+        main = Code(NET, ARGUMENTS)
         self.start(main)
+        self.meet(main)
         for i, group in enumerate(self.plan.groups):
             code = Code(f"group{i}", ARGUMENTS)
             self.emit_group(code, group)
             self.functions.append(code)
             main.call("void", code.name, *((kind, f"%{name}") for kind, name in ARGUMENTS))
+            self.meet(main)
+        team = Team(self.plan.size, self.pixels, self.program.classes)
         everything = [*self.kernels.values(), *self.functions, main]
-        own = {f"@{code.name}(" for code in everything}
+        own = {f"@{name}(" for name in (WAIT, *(code.name for code in everything))}
         declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
-        text = "\n".join([*sorted(declared), *(code.text(attributes) for code in everything)])
+        written = (code.text(attributes) for code in everything)
+        text = "\n".join([*sorted(declared), *written, team.text(attributes, linkage)])
         return Module(text, self.constants.content(), self.plan.size)
 
     def kernel(self, key: object, emit: Callable[[str], Code]) -> str:
@@ -73,11 +88,32 @@ class Driver:
             self.kernels[key] = emit(name)
         return self.kernels[key].name
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of an image."""
+        tensor = self.program.tensors[self.program.input]
+        return tensor.channels * tensor.height * tensor.width
+
+    # Threads
+
+    def meet(self, code: Code) -> None:
+        """Wait for the other threads."""
+        code.call("void", WAIT, ("i8*", "%team"), ("i64", "%parts"))
+
+    def share_of(self, code: Code, count: int) -> tuple[Value, Value]:
+        """First and last but one of ``count`` that fall to this thread."""
+        first, behind = (code.number("mul", count, part) for part in ("%part", code.number("add", "%part", 1)))
+        return code.number("udiv", first, "%parts"), code.number("udiv", behind, "%parts")
+
+    def by_first(self, code: Code, body: Callable[[], None]) -> None:
+        """``body`` in one of the threads alone."""
+        code.where(code.value("icmp eq i64 %part, 0"), body)
+
     def storage(self, name: str) -> Storage:
         return self.plan.storages[self.plan.stored[name]]
 
     def address(self, code: Code, storage: Storage, offset: int = 0) -> Value:
-        return code.at("%work", storage.offset + storage.origin + offset)
+        return code.at(base_of(storage), storage.offset + storage.origin + offset)
 
     def row(self, code: Code, storage: Storage, y: Value, offset: int = 0) -> Value:
         """The first pixel of row ``y``."""
@@ -88,13 +124,18 @@ class Driver:
 
     def start(self, code: Code) -> None:
         for i, value in enumerate((0, 128)):
-            self.fill(code, code.at("%work", i * self.plan.border), value, self.plan.border)
+            self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
         storage = self.storage(self.program.input)
         self.border(code, storage)
         tensor = self.program.tensors[self.program.input]
-        shape = tensor.height, tensor.width, tensor.channels, storage.row_bytes
+        shape = tensor.height, tensor.width, tensor.channels
         name = self.kernel(("pixels", *shape), partial(emit_pixels, *shape))
-        code.call("void", name, ("i8*", "%image"), ("i8*", self.address(code, storage)))
+
+        def row(y: Value) -> None:
+            source = code.at("%image", code.number("mul", y, tensor.width))
+            code.call("void", name, ("i8*", source), ("i8*", self.row(code, storage, y)))
+
+        code.between(*self.share_of(code, tensor.height), row)
 
     def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
         byte = value - 256 if value > 127 else value
@@ -105,10 +146,13 @@ class Driver:
         """Fill what lies around the image in layout P."""
         if storage.layout != "P" or not storage.pad:
             return
-        base = code.at("%work", storage.offset)
         if storage.ring is not None:
-            self.fill(code, base, storage.fill, storage.size)
+            self.fill(code, code.at(base_of(storage), storage.offset), storage.fill, storage.size)
             return
+        self.by_first(code, lambda: self.edges(code, storage))
+
+    def edges(self, code: Code, storage: Storage) -> None:
+        base = code.at("%work", storage.offset)
         edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
         self.fill(code, base, storage.fill, edge + side // 2)
         self.fill(code, code.at(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
@@ -136,18 +180,34 @@ class Driver:
             self.emit_linear(code, step, layer)
         elif isinstance(layer, Conv) and not layer.is_depthwise:
             self.emit_by_tiles(code, step)
+        elif isinstance(layer, Conv) and self.storage(step.target).height <= self.storage(step.target).lanes // LANES:
+            self.emit_by_channels(code, step, layer)
         else:
             self.pack(step)
             height = self.storage(step.target).height
-            code.each(height, lambda y: self.emit_row(code, step, y))
+            code.between(*self.share_of(code, height), lambda y: self.emit_row(code, step, y))
+
+    def emit_by_channels(self, code: Code, step: Step, layer: Conv) -> None:
+        """All rows of a depthwise convolution; each thread has some of the channels."""
+        self.pack(step)
+        target = self.storage(step.target)
+        first, behind = self.share_of(code, target.lanes // LANES)
+        count = code.number("sub", behind, first)
+
+        def rows() -> None:
+            code.each(target.height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
+
+        code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
 
     def emit_rows(self, code: Code, group: list[Step]) -> None:
         """Each row of the last step, with what it needs of the steps before."""
         for step in group:
             self.pack(step)
         done = [code.slot() for _ in group]
-        for slot in done:
-            code.put(slot, 0)
+        first, behind = self.share_of(code, self.storage(group[-1].target).height)
+        for slot, step in zip(reversed(done), reversed(group), strict=True):
+            code.put(slot, first)
+            first = self.first_needed(code, step, first)
 
         def produce(i: int, limit: Value) -> None:
             def body(y: Value) -> None:
@@ -157,7 +217,14 @@ class Driver:
 
             code.while_below(done[i], limit, body)
 
-        produce(len(group) - 1, str(self.storage(group[-1].target).height))
+        produce(len(group) - 1, behind)
+
+    def first_needed(self, code: Code, step: Step, y: Value) -> Value:
+        """The first row of the source that row ``y`` is made of."""
+        layer = step.layer
+        assert isinstance(layer, Conv | MaxPool)
+        above = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
+        return code.larger(above, 0)
 
     def rows_needed(self, code: Code, step: Step, y: Value, height: int) -> Value:
         """How many rows of the source have to be there for row ``y``."""
@@ -204,13 +271,22 @@ class Driver:
         self.pack(step)
         tiles = self.tiles[id(step)]
         summands = self.summands(step)
-        height = self.storage(step.target).height
         for first, count, vectors in tiles.runs():
+            self.run_of_tiles(code, step, (tiles, first, vectors), count, summands)
 
-            def tile(i: Value, first: int = first, vectors: int = vectors) -> None:
-                code.each(height, lambda y: self.tile_row(code, step, (tiles, first, vectors), i, y, summands))
+    def run_of_tiles(self, code: Code, step: Step, tile: tuple[Tiles, int, int], count: int, summands: int) -> None:
+        """This thread's share of all rows of ``count`` tiles of a kind."""
+        height = self.storage(step.target).height
+        begin, end = self.share_of(code, count * height)
 
-            code.each(count, tile)
+        def rows(i: Value) -> None:
+            before = code.number("mul", i, height)
+            top = code.larger(code.number("sub", begin, before), 0)
+            bottom = code.larger(code.number("sub", end, before), height, "slt")
+            code.between(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+        above = code.number("add", end, height - 1)
+        code.between(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
 
     def summands(self, step: Step) -> int:
         """The offset of the two factors of the sum, own first."""
@@ -290,7 +366,7 @@ class Driver:
         layer, source = step.layer, self.storage(step.source)
         assert isinstance(layer, Conv | MaxPool)
         first = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
-        outside = code.at("%work", self.plan.border if source.fill else 0)
+        outside = code.at("%own", self.plan.border if source.fill else 0)
         rows = []
         for i in range(window_of(layer)):
             number = code.number("add", first, i)
@@ -298,7 +374,10 @@ class Driver:
             rows.append(code.choose(inside, "i8*", self.row(code, source, number, offset), outside))
         return rows
 
-    def depthwise_row(self, code: Code, step: Step, layer: Conv, y: Value) -> None:
+    def depthwise_row(
+        self, code: Code, step: Step, layer: Conv, y: Value, channels: tuple[Value, Value] | None = None
+    ) -> None:
+        """``channels``: first and number, by 16, where it is not all of them."""
         weights, bias, factors, limit = self.depthwise[id(step)]
         source, target = self.storage(step.source), self.storage(step.target)
         size = window_of(layer)
@@ -307,8 +386,14 @@ class Driver:
         name = self.kernel(key, partial(emit_depthwise, self.isa, key))
         pointers = [*self.window_rows(code, step, y), *(code.at("%constants", o) for o in (weights, bias, factors))]
         pointers.append(self.row(code, target, y))
-        numbers = source.step, target.step, target.lanes // 16
-        arguments = [*(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers)]
+        count = str(target.lanes // LANES)
+        if channels is not None:
+            first, count = channels
+            wide, weighed = code.number("shl", first, 6), code.number("mul", first, weight_bytes(size, layer.stride[0]))
+            moves = [*[wide] * size, weighed, wide, wide, wide]
+            pointers = [code.at(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
+        numbers = str(source.step), str(target.step), count
+        arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
         code.call("void", name, *arguments)
 
     def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
@@ -332,14 +417,17 @@ class Driver:
         name = self.kernel(key, partial(emit_mean, self.isa, key))
         bias = self.constants.add(np.full(16, -tensor.zero * source.height * source.width, np.int32))
         factors = self.constants.add(np.full(16, layer.multiplier, np.float32))
-        pointers = [
-            self.address(code, source),
-            code.at("%constants", bias),
-            code.at("%constants", factors),
-            self.address(code, target),
-        ]
-        numbers = source.step, source.lanes // 16
-        code.call("void", name, *(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers))
+
+        def vector(index: Value) -> None:
+            pointers = [
+                code.at(self.address(code, source), code.number("shl", index, 6)),
+                code.at("%constants", bias),
+                code.at("%constants", factors),
+                code.at(self.address(code, target), code.number("shl", index, 4)),
+            ]
+            code.call("void", name, *(("i8*", p) for p in pointers), ("i64", str(source.step)))
+
+        code.between(*self.share_of(code, source.lanes // LANES), vector)
 
     def emit_linear(self, code: Code, step: Step, layer: Linear) -> None:
         self.pack(step)
@@ -360,7 +448,17 @@ class Driver:
                 }
                 code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
 
-            code.each(count, tile)
+            code.between(*self.share_of(code, count), tile)
+        self.meet(code)
+        self.by_first(code, lambda: self.answer(code, target))
+
+    def answer(self, code: Code, target: Storage) -> None:
+        """The logits, in the order of the classes, from the work area to where they are wanted."""
         size = str(4 * self.program.classes)
         pointers = ("i8*", "%logits"), ("i8*", self.address(code, target))
         code.call("void", "llvm.memcpy.p0i8.p0i8.i64", *pointers, ("i64", size), ("i1", "false"))
+
+
+def base_of(storage: Storage) -> Value:
+    """Rows that are kept for a while are each thread's own."""
+    return "%work" if storage.ring is None else "%own"
