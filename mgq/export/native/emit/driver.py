@@ -12,7 +12,7 @@ from mgq.export.native.emit.code import Code, Value
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
 from mgq.export.native.emit.isa import Portable, Range
 from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
-from mgq.export.native.emit.team import NET, WAIT, Team
+from mgq.export.native.emit.team import ANSWER, PREPARE, Team
 from mgq.export.native.emit.windows import (
     DepthwiseKernel,
     PoolKernel,
@@ -26,11 +26,11 @@ from mgq.export.native.planner import Plan, Step, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
 ARGUMENTS = (
-    *(("i8*", name) for name in ("constants", "work", "own", "image", "logits", "team")),
+    *(("i8*", name) for name in ("constants", "work", "own", "image", "logits")),
     *(("i64", name) for name in ("part", "parts")),
 )
-"""Of the network: constants, the work area of the image, that of this thread, one image and its logits; what threads
-know of one another, and which ``part`` of the layers this one computes."""
+"""Constants, the work area of the image, that of this thread, one image and its logits, and which ``part`` of a group
+of layers is to be computed."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,24 @@ class Driver:
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
 
     def module(self, attributes: str, linkage: str) -> Module:
-        main = Code(NET, ARGUMENTS)
-        self.start(main)
-        self.meet(main)
+        self.function("pixels", self.start)
         for i, group in enumerate(self.plan.groups):
-            code = Code(f"group{i}", ARGUMENTS)
-            self.emit_group(code, group)
-            self.functions.append(code)
-            main.call("void", code.name, *((kind, f"%{name}") for kind, name in ARGUMENTS))
-            self.meet(main)
-        team = Team(self.plan.size, self.pixels, self.program.classes)
-        everything = [*self.kernels.values(), *self.functions, main]
-        own = {f"@{name}(" for name in (WAIT, *(code.name for code in everything))}
+            self.function(f"group{i}", partial(self.emit_group, group=group))
+        team = Team([code.name for code in self.functions], self.plan.size, self.pixels, self.program.classes)
+        self.function(ANSWER, self.answer)
+        prepare = Code(PREPARE, (("i8*", "own"),))
+        self.borders(prepare)
+        everything = [*self.kernels.values(), *self.functions, prepare]
+        own = {f"@{code.name}(" for code in everything}
         declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
         written = (code.text(attributes) for code in everything)
         text = "\n".join([*sorted(declared), *written, team.text(attributes, linkage)])
         return Module(text, self.constants.content(), self.plan.size)
+
+    def function(self, name: str, emit: Callable[[Code], None]) -> None:
+        code = Code(name, ARGUMENTS)
+        emit(code)
+        self.functions.append(code)
 
     def kernel(self, key: object, emit: Callable[[str], Code]) -> str:
         """The name of the kernel ``key``, which is made where it is new."""
@@ -96,17 +98,13 @@ class Driver:
 
     # Threads
 
-    def meet(self, code: Code) -> None:
-        """Wait for the other threads."""
-        code.call("void", WAIT, ("i8*", "%team"), ("i64", "%parts"))
-
     def share_of(self, code: Code, count: int) -> tuple[Value, Value]:
-        """First and last but one of ``count`` that fall to this thread."""
+        """The first of ``count`` that is of this part, and the first behind it."""
         first, behind = (code.number("mul", count, part) for part in ("%part", code.number("add", "%part", 1)))
         return code.number("udiv", first, "%parts"), code.number("udiv", behind, "%parts")
 
     def by_first(self, code: Code, body: Callable[[], None]) -> None:
-        """``body`` in one of the threads alone."""
+        """``body`` in one of the parts alone."""
         code.where(code.value("icmp eq i64 %part, 0"), body)
 
     def storage(self, name: str) -> Storage:
@@ -122,9 +120,12 @@ class Driver:
 
     # What comes first
 
-    def start(self, code: Code) -> None:
+    def borders(self, code: Code) -> None:
+        """What stands for the rows above and below an image."""
         for i, value in enumerate((0, 128)):
             self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
+
+    def start(self, code: Code) -> None:
         storage = self.storage(self.program.input)
         self.border(code, storage)
         tensor = self.program.tensors[self.program.input]
@@ -188,7 +189,7 @@ class Driver:
             code.between(*self.share_of(code, height), lambda y: self.emit_row(code, step, y))
 
     def emit_by_channels(self, code: Code, step: Step, layer: Conv) -> None:
-        """All rows of a depthwise convolution; each thread has some of the channels."""
+        """All rows of a depthwise convolution; each part has some of the channels."""
         self.pack(step)
         target = self.storage(step.target)
         first, behind = self.share_of(code, target.lanes // LANES)
@@ -275,7 +276,7 @@ class Driver:
             self.run_of_tiles(code, step, (tiles, first, vectors), count, summands)
 
     def run_of_tiles(self, code: Code, step: Step, tile: tuple[Tiles, int, int], count: int, summands: int) -> None:
-        """This thread's share of all rows of ``count`` tiles of a kind."""
+        """This part of all rows of ``count`` tiles of a kind."""
         height = self.storage(step.target).height
         begin, end = self.share_of(code, count * height)
 
@@ -449,11 +450,10 @@ class Driver:
                 code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
 
             code.between(*self.share_of(code, count), tile)
-        self.meet(code)
-        self.by_first(code, lambda: self.answer(code, target))
 
-    def answer(self, code: Code, target: Storage) -> None:
-        """The logits, in the order of the classes, from the work area to where they are wanted."""
+    def answer(self, code: Code) -> None:
+        """The logits from the work area to where they are wanted."""
+        target = self.storage(self.program.output)
         size = str(4 * self.program.classes)
         pointers = ("i8*", "%logits"), ("i8*", self.address(code, target))
         code.call("void", "llvm.memcpy.p0i8.p0i8.i64", *pointers, ("i64", size), ("i1", "false"))

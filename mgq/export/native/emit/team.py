@@ -1,20 +1,26 @@
 """Threads that work on one network together: on the images of a batch, or on the rows and channels of each layer.
 
-The library starts no threads: the caller's own call ``serve``. They sleep between two runs. Within a run they meet
-behind every group of layers, and wait there for a moment without sleeping, for a group takes some microseconds.
+The library starts no threads: the caller's own call ``serve``. Work comes in phases: the images of a batch, then
+each group of layers of each image that is left. A phase has pieces, and who is free takes the next one: a thread that
+the system does not let run holds up nobody, unless it stops in the middle of a piece. The thread that leads waits for
+the pieces of a phase and opens the next. Between two runs the others sleep.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-NET, WAIT, SHARE, LEAD, SERVE, END = "mgq_net", "team_wait", "team_share", "mgq_lead", "mgq_serve", "mgq_end"
+PREPARE, ANSWER = "prepare", "answer"
+"""What each thread does once in its work area, and what the one that leads does behind the last group."""
+LEAD, SERVE, END = "mgq_lead", "mgq_serve", "mgq_end"
 HEADER = 4096
 """Bytes in front of the work areas, by which the threads know of one another. They begin as zeros."""
-JOB, ARRIVED, SLEEPERS, TASK = 0, 128, 256, 384
-"""Where the number of the run, of arrivals and of sleepers lie, and what is to be done."""
-STOP = -1
+JOB, CLAIM, FINISHED, SLEEPERS, TASK = 0, 128, 256, 384, 512
+"""The run's number, odd while it lasts; phase and next piece, 32 bits each; pieces done; who sleeps; the task."""
+STOP, CLOSED = -1, (1 << 31) - 1
+"""A run that is none, and a piece that is beyond any phase's."""
 PATIENCE = 2000
 """How often a thread looks, some nanoseconds each, before it lets others run, or sleeps."""
 FUTEX = {"x86_64": 202, "aarch64": 98}
@@ -22,66 +28,272 @@ FUTEX = {"x86_64": 202, "aarch64": 98}
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}
 SLEEP, WAKE, ALL = 128, 129, (1 << 31) - 1
 """Operations of a futex that only this process knows, and how many to wake."""
+SIGNATURE = "i8* %constants, i8* %work, i8* %own, i8* %image, i8* %logits, i64 %part, i64 %parts"
+TASKS = tuple(
+    (name, "i64" if name in ("whole", "parts", "base") else "i8*")
+    for name in ("constants", "images", "logits", "whole", "parts", "base")
+)
+"""``whole`` images are for one thread each, what follows has ``parts`` pieces a phase, ``base`` is the first phase."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """``area`` is the bytes of one thread's work area, ``pixels`` those of an image."""
+    """``groups`` are functions of :data:`SIGNATURE`, ``area`` is the bytes of one thread's work area, ``pixels`` those
+    of an image."""
 
+    groups: Sequence[str]
     area: int
     pixels: int
     classes: int
 
     def text(self, attributes: str, linkage: str) -> str:
         """The functions. ``LEAD`` takes constants, images, their number, logits, the work area of all and the number of
-        threads; ``SERVE`` the work area and a thread's number, and returns after ``END``."""
+        threads; ``SERVE`` the work area and a thread's number, from 1 on, and returns after ``END``."""
         declared = "declare i64 @syscall(i64, ...)\ndeclare i32 @sched_yield()"
-        parts = wait(), self.share(), lead(linkage), serve(linkage), end(linkage)
+        parts = (
+            self.step(),
+            self.network(),
+            self.piece(),
+            claim(),
+            self.lead(linkage),
+            self.serve(linkage),
+            end(linkage),
+        )
         return "\n".join([declared, *(part.replace("ATTRIBUTES", attributes) for part in parts)])
 
-    def share(self) -> str:
-        """Whole images for each thread, and what is left over together."""
-        return f"""define internal void @{SHARE}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
-    i64 %part, i64 %parts) ATTRIBUTES {{
+    def step(self) -> str:
+        """Group number ``group``."""
+        cases = "\n".join(f"    i64 {i}, label %g{i}" for i in range(len(self.groups)))
+        calls = "\n".join(f"g{i}:\n  call void @{name}({SIGNATURE})\n  ret void" for i, name in enumerate(self.groups))
+        return f"""define internal void @step(i64 %group, {SIGNATURE}) ATTRIBUTES {{
+  switch i64 %group, label %none [
+{cases}
+  ]
+none:
+  ret void
+{calls}
+}}"""
+
+    def network(self) -> str:
+        """All of an image in one thread."""
+        given = "i8* %constants, i8* %own, i8* %own, i8* %image, i8* %logits, i64 0, i64 1"
+        calls = "\n".join(f"  call void @{name}({given})" for name in (*self.groups, ANSWER))
+        return f"""define internal void @network(i8* %constants, i8* %own, i8* %image, i8* %logits) ATTRIBUTES {{
+{calls}
+  ret void
+}}"""
+
+    def places(self, number: str) -> str:
+        """Image ``number`` and its logits."""
+        return f"""%skip = mul i64 {number}, {self.pixels}
+  %image = getelementptr i8, i8* %images, i64 %skip
+  %skipped = mul i64 {number}, {4 * self.classes}
+  %answer = getelementptr i8, i8* %logits, i64 %skipped"""
+
+    def piece(self) -> str:
+        """Piece ``part`` of phase ``index`` of a run."""
+        return f"""define internal void @alone(i8* %constants, i8* %own, i8* %images, i8* %logits, i64 %i) ATTRIBUTES {{
+  {self.places("%i")}
+  call void @network(i8* %constants, i8* %own, i8* %image, i8* %answer)
+  ret void
+}}
+define internal void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %whole, i64 %parts,
+    i64 %index, i64 %part) ATTRIBUTES {{
+  %batch = icmp eq i64 %index, 0
+  br i1 %batch, label %one, label %layers
+one:
+  call void @alone(i8* %constants, i8* %own, i8* %images, i8* %logits, i64 %part)
+  ret void
+layers:
+  %work = getelementptr i8, i8* %team, i64 {HEADER}
+  %phase = sub i64 %index, 1
+  %group = urem i64 %phase, {len(self.groups)}
+  %behind = udiv i64 %phase, {len(self.groups)}
+  %i = add i64 %whole, %behind
+  {self.places("%i")}
+  call void @step(i64 %group, i8* %constants, i8* %work, i8* %own, i8* %image, i8* %answer, i64 %part, i64 %parts)
+  ret void
+}}"""
+
+    def lead(self, linkage: str) -> str:
+        """Open one phase after the other, and work on their pieces."""
+        stores = "\n  ".join(f"store {kind} %{name}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
+        last = "i8* %constants, i8* %work, i8* %work, i8* %image, i8* %answer, i64 0, i64 1"
+        return f"""define {linkage} void @{LEAD}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
+    i64 %parts) ATTRIBUTES {{
 entry:
-  %first = getelementptr i8, i8* %team, i64 {HEADER}
-  %skip = mul i64 %part, {self.area}
-  %own = getelementptr i8, i8* %first, i64 %skip
+  %work = getelementptr i8, i8* %team, i64 {HEADER}
+  call void @{PREPARE}(i8* %work)
+  %single = icmp ult i64 %parts, 2
+  br i1 %single, label %head, label %tell
+head:
+  %n = phi i64 [0, %entry], [%n1, %body]
+  %more = icmp ult i64 %n, %count
+  br i1 %more, label %body, label %done
+body:
+  call void @alone(i8* %constants, i8* %work, i8* %images, i8* %logits, i64 %n)
+  %n1 = add i64 %n, 1
+  br label %head
+tell:
+  {place("job", JOB)}
+  {place("claim", CLAIM, "i64")}
+  {place("finished", FINISHED, "i64")}
+  {place("sleepers", SLEEPERS)}
+  {task_places()}
   %rest = urem i64 %count, %parts
   %whole = sub i64 %count, %rest
-  %each = udiv i64 %whole, %parts
-  %from = mul i64 %part, %each
-  %to = add i64 %from, %each
-  br label %alone
-alone:
-  %i = phi i64 [%from, %entry], [%i1, %run]
-  %more = icmp ult i64 %i, %to
-  br i1 %more, label %run, label %meet
-run:
-  %image0 = mul i64 %i, {self.pixels}
-  %image = getelementptr i8, i8* %images, i64 %image0
-  %answer0 = mul i64 %i, {4 * self.classes}
-  %answer = getelementptr i8, i8* %logits, i64 %answer0
-  call void @{NET}(i8* %constants, i8* %own, i8* %own, i8* %image, i8* %answer, i8* %team, i64 0, i64 1)
-  %i1 = add i64 %i, 1
-  br label %alone
-meet:
-  call void @{WAIT}(i8* %team, i64 %parts)
-  br label %together
-together:
-  %j = phi i64 [%whole, %meet], [%j1, %join]
-  %left = icmp ult i64 %j, %count
-  br i1 %left, label %join, label %done
-join:
-  %joined0 = mul i64 %j, {self.pixels}
-  %joined = getelementptr i8, i8* %images, i64 %joined0
-  %found0 = mul i64 %j, {4 * self.classes}
-  %found = getelementptr i8, i8* %logits, i64 %found0
-  call void @{NET}(i8* %constants, i8* %first, i8* %own, i8* %joined, i8* %found, i8* %team, i64 %part, i64 %parts)
-  %j1 = add i64 %j, 1
-  br label %together
+  %groups = mul i64 %rest, {len(self.groups)}
+  %phases = add i64 %groups, 1
+  %before = load atomic i64, i64* %claim monotonic, align 8
+  %old = lshr i64 %before, 32
+  %next = add i64 %old, 1
+  %base = and i64 %next, {(1 << 32) - 1}
+  %high = shl i64 %base, 32
+  %closed = or i64 %high, {CLOSED}
+  store atomic i64 %closed, i64* %claim seq_cst, align 8
+  {stores}
+  %job0 = load atomic i32, i32* %job monotonic, align 4
+  %job1 = add i32 %job0, 1
+  %odd = or i32 %job1, 1
+  store atomic i32 %odd, i32* %job seq_cst, align 4
+  %asleep = load atomic i32, i32* %sleepers seq_cst, align 4
+  %wanted = icmp ne i32 %asleep, 0
+  br i1 %wanted, label %wake, label %phase
+wake:
+  {futex("woken", WAKE, str(ALL))}
+  br label %phase
+phase:
+  %index = phi i64 [0, %tell], [0, %wake], [%index1, %through]
+  %open = icmp ult i64 %index, %phases
+  br i1 %open, label %begin, label %over
+begin:
+  store atomic i64 0, i64* %finished monotonic, align 8
+  %number = add i64 %base, %index
+  %shifted = shl i64 %number, 32
+  store atomic i64 %shifted, i64* %claim seq_cst, align 8
+  %batch = icmp eq i64 %index, 0
+  %limit = select i1 %batch, i64 %whole, i64 %parts
+  br label %take
+take:
+  %taken = call i1 @take(i8* %team, i8* %work)
+  br i1 %taken, label %take, label %wait
+wait:
+  %looks = phi i64 [0, %take], [%looked, %rests], [%looks, %yield]
+  %now = load atomic i64, i64* %finished acquire, align 8
+  %all = icmp uge i64 %now, %limit
+  br i1 %all, label %finish, label %absent
+absent:
+  %patient = icmp ult i64 %looks, {PATIENCE}
+  br i1 %patient, label %rests, label %yield
+rests:
+  {pause()}
+  %looked = add i64 %looks, 1
+  br label %wait
+yield:
+  %ignored = call i32 @sched_yield()
+  br label %wait
+finish:
+  %in = urem i64 %index, {len(self.groups)}
+  %isend = icmp eq i64 %in, 0
+  %layered = icmp ne i64 %index, 0
+  %ready = and i1 %isend, %layered
+  br i1 %ready, label %answers, label %through
+answers:
+  %which = udiv i64 %index, {len(self.groups)}
+  %ahead = sub i64 %which, 1
+  %i = add i64 %whole, %ahead
+  {self.places("%i")}
+  call void @{ANSWER}({last})
+  br label %through
+through:
+  %index1 = add i64 %index, 1
+  br label %phase
+over:
+  %even = add i32 %odd, 1
+  store atomic i32 %even, i32* %job seq_cst, align 4
+  br label %done
 done:
   ret void
+}}"""
+
+    def serve(self, linkage: str) -> str:
+        """Take pieces of every run until there are no more."""
+        return f"""define {linkage} void @{SERVE}(i8* %team, i64 %number) ATTRIBUTES {{
+entry:
+  %first = getelementptr i8, i8* %team, i64 {HEADER}
+  %skip = mul i64 %number, {self.area}
+  %own = getelementptr i8, i8* %first, i64 %skip
+  call void @{PREPARE}(i8* %own)
+  {place("job", JOB)}
+  {place("sleepers", SLEEPERS)}
+  br label %look
+look:
+  %looks = phi i64 [0, %entry], [0, %work], [%looked, %rest], [{PATIENCE}, %yield], [{PATIENCE}, %sleep]
+  %now = load atomic i32, i32* %job acquire, align 4
+  %over = icmp eq i32 %now, {STOP}
+  br i1 %over, label %done, label %work0
+work0:
+  %taken = call i1 @take(i8* %team, i8* %own)
+  br i1 %taken, label %work, label %idle
+work:
+  br label %look
+idle:
+  %patient = icmp ult i64 %looks, {PATIENCE}
+  br i1 %patient, label %rest, label %long
+rest:
+  {pause()}
+  %looked = add i64 %looks, 1
+  br label %look
+long:
+  %low = and i32 %now, 1
+  %lasts = icmp eq i32 %low, 1
+  br i1 %lasts, label %yield, label %sleep
+yield:
+  %ignored = call i32 @sched_yield()
+  br label %look
+sleep:
+  %before = atomicrmw add i32* %sleepers, i32 1 seq_cst
+  %wide = zext i32 %now to i64
+  {futex("slept", SLEEP, "%wide")}
+  %after = atomicrmw sub i32* %sleepers, i32 1 seq_cst
+  br label %look
+done:
+  ret void
+}}"""
+
+
+def claim() -> str:
+    """``take``: work on the next piece, if there is one. The task is read between a look at the claim and the claim
+    itself: it holds where nobody changed the claim meanwhile."""
+    loads = "\n  ".join(f"%{name} = load {kind}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
+    return f"""define internal i1 @take(i8* %team, i8* %own) ATTRIBUTES {{
+  {place("claim", CLAIM, "i64")}
+  {place("finished", FINISHED, "i64")}
+  {task_places()}
+  %seen = load atomic i64, i64* %claim acquire, align 8
+  {loads}
+  %phase = lshr i64 %seen, 32
+  %part = and i64 %seen, {(1 << 32) - 1}
+  %from = sub i64 %phase, %base
+  %index = and i64 %from, {(1 << 32) - 1}
+  %batch = icmp eq i64 %index, 0
+  %limit = select i1 %batch, i64 %whole, i64 %parts
+  %is = icmp ult i64 %part, %limit
+  br i1 %is, label %try, label %nothing
+try:
+  %next = add i64 %seen, 1
+  %result = cmpxchg i64* %claim, i64 %seen, i64 %next seq_cst seq_cst
+  %got = extractvalue {{i64, i1}} %result, 1
+  br i1 %got, label %mine, label %again
+mine:
+  call void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %whole, i64 %parts,
+    i64 %index, i64 %part)
+  %counted = atomicrmw add i64* %finished, i64 1 seq_cst
+  ret i1 true
+again:
+  ret i1 true
+nothing:
+  ret i1 false
 }}"""
 
 
@@ -90,84 +302,13 @@ def pause() -> str:
     return f'call void asm sideeffect "{word}", ""()' if word else "fence seq_cst"
 
 
-def word_at(name: str, place: int, kind: str = "i32") -> str:
-    return f"""%{name}0 = getelementptr i8, i8* %team, i64 {place}
-  %{name} = bitcast i8* %{name}0 to {kind}*"""
-
-
-def wait() -> str:
-    """Until all have arrived as often as this thread. Arrivals are counted for ever: 64 bits do not run over."""
-    return f"""define internal void @{WAIT}(i8* %team, i64 %parts) ATTRIBUTES {{
-entry:
-  %alone = icmp ult i64 %parts, 2
-  br i1 %alone, label %done, label %meet
-meet:
-  {word_at("arrived", ARRIVED, "i64")}
-  %ticket = atomicrmw add i64* %arrived, i64 1 seq_cst
-  %over = urem i64 %ticket, %parts
-  %begun = sub i64 %ticket, %over
-  %all = add i64 %begun, %parts
-  br label %look
-look:
-  %looks = phi i64 [0, %meet], [%looked, %rest], [%looks, %yield]
-  %now = load atomic i64, i64* %arrived acquire, align 8
-  %there = icmp uge i64 %now, %all
-  br i1 %there, label %done, label %absent
-absent:
-  %patient = icmp ult i64 %looks, {PATIENCE}
-  br i1 %patient, label %rest, label %yield
-rest:
-  {pause()}
-  %looked = add i64 %looks, 1
-  br label %look
-yield:
-  %ignored = call i32 @sched_yield()
-  br label %look
-done:
-  ret void
-}}"""
-
-
-TASKS = (("constants", "i8*"), ("images", "i8*"), ("count", "i64"), ("logits", "i8*"), ("parts", "i64"))
+def place(name: str, offset: int, kind: str = "i32") -> str:
+    return f"""%{name}.byte = getelementptr i8, i8* %team, i64 {offset}
+  %{name} = bitcast i8* %{name}.byte to {kind}*"""
 
 
 def task_places() -> str:
-    return "\n  ".join(word_at(f"{name}_at", TASK + 8 * i, kind) for i, (name, kind) in enumerate(TASKS))
-
-
-def shared(part: str) -> str:
-    return (
-        f"call void @{SHARE}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team, i64 {part}, i64 %parts)"
-    )
-
-
-def lead(linkage: str) -> str:
-    """Say what there is to do, wake who sleeps, and take part number 0."""
-    stores = "\n  ".join(f"store {kind} %{name}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
-    return f"""define {linkage} void @{LEAD}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
-    i64 %parts) ATTRIBUTES {{
-entry:
-  %alone = icmp ult i64 %parts, 2
-  br i1 %alone, label %work, label %tell
-tell:
-  {task_places()}
-  {stores}
-  {word_at("job", JOB)}
-  %last = load atomic i32, i32* %job monotonic, align 4
-  %more = add i32 %last, 1
-  %next = and i32 %more, {ALL}
-  store atomic i32 %next, i32* %job seq_cst, align 4
-  {word_at("sleepers", SLEEPERS)}
-  %asleep = load atomic i32, i32* %sleepers seq_cst, align 4
-  %wanted = icmp ne i32 %asleep, 0
-  br i1 %wanted, label %wake, label %work
-wake:
-  {futex("woken", WAKE, str(ALL))}
-  br label %work
-work:
-  {shared("0")}
-  ret void
-}}"""
+    return "\n  ".join(place(f"{name}_at", TASK + 8 * i, kind) for i, (name, kind) in enumerate(TASKS))
 
 
 def futex(name: str, operation: int, value: str) -> str:
@@ -179,50 +320,9 @@ def futex(name: str, operation: int, value: str) -> str:
     return f"%{name} = call i64 (i64, ...) @syscall({arguments})"
 
 
-def serve(linkage: str) -> str:
-    """Part number ``part`` of every run, until there are no more."""
-    loads = "\n  ".join(f"%{name} = load {kind}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
-    return f"""define {linkage} void @{SERVE}(i8* %team, i64 %part) ATTRIBUTES {{
-entry:
-  {word_at("job", JOB)}
-  {word_at("sleepers", SLEEPERS)}
-  {task_places()}
-  br label %look
-look:
-  %seen = phi i32 [0, %entry], [%seen, %rest], [%seen, %sleep], [%now, %work]
-  %looks = phi i64 [0, %entry], [%looked, %rest], [%looks, %sleep], [0, %work]
-  %now = load atomic i32, i32* %job acquire, align 4
-  %same = icmp eq i32 %now, %seen
-  br i1 %same, label %idle, label %begin
-idle:
-  %patient = icmp ult i64 %looks, {PATIENCE}
-  br i1 %patient, label %rest, label %sleep
-rest:
-  {pause()}
-  %looked = add i64 %looks, 1
-  br label %look
-sleep:
-  %before = atomicrmw add i32* %sleepers, i32 1 seq_cst
-  %wide = zext i32 %seen to i64
-  {futex("slept", SLEEP, "%wide")}
-  %after = atomicrmw sub i32* %sleepers, i32 1 seq_cst
-  br label %look
-begin:
-  %over = icmp eq i32 %now, {STOP}
-  br i1 %over, label %done, label %work
-work:
-  {loads}
-  {shared("%part")}
-  br label %look
-done:
-  ret void
-}}"""
-
-
 def end(linkage: str) -> str:
     return f"""define {linkage} void @{END}(i8* %team) ATTRIBUTES {{
-entry:
-  {word_at("job", JOB)}
+  {place("job", JOB)}
   store atomic i32 {STOP}, i32* %job seq_cst, align 4
   {futex("woken", WAKE, str(ALL))}
   ret void
