@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import pytest
 from mgq.engine.classifier.dump import source_of
 from mgq.engine.classifier.open import random_classifier
 from mgq.errors import InputError
+from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import LEVELS, Level, level_called
 from mgq.export.native.emit.driver import emit_module
@@ -27,6 +32,7 @@ from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Conv, Program, read_program
 from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.machine import usable_cores
 from mgq.ptq.calibrate import calibrated_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
@@ -183,10 +189,67 @@ def test_reference_is_onnx_runtime_but_for_single_steps() -> None:
 def test_batches_answer_as_single_images(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "network.onnx"
     onnx.save(model_for("mobilenet_v2", 64), str(path))
-    runtime = NativeRuntime(path, min(threads, 2))
+    runtime = NativeRuntime(path, min(threads, usable_cores()))
     images = noise(64, 5)
     together = runtime.run(images)
     assert np.array_equal(together, np.concatenate([runtime.run(image[None]) for image in images]))
+
+
+# Threads
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("size", (32, 224))
+def test_any_number_of_threads_gives_the_same_bits(arch: str, size: int) -> None:
+    """More threads than rows, or than cores, too: 5 images are some for each thread, and some for all together."""
+    compiled, classes = compile_program(program_for(arch, size), BEST), 1000
+    images = noise(size, 5, 2)
+    wanted = Library(compiled, classes).run(images)
+    for threads in (2, 3, 17):
+        team = Library(compiled, classes, threads)
+        for count in (5, 1):
+            assert np.array_equal(team.run(images[:count]), wanted[:count]), (threads, count)
+
+
+def test_a_network_is_run_by_several_threads_of_python_at_a_time() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 2)
+    images = noise(32, 40, 3)
+    wanted = [library.run(image[None]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(library.run, (image[None] for image in images)))
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_threads_sleep_between_two_runs_and_end_with_the_network() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 3)
+    before = {thread.native_id for thread in threading.enumerate()}
+    library.run(noise(32))
+    helpers = [thread for thread in threading.enumerate() if thread.daemon and thread.native_id in before][-2:]
+
+    def states() -> set[str]:
+        return {Path(f"/proc/self/task/{helper.native_id}/stat").read_text().split()[2] for helper in helpers}
+
+    assert any(states() == {"S"} for _ in waiting())
+    del library
+    assert any(not helper.is_alive() for helper in helpers for _ in waiting())
+    assert not any(helper.is_alive() for helper in helpers)
+
+
+def waiting() -> Iterator[None]:
+    for _ in range(200):
+        yield
+        time.sleep(0.01)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 2)
+    image = noise(32)
+    wanted = library.run(image)
+    child = os.fork()
+    if not child:
+        os._exit(0 if np.array_equal(library.run(image), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(library.run(image), wanted)
 
 
 @pytest.fixture
@@ -248,6 +311,17 @@ def test_code_that_others_could_have_written_is_not_run(
     entry.chmod(0o666)
     NativeRuntime(file)
     assert len(made) == 2
+
+
+def test_the_entries_that_were_used_last_are_kept(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT", 2)
+    folder.mkdir(mode=0o700)
+    for age, name in enumerate(("old", "older", "oldest")):
+        (folder / f"{name}.native").write_bytes(b"")
+        os.utime(folder / f"{name}.native", (1000 - age, 1000 - age))
+    NativeRuntime(file)
+    names = {path.stem for path in folder.iterdir()}
+    assert len(names) == 2 and "old" in names
 
 
 def test_a_cache_of_another_user_is_not_used(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ class Engine:
     """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
 
     ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
-    the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all.
+    the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all. To ask
+    either compiles nothing.
     ``shows_layers``: whether it gives more outputs than logits.
     """
 
@@ -76,22 +78,19 @@ def library(path: Path, threads: int) -> FileRuntime:
 
 
 def is_for_native(path: Path) -> bool:
-    """Whether the native engine runs ``path``, and has its fastest kernels here."""
+    """Whether the native engine runs ``path``, and has the kernels here with which it was measured as the fastest."""
     from mgq.export.native.cpu import LEVELS, NATIVE, level_called
 
     return level_called(NATIVE) is LEVELS[0] and runs_in_native(path)
 
 
 def runs_in_native(path: Path) -> bool:
-    """What it compiles to find out is cached."""
     from mgq.runtime.native import runs
 
     return runs(path)
 
 
 ENGINES = (
-    Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
-    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
     Engine(
         "native",
         "native",
@@ -103,11 +102,12 @@ ENGINES = (
         reads=runs_in_native,
         shows_layers=False,
     ),
+    Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
+    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
     Engine("library", "native library", "ctypes", ".so", library, shows_layers=False),
     Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
 )
-"""Where they read the same files, the one that is chosen unless another is named comes first: the faster, but for the
-native engine, which takes one core for one image however many it is given."""
+"""Where they read the same files the faster comes first: it is chosen where it suits them, unless another is named."""
 
 
 def engine_names() -> tuple[str, ...]:
@@ -138,11 +138,18 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     if not chosen:
         others = " or ".join(engine.key for engine in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
-    installed = (engine for engine in chosen if engine.is_installed)
-    # One by one, for to ask the native engine is to compile the network.
-    found = next((engine for engine in installed if key != AUTO or engine.suits(path)), chosen[0])
+    found = chosen[0] if key != AUTO else fastest(chosen, path)
     found.refuse_missing()
     return found
+
+
+def fastest(engines: Sequence[Engine], path: Path) -> Engine:
+    """The first that suits ``path``, else the first that runs it at all, else one that is not installed."""
+    installed = [engine for engine in engines if engine.is_installed]
+    suiting = (engine for engine in installed if engine.suits(path))
+    reading = (engine for engine in installed if engine.reads(path))
+    missing = (engine for engine in engines if not engine.is_installed)
+    return next(chain(suiting, reading, missing, engines))
 
 
 def load(path: Path, key: str = AUTO, threads: int = 1) -> FileRuntime:

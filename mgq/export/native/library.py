@@ -14,6 +14,12 @@ from mgq.export.native.emit.team import END, HEADER, LEAD, SERVE
 from mgq.export.native.team import Bytes, Calls, Team, reserve
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_size_t
+FUNCTIONS = {
+    LEAD: (POINTER, POINTER, NUMBER, POINTER, POINTER, NUMBER),
+    SERVE: (POINTER, NUMBER),
+    END: (POINTER,),
+}
+"""What is called, and what that takes."""
 
 
 @dataclass(eq=False)
@@ -25,9 +31,10 @@ class Library:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        constants = reserve(len(self.compiled.constants))
-        constants[:] = np.frombuffer(self.compiled.constants, np.uint8)
-        self.team = Team(calls_of(self.compiled, constants, self.threads), self.classes, self.threads)
+        self.constants = reserve(len(self.compiled.constants))
+        self.constants[:] = np.frombuffer(self.compiled.constants, np.uint8)
+        self.engine = linked(self.compiled.code)
+        self.team = Team(self.calls(), self.classes, self.threads)
 
     def run(self, images: Bytes) -> npt.NDArray[np.float32]:
         """Logits float32 (N, classes) of ``images``, uint8 (N, 3, S, S) in BGR."""
@@ -38,27 +45,24 @@ class Library:
         """The work area of the first thread, where a single image's tensors are."""
         return self.team.work[HEADER : HEADER + self.compiled.work]
 
+    def calls(self) -> Calls:
+        """They keep alive what they need, and not this."""
+        engine, constants, threads = self.engine, self.constants, self.threads
+        lead, serve, end = (
+            ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name)) for name, kinds in FUNCTIONS.items()
+        )
 
-def calls_of(compiled: Compiled, constants: Bytes, threads: int) -> Calls:
-    engine, (lead, serve, end) = linked(compiled.code)
+        def run(images: int, count: int, logits: int, work: int, _: object = engine) -> None:
+            lead(constants.ctypes.data, images, count, logits, work, threads)
 
-    def run(images: int, count: int, logits: int, work: int, _: object = engine) -> None:
-        lead(constants.ctypes.data, images, count, logits, work, threads)
-
-    return Calls(HEADER + threads * compiled.work, run, serve, end)
+        return Calls(HEADER + threads * self.compiled.work, run, serve, end)
 
 
-def linked(code: bytes) -> tuple[Any, tuple[Any, ...]]:
-    """The object file ``code`` in memory: what keeps it there, and its functions to lead, to serve and to end."""
+def linked(code: bytes) -> Any:
+    """The object file ``code`` in memory, as long as what is returned is kept."""
     binding = llvm()
     target = binding.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target)
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    kinds = {
-        LEAD: (POINTER, POINTER, NUMBER, POINTER, POINTER, NUMBER),
-        SERVE: (POINTER, NUMBER),
-        END: (POINTER,),
-    }
-    functions = (ctypes.CFUNCTYPE(None, *kind)(engine.get_function_address(name)) for name, kind in kinds.items())
-    return engine, tuple(functions)
+    return engine

@@ -33,6 +33,10 @@ ARGUMENTS = (
 of layers is to be computed."""
 
 
+BY_ROWS = 14
+"""Maps of so many rows are split by rows: what a thread reads it has mostly made itself. Others are by channels."""
+
+
 @dataclass(frozen=True)
 class Module:
     """``text`` in LLVM's language, the constants that its code reads, and the bytes of a thread's work area."""
@@ -181,7 +185,7 @@ class Driver:
             self.emit_linear(code, step, layer)
         elif isinstance(layer, Conv) and not layer.is_depthwise:
             self.emit_by_tiles(code, step)
-        elif isinstance(layer, Conv) and self.storage(step.target).height <= self.storage(step.target).lanes // LANES:
+        elif isinstance(layer, Conv) and self.storage(step.target).height < BY_ROWS:
             self.emit_by_channels(code, step, layer)
         else:
             self.pack(step)
@@ -278,6 +282,12 @@ class Driver:
     def run_of_tiles(self, code: Code, step: Step, tile: tuple[Tiles, int, int], count: int, summands: int) -> None:
         """This part of all rows of ``count`` tiles of a kind."""
         height = self.storage(step.target).height
+        if height >= BY_ROWS:
+            first, behind = self.share_of(code, height)
+            code.each(
+                count, lambda i: code.between(first, behind, lambda y: self.tile_row(code, step, tile, i, y, summands))
+            )
+            return
         begin, end = self.share_of(code, count * height)
 
         def rows(i: Value) -> None:

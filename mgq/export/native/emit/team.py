@@ -1,9 +1,10 @@
 """Threads that work on one network together: on the images of a batch, or on the rows and channels of each layer.
 
-The library starts no threads: the caller's own call ``serve``. Work comes in phases: the images of a batch, then
-each group of layers of each image that is left. A phase has pieces, and who is free takes the next one: a thread that
-the system does not let run holds up nobody, unless it stops in the middle of a piece. The thread that leads waits for
-the pieces of a phase and opens the next. Between two runs the others sleep.
+The library starts no threads: the caller's own call ``serve``. Work comes in phases: an image for each thread as long
+as there are enough, then each group of layers of each image that is left. A phase has a piece for each thread, which
+has in its cache what it has made before. Who is done looks for a piece that nobody has begun: a thread that the system
+does not let run holds up nobody, unless it stops in the middle of a piece. The thread that leads waits for the pieces
+of a phase and opens the next. Between two runs the others sleep.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ PREPARE, ANSWER = "prepare", "answer"
 LEAD, SERVE, END = "mgq_lead", "mgq_serve", "mgq_end"
 HEADER = 4096
 """Bytes in front of the work areas, by which the threads know of one another. They begin as zeros."""
-JOB, CLAIM, FINISHED, SLEEPERS, TASK = 0, 128, 256, 384, 512
-"""The run's number, odd while it lasts; phase and next piece, 32 bits each; pieces done; who sleeps; the task."""
-STOP, CLOSED = -1, (1 << 31) - 1
-"""A run that is none, and a piece that is beyond any phase's."""
+JOB, PHASE, FINISHED, SLEEPERS, TASK, BEGUN = 0, 128, 256, 384, 512, 1024
+"""The run's number, odd while it lasts; the phase, counted for ever; pieces done; who sleeps; the task; and for each
+piece the last phase in which it was begun."""
+MOST_THREADS = (HEADER - BEGUN) // 8
+STOP, CLOSED = -1, 0
+"""A run, and a phase, that are none."""
 PATIENCE = 2000
 """How often a thread looks, some nanoseconds each, before it lets others run, or sleeps."""
 FUTEX = {"x86_64": 202, "aarch64": 98}
@@ -29,11 +32,11 @@ PAUSE = {"x86_64": "pause", "aarch64": "yield"}
 SLEEP, WAKE, ALL = 128, 129, (1 << 31) - 1
 """Operations of a futex that only this process knows, and how many to wake."""
 SIGNATURE = "i8* %constants, i8* %work, i8* %own, i8* %image, i8* %logits, i64 %part, i64 %parts"
-TASKS = tuple(
-    (name, "i64" if name in ("whole", "parts", "base") else "i8*")
-    for name in ("constants", "images", "logits", "whole", "parts", "base")
+TASKS = (
+    *((name, "i8*") for name in ("constants", "images", "logits")),
+    *((name, "i64") for name in ("rounds", "parts", "base", "phases")),
 )
-"""``whole`` images are for one thread each, what follows has ``parts`` pieces a phase, ``base`` is the first phase."""
+"""In ``rounds`` phases from ``base`` on every one of ``parts`` threads has an image of its own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Team:
             self.step(),
             self.network(),
             self.piece(),
-            claim(),
+            take(),
             self.lead(linkage),
             self.serve(linkage),
             end(linkage),
@@ -91,22 +94,25 @@ none:
   %answer = getelementptr i8, i8* %logits, i64 %skipped"""
 
     def piece(self) -> str:
-        """Piece ``part`` of phase ``index`` of a run."""
+        """Piece ``part`` of phase ``index`` of a run; the phases behind the ``rounds`` are groups of layers."""
         return f"""define internal void @alone(i8* %constants, i8* %own, i8* %images, i8* %logits, i64 %i) ATTRIBUTES {{
   {self.places("%i")}
   call void @network(i8* %constants, i8* %own, i8* %image, i8* %answer)
   ret void
 }}
-define internal void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %whole, i64 %parts,
+define internal void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %rounds, i64 %parts,
     i64 %index, i64 %part) ATTRIBUTES {{
-  %batch = icmp eq i64 %index, 0
+  %whole = mul i64 %rounds, %parts
+  %batch = icmp ult i64 %index, %rounds
   br i1 %batch, label %one, label %layers
 one:
-  call void @alone(i8* %constants, i8* %own, i8* %images, i8* %logits, i64 %part)
+  %before = mul i64 %index, %parts
+  %mine = add i64 %before, %part
+  call void @alone(i8* %constants, i8* %own, i8* %images, i8* %logits, i64 %mine)
   ret void
 layers:
   %work = getelementptr i8, i8* %team, i64 {HEADER}
-  %phase = sub i64 %index, 1
+  %phase = sub i64 %index, %rounds
   %group = urem i64 %phase, {len(self.groups)}
   %behind = udiv i64 %phase, {len(self.groups)}
   %i = add i64 %whole, %behind
@@ -136,21 +142,21 @@ body:
   br label %head
 tell:
   {place("job", JOB)}
-  {place("claim", CLAIM, "i64")}
+  {place("phase", PHASE, "i64")}
   {place("finished", FINISHED, "i64")}
   {place("sleepers", SLEEPERS)}
   {task_places()}
-  %rest = urem i64 %count, %parts
-  %whole = sub i64 %count, %rest
+  %rounds = udiv i64 %count, %parts
+  %whole = mul i64 %rounds, %parts
+  %rest = sub i64 %count, %whole
   %groups = mul i64 %rest, {len(self.groups)}
-  %phases = add i64 %groups, 1
-  %before = load atomic i64, i64* %claim monotonic, align 8
-  %old = lshr i64 %before, 32
-  %next = add i64 %old, 1
-  %base = and i64 %next, {(1 << 32) - 1}
-  %high = shl i64 %base, 32
-  %closed = or i64 %high, {CLOSED}
-  store atomic i64 %closed, i64* %claim seq_cst, align 8
+  %phases = add i64 %rounds, %groups
+  %before = load i64, i64* %base_at, align 8
+  %former = load i64, i64* %phases_at, align 8
+  %next = add i64 %before, %former
+  %begins = icmp eq i64 %next, 0
+  %base = select i1 %begins, i64 1, i64 %next
+  store atomic i64 {CLOSED}, i64* %phase seq_cst, align 8
   {stores}
   %job0 = load atomic i32, i32* %job monotonic, align 4
   %job1 = add i32 %job0, 1
@@ -158,29 +164,26 @@ tell:
   store atomic i32 %odd, i32* %job seq_cst, align 4
   %asleep = load atomic i32, i32* %sleepers seq_cst, align 4
   %wanted = icmp ne i32 %asleep, 0
-  br i1 %wanted, label %wake, label %phase
+  br i1 %wanted, label %wake, label %phased
 wake:
   {futex("woken", WAKE, str(ALL))}
-  br label %phase
-phase:
+  br label %phased
+phased:
   %index = phi i64 [0, %tell], [0, %wake], [%index1, %through]
   %open = icmp ult i64 %index, %phases
   br i1 %open, label %begin, label %over
 begin:
   store atomic i64 0, i64* %finished monotonic, align 8
   %number = add i64 %base, %index
-  %shifted = shl i64 %number, 32
-  store atomic i64 %shifted, i64* %claim seq_cst, align 8
-  %batch = icmp eq i64 %index, 0
-  %limit = select i1 %batch, i64 %whole, i64 %parts
+  store atomic i64 %number, i64* %phase seq_cst, align 8
   br label %take
 take:
-  %taken = call i1 @take(i8* %team, i8* %work)
+  %taken = call i1 @take(i8* %team, i8* %work, i64 0)
   br i1 %taken, label %take, label %wait
 wait:
   %looks = phi i64 [0, %take], [%looked, %rests], [%looks, %yield]
   %now = load atomic i64, i64* %finished acquire, align 8
-  %all = icmp uge i64 %now, %limit
+  %all = icmp uge i64 %now, %parts
   br i1 %all, label %finish, label %absent
 absent:
   %patient = icmp ult i64 %looks, {PATIENCE}
@@ -193,21 +196,22 @@ yield:
   %ignored = call i32 @sched_yield()
   br label %wait
 finish:
-  %in = urem i64 %index, {len(self.groups)}
+  %index1 = add i64 %index, 1
+  %layered = icmp uge i64 %index, %rounds
+  %done1 = sub i64 %index1, %rounds
+  %in = urem i64 %done1, {len(self.groups)}
   %isend = icmp eq i64 %in, 0
-  %layered = icmp ne i64 %index, 0
   %ready = and i1 %isend, %layered
   br i1 %ready, label %answers, label %through
 answers:
-  %which = udiv i64 %index, {len(self.groups)}
+  %which = udiv i64 %done1, {len(self.groups)}
   %ahead = sub i64 %which, 1
   %i = add i64 %whole, %ahead
   {self.places("%i")}
   call void @{ANSWER}({last})
   br label %through
 through:
-  %index1 = add i64 %index, 1
-  br label %phase
+  br label %phased
 over:
   %even = add i32 %odd, 1
   store atomic i32 %even, i32* %job seq_cst, align 4
@@ -233,7 +237,7 @@ look:
   %over = icmp eq i32 %now, {STOP}
   br i1 %over, label %done, label %work0
 work0:
-  %taken = call i1 @take(i8* %team, i8* %own)
+  %taken = call i1 @take(i8* %team, i8* %own, i64 %number)
   br i1 %taken, label %work, label %idle
 work:
   br label %look
@@ -262,36 +266,53 @@ done:
 }}"""
 
 
-def claim() -> str:
-    """``take``: work on the next piece, if there is one. The task is read between a look at the claim and the claim
-    itself: it holds where nobody changed the claim meanwhile."""
+def take() -> str:
+    """Work on a piece that nobody has begun, if there is one: ``number``, or the next. What is read of the task holds
+    where the phase is still the same behind it: ``CLOSED`` comes before a new task. And where a piece of that phase can
+    be begun it still lasts: it ends when all have been."""
     loads = "\n  ".join(f"%{name} = load {kind}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
-    return f"""define internal i1 @take(i8* %team, i8* %own) ATTRIBUTES {{
-  {place("claim", CLAIM, "i64")}
+    return f"""define internal i1 @take(i8* %team, i8* %own, i64 %number) ATTRIBUTES {{
+entry:
+  {place("phase", PHASE, "i64")}
   {place("finished", FINISHED, "i64")}
   {task_places()}
-  %seen = load atomic i64, i64* %claim acquire, align 8
+  %seen = load atomic i64, i64* %phase seq_cst, align 8
   {loads}
-  %phase = lshr i64 %seen, 32
-  %part = and i64 %seen, {(1 << 32) - 1}
-  %from = sub i64 %phase, %base
-  %index = and i64 %from, {(1 << 32) - 1}
-  %batch = icmp eq i64 %index, 0
-  %limit = select i1 %batch, i64 %whole, i64 %parts
-  %is = icmp ult i64 %part, %limit
-  br i1 %is, label %try, label %nothing
+  fence seq_cst
+  %still = load atomic i64, i64* %phase seq_cst, align 8
+  %same = icmp eq i64 %seen, %still
+  %open = icmp ne i64 %seen, {CLOSED}
+  %known = icmp ult i64 %number, %parts
+  %some = and i1 %same, %open
+  %good = and i1 %some, %known
+  br i1 %good, label %look, label %nothing
+look:
+  %tries = phi i64 [0, %entry], [%tried, %next]
+  %place = phi i64 [%number, %entry], [%following, %next]
+  %offset = mul i64 %place, 8
+  %from = add i64 %offset, {BEGUN}
+  %begun.byte = getelementptr i8, i8* %team, i64 %from
+  %begun = bitcast i8* %begun.byte to i64*
+  %last = load atomic i64, i64* %begun monotonic, align 8
+  %free = icmp ult i64 %last, %seen
+  br i1 %free, label %try, label %next
 try:
-  %next = add i64 %seen, 1
-  %result = cmpxchg i64* %claim, i64 %seen, i64 %next seq_cst seq_cst
+  %result = cmpxchg i64* %begun, i64 %last, i64 %seen seq_cst seq_cst
   %got = extractvalue {{i64, i1}} %result, 1
-  br i1 %got, label %mine, label %again
+  br i1 %got, label %mine, label %next
 mine:
-  call void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %whole, i64 %parts,
-    i64 %index, i64 %part)
+  %index = sub i64 %seen, %base
+  call void @piece(i8* %team, i8* %own, i8* %constants, i8* %images, i8* %logits, i64 %rounds, i64 %parts,
+    i64 %index, i64 %place)
   %counted = atomicrmw add i64* %finished, i64 1 seq_cst
   ret i1 true
-again:
-  ret i1 true
+next:
+  %tried = add i64 %tries, 1
+  %one = add i64 %place, 1
+  %over = icmp uge i64 %one, %parts
+  %following = select i1 %over, i64 0, i64 %one
+  %more = icmp ult i64 %tried, %parts
+  br i1 %more, label %look, label %nothing
 nothing:
   ret i1 false
 }}"""
