@@ -152,7 +152,7 @@ def layers(path: Path, rounds: int) -> None:
     )
     work, logits = library.team.work.ctypes.data + HEADER, np.empty((1, plan.program.classes), np.float32)
     places = library.constants.ctypes.data, work, work, IMAGE.ctypes.data, logits.ctypes.data
-    count = len(plan.groups) + 1
+    count = len(plan.groups)
     times = np.full((rounds, count + 1), np.inf)
     peak = PeakLoop(Precision.INT8, this_machine().features, 1)
     rates = []
@@ -164,8 +164,8 @@ def layers(path: Path, rounds: int) -> None:
                 times[number, group] = min(times[number, group], time.perf_counter_ns() - start)
         rates.append(peak.macs / shortest(lambda: peak.run(IMAGE)))
     spent = np.median(times[:, :-1] - times[:, -1:], axis=0)
-    kinds = ["pixels", *(kind_of(group) for group in plan.groups)]
-    macs = [0, *(sum(macs_of(plan, step) for step in group) for group in plan.groups)]
+    kinds = [kind_of(group) for group in plan.groups]
+    macs = [sum(macs_of(plan, step) for step in group) for group in plan.groups]
     rate = float(np.median(rates))
     print(f"{path.stem}: {spent.sum() / 1e6:.2f} ms, peak {rate:.0f} GMAC/s; {load_text()}")
     for kind in sorted(set(kinds), key=lambda kind: -sum(spent[i] for i, one in enumerate(kinds) if one == kind)):

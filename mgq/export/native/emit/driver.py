@@ -22,7 +22,7 @@ from mgq.export.native.emit.windows import (
 )
 from mgq.export.native.layout import LANES, Storage
 from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
-from mgq.export.native.planner import Plan, Step, window_of
+from mgq.export.native.planner import BY_ROWS, Plan, Step, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
 ARGUMENTS = (
@@ -33,8 +33,10 @@ ARGUMENTS = (
 of layers is to be computed."""
 
 
-BY_ROWS = 14
-"""Maps of so many rows are split by rows: what a thread reads it has mostly made itself. Others are by channels."""
+Span = tuple[Value, Value]
+"""The first, and the first behind."""
+Tile = tuple[Tiles, int, int]
+"""Tiles, the first of its kind among them, and its vectors of outputs."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,6 @@ class Driver:
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
 
     def module(self, attributes: str, linkage: str) -> Module:
-        self.function("pixels", self.start)
         for i, group in enumerate(self.plan.groups):
             self.function(f"group{i}", partial(self.emit_group, group=group))
         team = Team([code.name for code in self.functions], self.plan.size, self.pixels, self.program.classes)
@@ -102,7 +103,7 @@ class Driver:
 
     # Threads
 
-    def share_of(self, code: Code, count: int) -> tuple[Value, Value]:
+    def share_of(self, code: Code, count: int) -> Span:
         """The first of ``count`` that is of this part, and the first behind it."""
         first, behind = (code.number("mul", count, part) for part in ("%part", code.number("add", "%part", 1)))
         return code.number("udiv", first, "%parts"), code.number("udiv", behind, "%parts")
@@ -129,8 +130,11 @@ class Driver:
         for i, value in enumerate((0, 128)):
             self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
 
-    def start(self, code: Code) -> None:
+    def read_pixels(self, code: Code, group: list[Step], span: Span | None = None) -> None:
+        """The rows ``span`` of the image, or all of them, where ``group`` is the one that reads it."""
         storage = self.storage(self.program.input)
+        if group is not self.plan.groups[0]:
+            return
         self.border(code, storage)
         tensor = self.program.tensors[self.program.input]
         shape = tensor.height, tensor.width, tensor.channels
@@ -140,7 +144,7 @@ class Driver:
             source = code.at("%image", code.number("mul", y, tensor.width))
             code.call("void", name, ("i8*", source), ("i8*", self.row(code, storage, y)))
 
-        code.between(*self.share_of(code, tensor.height), row)
+        code.between(*(span or ("0", str(tensor.height))), row)
 
     def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
         byte = value - 256 if value > 127 else value
@@ -154,10 +158,13 @@ class Driver:
         if storage.ring is not None:
             self.fill(code, code.at(base_of(storage), storage.offset), storage.fill, storage.size)
             return
-        self.by_first(code, lambda: self.edges(code, storage))
+        if storage.own:
+            self.edges(code, storage)
+        else:
+            self.by_first(code, lambda: self.edges(code, storage))
 
     def edges(self, code: Code, storage: Storage) -> None:
-        base = code.at("%work", storage.offset)
+        base = code.at(base_of(storage), storage.offset)
         edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
         self.fill(code, base, storage.fill, edge + side // 2)
         self.fill(code, code.at(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
@@ -172,47 +179,120 @@ class Driver:
     # Groups
 
     def emit_group(self, code: Code, group: list[Step]) -> None:
+        """This part of ``group``: some rows of its last step, with what they need, or some channels."""
         for step in group:
             self.border(code, self.storage(step.target))
-        if len(group) > 1:
-            self.emit_rows(code, group)
-            return
-        (step,) = group
-        layer = step.layer
+        layer = group[0].layer
         if isinstance(layer, Mean):
-            self.emit_mean(code, step, layer)
-        elif isinstance(layer, Linear):
-            self.emit_linear(code, step, layer)
-        elif isinstance(layer, Conv) and not layer.is_depthwise:
-            self.emit_by_tiles(code, step)
-        elif isinstance(layer, Conv) and self.storage(step.target).height < BY_ROWS:
-            self.emit_by_channels(code, step, layer)
-        else:
+            self.emit_mean(code, group[0], layer)
+            return
+        if isinstance(layer, Linear):
+            self.emit_linear(code, group[0], layer)
+            return
+        for step in group:
             self.pack(step)
-            height = self.storage(step.target).height
-            code.between(*self.share_of(code, height), lambda y: self.emit_row(code, step, y))
+        if self.storage(group[-1].target).height < BY_ROWS and not self.is_by_row(group):
+            self.read_pixels(code, group)
+            self.emit_by_channels(code, group)
+            return
+        spans = self.spans(code, group)
+        self.read_pixels(code, group, spans[0])
+        if self.is_by_row(group):
+            self.emit_rows(code, group, spans[1:])
+            return
+        for step, span in zip(group, spans[1:], strict=True):
+            self.emit_span(code, step, span)
 
-    def emit_by_channels(self, code: Code, step: Step, layer: Conv) -> None:
-        """All rows of a depthwise convolution; each part has some of the channels."""
-        self.pack(step)
-        target = self.storage(step.target)
-        first, behind = self.share_of(code, target.lanes // LANES)
-        count = code.number("sub", behind, first)
+    def is_by_row(self, group: list[Step]) -> bool:
+        """Whether each row goes through all steps before the next one comes."""
+        return len(group) > 1 and self.storage(group[0].target).ring is not None
+
+    def spans(self, code: Code, group: list[Step]) -> list[Span]:
+        """First row, and the first behind, of what is needed of the source and of each step for this part."""
+        found = [self.share_of(code, self.storage(group[-1].target).height)]
+        for step in reversed(group):
+            first, behind = found[0]
+            height = self.storage(step.source).height
+            last = self.rows_needed(code, step, code.number("sub", behind, 1), height)
+            found.insert(0, (self.first_needed(code, step, first), last))
+        return found
+
+    def emit_span(self, code: Code, step: Step, span: Span) -> None:
+        """All of the rows ``span``. Of a convolution one tile of outputs after the other: its weights stay near."""
+        if not isinstance(step.layer, Conv) or step.layer.is_depthwise:
+            code.between(*span, lambda y: self.emit_row(code, step, y))
+            return
+        summands = self.summands(step)
+        for first, count, vectors in self.tiles[id(step)].runs():
+            tile = self.tiles[id(step)], first, vectors
+
+            def rows(i: Value, tile: Tile = tile) -> None:
+                code.between(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+            code.each(count, rows)
+
+    def emit_by_channels(self, code: Code, group: list[Step]) -> None:
+        step, *following = group
+        layer, target = step.layer, self.storage(step.target)
+        if isinstance(layer, Conv) and not layer.is_depthwise:
+            summands, place = self.summands(step), 0
+            for first, count, vectors in self.tiles[id(step)].runs():
+                tile = self.tiles[id(step)], first, vectors
+                if following:
+                    self.whole_tiles(code, group, tile, (count, place), summands)
+                else:
+                    self.rows_of_tiles(code, step, tile, count, summands)
+                place += count * vectors
+        elif isinstance(layer, Conv):
+            self.channels_of_depthwise(code, step, self.share_of(code, target.lanes // LANES))
+        else:
+            code.between(*self.share_of(code, target.height), lambda y: self.emit_row(code, step, y))
+
+    def channels_of_depthwise(self, code: Code, step: Step, span: Span) -> None:
+        """All rows of some channels, by 16."""
+        first, behind = span
+        layer, count = step.layer, code.number("sub", behind, first)
+        assert isinstance(layer, Conv)
 
         def rows() -> None:
-            code.each(target.height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
+            height = self.storage(step.target).height
+            code.each(height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
 
         code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
 
-    def emit_rows(self, code: Code, group: list[Step]) -> None:
+    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, run: tuple[int, int], summands: int) -> None:
+        """This part of a run of tiles, as many as there are and the first vector, and of the depthwise step behind."""
+        step, depthwise = group
+        count, place = run
+        first, behind = self.share_of(code, count)
+        height, vectors = self.storage(step.target).height, tile[2]
+
+        def rows(i: Value) -> None:
+            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+        code.between(first, behind, rows)
+        ends = [code.number("add", code.number("mul", end, vectors), place) for end in (first, behind)]
+        self.channels_of_depthwise(code, depthwise, (ends[0], ends[1]))
+
+    def rows_of_tiles(self, code: Code, step: Step, tile: Tile, count: int, summands: int) -> None:
+        """This part of all rows of ``count`` tiles of a kind."""
+        height = self.storage(step.target).height
+        begin, end = self.share_of(code, count * height)
+
+        def rows(i: Value) -> None:
+            before = code.number("mul", i, height)
+            top = code.larger(code.number("sub", begin, before), 0)
+            bottom = code.larger(code.number("sub", end, before), height, "slt")
+            code.between(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+        above = code.number("add", end, height - 1)
+        code.between(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
+
+    def emit_rows(self, code: Code, group: list[Step], spans: list[Span]) -> None:
         """Each row of the last step, with what it needs of the steps before."""
-        for step in group:
-            self.pack(step)
         done = [code.slot() for _ in group]
-        first, behind = self.share_of(code, self.storage(group[-1].target).height)
-        for slot, step in zip(reversed(done), reversed(group), strict=True):
+        for slot, (first, _) in zip(done, spans, strict=True):
             code.put(slot, first)
-            first = self.first_needed(code, step, first)
 
         def produce(i: int, limit: Value) -> None:
             def body(y: Value) -> None:
@@ -222,7 +302,7 @@ class Driver:
 
             code.while_below(done[i], limit, body)
 
-        produce(len(group) - 1, behind)
+        produce(len(group) - 1, spans[-1][1])
 
     def first_needed(self, code: Code, step: Step, y: Value) -> Value:
         """The first row of the source that row ``y`` is made of."""
@@ -271,34 +351,6 @@ class Driver:
 
                 code.each(count, tile)
 
-    def emit_by_tiles(self, code: Code, step: Step) -> None:
-        """All rows of one tile of outputs, then those of the next: weights are read from memory once."""
-        self.pack(step)
-        tiles = self.tiles[id(step)]
-        summands = self.summands(step)
-        for first, count, vectors in tiles.runs():
-            self.run_of_tiles(code, step, (tiles, first, vectors), count, summands)
-
-    def run_of_tiles(self, code: Code, step: Step, tile: tuple[Tiles, int, int], count: int, summands: int) -> None:
-        """This part of all rows of ``count`` tiles of a kind."""
-        height = self.storage(step.target).height
-        if height >= BY_ROWS:
-            first, behind = self.share_of(code, height)
-            code.each(
-                count, lambda i: code.between(first, behind, lambda y: self.tile_row(code, step, tile, i, y, summands))
-            )
-            return
-        begin, end = self.share_of(code, count * height)
-
-        def rows(i: Value) -> None:
-            before = code.number("mul", i, height)
-            top = code.larger(code.number("sub", begin, before), 0)
-            bottom = code.larger(code.number("sub", end, before), height, "slt")
-            code.between(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
-
-        above = code.number("add", end, height - 1)
-        code.between(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
-
     def summands(self, step: Step) -> int:
         """The offset of the two factors of the sum, own first."""
         if step.sum is None or step.added is None:
@@ -307,9 +359,7 @@ class Driver:
         order = [factors[step.layer.output], factors[step.added]]
         return self.constants.add(np.repeat(np.array(order, np.float32), 16))
 
-    def tile_row(
-        self, code: Code, step: Step, tile: tuple[Tiles, int, int], index: Value, y: Value, summands: int
-    ) -> None:
+    def tile_row(self, code: Code, step: Step, tile: Tile, index: Value, y: Value, summands: int) -> None:
         """Row ``y`` of tile number ``index`` behind the first of its kind."""
         tiles, first, vectors = tile
         layer, target = step.layer, self.storage(step.target)
@@ -470,5 +520,4 @@ class Driver:
 
 
 def base_of(storage: Storage) -> Value:
-    """Rows that are kept for a while are each thread's own."""
-    return "%work" if storage.ring is None else "%own"
+    return "%own" if storage.own else "%work"

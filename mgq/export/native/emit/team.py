@@ -24,8 +24,8 @@ piece the last phase in which it was begun."""
 MOST_THREADS = (HEADER - BEGUN) // 8
 STOP, CLOSED = -1, 0
 """A run, and a phase, that are none."""
-PATIENCE = 2000
-"""How often a thread looks, some nanoseconds each, before it lets others run, or sleeps."""
+PATIENCE = 8000
+"""How often a thread looks before it lets others run, or sleeps: some 20 ns each."""
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of that system call."""
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}
