@@ -170,14 +170,15 @@ class Planner:
         for step in self.steps:
             last = groups[-1][-1] if groups else None
             follows = last is not None and self.stored[step.source] == last.target and readers[last.target] == 1
-            if last is not None and follows and not self.keep and self.runs_with(last, step, len(groups[-1])):
+            if last is not None and follows and not self.keep and self.runs_with(groups[-1], step):
                 groups[-1].append(step)
             else:
                 groups.append([step])
         return groups
 
-    def runs_with(self, last: Step, step: Step, length: int) -> bool:
-        """Whether what ``last`` makes for ``step`` stays in the thread that has made it."""
+    def runs_with(self, group: list[Step], step: Step) -> bool:
+        """Whether what the last of ``group`` makes for ``step`` stays in the thread that has made it."""
+        last, length = group[-1], len(group)
         tensor = self.program.tensors[last.target]
         if not isinstance(last.layer, Conv):
             return False
@@ -188,7 +189,7 @@ class Planner:
         if step.layer.is_depthwise:
             return length == 1 and not last.layer.is_depthwise
         follows = length == 2 and last.layer.is_depthwise and is_pointwise(step.layer)
-        return follows and (tensor.height * tensor.width >= FUSED_PIXELS // 4 or tensor.height >= BY_ROWS)
+        return follows and (is_large(self.program.tensors[group[0].target]) or tensor.height >= BY_ROWS)
 
     # Steps to memory
 
