@@ -11,12 +11,16 @@ import megengine
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from megengine import Tensor
 from megengine.quantization.quantize import disable_observer
 
+from mgq.engine.classifier import parity
 from mgq.engine.classifier.parity import layer_parities
 from mgq.errors import InputError
+from mgq.export.native.program import read_program
+from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import (
     Add,
@@ -38,7 +42,7 @@ from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import prepared_for_qat
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, channel_scales, without_ties
-from mgq.runtime.registry import ENGINES, load
+from mgq.runtime.registry import ENGINES, Engine, load
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
 from tests.conftest import logits_of, smooth_pictures
@@ -84,6 +88,16 @@ def written(network: M.Module, folder: Path) -> Path:
     return path
 
 
+def shown_in_numpy(
+    _: Engine, path: Path, layers: list[str], pictures: npt.NDArray[np.uint8]
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """What the native engine's specification gives behind each of ``layers``."""
+    values = run_reference(read_program(onnx.load(str(path))), pictures)[1]
+    found = {layer: values[f"{layer}/q"] for layer in layers if f"{layer}/q" in values}
+    assert len(found) > 5
+    return found
+
+
 def is_tie_free(ratio: float, largest: int = 8191) -> bool:
     """Whether ``ratio`` is, to float32, a fraction whose denominator is odd and at most ``largest``."""
     found = Fraction(ratio).limit_denominator(largest)
@@ -108,6 +122,14 @@ class TestOneTruth:
             for layer in layer_parities(engine, path, network, PICTURES):
                 assert layer.share == 0, layer
 
+    def test_every_integer_is_that_of_the_integers_in_numpy(
+        self, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parity, "shown_by", shown_in_numpy)
+        network = calibrated(number)
+        for layer in layer_parities(SHOWING[0], written(network, tmp_path), network, PICTURES):
+            assert layer.share == 0, layer
+
     def test_without_pictures_too(self, number: int, tmp_path: Path) -> None:
         arch, options = FAMILIES[number]
         network, _ = data_free_network(float_network(arch, options), arch, "", {}, ONNX)
@@ -131,6 +153,22 @@ class TestOneTruth:
                 assert is_tie_free(ratios[0] / POSITIONS), node.output
             seen.add(type(node))
         assert {Convolution, GlobalAverage} <= seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet50", "shufflenet_v1_x1_5_g3"])
+def test_every_integer_of_larger_networks_is_the_same(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "shown_by", shown_in_numpy)
+    network = calibrated_network(
+        float_network(arch, {}), [PICTURES], arch, "", {}, "min-max", equalize=False, target=ONNX
+    )[0]
+    path = written(network, tmp_path)
+    for layer in layer_parities(SHOWING[0], path, network, PICTURES):
+        assert layer.share == 0, layer
+    native = load(path, "native").run(PICTURES)
+    np.testing.assert_allclose(logits_of(network, PICTURES), native, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("target", [ONNX, ONNX_AVX2], ids=lambda target: target.name)

@@ -247,7 +247,7 @@ def test_the_address_sanitizer_finds_nothing_in_the_portable_kernels(
     done = answered(tmp_path, image)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[:2000]
     assert np.array_equal(np.frombuffer(done.stdout, np.float32), run_reference(program, image)[0][0])
-    write_program(tmp_path, module, object_of(text, PORTABLE, shared=True), program, [*gaps, (0, gaps[3][1] - 64, 64)])
+    write_program(tmp_path, module, object_of(text, PORTABLE, shared=True), program, [*gaps, (1, guards[0] - 64, 64)])
     assert not built(tmp_path, "cc", "-fsanitize=address")
     assert b"AddressSanitizer" in answered(tmp_path, image).stderr
 

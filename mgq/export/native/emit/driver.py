@@ -236,10 +236,13 @@ class Driver:
         layer, target = step.layer, self.storage(step.target)
         if isinstance(layer, Conv) and not layer.is_depthwise:
             summands, place = self.summands(step), 0
+            whole = self.share_of(code, len(self.tiles[id(step)].vectors))
             for first, count, vectors in self.tiles[id(step)].runs():
                 tile = self.tiles[id(step)], first, vectors
                 if following:
-                    self.whole_tiles(code, group, tile, (count, place), summands)
+                    begin = code.larger(code.number("sub", whole[0], first), 0)
+                    end = code.larger(code.number("sub", whole[1], first), count, "slt")
+                    self.whole_tiles(code, group, tile, (begin, end), place)
                 else:
                     self.rows_of_tiles(code, step, tile, count, summands)
                 place += count * vectors
@@ -260,18 +263,16 @@ class Driver:
 
         code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
 
-    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, run: tuple[int, int], summands: int) -> None:
-        """This part of a run of tiles, as many as there are and the first vector, and of the depthwise step behind."""
+    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, span: Span, place: int) -> None:
+        """Some tiles of a run that begins with vector ``place``, and the same channels of the depthwise step behind."""
         step, depthwise = group
-        count, place = run
-        first, behind = self.share_of(code, count)
         height, vectors = self.storage(step.target).height, tile[2]
 
         def rows(i: Value) -> None:
-            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
+            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, 0))
 
-        code.between(first, behind, rows)
-        ends = [code.number("add", code.number("mul", end, vectors), place) for end in (first, behind)]
+        code.between(*span, rows)
+        ends = [code.number("add", code.number("mul", end, vectors), place) for end in span]
         self.channels_of_depthwise(code, depthwise, (ends[0], ends[1]))
 
     def rows_of_tiles(self, code: Code, step: Step, tile: Tile, count: int, summands: int) -> None:
