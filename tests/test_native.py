@@ -35,11 +35,13 @@ from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.machine import usable_cores
 from mgq.ptq.calibrate import calibrated_network
 from mgq.ptq.quantize import quantize
+from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
+from mgq.runtime.registry import engine_for
 from mgq.zoo.registry import spec_of
 
 FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
@@ -357,6 +359,22 @@ def test_a_float_file_is_refused_in_one_line(tmp_path: Path) -> None:
         NativeRuntime(path)
 
 
+def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go_there(tmp_path: Path) -> None:
+    megengine.random.seed(3)
+    network = spec_of("resnet18").build(10)
+    network.eval()
+    fake, _ = calibrated_network(
+        network, [noise(32)], "resnet18", "", {}, "min-max", correct_bias=False, compensate=False, target=ONNX
+    )
+    keep_in_float(fake, ["layer2.0.conv_bn_relu1"])
+    path = tmp_path / "mixed.onnx"
+    onnx.save(model_of(plain_graph(fake, 32), 32, 1, {}), str(path))
+    with pytest.raises(InputError, match=r"in float: pass --engine openvino, or .* OpenVINO$") as refused:
+        NativeRuntime(path)
+    assert "\n" not in str(refused.value)
+    assert engine_for(path).key == "openvino"
+
+
 def test_images_of_another_shape_are_refused(file: Path) -> None:
     with pytest.raises(InputError, match="32"):
         NativeRuntime(file).run(noise(64))
@@ -382,10 +400,10 @@ def test_a_shared_library_gives_the_bits_of_the_reference(tmp_path: Path, level:
     assert runtime.about["arch"] == "mobilenet_v2"
 
 
-def example() -> str:
-    """The C program of the documents."""
+def example(number: int = 0) -> str:
+    """A C program of the documents."""
     text = (Path(__file__).parents[1] / "docs" / "guides" / "native-library.md").read_text(encoding="utf-8")
-    return text.partition("```c\n")[2].partition("```")[0]
+    return text.split("```c\n")[number + 1].partition("```")[0]
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -402,6 +420,20 @@ def test_the_program_in_c_of_the_documents_gives_the_same_bits(tmp_path: Path) -
     name, logit = done.stdout.decode().strip().rsplit(" ", 1)
     assert name == f"mobilenet_v2: class {wanted.argmax()}"
     assert np.float32(float.fromhex(logit)) == wanted.max()
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+def test_two_threads_of_a_program_in_c_give_the_same_bits(tmp_path: Path) -> None:
+    program = program_for("mobilenet_v2", 32)
+    write_library(program, tmp_path / "network.so", BEST, {})
+    (tmp_path / "main.c").write_text(example(1), encoding="utf-8")
+    command = ["cc", "-Wall", "-Werror", "-std=c99", "-pthread", "main.c", "./network.so", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    images = noise(32, 9, 2)
+    done = subprocess.run(["./main"], cwd=tmp_path, input=images.tobytes(), check=True, capture_output=True, timeout=60)
+    answers = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
+    wanted = run_reference(program, images)[0]
+    assert [np.float32(float.fromhex(logit)) for _, logit in answers] == list(wanted.max(axis=1))
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -439,6 +471,11 @@ def test_other_libraries_and_other_files_are_refused(tmp_path: Path) -> None:
         LibraryRuntime(tmp_path / "text.so")
     with pytest.raises(InputError, match="cannot read"):
         LibraryRuntime(tmp_path / "missing.so")
+    content = bytearray((tmp_path / "other.so").read_bytes())
+    content[18:20] = (0xF3).to_bytes(2, "little")  # RISC-V
+    (tmp_path / "foreign.so").write_bytes(content)
+    with pytest.raises(InputError, match="is for processors other than"):
+        LibraryRuntime(tmp_path / "foreign.so")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")

@@ -22,6 +22,7 @@ JOB, PHASE, FINISHED, SLEEPERS, TASK, BEGUN = 0, 128, 256, 384, 512, 1024
 """The run's number, odd while it lasts; the phase, counted for ever; pieces done; who sleeps; the task; and for each
 piece the last phase in which it was begun."""
 MOST_THREADS = (HEADER - BEGUN) // 8
+"""More find nothing to do."""
 STOP, CLOSED = -1, 0
 """A run, and a phase, that are none."""
 PATIENCE = 8000
@@ -126,8 +127,10 @@ layers:
         stores = "\n  ".join(f"store {kind} %{name}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
         last = "i8* %constants, i8* %work, i8* %work, i8* %image, i8* %answer, i64 0, i64 1"
         return f"""define {linkage} void @{LEAD}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
-    i64 %parts) ATTRIBUTES {{
+    i64 %threads) ATTRIBUTES {{
 entry:
+  %fit = icmp ult i64 %threads, {MOST_THREADS}
+  %parts = select i1 %fit, i64 %threads, i64 {MOST_THREADS}
   %work = getelementptr i8, i8* %team, i64 {HEADER}
   call void @{PREPARE}(i8* %work)
   %single = icmp ult i64 %parts, 2
