@@ -1,10 +1,14 @@
-"""How long work reports its progress without knowing who watches."""
+"""How long work reports its progress without knowing who watches: to callbacks or, without them, to the log."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
+
+LOG = logging.getLogger("mgq")
+"""Where remarks (level INFO) and progress (level DEBUG) go that no callback takes."""
 
 
 class Progress(NamedTuple):
@@ -23,16 +27,18 @@ class Progress(NamedTuple):
 OnProgress = Callable[[Progress], None]
 
 
-def silent(_: Progress) -> None:
-    """The listener of a caller who does not want to know."""
+def silent(event: Progress) -> None:
+    """The listener of a caller who gives none: progress is in the log, for who looks."""
+    LOG.debug("%s: %s of %s %s %s", event.what, event.done, event.total, event.unit, event.detail)
 
 
 OnRemark = Callable[[str], None]
 """Takes a line that is worth keeping in sight."""
 
 
-def unheard(_: str) -> None:
-    """The reader of a caller who wants no remarks."""
+def unheard(line: str) -> None:
+    """The reader of a caller who gives none: remarks are in the log."""
+    LOG.info("%s", line)
 
 
 def never() -> bool:

@@ -107,10 +107,10 @@ def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = 
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
     """
-    from mgq.cli.console import import_megengine
     from mgq.engine.classifier.file_validation import refuse_unreadable
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
+    from mgq.system.megengine_start import import_megengine
 
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")

@@ -171,7 +171,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, prepare_process, progress, say, show_table
+    from mgq.cli.console import note, progress, say, show_table
     from mgq.engine.training.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -181,6 +181,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     from mgq.engine.training import training_run
     from mgq.engine.training.trainer import StoppedError
     from mgq.events import Watcher
+    from mgq.system.megengine_start import prepare_process
 
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}

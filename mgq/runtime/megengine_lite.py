@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.megengine.megengine_file import read_sealed
 from mgq.export.megengine.writer import LiteGraph
+from mgq.machine import set_library_defaults
 from mgq.runtime.protocol import cannot_run, checked_threads
 
 
@@ -26,6 +27,7 @@ class LiteRuntime:
     version = megengine.__version__
 
     def __init__(self, path: Path, threads: int = 1) -> None:
+        set_library_defaults()
         self.threads = checked_threads(threads)
         graph, self.about, face = read_sealed(path)
         self.path = path

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.onnx.onnx_file import imported, read_onnx
-from mgq.machine import muted_stderr
+from mgq.machine import muted_stderr, set_library_defaults
 from mgq.runtime.onnxruntime import fed
 from mgq.runtime.protocol import OfOnnxFile, cannot_run, checked_threads
 
@@ -24,6 +24,7 @@ class OpenVino(OfOnnxFile):
     name = "OpenVINO"
 
     def __init__(self, path: Path, threads: int = 1) -> None:
+        set_library_defaults()
         engine = imported("openvino")
         self.version: str = engine.__version__.partition("-")[0]
         self.threads = checked_threads(threads)

@@ -169,7 +169,7 @@ class Pictures:
         classifier: Classifier,
         sources: Sequence[Source],
         on_progress: OnProgress,
-        on_remark: OnRemark = unheard,
+        on_remark: OnRemark | None = unheard,
     ) -> None:
         self.classifier = classifier
         self.sources = sources
@@ -193,13 +193,14 @@ class Pictures:
                 yield to_batch(crops)
             done += len(group)
             self.on_progress(Progress(f"calibrate{told}", done, len(self.sources), "pictures"))
-        for line in likeness.warnings():
-            self.on_remark(line)
-        self.on_remark = unheard  # they are the same pictures the next time
+        if self.on_remark is not None:
+            for line in likeness.warnings():
+                self.on_remark(line)
+        self.on_remark = None  # they are the same pictures the next time
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): so many of them."""
-        return Pictures(self.classifier, self.sources[:number], silent).all()
+        return Pictures(self.classifier, self.sources[:number], silent, None).all()
 
     def all(self) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""
