@@ -12,7 +12,7 @@ import pytest
 from mgq.data.datasets import evaluation_folder
 from mgq.events import Progress
 from mgq.machine import SPIN_VARIABLE
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 
 IMPORT_THEN_CALL = f"""
 import os
@@ -37,7 +37,7 @@ def test_the_environment_is_as_it_was_until_a_call_needs_it() -> None:
 def labelled(tmp_path: Path) -> Path:
     """A set of two classes with a file in it that is no picture, which is worth a remark."""
     for kind in ("a", "b"):
-        write_pictures(tmp_path / kind, 1)
+        write_images(tmp_path / kind, 1)
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     return tmp_path
 

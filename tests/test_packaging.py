@@ -109,5 +109,5 @@ def said(*command: str | Path, where: Path) -> str:
 
 def test_what_is_installed_runs_and_finds_its_files(installed: Path, tmp_path: Path) -> None:
     assert said(installed / "mgq", "--version", where=tmp_path).startswith("mgq ")
-    file, networks, picture = json.loads(said(installed / "python", "-c", LOADED, where=tmp_path))
-    assert Path(file).is_relative_to(installed.parent) and networks > 5 and picture > 1000
+    file, networks, image = json.loads(said(installed / "python", "-c", LOADED, where=tmp_path))
+    assert Path(file).is_relative_to(installed.parent) and networks > 5 and image > 1000

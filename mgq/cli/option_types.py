@@ -82,9 +82,9 @@ class Pixels(Number):
         super().__init__(int)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from mgq.weights.checkpoint import checked_size
+        from mgq.weights.checkpoint import check_size
 
-        return checked_size(super().convert(value, param, ctx))
+        return check_size(super().convert(value, param, ctx))
 
 
 class Folder(click.Path):
@@ -154,9 +154,9 @@ def qualities() -> Iterable[str]:
 
 
 def engines() -> Iterable[str]:
-    from mgq.runtime.registry import engine_names
+    from mgq.runtime.registry import backend_names
 
-    return engine_names()
+    return backend_names()
 
 
 def formats() -> Iterable[str]:

@@ -34,7 +34,7 @@ def page_of(analysis: Analysis) -> str:
         arch=arch,
         analysis=analysis,
         versions=versions(),
-        remarks=[*analysis.remarks, *analysis.pictures.problems],
+        remarks=[*analysis.remarks, *analysis.images.problems],
         summary=summary(analysis),
         marked=min(MARKED, len(found.layers)),
         alone=alone_chart(found.layers, {layer.name for layer in found.worst(MARKED)}),

@@ -70,7 +70,7 @@ def fixed(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}"
 
 
-def checked_page(path: Path, option: str = "--html") -> Path:
+def check_page_path(path: Path, option: str = "--html") -> Path:
     """``path``, given by ``option``, if a page can be written there: found out before the work, which takes minutes.
 
     Raises InputError.

@@ -11,10 +11,10 @@ from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import three_digits
 from mgq.engine.classifier.evaluate import ClassResult, Evaluation
 from mgq.engine.runs.run_folder import Metrics
-from mgq.reports.backend_comparison import ROUNDS, Engines, Row
+from mgq.reports.backend_comparison import ROUNDS, BackendComparison, Row
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Table, render
-from mgq.reports.run_predictions import FLOAT, INT8, SIMULATED, VERDICTS, Measured, Networks
+from mgq.reports.run_predictions import FLOAT, INT8, SIMULATED, VERDICTS, Measurements, Networks
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report
@@ -23,7 +23,7 @@ MATRIX = 20
 """More classes have a list of confusions instead of a matrix."""
 CONFUSIONS = 15
 LISTED_CLASSES = 120
-PICTURES_A_CLASS = 5
+IMAGES_A_CLASS = 5
 """With fewer than so many pictures a class (the median) its accuracy says little, and is left out."""
 NONE = "-"
 WHAT = {
@@ -46,7 +46,7 @@ def page_of(report: Report) -> str:
         lead=lead_of(report),
         tiles=list(tiles_of(report)),
         facts=facts_of(report),
-        accuracy=noted(report) if found is None else accuracy(report, found),
+        accuracy=list_notes(report) if found is None else accuracy(report, found),
         curves=curves_of(report),
         epochs=epochs(report),
         engines=None if report.engines is None else engines(report.engines),
@@ -76,11 +76,11 @@ def lead_of(report: Report) -> str | None:
     return f"int8 answers {percent(found.last.top1)} {of}: {change}. It gives float32's answer to {same}."
 
 
-def name_in_words(found: Measured) -> str:
+def name_in_words(found: Measurements) -> str:
     return INT8 if INT8 in found.found else FLOAT
 
 
-def kind_of(found: Measured) -> str:
+def kind_of(found: Measurements) -> str:
     return "synthetic pictures (drawings, which say nothing about photos)" if found.synthetic else "pictures"
 
 
@@ -124,7 +124,7 @@ def facts_of(report: Report) -> Iterator[tuple[str, object]]:
     yield "weights", info.origin
     if found is not None:
         left = f"; {found.left_out}" if found.left_out else ""
-        yield "measured on", f"{found.images:,} of {found.pictures.name}{left}"
+        yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
         problems = found.last.problems
         if problems:
             yield "left out", f"{len(problems)} pictures that could not be read, the first: {problems[0]}"
@@ -146,7 +146,7 @@ def megabytes(size: int) -> str:
 # ---- the numbers ----
 
 
-def accuracy(report: Report, found: Measured) -> Table:
+def accuracy(report: Report, found: Measurements) -> Table:
     has_top5 = len(found.last.classes) > 5
     heads = ["network", "top-1", *(["top-5"] if has_top5 else []), "drop", "as float32", "loss", "weights"]
     rows: list[list[object]] = []
@@ -157,7 +157,7 @@ def accuracy(report: Report, found: Measured) -> Table:
     return Table(f"on {found.images:,} {kind_of(found)}; ± one standard error", heads, rows)
 
 
-def row_of(name: str, evaluation: Evaluation, found: Measured, networks: Networks, has_top5: bool) -> list[object]:
+def row_of(name: str, evaluation: Evaluation, found: Measurements, networks: Networks, has_top5: bool) -> list[object]:
     beside = name != FLOAT and FLOAT in found.found
     drop, error = found.drop(name) if beside else (math.nan, math.nan)
     return [
@@ -176,7 +176,7 @@ def calibrated_row(figures: Mapping[str, float], has_top5: bool) -> list[object]
     return ["calibrated", percent(figures["top1"]), *top5, NONE, NONE, f"{figures['loss']:.3f}", NONE]
 
 
-def noted(report: Report) -> Table | None:
+def list_notes(report: Report) -> Table | None:
     """What the run itself noted of its accuracy, where there are no pictures to measure it on."""
     measured = [entry for entry in report.run.metrics if math.isfinite(number(entry, "val_top1"))]
     if not measured:
@@ -252,7 +252,7 @@ def last_epoch(metrics: Sequence[Metrics]) -> int:
 # ---- pictures ----
 
 
-def changes(found: Measured) -> dict[str, Any]:
+def changes(found: Measurements) -> dict[str, Any]:
     """Those with another answer in int8, in groups: what became of the answer, those shown, and how many there are."""
     if found.pair is None:
         return {}
@@ -269,7 +269,7 @@ def changes(found: Measured) -> dict[str, Any]:
 # ---- classes ----
 
 
-def confusions(found: Measured) -> dict[str, HeatMap | Table | None]:
+def confusions(found: Measurements) -> dict[str, HeatMap | Table | None]:
     """A matrix for few classes, a list of the most frequent ones for many."""
     evaluation, what = found.last, name_in_words(found)
     if len(evaluation.classes) <= MATRIX:
@@ -286,12 +286,12 @@ def confusions(found: Measured) -> dict[str, HeatMap | Table | None]:
     return {"matrix": None, "confused": Table(caption, heads, rows, names=2) if rows else None}
 
 
-def classes(found: Measured) -> dict[str, Any]:
+def classes(found: Measurements) -> dict[str, Any]:
     """A table of the accuracies, or how few pictures there are of most classes."""
     last = found.last.per_class()
-    pictures = median(one.images for one in last) if last else 0
-    if pictures < PICTURES_A_CLASS:
-        return {"few_pictures": "1 picture" if pictures == 1 else f"{pictures:.0f} pictures"}
+    images = median(one.images for one in last) if last else 0
+    if images < IMAGES_A_CLASS:
+        return {"few_pictures": "1 picture" if images == 1 else f"{images:.0f} pictures"}
     before: dict[int, ClassResult] = {}
     if found.pair is not None:
         before = {one.index: one for one in found.pair[0].per_class()}
@@ -324,15 +324,15 @@ def classes(found: Measured) -> dict[str, Any]:
 # ---- engines and files ----
 
 
-def engines(compared: Engines) -> Table:
-    counted = compared.pictures > 0
+def engines(compared: BackendComparison) -> Table:
+    counted = compared.images > 0
     heads = ["engine", "network", "file", *(["top-1", "as MegEngine"] if counted else []), "pictures/s", "spread", "ms"]
     rows = [[f"{row.engine} {row.version}".strip(), row.what, *cells_of(row, counted)] for row in compared.rows]
-    label = f"one picture at a time on one thread; answers to {compared.pictures:,} pictures" if counted else "speed"
+    label = f"one picture at a time on one thread; answers to {compared.images:,} pictures" if counted else "speed"
     return Table(label, heads, rows, names=2)
 
 
-def problems_of(compared: Engines) -> list[str]:
+def problems_of(compared: BackendComparison) -> list[str]:
     return list(dict.fromkeys(f"{row.engine}, {row.what}: {row.problem}" for row in compared.rows if row.problem))
 
 

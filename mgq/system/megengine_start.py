@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import ModuleType
 
-from mgq.machine import hush_decoders, muted_stderr, set_library_defaults
+from mgq.machine import hush_decoders, mute_stderr, set_library_defaults
 
 
 def import_megengine() -> None:
@@ -21,7 +21,7 @@ def import_megengine() -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with muted_stderr():
+    with mute_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()
