@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from mgq.bench import doctor
-from mgq.bench.doctor import Check, Diagnosis, State, checks
-from mgq.export.native.cpu import level_called
+from mgq.bench.doctor import Check, Diagnosis, State, list_checks
+from mgq.export.native.cpu import get_level
 from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
 
 def check_called(name: str, save: Path = Path("runs")) -> Check:
-    return next(check for check in checks(save) if check.name == name)
+    return next(check for check in list_checks(save) if check.name == name)
 
 
-def test_a_healthy_machine_classifies_pictures(mgq: Mgq) -> None:
+def test_a_healthy_machine_classifies_images(mgq: Mgq) -> None:
     said = mgq("doctor", "--json")
     body = json.loads(said.out)
     found = {finding["name"]: finding for finding in body["findings"]}
@@ -55,7 +55,7 @@ def test_the_native_engine_says_what_it_runs_and_where_it_keeps_it(
     (tmp_path / "one.native").write_bytes(bytes(2_000_000))
     finding = check_called("native engine").finding()
     assert finding.state is State.FINE
-    assert f"kernels for {level_called('native').key}, " in finding.found and finding.found.endswith("2.0 MB")
+    assert f"kernels for {get_level('native').key}, " in finding.found and finding.found.endswith("2.0 MB")
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("MGQ_NATIVE_CACHE", str(tmp_path / "file"))
     assert "is a file" in check_called("native engine").finding().found
@@ -76,7 +76,7 @@ def broken() -> str:
 def test_only_what_the_main_job_needs_makes_it_fail(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     for essential in (False, True):
         made_up = (Check("thing", broken, "mend it", essential), Check("other", lambda: "there"))
-        monkeypatch.setattr(doctor, "checks", lambda save, made_up=made_up: made_up)
+        monkeypatch.setattr(doctor, "list_checks", lambda save, made_up=made_up: made_up)
         said = mgq("doctor")
         assert said.code == int(essential) and said.err == ""
         assert "ZeroDivisionError: by\\nsurprise" in said.out and "mend: mend it" in said.out and "other" in said.out

@@ -20,11 +20,11 @@ import onnx
 import pytest
 
 from mgq.engine.classifier.dump import source_of
-from mgq.engine.classifier.open import random_classifier
+from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
 from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
-from mgq.export.native.cpu import LEVELS, Level, level_called
+from mgq.export.native.cpu import LEVELS, Level, get_level
 from mgq.export.native.emit.driver import emit_module
 from mgq.export.native.library import Library
 from mgq.export.native.linker import write_library
@@ -33,7 +33,7 @@ from mgq.export.native.program import Conv, Program, read_program
 from mgq.export.native.reference import integers_of, run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.machine import usable_cores
-from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode
@@ -41,7 +41,7 @@ from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
-from mgq.runtime.registry import engine_for
+from mgq.runtime.registry import choose_backend
 from mgq.zoo.registry import spec_of
 
 FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
@@ -58,14 +58,14 @@ def noise(size: int, count: int = 1, seed: int = 0) -> Images:
 def model_for(arch: str, size: int, target: Target = ONNX, classes: int = 1000) -> Any:
     """An ONNX model with random weights, calibrated on noise."""
     if classes == 1000:
-        fake = source_of(random_classifier(arch, Mode.QAT, image_size=size, target=target))
+        fake = source_of(make_random_classifier(arch, Mode.QAT, image_size=size, target=target))
     else:
         megengine.random.seed(3)
         network = spec_of(arch).build(classes)
         network.eval()
         pixels = noise(size)
-        _, ranges = calibrated_network(
-            network, [pixels], arch, "", {}, "min-max", correct_bias=False, compensate=False, target=target
+        _, ranges = calibrate_network(
+            network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
         )
         fake = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
     return model_of(plain_graph(fake, size), size, None, {"arch": arch})
@@ -278,7 +278,7 @@ def test_the_second_start_compiles_nothing(folder: Path, file: Path, monkeypatch
     wanted = NativeRuntime(file).run(noise(32))
     (entry,) = folder.iterdir()
     assert entry.stat().st_mode & 0o022 == 0
-    monkeypatch.setattr(native, "compiled", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "compile_file", lambda *_: pytest.fail("compiled again"))
     assert np.array_equal(NativeRuntime(file).run(noise(32)), wanted)
 
 
@@ -306,13 +306,13 @@ def test_code_that_others_could_have_written_is_not_run(
     NativeRuntime(file)
     folder.chmod(0o777)
     made: list[int] = []
-    genuine = native.compiled
+    genuine = native.compile_file
 
     def counted(*args: Any) -> Any:
         made.append(1)
         return genuine(*args)
 
-    monkeypatch.setattr(native, "compiled", counted)
+    monkeypatch.setattr(native, "compile_file", counted)
     NativeRuntime(file)
     folder.chmod(0o700)
     (entry,) = folder.iterdir()
@@ -363,8 +363,8 @@ def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go
     megengine.random.seed(3)
     network = spec_of("resnet18").build(10)
     network.eval()
-    fake, _ = calibrated_network(
-        network, [noise(32)], "resnet18", "", {}, "min-max", correct_bias=False, compensate=False, target=ONNX
+    fake, _ = calibrate_network(
+        network, [noise(32)], "resnet18", "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=ONNX
     )
     keep_in_float(fake, ["layer2.0.conv_bn_relu1"])
     path = tmp_path / "mixed.onnx"
@@ -372,7 +372,7 @@ def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go
     with pytest.raises(InputError, match=r"in float: pass --engine openvino, or .* OpenVINO$") as refused:
         NativeRuntime(path)
     assert "\n" not in str(refused.value)
-    assert engine_for(path).key == "openvino"
+    assert choose_backend(path).key == "openvino"
 
 
 def test_images_of_another_shape_are_refused(file: Path) -> None:
@@ -497,7 +497,7 @@ def test_a_level_that_this_processor_lacks_is_refused(file: Path, monkeypatch: p
     from mgq.export.native import cpu
 
     monkeypatch.setattr(cpu, "host_flags", lambda: frozenset())
-    assert level_called("native") is PORTABLE
+    assert get_level("native") is PORTABLE
     with pytest.raises(InputError, match="avx2"):
         NativeRuntime(file, cpu="avx2")
     assert NativeRuntime(file).version == "portable"

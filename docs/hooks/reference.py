@@ -14,7 +14,8 @@ import click
 
 from mgq.cli.help_layout import ARGUMENTS, GROUPS, MOST_IN_ONE_LIST, is_argument, title_of
 from mgq.cli.main import verbs
-from mgq.engine.training.recipe import Recipe, Start, Task, option, recipe_for
+from mgq.engine.training.recipe import Recipe, Start, Task, make_recipe, option
+from mgq.io.records import types_of
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -83,13 +84,13 @@ def recipe_keys() -> str:
         default = field.default if field.default is not MISSING else None
         required = default is None and field.default_factory is MISSING
         shown = "follows from the data" if required else f"`{toml_of(default)}`"
-        rows.append((f"`{field.name}`", kind_of(str(field.type)), shown))
+        rows.append((f"`{field.name}`", kind_of(types_of(Recipe)[field.name]), shown))
     return table(("key", "type", "default"), rows)
 
 
-def kind_of(annotation: str) -> str:
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
-    return names.get(annotation, "list of numbers" if annotation.startswith("tuple") else "table")
+def kind_of(kind: object) -> str:
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    return names.get(kind, "list of numbers" if kind == tuple[float, ...] else "table")
 
 
 def toml_of(value: object) -> str:
@@ -122,7 +123,7 @@ SHOWN = (
 
 def default_recipes() -> str:
     """The default recipes side by side, a column for each of ``DEFAULTS``."""
-    recipes = {name: recipe_for(task, {}) for name, task in DEFAULTS.items()}
+    recipes = {name: make_recipe(task, {}) for name, task in DEFAULTS.items()}
     rows: list[tuple[object, ...]] = []
     for key in SHOWN:
         values = [getattr(recipe, key) for recipe in recipes.values()]
@@ -148,19 +149,19 @@ def recipe_meaning() -> str:
 TYPES = {
     "Results": (
         *(
-            "mgq.engine.classifier.predict.Answer",
-            "mgq.engine.classifier.predict.Guess",
+            "mgq.engine.classifier.predict.Prediction",
+            "mgq.engine.classifier.predict.ClassScore",
             "mgq.engine.classifier.evaluate.Evaluation",
         ),
         *(
-            "mgq.engine.training.training_run.Outcome",
+            "mgq.engine.training.training_run.TrainResult",
             "mgq.engine.classifier.mode_comparison.Comparison",
             "mgq.engine.calibration.analysis.Analysis",
         ),
         *("mgq.reports.report.Report", "mgq.zoo.weight_loading.Weights"),
     ),
-    "Options of training": ("mgq.engine.training.train_options.Request",),
-    "Progress": ("mgq.events.Watcher", "mgq.events.Progress"),
+    "Options of training": ("mgq.engine.training.train_options.TrainOptions",),
+    "Progress": ("mgq.events.Callbacks", "mgq.events.Progress"),
     "Errors": ("mgq.errors.MgqError", "mgq.errors.InputError", "mgq.errors.FailureError"),
     "Running deployed files": ("mgq.runtime.registry.load", "mgq.runtime.protocol.FileRuntime"),
 }

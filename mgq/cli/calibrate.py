@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,31 +25,29 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    arch_at_hand,
-    opened,
-    ready_for,
+    prepare_megengine,
 )
 
 if TYPE_CHECKING:
-    from mgq.engine.calibration.mixed_precision import Mixture
+    from mgq.engine.calibration.calibrate_options import CalibrateOptions
+    from mgq.engine.calibration.calibration_job import CalibrationResult
+    from mgq.engine.calibration.mixed_precision import MixedPrecisionResult
 
-WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
 
-
-def mixed_words(mixture: Mixture, max_drop: float) -> str:
+def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> str:
     """What is kept in float, what that costs, and whether it is enough."""
-    drop = mixture.comparison.drop
+    drop = mixed.comparison.drop
     reached = f"drop {drop:.1f}, at most {max_drop:g} wanted"
-    if not mixture.kept:
+    if not mixed.float_layers:
         return f"{reached}: " + ("all layers are int8" if drop <= max_drop else "float weights do not help")
-    layers = f"weights kept in float: {', '.join(mixture.kept)}"
-    cost = f"a picture takes {mixture.slowdown:.2f} times as long as with int8 alone (here, median of rounds in turns)"
+    layers = f"weights kept in float: {', '.join(mixed.float_layers)}"
+    cost = f"a picture takes {mixed.slowdown:.2f} times as long as with int8 alone (here, median of rounds in turns)"
     short = "" if drop <= max_drop else "\nthe rest is lost by activations: try another --target, or `mgq qat`"
     return f"{reached}; {layers}\n{cost}{short}"
 
 
 def calibrate(
-    pictures: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Folder of pictures; its train/ where it has one.")
     ] = None,
@@ -127,110 +124,70 @@ def calibrate(
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
     """
-    from mgq.cli.console import duration, note, progress, say, show_table
+    from mgq.cli.console import note, progress
     from mgq.data.image_sources import expand, refuse_hopeless
-    from mgq.errors import InputError
-    from mgq.io.atomic import ensure_writable_folder
+    from mgq.engine.calibration.calibrate_options import CalibrateOptions
+    from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 
-    if data_free and (pictures or method or nearest or ranges_file is not None):
-        raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
-    if max_drop is not None and (data_free or ranges_file is not None):
-        raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    refuse_hopeless(expand(pictures or [], note))
-    ready_for(checkpoint, deployed=False, key=key)
-    arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
-    words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
-    with progress() as on_progress:
-        classifier = opened(*words, on_progress, key=key)
-        from mgq.data.datasets import subset
-        from mgq.engine.calibration.calibration_images import pictures_at_hand
-        from mgq.engine.calibration.calibration_run import calibrated, calibrated_without_pictures, expected_seconds
-        from mgq.engine.calibration.mixed_precision import ranked_layers, within_drop
-        from mgq.engine.classifier.evaluate import evaluate
-        from mgq.engine.classifier.mode_comparison import Comparison, compared
-        from mgq.engine.classifier.open import Classifier
-        from mgq.events import Watcher
-        from mgq.ptq.calibrate import pictures_used
-        from mgq.quantization.option_names import BEST
-        from mgq.quantization.targets import MEGENGINE, target_called
-
-        used = pictures_used(method, images) if method else images
-        compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
-        kind = target_called(target or MEGENGINE.name)
-        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
-        labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
-        how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
-        watcher = Watcher(on_progress, note)
-        for folder in (save, ranges_file.absolute().parent if ranges_file is not None else save):
-            ensure_writable_folder(folder)  # found out before the work, which takes minutes
-        comparison: Comparison | None = None
-        mixture: Mixture | None = None
-        if data_free or found.sources is None:
-            note("no pictures: ranges and corrections follow from the batch norms" + ("" if data_free else WITHOUT))
-            result = calibrated_without_pictures(classifier, kind)
-        else:
-            number = min(used, len(found.sources))
-            seconds = expected_seconds(classifier, number, quality, method)
-            if quality == BEST:
-                note("--quality best is balanced now, which tries as much: it will go in the next release")
-            note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
-            how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
-            sources = found.sources
-            if max_drop is None:
-                result = calibrated(classifier, sources, *how_to, on_remark=note)
-            elif labelled is None:
-                raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
-            else:
-                shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
-
-                told_once = functools.cache(note)  # the same pictures come again and again
-
-                def compare(other: Classifier) -> Comparison:
-                    return compared(classifier, other, shown, watcher, known, **how)
-
-                mixture = within_drop(
-                    max_drop,
-                    ranked_layers(classifier, kind),
-                    lambda kept: calibrated(classifier, sources, *how_to, kept, told_once),
-                    compare,
-                )
-                result, comparison = mixture.calibration, mixture.comparison
-        for problem in result.problems:
-            note(problem)
-        path = result.write(save)
-        if ranges_file is not None:
-            result.write_ranges(ranges_file)
-        if labelled is not None and comparison is None:
-            comparison = compared(classifier, result.classifier, labelled, watcher, **how)
-    if as_json:
-        document = {
-            "arch": result.classifier.spec.name,
-            "target": kind.name,
-            "method": result.ranges.observer,
-            "pictures": result.used,
-            "weights": classifier.origin,
-            "checkpoint": str(path),
-            "comparison": comparison.to_json() if comparison else None,
-            "float_layers": list(mixture.kept) if mixture else [],
-            "slowdown": mixture.slowdown if mixture else 1.0,
-        }
-        sys.stdout.write(json.dumps(document) + "\n")
-        return
-    say(
-        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from "
-        f"{result.used or 'no'} pictures by {result.ranges.observer}, target {kind.name}, "
-        f"weights: {classifier.origin}"
+    options = CalibrateOptions(
+        files=files or [],
+        data=data,
+        arch=arch,
+        checkpoint=checkpoint,
+        key=key,
+        images=images,
+        preset=quality,
+        method=method,
+        data_free=data_free,
+        correct_bias=correct_bias,
+        weight_rounding=TO_NEAREST if nearest else BY_GPTQ,
+        max_drop=max_drop,
+        target=target,
+        save=save,
+        limit=limit,
+        workers=workers,
+        max_bad=max_bad,
+        ranges_file=ranges_file,
+        about=about,
+        pretrained=pretrained or False,
+        width=width,
+        image_size=image_size,
     )
+    options.refuse_contradictions()
+    refuse_hopeless(expand(files or [], note))
+    prepare_megengine(checkpoint, deployed=False, key=key)
+    with progress() as on_progress:
+        from mgq.engine.calibration.calibration_job import run_calibration
+        from mgq.events import Callbacks
+
+        result = run_calibration(options, Callbacks(on_progress, note))
+    if as_json:
+        sys.stdout.write(json.dumps(result.to_json()) + "\n")
+    else:
+        show_calibration(result, options)
+
+
+def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> None:
+    """Print what was calibrated, what it costs in accuracy, and where it lies."""
+    from mgq.cli.console import note, say, show_table
+
+    found = result.calibration
+    say(
+        f"{found.classifier.spec.name}: ranges of {len(found.ranges.ranges)} layers from "
+        f"{found.used or 'no'} pictures by {found.ranges.observer}, target {found.ranges.target}, "
+        f"weights: {result.weights}"
+    )
+    comparison = result.comparison
     if comparison is not None:
         from mgq.cli.training import agreements, table_of
 
         show_table(table_of(comparison))
         say(
-            f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
+            f"measured on {comparison.images} other pictures of {result.images_of} (top-1 ± "
             f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"
         )
-        if mixture is not None and max_drop is not None:
-            say(mixed_words(mixture, max_drop))
-    elif found.why_not:
-        note(f"accuracy was not measured: {found.why_not}")
-    say(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""))
+        if result.mixed is not None and options.max_drop is not None:
+            say(describe_mixed_precision(result.mixed, options.max_drop))
+    elif result.why_not:
+        note(f"accuracy was not measured: {result.why_not}")
+    say(f"checkpoint: {result.checkpoint}" + (f"\nranges: {options.ranges_file}" if options.ranges_file else ""))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,7 +14,6 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import hush_decoders, muted_stderr
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +54,7 @@ def show_table(table: Table, to: Console = out) -> None:
     if lines + least <= to.width:
         to.print(table)
     else:
-        say(stacked(table), to=to)
+        say(stack_rows(table), to=to)
 
 
 def widest(column: Column, with_heading: bool) -> int:
@@ -71,7 +67,7 @@ def as_text(cell: RenderableType) -> Text:
     return cell if isinstance(cell, Text) else Text(str(cell))
 
 
-def stacked(table: Table) -> str:
+def stack_rows(table: Table) -> str:
     """The rows of ``table``, one below the other, a line a column."""
     headings = [as_text(column.header).plain.replace("\n", " ").strip() for column in table.columns]
     rows = zip(*([as_text(cell).plain for cell in column.cells] for column in table.columns), strict=True)
@@ -97,7 +93,7 @@ def note(text: str) -> None:
     say(printable(text), style="dim", to=err)
 
 
-def counted(amount: float, unit: str) -> str:
+def format_amount(amount: float, unit: str) -> str:
     return decimal(int(amount)) if unit == "B" else f"{amount:,.0f}"
 
 
@@ -106,8 +102,8 @@ class AmountColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields["unit"])
-        total = "?" if task.total is None else counted(task.total, unit)
-        return Text(f"{counted(task.completed, unit)}/{total}")
+        total = "?" if task.total is None else format_amount(task.total, unit)
+        return Text(f"{format_amount(task.completed, unit)}/{total}")
 
 
 class RateColumn(ProgressColumn):
@@ -164,61 +160,8 @@ def plain_lines(every: int | None = None) -> OnProgress:
 
 
 def line_of(event: Progress) -> str:
-    amount = counted(event.done, event.unit)
+    amount = format_amount(event.done, event.unit)
     if event.total is not None:
-        amount += f" of {counted(event.total, event.unit)}"
+        amount += f" of {format_amount(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
-
-
-def import_megengine() -> None:
-    """Import MegEngine; but for debugging without what its library says while it looks for a GPU."""
-    warnings.filterwarnings("ignore", message=".*pkg_resources.*")
-    # It opens files through clients of four cloud services, half of the import: here all files are local.
-    sys.modules.setdefault("megfile", LocalFiles("megfile"))
-    # It asks whether its in-house twin is installed beside it, which takes a third of a second to find out.
-    sys.modules.setdefault("pkg_resources", NoPackages("pkg_resources"))
-    import numpy as np
-
-    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
-    np.finfo(np.float32), np.finfo(np.float64)
-    with muted_stderr():
-        import megengine
-
-        (megengine.tensor([0.0]) + 1).numpy()
-        megengine.is_cuda_available()
-
-
-def prepare_process() -> None:
-    """What a process that helps needs before its work: what this one has."""
-    hush_decoders()
-    import_megengine()
-
-
-class NoPackages(ModuleType):
-    """Stands for ``pkg_resources`` where nothing but a look through the installed packages is wanted of it."""
-
-    working_set = ()
-
-
-class LocalFiles(ModuleType):
-    """Stands for the module ``megfile``, of which mgq uses nothing but ``smart_open`` for local files."""
-
-    smart_open = staticmethod(open)
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def unused(*_: object, **__: object) -> None:
-            raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
-
-        return unused
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` in words, to two figures or so: ``8 s``, ``1 min 40 s``, ``12 min``."""
-    if seconds < 55:
-        return f"{max(1, round(seconds))} s"
-    minutes, rest = divmod(round(seconds / 10) * 10, 60)
-    return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes + (rest >= 30)} min"

@@ -23,6 +23,7 @@ from mgq.cli.shared_options import (
     LabelledData,
     Limit,
     MaxBad,
+    NetworkOptions,
     Pretrained,
     Ranges,
     ReportFreq,
@@ -30,9 +31,8 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    arch_at_hand,
-    opened,
-    ready_for,
+    open_network,
+    prepare_megengine,
 )
 from mgq.errors import InputError, printable
 
@@ -110,17 +110,19 @@ def evaluate(
       mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
       mgq eval -d imagenet --limit 1000 --jobs 4 --json
     """
-    from mgq.cli.console import note, prepare_process, progress
+    from mgq.cli.console import note, progress
+    from mgq.system.megengine_start import prepare_process
 
     refuse_more_than_cores(jobs)
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
-        dataset = data_in(data, on_progress) if data is not None else None
-        ready_for(checkpoint, key=key)
-        arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-        classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
+        dataset = find_data(data, on_progress) if data is not None else None
+        prepare_megengine(checkpoint, key=key)
+        options = NetworkOptions(
+            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+        ).with_newest_run(mode)
+        classifier = open_network(options, mode, on_progress) if mode else open_int8_or_float(options, on_progress)
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
 
@@ -145,9 +147,9 @@ def evaluate(
         note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
     facts = facts_of(classifier, dataset, total, result, batch_size, workers)
     if as_json:
-        shown_json(result, facts, confused)
+        show_json(result, facts, confused)
     else:
-        shown(classifier, result, facts, per_class, confused)
+        show_evaluation(classifier, result, facts, per_class, confused)
 
 
 def refuse_more_than_cores(jobs: int) -> None:
@@ -158,54 +160,41 @@ def refuse_more_than_cores(jobs: int) -> None:
         raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
 
 
-def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
 
     return evaluation_folder(folder, on_progress, note)
 
 
-def opened_as_can_be(
-    arch: str | None,
-    checkpoint: Path | None,
-    save: Path,
-    pretrained: str | None,
-    ranges: Path | None,
-    width: float | None,
-    image_size: int | None,
-    on_progress: OnProgress,
-    target: str | None,
-    engine: str | None,
-    key: str | None,
-) -> Classifier:
+def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-    if checkpoint is None and not pretrained and only_float_run(arch, save):
+    if options.checkpoint is None and not options.pretrained and has_only_float_run(options.arch, options.save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
-        return opened(arch, None, "normal", *words)
+        return open_network(options, "normal", on_progress)
     try:
-        return opened(arch, checkpoint, "quantized", *words)
+        return open_network(options, "quantized", on_progress)
     except InputError as error:
-        if ranges is not None:
+        if options.ranges is not None:
             raise
         try:
-            classifier = opened(arch, checkpoint, "normal", *words)
+            classifier = open_network(options, "normal", on_progress)
         except InputError:
             raise error from None
         note(f"measured in mode normal, not quantized: {error}")
         return classifier
 
 
-def only_float_run(arch: str | None, save: Path) -> bool:
+def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.classifier.open import DEFAULT_ARCH, newest_run
+    from mgq.engine.classifier.open import DEFAULT_ARCH, find_newest_run
     from mgq.quantization.modes import Mode
     from mgq.zoo.registry import spec_of
 
     spec = spec_of(arch or DEFAULT_ARCH)
-    return newest_run(spec, Mode.QUANTIZED, save) is None and newest_run(spec, Mode.NORMAL, save) is not None
+    return find_newest_run(spec, Mode.QUANTIZED, save) is None and find_newest_run(spec, Mode.NORMAL, save) is not None
 
 
 # ---- what is said of it ----
@@ -255,7 +244,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
+def show_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
     """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
     classes = [
         {
@@ -274,7 +263,7 @@ def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) 
     sys.stdout.write(json.dumps({**facts, "per_class": classes, "confused": pairs}, indent=1) + "\n")
 
 
-def shown(
+def show_evaluation(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""

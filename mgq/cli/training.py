@@ -19,7 +19,6 @@ from click import ParamType
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
-    AT_LEAST_ZERO,
     COUNT,
     FACTOR,
     FOLDER,
@@ -30,9 +29,9 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
     Named,
-    Number,
+    OfRecipe,
 )
-from mgq.cli.shared_options import KEY_HELP, RUNS, ready_for
+from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.engine.classifier.mode_comparison import Comparison
-    from mgq.engine.training.training_run import Outcome
+    from mgq.engine.training.training_run import TrainResult
 
 
 class Option(NamedTuple):
@@ -61,6 +60,11 @@ class Option(NamedTuple):
         return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
 
 
+def recipe_number(key: str, kind: type[int] | type[float], text: str) -> Option:
+    """The option of a recipe's number ``key``, whose bounds the recipe knows."""
+    return Option(kind, None, (f"--{key.replace('_', '-')}",), text, OfRecipe(kind, key))
+
+
 def recipe_value(kind: type, flag: str, text: str, value: ParamType[Any]) -> Option:
     return Option(kind, None, (flag,), text, value)
 
@@ -76,19 +80,19 @@ SHARED: dict[str, Option] = {
     ),
     "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
     "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
-    "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),
-    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device.", COUNT),
-    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device.", AT_LEAST_ZERO),
+    "epochs": recipe_number("epochs", int, "How often every picture is seen."),
+    "batch_size": recipe_number("batch_size", int, "Pictures a step, on each device."),
+    "lr": recipe_number("lr", float, "Learning rate at its highest, for one device."),
     "schedule": recipe_value(str, "--schedule", "cosine, linear or step.", SCHEDULE),
-    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty.", AT_LEAST_ZERO),
-    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes.", SHARE),
+    "weight_decay": recipe_number("weight_decay", float, "L2 penalty."),
+    "label_smoothing": recipe_number("label_smoothing", float, "Share of a label that goes to all classes."),
     "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
     "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", COUNT),
-    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next.", COUNT),
-    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999).", SHARE),
+    "val_every": recipe_number("val_every", int, "Epochs from one measurement to the next."),
+    "ema": recipe_number("ema", float, "Keep averaged weights, with this decay (0.999)."),
     "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
     "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
-    "seed": recipe_value(int, "--seed", "The same seed gives the same weights.", AT_LEAST_NONE),
+    "seed": recipe_number("seed", int, "The same seed gives the same weights."),
     "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor.", AT_LEAST_NONE),
     "nodes": Option(int, 1, ("--nnodes",), "Machines that train together.", COUNT),
     "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0.", AT_LEAST_NONE),
@@ -102,9 +106,7 @@ SHARED: dict[str, Option] = {
     "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
 }
 OF_TRAIN: dict[str, Option] = {
-    "classes": recipe_value(
-        int, "--classes", "Outputs of the classifier, if more than the pictures' classes.", Number(int, 2)
-    ),
+    "classes": recipe_number("classes", int, "Outputs of the classifier, if more than the pictures' classes."),
     "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2).", FACTOR),
     "activation": Option(
         str, None, ("--activation",), "relu or relu6 (mobilenet_v2).", Named("activation", lambda: ("relu", "relu6"))
@@ -171,42 +173,43 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, prepare_process, progress, say, show_table
+    from mgq.cli.console import note, progress, say, show_table
     from mgq.engine.training.recipe import read_changes
 
     if values["recipe"] is not None:
         read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
-    ready_for(values["checkpoint"], deployed=False, key=values["key"])
-    from mgq.api import request_of
+    prepare_megengine(values["checkpoint"], deployed=False, key=values["key"])
+    from mgq.api import make_train_options
     from mgq.engine.training import training_run
     from mgq.engine.training.trainer import StoppedError
-    from mgq.events import Watcher
+    from mgq.events import Callbacks
+    from mgq.system.megengine_start import prepare_process
 
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = replace(request_of(given), prepare=prepare_process)
-    with progress() as on_progress, asked_to_stop() as should_stop:
-        watcher = Watcher(on_progress, note, should_stop)
+    train_options = replace(make_train_options(given), prepare=prepare_process)
+    with progress() as on_progress, watch_for_stop() as should_stop:
+        callbacks = Callbacks(on_progress, note, should_stop)
         try:
-            outcome: Outcome = getattr(training_run, name)(request, watcher)
+            result: TrainResult = getattr(training_run, name)(train_options, callbacks)
         except StoppedError as stopped:
-            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(request.save))}"
+            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(train_options.save))}"
             note(f"{stopped}, go on with\n  {command}")
             raise typer.Exit(stopped.exit_code) from None
         except training_run.ElsewhereError as done:
             note(str(done))
             raise typer.Exit(done.exit_code) from None
     if values["as_json"]:
-        sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
+        sys.stdout.write(json.dumps(result_to_json(result)) + "\n")
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    show_table(table_of(outcome.comparison, simulated))
-    say(told(outcome))
+    show_table(table_of(result.comparison, simulated))
+    say(describe_result(result))
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def watch_for_stop() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or a polite kill has come since; a second one ends the process at once."""
     asked: list[int] = []
 
@@ -244,31 +247,31 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
     return table
 
 
-def told(outcome: Outcome) -> str:
+def describe_result(result: TrainResult) -> str:
     """What the table leaves open: pictures, agreement, where everything lies."""
-    recipe, found = outcome.recipe, outcome.comparison
-    pictures = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
+    recipe, found = result.recipe, result.comparison
+    images = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
     return (
-        f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {pictures} "
+        f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {images} "
         f"(top-1 ± {found.normal.top1_error:.1f})\n"
         f"{agreements(found)}\n"
-        f"{gains(outcome)}best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
-        f"checkpoint: {outcome.checkpoint}{pointer(outcome)}"
+        f"{gains(result)}best epoch: {result.best['epoch']:.0f} of {recipe.epochs}\n"
+        f"checkpoint: {result.checkpoint}{pointer(result)}"
     )
 
 
-def pointer(outcome: Outcome) -> str:
+def pointer(result: TrainResult) -> str:
     """A line on the page that can be made of a run for int8; making it here would take as long as measuring again."""
-    if outcome.recipe.mode != "qat":
+    if result.recipe.mode != "qat":
         return ""
-    return f"\nas a page, with pictures and engines: mgq report {shlex.quote(str(outcome.checkpoint.parent))}"
+    return f"\nas a page, with pictures and engines: mgq report {shlex.quote(str(result.checkpoint.parent))}"
 
 
-def gains(outcome: Outcome) -> str:
+def gains(result: TrainResult) -> str:
     """Float, calibrated and trained side by side, where all three were measured: a line."""
-    if not outcome.calibrated:
+    if not result.calibrated:
         return ""
-    figures = outcome.comparison.normal.top1, outcome.calibrated["top1"], outcome.comparison.quantized.top1
+    figures = result.comparison.normal.top1, result.calibrated["top1"], result.comparison.quantized.top1
     return "top-1: float {:.1f} %, calibrated {:.1f} %, trained with quantization {:.1f} %\n".format(*figures)
 
 
@@ -279,13 +282,13 @@ def agreements(comparison: Comparison) -> str:
     )
 
 
-def document_of(outcome: Outcome) -> dict[str, Any]:
+def result_to_json(result: TrainResult) -> dict[str, Any]:
     from mgq.engine.training.recipe import plain
 
     return {
-        "checkpoint": str(outcome.checkpoint),
-        "best": dict(outcome.best),
-        "calibrated": dict(outcome.calibrated),
-        "comparison": outcome.comparison.to_json(),
-        "recipe": plain(outcome.recipe),
+        "checkpoint": str(result.checkpoint),
+        "best": dict(result.best),
+        "calibrated": dict(result.calibrated),
+        "comparison": result.comparison.to_json(),
+        "recipe": plain(result.recipe),
     }

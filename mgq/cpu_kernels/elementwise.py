@@ -20,6 +20,7 @@ from mgq.cpu_kernels.tensor_exchange import Array, empty
 from mgq.machine import usable_cores
 
 Mask = npt.NDArray[np.bool_]
+Values = npt.NDArray[np.float64]
 Result = TypeVar("Result")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -27,6 +28,8 @@ PIECE = 1 << 15
 """Elements: a few float32 arrays of so many lie in the second cache together."""
 LONG_PIECE = 1 << 17
 """For a function that passes over its elements once: a call costs nothing beside the work then."""
+LEAST_SPAN = 1e-30
+"""What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
 PIECES_A_CORE = 4
 
@@ -62,21 +65,21 @@ def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: 
     return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
-def quantized(
-    array: Array, scale: np.float32, zero_point: np.float32, lowest: np.float32, highest: np.float32
+def fake_quantize(
+    array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask | None]:
     """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
     source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
 
     def quantize(piece: slice) -> int:
-        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, lowest, highest)
+        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, qmin, qmax)
 
     return output, passes if sum(in_pieces(quantize, source.size, LONG_PIECE)) else None
 
 
-def quantized_rows(
-    array: Array, factors: Array, divide: bool, scale: np.float32, lowest: np.float32, highest: np.float32
+def fake_quantize_rows(
+    array: Array, factors: Array, divide: bool, scale: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask]:
     """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and by it again."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
@@ -84,7 +87,7 @@ def quantized_rows(
     each = factors.reshape(-1)
 
     def quantize(part: slice) -> None:
-        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, lowest, highest)
+        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, qmin, qmax)
 
     in_rows(quantize, source, LONG_PIECE)
     return output, passes
@@ -121,6 +124,24 @@ def rows_of(array: npt.NDArray[Scalar], rows: int) -> npt.NDArray[Scalar]:
     return array.reshape(rows, -1)
 
 
+def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values, squares: Values, sums: Array) -> None:
+    """Add to histograms of each row of ``values`` (rows, elements), whose bins reach from ``qmin`` to ``qmax``.
+
+    Squared ``weights`` to ``squares``, float64 (rows, bins), ``weights`` to ``sums``, float32 (rows, few): bins is a
+    multiple of few. Values of 0 count for nothing.
+    """
+    bins = squares.shape[1]
+    span = np.maximum(qmax - qmin, LEAST_SPAN)
+    factors, share = (bins / span).astype(np.float32), bins // sums.shape[1]
+    low = qmin.astype(np.float32)
+
+    def run(part: slice) -> None:
+        rows = values[part], weights[part], low[part], factors[part]
+        numba_loops.add_to_histograms(*rows, squares[part], sums[part], share)
+
+    in_rows(run, values, LONG_PIECE)
+
+
 def extremes(array: Array) -> Array:
     """(2,): the least and the largest element; NaN where there is one."""
     elements = array.reshape(-1)
@@ -139,7 +160,7 @@ def extremes_of_rows(array: Array, factors: Array) -> Array:
     return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
 
 
-def masked(array: Array, mask: Mask) -> Array:
+def apply_mask(array: Array, mask: Mask) -> Array:
     """``array`` where ``mask`` is set, else 0."""
     result = empty(array.shape)
     elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
@@ -147,7 +168,7 @@ def masked(array: Array, mask: Mask) -> Array:
     return result
 
 
-def held_below(array: Array, ceiling: float) -> Mask | None:
+def clamp_below(array: Array, ceiling: float) -> Mask | None:
     """Hold ``array`` in place at or below ``ceiling``; where it was below, or None where it was so everywhere."""
     elements, below = array.reshape(-1), np.empty(array.shape, np.bool_)
     marks = below.reshape(-1)

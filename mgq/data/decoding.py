@@ -65,7 +65,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
 
 
-def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
+def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
     """The pixels of a picture file, or of the bytes of one: uint8 of shape (H, W, 3), channels in BGR order.
 
     Reads JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PBM to PAM, TGA, PCX, SGI, Sun raster and QOI, known by
@@ -105,7 +105,7 @@ HEAD_BYTES = 4096
 """So much of a file tells whether it begins as a picture."""
 
 
-def begins_as_picture(head: bytes) -> bool:
+def begins_as_image(head: bytes) -> bool:
     """Whether a file that begins with ``head``, of ``HEAD_BYTES`` or the whole of it, is of a kind that is read.
 
     A TGA, which begins with nothing that tells it from other files, is not recognized.
@@ -224,7 +224,7 @@ class JpegFacts(NamedTuple):
 
 
 def jpeg_facts(data: bytes) -> JpegFacts | None:
-    """Those of a JPEG that :func:`read_picture` would decode; None for everything else."""
+    """Those of a JPEG that :func:`read_image` would decode; None for everything else."""
     if not data.startswith(_JPEG_MARK):
         return None
     try:
@@ -233,7 +233,7 @@ def jpeg_facts(data: bytes) -> JpegFacts | None:
         return None
 
 
-def reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
+def decode_reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
     """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
 
     The decoder leaves out the high frequencies, which is the mean over squares in effect.
@@ -342,12 +342,12 @@ def _png(data: bytes) -> _Plan:
 
     def decode() -> _Samples:
         pixels = _by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
-        return pixels if transparent_grey is None else _holed(pixels, transparent_grey, depth)
+        return pixels if transparent_grey is None else _make_transparent(pixels, transparent_grey, depth)
 
     return _Plan(decode, orientation)
 
 
-def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
+def _make_transparent(grey: _Samples, hole: int, depth: int) -> _Samples:
     """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
     most = np.iinfo(grey.dtype).max
     alpha = np.where(grey == hole * most // (2**depth - 1), grey.dtype.type(0), grey.dtype.type(most))
@@ -386,23 +386,21 @@ def _webp_orientation(data: bytes) -> int:
 
 
 def _gif(data: bytes) -> _Plan:
-    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))
+    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))  # where it has none, Pillow takes its frame's
     return _Plan(lambda: _by_pillow(data, GifImageFile, _COST_GIF))
 
 
-_BMP_OLD_HEADER = 12
-_BMP_HEADERS = frozenset({_BMP_OLD_HEADER, 40, 52, 56, 64, 108, 124})
+def _of_pillow(plugin: type[ImageFile], cost: int) -> Callable[[bytes], _Plan]:
+    """How to read a format whose size Pillow finds in the header, before it makes room for the picture."""
+    return lambda data: _Plan(lambda: _by_pillow(data, plugin, cost))
+
+
+_BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 
 def _is_bmp(data: bytes) -> bool:
     """Whether the size of the second header is one that exists, since any text may begin with BM."""
     return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
-
-
-def _bmp(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
-    _admit(_COST_BMP, width, abs(height))  # A negative height says that the rows go from top to bottom.
-    return _Plan(lambda: _by_pillow(data, BmpImageFile, _COST_BMP))
 
 
 _TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
@@ -489,8 +487,6 @@ def _is_tga(data: bytes) -> bool:
 
 
 def _tga(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH", data, 12)
-    _admit(_COST_OTHERS, width, height)
     opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
 
     def decode() -> _Samples:
@@ -511,19 +507,7 @@ def _is_pcx(data: bytes) -> bool:
     return bool(left <= right and top <= bottom)
 
 
-def _of_header(form: str, at: int, plugin: type[ImageFile]) -> Callable[[bytes], _Plan]:
-    """How to read a format whose header has width and height at ``at``, in the form ``form`` of struct."""
-
-    def plan_of(data: bytes) -> _Plan:
-        _admit(_COST_OTHERS, *struct.unpack_from(form, data, at))
-        return _Plan(lambda: _by_pillow(data, plugin, _COST_OTHERS))
-
-    return plan_of
-
-
 def _pcx(data: bytes) -> _Plan:
-    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
-    _admit(_COST_OTHERS, right - left + 1, bottom - top + 1)
     has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
     if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
         raise _RefusalError(_CUT_SHORT)
@@ -622,26 +606,26 @@ def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int, turned: bool = F
     The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
     """
     try:
-        with plugin(io.BytesIO(data)) as picture:
-            _admit(cost, *picture.size)  # A GIF's frame may be larger than the canvas in its header.
-            picture.load()
-            pixels = _by_channels(picture)
-            turn = picture.getexif().get(_ORIENTATION, 1) if turned else 1
+        with plugin(io.BytesIO(data)) as image:
+            _admit(cost, *image.size)  # A GIF's frame may be larger than the canvas in its header.
+            image.load()
+            pixels = _by_channels(image)
+            turn = image.getexif().get(_ORIENTATION, 1) if turned else 1
             return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
     except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
         raise _RefusalError(_DAMAGED) from error
 
 
-def _by_channels(picture: Image.Image) -> _Samples:
-    if picture.mode.startswith("I;16"):
-        return np.asarray(picture).astype(np.uint16)
-    if picture.mode in {"I", "F", "LAB"}:
+def _by_channels(image: Image.Image) -> _Samples:
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode in {"I", "F", "LAB"}:
         raise _RefusalError(
-            f"has samples of a kind that is not read (Pillow calls it {picture.mode}): save it as 8-bit RGB"
+            f"has samples of a kind that is not read (Pillow calls it {image.mode}): save it as 8-bit RGB"
         )
-    if picture.has_transparency_data:
-        return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
-    return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR))
+    if image.has_transparency_data:
+        return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
+    return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
 
 
 # ---- from what was decoded to 8 bits, BGR, upright ----
@@ -688,14 +672,14 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] =
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
-    (_is_bmp, _bmp),
+    (_is_bmp, _of_pillow(BmpImageFile, _COST_BMP)),
     (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
     (is_avif, _avif),
     (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
     (begins_as_netpbm, _netpbm),
-    (lambda data: data.startswith(b"qoif"), _of_header(">II", 4, QoiImageFile)),
-    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_header(">II", 4, SunImageFile)),
-    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_header(">HH", 6, SgiImageFile)),
+    (lambda data: data.startswith(b"qoif"), _of_pillow(QoiImageFile, _COST_OTHERS)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_pillow(SunImageFile, _COST_OTHERS)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_pillow(SgiImageFile, _COST_OTHERS)),
     (_is_pcx, _pcx),
     (_is_tga, _tga),
 )

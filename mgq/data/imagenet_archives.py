@@ -3,7 +3,7 @@
 The archives are those of image-net.org. The training archive holds one tar a class. The validation archive is
 flat, and the development kit says which class each of its pictures shows.
 
-Sources: the readme of the development kit; MathWorks, "MAT-File Format" (Level 5), for its ``meta.mat``.
+Source: the readme of the development kit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 from mgq.data.decoding import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ _ARCHIVES: Mapping[Split, str] = {"train": TRAIN_ARCHIVE, "val": VAL_ARCHIVE}
 _GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _CLASS_TAR = re.compile(r"(n[0-9]{8})\.tar")
-_TRAIN_PICTURE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
-_VAL_PICTURE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+_TRAIN_IMAGE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 _MOST_UNPACKED = 64 << 20  # bytes, of the development kit, whose archive has 2.6 MB
 _HASH_CHUNK = 8 << 20  # bytes
 _LOCK_POLL_S = 0.5
@@ -63,8 +62,8 @@ def has_archive(folder: Path, split: Split) -> bool:
     return (folder / _ARCHIVES[split]).is_file()
 
 
-def unpacked(
-    folder: Path, split: Split, on_progress: OnProgress = silent, md5: Mapping[str, str] | None = None
+def unpack_split(
+    folder: Path, split: Split, on_progress: OnProgress = log_progress, md5: Mapping[str, str] | None = None
 ) -> Path:
     """``folder/<split>``, made of the archives in ``folder`` unless it is there: ``<split>/<wnid>/*.JPEG``.
 
@@ -83,7 +82,7 @@ def unpacked(
     sums = MD5 if md5 is None else md5
     _archive(folder, _ARCHIVES[split])
     ensure_writable_folder(folder, "copy the archives to a folder that can be written")
-    with _alone(folder, split, on_progress):
+    with _hold_lock(folder, split, on_progress):
         if not target.is_dir():
             part = folder / f".{split}.part"
             if split == "train":
@@ -97,11 +96,16 @@ def unpacked(
 def wnids_by_id(meta: bytes) -> dict[int, str]:
     """The WordNet id of each ``ILSVRC2012_ID``, 1 to 1000, from the bytes of the development kit's ``meta.mat``.
 
-    Raises InputError when it is not a Level 5 MAT-file that names each of ImageNet's 1,000 classes once.
+    Only for bytes of an archive whose sum was checked: scipy, which reads them, may crash on forged ones.
+    Raises InputError when they do not name each of ImageNet's 1,000 classes once.
     """
+    import scipy.io
+
     try:
-        found = {int(number): wnid for number, wnid in _synsets(meta) if 1 <= number <= 1000}
-    except (_MatError, struct.error, zlib.error, ValueError, OverflowError) as error:
+        synsets = scipy.io.loadmat(io.BytesIO(meta), variable_names=["synsets"], squeeze_me=True)["synsets"]
+        entries = [(int(entry["ILSVRC2012_ID"]), str(entry["WNID"])) for entry in np.atleast_1d(synsets)]
+        found = {number: wnid for number, wnid in entries if 1 <= number <= 1000}
+    except Exception as error:  # scipy raises a dozen kinds
         raise InputError(f"meta.mat of {DEVKIT} cannot be understood: {_AGAIN}") from error
     if sorted(found.values()) != [entry.wnid for entry in imagenet_classes()]:
         raise InputError(f"meta.mat of {DEVKIT} does not name the 1,000 classes of ImageNet: {_AGAIN}")
@@ -115,38 +119,38 @@ def _unpack_train(folder: Path, part: Path, sums: Mapping[str, str], on_progress
     archive = _archive(folder, TRAIN_ARCHIVE)
     known = {entry.wnid for entry in imagenet_classes()}
     _begin(part, archive, sums, on_progress)
-    with _opened(archive) as outer:
+    with _open_archive(archive) as outer:
         for member, classwise in _files_in(outer, archive, on_progress):
             named = _CLASS_TAR.fullmatch(member.name)
             if named is None or named[1] not in known:
-                raise _unexpected(archive, member.name)
-            class_folder = _made(part / named[1])
+                raise _unexpected_name(archive, member.name)
+            class_folder = _make_folder(part / named[1])
             with tarfile.open(fileobj=classwise, mode="r:") as inner:
-                for picture, file in _files_in(inner, archive, silent):
-                    picture_of = _TRAIN_PICTURE.fullmatch(picture.name)
-                    if picture_of is None or picture_of[1] != named[1]:
-                        raise _unexpected(archive, f"{member.name}/{picture.name}")
-                    _keep(class_folder / picture.name, picture, file, archive)
+                for image, file in _files_in(inner, archive, log_progress):
+                    image_of = _TRAIN_IMAGE.fullmatch(image.name)
+                    if image_of is None or image_of[1] != named[1]:
+                        raise _unexpected_name(archive, f"{member.name}/{image.name}")
+                    _keep(class_folder / image.name, image, file, archive)
 
 
 def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
     archive = _archive(folder, VAL_ARCHIVE)
-    wnids = _wnids_of_val(_archive(folder, DEVKIT), part, sums, on_progress)
+    wnids = _wnids_of_val(_archive(folder, DEVKIT), sums, on_progress)
     _begin(part, archive, sums, on_progress)
     for wnid in sorted(set(wnids)):
-        _made(part / wnid)
-    with _opened(archive) as tar:
+        _make_folder(part / wnid)
+    with _open_archive(archive) as tar:
         for member, file in _files_in(tar, archive, on_progress):
-            named = _VAL_PICTURE.fullmatch(member.name)
+            named = _VAL_IMAGE.fullmatch(member.name)
             number = int(named[1]) if named else 0
             if not 1 <= number <= len(wnids):
-                raise _unexpected(archive, member.name)
+                raise _unexpected_name(archive, member.name)
             _keep(part / wnids[number - 1] / member.name, member, file, archive)
 
 
-def _wnids_of_val(devkit: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> list[str]:
+def _wnids_of_val(devkit: Path, sums: Mapping[str, str], on_progress: OnProgress) -> list[str]:
     """The wnid of each validation picture: that of ``ILSVRC2012_val_00000001.JPEG`` is the first."""
-    _check_sum(devkit, part, sums, on_progress)
+    _refuse_other(devkit, sums, on_progress)  # at every use, as a note of an earlier check could be forged
     files = _devkit_files(devkit, (_META, _GROUND_TRUTH))
     by_id = wnids_by_id(files[_META])
     try:
@@ -197,7 +201,7 @@ def _reading(archive: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+def _open_archive(archive: Path) -> Iterator[tarfile.TarFile]:
     with _reading(archive), archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         yield tar
 
@@ -209,7 +213,7 @@ def _files_in(
     total = archive.stat().st_size
     for member in tar:
         if not member.isreg() or member.issparse():
-            raise _unexpected(archive, member.name)
+            raise _unexpected_name(archive, member.name)
         file = tar.extractfile(member)
         assert file is not None  # as it is a regular file
         yield member, file
@@ -218,14 +222,14 @@ def _files_in(
     on_progress(Progress(f"unpack {archive.name}", total, total, "B"))
 
 
-def _unexpected(archive: Path, name: str) -> InputError:
+def _unexpected_name(archive: Path, name: str) -> InputError:
     return InputError(f"{printable(archive)} holds {printable(name)}, which ImageNet's does not: {_AGAIN}")
 
 
 def _keep(path: Path, member: tarfile.TarInfo, file: IO[bytes], archive: Path) -> None:
     """Write the picture to ``path``, unless an earlier run did so: half a file is smaller than it should be."""
     if member.size > MAX_BYTES:
-        raise _unexpected(archive, f"{member.name} of {member.size} bytes")
+        raise _unexpected_name(archive, f"{member.name} of {member.size} bytes")
     if _size(path) == member.size:
         return
     data = file.read()  # All of it: tarfile raises an error where the archive ends before.
@@ -240,7 +244,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     return folder
@@ -261,19 +265,24 @@ def _begin(part: Path, archive: Path, sums: Mapping[str, str], on_progress: OnPr
 
 def _check_sum(archive: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
     """Refuse an archive that is not the original. What was found is noted in ``part``: reading takes minutes."""
-    _made(part)
+    _make_folder(part)
     note = part / f".{archive.name}.json"
     status = archive.stat()
     state = {"size": status.st_size, "changed_ns": status.st_mtime_ns, "md5": sums[archive.name]}
     with contextlib.suppress(OSError, ValueError):
         if json.loads(note.read_text(encoding="utf-8")) == state:
             return
+    _refuse_other(archive, sums, on_progress)
+    write_text_atomically(note, json.dumps(state))
+
+
+def _refuse_other(archive: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    """Raises InputError where ``archive`` is not the original."""
     found = _md5(archive, on_progress)
     if found != sums[archive.name]:
         raise InputError(
             f"{printable(archive)} is not the original: its MD5 is {found}, not {sums[archive.name]}: {_AGAIN}"
         )
-    write_text_atomically(note, json.dumps(state))
 
 
 def _md5(archive: Path, on_progress: OnProgress) -> str:
@@ -298,12 +307,12 @@ def _finish(part: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
+def _hold_lock(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
     """Holds the lock of ``split``. Its file is left: to remove it would let two processes hold it."""
     import filelock
 
     lock = filelock.FileLock(folder / f".{split}.lock")
-    while not _locked(lock, folder):
+    while not _try_lock(lock, folder):
         on_progress(Progress(f"wait for another process that unpacks {_ARCHIVES[split]}", 0, None))
     try:
         yield
@@ -311,7 +320,7 @@ def _alone(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None
         lock.release()
 
 
-def _locked(lock: filelock.BaseFileLock, folder: Path) -> bool:
+def _try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
     import filelock
 
     try:
@@ -321,100 +330,3 @@ def _locked(lock: filelock.BaseFileLock, folder: Path) -> bool:
     except OSError as error:
         raise write_error(folder, error) from error
     return True
-
-
-# ---- as much of a Level 5 MAT-file as meta.mat takes: one array of structures of numbers and texts ----
-
-
-class _MatError(Exception):
-    """The bytes are not such a file."""
-
-
-_MAT_HEADER = 128
-_MAT_MOST_ELEMENTS = 100_000  # of one array: 1,860 entries of 8 fields are there, and zeros unpack to millions
-_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
-_MAT_STRUCTURE = 2
-_MAT_NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 18), "bBhHiIfdqQBHI", strict=True))
-_Element: TypeAlias = tuple[int, memoryview]
-
-
-def _synsets(meta: bytes) -> Iterator[tuple[float, str]]:
-    """The ILSVRC2012_ID and the wnid of each entry of the variable ``synsets``, the inner nodes included."""
-    order = {b"IM": "<", b"MI": ">"}.get(meta[126:128])
-    if order is None:
-        raise _MatError
-    for kind, body in _elements(memoryview(meta)[_MAT_HEADER:], order):
-        if kind == _MAT_COMPRESSED:
-            ((kind, body),) = _elements(memoryview(_inflated(body)), order)
-        if kind == _MAT_MATRIX:
-            yield from _entries(body, order)
-
-
-def _elements(data: memoryview, order: str) -> Iterator[_Element]:
-    """Each data element: its type and its bytes. Up to four bytes may lie in the tag itself."""
-    at = 0
-    for _ in range(_MAT_MOST_ELEMENTS):
-        if at >= len(data):
-            return
-        kind, length = struct.unpack_from(f"{order}II", data, at)
-        start = at + 8
-        if kind >> 16:
-            kind, length, start = kind & 0xFFFF, kind >> 16, at + 4
-        if start + length > len(data):
-            raise _MatError
-        yield kind, data[start : start + length]
-        at = max(at + 8, start + length)
-        if kind != _MAT_COMPRESSED:
-            at += -at % 8
-    raise _MatError
-
-
-def _inflated(packed: memoryview) -> bytes:
-    inflater = zlib.decompressobj()
-    data = inflater.decompress(packed, _MOST_UNPACKED)
-    if not inflater.eof:
-        raise _MatError
-    return data
-
-
-def _entries(matrix: memoryview, order: str) -> Iterator[tuple[float, str]]:
-    """The entries of an array of structures with the two fields, none of other arrays."""
-    class_, rest = _array(matrix, order)
-    if class_ != _MAT_STRUCTURE or len(rest) < 2:
-        return
-    (length,) = struct.unpack(f"{order}i", rest[0][1])
-    if length < 1:
-        raise _MatError
-    names = rest[1][1].tobytes()
-    fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
-    if not {"ILSVRC2012_ID", "WNID"} <= set(fields):
-        return
-    number_at, wnid_at = fields.index("ILSVRC2012_ID"), fields.index("WNID")
-    values = rest[2:]
-    for first in range(0, len(values) - len(fields) + 1, len(fields)):
-        number = _numbers(values[first + number_at], order)
-        wnid = _numbers(values[first + wnid_at], order)
-        yield float(number[0]), "".join(chr(int(code)) for code in wnid)
-
-
-def _array(matrix: memoryview, order: str) -> tuple[int, list[_Element]]:
-    """The class of an array, and what follows its flags, dimensions and name."""
-    elements = list(_elements(matrix, order))
-    if len(elements) < 3:
-        raise _MatError
-    (flags,) = struct.unpack_from(f"{order}I", elements[0][1])
-    return flags & 0xFF, elements[3:]
-
-
-def _numbers(element: _Element, order: str) -> Sequence[float]:
-    """The numbers of a numeric array or the codes of a text, whatever type they were packed as."""
-    kind, body = element
-    if kind != _MAT_MATRIX:
-        raise _MatError
-    _, rest = _array(body, order)
-    if not rest or rest[0][0] not in _MAT_NUMBERS:
-        raise _MatError
-    values: list[float] = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]]).tolist()
-    if not values:
-        raise _MatError
-    return values

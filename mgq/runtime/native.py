@@ -11,11 +11,11 @@ import numpy.typing as npt
 from mgq.errors import InputError, MgqError, printable
 from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
-from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
+from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
 from mgq.export.native.program import Program, read_program
-from mgq.export.onnx.onnx_file import OnnxFile, content_of, imported, parsed_onnx
-from mgq.runtime.protocol import OfOnnxFile, checked_threads
+from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
+from mgq.runtime.protocol import OfOnnxFile, check_threads
 
 
 class NativeRuntime(OfOnnxFile):
@@ -30,8 +30,8 @@ class NativeRuntime(OfOnnxFile):
     name = "native"
 
     def __init__(self, path: Path, threads: int = 1, cpu: str = NATIVE) -> None:
-        self.threads = checked_threads(threads)
-        level = level_called(cpu)
+        self.threads = check_threads(threads)
+        level = get_level(cpu)
         refuse_foreign(level, f"the native engine of {printable(path)}")
         self.version = level.key
         self.file, entry = prepare(path, level)
@@ -50,38 +50,38 @@ class NativeRuntime(OfOnnxFile):
 
 def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
     """What is known of the file at ``path``, and its machine code, from the cache where it is there."""
-    content = content_of(path)
+    content = read_content(path)
     key = key_of(content, level.key)
     entry = read_entry(key)
     if entry is not None:
         return file_of(path, content, entry), entry
-    file = parsed_onnx(path, content)
-    entry = compiled(file, level)
+    file = parse_onnx(path, content)
+    entry = compile_file(file, level)
     write_entry(key, entry)
     return file, entry
 
 
-def runs(path: Path) -> bool:
+def can_run(path: Path) -> bool:
     """Whether the engine runs the file at ``path`` on this processor. Nothing is compiled to find out."""
     from mgq.export.native.planner import make_plan
 
     try:
-        content = content_of(path)
-        if read_entry(key_of(content, level_called(NATIVE).key)) is None:
-            make_plan(program_of(parsed_onnx(path, content)))
+        content = read_content(path)
+        if read_entry(key_of(content, get_level(NATIVE).key)) is None:
+            make_plan(program_of(parse_onnx(path, content)))
     except MgqError:
         return False
     return True
 
 
 def program_of(file: OnnxFile) -> Program:
-    model = imported("onnx").load_from_string(file.content)
+    model = import_package("onnx").load_from_string(file.content)
     if len(model.graph.output) > 1:
         raise InputError(f"the native engine gives logits alone, and {printable(file.path)} has more outputs")
     return read_program(model)
 
 
-def compiled(file: OnnxFile, level: Level) -> Entry:
+def compile_file(file: OnnxFile, level: Level) -> Entry:
     code = compile_program(program_of(file), level)
     kept = ("input", "type", "shape", "output", "about", "quantized", "classes")
     return Entry(code, {name: getattr(file, name) for name in kept})

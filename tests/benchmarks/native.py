@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from mgq.bench.statistics import Speedup, speedup_of
+from mgq.bench.statistics import Speedup, measure_speedup
 from mgq.runtime.protocol import Runtime
 
 SIZE = 224
@@ -41,11 +41,11 @@ Run = Callable[[], object]
 def write(path: Path, network: str) -> None:
     """The int8 file of ``network`` for the target onnx."""
     from mgq.engine.classifier.dump import dump_classifier
-    from mgq.engine.classifier.open import random_classifier
+    from mgq.engine.classifier.open import make_random_classifier
     from mgq.quantization.modes import Mode
     from mgq.quantization.targets import ONNX
 
-    dump_classifier(random_classifier(network, Mode.QAT, image_size=SIZE, target=ONNX), path, batch=1, kind="onnx")
+    dump_classifier(make_random_classifier(network, Mode.QAT, image_size=SIZE, target=ONNX), path, batch=1, kind="onnx")
 
 
 def shortest(run: Run) -> int:
@@ -116,7 +116,7 @@ def beside_openvino(path: Path, rounds: int, cpu: str) -> None:
     logits = native.run(IMAGE), other.run(IMAGE)
     apart = float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max())
     mine, theirs = in_turns([lambda: native.run(IMAGE), lambda: other.run(IMAGE)], rounds)
-    found = text_of(speedup_of(mine, theirs))
+    found = text_of(measure_speedup(mine, theirs))
     print(
         f"{path.stem}: {native.version} {median_ms(mine):.2f} ms, OpenVINO {other.version} {median_ms(theirs):.2f} ms, "
         f"native over OpenVINO {found}; logits differ by {apart:.1e} of the largest; {load_text()}; "
@@ -146,8 +146,9 @@ def threads(path: Path, rounds: int) -> None:
     least = [min(min(turn) for turn in times) for times in (one, two)]
     print(
         f"{path.stem}: one thread {median_ms(one):.2f} ms, two {median_ms(two):.2f} ms, two over one "
-        f"{text_of(speedup_of(two, one))}, of the shortest runs {least[0] / least[1]:.2f}; two over OpenVINO's two "
-        f"{text_of(speedup_of(mine, other))}; {load_text()}",
+        f"{text_of(measure_speedup(two, one))}, of the shortest runs {least[0] / least[1]:.2f}; "
+        f"two over OpenVINO's two "
+        f"{text_of(measure_speedup(mine, other))}; {load_text()}",
         flush=True,
     )
 
@@ -156,7 +157,7 @@ def layers(path: Path, rounds: int) -> None:
     from mgq.bench.peak import PeakLoop
     from mgq.bench.settings import Precision
     from mgq.export.native.compiler import Compiled, object_of
-    from mgq.export.native.cpu import NATIVE, level_called
+    from mgq.export.native.cpu import NATIVE, get_level
     from mgq.export.native.emit.driver import emit_module
     from mgq.export.native.emit.team import HEADER
     from mgq.export.native.library import Library
@@ -166,7 +167,7 @@ def layers(path: Path, rounds: int) -> None:
     from mgq.system.environment import this_machine
 
     pinned(1)
-    level = level_called(NATIVE)
+    level = get_level(NATIVE)
     plan = make_plan(program_of(read_onnx(path)))
     module = emit_module(plan, level.isa(), "nounwind")
     text = module.text.replace("define internal void @step(", "define void @step(")
@@ -257,12 +258,12 @@ print(time.perf_counter() - start)
 
 def cost(path: Path, rounds: int) -> None:
     from mgq.export.native.compiler import compile_program
-    from mgq.export.native.cpu import NATIVE, level_called
+    from mgq.export.native.cpu import NATIVE, get_level
     from mgq.export.native.linker import write_library
     from mgq.export.onnx.onnx_file import read_onnx
     from mgq.runtime.native import NativeRuntime, program_of
 
-    level = level_called(NATIVE)
+    level = get_level(NATIVE)
     program = program_of(read_onnx(path))
     compiling, used = [], []
     command = [sys.executable, "-c", START, str(path)]

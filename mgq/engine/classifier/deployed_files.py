@@ -3,62 +3,86 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mgq.engine.classifier.dump import dump_classifier, format_for
 from mgq.engine.classifier.open import Classifier
-from mgq.engine.classifier.runtime_module import DeployedNetwork
+from mgq.engine.classifier.runtime_module import RuntimeModule
 from mgq.errors import InputError, naming, printable
 from mgq.export.formats import SUFFIXES
+from mgq.io.records import record_of
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
-from mgq.runtime.registry import AUTO, engine_called, engine_for
-from mgq.weights.checkpoint import names_in
-from mgq.weights.preprocessing import preprocessing_in
+from mgq.runtime.registry import AUTO, choose_backend, get_backend
+from mgq.weights.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
 
 
-def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
+@dataclass(frozen=True)
+class DeployedInfo:
+    """What a deployed file says of its network, and what of that is needed to run it."""
+
+    arch: str
+    mode: str
+    classes: tuple[str, ...]
+    image_size: int
+    options: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    preprocessing: Preprocessing | None = None
+
+
+def open_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
     """The network in ``path``, an ``.onnx`` or ``.megengine`` file of mgq's, in the engine called ``key``.
 
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
-    engine = engine_for(path, key)
+    engine = choose_backend(path, key)
     runtime = engine.load(path, threads or usable_cores())
-    about = runtime.about
     try:
+        about = record_of(DeployedInfo, runtime.about, others=True)
         with naming(printable(path)):
-            spec, mode = spec_of(about["arch"]), Mode(about["mode"])
-        classes, size = names_in(about["classes"]), about["image_size"]
-        options, recipe = dict(about["options"]), dict(about["recipe"])
-        preprocessing = preprocessing_in(about) or spec.preprocessing
-    except (KeyError, TypeError, ValueError):
+            spec, mode = spec_of(about.arch), Mode(about.mode)
+    except ValueError:
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
+    classes, size = about.classes, about.image_size
     if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
-    network = DeployedNetwork(runtime, path.stat().st_size)
+    network = RuntimeModule(runtime, path.stat().st_size)
     origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
-    file = (path, engine.key)
-    return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, file, None, preprocessing)
+    return Classifier(
+        network=network,
+        fake_quantized=None,
+        spec=spec,
+        mode=mode,
+        classes=classes,
+        image_size=size,
+        origin=origin,
+        options=about.options,
+        recipe=about.recipe,
+        file=(path, engine.key),
+        preprocessing=about.preprocessing or spec.preprocessing,
+    )
 
 
-def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
+def attach_backend(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
     """``classifier`` in the engine called ``key``, by way of a temporary file. Raises as the dump and the engine do."""
     with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-        path = written_for(classifier, key, Path(folder))
-        engine = engine_for(path, key)
+        path = write_for_backend(classifier, key, Path(folder))
+        engine = choose_backend(path, key)
         runtime = engine.load(path, threads or usable_cores())
-        network = DeployedNetwork(runtime, path.stat().st_size)
+        network = RuntimeModule(runtime, path.stat().st_size)
     origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
     return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))
 
 
-def written_for(classifier: Classifier, key: str, folder: Path) -> Path:
+def write_for_backend(classifier: Classifier, key: str, folder: Path) -> Path:
     """A file of ``classifier`` in ``folder`` that the engine called ``key`` reads. Raises as the dump does."""
-    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
+    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else get_backend(key).suffix
     path = folder / f"network{suffix}"
     dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)
     return path

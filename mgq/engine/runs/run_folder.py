@@ -10,7 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import msgspec
+from msgspec import Meta
 
 from mgq.engine.classifier.open import RUN_CHECKPOINT
 from mgq.engine.runs.curves import Mark, write_curves
@@ -33,7 +36,8 @@ CURVES = "curves.png"
 EVENTS = "events"
 _ELSEWHERE = "pass --save FOLDER"
 _MOST_METRICS = 1 << 26  # bytes: of 200,000 epochs
-_PLAIN = (str, bool, int, float)
+Plain: TypeAlias = str | bool | Annotated[int, Meta(ge=1 - 2**63, le=2**63 - 1)] | float | None
+"""A value of an entry, in a file."""
 Metrics = dict[str, Any]
 
 
@@ -65,8 +69,8 @@ class RunFolder:
         """
         path = save / f"{arch}.{mode}"
         ensure_writable_folder(save, _ELSEWHERE)
-        with _releasing_on_error(_locked(path)) as lock:
-            kept = _moved_aside(path)
+        with _releasing_on_error(_take_lock(path)) as lock:
+            kept = _move_aside(path)
             try:
                 ensure_writable_folder(path, _ELSEWHERE)
             except BaseException:
@@ -86,7 +90,7 @@ class RunFolder:
         path = save / f"{arch}.{mode}"
         if not path.is_dir():
             raise InputError(f"there is no run {printable(path)} to resume; leave out --resume, or pass --save FOLDER")
-        with _releasing_on_error(_locked(path)) as lock:
+        with _releasing_on_error(_take_lock(path)) as lock:
             if not (path / LAST).is_file():
                 raise InputError(f"{printable(path)} has no {LAST} to resume from; leave out --resume to start again")
             ensure_writable_folder(path, "change that to resume it")
@@ -140,7 +144,7 @@ class RunFolder:
         """
         if self._tensorboard and self._events is None:
             self._events = EventsFile.following(self.path / EVENTS, self.metrics())
-        line = json.dumps({name: _strict(value) for name, value in entry.items()}, allow_nan=False)
+        line = json.dumps({name: _write_strictly(value) for name, value in entry.items()}, allow_nan=False)
         append_whole(self.path / METRICS, f"{line}\n".encode(), sync=True)
         if self._events is not None:
             self._events.add(entry)
@@ -207,19 +211,15 @@ def _lines(path: Path) -> list[str]:
 
 def _entry(line: str) -> Metrics | None:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
+        entry = msgspec.convert(json.loads(line), dict[str, Plain])
+    except (ValueError, RecursionError, msgspec.ValidationError):
         return None
-    if not isinstance(entry, dict) or type(entry.get("epoch")) is not int:
-        return None
-    if not all(value is None or isinstance(value, _PLAIN) for value in entry.values()):
-        return None
-    if any(isinstance(value, int) and abs(value) >= 2**63 for value in entry.values()):
+    if type(entry.get("epoch")) is not int:
         return None
     return {name: math.nan if value is None else value for name, value in entry.items()}
 
 
-def _strict(value: Any) -> Any:
+def _write_strictly(value: Any) -> Any:
     """``value`` as JSON knows it: numpy's numbers as Python's, null for NaN and infinities."""
     if isinstance(value, str | bool | int):
         return value
@@ -227,7 +227,7 @@ def _strict(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _moved_aside(path: Path) -> Path | None:
+def _move_aside(path: Path) -> Path | None:
     """Where what was at ``path`` lies now; None where there was nothing whole."""
     drop_abandoned_in(path)
     with writing(path, _ELSEWHERE):
@@ -238,7 +238,7 @@ def _moved_aside(path: Path) -> Path | None:
     return kept
 
 
-def _locked(path: Path) -> filelock.BaseFileLock:
+def _take_lock(path: Path) -> filelock.BaseFileLock:
     """The lock of the run ``path``, taken. It lies beside the folder, which may be renamed.
 
     The system lets go of it when the process ends, however it ends.

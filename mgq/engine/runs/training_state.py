@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mgq.errors import InputError, printable
+from mgq.io.records import record_of
 from mgq.weights.checkpoint import TRAINING_KEY, body_of, write_tensors
 from mgq.weights.unpickler import LONGEST_HEADER
 
@@ -26,6 +27,15 @@ FORMAT = 1
 CHECKSUM_KEY = "sha256"
 START_AGAIN = "start again without --resume"
 Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a training's state but its tensors, as the file has it."""
+
+    progress: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,26 +70,24 @@ def read_training_state(path: Path) -> TrainingState:
     try:
         with path.open("rb") as start:
             if int.from_bytes(start.read(8), "little") > LONGEST_HEADER:
-                raise _damaged(name)
+                raise _damaged_state(name)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it has no other way)
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror or printable(error)}); check the path") from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise _damaged(name) from error
+        raise _damaged_state(name) from error
     if TRAINING_KEY not in metadata:
         raise InputError(f"{name} is not the state of a training; --resume needs the one that mgq wrote")
     text = metadata[TRAINING_KEY]
     if metadata.get(CHECKSUM_KEY) != checksum(text, tensors):
-        raise _damaged(name)
+        raise _damaged_state(name)
     try:
-        state = TrainingState(tensors, **body_of(text, FORMAT, name))
-        if not all(isinstance(part, dict) for part in (state.progress, state.recipe, state.versions)):
-            raise TypeError
-        return state
+        parts = record_of(Parts, body_of(text, FORMAT, name))
+        return TrainingState(tensors, parts.progress, parts.recipe, parts.versions)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _damaged(name) from None
+        raise _damaged_state(name) from None
 
 
 def checksum(text: str, tensors: Tensors) -> str:
@@ -93,5 +101,5 @@ def checksum(text: str, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _damaged(name: str) -> InputError:
+def _damaged_state(name: str) -> InputError:
     return InputError(f"{name} is damaged or cut short, nothing can go on from it; {START_AGAIN}")

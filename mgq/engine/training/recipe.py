@@ -6,45 +6,41 @@ scales with its size, the drawn pictures one that is done in minutes on two core
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import tomli
 import tomli_w
+from msgspec import Meta
 
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.io.limited_io import text_of
+from mgq.io.records import bounds_of, types_of, value_of
 from mgq.quantization.option_names import OBSERVERS, TARGETS
-from mgq.weights.checkpoint import checked_size
+from mgq.weights.checkpoint import check_size
 
 SYNTHETIC = "synthetic"
 """What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
-IMAGENET_PICTURES = 300_000
+IMAGENET_IMAGES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
-CLASSIFIER_PICTURES = 5_000
+CLASSIFIER_IMAGES = 5_000
 MOST_BYTES = 1 << 16
 """Of a recipe file; the longest has some 2 KiB."""
-MOST = {
-    "epochs": 100_000,
-    "batch_size": 65_536,
-    "classes": 100_000,
-    "val_every": 100_000,
-    "limit": 10**12,
-    "devices": 1_024,
-    "seed": 2**63 - 1,
-    "classifier_pictures": 10**12,
-    "synthetic_train": 10**8,
-    "synthetic_val": 10**8,
-    "observe_batches": 10**9,
-}
-"""Beyond it no training is meant, and memory or time would be without bound."""
 DISTILLED = 0.5
 """Share of the loss that is for the float network's answers."""
+
+
+# What is beyond these is meant by no training, and memory or time would be without bound.
+Epochs: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
+Images: TypeAlias = Annotated[int, Meta(ge=0, le=10**12)]
+Drawings: TypeAlias = Annotated[int, Meta(ge=0, le=10**8)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Amount: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -71,72 +67,53 @@ class Recipe:
     arch: str
     mode: str
     data: str
-    classes: int
+    classes: Annotated[int, Meta(ge=2, le=100_000)]
     image_size: int
-    epochs: int
-    batch_size: int
-    lr: float
+    epochs: Epochs
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)]
+    lr: Amount
     schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    warmup: float = 0.0
-    momentum: float = 0.9
-    batch_norm_momentum: float = 0.0
+    gamma: Share = 0.1
+    warmup: Amount = 0.0
+    momentum: Decay = 0.9
+    batch_norm_momentum: Share = 0.0
     keep_batch_norm: bool = False
-    stem_lr: float = 1.0
-    weight_decay: float = 1e-4
+    stem_lr: Amount = 1.0
+    weight_decay: Amount = 1e-4
     decay_all: bool = False
-    label_smoothing: float = 0.1
-    crop_scale: float = 0.08
-    flip: float = 0.5
-    jitter: float = 0.0
-    ema: float = 0.0
+    label_smoothing: Share = 0.1
+    crop_scale: Annotated[float, Meta(gt=0, le=1)] = 0.08
+    flip: Share = 0.5
+    jitter: Share = 0.0
+    ema: Decay = 0.0
     freeze_backbone: bool = False
-    classifier_pictures: int = 0
+    classifier_pictures: Images = 0
     amp: bool = False
-    val_every: int = 1
-    limit: int = 0
-    seed: int = 0
-    devices: int = 1
-    synthetic_train: int = 0
-    synthetic_val: int = 0
+    val_every: Epochs = 1
+    limit: Images = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    devices: Annotated[int, Meta(ge=1, le=1_024)] = 1
+    synthetic_train: Drawings = 0
+    synthetic_val: Drawings = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     target: str = "megengine"
     observer: str = "ema"
-    observe_batches: int = 0
-    freeze_observers: float = 0.0
-    freeze_batch_norm: float = 0.0
+    observe_batches: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    freeze_observers: Amount = 0.0
+    freeze_batch_norm: Amount = 0.0
     calibrate: bool = False
-    distill: float = 0.0
+    distill: Share = 0.0
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be, by its name on the command line."""
-        least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
-        least |= dict.fromkeys(("classifier_pictures", "synthetic_train", "synthetic_val", "observe_batches"), 0)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value < low:
-                raise InputError(f"{option(name)} {value} is too small: give at least {low}")
-        for name, high in MOST.items():
-            if getattr(self, name) > high:
-                raise InputError(f"{option(name)} {str(getattr(self, name))[:40]} is too large: give at most {high:,}")
-        shares = ("label_smoothing", "flip", "jitter", "distill", "momentum", "batch_norm_momentum", "gamma", "ema")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{option(name)} {getattr(self, name)} is not possible: give 0 to 1")
-        if self.ema == 1 or self.momentum == 1:
-            raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
-        if not 0 < self.crop_scale <= 1:
-            raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
-        for name in ("lr", "stem_lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
+        for name, bounds in bounds_of(Recipe).items():
+            bounds.refuse_beyond(option(name), getattr(self, name))
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise no_such(name, getattr(self, name), known)
-        checked_size(self.image_size)
+        check_size(self.image_size)
 
     @property
     def is_synthetic(self) -> bool:
@@ -156,9 +133,6 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
 
 
-KINDS = {field.name: str(field.type) for field in fields(Recipe)}
-
-
 def read_changes(path: Path) -> dict[str, Any]:
     """What a recipe file says, checked by name and type. Raises InputError that names the key."""
     name = printable(path)
@@ -168,51 +142,32 @@ def read_changes(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the recipe {name}: {error.strerror}; check the path") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not a TOML file: {printable(error)[:200]}; see recipe.toml of any run") from None
-    return checked_changes(body, name)
+    return check_changes(body, name)
 
 
-def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+def check_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``body`` with values of the types that a recipe has. Raises InputError for another key or type."""
     changes: dict[str, Any] = {}
     for key, value in body.items():
-        if key not in KINDS:
-            near = nearest(key, KINDS)
+        if key not in types_of(Recipe):
+            near = nearest(key, types_of(Recipe))
             hint = f"did you mean {near}?" if near else "recipe.toml of any run has them all"
             raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
-        changes[key] = converted(key, value, name)
+        try:
+            changes[key] = value_of(Recipe, key, value)
+        except ValueError:
+            wanted = KINDS.get(types_of(Recipe)[key], "a list of numbers" if key == "milestones" else "a table")
+            raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted}") from None
     return changes
 
 
-def converted(key: str, value: Any, name: str) -> Any:
-    kind = KINDS[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "float" and number:
-        return as_float(value)
-    if kind == "int" and number and isinstance(value, int):
-        return value
-    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
-        return value
-    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
-        return tuple(as_float(v) for v in value)
-    if kind.startswith("Mapping") and isinstance(value, dict):
-        return value
-    wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
-    wanted_kind = wanted.get(kind, "a list of numbers")
-    raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted_kind}")
+KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
-def as_float(value: float) -> float:
-    """``value`` as a float; a whole number that is too large for one as infinity."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:
+def restore_recipe(body: Mapping[str, Any], name: str) -> Recipe:
     """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
     try:
-        changes = checked_changes(body, name)
+        changes = check_changes(body, name)
         with naming(name):
             return Recipe(**changes)
     except TypeError:
@@ -232,7 +187,7 @@ class Start(str, Enum):
 
 @dataclass(frozen=True)
 class Task:
-    """What a recipe is wanted for: ``pictures`` are those to train on.
+    """What a recipe is wanted for: ``images`` are those to train on.
 
     ``stem_lr`` is what the weights to begin with want; ``keep_batch_norm``: whether their training kept batch norms.
     """
@@ -241,7 +196,7 @@ class Task:
     mode: str
     data: str
     classes: int
-    pictures: int
+    images: int
     image_size: int
     start: Start = Start.RANDOM
     stem_lr: float = 1.0
@@ -249,7 +204,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
+def make_recipe(task: Task, changes: Mapping[str, Any]) -> Recipe:
     """The default recipe for ``task`` with ``changes``: other epochs or batches shift what depends on them.
 
     With another batch size the learning rate changes in proportion, unless it is given too (arXiv:1706.02677).
@@ -257,7 +212,7 @@ def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
     """
     changes = dict(changes)
     if "limit" in changes and changes["limit"] > 0:
-        task = replace(task, pictures=min(task.pictures, changes["limit"]))
+        task = replace(task, images=min(task.images, changes["limit"]))
     default = default_recipe(task, changes.get("epochs"))
     if "batch_size" in changes and "lr" not in changes:
         changes["lr"] = default.lr * changes["batch_size"] / default.batch_size
@@ -267,7 +222,7 @@ def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
 def default_recipe(task: Task, epochs: int | None = None) -> Recipe:
     if task.data == SYNTHETIC:
         return synthetic_recipe(task, epochs)
-    if task.pictures >= IMAGENET_PICTURES:
+    if task.images >= IMAGENET_IMAGES:
         return example_recipe(task, epochs)
     return small_recipe(task, epochs)
 
@@ -299,7 +254,7 @@ def example_recipe(task: Task, epochs: int | None) -> Recipe:
         epochs = epochs or (12 if resnet else 30)
         schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
         lr = 0.000125 if resnet else 0.0015625
-        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.pictures, 32), **schedule}
+        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.images, 32), **schedule}
     elif resnet:
         epochs = epochs or 90
         milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
@@ -328,9 +283,9 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     ones; 10,000 for quantization-aware training, which begins with calibration, or 4,000 of weights that kept their
     batch norms.
     """
-    batch = batch_for(task.pictures)
+    batch = batch_for(task.images)
     if task.mode == "qat":
-        epochs = epochs or repeats(task.pictures, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
+        epochs = epochs or repeats(task.images, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
         values = {"calibrate": True, "ema": EMA, "crop_scale": 0.35}
         if task.keep_batch_norm:
             # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
@@ -338,14 +293,14 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
         else:
             values |= {"lr": 0.005, "distill": DISTILLED}
     elif task.start is not Start.RANDOM:
-        epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
+        epochs = epochs or repeats(task.images, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
         if task.start is Start.NEW_CLASSIFIER:
-            values["classifier_pictures"] = CLASSIFIER_PICTURES
+            values["classifier_pictures"] = CLASSIFIER_IMAGES
         if task.start is Start.NEW_CLASSIFIER or task.keep_batch_norm:
             values |= KEPT_BATCH_NORM
     else:
-        epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
+        epochs = epochs or repeats(task.images, crops=50_000, least=30, most=100)
         values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
         values["weight_decay"] = 5e-4
     values["lr"] = values["lr"] * batch / 32
@@ -366,21 +321,21 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
     return base(task, epochs=epochs, crop_scale=1.0, **values, **counts)
 
 
-def qat_phases(epochs: int, pictures: int, batch: int) -> dict[str, Any]:
+def qat_phases(epochs: int, images: int, batch: int) -> dict[str, Any]:
     """Ranges are watched on some batches before fake quantization starts; batch norms keep their statistics for the
     last half, and activations their ranges for the last third."""
     return {
-        "observe_batches": max(1, min(32, pictures // batch)),
+        "observe_batches": max(1, min(32, images // batch)),
         "freeze_batch_norm": epochs / 2,
         "freeze_observers": epochs * 2 / 3,
     }
 
 
-def batch_for(pictures: int) -> int:
+def batch_for(images: int) -> int:
     """32, but so few that an epoch has at least four batches where there are hardly any pictures."""
-    return max(1, min(32, pictures // 4))
+    return max(1, min(32, images // 4))
 
 
-def repeats(pictures: int, crops: int, least: int, most: int) -> int:
+def repeats(images: int, crops: int, least: int, most: int) -> int:
     """Epochs in which about ``crops`` crops are seen."""
-    return max(least, min(most, round(crops / max(1, pictures))))
+    return max(least, min(most, round(crops / max(1, images))))

@@ -33,7 +33,7 @@ class Library:
     def __post_init__(self) -> None:
         self.constants = reserve(len(self.compiled.constants))
         self.constants[:] = np.frombuffer(self.compiled.constants, np.uint8)
-        self.engine = linked(self.compiled.code)
+        self.engine = link_object(self.compiled.code)
         self.team = Team(self.calls(), self.classes, self.threads)
 
     def run(self, images: Bytes) -> npt.NDArray[np.float32]:
@@ -58,7 +58,7 @@ class Library:
         return Calls(HEADER + threads * self.compiled.work, run, serve, end)
 
 
-def linked(code: bytes) -> Any:
+def link_object(code: bytes) -> Any:
     """The object file ``code`` in memory, as long as what is returned is kept."""
     binding = llvm()
     target = binding.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
