@@ -138,8 +138,8 @@ assert read_image(bundled_cat()).ndim == 3
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
 NATIVE = """
 from mgq.export.native.compiler import object_of
-from mgq.export.native.cpu import NATIVE, level_called
-object_of("define void @nothing() { ret void }", level_called(NATIVE))
+from mgq.export.native.cpu import NATIVE, get_level
+object_of("define void @nothing() { ret void }", get_level(NATIVE))
 """
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
