@@ -15,16 +15,17 @@ The verbs of the command line as Python calls::
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
-Importing mgq imports no MegEngine; the first of these calls does.
+Importing mgq imports no MegEngine and changes nothing in the environment; the first of these calls does both. What a
+call has to say besides its result goes to its callbacks or, where there are none, to the logger ``mgq``.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
     from mgq.api import benchmark as benchmark
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weight_loading import load_weights as load_weights
 
-prefer_exact_kernels()
-prefer_fast_kernels()
-wait_without_spinning()
+logging.getLogger("mgq").addHandler(logging.NullHandler())
 
 WHERE = {
     "create_model": "mgq.zoo.registry",

@@ -24,6 +24,7 @@ PACKAGES = {
     "ONNX": "onnx",
     "ONNX Runtime": "onnxruntime",
     "OpenVINO": "openvino",
+    "llvmlite": "llvmlite",
 }
 """What the numbers depend on, besides Python: what the world calls it, and what pip does."""
 CPU_INFO = Path("/proc/cpuinfo")
@@ -56,6 +57,17 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def set_library_defaults() -> None:
+    """Set the variables of the environment that MegEngine and OpenVINO read when they start to compute.
+
+    Called before the first network is built, the first file is loaded, or the machine is described: an import of mgq
+    alone changes nothing in the program around it. Values that the user has set stay.
+    """
+    prefer_exact_kernels()
+    prefer_fast_kernels()
+    wait_without_spinning()
 
 
 def wait_without_spinning() -> None:

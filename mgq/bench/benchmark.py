@@ -13,7 +13,7 @@ from mgq.bench.peak import find_instruction
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, BenchmarkSuite, precision_of
 from mgq.engine.classifier.open import versions
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.system.environment import Machine, saturates, this_machine
 
 IMAGE = "the bundled photograph of a cat"
@@ -22,7 +22,7 @@ SHIFTED = ", shifted sideways from picture to picture"
 
 def benchmark(
     settings: Settings | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     engines: Mapping[str, BenchmarkBackend] = BENCHMARK_BACKENDS,
 ) -> Report:
     """Measure how fast every network of ``settings`` is in every engine of ``engines``.

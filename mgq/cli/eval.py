@@ -110,7 +110,8 @@ def evaluate(
       mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
       mgq eval -d imagenet --limit 1000 --jobs 4 --json
     """
-    from mgq.cli.console import note, prepare_process, progress
+    from mgq.cli.console import note, progress
+    from mgq.system.megengine_start import prepare_process
 
     refuse_more_than_cores(jobs)
     if devices > 1:

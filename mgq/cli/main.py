@@ -27,7 +27,7 @@ from mgq.cli.models import models
 from mgq.cli.report import report
 from mgq.cli.training import Qat, Train
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version
+from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version, set_library_defaults
 
 INTERRUPTED = 130
 
@@ -73,6 +73,7 @@ def options(
 ) -> None:
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    set_library_defaults()
     hush_decoders()
 
 

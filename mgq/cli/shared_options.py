@@ -85,7 +85,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         click_type=ENGINE,
-        help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.",
+        help="What runs it: native, openvino, onnxruntime, lite, or auto, the fastest.",
         show_default=False,
     ),
 ]
@@ -108,10 +108,10 @@ def prepare_megengine(checkpoint: Path | None, deployed: bool = True, key: str |
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
     """
-    from mgq.cli.console import import_megengine
     from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
+    from mgq.system.megengine_start import import_megengine
 
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")

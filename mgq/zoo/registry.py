@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
+from mgq.machine import set_library_defaults
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -78,6 +79,7 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
+        set_library_defaults()
         return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
     @property

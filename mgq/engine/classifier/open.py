@@ -20,7 +20,7 @@ from mgq.data.transforms import eval_crop
 from mgq.engine.classifier.metrics import refuse_not_finite
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.machine import package_version
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
@@ -133,7 +133,7 @@ def open_classifier(
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     target: str | None = None,
     key: str | None = None,
 ) -> Classifier:

@@ -19,7 +19,7 @@ from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode, parse_mode
 
@@ -134,7 +134,7 @@ def infer(
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     topk: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
 ) -> list[Prediction]:
     """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
