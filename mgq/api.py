@@ -17,12 +17,8 @@ from mgq.engine.classifier.open import find_newest_arch, open_classifier
 from mgq.engine.training import training_run
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.training_run import TrainResult
-<<<<<<< 481606c05c9cff04ec3cd574453149c0e5b7dcfe
 from mgq.errors import no_such
-from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, ignore_progress
-=======
 from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
->>>>>>> bef60765a7a94bee1a350e5de7b4144884a13f9d
 from mgq.quantization.modes import Mode, parse_mode
 
 if TYPE_CHECKING:
@@ -59,7 +55,7 @@ def benchmark(
     image_size: int = 224,
     load: str = Load.LATENCY.value,
     against: Sequence[str | Path] = (),
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> BenchmarkReport:
     """Measure how many images a second each network takes in every backend, as ``mgq bench`` does.
 

@@ -51,7 +51,6 @@ class TrainingCommand:
     simulated: ClassVar[str]
     """What the fake-quantized network of the result is."""
 
-<<<<<<< 481606c05c9cff04ec3cd574453149c0e5b7dcfe
     arch: Annotated[
         str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
     ] = None
@@ -72,139 +71,32 @@ class TrainingCommand:
     recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file, such as recipe.toml of any run.")] = None
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the bit.")] = (
         False
-=======
-    @property
-    def annotation(self) -> Any:
-        return self.kind | None if self.default is None else self.kind
-
-    @property
-    def parameter(self) -> Any:
-        return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
-
-
-def recipe_number(key: str, kind: type[int] | type[float], text: str) -> Option:
-    """The option of a recipe's number ``key``, whose bounds the recipe knows."""
-    return Option(kind, None, (f"--{key.replace('_', '-')}",), text, OfRecipe(kind, key))
-
-
-def recipe_value(kind: type, flag: str, text: str, value: ParamType[Any]) -> Option:
-    return Option(kind, None, (flag,), text, value)
-
-
-SHARED: dict[str, Option] = {
-    "arch": Option(str, None, ("-a", "--arch"), "Architecture; `mgq models` lists them.", ARCH),
-    "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
-    "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
-    "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
-    "key": Option(str, None, ("--key",), KEY_HELP),
-    "pretrained": Option(
-        str, None, ("--pretrained",), "Begin with the zoo's weights; downloads published ones.", PRETRAINED
-    ),
-    "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
-    "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
-    "epochs": recipe_number("epochs", int, "How often every picture is seen."),
-    "batch_size": recipe_number("batch_size", int, "Pictures a step, on each device."),
-    "lr": recipe_number("lr", float, "Learning rate at its highest, for one device."),
-    "schedule": recipe_value(str, "--schedule", "cosine, linear or step.", SCHEDULE),
-    "weight_decay": recipe_number("weight_decay", float, "L2 penalty."),
-    "label_smoothing": recipe_number("label_smoothing", float, "Share of a label that goes to all classes."),
-    "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
-    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", COUNT),
-    "val_every": recipe_number("val_every", int, "Epochs from one measurement to the next."),
-    "ema": recipe_number("ema", float, "Keep averaged weights, with this decay (0.999)."),
-    "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
-    "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
-    "seed": recipe_number("seed", int, "The same seed gives the same weights."),
-    "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor.", AT_LEAST_NONE),
-    "nodes": Option(int, 1, ("--nnodes",), "Machines that train together.", COUNT),
-    "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0.", AT_LEAST_NONE),
-    "master": Option(str, None, ("--master",), "HOST:PORT of machine 0."),
-    "workers": Option(
-        int, None, ("-w", "--workers"), "Threads that read pictures; one a core by default.", AT_LEAST_NONE
-    ),
-    "max_bad": Option(float, 0.01, ("--max-bad",), "Share of broken pictures that is put up with.", SHARE),
-    "report_every": Option(int, 0, ("--report-freq",), "A line every so many steps.", AT_LEAST_NONE),
-    "tensorboard": Option(bool, False, ("--tensorboard",), "Write TensorBoard events, too."),
-    "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
-}
-OF_TRAIN: dict[str, Option] = {
-    "classes": recipe_number("classes", int, "Outputs of the classifier, if more than the pictures' classes."),
-    "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2).", FACTOR),
-    "activation": Option(
-        str, None, ("--activation",), "relu or relu6 (mobilenet_v2).", Named("activation", lambda: ("relu", "relu6"))
-    ),
-    "from_scratch": Option(bool, False, ("--from-scratch",), "Begin with random weights."),
-    "new_head": Option(bool, False, ("--new-head",), "Begin with a new classifier for these classes."),
-}
-OF_QAT: dict[str, Option] = {
-    "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt.", OBSERVER),
-    "target": recipe_value(
-        str, "--target", "What int8 is for: megengine, onnx (ONNX Runtime, OpenVINO) or onnx-avx2.", TARGET
-    ),
-    "distill": Option(
-        bool,
-        None,
-        ("--distill/--no-distill",),
-        "Learn from the float network's answers, too; by default where it is at hand.",
-    ),
-}
-
-TRAIN_HELP = """Train a float network.
-
-Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
-else with random ones. Writes <save>/<arch>.normal.
-
-\b
-Examples:
-  mgq train
-  mgq train -a efficientnet_lite0 -d flowers
-  mgq train -a resnet18 -d flowers --image-size 64 --epochs 20
-"""
-QAT_HELP = """Train on with fake quantization, for int8.
-
-It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
-compares float, fake-quantized and int8 in the end.
-
-\b
-Examples:
-  mgq qat --arch resnet18
-  mgq qat -d flowers
-  mgq qat -a mobilenet_v2 -c mobilenet_v2.pkl -d imagenet
-"""
-
-
-def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]:
-    """The command ``name`` with the shared options and its ``own``."""
-    options = {**SHARED, **own}
-
-    def command(**values: Any) -> None:
-        run(name, values)
-
-    command.__name__, command.__doc__ = name, text
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(n, keyword, default=o.parameter, annotation=o.annotation) for n, o in options.items()]
->>>>>>> bef60765a7a94bee1a350e5de7b4144884a13f9d
     )
     epochs: Annotated[
-        int | None, typer.Option("--epochs", click_type=COUNT, help="How often every picture is seen.")
+        int | None,
+        typer.Option("--epochs", click_type=OfRecipe(int, "epochs"), help="How often every picture is seen."),
     ] = None
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", click_type=COUNT, help="Pictures a step, on each device.")
+        int | None,
+        typer.Option("--batch-size", click_type=OfRecipe(int, "batch_size"), help="Pictures a step, on each device."),
     ] = None
     lr: Annotated[
         float | None,
-        typer.Option("--lr", click_type=AT_LEAST_ZERO, help="Learning rate at its highest, for one device."),
+        typer.Option("--lr", click_type=OfRecipe(float, "lr"), help="Learning rate at its highest, for one device."),
     ] = None
     schedule: Annotated[str | None, typer.Option("--schedule", click_type=SCHEDULE, help="cosine, linear or step.")] = (
         None
     )
     weight_decay: Annotated[
-        float | None, typer.Option("--weight-decay", click_type=AT_LEAST_ZERO, help="L2 penalty.")
+        float | None, typer.Option("--weight-decay", click_type=OfRecipe(float, "weight_decay"), help="L2 penalty.")
     ] = None
     label_smoothing: Annotated[
         float | None,
-        typer.Option("--label-smoothing", click_type=SHARE, help="Share of a label that goes to all classes."),
+        typer.Option(
+            "--label-smoothing",
+            click_type=OfRecipe(float, "label_smoothing"),
+            help="Share of a label that goes to all classes.",
+        ),
     ] = None
     image_size: Annotated[
         int | None, typer.Option("--image-size", click_type=PIXELS, help="Pixels on a side, a multiple of 32.")
@@ -213,15 +105,22 @@ def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]
         int | None, typer.Option("--limit", click_type=COUNT, help="So many pictures of each set, evenly spread.")
     ] = None
     val_every: Annotated[
-        int | None, typer.Option("--val-every", click_type=COUNT, help="Epochs from one measurement to the next.")
+        int | None,
+        typer.Option(
+            "--val-every", click_type=OfRecipe(int, "val_every"), help="Epochs from one measurement to the next."
+        ),
     ] = None
     ema: Annotated[
-        float | None, typer.Option("--ema", click_type=SHARE, help="Keep averaged weights, with this decay (0.999).")
+        float | None,
+        typer.Option(
+            "--ema", click_type=OfRecipe(float, "ema"), help="Keep averaged weights, with this decay (0.999)."
+        ),
     ] = None
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier alone.")] = False
     amp: Annotated[bool, typer.Option("--amp", help="Mixed float16, on GPUs.")] = False
     seed: Annotated[
-        int | None, typer.Option("--seed", click_type=AT_LEAST_NONE, help="The same seed gives the same weights.")
+        int | None,
+        typer.Option("--seed", click_type=OfRecipe(int, "seed"), help="The same seed gives the same weights."),
     ] = None
     devices: Annotated[
         int | None,
@@ -249,7 +148,7 @@ def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]
 
     def run(self) -> None:
         """Do what is asked for and show what comes of it; when stopped, say how to go on."""
-        from mgq.cli.console import note, prepare_process, progress, say, show_table
+        from mgq.cli.console import note, progress, say, show_table
         from mgq.engine.training.recipe import read_changes
 
         if self.recipe is not None:
@@ -259,6 +158,7 @@ def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]
         from mgq.engine.training import training_run
         from mgq.engine.training.trainer import StoppedError
         from mgq.events import Callbacks
+        from mgq.system.megengine_start import prepare_process
 
         train_options = replace(make_train_options(self.given()), prepare=prepare_process)
         start = training_run.qat if self.mode == "qat" else training_run.train
@@ -305,7 +205,7 @@ class Train(TrainingCommand):
         int | None,
         typer.Option(
             "--classes",
-            click_type=Number(int, 2),
+            click_type=OfRecipe(int, "classes"),
             help="Outputs of the classifier, if more than the pictures' classes.",
         ),
     ] = None
@@ -324,28 +224,12 @@ class Train(TrainingCommand):
     new_head: Annotated[bool, typer.Option("--new-head", help="Begin with a new classifier for these classes.")] = False
 
 
-<<<<<<< 481606c05c9cff04ec3cd574453149c0e5b7dcfe
 @dataclass(frozen=True, kw_only=True)
 class Qat(TrainingCommand):
     """Train on with fake quantization, for int8.
 
     It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
     compares float, fake-quantized and int8 in the end.
-=======
-def run(name: str, values: Mapping[str, Any]) -> None:
-    """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, progress, say, show_table
-    from mgq.engine.training.recipe import read_changes
-
-    if values["recipe"] is not None:
-        read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
-    prepare_megengine(values["checkpoint"], deployed=False, key=values["key"])
-    from mgq.api import make_train_options
-    from mgq.engine.training import training_run
-    from mgq.engine.training.trainer import StoppedError
-    from mgq.events import Callbacks
-    from mgq.system.megengine_start import prepare_process
->>>>>>> bef60765a7a94bee1a350e5de7b4144884a13f9d
 
     \b
     Examples:
