@@ -30,6 +30,7 @@ from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.tensor_exchange import Array, values
 from mgq.machine import keep_freed_memory
+from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 
@@ -96,7 +97,7 @@ def replacements() -> Iterator[Replacement]:
     for module, qat_module, relu, ceiling in (
         (M.ConvBn2d, Q.ConvBn2d, False, None),
         (M.ConvBnRelu2d, Q.ConvBnRelu2d, True, None),
-        (ConvBnRelu6, QatConvBnRelu6, True, 6.0),
+        (ConvBnRelu6, QatConvBnRelu6, True, RELU6.high),
     ):
         yield Replacement(module, "forward", fast_conv_bn(relu, ceiling))
         yield Replacement(qat_module, "forward", fast_qat_conv_bn(relu, ceiling))

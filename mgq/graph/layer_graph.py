@@ -23,6 +23,7 @@ from megengine.traced_module.expr import CallFunction, CallMethod, Expr
 
 from mgq.errors import FailureError
 from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer
+from mgq.quantization.activations import Activation
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.learned_scales import round_in_place
@@ -87,7 +88,7 @@ class Convolution(Weighted):
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
-    activation: str  # "", "relu" or "relu6"
+    activation: Activation
     padding_end: tuple[int, int] | None = None  # below and to the right, where it is not ``padding``
 
 

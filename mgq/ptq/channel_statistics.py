@@ -12,7 +12,7 @@ from megengine import Tensor
 from scipy.special import ndtr
 
 from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose, graph_of
-from mgq.quantization.relu6 import CEILING
+from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
@@ -23,7 +23,6 @@ PIXEL_DEVIATION = 60.0
 """Of pixels minus 128, as they are in photographs."""
 POOLED = 0.25
 """Of a channel's variance, what is left in its mean over a picture."""
-CEILINGS = {"relu": np.inf, "relu6": CEILING}
 IMAGE_SIZE = 64
 """Pixels on a side of the picture with which channels are followed: any will do."""
 
@@ -112,11 +111,11 @@ def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
             known[node.output] = rectify(shift, scale**2, node.activation)
         elif isinstance(node, Add):
             mean, variance = sources[0].mean + sources[1].mean, sources[0].variance + sources[1].variance
-            known[node.output] = rectify(mean, variance, "relu" if node.relu else "")
+            known[node.output] = rectify(mean, variance, RELU if node.relu else IDENTITY)
         elif isinstance(node, Linear):
             weight = node.weight.astype(np.float64)
             offset = 0.0 if node.bias is None else node.bias.astype(np.float64)
-            known[node.output] = rectify(weight @ sources[0].mean + offset, weight**2 @ sources[0].variance, "")
+            known[node.output] = rectify(weight @ sources[0].mean + offset, weight**2 @ sources[0].variance, IDENTITY)
         elif isinstance(node, GlobalAverage):
             known[node.output] = average_positions(sources[0])
         else:
@@ -136,16 +135,16 @@ def pixels() -> Moments:
     return Moments(np.full(3, -128.0), np.full(3, 127.0), np.zeros(3), np.full(3, PIXEL_DEVIATION**2))
 
 
-def rectify(mean: Values, variance: Values, activation: str) -> Moments:
+def rectify(mean: Values, variance: Values, activation: Activation) -> Moments:
     """A normal distribution with that ``mean`` and ``variance`` behind an activation.
 
     The moments are those of a normal distribution censored at 0 and at the ceiling.
     """
     deviation = np.sqrt(variance)
     low, high = mean - DEVIATIONS * deviation, mean + DEVIATIONS * deviation
-    if not activation:
+    if activation is IDENTITY:
         return Moments(low, high, mean, variance)
-    ceiling = CEILINGS[activation]
+    ceiling = activation.high
     safe = np.maximum(deviation, 1e-12)
     first, second = censor(mean, safe, 0.0), censor(mean, safe, ceiling) if np.isfinite(ceiling) else None
     # min(max(x, 0), c) = max(x, 0) - max(x - c, 0)

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
-from mgq.quantization.batch_norm_folding import fold_layer
-from mgq.quantization.relu6 import CEILING
-from mgq.zoo.layers import ConvBnRelu6, forward_hooks
+from mgq.quantization.batch_norm_folding import activation_of, fold_layer
+from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
 DARKEST, BRIGHTEST = -128.0, 127.0
@@ -90,7 +89,7 @@ class Survey:
             own[is_dead.reshape(groups, -1)] = 0
             if is_dead.any():
                 self.dead[self.names[id(module)]] = int(is_dead.sum())
-            ceiling = CEILING if isinstance(module, ConvBnRelu6) else np.inf
+            ceiling = activation_of(module).high
             lowest, highest = np.clip(lowest, 0, ceiling), np.clip(highest, 0, ceiling)
         conv.weight[...] = Tensor(own.reshape(shape))
         return Interval(lowest, highest)

@@ -28,7 +28,7 @@ from mgq.quantization.activation_ranges import (
     quantize_weight,
     set_range,
 )
-from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
+from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -60,7 +60,7 @@ class Search:
         at = sample_positions(exact.shape, self.positions)
         wanted = pick_positions(exact, at)
         limit = largest = float(np.abs(exact).max())
-        tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
+        tries = np.minimum(largest * FRACTIONS, activation_of(module).high)
         grid = OutputGrid.of(module)
         if largest and is_convolution(module):
             sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
@@ -131,8 +131,8 @@ class SampledConvolution:
         result = result.transpose(1, 0, 2).reshape(result.shape[1], -1)
         if isinstance(self.module, Q.ConvBnRelu2d | Q.ConvRelu2d):
             np.maximum(result, 0, out=result)
-        if isinstance(self.module, QatConvBnRelu6):
-            np.minimum(result, np.float32(CEILING), out=result)
+        if activation_of(self.module).clips:
+            np.minimum(result, np.float32(activation_of(self.module).high), out=result)
         return result
 
 

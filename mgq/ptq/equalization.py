@@ -36,7 +36,6 @@ from mgq.graph.layer_graph import (
     graph_of,
 )
 from mgq.ptq.channel_statistics import (
-    CEILINGS,
     IMAGE_SIZE,
     Statistics,
     Values,
@@ -239,14 +238,14 @@ def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None 
     """
     upper = np.full(sets.number, np.log(LARGEST_FACTOR))
     lower = -upper
-    clipped = [node for node in graph.nodes if isinstance(node, Convolution) and node.activation == "relu6"]
+    clipped = [node for node in graph.nodes if isinstance(node, Convolution) and node.activation.clips]
     if clipped:
         highest = highest_values(network)
         for node in clipped:
             slots, most = sets.of[node.output], np.maximum(highest[node.output], 1e-6)
             if seen is not None:
                 most = np.clip(seen[node.output].highest * HEADROOM, 1e-6, most)
-            ceiling = CEILINGS[node.activation]
+            ceiling = node.activation.high
             upper[slots] = np.minimum(upper[slots], np.where(most < ceiling, np.log(ceiling / most), 0.0))
             lower[slots] = np.where(most < ceiling, lower[slots], 0.0)
     lower[sets.fixed] = upper[sets.fixed] = 0.0
@@ -338,7 +337,7 @@ class Problem:
 
 def half_behind(node: Convolution | Add, target: Target) -> float:
     """Largest value / step of the grid behind ``node``."""
-    never_negative = node.relu if isinstance(node, Add) else bool(node.activation)
+    never_negative = node.relu if isinstance(node, Add) else node.activation.low >= 0
     return UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
 
 

@@ -23,7 +23,7 @@ from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPoo
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.ptq.observers import Range
 from mgq.quantization.activation_ranges import find_quantized_layers, fold_weight, quant_levels, set_range
-from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
+from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
 SUM_PARTS = 127
@@ -105,7 +105,7 @@ def tensor_of(graph: Graph, name: str, layer: QATModule) -> str:
 
 def ceiling_of(layer: QATModule) -> float:
     """The largest scale that the grid behind ``layer`` may have: its end is not beyond that of a ReLU6."""
-    return CEILING / quant_levels(layer) if isinstance(layer, QatConvBnRelu6) else np.inf
+    return activation_of(layer).high / quant_levels(layer)
 
 
 def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QATModule]) -> None:

@@ -13,6 +13,7 @@ from megengine.functional.nn import conv_bias_activation
 from megengine.module.conv_bn import _ConvBnActivation2d
 from megengine.utils.module_utils import set_expand_structure
 
+from mgq.quantization.activations import IDENTITY, RELU, RELU6, Activation
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, without_initialization
 
@@ -71,11 +72,11 @@ def fold_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
     return result
 
 
-def activation_of(convolution: M.Module) -> str:
-    """What is behind a ``convolution`` of any mode but ``quantized`` in the same layer: "relu", "relu6" or ""."""
+def activation_of(convolution: M.Module) -> Activation:
+    """What is behind a ``convolution`` of any mode but ``quantized`` in the same layer."""
     if isinstance(convolution, ConvBnRelu6 | QatConvBnRelu6 | ConvRelu6):
-        return "relu6"
-    return "relu" if isinstance(convolution, M.ConvBnRelu2d | Q.ConvBnRelu2d | M.ConvRelu2d) else ""
+        return RELU6
+    return RELU if isinstance(convolution, M.ConvBnRelu2d | Q.ConvBnRelu2d | M.ConvRelu2d) else IDENTITY
 
 
 class FusedConv(M.Module):  # type: ignore[misc]
@@ -85,12 +86,12 @@ class FusedConv(M.Module):  # type: ignore[misc]
     has it. A convolution and a sum of their own round otherwise than that one does.
     """
 
-    def __init__(self, conv: M.Conv2d, weight: Parameter, bias: Parameter, activation: str) -> None:
+    def __init__(self, conv: M.Conv2d, weight: Parameter, bias: Parameter, activation: Activation) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.nonlinear_mode = "relu" if activation == "relu" else "identity"
-        self.relu6 = activation == "relu6"
+        self.nonlinear_mode = "relu" if activation is RELU else "identity"
+        self.relu6 = activation is RELU6
 
     def forward(self, inp: Tensor) -> Tensor:
         result = conv_bias_activation(

@@ -25,9 +25,10 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import InputError, no_such
 from mgq.quantization.activation_ranges import fold_weight, observe_weights
+from mgq.quantization.activations import RELU6
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
+from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import MEGENGINE, ChannelFakeQuantize, Target, target_of
 
 
@@ -230,7 +231,7 @@ def has_fixed_scale(module: QATModule) -> bool:
 
 def give_learned_scales(module: QATModule, kind: type[LearnedFakeQuantize]) -> None:
     if module.act_fake_quant is not None and type(module.act_fake_quant) is not kind:
-        ceiling = CEILING if isinstance(module, QatConvBnRelu6) else None
+        ceiling = RELU6.high if isinstance(module, QatConvBnRelu6) else None
         module.act_fake_quant = kind(module.act_fake_quant.dtype, ceiling)
     if module.weight_fake_quant is not None and type(module.weight_fake_quant) is not kind:
         module.weight_fake_quant = kind(module.weight_fake_quant.dtype, per_image=False)

@@ -14,18 +14,18 @@ from megengine.core.tensor.dtype import get_scale
 
 from mgq.errors import FailureError
 from mgq.quantization import exact_fake_quant
+from mgq.quantization.activations import RELU6
 from mgq.quantization.exact_fake_quant import ExactSums
 from mgq.zoo.layers import ConvBnRelu6
 
 INT8_MAX = 127
-CEILING = 6.0
 
 
 class QatConvBnRelu6(ExactSums, Q.ConvBnRelu2d):  # type: ignore[misc]
     """Fake-quantized convolution, batch norm and ReLU6."""
 
     def forward(self, inp: Tensor) -> Tensor:
-        return self.apply_quant_activation(F.clip(self.calc_conv_bn_qat(inp), 0.0, CEILING))
+        return self.apply_quant_activation(F.clip(self.calc_conv_bn_qat(inp), RELU6.low, RELU6.high))
 
 
 class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
@@ -36,7 +36,7 @@ class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
         """Raises FailureError where the scale would let a value above 6 through."""
         quantized: QuantizedConvBnRelu6 = super().from_qat_module(qat_module)
         largest = get_scale(quantized.output_dtype) * INT8_MAX
-        if largest > CEILING * (1 + 1e-6):
+        if largest > RELU6.high * (1 + 1e-6):
             raise FailureError(
                 f"a range of {largest:.3f} behind a ReLU6 would let values above 6 through; calibrate again"
             )

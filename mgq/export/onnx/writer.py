@@ -35,6 +35,7 @@ from mgq.graph.layer_graph import (
 )
 from mgq.graph.rewrites import REWRITES, without_shuffles
 from mgq.io.atomic import atomic_write
+from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.quantization.half_to_even import bias_steps
 
 OPSET = 17
@@ -262,14 +263,15 @@ class Writer:
         )
         self.finish(node, self.activated(node.output, node.activation, value))
 
-    def activated(self, name: str, activation: str, value: str) -> str:
+    def activated(self, name: str, activation: Activation, value: str) -> str:
         """Behind a grid that begins at 0 the ReLU is its saturation, and there is no operator of it."""
         grid = self.graph.grids.get(name)
-        if activation == "relu" and grid is None:
+        if activation is RELU and grid is None:
             return self.add("Relu", [value], f"{name}/relu")
-        if activation == "relu6" and grid is None:
-            limits = [self.constant(f"{name}/{limit}", np.array(limit, np.float32)) for limit in (0, 6)]
-            return self.add("Clip", [value, *limits], f"{name}/relu6")
+        if activation.clips and grid is None:
+            bounds = (activation.low, activation.high)
+            limits = [self.constant(f"{name}/{bound:g}", np.array(bound, np.float32)) for bound in bounds]
+            return self.add("Clip", [value, *limits], f"{name}/{activation.name}")
         return value
 
     def write_linear(self, node: Linear) -> None:
@@ -281,7 +283,7 @@ class Writer:
 
     def write_add(self, node: Add) -> None:
         value = self.add("Add", [self.summand(tensor) for tensor in node.inputs], f"{node.output}/sum")
-        self.finish(node, self.activated(node.output, "relu" if node.relu else "", value))
+        self.finish(node, self.activated(node.output, RELU if node.relu else IDENTITY, value))
 
     def summand(self, tensor: str) -> str:
         """The name of ``tensor`` as floats for a sum: what a convolution made is put on its grid once more.
