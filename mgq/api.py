@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgq.data.datasets import subset
 from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
-from mgq.engine.classifier.open import newest_arch, open_classifier
-from mgq.engine.training import training_run
-from mgq.engine.training.train_options import Request
-from mgq.engine.training.training_run import Outcome
+from mgq.engine.classifier.network_choice import open_network
+from mgq.engine.classifier.run_lookup import newest_arch
 from mgq.events import ALONE, OnProgress, Watcher, silent
-from mgq.quantization.modes import Mode, parse_mode
+from mgq.machine import refuse_without_megengine
+from mgq.quantization.option_names import Mode, parse_mode
+
+if TYPE_CHECKING:
+    from mgq.engine.training.train_options import Request
+    from mgq.engine.training.training_run import Outcome
 
 BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
@@ -28,18 +31,26 @@ def train(watcher: Watcher = ALONE, **words: Any) -> Outcome:
     values of :class:`mgq.engine.training.recipe.Recipe`, and the builder's ``width`` and ``activation``. Raises
     InputError for words that cannot be, and what :func:`mgq.engine.training.training_run.train` raises.
     """
+    refuse_without_megengine()
+    from mgq.engine.training import training_run
+
     return training_run.train(request_of(words), watcher)
 
 
 def qat(watcher: Watcher = ALONE, **words: Any) -> Outcome:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""
+    refuse_without_megengine()
+    from mgq.engine.training import training_run
+
     return training_run.qat(request_of(words), watcher)
 
 
 def request_of(words: Mapping[str, Any]) -> Request:
     """``words`` sorted into what a request, a builder and a recipe know; names that none knows are the recipe's to
     refuse. None means: not said."""
+    from mgq.engine.training.train_options import Request
+
     given = {name: value for name, value in words.items() if value is not None}
     known = {field.name for field in fields(Request)} - {"changes", "options"}
     plain: dict[str, Any] = {n: Path(value) if n in PATHS else value for n, value in given.items() if n in known}
@@ -58,17 +69,19 @@ def evaluate(
     save: str | Path = "runs",
     on_progress: OnProgress = silent,
     key: str | None = None,
+    engine: str | None = None,
 ) -> Evaluation:
     """Measure a network on labelled pictures, as ``mgq eval`` does: top-1 and top-5 in percent, loss in nats.
 
     ``data`` is a folder of class folders (or one with ``val/``), by default what the run was measured on; ``key``
-    chooses one of several networks in ``checkpoint``. Raises
+    chooses one of several networks in ``checkpoint``, which may be a deployed file, run in ``engine``. Raises
     InputError where there are no weights or pictures, or their classes do not match.
     """
     wanted = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None:
         arch = newest_arch(Path(save), wanted)
-    classifier = open_classifier(arch, Path(checkpoint) if checkpoint else None, wanted, Path(save), key=key)
+    file = Path(checkpoint) if checkpoint else None
+    classifier = open_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
     root = Path(data) if data is not None else None
     pictures = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from mgq.errors import InputError
 
 DEBUG_VARIABLE = "MGQ_DEBUG"
 """Where it is set, tracebacks and what the libraries say are shown: it stands for ``mgq --debug``."""
@@ -26,6 +27,8 @@ PACKAGES = {
     "OpenVINO": "openvino",
 }
 """What the numbers depend on, besides Python: what the world calls it, and what pip does."""
+MEGENGINE_MEND = "run it by `uv run --python 3.10 mgq`, or pip install 'mgq[megengine]' under Python 3.10"
+WITHOUT_MEGENGINE = f"this needs MegEngine, which is not installed: {MEGENGINE_MEND}"
 CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
@@ -56,6 +59,19 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def has_megengine() -> bool:
+    """Whether MegEngine is installed. Imports nothing of it."""
+    from importlib.util import find_spec
+
+    return find_spec("megengine") is not None
+
+
+def refuse_without_megengine() -> None:
+    """Raises InputError, which says what to run instead, where MegEngine is not installed."""
+    if not has_megengine():
+        raise InputError(WITHOUT_MEGENGINE)
 
 
 def wait_without_spinning() -> None:
@@ -122,14 +138,10 @@ def hush_decoders() -> None:
     """
     if debugging():
         return
-    logging.getLogger("PIL").addHandler(_UNHEARD)
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if nowhere := _nowhere():
             ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stderr").value = nowhere
-
-
-_UNHEARD = logging.NullHandler()
 
 
 @functools.cache

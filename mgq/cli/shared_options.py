@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ from mgq.cli.option_types import (
 )
 
 if TYPE_CHECKING:
-    from mgq.engine.classifier.open import Classifier
+    from mgq.engine.classifier.classifier import Classifier
     from mgq.events import OnProgress
 
 Arch = Annotated[
@@ -95,19 +95,18 @@ RUNS = Path("runs")
 
 def arch_at_hand(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
-    from mgq.engine.classifier.open import newest_arch
-    from mgq.quantization.modes import Mode, parse_mode
+    from mgq.engine.classifier.run_lookup import newest_arch
+    from mgq.quantization.option_names import Mode, parse_mode
 
     modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
     return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
 
 
-def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
-    """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
+def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+    """Raise InputError for a ``checkpoint`` that cannot be read, before anything slow is done.
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
     """
-    from mgq.cli.console import import_megengine
     from mgq.engine.classifier.file_validation import refuse_unreadable
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
@@ -118,6 +117,13 @@ def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = 
         raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
         refuse_unreadable(checkpoint, key)
+
+
+def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+    """The same, and import MegEngine, quietly unless in debug mode."""
+    from mgq.cli.console import import_megengine
+
+    refuse_wrong(checkpoint, deployed, key)
     import_megengine()
 
 
@@ -134,37 +140,13 @@ def opened(
     target: str | None = None,
     engine: str | None = None,
     key: str | None = None,
+    few: bool = False,
+    kept: bool = False,
 ) -> Classifier:
-    """The network that the shared options mean; behind :func:`ready_for`."""
-    from mgq.engine.classifier.deployed_files import opened_file, with_engine
-    from mgq.engine.classifier.open import open_classifier
-    from mgq.errors import InputError, printable
-    from mgq.export.formats import format_of
-    from mgq.quantization.activation_ranges import read_ranges
-    from mgq.quantization.modes import Mode, parse_mode
-    from mgq.runtime.registry import AUTO
+    """The network that the shared options mean; behind :func:`refuse_wrong`. It imports MegEngine if that runs it."""
+    from mgq.cli.console import import_megengine
+    from mgq.engine.classifier.network_choice import open_network
+    from mgq.quantization.option_names import parse_mode
 
-    if checkpoint is not None and format_of(checkpoint):
-        given = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
-        for option, value in given.items():
-            if value is not None:
-                raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
-        found = opened_file(checkpoint, engine or AUTO, arch=arch)
-        if mode == Mode.NORMAL.value != found.mode.value:
-            raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
-        return found
-    builder: dict[str, Any] = {} if width is None else {"width": width}
-    classifier = open_classifier(
-        arch,
-        checkpoint,
-        parse_mode(mode),
-        save,
-        pretrained or False,
-        read_ranges(ranges) if ranges else None,
-        builder,
-        image_size,
-        on_progress,
-        target,
-        key,
-    )
-    return classifier if engine is None else with_engine(classifier, engine)
+    words = (arch, checkpoint, parse_mode(mode), save, pretrained, ranges, width, image_size, on_progress, target)
+    return open_network(*words, engine, key, import_megengine, few, kept)

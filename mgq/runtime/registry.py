@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.errors import InputError, no_such, printable
+from mgq.machine import MEGENGINE_MEND
 
 if TYPE_CHECKING:
     from mgq.runtime.protocol import FileRuntime
@@ -22,7 +23,8 @@ class Engine:
 
     ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
     the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all.
-    ``shows_layers``: whether it gives more outputs than logits.
+    ``shows_layers``: whether it gives more outputs than logits. ``starts_soon``: whether it is the choice where no more
+    than a few pictures are asked about, which takes less than to start the others.
     """
 
     key: str
@@ -34,6 +36,7 @@ class Engine:
     suits: Callable[[Path], bool] = lambda path: True
     reads: Callable[[Path], bool] = lambda path: True
     shows_layers: bool = True
+    starts_soon: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -91,7 +94,7 @@ def runs_in_native(path: Path) -> bool:
 
 ENGINES = (
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
-    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
+    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime, starts_soon=True),
     Engine(
         "native",
         "native",
@@ -104,7 +107,7 @@ ENGINES = (
         shows_layers=False,
     ),
     Engine("library", "native library", "ctypes", ".so", library, shows_layers=False),
-    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
+    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, mend=MEGENGINE_MEND),
 )
 """Where they read the same files, the one that is chosen unless another is named comes first: the faster, but for the
 native engine, which takes one core for one image however many it is given."""
@@ -123,8 +126,9 @@ def engine_called(key: str) -> Engine:
     raise no_such("engine", key, engine_names())
 
 
-def engine_for(path: Path, key: str = AUTO) -> Engine:
-    """The engine called ``key``, or the fastest installed one, that reads ``path``.
+def engine_for(path: Path, key: str = AUTO, few: bool = False) -> Engine:
+    """The engine called ``key``, or the fastest installed one, that reads ``path``; ``few``: the fastest for a few
+    pictures, its start included.
 
     Raises InputError where no engine has that name, it does not read such files, or it is not installed.
     """
@@ -138,6 +142,8 @@ def engine_for(path: Path, key: str = AUTO) -> Engine:
     if not chosen:
         others = " or ".join(engine.key for engine in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
+    if few:
+        chosen.sort(key=lambda engine: not engine.starts_soon)
     installed = (engine for engine in chosen if engine.is_installed)
     # One by one, for to ask the native engine is to compile the network.
     found = next((engine for engine in installed if key != AUTO or engine.suits(path)), chosen[0])

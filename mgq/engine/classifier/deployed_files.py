@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mgq.engine.classifier.dump import dump_classifier, format_for
-from mgq.engine.classifier.open import Classifier
-from mgq.engine.classifier.runtime_module import DeployedNetwork
+from mgq.engine.classifier.classifier import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.export.formats import SUFFIXES
 from mgq.machine import usable_cores
-from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import Mode
+from mgq.runtime.protocol import FileRuntime
 from mgq.runtime.registry import AUTO, engine_called, engine_for
 from mgq.weights.checkpoint import names_in
 from mgq.weights.preprocessing import preprocessing_in
 from mgq.zoo.registry import spec_of
 
 
-def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
-    """The network in ``path``, an ``.onnx`` or ``.megengine`` file of mgq's, in the engine called ``key``.
+@dataclass(frozen=True)
+class FileNetwork:
+    """A deployed file in an engine, where a classifier has its network. ``size`` is the file's, in bytes."""
+
+    runtime: FileRuntime
+    size: int
+
+
+def opened_file(
+    path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None, few: bool = False
+) -> Classifier:
+    """The network in ``path``, a deployed file of mgq's, in the engine called ``key``.
+
+    ``few``: for no more than a few pictures, see :func:`mgq.runtime.registry.engine_for`.
 
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
-    engine = engine_for(path, key)
+    engine = engine_for(path, key, few)
     runtime = engine.load(path, threads or usable_cores())
     about = runtime.about
     try:
@@ -39,7 +50,7 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
-    network = DeployedNetwork(runtime, path.stat().st_size)
+    network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
     file = (path, engine.key)
     return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, file, None, preprocessing)
@@ -51,13 +62,15 @@ def with_engine(classifier: Classifier, key: str, threads: int | None = None) ->
         path = written_for(classifier, key, Path(folder))
         engine = engine_for(path, key)
         runtime = engine.load(path, threads or usable_cores())
-        network = DeployedNetwork(runtime, path.stat().st_size)
+        network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
     return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))
 
 
 def written_for(classifier: Classifier, key: str, folder: Path) -> Path:
     """A file of ``classifier`` in ``folder`` that the engine called ``key`` reads. Raises as the dump does."""
+    from mgq.engine.classifier.dump import dump_classifier, format_for
+
     suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
     path = folder / f"network{suffix}"
     dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)
