@@ -13,7 +13,7 @@ The verbs of the command line as Python calls::
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
-Importing mgq imports no MegEngine; the first of these calls does.
+Importing mgq imports no MegEngine. ``infer`` and ``evaluate`` need none for deployed files; the other calls do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
+from mgq.machine import WITHOUT_MEGENGINE, prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
 
 if TYPE_CHECKING:
     from mgq.api import evaluate as evaluate
@@ -72,5 +72,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in WHERE:
-        return getattr(importlib.import_module(WHERE[name]), name)
+        try:
+            return getattr(importlib.import_module(WHERE[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and error.name.partition(".")[0] == "megengine":
+                raise InputError(WITHOUT_MEGENGINE) from error
+            raise
     raise AttributeError(f"module 'mgq' has no attribute '{name}'")

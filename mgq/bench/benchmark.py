@@ -6,15 +6,19 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgq.bench.benchmark_report import Report, peaks_from, rows_from
 from mgq.bench.cases import Entry, contest
+from mgq.bench.file_cases import file_cases, precision_of
 from mgq.bench.peak import instruction_for
-from mgq.bench.settings import Precision, Settings
-from mgq.bench.suite import ENGINES, Entrant, Field, precision_of
-from mgq.engine.classifier.open import versions
+from mgq.bench.settings import FILES, Precision, Settings
+from mgq.engine.classifier.classifier import versions
 from mgq.events import OnProgress, Progress, silent
 from mgq.system.environment import Machine, saturates, this_machine
+
+if TYPE_CHECKING:
+    from mgq.bench.suite import Entrant
 
 PICTURE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
@@ -23,9 +27,9 @@ SHIFTED = ", shifted sideways from picture to picture"
 def benchmark(
     settings: Settings | None = None,
     on_progress: OnProgress = silent,
-    engines: Mapping[str, Entrant] = ENGINES,
+    engines: Mapping[str, Entrant] | None = None,
 ) -> Report:
-    """Measure how fast every network of ``settings`` is in every engine of ``engines``.
+    """Measure how fast every network of ``settings`` is in every engine of ``engines``, all of them by default.
 
     One network after the other. Each of its rows runs in a process of its own, pinned to as many cores as it has
     threads, and sleeps while the others have their turns (see :func:`mgq.bench.cases.contest`); files for engines
@@ -39,8 +43,13 @@ def benchmark(
     entries: list[Entry] = []
     with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
         for network in settings.networks:
-            field = Field(network, settings, machine, Path(folder), engines)
             told = partial(of_network, network, on_progress)
+            if network == FILES:
+                entries += contest(file_cases(settings, machine), settings.rounds, settings.seed, told)
+                continue
+            from mgq.bench.suite import ENGINES, Field
+
+            field = Field(network, settings, machine, Path(folder), ENGINES if engines is None else engines)
             entries += contest(field.contestants(), settings.rounds, settings.seed, told, field.references())
     picture = PICTURE + (SHIFTED if settings.batch > 1 else "")
     notes = notes_on(machine, settings)

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
-import numpy as np
-
 from mgq.bench.cases import Contestant, Loaded, References
-from mgq.bench.peak import instruction_for
-from mgq.bench.settings import Load, Precision, Settings
-from mgq.bench.worker_loaders import FromCheckpoint, FromFile, Peak
-from mgq.bench.workers import Away, Batch, Seat
-from mgq.data.decoding import bundled_cat, read_picture
-from mgq.data.transforms import eval_crop, to_batch
+from mgq.bench.file_cases import away as away
+from mgq.bench.file_cases import cat_batch as cat_batch
+from mgq.bench.file_cases import peaks, rivals
+from mgq.bench.file_cases import precision_of as precision_of
+from mgq.bench.settings import Precision, Settings
+from mgq.bench.worker_loaders import FromCheckpoint, FromFile
+from mgq.bench.workers import Away
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, newest_run, open_classifier, random_classifier
 from mgq.engine.classifier.parity import reference
 from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
-from mgq.export.onnx.onnx_file import read_onnx
 from mgq.graph.layer_graph import graph_of, macs_of
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.protocol import Runtime
 from mgq.runtime.registry import ENGINES as FILE_ENGINES
-from mgq.runtime.registry import Engine, engine_called
+from mgq.runtime.registry import engine_called
 from mgq.system.environment import Machine
-from mgq.weights.checkpoint import PIXELS_STEP
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import is_cached
 
 RUNS = Path("runs")
 SIMULATED = "MegEngine's simulation"
-PEAK = "self-test"
 
 
 @dataclass(frozen=True)
@@ -111,14 +106,6 @@ def seated(load: Callable[[int], Runtime], job: Job, threads: int, *imports: str
     return away(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
 
 
-def away(what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str) -> Away:
-    """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
-    cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
-    copies = threads if settings.load is Load.THROUGHPUT else 1
-    seat = Seat(load, threads // copies, copies, cores, imports)
-    return Away(what, seat, cat_batch(settings.batch, settings.image_size))
-
-
 @dataclass(frozen=True)
 class Entrant:
     """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
@@ -174,8 +161,8 @@ class Field:
         for threads in self.settings.threads:
             for precision in self.settings.precisions:
                 found += [self.contestant(precision, name, threads) for name in self.taking_part(precision, threads)]
-            found += self.rivals(threads)
-            found += self.peaks(threads)
+            found += rivals(self.network, self.settings, threads)
+            found += peaks(self.network, self.settings, self.machine, threads)
         return found
 
     def taking_part(self, precision: Precision, threads: int) -> list[str]:
@@ -212,62 +199,6 @@ class Field:
                 pictures = cat_batch(self.settings.batch, self.settings.image_size)
                 found[job.answers] = (SIMULATED, reference(job.classifier, pictures))
         return found
-
-    def rivals(self, threads: int) -> list[Contestant]:
-        """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
-        return [
-            Contestant(
-                network=self.network,
-                precision=precision_of(path),
-                engine=engine.name,
-                load=partial(self.start_rival, engine, path, threads),
-                threads=threads,
-                answers=None,
-                file=path.name,
-            )
-            for path in self.settings.against
-            for engine in FILE_ENGINES
-            if engine.suffix == ".onnx" and engine.reads(path)
-        ]
-
-    def start_rival(self, engine: Engine, path: Path, threads: int) -> Loaded:
-        engine.refuse_missing()
-        player = away(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
-        return Loaded(player, str(path), path.stat().st_size)
-
-    def peaks(self, threads: int) -> list[Contestant]:
-        """The self-tests of the processor, where there are any for it."""
-        features = self.machine.features
-        return [
-            Contestant(
-                network=self.network,
-                precision=precision,
-                engine=PEAK,
-                load=partial(self.start_peak, precision, threads),
-                threads=threads,
-                answers=None,
-                is_peak=True,
-            )
-            for precision in self.settings.precisions
-            if instruction_for(precision, features) is not None
-        ]
-
-    def start_peak(self, precision: Precision, threads: int) -> Loaded:
-        settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
-        return Loaded(away(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), "")
-
-
-@cache
-def precision_of(path: Path) -> Precision:
-    """What an ONNX file computes with. Raises InputError where it is none that an engine could read."""
-    return Precision.INT8 if read_onnx(path).quantized else Precision.FP32
-
-
-@cache
-def cat_batch(batch: int, image_size: int) -> Batch:
-    """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_picture(bundled_cat()), image_size)
-    return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
 
 
 def classifier_for(network: str, precision: Precision, target: Target) -> Classifier:

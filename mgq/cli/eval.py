@@ -122,7 +122,9 @@ def evaluate(
         refuse_wrong(checkpoint, key=key)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-        classifier = opened(arch, checkpoint, mode, *words, kept=True) if mode else opened_as_can_be(arch, checkpoint, *words)
+        classifier = (
+            opened(arch, checkpoint, mode, *words, kept=True) if mode else opened_as_can_be(arch, checkpoint, *words)
+        )
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
 

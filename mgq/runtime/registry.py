@@ -78,6 +78,12 @@ def library(path: Path, threads: int) -> FileRuntime:
     return LibraryRuntime(path, threads)
 
 
+def suits_onnxruntime(path: Path) -> bool:
+    from mgq.runtime.engine_faults import onnxruntime_is_sound
+
+    return onnxruntime_is_sound()
+
+
 def is_for_native(path: Path) -> bool:
     """Whether the native engine runs ``path``, and has its fastest kernels here."""
     from mgq.export.native.cpu import LEVELS, NATIVE, level_called
@@ -94,7 +100,9 @@ def runs_in_native(path: Path) -> bool:
 
 ENGINES = (
     Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
-    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime, starts_soon=True),
+    Engine(
+        "onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime, suits=suits_onnxruntime, starts_soon=True
+    ),
     Engine(
         "native",
         "native",

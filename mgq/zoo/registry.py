@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, cached, sha256_of
+from mgq.machine import refuse_without_megengine
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -78,6 +79,7 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
+        refuse_without_megengine()
         return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
     @property
