@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weight_loading import load_weights as load_weights
 
+__version__ = "0.1.0"
+
 prefer_exact_kernels()
 prefer_fast_kernels()
 wait_without_spinning()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import mgq
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import opened_file
 from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, newest_run
@@ -15,7 +16,7 @@ from mgq.events import OnProgress, silent
 from mgq.export.formats import SUFFIXES
 from mgq.io.atomic import atomic_write
 from mgq.io.private_cache import cache_folder, is_own
-from mgq.machine import WITHOUT_MEGENGINE, has_megengine, package_version
+from mgq.machine import WITHOUT_MEGENGINE, has_megengine
 from mgq.quantization import option_names
 from mgq.quantization.option_names import ONNX, Mode
 from mgq.runtime.registry import AUTO, ENGINES
@@ -73,7 +74,7 @@ def builtin_file(
 
 def version_key(weights: str, ranges: Path) -> str:
     """What the content of the file follows from: mgq's version, the hash of the weights, the ranges."""
-    parts = (package_version("mgq") or "", weights, hashlib.sha256(ranges.read_bytes()).hexdigest())
+    parts = (mgq.__version__, weights, hashlib.sha256(ranges.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
