@@ -109,7 +109,7 @@ ENGINES = (
         "llvmlite",
         ".onnx",
         native,
-        mend="pip install llvmlite",
+        mend="pip install 'mgq[native]'",
         suits=is_for_native,
         reads=runs_in_native,
         shows_layers=False,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import megengine.module as M
 
     from mgq.weights.foreign_states import Adapted, Hints, State
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class ModelSpec:
     marker: str
     parameters: int
     macs: int
-    fixed: Mapping[str, Any] = NOTHING
-    options: Mapping[str, Any] = NOTHING
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     option_reader: str | None = None
     image_size: int = 224
@@ -103,7 +100,7 @@ class ModelSpec:
     def read_options(self, state: State) -> Mapping[str, Any]:
         """The options of the builder that the shapes in ``state`` (under our names) tell."""
         if self.option_reader is None or self.marker not in state:
-            return NOTHING
+            return {}
         result: Mapping[str, Any] = imported(self.option_reader)(state)
         return result
 
