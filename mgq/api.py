@@ -12,51 +12,51 @@ from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.network_choice import open_network
 from mgq.engine.classifier.run_lookup import newest_arch
-from mgq.events import ALONE, OnProgress, Watcher, silent
+from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, ignore_progress
 from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import Mode, parse_mode
 
 if TYPE_CHECKING:
-    from mgq.engine.training.train_options import Request
-    from mgq.engine.training.training_run import Outcome
+    from mgq.engine.training.train_options import TrainOptions
+    from mgq.engine.training.training_run import TrainResult
 
 BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
 
 
-def train(watcher: Watcher = ALONE, **words: Any) -> Outcome:
+def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
-    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.Request`,
+    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.TrainOptions`,
     values of :class:`mgq.engine.training.recipe.Recipe`, and the builder's ``width`` and ``activation``. Raises
     InputError for words that cannot be, and what :func:`mgq.engine.training.training_run.train` raises.
     """
     refuse_without_megengine()
     from mgq.engine.training import training_run
 
-    return training_run.train(request_of(words), watcher)
+    return training_run.train(make_train_options(words), callbacks)
 
 
-def qat(watcher: Watcher = ALONE, **words: Any) -> Outcome:
+def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""
     refuse_without_megengine()
     from mgq.engine.training import training_run
 
-    return training_run.qat(request_of(words), watcher)
+    return training_run.qat(make_train_options(words), callbacks)
 
 
-def request_of(words: Mapping[str, Any]) -> Request:
+def make_train_options(words: Mapping[str, Any]) -> TrainOptions:
     """``words`` sorted into what a request, a builder and a recipe know; names that none knows are the recipe's to
     refuse. None means: not said."""
-    from mgq.engine.training.train_options import Request
+    from mgq.engine.training.train_options import TrainOptions
 
     given = {name: value for name, value in words.items() if value is not None}
-    known = {field.name for field in fields(Request)} - {"changes", "options"}
+    known = {field.name for field in fields(TrainOptions)} - {"changes", "options"}
     plain: dict[str, Any] = {n: Path(value) if n in PATHS else value for n, value in given.items() if n in known}
     options = {name: value for name, value in given.items() if name in BUILDER_OPTIONS}
     changes = {name: value for name, value in given.items() if name not in known and name not in BUILDER_OPTIONS}
-    return Request(**plain, options=options, changes=changes)
+    return TrainOptions(**plain, options=options, changes=changes)
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
     limit: int | None = None,
     jobs: int = 1,
     save: str | Path = "runs",
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     key: str | None = None,
     engine: str | None = None,
 ) -> Evaluation:
@@ -83,7 +83,7 @@ def evaluate(
     file = Path(checkpoint) if checkpoint else None
     classifier = open_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
     root = Path(data) if data is not None else None
-    pictures = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
+    images = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:
-        pictures = subset(pictures, limit)
-    return evaluation.evaluate(classifier, pictures, jobs=jobs, on_progress=on_progress)
+        images = subset(images, limit)
+    return evaluation.evaluate(classifier, images, jobs=jobs, on_progress=on_progress)

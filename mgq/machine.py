@@ -153,7 +153,7 @@ def hush_decoders() -> None:
     if debugging():
         return
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if nowhere := _nowhere():
             ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stderr").value = nowhere
 
@@ -168,7 +168,7 @@ def _nowhere() -> int | None:
 
 
 @contextlib.contextmanager
-def muted_stderr() -> Iterator[None]:
+def mute_stderr() -> Iterator[None]:
     """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""
     if debugging():
         yield

@@ -17,10 +17,10 @@ from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import expand
 from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import carried
+from mgq.engine.classifier.open import convert
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
-from tests.conftest import classifier_of, one_line_about, write_pictures
+from tests.conftest import classifier_of, one_line_about, write_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("short_shufflenet")]
 ROOT = Path(__file__).parents[1]
@@ -74,13 +74,13 @@ def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -
     """``net.onnx``, where there is a linker ``net.so``, and eight labelled pictures in ``val``."""
     folder = tmp_path_factory.mktemp("deployed")
     cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrated(classifier_of(ARCH), cat, 1, target=ONNX, compensate=False)
-    classifier = carried(found.classifier, Mode.QUANTIZED)
+    found = calibration_run.calibrate(classifier_of(ARCH), cat, 1, target=ONNX, weight_rounding="nearest")
+    classifier = convert(found.classifier, Mode.QUANTIZED)
     dump_classifier(classifier, folder / "net.onnx", batch=None)
     dump_classifier(classifier, folder / "net.so")
     (folder / "val").mkdir()
     for number in range(2):
-        write_pictures(folder / "val" / f"kind {number}", 4)
+        write_images(folder / "val" / f"kind {number}", 4)
     return folder
 
 
@@ -147,13 +147,14 @@ def test_a_later_python_runs_deployed_files_and_says_what_it_cannot(mgq_there: P
     assert one_line_about(refused.stderr.strip(), "MegEngine", "uv run --python 3.10 mgq", "mgq[megengine]")
 
 
-def test_python_3_10_installs_what_trains(wheel: Path) -> None:
+@pytest.mark.parametrize("version", ["3.10", "3.14"])
+def test_what_trains_is_installed_where_it_can_be(wheel: Path, version: str) -> None:
     """What would be installed, without doing so: MegEngine has 0.9 GB, and these tests run in such an environment."""
     program = uv()
     assert program
-    command = [program, "pip", "compile", "-q", "--no-header", "-p", sys.executable, "--python-version", "3.10", "-"]
+    command = [program, "pip", "compile", "-q", "--no-header", "-p", sys.executable, "--python-version", version, "-"]
     found = {}
-    for platform in ("x86_64-manylinux2014", "aarch64-manylinux_2_28", "macos", "windows"):
+    for platform in ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "macos", "windows"):
         done = subprocess.run(
             [*command, "--python-platform", platform],
             input=f"mgq @ {wheel.as_uri()}\n",
@@ -161,10 +162,10 @@ def test_python_3_10_installs_what_trains(wheel: Path) -> None:
             text=True,
             check=False,
             timeout=PATIENCE_S,
-            env={**os.environ, "MACOSX_DEPLOYMENT_TARGET": "13.0"},
+            env={**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"},
         )
         if done.returncode:
             pytest.skip(f"nothing can be resolved here, off line perhaps: {last_line(done)}")
         found[platform] = "megengine==1.13.0" in done.stdout
-        assert "onnxruntime==1.20.1" in done.stdout
-    assert found == {platform: platform.startswith("x86_64") for platform in found}
+        assert "onnxruntime==" in done.stdout
+    assert found == {platform: version == "3.10" and platform.startswith("x86_64") for platform in found}

@@ -16,10 +16,10 @@ from mgq.data.image_sources import expand
 from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import carried
+from mgq.engine.classifier.open import convert
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
-from tests.conftest import classifier_of, one_line_about, write_pictures
+from tests.conftest import classifier_of, one_line_about, write_images
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -41,8 +41,8 @@ COMMAND = BLOCKED + "from mgq.cli.main import run\nsys.argv[0] = 'mgq'\nrun()"
 @pytest.fixture(scope="module")
 def calibrated(short_shufflenet: None) -> Classifier:
     cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrated(classifier_of(ARCH), cat, 1, target=ONNX, compensate=False)
-    return carried(found.classifier, Mode.QUANTIZED)
+    found = calibration_run.calibrate(classifier_of(ARCH), cat, 1, target=ONNX, weight_rounding="nearest")
+    return convert(found.classifier, Mode.QUANTIZED)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def deployed(calibrated: Classifier, tmp_path_factory: pytest.TempPathFactory) -
     dump_classifier(calibrated, folder / "net.so")
     (folder / "val").mkdir()
     for number in range(2):
-        write_pictures(folder / "val" / f"kind {number}", 4)
+        write_images(folder / "val" / f"kind {number}", 4)
     return folder
 
 

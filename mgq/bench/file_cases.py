@@ -10,30 +10,32 @@ from pathlib import Path
 
 import numpy as np
 
-from mgq.bench.cases import Contestant, Loaded
-from mgq.bench.peak import instruction_for
+from mgq.bench.cases import BenchmarkCase, LoadedWorker
+from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Load, Precision, Settings
 from mgq.bench.worker_loaders import FromFile, Peak
-from mgq.bench.workers import Away, Batch, Seat
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.bench.workers import Batch, SubprocessWorker, WorkerConfig
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError, printable
 from mgq.export.formats import SUFFIXES
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.runtime.protocol import Runtime
-from mgq.runtime.registry import ENGINES, Engine
+from mgq.runtime.registry import BACKENDS, Backend
 from mgq.system.environment import Machine
 from mgq.weights.checkpoint import PIXELS_STEP
 
 PEAK = "self-test"
 
 
-def away(what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str) -> Away:
+def away(
+    what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
+) -> SubprocessWorker:
     """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
     cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
     copies = threads if settings.load is Load.THROUGHPUT else 1
-    seat = Seat(load, threads // copies, copies, cores, imports)
-    return Away(what, seat, cat_batch(settings.batch, settings.image_size))
+    seat = WorkerConfig(load, threads // copies, copies, cores, imports)
+    return SubprocessWorker(what, seat, cat_batch(settings.batch, settings.image_size))
 
 
 @cache
@@ -45,17 +47,17 @@ def precision_of(path: Path) -> Precision:
 @cache
 def cat_batch(batch: int, image_size: int) -> Batch:
     """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_picture(bundled_cat()), image_size)
+    crop = eval_crop(read_image(bundled_cat()), image_size)
     return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
 
 
 # ---- files that mgq did not write, beside networks of the zoo ----
 
 
-def rivals(network: str, settings: Settings, threads: int) -> list[Contestant]:
+def rivals(network: str, settings: Settings, threads: int) -> list[BenchmarkCase]:
     """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
     return [
-        Contestant(
+        BenchmarkCase(
             network=network,
             precision=precision_of(path),
             engine=engine.name,
@@ -65,15 +67,15 @@ def rivals(network: str, settings: Settings, threads: int) -> list[Contestant]:
             file=path.name,
         )
         for path in settings.against
-        for engine in ENGINES
+        for engine in BACKENDS
         if engine.suffix == ".onnx" and engine.reads(path)
     ]
 
 
-def start_file(engine: Engine, path: Path, settings: Settings, threads: int) -> Loaded:
+def start_file(engine: Backend, path: Path, settings: Settings, threads: int) -> LoadedWorker:
     engine.refuse_missing()
-    player = away(path.name, FromFile(engine.key, path.absolute()), threads, settings, engine.package)
-    return Loaded(player, str(path), path.stat().st_size)
+    worker = away(path.name, FromFile(engine.key, path.absolute()), threads, settings, engine.package)
+    return LoadedWorker(worker, str(path), path.stat().st_size)
 
 
 # ---- deployed files alone ----
@@ -101,14 +103,14 @@ def deployed_file(path: Path) -> DeployedFile:
     raise InputError(f"{printable(path)} cannot be measured for itself: give .onnx files and native libraries")
 
 
-def file_cases(settings: Settings, machine: Machine) -> list[Contestant]:
+def file_cases(settings: Settings, machine: Machine) -> list[BenchmarkCase]:
     """Each of the deployed files in every engine that reads it, which all have to answer alike, and the self-tests."""
-    found: list[Contestant] = []
+    found: list[BenchmarkCase] = []
     for threads in settings.threads:
         for file in map(deployed_file, settings.files):
             its = replace(settings, image_size=file.image_size or settings.image_size)
             found += [
-                Contestant(
+                BenchmarkCase(
                     network=FILES,
                     precision=file.precision,
                     engine=engine.name,
@@ -118,7 +120,7 @@ def file_cases(settings: Settings, machine: Machine) -> list[Contestant]:
                     answers=str(file.path),
                     file=file.path.name,
                 )
-                for engine in ENGINES
+                for engine in BACKENDS
                 if engine.suffix == file.path.suffix.lower() and engine.is_installed and engine.reads(file.path)
             ]
         found += peaks(FILES, settings, machine, threads)
@@ -128,10 +130,10 @@ def file_cases(settings: Settings, machine: Machine) -> list[Contestant]:
 # ---- the processor's ceiling ----
 
 
-def peaks(network: str, settings: Settings, machine: Machine, threads: int) -> list[Contestant]:
+def peaks(network: str, settings: Settings, machine: Machine, threads: int) -> list[BenchmarkCase]:
     """The self-tests of the processor, where there are any for it."""
     return [
-        Contestant(
+        BenchmarkCase(
             network=network,
             precision=precision,
             engine=PEAK,
@@ -141,10 +143,10 @@ def peaks(network: str, settings: Settings, machine: Machine, threads: int) -> l
             is_peak=True,
         )
         for precision in settings.precisions
-        if instruction_for(precision, machine.features) is not None
+        if find_instruction(precision, machine.features) is not None
     ]
 
 
-def start_peak(precision: Precision, settings: Settings, features: tuple[str, ...], threads: int) -> Loaded:
+def start_peak(precision: Precision, settings: Settings, features: tuple[str, ...], threads: int) -> LoadedWorker:
     its = replace(settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
-    return Loaded(away(PEAK, Peak(precision, features), threads, its, "mgq.bench.peak"), "")
+    return LoadedWorker(away(PEAK, Peak(precision, features), threads, its, "mgq.bench.peak"), "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mgq.cli.amounts import counted
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import hush_decoders, muted_stderr, refuse_without_megengine
+from mgq.machine import hush_decoders, mute_stderr, refuse_without_megengine
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -98,7 +98,7 @@ def show_table(table: Table, to: Console | None = None) -> None:
     if lines + least <= to.width:
         to.print(table)
     else:
-        say(stacked(table), to=to)
+        say(stack_rows(table), to=to)
 
 
 def widest(column: Column, with_heading: bool) -> int:
@@ -113,7 +113,7 @@ def as_text(cell: RenderableType) -> Text:
     return cell if isinstance(cell, Text) else Text(str(cell))
 
 
-def stacked(table: Table) -> str:
+def stack_rows(table: Table) -> str:
     """The rows of ``table``, one below the other, a line a column."""
     headings = [as_text(column.header).plain.replace("\n", " ").strip() for column in table.columns]
     rows = zip(*([as_text(cell).plain for cell in column.cells] for column in table.columns), strict=True)
@@ -196,7 +196,7 @@ def import_megengine() -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with muted_stderr():
+    with mute_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()

@@ -31,8 +31,8 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    arch_at_hand,
-    opened,
+    find_arch,
+    open_network,
     refuse_wrong,
 )
 from mgq.errors import InputError, printable
@@ -118,12 +118,14 @@ def evaluate(
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
-        dataset = data_in(data, on_progress) if data is not None else None
+        dataset = find_data(data, on_progress) if data is not None else None
         refuse_wrong(checkpoint, key=key)
-        arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
+        arch = arch or (None if checkpoint or pretrained else find_arch(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
         classifier = (
-            opened(arch, checkpoint, mode, *words, kept=True) if mode else opened_as_can_be(arch, checkpoint, *words)
+            open_network(arch, checkpoint, mode, *words, kept=True)
+            if mode
+            else open_int8_or_float(arch, checkpoint, *words)
         )
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
@@ -149,9 +151,9 @@ def evaluate(
         note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
     facts = facts_of(classifier, dataset, total, result, batch_size, workers)
     if as_json:
-        shown_json(result, facts, confused)
+        show_json(result, facts, confused)
     else:
-        shown(classifier, result, facts, per_class, confused)
+        show_evaluation(classifier, result, facts, per_class, confused)
 
 
 def refuse_more_than_cores(jobs: int) -> None:
@@ -172,14 +174,14 @@ def preparation_for(classifier: Classifier) -> Callable[[], None]:
     return hush_decoders if of_others else prepare_process
 
 
-def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
 
     return evaluation_folder(folder, on_progress, note)
 
 
-def opened_as_can_be(
+def open_int8_or_float(
     arch: str | None,
     checkpoint: Path | None,
     save: Path,
@@ -196,23 +198,23 @@ def opened_as_can_be(
     from mgq.cli.console import note
 
     words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-    if checkpoint is None and not pretrained and only_float_run(arch, save):
+    if checkpoint is None and not pretrained and has_only_float_run(arch, save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
-        return opened(arch, None, "normal", *words)
+        return open_network(arch, None, "normal", *words)
     try:
-        return opened(arch, checkpoint, "quantized", *words, kept=True)
+        return open_network(arch, checkpoint, "quantized", *words, kept=True)
     except InputError as error:
         if ranges is not None:
             raise
         try:
-            classifier = opened(arch, checkpoint, "normal", *words)
+            classifier = open_network(arch, checkpoint, "normal", *words)
         except InputError:
             raise error from None
         note(f"measured in mode normal, not quantized: {error}")
         return classifier
 
 
-def only_float_run(arch: str | None, save: Path) -> bool:
+def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
     from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, newest_run
     from mgq.quantization.option_names import Mode
@@ -269,7 +271,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
+def show_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
     """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
     classes = [
         {
@@ -288,7 +290,7 @@ def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) 
     sys.stdout.write(json.dumps({**facts, "per_class": classes, "confused": pairs}, indent=1) + "\n")
 
 
-def shown(
+def show_evaluation(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""

@@ -93,7 +93,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")
 RUNS = Path("runs")
 
 
-def arch_at_hand(save: Path, mode: str | None) -> str | None:
+def find_arch(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
     from mgq.engine.classifier.run_lookup import newest_arch
     from mgq.quantization.option_names import Mode, parse_mode
@@ -107,7 +107,7 @@ def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
     """
-    from mgq.engine.classifier.file_validation import refuse_unreadable
+    from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
@@ -116,10 +116,10 @@ def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None
     if checkpoint is None and key is not None:
         raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
-        refuse_unreadable(checkpoint, key)
+        validate_file(checkpoint, key)
 
 
-def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+def prepare_megengine(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
     """The same, and import MegEngine, quietly unless in debug mode."""
     from mgq.cli.console import import_megengine
 
@@ -127,7 +127,7 @@ def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = 
     import_megengine()
 
 
-def opened(
+def open_network(
     arch: str | None,
     checkpoint: Path | None,
     mode: str,

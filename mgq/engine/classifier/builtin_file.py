@@ -9,17 +9,17 @@ from pathlib import Path
 
 import mgq
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, newest_run
 from mgq.errors import InputError, MgqError
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.export.formats import SUFFIXES
 from mgq.io.atomic import atomic_write
 from mgq.io.private_cache import cache_folder, is_own
 from mgq.machine import WITHOUT_MEGENGINE, has_megengine
 from mgq.quantization import option_names
 from mgq.quantization.option_names import ONNX, Mode
-from mgq.runtime.registry import AUTO, ENGINES
+from mgq.runtime.registry import AUTO, BACKENDS
 from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of
 
@@ -34,7 +34,7 @@ class BuiltinFile:
 
     def opened(self, engine: str = AUTO, few: bool = False) -> Classifier:
         """It as a classifier, which says where its weights are from, and not where it is kept."""
-        found = opened_file(self.path, engine, few=few)
+        found = open_file(self.path, engine, few=few)
         runtime = found.network.runtime
         return replace(found, origin=f"{runtime.about['origin']}; in {runtime.name} {runtime.version}")
 
@@ -44,7 +44,7 @@ def builtin_file(
     save: Path,
     pretrained: str | None,
     start_megengine: Callable[[], None],
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
 ) -> BuiltinFile | None:
     """The file of the built-in network, where that is meant; else None: another one is, or it cannot be kept here.
 
@@ -57,7 +57,7 @@ def builtin_file(
         return None
     if not pretrained and newest_run(spec, Mode.QUANTIZED, save) is not None:
         return None
-    if not any(engine.is_installed for engine in ENGINES if engine.suffix == SUFFIXES["onnx"]):
+    if not any(engine.is_installed for engine in BACKENDS if engine.suffix == SUFFIXES["onnx"]):
         return None
     name = f"{spec.name}.{version_key(spec.packaged.sha256, ranges)}"
     found = kept(name)

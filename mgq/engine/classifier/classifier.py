@@ -65,13 +65,13 @@ class Classifier:
         refuse_not_finite(result)
         return result
 
-    def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def crop(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3)."""
         how = self.preprocessing
-        return eval_crop(picture, self.image_size, how.shorter_side(self.image_size), how.interpolation)
+        return eval_crop(image, self.image_size, how.shorter_side(self.image_size), how.interpolation)
 
     def info(self) -> CheckpointInfo:
-        from mgq.quantization.float_layers import float_layers_of
+        from mgq.quantization.float_layers import list_float_layers
 
         return CheckpointInfo(
             arch=self.spec.name,
@@ -83,7 +83,7 @@ class Classifier:
             target=self.target.name,
             recipe=dict(self.recipe),
             versions=versions(),
-            float_layers=float_layers_of(self.fake_quantized) if self.fake_quantized is not None else (),
+            float_layers=list_float_layers(self.fake_quantized) if self.fake_quantized is not None else (),
             preprocessing=self.preprocessing,
         )
 

@@ -12,7 +12,7 @@ from mgq.export.formats import SUFFIXES
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import FileRuntime
-from mgq.runtime.registry import AUTO, engine_called, engine_for
+from mgq.runtime.registry import AUTO, choose_backend, get_backend
 from mgq.weights.checkpoint import names_in
 from mgq.weights.preprocessing import preprocessing_in
 from mgq.zoo.registry import spec_of
@@ -26,16 +26,16 @@ class FileNetwork:
     size: int
 
 
-def opened_file(
+def open_file(
     path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None, few: bool = False
 ) -> Classifier:
     """The network in ``path``, a deployed file of mgq's, in the engine called ``key``.
 
-    ``few``: for no more than a few pictures, see :func:`mgq.runtime.registry.engine_for`.
+    ``few``: for no more than a few pictures, see :func:`mgq.runtime.registry.choose_backend`.
 
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
-    engine = engine_for(path, key, few)
+    engine = choose_backend(path, key, few)
     runtime = engine.load(path, threads or usable_cores())
     about = runtime.about
     try:
@@ -56,22 +56,22 @@ def opened_file(
     return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, file, None, preprocessing)
 
 
-def with_engine(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
+def attach_backend(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
     """``classifier`` in the engine called ``key``, by way of a temporary file. Raises as the dump and the engine do."""
     with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-        path = written_for(classifier, key, Path(folder))
-        engine = engine_for(path, key)
+        path = write_for_backend(classifier, key, Path(folder))
+        engine = choose_backend(path, key)
         runtime = engine.load(path, threads or usable_cores())
         network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
     return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))
 
 
-def written_for(classifier: Classifier, key: str, folder: Path) -> Path:
+def write_for_backend(classifier: Classifier, key: str, folder: Path) -> Path:
     """A file of ``classifier`` in ``folder`` that the engine called ``key`` reads. Raises as the dump does."""
     from mgq.engine.classifier.dump import dump_classifier, format_for
 
-    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else engine_called(key).suffix
+    suffix = SUFFIXES[format_for(classifier)] if key == AUTO else get_backend(key).suffix
     path = folder / f"network{suffix}"
     dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)
     return path

@@ -11,13 +11,13 @@ from typing import Any
 
 from mgq.engine.classifier.builtin_file import builtin_file
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.deployed_files import opened_file, with_engine
+from mgq.engine.classifier.deployed_files import attach_backend, open_file
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.export.formats import format_of
 from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import MEGENGINE, Mode
-from mgq.runtime.registry import AUTO, engine_called
+from mgq.runtime.registry import AUTO, get_backend
 
 RUNS = Path("runs")
 
@@ -31,7 +31,7 @@ def open_network(
     ranges: Path | None = None,
     width: float | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     target: str | None = None,
     engine: str | None = None,
     key: str | None = None,
@@ -65,7 +65,7 @@ def open_network(
     found = read_ranges(ranges) if ranges else None
     words = (arch, checkpoint, mode, save, pretrained or False, found, builder, image_size, on_progress, target, key)
     classifier = open_classifier(*words)
-    return classifier if engine is None else with_engine(classifier, engine)
+    return classifier if engine is None else attach_backend(classifier, engine)
 
 
 def finished(
@@ -83,11 +83,11 @@ def finished(
             raise InputError(f"{printable(path)} is a finished file: leave out {option}")
     if format_of(path) == MEGENGINE:
         start_megengine()
-    found = opened_file(path, engine or AUTO, arch=arch, few=few)
+    found = open_file(path, engine or AUTO, arch=arch, few=few)
     if mode is Mode.NORMAL and found.mode is not Mode.NORMAL:
         raise InputError(f"{printable(path)} is int8: leave out -m {mode.value}, or give a float checkpoint")
     return found
 
 
 def reads_onnx(engine: str | None) -> bool:
-    return engine in (None, AUTO) or engine_called(str(engine)).suffix == ".onnx"
+    return engine in (None, AUTO) or get_backend(str(engine)).suffix == ".onnx"

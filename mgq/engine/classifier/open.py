@@ -20,25 +20,25 @@ from mgq.engine.classifier.run_lookup import newest_of as newest_of
 from mgq.engine.classifier.run_lookup import newest_run as newest_run
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, silent
-from mgq.ptq.calibrate import calibrated_network
+from mgq.events import OnProgress, ignore_progress
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
-from mgq.quantization.activation_ranges import ActivationRanges, packaged_ranges, refuse_incomplete
+from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.targets import MEGENGINE, Target, target_called
-from mgq.weights.checkpoint import checked_size
+from mgq.quantization.targets import MEGENGINE, Target, get_target
+from mgq.weights.checkpoint import check_size
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weight_loading import (
     Weights,
+    fetch_published_weights,
     fingerprint,
     float_part,
     is_cached,
     load_state,
-    packaged_weights,
-    published_weights,
+    read_packaged_weights,
     read_weights,
 )
 
@@ -52,7 +52,7 @@ def open_classifier(
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     target: str | None = None,
     key: str | None = None,
 ) -> Classifier:
@@ -66,7 +66,7 @@ def open_classifier(
     missing.
     """
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
+    weights = find_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
     for name, value in (options or {}).items():
         if name not in spec_of(weights.arch).options:
             raise InputError(f"{weights.arch} has no option '{name}'; leave it out")
@@ -76,7 +76,7 @@ def open_classifier(
     return classifier_from(weights, mode, ranges, target, image_size)
 
 
-def found_weights(
+def find_weights(
     spec: ModelSpec | None,
     checkpoint: Path | None,
     mode: Mode,
@@ -92,15 +92,15 @@ def found_weights(
     if run is not None:
         return read_weights(run, spec)
     version = version_in(pretrained)
-    packaged = None if version else packaged_weights(spec)
+    packaged = None if version else read_packaged_weights(spec)
     if packaged is not None:
         return packaged
     if pretrained or is_cached(spec, mode.value):
-        return published_weights(spec, mode.value, on_progress, version)
-    raise InputError(f"no weights for {spec.name} at hand: {ways_to_weights(spec)}")
+        return fetch_published_weights(spec, mode.value, on_progress, version)
+    raise InputError(f"no weights for {spec.name} at hand: {list_ways_to_weights(spec)}")
 
 
-def ways_to_weights(spec: ModelSpec) -> str:
+def list_ways_to_weights(spec: ModelSpec) -> str:
     ways = ["pass --checkpoint FILE"]
     if spec.packaged:
         ways.append(spec.packaged.mend())
@@ -123,7 +123,7 @@ def classifier_from(
     Raises InputError where the activation ranges for int8 are missing, or are for another ``target``.
     """
     spec = spec_of(weights.arch)
-    size = checked_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
+    size = check_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
     classifier = Classifier(
         network=weights.network,
         fake_quantized=None,
@@ -139,16 +139,16 @@ def classifier_from(
     if mode is Mode.NORMAL:
         return classifier
     if weights.mode == "qat" and ranges is None:
-        its = target_called(weights.info.target if weights.info else MEGENGINE.name)
+        its = get_target(weights.info.target if weights.info else MEGENGINE.name)
         refuse_other_target(its.name, target, weights.origin)
         network = to_mode(weights.network, Mode.QAT, its, in_place=True)
         keep_in_float(network, weights.info.float_layers if weights.info else ())
         load_state(network, weights.state, weights.origin)
-        return carried(replace(classifier, network=network, fake_quantized=network), mode)
-    return quantized_with(classifier, ranges_for(weights, ranges, target), mode)
+        return convert(replace(classifier, network=network, fake_quantized=network), mode)
+    return quantize_with_ranges(classifier, find_ranges(weights, ranges, target), mode)
 
 
-def carried(classifier: Classifier, mode: Mode) -> Classifier:
+def convert(classifier: Classifier, mode: Mode) -> Classifier:
     """``classifier``, whose network is fake-quantized, in mode ``qat`` or ``quantized``."""
     assert classifier.fake_quantized is not None
     if mode is Mode.QAT:
@@ -158,19 +158,19 @@ def carried(classifier: Classifier, mode: Mode) -> Classifier:
 
 def refuse_other_target(has: str, wanted: str | None, origin: str) -> None:
     """Raises InputError where ``wanted`` is no target, or another one than what ``origin`` was quantized for."""
-    if wanted is not None and target_called(wanted).name != has:
+    if wanted is not None and get_target(wanted).name != has:
         raise InputError(
             f"{origin} was quantized for the target {has}, not {wanted}: leave --target out, "
             f"or quantize float weights with it by `mgq calibrate` or `mgq qat`"
         )
 
 
-def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | None = None) -> ActivationRanges:
+def find_ranges(weights: Weights, ranges: ActivationRanges | None, target: str | None = None) -> ActivationRanges:
     """``ranges`` if they were measured with ``weights``, or those that mgq has for them. Raises InputError."""
     wanted = fingerprint(weights.state)
     if ranges is not None:
         refuse_other_target(ranges.target, target, "the network of these ranges")
-    ranges = ranges or packaged_ranges(weights.arch, wanted, target_called(target or MEGENGINE.name).name)
+    ranges = ranges or read_packaged_ranges(weights.arch, wanted, get_target(target or MEGENGINE.name).name)
     if ranges is None:
         option = f" --target {target}" if target else ""
         raise InputError(
@@ -182,14 +182,14 @@ def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | 
     return ranges
 
 
-def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
+def quantize_with_ranges(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
     """``classifier`` (mode ``normal``) carried to ``qat`` or ``quantized`` with ``ranges``; its network is used up."""
     fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
     refuse_incomplete(fake_quantized, ranges)
-    return carried(replace(classifier, fake_quantized=fake_quantized), mode)
+    return convert(replace(classifier, fake_quantized=fake_quantized), mode)
 
 
-def float_twin(classifier: Classifier) -> Classifier:
+def to_float(classifier: Classifier) -> Classifier:
     """The float network with the weights that ``classifier``, an int8 or simulated one, was made from."""
     assert classifier.fake_quantized is not None
     spec = classifier.spec
@@ -200,7 +200,7 @@ def float_twin(classifier: Classifier) -> Classifier:
     return replace(classifier, network=network, fake_quantized=None, mode=Mode.NORMAL)
 
 
-def random_classifier(
+def make_random_classifier(
     arch: str,
     mode: Mode,
     options: Mapping[str, Any] | None = None,
@@ -224,7 +224,7 @@ def random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    _, ranges = calibrated_network(
-        network, [pixels], arch, "", {}, "min-max", correct_bias=False, compensate=False, target=target
+    _, ranges = calibrate_network(
+        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
     )
-    return quantized_with(classifier, ranges, mode)
+    return quantize_with_ranges(classifier, ranges, mode)

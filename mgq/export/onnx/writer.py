@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
-from mgq.export.onnx.onnx_file import METADATA, imported
+from mgq.export.onnx.onnx_file import METADATA, import_package
 from mgq.graph.layer_graph import (
     Add,
     Convolution,
     GlobalAverage,
     Graph,
-    Grid,
     Linear,
     MaxPool,
     Node,
+    QuantParams,
     Reshape,
     Transpose,
     Weighted,
@@ -72,7 +72,7 @@ def write_onnx(
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     model = model_of(graph, image_size, batch, provenance)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -92,7 +92,7 @@ def plain_graph(network: M.Module, image_size: int) -> Graph:
 
 def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any]) -> Any:
     """``graph`` as an ONNX model."""
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     helper, types = onnx.helper, onnx.TensorProto
 
     writer = Writer(graph)
@@ -127,7 +127,7 @@ class Writer:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.make_node = imported("onnx.helper").make_node
+        self.make_node = import_package("onnx.helper").make_node
         self.nodes: list[Any] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.floats: dict[str, str] = {}
@@ -135,7 +135,7 @@ class Writer:
         self.counts: dict[str, str] = {}
 
     def write(self) -> None:
-        grid = self.graph.grids.get(self.graph.input, Grid(1.0))
+        grid = self.graph.grids.get(self.graph.input, QuantParams(1.0))
         assert grid.scale == 1.0
         self.integers[self.graph.input] = INPUT
         if self.graph.input not in self.graph.grids:
@@ -173,7 +173,9 @@ class Writer:
     def counts_of(self, tensor: str) -> str:
         """The name of the integers of ``tensor`` as floats, without their scale."""
         if tensor not in self.counts:
-            value = self.add("Cast", [self.integers[tensor]], f"{tensor}/cast", to=imported("onnx").TensorProto.FLOAT)
+            value = self.add(
+                "Cast", [self.integers[tensor]], f"{tensor}/cast", to=import_package("onnx").TensorProto.FLOAT
+            )
             zero_point = zero_point_of(self.graph.grids[tensor])
             if zero_point:
                 zero = self.constant(f"{tensor}/zero", np.array(zero_point, np.float32))
@@ -181,14 +183,14 @@ class Writer:
             self.counts[tensor] = value
         return self.counts[tensor]
 
-    def grid_constants(self, tensor: str, grid: Grid) -> list[str]:
+    def grid_constants(self, tensor: str, grid: QuantParams) -> list[str]:
         zero_point = zero_point_of(grid)
         return [
             self.constant(f"{tensor}/scale", np.array(grid.scale, np.float32)),
             self.constant(f"{tensor}/zero_point", np.array(zero_point, np.uint8)),
         ]
 
-    def dequantized(self, integers: str, tensor: str, grid: Grid) -> str:
+    def dequantized(self, integers: str, tensor: str, grid: QuantParams) -> str:
         return self.add("DequantizeLinear", [integers, *self.grid_constants(tensor, grid)], f"{tensor}/float")
 
     def finish(self, node: Node, value: str) -> None:
@@ -198,11 +200,11 @@ class Writer:
             self.floats[node.output] = value
             return
         quantized = self.add("QuantizeLinear", [value, *self.grid_constants(node.output, grid)], f"{node.output}/q")
-        lowest, highest = (limit + zero_point_of(grid) for limit in (grid.lowest, grid.highest))
-        if (lowest, highest) != (0, 255):
+        qmin, qmax = (limit + zero_point_of(grid) for limit in (grid.qmin, grid.qmax))
+        if (qmin, qmax) != (0, 255):
             limits = [
                 self.constant(f"{node.output}/{name}", np.array(limit, np.uint8))
-                for name, limit in (("lowest", lowest), ("highest", highest))
+                for name, limit in (("lowest", qmin), ("highest", qmax))
             ]
             quantized = self.add("Clip", [quantized, *limits], f"{node.output}/clipped")
         self.integers[node.output] = quantized
@@ -314,5 +316,5 @@ class Writer:
         self.move(node, "Transpose", [], perm=list(node.axes))
 
 
-def zero_point_of(grid: Grid) -> int:
-    return 0 if grid.lowest >= 0 else PIXEL_ZERO
+def zero_point_of(grid: QuantParams) -> int:
+    return 0 if grid.qmin >= 0 else PIXEL_ZERO
