@@ -13,16 +13,19 @@ The verbs of the command line as Python calls::
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
-Importing mgq imports no MegEngine. ``infer`` and ``evaluate`` need none for deployed files; the other calls do.
+Importing mgq imports no MegEngine and changes nothing in the environment. ``infer`` and ``evaluate`` need no MegEngine
+for deployed files; the first of the other calls imports it. What a call has to say besides its result goes to its
+callbacks or, where there are none, to the logger ``mgq``.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import WITHOUT_MEGENGINE, prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
+from mgq.machine import WITHOUT_MEGENGINE
 
 if TYPE_CHECKING:
     from mgq.api import evaluate as evaluate
@@ -38,9 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-prefer_exact_kernels()
-prefer_fast_kernels()
-wait_without_spinning()
+logging.getLogger("mgq").addHandler(logging.NullHandler())
 
 WHERE = {
     "create_model": "mgq.zoo.registry",

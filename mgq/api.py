@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgq.data.datasets import subset
+from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
-from mgq.engine.classifier.network_choice import open_network
-from mgq.engine.classifier.run_lookup import newest_arch
-from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, ignore_progress
+from mgq.engine.classifier.network_choice import choose_network
+from mgq.engine.classifier.run_lookup import find_newest_arch
+from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
 from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import Mode, parse_mode
 
@@ -24,12 +25,14 @@ BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
 
 
+@accept_old_keywords(watcher="callbacks")
 def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
-    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.TrainOptions`,
-    values of :class:`mgq.engine.training.recipe.Recipe`, and the builder's ``width`` and ``activation``. Raises
-    InputError for words that cannot be, and what :func:`mgq.engine.training.training_run.train` raises.
+    ``words`` are the command's options with underscores: fields of
+    :class:`mgq.engine.training.train_options.TrainOptions`, values of :class:`mgq.engine.training.recipe.Recipe`, and
+    the builder's ``width`` and ``activation``. Raises InputError for words that cannot be, and what
+    :func:`mgq.engine.training.training_run.train` raises.
     """
     refuse_without_megengine()
     from mgq.engine.training import training_run
@@ -37,6 +40,7 @@ def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     return training_run.train(make_train_options(words), callbacks)
 
 
+@accept_old_keywords(watcher="callbacks")
 def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""
@@ -67,7 +71,7 @@ def evaluate(
     limit: int | None = None,
     jobs: int = 1,
     save: str | Path = "runs",
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
     engine: str | None = None,
 ) -> Evaluation:
@@ -79,9 +83,9 @@ def evaluate(
     """
     wanted = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None:
-        arch = newest_arch(Path(save), wanted)
+        arch = find_newest_arch(Path(save), wanted)
     file = Path(checkpoint) if checkpoint else None
-    classifier = open_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
+    classifier = choose_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
     root = Path(data) if data is not None else None
     images = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:

@@ -80,6 +80,17 @@ def refuse_without_megengine() -> None:
         raise InputError(WITHOUT_MEGENGINE)
 
 
+def set_library_defaults() -> None:
+    """Set the variables of the environment that MegEngine and OpenVINO read when they start to compute.
+
+    Called before the first network is built, the first file is loaded, or the machine is described: an import of mgq
+    alone changes nothing in the program around it. Values that the user has set stay.
+    """
+    prefer_exact_kernels()
+    prefer_fast_kernels()
+    wait_without_spinning()
+
+
 def wait_without_spinning() -> None:
     """Let MegEngine's threads sleep while they wait for work, so that they take no core from others.
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.cli.console import import_megengine
+from mgq.system.megengine_start import import_megengine
 
 import_megengine()
 

@@ -1,4 +1,4 @@
-"""What is kept in the cache is whole and this user's alone, or not used: the built-in network's file, verdicts on files."""
+"""What is kept in the cache is whole and this user's alone, or not used: a built-in network, verdicts on files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.cli.console import import_megengine
 from mgq.data.decoding import bundled_cat
 from mgq.engine.classifier import builtin_file, network_choice
 from mgq.engine.classifier.predict import infer
@@ -18,6 +17,7 @@ from mgq.export.onnx.onnx_file import read_onnx
 from mgq.io.private_cache import read_private, write_private
 from mgq.runtime import engine_faults
 from mgq.runtime.registry import choose_backend
+from mgq.system.megengine_start import import_megengine
 from tests.conftest import Mgq
 
 
@@ -83,7 +83,7 @@ def test_a_run_an_option_or_another_target_is_not_the_built_in_file(own_cache: P
     (run / "checkpoint.safetensors").touch()
     assert chosen(save=tmp_path / "runs") is None
     assert not network_choice.reads_onnx("lite") and network_choice.reads_onnx("openvino")
-    classifier = network_choice.open_network(kept=True, target="megengine", save=tmp_path / "none")
+    classifier = network_choice.choose_network(kept=True, target="megengine", save=tmp_path / "none")
     assert classifier.file is None
 
 

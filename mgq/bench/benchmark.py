@@ -14,7 +14,7 @@ from mgq.bench.file_cases import file_cases, precision_of
 from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Precision, Settings
 from mgq.engine.classifier.classifier import versions
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.system.environment import Machine, saturates, this_machine
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SHIFTED = ", shifted sideways from picture to picture"
 
 def benchmark(
     settings: Settings | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     engines: Mapping[str, BenchmarkBackend] | None = None,
 ) -> Report:
     """Measure how fast every network of ``settings`` is in every engine of ``engines``, all of them by default.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mgq.bench.interleaving import take_turns
 from mgq.bench.settings import Precision, pluralize
 from mgq.bench.workers import Logits, Worker
 from mgq.errors import MgqError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 
 TURN_NS = 125_000_000
@@ -74,6 +74,10 @@ class Agreement:
     likeness: float = field(default=1.0, compare=False)
     rounds_otherwise: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """Its fields by the names that reports have had from the beginning."""
+        return {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
+
     @property
     def holds(self) -> bool:
         return self.same == self.images or (self.rounds_otherwise and self.likeness >= ALIKE)
@@ -110,7 +114,7 @@ def run_cases(
     cases: Sequence[BenchmarkCase],
     rounds: int,
     seed: int = 0,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     references: Mapping[str, tuple[str, Logits]] | None = None,
 ) -> list[CaseResult]:
     """Load all ``cases``, compare their answers, time them in turns, and compare once more.

@@ -145,8 +145,9 @@ def bench_training(
     as_markdown: bool,
 ) -> None:
     """``mgq bench --train``."""
-    from mgq.cli.console import import_megengine, out, progress
+    from mgq.cli.console import out, progress
     from mgq.io.atomic import atomic_write
+    from mgq.system.megengine_start import import_megengine
 
     import_megengine()
     from mgq.bench.training_speed import make_training_settings, training_benchmark, training_markdown
@@ -189,9 +190,10 @@ def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None)
     """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
     from mgq.bench.file_cases import deployed_file
     from mgq.bench.plot import check_plot_path, write_plot
-    from mgq.cli.console import import_megengine, progress
+    from mgq.cli.console import progress
     from mgq.export.onnx.onnx_file import read_onnx
     from mgq.io.atomic import atomic_write
+    from mgq.system.megengine_start import import_megengine
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None

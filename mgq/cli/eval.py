@@ -24,6 +24,7 @@ from mgq.cli.shared_options import (
     LabelledData,
     Limit,
     MaxBad,
+    NetworkOptions,
     Pretrained,
     Ranges,
     ReportFreq,
@@ -31,7 +32,6 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    find_arch,
     open_network,
     refuse_wrong,
 )
@@ -120,12 +120,11 @@ def evaluate(
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
         refuse_wrong(checkpoint, key=key)
-        arch = arch or (None if checkpoint or pretrained else find_arch(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
+        options = NetworkOptions(
+            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+        ).with_newest_run(mode)
         classifier = (
-            open_network(arch, checkpoint, mode, *words, kept=True)
-            if mode
-            else open_int8_or_float(arch, checkpoint, *words)
+            open_network(options, mode, on_progress, kept=True) if mode else open_int8_or_float(options, on_progress)
         )
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
@@ -166,9 +165,9 @@ def refuse_more_than_cores(jobs: int) -> None:
 
 def preparation_for(classifier: Classifier) -> Callable[[], None]:
     """What a process that shares the work needs: MegEngine only where that runs the network."""
-    from mgq.cli.console import prepare_process
     from mgq.machine import hush_decoders
     from mgq.quantization.option_names import MEGENGINE
+    from mgq.system.megengine_start import prepare_process
 
     of_others = classifier.file is not None and format_of(classifier.file[0]) != MEGENGINE
     return hush_decoders if of_others else prepare_process
@@ -181,33 +180,20 @@ def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     return evaluation_folder(folder, on_progress, note)
 
 
-def open_int8_or_float(
-    arch: str | None,
-    checkpoint: Path | None,
-    save: Path,
-    pretrained: str | None,
-    ranges: Path | None,
-    width: float | None,
-    image_size: int | None,
-    on_progress: OnProgress,
-    target: str | None,
-    engine: str | None,
-    key: str | None,
-) -> Classifier:
+def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-    if checkpoint is None and not pretrained and has_only_float_run(arch, save):
+    if options.checkpoint is None and not options.pretrained and has_only_float_run(options.arch, options.save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
-        return open_network(arch, None, "normal", *words)
+        return open_network(options, "normal", on_progress)
     try:
-        return open_network(arch, checkpoint, "quantized", *words, kept=True)
+        return open_network(options, "quantized", on_progress, kept=True)
     except InputError as error:
-        if ranges is not None:
+        if options.ranges is not None:
             raise
         try:
-            classifier = open_network(arch, checkpoint, "normal", *words)
+            classifier = open_network(options, "normal", on_progress)
         except InputError:
             raise error from None
         note(f"measured in mode normal, not quantized: {error}")
@@ -216,12 +202,12 @@ def open_int8_or_float(
 
 def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, newest_run
+    from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, find_newest_run
     from mgq.quantization.option_names import Mode
     from mgq.zoo.registry import spec_of
 
     spec = spec_of(arch or DEFAULT_ARCH)
-    return newest_run(spec, Mode.QUANTIZED, save) is None and newest_run(spec, Mode.NORMAL, save) is not None
+    return find_newest_run(spec, Mode.QUANTIZED, save) is None and find_newest_run(spec, Mode.NORMAL, save) is not None
 
 
 # ---- what is said of it ----

@@ -21,6 +21,7 @@ from mgq.cli.shared_options import (
     ImageSize,
     KeyName,
     ModeName,
+    NetworkOptions,
     Pretrained,
     Ranges,
     Save,
@@ -86,10 +87,13 @@ def infer(
         refuse_hopeless(sources)
     refuse_wrong(checkpoint, not write, key)
     with progress() as on_progress:
-        words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
         from mgq.engine.classifier.predict import FEW, predict
 
-        classifier = open_network(*words, key, len(sources) <= FEW, kept=not write)
+        options = NetworkOptions(
+            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+        )
+
+        classifier = open_network(options, mode, on_progress, len(sources) <= FEW, kept=not write)
         found = start_predictions(report_progress(predict(classifier, sources, topk), len(sources), on_progress))
         failed = show_json(classifier, found) if as_json else show_tables(classifier, found)
     if failed and len(sources) > 1:

@@ -18,7 +18,7 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version
+from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version, set_library_defaults
 
 INTERRUPTED = 130
 
@@ -56,6 +56,7 @@ def options(
 ) -> None:
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    set_library_defaults()
     hush_decoders()
 
 

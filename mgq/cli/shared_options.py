@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,11 +96,11 @@ RUNS = Path("runs")
 
 def find_arch(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
-    from mgq.engine.classifier.run_lookup import newest_arch
+    from mgq.engine.classifier.run_lookup import find_newest_arch
     from mgq.quantization.option_names import Mode, parse_mode
 
     modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
-    return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
+    return next((arch for wanted in modes if (arch := find_newest_arch(save, wanted))), None)
 
 
 def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
@@ -121,32 +122,57 @@ def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None
 
 def prepare_megengine(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
     """The same, and import MegEngine, quietly unless in debug mode."""
-    from mgq.cli.console import import_megengine
+    from mgq.system.megengine_start import import_megengine
 
     refuse_wrong(checkpoint, deployed, key)
     import_megengine()
 
 
-def open_network(
-    arch: str | None,
-    checkpoint: Path | None,
-    mode: str,
-    save: Path,
-    pretrained: str | None,
-    ranges: Path | None,
-    width: float | None,
-    image_size: int | None,
-    on_progress: OnProgress,
-    target: str | None = None,
-    engine: str | None = None,
-    key: str | None = None,
-    few: bool = False,
-    kept: bool = False,
-) -> Classifier:
-    """The network that the shared options mean; behind :func:`refuse_wrong`. It imports MegEngine if that runs it."""
-    from mgq.cli.console import import_megengine
-    from mgq.engine.classifier.network_choice import open_network
-    from mgq.quantization.option_names import parse_mode
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The shared options that choose a network."""
 
-    words = (arch, checkpoint, parse_mode(mode), save, pretrained, ranges, width, image_size, on_progress, target)
-    return open_network(*words, engine, key, import_megengine, few, kept)
+    arch: str | None = None
+    checkpoint: Path | None = None
+    key: str | None = None
+    save: Path = RUNS
+    pretrained: str | None = None
+    ranges: Path | None = None
+    width: float | None = None
+    image_size: int | None = None
+    target: str | None = None
+    engine: str | None = None
+
+    def with_newest_run(self, mode: str | None) -> NetworkOptions:
+        """Where nothing else says which, the architecture is that of the newest run that can serve ``mode``."""
+        if self.arch or self.checkpoint or self.pretrained:
+            return self
+        return replace(self, arch=find_arch(self.save, mode))
+
+
+def open_network(
+    options: NetworkOptions, mode: str, on_progress: OnProgress, few: bool = False, kept: bool = False
+) -> Classifier:
+    """The network that ``options`` choose, in ``mode``; behind :func:`refuse_wrong`. It imports MegEngine if that runs
+    it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
+    from mgq.engine.classifier.network_choice import choose_network
+    from mgq.quantization.option_names import parse_mode
+    from mgq.system.megengine_start import import_megengine
+
+    return choose_network(
+        arch=options.arch,
+        checkpoint=options.checkpoint,
+        mode=parse_mode(mode),
+        save=options.save,
+        pretrained=options.pretrained,
+        ranges=options.ranges,
+        width=options.width,
+        image_size=options.image_size,
+        on_progress=on_progress,
+        target=options.target,
+        engine=options.engine,
+        key=options.key,
+        start_megengine=import_megengine,
+        few=few,
+        kept=kept,
+    )

@@ -19,7 +19,6 @@ from click import ParamType
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
-    AT_LEAST_ZERO,
     COUNT,
     FACTOR,
     FOLDER,
@@ -30,7 +29,7 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
     Named,
-    Number,
+    OfRecipe,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 
@@ -61,6 +60,11 @@ class Option(NamedTuple):
         return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
 
 
+def recipe_number(key: str, kind: type[int] | type[float], text: str) -> Option:
+    """The option of a recipe's number ``key``, whose bounds the recipe knows."""
+    return Option(kind, None, (f"--{key.replace('_', '-')}",), text, OfRecipe(kind, key))
+
+
 def recipe_value(kind: type, flag: str, text: str, value: ParamType[Any]) -> Option:
     return Option(kind, None, (flag,), text, value)
 
@@ -76,19 +80,19 @@ SHARED: dict[str, Option] = {
     ),
     "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
     "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
-    "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),
-    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device.", COUNT),
-    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device.", AT_LEAST_ZERO),
+    "epochs": recipe_number("epochs", int, "How often every picture is seen."),
+    "batch_size": recipe_number("batch_size", int, "Pictures a step, on each device."),
+    "lr": recipe_number("lr", float, "Learning rate at its highest, for one device."),
     "schedule": recipe_value(str, "--schedule", "cosine, linear or step.", SCHEDULE),
-    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty.", AT_LEAST_ZERO),
-    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes.", SHARE),
+    "weight_decay": recipe_number("weight_decay", float, "L2 penalty."),
+    "label_smoothing": recipe_number("label_smoothing", float, "Share of a label that goes to all classes."),
     "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
     "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", COUNT),
-    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next.", COUNT),
-    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999).", SHARE),
+    "val_every": recipe_number("val_every", int, "Epochs from one measurement to the next."),
+    "ema": recipe_number("ema", float, "Keep averaged weights, with this decay (0.999)."),
     "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
     "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
-    "seed": recipe_value(int, "--seed", "The same seed gives the same weights.", AT_LEAST_NONE),
+    "seed": recipe_number("seed", int, "The same seed gives the same weights."),
     "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor.", AT_LEAST_NONE),
     "nodes": Option(int, 1, ("--nnodes",), "Machines that train together.", COUNT),
     "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0.", AT_LEAST_NONE),
@@ -102,9 +106,7 @@ SHARED: dict[str, Option] = {
     "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
 }
 OF_TRAIN: dict[str, Option] = {
-    "classes": recipe_value(
-        int, "--classes", "Outputs of the classifier, if more than the pictures' classes.", Number(int, 2)
-    ),
+    "classes": recipe_number("classes", int, "Outputs of the classifier, if more than the pictures' classes."),
     "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2).", FACTOR),
     "activation": Option(
         str, None, ("--activation",), "relu or relu6 (mobilenet_v2).", Named("activation", lambda: ("relu", "relu6"))
@@ -171,7 +173,7 @@ qat = verb("qat", QAT_HELP, OF_QAT)
 
 def run(name: str, values: Mapping[str, Any]) -> None:
     """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, prepare_process, progress, say, show_table
+    from mgq.cli.console import note, progress, say, show_table
     from mgq.engine.training.recipe import read_changes
 
     if values["recipe"] is not None:
@@ -181,6 +183,7 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     from mgq.engine.training import training_run
     from mgq.engine.training.trainer import StoppedError
     from mgq.events import Callbacks
+    from mgq.system.megengine_start import prepare_process
 
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}

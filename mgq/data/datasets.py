@@ -20,7 +20,7 @@ from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError, printable
-from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 
 
 class Dataset(Protocol):
@@ -150,15 +150,15 @@ LEAST_TO_TRAIN = 2
 
 
 def training_folders(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val``, ``test`` is measured on. Where one
     is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named
     by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see
-    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``hold_out_validation``. ``on_message`` is told what was taken
-    for what, and what was left out.
+    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``hold_out_validation``. ``on_message`` is told what
+    was taken for what, and what was left out.
 
     Raises InputError for a missing folder, fewer than two classes, a class without pictures, class names that are not
     the same in both, or folders that can be read in two ways. Of ImageNet's classes ``val`` may have fewer than
@@ -218,7 +218,7 @@ def _rank(path: Path) -> float:
 
 
 def measuring_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> Dataset:
     """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
     if is_unsplit(root):
@@ -227,7 +227,7 @@ def measuring_folder(
 
 
 def evaluation_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
@@ -249,7 +249,7 @@ def evaluation_folder(
 
 
 def calibration_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> ImageFolder:
     """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
 
@@ -328,7 +328,8 @@ def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[
     for place, mine, full, others in zip(places, names, filled, reversed(filled), strict=True):
         if hollow := sorted(set(mine) & set(others) - set(full)):
             raise InputError(
-                f"{printable(place)} has no pictures in {join_names(hollow)}: put some in, or remove the folder everywhere"
+                f"{printable(place)} has no pictures in {join_names(hollow)}: put some in, "
+                "or remove the folder everywhere"
             )
     train, val = filled
     only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))

@@ -378,23 +378,21 @@ def _webp_orientation(data: bytes) -> int:
 
 
 def _gif(data: bytes) -> _Plan:
-    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))
+    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))  # where it has none, Pillow takes its frame's
     return _Plan(lambda: _by_pillow(data, "Gif", _COST_GIF))
 
 
-_BMP_OLD_HEADER = 12
-_BMP_HEADERS = frozenset({_BMP_OLD_HEADER, 40, 52, 56, 64, 108, 124})
+def _of_pillow(plugin: str, cost: int) -> Callable[[bytes], _Plan]:
+    """How to read a format whose size Pillow finds in the header, before it makes room for the picture."""
+    return lambda data: _Plan(lambda: _by_pillow(data, plugin, cost))
+
+
+_BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 
 def _is_bmp(data: bytes) -> bool:
     """Whether the size of the second header is one that exists, since any text may begin with BM."""
     return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
-
-
-def _bmp(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
-    _admit(_COST_BMP, width, abs(height))  # A negative height says that the rows go from top to bottom.
-    return _Plan(lambda: _by_pillow(data, "Bmp", _COST_BMP))
 
 
 _TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
@@ -481,8 +479,6 @@ def _is_tga(data: bytes) -> bool:
 
 
 def _tga(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH", data, 12)
-    _admit(_COST_OTHERS, width, height)
     opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
 
     def decode() -> _Samples:
@@ -503,19 +499,7 @@ def _is_pcx(data: bytes) -> bool:
     return bool(left <= right and top <= bottom)
 
 
-def _of_header(form: str, at: int, plugin: str) -> Callable[[bytes], _Plan]:
-    """How to read a format whose header has width and height at ``at``, in the form ``form`` of struct."""
-
-    def plan_of(data: bytes) -> _Plan:
-        _admit(_COST_OTHERS, *struct.unpack_from(form, data, at))
-        return _Plan(lambda: _by_pillow(data, plugin, _COST_OTHERS))
-
-    return plan_of
-
-
 def _pcx(data: bytes) -> _Plan:
-    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
-    _admit(_COST_OTHERS, right - left + 1, bottom - top + 1)
     has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
     if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
         raise _RefusalError(_CUT_SHORT)
@@ -692,14 +676,14 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] =
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
-    (_is_bmp, _bmp),
+    (_is_bmp, _of_pillow("Bmp", _COST_BMP)),
     (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
     (is_avif, _avif),
     (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
     (begins_as_netpbm, _netpbm),
-    (lambda data: data.startswith(b"qoif"), _of_header(">II", 4, "Qoi")),
-    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_header(">II", 4, "Sun")),
-    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_header(">HH", 6, "Sgi")),
+    (lambda data: data.startswith(b"qoif"), _of_pillow("Qoi", _COST_OTHERS)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_pillow("Sun", _COST_OTHERS)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_pillow("Sgi", _COST_OTHERS)),
     (_is_pcx, _pcx),
     (_is_tga, _tga),
 )

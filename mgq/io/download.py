@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
@@ -98,7 +98,7 @@ def find_cached(source: Source, folder: Path | None = None) -> Path | None:
 def download(
     source: Source,
     folder: Path | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     *,
     patience: Patience = _PATIENCE,
 ) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 
 from mgq.bench.suite import BenchmarkBackend
 from mgq.data.datasets import subset
+from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
 from mgq.reports.backend_comparison import BackendComparison, compare_backends
@@ -83,6 +84,7 @@ class Report:
         }
 
 
+@accept_old_keywords(pictures="images")
 def report(
     run: str | Path | None = None,
     data: str | Path | None = None,
@@ -92,7 +94,7 @@ def report(
     limit: int | None = None,
     images: int = SHOWN,
     engines: bool | Mapping[str, BenchmarkBackend] = True,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
 ) -> Report:
     """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.

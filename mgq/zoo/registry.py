@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
-from mgq.machine import refuse_without_megengine
+from mgq.machine import refuse_without_megengine, set_library_defaults
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -77,6 +77,7 @@ class ModelSpec:
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         refuse_without_megengine()
+        set_library_defaults()
         return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
     @property

@@ -13,7 +13,7 @@ from mgq.engine.classifier.open import Classifier
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
-from mgq.events import Callbacks, OnMessage, OnProgress, ignore_message, ignore_progress
+from mgq.events import Callbacks, OnMessage, OnProgress, log_message, log_progress
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ def find_images_nearby(
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> CalibrationSources:
-    """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no pictures."""
+    """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no
+    pictures."""
     if not named and data is None and not classifier.recipe.get("data"):
         return CalibrationSources("", None, None, "there are no pictures")
     return find_calibration_sources(classifier, named, data, images, on_progress, on_message)
@@ -48,8 +49,8 @@ def find_calibration_sources(
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> CalibrationSources:
     """The ``named`` files and folders; else those of the folder ``data``; else those the network was trained on.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import mgq
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import open_file
-from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, newest_run
+from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, find_newest_run
 from mgq.errors import InputError, MgqError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.export.formats import SUFFIXES
 from mgq.io.atomic import atomic_write
 from mgq.io.private_cache import cache_folder, is_own
@@ -44,7 +44,7 @@ def builtin_file(
     save: Path,
     pretrained: str | None,
     start_megengine: Callable[[], None],
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> BuiltinFile | None:
     """The file of the built-in network, where that is meant; else None: another one is, or it cannot be kept here.
 
@@ -55,7 +55,7 @@ def builtin_file(
     ranges = RANGES / f"{spec.name}.{ONNX}.json"
     if spec.packaged is None or version_in(pretrained or False) is not None or not ranges.is_file():
         return None
-    if not pretrained and newest_run(spec, Mode.QUANTIZED, save) is not None:
+    if not pretrained and find_newest_run(spec, Mode.QUANTIZED, save) is not None:
         return None
     if not any(engine.is_installed for engine in BACKENDS if engine.suffix == SUFFIXES["onnx"]):
         return None

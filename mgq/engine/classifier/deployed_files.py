@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mgq.engine.classifier.classifier import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.export.formats import SUFFIXES
+from mgq.io.records import record_of
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import FileRuntime
 from mgq.runtime.registry import AUTO, choose_backend, get_backend
-from mgq.weights.checkpoint import names_in
-from mgq.weights.preprocessing import preprocessing_in
+from mgq.weights.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
 
 
@@ -24,6 +26,19 @@ class FileNetwork:
 
     runtime: FileRuntime
     size: int
+
+
+@dataclass(frozen=True)
+class DeployedInfo:
+    """What a deployed file says of its network, and what of that is needed to run it."""
+
+    arch: str
+    mode: str
+    classes: tuple[str, ...]
+    image_size: int
+    options: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    preprocessing: Preprocessing | None = None
 
 
 def open_file(
@@ -37,23 +52,32 @@ def open_file(
     """
     engine = choose_backend(path, key, few)
     runtime = engine.load(path, threads or usable_cores())
-    about = runtime.about
     try:
+        about = record_of(DeployedInfo, runtime.about, others=True)
         with naming(printable(path)):
-            spec, mode = spec_of(about["arch"]), Mode(about["mode"])
-        classes, size = names_in(about["classes"]), about["image_size"]
-        options, recipe = dict(about["options"]), dict(about["recipe"])
-        preprocessing = preprocessing_in(about) or spec.preprocessing
-    except (KeyError, TypeError, ValueError):
+            spec, mode = spec_of(about.arch), Mode(about.mode)
+    except ValueError:
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
+    classes, size = about.classes, about.image_size
     if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
     network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
-    file = (path, engine.key)
-    return Classifier(network, None, spec, mode, classes, size, origin, options, recipe, file, None, preprocessing)
+    return Classifier(
+        network=network,
+        fake_quantized=None,
+        spec=spec,
+        mode=mode,
+        classes=classes,
+        image_size=size,
+        origin=origin,
+        options=about.options,
+        recipe=about.recipe,
+        file=(path, engine.key),
+        preprocessing=about.preprocessing or spec.preprocessing,
+    )
 
 
 def attach_backend(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:

@@ -24,7 +24,7 @@ from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
-from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
@@ -140,7 +140,7 @@ class Evaluation:
 
 
 def evaluate_loader(
-    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = ignore_progress
+    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = log_progress
 ) -> Evaluation:
     """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
 
@@ -165,7 +165,7 @@ def evaluate(
     workers: int | None = None,
     max_bad: float = 0.01,
     prepare: Callable[[], None] = do_nothing,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> Evaluation:
     """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
 
@@ -203,8 +203,8 @@ def evaluation_data(
     root: Path | None,
     recipe: Mapping[str, Any],
     image_size: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> Dataset:
     """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
     what it was trained on, these, too.
@@ -252,8 +252,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
         raise InputError(
-            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; it knows "
-            f"{_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
+            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; "
+            f"it knows {_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]

@@ -13,7 +13,7 @@ from mgq.engine.classifier.builtin_file import builtin_file
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import attach_backend, open_file
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
 from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import MEGENGINE, Mode
@@ -22,7 +22,7 @@ from mgq.runtime.registry import AUTO, get_backend
 RUNS = Path("runs")
 
 
-def open_network(
+def choose_network(
     arch: str | None = None,
     checkpoint: Path | None = None,
     mode: Mode = Mode.QUANTIZED,
@@ -31,7 +31,7 @@ def open_network(
     ranges: Path | None = None,
     width: float | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     target: str | None = None,
     engine: str | None = None,
     key: str | None = None,

@@ -15,17 +15,18 @@ from mgq.engine.classifier.classifier import class_names as class_names
 from mgq.engine.classifier.classifier import versions as versions
 from mgq.engine.classifier.run_lookup import DEFAULT_ARCH as DEFAULT_ARCH
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT as RUN_CHECKPOINT
-from mgq.engine.classifier.run_lookup import newest_arch as newest_arch
-from mgq.engine.classifier.run_lookup import newest_of as newest_of
-from mgq.engine.classifier.run_lookup import newest_run as newest_run
+from mgq.engine.classifier.run_lookup import find_newest as find_newest
+from mgq.engine.classifier.run_lookup import find_newest_arch as find_newest_arch
+from mgq.engine.classifier.run_lookup import find_newest_run as find_newest_run
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, get_target
 from mgq.weights.checkpoint import check_size
 from mgq.zoo.layers import without_initialization
@@ -52,7 +53,7 @@ def open_classifier(
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     target: str | None = None,
     key: str | None = None,
 ) -> Classifier:
@@ -88,7 +89,7 @@ def find_weights(
     if checkpoint is not None:
         return read_weights(checkpoint, spec, key=key)
     spec = spec or spec_of(DEFAULT_ARCH)
-    run = None if pretrained else newest_run(spec, mode, save)
+    run = None if pretrained else find_newest_run(spec, mode, save)
     if run is not None:
         return read_weights(run, spec)
     version = version_in(pretrained)
@@ -225,6 +226,6 @@ def make_random_classifier(
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
     _, ranges = calibrate_network(
-        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
+        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=target
     )
     return quantize_with_ranges(classifier, ranges, mode)

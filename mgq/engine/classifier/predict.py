@@ -16,10 +16,11 @@ import numpy.typing as npt
 from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
+from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.network_choice import open_network
+from mgq.engine.classifier.network_choice import choose_network
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode, parse_mode
 
@@ -54,6 +55,18 @@ class Prediction:
     scores: tuple[ClassScore, ...] = ()
     milliseconds: float = 0.0
     error: str | None = None
+
+    @property
+    def picture(self) -> str:
+        """The old name of ``image``."""
+        warn_renamed("picture", "image")
+        return self.image
+
+    @property
+    def guesses(self) -> tuple[ClassScore, ...]:
+        """The old name of ``scores``."""
+        warn_renamed("guesses", "scores")
+        return self.scores
 
 
 def predict(
@@ -125,13 +138,14 @@ def group_items(
         yield group
 
 
+@accept_old_keywords(pictures="images")
 def infer(
     images: Sequence[str | Path] = (),
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     topk: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
     engine: str | None = None,
 ) -> list[Prediction]:
@@ -139,11 +153,11 @@ def infer(
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
     runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
-    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no such
-    network.
+    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no
+    such network.
     """
     sources = expand([str(image) for image in images] or [str(bundled_cat())])
-    classifier = open_network(
+    classifier = choose_network(
         arch,
         Path(checkpoint) if checkpoint is not None else None,
         mode if isinstance(mode, Mode) else parse_mode(mode),
@@ -158,3 +172,6 @@ def infer(
         found.append(answer)
         on_progress(Progress("classify", len(found), len(sources), "pictures"))
     return found
+
+
+__getattr__ = find_renamed(__name__, {"Answer": "Prediction", "Guess": "ClassScore"})

@@ -18,18 +18,18 @@ RUNS_FOR = {
 }
 
 
-def newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
+def find_newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
     """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
     found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
-    return newest_of(path for path in found if path.is_file())
+    return find_newest(path for path in found if path.is_file())
 
 
-def newest_of(files: Iterable[Path]) -> Path | None:
+def find_newest(files: Iterable[Path]) -> Path | None:
     """The one that was written last; None of none."""
     return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def newest_arch(save: Path, mode: Mode) -> str | None:
+def find_newest_arch(save: Path, mode: Mode) -> str | None:
     """The architecture of the newest run under ``save`` that can serve ``mode``; None without one."""
     found = [
         path
@@ -37,5 +37,5 @@ def newest_arch(save: Path, mode: Mode) -> str | None:
         for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")
         if path.parent.name.removesuffix(f".{kind}") in specs()
     ]
-    newest = newest_of(found)
+    newest = find_newest(found)
     return None if newest is None else newest.parent.name.rpartition(".")[0]

@@ -15,6 +15,7 @@ import megengine.module as M
 from mgq.cpu_kernels import fast_gradients
 from mgq.data.datasets import subset
 from mgq.data.loader import Loader
+from mgq.deprecation import find_renamed
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.engine.classifier.evaluate import match_classes
 from mgq.engine.classifier.metrics import Meter
@@ -47,12 +48,13 @@ from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders
 from mgq.errors import FailureError, InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
+from mgq.io.records import record_of
 from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
 from mgq.ptq.equalization import equalize_channels
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import get_target
-from mgq.weights.checkpoint import CheckpointInfo, info_from, write_checkpoint
+from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import fingerprint, float_part, load_state, read_weights
@@ -306,7 +308,7 @@ def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) ->
         counts = [progress["epoch"], progress["step_in_epoch"], *progress["pictures"]]
         if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or len(counts) != 4:
             raise TypeError
-        info = info_from(progress["info"])
+        info = record_of(CheckpointInfo, progress["info"])
         Meter.from_state(progress["meter"])
         numbers = [progress["seconds"], *progress["best"].values(), *progress.get("start", {}).values()]
         if not all(isinstance(number, int | float) for number in numbers):
@@ -334,8 +336,14 @@ def finish_run(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callb
     normal, simulated = open_float_and_simulated(job, run, callbacks)
     most = COMPARED_AFTER_TRAIN if job.recipe.mode == "normal" else len(job.sets.val)
     images = subset(job.sets.val, min(most, len(job.sets.val)))
-    how: dict[str, Any] = {"workers": job.train_options.workers, "max_bad": job.train_options.max_bad}
-    comparison = compare_modes(normal, simulated, images, callbacks, **how)
+    comparison = compare_modes(
+        normal,
+        simulated,
+        images,
+        callbacks,
+        workers=job.train_options.workers,
+        max_bad=job.train_options.max_bad,
+    )
     return TrainResult(run.checkpoint, job.recipe, best, comparison, start)
 
 
@@ -345,8 +353,7 @@ def open_float_and_simulated(job: TrainJob, run: RunFolder, callbacks: Callbacks
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    words = (other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks.on_progress)
-    found = calibrate(*words, on_message=callbacks.on_message)
+    found = calibrate(other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks=callbacks)
     return normal, found.classifier
 
 
@@ -451,3 +458,6 @@ def training_kernels(callbacks: Callbacks) -> Iterator[None]:
             except FailureError as error:
                 callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
         yield
+
+
+__getattr__ = find_renamed(__name__, {"Outcome": "TrainResult"})
