@@ -25,6 +25,7 @@ PACKAGES = {
     "ONNX": "onnx",
     "ONNX Runtime": "onnxruntime",
     "OpenVINO": "openvino",
+    "llvmlite": "llvmlite",
 }
 """What the numbers depend on, besides Python: what the world calls it, and what pip does."""
 OTHER_PACKAGES = {

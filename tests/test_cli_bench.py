@@ -238,7 +238,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 
 def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, Any]]) -> None:
     rows = real[1]["rows"]
-    assert [(r["precision"], r["engine"]) for r in rows] == [(p, e) for p in ("fp32", "int8") for e in ENGINES]
+    assert [(r["precision"], r["engine"]) for r in rows] == [
+        *(("fp32", engine) for engine in ENGINES),
+        *(("int8", engine) for engine in (*ENGINES, "native")),
+    ]
     for r in rows:
         assert r["sound"] is True and r["problem"] is None, r["remark"]
         if r["agreement"]["rounds_otherwise"] and r["precision"] == "int8":

@@ -18,6 +18,7 @@ from mgq.data.image_sources import expand
 from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import convert
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
 from tests.conftest import classifier_of, one_line_about, write_images
@@ -74,7 +75,9 @@ def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -
     """``net.onnx``, where there is a linker ``net.so``, and eight labelled pictures in ``val``."""
     folder = tmp_path_factory.mktemp("deployed")
     cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrate(classifier_of(ARCH), cat, 1, target=ONNX, weight_rounding="nearest")
+    found = calibration_run.calibrate(
+        classifier_of(ARCH), cat, 1, config=CalibrationConfig(target=ONNX, weight_rounding="nearest")
+    )
     classifier = convert(found.classifier, Mode.QUANTIZED)
     dump_classifier(classifier, folder / "net.onnx", batch=None)
     dump_classifier(classifier, folder / "net.so")
@@ -84,10 +87,10 @@ def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture(scope="module", params=newest_and_between() or [None])
+@pytest.fixture(scope="module", params=newest_and_between() or [""])
 def mgq_there(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The command ``mgq`` of an environment of its own, with OpenVINO, under a later Python."""
-    if request.param is None:
+    if not request.param:
         pytest.skip(f"none of Python {', '.join(LATER)} is installed here")
     folder = tmp_path_factory.mktemp(f"python{request.param}")
     program, python = uv(), interpreter(request.param)

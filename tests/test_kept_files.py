@@ -11,7 +11,7 @@ import pytest
 from mgq.data.decoding import bundled_cat
 from mgq.engine.classifier import builtin_file, network_choice
 from mgq.engine.classifier.predict import infer
-from mgq.errors import FailureError
+from mgq.errors import FailureError, InputError
 from mgq.export.onnx import onnx_file
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.io.private_cache import read_private, write_private
@@ -136,7 +136,7 @@ def test_a_file_is_checked_once_and_again_where_the_verdict_cannot_be_trusted(
     spoil(verdict)
     assert read_onnx(file) == first and len(checks) == 2
     file.write_bytes(file.read_bytes() + b"\0")
-    with pytest.raises(onnx_file.InputError):
+    with pytest.raises(InputError):
         read_onnx(file)
     assert len(checks) == 3
 
@@ -181,7 +181,7 @@ def test_onnx_runtime_is_not_given_int8_where_it_computes_wrongly(
     assert bool(engine_faults.fault_of_onnxruntime(version)) is wrong
     assert (choose_backend(file, few=True).key == "onnxruntime") is not wrong
     if wrong:
-        with pytest.raises(onnx_file.InputError, match=r"wrong integers .* another --engine, or pip install"):
+        with pytest.raises(InputError, match=r"wrong integers .* another --engine, or pip install"):
             choose_backend(file, "onnxruntime").load(file, 1)
     else:
         choose_backend(file, "onnxruntime").load(file, 1)

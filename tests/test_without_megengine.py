@@ -17,6 +17,7 @@ from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import convert
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
 from tests.conftest import classifier_of, one_line_about, write_images
@@ -41,7 +42,9 @@ COMMAND = BLOCKED + "from mgq.cli.main import run\nsys.argv[0] = 'mgq'\nrun()"
 @pytest.fixture(scope="module")
 def calibrated(short_shufflenet: None) -> Classifier:
     cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrate(classifier_of(ARCH), cat, 1, target=ONNX, weight_rounding="nearest")
+    found = calibration_run.calibrate(
+        classifier_of(ARCH), cat, 1, config=CalibrationConfig(target=ONNX, weight_rounding="nearest")
+    )
     return convert(found.classifier, Mode.QUANTIZED)
 
 

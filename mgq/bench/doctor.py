@@ -128,6 +128,8 @@ def list_checks(save: Path) -> tuple[Check, ...]:
         Check(
             "OpenVINO", partial(check_package, "openvino", "import openvino; openvino.Core().available_devices"), deploy
         ),
+        Check("native engine", native, again + "llvmlite"),
+        Check("linker", linker, "pip install 'mgq[native]', needed only by `mgq dump --format native`"),
         Check(
             "MegEngine Lite", partial(check_package, "megengine", "import megenginelite"), again + "megengine==1.13.0"
         ),
@@ -151,6 +153,11 @@ from mgq.data.decoding import bundled_cat, read_image
 assert read_image(bundled_cat()).ndim == 3
 """
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
+NATIVE = """
+from mgq.export.native.compiler import object_of
+from mgq.export.native.cpu import NATIVE, get_level
+object_of("define void @nothing() { ret void }", get_level(NATIVE))
+"""
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
 from mgq.system.environment import this_machine
@@ -179,6 +186,25 @@ def check_package(package: str, code: str) -> str:
         raise LackingError(f"{version} is installed, and crashes (signal {-done.returncode}) when it is used")
     lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
     raise LackingError(f"{version} is installed, and does not work: {printable(lines[-1])}")
+
+
+def native() -> str:
+    """The version of its compiler, its kernels for this processor, and where it keeps what it has compiled."""
+    from mgq.export.native.cache import cache_folder
+    from mgq.export.native.cpu import get_level
+
+    version = check_package("llvmlite", NATIVE)
+    return f"llvmlite {version}, kernels for {get_level('native').key}, {kept(cache_folder())}"
+
+
+def linker() -> str:
+    """What links shared libraries."""
+    from mgq.export.native.linker import link_command
+
+    command = link_command()
+    if command is None:
+        raise LackingError("none: `mgq dump --format native` writes object files")
+    return " ".join(part for part in command if not part.startswith("-") and part != sys.executable)
 
 
 # ---- the machine ----
@@ -234,7 +260,11 @@ def memory() -> str:
 def cache() -> str:
     from mgq.io.download import cache_folder
 
-    folder = cache_folder()
+    return kept(cache_folder())
+
+
+def kept(folder: Path) -> str:
+    """A folder of files that can be made again, and their size."""
     refuse_unwritable(folder)
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
     return f"{printable(folder)}, {size / 1e6:.1f} MB"

@@ -28,7 +28,7 @@ from mgq.weights.checkpoint import PIXELS_STEP
 PEAK = "self-test"
 
 
-def away(
+def start_worker(
     what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
 ) -> SubprocessWorker:
     """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
@@ -74,7 +74,7 @@ def rivals(network: str, settings: Settings, threads: int) -> list[BenchmarkCase
 
 def start_file(engine: Backend, path: Path, settings: Settings, threads: int) -> LoadedWorker:
     engine.refuse_missing()
-    worker = away(path.name, FromFile(engine.key, path.absolute()), threads, settings, engine.package)
+    worker = start_worker(path.name, FromFile(engine.key, path.absolute()), threads, settings, engine.package)
     return LoadedWorker(worker, str(path), path.stat().st_size)
 
 
@@ -149,4 +149,4 @@ def peaks(network: str, settings: Settings, machine: Machine, threads: int) -> l
 
 def start_peak(precision: Precision, settings: Settings, features: tuple[str, ...], threads: int) -> LoadedWorker:
     its = replace(settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
-    return LoadedWorker(away(PEAK, Peak(precision, features), threads, its, "mgq.bench.peak"), "")
+    return LoadedWorker(start_worker(PEAK, Peak(precision, features), threads, its, "mgq.bench.peak"), "")

@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, References
-from mgq.bench.file_cases import away as away
 from mgq.bench.file_cases import cat_batch as cat_batch
 from mgq.bench.file_cases import peaks, rivals
 from mgq.bench.file_cases import precision_of as precision_of
+from mgq.bench.file_cases import start_worker as start_worker
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.worker_loaders import FromCheckpoint, FromFile
 from mgq.bench.workers import SubprocessWorker
@@ -107,16 +107,17 @@ def start_in_backend(key: str, job: NetworkJob, threads: int) -> LoadedWorker:
 
 
 def start_job_worker(load: Callable[[int], Runtime], job: NetworkJob, threads: int, *imports: str) -> SubprocessWorker:
-    return away(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
+    return start_worker(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
 
 
 @dataclass(frozen=True)
 class BenchmarkBackend:
-    """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
+    """An engine that takes part: how it starts, what its int8 networks are quantized for, and in what it computes."""
 
     start: Start
     target: Target
     rounds_otherwise: bool = False
+    precisions: tuple[Precision, ...] = tuple(Precision)
 
 
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
@@ -127,6 +128,9 @@ BENCHMARK_BACKENDS: Mapping[str, BenchmarkBackend] = MappingProxyType(
         "MegEngine Lite": BenchmarkBackend(partial(start_in_backend, "lite"), MEGENGINE),
         "ONNX Runtime": BenchmarkBackend(partial(start_in_backend, "onnxruntime"), ONNX, rounds_otherwise=True),
         "OpenVINO": BenchmarkBackend(partial(start_in_backend, "openvino"), ONNX, rounds_otherwise=True),
+        "native": BenchmarkBackend(
+            partial(start_in_backend, "native"), ONNX, rounds_otherwise=True, precisions=(Precision.INT8,)
+        ),
     }
 )
 
@@ -171,7 +175,7 @@ class BenchmarkSuite:
 
     def taking_part(self, precision: Precision, threads: int) -> list[str]:
         """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
-        names = list(self.backends)
+        names = [name for name, backend in self.backends.items() if precision in backend.precisions]
         if self.settings.yardstick and precision is Precision.FP32:
             there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
             return there[:1] or names[:1]

@@ -85,7 +85,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         click_type=ENGINE,
-        help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.",
+        help="What runs it: native, openvino, onnxruntime, lite, or auto, the fastest.",
         show_default=False,
     ),
 ]

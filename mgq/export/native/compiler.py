@@ -18,7 +18,7 @@ OPTIMIZATION = 3
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code as an object file, the constants that it reads, and the bytes of its work area."""
+    """Machine code as an object file, the constants that it reads, and the bytes of a thread's work area."""
 
     code: bytes
     constants: bytes
