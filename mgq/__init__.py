@@ -10,6 +10,8 @@ The verbs of the command line as Python calls::
     mgq.train(arch="resnet18", data="flowers", epochs=20)  # a run under runs/
     mgq.qat(arch="resnet18")                               # on from it, for int8
     mgq.evaluate("flowers", arch="resnet18").top1          # percent
+    mgq.calibrate(files=["photos"], arch="resnet18")       # a checkpoint for int8, without training
+    mgq.benchmark(["resnet18"], ["int8"]).rows             # speed in every backend
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
@@ -28,6 +30,8 @@ from mgq.errors import FailureError, InputError, MgqError
 from mgq.machine import WITHOUT_MEGENGINE
 
 if TYPE_CHECKING:
+    from mgq.api import benchmark as benchmark
+    from mgq.api import calibrate as calibrate
     from mgq.api import evaluate as evaluate
     from mgq.api import qat as qat
     from mgq.api import train as train
@@ -49,6 +53,8 @@ WHERE = {
     "quantize": "mgq.ptq.quantize",
     "infer": "mgq.engine.classifier.predict",
     "dump": "mgq.engine.classifier.dump",
+    "benchmark": "mgq.api",
+    "calibrate": "mgq.api",
     "train": "mgq.api",
     "qat": "mgq.api",
     "evaluate": "mgq.api",
@@ -61,6 +67,8 @@ __all__ = [
     "InputError",
     "MgqError",
     "analyze",
+    "benchmark",
+    "calibrate",
     "create_model",
     "dump",
     "evaluate",

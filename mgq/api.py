@@ -2,27 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgq.bench.settings import ROUNDS, Load, Precision, make_settings
 from mgq.data.datasets import subset
 from mgq.deprecation import accept_old_keywords
+from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.network_choice import choose_network
 from mgq.engine.classifier.run_lookup import find_newest_arch
+from mgq.errors import no_such
 from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
 from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import Mode, parse_mode
 
 if TYPE_CHECKING:
+    from mgq.bench.benchmark_report import Report as BenchmarkReport
+    from mgq.engine.calibration.calibration_job import CalibrationResult
     from mgq.engine.training.train_options import TrainOptions
     from mgq.engine.training.training_run import TrainResult
 
 BUILDER_OPTIONS = ("width", "activation")
-PATHS = ("data", "save", "checkpoint", "recipe")
+PATHS = ("data", "save", "checkpoint", "recipe", "ranges_file")
+
+
+def calibrate(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> CalibrationResult:
+    """Make a float network ready for int8 without training, as ``mgq calibrate`` does.
+
+    ``words`` are fields of :class:`mgq.engine.calibration.calibrate_options.CalibrateOptions`:
+    ``mgq.calibrate(files=["photos"], arch="resnet18", target="onnx")``. Writes ``<save>/<arch>.calibration``; the
+    result names its ``checkpoint`` and, where there are labelled images, the accuracy of float and int8. Raises
+    InputError for words that cannot be, and what :func:`mgq.engine.calibration.calibration_job.run_calibration` raises.
+    """
+    refuse_without_megengine()
+    from mgq.engine.calibration.calibration_job import run_calibration
+
+    known = {field.name for field in fields(CalibrateOptions)}
+    unknown = next((name for name in words if name not in known), None)
+    if unknown is not None:
+        raise no_such("option of calibrate", unknown, sorted(known))
+    return run_calibration(CalibrateOptions(**with_paths(words)), callbacks)
+
+
+def benchmark(
+    networks: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    threads: Sequence[int | str] = (),
+    rounds: int = ROUNDS,
+    batch: int = 1,
+    image_size: int = 224,
+    load: str = Load.LATENCY.value,
+    against: Sequence[str | Path] = (),
+    on_progress: OnProgress = log_progress,
+) -> BenchmarkReport:
+    """Measure how many images a second each network takes in every backend, as ``mgq bench`` does.
+
+    ``networks``: names of the zoo, by default those of the public example; ``precisions``: ``fp32``, ``int8`` or both;
+    ``threads``: numbers or ``all``; ``against``: other ONNX files. Raises InputError as
+    :func:`mgq.bench.settings.make_settings` does.
+    """
+    from mgq.bench.benchmark import benchmark as run_benchmark
+
+    wrong = next((name for name in precisions if name not in [known.value for known in Precision]), None)
+    if wrong is not None:
+        raise no_such("precision", wrong, [known.value for known in Precision])
+    settings = make_settings(
+        networks=networks,
+        precisions=[Precision(name) for name in precisions],
+        threads=[str(number) for number in threads],
+        rounds=rounds,
+        batch=batch,
+        image_size=image_size,
+        load=load,
+        against=[Path(path) for path in against],
+    )
+    return run_benchmark(settings, on_progress)
 
 
 @accept_old_keywords(watcher="callbacks")
@@ -57,10 +115,15 @@ def make_train_options(words: Mapping[str, Any]) -> TrainOptions:
 
     given = {name: value for name, value in words.items() if value is not None}
     known = {field.name for field in fields(TrainOptions)} - {"changes", "options"}
-    plain: dict[str, Any] = {n: Path(value) if n in PATHS else value for n, value in given.items() if n in known}
+    plain = with_paths({name: value for name, value in given.items() if name in known})
     options = {name: value for name, value in given.items() if name in BUILDER_OPTIONS}
     changes = {name: value for name, value in given.items() if name not in known and name not in BUILDER_OPTIONS}
     return TrainOptions(**plain, options=options, changes=changes)
+
+
+def with_paths(words: Mapping[str, Any]) -> dict[str, Any]:
+    """``words`` with a Path for each that names a file or folder."""
+    return {name: Path(value) if name in PATHS and value is not None else value for name, value in words.items()}
 
 
 def evaluate(

@@ -26,8 +26,8 @@ INTERRUPTED = 130
 typer.core.HAS_RICH = False
 
 VERBS = {
-    "train": "training:train",
-    "qat": "training:qat",
+    "train": "training:Train",
+    "qat": "training:Qat",
     "calibrate": "calibrate:calibrate",
     "eval": "eval:evaluate",
     "infer": "infer:infer",
