@@ -15,8 +15,9 @@ The verbs of the command line as Python calls::
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
-Importing mgq imports no MegEngine and changes nothing in the environment; the first of these calls does both. What a
-call has to say besides its result goes to its callbacks or, where there are none, to the logger ``mgq``.
+Importing mgq imports no MegEngine and changes nothing in the environment. ``infer`` and ``evaluate`` need no MegEngine
+for deployed files; the first of the other calls imports it. What a call has to say besides its result goes to its
+callbacks or, where there are none, to the logger ``mgq``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
+from mgq.machine import WITHOUT_MEGENGINE
 
 if TYPE_CHECKING:
     from mgq.api import benchmark as benchmark
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from mgq.reports.report import report as report
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weight_loading import load_weights as load_weights
+
+__version__ = "0.1.0"
 
 logging.getLogger("mgq").addHandler(logging.NullHandler())
 
@@ -79,5 +83,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in WHERE:
-        return getattr(importlib.import_module(WHERE[name]), name)
+        try:
+            return getattr(importlib.import_module(WHERE[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and error.name.partition(".")[0] == "megengine":
+                raise InputError(WITHOUT_MEGENGINE) from error
+            raise
     raise AttributeError(f"module 'mgq' has no attribute '{name}'")
