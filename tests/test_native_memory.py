@@ -241,14 +241,16 @@ def test_the_address_sanitizer_finds_nothing_in_the_portable_kernels(
     gaps: Gaps = [(0, HEADER + end, start - end) for end, start in zip(ends, starts, strict=True)]
     gaps += [(1, page, PAGE) for page in guards]
     write_program(tmp_path, module, object_of(text, PORTABLE, shared=True), program, gaps)
-    if said := built(tmp_path, "cc", "-fsanitize=address"):
+    if said := built(tmp_path, "cc", "-DCHECKED", "-fsanitize=address"):
         pytest.skip(f"this compiler has no address sanitizer: {said[-200:]}")
     image = noise(SIZE, 1, 4)
     done = answered(tmp_path, image)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[:2000]
     assert np.array_equal(np.frombuffer(done.stdout, np.float32), run_reference(program, image)[0][0])
-    write_program(tmp_path, module, object_of(text, PORTABLE, shared=True), program, [*gaps, (1, guards[0] - 64, 64)])
-    assert not built(tmp_path, "cc", "-fsanitize=address")
+    # The same without the ends of the constants, which some kernel has to read: the sanitizer is really there.
+    gaps += [(1, page - 64, 64) for page in guards]
+    write_program(tmp_path, module, object_of(text, PORTABLE, shared=True), program, gaps)
+    assert not built(tmp_path, "cc", "-DCHECKED", "-fsanitize=address")
     assert b"AddressSanitizer" in answered(tmp_path, image).stderr
 
 
