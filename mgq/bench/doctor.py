@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mgq.errors import MgqError, printable
-from mgq.machine import package_version, usable_cores
+from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package_version, usable_cores
+from mgq.runtime.engine_faults import fault_of_onnxruntime
 from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 
 PATIENCE_S = 180
@@ -90,10 +91,24 @@ class Check:
             return Finding(self.name, bad, printable(f"{type(error).__name__}: {error}"), self.mend)
 
 
+OF_MEGENGINE = ("MegEngine Lite", "training: oneDNN", "training: numba")
+"""Checks of what is nothing without MegEngine."""
+
+
 def examine(save: Path) -> Diagnosis:
     """All checks, where runs are in ``save``; some seconds, several at the same time."""
+    wanted = [check for check in list_checks(save) if trains_here() or check.name not in OF_MEGENGINE]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return Diagnosis(tuple(pool.map(Check.finding, list_checks(save))))
+        return Diagnosis(tuple(pool.map(Check.finding, wanted)))
+
+
+def trains_here() -> bool:
+    """Whether MegEngine is to be expected: it has no wheel for a later Python, where deployed files run alone."""
+    return sys.version_info[:2] == MEGENGINE_PYTHON or has_megengine()
+
+
+def megengine_mend(again: str) -> str:
+    return again + "megengine==1.13.0" if trains_here() else f"needed only to train and calibrate: {MEGENGINE_MEND}"
 
 
 def list_checks(save: Path) -> tuple[Check, ...]:
@@ -101,13 +116,15 @@ def list_checks(save: Path) -> tuple[Check, ...]:
     deploy = "pip install 'mgq[deploy]'"
     return (
         Check("Python", python, "python3 -m uv run mgq finds or fetches Python 3.10", essential=True),
-        Check("MegEngine", partial(check_package, "megengine", MEGENGINE), again + "megengine==1.13.0", essential=True),
+        Check(
+            "MegEngine", partial(check_package, "megengine", MEGENGINE), megengine_mend(again), essential=trains_here()
+        ),
         Check("OpenCV", partial(check_package, "opencv-python", IMAGE), again + "opencv-python", essential=True),
         Check("processor", processor, "pass --target onnx-avx2 to `mgq calibrate` or `mgq qat` for ONNX"),
         Check("cores", cores),
         Check("memory", memory, "end other programs, or take a smaller --batch-size"),
-        Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy),
-        Check("ONNX Runtime", partial(check_package, "onnxruntime", "import onnxruntime"), deploy),
+        Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy, essential=not trains_here()),
+        Check("ONNX Runtime", onnxruntime, deploy, essential=not trains_here()),
         Check(
             "OpenVINO", partial(check_package, "openvino", "import openvino; openvino.Core().available_devices"), deploy
         ),
@@ -194,9 +211,19 @@ def linker() -> str:
 
 
 def python() -> str:
-    if sys.version_info[:2] != (3, 10):
-        raise LackingError(f"{platform.python_version()}: MegEngine's newest wheel is for 3.10")
-    return platform.python_version()
+    version = platform.python_version()
+    if sys.version_info < MEGENGINE_PYTHON:
+        raise LackingError(f"{version}: mgq needs 3.10 or later")
+    return version if trains_here() else f"{version}: runs deployed files; MegEngine's newest wheel is for 3.10"
+
+
+def onnxruntime() -> str:
+    """Its version, and what is known to be wrong with it on this processor."""
+    version = check_package("onnxruntime", "import onnxruntime")
+    fault = fault_of_onnxruntime(version)
+    if fault:
+        raise LackingError(f"{version} {fault}", "pip install onnxruntime==1.20.1, or a later one than 1.23")
+    return version
 
 
 def processor() -> str:

@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.text import Text
-
+from mgq.cli.amounts import counted
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Column, Table
+    from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+    out: Console
+    err: Console
 
 PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of the way."""
 
 
-def say(text: str, style: str | None = None, to: Console = out) -> None:
+STREAMS = {"out": "stdout", "err": "stderr"}
+FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
+"""Variables by which rich is told to draw in a pipe as on a terminal."""
+
+
+def __getattr__(name: str) -> Console:
+    """``out`` and ``err``, rich's consoles, made when they are first asked for: in a pipe a few lines need none."""
+    if name not in STREAMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rich.console import Console
+
+    made = globals()[name] = Console(stderr=name == "err", highlight=False)
+    return made
+
+
+def console(name: str) -> Console:
+    """The console ``out`` or ``err``."""
+    found: Console = getattr(sys.modules[__name__], name)
+    return found
+
+
+def is_pipe(name: str) -> bool:
+    """Whether what ``out`` or ``err`` shows needs nothing of rich's, which takes a while to be imported."""
+    return (
+        name not in globals()
+        and not any(variable in os.environ for variable in FORCING)
+        and not getattr(sys, STREAMS[name]).isatty()
+    )
+
+
+def say(text: str, style: str | None = None, to: Console | None = None) -> None:
     """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are."""
-    to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+    if to is None:
+        say_on("out", text, style)
+    else:
+        to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+
+
+def say_on(name: str, text: str, style: str | None = None) -> None:
+    """The same on ``out`` or ``err``, by name."""
+    if is_pipe(name):
+        getattr(sys, STREAMS[name]).write(f"{text}\n")
+    else:
+        say(text, style, console(name))
 
 
 NARROWEST = 12
@@ -36,11 +75,13 @@ NARROWEST = 12
 _ENDLESS = 1_000_000
 
 
-def show_table(table: Table, to: Console = out) -> None:
+def show_table(table: Table, to: Console | None = None) -> None:
     """Print ``table``, folding the columns that are not ``no_wrap``; where it is too wide for that, each row as lines
     of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
     """
     from rich.measure import Measurement
+
+    to = to or console("out")
 
     widths = [widest(column, table.show_header) for column in table.columns]
     whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
@@ -64,6 +105,8 @@ def widest(column: Column, with_heading: bool) -> int:
 
 
 def as_text(cell: RenderableType) -> Text:
+    from rich.text import Text
+
     return cell if isinstance(cell, Text) else Text(str(cell))
 
 
@@ -85,35 +128,12 @@ def stack_rows(table: Table) -> str:
 
 
 def print_error(text: str) -> None:
-    say(f"error: {printable(text)}", style="red", to=err)
+    say_on("err", f"error: {printable(text)}", style="red")
 
 
 def note(text: str) -> None:
     """A remark beside the result: to standard error, so that a pipe gets the result alone."""
-    say(printable(text), style="dim", to=err)
-
-
-def format_amount(amount: float, unit: str) -> str:
-    return decimal(int(amount)) if unit == "B" else f"{amount:,.0f}"
-
-
-class AmountColumn(ProgressColumn):
-    """How much of how much, bytes as kB and MB."""
-
-    def render(self, task: Task) -> Text:
-        unit = str(task.fields["unit"])
-        total = "?" if task.total is None else format_amount(task.total, unit)
-        return Text(f"{format_amount(task.completed, unit)}/{total}")
-
-
-class RateColumn(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Task) -> Text:
-        unit = str(task.fields["unit"])
-        if not task.speed:
-            return Text("")
-        return Text(f"{decimal(int(task.speed))}/s" if unit == "B" else f"{task.speed:.1f} {unit}/s")
+    say_on("err", printable(text), style="dim")
 
 
 @contextlib.contextmanager
@@ -122,21 +142,12 @@ def progress(every: int | None = None) -> Iterator[OnProgress]:
 
     With ``every``, steps that have a detail get a line at each ``every``-th of them, on a terminal too.
     """
-    if every is not None or not err.is_terminal:
+    if every is not None or is_pipe("err") or not console("err").is_terminal:
         yield plain_lines(every)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn(), TimeRemainingColumn())
-    detail = TextColumn("{task.fields[detail]}", markup=False)
-    with RichProgress(*columns, detail, console=err, transient=True) as display:
-        tasks: dict[str, TaskID] = {}
+    from mgq.cli.progress_bars import bars
 
-        def listener(event: Progress) -> None:
-            if event.what not in tasks:
-                tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit, detail="")
-            display.update(tasks[event.what], completed=event.done, total=event.total, detail=event.detail)
-            if event.total is not None and event.done >= event.total:  # what is done makes room for what comes
-                display.remove_task(tasks.pop(event.what))
-
+    with bars(console("err")) as listener:
         yield listener
 
 
@@ -160,8 +171,16 @@ def plain_lines(every: int | None = None) -> OnProgress:
 
 
 def line_of(event: Progress) -> str:
-    amount = format_amount(event.done, event.unit)
+    amount = counted(event.done, event.unit)
     if event.total is not None:
-        amount += f" of {format_amount(event.total, event.unit)}"
+        amount += f" of {counted(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` in words, to two figures or so: ``8 s``, ``1 min 40 s``, ``12 min``."""
+    if seconds < 55:
+        return f"{max(1, round(seconds))} s"
+    minutes, rest = divmod(round(seconds / 10) * 10, 60)
+    return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes + (rest >= 30)} min"

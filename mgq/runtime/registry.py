@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.errors import InputError, no_such, printable
+from mgq.machine import MEGENGINE_MEND
 
 if TYPE_CHECKING:
     from mgq.runtime.protocol import FileRuntime
@@ -23,8 +24,8 @@ class Backend:
 
     ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
     the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all. To ask
-    either compiles nothing.
-    ``shows_layers``: whether it gives more outputs than logits.
+    either compiles nothing. ``shows_layers``: whether it gives more outputs than logits. ``starts_soon``: whether it is
+    the choice where no more than a few pictures are asked about, which takes less than to start the others.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Backend:
     suits: Callable[[Path], bool] = lambda path: True
     reads: Callable[[Path], bool] = lambda path: True
     shows_layers: bool = True
+    starts_soon: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -77,6 +79,12 @@ def open_library(path: Path, threads: int) -> FileRuntime:
     return LibraryRuntime(path, threads)
 
 
+def suits_onnxruntime(path: Path) -> bool:
+    from mgq.runtime.engine_faults import onnxruntime_is_sound
+
+    return onnxruntime_is_sound()
+
+
 def is_for_native(path: Path) -> bool:
     """Whether the native engine runs ``path``, and has the kernels here with which it was measured as the fastest."""
     from mgq.export.native.cpu import LEVELS, NATIVE, get_level
@@ -97,17 +105,23 @@ BACKENDS = (
         "llvmlite",
         ".onnx",
         open_in_native,
-        mend="pip install llvmlite",
+        mend="pip install 'mgq[native]'",
         suits=is_for_native,
         reads=can_run_native,
         shows_layers=False,
     ),
     Backend("openvino", "OpenVINO", "openvino", ".onnx", open_in_openvino),
-    Backend("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", open_in_onnxruntime),
-    Backend("library", "native library", "ctypes", ".so", open_library, shows_layers=False),
     Backend(
-        "lite", "MegEngine Lite", "megenginelite", ".megengine", open_in_lite, "pip install --force-reinstall megengine"
+        "onnxruntime",
+        "ONNX Runtime",
+        "onnxruntime",
+        ".onnx",
+        open_in_onnxruntime,
+        suits=suits_onnxruntime,
+        starts_soon=True,
     ),
+    Backend("library", "native library", "ctypes", ".so", open_library, shows_layers=False),
+    Backend("lite", "MegEngine Lite", "megenginelite", ".megengine", open_in_lite, mend=MEGENGINE_MEND),
 )
 """Where they read the same files the faster comes first: it is chosen where it suits them, unless another is named."""
 
@@ -125,8 +139,9 @@ def get_backend(key: str) -> Backend:
     raise no_such("engine", key, backend_names())
 
 
-def choose_backend(path: Path, key: str = AUTO) -> Backend:
-    """The engine called ``key``, or the fastest installed one, that reads ``path``.
+def choose_backend(path: Path, key: str = AUTO, few: bool = False) -> Backend:
+    """The engine called ``key``, or the fastest installed one, that reads ``path``; ``few``: the fastest for a few
+    pictures, its start included.
 
     Raises InputError where no engine has that name, it does not read such files, or it is not installed.
     """
@@ -140,6 +155,8 @@ def choose_backend(path: Path, key: str = AUTO) -> Backend:
     if not chosen:
         others = " or ".join(backend.key for backend in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
+    if few:
+        chosen.sort(key=lambda backend: not backend.starts_soon)
     found = chosen[0] if key != AUTO else fastest(chosen, path)
     found.refuse_missing()
     return found

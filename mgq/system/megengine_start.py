@@ -6,11 +6,15 @@ import sys
 import warnings
 from types import ModuleType
 
-from mgq.machine import hush_decoders, mute_stderr, set_library_defaults
+from mgq.machine import hush_decoders, mute_stderr, refuse_without_megengine, set_library_defaults
 
 
 def import_megengine() -> None:
-    """Import MegEngine; but for debugging without what its library says while it looks for a GPU."""
+    """Import MegEngine; but for debugging without what its library says while it looks for a GPU.
+
+    Raises InputError, which says what to run instead, where it is not installed.
+    """
+    refuse_without_megengine()
     set_library_defaults()
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     # It opens files through clients of four cloud services, half of the import: here all files are local.

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
-from safetensors.numpy import save_file
 
 from mgq.errors import InputError, printable
 from mgq.io.atomic import atomic_write
@@ -67,6 +66,8 @@ def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: Ch
 
 def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file that is there whole or not at all. Raises as ``atomic_write`` does."""
+    from safetensors.numpy import save_file
+
     dense = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(dense, str(temporary), metadata=dict(metadata))

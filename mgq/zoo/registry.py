@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
-from mgq.machine import set_library_defaults
+from mgq.machine import refuse_without_megengine, set_library_defaults
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import megengine.module as M
 
     from mgq.weights.foreign_states import Adapted, Hints, State
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class ModelSpec:
     marker: str
     parameters: int
     macs: int
-    fixed: Mapping[str, Any] = NOTHING
-    options: Mapping[str, Any] = NOTHING
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     option_reader: str | None = None
     image_size: int = 224
@@ -79,6 +76,7 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
+        refuse_without_megengine()
         set_library_defaults()
         return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
@@ -103,7 +101,7 @@ class ModelSpec:
     def read_options(self, state: State) -> Mapping[str, Any]:
         """The options of the builder that the shapes in ``state`` (under our names) tell."""
         if self.option_reader is None or self.marker not in state:
-            return NOTHING
+            return {}
         result: Mapping[str, Any] = import_when_called(self.option_reader)(state)
         return result
 

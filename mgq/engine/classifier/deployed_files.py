@@ -8,17 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.classifier.dump import dump_classifier, format_for
-from mgq.engine.classifier.open import Classifier
-from mgq.engine.classifier.runtime_module import RuntimeModule
+from mgq.engine.classifier.classifier import Classifier
 from mgq.errors import InputError, naming, printable
 from mgq.export.formats import SUFFIXES
 from mgq.io.records import record_of
 from mgq.machine import usable_cores
-from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import Mode
+from mgq.runtime.protocol import FileRuntime
 from mgq.runtime.registry import AUTO, choose_backend, get_backend
 from mgq.weights.preprocessing import Preprocessing
 from mgq.zoo.registry import spec_of
+
+
+@dataclass(frozen=True)
+class FileNetwork:
+    """A deployed file in an engine, where a classifier has its network. ``size`` is the file's, in bytes."""
+
+    runtime: FileRuntime
+    size: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,16 @@ class DeployedInfo:
     preprocessing: Preprocessing | None = None
 
 
-def open_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
-    """The network in ``path``, an ``.onnx`` or ``.megengine`` file of mgq's, in the engine called ``key``.
+def open_file(
+    path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None, few: bool = False
+) -> Classifier:
+    """The network in ``path``, a deployed file of mgq's, in the engine called ``key``.
+
+    ``few``: for no more than a few pictures, see :func:`mgq.runtime.registry.choose_backend`.
 
     Raises InputError where the file is damaged, is not mgq's, is of another ``arch``, or the engine cannot run it.
     """
-    engine = choose_backend(path, key)
+    engine = choose_backend(path, key, few)
     runtime = engine.load(path, threads or usable_cores())
     try:
         about = record_of(DeployedInfo, runtime.about, others=True)
@@ -52,7 +63,7 @@ def open_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")
-    network = RuntimeModule(runtime, path.stat().st_size)
+    network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{printable(path)}, in {runtime.name} {runtime.version}"
     return Classifier(
         network=network,
@@ -75,13 +86,15 @@ def attach_backend(classifier: Classifier, key: str, threads: int | None = None)
         path = write_for_backend(classifier, key, Path(folder))
         engine = choose_backend(path, key)
         runtime = engine.load(path, threads or usable_cores())
-        network = RuntimeModule(runtime, path.stat().st_size)
+        network = FileNetwork(runtime, path.stat().st_size)
     origin = f"{classifier.origin}; in {runtime.name} {runtime.version}"
     return replace(classifier, network=network, origin=origin, made_from=(classifier, engine.key))
 
 
 def write_for_backend(classifier: Classifier, key: str, folder: Path) -> Path:
     """A file of ``classifier`` in ``folder`` that the engine called ``key`` reads. Raises as the dump does."""
+    from mgq.engine.classifier.dump import dump_classifier, format_for
+
     suffix = SUFFIXES[format_for(classifier)] if key == AUTO else get_backend(key).suffix
     path = folder / f"network{suffix}"
     dump_classifier(classifier, path, batch=None if suffix == SUFFIXES["onnx"] else 1)

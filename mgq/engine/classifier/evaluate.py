@@ -19,14 +19,14 @@ from mgq.data.augmentation import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
+from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
-from mgq.engine.classifier.open import Classifier, class_names, open_classifier
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
-from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
@@ -402,6 +402,8 @@ class _Work:
         if self.engine is not None:
             classifier = open_file(self.checkpoint, self.engine, threads=1)
         else:
+            from mgq.engine.classifier.open import open_classifier
+
             classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
         whole = Loader(
             self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
