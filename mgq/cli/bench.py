@@ -96,7 +96,6 @@ def bench(
     \b
     Examples:
       mgq bench --int8
-      mgq bench -a resnet50 --threads all --mode throughput --markdown
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
       mgq bench network.onnx network.so
       mgq bench --train
