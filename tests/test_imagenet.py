@@ -287,14 +287,14 @@ def test_a_killed_process_leaves_no_folder_and_the_next_finishes(folder: Path) -
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from mgq.data.imagenet_archives import unpacked
+from mgq.data.imagenet_archives import unpack_split
 count = 0
 def kill(event):
     global count
     count += event.what.startswith("unpack")
     if count == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-unpacked(Path(sys.argv[1]), "train", kill, {known!r})
+unpack_split(Path(sys.argv[1]), "train", kill, {known!r})
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -20,7 +20,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import numpy as np
 
@@ -28,10 +28,8 @@ from mgq.data.decoding import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, log_progress
-from mgq.io.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
-
-if TYPE_CHECKING:
-    import filelock
+from mgq.io.atomic import ensure_writable_folder, write_text_atomically, writing
+from mgq.io.locks import hold_lock
 
 Split: TypeAlias = Literal["train", "val"]
 
@@ -53,7 +51,6 @@ _TRAIN_IMAGE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 _MOST_UNPACKED = 64 << 20  # bytes, of the development kit, whose archive has 2.6 MB
 _HASH_CHUNK = 8 << 20  # bytes
-_LOCK_POLL_S = 0.5
 _AGAIN = "copy or download it again"
 
 
@@ -82,7 +79,11 @@ def unpack_split(
     sums = MD5 if md5 is None else md5
     _archive(folder, _ARCHIVES[split])
     ensure_writable_folder(folder, "copy the archives to a folder that can be written")
-    with _hold_lock(folder, split, on_progress):
+
+    def report_other() -> None:
+        on_progress(Progress(f"wait for another process that unpacks {_ARCHIVES[split]}", 0, None))
+
+    with hold_lock(target, "choose another place", report_other):
         if not target.is_dir():
             part = folder / f".{split}.part"
             if split == "train":
@@ -304,29 +305,3 @@ def _finish(part: Path, target: Path) -> None:
         # Once for all files: a sync of each would take hours, and a name must not outlive what it names.
         os.sync()
         part.rename(target)
-
-
-@contextlib.contextmanager
-def _hold_lock(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
-    """Holds the lock of ``split``. Its file is left: to remove it would let two processes hold it."""
-    import filelock
-
-    lock = filelock.FileLock(folder / f".{split}.lock")
-    while not _try_lock(lock, folder):
-        on_progress(Progress(f"wait for another process that unpacks {_ARCHIVES[split]}", 0, None))
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
-    import filelock
-
-    try:
-        lock.acquire(timeout=_LOCK_POLL_S)
-    except filelock.Timeout:
-        return False
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return True

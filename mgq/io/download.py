@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -20,22 +19,20 @@ from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
     put_in_place,
-    write_error,
     write_text_atomically,
     writing,
 )
+from mgq.io.locks import hold_lock
 from mgq.io.private_cache import CACHE_VARIABLE
 from mgq.io.private_cache import cache_folder as cache_folder
 
 if TYPE_CHECKING:
-    import filelock
     import requests
 
 LARGEST_UNDECLARED = 2 << 30  # bytes taken from a server where the source declares no size
 _OTHER_CACHE = f"set {CACHE_VARIABLE} to another folder"
 _CHUNK = 1 << 16  # bytes
 _REDIRECTS = 5
-_LOCK_POLL_S = 0.25
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 _PASSING_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 
@@ -120,7 +117,12 @@ def download(
     if _fault(path, source) is None:
         return path
     ensure_writable_folder(folder, _OTHER_CACHE)
-    with _hold_lock(path, source, on_progress):
+
+    def report_other() -> None:
+        done = _size_or_zero(_part_of(path))
+        on_progress(Progress(f"wait for another download of {source.name}", done, source.size, "B"))
+
+    with hold_lock(path, _OTHER_CACHE, report_other):
         if _fault(path, source) is not None:
             _Transfer(source, path, on_progress, patience).run()
     return path
@@ -152,34 +154,6 @@ def _fault(path: Path, source: Source) -> str | None:
     if not digits.startswith(source.expected_digits):
         return f"sha256 {digits[:12]}, expected {source.expected_digits[:12]}"
     return None
-
-
-@contextlib.contextmanager
-def _hold_lock(path: Path, source: Source, on_progress: OnProgress) -> Iterator[None]:
-    """Holds the lock of ``path``. While another process has it, that one's progress is reported."""
-    import filelock
-
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    while not _try_lock(lock, path):
-        done = _size_or_zero(_part_of(path))
-        on_progress(Progress(f"wait for another download of {source.name}", done, source.size, "B"))
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _try_lock(lock: filelock.BaseFileLock, path: Path) -> bool:
-    """Whether the lock could be had within a moment."""
-    import filelock
-
-    try:
-        lock.acquire(timeout=_LOCK_POLL_S)
-    except filelock.Timeout:
-        return False
-    except OSError as error:
-        raise write_error(path, error, _OTHER_CACHE) from error
-    return True
 
 
 class _PassingError(Exception):

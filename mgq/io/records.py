@@ -2,6 +2,9 @@
 
 A class is a dataclass. It says what bounds a number once, as ``Annotated[int, Meta(ge=1)]``: readers, options of the
 command line and errors take it from there.
+
+msgspec takes ``gt=0`` for "at least the smallest subnormal", which MegEngine has the processor read as 0: where
+:func:`record_of` is to refuse 0, another bound is needed. :func:`bounds_of` tells them apart.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from mgq.engine.runs.tensorboard import EventsFile
 from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.io.append import append_whole, drop_torn_line
-from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, write_error, write_text_atomically, writing
+from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, write_text_atomically, writing
 from mgq.io.limited_io import bytes_of
+from mgq.io.locks import take_lock
 
 if TYPE_CHECKING:
     import filelock
@@ -239,20 +240,11 @@ def _move_aside(path: Path) -> Path | None:
 
 
 def _take_lock(path: Path) -> filelock.BaseFileLock:
-    """The lock of the run ``path``, taken. It lies beside the folder, which may be renamed.
-
-    The system lets go of it when the process ends, however it ends.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+    """The lock of the run ``path``, taken. Raises InputError where another process has it."""
+    lock = take_lock(path, _ELSEWHERE)
+    if lock is None:
         name = printable(path)
-        raise InputError(f"another mgq is writing to {name}; wait until it has ended, or {_ELSEWHERE}") from None
-    except OSError as error:
-        raise write_error(path, error, _ELSEWHERE) from error
+        raise InputError(f"another mgq is writing to {name}; wait until it has ended, or {_ELSEWHERE}")
     return lock
 
 
