@@ -1,0 +1,57 @@
+"""A network built from its blueprint: a module for each layer, run in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import megengine.module as M
+from megengine import Tensor
+
+from mgq.errors import InputError
+from mgq.zoo.blueprint import INPUT, Blueprint, blueprint_in
+from mgq.zoo.blueprint_layers import layer_of
+
+Watch = Callable[[str, Tensor], None]
+
+
+class BlueprintNetwork(M.Module):  # type: ignore[misc]
+    """``forward``: float32 (N, C, H, W), pixels minus 128 in BGR unless told otherwise -> float32 (N, classes)."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+        self.quant = M.QuantStub()
+        on_grid, lowest = blueprint.on_grid(), blueprint.lowest()
+        for plan in blueprint.layers:
+            setattr(self, plan.name, layer_of(plan, plan.name in on_grid, lowest[plan.name]))
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return self.run(inp)
+
+    def run(self, inp: Tensor, watch: Watch | None = None) -> Tensor:
+        """The answer; ``watch`` is shown what each layer gives. Nothing is kept that no later layer reads."""
+        found, last = {INPUT: self.quant(inp)}, self.last_readers()
+        for plan in self.blueprint.layers:
+            found[plan.name] = getattr(self, plan.name)(*(found[name] for name in plan.inputs))
+            if watch is not None:
+                watch(plan.name, found[plan.name])
+            for name in set(plan.inputs):
+                if last[name] == plan.name:
+                    del found[name]
+        return found[self.blueprint.output]
+
+    def last_readers(self) -> dict[str, str]:
+        """Name of a tensor -> the layer that reads it last; the output has none."""
+        found = {name: plan.name for plan in self.blueprint.layers for name in plan.inputs}
+        return {**found, self.blueprint.output: ""}
+
+
+def blueprint_network(blueprint: str, classes: int) -> BlueprintNetwork:
+    """The network that the JSON ``blueprint`` describes. Raises InputError where it is damaged, or for other classes."""
+    found = blueprint_in(blueprint)
+    if found.classes != classes:
+        raise InputError(f"the network has {found.classes} classes, not {classes}")
+    try:
+        return BlueprintNetwork(found)
+    except (KeyError, TypeError, ValueError, AssertionError, IndexError):
+        raise InputError("the description of the network is damaged: import the ONNX file again") from None
