@@ -25,7 +25,7 @@ from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_layers
 from mgq.ptq.observers import Range
-from mgq.ptq.patches import is_convolution, patches, sampled_positions
+from mgq.ptq.patches import is_convolution, is_plain, patches, sampled_positions
 from mgq.quantization.activation_ranges import folded_weight, is_kept_in_float, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
@@ -34,6 +34,8 @@ Values = npt.NDArray[np.float64]
 
 VALUES = 1 << 25
 """Numbers at most in what a layer sees of the pictures."""
+MOST_INPUTS = 8192
+"""Weights of one output beyond which they are rounded one by one: what all pairs of them share takes their square."""
 FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 DAMPING = 0.01
@@ -68,6 +70,8 @@ class CompensatedRounding:
             return
         weight = folded_weight(module).numpy()
         conv = module.conv if hasattr(module, "conv") else module
+        if not is_plain(conv) or np.prod(weight.shape[-3:]) > MOST_INPUTS:
+            return
         seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
         fitted = refitted(groups, seen, exact) if self.refit else groups

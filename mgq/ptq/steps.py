@@ -32,7 +32,7 @@ from mgq.ptq.layerwise import Visitor, visit_layers
 from mgq.ptq.logit_gradients import Reactions, measure_reactions
 from mgq.ptq.observers import ESTIMATORS, Range
 from mgq.ptq.range_measurement import as_input, estimated_ranges
-from mgq.quantization.activation_ranges import add_to_bias, half_of, observe_weights, quantized_layers, runs, set_range
+from mgq.quantization.activation_ranges import add_to_bias, covering, half_of, observe_weights, quantized_layers, runs, set_range
 from mgq.quantization.batch_norm_folding import folded
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
@@ -96,6 +96,7 @@ class Draft:
     def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
         """``watched`` with these ranges, ready to be used."""
         layers = quantized_layers(watched)
+        activations = {name: covering(layers[name], *found) for name, found in activations.items()}
         for name, found in activations.items():
             set_range(layers[name].act_observer, *found)
         switch_on(watched)
@@ -297,7 +298,7 @@ def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ..
     """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name."""
     linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
     name, classifier = linear[-1] if linear else ("", None)
-    if classifier is None or classifier.bias is None:
+    if classifier is None or classifier.bias is None:  # an imported network may end in other layers
         return {}
     shift = (draft.logits - logits_of(watched, draft.images[:LAYERWISE_IMAGES])).mean(axis=0)
     correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)

@@ -21,11 +21,8 @@ LOWEST = -3e38
 """What stands around a picture for the largest of a window."""
 
 
-class Operation(M.Module):  # type: ignore[misc]
-    """A layer without weights of its own that int8 can follow: what it gives lies on a grid.
-
-    ``lowest`` is a bound that nothing it gives is below.
-    """
+class BlueprintLayer(M.Module):  # type: ignore[misc]
+    """A layer of a ``kind``. ``lowest`` is a bound that nothing it gives is below."""
 
     def __init__(self, kind: str, options: Options, lowest: float) -> None:
         super().__init__()
@@ -37,7 +34,11 @@ class Operation(M.Module):  # type: ignore[misc]
         return FUNCTIONS[self.kind](self.options, *inputs)
 
 
-class FloatOperation(Operation):
+class Operation(BlueprintLayer):
+    """A layer without constants, whose result lies on a grid in an int8 network."""
+
+
+class FloatOperation(BlueprintLayer):
     """A layer that stays in float. Its constants are parameters, so that they are part of the state."""
 
     def __init__(self, kind: str, options: Options, lowest: float, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -50,7 +51,7 @@ class FloatOperation(Operation):
         return FUNCTIONS[self.kind](self.options, *inputs, *(getattr(self, name) for name in self.constants))
 
 
-class Move(Operation):
+class Move(BlueprintLayer):
     """A layer that only moves or chooses values: they stay on the grid they are on."""
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import megengine.module as M
+import numpy as np
 from megengine import Tensor
+from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import InputError
 from mgq.zoo.blueprint import INPUT, Blueprint, blueprint_in
@@ -40,6 +43,22 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
                     del found[name]
         return found[self.blueprint.output]
 
+    def sample(self) -> Tensor:
+        """A picture of zeros, of the only size that it takes."""
+        return Tensor(np.zeros((1, *self.blueprint.shape), np.float32))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of a tensor -> its shape, for one picture."""
+        found = {INPUT: (1, *self.blueprint.shape)}
+        training = self.training
+        self.eval()
+        copy = deepcopy(self)
+        disable_fake_quant(copy)
+        disable_observer(copy)
+        copy.run(self.sample(), lambda name, value: found.__setitem__(name, tuple(value._tuple_shape)))
+        self.train(training)
+        return found
+
     def last_readers(self) -> dict[str, str]:
         """Name of a tensor -> the layer that reads it last; the output has none."""
         found = {name: plan.name for plan in self.blueprint.layers for name in plan.inputs}
@@ -55,3 +74,10 @@ def blueprint_network(blueprint: str, classes: int) -> BlueprintNetwork:
         return BlueprintNetwork(found)
     except (KeyError, TypeError, ValueError, AssertionError, IndexError):
         raise InputError("the description of the network is damaged: import the ONNX file again") from None
+
+
+def sample_of(network: M.Module, size: int) -> Tensor:
+    """A picture of zeros for ``network``, float32 (1, 3, ``size``, ``size``), or of the only size that it takes."""
+    if isinstance(network, BlueprintNetwork):
+        return network.sample()
+    return Tensor(np.zeros((1, 3, size, size), np.float32))

@@ -17,14 +17,24 @@ from mgq.graph.onnx_import.draft import (
 from mgq.zoo.blueprint import INPUT, LayerPlan
 
 Array = npt.NDArray[Any]
+Rule = Callable[[NetworkDraft], bool]
 
 
 def simplify(draft: NetworkDraft) -> None:
     """Join layers until nothing more can be joined; the softmax at the end is left out."""
     drop_softmax(draft)
     draft.drop_unread()
-    while any(rule(draft) for rule in RULES):
+    while any([apply(draft, rule) for rule in RULES]):  # each of them, every time
         draft.drop_unread()
+
+
+def apply(draft: NetworkDraft, rule: Rule) -> bool:
+    """Change what ``rule`` finds until it finds nothing more: whether it found anything."""
+    changed = False
+    while rule(draft):
+        draft.drop_unread()
+        changed = True
+    return changed
 
 
 def drop_softmax(draft: NetworkDraft) -> None:
@@ -334,7 +344,7 @@ def mark_gates(draft: NetworkDraft) -> bool:
     return False
 
 
-RULES: tuple[Callable[[NetworkDraft], bool], ...] = (
+RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
     join_swish,
     move_scale_behind_product,
