@@ -60,7 +60,7 @@ def analyze(
     if pictures and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(pictures or [], note))
-    ready_for(checkpoint, deployed=False, key=key)
+    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
     from mgq.engine.calibration import analysis
     from mgq.reports.analysis_page import write_page
     from mgq.reports.html import checked_page

@@ -31,6 +31,8 @@ from mgq.cli.shared_options import (
     ready_for,
 )
 
+from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, wish_of
+
 if TYPE_CHECKING:
     from mgq.engine.calibration.mixed_precision import Mixture
 
@@ -112,6 +114,12 @@ def calibrate(
     width: Width = None,
     image_size: ImageSize = None,
     as_json: AsJson = False,
+    preprocess: Preprocess = None,
+    mean: Mean = None,
+    std: Std = None,
+    rgb: Order = None,
+    size: Size = None,
+    labels: Labels = None,
 ) -> None:
     """Make a float network ready for int8, without training.
 
@@ -126,6 +134,7 @@ def calibrate(
       mgq calibrate -d flowers --quality best
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
+      mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
     """
     from mgq.cli.console import duration, note, progress, say, show_table
     from mgq.data.image_sources import expand, refuse_hopeless
@@ -137,7 +146,8 @@ def calibrate(
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
     refuse_hopeless(expand(pictures or [], note))
-    ready_for(checkpoint, deployed=False, key=key)
+    wish = wish_of(preprocess, mean, std, rgb, size, labels)
+    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save, wish=wish)
     arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:
@@ -152,11 +162,12 @@ def calibrate(
         from mgq.events import Watcher
         from mgq.ptq.calibrate import pictures_used
         from mgq.quantization.option_names import BEST
-        from mgq.quantization.targets import MEGENGINE, target_called
+        from mgq.quantization.targets import MEGENGINE, ONNX, target_called
 
         used = pictures_used(method, images) if method else images
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
-        kind = target_called(target or MEGENGINE.name)
+        default = ONNX if classifier.spec.is_described else MEGENGINE
+        kind = target_called(target or default.name)
         found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}

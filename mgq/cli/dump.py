@@ -110,7 +110,7 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    ready_for(checkpoint, deployed=False, key=key)
+    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
     from mgq.engine.classifier.dump import opened_for
 
     with progress() as on_progress:

@@ -117,7 +117,7 @@ def evaluate(
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = data_in(data, on_progress) if data is not None else None
-        ready_for(checkpoint, key=key)
+        checkpoint = ready_for(checkpoint, key=key, save=save)
         arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
         classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)

@@ -83,7 +83,7 @@ def infer(
     sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    ready_for(checkpoint, not write, key)
+    checkpoint = ready_for(checkpoint, not write, key, save)
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
         classifier = opened(*words, key)

@@ -48,7 +48,7 @@ def report(
     """
     from mgq.cli.console import progress
 
-    ready_for(checkpoint, deployed=False, key=key)
+    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
     from mgq.reports import report as reports
 
     with progress() as on_progress:

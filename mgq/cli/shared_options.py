@@ -22,6 +22,7 @@ from mgq.cli.option_types import (
 )
 
 if TYPE_CHECKING:
+    from mgq.engine.classifier.onnx_import import ImportWish
     from mgq.engine.classifier.open import Classifier
     from mgq.events import OnProgress
 
@@ -102,16 +103,31 @@ def arch_at_hand(save: Path, mode: str | None) -> str | None:
     return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
 
 
-def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+def ready_for(
+    checkpoint: Path | None,
+    deployed: bool = True,
+    key: str | None = None,
+    save: Path | None = None,
+    wish: ImportWish | None = None,
+) -> Path | None:
     """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
 
-    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
+    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant. The result is
+    ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
     """
-    from mgq.cli.console import import_megengine
+    from mgq.cli.console import import_megengine, note
     from mgq.engine.classifier.file_validation import refuse_unreadable
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
+    foreign = checkpoint if checkpoint is not None and is_onnx_of_others(checkpoint) else None
+    if foreign is not None and key is None:
+        import_megengine()
+        from mgq.engine.classifier.onnx_import import NO_WISH, imported_checkpoint
+
+        return imported_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
+    if wish is not None and not wish.is_open:
+        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
     if checkpoint is None and key is not None:
@@ -119,6 +135,16 @@ def ready_for(checkpoint: Path | None, deployed: bool = True, key: str | None = 
     if checkpoint is not None:
         refuse_unreadable(checkpoint, key)
     import_megengine()
+    return checkpoint
+
+
+def is_onnx_of_others(path: Path) -> bool:
+    """Whether ``path`` is an ONNX file that another program wrote. Raises InputError where it cannot be read."""
+    if path.suffix.lower() != ".onnx":
+        return False
+    from mgq.export.onnx.foreign_file import is_foreign
+
+    return is_foreign(path)
 
 
 def opened(

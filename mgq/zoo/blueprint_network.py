@@ -65,8 +65,12 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         return {**found, self.blueprint.output: ""}
 
 
-def blueprint_network(blueprint: str, classes: int) -> BlueprintNetwork:
-    """The network that the JSON ``blueprint`` describes. Raises InputError where it is damaged, or for other classes."""
+def blueprint_network(blueprint: str, classes: int, source: str = "") -> BlueprintNetwork:
+    """The network that the JSON ``blueprint`` describes; its ``source`` changes nothing.
+
+    Raises InputError where it is damaged, or for another number of classes.
+    """
+    del source
     found = blueprint_in(blueprint)
     if found.classes != classes:
         raise InputError(f"the network has {found.classes} classes, not {classes}")

@@ -16,7 +16,7 @@ from mgq.quantization.modes import Mode
 from mgq.runtime.registry import AUTO, engine_called, engine_for
 from mgq.weights.checkpoint import names_in
 from mgq.weights.preprocessing import preprocessing_in
-from mgq.zoo.registry import spec_of
+from mgq.zoo.registry import spec_for
 
 
 def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: str | None = None) -> Classifier:
@@ -29,13 +29,14 @@ def opened_file(path: Path, key: str = AUTO, threads: int | None = None, arch: s
     about = runtime.about
     try:
         with naming(printable(path)):
-            spec, mode = spec_of(about["arch"]), Mode(about["mode"])
+            spec, mode = spec_for(about["arch"], dict(about["options"])), Mode(about["mode"])
         classes, size = names_in(about["classes"]), about["image_size"]
         options, recipe = dict(about["options"]), dict(about["recipe"])
         preprocessing = preprocessing_in(about) or spec.preprocessing
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
-    if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
+    picture = spec.only_size or (size, size)
+    if (len(classes), picture) != (runtime.classes, tuple(runtime.takes[2:])):
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")

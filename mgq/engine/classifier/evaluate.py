@@ -192,7 +192,7 @@ def evaluation_loader(
 ) -> Loader:
     """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
     size, how = classifier.image_size, classifier.preprocessing
-    transform = EvalTransform(size, how.shorter_side(size), how.interpolation)
+    transform = EvalTransform(size, how.shorter_side(size), how.interpolation, classifier.stretched_to)
     data = matched(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.data.imagenet_classes import imagenet_classes
-from mgq.data.transforms import eval_crop
+from mgq.data.transforms import eval_crop, eval_resize
 from mgq.engine.classifier.metrics import refuse_not_finite
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
@@ -83,6 +83,12 @@ class Classifier:
         """What an int8 network, or a simulated one, is for; MegEngine for a float one."""
         return target_of(self.fake_quantized) if self.fake_quantized is not None else MEGENGINE
 
+    @property
+    def stretched_to(self) -> tuple[int, int] | None:
+        """Height and width that pictures are resized to as they are, where they are no squares."""
+        size = self.spec.only_size
+        return size if size is not None and size[0] != size[1] else None
+
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes). Raises FailureError where they are not finite."""
         result: npt.NDArray[np.float32] = self.network(Tensor(as_input(batch))).numpy()
@@ -90,8 +96,13 @@ class Classifier:
         return result
 
     def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3)."""
+        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3).
+
+        A network whose pictures are no squares sees the whole of it, resized.
+        """
         how = self.preprocessing
+        if self.stretched_to is not None:
+            return eval_resize(picture, self.stretched_to)
         return eval_crop(picture, self.image_size, how.shorter_side(self.image_size), how.interpolation)
 
     def info(self) -> CheckpointInfo:
@@ -226,6 +237,8 @@ def classifier_from(
     Raises InputError where the activation ranges for int8 are missing, or are for another ``target``.
     """
     spec = spec_of(weights.arch)
+    if image_size and spec.only_size:
+        raise InputError(f"{spec.name} takes pictures of one size alone: leave --image-size out")
     size = checked_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
     classifier = Classifier(
         network=weights.network,

@@ -21,18 +21,22 @@ MOST_NUMBERS = 1 << 27
 """In what a layer gives for one picture."""
 
 
-def read_network(model: Any, constants: Mapping[str, Array], input_name: str, sample: Array) -> NetworkDraft:
+def read_network(
+    model: Any, constants: Mapping[str, Array], input_name: str, sample: Array, channels_last: bool = False
+) -> NetworkDraft:
     """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
 
-    ``sample``: float32 (1, C, H, W), or (1, H, W, C), what its input ``input_name`` may be. The draft takes (1, C, H,
-    W) and ends in logits: a softmax at the end is left out. Raises InputError that names the first node that cannot be
-    imported, and the opset.
+    ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be, with the axes (1, H, W, C) where
+    ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax at the end is left out. Raises
+    InputError that names the first node that cannot be imported, and the opset.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
     scope = Scope(draft, opset, dict(constants), {})
     draft.samples[INPUT] = sample
     scope.layers[input_name] = INPUT
+    if channels_last:
+        scope.layers[input_name] = draft.add("transpose", [INPUT], "", {"axes": [0, 2, 3, 1]})
     for place, node in enumerate(model.graph.node):
         read(node, place, scope)
     output = model.graph.output[0].name

@@ -298,6 +298,20 @@ def join_reshapes(draft: NetworkDraft) -> bool:
     return False
 
 
+def join_transposes(draft: NetworkDraft) -> bool:
+    """Two in a row are one, and one that changes nothing is none."""
+    for plan in layers(draft, "transpose"):
+        axes, before = plan.options["axes"], draft.plan(plan.inputs[0])
+        if axes == list(range(len(axes))):
+            draft.skip(plan)
+            return True
+        if before is not None and before.kind == "transpose":
+            order = [before.options["axes"][axis] for axis in axes]
+            draft.replace(plan, plan.having(axes=order).reading(before.inputs))
+            return True
+    return False
+
+
 def move_activation_before_reshape(draft: NetworkDraft) -> bool:
     """An activation behind a reshape goes before it, to the convolution that it belongs to."""
     for plan in layers(draft, "relu", "clip"):
@@ -354,6 +368,7 @@ RULES: tuple[Rule, ...] = (
     join_activation,
     make_convolution_of_linear,
     join_reshapes,
+    join_transposes,
     move_activation_before_reshape,
     make_convolution_of_affine,
     mark_gates,
