@@ -35,8 +35,39 @@ from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, w
 
 if TYPE_CHECKING:
     from mgq.engine.calibration.mixed_precision import Mixture
+    from mgq.engine.classifier.deployment import Deployment
 
 WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
+
+
+def show_deployment(deployment: Deployment) -> None:
+    """The int8 file beside a float one, in each engine here; where it is slower, and what to do then."""
+    from rich import box
+    from rich.table import Table
+
+    from mgq.cli.console import note, say, show_table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    for heading in ("float ms", "int8 ms", "faster", "same answer", "logits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in deployment.rows:
+        floats, faster = ("", "") if row.float_ms is None else (f"{row.float_ms:.2f}", f"{row.speedup:.2f}x")
+        cells = (floats, f"{row.int8_ms:.2f}", faster, f"{row.same:.1f} %", f"{row.snr:.1f} dB")
+        table.add_row(f"{row.engine} {row.version}", *cells)
+    show_table(table)
+    cores = "core" if deployment.threads == 1 else "cores"
+    say(
+        f"one picture at a time on {deployment.threads} {cores}, {deployment.images} pictures compared; "
+        f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
+    )
+    if deployment.slower:
+        engines = " and ".join(deployment.slower)
+        note(f"int8 is slower than float in {engines}: run the float file there (`mgq dump -m normal`)")
+    if deployment.rows and len(deployment.slower) == len(deployment.rows):
+        note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
+    else:
+        say(f"int8 file: {deployment.path}")
 
 
 def mixed_words(mixture: Mixture, max_drop: float) -> str:
@@ -213,6 +244,14 @@ def calibrate(
             result.write_ranges(ranges_file)
         if labelled is not None and comparison is None:
             comparison = compared(classifier, result.classifier, labelled, watcher, **how)
+        deployment = None
+        if classifier.spec.is_described and found.sources is not None:
+            from mgq.engine.calibration.calibration_images import few_crops
+            from mgq.engine.classifier.deployment import deploy
+
+            file = path.parent / f"{classifier.spec.name}.int8.onnx"
+            crops = few_crops(classifier, labelled if labelled is not None else found.sources)
+            deployment = deploy(classifier, result.classifier, file, crops)
     if as_json:
         document = {
             "arch": result.classifier.spec.name,
@@ -224,6 +263,7 @@ def calibrate(
             "comparison": comparison.to_json() if comparison else None,
             "float_layers": list(mixture.kept) if mixture else [],
             "slowdown": mixture.slowdown if mixture else 1.0,
+            "deployment": deployment.to_json() if deployment else None,
         }
         sys.stdout.write(json.dumps(document) + "\n")
         return
@@ -244,4 +284,6 @@ def calibrate(
             say(mixed_words(mixture, max_drop))
     elif found.why_not:
         note(f"accuracy was not measured: {found.why_not}")
+    if deployment is not None:
+        show_deployment(deployment)
     say(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from mgq.engine.classifier.import_wish import ImportWish
 from mgq.errors import InputError, printable
-
-if TYPE_CHECKING:
-    from mgq.engine.classifier.onnx_import import ImportWish
 
 FOREIGN = "ONNX files of other programs"
 LARGEST_SIDE = 4096
@@ -59,12 +57,8 @@ def wish_of(
     """The options together; None where none is given. Raises InputError for what cannot be."""
     if all(value is None for value in (preprocess, mean, std, rgb, size, labels)):
         return None
-    from mgq.engine.classifier.onnx_import import ImportWish
-
     order = None if rgb is None else "rgb" if rgb else "bgr"
-    return ImportWish(
-        preprocess, numbers_in(mean, "--mean"), numbers_in(std, "--std"), order, size_in(size), labels
-    )
+    return ImportWish(preprocess, numbers_in(mean, "--mean"), numbers_in(std, "--std"), order, size_in(size), labels)
 
 
 def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:

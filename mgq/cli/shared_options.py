@@ -22,7 +22,7 @@ from mgq.cli.option_types import (
 )
 
 if TYPE_CHECKING:
-    from mgq.engine.classifier.onnx_import import ImportWish
+    from mgq.engine.classifier.import_wish import ImportWish
     from mgq.engine.classifier.open import Classifier
     from mgq.events import OnProgress
 
@@ -123,7 +123,8 @@ def ready_for(
     foreign = checkpoint if checkpoint is not None and is_onnx_of_others(checkpoint) else None
     if foreign is not None and key is None:
         import_megengine()
-        from mgq.engine.classifier.onnx_import import NO_WISH, imported_checkpoint
+        from mgq.engine.classifier.import_wish import NO_WISH
+        from mgq.engine.classifier.onnx_import import imported_checkpoint
 
         return imported_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
     if wish is not None and not wish.is_open:

@@ -259,7 +259,7 @@ class Problem:
 
     @classmethod
     def of(cls, graph: Graph, sets: Sets, statistics: Statistics, target: Target) -> Problem:
-        harm = harms(graph, statistics)
+        harm = {name: found + np.zeros(len(sets.of[name])) for name, found in harms(graph, statistics).items()}
         tensors, layers = [], []
         for node in graph.nodes:
             if isinstance(node, Convolution | Add):
@@ -365,7 +365,7 @@ def passed_back(node: Node, graph: Graph, behind: Values, statistics: Statistics
         total = max(float(statistics[node.output].variance.sum()), 1e-12)
         result: Values = squares.sum(axis=(1, 3)).ravel() / total
         return result
-    if isinstance(node, Transpose) and is_followed(graph, node):
+    if isinstance(node, Transpose) and is_followed(graph, node) and behind.size > 1:
         order = moved(np.arange(behind.size), graph, node)
         result = np.empty_like(behind)
         result[order] = behind

@@ -19,7 +19,17 @@ import megengine.module as M
 import numpy as np
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Operation, Reshape, Transpose, graph_of
+from mgq.graph.layer_graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    MaxPool,
+    Operation,
+    Reshape,
+    Transpose,
+    graph_of,
+)
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.ptq.observers import Range
 from mgq.quantization.activation_ranges import folded_weight, half_of, quantized_layers, set_range

@@ -32,7 +32,15 @@ from mgq.ptq.layerwise import Visitor, visit_layers
 from mgq.ptq.logit_gradients import Reactions, measure_reactions
 from mgq.ptq.observers import ESTIMATORS, Range
 from mgq.ptq.range_measurement import as_input, estimated_ranges
-from mgq.quantization.activation_ranges import add_to_bias, covering, half_of, observe_weights, quantized_layers, runs, set_range
+from mgq.quantization.activation_ranges import (
+    add_to_bias,
+    covering,
+    half_of,
+    observe_weights,
+    quantized_layers,
+    runs,
+    set_range,
+)
 from mgq.quantization.batch_norm_folding import folded
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode

@@ -6,14 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgq.data.datasets import Dataset, ImageFolder, calibration_folder, evaluation_folder, is_unsplit, without_subset
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.datasets import (
+    Dataset,
+    ImageFolder,
+    calibration_folder,
+    evaluation_folder,
+    is_unsplit,
+    subset,
+    without_subset,
+)
 from mgq.data.image_sources import Source, expand
+from mgq.data.transforms import to_batch
+from mgq.engine.calibration.calibration_run import sources_of, spread
 from mgq.engine.classifier.evaluate import matched, was_trained_on
 from mgq.engine.classifier.open import Classifier
+from mgq.engine.classifier.predict import crops_of
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
 from mgq.events import OnProgress, OnRemark, Watcher, silent, unheard
+
+
+COMPARED = 48
+"""Pictures that float and int8 files are compared on, in each engine."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,14 @@ def pictures_for(
         return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes))
     except InputError as error:
         return CalibrationPictures(str(data), pictures, None, str(error))
+
+
+def few_crops(classifier: Classifier, pictures: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
+    """Some of ``pictures`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
+    are left out."""
+    sources = list(pictures) if isinstance(pictures, Sequence) else sources_of(subset(pictures, COMPARED))
+    crops = [crop for _, crop in crops_of(classifier, spread(sources, COMPARED)) if isinstance(crop, np.ndarray)]
+    return to_batch(crops)
 
 
 def trained_on(classifier: Classifier, on_progress: OnProgress) -> CalibrationPictures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.data.imagenet_classes import imagenet_classes
+from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnRemark, unheard
@@ -41,32 +42,6 @@ LONGEST_NAMES = 1 << 22
 CHECKPOINT = "checkpoint.safetensors"
 
 Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class ImportWish:
-    """What is said of a foreign file: None where it is left to be told from the file, or is the default.
-
-    ``size``: height and width, where the file leaves them open. ``labels``: a file of class names.
-    """
-
-    preprocess: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    order: str | None = None
-    size: tuple[int, int] | None = None
-    labels: Path | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is said."""
-        return self == ImportWish()
-
-    def contract(self) -> InputContract:
-        return contract_called(self.preprocess, self.mean, self.std, self.order)
-
-
-NO_WISH = ImportWish()
 
 
 def imported_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_remark: OnRemark = unheard) -> Path:
@@ -116,7 +91,7 @@ def name_for(path: Path) -> str:
 
 def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classifier, list[str]]:
     """The float classifier in the ONNX file ``path``, whose SHA-256 is ``digest``, and remarks on how it was read."""
-    contract = wish.contract()
+    contract = contract_called(wish.preprocess, wish.mean, wish.std, wish.order)
     file = read_foreign(path, wish.size)
     draft = drafted(file)
     difference = compare(file, draft)
@@ -192,7 +167,9 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
                 f"{printable(file.path)} is not imported: its tensor '{printable(source)[:80]}' is {own:.1e} of its "
                 "largest number off from ONNX Runtime's"
             )
-    raise FailureError(f"{printable(file.path)} is not imported: its answers are {difference:.1e} off from ONNX Runtime's")
+    raise FailureError(
+        f"{printable(file.path)} is not imported: its answers are {difference:.1e} off from ONNX Runtime's"
+    )
 
 
 def relative(found: Array, wanted: Array) -> float:

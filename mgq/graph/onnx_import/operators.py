@@ -89,9 +89,7 @@ class Operator:
     def axis(self, value: int, rank: int) -> int:
         return value + rank if value < 0 else value
 
-    def make(
-        self, kind: str, sources: Sequence[str], tensors: Any = None, output: int = 0, /, **options: Any
-    ) -> str:
+    def make(self, kind: str, sources: Sequence[str], tensors: Any = None, output: int = 0, /, **options: Any) -> str:
         """One more layer, which makes the output at ``output``."""
         tensor = self.node.output[output]
         name = self.scope.draft.add(kind, sources, tensor, options, tensors)
