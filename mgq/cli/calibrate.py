@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgq.cli.help_layout import OUTPUT
+from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, wish_of
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
     RUNS,
@@ -30,8 +31,6 @@ from mgq.cli.shared_options import (
     opened,
     ready_for,
 )
-
-from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, wish_of
 
 if TYPE_CHECKING:
     from mgq.engine.calibration.mixed_precision import Mixture

@@ -176,8 +176,8 @@ def run(name: str, values: Mapping[str, Any]) -> None:
 
     if values["recipe"] is not None:
         read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
-    where = {"save": Path(values["save"])} if values.get("save") else {}
-    checkpoint = ready_for(values["checkpoint"], deployed=False, key=values["key"], **where)
+    save = Path(values["save"]) if values.get("save") else None
+    checkpoint = ready_for(values["checkpoint"], deployed=False, key=values["key"], save=save)
     values = {**values, "checkpoint": checkpoint}
     from mgq.api import request_of
     from mgq.engine.training import training_run

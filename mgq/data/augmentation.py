@@ -72,7 +72,9 @@ class Transform(Protocol):
 class EvalTransform:
     """``eval_crop`` of the whole picture: the shorter side becomes ``resize``, the middle is cut out.
 
-    With ``stretched_to``, height and width, nothing is cut out: the picture becomes just that. Raises InputError for values that ``eval_crop`` refuses.
+    With ``stretched_to``, height and width, nothing is cut out: the picture becomes just that.
+
+    Raises InputError for values that ``eval_crop`` refuses.
     """
 
     size: int = 224

@@ -211,8 +211,8 @@ def completed(graph: Graph, known: Statistics) -> Statistics:
     for node in graph.nodes:
         source = node.inputs[0]
         if is_followed(graph, node) and source in found:
-            is_moved = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
-            move = mover(graph, node) if is_moved else None
+            has_order = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
+            move = mover(graph, node) if has_order else None  # type: ignore[arg-type]
             found.setdefault(node.output, found[source].moved(move) if move else found[source])
     return found
 

@@ -126,7 +126,7 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
 
 
 def covering(layer: QATModule, low: float, high: float) -> tuple[float, float]:
-    """``low`` and ``high``, which ``layer`` gives, or as much more as its grid, which ends early below, has to cover."""
+    """``low`` and ``high``, which ``layer`` gives, or as much more as a grid that ends early below has to cover."""
     quantizer, observer = layer.act_fake_quant, layer.act_observer
     if quantizer is None or quantizer.qmin == observer.qmin:
         return low, high

@@ -33,7 +33,7 @@ class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
 
     def __init__(self, dtype: str | QuantDtypeMeta, enable: bool = True) -> None:
         super().__init__(dtype, enable)
-        self.qmin = LOWEST_STEPS.get(self.dtype.name, self.qmin)
+        self.qmin: int = LOWEST_STEPS.get(self.dtype.name, self.dtype.qmin)
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
         if self.training:

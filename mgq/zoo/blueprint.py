@@ -22,9 +22,12 @@ WEIGHTED = frozenset({"conv", "linear"})
 ACTIVATIONS = frozenset({"relu", "clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "gelu", "tanh"})
 INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIVATIONS - {"gelu", "tanh"})
 """Kinds of layers that are worth int8: what they read and give lies on grids."""
-FLOAT = frozenset(
-    "affine sub div prelu lrn mean softmax log_softmax layer_norm matmul sqrt erf exp neg abs reciprocal pow".split()
-)
+# fmt: off
+FLOAT = frozenset({
+    "abs", "affine", "div", "erf", "exp", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow", "prelu",
+    "reciprocal", "softmax", "sqrt", "sub",
+})
+# fmt: on
 """Kinds of layers that stay in float32."""
 KINDS = MOVES | INTEGER | ACTIVATIONS | FLOAT
 LEAST_OF = {"relu": 0.0, "sigmoid": 0.0, "hard_sigmoid": 0.0, "hard_swish": -0.375, "silu": -0.2785, "gelu": -0.1701}

@@ -110,9 +110,13 @@ def reshape(options: Options, inp: Tensor) -> Tensor:
 def take_slice(options: Options, inp: Tensor) -> Tensor:
     """Either every ``step``-th from ``start`` to ``stop``, or the ``indices``, along ``axis``."""
     before = (slice(None),) * options["axis"]
+
+    def part(start: int, stop: int, step: int) -> Tensor:
+        return inp[before + (slice(start, stop, step),)]  # noqa: RUF005 (a star is no index in Python 3.10)
+
     if "indices" in options:
-        return F.concat([inp[(*before, slice(i, i + 1))] for i in options["indices"]], options["axis"])
-    return inp[(*before, slice(options["start"], options["stop"], options["step"]))]
+        return F.concat([part(i, i + 1, 1) for i in options["indices"]], options["axis"])
+    return part(options["start"], options["stop"], options["step"])
 
 
 def pad(options: Options, inp: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of a tensor -> its shape, for one picture."""
-        found = {INPUT: (1, *self.blueprint.shape)}
+        found: dict[str, tuple[int, ...]] = {INPUT: (1, *self.blueprint.shape)}
         training = self.training
         self.eval()
         copy = deepcopy(self)

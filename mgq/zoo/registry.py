@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, cached, sha256_of
-from mgq.zoo.blueprint import blueprint_in
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class ModelSpec:
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
     (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
     default options. ``image_size`` and ``preprocessing`` are how its pictures are resized and cropped where its weights
-    do not say otherwise; ``only_size`` is the height and width where no others can be. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first.
+    do not say otherwise; ``only_size`` is the height and width where no others can be. ``checkpoints`` are the
+    published ones, those that ``--pretrained`` takes first.
     """
 
     name: str

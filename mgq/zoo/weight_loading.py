@@ -23,7 +23,7 @@ from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.overflow import overflowing_layer
 from mgq.zoo.pretrained import PublishedCheckpoint
-from mgq.zoo.registry import ModelSpec, spec_for, spec_of, specs
+from mgq.zoo.registry import ModelSpec, spec_for, specs
 from mgq.zoo.weight_hints import hints_of
 
 OBSERVED = (".act_observer.", ".weight_observer.", ".act_fake_quant.", ".weight_fake_quant.")

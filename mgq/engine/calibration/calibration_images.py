@@ -29,7 +29,6 @@ from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
 from mgq.events import OnProgress, OnRemark, Watcher, silent, unheard
 
-
 COMPARED = 48
 """Pictures that float and int8 files are compared on, in each engine."""
 

@@ -32,8 +32,8 @@ from mgq.weights.checkpoint import info_of
 from mgq.weights.unpickler import read_state
 from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
-from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
 
 EQUAL = 1e-4
 """Of the largest number in a tensor: by so much float answers may differ from ONNX Runtime's."""
@@ -99,7 +99,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     network = network_of(draft.blueprint(), draft)
     classes = names_for(network.blueprint.classes, wish.labels)
     source = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
-    source["wish"] = wish_words(wish)  # type: ignore[assignment]
+    source["wish"] = wish_words(wish)
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = described_spec(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"

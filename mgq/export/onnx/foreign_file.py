@@ -135,7 +135,7 @@ def picture_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, 
 
 
 def array_of(tensor: Any, folder: Path) -> Array:
-    """The numbers of ``tensor``, which may lie in a file in ``folder``. Raises InputError where they cannot be weights."""
+    """The numbers of ``tensor``, which may lie in a file in ``folder``. Raises InputError where they are no weights."""
     onnx, name = imported("onnx"), printable(tensor.name)[:80]
     if tensor.data_type in HALVES:
         raise InputError(f"has weights in {HALVES[tensor.data_type]}: export it in float32")

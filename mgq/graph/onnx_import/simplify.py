@@ -24,8 +24,11 @@ def simplify(draft: NetworkDraft) -> None:
     """Join layers until nothing more can be joined; the softmax at the end is left out."""
     drop_softmax(draft)
     draft.drop_unread()
-    while any([apply(draft, rule) for rule in RULES]):  # each of them, every time
-        draft.drop_unread()
+    changed = True
+    while changed:
+        changed = False
+        for rule in RULES:
+            changed |= apply(draft, rule)
 
 
 def apply(draft: NetworkDraft, rule: Rule) -> bool:
@@ -124,10 +127,10 @@ def join_swish(draft: NetworkDraft) -> bool:
     """x * sigmoid(x), x * hard_sigmoid(x) and x * (1 + erf(x / sqrt 2)) are activations."""
     for plan in layers(draft, "mul"):
         for one, other in (plan.inputs, plan.inputs[::-1]):
-            kind, options, factor = swish_kind(draft, one, other)
+            kind, factor = swish_kind(draft, one, other)
             if not kind:
                 continue
-            name = draft.insert_before(plan, kind, [one], options)
+            name = draft.insert_before(plan, kind, [one], {})
             if factor != 1:
                 tensors = {"scale": np.array(factor), "shift": np.zeros(())}
                 name = draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
@@ -137,23 +140,22 @@ def join_swish(draft: NetworkDraft) -> bool:
     return False
 
 
-def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, dict[str, Any], float]:
+def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, float]:
     """What ``one`` * ``gate`` is as an activation of ``one``, and how many times that."""
     plan = draft.plan(gate)
     if plan is None:
-        return "", {}, 1
+        return "", 1
     if plan.kind == "sigmoid" and plan.inputs == (one,):
-        return "silu", {}, 1
+        return "silu", 1
     is_hard = plan.kind == "hard_sigmoid" and plan.inputs == (one,)
     if is_hard and math.isclose(plan.options["alpha"], 1 / 6, rel_tol=1e-4) and plan.options["beta"] == 0.5:
-        return "hard_swish", {}, 1
+        return "hard_swish", 1
     if is_affine(draft, gate, 1, 1):
         inner = source_of(draft, plan.inputs[0], "erf")
         scaled = draft.plan(inner.inputs[0]) if inner is not None else None
-        if scaled is not None and is_affine(draft, scaled.name, math.sqrt(0.5), 0):
-            if scaled.inputs == (one,):
-                return "gelu", {}, 2
-    return "", {}, 1
+        if scaled is not None and scaled.inputs == (one,) and is_affine(draft, scaled.name, math.sqrt(0.5), 0):
+            return "gelu", 2
+    return "", 1
 
 
 def join_affines(draft: NetworkDraft) -> bool:
