@@ -10,42 +10,42 @@ from typing import Any
 from mgq.data.datasets import subset
 from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
-from mgq.engine.classifier.open import newest_arch, open_classifier
+from mgq.engine.classifier.open import find_newest_arch, open_classifier
 from mgq.engine.training import training_run
-from mgq.engine.training.train_options import Request
-from mgq.engine.training.training_run import Outcome
-from mgq.events import ALONE, OnProgress, Watcher, silent
+from mgq.engine.training.train_options import TrainOptions
+from mgq.engine.training.training_run import TrainResult
+from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, ignore_progress
 from mgq.quantization.modes import Mode, parse_mode
 
 BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
 
 
-def train(watcher: Watcher = ALONE, **words: Any) -> Outcome:
+def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
-    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.Request`,
+    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.TrainOptions`,
     values of :class:`mgq.engine.training.recipe.Recipe`, and the builder's ``width`` and ``activation``. Raises
     InputError for words that cannot be, and what :func:`mgq.engine.training.training_run.train` raises.
     """
-    return training_run.train(request_of(words), watcher)
+    return training_run.train(make_train_options(words), callbacks)
 
 
-def qat(watcher: Watcher = ALONE, **words: Any) -> Outcome:
+def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""
-    return training_run.qat(request_of(words), watcher)
+    return training_run.qat(make_train_options(words), callbacks)
 
 
-def request_of(words: Mapping[str, Any]) -> Request:
+def make_train_options(words: Mapping[str, Any]) -> TrainOptions:
     """``words`` sorted into what a request, a builder and a recipe know; names that none knows are the recipe's to
     refuse. None means: not said."""
     given = {name: value for name, value in words.items() if value is not None}
-    known = {field.name for field in fields(Request)} - {"changes", "options"}
+    known = {field.name for field in fields(TrainOptions)} - {"changes", "options"}
     plain: dict[str, Any] = {n: Path(value) if n in PATHS else value for n, value in given.items() if n in known}
     options = {name: value for name, value in given.items() if name in BUILDER_OPTIONS}
     changes = {name: value for name, value in given.items() if name not in known and name not in BUILDER_OPTIONS}
-    return Request(**plain, options=options, changes=changes)
+    return TrainOptions(**plain, options=options, changes=changes)
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
     limit: int | None = None,
     jobs: int = 1,
     save: str | Path = "runs",
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     key: str | None = None,
 ) -> Evaluation:
     """Measure a network on labelled pictures, as ``mgq eval`` does: top-1 and top-5 in percent, loss in nats.
@@ -67,10 +67,10 @@ def evaluate(
     """
     wanted = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None:
-        arch = newest_arch(Path(save), wanted)
+        arch = find_newest_arch(Path(save), wanted)
     classifier = open_classifier(arch, Path(checkpoint) if checkpoint else None, wanted, Path(save), key=key)
     root = Path(data) if data is not None else None
-    pictures = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
+    images = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:
-        pictures = subset(pictures, limit)
-    return evaluation.evaluate(classifier, pictures, jobs=jobs, on_progress=on_progress)
+        images = subset(images, limit)
+    return evaluation.evaluate(classifier, images, jobs=jobs, on_progress=on_progress)

@@ -23,30 +23,30 @@ class Progress(NamedTuple):
 OnProgress = Callable[[Progress], None]
 
 
-def silent(_: Progress) -> None:
+def ignore_progress(_: Progress) -> None:
     """The listener of a caller who does not want to know."""
 
 
-OnRemark = Callable[[str], None]
+OnMessage = Callable[[str], None]
 """Takes a line that is worth keeping in sight."""
 
 
-def unheard(_: str) -> None:
+def ignore_message(_: str) -> None:
     """The reader of a caller who wants no remarks."""
 
 
-def never() -> bool:
+def never_stop() -> bool:
     return False
 
 
 @dataclass(frozen=True)
-class Watcher:
+class Callbacks:
     """Who watches long work: it tells its progress and its remarks, and asks now and then whether it should stop."""
 
-    on_progress: OnProgress = silent
-    on_remark: OnRemark = unheard
-    should_stop: Callable[[], bool] = never
+    on_progress: OnProgress = ignore_progress
+    on_message: OnMessage = ignore_message
+    should_stop: Callable[[], bool] = never_stop
 
 
-ALONE = Watcher()
+NO_CALLBACKS = Callbacks()
 """The watcher of work that nobody watches."""

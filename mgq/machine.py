@@ -142,7 +142,7 @@ def _nowhere() -> int | None:
 
 
 @contextlib.contextmanager
-def muted_stderr() -> Iterator[None]:
+def mute_stderr() -> Iterator[None]:
     """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""
     if debugging():
         yield

@@ -31,7 +31,7 @@ from megengine import Tensor  # noqa: E402
 
 from mgq.cli.main import run  # noqa: E402
 from mgq.engine.classifier.open import Classifier  # noqa: E402
-from mgq.ptq.calibrate import measured_ranges  # noqa: E402
+from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
 from mgq.quantization.modes import Mode, to_mode  # noqa: E402
 from mgq.zoo import shufflenet_v1  # noqa: E402
@@ -100,7 +100,7 @@ def same_state(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return set(state) == set(other) and all(np.array_equal(np.squeeze(other[n]), np.squeeze(state[n])) for n in state)
 
 
-def smooth_pictures(number: int, height: int = SIZE, width: int = SIZE, seed: int = 0) -> npt.NDArray[np.uint8]:
+def smooth_images(number: int, height: int = SIZE, width: int = SIZE, seed: int = 0) -> npt.NDArray[np.uint8]:
     """uint8 (number, 3, height, width): a few soft blobs of colour that use the whole range, as photos do."""
     rng = np.random.default_rng(seed)
     planes = rng.uniform(-64, 320, (number, 3, 6, 6)).astype(np.float32)
@@ -108,9 +108,9 @@ def smooth_pictures(number: int, height: int = SIZE, width: int = SIZE, seed: in
     return np.clip(np.rint(smooth), 0, 255).astype(np.uint8)
 
 
-def logits_of(network: M.Module, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def logits_of(network: M.Module, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
-    result: npt.NDArray[np.float32] = network(Tensor(pictures.astype(np.float32) - 128)).numpy()
+    result: npt.NDArray[np.float32] = network(Tensor(images.astype(np.float32) - 128)).numpy()
     return result
 
 
@@ -142,7 +142,7 @@ def _trio_of(arch: str, repeats: tuple[int, ...]) -> Trio:
     normal = filled(blank(arch))
     state = dict(normal.state_dict())
     made_up = {"pictures": "made up"}
-    ranges = measured_ranges(normal, [smooth_pictures(4)], arch, fingerprint(state), made_up, correct_bias=False)
+    ranges = measure_ranges(normal, [smooth_images(4)], arch, fingerprint(state), made_up, correct_bias=False)
     qat = to_mode(normal, Mode.QAT)
     apply_ranges(qat, ranges)
     return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(qat.state_dict()))
@@ -174,11 +174,11 @@ def trio(request: pytest.FixtureRequest) -> Trio:
     return trio_of(request.param)
 
 
-def write_pictures(folder: Path, number: int) -> Path:
+def write_images(folder: Path, number: int) -> Path:
     """``folder``, made, with that many smooth PNG files, ``00.png``, ``01.png`` and so on."""
     folder.mkdir()
-    for i, picture in enumerate(smooth_pictures(number, 80, 96)):
-        cv2.imwrite(str(folder / f"{i:02}.png"), picture.transpose(1, 2, 0))
+    for i, image in enumerate(smooth_images(number, 80, 96)):
+        cv2.imwrite(str(folder / f"{i:02}.png"), image.transpose(1, 2, 0))
     return folder
 
 
@@ -190,7 +190,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         raise AssertionError("a test asked for a download")
 
     monkeypatch.setattr("mgq.zoo.weight_loading.download", refused)
-    monkeypatch.setattr("mgq.zoo.weight_loading.cached", lambda *_: None)
+    monkeypatch.setattr("mgq.zoo.weight_loading.find_cached", lambda *_: None)
     yield
 
 

@@ -18,14 +18,14 @@ import pytest
 from megengine import Tensor
 from safetensors.numpy import save_file
 
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError
-from mgq.weights.foreign_states import InputNormalization, folded_input
+from mgq.weights.foreign_states import InputNormalization, fold_input
 from mgq.weights.unpickler import read_state
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
-from tests.conftest import CLASSES, State, logits_of, one_line_about, random_state, smooth_pictures, trio_of
+from tests.conftest import CLASSES, State, logits_of, one_line_about, random_state, smooth_images, trio_of
 
 Pixels = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -287,10 +287,10 @@ def assert_equal_logits(ours: Logits, plain: Logits) -> None:
     assert np.abs(ours - plain).max() <= 1e-4 * np.abs(plain).max()
 
 
-def random_pictures(size: int, number: int = 2) -> Pixels:
+def random_images(size: int, number: int = 2) -> Pixels:
     """Half smooth, half noise: the borders and the channel order matter."""
     noise = np.random.default_rng(1).integers(0, 256, (number - number // 2, 3, size, size), np.uint8)
-    return np.concatenate([smooth_pictures(number // 2, size, size), noise])
+    return np.concatenate([smooth_images(number // 2, size, size), noise])
 
 
 class TestResNet:
@@ -302,8 +302,8 @@ class TestResNet:
         weights = read_back(state, tmp_path / "resnet.safetensors")
         assert (weights.arch, weights.classes, weights.mode) == (f"resnet{depth}", CLASSES, "normal")
         assert "torchvision names" in weights.origin
-        pictures = random_pictures(64)
-        assert_equal_logits(logits_of(weights.network, pictures), plain_resnet(state, pictures, depth))
+        images = random_images(64)
+        assert_equal_logits(logits_of(weights.network, images), plain_resnet(state, images, depth))
 
     def test_resnet34_is_told_from_resnet18(self, tmp_path: Path) -> None:
         names = resnet_names(34, CLASSES)
@@ -320,15 +320,15 @@ class TestMobileNetV2:
         weights = read_back(state, tmp_path / "mobilenet.safetensors")
         assert weights.arch == "mobilenet_v2"
         assert dict(weights.options) == {"activation": "relu6", "width": width}
-        pictures = random_pictures(64)
-        assert_equal_logits(logits_of(weights.network, pictures), plain_mobilenet(state, pictures))
+        images = random_images(64)
+        assert_equal_logits(logits_of(weights.network, images), plain_mobilenet(state, images))
 
 
 class TestShuffleNetV1:
     def test_the_example_s_weights_give_the_plain_logits(self) -> None:
         trio = trio_of("shufflenet_v1_x0_5_g3")
-        pictures = random_pictures(64)
-        assert_equal_logits(logits_of(trio.normal, pictures), plain_shufflenet(trio.normal_state, pictures))
+        images = random_images(64)
+        assert_equal_logits(logits_of(trio.normal, images), plain_shufflenet(trio.normal_state, images))
 
 
 class TestEfficientNetLite:
@@ -344,21 +344,21 @@ class TestEfficientNetLite:
         state = made_up(lite_names(number, CLASSES))
         weights = read_back(state, tmp_path / "lite.safetensors")
         assert (weights.arch, weights.classes) == (f"efficientnet_lite{number}", CLASSES)
-        pictures = random_pictures(size)
-        assert_equal_logits(logits_of(weights.network, pictures), plain_lite(state, pictures, number))
+        images = random_images(size)
+        assert_equal_logits(logits_of(weights.network, images), plain_lite(state, images, number))
 
     def test_symmetric_padding_would_give_others(self, tmp_path: Path) -> None:
         state = made_up(lite_names(0, CLASSES))
-        pictures = random_pictures(64)
-        ours = logits_of(read_back(state, tmp_path / "lite.safetensors").network, pictures)
-        symmetric = plain_lite(state, pictures, 0, same=lambda size, kernel, stride: (kernel // 2, kernel // 2))
+        images = random_images(64)
+        ours = logits_of(read_back(state, tmp_path / "lite.safetensors").network, images)
+        symmetric = plain_lite(state, images, 0, same=lambda size, kernel, stride: (kernel // 2, kernel // 2))
         assert np.abs(ours - symmetric).max() > 0.1 * np.abs(ours).max()
 
     def test_the_published_weights_give_the_plain_logits_on_a_photo(self) -> None:
         spec = spec_of("efficientnet_lite0")
         path = spec.packaged.path() if spec.packaged else None
         assert path is not None
-        photo = to_batch([eval_crop(read_picture(bundled_cat()), 224)])
+        photo = to_batch([eval_crop(read_image(bundled_cat()), 224)])
         ours = logits_of(read_weights(path, spec).network, photo)
         assert_equal_logits(ours, plain_lite(read_state(path).tensors, photo, 0))
 
@@ -372,7 +372,7 @@ class TestFoldedInput:
         names = conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4)
         state = made_up(names)
         expects = InputNormalization((10.0, 90.0, 200.0), (20.0, 50.0, 100.0))
-        bgr = smooth_pictures(1, 8, 8)
+        bgr = smooth_images(1, 8, 8)
         normal = (bgr[:, ::-1] - np.reshape(expects.mean, (1, 3, 1, 1))) / np.reshape(expects.std, (1, 3, 1, 1))
 
         def ran(state: State, x: npt.NDArray[np.float64]) -> Logits:
@@ -380,7 +380,7 @@ class TestFoldedInput:
             result: Logits = net.bn(net.conv(Tensor(x.astype(np.float32)), "stem.conv", 1, (0, 0)), "stem.bn").numpy()
             return result
 
-        folded = folded_input(state, "stem", expects)
+        folded = fold_input(state, "stem", expects)
         np.testing.assert_allclose(ran(folded, bgr - 128.0), ran(state, normal), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("channels", [1, 4])
@@ -406,5 +406,5 @@ class TestFoldedInput:
     def test_what_it_was_given_stays_as_it_was(self) -> None:
         state = made_up(conv_names("stem.conv", 4, 3, 1) | bn_names("stem.bn", 4))
         before = {name: value.copy() for name, value in state.items()}
-        folded_input(state, "stem", InputNormalization((1.0,) * 3, (2.0,) * 3))
+        fold_input(state, "stem", InputNormalization((1.0,) * 3, (2.0,) * 3))
         assert all(np.array_equal(state[name], before[name]) for name in before)

@@ -18,16 +18,16 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.engine.calibration.analysis import Analysis, Pictures, in_decibels, in_points, pictures_for
-from mgq.engine.classifier.open import random_classifier
+from mgq.engine.calibration.analysis import Analysis, AnalyzedImages, in_decibels, in_points, load_images
+from mgq.engine.classifier.open import make_random_classifier
 from mgq.ptq.range_measurement import as_input
-from mgq.ptq.sensitivity import Effect, Sensitivity, Survey, analyzed_layers, effect_of, sensitivity_of
+from mgq.ptq.sensitivity import Effect, Sensitivity, Survey, effect_of, find_analyzed_layers, sensitivity_of
 from mgq.quantization.activation_ranges import (
     apply_ranges,
-    folded_bias,
-    folded_weight,
+    find_quantized_layers,
+    fold_bias,
+    fold_weight,
     observe_weights,
-    quantized_layers,
 )
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ONNX
@@ -39,11 +39,11 @@ from tests.conftest import (
     classifier_of,
     logits_of,
     same_state,
-    smooth_pictures,
+    smooth_images,
     the_error,
     trio_of,
     values_of,
-    write_pictures,
+    write_images,
 )
 
 ARCH = "resnet18"
@@ -60,12 +60,12 @@ def nearest(values: npt.NDArray[np.float32], scale: float, most: int) -> npt.NDA
     return result
 
 
-def surveyed(network: M.Module, pictures: npt.NDArray[np.uint8], **corrections: tuple[float, ...]) -> Survey:
-    layers = analyzed_layers(network)
+def surveyed(network: M.Module, images: npt.NDArray[np.uint8], **corrections: tuple[float, ...]) -> Survey:
+    layers = find_analyzed_layers(network)
     for layer in layers.values():
         layer.set_fake_quant(False)
     survey = Survey(network, layers, {name.replace("__", "."): value for name, value in corrections.items()})
-    list(survey.see(as_input(pictures)))
+    list(survey.see(as_input(images)))
     return survey
 
 
@@ -73,10 +73,10 @@ def surveyed(network: M.Module, pictures: npt.NDArray[np.uint8], **corrections: 
 
 
 def test_a_layer_alone_loses_by_its_own_weights_and_output_and_by_nothing_else() -> None:
-    trio, pictures = trio_of(ARCH), smooth_pictures(2, seed=3)
-    survey = surveyed(deepcopy(trio.qat), pictures)
-    layer = quantized_layers(trio.qat)[LAYER]
-    weight, bias = folded_weight(layer).numpy(), folded_bias(layer)
+    trio, images = trio_of(ARCH), smooth_images(2, seed=3)
+    survey = surveyed(deepcopy(trio.qat), images)
+    layer = find_quantized_layers(trio.qat)[LAYER]
+    weight, bias = fold_weight(layer).numpy(), fold_bias(layer)
     weight = nearest(weight, float(np.abs(weight).max()) / 127, 127)
     scale = max(map(abs, trio.ranges.ranges[LAYER])) / 127.5
 
@@ -87,31 +87,31 @@ def test_a_layer_alone_loses_by_its_own_weights_and_output_and_by_nothing_else()
 
     handle = dict(trio.normal.named_modules())[LAYER].register_forward_hook(quantized)
     try:
-        expected = logits_of(trio.normal, pictures)
+        expected = logits_of(trio.normal, images)
     finally:
         handle.remove()
-    exact = logits_of(trio.normal, pictures)
+    exact = logits_of(trio.normal, images)
     np.testing.assert_allclose(survey.exact[0], exact, atol=1e-4 * float(np.abs(exact).max()))
     error = survey.alone[LAYER][0] - expected
     assert np.linalg.norm(error) < 0.02 * np.linalg.norm(expected - exact)
 
 
 def test_all_layers_together_are_the_simulated_network() -> None:
-    trio, pictures = trio_of(ARCH), smooth_pictures(2, seed=3)
-    survey = surveyed(deepcopy(trio.qat), pictures)
-    np.testing.assert_array_equal(survey.whole[0], logits_of(trio.qat, pictures))
+    trio, images = trio_of(ARCH), smooth_images(2, seed=3)
+    survey = surveyed(deepcopy(trio.qat), images)
+    np.testing.assert_array_equal(survey.whole[0], logits_of(trio.qat, images))
 
 
 def test_the_network_is_left_as_it_was() -> None:
-    trio, pictures = trio_of(ARCH), smooth_pictures(1)
+    trio, images = trio_of(ARCH), smooth_images(1)
     network = deepcopy(trio.qat)
-    layers = analyzed_layers(network)
+    layers = find_analyzed_layers(network)
     layers[LAYER].act_fake_quant.disable()  # as somebody else may have left it
-    before, state, switches = logits_of(network, pictures), values_of(network), switches_of(layers)
-    sensitivity_of(network, pictures, corrections={LAYER: (0.3,) * folded_bias(layers[LAYER]).size})
+    before, state, switches = logits_of(network, images), values_of(network), switches_of(layers)
+    sensitivity_of(network, images, corrections={LAYER: (0.3,) * fold_bias(layers[LAYER]).size})
     assert switches_of(layers) == switches and not switches[LAYER][0]
     assert same_state(state, values_of(network))
-    np.testing.assert_array_equal(before, logits_of(network, pictures))
+    np.testing.assert_array_equal(before, logits_of(network, images))
 
 
 def switches_of(layers: dict[str, QATModule]) -> dict[str, list[bool]]:
@@ -121,26 +121,26 @@ def switches_of(layers: dict[str, QATModule]) -> dict[str, list[bool]]:
 
 
 def test_float_goes_without_bias_corrections() -> None:
-    trio, pictures = trio_of(ARCH), smooth_pictures(2)
-    outputs = folded_bias(quantized_layers(trio.qat)[LAYER]).size
+    trio, images = trio_of(ARCH), smooth_images(2)
+    outputs = fold_bias(find_quantized_layers(trio.qat)[LAYER]).size
     corrections = {LAYER: tuple(np.linspace(-1, 1, outputs).tolist())}
     network = to_mode(trio.normal, Mode.QAT)
     apply_ranges(network, replace(trio.ranges, bias_corrections=corrections))
     network.eval()
-    survey = surveyed(network, pictures, **{LAYER.replace(".", "__"): corrections[LAYER]})
-    exact = logits_of(trio.normal, pictures)
+    survey = surveyed(network, images, **{LAYER.replace(".", "__"): corrections[LAYER]})
+    exact = logits_of(trio.normal, images)
     np.testing.assert_allclose(survey.exact[0], exact, atol=1e-4 * float(np.abs(exact).max()))
-    assert not np.allclose(survey.whole[0], logits_of(trio.qat, pictures), atol=1e-2)
+    assert not np.allclose(survey.whole[0], logits_of(trio.qat, images), atol=1e-2)
 
 
 def test_a_layer_with_a_huge_channel_is_named_worst_and_so_is_the_channel() -> None:
     network = deepcopy(trio_of(ARCH).qat)
-    layer = quantized_layers(network)[LAYER]
+    layer = find_quantized_layers(network)[LAYER]
     weight = layer.conv.weight.numpy().copy()
     weight[5] *= 100
     layer.conv.weight[...] = Tensor(weight)
     observe_weights(network)
-    found = sensitivity_of(network, smooth_pictures(2))
+    found = sensitivity_of(network, smooth_images(2))
     (worst,) = found.worst(1)
     assert not found.rounded_before
     assert worst.name == LAYER and worst.weights is not None and worst.activations is not None
@@ -152,21 +152,21 @@ def test_a_layer_with_a_huge_channel_is_named_worst_and_so_is_the_channel() -> N
 
 def test_weights_on_the_grid_lose_nothing_and_it_is_said() -> None:
     network = deepcopy(trio_of(ARCH).qat)
-    for layer in analyzed_layers(network).values():
+    for layer in find_analyzed_layers(network).values():
         if layer.weight_observer is not None:
-            exact = folded_weight(layer).numpy()
+            exact = fold_weight(layer).numpy()
             fake = nearest(exact, float(np.abs(exact).max()) / 127, 127)
             gain = np.where(exact != 0, fake / np.where(exact != 0, exact, 1), 1)
             layer.conv.weight[...] = Tensor(layer.conv.weight.numpy() * gain)
     observe_weights(network)
-    found = sensitivity_of(network, smooth_pictures(1))
+    found = sensitivity_of(network, smooth_images(1))
     assert found.rounded_before
     assert "grid already" in " ".join(analysis_of(found).remarks)
 
 
 def test_the_classifier_and_its_features_count_where_they_are_int8_and_channels_have_ranges_of_their_own() -> None:
-    network = random_classifier(SMALL, Mode.QAT, image_size=64, target=ONNX).network
-    found = sensitivity_of(network, smooth_pictures(1))
+    network = make_random_classifier(SMALL, Mode.QAT, image_size=64, target=ONNX).network
+    found = sensitivity_of(network, smooth_images(1))
     kinds = {layer.kind: layer for layer in found.layers}
     assert kinds["linear"].activations is None and kinds["linear"].carried_snr is None
     assert kinds["features"].weights is None and kinds["features"].activations is not None
@@ -190,21 +190,21 @@ def test_effects_are_what_their_names_say() -> None:
 # ---- pictures ----
 
 
-def test_without_pictures_it_is_the_cat_and_it_says_so() -> None:
-    found = pictures_for(classifier_of(SMALL, Mode.QAT), [], None, 3)
+def test_without_images_it_is_the_cat_and_it_says_so() -> None:
+    found = load_images(classifier_of(SMALL, Mode.QAT), [], None, 3)
     assert found.images.shape == (3, 3, 64, 64) and found.labels is None
     assert "cat" in found.name and "-d FOLDER" in found.remark
 
 
-def test_without_pictures_a_run_is_analyzed_on_what_it_was_measured_on() -> None:
+def test_without_images_a_run_is_analyzed_on_what_it_was_measured_on() -> None:
     names = ("glow", "dots", "checkerboard", "stripes", "cross", "star", "triangle", "square", "ring", "disc")
     recipe = {"data": "synthetic", "synthetic_val": 20, "seed": 1, "image_size": 64}
-    found = pictures_for(replace(classifier_of(SMALL, Mode.QAT), classes=names, recipe=recipe), [], None, 6)
+    found = load_images(replace(classifier_of(SMALL, Mode.QAT), classes=names, recipe=recipe), [], None, 6)
     assert found.name == "synthetic pictures" and found.labels is not None and len(found.labels) == 6
 
 
-def test_broken_pictures_are_left_out_with_their_labels(made: Path) -> None:
-    found = pictures_for(classifier_of(SMALL, Mode.QAT), [], made / "broken", 32)
+def test_broken_images_are_left_out_with_their_labels(made: Path) -> None:
+    found = load_images(classifier_of(SMALL, Mode.QAT), [], made / "broken", 32)
     assert found.labels is not None and found.labels.tolist() == [1]
     assert len(found.images) == 1 and len(found.problems) == 1 and "broken/" in found.problems[0]
 
@@ -213,12 +213,12 @@ def test_broken_pictures_are_left_out_with_their_labels(made: Path) -> None:
 
 
 def analysis_of(found: Sensitivity, origin: str = "made-up weights", corrected: bool = False) -> Analysis:
-    pictures = Pictures("made-up pictures", smooth_pictures(1), None)
-    return Analysis(replace(classifier_of(ARCH, Mode.QAT), origin=origin), pictures, found, corrected)
+    images = AnalyzedImages("made-up pictures", smooth_images(1), None)
+    return Analysis(replace(classifier_of(ARCH, Mode.QAT), origin=origin), images, found, corrected)
 
 
 def test_the_page_is_complete_in_itself_and_names_every_layer() -> None:
-    found = sensitivity_of(trio_of(ARCH).qat, smooth_pictures(2), np.array([1, 2]))
+    found = sensitivity_of(trio_of(ARCH).qat, smooth_images(2), np.array([1, 2]))
     page = page_of(analysis_of(found, '<script>alert("$x")</script>', corrected=True))
     read = Read(page)
     assert read.open == []
@@ -242,7 +242,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(2):
             place = root / folder / f"kind {i}"
             place.mkdir(parents=True)
-            cv2.imwrite(str(place / "a.png"), smooth_pictures(1, 72, 90, seed=i)[0].transpose(1, 2, 0))
+            cv2.imwrite(str(place / "a.png"), smooth_images(1, 72, 90, seed=i)[0].transpose(1, 2, 0))
     (root / "broken" / "kind 0" / "a.png").write_text("no picture")
     for mode in (Mode.NORMAL, Mode.QAT):
         classifier_of(SMALL, mode).write_checkpoint(root / f"{mode.value}.safetensors")
@@ -257,7 +257,7 @@ def test_a_table_of_the_worst_layers_and_a_page(mgq: Mgq, made: Path, tmp_path: 
     for part in (SMALL, "2 of ", "qat.safetensors", "same answers", "top-1", "channel", "± one standard error"):
         assert part in " ".join(said.out.split()), part
     assert all(len(line) <= 80 for line in said.out.splitlines() if not line.startswith(("weights:", "pictures:")))
-    starts = tuple(name[:11] for name in quantized_layers(trio_of(SMALL).qat))  # long ones are folded
+    starts = tuple(name[:11] for name in find_quantized_layers(trio_of(SMALL).qat))  # long ones are folded
     assert sum(line.startswith(starts) for line in said.out.splitlines()) == 3
 
 
@@ -270,13 +270,13 @@ def document(text: str) -> dict[str, Any]:
 
 
 def test_json_is_one_document_with_all_layers(mgq: Mgq, made: Path, tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "plain", 2)
+    folder = write_images(tmp_path / "plain", 2)
     said = mgq("analyze", "-c", made / "qat.safetensors", "-d", folder, "--images", "1", "--json", "--html", "p.html")
     body = document(said.out)
     assert (body["arch"], body["pictures"], body["labelled"], body["page"]) == (SMALL, 1, False, "p.html")
     assert body["float_top1"] is None and body["all_layers"]["top1_change"] is None
     assert "accuracy was not measured" in body["remarks"][0] and body["remarks"][0] in said.err
-    assert len(body["layers"]) == len(analyzed_layers(trio_of(SMALL).qat))
+    assert len(body["layers"]) == len(find_analyzed_layers(trio_of(SMALL).qat))
     assert body["layers"][0]["weights"]["snr"] > 0 and (tmp_path / "p.html").is_file()
 
 
@@ -309,5 +309,5 @@ def test_there_is_a_python_call(made: Path) -> None:
     import mgq
 
     found = mgq.analyze(made / "set", checkpoint=made / "qat.safetensors", images=1)
-    assert found.found.pictures == 1 and found.found.float_top1 is not None
+    assert found.found.images == 1 and found.found.float_top1 is not None
     assert len(found.classifier.classes) == CLASSES and found.found.worst(3)[0] == found.found.worst()[0]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mgq.data import augmentation
 from mgq.data.augmentation import Box, Draw, EvalTransform, Stream, TrainTransform, generator
-from mgq.data.decoding import JpegFacts, Pixels, jpeg_facts, read_picture, reduced_jpeg
+from mgq.data.decoding import JpegFacts, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -29,9 +29,9 @@ NOISE = RNG.integers(0, 256, (90, 120, 3), np.uint8)
 def photo(width: int, height: int) -> Pixels:
     """Something as smooth as a photo, with one bright corner."""
     small = np.random.default_rng(width).integers(0, 256, (height // 120 + 2, width // 120 + 2, 3), np.uint8)
-    picture = np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
-    picture[: height // 4, : width // 4] = (20, 220, 250)
-    return picture
+    image = np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
+    image[: height // 4, : width // 4] = (20, 220, 250)
+    return image
 
 
 def jpeg(path: Path, pixels: Pixels, orientation: int = 1, **options: Any) -> Path:
@@ -86,7 +86,7 @@ def boxes(transform: TrainTransform, width: int, height: int, number: int = 400)
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 1000))
-def test_the_part_lies_within_the_picture(width: int, height: int, number: int) -> None:
+def test_the_part_lies_within_the_image(width: int, height: int, number: int) -> None:
     box = TrainTransform().box(width, height, generator(0, Stream.CROP, 0, number).random(64).tolist())
     assert box.width > 0
     assert box.height > 0
@@ -117,7 +117,7 @@ def test_places_reach_all_edges() -> None:
     ("size", "expected"),
     [((1000, 10), Box(493, 0, 13, 10)), ((10, 1000), Box(0, 493, 10, 13)), ((1, 1), Box(0, 0, 1, 1))],
 )
-def test_a_very_long_picture_gives_its_middle(size: tuple[int, int], expected: Box) -> None:
+def test_a_very_long_image_gives_its_middle(size: tuple[int, int], expected: Box) -> None:
     assert set(boxes(TrainTransform(scale=(0.9, 1.0)), *size, number=20)) == {expected}
 
 
@@ -140,7 +140,7 @@ def test_half_of_the_crops_are_mirrored() -> None:
     assert 115 < kinds["plain"] < 185
 
 
-def test_the_picture_itself_is_left_as_it_was() -> None:
+def test_the_image_itself_is_left_as_it_was() -> None:
     before = NOISE.copy()
     for draw in draws(5):
         TrainTransform(90, scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), jitter=1.0)(NOISE, draw)
@@ -162,12 +162,12 @@ def by_definition(crop: Pixels, jitter: float, chance: list[float]) -> Pixels:
     return crop
 
 
-@pytest.mark.parametrize("picture", [NOISE, photo(120, 90)], ids=["noise", "photo"])
-def test_colours_change_as_defined_to_three_steps(picture: Pixels) -> None:
+@pytest.mark.parametrize("image", [NOISE, photo(120, 90)], ids=["noise", "photo"])
+def test_colours_change_as_defined_to_three_steps(image: Pixels) -> None:
     for i in range(60):
         chance = generator(2, Stream.CROP, 0, i).random(4).tolist()
-        found = augmentation._jittered(picture, 0.4, chance).astype(int)
-        difference = np.abs(found - by_definition(picture, 0.4, chance))
+        found = augmentation._jitter_colours(image, 0.4, chance).astype(int)
+        difference = np.abs(found - by_definition(image, 0.4, chance))
         assert difference.max() <= 3
         assert difference.mean() < 0.25
 
@@ -179,7 +179,9 @@ def test_colours_change_as_in_megengine(monkeypatch: pytest.MonkeyPatch) -> None
         for factor in (0.6, 0.83, 1.0, 1.27, 1.4):
             monkeypatch.setattr(np.random, "uniform", lambda low, high, factor=factor: factor)
             theirs = getattr(vision, name)(0.4).apply(NOISE.copy())
-            ours = (augmentation._brightened, augmentation._contrasted, augmentation._saturated)[i](NOISE, factor)
+            ours = (augmentation._change_brightness, augmentation._change_contrast, augmentation._change_saturation)[i](
+                NOISE, factor
+            )
             assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
@@ -207,8 +209,8 @@ def test_a_file_gives_the_crop_of_its_pixels(tmp_path: Path, suffix: str) -> Non
     Image.fromarray(photo(120, 90)[..., ::-1]).save(path)
     transform = TrainTransform(64)
     for draw in draws(3):
-        assert (transform(path, draw) == transform(read_picture(path), draw)).all()
-    assert (EvalTransform(64)(path, Draw()) == eval_crop(read_picture(path), 64)).all()
+        assert (transform(path, draw) == transform(read_image(path), draw)).all()
+    assert (EvalTransform(64)(path, Draw()) == eval_crop(read_image(path), 64)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -216,7 +218,7 @@ def test_a_file_gives_the_crop_of_its_pixels(tmp_path: Path, suffix: str) -> Non
 def test_a_large_jpeg_gives_nearly_the_same_crop(tmp_path: Path, orientation: int, options: dict[str, bool]) -> None:
     path = jpeg(tmp_path / "large.jpg", photo(808, 600), orientation, **options)
     transform = TrainTransform(48)
-    whole = read_picture(path)
+    whole = read_image(path)
     for draw in draws(6):
         difference = np.abs(transform(path, draw).astype(int) - transform(whole, draw))
         assert difference.mean() < 8
@@ -230,9 +232,9 @@ def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noted(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
         found.append(by)
-        return reduced_jpeg(data, facts, by)
+        return decode_reduced_jpeg(data, facts, by)
 
-    monkeypatch.setattr(augmentation, "reduced_jpeg", noted)
+    monkeypatch.setattr(augmentation, "decode_reduced_jpeg", noted)
     return found
 
 
@@ -250,7 +252,7 @@ def test_a_part_is_never_decoded_smaller_than_the_crop(tmp_path: Path, reduction
 
 def test_evaluation_decodes_in_full(tmp_path: Path, reductions: list[int]) -> None:
     path = jpeg(tmp_path / "large.jpg", photo(700, 600))
-    assert (EvalTransform(32)(path, Draw()) == eval_crop(read_picture(path), 32)).all()
+    assert (EvalTransform(32)(path, Draw()) == eval_crop(read_image(path), 32)).all()
     assert reductions == []
 
 
@@ -260,7 +262,7 @@ def test_other_jpegs_give_the_crop_too(tmp_path: Path, mode: str) -> None:
     Image.fromarray(photo(600, 500)[..., ::-1]).convert(mode).save(path, quality=92)
     transform = TrainTransform(32)
     for draw in draws(4):
-        difference = np.abs(transform(path, draw).astype(int) - transform(read_picture(path), draw))
+        difference = np.abs(transform(path, draw).astype(int) - transform(read_image(path), draw))
         assert difference.mean() < 5
 
 
@@ -314,11 +316,11 @@ def test_damage_ends_in_pixels_or_a_refusal(data: st.DataObject) -> None:
         damaged[data.draw(st.integers(0, 700))] = data.draw(st.integers(0, 255))
     facts = jpeg_facts(bytes(damaged))
     if facts is not None:
-        pixels = reduced_jpeg(bytes(damaged), facts, 8)
+        pixels = decode_reduced_jpeg(bytes(damaged), facts, 8)
         assert pixels is None or pixels.shape[:2] == tuple(-(-side // 8) for side in facts.upright[::-1])
 
 
-def test_what_read_picture_refuses_is_not_decoded_smaller_either(tmp_path: Path, reductions: list[int]) -> None:
+def test_what_read_image_refuses_is_not_decoded_smaller_either(tmp_path: Path, reductions: list[int]) -> None:
     data = jpeg(tmp_path / "many.jpg", photo(808, 600), progressive=True).read_bytes()
     scan = data.index(b"\xff\xda")
     (tmp_path / "many.jpg").write_bytes(data[:scan] + data[scan:-2] * 100 + data[-2:])

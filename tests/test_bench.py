@@ -15,24 +15,24 @@ import pytest
 
 from mgq.bench import cases as contest_module
 from mgq.bench import suite as engines_module
-from mgq.bench.benchmark import notes_on
-from mgq.bench.benchmark_report import Report, peaks_from, rows_from
+from mgq.bench.benchmark import list_notes
+from mgq.bench.benchmark_report import Report, make_peaks, make_rows
 from mgq.bench.cases import (
     MOST_RUNS,
     TURN_NS,
     WARM_UP_RUNS,
     Agreement,
-    Contestant,
-    Entry,
-    Loaded,
-    agreement_of,
-    contest,
+    BenchmarkCase,
+    CaseResult,
+    LoadedWorker,
+    measure_agreement,
+    run_cases,
 )
-from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, settings_for
-from mgq.bench.statistics import interquartile_range, median_of, speed_of, speedup_of
-from mgq.bench.suite import Entrant, Field, Job, cat_batch
-from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, group_of, markdown, three_digits
-from mgq.bench.workers import Present, SideBySide
+from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, make_settings
+from mgq.bench.statistics import interquartile_range, measure_speed, measure_speedup, median_time
+from mgq.bench.suite import BenchmarkBackend, BenchmarkSuite, NetworkJob, cat_batch
+from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, find_group, markdown, three_digits
+from mgq.bench.workers import InProcessWorker, SideBySide
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
@@ -40,7 +40,7 @@ from mgq.quantization.targets import MEGENGINE, ONNX
 from mgq.system.environment import Machine, cpu_features, cpu_model, saturates, this_machine
 
 MS = 1_000_000
-PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
+IMAGES = np.zeros((2, 3, 32, 32), np.uint8)
 FP32, INT8 = Precision.FP32, Precision.INT8
 
 
@@ -77,21 +77,21 @@ class FakeRuntime:
         return self.logits
 
 
-def present(runtime: FakeRuntime) -> Present:
-    return Present(runtime, PICTURES, runtime.world.clock)
+def present(runtime: FakeRuntime) -> InProcessWorker:
+    return InProcessWorker(runtime, IMAGES, runtime.world.clock)
 
 
-def contestant(
+def case(
     runtime: FakeRuntime, engine: str, precision: Precision = FP32, network: str = "resnet18", **more: Any
-) -> Contestant:
+) -> BenchmarkCase:
     weights = "random weights (speed only)"
-    return Contestant(network, precision, engine, lambda: Loaded(present(runtime), weights, 1_500_000), **more)
+    return BenchmarkCase(network, precision, engine, lambda: LoadedWorker(present(runtime), weights, 1_500_000), **more)
 
 
 def times_of(runtimes: Sequence[FakeRuntime], rounds: int, seed: int = 0) -> list[tuple[tuple[int, ...], ...]]:
     """The times of a contest of ``runtimes``, whose answers nobody compares."""
-    players = [contestant(runtime, runtime.name, answers=None) for runtime in runtimes]
-    return [entry.rounds for entry in contest(players, rounds, seed)]
+    players = [case(runtime, runtime.name, answers=None) for runtime in runtimes]
+    return [entry.rounds for entry in run_cases(players, rounds, seed)]
 
 
 def small_turns(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
@@ -105,7 +105,7 @@ def small_turns(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
 def test_speed_is_the_median_round_and_quantiles_of_all_runs() -> None:
     # Rounds of 100, 50 and 25 pictures a second; 1 to 4 would be wrong if rounds were not weighed by time.
     rounds = [[10 * MS, 30 * MS], [40 * MS, 40 * MS], [60 * MS, 100 * MS]]
-    speed = speed_of(rounds, batch=2)
+    speed = measure_speed(rounds, batch=2)
     assert speed.fps == pytest.approx(50)
     assert speed.fps_iqr == pytest.approx(75 - 37.5)
     # Sorted: 10 30 40 40 60 100; the quantile q lies at place 5q.
@@ -116,7 +116,7 @@ def test_speed_is_the_median_round_and_quantiles_of_all_runs() -> None:
 
 
 def test_rounds_of_different_length_count_alike() -> None:
-    assert speed_of([[10 * MS] * 9, [20 * MS]], batch=1).fps == pytest.approx(75)
+    assert measure_speed([[10 * MS] * 9, [20 * MS]], batch=1).fps == pytest.approx(75)
 
 
 @pytest.mark.parametrize(("values", "expected"), [([7.0], 0.0), ([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0, 4.0, 100.0], 2.0)])
@@ -125,39 +125,39 @@ def test_interquartile_range(values: list[float], expected: float) -> None:
 
 
 def test_a_slow_run_counts_in_its_round() -> None:
-    assert speed_of([[10 * MS, 10 * MS, 80 * MS]], batch=1).fps == pytest.approx(30)
+    assert measure_speed([[10 * MS, 10 * MS, 80 * MS]], batch=1).fps == pytest.approx(30)
 
 
 def test_speedup_is_the_median_of_the_ratios_not_the_ratio_of_the_medians() -> None:
     int8 = [[1 * MS], [10 * MS], [4 * MS]]
     fp32 = [[2 * MS], [40 * MS], [4 * MS]]
     # Ratios 2, 4 and 1. The medians' ratio would be 4 / 4 = 1.
-    speedup = speedup_of(int8, fp32)
+    speedup = measure_speedup(int8, fp32)
     assert speedup.median == pytest.approx(2)
 
 
 def test_speedup_uses_throughput_where_turns_have_different_numbers_of_runs() -> None:
-    assert speedup_of([[1 * MS] * 8], [[4 * MS] * 2]).median == pytest.approx(4)
+    assert measure_speedup([[1 * MS] * 8], [[4 * MS] * 2]).median == pytest.approx(4)
 
 
 def test_speedup_of_unequal_numbers_of_rounds_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rounds cannot be compared with 1"):
-        speedup_of([[1], [1]], [[1]])
+        measure_speedup([[1], [1]], [[1]])
 
 
 def test_the_interval_of_a_ratio_holds_what_resampled_rounds_would_show() -> None:
     rng = np.random.default_rng(1)
     ratios = rng.normal(2.0, 0.1, 40)
-    found = median_of(ratios)
+    found = median_time(ratios)
     assert found.low is not None and found.high is not None
     assert found.low < found.median < found.high
     # The standard error of a normal sample's median is 1.2533 of the mean's.
     assert found.high - found.low == pytest.approx(2 * 1.96 * 1.2533 * 0.1 / 40**0.5, rel=0.5)
-    assert median_of(np.full(5, 3.0)).low == median_of(np.full(5, 3.0)).high == 3.0
+    assert median_time(np.full(5, 3.0)).low == median_time(np.full(5, 3.0)).high == 3.0
 
 
 def test_one_round_has_no_interval() -> None:
-    assert (median_of(np.array([2.0])).low, median_of(np.array([2.0])).high) == (None, None)
+    assert (median_time(np.array([2.0])).low, median_time(np.array([2.0])).high) == (None, None)
 
 
 # ---- the contest ----
@@ -225,30 +225,32 @@ def test_garbage_collection_returns_after_a_failure() -> None:
 
 def test_copies_side_by_side_count_all_their_runs() -> None:
     copies = [FakeRuntime("a") for _ in range(3)]
-    player = SideBySide(copies, PICTURES)
-    assert player.threads == 3
-    assert len(player.turn(4)) == 12
+    worker = SideBySide(copies, IMAGES)
+    assert worker.threads == 3
+    assert len(worker.turn(4)) == 12
     assert [copy.runs for copy in copies] == [5, 5, 5]
-    player.close()
+    worker.close()
 
 
-def test_throughput_counts_the_pictures_of_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    (entry,) = entries_of(monkeypatch, contestant(FakeRuntime("a", times=[4 * MS]), "eager"))
-    entry.contestant = replace(entry.contestant, threads=2)
+def test_throughput_counts_the_images_of_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = entries_of(monkeypatch, case(FakeRuntime("a", times=[4 * MS]), "eager"))
+    entry.case = replace(entry.case, threads=2)
     for load, fps in ((Load.LATENCY, 500), (Load.THROUGHPUT, 1000)):
-        (row,) = rows_from([entry], Settings(batch=2, load=load))
+        (row,) = make_rows([entry], Settings(batch=2, load=load))
         assert row.speed is not None and row.speed.fps == pytest.approx(fps)
 
 
 def test_one_that_dies_before_it_tells_its_memory_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dying(Present):
+    class Dying(InProcessWorker):
         def peak_memory(self) -> int | None:
             raise FailureError("the process was killed by SIGKILL")
 
     dead, well = FakeRuntime("a"), FakeRuntime("b")
-    player = Dying(dead, PICTURES, dead.world.clock)
-    first = Contestant("resnet18", FP32, "eager", lambda: Loaded(player, "random weights (speed only)", 1_500_000))
-    found = entries_of(monkeypatch, first, contestant(well, "ORT"))
+    worker = Dying(dead, IMAGES, dead.world.clock)
+    first = BenchmarkCase(
+        "resnet18", FP32, "eager", lambda: LoadedWorker(worker, "random weights (speed only)", 1_500_000)
+    )
+    found = entries_of(monkeypatch, first, case(well, "ORT"))
     assert "SIGKILL" in str(found[0].problem) and found[1].problem is None and found[1].rounds
 
 
@@ -260,7 +262,7 @@ def test_one_that_breaks_on_the_way_costs_only_its_row(monkeypatch: pytest.Monke
             raise FailureError("the process was killed by SIGSEGV")
 
     broken.on_run = fail
-    first, second = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(broken, "Lite"))
+    first, second = entries_of(monkeypatch, case(FakeRuntime("a"), "eager"), case(broken, "Lite"))
     assert first.problem is None and len(first.rounds) == 2
     assert second.problem == "the process was killed by SIGSEGV" and second.rounds == ()
 
@@ -269,8 +271,8 @@ def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
     small_turns(monkeypatch, 1)
     seen: list[Progress] = []
     world = World()
-    entries = [contestant(FakeRuntime(name, world), name) for name in "ab"]
-    contest(entries, 3, on_progress=seen.append)
+    entries = [case(FakeRuntime(name, world), name) for name in "ab"]
+    run_cases(entries, 3, on_progress=seen.append)
     for what, total in (("prepare", 2), ("measure", 6)):
         assert [event.done for event in seen if event.what == what] == list(range(total + 1))
         assert {event.total for event in seen if event.what == what} == {total}
@@ -279,16 +281,16 @@ def test_progress_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the same work ----
 
 
-def entries_of(monkeypatch: pytest.MonkeyPatch, *contestants: Contestant) -> list[Entry]:
+def entries_of(monkeypatch: pytest.MonkeyPatch, *cases: BenchmarkCase) -> list[CaseResult]:
     small_turns(monkeypatch, 1)
-    return contest(contestants, 2)
+    return run_cases(cases, 2)
 
 
 def test_equal_answers_agree_and_small_differences_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     near = np.eye(2, 5, dtype=np.float32)
     near[1, 1] -= 0.25
     first, second = entries_of(
-        monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(FakeRuntime("b", logits=near), "Lite")
+        monkeypatch, case(FakeRuntime("a"), "eager"), case(FakeRuntime("b", logits=near), "Lite")
     )
     assert first.agreement == Agreement("eager", 2, 2, 0.0)
     assert second.agreement == Agreement("eager", 2, 2, 0.25)
@@ -301,9 +303,9 @@ def test_where_int8_rounds_otherwise_likeness_decides(monkeypatch: pytest.Monkey
     flipped[1, 2] = 1.01
     near[1, 2] = 1 - 1e-3
     engines = {"near": near, "flipped": flipped, "other": other}
-    contestants = [contestant(FakeRuntime(name, logits=logits), name) for name, logits in engines.items()]
-    strict = entries_of(monkeypatch, *contestants)
-    lenient = entries_of(monkeypatch, *(replace(one, rounds_otherwise=True) for one in contestants))
+    cases = [case(FakeRuntime(name, logits=logits), name) for name, logits in engines.items()]
+    strict = entries_of(monkeypatch, *cases)
+    lenient = entries_of(monkeypatch, *(replace(one, rounds_otherwise=True) for one in cases))
     for entries, expected in ((strict, [True, False, False]), (lenient, [True, True, False])):
         assert [entry.agreement is not None and entry.agreement.holds for entry in entries] == expected
 
@@ -316,8 +318,8 @@ def test_another_answer_marks_the_row_and_keeps_it_from_being_the_best(
     report = report_of(
         entries_of(
             monkeypatch,
-            contestant(FakeRuntime("a", times=[2 * MS]), "eager"),
-            contestant(FakeRuntime("b", logits=wrong), "Lite"),
+            case(FakeRuntime("a", times=[2 * MS]), "eager"),
+            case(FakeRuntime("b", logits=wrong), "Lite"),
         )
     )
     eager, lite = report.rows
@@ -336,7 +338,7 @@ def test_an_engine_that_goes_wrong_during_the_contest_is_caught(monkeypatch: pyt
             drifting.logits = np.roll(drifting.logits, 1, axis=1)
 
     drifting.on_run = drift
-    _, entry = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(drifting, "Lite"))
+    _, entry = entries_of(monkeypatch, case(FakeRuntime("a"), "eager"), case(drifting, "Lite"))
     assert entry.agreement is not None and entry.agreement.same == 0
     assert entry.rounds
 
@@ -349,7 +351,7 @@ def test_an_engine_that_recovers_after_a_wrong_start_stays_marked(monkeypatch: p
             late.logits = np.eye(2, 5, dtype=np.float32)
 
     late.on_run = recover
-    _, entry = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(late, "Lite"))
+    _, entry = entries_of(monkeypatch, case(FakeRuntime("a"), "eager"), case(late, "Lite"))
     assert entry.agreement == Agreement("eager", 2, 1, 1.0)
 
 
@@ -361,7 +363,7 @@ def test_reused_output_memory_does_not_hide_a_change(monkeypatch: pytest.MonkeyP
             runtime.logits[...] = np.roll(runtime.logits, 1, axis=1)
 
     runtime.on_run = change
-    (entry,) = entries_of(monkeypatch, contestant(runtime, "eager"))
+    (entry,) = entries_of(monkeypatch, case(runtime, "eager"))
     assert entry.agreement is not None and not entry.agreement.holds
 
 
@@ -369,10 +371,10 @@ def test_not_a_number_is_no_answer() -> None:
     logits = np.eye(2, 5, dtype=np.float32)
     broken = logits.copy()
     broken[0, 0] = np.nan
-    agreement = agreement_of(broken, logits, "eager")
+    agreement = measure_agreement(broken, logits, "eager")
     assert agreement.same == 1 and not agreement.holds
     # Two engines that give the same nonsense do not confirm each other.
-    assert agreement_of(broken, broken, "eager").same == 1
+    assert measure_agreement(broken, broken, "eager").same == 1
 
 
 @pytest.mark.parametrize(
@@ -387,8 +389,8 @@ def test_an_engine_without_the_right_logits_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, logits: npt.NDArray[np.float32], why: str
 ) -> None:
     wrong = FakeRuntime("b", logits=logits)
-    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager"), contestant(wrong, "Lite"))
-    (row,) = rows_from(entries, Settings(batch=2))[1:]
+    entries = entries_of(monkeypatch, case(FakeRuntime("a"), "eager"), case(wrong, "Lite"))
+    (row,) = make_rows(entries, Settings(batch=2))[1:]
     assert row.problem == why and row.speed is None and row.rounds_ns == ()
     assert wrong.runs == 1
 
@@ -397,19 +399,19 @@ def test_precisions_and_networks_are_not_compared_with_each_other(monkeypatch: p
     other = np.roll(np.eye(2, 5, dtype=np.float32), 2, axis=1)
     entries = entries_of(
         monkeypatch,
-        contestant(FakeRuntime("a"), "eager"),
-        contestant(FakeRuntime("b", logits=other), "eager", INT8),
-        contestant(FakeRuntime("c", logits=other), "eager", FP32, "mobilenet_v2"),
+        case(FakeRuntime("a"), "eager"),
+        case(FakeRuntime("b", logits=other), "eager", INT8),
+        case(FakeRuntime("c", logits=other), "eager", FP32, "mobilenet_v2"),
     )
     assert all(entry.agreement is not None and entry.agreement.holds for entry in entries)
 
 
 def test_a_missing_engine_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> Loaded:
+    def absent() -> LoadedWorker:
         raise InputError("OpenVINO is not installed: pip install 'mgq[openvino]'")
 
-    missing = Contestant("resnet18", FP32, "OpenVINO", absent)
-    report = report_of(entries_of(monkeypatch, missing, contestant(FakeRuntime("a"), "eager")))
+    missing = BenchmarkCase("resnet18", FP32, "OpenVINO", absent)
+    report = report_of(entries_of(monkeypatch, missing, case(FakeRuntime("a"), "eager")))
     row, eager = report.rows
     assert report.remarks()[0] == f"OpenVINO: {row.remark}"
     assert row.remark == "not measured: OpenVINO is not installed: pip install 'mgq[openvino]'"
@@ -418,33 +420,33 @@ def test_a_missing_engine_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_engine_that_is_missing_everywhere_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> Loaded:
+    def absent() -> LoadedWorker:
         raise InputError("get it")
 
-    missing = [Contestant("resnet18", precision, "OpenVINO", absent) for precision in Precision]
+    missing = [BenchmarkCase("resnet18", precision, "OpenVINO", absent) for precision in Precision]
     assert report_of(entries_of(monkeypatch, *missing)).remarks() == ["OpenVINO: not measured: get it"]
-    partly = entries_of(monkeypatch, missing[0], contestant(FakeRuntime("a"), "OpenVINO", INT8))
+    partly = entries_of(monkeypatch, missing[0], case(FakeRuntime("a"), "OpenVINO", INT8))
     assert report_of(partly).remarks() == ["resnet18 fp32 OpenVINO, 1 thread: not measured: get it"]
 
 
 def test_one_round_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     small_turns(monkeypatch, 1)
-    (row,) = rows_from(contest([contestant(FakeRuntime("a"), "eager")], 1), Settings(batch=2))
+    (row,) = make_rows(run_cases([case(FakeRuntime("a"), "eager")], 1), Settings(batch=2))
     assert cells(row)[2] == "-"
 
 
 def test_a_fault_of_the_program_is_not_taken_for_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Loaded:
+    def broken() -> LoadedWorker:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        entries_of(monkeypatch, Contestant("resnet18", FP32, "eager", broken))
+        entries_of(monkeypatch, BenchmarkCase("resnet18", FP32, "eager", broken))
 
 
 # ---- the engines' networks ----
 
 
-def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -> tuple[Field, list[str]]:
+def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -> tuple[BenchmarkSuite, list[str]]:
     """What takes part in the contest of ResNet18, engines made up, and the networks built so far."""
     built: list[str] = []
 
@@ -452,13 +454,17 @@ def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -
         built.append(f"{network} {precision.value} {'onnx' if target is ONNX else 'megengine'}")
         return FakeClassifier(built[-1])
 
-    def start(job: Job, threads: int) -> Loaded:
-        return Loaded(present(FakeRuntime("a", threads=threads)), job.classifier.origin)
+    def start(job: NetworkJob, threads: int) -> LoadedWorker:
+        return LoadedWorker(present(FakeRuntime("a", threads=threads)), job.classifier.origin)
 
-    monkeypatch.setattr(engines_module, "classifier_for", fake)
-    monkeypatch.setattr(Field, "macs", 10**9)
-    engines = {name: Entrant(start, ONNX if name in ("ONNX Runtime", "OpenVINO") else MEGENGINE) for name in names}
-    return Field("resnet18", settings, replace(MACHINE, features=("AVX2", "FMA")), Path("folder"), engines), built
+    monkeypatch.setattr(engines_module, "open_for_benchmark", fake)
+    monkeypatch.setattr(BenchmarkSuite, "macs", 10**9)
+    engines = {
+        name: BenchmarkBackend(start, ONNX if name in ("ONNX Runtime", "OpenVINO") else MEGENGINE) for name in names
+    }
+    return BenchmarkSuite(
+        "resnet18", settings, replace(MACHINE, features=("AVX2", "FMA")), Path("folder"), engines
+    ), built
 
 
 @dataclass(frozen=True)
@@ -471,7 +477,7 @@ def test_every_precision_meets_every_engine_and_networks_are_built_once(monkeypa
     taking_part, built = field_of(
         monkeypatch, Settings(threads=(1, 2)), "MegEngine eager", "MegEngine Lite", "OpenVINO"
     )
-    found = [one for one in taking_part.contestants() if not one.is_peak]
+    found = [one for one in taking_part.cases() if not one.is_peak]
     assert built == []
     origins = [one.load().weights for one in found]
     eager, lite, vino = "MegEngine eager", "MegEngine Lite", "OpenVINO"
@@ -486,20 +492,20 @@ def test_every_precision_meets_every_engine_and_networks_are_built_once(monkeypa
 
 def test_with_int8_alone_one_engine_runs_float_as_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
     taking_part, _ = field_of(
-        monkeypatch, settings_for(precisions=[INT8], threads=["1"]), "MegEngine eager", "OpenVINO"
+        monkeypatch, make_settings(precisions=[INT8], threads=["1"]), "MegEngine eager", "OpenVINO"
     )
-    float_rows = [one.engine for one in taking_part.contestants() if one.precision is FP32 and not one.is_peak]
+    float_rows = [one.engine for one in taking_part.cases() if one.precision is FP32 and not one.is_peak]
     assert float_rows == ["OpenVINO"]
 
 
 def test_self_tests_take_part_where_the_processor_has_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     taking_part, _ = field_of(monkeypatch, Settings(threads=(1, 2)), "MegEngine eager")
-    peaks = [(one.precision, one.threads) for one in taking_part.contestants() if one.is_peak]
+    peaks = [(one.precision, one.threads) for one in taking_part.cases() if one.is_peak]
     assert peaks == [(FP32, 1), (FP32, 2)]  # AVX2 has no int8 instruction that the self-test knows
 
 
 def test_an_engine_with_another_number_of_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    (entry,) = entries_of(monkeypatch, contestant(FakeRuntime("a", threads=1), "eager", threads=2))
+    (entry,) = entries_of(monkeypatch, case(FakeRuntime("a", threads=1), "eager", threads=2))
     assert entry.problem == "a runs on 1 thread where 2 were asked for"
 
 
@@ -508,7 +514,7 @@ def test_random_weights_are_used_and_named_where_there_are_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines_module, "is_cached", lambda *_: False)
-    classifier = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32, MEGENGINE)
+    classifier = engines_module.open_for_benchmark("shufflenet_v1_x0_5_g3", FP32, MEGENGINE)
     assert classifier.origin == "random weights (speed only)"
     assert classifier.mode is Mode.NORMAL
 
@@ -518,17 +524,19 @@ def test_weights_that_cannot_be_used_are_told_of(monkeypatch: pytest.MonkeyPatch
     run = tmp_path / "runs" / "shufflenet_v1_x0_5_g3.normal" / "checkpoint.safetensors"
     run.parent.mkdir(parents=True)
     run.write_bytes(b"no checkpoint")
-    origin = engines_module.classifier_for("shufflenet_v1_x0_5_g3", FP32, MEGENGINE).origin
+    origin = engines_module.open_for_benchmark("shufflenet_v1_x0_5_g3", FP32, MEGENGINE).origin
     assert origin.startswith("random weights (speed only); not used: ")
     assert str(run.relative_to(tmp_path)) in origin
 
 
 def test_packaged_weights_are_preferred_to_random_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert engines_module.classifier_for("efficientnet_lite0", FP32, MEGENGINE).origin.startswith("ImageNet weights")
+    assert engines_module.open_for_benchmark("efficientnet_lite0", FP32, MEGENGINE).origin.startswith(
+        "ImageNet weights"
+    )
 
 
-def test_pictures_of_a_batch_differ() -> None:
+def test_images_of_a_batch_differ() -> None:
     batch = cat_batch(3, 64)
     assert batch.shape == (3, 3, 64, 64) and batch.dtype == np.uint8
     assert not any(np.array_equal(batch[i], batch[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
@@ -579,7 +587,7 @@ def test_a_busy_machine_is_told_by_the_last_minute(load: tuple[float, ...], busy
 
 
 def test_default_settings_are_the_public_example() -> None:
-    settings = settings_for()
+    settings = make_settings()
     assert settings.networks == EXAMPLE_NETWORKS == ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
     assert settings.precisions == (FP32, INT8)
     assert settings.threads == tuple(sorted({1, this_machine().usable_cores}))
@@ -589,11 +597,11 @@ def test_default_settings_are_the_public_example() -> None:
 
 def test_threads_are_numbers_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgq.bench.settings.usable_cores", lambda: 4)
-    assert settings_for(threads=["all", "2", "2"]).threads == (2, 4)
+    assert make_settings(threads=["all", "2", "2"]).threads == (2, 4)
 
 
 def test_a_network_named_twice_is_measured_once() -> None:
-    assert settings_for(["resnet50", "resnet18", "resnet50"]).networks == ("resnet50", "resnet18")
+    assert make_settings(["resnet50", "resnet18", "resnet50"]).networks == ("resnet50", "resnet18")
 
 
 @pytest.mark.parametrize(
@@ -619,7 +627,7 @@ def test_impossible_settings_are_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr("mgq.bench.settings.usable_cores", lambda: 4)
     with pytest.raises(InputError) as caught:
-        settings_for(**asked)  # type: ignore[arg-type]
+        make_settings(**asked)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -629,11 +637,11 @@ def test_impossible_settings_are_refused_in_one_line(
 MACHINE = Machine("A CPU", ("AVX2", "AVX-512 VNNI"), None, 4, 2, "An OS", (0.05, 0.5, 0.75))
 
 
-def report_of(entries: Sequence[Entry], **changes: object) -> Report:
-    networks = tuple(dict.fromkeys(entry.contestant.network for entry in entries))
+def report_of(entries: Sequence[CaseResult], **changes: object) -> Report:
+    networks = tuple(dict.fromkeys(entry.case.network for entry in entries))
     settings = Settings(networks=networks, batch=2, image_size=32, rounds=2)
-    rows = rows_from(entries, settings)
-    report = Report(settings, MACHINE, {"mgq": "0.1.0"}, "two pictures", rows, (), peaks_from(entries))
+    rows = make_rows(entries, settings)
+    report = Report(settings, MACHINE, {"mgq": "0.1.0"}, "two pictures", rows, (), make_peaks(entries))
     return replace(report, **changes)  # type: ignore[arg-type]
 
 
@@ -643,15 +651,15 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Report:
     small_turns(monkeypatch, 1)
     world = World()
 
-    def absent() -> Loaded:
+    def absent() -> LoadedWorker:
         raise InputError("no int8 here: get some")
 
-    entries = contest(
+    entries = run_cases(
         [
-            contestant(FakeRuntime("a", world, [4 * MS]), "eager"),
-            contestant(FakeRuntime("b", world, [2 * MS]), "eager", INT8),
-            contestant(FakeRuntime("c", world, [1 * MS]), "Lite"),
-            Contestant("resnet18", INT8, "Lite", absent),
+            case(FakeRuntime("a", world, [4 * MS]), "eager"),
+            case(FakeRuntime("b", world, [2 * MS]), "eager", INT8),
+            case(FakeRuntime("c", world, [1 * MS]), "Lite"),
+            BenchmarkCase("resnet18", INT8, "Lite", absent),
         ],
         2,
     )
@@ -666,30 +674,30 @@ def test_rows_hold_speed_and_speedup_in_the_same_engine(report: Report) -> None:
     assert fp32.speedup is lite.speedup is missing.speedup is None
     ratio = "2.00 2.00-2.00"
     assert cells(int8) == ("eager", "1000", "0.000", "2.00", "2.00", "2.00", ratio, "-", "1.5", "-")
-    assert group_of(int8) == "int8, 1 thread"
+    assert find_group(int8) == "int8, 1 thread"
 
 
 def test_int8_is_measured_by_the_fastest_float_where_its_engine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = entries_of(
         monkeypatch,
-        contestant(FakeRuntime("a", times=[4 * MS]), "Lite"),
-        contestant(FakeRuntime("b", times=[3 * MS]), "OpenVINO"),
-        contestant(FakeRuntime("c", times=[1 * MS]), "eager", INT8),
-        contestant(FakeRuntime("d", times=[1 * MS]), "Lite", INT8),
+        case(FakeRuntime("a", times=[4 * MS]), "Lite"),
+        case(FakeRuntime("b", times=[3 * MS]), "OpenVINO"),
+        case(FakeRuntime("c", times=[1 * MS]), "eager", INT8),
+        case(FakeRuntime("d", times=[1 * MS]), "Lite", INT8),
     )
-    eager, lite = rows_from(entries, Settings(batch=2))[2:]
+    eager, lite = make_rows(entries, Settings(batch=2))[2:]
     assert eager.speedup is not None and eager.speedup.median == pytest.approx(3)
     assert lite.speedup is not None and lite.speedup.median == pytest.approx(4)
 
 
 def test_the_share_of_the_peak_is_that_of_the_same_precision_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def peak(precision: Precision, macs: int, threads: int = 1) -> Contestant:
+    def peak(precision: Precision, macs: int, threads: int = 1) -> BenchmarkCase:
         runtime = FakeRuntime("vpdpbusd", times=[MS], threads=threads, macs=macs)
-        return contestant(runtime, "self-test", precision, answers=None, is_peak=True, threads=threads)
+        return case(runtime, "self-test", precision, answers=None, is_peak=True, threads=threads)
 
     entries = entries_of(
         monkeypatch,
-        contestant(FakeRuntime("a", times=[2 * MS]), "eager", INT8, macs=10_000),
+        case(FakeRuntime("a", times=[2 * MS]), "eager", INT8, macs=10_000),
         peak(FP32, 15_000),
         peak(INT8, 40_000),
         peak(INT8, 90_000, threads=2),
@@ -708,13 +716,13 @@ def test_another_file_is_a_row_of_its_own_and_compared_by_speed_alone(monkeypatc
     other = np.zeros((2, 3), np.float32)
     entries = entries_of(
         monkeypatch,
-        contestant(FakeRuntime("a", times=[2 * MS]), "Lite", INT8),
-        contestant(FakeRuntime("b", times=[3 * MS], logits=other), "OpenVINO", INT8, answers=None, file="rival.onnx"),
+        case(FakeRuntime("a", times=[2 * MS]), "Lite", INT8),
+        case(FakeRuntime("b", times=[3 * MS], logits=other), "OpenVINO", INT8, answers=None, file="rival.onnx"),
     )
     report = report_of(entries)
     report = replace(report, settings=replace(report.settings, against=(Path("a/rival.onnx"),)))
     own, rival = report.rows
-    assert rival.sound and group_of(rival) == "rival.onnx, int8, 1 thread"
+    assert rival.sound and find_group(rival) == "rival.onnx, int8, 1 thread"
     assert report.best("resnet18", INT8) is own
     (found,) = report.comparisons("resnet18")
     assert comparison_text(found) == (
@@ -727,13 +735,13 @@ def test_another_file_is_a_row_of_its_own_and_compared_by_speed_alone(monkeypatc
 def test_processors_that_saturate_are_told_of() -> None:
     assert saturates(("AVX2",)) and saturates(("AVX2", "AVX-512"))
     assert not saturates(("AVX2", "AVX-512", "AVX-512 VNNI")) and not saturates(("Arm dot product",))
-    assert any("can saturate" in note for note in notes_on(replace(MACHINE, features=("AVX2", "FMA")), Settings()))
-    assert notes_on(replace(MACHINE, features=("AVX2", "FMA", "AVX-VNNI")), Settings()) == ()
+    assert any("can saturate" in note for note in list_notes(replace(MACHINE, features=("AVX2", "FMA")), Settings()))
+    assert list_notes(replace(MACHINE, features=("AVX2", "FMA", "AVX-VNNI")), Settings()) == ()
 
 
 def test_an_engine_without_fp32_has_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", INT8))
-    (row,) = rows_from(entries, Settings(batch=2))
+    entries = entries_of(monkeypatch, case(FakeRuntime("a"), "eager", INT8))
+    (row,) = make_rows(entries, Settings(batch=2))
     assert row.speedup is None and row.speed is not None
 
 
@@ -757,7 +765,7 @@ def test_json_holds_all_samples_and_conditions(report: Report) -> None:
 
 def test_json_has_null_for_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = np.full((2, 5), np.nan, np.float32)
-    entries = entries_of(monkeypatch, contestant(FakeRuntime("a", logits=nothing), "eager"))
+    entries = entries_of(monkeypatch, case(FakeRuntime("a", logits=nothing), "eager"))
     (row,) = json.loads(report_of(entries).to_json(), parse_constant=pytest.fail)["rows"]
     assert row["agreement"]["largest_difference"] is None and row["sound"] is False
 
@@ -843,5 +851,5 @@ def test_markdown_escapes_what_would_break_a_table_or_a_list(report: Report) -> 
 
 
 def test_a_report_without_published_figures_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = entries_of(monkeypatch, contestant(FakeRuntime("a"), "eager", network=UNPUBLISHED))
+    entries = entries_of(monkeypatch, case(FakeRuntime("a"), "eager", network=UNPUBLISHED))
     assert "- none published" in markdown(report_of(entries))

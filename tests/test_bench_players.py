@@ -14,15 +14,15 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mgq.bench import workers as players_module
-from mgq.bench.cases import Contestant, Loaded, contest
-from mgq.bench.peak import INSTRUCTIONS, ITERATIONS, SUMS, PeakLoop, instruction_for, module_text
+from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
+from mgq.bench.peak import INSTRUCTIONS, ITERATIONS, SUMS, PeakLoop, find_instruction, module_text
 from mgq.bench.settings import Precision
-from mgq.bench.workers import Away, Seat
+from mgq.bench.workers import SubprocessWorker, WorkerConfig
 from mgq.errors import FailureError, InputError
 from mgq.runtime.protocol import Runtime
 from mgq.system.environment import this_machine
 
-PICTURES = np.zeros((2, 3, 32, 32), np.uint8)
+IMAGES = np.zeros((2, 3, 32, 32), np.uint8)
 CORE = min(os.sched_getaffinity(0))
 
 
@@ -58,30 +58,30 @@ class EchoLoader:
         return Echo(self.does, threads)
 
 
-def away(does: str = "", copies: int = 1) -> Away:
-    return Away("resnet18 int8", Seat(EchoLoader(does), 1, copies, (CORE,), ("json",)), PICTURES)
+def away(does: str = "", copies: int = 1) -> SubprocessWorker:
+    return SubprocessWorker("resnet18 int8", WorkerConfig(EchoLoader(does), 1, copies, (CORE,), ("json",)), IMAGES)
 
 
 @pytest.fixture
-def player() -> Iterator[Away]:
+def worker() -> Iterator[SubprocessWorker]:
     found = away()
     found.wait_until_ready()
     yield found
     found.close()
 
 
-def test_it_runs_in_its_own_process_on_its_own_cores(player: Away) -> None:
-    pid, cores, first = player.logits()[0]
-    assert (int(pid), int(cores), int(first)) == (player.process._child.process.pid % 65536, 1, CORE)  # type: ignore[operator]
-    assert (player.name, player.version, player.threads) == ("echo", "3", 1)
-    assert len(player.turn(4)) == 4 and min(player.turn(1)) > 0
-    memory = player.peak_memory()
+def test_it_runs_in_its_own_process_on_its_own_cores(worker: SubprocessWorker) -> None:
+    pid, cores, first = worker.logits()[0]
+    assert (int(pid), int(cores), int(first)) == (worker.process._child.process.pid % 65536, 1, CORE)  # type: ignore[operator]
+    assert (worker.name, worker.version, worker.threads) == ("echo", "3", 1)
+    assert len(worker.turn(4)) == 4 and min(worker.turn(1)) > 0
+    memory = worker.peak_memory()
     assert memory is not None and 10**7 < memory < 10**9
 
 
-def test_it_is_paused_between_its_turns(player: Away) -> None:
-    process = psutil.Process(player.process._child.process.pid)
-    player.turn(1)
+def test_it_is_paused_between_its_turns(worker: SubprocessWorker) -> None:
+    process = psutil.Process(worker.process._child.process.pid)
+    worker.turn(1)
     given_up = time.monotonic() + 60  # a signal that was sent is not yet a process that stands still
     while process.status() != psutil.STATUS_STOPPED and time.monotonic() < given_up:
         time.sleep(0.01)
@@ -118,10 +118,10 @@ def test_what_goes_wrong_in_its_process_is_told_in_a_line_and_costs_its_row(
     if does == "hang":
         monkeypatch.setattr(players_module, "TURN_PATIENCE_S", 1.0)
     rows = [
-        Contestant("resnet18", Precision.INT8, name, lambda what=what: Loaded(away(what), ""), answers=None)  # type: ignore[misc]
+        BenchmarkCase("resnet18", Precision.INT8, name, lambda what=what: LoadedWorker(away(what), ""), answers=None)  # type: ignore[misc]
         for name, what in (("good", ""), ("bad", does))
     ]
-    good, bad = contest(rows, 2)
+    good, bad = run_cases(rows, 2)
     assert good.problem is None and len(good.rounds) == 2
     assert bad.problem == why and bad.rounds == ()
 
@@ -130,7 +130,7 @@ def test_the_widest_instruction_of_the_processor_is_chosen() -> None:
     int8, fp32 = Precision.INT8, Precision.FP32
 
     def name(precision: Precision, *features: str) -> str | None:
-        found = instruction_for(precision, features)
+        found = find_instruction(precision, features)
         return found.name if found else None
 
     assert name(int8, "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-VNNI") == "vpdpbusd, 512 bits"
@@ -152,14 +152,14 @@ def test_the_loop_keeps_its_sums_apart(precision: Precision) -> None:
 @pytest.mark.parametrize("precision", Precision)
 def test_the_loop_runs_here_as_often_as_it_says(precision: Precision) -> None:
     features = this_machine().features
-    instruction = instruction_for(precision, features)
+    instruction = find_instruction(precision, features)
     if instruction is None:
         with pytest.raises(FailureError, match="no instruction that the self-test"):
             PeakLoop(precision, features, 1)
         return
     loop = PeakLoop(precision, features, 2)
     assert loop.macs == instruction.macs * SUMS * ITERATIONS * 2
-    assert loop.run(PICTURES).shape == (2, 1)
+    assert loop.run(IMAGES).shape == (2, 1)
     # Sums of ones: each of the 16 or 8 numbers grows by 1 (or the 4 products of int8 that it adds) in each pass.
     one, passes = (1.0, 10) if precision is Precision.FP32 else (0x01010101, 10)
     kind = np.float32 if precision is Precision.FP32 else np.int32

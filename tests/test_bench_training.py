@@ -14,9 +14,9 @@ from mgq.bench.training_speed import (
     Stepper,
     TrainingReport,
     TrainingSettings,
+    make_training_settings,
     training_benchmark,
     training_markdown,
-    training_settings_for,
 )
 from mgq.errors import InputError
 from mgq.quantization.modes import Mode
@@ -76,7 +76,7 @@ def test_both_kernels_take_the_same_step() -> None:
 def test_settings_that_cannot_be_are_refused(words: dict[str, object]) -> None:
     given: dict[str, object] = {"networks": [], "rounds": None, "batch": None, "image_size": None, **words}
     with pytest.raises(InputError):
-        training_settings_for(**given)  # type: ignore[arg-type]
+        make_training_settings(**given)  # type: ignore[arg-type]
 
 
 def test_options_of_the_other_benchmark_are_refused(mgq: Mgq) -> None:

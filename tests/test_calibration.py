@@ -15,16 +15,16 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.data.synthetic import SyntheticPictures
-from mgq.engine.calibration.calibration_run import calibrated, sources_of
+from mgq.data.synthetic import SyntheticImages
+from mgq.engine.calibration.calibration_run import calibrate, list_sources
 from mgq.errors import InputError
-from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measured_ranges
+from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measure_ranges
 from mgq.ptq.easyquant import SampledConvolution, cosine
-from mgq.ptq.patches import picked, sampled_positions
+from mgq.ptq.patches import pick_positions, sample_positions
 from mgq.quantization.activation_ranges import (
     ActivationRanges,
     apply_ranges,
-    folded_weight,
+    fold_weight,
     observe_weights,
     read_ranges,
     set_range,
@@ -37,7 +37,7 @@ from tests.conftest import (
     logits_of,
     one_line_about,
     same_state,
-    smooth_pictures,
+    smooth_images,
     trio_of,
     values_of,
 )
@@ -81,11 +81,11 @@ def net() -> M.Module:
     return network
 
 
-PICTURES = smooth_pictures(6, 32, 32)
+IMAGES = smooth_images(6, 32, 32)
 
 
 def ranges_by(method: str, network: M.Module | None = None) -> ActivationRanges:
-    return measured_ranges(network or net(), iter([PICTURES[:4], PICTURES[4:]]), "net", "", {}, method)
+    return measure_ranges(network or net(), iter([IMAGES[:4], IMAGES[4:]]), "net", "", {}, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,7 +106,7 @@ class TestEachMethod:
             assert 0.3 * limits[0] <= limits[1] <= 1.25 * limits[0], name
             assert (found[name][0] == 0) == (low == 0), name
 
-    def test_the_same_pictures_give_the_same_ranges(self, method: str) -> None:
+    def test_the_same_images_give_the_same_ranges(self, method: str) -> None:
         assert ranges_by(method) == ranges_by(method)
 
     def test_a_range_behind_a_relu6_is_at_most_6(self, method: str) -> None:
@@ -122,15 +122,15 @@ class TestEachMethod:
         network = net()
         qat = to_mode(network, Mode.QAT)
         apply_ranges(qat, ranges_by(method, network))
-        exact, real = logits_of(network, PICTURES), logits_of(to_mode(qat, Mode.QUANTIZED), PICTURES)
+        exact, real = logits_of(network, IMAGES), logits_of(to_mode(qat, Mode.QUANTIZED), IMAGES)
         assert np.corrcoef(exact.ravel(), real.ravel())[0, 1] > 0.995
 
-    def test_no_pictures_are_no_ranges(self, method: str) -> None:
-        assert measured_ranges(net(), [], "net", "", {}, method).ranges == {}
+    def test_no_images_are_no_ranges(self, method: str) -> None:
+        assert measure_ranges(net(), [], "net", "", {}, method).ranges == {}
 
     def test_a_run_says_by_which_method(self, method: str, tmp_path: Path) -> None:
         own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-        found = calibrated(own, sources_of(Pictures()), 3, method=method)
+        found = calibrate(own, list_sources(Images()), 3, method=method)
         assert found.used == 3
         assert found.ranges.provenance["method"] == found.ranges.observer == method
         assert f"--method {method}" in found.ranges.provenance["made_by"]
@@ -139,7 +139,7 @@ class TestEachMethod:
         assert read_ranges(tmp_path / "ranges.json") == found.ranges
 
 
-class Pictures:
+class Images:
     """A data set in memory."""
 
     name = "pictures"
@@ -149,15 +149,15 @@ class Pictures:
     def __len__(self) -> int:
         return 5
 
-    def picture(self, index: int) -> npt.NDArray[np.uint8]:
-        return np.ascontiguousarray(smooth_pictures(1, 80, 96, index)[0].transpose(1, 2, 0))
+    def image(self, index: int) -> npt.NDArray[np.uint8]:
+        return np.ascontiguousarray(smooth_images(1, 80, 96, index)[0].transpose(1, 2, 0))
 
 
 class TestMethods:
     def test_an_unknown_one_is_refused_with_those_there_are(self) -> None:
         for call in (
             lambda: ranges_by("best"),
-            lambda: calibrated(classifier_of(SHUFFLE), sources_of(Pictures()), 1, method="best"),
+            lambda: calibrate(classifier_of(SHUFFLE), list_sources(Images()), 1, method="best"),
         ):
             with pytest.raises(InputError) as error:
                 call()
@@ -166,29 +166,29 @@ class TestMethods:
     def test_the_default_is_one_of_them(self) -> None:
         assert DEFAULT_METHOD in METHODS
 
-    def test_no_more_pictures_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mgq.ptq.calibrate.LAYERWISE_PICTURES", 2)
+    def test_no_more_images_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mgq.ptq.calibrate.MOST_LAYERWISE_IMAGES", 2)
         for method, used in (("easyquant", 2), ("min-max", 4)):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-            found = calibrated(own, Pictures(), 4, method=method)
+            found = calibrate(own, Images(), 4, method=method)
             assert found.used == found.ranges.provenance["images"] == used
 
     def test_a_data_set_is_as_good_as_files(self) -> None:
         found = []
-        for sources in (Pictures(), sources_of(Pictures())):
+        for sources in (Images(), list_sources(Images())):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-            found.append(calibrated(own, sources, 4, method="min-max"))
+            found.append(calibrate(own, sources, 4, method="min-max"))
         assert found[0].ranges == found[1].ranges
         assert found[0].used == 4
 
-    def test_synthetic_pictures_serve_too(self) -> None:
-        assert sources_of(SyntheticPictures(3, 64))[2].read().shape == (64, 64, 3)
+    def test_synthetic_images_serve_too(self) -> None:
+        assert list_sources(SyntheticImages(3, 64))[2].read().shape == (64, 64, 3)
 
 
 def output_of_sum(network: M.Module) -> npt.NDArray[np.float32]:
     seen: list[Tensor] = []
     hook = network.add.register_forward_hook(lambda _, __, output: seen.append(output))
-    logits_of(network, PICTURES)
+    logits_of(network, IMAGES)
     hook.remove()
     return np.asarray(seen[0].numpy())
 
@@ -201,7 +201,7 @@ class TestEasyQuant:
         apply_ranges(qat, found)
         for name, (low, high) in found.weight_ranges.items():
             layer = getattr(qat, name)
-            largest = np.abs(folded_weight(layer).numpy()).max()
+            largest = np.abs(fold_weight(layer).numpy()).max()
             assert 0.75 * largest < high == -low < 1.25 * largest
             assert np.isclose(layer.weight_observer.get_qparams().scale.numpy(), high / 127, rtol=1e-6)
 
@@ -210,7 +210,7 @@ class TestEasyQuant:
         for method in ("min-max", EASYQUANT):
             network = net()
             qat = to_mode(network, Mode.QAT)
-            apply_ranges(qat, measured_ranges(network, [PICTURES], "net", "", {}, method, correct_bias=False))
+            apply_ranges(qat, measure_ranges(network, [IMAGES], "net", "", {}, method, correct_bias=False))
             similarities.append(cosine(output_of_sum(network), output_of_sum(qat)))
         assert 1 - similarities[1] < 0.95 * (1 - similarities[0])
 
@@ -221,15 +221,15 @@ class TestEasyQuant:
         observe_weights(qat)
         source = np.random.default_rng(0).normal(0, 10, (2, 3 if name == "first" else 8, 16, 16)).astype(np.float32)
         layer.eval()
-        limit = 0.7 * float(np.abs(folded_weight(layer).numpy()).max())
+        limit = 0.7 * float(np.abs(fold_weight(layer).numpy()).max())
         set_range(layer.weight_observer, -limit, limit)
         layer.act_fake_quant.disable()
         whole = layer(Tensor(source)).numpy()
-        at = sampled_positions(whole.shape, np.random.default_rng(0))
+        at = sample_positions(whole.shape, np.random.default_rng(0))
         sampled = SampledConvolution(layer, source, at).output(limit)
-        np.testing.assert_allclose(sampled, picked(whole, at), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(sampled, pick_positions(whole, at), rtol=1e-3, atol=1e-3)
 
-    def test_pictures_are_spread_over_all_batches(self) -> None:
+    def test_images_are_spread_over_all_batches(self) -> None:
         def batches() -> Iterator[npt.NDArray[np.uint8]]:
             for start in range(0, 100, 10):
                 yield np.arange(start, start + 10, dtype=np.uint8).reshape(10, 1, 1, 1)
@@ -237,8 +237,8 @@ class TestEasyQuant:
         for number, kept in ((32, range(0, 100, 4)), (100, range(100))):
             sample = Sample(number)
             assert sum(len(batch) for batch in sample.of(batches())) == 100
-            assert [int(picture.item()) for picture in sample.pictures] == list(kept)
-        assert Sample(3).pictures == []
+            assert [int(image.item()) for image in sample.images] == list(kept)
+        assert Sample(3).images == []
 
 
 def means_before_activation(network: M.Module) -> dict[str, npt.NDArray[np.float32]]:
@@ -252,7 +252,7 @@ def means_before_activation(network: M.Module) -> dict[str, npt.NDArray[np.float
         return note
 
     handles = [getattr(network, name).register_forward_hook(hook(name)) for name in ("third", "add")]
-    logits_of(network, PICTURES)
+    logits_of(network, IMAGES)
     for handle in handles:
         handle.remove()
     return found
@@ -264,7 +264,7 @@ class TestBiasCorrection:
         exact = means_before_activation(net())
         errors = []
         for correct in (False, True):
-            found = measured_ranges(net(), [PICTURES], "net", "", {}, method, correct_bias=correct)
+            found = measure_ranges(net(), [IMAGES], "net", "", {}, method, correct_bias=correct)
             assert bool(found.bias_corrections) == correct
             qat = to_mode(net(), Mode.QAT)
             apply_ranges(qat, found)
@@ -282,8 +282,8 @@ class TestBiasCorrection:
         added = qat.third.bias.numpy() - net().third.bias.numpy()
         np.testing.assert_allclose(added.ravel(), found.bias_corrections["third"], rtol=1e-4, atol=1e-6)
         qat.eval()
-        real = logits_of(to_mode(qat, Mode.QUANTIZED), PICTURES)
-        np.testing.assert_allclose(logits_of(qat, PICTURES), real, rtol=0.02, atol=0.02)
+        real = logits_of(to_mode(qat, Mode.QUANTIZED), IMAGES)
+        np.testing.assert_allclose(logits_of(qat, IMAGES), real, rtol=0.02, atol=0.02)
 
 
 class TestFile:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mgq
-from mgq.api import request_of
+from mgq.api import make_train_options
 from mgq.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -16,7 +16,7 @@ ARCH = "shufflenet_v1_x0_5_g3"
 
 
 def test_words_go_to_the_request_the_builder_or_the_recipe() -> None:
-    request = request_of(
+    request = make_train_options(
         {"arch": "mobilenet_v2", "data": "flowers", "width": 0.5, "epochs": 3, "lr": None, "resume": True}
     )
     assert request.arch == "mobilenet_v2" and request.data == Path("flowers") and request.resume

@@ -13,7 +13,7 @@ import pytest
 from megengine import Tensor
 from megengine.core.tensor.dtype import get_scale, qint8, qint32
 
-from mgq.quantization.activation_ranges import quantized_weight
+from mgq.quantization.activation_ranges import quantize_weight
 from mgq.quantization.int8_casts import casts_in_numpy
 from mgq.quantization.modes import Mode, to_mode
 from mgq.runtime.megengine import TracedRuntime
@@ -74,7 +74,7 @@ def test_int8_weights_are_those_of_fake_quantization() -> None:
     network = observed_network()
     int8 = to_mode(network, Mode.QUANTIZED)
     for layer, real in zip(network.layers, int8.layers, strict=True):
-        integers = quantized_weight(layer).numpy() / layer.weight_observer.get_qparams().scale.numpy()
+        integers = quantize_weight(layer).numpy() / layer.weight_observer.get_qparams().scale.numpy()
         np.testing.assert_array_equal(real.weight.numpy(), np.rint(integers))
 
 
@@ -106,7 +106,7 @@ def growth(work: Callable[[int], Any], times: int = 20) -> float:
 def test_an_int8_network_of_new_scales_leaves_little_behind_once_it_has_run() -> None:
     """Six convolutions by operators: some 500 kB."""
     network = observed_network()
-    pictures = np.random.default_rng(1).integers(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, 8, 8)).astype(np.uint8)
 
     def new_scales(factor: float) -> None:
         for layer in network.layers.modules():
@@ -116,6 +116,6 @@ def test_an_int8_network_of_new_scales_leaves_little_behind_once_it_has_run() ->
 
     def run(number: int) -> None:
         new_scales(0.999)
-        assert np.isfinite(TracedRuntime(to_mode(network, Mode.QUANTIZED)).run(pictures)).all()
+        assert np.isfinite(TracedRuntime(to_mode(network, Mode.QUANTIZED)).run(images)).all()
 
     assert growth(run) < 100

@@ -40,23 +40,23 @@ def test_a_table_shows_class_probability_origin_and_mode(mgq: Mgq) -> None:
     assert all(len(line) <= 80 for line in said.out.splitlines())
 
 
-def test_pictures_folders_globs_options_and_standard_input(mgq: Mgq, tmp_path: Path) -> None:
+def test_images_folders_globs_options_and_standard_input(mgq: Mgq, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("a.jpg", "folder/b.jpg", "c1.jpg"):
         (tmp_path / name).write_bytes(bundled_cat().read_bytes())
     said = mgq("infer", "a.jpg", "folder", "c*.jpg", "-i", "folder/b.jpg", "--json")
-    pictures = [Path(answer["picture"]).name for answer in json.loads(said.out)["answers"]]
-    assert sorted(pictures) == ["a.jpg", "b.jpg", "c1.jpg"]
+    images = [Path(answer["picture"]).name for answer in json.loads(said.out)["answers"]]
+    assert sorted(images) == ["a.jpg", "b.jpg", "c1.jpg"]
 
 
-def test_a_picture_on_standard_input(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_on_standard_input(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input = io.TextIOWrapper(io.BytesIO(bundled_cat().read_bytes()))
     monkeypatch.setattr(sys, "stdin", standard_input)
     said = mgq("infer", "-", "--json")
     assert json.loads(said.out)["answers"][0]["guesses"][0]["class"] in CATS
 
 
-def broken_pictures(folder: Path) -> dict[str, Path]:
+def broken_images(folder: Path) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     made = {name: folder / f"{name}.jpg" for name in ("missing", "text", "truncated", "empty", "wide")}
     made["text"].write_text("this is no picture")
@@ -69,13 +69,13 @@ def broken_pictures(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "wide"])
-def test_a_broken_picture_is_one_line_and_exit_code_2(mgq: Mgq, tmp_path: Path, kind: str) -> None:
-    broken = broken_pictures(tmp_path / "broken")[kind]
+def test_a_broken_image_is_one_line_and_exit_code_2(mgq: Mgq, tmp_path: Path, kind: str) -> None:
+    broken = broken_images(tmp_path / "broken")[kind]
     assert broken.name in the_error(mgq("infer", broken))
 
 
-def test_the_good_pictures_of_a_batch_are_answered_and_the_broken_ones_counted(mgq: Mgq, tmp_path: Path) -> None:
-    broken = broken_pictures(tmp_path / "broken")
+def test_the_good_images_of_a_batch_are_answered_and_the_broken_ones_counted(mgq: Mgq, tmp_path: Path) -> None:
+    broken = broken_images(tmp_path / "broken")
     said = mgq("infer", *broken.values(), bundled_cat(), "--json")
     body = json.loads(said.out)
     assert said.code == 2 and body["failed"] == len(broken)

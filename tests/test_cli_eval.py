@@ -18,7 +18,7 @@ from mgq.engine.classifier.open import RUN_CHECKPOINT
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import write_checkpoint
-from tests.conftest import Mgq, classifier_of, one_line_about, smooth_pictures, the_error
+from tests.conftest import Mgq, classifier_of, one_line_about, smooth_images, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
 NAMES = tuple(f"kind {i}" for i in range(10))
@@ -32,8 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("made")
     for place, name in enumerate(NAMES):
         (root / "set" / "val" / name).mkdir(parents=True)
-        for i, picture in enumerate(smooth_pictures(3, 72, 90, seed=place)):
-            cv2.imwrite(str(root / "set" / "val" / name / f"{i}.png"), picture.transpose(1, 2, 0))
+        for i, image in enumerate(smooth_images(3, 72, 90, seed=place)):
+            cv2.imwrite(str(root / "set" / "val" / name / f"{i}.png"), image.transpose(1, 2, 0))
     for mode in (Mode.NORMAL, Mode.QAT):
         classifier_of(ARCH, mode).write_checkpoint(root / f"{mode.value}.safetensors")
     network = classifier_of(ARCH, Mode.NORMAL)
@@ -137,7 +137,7 @@ def test_a_limit_is_said(mgq: Mgq, made: Path) -> None:
     assert "10 of 30 pictures" in said.out
 
 
-def test_broken_pictures_are_named_and_counted(mgq: Mgq, made: Path, tmp_path: Path) -> None:
+def test_broken_images_are_named_and_counted(mgq: Mgq, made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for path in (made / "set" / "val").glob("*/*.png"):
         (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -153,10 +153,10 @@ def test_broken_pictures_are_named_and_counted(mgq: Mgq, made: Path, tmp_path: P
 @pytest.fixture
 def sets(made: Path, tmp_path: Path) -> Iterator[Path]:
     """Folders that cannot be measured on."""
-    picture = bundled_cat().read_bytes()
+    image = bundled_cat().read_bytes()
     for name in ("loose/1.jpg", "one/a/1.jpg", "hollow/a/1.jpg", "other/oak/1.jpg", "other/fir/1.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture)
+        (tmp_path / name).write_bytes(image)
     (tmp_path / "hollow" / "b").mkdir()
     (tmp_path / "hollow" / "b" / "notes.txt").touch()
     yield tmp_path

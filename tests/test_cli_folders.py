@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from mgq.data.image_sources import expand
-from mgq.engine.calibration.calibration_run import calibrated
+from mgq.engine.calibration.calibration_run import calibrate
 from mgq.engine.calibration.image_variety import FEWEST, Likeness
 from mgq.engine.classifier.open import Classifier
 from mgq.quantization.modes import Mode
 from mgq.zoo.registry import spec_of
-from tests.conftest import Mgq, blank, classifier_of, filled, one_line_about, smooth_pictures, the_error, write_pictures
+from tests.conftest import Mgq, blank, classifier_of, filled, one_line_about, smooth_images, the_error, write_images
 
 ARCH = "shufflenet_v1_x0_5_g3"
 KINDS = ("kind 3", "kind 7")
@@ -36,8 +36,8 @@ def folders(root: Path, *places: str, suffix: str = ".png", number: int = 2) -> 
     for place in places:
         for seed, kind in enumerate(KINDS):
             (root / place / kind).mkdir(parents=True)
-            for i, picture in enumerate(smooth_pictures(number, 40, 48, seed)):
-                Image.fromarray(picture.transpose(1, 2, 0)).save(root / place / kind / f"{i}{suffix}")
+            for i, image in enumerate(smooth_images(number, 40, 48, seed)):
+                Image.fromarray(image.transpose(1, 2, 0)).save(root / place / kind / f"{i}{suffix}")
     return root
 
 
@@ -102,7 +102,7 @@ def test_infer_shows_as_many_classes_as_there_are(mgq: Mgq, tmp_path: Path) -> N
     network = filled(blank(ARCH, 2))
     two = Classifier(network, None, spec_of(ARCH), Mode.NORMAL, KINDS, 64, "made-up weights", {})
     two.write_checkpoint(tmp_path / "two.safetensors")
-    write_pictures(tmp_path / "set", 1)
+    write_images(tmp_path / "set", 1)
     infer = ("infer", "-m", "normal", "-c", "two.safetensors", "set")
     said = mgq(*infer)
     assert said.code == 0, said.err
@@ -136,43 +136,43 @@ def test_eval_measures_any_subset_of_the_classes(
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
-def test_one_picture_and_two_calibrate_with_a_warning(tmp_path: Path, number: int, quality: str) -> None:
-    sources = expand([str(write_pictures(tmp_path / "set", number))])
+def test_one_image_and_two_calibrate_with_a_warning(tmp_path: Path, number: int, quality: str) -> None:
+    sources = expand([str(write_images(tmp_path / "set", number))])
     remarks: list[str] = []
-    found = calibrated(classifier_of(ARCH), sources, 256, quality=quality, on_remark=remarks.append)
+    found = calibrate(classifier_of(ARCH), sources, 256, quality=quality, on_message=remarks.append)
     assert found.used == number and found.classifier.mode is Mode.QAT
     warning, done = remarks
     assert one_line_about(warning, f"calibrated on {number} picture", "so few")
     assert one_line_about(done, f"on {number} image", "too few to hold some back")
 
 
-def picture(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def image(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.array(values, np.uint8).reshape(1, -1, 1).repeat(3, 2)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "parts"),
+    ("images", "parts"),
     [
-        ([picture(0, 0)] * 20, [("20 of 20 calibration pictures are blank", "single colour")]),
-        ([picture(9, 9), *(picture(i, 1) for i in range(20, 40))], [("1 of 21 calibration pictures is blank",)]),
-        ([picture(0, 1)] * 20, [("all 20 calibration pictures are alike to the pixel",)]),
-        ([picture(i % 3, 5) for i in range(60)], [("calibrated on 60 pictures, 3 of them different",)]),
-        ([picture(i, 99) for i in range(FEWEST - 1)], [(f"calibrated on {FEWEST - 1} pictures:",)]),
-        ([picture(i, 99) for i in range(FEWEST)], []),
+        ([image(0, 0)] * 20, [("20 of 20 calibration pictures are blank", "single colour")]),
+        ([image(9, 9), *(image(i, 1) for i in range(20, 40))], [("1 of 21 calibration pictures is blank",)]),
+        ([image(0, 1)] * 20, [("all 20 calibration pictures are alike to the pixel",)]),
+        ([image(i % 3, 5) for i in range(60)], [("calibrated on 60 pictures, 3 of them different",)]),
+        ([image(i, 99) for i in range(FEWEST - 1)], [(f"calibrated on {FEWEST - 1} pictures:",)]),
+        ([image(i, 99) for i in range(FEWEST)], []),
     ],
 )
-def test_pictures_that_tell_little_are_counted(
-    pictures: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], parts: list[tuple[str, ...]]
+def test_images_that_tell_little_are_counted(
+    images: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], parts: list[tuple[str, ...]]
 ) -> None:
     likeness = Likeness()
-    for one in pictures:
+    for one in images:
         likeness.add(one)
     lines = likeness.warnings()
     assert len(lines) == len(parts)
     assert all(one_line_about(line, *words) for line, words in zip(lines, parts, strict=True))
 
 
-def test_calibration_on_black_pictures_warns_with_their_number(mgq: Mgq, tmp_path: Path, checkpoint: Path) -> None:
+def test_calibration_on_black_images_warns_with_their_number(mgq: Mgq, tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "black").mkdir()
     for i in range(17):
         cv2.imwrite(str(tmp_path / "black" / f"{i}.png"), np.zeros((40, 40, 3), np.uint8))

@@ -22,7 +22,7 @@ ARCH = "shufflenet_v1_x0_5_g3"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight labelled pictures in two classes, called as the made-up networks call theirs."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
@@ -44,14 +44,14 @@ def float_checkpoint(short_shufflenet: None, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def calibrated(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a network for the target onnx."""
-    found = calibration_run.calibrated(
-        classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, compensate=False
+    found = calibration_run.calibrate(
+        classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, weight_rounding="nearest"
     )
     return found.write(tmp_path_factory.mktemp("calibrated"))
 
 
-def test_calibrate_takes_a_target(mgq: Mgq, float_checkpoint: Path, pictures: Path) -> None:
-    said = mgq("calibrate", pictures / "val", "-c", float_checkpoint, "--target", "onnx", "--json")
+def test_calibrate_takes_a_target(mgq: Mgq, float_checkpoint: Path, images: Path) -> None:
+    said = mgq("calibrate", images / "val", "-c", float_checkpoint, "--target", "onnx", "--json")
     assert said.code == 0, said.err
     body = json.loads(said.out)
     assert body["target"] == "onnx" and open_classifier(checkpoint=Path(body["checkpoint"])).target is ONNX
@@ -100,21 +100,21 @@ def test_rewrites_are_measured_and_the_file_answers_as_before(mgq: Mgq, calibrat
     assert plain.code == 2
 
 
-def test_eval_of_a_file_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, pictures: Path) -> None:
+def test_eval_of_a_file_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, images: Path) -> None:
     assert mgq("dump", "-c", calibrated, "--batch", "0", "-o", "net.onnx", "--check", "none").code == 0
     found = []
     for jobs in ("1", "2"):
-        said = mgq("eval", "-c", "net.onnx", "-d", pictures, "--json", "--jobs", jobs, "--batch-size", "2")
+        said = mgq("eval", "-c", "net.onnx", "-d", images, "--json", "--jobs", jobs, "--batch-size", "2")
         assert said.code == 0, said.err
         found.append(json.loads(said.out))
     assert found[0]["images"] == 8
     assert [found[0][key] for key in ("top1", "loss")] == [found[1][key] for key in ("top1", "loss")]
 
 
-def test_eval_in_an_engine_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, pictures: Path) -> None:
+def test_eval_in_an_engine_is_the_same_in_one_process_and_in_two(mgq: Mgq, calibrated: Path, images: Path) -> None:
     found = []
     for jobs in ("1", "2"):
-        words = ("-c", calibrated, "-d", pictures, "--engine", "onnxruntime", "--batch-size", "2", "--jobs", jobs)
+        words = ("-c", calibrated, "-d", images, "--engine", "onnxruntime", "--batch-size", "2", "--jobs", jobs)
         said = mgq("eval", *words, "--json")
         assert said.code == 0, said.err
         found.append(json.loads(said.out))
@@ -142,13 +142,13 @@ def test_a_float_network_is_written_too(mgq: Mgq, float_checkpoint: Path) -> Non
 
 class TestBadInput:
     def test_a_finished_file_is_neither_dumped_nor_calibrated_nor_changed(
-        self, mgq: Mgq, calibrated: Path, pictures: Path
+        self, mgq: Mgq, calibrated: Path, images: Path
     ) -> None:
         assert mgq("dump", "-c", calibrated, "-o", "net.onnx", "--check", "none").code == 0
         for words, mend in (
             (("dump", "-o", "other.onnx"), "give the checkpoint"),
-            (("calibrate", pictures / "val"), "give the checkpoint"),
-            (("analyze", pictures / "val"), "give the checkpoint"),
+            (("calibrate", images / "val"), "give the checkpoint"),
+            (("analyze", images / "val"), "give the checkpoint"),
             (("infer", bundled_cat(), "--dump"), "give the checkpoint"),
             (("infer", bundled_cat(), "-m", "normal"), "leave out -m normal"),
             (("infer", bundled_cat(), "--target", "onnx"), "leave out --target"),
@@ -156,7 +156,7 @@ class TestBadInput:
         ):
             assert one_line_about(the_error(mgq(*words, "-c", "net.onnx")), "net.onnx", mend), words
 
-    def test_pictures_to_compare_on_are_read_before_anything_is_written(
+    def test_images_to_compare_on_are_read_before_anything_is_written(
         self, mgq: Mgq, calibrated: Path, tmp_path: Path
     ) -> None:
         said = mgq("dump", "-c", calibrated, "-o", "net.onnx", "-d", "nowhere")
@@ -166,10 +166,10 @@ class TestBadInput:
         said = mgq("infer", "-c", calibrated, "--target", "megengine")
         assert said.code == 2 and "was quantized for the target onnx, not megengine" in the_error(said)
 
-    def test_an_unknown_target_format_check_or_engine(self, mgq: Mgq, float_checkpoint: Path, pictures: Path) -> None:
+    def test_an_unknown_target_format_check_or_engine(self, mgq: Mgq, float_checkpoint: Path, images: Path) -> None:
         c = ("-c", float_checkpoint)
         for words, what in (
-            (("calibrate", pictures, *c, "--target", "tensorrt"), "there is no target 'tensorrt'; choose"),
+            (("calibrate", images, *c, "--target", "tensorrt"), "there is no target 'tensorrt'; choose"),
             (("dump", *c, "-m", "normal", "--format", "tflite"), "there is no format 'tflite'"),
             (("dump", *c, "-m", "normal", "--check", "all"), "there is no check 'all'; choose"),
             (("infer", *c, "-m", "normal", "--engine", "tvm"), "there is no engine 'tvm'; choose"),
@@ -205,8 +205,8 @@ class TestBadInput:
         said = mgq("infer", "-c", "net.onnx", "-a", "resnet18")
         assert said.code == 2 and f"is a network of {ARCH}, not of resnet18" in the_error(said)
 
-    def test_learned_scales_are_for_megengine_alone(self, mgq: Mgq, float_checkpoint: Path, pictures: Path) -> None:
-        shutil.copytree(pictures / "val", "data/train")
-        shutil.copytree(pictures / "val", "data/val")
+    def test_learned_scales_are_for_megengine_alone(self, mgq: Mgq, float_checkpoint: Path, images: Path) -> None:
+        shutil.copytree(images / "val", "data/train")
+        shutil.copytree(images / "val", "data/val")
         said = mgq("qat", "-c", float_checkpoint, "-d", "data", "--target", "onnx", "--observer", "lsq")
         assert said.code == 2 and "choose ema or min-max" in the_error(said)

@@ -14,7 +14,7 @@ import cv2
 import pytest
 
 from mgq.io.download import sha256_of
-from tests.conftest import Mgq, one_line_about, smooth_pictures, the_error, write_pictures
+from tests.conftest import Mgq, one_line_about, smooth_images, the_error, write_images
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -54,7 +54,7 @@ def test_qat_as_json_begins_with_the_newest_run_and_serves_eval(mgq: Mgq, recipe
 FLOAT = ("-c", f"runs/{ARCH}.normal/checkpoint.safetensors")
 
 
-def test_calibrate_compares_the_modes_on_the_pictures_of_the_run(mgq: Mgq, recipe: Path) -> None:
+def test_calibrate_compares_the_modes_on_the_images_of_the_run(mgq: Mgq, recipe: Path) -> None:
     assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
     said = mgq("calibrate", "--images", "8", "--method", "min-max")
     assert said.code == 0 and "fake-quantized" in said.out and "synthetic pictures" in said.out
@@ -75,10 +75,10 @@ def test_calibrate_and_dump_give_the_same_bits_again(mgq: Mgq, recipe: Path, tmp
     assert made[0] == made[1]
 
 
-def test_calibrate_measures_on_pictures_that_it_did_not_use(mgq: Mgq, tmp_path: Path) -> None:
+def test_calibrate_measures_on_images_that_it_did_not_use(mgq: Mgq, tmp_path: Path) -> None:
     for name in ("n01440764", "n02123045"):
         (tmp_path / "set").mkdir(exist_ok=True)
-        write_pictures(tmp_path / "set" / name, 3)
+        write_images(tmp_path / "set" / name, 3)
     said = mgq("calibrate", "-d", "set", "--images", "4", "--quality", "fast", "--json")
     body = json.loads(said.out)
     assert body["arch"] == "efficientnet_lite0" and body["pictures"] == 4 and body["comparison"]["images"] == 2
@@ -87,7 +87,7 @@ def test_calibrate_measures_on_pictures_that_it_did_not_use(mgq: Mgq, tmp_path: 
 def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in ("n01440764", "n02123045"):
-        write_pictures(tmp_path / "set" / name, 3)
+        write_images(tmp_path / "set" / name, 3)
     for _ in range(2):
         said = mgq("calibrate", "-d", "set", "--quality", "fast")
         assert said.code == 0, said
@@ -96,8 +96,8 @@ def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path) -> None:
         assert (tmp_path / "runs" / name / "checkpoint.safetensors").is_file()
 
 
-def test_unlabelled_pictures_calibrate_without_a_table(mgq: Mgq, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", 3)
+def test_unlabelled_images_calibrate_without_a_table(mgq: Mgq, tmp_path: Path) -> None:
+    write_images(tmp_path / "set", 3)
     said = mgq("calibrate", "-d", "set", "--quality", "fast")
     assert said.code == 0 and "top-1" not in said.out and "accuracy was not measured" in said.err
 
@@ -110,8 +110,8 @@ def folders(root: Path, train: dict[str, int], val: dict[str, int]) -> Path:
     for split, classes in (("train", train), ("val", val)):
         for name, count in classes.items():
             (root / split / name).mkdir(parents=True)
-            for i, picture in enumerate(smooth_pictures(count, 40, 40)):
-                cv2.imwrite(str(root / split / name / f"{i}.png"), picture.transpose(1, 2, 0))
+            for i, image in enumerate(smooth_images(count, 40, 40)):
+                cv2.imwrite(str(root / split / name / f"{i}.png"), image.transpose(1, 2, 0))
     return root
 
 
@@ -169,7 +169,7 @@ def test_a_truncated_checkpoint_is_named(mgq: Mgq, recipe: Path, tmp_path: Path)
         assert one_line_about(the_error(mgq(verb, "-c", "cut.safetensors")), "cut.safetensors")
 
 
-def test_a_broken_picture_is_named_and_the_run_goes_on(mgq: Mgq, tmp_path: Path) -> None:
+def test_a_broken_image_is_named_and_the_run_goes_on(mgq: Mgq, tmp_path: Path) -> None:
     folders(tmp_path / "set", {"a": 8, "b": 8}, {"a": 2, "b": 2})
     (tmp_path / "set" / "train" / "a" / "3.png").write_bytes(b"\x89PNG broken")
     words = ("train", "-a", ARCH, "-d", "set", "--image-size", "32", "--epochs", "1")

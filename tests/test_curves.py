@@ -82,16 +82,16 @@ def test_marks_stand_in_every_panel_and_are_named_once() -> None:
         ([validated(1, 60.0)], "a $ and a {brace}, \\frac, 花"),
     ],
 )
-def test_it_is_a_picture_of_1000_by_700_whatever_there_is(
+def test_it_is_a_image_of_1000_by_700_whatever_there_is(
     metrics: list[dict[str, Any]], title: str, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert write_curves(tmp_path / "c.png", metrics, title, [Mark(1, "observers frozen")]) is None
-    picture = cv2.imread(str(tmp_path / "c.png"))
-    assert picture is not None
-    assert picture.shape == (700, 1000, 3)
-    assert picture.min() < 100 and picture.max() == 255
+    image = cv2.imread(str(tmp_path / "c.png"))
+    assert image is not None
+    assert image.shape == (700, 1000, 3)
+    assert image.min() < 100 and image.max() == 255
 
 
 def test_the_users_own_settings_of_matplotlib_are_neither_used_nor_changed(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_users_own_settings_of_matplotlib_are_neither_used_nor_changed(tmp_p
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "same.png").read_bytes()
 
 
-def test_what_cannot_be_drawn_or_written_is_one_line_and_the_old_picture_stays(tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_or_written_is_one_line_and_the_old_image_stays(tmp_path: Path) -> None:
     path = tmp_path / "c.png"
     assert write_curves(path, [validated(1, 60.0)], "net") is None
     before = path.read_bytes()

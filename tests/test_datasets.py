@@ -23,7 +23,7 @@ from mgq.data.datasets import (
     without_subset,
 )
 from mgq.data.imagenet_classes import imagenet_classes
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.events import Progress
 from tests import test_imagenet
@@ -41,12 +41,12 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def listed(pictures: Dataset) -> list[tuple[str, int]]:
+def listed(images: Dataset) -> list[tuple[str, int]]:
     """The path of each picture in its folder, and its label."""
-    whole = pictures.source if isinstance(pictures, Selection) else pictures
-    assert pictures.labels is not None and isinstance(whole, ImageFolder)
-    paths = [os.path.relpath(str(pictures.picture(i)), whole.folder) for i in range(len(pictures))]
-    return list(zip(paths, pictures.labels.tolist(), strict=True))
+    whole = images.source if isinstance(images, Selection) else images
+    assert images.labels is not None and isinstance(whole, ImageFolder)
+    paths = [os.path.relpath(str(images.image(i)), whole.folder) for i in range(len(images))]
+    return list(zip(paths, images.labels.tolist(), strict=True))
 
 
 def refusal(caught: pytest.ExceptionInfo[InputError]) -> str:
@@ -58,7 +58,7 @@ def refusal(caught: pytest.ExceptionInfo[InputError]) -> str:
 # ---- what is found ----
 
 
-def test_pictures_are_sorted_by_class_and_name_and_labelled_by_the_rank_of_the_class(tmp_path: Path) -> None:
+def test_images_are_sorted_by_class_and_name_and_labelled_by_the_rank_of_the_class(tmp_path: Path) -> None:
     make(tmp_path, "train/dog/b.jpg", "train/dog/a.png", "train/Cat/10.jpeg", "train/Cat/9.jpg", "train/ant/x.webp")
     make(tmp_path, "val/ant/v.jpg", "val/Cat/v.jpg", "val/dog/v.jpg")
     train, val = training_folders(tmp_path)
@@ -81,7 +81,7 @@ def test_hidden_files_other_files_and_files_beside_the_classes_are_left_out(tmp_
     assert listed(evaluation_folder(tmp_path)) == [("a/1.jpg", 0), ("b/1.JPG", 1)]
 
 
-def test_pictures_deeper_in_a_class_belong_to_it(tmp_path: Path) -> None:
+def test_images_deeper_in_a_class_belong_to_it(tmp_path: Path) -> None:
     make(tmp_path, "a/z.jpg", "a/day 1/p.jpg", "a/day 1/q/r.jpg", "b/1.jpg")
     assert listed(evaluation_folder(tmp_path)) == [
         ("a/day 1/p.jpg", 0),
@@ -109,10 +109,10 @@ def test_names_that_are_not_utf8_are_kept_and_can_be_shown(tmp_path: Path) -> No
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)  # noqa: PTH102 - of bytes
     Path(os.fsdecode(folder + b"/\xff.jpg")).touch()
-    pictures = evaluation_folder(tmp_path)
-    assert pictures.picture(1).is_file()
-    assert os.fsencode(pictures.picture(1)).endswith(b"caf\xe9/\xff.jpg")
-    assert all(name.isprintable() for name in pictures.classes)
+    images = evaluation_folder(tmp_path)
+    assert images.image(1).is_file()
+    assert os.fsencode(images.image(1)).endswith(b"caf\xe9/\xff.jpg")
+    assert all(name.isprintable() for name in images.classes)
 
 
 def test_a_split_may_be_named_itself(tmp_path: Path) -> None:
@@ -122,31 +122,31 @@ def test_a_split_may_be_named_itself(tmp_path: Path) -> None:
 
 
 def test_a_dataset_cannot_be_changed(tmp_path: Path) -> None:
-    pictures = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
-    assert pictures.labels is not None
+    images = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
+    assert images.labels is not None
     with pytest.raises(AttributeError):
-        pictures.classes = ()  # type: ignore[misc]
+        images.classes = ()  # type: ignore[misc]
     with pytest.raises(ValueError, match="read-only"):
-        pictures.labels[0] = 1
+        images.labels[0] = 1
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_a_picture_beyond_the_last_is_an_index_error(tmp_path: Path, index: int) -> None:
-    pictures = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
+def test_a_image_beyond_the_last_is_an_index_error(tmp_path: Path, index: int) -> None:
+    images = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
     with pytest.raises(IndexError):
-        pictures.picture(index)
+        images.image(index)
 
 
-def test_a_picture_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
+def test_a_image_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
     for wnid in WNIDS[:4]:
         make(tmp_path, *(f"{wnid}/{wnid}_{i}.JPEG" for i in range(500)))
     tracemalloc.start()
-    pictures = evaluation_folder(tmp_path)
+    images = evaluation_folder(tmp_path)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Apart from the class names, which are the same for any number of pictures.
-    assert held < 100 * len(pictures) + 100_000
-    assert len(pictures) == 2000
+    assert held < 100 * len(images) + 100_000
+    assert len(images) == 2000
 
 
 def test_progress_counts_the_classes(tmp_path: Path) -> None:
@@ -160,11 +160,11 @@ def test_progress_counts_the_classes(tmp_path: Path) -> None:
 
 def test_wnids_get_their_rank_among_all_1000_classes(tmp_path: Path) -> None:
     make(tmp_path, *(f"{WNIDS[rank]}/x.JPEG" for rank in (4, 998, 6)))
-    pictures = evaluation_folder(tmp_path)
-    assert pictures.classes == NAMES
-    assert listed(pictures) == [(f"{WNIDS[rank]}/x.JPEG", rank) for rank in (4, 6, 998)]
-    assert pictures.counts().shape == (1000,)
-    assert np.flatnonzero(pictures.counts()).tolist() == [4, 6, 998]
+    images = evaluation_folder(tmp_path)
+    assert images.classes == NAMES
+    assert listed(images) == [(f"{WNIDS[rank]}/x.JPEG", rank) for rank in (4, 6, 998)]
+    assert images.counts().shape == (1000,)
+    assert np.flatnonzero(images.counts()).tolist() == [4, 6, 998]
 
 
 def test_wnids_among_other_names_are_names(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_original_archives_are_unpacked_first(tmp_path: Path, monkeypatch: pytes
 # ---- folders without train and val ----
 
 
-def test_a_folder_of_classes_alone_is_split_and_no_picture_is_on_both_sides(tmp_path: Path) -> None:
+def test_a_folder_of_classes_alone_is_split_and_no_image_is_on_both_sides(tmp_path: Path) -> None:
     make(tmp_path, *(f"{kind}/{i}.jpg" for kind in ("cat", "dog", "fox") for i in range(200)))
     train, val = training_folders(tmp_path)
     assert sorted(listed(train) + listed(val)) == sorted(listed(evaluation_folder(tmp_path)))
@@ -215,20 +215,20 @@ def test_a_folder_of_classes_alone_is_split_and_no_picture_is_on_both_sides(tmp_
     assert listed(measuring_folder(tmp_path)) == listed(val)
 
 
-def test_a_picture_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:
+def test_a_image_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:
     make(tmp_path / "one", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(50)))
     make(tmp_path / "two", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(80)))
     (before, measured), (after, _) = (training_folders(tmp_path / name) for name in ("one", "two"))
     assert set(listed(before)) <= set(listed(after)) and not set(listed(measured)) & set(listed(after))
 
 
-def test_of_two_pictures_one_is_on_each_side(tmp_path: Path) -> None:
+def test_of_two_images_one_is_on_each_side(tmp_path: Path) -> None:
     make(tmp_path, *(f"{kind}/{kind}{i}.jpg" for kind in "abcdefgh" for i in range(2)))
     train, val = training_folders(tmp_path)
     assert [label for _, label in listed(train)] == [label for _, label in listed(val)] == list(range(8))
 
 
-def test_a_picture_alone_in_its_class_is_named(tmp_path: Path) -> None:
+def test_a_image_alone_in_its_class_is_named(tmp_path: Path) -> None:
     make(tmp_path, "a/1.jpg", "a/2.jpg", "b/lonely.jpg")
     with pytest.raises(InputError, match=r"lonely\.jpg is alone in its class") as caught:
         training_folders(tmp_path)
@@ -238,14 +238,14 @@ def test_a_picture_alone_in_its_class_is_named(tmp_path: Path) -> None:
 def test_what_a_choice_leaves_out_is_all_the_rest(tmp_path: Path) -> None:
     whole = evaluation_folder(make(tmp_path, *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(5))))
     assert sorted(listed(subset(whole, 3)) + listed(without_subset(whole, 3))) == listed(whole)
-    drawn = SyntheticPictures(20, size=32, split="val")
+    drawn = SyntheticImages(20, size=32, split="val")
     assert without_subset(drawn, 15).labels.tolist() == drawn.labels[15:].tolist()  # type: ignore[union-attr]
 
 
 # ---- pictures to calibrate with ----
 
 
-def test_calibration_takes_the_training_pictures_else_the_others(tmp_path: Path) -> None:
+def test_calibration_takes_the_training_images_else_the_others(tmp_path: Path) -> None:
     make(tmp_path, "val/a/1.jpg", "val/b/1.jpg")
     assert calibration_folder(tmp_path).folder == tmp_path / "val"
     make(tmp_path, "train/a/2.jpg", "train/b/2.jpg")
@@ -255,11 +255,11 @@ def test_calibration_takes_the_training_pictures_else_the_others(tmp_path: Path)
 
 @pytest.mark.parametrize("names", [("1.jpg", "2.jpg"), ("a/1.jpg", "a/2.jpg"), ("1.jpg", "a/1.jpg", "b/1.jpg")])
 def test_calibration_needs_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
-    pictures = calibration_folder(make(tmp_path, *names))
-    assert pictures.labels is None
-    assert pictures.classes == ()
-    assert [str(pictures.picture(i).relative_to(tmp_path)) for i in range(len(pictures))] == list(names)
-    assert pictures.counts().tolist() == []
+    images = calibration_folder(make(tmp_path, *names))
+    assert images.labels is None
+    assert images.classes == ()
+    assert [str(images.image(i).relative_to(tmp_path)) for i in range(len(images))] == list(names)
+    assert images.counts().tolist() == []
 
 
 # ---- what cannot be used ----
@@ -291,9 +291,7 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path, use: object) -> None:
         (("1.jpg",), "no class folders: put them in <class>/"),
     ],
 )
-def test_folders_to_measure_on_need_classes_with_pictures(
-    tmp_path: Path, names: tuple[str, ...], expected: str
-) -> None:
+def test_folders_to_measure_on_need_classes_with_images(tmp_path: Path, names: tuple[str, ...], expected: str) -> None:
     with pytest.raises(InputError, match=expected) as caught:
         evaluation_folder(make(tmp_path, *names))
     assert tmp_path.name in refusal(caught)
@@ -316,7 +314,7 @@ def test_classes_that_only_one_split_has_are_named(tmp_path: Path) -> None:
     refusal(caught)
 
 
-def test_a_folder_without_any_picture_cannot_calibrate(tmp_path: Path) -> None:
+def test_a_folder_without_any_image_cannot_calibrate(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no pictures in it"):
         calibration_folder(make(tmp_path, "a/notes.txt", "b.txt"))
 
@@ -338,12 +336,12 @@ def test_a_folder_that_may_not_be_searched_is_named(tmp_path: Path, monkeypatch:
 def test_a_subset_is_evenly_spread_and_keeps_labels_and_classes(tmp_path: Path) -> None:
     whole = evaluation_folder(make(tmp_path, *(f"{kind}/{i}.jpg" for kind in "abc" for i in range(4))))
     part = subset(whole, 5)
-    assert [str(part.picture(i)) for i in range(5)] == [str(whole.picture(i)) for i in (0, 2, 4, 7, 9)]
+    assert [str(part.image(i)) for i in range(5)] == [str(whole.image(i)) for i in (0, 2, 4, 7, 9)]
     assert part.labels is not None and part.labels.tolist() == [0, 0, 1, 1, 2]
     assert (len(part), part.name, part.classes) == (5, whole.name, whole.classes)
     for index in (-1, 5):
         with pytest.raises(IndexError):
-            part.picture(index)
+            part.image(index)
 
 
 def test_a_subset_of_more_than_there_is_is_all_of_it_and_none_is_refused(tmp_path: Path) -> None:
@@ -353,6 +351,6 @@ def test_a_subset_of_more_than_there_is_is_all_of_it_and_none_is_refused(tmp_pat
         subset(whole, 0)
 
 
-def test_a_subset_of_unlabelled_pictures_has_no_labels(tmp_path: Path) -> None:
+def test_a_subset_of_unlabelled_images_has_no_labels(tmp_path: Path) -> None:
     part = subset(calibration_folder(make(tmp_path, "1.jpg", "2.jpg", "3.jpg")), 2)
     assert part.labels is None and len(part) == 2

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.ptq.calibrate import calibrated_network
-from mgq.ptq.dead_channels import without_dead_channels
+from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.range_measurement import as_input
 from mgq.zoo.registry import spec_of
 
@@ -59,7 +59,7 @@ def with_dead_stem(arch: str) -> tuple[M.Module, M.Module, M.Module]:
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "efficientnet_lite0", "resnet18"])
 def test_answers_stay_and_weights_that_never_matter_go(arch: str) -> None:
     network, _, _ = with_dead_stem(arch)
-    cleared, dead = without_dead_channels(network)
+    cleared, dead = clear_dead_channels(network)
     stem, following = stem_and_next(cleared, arch)
     (name,) = [name for name, module in cleared.named_modules() if module is stem]
     assert dead[name] == 3
@@ -73,12 +73,12 @@ def test_answers_stay_and_weights_that_never_matter_go(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v1_x0_5_g3"])
 def test_a_network_without_any_is_left_as_it_is(arch: str) -> None:
     network = network_of(arch)
-    cleared, dead = without_dead_channels(network)
+    cleared, dead = clear_dead_channels(network)
     assert dead == {}
     assert np.array_equal(logits(cleared), logits(network))
 
 
-def test_a_channel_that_one_picture_could_wake_is_not_dead() -> None:
+def test_a_channel_that_one_image_could_wake_is_not_dead() -> None:
     network = network_of("mobilenet_v2")
     stem, _ = stem_and_next(network, "mobilenet_v2")
     (name,) = [name for name, module in network.named_modules() if module is stem]
@@ -90,7 +90,7 @@ def test_a_channel_that_one_picture_could_wake_is_not_dead() -> None:
         bias = stem.bn.bias.numpy().copy()
         bias[0, 0] = shift - most + above
         stem.bn.bias[...] = Tensor(bias)
-        assert without_dead_channels(network)[1].get(name, 0) == expected
+        assert clear_dead_channels(network)[1].get(name, 0) == expected
 
 
 def test_one_scale_a_layer_fits_the_rest_much_better() -> None:
@@ -98,13 +98,13 @@ def test_one_scale_a_layer_fits_the_rest_much_better() -> None:
     wanted = logits(network)
 
     def noise(source: M.Module) -> float:
-        found = calibrated_network(source, [PIXELS], "mobilenet_v2", "", {}, "min-max", False, False)[0]
+        found = calibrate_network(source, [PIXELS], "mobilenet_v2", "", {}, "min-max", False, False)[0]
         return float(np.square(logits(found) - wanted).mean())
 
-    assert noise(without_dead_channels(network)[0]) < 0.5 * noise(network)
+    assert noise(clear_dead_channels(network)[0]) < 0.5 * noise(network)
 
 
 def test_in_place_or_not() -> None:
     network, stem, _ = with_dead_stem("mobilenet_v2")
-    assert without_dead_channels(network)[0] is not network and stem.conv.weight.numpy()[DEAD].any()
-    assert without_dead_channels(network, in_place=True)[0] is network and not stem.conv.weight.numpy()[DEAD].any()
+    assert clear_dead_channels(network)[0] is not network and stem.conv.weight.numpy()[DEAD].any()
+    assert clear_dead_channels(network, in_place=True)[0] is network and not stem.conv.weight.numpy()[DEAD].any()

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import pytest
 
 import mgq
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import Classifier, random_classifier
+from mgq.engine.classifier.open import Classifier, make_random_classifier
 from mgq.errors import FailureError, InputError
 from mgq.export.megengine import writer
-from mgq.export.megengine.megengine_file import read_sealed
-from mgq.quantization.batch_norm_folding import folded
+from mgq.export.megengine.megengine_file import read_megengine_file
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.modes import Mode
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime
@@ -30,14 +30,14 @@ ARCHS = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite
 @pytest.fixture(scope="module")
 def made() -> dict[tuple[str, Mode], Classifier]:
     return {
-        (arch, mode): random_classifier(arch, mode, image_size=SIZE)
+        (arch, mode): make_random_classifier(arch, mode, image_size=SIZE)
         for arch in ARCHS
         for mode in (Mode.NORMAL, Mode.QUANTIZED)
     }
 
 
 def cats(classifier: Classifier, number: int = 1) -> npt.NDArray[np.uint8]:
-    crop = classifier.crop(read_picture(bundled_cat()))
+    crop = classifier.crop(read_image(bundled_cat()))
     return to_batch([np.roll(crop, 5 * shift, axis=1) for shift in range(number)])
 
 
@@ -50,9 +50,9 @@ def test_a_file_answers_as_the_network_in_memory(
     path = tmp_path / "net.megengine"
     report = dump_classifier(classifier, path)
     assert report.size == path.stat().st_size
-    pictures = cats(classifier)
-    expected = EagerRuntime(classifier.network).run(pictures)
-    traced, lite = TracedRuntime(classifier.network).run(pictures), LiteRuntime(path).run(pictures)
+    images = cats(classifier)
+    expected = EagerRuntime(classifier.network).run(images)
+    traced, lite = TracedRuntime(classifier.network).run(images), LiteRuntime(path).run(images)
     scale = np.abs(expected).max()
     # The float classifier's last bits depend on how memory happens to be aligned.
     for found in (traced, lite):
@@ -70,15 +70,15 @@ def test_every_input_type_and_batch_gives_the_same(
     dump_classifier(classifier, path, input_type, batch)
     runtime = LiteRuntime(path)
     assert runtime.shape == (batch, 3, SIZE, SIZE) and runtime.input_type == input_type
-    pictures = cats(classifier, batch)
-    np.testing.assert_allclose(runtime.run(pictures), classifier.logits(pictures), rtol=1e-4, atol=1e-3)
+    images = cats(classifier, batch)
+    np.testing.assert_allclose(runtime.run(images), classifier.logits(images), rtol=1e-4, atol=1e-3)
 
 
 def test_the_file_says_what_it_is_in_plain_data(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
     classifier = made["mobilenet_v2", Mode.QUANTIZED]
     path = tmp_path / "net.megengine"
     dump_classifier(classifier, path)
-    about = read_sealed(path).about
+    about = read_megengine_file(path).about
     assert about["arch"] == "mobilenet_v2" and about["mode"] == "quantized"
     assert about["input"] == {"name": "data", "type": "uint8", "shape": [1, 3, SIZE, SIZE], "order": "BGR"}
     assert about["classes"][0] == "tench" and "random" in about["origin"]
@@ -161,7 +161,7 @@ def test_wrong_use_of_a_file_is_refused(made: dict[tuple[str, Mode], Classifier]
 def test_folding_batch_norms_changes_rounding_alone(made: dict[tuple[str, Mode], Classifier], arch: str) -> None:
     classifier = made[arch, Mode.NORMAL]
     before = classifier.logits(cats(classifier))
-    network = folded(classifier.network)
+    network = fold_batch_norms(classifier.network)
     after = EagerRuntime(network).run(cats(classifier))
     assert np.abs(after - before).max() <= 1e-4 * np.abs(before).max()
     assert not any("running_mean" in name for name in network.state_dict())
@@ -170,6 +170,6 @@ def test_folding_batch_norms_changes_rounding_alone(made: dict[tuple[str, Mode],
 def test_dump_from_python(tmp_path: Path) -> None:
     path = mgq.dump(tmp_path / "cat.megengine", arch="efficientnet_lite0", pretrained=True)
     runtime = LiteRuntime(path)
-    picture = to_batch([random_classifier("efficientnet_lite0", Mode.NORMAL).crop(read_picture(bundled_cat()))])
-    best = runtime.about["classes"][int(runtime.run(picture).argmax())]
+    image = to_batch([make_random_classifier("efficientnet_lite0", Mode.NORMAL).crop(read_image(bundled_cat()))])
+    best = runtime.about["classes"][int(runtime.run(image).argmax())]
     assert best in {"tabby cat", "tiger cat", "Egyptian cat"}

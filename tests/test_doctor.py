@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from mgq.bench import doctor
-from mgq.bench.doctor import Check, Diagnosis, State, checks
+from mgq.bench.doctor import Check, Diagnosis, State, list_checks
 from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
 
 def check_called(name: str, save: Path = Path("runs")) -> Check:
-    return next(check for check in checks(save) if check.name == name)
+    return next(check for check in list_checks(save) if check.name == name)
 
 
-def test_a_healthy_machine_classifies_pictures(mgq: Mgq) -> None:
+def test_a_healthy_machine_classifies_images(mgq: Mgq) -> None:
     said = mgq("doctor", "--json")
     body = json.loads(said.out)
     found = {finding["name"]: finding for finding in body["findings"]}
@@ -54,7 +54,7 @@ def broken() -> str:
 def test_only_what_the_main_job_needs_makes_it_fail(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     for essential in (False, True):
         made_up = (Check("thing", broken, "mend it", essential), Check("other", lambda: "there"))
-        monkeypatch.setattr(doctor, "checks", lambda save, made_up=made_up: made_up)
+        monkeypatch.setattr(doctor, "list_checks", lambda save, made_up=made_up: made_up)
         said = mgq("doctor")
         assert said.code == int(essential) and said.err == ""
         assert "ZeroDivisionError: by\\nsurprise" in said.out and "mend: mend it" in said.out and "other" in said.out

@@ -23,7 +23,7 @@ import pytest
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.io import download as module
-from mgq.io.download import Patience, Source, cache_folder, cached, download, sha256_of
+from mgq.io.download import Patience, Source, cache_folder, download, find_cached, sha256_of
 from tests.test_atomic import ROOT, run_on_small_disk, the_line
 
 CONTENT = random.Random(7).randbytes(200_000)
@@ -214,11 +214,11 @@ def is_whole(path: Path, content: bytes = CONTENT) -> bool:
 
 def test_a_file_is_fetched_once_and_then_found(shelf: Shelf, tmp_path: Path) -> None:
     source = shelf.source()
-    assert cached(source, tmp_path) is None
+    assert find_cached(source, tmp_path) is None
     path = download(source, tmp_path, patience=QUICK)
     assert path == tmp_path / "weights.bin"
     assert is_whole(path)
-    assert download(source, tmp_path, patience=QUICK) == path == cached(source, tmp_path)
+    assert download(source, tmp_path, patience=QUICK) == path == find_cached(source, tmp_path)
     assert len(shelf.asked) == 1
 
 
@@ -243,7 +243,7 @@ def test_what_a_killed_download_left_of_its_mark_is_taken_away(shelf: Shelf, tmp
 def test_a_file_that_rotted_in_the_cache_is_noticed_and_fetched_again(shelf: Shelf, tmp_path: Path) -> None:
     path = download(shelf.source(), tmp_path, patience=QUICK)
     path.write_bytes(b"\xff" + CONTENT[1:])  # of the right size
-    assert cached(shelf.source(), tmp_path) is None
+    assert find_cached(shelf.source(), tmp_path) is None
     assert is_whole(download(shelf.source(), tmp_path, patience=QUICK))
     assert len(shelf.asked) == 2
 

@@ -10,23 +10,23 @@ import pytest
 from megengine import Tensor
 
 from mgq.graph.layer_graph import graph_of
-from mgq.ptq.bias_correction import corrected
-from mgq.ptq.calibrate import calibrated_network
-from mgq.ptq.channel_statistics import expected_statistics, measured_statistics
+from mgq.ptq.bias_correction import correct_biases
+from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.channel_statistics import measure_statistics, predict_statistics
 from mgq.ptq.equalization import (
     Channels,
     Problem,
-    equalized,
+    equalize_channels,
     sets_of,
     soft_maximum,
 )
-from mgq.ptq.gptq import rounded
+from mgq.ptq.gptq import round_weights
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.zoo.registry import spec_of
-from tests.conftest import logits_of, smooth_pictures
+from tests.conftest import logits_of, smooth_images
 
-PICTURES = smooth_pictures(8)
+IMAGES = smooth_images(8)
 NETWORKS: tuple[tuple[str, dict[str, object]], ...] = (
     ("resnet18", {}),
     ("mobilenet_v2", {}),
@@ -56,18 +56,18 @@ def with_true_statistics(network: M.Module) -> None:
         if isinstance(module, M.BatchNorm2d):
             module.momentum = 0.0
             module.training = True
-    logits_of(network, PICTURES)
+    logits_of(network, IMAGES)
     network.eval()
 
 
 @pytest.mark.parametrize(("arch", "options"), NETWORKS, ids=str)
-@pytest.mark.parametrize(("target", "with_pictures"), [(MEGENGINE, True), (ONNX, False)], ids=["measured", "expected"])
+@pytest.mark.parametrize(("target", "with_images"), [(MEGENGINE, True), (ONNX, False)], ids=["measured", "expected"])
 def test_the_float_network_answers_as_before(
-    arch: str, options: dict[str, object], target: Target, with_pictures: bool
+    arch: str, options: dict[str, object], target: Target, with_images: bool
 ) -> None:
     network = network_of(arch, **options)
-    found, factors = equalized(network, PICTURES if with_pictures else None, target)
-    before, after = logits_of(network, PICTURES), logits_of(found, PICTURES)
+    found, factors = equalize_channels(network, IMAGES if with_images else None, target)
+    before, after = logits_of(network, IMAGES), logits_of(found, IMAGES)
     np.testing.assert_allclose(after, before, atol=1e-4 * max(1.0, float(np.abs(before).max())))
     assert max(factors.values()) > 1.2, "nothing was equalized"
 
@@ -75,26 +75,26 @@ def test_the_float_network_answers_as_before(
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3"])
 def test_int8_is_nearer_to_float(arch: str) -> None:
     network = network_of(arch)
-    wanted = logits_of(network, PICTURES)
+    wanted = logits_of(network, IMAGES)
 
     def noise(source: M.Module) -> float:
-        quantized, _ = calibrated_network(source, [PICTURES], arch, "", {}, "min-max", compensate=False)
-        return float(np.square(logits_of(quantized, PICTURES) - wanted).mean())
+        quantized, _ = calibrate_network(source, [IMAGES], arch, "", {}, "min-max", weight_rounding="nearest")
+        return float(np.square(logits_of(quantized, IMAGES) - wanted).mean())
 
-    assert noise(equalized(network, PICTURES)[0]) < 0.8 * noise(network)
+    assert noise(equalize_channels(network, IMAGES)[0]) < 0.8 * noise(network)
 
 
 def test_a_channel_that_can_reach_the_ceiling_keeps_its_size() -> None:
     network = network_of("mobilenet_v2", activation="relu6")
-    found, _ = equalized(network, PICTURES)
+    found, _ = equalize_channels(network, IMAGES)
     before, after = network.features[0].bn, found.features[0].bn
     assert np.array_equal(before.weight.numpy(), after.weight.numpy())
     # A channel that never comes near 6 is free.
     shape = before.bias.numpy().shape
     before.weight[...] = Tensor(np.full(shape, 1e-5, np.float32))
-    found, _ = equalized(network, PICTURES)
+    found, _ = equalize_channels(network, IMAGES)
     assert not np.allclose(found.features[0].bn.weight.numpy(), before.weight.numpy(), rtol=1e-3)
-    np.testing.assert_allclose(logits_of(found, PICTURES), logits_of(network, PICTURES), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(logits_of(found, IMAGES), logits_of(network, IMAGES), rtol=1e-3, atol=1e-4)
 
 
 def test_channels_that_meet_in_a_sum_have_one_factor() -> None:
@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_noise(target: Target) -> None:
     network = network_of("shufflenet_v1_x0_5_g3")
     graph = graph_of(network, 64)
     sets = sets_of(graph)
-    problem = Problem.of(graph, sets, expected_statistics(network, graph), target)
+    problem = Problem.of(graph, sets, predict_statistics(network, graph), target)
     rng = np.random.default_rng(0)
     logs = rng.normal(0, 0.2, sets.number)
     problem = problem.at(logs)
@@ -139,12 +139,12 @@ def test_the_soft_maximum_is_near_the_largest() -> None:
 def test_measured_statistics_are_those_of_the_tensors(arch: str) -> None:
     network = network_of(arch)
     graph = graph_of(network, 64)
-    halves = [as_input(PICTURES[:4]), as_input(PICTURES[4:])]
-    found = measured_statistics(network, graph, halves)
+    halves = [as_input(IMAGES[:4]), as_input(IMAGES[4:])]
+    found = measure_statistics(network, graph, halves)
     name = next(node.output for node in reversed(graph.nodes) if node.output.endswith("add"))
     seen: list[npt.NDArray[np.float32]] = []
     hook = dict(network.named_modules())[name].register_forward_hook(lambda _, __, out: seen.append(out.numpy()))
-    logits_of(network, PICTURES)
+    logits_of(network, IMAGES)
     hook.remove()
     whole = seen[0]
     np.testing.assert_allclose(found[name].mean, whole.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
@@ -156,7 +156,7 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
     network = network_of("resnet18")
     with_true_statistics(network)
     graph = graph_of(network, 64)
-    expected, found = expected_statistics(network, graph), measured_statistics(network, graph, [as_input(PICTURES)])
+    expected, found = predict_statistics(network, graph), measure_statistics(network, graph, [as_input(IMAGES)])
     for name in ("layer1.0.conv_bn2", "layer3.0.downsample"):  # no activation: exact
         np.testing.assert_allclose(expected[name].mean, found[name].mean, rtol=0.02, atol=0.02)
         np.testing.assert_allclose(expected[name].variance, found[name].variance, rtol=0.1, atol=0.02)
@@ -168,13 +168,13 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
 def test_steps_work_alone_and_in_order() -> None:
     """Each is a function from a network, and pictures, to another: nearer to float, the one before it left as it is."""
     network = network_of("resnet18")
-    wanted, pixels = logits_of(network, PICTURES), as_input(PICTURES)
+    wanted, pixels = logits_of(network, IMAGES), as_input(IMAGES)
 
     def noise(found: M.Module) -> float:
-        return float(np.square(logits_of(found, PICTURES) - wanted).mean())
+        return float(np.square(logits_of(found, IMAGES) - wanted).mean())
 
-    plain, _ = calibrated_network(network, [PICTURES], "", "", {}, "mse", correct_bias=False, compensate=False)
-    once = rounded(plain, pixels)
-    twice = corrected(once, pixels)
+    plain, _ = calibrate_network(network, [IMAGES], "", "", {}, "mse", correct_bias=False, weight_rounding="nearest")
+    once = round_weights(plain, pixels)
+    twice = correct_biases(once, pixels)
     noises = [noise(found) for found in (plain, once, twice)]
     assert noises[1] < 0.9 * noises[0] and noises[2] != noises[1]

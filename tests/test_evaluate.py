@@ -19,14 +19,14 @@ from mgq.data.augmentation import EvalTransform
 from mgq.data.datasets import evaluation_folder, subset, training_folders
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.loader import Loader
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier import evaluate as module
-from mgq.engine.classifier.evaluate import Evaluation, evaluate, evaluated, evaluation_data, matched
+from mgq.engine.classifier.evaluate import Evaluation, evaluate, evaluate_loader, evaluation_data, match_classes
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
-from tests.conftest import classifier_of, one_line_about, smooth_pictures
+from tests.conftest import classifier_of, one_line_about, smooth_images
 
 SIZE = 32
 NAMES = ("ant", "bee", "cat")
@@ -51,7 +51,7 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def picture(self, index: int) -> Path | npt.NDArray[np.uint8]:
+    def image(self, index: int) -> Path | npt.NDArray[np.uint8]:
         return self.broken.get(index, np.full((SIZE, SIZE, 3), index, np.uint8))
 
 
@@ -79,8 +79,8 @@ def broken_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
-def test_the_figures_are_those_of_all_pictures(batch_size: int) -> None:
-    result = evaluated(network, loader_of(plain(), batch_size))
+def test_the_figures_are_those_of_all_images(batch_size: int) -> None:
+    result = evaluate_loader(network, loader_of(plain(), batch_size))
     exact = LOGITS.astype(np.float64)
     losses = np.log(np.exp(exact).sum(1)) - exact[np.arange(6), LABELS]
     assert (result.images, result.top5, result.problems, result.jobs) == (6, 100.0, (), 1)
@@ -93,112 +93,112 @@ def test_the_figures_are_those_of_all_pictures(batch_size: int) -> None:
 
 
 def test_the_confusion_has_the_true_class_in_its_rows() -> None:
-    result = evaluated(network, loader_of(plain()))
+    result = evaluate_loader(network, loader_of(plain()))
     assert result.confusion.dtype == np.int64
     assert result.confusion.tolist() == [[2, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_classes_have_a_share_recognised_and_a_precision() -> None:
-    ant, bee, cat = evaluated(network, loader_of(plain())).per_class()
+    ant, bee, cat = evaluate_loader(network, loader_of(plain())).per_class()
     assert (ant.name, ant.images, ant.correct, ant.predicted) == ("ant", 3, 2, 3)
     assert ant.top1 == pytest.approx(200 / 3) and ant.precision == pytest.approx(200 / 3)
     assert (bee.top1, bee.precision, cat.top1, cat.precision) == (50, 50, 100, 100)
 
 
-def test_classes_without_pictures_are_left_out_and_never_named_ones_have_no_precision() -> None:
-    result = evaluated(network, loader_of(plain((2, 2, 2, 2, 2, 0))))
+def test_classes_without_images_are_left_out_and_never_named_ones_have_no_precision() -> None:
+    result = evaluate_loader(network, loader_of(plain((2, 2, 2, 2, 2, 0))))
     assert [(entry.index, entry.images) for entry in result.per_class()] == [(0, 1), (2, 5)]
-    never = evaluated(network, loader_of(plain((2, 2), count=2))).per_class()
+    never = evaluate_loader(network, loader_of(plain((2, 2), count=2))).per_class()
     assert len(never) == 1 and never[0].top1 == 0 and math.isnan(never[0].precision)
 
 
 def test_the_most_confused_pairs_come_first() -> None:
-    result = evaluated(network, loader_of(plain((1, 1, 0, 1, 1, 2))))
+    result = evaluate_loader(network, loader_of(plain((1, 1, 0, 1, 1, 2))))
     pairs = [(pair.true, pair.predicted, pair.count, pair.images) for pair in result.confused()]
     assert pairs == [("bee", "ant", 3, 4), ("ant", "bee", 1, 1)]
     assert len(result.confused(1)) == 1 and result.confused(0) == []
 
 
-def test_progress_counts_pictures_and_says_top1() -> None:
+def test_progress_counts_images_and_says_top1() -> None:
     events: list[Progress] = []
-    evaluated(network, loader_of(plain()), "validate", events.append)
+    evaluate_loader(network, loader_of(plain()), "validate", events.append)
     assert events == [
         Progress("validate", 4, 6, "pictures", "top-1 75.0 %"),
         Progress("validate", 6, 6, "pictures", "top-1 66.7 %"),
     ]
 
 
-def test_broken_pictures_are_left_out_and_named(tmp_path: Path) -> None:
+def test_broken_images_are_left_out_and_named(tmp_path: Path) -> None:
     broken = {2: broken_file(tmp_path)}
     for batch_size in (1, 2, 6):
         events: list[Progress] = []
-        result = evaluated(network, loader_of(plain(broken=broken), batch_size, 0.5), "x", events.append)
+        result = evaluate_loader(network, loader_of(plain(broken=broken), batch_size, 0.5), "x", events.append)
         assert result.images == 5 and result.indices.tolist() == [0, 1, 3, 4, 5] and result.top1 == 80
         assert len(result.problems) == 1 and one_line_about(result.problems[0], "broken.jpg")
         assert events[-1].done == 6
 
 
-def test_a_last_batch_of_broken_pictures_alone_is_told_of_too(tmp_path: Path) -> None:
-    result = evaluated(network, loader_of(plain(broken={5: broken_file(tmp_path)}), 1, 0.5))
+def test_a_last_batch_of_broken_images_alone_is_told_of_too(tmp_path: Path) -> None:
+    result = evaluate_loader(network, loader_of(plain(broken={5: broken_file(tmp_path)}), 1, 0.5))
     assert result.images == 5 and len(result.problems) == 1
 
 
-def test_too_many_broken_pictures_stop_it(tmp_path: Path) -> None:
+def test_too_many_broken_images_stop_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of 6 pictures"):
-        evaluated(network, loader_of(plain(broken={2: broken_file(tmp_path)})))
+        evaluate_loader(network, loader_of(plain(broken={2: broken_file(tmp_path)})))
 
 
-def test_pictures_without_labels_cannot_be_measured() -> None:
+def test_images_without_labels_cannot_be_measured() -> None:
     with pytest.raises(InputError, match="plain pictures has no classes"):
-        evaluated(network, loader_of(Plain(None)))
+        evaluate_loader(network, loader_of(Plain(None)))
 
 
 def test_labels_without_an_output_are_refused() -> None:
     with pytest.raises(InputError, match="4 classes and the network has 3 outputs"):
-        evaluated(network, loader_of(plain((0, 0, 0, 3, 1, 2), classes=(*NAMES, "dog"))))
+        evaluate_loader(network, loader_of(plain((0, 0, 0, 3, 1, 2), classes=(*NAMES, "dog"))))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_answers_that_are_not_finite_are_a_failure(value: float) -> None:
     with pytest.raises(FailureError, match="not finite"):
-        evaluated(lambda images: np.full((len(images), 3), value, np.float32), loader_of(plain()))
+        evaluate_loader(lambda images: np.full((len(images), 3), value, np.float32), loader_of(plain()))
 
 
 # ---- classes ----
 
 
 def test_classes_are_matched_by_name_whatever_their_order() -> None:
-    data = matched(plain(), ("dog", "cat", "bee", "ant"))
+    data = match_classes(plain(), ("dog", "cat", "bee", "ant"))
     assert data.labels is not None and data.labels.tolist() == [3, 3, 3, 2, 2, 1]
-    assert data.classes == ("dog", "cat", "bee", "ant") and data.picture(5) is not None
+    assert data.classes == ("dog", "cat", "bee", "ant") and data.image(5) is not None
 
 
-def test_only_classes_with_pictures_have_to_be_known() -> None:
-    data = matched(plain((0, 0, 0, 1, 1, 1)), ("bee", "ant"))
+def test_only_classes_with_images_have_to_be_known() -> None:
+    data = match_classes(plain((0, 0, 0, 1, 1, 1)), ("bee", "ant"))
     assert data.labels is not None and data.labels.tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_classes_that_the_network_does_not_know_are_named() -> None:
     with pytest.raises(InputError) as caught:
-        matched(plain(), ("ant", "Bee", "cow", "dog", "eel"))
+        match_classes(plain(), ("ant", "Bee", "cow", "dog", "eel"))
     message = str(caught.value)
     assert one_line_about(message, "plain pictures", "2 classes", "bee, cat", "ant, Bee, cow and 2 more", "-d", "-c")
 
 
 def test_weights_without_class_names_take_those_of_as_many_folders() -> None:
-    assert matched(plain(), class_names(3)).classes == NAMES
+    assert match_classes(plain(), class_names(3)).classes == NAMES
     with pytest.raises(InputError):
-        matched(plain(), class_names(4))
+        match_classes(plain(), class_names(4))
 
 
 def test_wnid_folders_are_matched_with_imagenets_names(tmp_path: Path) -> None:
     for entry in (imagenet_classes()[7], imagenet_classes()[901]):
         (tmp_path / entry.wnid).mkdir()
         (tmp_path / entry.wnid / "1.jpg").touch()
-    data = matched(evaluation_folder(tmp_path), class_names(1000))
+    data = match_classes(evaluation_folder(tmp_path), class_names(1000))
     assert data.labels is not None and data.labels.tolist() == [7, 901]
     two = (imagenet_classes()[901].name, imagenet_classes()[7].name)
-    data = matched(evaluation_folder(tmp_path), two)
+    data = match_classes(evaluation_folder(tmp_path), two)
     assert data.labels is not None and data.labels.tolist() == [1, 0]
 
 
@@ -208,8 +208,8 @@ def test_wnid_folders_are_matched_with_imagenets_names(tmp_path: Path) -> None:
 def folder_of_classes(root: Path, names: Sequence[str], number: int = 3) -> Path:
     for place, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for i, picture in enumerate(smooth_pictures(number, 72, 90, seed=place)):
-            cv2.imwrite(str(root / name / f"{i}.png"), picture.transpose(1, 2, 0))
+        for i, image in enumerate(smooth_images(number, 72, 90, seed=place)):
+            cv2.imwrite(str(root / name / f"{i}.png"), image.transpose(1, 2, 0))
     return root
 
 
@@ -220,7 +220,7 @@ def test_of_a_folder_without_splits_only_what_training_left_out_is_measured(tmp_
     (_, kept), whole = training_folders(root), evaluation_folder(root)
     for given in (None, root, root.parent / "other" / ".." / "set"):
         found = evaluation_data(given, recipe, 64)
-        assert [found.picture(i) for i in range(len(found))] == [kept.picture(i) for i in range(len(kept))]
+        assert [found.image(i) for i in range(len(found))] == [kept.image(i) for i in range(len(kept))]
     assert len(evaluation_data(other, recipe, 64)) == 2 * len(NAMES)
     assert len(evaluation_data(root, {}, 64)) == len(whole) > len(kept)
 
@@ -236,10 +236,10 @@ def test_without_a_folder_it_is_what_the_run_was_measured_on(tmp_path: Path) -> 
     assert len(evaluation_data(None, {"data": str(tmp_path / "set")}, 64)) == 9
     recipe = {"data": "synthetic", "synthetic_val": 30, "seed": 5, "image_size": 48}
     drawn = evaluation_data(None, recipe, 64)
-    assert isinstance(drawn, SyntheticPictures)
+    assert isinstance(drawn, SyntheticImages)
     assert (len(drawn), drawn.seed, drawn.size, drawn.split) == (30, 5, 48, "val")
     default = evaluation_data(None, {"data": "synthetic"}, 64)
-    assert isinstance(default, SyntheticPictures) and (len(default), default.seed, default.size) == (500, 0, 64)
+    assert isinstance(default, SyntheticImages) and (len(default), default.seed, default.size) == (500, 0, 64)
 
 
 def test_without_any_data_it_says_what_to_pass(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ quietly = import_megengine
 
 @needs_two_cores
 def test_two_processes_give_the_result_of_one_to_the_bit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    drawn = SyntheticPictures(70, size=64, split="val")
+    drawn = SyntheticImages(70, size=64, split="val")
     root = folder_of_classes(tmp_path / "set", drawn.classes, 7)
     (root / "disc" / "0.png").write_text("this is no picture")
     (root / "star" / "6.png").write_text("nor is this")
@@ -288,7 +288,7 @@ def test_two_processes_give_the_result_of_one_to_the_bit(tmp_path: Path, capfd: 
     assert capfd.readouterr().err == ""
 
 
-def test_broken_pictures_of_all_parts_count_together() -> None:
+def test_broken_images_of_all_parts_count_together() -> None:
     part = module._Deal(loader_of(plain(), 2, max_bad=0.34), 0, 2)
     part.refuse_too_many({0: "one", 1: "two"})
     with pytest.raises(InputError, match=r"3 of 6 pictures.*the first: one; two; three"):
@@ -296,16 +296,16 @@ def test_broken_pictures_of_all_parts_count_together() -> None:
 
 
 def test_no_more_processes_than_batches() -> None:
-    classifier = small_classifier(Mode.NORMAL, SyntheticPictures(1).classes)
-    result = evaluate(classifier, SyntheticPictures(8, size=64, split="val"), jobs=min(2, len(os.sched_getaffinity(0))))
+    classifier = small_classifier(Mode.NORMAL, SyntheticImages(1).classes)
+    result = evaluate(classifier, SyntheticImages(8, size=64, split="val"), jobs=min(2, len(os.sched_getaffinity(0))))
     assert result.jobs == 1 and result.images == 8
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1 + len(os.sched_getaffinity(0))])
 def test_a_number_of_processes_that_cannot_be(jobs: int) -> None:
-    classifier = small_classifier(Mode.NORMAL, SyntheticPictures(1).classes)
+    classifier = small_classifier(Mode.NORMAL, SyntheticImages(1).classes)
     with pytest.raises(InputError, match=f"--jobs {jobs} "):
-        evaluate(classifier, SyntheticPictures(8), jobs=jobs)
+        evaluate(classifier, SyntheticImages(8), jobs=jobs)
 
 
 def test_parts_deal_out_whole_batches() -> None:
@@ -315,6 +315,6 @@ def test_parts_deal_out_whole_batches() -> None:
     assert found == [[[0, 1], [4, 5]], [[2, 3]]] and [len(part) for part in parts] == [2, 1]
 
 
-def test_an_evaluation_of_a_part_of_the_pictures_has_their_labels() -> None:
-    result = evaluated(network, Loader(subset(plain(), 3), EvalTransform(SIZE), 2, workers=0, broken="drop"))
+def test_an_evaluation_of_a_part_of_the_images_has_their_labels() -> None:
+    result = evaluate_loader(network, Loader(subset(plain(), 3), EvalTransform(SIZE), 2, workers=0, broken="drop"))
     assert result.labels.tolist() == [0, 0, 1] and result.predictions.tolist() == [0, 1, 0]

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.ptq.calibrate import calibrated_network
-from mgq.quantization.activation_ranges import quantized_layers
+from mgq.ptq.calibrate import calibrate_network
+from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, to_mode
 from mgq.zoo.registry import spec_of, specs
-from tests.conftest import logits_of, smooth_pictures
+from tests.conftest import logits_of, smooth_images
 
-PICTURES = smooth_pictures(4)
+IMAGES = smooth_images(4)
 LARGE = {"resnet34", "resnet50", "efficientnet_lite1", "efficientnet_lite2"}
 NETWORKS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in specs() if name not in LARGE]
 NETWORKS.append(("mobilenet_v2", {"activation": "relu6"}))
@@ -29,7 +29,7 @@ def pair_of(arch: str, **options: Any) -> tuple[M.Module, M.Module]:
     megengine.random.seed(3)
     network = spec_of(arch).build(10, **options)
     network.eval()
-    simulated, _ = calibrated_network(network, [PICTURES], arch, "", {}, "min-max", compensate=False)
+    simulated, _ = calibrate_network(network, [IMAGES], arch, "", {}, "min-max", weight_rounding="nearest")
     return simulated, to_mode(simulated, Mode.QUANTIZED)
 
 
@@ -52,7 +52,7 @@ def outputs_of(
 
     modules = dict(network.named_modules())
     hooks = [modules[name].register_forward_hook(note(name)) for name in names]
-    logits_of(network, PICTURES)
+    logits_of(network, IMAGES)
     for hook in hooks:
         hook.remove()
     return found
@@ -61,7 +61,7 @@ def outputs_of(
 @pytest.mark.parametrize(("arch", "options"), NETWORKS, ids=str)
 def test_every_layer_is_that_of_int8(arch: str, options: dict[str, Any]) -> None:
     simulated, real = pair_of(arch, **options)
-    layers = quantized_layers(simulated)
+    layers = find_quantized_layers(simulated)
     there = outputs_of(real, layers)
     here = outputs_of(simulated, layers, there)
     for name, found in here.items():
@@ -73,7 +73,7 @@ def test_every_layer_is_that_of_int8(arch: str, options: dict[str, Any]) -> None
 
 def test_means_are_not_rounded_to_the_step_of_what_they_are_of() -> None:
     simulated, real = pair_of("resnet18")
-    assert np.array_equal(logits_of(simulated, PICTURES), logits_of(real, PICTURES))
+    assert np.array_equal(logits_of(simulated, IMAGES), logits_of(real, IMAGES))
 
 
 def test_a_float_input_is_not_taken_for_integers() -> None:

@@ -15,7 +15,7 @@ import pytest
 from megengine import Tensor
 from megengine.quantization.quantize import disable_observer
 
-from mgq.engine.classifier.parity import layer_parities
+from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.errors import InputError
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import (
@@ -29,22 +29,22 @@ from mgq.graph.layer_graph import (
     Transpose,
     graph_of,
 )
-from mgq.ptq.calibrate import calibrated_network, data_free_network
+from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
 from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, odd_near, scale_behind, set_exact_scales
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import folded_bias, quantized_layers, set_range
-from mgq.quantization.half_to_even import bias_steps, to_even
+from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, set_range
+from mgq.quantization.half_to_even import bias_steps, round_half_to_even
 from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.qat import prepared_for_qat
+from mgq.quantization.qat import prepare_qat
 from mgq.quantization.relu6 import QatConvBnRelu6
-from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, channel_scales, without_ties
-from mgq.runtime.registry import ENGINES, load
+from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, avoid_ties, channel_scales
+from mgq.runtime.registry import BACKENDS, load
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
-from tests.conftest import logits_of, smooth_pictures
+from tests.conftest import logits_of, smooth_images
 
 SIZE = 64
-PICTURES = smooth_pictures(2, SIZE, SIZE)
+IMAGES = smooth_images(2, SIZE, SIZE)
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("resnet18", {}),
     ("shufflenet_v1_x0_5_g3", {}),
@@ -52,7 +52,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mobilenet_v2", {"activation": "relu6"}),
     ("efficientnet_lite0", {}),
 ]
-OF_FILES = [engine for engine in ENGINES if engine.suffix == ".onnx"]
+OF_FILES = [engine for engine in BACKENDS if engine.suffix == ".onnx"]
 """OpenVINO, ONNX Runtime and the native engine."""
 Integers = npt.NDArray[np.int64]
 
@@ -72,8 +72,8 @@ def float_network(arch: str, options: dict[str, Any]) -> M.Module:
 @cache
 def calibrated(number: int, target: Target = ONNX) -> M.Module:
     arch, options = FAMILIES[number]
-    return calibrated_network(
-        float_network(arch, options), [PICTURES], arch, "", {}, "min-max", equalize=False, target=target
+    return calibrate_network(
+        float_network(arch, options), [IMAGES], arch, "", {}, "min-max", equalize=False, target=target
     )[0]
 
 
@@ -93,27 +93,27 @@ def is_tie_free(ratio: float, largest: int = 8191) -> bool:
 class TestOneTruth:
     def test_logits_are_the_same_to_the_bit_everywhere(self, number: int, tmp_path: Path) -> None:
         network = calibrated(number)
-        wanted = counted_logits(graph_of(network, SIZE), PICTURES)
-        np.testing.assert_allclose(logits_of(network, PICTURES), wanted, rtol=1e-6, atol=2e-6)
+        wanted = counted_logits(graph_of(network, SIZE), IMAGES)
+        np.testing.assert_allclose(logits_of(network, IMAGES), wanted, rtol=1e-6, atol=2e-6)
         path = written(network, tmp_path)
         for engine in OF_FILES:
             # Of a sum above 2**20 the logit is exact but for float32's last digit; integers are exact always.
-            np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=1e-6, atol=2e-6)
+            np.testing.assert_allclose(load(path, engine.key).run(IMAGES), wanted, rtol=1e-6, atol=2e-6)
 
     def test_every_integer_is_the_same(self, number: int, tmp_path: Path) -> None:
         network = calibrated(number)
         path = written(network, tmp_path)
-        for engine in ENGINES[:2]:
-            for layer in layer_parities(engine, path, network, PICTURES):
+        for engine in BACKENDS[:2]:
+            for layer in measure_layer_parity(engine, path, network, IMAGES):
                 assert layer.share == 0, layer
 
-    def test_without_pictures_too(self, number: int, tmp_path: Path) -> None:
+    def test_without_images_too(self, number: int, tmp_path: Path) -> None:
         arch, options = FAMILIES[number]
-        network, _ = data_free_network(float_network(arch, options), arch, "", {}, ONNX)
-        wanted = logits_of(network, PICTURES)
+        network, _ = calibrate_data_free_network(float_network(arch, options), arch, "", {}, ONNX)
+        wanted = logits_of(network, IMAGES)
         path = written(network, tmp_path)
         for engine in OF_FILES:
-            np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=1e-6, atol=2e-6)
+            np.testing.assert_allclose(load(path, engine.key).run(IMAGES), wanted, rtol=1e-6, atol=2e-6)
 
     def test_no_value_can_be_half_way_between_two_integers(self, number: int) -> None:
         graph = graph_of(calibrated(number), SIZE)
@@ -149,19 +149,19 @@ def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer
     weight = conv.weight.numpy().copy()
     weight[0], weight[1], weight[2] = weight[0] * 1e-12, 0, weight[2] * 1e4
     conv.weight[...] = Tensor(weight)
-    found, _ = data_free_network(network, "resnet18", "", {}, target)
+    found, _ = calibrate_data_free_network(network, "resnet18", "", {}, target)
     path = written(found, tmp_path)
-    for engine in ENGINES[:2]:
-        for layer in layer_parities(engine, path, found, PICTURES):
+    for engine in BACKENDS[:2]:
+        for layer in measure_layer_parity(engine, path, found, IMAGES):
             assert layer.largest <= 1 and layer.share < 1e-4, layer
 
 
 @pytest.mark.parametrize("number", range(len(FAMILIES)))
 def test_exact_scales_cost_little(number: int) -> None:
     network = with_ranges(float_network(*FAMILIES[number]))
-    before = {name: scale_behind(layer) for name, layer in quantized_layers(network).items()}
+    before = {name: scale_behind(layer) for name, layer in find_quantized_layers(network).items()}
     set_exact_scales(network)
-    for name, layer in quantized_layers(network).items():
+    for name, layer in find_quantized_layers(network).items():
         assert scale_behind(layer) == pytest.approx(before[name], rel=0.03), name
         if isinstance(layer, QatConvBnRelu6):
             assert 255 * scale_behind(layer) <= 6 * (1 + 1e-6)
@@ -181,8 +181,8 @@ def test_the_other_onnx_target_is_as_exact(tmp_path: Path) -> None:
     network = calibrated(2, ONNX_AVX2)
     path = written(network, tmp_path)
     for engine in OF_FILES:
-        wanted = logits_of(network, PICTURES)
-        np.testing.assert_allclose(load(path, engine.key).run(PICTURES), wanted, rtol=1e-6, atol=2e-6)
+        wanted = logits_of(network, IMAGES)
+        np.testing.assert_allclose(load(path, engine.key).run(IMAGES), wanted, rtol=1e-6, atol=2e-6)
 
 
 def test_a_bias_of_many_steps_is_that_of_the_file(tmp_path: Path) -> None:
@@ -196,21 +196,23 @@ def test_a_bias_of_many_steps_is_that_of_the_file(tmp_path: Path) -> None:
     scales = channel_scales(layer.conv.weight).numpy().ravel() * float(
         network.conv_bn_relu1.act_observer.get_qparams().scale.numpy()
     )
-    assert bias_steps(folded_bias(layer), scales)[3] > 2**24
-    found = layer_parities(ENGINES[0], written(network, tmp_path), network, PICTURES[:2])
+    assert bias_steps(fold_bias(layer), scales)[3] > 2**24
+    found = measure_layer_parity(BACKENDS[0], written(network, tmp_path), network, IMAGES[:2])
     assert max(entry.largest for entry in found) <= 1
 
 
 class TestRounding:
     def test_halves_go_to_the_even_neighbour(self) -> None:
         values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 300.0, -300.0, 0.49999997], np.float32)
-        assert np.array_equal(to_even(Tensor(values), -128, 127).numpy(), np.clip(np.rint(values), -128, 127))
+        assert np.array_equal(
+            round_half_to_even(Tensor(values), -128, 127).numpy(), np.clip(np.rint(values), -128, 127)
+        )
 
     def test_its_gradient_is_that_of_clipping(self) -> None:
         values = Tensor(np.array([-200, -1.3, 0.5, 126.9, 200], np.float32))
         with megengine.autodiff.GradManager() as manager:
             manager.attach(values)
-            manager.backward(to_even(values, -128, 127).sum())
+            manager.backward(round_half_to_even(values, -128, 127).sum())
         assert values.grad.numpy().tolist() == [0, 1, 1, 1, 0]
 
     def test_biases_stop_at_int32(self) -> None:
@@ -245,12 +247,12 @@ class TestScalesOfWeights:
 class TestFixedScales:
     def test_ratios_without_ties_are_the_least_that_serve(self) -> None:
         wanted = np.geomspace(2e-4, 30, 4000)
-        found = without_ties(wanted)
+        found = avoid_ties(wanted)
         assert (found >= wanted * (1 - 1e-6)).all() and (found <= wanted * 1.035).all()
         assert all(is_tie_free(float(value)) for value in found)
 
     def test_none_is_so_small_that_float32_no_longer_tells(self) -> None:
-        assert without_ties(np.array([1e-9, 1e-30])).tolist() == [1 / 8191] * 2
+        assert avoid_ties(np.array([1e-9, 1e-30])).tolist() == [1 / 8191] * 2
 
     def test_an_odd_number_near(self) -> None:
         assert [odd_near(v, 0) for v in (0.2, 1.9, 2.1, 100.0, 101.2)] == [1, 1, 3, 101, 101]
@@ -264,7 +266,7 @@ class TestFixedScales:
         load_state(other, state, "the checkpoint")
         other.eval()
         disable_observer(other)
-        assert np.array_equal(logits_of(other, PICTURES), logits_of(network, PICTURES))
+        assert np.array_equal(logits_of(other, IMAGES), logits_of(network, IMAGES))
         load_state(other, {name: value for name, value in state.items() if not name.endswith(".scales")}, "it")
         assert not any(name.endswith(".scales") for name in other.state_dict())
 
@@ -279,22 +281,22 @@ class TestFixedScales:
         assert other.state_dict().keys() == before.keys()
 
     def test_training_sets_them_free(self) -> None:
-        trained = prepared_for_qat(calibrated(2), target=ONNX)
+        trained = prepare_qat(calibrated(2), target=ONNX)
         assert not any(name.endswith(".scales") for name in trained.state_dict())
 
 
 def with_ranges(network: M.Module) -> M.Module:
     """In mode ``qat`` with ranges of the right size; quantization is on."""
-    watched, _ = calibrated_network(network, [PICTURES], "", "", {}, "min-max", False, False, target=ONNX)
-    for layer in quantized_layers(watched).values():
+    watched, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", False, False, target=ONNX)
+    for layer in find_quantized_layers(watched).values():
         observer = layer.act_observer
         set_range(observer, float(observer.min_val.numpy()) * 0.93, float(observer.max_val.numpy()) * 0.93)
     return watched
 
 
-def counted_logits(graph: Graph, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def counted_logits(graph: Graph, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """What ``graph`` gives in integers, with but one rounding behind each sum: float32 (N, classes)."""
-    values: dict[str, Integers] = {graph.input: as_input(pictures).astype(np.int64)}
+    values: dict[str, Integers] = {graph.input: as_input(images).astype(np.int64)}
     for node in graph.nodes:
         sources = [values[name] for name in node.inputs]
         scales = [graph.grids[name].scale for name in node.inputs]
@@ -302,7 +304,7 @@ def counted_logits(graph: Graph, pictures: npt.NDArray[np.uint8]) -> npt.NDArray
             lowest = np.iinfo(np.int64).min
             values[node.output] = windows(sources[0], node.kernel, node.stride, node.padding, lowest).max((-2, -1))
         elif isinstance(node, Reshape):
-            values[node.output] = sources[0].reshape(len(pictures), *node.shape[1:])
+            values[node.output] = sources[0].reshape(len(images), *node.shape[1:])
         elif isinstance(node, Transpose):
             values[node.output] = sources[0].transpose(node.axes)
         elif isinstance(node, Add):
@@ -324,7 +326,7 @@ def counted_logits(graph: Graph, pictures: npt.NDArray[np.uint8]) -> npt.NDArray
 
 def on_grid(graph: Graph, tensor: str, values: Any) -> Integers:
     grid = graph.grids[tensor]
-    found: Integers = np.clip(np.rint(values / grid.scale), grid.lowest, grid.highest).astype(np.int64)
+    found: Integers = np.clip(np.rint(values / grid.scale), grid.qmin, grid.qmax).astype(np.int64)
     return found
 
 
@@ -342,11 +344,11 @@ def convolved(node: Convolution, source: Integers) -> Integers:
     assert node.integers is not None
     kernel = node.integers.shape[2:]
     seen = windows(source, kernel, node.stride, node.padding, 0)
-    pictures, channels, height, width = seen.shape[:4]
-    grouped = seen.reshape(pictures, node.groups, channels // node.groups, height, width, -1)
+    images, channels, height, width = seen.shape[:4]
+    grouped = seen.reshape(images, node.groups, channels // node.groups, height, width, -1)
     weight = node.integers.astype(np.float64).reshape(node.groups, -1, channels // node.groups, grouped.shape[-1])
     sums = np.einsum("ngchwk,gock->ngohw", grouped.astype(np.float64), weight, optimize=True)
-    found: Integers = np.rint(sums).astype(np.int64).reshape(pictures, -1, height, width)
+    found: Integers = np.rint(sums).astype(np.int64).reshape(images, -1, height, width)
     return found
 
 

@@ -29,7 +29,7 @@ from mgq.cpu_kernels.autograd_functions import (
     FoldedConvolution,
     NormalizedConvolution,
 )
-from mgq.cpu_kernels.elementwise import PIECE, extremes, held_below, in_pieces, masked
+from mgq.cpu_kernels.elementwise import PIECE, apply_mask, clamp_below, extremes, in_pieces
 from mgq.cpu_kernels.fake_quantization import quantizer_of
 from mgq.errors import FailureError
 from mgq.machine import usable_cores
@@ -38,7 +38,7 @@ from mgq.quantization.qat import freeze_batch_norm
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import specs
-from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_pictures, values_of
+from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_images, values_of
 
 Array = npt.NDArray[np.float32]
 
@@ -247,7 +247,7 @@ def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mod
     network = filled(blank(arch))
     network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
     network.train()
-    sources = layer_inputs(network, smooth_pictures(4, 32, 32).astype(np.float32) - 128)
+    sources = layer_inputs(network, smooth_images(4, 32, 32).astype(np.float32) - 128)
     difference = size = 0.0
     for module, source in sources:
         d_output = steady_gradient(module, source)
@@ -263,8 +263,8 @@ def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mod
     assert used == [expected_kind] * len(sources)
 
 
-def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Array]]:
-    """The fused layers of ``network``, no two alike in kind and shape, and what each is given for ``pictures``."""
+def layer_inputs(network: M.Module, images: Array) -> list[tuple[M.Module, Array]]:
+    """The fused layers of ``network``, no two alike in kind and shape, and what each is given for ``images``."""
     found: dict[Any, tuple[M.Module, Array]] = {}
 
     def note(module: M.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -274,7 +274,7 @@ def layer_inputs(network: M.Module, pictures: Array) -> list[tuple[M.Module, Arr
 
     state = copy.deepcopy(network)
     hooks = [module.register_forward_pre_hook(note) for module in state.modules() if isinstance(module, FUSED)]
-    state(Tensor(pictures))
+    state(Tensor(images))
     for hook in hooks:
         hook.remove()
     return list(found.values())
@@ -305,17 +305,17 @@ def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
         assert passes is not None
         np.testing.assert_array_equal(output, expected.numpy())
         np.testing.assert_array_equal(passes, x.grad.numpy() != 0)
-        np.testing.assert_array_equal(masked(array, passes), array * passes)
+        np.testing.assert_array_equal(apply_mask(array, passes), array * passes)
 
 
 def test_a_ceiling_holds_large_arrays_below_it() -> None:
     array = normal(9 * PIECE * usable_cores() + 5)
     held = array.copy()
-    below = held_below(held, 1.0)
+    below = clamp_below(held, 1.0)
     np.testing.assert_array_equal(held, np.minimum(array, 1))
     assert below is not None
     np.testing.assert_array_equal(below, array < 1)
-    assert held_below(held, 2.0) is None
+    assert clamp_below(held, 2.0) is None
     assert list(extremes(array)) == [array.min(), array.max()]
 
 
@@ -355,10 +355,10 @@ def test_a_network_differs_from_stock_by_no_more_than_rounding_does(arch: str) -
     for module in network.modules():
         if isinstance(module, M.Dropout):
             module.drop_prob = 0.0
-    pictures = smooth_pictures(8).astype(np.float32) - 128
+    images = smooth_images(8).astype(np.float32) - 128
     d_output = normal(8, 10, seed=1) / 80
-    stock, fast = (stepped(network, pictures, d_output, fast, wants_source=False) for fast in (False, True))
-    shaken = [stepped(shaken_by_rounding(network, seed), pictures, d_output, False, False) for seed in (1, 2)]
+    stock, fast = (stepped(network, images, d_output, fast, wants_source=False) for fast in (False, True))
+    shaken = [stepped(shaken_by_rounding(network, seed), images, d_output, False, False) for seed in (1, 2)]
     mark = max(relative(whole(other.gradients), whole(stock.gradients)) for other in shaken)
     assert relative(whole(fast.gradients), whole(stock.gradients)) < 10 * mark
     mark = max(relative(other.output, stock.output) for other in shaken)

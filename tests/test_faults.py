@@ -72,7 +72,7 @@ def test_sigterm_ends_another_verb_by_one_line(tmp_path: Path) -> None:
     assert not half_written(tmp_path)
 
 
-def test_a_picture_that_disappears_while_training_is_named_and_replaced(tmp_path: Path) -> None:
+def test_a_image_that_disappears_while_training_is_named_and_replaced(tmp_path: Path) -> None:
     for part, number in (("train", 12), ("val", 2)):
         for kind in ("blue", "red"):
             for index in range(number):
@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_folder_and_the_workers(t
     assert files[0] == files[1]
 
 
-def test_the_listing_of_pictures_tells_another_size_and_another_name(tmp_path: Path) -> None:
+def test_the_listing_of_images_tells_another_size_and_another_name(tmp_path: Path) -> None:
     for name in ("kind/a.png", "kind/b.png", "other/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())

@@ -57,7 +57,7 @@ def test_answers_are_compared_with_float_with_labels_and_with_the_simulation() -
     exact = float32([2, 1, 0], [2, 1, 0], [0, 0, 5], [1, 3, 0])
     found = float32([1, 2, 0], [2, 1, 0], [0, 0, 5], [1, 3, 0])
     likeness = likeness_of(found, exact, np.array([1, 0, 0, UNKNOWN]), exact)
-    assert (likeness.pictures, likeness.labelled, likeness.same, likeness.as_simulated) == (4, 3, 0.75, 0.75)
+    assert (likeness.images, likeness.labelled, likeness.same, likeness.as_simulated) == (4, 3, 0.75, 0.75)
     assert likeness.top1 == pytest.approx(2 / 3) and likeness.interval == wilson(3, 4)
     unknown = likeness_of(found, exact, np.full(4, UNKNOWN))
     assert unknown.top1 is None and unknown.as_simulated is None
@@ -84,7 +84,7 @@ def test_a_peer_that_is_missing_says_how_it_is_got(tmp_path: Path, monkeypatch: 
         peers.main("other", "float.onnx", "pixels.npy", str(tmp_path / "file.onnx"))
 
 
-def test_pictures_of_the_same_kind_come_from_one_folder_or_two() -> None:
+def test_images_of_the_same_kind_come_from_one_folder_or_two() -> None:
     words = ["-a", "resnet18", "--calibration", "a", "--other", "b"]
     assert parsed([*words, "--every", "5"]).unseen is None
     assert parsed([*words, "--unseen", "c"]).every is None
@@ -94,12 +94,12 @@ def test_pictures_of_the_same_kind_come_from_one_folder_or_two() -> None:
 
 
 def test_files_that_take_pixels_and_floats_are_asked_the_same(tmp_path: Path) -> None:
-    from mgq.engine.classifier.open import random_classifier
+    from mgq.engine.classifier.open import make_random_classifier
     from mgq.export.onnx.writer import write_onnx
     from mgq.quantization.modes import Mode
 
     path = tmp_path / "float.onnx"
-    write_onnx(random_classifier("resnet18", Mode.NORMAL).network, path, image_size=32, batch=1, provenance={})
+    write_onnx(make_random_classifier("resnet18", Mode.NORMAL).network, path, image_size=32, batch=1, provenance={})
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
     answers = in_openvino(path, pixels)
     assert decibels_of(in_openvino(peers.written_with_float_input(path, path), pixels), answers) > 80

@@ -16,7 +16,7 @@ from mgq.engine.training.recipe import SCHEDULES
 from mgq.quantization.option_names import QUALITIES
 from mgq.quantization.qat import OBSERVERS
 from mgq.quantization.targets import TARGETS
-from mgq.runtime.registry import engine_names
+from mgq.runtime.registry import backend_names
 from mgq.zoo.mobilenet_v2 import ACTIVATIONS
 from mgq.zoo.registry import specs
 from tests.conftest import Mgq
@@ -78,7 +78,7 @@ def completed(mgq: Mgq, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str
         ("mgq bench -a ", list(specs())),
         ("mgq eval -m ", ["normal", "qat", "quantized"]),
         ("mgq infer --target ", list(TARGETS)),
-        ("mgq eval --engine ", list(engine_names())),
+        ("mgq eval --engine ", list(backend_names())),
         ("mgq calibrate --quality ", list(QUALITIES)),
         ("mgq calibrate --method m", ["min-max", "mse"]),
         ("mgq qat --observer ", list(OBSERVERS)),

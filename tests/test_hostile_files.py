@@ -29,16 +29,16 @@ from PIL import Image
 
 from mgq.data import imagenet_archives
 from mgq.data.datasets import evaluation_folder
-from mgq.data.decoding import MAX_MEMORY, read_picture
-from mgq.data.imagenet_archives import unpacked
-from mgq.engine.classifier.deployed_files import opened_file
+from mgq.data.decoding import MAX_MEMORY, read_image
+from mgq.data.imagenet_archives import unpack_split
+from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.run_folder import read_metrics
 from mgq.engine.runs.training_state import read_training_state
 from mgq.engine.training.recipe import Recipe, read_changes
 from mgq.errors import InputError
 from mgq.export.megengine.flatbuffer import LONGEST_VECTOR, MOST_FIELDS, Table
-from mgq.export.megengine.megengine_file import MAGIC, read_sealed, sealed_bytes
+from mgq.export.megengine.megengine_file import MAGIC, encode_file, read_megengine_file
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.io.append import drop_torn_line
 from mgq.io.limited_io import LONGEST_JSON, object_in
@@ -273,9 +273,9 @@ def test_long_metadata_is_refused_before_it_is_unpacked() -> None:
         (lambda path: read_ranges(path), "r.json"),
         (lambda path: read_metrics(path), "m.jsonl"),
         (lambda path: read_onnx(path), "n.onnx"),
-        (lambda path: read_sealed(path), "n.megengine"),
+        (lambda path: read_megengine_file(path), "n.megengine"),
         (lambda path: read_training_state(path), "last.safetensors"),
-        (lambda path: read_picture(path), "p.png"),
+        (lambda path: read_image(path), "p.png"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -370,7 +370,7 @@ def test_a_million_empty_chunks_take_no_more_memory_than_the_file(kind: bytes | 
     path = written(tmp_path / "many.png", data[:first] + chunks * (1_000_000 // len(empty)) + data[first:])
     tracemalloc.start()
     try:
-        read_picture(path)
+        read_image(path)
     except InputError:
         pass
     finally:
@@ -386,13 +386,13 @@ def png_of_16_bits() -> bytes:
 
 def test_the_memory_of_decoding_counts_not_the_pixels_alone(tmp_path: Path) -> None:
     whole = png_of_16_bits()
-    refusal(read_picture, written(tmp_path / "deep.png", whole), "deep.png", "8,000 x 5,000", f"{MAX_MEMORY // 21:,}")
+    refusal(read_image, written(tmp_path / "deep.png", whole), "deep.png", "8,000 x 5,000", f"{MAX_MEMORY // 21:,}")
 
 
-def test_the_largest_picture_of_the_dearest_kind_stays_below_a_gigabyte(tmp_path: Path) -> None:
+def test_the_largest_image_of_the_dearest_kind_stays_below_a_gigabyte(tmp_path: Path) -> None:
     side = int((MAX_MEMORY // 21) ** 0.5)
     data = cv2.imencode(".png", np.zeros((side, side, 4), np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-    told = outcome(read_picture, written(tmp_path / "large.png", data))
+    told = outcome(read_image, written(tmp_path / "large.png", data))
     assert told["how"] == "accepted" and told["memory"] < TOO_MUCH, told
 
 
@@ -409,16 +409,16 @@ def resized(data: bytes, width: int, height: int) -> bytes:
 
 
 def test_a_jpeg_of_more_pixels_than_bits_is_refused(tmp_path: Path) -> None:
-    refusal(read_picture, written(tmp_path / "few.jpg", resized(jpeg(), 10_000, 9_000)), "few.jpg", "cut short")
+    refusal(read_image, written(tmp_path / "few.jpg", resized(jpeg(), 10_000, 9_000)), "few.jpg", "cut short")
 
 
 def test_a_jpeg_of_thousands_of_passes_is_refused(tmp_path: Path) -> None:
     whole = jpeg(progressive=True)
     at = whole.rfind(b"\xff\xda")
     scan = whole[at:-2]
-    refusal(read_picture, written(tmp_path / "p.jpg", whole[:-2] + scan * 300 + b"\xff\xd9"), "p.jpg", "passes")
+    refusal(read_image, written(tmp_path / "p.jpg", whole[:-2] + scan * 300 + b"\xff\xd9"), "p.jpg", "passes")
     large = resized(whole[:-2] + scan * 150 + b"\xff\xd9" + bytes(40_000), 8_000, 8_000)
-    refusal(read_picture, written(tmp_path / "l.jpg", large), "l.jpg", "passes")
+    refusal(read_image, written(tmp_path / "l.jpg", large), "l.jpg", "passes")
 
 
 def test_a_webp_that_begins_with_another_chunk_is_refused(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_webp_that_begins_with_another_chunk_is_refused(tmp_path: Path) -> Non
     whole = file.getvalue()
     hidden = b"JUNK" + struct.pack("<I", 16) + bytes(16)
     data = b"RIFF" + struct.pack("<I", len(whole) - 8 + len(hidden)) + b"WEBP" + hidden + whole[12:]
-    refusal(read_picture, written(tmp_path / "w.webp", data), "w.webp")
+    refusal(read_image, written(tmp_path / "w.webp", data), "w.webp")
 
 
 def test_an_avif_whose_frame_is_larger_than_it_says_is_refused(tmp_path: Path) -> None:
@@ -436,7 +436,7 @@ def test_an_avif_whose_frame_is_larger_than_it_says_is_refused(tmp_path: Path) -
     data = bytearray(file.getvalue())
     at = data.index(b"ispe") + 8
     data[at : at + 8] = struct.pack(">II", 64, 64)
-    refusal(read_picture, written(tmp_path / "small.avif", bytes(data)), "small.avif", "7,000 x 5,000")
+    refusal(read_image, written(tmp_path / "small.avif", bytes(data)), "small.avif", "7,000 x 5,000")
 
 
 def jpeg_2000(**options: Any) -> bytes:
@@ -447,21 +447,21 @@ def jpeg_2000(**options: Any) -> bytes:
 
 def test_a_jpeg_2000_of_millions_of_tiles_or_blocks_is_refused(tmp_path: Path) -> None:
     whole = jpeg_2000()
-    assert read_picture(whole).shape == (256, 256, 3)
+    assert read_image(whole).shape == (256, 256, 3)
     size = whole.index(b"\xff\x51") + 6
     tiles = whole[: size + 16] + struct.pack(">II", 2, 2) + whole[size + 24 :]
-    refusal(read_picture, written(tmp_path / "tiles.jp2", tiles), "tiles.jp2", "damaged")
+    refusal(read_image, written(tmp_path / "tiles.jp2", tiles), "tiles.jp2", "damaged")
     style = whole.index(b"\xff\x52") + 4
     large = bytearray(whole[:size] + struct.pack(">II", 5_000, 4_000) + whole[size + 8 :])
     large[size + 16 : size + 24] = struct.pack(">II", 5_000, 4_000)
     large[style + 6 : style + 8] = b"\0\0"  # blocks of 4x4
-    refusal(read_picture, written(tmp_path / "blocks.jp2", bytes(large)), "blocks.jp2", "damaged")
+    refusal(read_image, written(tmp_path / "blocks.jp2", bytes(large)), "blocks.jp2", "damaged")
 
 
 def test_a_tiff_whose_strips_are_numbers_of_two_kinds_is_one_line(tmp_path: Path) -> None:
     strips = [(273, 4, 4, 8), (279, 11, 4, 8)]
     odd = tiff((256, 3, 1, 8), (257, 3, 1, 8), *strips, room=64)
-    refusal(read_picture, written(tmp_path / "odd.tif", odd), "odd.tif")
+    refusal(read_image, written(tmp_path / "odd.tif", odd), "odd.tif")
 
 
 def tiff(*fields: tuple[int, int, int, int], room: int = 0) -> bytes:
@@ -471,16 +471,16 @@ def tiff(*fields: tuple[int, int, int, int], room: int = 0) -> bytes:
 
 def test_a_tiff_with_two_sizes_or_a_million_numbers_is_refused(tmp_path: Path) -> None:
     size = [(256, 3, 1, 8), (257, 3, 1, 8)]
-    refusal(read_picture, written(tmp_path / "two.tif", tiff(*size, (256, 4, 1, 9_000))), "two.tif", "damaged")
+    refusal(read_image, written(tmp_path / "two.tif", tiff(*size, (256, 4, 1, 9_000))), "two.tif", "damaged")
     many = tiff(*size, (273, 4, 5_000_000, 8), room=20_000_000)
-    refusal(read_picture, written(tmp_path / "many.tif", many), "many.tif", "damaged")
+    refusal(read_image, written(tmp_path / "many.tif", many), "many.tif", "damaged")
     tiles = tiff(*size, (322, 4, 1, 2**31 - 1), (323, 4, 1, 2**31 - 1))
-    refusal(read_picture, written(tmp_path / "tiles.tif", tiles), "tiles.tif")
+    refusal(read_image, written(tmp_path / "tiles.tif", tiles), "tiles.tif")
     wide = tiff((256, 1, 150_000_000, 8), (257, 3, 1, 8), room=150_000_000)
-    refusal(read_picture, written(tmp_path / "wide.tif", wide), "wide.tif")
+    refusal(read_image, written(tmp_path / "wide.tif", wide), "wide.tif")
 
 
-def test_a_pipe_among_pictures_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     (tmp_path / "dogs").mkdir()
     written(tmp_path / "cats" / "a.jpg", jpeg())
@@ -505,7 +505,7 @@ def test_a_chain_of_a_thousand_extended_headers_is_no_traceback(
     folder.mkdir()
     written(folder / imagenet_archives.TRAIN_ARCHIVE, block * 3_000 + bytes(1024))
     with pytest.raises(InputError, match=r"img_train\.tar is damaged"):
-        unpacked(folder, "train", md5=test_imagenet.sums(folder))
+        unpack_split(folder, "train", md5=test_imagenet.sums(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -520,7 +520,7 @@ def graph_with(change: Callable[[bytearray, Table], None], **about: Any) -> byte
     says = {**json.loads(whole[-48 - length : -48]), **about}
     (root,) = struct.unpack_from("<I", graph, 4)
     change(graph, Table(memoryview(bytes(graph)), 4 + root))
-    return sealed_bytes(bytes(graph), says)
+    return encode_file(bytes(graph), says)
 
 
 def pointed(table: Table, index: int) -> int:
@@ -606,7 +606,7 @@ def test_a_graph_that_mgq_does_not_write_never_reaches_the_native_loader(
 ) -> None:
     path = written(tmp_path / "net.megengine", graph_with(change))
     assert path.read_bytes().endswith(MAGIC)
-    refusal(read_sealed, path, "net.megengine", "mgq dump")
+    refusal(read_megengine_file, path, "net.megengine", "mgq dump")
 
 
 @pytest.mark.parametrize(
@@ -629,13 +629,13 @@ def test_a_deployed_file_that_lies_of_itself_is_refused(about: dict[str, Any], f
     path = tmp_path / f"net.{form}"
     if form == "megengine":
         written(path, graph_with(nothing, **about))
-        assert opened_file(written(tmp_path / "true.megengine", graph_with(nothing))).image_size == 32
+        assert open_file(written(tmp_path / "true.megengine", graph_with(nothing))).image_size == 32
     else:
         model = model_with(lambda model: None)
         says = {**json.loads(model.metadata_props[0].value), **about}
         model.metadata_props[0].value = json.dumps(says)
         written(path, model.SerializeToString())
-    refusal(opened_file, path, f"net.{form}")
+    refusal(open_file, path, f"net.{form}")
 
 
 def model_with(change: Callable[[Any], object]) -> Any:
@@ -696,7 +696,7 @@ def loop() -> Any:
     return with_node("If", ["s"], ["more"], then_branch=body, else_branch=body)
 
 
-def huge_picture(model: Any) -> None:
+def huge_image(model: Any) -> None:
     for axis in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         axis.dim_value = 100_000
 
@@ -715,7 +715,7 @@ def huge_picture(model: Any) -> None:
         (with_node("Expand", ["x9", "shape"], ["more"]), "'Expand'"),
         (with_function, "functions"),
         (doubled, "too much"),
-        (huge_picture, "too much"),
+        (huge_image, "too much"),
         (with_attribute("pads", 10**9, 10**9, 10**9, 10**9), "pads"),
         (with_attribute("strides", 0, 0), "strides"),
         (with_attribute("group", 0), "group"),
@@ -739,8 +739,8 @@ def test_what_no_classifier_needs_never_reaches_an_engine(
 def test_names_of_classes_cannot_speak_to_the_terminal(mgq: Mgq, tmp_path: Path) -> None:
     names = ["\x1b[31mred\x1b[0m", "[bold red]markup[/bold red] [/nothing]", "two\nlines\u202e"]
     path = checkpoint_with(tmp_path / "names.safetensors", None, classes=names, origin="\x1b]0;owned\x07[blink]")
-    picture = written(tmp_path / "[red]a.jpg", jpeg())
-    said = mgq("infer", "-m", "normal", "-c", path, picture, "--topk", "3")
+    image = written(tmp_path / "[red]a.jpg", jpeg())
+    said = mgq("infer", "-m", "normal", "-c", path, image, "--topk", "3")
     assert said.code == 0, said
     for text in (said.out, said.err):
         assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text), text

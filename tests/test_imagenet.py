@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mgq.data import imagenet_archives
-from mgq.data.imagenet_archives import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, has_archive, unpacked, wnids_by_id
+from mgq.data.imagenet_archives import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, has_archive, unpack_split, wnids_by_id
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
@@ -94,7 +94,7 @@ TRUTH = [3, 1000, 3, 1, 512, 77]
 TRUTH_TEXT = "".join(f"{number}\n" for number in TRUTH)
 
 
-def picture(tag: str) -> bytes:
+def image(tag: str) -> bytes:
     """Not a JPEG: what is in the files does not matter here."""
     return hashlib.sha256(tag.encode()).digest() * 40
 
@@ -116,14 +116,12 @@ def inner_tar(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:
 
 
 def train_members(wnids: Sequence[str] = WNIDS[:3]) -> list[tuple[str | tarfile.TarInfo, bytes]]:
-    return [
-        (f"{wnid}.tar", inner_tar([(f"{wnid}_{i}.JPEG", picture(f"{wnid}{i}")) for i in range(4)])) for wnid in wnids
-    ]
+    return [(f"{wnid}.tar", inner_tar([(f"{wnid}_{i}.JPEG", image(f"{wnid}{i}")) for i in range(4)])) for wnid in wnids]
 
 
 def val_members() -> list[tuple[str | tarfile.TarInfo, bytes]]:
     # As in the original, the pictures do not come in their order.
-    return [(f"ILSVRC2012_val_{i:08}.JPEG", picture(f"val{i}")) for i in (2, 1, 3, 6, 5, 4)]
+    return [(f"ILSVRC2012_val_{i:08}.JPEG", image(f"val{i}")) for i in (2, 1, 3, 6, 5, 4)]
 
 
 def devkit(path: Path, meta_mat: bytes = META, truth: str = TRUTH_TEXT) -> None:
@@ -167,48 +165,48 @@ def the_line(caught: pytest.ExceptionInfo[Exception]) -> str:
     return message
 
 
-TRAIN_FILES = {f"{wnid}/{wnid}_{i}.JPEG": picture(f"{wnid}{i}") for wnid in WNIDS[:3] for i in range(4)}
-VAL_FILES = {f"{BY_ID[id_]}/ILSVRC2012_val_{i:08}.JPEG": picture(f"val{i}") for i, id_ in enumerate(TRUTH, 1)}
+TRAIN_FILES = {f"{wnid}/{wnid}_{i}.JPEG": image(f"{wnid}{i}") for wnid in WNIDS[:3] for i in range(4)}
+VAL_FILES = {f"{BY_ID[id_]}/ILSVRC2012_val_{i:08}.JPEG": image(f"val{i}") for i, id_ in enumerate(TRUTH, 1)}
 
 
 # ---- unpacking ----
 
 
 def test_the_training_archive_becomes_a_folder_for_each_class(folder: Path) -> None:
-    assert unpacked(folder, "train", md5=sums(folder)) == folder / "train"
+    assert unpack_split(folder, "train", md5=sums(folder)) == folder / "train"
     assert files(folder / "train") == TRAIN_FILES
 
 
-def test_validation_pictures_go_where_the_ground_truth_says(folder: Path) -> None:
-    assert unpacked(folder, "val", md5=sums(folder)) == folder / "val"
+def test_validation_images_go_where_the_ground_truth_says(folder: Path) -> None:
+    assert unpack_split(folder, "val", md5=sums(folder)) == folder / "val"
     assert files(folder / "val") == VAL_FILES
 
 
 def test_what_is_unpacked_is_not_touched_again(folder: Path) -> None:
-    unpacked(folder, "val", md5=sums(folder))
+    unpack_split(folder, "val", md5=sums(folder))
     for name in (VAL_ARCHIVE, DEVKIT):
         (folder / name).unlink()
     events: list[Progress] = []
-    assert unpacked(folder, "val", events.append) == folder / "val"
+    assert unpack_split(folder, "val", events.append) == folder / "val"
     assert events == []
 
 
-def test_nothing_but_the_pictures_is_left_behind(folder: Path) -> None:
+def test_nothing_but_the_images_is_left_behind(folder: Path) -> None:
     for split in ("train", "val"):
-        unpacked(folder, split, md5=sums(folder))
+        unpack_split(folder, split, md5=sums(folder))
     shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert shown == {"train", "val", TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT}
     assert not list(folder.glob(".*.part"))
 
 
 def test_files_are_on_the_disk_before_their_folder_has_its_name(folder: Path, synced: list[bool]) -> None:
-    unpacked(folder, "val", md5=sums(folder))
+    unpack_split(folder, "val", md5=sums(folder))
     assert synced == [False]
 
 
 def test_progress_is_in_bytes_and_reaches_the_total(folder: Path) -> None:
     events: list[Progress] = []
-    unpacked(folder, "train", events.append, sums(folder))
+    unpack_split(folder, "train", events.append, sums(folder))
     size = (folder / TRAIN_ARCHIVE).stat().st_size
     for what in ("check", "unpack"):
         done = [event.done for event in events if event.what == f"{what} {TRAIN_ARCHIVE}"]
@@ -229,7 +227,7 @@ def test_a_missing_archive_is_named(folder: Path, missing: str) -> None:
     known = sums(folder)
     (folder / missing).unlink()
     with pytest.raises(InputError, match=missing) as caught:
-        unpacked(folder, "val", md5=known)
+        unpack_split(folder, "val", md5=known)
     assert "image-net.org" in the_line(caught)
 
 
@@ -237,7 +235,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(folder: Path, monkeypa
     usage = shutil._ntuple_diskusage(10**12, 10**12, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(FailureError, match="make room"):
-        unpacked(folder, "train", md5=sums(folder))
+        unpack_split(folder, "train", md5=sums(folder))
     assert not list(folder.rglob("*.JPEG"))
 
 
@@ -258,7 +256,7 @@ def stopped_after(folder: Path, split: str, members: int) -> None:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        unpacked(folder, split, stop, sums(folder))  # type: ignore[arg-type]
+        unpack_split(folder, split, stop, sums(folder))  # type: ignore[arg-type]
     assert not (folder / split).exists()
 
 
@@ -269,7 +267,7 @@ def test_an_interrupted_work_goes_on_where_it_was(folder: Path, split: str, expe
     kept = {path.name: path.stat().st_mtime_ns for path in (folder / f".{split}.part").rglob("*.JPEG")}
     assert 0 < len(kept) < len(expected)
     events: list[Progress] = []
-    unpacked(folder, split, events.append, known)  # type: ignore[arg-type]
+    unpack_split(folder, split, events.append, known)  # type: ignore[arg-type]
     assert files(folder / split) == expected
     again = {path.name: path.stat().st_mtime_ns for path in (folder / split).rglob("*.JPEG")}
     assert {name: again[name] for name in kept} == kept
@@ -281,7 +279,7 @@ def test_half_a_file_is_written_again(folder: Path) -> None:
     stopped_after(folder, "val", 2)
     half = next((folder / ".val.part").rglob("*.JPEG"))
     half.write_bytes(half.read_bytes()[:100])
-    unpacked(folder, "val", md5=known)
+    unpack_split(folder, "val", md5=known)
     assert files(folder / "val") == VAL_FILES
 
 
@@ -303,7 +301,7 @@ unpacked(Path(sys.argv[1]), "train", kill, {known!r})
     assert done.returncode == -signal.SIGKILL
     assert not (folder / "train").exists()
     assert 0 < len(list((folder / ".train.part").rglob("*.JPEG"))) < len(TRAIN_FILES)
-    unpacked(folder, "train", md5=known)
+    unpack_split(folder, "train", md5=known)
     assert files(folder / "train") == TRAIN_FILES
 
 
@@ -314,7 +312,7 @@ def test_an_archive_that_changed_after_an_interruption_is_checked_again(folder: 
     changed[600] ^= 1
     (folder / VAL_ARCHIVE).write_bytes(changed)
     with pytest.raises(InputError, match="not the original"):
-        unpacked(folder, "val", md5=known)
+        unpack_split(folder, "val", md5=known)
 
 
 def test_a_second_process_waits_for_the_first(folder: Path) -> None:
@@ -327,7 +325,7 @@ def test_a_second_process_waits_for_the_first(folder: Path) -> None:
         if event.what.startswith("wait"):
             lock.release()
 
-    unpacked(folder, "val", release, sums(folder))
+    unpack_split(folder, "val", release, sums(folder))
     assert events[0] == f"wait for another process that unpacks {VAL_ARCHIVE}"
     assert files(folder / "val") == VAL_FILES
 
@@ -339,14 +337,14 @@ def test_a_second_process_waits_for_the_first(folder: Path) -> None:
 def test_a_changed_archive_is_refused_by_name_before_anything_is_written(folder: Path, changed: str) -> None:
     known = {**sums(folder), changed: "0" * 32}
     with pytest.raises(InputError, match=changed) as caught:
-        unpacked(folder, "val", md5=known)
+        unpack_split(folder, "val", md5=known)
     assert "0" * 32 in the_line(caught)
     assert not list(folder.rglob("*.JPEG"))
 
 
 def test_the_published_sums_are_asked_for_by_default(folder: Path) -> None:
     with pytest.raises(InputError, match="1d675b47d978889d74fa0da5fadfb00e"):
-        unpacked(folder, "train")
+        unpack_split(folder, "train")
 
 
 def info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -373,11 +371,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda info: f"{info.name!r} {info.type!r}")
-def test_a_member_that_is_no_validation_picture_is_refused(folder: Path, hostile: tarfile.TarInfo) -> None:
+def test_a_member_that_is_no_validation_image_is_refused(folder: Path, hostile: tarfile.TarInfo) -> None:
     tar(folder / VAL_ARCHIVE, [(hostile, b"evil")])
     before = {path for path in folder.parent.rglob("*") if ".val" not in str(path)}
     with pytest.raises(InputError, match=r"ImageNet's does not") as caught:
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
     the_line(caught)
     assert {path for path in folder.parent.rglob("*") if ".val" not in str(path)} == before
     assert not [path for path in (folder / ".val.part").rglob("*") if not path.is_dir() and path.suffix != ".json"]
@@ -395,10 +393,10 @@ def test_a_member_that_is_no_validation_picture_is_refused(folder: Path, hostile
         ("n01440764.tar", "n01440764_1.JPEG.exe"),
     ],
 )
-def test_a_member_that_is_no_training_picture_is_refused(folder: Path, outer: str, inner: str) -> None:
+def test_a_member_that_is_no_training_image_is_refused(folder: Path, outer: str, inner: str) -> None:
     tar(folder / TRAIN_ARCHIVE, [(outer, inner_tar([(inner, b"evil")]))])
     with pytest.raises(InputError, match=r"ImageNet's does not"):
-        unpacked(folder, "train", md5=sums(folder))
+        unpack_split(folder, "train", md5=sums(folder))
     # Other tests' files lie beside the folder; some are too large to read.
     small = [path for path in folder.parent.rglob("*") if path.is_file() and path.stat().st_size == len(b"evil")]
     assert not [path for path in small if path.read_bytes() == b"evil"]
@@ -411,13 +409,13 @@ def test_a_file_with_holes_which_takes_more_than_its_archive_is_refused(folder: 
         sparse.size = 1
         file.addfile(sparse, io.BytesIO(b"x"))
     with pytest.raises(InputError, match=r"ImageNet's does not"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
-def test_a_file_too_large_for_a_picture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_too_large_for_a_image_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet_archives, "MAX_BYTES", 100)
     with pytest.raises(InputError, match="1280 bytes"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
 @pytest.mark.parametrize("length", [10, 700, 1400])
@@ -425,13 +423,13 @@ def test_a_cut_archive_with_the_right_sum_is_refused(folder: Path, length: int) 
     whole = (folder / VAL_ARCHIVE).read_bytes()
     (folder / VAL_ARCHIVE).write_bytes(whole[:length])
     with pytest.raises(InputError, match=f"{VAL_ARCHIVE} is damaged"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
 def test_an_inner_archive_that_is_none_is_refused(folder: Path) -> None:
     tar(folder / TRAIN_ARCHIVE, [("n01440764.tar", b"nothing of the kind" * 100)])
     with pytest.raises(InputError, match="is damaged"):
-        unpacked(folder, "train", md5=sums(folder))
+        unpack_split(folder, "train", md5=sums(folder))
 
 
 # ---- the development kit ----
@@ -441,7 +439,7 @@ def test_a_kit_that_unpacks_to_gigabytes_is_refused(folder: Path, monkeypatch: p
     monkeypatch.setattr(imagenet_archives, "_MOST_UNPACKED", 1 << 20)
     (folder / DEVKIT).write_bytes(gzip.compress(bytes(3 << 20)))
     with pytest.raises(InputError, match="unpacks to more than 1 MB"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
 @pytest.mark.parametrize(
@@ -450,21 +448,21 @@ def test_a_kit_that_unpacks_to_gigabytes_is_refused(folder: Path, monkeypatch: p
 def test_a_kit_that_is_no_archive_is_refused(folder: Path, content: bytes) -> None:
     (folder / DEVKIT).write_bytes(content)
     with pytest.raises(InputError, match=DEVKIT) as caught:
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
     the_line(caught)
 
 
 def test_a_kit_without_the_ground_truth_is_refused_by_what_it_lacks(folder: Path) -> None:
     tar(folder / DEVKIT, [("ILSVRC2012_devkit_t12/data/meta.mat", META)], "w:gz")
     with pytest.raises(InputError, match=r"ILSVRC2012_validation_ground_truth\.txt"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
 @pytest.mark.parametrize("truth", ["1\n2\n1001\n", "1\n0\n", "1\ntwo\n", "1.5\n"])
 def test_a_ground_truth_with_lines_that_are_no_class_is_refused(folder: Path, truth: str) -> None:
     devkit(folder / DEVKIT, truth=truth)
     with pytest.raises(InputError, match="ground truth"):
-        unpacked(folder, "val", md5=sums(folder))
+        unpack_split(folder, "val", md5=sums(folder))
 
 
 # ---- meta.mat ----

@@ -19,7 +19,7 @@ from mgq.data.datasets import (
     training_folders,
 )
 from mgq.data.folder_layout import role_of
-from mgq.data.folder_scan import PICTURE_SUFFIXES, Tally, entries_in
+from mgq.data.folder_scan import IMAGE_SUFFIXES, Tally, entries_in
 from mgq.data.image_sources import expand
 from mgq.data.loader import Loader
 from mgq.errors import InputError
@@ -38,9 +38,9 @@ def filled(root: Path, *folders: str, classes: tuple[str, ...] = CLASSES, number
     return root
 
 
-def where(pictures: Dataset, root: Path) -> set[str]:
-    """The folders below ``root`` that hold the class folders of ``pictures``."""
-    paths = (pictures.picture(i) for i in range(len(pictures)))
+def where(images: Dataset, root: Path) -> set[str]:
+    """The folders below ``root`` that hold the class folders of ``images``."""
+    paths = (images.image(i) for i in range(len(images)))
     return {str(path.parent.parent.relative_to(root)) for path in paths if isinstance(path, Path)}
 
 
@@ -73,7 +73,7 @@ def refused(use: Callable[[Path], Any], root: Path) -> str:
 def test_splits_are_never_classes_by_whatever_name(tmp_path: Path, train: str, val: str) -> None:
     filled(tmp_path, train, val)
     remarks: list[str] = []
-    learned, measured = training_folders(tmp_path, on_remark=remarks.append)
+    learned, measured = training_folders(tmp_path, on_message=remarks.append)
     assert learned.classes == measured.classes == CLASSES
     assert (where(learned, tmp_path), where(measured, tmp_path)) == ({train}, {val})
     assert where(evaluation_folder(tmp_path), tmp_path) == {val}
@@ -92,13 +92,13 @@ def test_other_names_are_no_splits(name: str) -> None:
 def test_test_alone_is_measured_on_and_stays_aside_where_there_is_val(tmp_path: Path) -> None:
     filled(tmp_path, "test")
     remarks: list[str] = []
-    assert where(evaluation_folder(tmp_path, on_remark=remarks.append), tmp_path) == {"test"}
+    assert where(evaluation_folder(tmp_path, on_message=remarks.append), tmp_path) == {"test"}
     assert one_line_about("".join(remarks), "test/ is measured on (4 pictures, for there is no val/)")
     assert where(calibration_folder(tmp_path), tmp_path) == {"test"}
     assert one_line_about(refused(training_folders, tmp_path), "no folder train/", "make it", str(tmp_path / "test"))
     filled(tmp_path, "train", "val")
     remarks.clear()
-    learned, measured = training_folders(tmp_path, on_remark=remarks.append)
+    learned, measured = training_folders(tmp_path, on_message=remarks.append)
     assert (where(learned, tmp_path), where(measured, tmp_path)) == ({"train"}, {"val"})
     assert one_line_about("".join(remarks), "test/ is not looked at")
 
@@ -161,7 +161,7 @@ def test_a_split_in_a_folder_of_its_own_name_is_one_split(tmp_path: Path) -> Non
     assert where(evaluation_folder(tmp_path / "training_set"), tmp_path) == {"training_set/training_set"}
 
 
-def test_a_split_may_have_its_classes_in_a_folder_of_pictures(tmp_path: Path) -> None:
+def test_a_split_may_have_its_classes_in_a_folder_of_images(tmp_path: Path) -> None:
     filled(tmp_path, "train/images", "val/images")
     learned, measured = training_folders(tmp_path)
     assert (where(learned, tmp_path), where(measured, tmp_path)) == ({"train/images"}, {"val/images"})
@@ -185,7 +185,7 @@ def test_what_other_programs_leave_is_passed_over_and_counted_in_one_line(tmp_pa
     (tmp_path / "less" / "deep").mkdir(parents=True)
     for use in (training_folders, evaluation_folder, calibration_folder):
         remarks: list[str] = []
-        use(tmp_path, on_remark=remarks.append)
+        use(tmp_path, on_message=remarks.append)
         (line,) = (line for line in remarks if "passed over" in line)
         assert "\n" not in line and "1 empty folder nothing/" in line and "1 empty folder less/" in line
         found = evaluation_folder(tmp_path)
@@ -202,7 +202,7 @@ def test_files_that_are_not_read_are_counted_and_named_with_the_reason(tmp_path:
     filled(tmp_path, ".", number=3)
     make(tmp_path, "cat/1.heic", "cat/2.HEIC", "cat/3.nef", "dog/a.txt", "dog/b.mp4")
     remarks: list[str] = []
-    evaluation_folder(tmp_path, on_remark=remarks.append)
+    evaluation_folder(tmp_path, on_message=remarks.append)
     parts = ("5 files", "2 .heic (HEIF is not read: save as JPEG)", "1 .nef (camera raw", "1 .txt", "1 .mp4 (video")
     assert one_line_about("".join(remarks), *parts)
     said: list[str] = []
@@ -210,15 +210,15 @@ def test_files_that_are_not_read_are_counted_and_named_with_the_reason(tmp_path:
     assert said == remarks
 
 
-def test_pictures_outside_the_class_folders_are_counted(tmp_path: Path) -> None:
+def test_images_outside_the_class_folders_are_counted(tmp_path: Path) -> None:
     filled(tmp_path, "train", "val")
     make(tmp_path, "loose.jpg", "val/more.jpg")
     remarks: list[str] = []
-    training_folders(tmp_path, on_remark=remarks.append)
+    training_folders(tmp_path, on_message=remarks.append)
     assert one_line_about(remarks[-1], "left out 2 files: 2 outside the class folders")
 
 
-def test_no_pictures_says_what_there_is_instead(tmp_path: Path) -> None:
+def test_no_images_says_what_there_is_instead(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.heic", "cat/2.heic", "dog/notes.txt")
     for use in (training_folders, evaluation_folder, calibration_folder, lambda root: expand([str(root)])[0].read()):
         assert one_line_about(refused(use, tmp_path), "has no pictures", "2 .heic (HEIF", "1 .txt")
@@ -246,7 +246,7 @@ def encoded(kind: str, seed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("suffix", ["", ".img", ".jpg_large", ".bin", ".php"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "PPM", "BMP", "GIF", "TIFF"])
-def test_a_picture_is_known_by_content_where_its_suffix_says_nothing(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_a_image_is_known_by_content_where_its_suffix_says_nothing(tmp_path: Path, suffix: str, kind: str) -> None:
     for name in CLASSES:
         (tmp_path / name).mkdir()
         (tmp_path / name / f"1{suffix}").write_bytes(encoded(kind))
@@ -261,7 +261,7 @@ def test_a_picture_is_known_by_content_where_its_suffix_says_nothing(tmp_path: P
 
 @pytest.mark.parametrize("suffix", [".ppm", ".pgm", ".jp2", ".j2k", ".avif", ".tga", ".pcx", ".sgi", ".qoi", ".mpo"])
 def test_kinds_that_are_read_are_found_by_their_suffix(tmp_path: Path, suffix: str) -> None:
-    assert suffix in PICTURE_SUFFIXES
+    assert suffix in IMAGE_SUFFIXES
     make(tmp_path, f"cat/1{suffix}", f"dog/1{suffix.upper()}")
     assert [path for path, _ in listed(evaluation_folder(tmp_path))] == [f"cat/1{suffix}", f"dog/1{suffix.upper()}"]
 

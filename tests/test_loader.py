@@ -21,13 +21,13 @@ from mgq.data.augmentation import Draw, EvalTransform, TrainTransform
 from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder
 from mgq.data.decoding import Pixels
 from mgq.data.loader import NO_LABEL, Batch, Loader
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.machine import usable_cores
 
 ROOT = Path(__file__).parent.parent
 AS_IT_IS = EvalTransform(8, 8)
-PICTURES = 46
+IMAGES = 46
 
 
 class Plain:
@@ -36,7 +36,7 @@ class Plain:
     name = "plain pictures"
     classes = ("even", "odd")
 
-    def __init__(self, count: int = PICTURES, broken: tuple[int, ...] = (), fault: Exception | None = None) -> None:
+    def __init__(self, count: int = IMAGES, broken: tuple[int, ...] = (), fault: Exception | None = None) -> None:
         self.count, self.broken, self.fault = count, broken, fault
         self.labels: npt.NDArray[np.int64] | None = np.arange(count) % 2
         self.made: list[int] = []
@@ -44,7 +44,7 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def picture(self, index: int) -> Pixels:
+    def image(self, index: int) -> Pixels:
         self.made.append(index)
         time.sleep(index * 7 % 5 / 2000)
         if index in self.broken:
@@ -84,8 +84,8 @@ def folder(tmp_path: Path) -> ImageFolder:
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
         for number in range(12):
-            picture = rng.integers(0, 256, (20 + number, 41 - number, 3), np.uint8)
-            cv2.imwrite(str(tmp_path / label / f"{number:02}.jpg"), picture)
+            image = rng.integers(0, 256, (20 + number, 41 - number, 3), np.uint8)
+            cv2.imwrite(str(tmp_path / label / f"{number:02}.jpg"), image)
     return evaluation_folder(tmp_path)
 
 
@@ -103,25 +103,25 @@ def test_a_batch_has_the_crops_in_planes_with_their_labels(folder: ImageFolder) 
         assert batch.images.shape[1:] == (3, 16, 16)
         assert batch.labels.dtype == batch.indices.dtype == np.int64
         for image, label, index in zip(*batch[:3], strict=True):
-            crop = transform(folder.picture(index), Draw(7, 3, int(index)))
+            crop = transform(folder.image(index), Draw(7, 3, int(index)))
             assert (image == crop.transpose(2, 0, 1)).all()
             assert label == index // 12
     assert indices(batches) == list(range(24))
 
 
-def test_pictures_without_classes_have_no_label(tmp_path: Path, folder: ImageFolder) -> None:
+def test_images_without_classes_have_no_label(tmp_path: Path, folder: ImageFolder) -> None:
     with Loader(calibration_folder(tmp_path / "a"), AS_IT_IS, 12, workers=1) as loader:
         (batch,) = loader
     assert batch.labels.dtype == np.int64
     assert batch.labels.tolist() == [NO_LABEL] * 12
 
 
-def test_synthetic_pictures_are_loaded_as_they_are() -> None:
-    pictures = SyntheticPictures(20)
-    with Loader(pictures, EvalTransform(64, 64), 20, workers=2) as loader:
+def test_synthetic_images_are_loaded_as_they_are() -> None:
+    images = SyntheticImages(20)
+    with Loader(images, EvalTransform(64, 64), 20, workers=2) as loader:
         (batch,) = loader
-    assert all((batch.images[i] == pictures.picture(i).transpose(2, 0, 1)).all() for i in range(20))
-    assert batch.labels.tolist() == pictures.labels.tolist()
+    assert all((batch.images[i] == images.image(i).transpose(2, 0, 1)).all() for i in range(20))
+    assert batch.labels.tolist() == images.labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_epochs_and_seeds_shuffle_differently_and_repeatably() -> None:
     with Loader(Plain(), AS_IT_IS, 10, shuffle=True, seed=2, workers=2) as loader:
         other = indices(list(loader.batches(0)))
     assert first == again
-    assert len({tuple(order) for order in (first, second, other, range(PICTURES))}) == 4
-    assert all(sorted(order) == list(range(PICTURES)) for order in (first, second, other))
+    assert len({tuple(order) for order in (first, second, other, range(IMAGES))}) == 4
+    assert all(sorted(order) == list(range(IMAGES)) for order in (first, second, other))
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5])
@@ -163,7 +163,7 @@ def test_an_epoch_can_be_taken_up_at_any_batch(start: int) -> None:
     data = Plain()
     with Loader(data, AS_IT_IS, 10, shuffle=True, seed=1, workers=2) as loader:
         assert same(list(loader.batches(4, start)), whole[start:])
-    assert len(data.made) == max(0, PICTURES - 10 * start)
+    assert len(data.made) == max(0, IMAGES - 10 * start)
 
 
 def test_augmented_crops_differ_from_epoch_to_epoch(folder: ImageFolder) -> None:
@@ -190,20 +190,20 @@ def test_small_batches_are_made_further_ahead_so_that_all_threads_have_work() ->
     at_once = threading.Barrier(3, timeout=20)
 
     class Together(Plain):
-        def picture(self, index: int) -> Pixels:
+        def image(self, index: int) -> Pixels:
             if index < 3:
                 at_once.wait()  # Returns only when three threads are here.
-            return super().picture(index)
+            return super().image(index)
 
     with Loader(Together(), AS_IT_IS, 1, workers=3) as loader:
-        assert indices(list(loader)) == list(range(PICTURES))
+        assert indices(list(loader)) == list(range(IMAGES))
 
 
 # ---- broken pictures ----
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_broken_picture_is_replaced_by_the_next_and_named_once(workers: int) -> None:
+def test_a_broken_image_is_replaced_by_the_next_and_named_once(workers: int) -> None:
     with Loader(Plain(broken=(7, 8, 45)), AS_IT_IS, 10, workers=workers, max_bad=0.1) as loader:
         batches = [list(loader.batches(epoch)) for epoch in (0, 1)]
         problems = loader.problems
@@ -218,9 +218,9 @@ def test_a_broken_picture_is_replaced_by_the_next_and_named_once(workers: int) -
     assert problems[7] == "7.jpg is cut short: copy or download it again"
 
 
-def test_a_broken_picture_stands_for_itself_in_the_random_numbers(folder: ImageFolder) -> None:
+def test_a_broken_image_stands_for_itself_in_the_random_numbers(folder: ImageFolder) -> None:
     """Two of the same picture in a batch are two different crops."""
-    folder.picture(3).write_bytes(b"")
+    folder.image(3).write_bytes(b"")
     with Loader(folder, TrainTransform(16), 24, workers=2, max_bad=0.1) as loader:
         (batch,) = loader
     assert batch.indices.tolist() == [0, 1, 2, 4, *range(4, 24)]
@@ -228,12 +228,12 @@ def test_a_broken_picture_stands_for_itself_in_the_random_numbers(folder: ImageF
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_broken_picture_can_be_left_out(workers: int) -> None:
+def test_a_broken_image_can_be_left_out(workers: int) -> None:
     data = Plain(broken=(7, 8, 20, 21, 22, 23, 24))
     with Loader(data, AS_IT_IS, 5, workers=workers, broken="drop", max_bad=0.5) as loader:
         batches = list(loader)
         assert len(loader.problems) == 7
-    assert indices(batches) == [i for i in range(PICTURES) if i not in data.broken]
+    assert indices(batches) == [i for i in range(IMAGES) if i not in data.broken]
     assert [len(batch.images) for batch in batches] == [5, 3, 5, 5, 5, 5, 5, 5, 1]
     for batch in batches:
         assert batch.images[:, 0, 0, 0].tolist() == batch.indices.tolist()
@@ -241,9 +241,9 @@ def test_a_broken_picture_can_be_left_out(workers: int) -> None:
 
 
 def test_broken_files_of_a_folder_are_told_by_name(folder: ImageFolder) -> None:
-    path = folder.picture(5)
+    path = folder.image(5)
     path.write_bytes(path.read_bytes()[:-50])
-    folder.picture(17).unlink()
+    folder.image(17).unlink()
     with Loader(folder, TrainTransform(16), 24, workers=2, max_bad=0.1) as loader:
         (batch,) = loader
     assert [("a/05.jpg is cut short" in p, "b/05.jpg does not exist" in p) for p in batch.problems] == [
@@ -273,13 +273,13 @@ def test_the_allowed_share_itself_does_not_stop_the_run() -> None:
             assert len(indices(list(loader.batches(epoch)))) == 200
 
 
-def test_no_broken_picture_is_allowed_where_the_share_is_zero() -> None:
+def test_no_broken_image_is_allowed_where_the_share_is_zero() -> None:
     with Loader(Plain(broken=(1,)), AS_IT_IS, 10, workers=2, max_bad=0) as loader, pytest.raises(InputError):
         list(loader)
 
 
 @pytest.mark.parametrize("broken", ["replace", "drop"])
-def test_a_set_without_one_good_picture_ends(broken: Any) -> None:
+def test_a_set_without_one_good_image_ends(broken: Any) -> None:
     data = Plain(9, broken=tuple(range(9)))
     with (
         Loader(data, AS_IT_IS, 4, workers=2, broken=broken, max_bad=1) as loader,

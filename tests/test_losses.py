@@ -8,7 +8,7 @@ import pytest
 from megengine import Parameter, Tensor
 from megengine.autodiff import GradManager
 
-from mgq.engine.training.ema import WeightAverage
+from mgq.engine.training.ema import ModelEma
 from mgq.engine.training.losses import TEMPERATURE, cross_entropy, distillation
 from tests.conftest import blank
 
@@ -51,7 +51,7 @@ def test_averaged_weights_follow_those_of_the_network() -> None:
     name = "features.0.branch_main_1.0.conv.weight"
     values = dict(network.named_tensors())
     values[name]._reset(Tensor(np.zeros(values[name].shape, np.float32)))
-    average = WeightAverage(network, 0.5)
+    average = ModelEma(network, 0.5)
     expected = 0.0
     for step in range(1, 6):
         values[name]._reset(Tensor(np.full(values[name].shape, float(step), np.float32)))

@@ -45,7 +45,7 @@ def test_an_answer_that_is_not_a_number_is_never_right() -> None:
     assert ranks(logits, int64(2, 0)).tolist() == [3, 3]
 
 
-def test_top1_and_top5_are_percent_of_pictures() -> None:
+def test_top1_and_top5_are_percent_of_images() -> None:
     meter = Meter()
     row = [float(10 - i) for i in range(10)]
     meter.add(0.0, float32(row, row, row, row), int64(0, 4, 5, 9))
@@ -60,7 +60,7 @@ def test_with_fewer_than_five_classes_top5_counts_them_all() -> None:
     assert meter.top5 == 50.0
 
 
-def test_the_loss_of_unequal_batches_is_the_mean_over_pictures() -> None:
+def test_the_loss_of_unequal_batches_is_the_mean_over_images() -> None:
     meter = Meter()
     meter.add(2.0, np.zeros((3, 2), np.float32), int64(0, 0, 0))
     meter.add(np.array([6.0]), np.zeros((1, 2), np.float32), int64(0))

@@ -23,27 +23,27 @@ from onnx import numpy_helper
 
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import Classifier, classifier_from
-from mgq.engine.classifier.parity import layer_parities
+from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.errors import InputError
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, graph_of
 from mgq.graph.rewrites import REWRITES
-from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize, refuse_without_ranges
 from mgq.quantization.activation_ranges import (
-    folded_weight,
-    is_kept_in_float,
+    find_quantized_layers,
+    fold_weight,
+    is_float_layer,
     observe_weights,
-    quantized_layers,
-    quantized_weight,
+    quantize_weight,
 )
-from mgq.quantization.float_layers import FloatWeights, float_layers_of, keep_in_float
+from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.qat import Phase, plain_qat, prepared_for_qat, set_phase
+from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.targets import MEGENGINE, ONNX, TARGETS, Target, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime
-from mgq.runtime.registry import ENGINES
+from mgq.runtime.registry import BACKENDS
 from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import (
@@ -53,15 +53,15 @@ from tests.conftest import (
     logits_of,
     one_line_about,
     same_state,
-    smooth_pictures,
+    smooth_images,
     trio_of,
 )
 
-PICTURES = smooth_pictures(2, seed=5)
+IMAGES = smooth_images(2, seed=5)
 
 
 def convolutions_of(network: M.Module) -> list[str]:
-    return [name for name, layer in quantized_layers(network).items() if isinstance(layer, _ConvBnActivation2d)]
+    return [name for name, layer in find_quantized_layers(network).items() if isinstance(layer, _ConvBnActivation2d)]
 
 
 def every_third(network: M.Module) -> list[str]:
@@ -72,7 +72,7 @@ def every_third(network: M.Module) -> list[str]:
 @cache
 def simulated(arch: str, target: Target) -> M.Module:
     network = trio_of(arch).normal
-    return calibrated_network(network, [smooth_pictures(4)], arch, "", {}, compensate=False, target=target)[0]
+    return calibrate_network(network, [smooth_images(4)], arch, "", {}, weight_rounding="nearest", target=target)[0]
 
 
 def keeping(network: M.Module, names: Iterable[str]) -> M.Module:
@@ -92,7 +92,7 @@ def mixed_classifier(arch: str, mode: Mode = Mode.QUANTIZED) -> Classifier:
 
 def quantized_weights_alone(network: M.Module) -> M.Module:
     """``network`` itself, whose activations are no longer rounded."""
-    for layer in quantized_layers(network).values():
+    for layer in find_quantized_layers(network).values():
         layer.act_fake_quant.disable()
     return network
 
@@ -100,10 +100,10 @@ def quantized_weights_alone(network: M.Module) -> M.Module:
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_with_all_convolutions_kept_weights_are_those_of_float(arch: str) -> None:
     trio = trio_of(arch)
-    wanted = logits_of(trio.normal, PICTURES)
-    int8 = logits_of(quantized_weights_alone(to_mode(trio.qat, Mode.QAT)), PICTURES)
+    wanted = logits_of(trio.normal, IMAGES)
+    int8 = logits_of(quantized_weights_alone(to_mode(trio.qat, Mode.QAT)), IMAGES)
     mixed = quantized_weights_alone(keeping(trio.qat, convolutions_of(trio.qat)))
-    found = logits_of(mixed, PICTURES)
+    found = logits_of(mixed, IMAGES)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert np.abs(int8 - wanted).max() > 1e-2 * np.abs(wanted).max()
 
@@ -111,9 +111,9 @@ def test_with_all_convolutions_kept_weights_are_those_of_float(arch: str) -> Non
 @pytest.mark.parametrize("arch", ["resnet18", "efficientnet_lite0"])
 def test_with_all_convolutions_kept_answers_are_nearer_to_float(arch: str) -> None:
     trio = trio_of(arch)
-    wanted = logits_of(trio.normal, smooth_pictures(4))
+    wanted = logits_of(trio.normal, smooth_images(4))
     mixed = keeping(trio.qat, convolutions_of(trio.qat))
-    errors = [np.abs(logits_of(network, smooth_pictures(4)) - wanted).mean() for network in (mixed, trio.qat)]
+    errors = [np.abs(logits_of(network, smooth_images(4)) - wanted).mean() for network in (mixed, trio.qat)]
     assert errors[0] < errors[1]
 
 
@@ -121,49 +121,49 @@ def test_with_all_convolutions_kept_answers_are_nearer_to_float(arch: str) -> No
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_kept_layers_are_known_and_so_is_the_target(arch: str, target: Target) -> None:
     network = to_mode(trio_of(arch).normal, Mode.QAT, target)
-    assert float_layers_of(network) == ()
+    assert list_float_layers(network) == ()
     names = convolutions_of(network)
     keep_in_float(network, reversed(names[1:4]))
     keep_in_float(network, [names[1]])
-    assert float_layers_of(network) == tuple(names[1:4])
-    assert {name for name, layer in network.named_modules() if is_kept_in_float(layer)} == set(names[1:4])
+    assert list_float_layers(network) == tuple(names[1:4])
+    assert {name for name, layer in network.named_modules() if is_float_layer(layer)} == set(names[1:4])
     keep_in_float(network, names)
-    assert float_layers_of(network) == tuple(names)
+    assert list_float_layers(network) == tuple(names)
     assert target_of(network) is target
 
 
 def test_nothing_that_is_switched_quantizes_a_kept_layer() -> None:
     network = keeping(trio_of("resnet18").qat, every_third(trio_of("resnet18").qat))
     name = every_third(network)[1]
-    layer = quantized_layers(network)[name]
-    before = logits_of(network, PICTURES)
+    layer = find_quantized_layers(network)[name]
+    before = logits_of(network, IMAGES)
     disable_fake_quant(network)
     observe_weights(network)
     set_phase(network, Phase.OBSERVE)
     enable_fake_quant(network)
     refuse_without_ranges(network)
-    assert np.array_equal(quantized_weight(layer).numpy(), folded_weight(layer).numpy())
+    assert np.array_equal(quantize_weight(layer).numpy(), fold_weight(layer).numpy())
     plain = plain_qat(network)
-    assert np.array_equal(logits_of(plain, PICTURES), before)
-    assert float_layers_of(plain) == float_layers_of(network) == tuple(every_third(network))
+    assert np.array_equal(logits_of(plain, IMAGES), before)
+    assert list_float_layers(plain) == list_float_layers(network) == tuple(every_third(network))
 
 
 @pytest.mark.parametrize("observer", ["ema", "lsq"])
 def test_a_kept_layer_is_trained_in_float(observer: str) -> None:
-    network = prepared_for_qat(trio_of("resnet18").qat, observer)
+    network = prepare_qat(trio_of("resnet18").qat, observer)
     names = every_third(network)
     keep_in_float(network, names)
-    network = prepared_for_qat(network, observer)
+    network = prepare_qat(network, observer)
     for phase in (Phase.QUANTIZE, Phase.FREEZE_OBSERVERS):
         set_phase(network, phase)
-        layer = quantized_layers(network)[names[1]]
+        layer = find_quantized_layers(network)[names[1]]
         with GradManager().attach(network.parameters()) as gradients:
-            logits = network(Tensor(PICTURES.astype(np.float32) - 128))
+            logits = network(Tensor(IMAGES.astype(np.float32) - 128))
             gradients.backward((logits * logits).mean())
         assert np.abs(layer.conv.weight.grad.numpy()).max() > 0
         for parameter in network.parameters():
             parameter.grad = None
-    assert float_layers_of(plain_qat(network)) == tuple(names)
+    assert list_float_layers(plain_qat(network)) == tuple(names)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -190,10 +190,10 @@ def steps_between(fake: M.Module, names: list[str]) -> list[tuple[float, float]]
         steps = np.abs(np.rint(real / scale) - np.rint(output.numpy() / scale))
         found.append((float(steps.max()), float((steps > 0).mean())))
 
-    layers = quantized_layers(fake)
+    layers = find_quantized_layers(fake)
     hooks = [layers[name].register_forward_hook(hook) for name in names]
     try:
-        logits_of(fake, PICTURES)
+        logits_of(fake, IMAGES)
     finally:
         for handle in hooks:
             handle.remove()
@@ -206,15 +206,15 @@ def test_a_megengine_file_of_it_answers_as_the_network_in_memory(arch: str, tmp_
     path = tmp_path / "net.megengine"
     dumped = dump_classifier(classifier, path)
     assert "to the bit" in dumped.checked
-    wanted = EagerRuntime(classifier.network).run(PICTURES[:1])
+    wanted = EagerRuntime(classifier.network).run(IMAGES[:1])
     # Where float sums are rounded otherwise, a step in one layer is seen behind it.
     allowed = 0.1 * np.abs(wanted).max()
     for runtime in (TracedRuntime(classifier.network), LiteRuntime(path)):
-        assert np.abs(runtime.run(PICTURES[:1]) - wanted).max() <= allowed
+        assert np.abs(runtime.run(IMAGES[:1]) - wanted).max() <= allowed
     full = dump_classifier(classifier_of(arch, Mode.QUANTIZED), tmp_path / "int8.megengine")
-    layers = quantized_layers(trio_of(arch).qat)
+    layers = find_quantized_layers(trio_of(arch).qat)
     kept = [layers[name] for name in every_third(trio_of(arch).qat)]
-    assert dumped.size - full.size > 2.5 * sum(folded_weight(layer).numpy().size for layer in kept)
+    assert dumped.size - full.size > 2.5 * sum(fold_weight(layer).numpy().size for layer in kept)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -226,9 +226,9 @@ def test_an_onnx_file_of_it_gives_each_layer_the_integers_of_fake_quantization(
     network = keeping(network, every_third(network))
     path = tmp_path / "net.onnx"
     write_onnx(network, path, image_size=SIZE, batch=None, provenance={}, rewrites=tuple(REWRITES))
-    for engine in ENGINES:
+    for engine in BACKENDS:
         if engine.suffix == ".onnx" and engine.is_installed and engine.shows_layers:
-            found = layer_parities(engine, path, network, PICTURES)
+            found = measure_layer_parity(engine, path, network, IMAGES)
             assert len(found) > len(every_third(network))
             assert max(entry.largest for entry in found) <= 1
             assert sum(entry.share * entry.values for entry in found) <= 1e-3 * sum(entry.values for entry in found)
@@ -271,7 +271,7 @@ def test_a_checkpoint_brings_the_same_network_back_to_the_bit(arch: str, mode: M
     assert classifier.fake_quantized is not None and read.fake_quantized is not None
     assert read.info().float_layers == weights.info.float_layers
     assert same_state(read.fake_quantized.state_dict(), classifier.fake_quantized.state_dict())
-    assert read.logits(PICTURES).tobytes() == classifier.logits(PICTURES).tobytes()
+    assert read.logits(IMAGES).tobytes() == classifier.logits(IMAGES).tobytes()
 
 
 def test_a_checkpoint_of_the_other_target_keeps_them_too(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_the_other_target_keeps_them_too(tmp_path: Path) -> None
     classifier.write_checkpoint(path)
     read = classifier_from(read_weights(path), Mode.QAT)
     assert read.target is ONNX and read.info().float_layers == tuple(convolutions_of(network))
-    assert read.logits(PICTURES).tobytes() == classifier.logits(PICTURES).tobytes()
+    assert read.logits(IMAGES).tobytes() == classifier.logits(IMAGES).tobytes()
 
 
 def test_a_checkpoint_without_the_entry_has_none() -> None:
@@ -308,7 +308,7 @@ def test_what_cannot_be_kept_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(InputError) as caught:
         keep_in_float(network, [convolutions_of(network)[0], name])
     assert one_line_about(str(caught.value), f"'{name}'")
-    assert float_layers_of(network) == ()
+    assert list_float_layers(network) == ()
 
 
 def test_only_a_fake_quantized_network_keeps_layers() -> None:
@@ -323,7 +323,7 @@ def test_layers_are_calibrated_and_quantized_in_one_go_around_kept_ones(method: 
     network = to_mode(trio_of("shufflenet_v1_x0_5_g3").normal, Mode.QAT)
     names = every_third(network)
     keep_in_float(network, names)
-    found, ranges = calibrated_network(network, [smooth_pictures(4)], "", "", {}, method, compensate=False)
+    found, ranges = calibrate_network(network, [smooth_images(4)], "", "", {}, method, weight_rounding="nearest")
     assert set(ranges.ranges) >= set(names) and not set(ranges.weight_ranges) & set(names)
-    assert float_layers_of(found) == tuple(names)
-    assert logits_of(quantize(found), PICTURES).shape == (2, 10)
+    assert list_float_layers(found) == tuple(names)
+    assert logits_of(quantize(found), IMAGES).shape == (2, 10)

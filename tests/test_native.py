@@ -16,10 +16,10 @@ import onnx
 import pytest
 
 from mgq.engine.classifier.dump import source_of
-from mgq.engine.classifier.open import random_classifier
+from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
 from mgq.export.native.compiler import Compiled, compile_program, object_of
-from mgq.export.native.cpu import LEVELS, Level, level_called
+from mgq.export.native.cpu import LEVELS, Level, get_level
 from mgq.export.native.emit.driver import emit_module
 from mgq.export.native.library import Library
 from mgq.export.native.linker import write_library
@@ -27,7 +27,7 @@ from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Conv, Program, read_program
 from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
@@ -50,14 +50,14 @@ def noise(size: int, count: int = 1, seed: int = 0) -> Images:
 def model_for(arch: str, size: int, target: Target = ONNX, classes: int = 1000) -> Any:
     """An ONNX model with random weights, calibrated on noise."""
     if classes == 1000:
-        fake = source_of(random_classifier(arch, Mode.QAT, image_size=size, target=target))
+        fake = source_of(make_random_classifier(arch, Mode.QAT, image_size=size, target=target))
     else:
         megengine.random.seed(3)
         network = spec_of(arch).build(classes)
         network.eval()
         pixels = noise(size)
-        _, ranges = calibrated_network(
-            network, [pixels], arch, "", {}, "min-max", correct_bias=False, compensate=False, target=target
+        _, ranges = calibrate_network(
+            network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
         )
         fake = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
     return model_of(plain_graph(fake, size), size, None, {"arch": arch})
@@ -208,7 +208,7 @@ def test_the_second_start_compiles_nothing(folder: Path, file: Path, monkeypatch
     wanted = NativeRuntime(file).run(noise(32))
     (entry,) = folder.iterdir()
     assert entry.stat().st_mode & 0o022 == 0
-    monkeypatch.setattr(native, "compiled", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "compile_file", lambda *_: pytest.fail("compiled again"))
     assert np.array_equal(NativeRuntime(file).run(noise(32)), wanted)
 
 
@@ -236,13 +236,13 @@ def test_code_that_others_could_have_written_is_not_run(
     NativeRuntime(file)
     folder.chmod(0o777)
     made: list[int] = []
-    genuine = native.compiled
+    genuine = native.compile_file
 
     def counted(*args: Any) -> Any:
         made.append(1)
         return genuine(*args)
 
-    monkeypatch.setattr(native, "compiled", counted)
+    monkeypatch.setattr(native, "compile_file", counted)
     NativeRuntime(file)
     folder.chmod(0o700)
     (entry,) = folder.iterdir()
@@ -381,7 +381,7 @@ def test_a_level_that_this_processor_lacks_is_refused(file: Path, monkeypatch: p
     from mgq.export.native import cpu
 
     monkeypatch.setattr(cpu, "host_flags", lambda: frozenset())
-    assert level_called("native") is PORTABLE
+    assert get_level("native") is PORTABLE
     with pytest.raises(InputError, match="avx2"):
         NativeRuntime(file, cpu="avx2")
     assert NativeRuntime(file).version == "portable"

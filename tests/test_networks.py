@@ -18,25 +18,25 @@ from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import Source, expand
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.transforms import to_batch
-from mgq.engine.calibration.calibration_run import RANGES_FILE, Calibration, calibrated, spread
+from mgq.engine.calibration.calibration_run import RANGES_FILE, Calibration, calibrate, spread_evenly
 from mgq.engine.classifier import open as networks_module
 from mgq.engine.classifier.open import (
     RUN_CHECKPOINT,
     class_names,
-    newest_run,
+    find_newest_run,
+    make_random_classifier,
     open_classifier,
-    random_classifier,
     versions,
 )
-from mgq.engine.classifier.predict import BATCH, answers, best, crops_of
+from mgq.engine.classifier.predict import BATCH, best_scores, predict, read_crops
 from mgq.engine.runs.provenance import read_environment
 from mgq.errors import InputError
 from mgq.events import Progress
 from mgq.io.download import sha256_of
-from mgq.ptq.calibrate import measured_ranges
+from mgq.ptq.calibrate import measure_ranges
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.weights.checkpoint import CheckpointInfo, checked_size, write_checkpoint
+from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import create_model, spec_of
 from mgq.zoo.weight_loading import Weights, fingerprint, read_weights
@@ -46,10 +46,10 @@ from tests.conftest import (
     blank,
     classifier_of,
     one_line_about,
-    smooth_pictures,
+    smooth_images,
     trio_of,
     values_of,
-    write_pictures,
+    write_images,
 )
 
 SHUFFLE, LITE = "shufflenet_v1_x0_5_g3", "efficientnet_lite0"
@@ -81,18 +81,18 @@ class TestCheckpoints:
         assert mode_of(after.network) is after.mode is mode
         assert (after.spec.name, after.classes, after.image_size) == (arch, before.classes, SIZE)
         assert after.origin == f"{path} (made-up weights)"
-        pictures = smooth_pictures(3, seed=2)
-        assert np.array_equal(after.logits(pictures), before.logits(pictures))
+        images = smooth_images(3, seed=2)
+        assert np.array_equal(after.logits(images), before.logits(images))
 
     def test_an_int8_checkpoint_can_be_written_again(self, written: Written, tmp_path: Path) -> None:
         first = open_classifier(checkpoint=written(SHUFFLE, Mode.QUANTIZED))
         second_path = tmp_path / "again.safetensors"
         first.write_checkpoint(second_path)
         second = open_classifier(checkpoint=second_path)
-        pictures = smooth_pictures(2)
+        images = smooth_images(2)
         for classifier in (first, second):
-            expected = classifier_of(SHUFFLE, Mode.QUANTIZED).logits(pictures)
-            assert np.array_equal(classifier.logits(pictures), expected)
+            expected = classifier_of(SHUFFLE, Mode.QUANTIZED).logits(images)
+            assert np.array_equal(classifier.logits(images), expected)
         assert second.mode is Mode.QUANTIZED
 
     def test_it_says_what_it_is(self, written: Written) -> None:
@@ -112,8 +112,8 @@ class TestCheckpoints:
     def test_with_its_ranges_it_can(self, written: Written) -> None:
         trio = trio_of(SHUFFLE)
         opened = open_classifier(checkpoint=written(SHUFFLE, Mode.NORMAL), ranges=trio.ranges)
-        pictures = smooth_pictures(2)
-        assert np.array_equal(opened.logits(pictures), classifier_of(SHUFFLE, Mode.QUANTIZED).logits(pictures))
+        images = smooth_images(2)
+        assert np.array_equal(opened.logits(images), classifier_of(SHUFFLE, Mode.QUANTIZED).logits(images))
 
     def test_ranges_measured_with_other_weights_are_refused(self, written: Written) -> None:
         path = written(SHUFFLE, Mode.NORMAL)
@@ -125,13 +125,13 @@ class TestCheckpoints:
         ranges = trio_of(SHUFFLE).ranges
         halved = replace(ranges, ranges={name: (low / 2, high / 2) for name, (low, high) in ranges.ranges.items()})
         opened = open_classifier(checkpoint=written(SHUFFLE, Mode.QAT), ranges=halved)
-        pictures = smooth_pictures(2)
-        assert not np.array_equal(opened.logits(pictures), classifier_of(SHUFFLE, Mode.QUANTIZED).logits(pictures))
+        images = smooth_images(2)
+        assert not np.array_equal(opened.logits(images), classifier_of(SHUFFLE, Mode.QUANTIZED).logits(images))
 
     def test_a_qat_checkpoint_opens_in_float_too(self, written: Written) -> None:
         opened = open_classifier(checkpoint=written(SHUFFLE, Mode.QAT), mode=Mode.NORMAL)
-        pictures = smooth_pictures(2)
-        assert np.array_equal(opened.logits(pictures), classifier_of(SHUFFLE).logits(pictures))
+        images = smooth_images(2)
+        assert np.array_equal(opened.logits(images), classifier_of(SHUFFLE).logits(images))
 
     def test_another_architecture_than_it_says_is_refused(self, written: Written) -> None:
         with pytest.raises(InputError) as error:
@@ -169,14 +169,14 @@ class TestImageSize:
 
     @pytest.mark.parametrize("size", [32, 64, 224, 256])
     def test_multiples_of_32_are_taken(self, size: int) -> None:
-        assert checked_size(size) == size
+        assert check_size(size) == size
 
     @pytest.mark.parametrize(
         ("size", "nearest"), [(225, 224), (31, 32), (8, 32), (-64, 32), (240, 256), (100, 96), (9999, 4096)]
     )
     def test_others_are_refused_with_the_nearest(self, size: int, nearest: int) -> None:
         with pytest.raises(InputError) as error:
-            checked_size(size)
+            check_size(size)
         assert one_line_about(str(error.value), f"--image-size {size} is", f"{nearest} would do")
 
 
@@ -204,18 +204,18 @@ class TestWhereWeightsComeFrom:
     def test_the_newest_run_that_serves_the_mode_is_chosen(self, tmp_path: Path) -> None:
         spec = spec_of("resnet18")
         paths = {kind: tmp_path / f"resnet18.{kind}" / RUN_CHECKPOINT for kind in ("normal", "qat", "calibration")}
-        assert newest_run(spec, Mode.NORMAL, tmp_path) is None
+        assert find_newest_run(spec, Mode.NORMAL, tmp_path) is None
         for age, path in enumerate(paths.values()):
             path.parent.mkdir()
             path.touch()
             os.utime(path, (1000 + age, 1000 + age))
         (tmp_path / "resnet18.qat2").mkdir()
-        assert newest_run(spec, Mode.NORMAL, tmp_path) == paths["normal"]
+        assert find_newest_run(spec, Mode.NORMAL, tmp_path) == paths["normal"]
         for mode in (Mode.QAT, Mode.QUANTIZED):
-            assert newest_run(spec, mode, tmp_path) == paths["calibration"]
+            assert find_newest_run(spec, mode, tmp_path) == paths["calibration"]
         os.utime(paths["qat"], (2000, 2000))
-        assert newest_run(spec, Mode.QUANTIZED, tmp_path) == paths["qat"]
-        assert newest_run(spec_of("resnet34"), Mode.QUANTIZED, tmp_path) is None
+        assert find_newest_run(spec, Mode.QUANTIZED, tmp_path) == paths["qat"]
+        assert find_newest_run(spec_of("resnet34"), Mode.QUANTIZED, tmp_path) is None
 
     @pytest.mark.usefixtures("no_downloads")
     @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ class TestWhereWeightsComeFrom:
     ) -> None:
         weights = weights_of(SHUFFLE, tmp_path)
         monkeypatch.setattr(networks_module, "is_cached", lambda *_: False)
-        monkeypatch.setattr(networks_module, "published_weights", lambda *_: weights)
+        monkeypatch.setattr(networks_module, "fetch_published_weights", lambda *_: weights)
         with pytest.raises(InputError):
             open_classifier("shufflenet_v1_x1_5_g3", mode=Mode.NORMAL, save=tmp_path)
         opened = open_classifier("shufflenet_v1_x1_5_g3", mode=Mode.NORMAL, save=tmp_path, pretrained=True)
@@ -262,20 +262,20 @@ def weights_of(arch: str, folder: Path) -> Weights:
 class TestRandomClassifier:
     @pytest.mark.parametrize("mode", Mode)
     def test_it_runs_in_every_mode_and_says_that_it_is_random(self, mode: Mode) -> None:
-        classifier = random_classifier(SHUFFLE, mode, image_size=32)
+        classifier = make_random_classifier(SHUFFLE, mode, image_size=32)
         assert mode_of(classifier.network) is classifier.mode is mode
         assert not classifier.network.training
         assert "random weights" in classifier.origin
-        logits = classifier.logits(smooth_pictures(2, 32, 32))
+        logits = classifier.logits(smooth_images(2, 32, 32))
         assert logits.shape == (2, 1000)
         assert np.isfinite(logits).all()
         assert logits.std() > 0
 
     def test_it_takes_the_network_s_options(self) -> None:
         options = {"width": 0.25, "activation": "relu6"}
-        classifier = random_classifier("mobilenet_v2", Mode.NORMAL, options, 32)
+        classifier = make_random_classifier("mobilenet_v2", Mode.NORMAL, options, 32)
         assert dict(classifier.options) == options
-        assert classifier.logits(smooth_pictures(1, 32, 32)).shape == (1, 1000)
+        assert classifier.logits(smooth_images(1, 32, 32)).shape == (1, 1000)
 
 
 class TestClassNames:
@@ -299,16 +299,16 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = write_pictures(tmp_path_factory.mktemp("run") / "pictures", 4)
+    folder = write_images(tmp_path_factory.mktemp("run") / "pictures", 4)
     (folder / "02a.png").write_bytes(b"no picture")
     sources = expand([str(folder), str(folder.parent / "missing.png")])
     events: list[Progress] = []
     words = (sources, 10, "made-up pictures", events.append, "min-max")
-    return Run(calibrated(classifier_of(SHUFFLE), *words, compensate=False), sources, events)
+    return Run(calibrate(classifier_of(SHUFFLE), *words, weight_rounding="nearest"), sources, events)
 
 
 class TestCalibration:
-    def test_broken_pictures_are_left_out_and_named(self, run: Run) -> None:
+    def test_broken_images_are_left_out_and_named(self, run: Run) -> None:
         assert run.found.used == 4
         assert len(run.found.problems) == 2
         assert one_line_about(run.found.problems[0], "02a.png")
@@ -316,11 +316,11 @@ class TestCalibration:
         assert Progress("calibrate", 6, 6, "pictures") in run.events
         assert run.events[-1].done == run.events[-1].total
 
-    def test_ranges_are_those_of_the_other_pictures_crops(self, run: Run) -> None:
-        pictures = [run.sources[i].read() for i in (0, 1, 2, 4)]
-        crops = to_batch([classifier_of(SHUFFLE).crop(picture) for picture in pictures])
+    def test_ranges_are_those_of_the_other_images_crops(self, run: Run) -> None:
+        images = [run.sources[i].read() for i in (0, 1, 2, 4)]
+        crops = to_batch([classifier_of(SHUFFLE).crop(image) for image in images])
         assert crops.shape == (4, 3, SIZE, SIZE)
-        expected = measured_ranges(trio_of(SHUFFLE).normal, [crops], SHUFFLE, "", {})
+        expected = measure_ranges(trio_of(SHUFFLE).normal, [crops], SHUFFLE, "", {})
         assert run.found.ranges.ranges == expected.ranges
 
     def test_ranges_say_what_was_seen_with_what(self, run: Run) -> None:
@@ -337,13 +337,13 @@ class TestCalibration:
         }
 
     def test_ranges_of_rounded_weights_are_theirs_alone(self, run: Run, tmp_path: Path) -> None:
-        found = calibrated(classifier_of(SHUFFLE), run.sources, 10)
+        found = calibrate(classifier_of(SHUFFLE), run.sources, 10)
         path = found.write(tmp_path)
         assert read_ranges(path.parent / RANGES_FILE).weights == fingerprint(read_weights(path).state)
         assert found.ranges.weights != fingerprint(trio_of(SHUFFLE).normal_state)
-        pictures = smooth_pictures(2)
-        again = open_classifier(checkpoint=path, ranges=found.ranges).logits(pictures)
-        assert np.array_equal(again, open_classifier(checkpoint=path).logits(pictures))
+        images = smooth_images(2)
+        again = open_classifier(checkpoint=path, ranges=found.ranges).logits(images)
+        assert np.array_equal(again, open_classifier(checkpoint=path).logits(images))
 
     def test_its_folder_says_what_the_bits_depend_on(self, run: Run, tmp_path: Path) -> None:
         path = run.found.write(tmp_path)
@@ -356,29 +356,29 @@ class TestCalibration:
         path = run.found.write(tmp_path / "runs")
         assert path == tmp_path / "runs" / f"{SHUFFLE}.calibration" / RUN_CHECKPOINT
         assert read_ranges(path.parent / RANGES_FILE) == run.found.ranges
-        pictures = smooth_pictures(2)
+        images = smooth_images(2)
         quantized = to_mode(run.found.classifier.network, Mode.QUANTIZED)
-        expected = replace(run.found.classifier, network=quantized).logits(pictures)
+        expected = replace(run.found.classifier, network=quantized).logits(images)
 
         opened = open_classifier(SHUFFLE, save=tmp_path / "runs")
         assert opened.mode is Mode.QUANTIZED
-        assert np.array_equal(opened.logits(pictures), expected)
+        assert np.array_equal(opened.logits(images), expected)
 
     def test_where_none_can_be_read_the_first_is_named(self, tmp_path: Path) -> None:
         sources = expand([str(tmp_path / name) for name in ("one.png", "two.png")])
         with pytest.raises(InputError) as error:
-            calibrated(classifier_of(SHUFFLE), sources, 5)
+            calibrate(classifier_of(SHUFFLE), sources, 5)
         assert one_line_about(str(error.value), "none of 2 pictures", "one.png")
 
     @pytest.mark.parametrize("images", [0, -1])
-    def test_less_than_one_picture_is_refused(self, images: int) -> None:
+    def test_less_than_one_image_is_refused(self, images: int) -> None:
         with pytest.raises(InputError) as error:
-            calibrated(classifier_of(SHUFFLE), expand([str(bundled_cat())]), images)
+            calibrate(classifier_of(SHUFFLE), expand([str(bundled_cat())]), images)
         assert one_line_about(str(error.value), "at least 1 picture", str(images))
 
-    def test_no_pictures_are_refused(self) -> None:
+    def test_no_images_are_refused(self) -> None:
         with pytest.raises(InputError) as error:
-            calibrated(classifier_of(SHUFFLE), [], 5)
+            calibrate(classifier_of(SHUFFLE), [], 5)
         assert one_line_about(str(error.value), "no pictures")
 
     @pytest.mark.parametrize(
@@ -394,37 +394,37 @@ class TestCalibration:
     )
     def test_the_choice_is_spread_evenly(self, there: int, wanted: int, chosen: list[int]) -> None:
         sources = [Source(str(i)) for i in range(there)]
-        assert [int(source.name) for source in spread(sources, wanted)] == chosen
+        assert [int(source.name) for source in spread_evenly(sources, wanted)] == chosen
 
     def test_a_large_choice_reaches_the_end(self) -> None:
         sources = [Source(str(i)) for i in range(1000)]
-        chosen = [int(source.name) for source in spread(sources, 300)]
+        chosen = [int(source.name) for source in spread_evenly(sources, 300)]
         assert len(set(chosen)) == 300
         assert set(np.diff(chosen)) == {3, 4}
         assert chosen[-1] >= 996
 
 
 class TestAnswers:
-    def test_one_answer_a_picture_in_order_and_errors_in_their_place(self, tmp_path: Path) -> None:
-        folder = write_pictures(tmp_path / "pictures", 5)
+    def test_one_answer_a_image_in_order_and_errors_in_their_place(self, tmp_path: Path) -> None:
+        folder = write_images(tmp_path / "pictures", 5)
         (folder / "01a.png").write_bytes(b"no picture")
         classifier = classifier_of(SHUFFLE, Mode.QUANTIZED)
         sources = expand([str(folder)])
-        found = list(answers(classifier, sources, topk=3, batch=2))
+        found = list(predict(classifier, sources, topk=3, batch=2))
 
-        assert [Path(answer.picture).name for answer in found] == sorted(p.name for p in folder.iterdir())
+        assert [Path(answer.image).name for answer in found] == sorted(p.name for p in folder.iterdir())
         assert [answer.error is not None for answer in found] == [False, False, True, False, False, False]
-        assert found[2].guesses == ()
+        assert found[2].scores == ()
         assert one_line_about(found[2].error or "", "01a.png")
         for source, answer in zip(sources, found, strict=True):
             if answer.error is None:
                 logits = classifier.logits(to_batch([classifier.crop(source.read())]))[0]
-                assert [guess.index for guess in answer.guesses] == list(np.argsort(-logits)[:3])
-                assert answer.guesses[0].name == f"kind {answer.guesses[0].index}"
+                assert [guess.index for guess in answer.scores] == list(np.argsort(-logits)[:3])
+                assert answer.scores[0].name == f"kind {answer.scores[0].index}"
                 assert answer.milliseconds > 0
 
-    def test_pictures_are_decoded_ahead_but_not_all_at_once(self, tmp_path: Path) -> None:
-        path = write_pictures(tmp_path / "pictures", 1) / "00.png"
+    def test_images_are_decoded_ahead_but_not_all_at_once(self, tmp_path: Path) -> None:
+        path = write_images(tmp_path / "pictures", 1) / "00.png"
         content, pulled = path.read_bytes(), 0
 
         def endless() -> Iterator[Source]:
@@ -434,7 +434,7 @@ class TestAnswers:
                 (tmp_path / str(pulled)).write_bytes(content)
                 yield Source(str(tmp_path / str(pulled)))
 
-        found = crops_of(classifier_of(SHUFFLE), endless())
+        found = read_crops(classifier_of(SHUFFLE), endless())
         answered = [next(found) for _ in range(50)]
         assert [source.path for source, _ in answered] == [tmp_path / str(i + 1) for i in range(50)]
         assert all(isinstance(crop, np.ndarray) for _, crop in answered)
@@ -443,12 +443,12 @@ class TestAnswers:
     @pytest.mark.parametrize("topk", [0, CLASSES + 1])
     def test_more_guesses_than_classes_are_refused(self, topk: int) -> None:
         with pytest.raises(InputError) as error:
-            next(answers(classifier_of(SHUFFLE), expand([str(bundled_cat())]), topk))
+            next(predict(classifier_of(SHUFFLE), expand([str(bundled_cat())]), topk))
         assert one_line_about(str(error.value), f"top {topk} of {CLASSES} classes")
 
     def test_probabilities_are_the_softmax_even_of_large_logits(self) -> None:
         logits: npt.NDArray[np.float32] = np.array([1000, 1001, -1000, 1001], np.float32)
-        guesses = best(logits, "abcd", 3)
+        guesses = best_scores(logits, "abcd", 3)
         assert [guess.name for guess in guesses] == ["b", "d", "a"]  # equal ones in their order
         np.testing.assert_allclose([guess.probability for guess in guesses], [0.4223, 0.4223, 0.1554], atol=1e-4)
 
@@ -457,17 +457,15 @@ class TestAnswers:
         monkeypatch.chdir(tmp_path)  # no runs here
         events: list[Progress] = []
         (answer,) = mgq.infer(mode=mode, on_progress=events.append)
-        assert Path(answer.picture) == bundled_cat()
-        assert len(answer.guesses) == 5
-        assert any(guess.index in CATS for guess in answer.guesses)
-        assert answer.guesses[0].index in CATS
+        assert Path(answer.image) == bundled_cat()
+        assert len(answer.scores) == 5
+        assert any(guess.index in CATS for guess in answer.scores)
+        assert answer.scores[0].index in CATS
         assert events[-1] == Progress("classify", 1, 1, "pictures")
 
-    def test_infer_reads_pictures_with_a_checkpoint(self, written: Written, tmp_path: Path) -> None:
-        found = mgq.infer(
-            [write_pictures(tmp_path / "pictures", 2)], checkpoint=written(SHUFFLE, Mode.QUANTIZED), topk=1
-        )
-        assert [len(answer.guesses) for answer in found] == [1, 1]
+    def test_infer_reads_images_with_a_checkpoint(self, written: Written, tmp_path: Path) -> None:
+        found = mgq.infer([write_images(tmp_path / "pictures", 2)], checkpoint=written(SHUFFLE, Mode.QUANTIZED), topk=1)
+        assert [len(answer.scores) for answer in found] == [1, 1]
 
     def test_infer_refuses_an_unknown_mode_and_architecture(self) -> None:
         with pytest.raises(InputError, match="there is no mode 'fast'"):
@@ -486,16 +484,16 @@ def test_the_shared_networks_were_left_as_they_were() -> None:
 
 def test_ranges_that_lack_a_layer_that_runs_are_refused() -> None:
     classifier = classifier_of("resnet18")
-    pixels = smooth_pictures(1)
-    ranges = measured_ranges(classifier.network, [pixels], "resnet18", "", {})
+    pixels = smooth_images(1)
+    ranges = measure_ranges(classifier.network, [pixels], "resnet18", "", {})
     some = {name: pair for name, pair in ranges.ranges.items() if name != "layer2.0.add"}
     with pytest.raises(InputError, match=r"lack layer 'layer2\.0\.add'"):
-        networks_module.quantized_with(
+        networks_module.quantize_with_ranges(
             replace(classifier, network=deepcopy(classifier.network)), replace(ranges, ranges=some), Mode.QUANTIZED
         )
 
 
-def test_a_qat_network_that_never_saw_a_picture_is_not_quantized() -> None:
+def test_a_qat_network_that_never_saw_a_image_is_not_quantized() -> None:
     with pytest.raises(InputError, match="has no activation range"):
         mgq.quantize(to_mode(classifier_of("resnet18").network, Mode.QAT))
 

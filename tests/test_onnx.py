@@ -18,16 +18,16 @@ import pytest
 from megengine import Tensor
 from onnx import numpy_helper
 
-from mgq.engine.classifier.deployed_files import with_engine
-from mgq.engine.classifier.open import random_classifier
-from mgq.engine.classifier.parity import layer_parities
-from mgq.engine.classifier.runtime_module import DeployedNetwork, int8_of
+from mgq.engine.classifier.deployed_files import attach_backend
+from mgq.engine.classifier.open import make_random_classifier
+from mgq.engine.classifier.parity import measure_layer_parity
+from mgq.engine.classifier.runtime_module import RuntimeModule, int8_of
 from mgq.errors import FailureError, InputError
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, Linear, graph_of
-from mgq.ptq.calibrate import calibrated_network
-from mgq.quantization.activation_ranges import quantized_layers
+from mgq.ptq.calibrate import calibrate_network
+from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.targets import (
     MEGENGINE,
@@ -40,25 +40,25 @@ from mgq.quantization.targets import (
     target_of,
 )
 from mgq.quantization.targets import TARGETS as TARGETS_BY_NAME
-from mgq.runtime.registry import AUTO, ENGINES, Engine, engine_for, load
+from mgq.runtime.registry import AUTO, BACKENDS, Backend, choose_backend, load
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of
 
 FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
 TARGETS = (MEGENGINE, ONNX)
 SIZE = 64
-Pictures = npt.NDArray[np.uint8]
+Images = npt.NDArray[np.uint8]
 
 
-def pictures(number: int) -> Pictures:
+def images(number: int) -> Images:
     """Noise without its finest part: uint8 (number, 3, SIZE, SIZE)."""
     noise = np.random.default_rng(3).integers(0, 256, (number, SIZE, SIZE, 3), np.uint8)
-    smooth = np.stack([cv2.GaussianBlur(picture, (0, 0), 3) for picture in noise]).astype(np.float32)
+    smooth = np.stack([cv2.GaussianBlur(image, (0, 0), 3) for image in noise]).astype(np.float32)
     strong = np.clip((smooth - 128) * 4 + 128, 0, 255).astype(np.uint8)
     return np.ascontiguousarray(strong.transpose(0, 3, 1, 2))
 
 
-PICTURES = pictures(4)
+IMAGES = images(4)
 
 
 @cache
@@ -71,7 +71,7 @@ def float_network(arch: str) -> M.Module:
 
 @cache
 def simulated(arch: str, target: Target) -> M.Module:
-    return calibrated_network(float_network(arch), [PICTURES], arch, "", {}, compensate=False, target=target)[0]
+    return calibrate_network(float_network(arch), [IMAGES], arch, "", {}, weight_rounding="nearest", target=target)[0]
 
 
 @cache
@@ -96,19 +96,19 @@ def signal_to_noise(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
 @pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_float_file_answers_as_the_network(arch: str, engine: str, folder: Path) -> None:
-    found = load(written(arch, None, folder), engine).run(PICTURES)
-    assert signal_to_noise(found, logits_of(float_network(arch), PICTURES)) > 80
+    found = load(written(arch, None, folder), engine).run(IMAGES)
+    assert signal_to_noise(found, logits_of(float_network(arch), IMAGES)) > 80
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-@pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda engine: engine.key)
+@pytest.mark.parametrize("engine", BACKENDS[:2], ids=lambda engine: engine.key)
 def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
-    arch: str, target: Target, engine: Engine, folder: Path
+    arch: str, target: Target, engine: Backend, folder: Path
 ) -> None:
     network = simulated(arch, target)
-    found = layer_parities(engine, written(arch, target, folder), network, PICTURES[:2])
-    convolutions = [name for name, layer in quantized_layers(network).items() if layer.weight_observer is not None]
+    found = measure_layer_parity(engine, written(arch, target, folder), network, IMAGES[:2])
+    convolutions = [name for name, layer in find_quantized_layers(network).items() if layer.weight_observer is not None]
     # Folded into a dense convolution, the first shuffle of ShuffleNet leaves these outputs in another order.
     folded = {"features.0.branch_main_1.0", "features.0.branch_main_1.1"} if "shuffle" in arch else set()
     assert {entry.layer for entry in found} >= set(convolutions) - folded
@@ -121,8 +121,8 @@ def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_logits_are_near_those_of_fake_quantization(arch: str, target: Target, engine: str, folder: Path) -> None:
-    wanted = logits_of(simulated(arch, target), PICTURES)
-    assert signal_to_noise(load(written(arch, target, folder), engine).run(PICTURES), wanted) > 18
+    wanted = logits_of(simulated(arch, target), IMAGES)
+    assert signal_to_noise(load(written(arch, target, folder), engine).run(IMAGES), wanted) > 18
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -157,9 +157,9 @@ def test_a_file_of_one_batch_size_takes_no_other(folder: Path) -> None:
     path = written("resnet18", ONNX, folder, 2)
     for engine in ("onnxruntime", "openvino"):
         runtime = load(path, engine)
-        assert runtime.run(PICTURES[:2]).shape == (2, 1000)
+        assert runtime.run(IMAGES[:2]).shape == (2, 1000)
         with pytest.raises(InputError, match="2x3x64x64, not 4x3x64x64"):
-            runtime.run(PICTURES)
+            runtime.run(IMAGES)
 
 
 def test_provenance_is_in_the_metadata(folder: Path) -> None:
@@ -195,7 +195,7 @@ class TestTarget:
     def test_onnx_has_unsigned_grids_behind_a_relu_and_an_int8_head(self) -> None:
         network = simulated("resnet18", ONNX)
         assert target_of(network) is ONNX and target_of(simulated("resnet18", MEGENGINE)) is MEGENGINE
-        for name, layer in quantized_layers(network).items():
+        for name, layer in find_quantized_layers(network).items():
             assert (layer.act_observer.dtype is UNSIGNED) == is_never_negative(layer), name
         assert network.fc.weight_fake_quant is not None and network.fc.act_fake_quant is None
         assert simulated("resnet18", MEGENGINE).fc.__class__ is M.Linear
@@ -211,8 +211,8 @@ class TestTarget:
     @pytest.mark.parametrize("compensate", [False, True])
     def test_without_vnni_weights_stay_where_no_sum_saturates(self, compensate: bool, tmp_path: Path) -> None:
         arch = "shufflenet_v1_x0_5_g3"
-        network = calibrated_network(
-            float_network(arch), [PICTURES], arch, "", {}, compensate=compensate, target=ONNX_AVX2
+        network = calibrate_network(
+            float_network(arch), [IMAGES], arch, "", {}, compensate=compensate, target=ONNX_AVX2
         )[0]
         assert target_of(network) is ONNX_AVX2
         found = [n.integers for n in graph_of(network, SIZE).nodes if isinstance(n, Convolution | Linear)]
@@ -221,16 +221,16 @@ class TestTarget:
         assert 2 * 255 * 64 <= np.iinfo(np.int16).max < 2 * 255 * 65
         path = tmp_path / "net.onnx"
         write_onnx(network, path, image_size=SIZE, batch=None, provenance={})
-        for engine in ENGINES[:2]:
-            logits = load(path, engine.key).run(PICTURES)
-            assert signal_to_noise(logits, logits_of(network, PICTURES)) > 18
+        for engine in BACKENDS[:2]:
+            logits = load(path, engine.key).run(IMAGES)
+            assert signal_to_noise(logits, logits_of(network, IMAGES)) > 18
 
     def test_a_channel_of_zeros_has_a_scale(self) -> None:
         assert (channel_scales(Tensor(np.zeros((2, 3), np.float32))).numpy() > 0).all()
 
     def test_it_is_nearer_to_float_than_megengine(self) -> None:
-        wanted = logits_of(float_network("mobilenet_v2"), PICTURES)
-        near = [signal_to_noise(logits_of(simulated("mobilenet_v2", t), PICTURES), wanted) for t in (ONNX, MEGENGINE)]
+        wanted = logits_of(float_network("mobilenet_v2"), IMAGES)
+        near = [signal_to_noise(logits_of(simulated("mobilenet_v2", t), IMAGES), wanted) for t in (ONNX, MEGENGINE)]
         assert near[0] > near[1] + 1
 
     def test_megengine_does_not_run_it_but_an_engine_does(self) -> None:
@@ -238,41 +238,41 @@ class TestTarget:
         with pytest.raises(InputError, match="write an ONNX file"):
             to_mode(network, Mode.QUANTIZED)
         int8 = int8_of(network, SIZE)
-        assert isinstance(int8, DeployedNetwork) and mode_of(int8) is Mode.QUANTIZED
-        assert signal_to_noise(logits_of(int8, PICTURES), logits_of(network, PICTURES)) > 18
+        assert isinstance(int8, RuntimeModule) and mode_of(int8) is Mode.QUANTIZED
+        assert signal_to_noise(logits_of(int8, IMAGES), logits_of(network, IMAGES)) > 18
 
 
 class TestEngines:
     @pytest.mark.parametrize("target", TARGETS_BY_NAME.values(), ids=lambda target: target.name)
     def test_every_target_runs_in_the_engine_that_is_chosen_for_it(self, target: Target) -> None:
-        classifier = random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=SIZE, target=target)
-        chosen = with_engine(classifier, AUTO, threads=1)
+        classifier = make_random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=SIZE, target=target)
+        chosen = attach_backend(classifier, AUTO, threads=1)
         assert chosen.origin.rpartition("; in ")[2].startswith("MegEngine Lite" if target is MEGENGINE else "OpenVINO")
-        assert chosen.logits(PICTURES).shape == (len(PICTURES), 1000)
+        assert chosen.logits(IMAGES).shape == (len(IMAGES), 1000)
 
     def test_each_reads_its_files(self) -> None:
-        assert engine_for(Path("a.onnx")).key == "openvino"
-        assert engine_for(Path("a.megengine")).key == "lite"
+        assert choose_backend(Path("a.onnx")).key == "openvino"
+        assert choose_backend(Path("a.megengine")).key == "lite"
         with pytest.raises(InputError, match="choose auto, openvino, onnxruntime, native, library, lite"):
-            engine_for(Path("a.onnx"), "tensorrt")
+            choose_backend(Path("a.onnx"), "tensorrt")
         with pytest.raises(InputError, match=r"does not read \.onnx"):
-            engine_for(Path("a.onnx"), "lite")
+            choose_backend(Path("a.onnx"), "lite")
         with pytest.raises(InputError, match=r"\.onnx or \.so or \.megengine"):
-            engine_for(Path("a.tflite"))
+            choose_backend(Path("a.tflite"))
 
     def test_nothing_is_compiled_to_choose_an_engine_before_the_native_one(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mgq.runtime.native.prepare", lambda *_: pytest.fail("compiled"))
-        assert engine_for(written("resnet18", ONNX, folder)).key == "openvino"
+        assert choose_backend(written("resnet18", ONNX, folder)).key == "openvino"
 
     def test_what_is_not_installed_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mgq.runtime.registry.find_spec", lambda name: None if name == "openvino" else object())
-        assert engine_for(Path("a.onnx")).key == "onnxruntime"
+        assert choose_backend(Path("a.onnx")).key == "onnxruntime"
         with pytest.raises(InputError, match=r"pip install 'mgq\[deploy\]'"):
-            engine_for(Path("a.onnx"), "openvino")
+            choose_backend(Path("a.onnx"), "openvino")
 
     def test_more_threads_than_cores_are_refused(self, folder: Path) -> None:
-        for engine in ENGINES[:2]:
+        for engine in BACKENDS[:2]:
             with pytest.raises(InputError, match="cores"):
                 engine.load(written("resnet18", ONNX, folder), 10_000)

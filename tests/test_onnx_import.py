@@ -19,11 +19,11 @@ import mgq.graph.onnx_import.operators as operators
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint
-from mgq.engine.classifier.open import Classifier, carried, classifier_from
+from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.errors import FailureError, InputError
-from mgq.ptq.calibrate import best_network
-from mgq.ptq.equalization import equalized
-from mgq.ptq.presets import changed, preset_called
+from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.equalization import equalize_channels
+from mgq.ptq.presets import adapt_preset, get_preset
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.zoo.weight_loading import read_weights
@@ -72,11 +72,11 @@ def test_an_imported_network_answers_as_the_file_does(tmp_path: Path, body: str,
 def test_int8_of_an_imported_network_answers_nearly_as_float(tmp_path: Path, body: str) -> None:
     classifier = classifier_in(write(tmp_path / "model.onnx", body))
     images = pixels(24)
-    preset = changed(preset_called("fast"), None, True, True, ONNX)
-    found, _ = best_network(classifier.network, images, "model", "", preset, ONNX)
+    preset = adapt_preset(get_preset("fast"), None, True, True, ONNX)
+    found, _ = find_best_network(classifier.network, images, "model", "", preset, ONNX)
     assert found.best.snr > 15
     qat = classifier_with(classifier, found.network)
-    int8 = carried(qat, Mode.QUANTIZED).logits(images)
+    int8 = convert(qat, Mode.QUANTIZED).logits(images)
     assert difference(int8, qat.logits(images)) < 0.1
 
 
@@ -90,7 +90,7 @@ def classifier_with(classifier: Classifier, network: Any) -> Classifier:
 def test_equalization_leaves_the_answers_of_an_imported_network(tmp_path: Path, body: str) -> None:
     classifier = classifier_in(write(tmp_path / "model.onnx", body))
     images = pixels(8)
-    network, factors = equalized(classifier.network, images, ONNX)
+    network, factors = equalize_channels(classifier.network, images, ONNX)
     found = classifier_with(classifier, network).logits(images)
     assert difference(found, classifier.logits(images)) < 1e-4
     assert factors
@@ -139,14 +139,14 @@ def test_the_preprocessing_is_folded_into_the_first_layer(tmp_path: Path) -> Non
     assert difference(classifier_in(path, own).logits(images), wanted) < 1e-4
 
 
-def test_what_stands_around_a_picture_is_black_where_zero_was(tmp_path: Path) -> None:
+def test_what_stands_around_a_image_is_black_where_zero_was(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx")
     black = np.zeros((1, 3, 32, 32), np.uint8)
     # Zeros of float and pixels of 0 differ by float32's rounding of a large shift.
     assert difference(classifier_in(path).logits(black), answers_of(path, black.astype(np.float32))) < 1e-3
 
 
-def test_grey_networks_see_the_grey_of_a_picture(tmp_path: Path) -> None:
+def test_grey_networks_see_the_grey_of_a_image(tmp_path: Path) -> None:
     model = Model(("N", 1, 32, 32))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 1, 8)), 8))
     grey = np.repeat(pixels(2)[:, :1], 3, axis=1)
@@ -165,7 +165,7 @@ def test_channels_may_come_last(tmp_path: Path) -> None:
     assert not any(plan.kind == "transpose" for plan in classifier.network.blueprint.layers)
 
 
-def test_pictures_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
+def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
     model = Model(("N", 3, 16, 48))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
     classifier = classifier_in(path)
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_an_imported_network_builds_it_again(tmp_path: Path) -> 
     again = classifier_from(read_weights(kept), Mode.NORMAL)
     assert (again.logits(images) == classifier_in(path).logits(images)).all()
     assert again.spec.name == "model"
-    assert imported_checkpoint(path, tmp_path / "runs", on_remark=told.append) == kept
+    assert imported_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
     assert told[-1].startswith("imported before")
 
 

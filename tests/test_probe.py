@@ -10,8 +10,8 @@ from megengine import Tensor
 
 from mgq.data.augmentation import EvalTransform
 from mgq.data.loader import Loader
-from mgq.engine.training.input_layer import stem_of, stem_rate
-from mgq.engine.training.linear_probe import DECAY, solve_classifier, solved
+from mgq.engine.training.input_layer import find_input_layer, input_layer_lr_scale
+from mgq.engine.training.linear_probe import DECAY, fit_linear_probe, solve_softmax_regression
 from mgq.events import Progress
 from mgq.zoo.registry import create_model
 from tests.conftest import same_state, values_of
@@ -26,14 +26,14 @@ def features(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int
 
 class TestSolved:
     def test_it_answers_new_ones_right(self) -> None:
-        weight, bias = solved(*features(), 3, 0.1)
+        weight, bias = solve_softmax_regression(*features(), 3, 0.1)
         new, labels = features(1)
         assert weight.shape == (3, 8) and bias.shape == (3,) and weight.dtype == bias.dtype == np.float32
         assert np.mean((new @ weight.T + bias).argmax(1) == labels) > 0.85
 
     def test_no_other_weights_are_better(self) -> None:
         found, labels = features()
-        weight, bias = (value.astype(np.float64) for value in solved(found, labels, 3, 0.1))
+        weight, bias = (value.astype(np.float64) for value in solve_softmax_regression(found, labels, 3, 0.1))
         scale = np.sqrt(np.mean(found.astype(np.float64) ** 2))
 
         def loss(weight: npt.NDArray[np.float64], bias: npt.NDArray[np.float64]) -> float:
@@ -49,13 +49,16 @@ class TestSolved:
             assert loss(weight, bias + rng.normal(0, 0.05, bias.shape)) > least
 
     def test_without_a_bias_there_is_none(self) -> None:
-        weight, bias = solved(*features(), 3, 0.1, with_bias=False)
+        weight, bias = solve_softmax_regression(*features(), 3, 0.1, with_bias=False)
         new, labels = features(1)
         assert not bias.any() and np.mean((new @ weight.T).argmax(1) == labels) > 0.85
 
     def test_features_of_any_scale_give_the_same_answers(self) -> None:
         found, labels = features()
-        (weight, bias), (other, other_bias) = solved(found, labels, 3, 0.1), solved(found * 1000, labels, 3, 0.1)
+        (weight, bias), (other, other_bias) = (
+            solve_softmax_regression(found, labels, 3, 0.1),
+            solve_softmax_regression(found * 1000, labels, 3, 0.1),
+        )
         np.testing.assert_allclose(other * 1000, weight, rtol=0.02, atol=1e-4)
         np.testing.assert_allclose(other_bias, bias, rtol=0.02, atol=0.01)
 
@@ -69,11 +72,11 @@ class Colours:
     def __len__(self) -> int:
         return 30
 
-    def picture(self, index: int) -> npt.NDArray[np.uint8]:
+    def image(self, index: int) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng(index)
-        picture = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
-        picture[..., index % 3] += np.uint8(150)
-        return picture
+        image = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
+        image[..., index % 3] += np.uint8(150)
+        return image
 
 
 class Net(M.Module):  # type: ignore[misc]
@@ -92,7 +95,7 @@ def test_a_networks_classifier_is_solved_and_nothing_else_changes() -> None:
     before = values_of(network)
     seen: list[Progress] = []
     with Loader(Colours(), EvalTransform(32), 8, workers=0) as loader:
-        solve_classifier(network, "fc", loader, 0.0, seen.append)
+        fit_linear_probe(network, "fc", loader, 0.0, seen.append)
         (batch,) = list(Loader(Colours(), EvalTransform(32), 30, workers=0).batches(0))
     answers = network(Tensor(batch.images.astype(np.float32) - 128)).numpy().argmax(1)
     assert np.array_equal(answers, batch.labels)
@@ -106,12 +109,17 @@ class TestStem:
     def test_it_is_found_in_every_family(self) -> None:
         for arch in ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0"):
             state = create_model(arch, 10).state_dict()
-            name = stem_of(state)
-            assert name is not None and state[name].shape[1] == 3 and name == stem_of(dict(state.items()))
+            name = find_input_layer(state)
+            assert name is not None and state[name].shape[1] == 3 and name == find_input_layer(dict(state.items()))
 
     def test_weights_with_the_spread_of_pixels_folded_in_go_slowly(self) -> None:
         drawn = np.random.default_rng(0).normal(0, np.sqrt(2 / 27), (64, 3, 3, 3)).astype(np.float32)
-        assert np.isclose(stem_rate({"stem": drawn / 58}), 1 / 58**2, rtol=0.1)
-        assert np.isclose(stem_rate({"stem": drawn / 116}), 1 / 116**2, rtol=0.1)
-        assert stem_rate({"stem": drawn}) == stem_rate({"stem": drawn * 10}) == stem_rate({"stem": drawn / 3}) == 1
-        assert stem_rate({"other": drawn[:, :2]}) == stem_rate({"stem": drawn * 0}) == 1
+        assert np.isclose(input_layer_lr_scale({"stem": drawn / 58}), 1 / 58**2, rtol=0.1)
+        assert np.isclose(input_layer_lr_scale({"stem": drawn / 116}), 1 / 116**2, rtol=0.1)
+        assert (
+            input_layer_lr_scale({"stem": drawn})
+            == input_layer_lr_scale({"stem": drawn * 10})
+            == input_layer_lr_scale({"stem": drawn / 3})
+            == 1
+        )
+        assert input_layer_lr_scale({"other": drawn[:, :2]}) == input_layer_lr_scale({"stem": drawn * 0}) == 1

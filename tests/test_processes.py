@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mgq.errors import FailureError, InputError
-from mgq.system.processes import Channel, Task, in_processes
+from mgq.system.processes import Channel, Task, run_in_processes
 
 PREPARED = "MGQ_TEST_PREPARED"
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def talk(channel: Channel) -> None:
 
 
 def messages_of(*tasks: Task) -> list[Any]:
-    return list(in_processes(tasks, "the count", 3, prepare))
+    return list(run_in_processes(tasks, "the count", 3, prepare))
 
 
 def children() -> set[int]:
@@ -143,7 +143,7 @@ def test_a_process_that_leaves_is_named() -> None:
 
 
 def test_whoever_stops_listening_leaves_no_process() -> None:
-    with closing(in_processes([talk, talk], "the count")) as found:
+    with closing(run_in_processes([talk, talk], "the count")) as found:
         pids = {next(found), next(found), next(found)} - {"still here"}
         assert pids
     assert all(not psutil.pid_exists(pid) for pid in pids)
@@ -151,9 +151,9 @@ def test_whoever_stops_listening_leaves_no_process() -> None:
 
 SCRIPT = """
 from tests.test_processes import talk
-from mgq.system.processes import in_processes
+from mgq.system.processes import run_in_processes
 if __name__ == "__main__":
-    for message in in_processes([talk, talk], "the count"):
+    for message in run_in_processes([talk, talk], "the count"):
         print(message, flush=True)
 """
 

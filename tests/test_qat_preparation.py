@@ -18,7 +18,7 @@ from megengine.quantization import FakeQuantize, ema_fakequant_qconfig
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quantization.activation_ranges import folded_weight, observe_weights
+from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.qat import (
@@ -26,11 +26,11 @@ from mgq.quantization.qat import (
     CurrentRangeObserver,
     Phase,
     SwitchableSyncMinMaxObserver,
+    find_learned_quantizers,
     freeze_observers,
-    learned_quantizers,
     observe,
     plain_qat,
-    prepared_for_qat,
+    prepare_qat,
     set_phase,
 )
 from mgq.quantization.targets import UnitScaleObserver
@@ -77,16 +77,16 @@ def toy_batch(seed: int, number: int = 24) -> tuple[npt.NDArray[np.uint8], npt.N
     """Noise whose class is the channel that is brighter than the others: uint8 (N, 3, 8, 8), int32 (N,)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, number).astype(np.int32)
-    pictures = rng.integers(0, 200, (number, 3, 8, 8))
-    pictures[np.arange(number), labels] += 55
-    return pictures.astype(np.uint8), labels
+    images = rng.integers(0, 200, (number, 3, 8, 8))
+    images[np.arange(number), labels] += 55
+    return images.astype(np.uint8), labels
 
 
 class Run:
     """A network that is being trained, and its optimizer."""
 
     def __init__(self, observer: str) -> None:
-        self.network = prepared_for_qat(tiny(), observer)
+        self.network = prepare_qat(tiny(), observer)
         self.optimizer = SGD(self.network.parameters(), lr=RATE, momentum=0.9)
         self.gradients = GradManager().attach(self.network.parameters())
 
@@ -96,9 +96,9 @@ class Run:
             logits_of(self.network, toy_batch(seed)[0])
 
     def step(self, seed: int) -> float:
-        pictures, labels = toy_batch(seed)
+        images, labels = toy_batch(seed)
         with self.gradients:
-            logits = self.network(Tensor(pictures.astype(np.float32) - 128))
+            logits = self.network(Tensor(images.astype(np.float32) - 128))
             loss = F.nn.cross_entropy(logits, Tensor(labels))
             self.gradients.backward(loss)
         self.optimizer.step().clear_grad()
@@ -127,9 +127,9 @@ class TestTraining:
         assert np.isfinite(losses).all()
         assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
-        pictures, labels = toy_batch(5000, 200)
-        fake = logits_of(run.network, pictures)
-        real = logits_of(to_mode(run.network, Mode.QUANTIZED), pictures)
+        images, labels = toy_batch(5000, 200)
+        fake = logits_of(run.network, images)
+        real = logits_of(to_mode(run.network, Mode.QUANTIZED), images)
         assert (fake.argmax(1) == labels).mean() > 0.9
         assert (fake.argmax(1) == real.argmax(1)).mean() > 0.97
         assert np.corrcoef(fake.ravel(), real.ravel())[0, 1] > 0.999
@@ -147,13 +147,13 @@ class TestTraining:
         loaded = to_mode(Tiny(), Mode.QAT)
         load_state(loaded, dict(plain.state_dict()), "plain state")
         loaded.eval()
-        pictures, _ = toy_batch(7)
-        expected = logits_of(run.network, pictures)
+        images, _ = toy_batch(7)
+        expected = logits_of(run.network, images)
         int8 = to_mode(run.network, Mode.QUANTIZED)
         for same in (plain, loaded):
-            assert np.array_equal(logits_of(same, pictures), expected)
+            assert np.array_equal(logits_of(same, images), expected)
             again = to_mode(same, Mode.QUANTIZED)
-            assert np.array_equal(logits_of(again, pictures), logits_of(int8, pictures))
+            assert np.array_equal(logits_of(again, images), logits_of(int8, images))
             for name in ("quant", "first", "second", "third", "add"):
                 scales = [get_scale(getattr(n, name).output_dtype) for n in (again, int8)]
                 assert scales[0] == scales[1], name
@@ -198,16 +198,16 @@ class TestTraining:
 class TestPreparation:
     def test_an_unknown_observer_is_refused_with_those_there_are(self) -> None:
         with pytest.raises(InputError) as error:
-            prepared_for_qat(tiny(), "best")
+            prepare_qat(tiny(), "best")
         assert one_line_about(str(error.value), "'best'", "ema, min-max, lsq, tqt")
 
     def test_a_copy_unless_in_place(self) -> None:
         network = tiny()
         before = values_of(network)
-        assert mode_of(prepared_for_qat(network, "lsq")) is Mode.QAT
+        assert mode_of(prepare_qat(network, "lsq")) is Mode.QAT
         assert mode_of(network) is Mode.NORMAL
         assert same_state(values_of(network), before)
-        assert prepared_for_qat(network, "lsq", in_place=True) is network
+        assert prepare_qat(network, "lsq", in_place=True) is network
 
     @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3"])
     def test_a_plain_state_has_the_names_of_the_public_example(self, arch: str) -> None:
@@ -215,7 +215,7 @@ class TestPreparation:
 
         public = quantize_qat(blank(arch), inplace=False, qconfig=ema_fakequant_qconfig)
         expected = {name: value.shape for name, value in public.named_tensors()}
-        for network in (to_mode(blank(arch), Mode.QAT), plain_qat(prepared_for_qat(blank(arch), "tqt"))):
+        for network in (to_mode(blank(arch), Mode.QAT), plain_qat(prepare_qat(blank(arch), "tqt"))):
             assert {name: value.shape for name, value in network.named_tensors()} == expected
 
     @pytest.mark.parametrize("observer", ["min-max", "lsq", "tqt"])
@@ -223,7 +223,7 @@ class TestPreparation:
         run = Run("ema")
         run.observe()
         run.train(Phase.QUANTIZE, range(3))
-        other = prepared_for_qat(plain_qat(run.network), observer)
+        other = prepare_qat(plain_qat(run.network), observer)
         set_phase(other, Phase.QUANTIZE)
         other.eval()
         for name in ("quant", "first", "second", "third", "add"):
@@ -234,7 +234,7 @@ class TestPreparation:
         run = Run("lsq")
         run.observe()
         run.train(Phase.QUANTIZE, range(3))
-        again = prepared_for_qat(run.network, "lsq")
+        again = prepare_qat(run.network, "lsq")
         assert same_state(values_of(again), values_of(run.network))
 
     @pytest.mark.parametrize("observer", ["ema", "tqt"])
@@ -242,7 +242,7 @@ class TestPreparation:
         run = Run("lsq")
         run.observe()
         run.train(Phase.QUANTIZE, range(3))
-        other = prepared_for_qat(run.network, observer)
+        other = prepare_qat(run.network, observer)
         kinds = {type(module.act_fake_quant) for module in (other.first, other.second, other.third, other.add)}
         assert kinds == {FakeQuantize if observer == "ema" else TrainedThreshold}
         scale = run.network.second.get_activation_qparams().scale.numpy()
@@ -260,7 +260,7 @@ class TestPreparation:
         run.network.eval()
         observed = run.network.third.weight_observer.max_val.numpy()
         observe_weights(run.network)
-        weight = folded_weight(run.network.third).numpy()
+        weight = fold_weight(run.network.third).numpy()
         assert run.network.third.weight_observer.max_val.numpy() == weight.max()
         assert np.isclose(observed, weight.max(), rtol=0.3)  # one update of the running variance apart
 
@@ -288,8 +288,8 @@ class TestPhases:
         network, run = tiny(), Run(observer)
         network.eval()
         set_phase(run.network, Phase.OBSERVE)
-        pictures, _ = toy_batch(0)
-        assert np.allclose(logits_of(run.network, pictures), logits_of(network, pictures), rtol=1e-4, atol=1e-5)
+        images, _ = toy_batch(0)
+        assert np.allclose(logits_of(run.network, images), logits_of(network, images), rtol=1e-4, atol=1e-5)
         before, after = network.state_dict(), run.network.state_dict()
         assert all(np.array_equal(value, after[name]) for name, value in before.items())
         assert run.network.first.act_observer.max_val.numpy() > 0
@@ -306,7 +306,7 @@ class TestPhases:
     def test_what_is_on(
         self, phase: Phase, fakes: bool, watches_activations: bool, watches_weights: bool, bn_trains: bool, trains: bool
     ) -> None:
-        network = prepared_for_qat(tiny())
+        network = prepare_qat(tiny())
         for before in (*Phase, None):  # from wherever it comes
             if before is not None:
                 set_phase(network, before)
@@ -336,10 +336,10 @@ class TestPhases:
 
         set_phase(run.network, Phase.FREEZE_OBSERVERS)
         observe_weights(run.network)
-        pictures, _ = toy_batch(3)
-        trained = logits_of(run.network, pictures)
+        images, _ = toy_batch(3)
+        trained = logits_of(run.network, images)
         run.network.eval()
-        assert np.array_equal(logits_of(run.network, pictures), trained)
+        assert np.array_equal(logits_of(run.network, images), trained)
 
     def test_frozen_observers_keep_ranges_of_activations(self) -> None:
         run = Run("ema")
@@ -354,7 +354,7 @@ class TestPhases:
 
     @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.OBSERVE])
     def test_a_part_that_is_kept_still_stays_still(self, phase: Phase) -> None:
-        network = prepared_for_qat(tiny())
+        network = prepare_qat(tiny())
         network.train()
         network.first.bn.eval()
         set_phase(network, phase)
@@ -362,7 +362,7 @@ class TestPhases:
         assert network.first.training is (phase is Phase.QUANTIZE)
 
     def test_each_can_be_asked_for_alone(self) -> None:
-        network = prepared_for_qat(tiny())
+        network = prepare_qat(tiny())
         set_phase(network, Phase.QUANTIZE)
         freeze_observers(network)
         assert network.first.bn.training
@@ -374,21 +374,21 @@ class TestPhases:
     def test_learned_scales_start_where_the_observers_were(self, observer: str) -> None:
         run = Run(observer)
         run.observe()
-        owned = [id(quantizer.trained) for quantizer in learned_quantizers(run.network)]
+        owned = [id(quantizer.trained) for quantizer in find_learned_quantizers(run.network)]
         set_phase(run.network, Phase.QUANTIZE)
-        assert [id(quantizer.trained) for quantizer in learned_quantizers(run.network)] == owned
+        assert [id(quantizer.trained) for quantizer in find_learned_quantizers(run.network)] == owned
         assert len(owned) == 8  # three convolutions twice, two sums
         for layer in (run.network.first, run.network.second, run.network.third, run.network.add):
             expected = layer.act_observer.get_qparams().scale.numpy()
             assert np.isclose(layer.act_fake_quant.get_qparams().scale.numpy(), expected, rtol=2e-7)
-        weight = folded_weight(run.network.first).numpy()
+        weight = fold_weight(run.network.first).numpy()
         scale = run.network.first.weight_fake_quant.get_qparams().scale.numpy()
         assert np.isclose(scale, np.abs(weight).max() / 127, rtol=1e-6)
 
     @pytest.mark.parametrize("observer", ["lsq", "tqt"])
     def test_without_anything_observed_they_are_refused(self, observer: str) -> None:
         with pytest.raises(ValueError, match="observe some batches first"):
-            set_phase(prepared_for_qat(tiny(), observer), Phase.QUANTIZE)
+            set_phase(prepare_qat(tiny(), observer), Phase.QUANTIZE)
 
 
 LEARNED = (LearnedStepSize, TrainedThreshold)
@@ -420,7 +420,7 @@ class TestLearnedScales:
     def test_lsq_has_the_gradients_of_its_paper(self, dtype: str, scale: float, gain: float) -> None:
         rng = np.random.default_rng(0)
         values, d_output = rng.normal(0, 1, (2, 4, 5, 6, 6)).astype(np.float32)
-        quantizer = learned(LearnedStepSize, scale, dtype, gain, per_picture=dtype == "qint8")
+        quantizer = learned(LearnedStepSize, scale, dtype, gain, per_image=dtype == "qint8")
         scale = float(quantizer.get_qparams().scale.numpy())
         low, high = (-128, 127) if dtype == "qint8" else (-127, 127)
         d_values, d_scale = 0 * d_output, 0.0
@@ -505,7 +505,7 @@ class TestLearnedScales:
         assert gradients_of(quantizer, wants_more, -np.ones((1, 4), np.float32))[1] == 0
         quantizer.trained.grad = None
         assert gradients_of(quantizer, wants_more, np.ones((1, 4), np.float32))[1] > 0
-        network = prepared_for_qat(tiny(), "lsq")
+        network = prepare_qat(tiny(), "lsq")
         assert network.second.act_fake_quant.highest == 6
         assert network.first.act_fake_quant.highest == math.inf
 

@@ -22,20 +22,20 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 
 import mgq
 from mgq.errors import InputError
-from mgq.ptq.calibrate import best_network, measured_ranges
-from mgq.ptq.presets import DEFAULT_QUALITY, preset_called
+from mgq.ptq.calibrate import find_best_network, measure_ranges
+from mgq.ptq.presets import DEFAULT_PRESET, get_preset
 from mgq.quantization import activation_ranges as ranges_module
 from mgq.quantization.activation_ranges import (
     FORMAT,
     ActivationRanges,
     apply_ranges,
-    packaged_ranges,
-    quantized_layers,
+    find_quantized_layers,
+    read_packaged_ranges,
     read_ranges,
 )
-from mgq.quantization.batch_norm_folding import folded
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
-from mgq.quantization.targets import MEGENGINE, UnitScaleObserver, target_called
+from mgq.quantization.targets import MEGENGINE, UnitScaleObserver, get_target
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import spec_of, specs
 from mgq.zoo.weight_loading import load_state
@@ -47,7 +47,7 @@ from tests.conftest import (
     logits_of,
     one_line_about,
     same_state,
-    smooth_pictures,
+    smooth_images,
     trio_of,
     values_of,
 )
@@ -56,7 +56,7 @@ SHUFFLE = "shufflenet_v1_x0_5_g3"
 Activations = dict[str, tuple[tuple[Tensor, ...], Tensor]]
 
 
-def activations(network: M.Module, kind: type[M.Module], pictures: npt.NDArray[np.uint8]) -> Activations:
+def activations(network: M.Module, kind: type[M.Module], images: npt.NDArray[np.uint8]) -> Activations:
     """Name -> inputs and output, for the layers of a ``kind`` that ran."""
     seen: Activations = {}
 
@@ -65,7 +65,7 @@ def activations(network: M.Module, kind: type[M.Module], pictures: npt.NDArray[n
 
     layers = [(n, m) for n, m in network.named_modules() if isinstance(m, kind)]
     hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers]
-    logits_of(network, pictures)
+    logits_of(network, images)
     for hook in hooks:
         hook.remove()
     return seen
@@ -118,7 +118,7 @@ class TestModes:
         again = to_mode(network, mode)
         assert again is not network
         assert mode_of(again) is mode
-        assert np.array_equal(logits_of(again, PICTURES), logits_of(network, PICTURES))
+        assert np.array_equal(logits_of(again, IMAGES), logits_of(network, IMAGES))
 
     @pytest.mark.parametrize(
         ("there", "back"), [(Mode.QAT, Mode.NORMAL), (Mode.QUANTIZED, Mode.QAT), (Mode.QUANTIZED, Mode.NORMAL)]
@@ -129,7 +129,7 @@ class TestModes:
             to_mode(network, back)
         assert one_line_about(str(error.value), there.value, f"cannot go back to {back.value}")
         with pytest.raises(InputError, match=f"cannot go back to {back.value}"):
-            mgq.quantize(network, PICTURES, mode=back)
+            mgq.quantize(network, IMAGES, mode=back)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_training_state_is_kept_until_int8(self, training: bool) -> None:
@@ -175,7 +175,7 @@ class Small(M.Module):  # type: ignore[misc]
         return self.fc(F.mean(self.dequant(self.add(first, self.second(first))), (2, 3)))
 
 
-PICTURES = smooth_pictures(2, 32, 32)
+IMAGES = smooth_images(2, 32, 32)
 LAYERS = ("first", "second", "add")  # of Small, whose output is quantized and that run
 
 
@@ -193,17 +193,17 @@ def small(seed: int = 0) -> M.Module:
     return network
 
 
-def ranges_of(network: M.Module, pictures: npt.NDArray[np.uint8] = PICTURES) -> ActivationRanges:
-    return measured_ranges(network, [pictures], "small", "", {})
+def ranges_of(network: M.Module, images: npt.NDArray[np.uint8] = IMAGES) -> ActivationRanges:
+    return measure_ranges(network, [images], "small", "", {})
 
 
 class TestInputScale:
     def test_pixels_minus_128_are_the_int8_input(self, trio: Trio) -> None:
         assert get_scale(trio.quantized.quant.output_dtype) == 1.0
-        pictures = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 3, 32, 32)
-        (_, output) = activations(trio.quantized, QD.QuantStub, pictures)["quant"]
+        images = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 3, 32, 32)
+        (_, output) = activations(trio.quantized, QD.QuantStub, images)["quant"]
         assert output.dtype == qint8(1.0)
-        assert np.array_equal(output.numpy(), pictures.astype(int) - 128)
+        assert np.array_equal(output.numpy(), images.astype(int) - 128)
 
     def test_a_loaded_observer_that_saw_black_does_not_change_it(self) -> None:
         state: State = {
@@ -219,8 +219,8 @@ class TestInputScale:
         load_state(qat, state, "state")
         quantized = to_mode(qat, Mode.QUANTIZED)
         assert get_scale(quantized.quant.output_dtype) == 1.0
-        pictures = smooth_pictures(1, seed=4)
-        assert np.array_equal(logits_of(quantized, pictures), logits_of(trio_of(SHUFFLE).quantized, pictures))
+        images = smooth_images(1, seed=4)
+        assert np.array_equal(logits_of(quantized, images), logits_of(trio_of(SHUFFLE).quantized, images))
 
     def test_it_is_1_after_training_on_other_inputs(self) -> None:
         qat = to_mode(small(), Mode.QAT)
@@ -241,8 +241,8 @@ class TestInputScale:
 class TestCalibration:
     def test_ranges_are_the_smallest_and_largest_values_of_the_float_network(self) -> None:
         network = small()
-        batches = [PICTURES, smooth_pictures(3, 32, 32, seed=7)]
-        found = measured_ranges(network, iter(batches), "small", "abc", {"by": "test"})
+        batches = [IMAGES, smooth_images(3, 32, 32, seed=7)]
+        found = measure_ranges(network, iter(batches), "small", "abc", {"by": "test"})
         assert (found.arch, found.observer, found.weights, found.provenance) == (
             "small",
             "min-max",
@@ -270,7 +270,7 @@ class TestCalibration:
         network.second.bn.weight *= 50
         low, high = ranges_of(network).ranges["second"]
         assert (low, high) == (0.0, 6.0)
-        assert mode_of(mgq.quantize(network, PICTURES)) is Mode.QUANTIZED
+        assert mode_of(mgq.quantize(network, IMAGES)) is Mode.QUANTIZED
 
     def test_ranges_set_the_scales_and_the_weights_their_own(self) -> None:
         network = small()
@@ -293,7 +293,7 @@ class TestCalibration:
         network = small()
         network.first = M.ConvRelu2d(3, 8, 3, 2, 1)
         network.first.weight *= 3
-        quantized = mgq.quantize(network, PICTURES)
+        quantized = mgq.quantize(network, IMAGES)
         largest = np.abs(network.first.weight.numpy()).max()
         assert np.isclose(get_scale(quantized.first.weight.dtype), largest / 127, rtol=1e-5)
 
@@ -304,7 +304,7 @@ class TestCalibration:
         assert one_line_about(str(error.value), "small", "'third'")
 
     def test_quantized_layers_are_those_with_an_output_observer(self) -> None:
-        layers = quantized_layers(to_mode(small(), Mode.QAT))
+        layers = find_quantized_layers(to_mode(small(), Mode.QAT))
         assert set(layers) == {"quant", "unused", *LAYERS}
         assert all(isinstance(layer, Q.QATModule) for layer in layers.values())
 
@@ -313,9 +313,9 @@ class TestInt8IsFakeQuantization:
     """Layer by layer, as a whole network with made-up weights amplifies single steps."""
 
     def test_each_layer_gives_the_same_integers_but_for_ties(self, trio: Trio) -> None:
-        pictures = smooth_pictures(2, seed=11)
-        fake = activations(trio.qat, Q.QATModule, pictures)
-        real = activations(trio.quantized, QD.QuantizedModule, pictures)
+        images = smooth_images(2, seed=11)
+        fake = activations(trio.qat, Q.QATModule, images)
+        real = activations(trio.quantized, QD.QuantizedModule, images)
         assert set(fake) == set(real)
         compared = 0
         for name, (inputs, output) in fake.items():
@@ -334,8 +334,8 @@ class TestInt8IsFakeQuantization:
         assert compared > 100_000
 
     def test_answers_of_the_whole_network_agree(self, trio: Trio) -> None:
-        pictures = smooth_pictures(16, seed=5)
-        fake, real = logits_of(trio.qat, pictures), logits_of(trio.quantized, pictures)
+        images = smooth_images(16, seed=5)
+        fake, real = logits_of(trio.qat, images), logits_of(trio.quantized, images)
         # The layers differ by single steps (above), the pooling at the end by half a step. A correlation of 0.99
         # lets that grow to sqrt(2 * 0.01) = 14 % of the logits' spread; found were 2 % (MobileNetV2) to 9 %
         # (ShuffleNetV1). A wrong scale or a missing operator leaves far less.
@@ -343,19 +343,19 @@ class TestInt8IsFakeQuantization:
         assert (fake.argmax(1) == real.argmax(1)).mean() >= 0.75
 
     def test_int8_is_near_float(self, trio: Trio) -> None:
-        pictures = smooth_pictures(4)  # those of the calibration
-        exact, real = logits_of(trio.normal, pictures), logits_of(trio.quantized, pictures)
+        images = smooth_images(4)  # those of the calibration
+        exact, real = logits_of(trio.normal, images), logits_of(trio.quantized, images)
         assert np.corrcoef(exact.ravel(), real.ravel())[0, 1] > 0.95
 
 
 class TestFolding:
     def test_a_folded_network_has_no_batch_norm_and_the_same_logits(self, trio: Trio) -> None:
-        without = folded(trio.normal)
+        without = fold_batch_norms(trio.normal)
         kinds = {type(module) for module in without.modules()}
         assert not any(issubclass(kind, M.BatchNorm2d) for kind in kinds)
-        pictures = smooth_pictures(2, seed=3)
-        expected = logits_of(trio.normal, pictures)
-        assert np.abs(logits_of(without, pictures) - expected).max() < 1e-4 * np.abs(expected).max()
+        images = smooth_images(2, seed=3)
+        expected = logits_of(trio.normal, images)
+        assert np.abs(logits_of(without, images) - expected).max() < 1e-4 * np.abs(expected).max()
         assert any(isinstance(module, M.BatchNorm2d) for module in trio.normal.modules())
 
 
@@ -439,29 +439,29 @@ class TestPackagedRanges:
             found = read_ranges(file)
             assert file.stem == found.arch + ("" if found.target == "megengine" else f".{found.target}")
             assert found.arch in specs()
-            network = to_mode(blank(found.arch), Mode.QAT, target_called(found.target), in_place=True)
+            network = to_mode(blank(found.arch), Mode.QAT, get_target(found.target), in_place=True)
             apply_ranges(network, found)
-            assert packaged_ranges(found.arch, found.weights, found.target) == found
+            assert read_packaged_ranges(found.arch, found.weights, found.target) == found
 
     def test_they_serve_no_other_weights(self) -> None:
-        assert packaged_ranges("efficientnet_lite0", "0" * 64) is None
-        assert packaged_ranges("resnet50", "0" * 64) is None
+        assert read_packaged_ranges("efficientnet_lite0", "0" * 64) is None
+        assert read_packaged_ranges("resnet50", "0" * 64) is None
         assert spec_of("resnet50")
 
 
 class TestQuantize:
     def test_an_array_an_iterable_and_ranges_are_the_same(self) -> None:
         network = small()
-        from_array = mgq.quantize(network, PICTURES)
+        from_array = mgq.quantize(network, IMAGES)
         # ``iter``: it is read once.
-        from_batches = mgq.quantize(network, iter([PICTURES[:1], PICTURES[1:]]))
-        found, ranges = best_network(network, PICTURES, "small", "", preset_called(DEFAULT_QUALITY))
+        from_batches = mgq.quantize(network, iter([IMAGES[:1], IMAGES[1:]]))
+        found, ranges = find_best_network(network, IMAGES, "small", "", get_preset(DEFAULT_PRESET))
         weights = to_mode(network, Mode.NORMAL)
         if found.draft.rounded:  # else the ranges, with corrections of biases, are those of the weights as they were
             for name, value in found.network.named_parameters():
                 dict(weights.named_parameters())[name][...] = value
         from_ranges = mgq.quantize(weights, ranges=ranges)
-        others = smooth_pictures(3, 32, 32, seed=6)
+        others = smooth_images(3, 32, 32, seed=6)
         expected = logits_of(from_array, others)
         assert mode_of(from_array) is Mode.QUANTIZED
         assert expected.shape == (3, 3)
@@ -470,57 +470,57 @@ class TestQuantize:
 
     def test_the_result_is_near_what_it_was(self) -> None:
         network = small()
-        exact, real = logits_of(network, PICTURES), logits_of(mgq.quantize(network, PICTURES), PICTURES)
+        exact, real = logits_of(network, IMAGES), logits_of(mgq.quantize(network, IMAGES), IMAGES)
         assert np.abs(exact - real).max() < 0.05 * np.ptp(exact)
 
     @pytest.mark.parametrize("mode", ["qat", Mode.QAT])
     def test_qat_is_fake_quantization_in_evaluation_state(self, mode: Mode | str) -> None:
         network = small()
-        qat = mgq.quantize(network, PICTURES, mode=mode)
+        qat = mgq.quantize(network, IMAGES, mode=mode)
         assert mode_of(qat) is Mode.QAT
         assert not qat.training
         through_qat = mgq.quantize(qat)
-        assert np.array_equal(logits_of(through_qat, PICTURES), logits_of(mgq.quantize(network, PICTURES), PICTURES))
+        assert np.array_equal(logits_of(through_qat, IMAGES), logits_of(mgq.quantize(network, IMAGES), IMAGES))
 
     def test_a_copy_unless_in_place(self) -> None:
         network = small()
         before = values_of(network)
-        assert mgq.quantize(network, PICTURES) is not network
+        assert mgq.quantize(network, IMAGES) is not network
         assert mode_of(network) is Mode.NORMAL
         assert same_state(values_of(network), before)
-        assert mgq.quantize(network, PICTURES, in_place=True) is network
+        assert mgq.quantize(network, IMAGES, in_place=True) is network
         assert mode_of(network) is Mode.QUANTIZED
 
     def test_normal_is_a_copy_as_it_is(self) -> None:
         network = small()
         copy = mgq.quantize(network, mode="normal")
         assert copy is not network
-        assert np.array_equal(logits_of(copy, PICTURES), logits_of(network, PICTURES))
+        assert np.array_equal(logits_of(copy, IMAGES), logits_of(network, IMAGES))
 
-    def test_a_float_network_without_pictures_or_ranges_is_refused(self) -> None:
+    def test_a_float_network_without_images_or_ranges_is_refused(self) -> None:
         with pytest.raises(InputError) as error:
             mgq.quantize(small())
         assert one_line_about(str(error.value), "needs pictures or ranges")
 
-    def test_no_pictures_are_refused(self) -> None:
+    def test_no_images_are_refused(self) -> None:
         def nothing() -> Iterator[npt.NDArray[np.uint8]]:
             yield from ()
 
         none: list[npt.NDArray[np.uint8]] = []
-        for pictures in (none, nothing()):
+        for images in (none, nothing()):
             with pytest.raises(InputError) as error:
-                mgq.quantize(small(), pictures)
+                mgq.quantize(small(), images)
             assert one_line_about(str(error.value), "no pictures")
 
     def test_an_unknown_mode_is_refused(self) -> None:
         with pytest.raises(InputError, match="'int4'"):
-            mgq.quantize(small(), PICTURES, mode="int4")
+            mgq.quantize(small(), IMAGES, mode="int4")
 
     def test_a_network_of_the_zoo_is_quantized_in_one_call(self) -> None:
         network = trio_of(SHUFFLE).normal
-        quantized = mgq.quantize(network, smooth_pictures(4))
-        found, _ = best_network(network, smooth_pictures(4), SHUFFLE, "", preset_called(DEFAULT_QUALITY))
-        pictures = smooth_pictures(2, seed=8)
-        logits = logits_of(quantized, pictures)
+        quantized = mgq.quantize(network, smooth_images(4))
+        found, _ = find_best_network(network, smooth_images(4), SHUFFLE, "", get_preset(DEFAULT_PRESET))
+        images = smooth_images(2, seed=8)
+        logits = logits_of(quantized, images)
         assert logits.shape == (2, CLASSES)
-        assert np.array_equal(logits, logits_of(to_mode(found.network, Mode.QUANTIZED), pictures))
+        assert np.array_equal(logits, logits_of(to_mode(found.network, Mode.QUANTIZED), images))

@@ -53,7 +53,7 @@ def commanded(*arguments: str | Path, where: Path) -> subprocess.CompletedProces
 READ = "import sys, pathlib, mgq.data.decoding as p; p.read_picture(pathlib.Path(sys.argv[1]))"
 
 
-def test_what_libraries_print_of_damaged_pictures_is_one_line_of_ours_or_none(tmp_path: Path, checkpoint: Path) -> None:
+def test_what_libraries_print_of_damaged_images_is_one_line_of_ours_or_none(tmp_path: Path, checkpoint: Path) -> None:
     folder = damaged(tmp_path / "set")
     loud = subprocess.run(
         [sys.executable, "-c", READ, str(folder / "2a.jpg")],

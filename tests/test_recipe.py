@@ -12,11 +12,11 @@ from mgq.engine.training.recipe import (
     Recipe,
     Start,
     Task,
-    checked_changes,
+    check_changes,
+    make_recipe,
     plain,
     read_changes,
-    recipe_for,
-    recipe_from,
+    restore_recipe,
 )
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError
@@ -27,70 +27,70 @@ FLOWERS = Task("resnet18", "normal", "flowers", 5, 1_250, 64)
 
 
 def test_imagenet_gets_the_recipe_of_the_public_example() -> None:
-    resnet = recipe_for(IMAGENET, {})
+    resnet = make_recipe(IMAGENET, {})
     assert (resnet.batch_size, resnet.lr, resnet.epochs) == (32, 0.0125, 90)
     assert resnet.milestones == (30, 60, 80) and resnet.schedule == "step"
     assert resnet.weight_decay == 1e-4 and resnet.decay_all and resnet.label_smoothing == 0.1
     for arch in ("mobilenet_v2", "shufflenet_v1_x1_5_g3"):
-        recipe = recipe_for(replace(IMAGENET, arch=arch), {})
+        recipe = make_recipe(replace(IMAGENET, arch=arch), {})
         assert (recipe.batch_size, recipe.lr, recipe.epochs) == (128, 0.0625, 240)
         assert recipe.schedule == "linear" and recipe.jitter == 0.4
         assert recipe.weight_decay == 4e-5 and not recipe.decay_all
 
 
 def test_imagenet_qat_gets_the_recipe_of_the_public_example() -> None:
-    resnet = recipe_for(replace(IMAGENET, mode="qat"), {})
+    resnet = make_recipe(replace(IMAGENET, mode="qat"), {})
     assert (resnet.batch_size, resnet.lr, resnet.epochs, resnet.milestones) == (32, 0.000125, 12, (6,))
-    other = recipe_for(replace(IMAGENET, arch="mobilenet_v2", mode="qat"), {})
+    other = make_recipe(replace(IMAGENET, arch="mobilenet_v2", mode="qat"), {})
     assert (other.batch_size, other.lr, other.epochs, other.schedule) == (32, 0.0015625, 30, "linear")
 
 
 @pytest.mark.parametrize("start", list(Start))
-def test_fewer_pictures_are_seen_more_often(start: Start) -> None:
-    epochs = [recipe_for(replace(FLOWERS, pictures=n, start=start), {}).epochs for n in (300, 1_250, 10_000, 100_000)]
+def test_fewer_images_are_seen_more_often(start: Start) -> None:
+    epochs = [make_recipe(replace(FLOWERS, images=n, start=start), {}).epochs for n in (300, 1_250, 10_000, 100_000)]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1]
 
 
 def test_a_new_classifier_is_solved_first_and_what_the_weights_know_is_kept() -> None:
-    recipe = recipe_for(replace(FLOWERS, start=Start.NEW_CLASSIFIER, stem_lr=0.01), {})
+    recipe = make_recipe(replace(FLOWERS, start=Start.NEW_CLASSIFIER, stem_lr=0.01), {})
     assert recipe.classifier_pictures > 1_250 and recipe.keep_batch_norm and recipe.stem_lr == 0.01
     for start in (Start.RANDOM, Start.TRAINED):
-        other = recipe_for(replace(FLOWERS, start=start), {})
+        other = make_recipe(replace(FLOWERS, start=start), {})
         assert other.classifier_pictures == 0 and not other.keep_batch_norm and other.stem_lr == 1
     kept = replace(FLOWERS, start=Start.TRAINED, keep_batch_norm=True)
-    assert recipe_for(kept, {}).keep_batch_norm and recipe_for(replace(kept, mode="qat"), {}).keep_batch_norm
+    assert make_recipe(kept, {}).keep_batch_norm and make_recipe(replace(kept, mode="qat"), {}).keep_batch_norm
 
 
 def test_qat_of_a_small_set_begins_with_calibration_and_of_weights_that_kept_batch_norms_gently() -> None:
     task = replace(FLOWERS, mode="qat", start=Start.TRAINED)
-    free, kept = (recipe_for(replace(task, keep_batch_norm=keep), {}) for keep in (False, True))
+    free, kept = (make_recipe(replace(task, keep_batch_norm=keep), {}) for keep in (False, True))
     assert free.calibrate and kept.calibrate and free.ema == kept.ema > 0
     assert free.lr > 10 * kept.lr and kept.distill == 1 > free.distill > 0
 
 
-def test_a_handful_of_pictures_still_makes_batches() -> None:
-    for pictures in (4, 9, 40):
-        recipe = recipe_for(replace(FLOWERS, pictures=pictures), {})
-        assert 1 <= recipe.batch_size <= pictures // 4
+def test_a_handful_of_images_still_makes_batches() -> None:
+    for images in (4, 9, 40):
+        recipe = make_recipe(replace(FLOWERS, images=images), {})
+        assert 1 <= recipe.batch_size <= images // 4
 
 
 def test_other_epochs_shift_what_counts_in_epochs() -> None:
-    assert recipe_for(IMAGENET, {"epochs": 9}).milestones == (3, 6, 8)
-    qat = recipe_for(replace(IMAGENET, mode="qat"), {"epochs": 6})
+    assert make_recipe(IMAGENET, {"epochs": 9}).milestones == (3, 6, 8)
+    qat = make_recipe(replace(IMAGENET, mode="qat"), {"epochs": 6})
     assert (qat.freeze_batch_norm, qat.freeze_observers) == (3, 4)
 
 
 def test_another_batch_changes_the_learning_rate_in_proportion_unless_it_is_given() -> None:
-    assert recipe_for(IMAGENET, {"batch_size": 256}).lr == 0.1
-    assert recipe_for(IMAGENET, {"batch_size": 256, "lr": 0.3}).lr == 0.3
+    assert make_recipe(IMAGENET, {"batch_size": 256}).lr == 0.1
+    assert make_recipe(IMAGENET, {"batch_size": 256, "lr": 0.3}).lr == 0.3
 
 
 def test_a_recipe_comes_back_from_its_file(tmp_path: Path) -> None:
-    recipe = recipe_for(replace(FLOWERS, options={"width": 0.5}), {"lr": 0.0123, "seed": 7, "milestones": (1.0, 2.5)})
+    recipe = make_recipe(replace(FLOWERS, options={"width": 0.5}), {"lr": 0.0123, "seed": 7, "milestones": (1.0, 2.5)})
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
-    assert recipe_from(read_changes(path), "it") == recipe
-    assert recipe_from(plain(recipe), "it") == recipe
+    assert restore_recipe(read_changes(path), "it") == recipe
+    assert restore_recipe(plain(recipe), "it") == recipe
 
 
 @pytest.mark.parametrize(
@@ -138,21 +138,21 @@ def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
 )
 def test_values_that_cannot_be_are_refused_by_name(name: str, value: float | str) -> None:
     with pytest.raises(InputError) as caught:
-        recipe_for(FLOWERS, {name: value})
+        make_recipe(FLOWERS, {name: value})
     assert one_line_about(str(caught.value), name.replace("_", "-"), str(value))
 
 
 def test_options_of_the_command_are_checked_as_a_file_is() -> None:
-    assert checked_changes({"lr": 1}, "the command") == {"lr": 1.0}
+    assert check_changes({"lr": 1}, "the command") == {"lr": 1.0}
     with pytest.raises(InputError, match="unknown key"):
-        checked_changes({"nonsense": 1}, "the command")
+        check_changes({"nonsense": 1}, "the command")
 
 
 # ---- learning rates ----
 
 
 def scheduled(**values: object) -> Recipe:
-    return replace(recipe_for(FLOWERS, {"lr": 1.0, "epochs": 10}), **{"warmup": 0.0, **values})  # type: ignore[arg-type]
+    return replace(make_recipe(FLOWERS, {"lr": 1.0, "epochs": 10}), **{"warmup": 0.0, **values})  # type: ignore[arg-type]
 
 
 def test_linear_and_cosine_fall_from_the_top_to_nothing() -> None:
@@ -176,5 +176,5 @@ def test_warmup_rises_from_nothing_and_several_devices_multiply() -> None:
 
 
 def test_synthetic_is_told_by_its_name() -> None:
-    assert recipe_for(replace(FLOWERS, data=SYNTHETIC), {}).is_synthetic
-    assert not recipe_for(FLOWERS, {}).is_synthetic
+    assert make_recipe(replace(FLOWERS, data=SYNTHETIC), {}).is_synthetic
+    assert not make_recipe(FLOWERS, {}).is_synthetic

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.bench.cases import Loaded
-from mgq.bench.suite import ENGINES, Entrant, Job
+from mgq.bench.cases import LoadedWorker
+from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, NetworkJob
 from mgq.data.datasets import evaluation_folder
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.open import open_classifier
@@ -23,9 +23,9 @@ from mgq.engine.runs.provenance import write_environment
 from mgq.errors import InputError
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
-from mgq.reports.finished_run import run_called
+from mgq.reports.finished_run import find_run
 from mgq.reports.report import Report, report
-from mgq.reports.run_predictions import FLOAT, INT8, Measured, chosen_of
+from mgq.reports.run_predictions import FLOAT, INT8, Measurements, choose_changes
 from tests.conftest import (
     SIZE,
     Mgq,
@@ -34,7 +34,7 @@ from tests.conftest import (
     classifier_of,
     filled,
     one_line_about,
-    smooth_pictures,
+    smooth_images,
     the_error,
 )
 
@@ -52,8 +52,8 @@ def make_run(root: Path) -> Path:
     for i, name in enumerate(NAMES[:3]):
         place = root / "set" / "val" / name
         place.mkdir(parents=True)
-        for j, picture in enumerate(smooth_pictures(4, 72, 90, seed=i)):
-            cv2.imwrite(str(place / f"{j}.png"), picture.transpose(1, 2, 0))
+        for j, image in enumerate(smooth_images(4, 72, 90, seed=i)):
+            cv2.imwrite(str(place / f"{j}.png"), image.transpose(1, 2, 0))
     run = root / "runs" / f"{ARCH}.qat"
     run.mkdir(parents=True)
     recipe = {"data": str(root / "set")}
@@ -76,7 +76,7 @@ def written(run: Path) -> Report:
     return report(run, engines=False, output=run.parent / "whole.html")
 
 
-def found_in(written: Report) -> Measured:
+def found_in(written: Report) -> Measurements:
     assert written.found is not None
     return written.found
 
@@ -86,9 +86,9 @@ def words_of(written: Report) -> str:
 
 
 def test_the_page_has_the_figures_of_both_networks(run: Path, written: Report) -> None:
-    pictures = evaluation_folder(run.parent.parent / "set")
+    images = evaluation_folder(run.parent.parent / "set")
     for name, mode, file in ((FLOAT, Mode.NORMAL, "float"), (INT8, Mode.QUANTIZED, "checkpoint")):
-        expected = evaluate(open_classifier(checkpoint=run / f"{file}.safetensors", mode=mode), pictures)
+        expected = evaluate(open_classifier(checkpoint=run / f"{file}.safetensors", mode=mode), images)
         found = found_in(written).found[name]
         np.testing.assert_array_equal(found.predictions, expected.predictions)
         assert f"{expected.top1:.1f} % ± {expected.top1_error:.1f}" in words_of(written)
@@ -110,14 +110,14 @@ def test_changed_answers_are_shown_with_both_answers_and_counted_in_all(written:
         assert f"float32: {change.before.name} {change.before.probability:.0%}" in words_of(written)
 
 
-def test_few_pictures_are_shown_whatever_their_number(run: Path, tmp_path: Path) -> None:
-    page = report(run, engines=False, pictures=2, output=tmp_path / "few.html", limit=6).page.read_text()
+def test_few_images_are_shown_whatever_their_number(run: Path, tmp_path: Path) -> None:
+    page = report(run, engines=False, images=2, output=tmp_path / "few.html", limit=6).page.read_text()
     assert page.count("<img") == 2 and " shown</h3>" in page and " of 6 pictures" in page
 
 
 def test_small_groups_are_shown_whole() -> None:
-    assert chosen_of({"a": [1], "b": [2, 3, 4, 5], "c": [6, 7, 8]}, 6) == {"a": [1], "b": [2, 3, 4], "c": [6, 7]}
-    assert chosen_of({"a": [1], "b": []}, 6) == {"a": [1], "b": []}
+    assert choose_changes({"a": [1], "b": [2, 3, 4, 5], "c": [6, 7, 8]}, 6) == {"a": [1], "b": [2, 3, 4], "c": [6, 7]}
+    assert choose_changes({"a": [1], "b": []}, 6) == {"a": [1], "b": []}
 
 
 def test_names_of_strangers_are_text_and_the_page_asks_for_nothing(written: Report) -> None:
@@ -129,7 +129,7 @@ def test_names_of_strangers_are_text_and_the_page_asks_for_nothing(written: Repo
     assert "<script" not in page and "default-src 'none'" in page
 
 
-def test_the_error_of_the_drop_counts_pictures_on_which_one_alone_is_right(written: Report) -> None:
+def test_the_error_of_the_drop_counts_images_on_which_one_alone_is_right(written: Report) -> None:
     def answers(right: list[int]) -> Evaluation:
         labels, indices = np.zeros(4, np.int64), np.arange(4)
         return Evaluation(4, 0.0, 25.0 * sum(right), 0.0, 1.0, 1 - np.array(right), labels, indices, ("a", "b"))
@@ -142,7 +142,7 @@ def test_the_error_of_the_drop_counts_pictures_on_which_one_alone_is_right(writt
 # ---- what is gone ----
 
 
-def test_without_pictures_it_tells_what_the_run_noted_and_the_mend(tmp_path: Path) -> None:
+def test_without_images_it_tells_what_the_run_noted_and_the_mend(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.rmtree(tmp_path / "set")
     written = report(run, engines=False)
@@ -191,12 +191,12 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
 
 
 def test_engines_are_measured_and_one_that_is_missing_says_why(run: Path, tmp_path: Path) -> None:
-    def missing(job: Job, threads: int) -> Loaded:
+    def missing(job: NetworkJob, threads: int) -> LoadedWorker:
         raise InputError("it is not here: pip install it")
 
-    engines = {"ONNX Runtime": ENGINES["ONNX Runtime"], "Nothing": Entrant(missing, ONNX)}
+    engines = {"ONNX Runtime": BENCHMARK_BACKENDS["ONNX Runtime"], "Nothing": BenchmarkBackend(missing, ONNX)}
     written = report(run, engines=engines, limit=6, output=tmp_path / "engines.html")
-    assert written.engines is not None and written.engines.pictures == 6
+    assert written.engines is not None and written.engines.images == 6
     rows = {(row.engine, row.what): row for row in written.engines.rows}
     for what in (FLOAT, INT8):
         row = rows["ONNX Runtime", what]
@@ -215,7 +215,7 @@ def test_the_command_takes_the_newest_run_and_says_where_the_page_is(mgq: Mgq, t
     body = json.loads(mgq("report", "--no-engines", "--limit", "3", "--json", "-o", "page.html").out)
     assert (body["arch"], body["kind"], body["images"], body["page"]) == (ARCH, "qat", 3, "page.html")
     assert (tmp_path / "page.html").is_file()
-    assert run_called(f"{ARCH}.qat", Path("runs")).path == run_called(None, Path("runs")).path
+    assert find_run(f"{ARCH}.qat", Path("runs")).path == find_run(None, Path("runs")).path
     assert "no run nobody.qat" in the_error(mgq("report", "nobody.qat"))
     assert one_line_about(the_error(mgq("report", "-d", "nothing", "--no-engines")), "nothing")
     assert "folder" in the_error(mgq("report", "-o", "."))

@@ -12,14 +12,14 @@ import pytest
 
 from mgq.bench import tune
 from mgq.bench.statistics import Speedup
-from mgq.bench.tune import Form, applicable, fastest, measured_forms
-from mgq.engine.classifier.open import random_classifier
+from mgq.bench.tune import Form, find_fastest, list_applicable, measure_forms
+from mgq.engine.classifier.open import make_random_classifier
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, Graph, Transpose, graph_of, macs_of
 from mgq.graph.rewrites import REWRITES, dense, in_blocks, stem_on_half_the_grid, without_shuffles
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from mgq.runtime.registry import ENGINES
+from mgq.runtime.registry import BACKENDS
 
 SIZE = 64
 SHUFFLENET = "shufflenet_v1_x0_5_g3"
@@ -27,7 +27,7 @@ PIXELS = np.random.default_rng(3).integers(0, 256, (2, 3, SIZE, SIZE), dtype=np.
 
 
 def graph(arch: str, target: Target = ONNX, mode: Mode = Mode.QAT) -> Graph:
-    return graph_of(random_classifier(arch, mode, image_size=SIZE, target=target).network, SIZE)
+    return graph_of(make_random_classifier(arch, mode, image_size=SIZE, target=target).network, SIZE)
 
 
 def convolutions(found: Graph) -> list[Any]:
@@ -48,14 +48,14 @@ def convolutions(found: Graph) -> list[Any]:
 def test_int8_answers_are_the_same_to_the_bit(
     arch: str, rewrites: tuple[str, ...], target: Target, tmp_path: Path
 ) -> None:
-    network = random_classifier(arch, Mode.QAT, image_size=SIZE, target=target).network
+    network = make_random_classifier(arch, Mode.QAT, image_size=SIZE, target=target).network
     logits = {}
     for name, used in (("plain", ()), ("rewritten", rewrites)):
         path = tmp_path / f"{name}.onnx"
         write_onnx(network, path, image_size=SIZE, batch=2, provenance={}, rewrites=used)
-        for engine in ENGINES[:2]:
+        for engine in BACKENDS[:2]:
             logits[name, engine.name] = engine.load(path, 1).run(PIXELS)
-    for engine in ENGINES[:2]:
+    for engine in BACKENDS[:2]:
         assert logits["plain", engine.name].std() > 0
         assert np.array_equal(logits["plain", engine.name], logits["rewritten", engine.name]), engine.name
 
@@ -131,10 +131,10 @@ def test_a_dense_convolution_is_the_grouped_one_with_zeros() -> None:
 
 
 def test_the_forms_that_apply_are_measured_beside_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = random_classifier(SHUFFLENET, Mode.QAT, image_size=SIZE, target=ONNX)
-    assert list(applicable(classifier)) == [("shuffles",), ("stem",), ("shuffles", "stem")]
-    monkeypatch.setattr(tune, "applicable", lambda _: [("shuffles",)])
-    plain, other = measured_forms(classifier, rounds=2)
+    classifier = make_random_classifier(SHUFFLENET, Mode.QAT, image_size=SIZE, target=ONNX)
+    assert list(list_applicable(classifier)) == [("shuffles",), ("stem",), ("shuffles", "stem")]
+    monkeypatch.setattr(tune, "list_applicable", lambda _: [("shuffles",)])
+    plain, other = measure_forms(classifier, rounds=2)
     assert plain.rewrites == () and plain.speedup.median == 1.0
     assert other.rewrites == ("shuffles",) and other.speedup.median > 0
 
@@ -151,4 +151,4 @@ def test_the_forms_that_apply_are_measured_beside_the_plain_one(monkeypatch: pyt
 def test_only_what_is_faster_beyond_doubt_is_kept(speedups: list[tuple[float, float]], kept: tuple[str, ...]) -> None:
     forms = [Form((), "E", Speedup(1.0, 1.0, 1.0))]
     forms += [Form((name,), "E", Speedup(*found, 2.0)) for name, found in zip("ab", speedups, strict=False)]
-    assert fastest(forms).rewrites == kept
+    assert find_fastest(forms).rewrites == kept

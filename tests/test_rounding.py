@@ -7,24 +7,24 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.ptq.calibrate import calibrated_network, measured_ranges
+from mgq.ptq.calibrate import calibrate_network, measure_ranges
 from mgq.ptq.gptq import (
     DAMPING,
-    compensated,
     covariances,
-    damped,
+    damp_covariance,
     energies,
     factor_of_inverse,
-    refitted,
-    rounded_in_channels,
+    refit_weights,
+    round_channels,
+    round_with_compensation,
     set_folded_weight,
-    settled,
+    settle_integers,
 )
-from mgq.quantization.activation_ranges import folded_weight, observe_weights
+from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
-from tests.test_calibration import PICTURES, net
+from tests.test_calibration import IMAGES, net
 
 Array = npt.NDArray[np.float32]
 
@@ -39,21 +39,21 @@ def layer(inputs: int, outputs: int, groups: int = 1) -> tuple[Array, Array]:
 
 
 def varying(seen: Array) -> npt.NDArray[np.float64]:
-    return damped(covariances(seen, seen), DAMPING)
+    return damp_covariance(covariances(seen, seen), DAMPING)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(9, 1, 16), (64, 8, 2), (300, 20, 1)])
 def test_outputs_are_nearer_than_by_the_nearest_integers(inputs: int, outputs: int, groups: int) -> None:
     weights, seen = layer(inputs, outputs, groups)
-    rounded, nearest = compensated(weights, varying(seen)), np.rint(weights)
+    rounded, nearest = round_with_compensation(weights, varying(seen)), np.rint(weights)
     errors = [float(np.square((found - weights) @ seen.transpose(0, 2, 1)).sum()) for found in (rounded, nearest)]
     assert errors[0] < 0.85 * errors[1]
 
 
 def test_moving_single_weights_makes_it_nearer_still() -> None:
     weights, seen = layer(64, 8, 2)
-    once = compensated(weights, varying(seen))
-    again = settled(once, weights, varying(seen), 127)
+    once = round_with_compensation(weights, varying(seen))
+    again = settle_integers(once, weights, varying(seen), 127)
     assert (energies(again - weights, varying(seen)) <= energies(once - weights, varying(seen)) + 1e-9).all()
     assert (again != once).any() and np.abs(again).max() <= 127
 
@@ -62,9 +62,9 @@ def test_the_best_of_some_scales_loses_little_of_a_small_kernel() -> None:
     weights, seen = layer(9, 1, 16)
     seen += 3 * seen.mean(axis=2, keepdims=True)  # neighbours are alike, as in a picture
     quantizer, covariance = ChannelFakeQuantize("qint8_narrow"), varying(seen)
-    integers, scales = rounded_in_channels(quantizer, weights, covariance)
+    integers, scales = round_channels(quantizer, weights, covariance)
     one = np.abs(weights).max(axis=2, keepdims=True) / 127
-    alone = energies(compensated(weights / one, covariance) * one - weights, covariance)
+    alone = energies(round_with_compensation(weights / one, covariance) * one - weights, covariance)
     tried = energies(integers * scales - weights, covariance)
     assert np.abs(integers).max() <= 127 and np.array_equal(integers, np.rint(integers))
     assert 10 * np.log10(alone.sum() / tried.sum()) > 2
@@ -73,7 +73,7 @@ def test_the_best_of_some_scales_loses_little_of_a_small_kernel() -> None:
 def test_weights_are_integers_near_what_they_were_and_within_int8() -> None:
     weights, seen = layer(64, 8)
     weights[0, 0, :3] = 126.9, -127.4, 140
-    rounded = compensated(weights, varying(seen))
+    rounded = round_with_compensation(weights, varying(seen))
     assert np.array_equal(rounded, np.rint(rounded)) and np.abs(rounded).max() == 127
     assert np.abs(rounded - np.clip(weights, -127, 127)).max() <= 3
 
@@ -85,7 +85,7 @@ def test_fitted_weights_make_up_for_what_is_seen_wrongly(monkeypatch: pytest.Mon
     seen = exact.copy()
     seen[..., 3] *= 0.9
     seen[..., 8] += 0.1 * exact[..., 9]
-    fitted = refitted(weights, seen, exact)
+    fitted = refit_weights(weights, seen, exact)
     wanted = exact @ weights.transpose(0, 2, 1)
     errors = [float(np.square(seen @ found.transpose(0, 2, 1) - wanted).sum()) for found in (fitted, weights)]
     assert errors[0] < 0.15 * errors[1]
@@ -93,8 +93,8 @@ def test_fitted_weights_make_up_for_what_is_seen_wrongly(monkeypatch: pytest.Mon
 
 def test_weights_that_see_what_they_did_are_not_changed() -> None:
     weights, seen = layer(64, 8, 2)
-    np.testing.assert_array_equal(refitted(weights, seen, seen), weights)
-    assert np.isfinite(refitted(weights, seen * 0, seen)).all()
+    np.testing.assert_array_equal(refit_weights(weights, seen, seen), weights)
+    assert np.isfinite(refit_weights(weights, seen * 0, seen)).all()
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
@@ -107,50 +107,50 @@ def test_the_factor_is_that_of_the_inverse() -> None:
 
 def test_inputs_that_vary_apart_are_rounded_to_the_nearest() -> None:
     weights, _ = layer(32, 4)
-    assert np.array_equal(compensated(weights, np.eye(32)[None]), np.rint(weights))
+    assert np.array_equal(round_with_compensation(weights, np.eye(32)[None]), np.rint(weights))
 
 
 def test_inputs_that_never_vary_do_not_matter() -> None:
     weights, seen = layer(32, 4)
     seen[..., 5:] = 0
-    assert np.isfinite(compensated(weights, varying(seen))).all()
-    assert np.isfinite(compensated(weights, varying(seen * 0))).all()
+    assert np.isfinite(round_with_compensation(weights, varying(seen))).all()
+    assert np.isfinite(round_with_compensation(weights, varying(seen * 0))).all()
 
 
 @pytest.mark.parametrize("name", ["first", "second", "third"])
 def test_weights_are_set_through_batch_norm(name: str) -> None:
     module = getattr(to_mode(net(), Mode.QAT), name)
-    old = folded_weight(module).numpy()
+    old = fold_weight(module).numpy()
     new = np.random.default_rng(1).normal(0, 1, old.shape).astype(np.float32)
     set_folded_weight(module, old, new)
-    np.testing.assert_allclose(folded_weight(module).numpy(), new, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fold_weight(module).numpy(), new, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dead_output_stays_as_it_is() -> None:
     module = to_mode(net(), Mode.QAT).first
     module.bn.weight[:, 2] = Tensor(0.0)
     before = module.conv.weight.numpy()[2]
-    old = folded_weight(module).numpy()
+    old = fold_weight(module).numpy()
     set_folded_weight(module, old, old + 1)
     assert np.array_equal(module.conv.weight.numpy()[2], before)
 
 
 def test_the_grid_of_a_calibrated_network_is_found_again_from_its_weights() -> None:
-    calibrated, ranges = calibrated_network(net(), [PICTURES], "net", "", {})
+    calibrated, ranges = calibrate_network(net(), [IMAGES], "net", "", {})
     assert set(ranges.weight_ranges) == {"first", "second", "third"} and not ranges.bias_corrections
-    before = logits_of(calibrated, PICTURES)
+    before = logits_of(calibrated, IMAGES)
     observe_weights(calibrated)
-    np.testing.assert_allclose(logits_of(calibrated, PICTURES), before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits_of(calibrated, IMAGES), before, rtol=1e-4, atol=1e-4)
     for name in ranges.weight_ranges:
         module = getattr(calibrated, name)
-        steps = folded_weight(module).numpy() / module.weight_observer.get_qparams().scale.numpy()
+        steps = fold_weight(module).numpy() / module.weight_observer.get_qparams().scale.numpy()
         np.testing.assert_allclose(steps, np.rint(steps), atol=2e-3)
 
 
 def test_int8_of_a_network_of_the_zoo_follows_its_simulation() -> None:
     network = trio_of("efficientnet_lite0").normal
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
-    calibrated, _ = calibrated_network(network, [pictures], "efficientnet_lite0", "", {})
-    simulated, real = logits_of(calibrated, pictures), logits_of(to_mode(calibrated, Mode.QUANTIZED), pictures)
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
+    calibrated, _ = calibrate_network(network, [images], "efficientnet_lite0", "", {})
+    simulated, real = logits_of(calibrated, images), logits_of(to_mode(calibrated, Mode.QUANTIZED), images)
     assert np.corrcoef(simulated.ravel(), real.ravel())[0, 1] > 0.99
-    assert measured_ranges(network, [pictures], "x", "", {}).bias_corrections
+    assert measure_ranges(network, [images], "x", "", {}).bias_corrections

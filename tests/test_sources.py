@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.image_sources import PICTURE_SUFFIXES, Source, expand
+from mgq.data.image_sources import IMAGE_SUFFIXES, Source, expand
 from mgq.errors import InputError
 
 PNG = cv2.imencode(".png", np.full((2, 3, 3), 7, np.uint8))[1].tobytes()
@@ -73,7 +73,7 @@ def test_a_file_named_twice_or_in_two_spellings_is_kept_once() -> None:
     assert names(*spellings, "b.jpg", "b.jpg") == ["in/a.jpg", "b.jpg"]
 
 
-def test_two_links_to_one_picture_are_two() -> None:
+def test_two_links_to_one_image_are_two() -> None:
     make("a.jpg")
     Path("b.jpg").symlink_to("a.jpg")
     assert names("a.jpg", "b.jpg") == ["a.jpg", "b.jpg"]
@@ -124,15 +124,15 @@ def test_a_pipe_is_read_to_its_end() -> None:
 # ---- folders ----
 
 
-def test_a_folder_stands_for_the_pictures_below_it_by_name() -> None:
+def test_a_folder_stands_for_the_images_below_it_by_name() -> None:
     make("in/b/2.jpg", "in/b/1.JPEG", "in/a.png", "in/c.webp", "in/notes.txt", "in/b/deep/er/x.tiff")
     assert names("in") == ["in/a.png", "in/b/1.JPEG", "in/b/2.jpg", "in/b/deep/er/x.tiff", "in/c.webp"]
     assert names("in/") == names("in")
 
 
 def test_every_known_suffix_is_found_in_either_case() -> None:
-    make(*(f"in/x{suffix}" for suffix in PICTURE_SUFFIXES), *(f"in/y{s.upper()}" for s in PICTURE_SUFFIXES))
-    assert len(names("in")) == 2 * len(PICTURE_SUFFIXES)
+    make(*(f"in/x{suffix}" for suffix in IMAGE_SUFFIXES), *(f"in/y{s.upper()}" for s in IMAGE_SUFFIXES))
+    assert len(names("in")) == 2 * len(IMAGE_SUFFIXES)
 
 
 def test_hidden_files_and_folders_are_left_out_unless_named() -> None:
@@ -146,7 +146,7 @@ def test_the_current_folder_needs_no_prefix() -> None:
     assert names(".") == ["a.jpg", "in/b.jpg"]
 
 
-def test_a_picture_behind_a_link_to_itself_is_told_of(tmp_path: Path) -> None:
+def test_a_image_behind_a_link_to_itself_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to("round")
     (source,) = expand([str(tmp_path / "round" / "cat.jpg")])
     with pytest.raises(InputError, match=r"round/cat\.jpg"):
@@ -187,11 +187,11 @@ def test_folders_deeper_than_the_stack_are_searched() -> None:
         sys.setrecursionlimit(limit)
 
 
-def test_a_folder_without_pictures_is_told_and_the_others_are_answered() -> None:
+def test_a_folder_without_images_is_told_and_the_others_are_answered() -> None:
     make("a.jpg", "in/notes.txt")
-    empty, picture = expand(["in", "a.jpg"])
+    empty, image = expand(["in", "a.jpg"])
     assert problem(empty) == "in has no pictures in it, but 1 .txt: name another folder"
-    assert picture.read().shape == (2, 3, 3)
+    assert image.read().shape == (2, 3, 3)
 
 
 def test_a_folder_that_cannot_be_searched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_searched_is_told(monkeypatch: pytest.MonkeyPatc
     assert problem(locked) == "in/locked cannot be searched (Permission denied): check its permissions"
 
 
-def test_many_pictures_are_listed_unopened_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_listed_unopened_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("in").mkdir()
     for number in range(2000):
         Path(f"in/{number:05}.jpg").touch()
@@ -295,7 +295,7 @@ class Stdin(io.TextIOWrapper):
         return self.terminal
 
 
-def test_a_dash_is_one_picture_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_is_one_image_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin(PNG))
     assert names("-", "-") == ["standard input"]
 
@@ -307,7 +307,7 @@ def test_a_file_called_dash_can_still_be_named() -> None:
     assert source.read().shape == (2, 3, 3)
 
 
-def test_standard_input_without_a_picture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_without_a_image_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for data, text in ((b"", "standard input is empty"), (b"hello", "standard input is not a picture")):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
         assert problem(expand(["-"])[0]).startswith(text)

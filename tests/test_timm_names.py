@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mgq.engine.classifier.deployed_files import opened_file
+from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import classifier_from, random_classifier
-from mgq.engine.training.train_options import Request
+from mgq.engine.classifier.open import classifier_from, make_random_classifier
+from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError
 from mgq.engine.training.training_run import train
 from mgq.errors import InputError
@@ -47,7 +47,7 @@ from tests.test_adapters import (
     linear_names,
     made_up,
     plain_resnet,
-    random_pictures,
+    random_images,
     resnet_names,
     tensorflow_same,
 )
@@ -195,13 +195,13 @@ class TestLogits:
         weights = read_weights(write(state_of(name), tmp_path / f"{name}.{suffix}"))
         assert (weights.arch, dict(weights.options), weights.classes) == (arch, options, CLASSES)
         assert f"timm names, read as {name.removesuffix('.in1k')} by the file's name" in weights.origin
-        pictures = random_pictures(64)
-        assert_equal_logits(logits_of(weights.network, pictures), network.logits(state_of(name), pictures))
+        images = random_images(64)
+        assert_equal_logits(logits_of(weights.network, images), network.logits(state_of(name), images))
 
     def test_the_two_readings_of_the_same_names_differ(self, tmp_path: Path) -> None:
-        state, pictures = state_of("efficientnet_lite0"), random_pictures(64)
+        state, images = state_of("efficientnet_lite0"), random_images(64)
         found = [
-            logits_of(read_weights(as_safetensors(state, tmp_path / f"{name}.safetensors")).network, pictures)
+            logits_of(read_weights(as_safetensors(state, tmp_path / f"{name}.safetensors")).network, images)
             for name in ("efficientnet_lite0", "tf_efficientnet_lite0")
         ]
         assert np.abs(found[0] - found[1]).max() > 0.1 * np.abs(found[0]).max()
@@ -214,10 +214,10 @@ class TestLogits:
     ) -> None:
         monkeypatch.setattr("tests.test_adapters.IMAGENET", normalization)
         depth = int(name[6:8])
-        state, pictures = made_up(resnet_names(depth, CLASSES)), random_pictures(64)
+        state, images = made_up(resnet_names(depth, CLASSES)), random_images(64)
         weights = read_weights(as_safetensors(state, tmp_path / f"{name}.safetensors"))
         assert f"torchvision names, read as {name}" in weights.origin
-        assert_equal_logits(logits_of(weights.network, pictures), plain_resnet(state, pictures, depth))
+        assert_equal_logits(logits_of(weights.network, images), plain_resnet(state, images, depth))
 
 
 class TestReading:
@@ -247,9 +247,9 @@ class TestReading:
         assert "read as tf_efficientnet_lite0 by config.json" in weights.origin
         assert weights.preprocessing == Preprocessing(1.25, "bilinear")
         network = lite(0, eps=1e-3, padding=tensorflow_same, normalization=((127.5,) * 3, (63.75,) * 3))
-        pictures = random_pictures(64)
-        ours = logits_of(weights.network, pictures)
-        assert_equal_logits(ours, network.logits(state_of("efficientnet_lite0"), pictures))
+        images = random_images(64)
+        ours = logits_of(weights.network, images)
+        assert_equal_logits(ours, network.logits(state_of("efficientnet_lite0"), images))
 
     @pytest.mark.parametrize(
         "config", ['{"architectures": ["Other"]}', '{"architecture": 5}', '{"architecture": null}']
@@ -287,11 +287,11 @@ class TestReading:
         ],
     )
     def test_a_checkpoint_is_told_by_the_arch_that_it_keeps(self, arch: str, name: str, tmp_path: Path) -> None:
-        state, pictures = state_of("efficientnet_lite0"), random_pictures(64)
+        state, images = state_of("efficientnet_lite0"), random_images(64)
         weights = read_weights(trained(tmp_path / "model_best.pth.tar", state, arch=arch))
         assert f"timm names, read as {name} by the arch in the file" in weights.origin
         network = tf_lite(0) if name.startswith("tf_") else lite(0)
-        assert_equal_logits(logits_of(weights.network, pictures), network.logits(state, pictures))
+        assert_equal_logits(logits_of(weights.network, images), network.logits(state, images))
 
     def test_the_arch_in_a_file_goes_before_the_file_s_name(self, tmp_path: Path) -> None:
         path = tmp_path / "efficientnet_lite0.pth"
@@ -314,11 +314,11 @@ class TestReading:
 
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
     def test_a_wrapper_s_prefix_hides_neither_names_nor_hints(self, prefix: str, tmp_path: Path) -> None:
-        state, pictures = state_of("efficientnet_lite0"), random_pictures(64)
+        state, images = state_of("efficientnet_lite0"), random_images(64)
         wrapped = {prefix + name: value for name, value in state.items()}
         weights = read_weights(as_pth(wrapped, tmp_path / "tf_efficientnet_lite0.pth"))
         assert f"without the prefix '{prefix}', timm names, read as tf_efficientnet_lite0" in weights.origin
-        assert_equal_logits(logits_of(weights.network, pictures), tf_lite(0).logits(state, pictures))
+        assert_equal_logits(logits_of(weights.network, images), tf_lite(0).logits(state, images))
 
     def test_of_a_network_and_its_average_the_chosen_one_is_told_by_the_arch(self, tmp_path: Path) -> None:
         state, forge = state_of("efficientnet_lite0"), Forge()
@@ -375,30 +375,30 @@ class TestPreprocessing:
 
     def test_it_goes_from_the_file_into_the_classifier_and_its_checkpoint(self, tmp_path: Path) -> None:
         classifier = classifier_from(self.weights(tmp_path), Mode.NORMAL)
-        picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
         expected = Preprocessing(1 / 0.95, "bicubic")
         assert classifier.preprocessing == expected
         path = tmp_path / "c.safetensors"
         classifier.write_checkpoint(path)
         again = classifier_from(read_weights(path), Mode.NORMAL)
         assert again.preprocessing == expected
-        assert np.array_equal(again.crop(picture), classifier.crop(picture))
+        assert np.array_equal(again.crop(image), classifier.crop(image))
 
     def test_it_goes_into_a_deployed_file(self, tmp_path: Path) -> None:
         expected = Preprocessing(1 / 0.95, "bicubic")
-        classifier = random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=32, target=ONNX)
+        classifier = make_random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=32, target=ONNX)
         dump_classifier(replace(classifier, preprocessing=expected), tmp_path / "net.onnx", batch=None)
-        assert opened_file(tmp_path / "net.onnx").preprocessing == expected
+        assert open_file(tmp_path / "net.onnx").preprocessing == expected
 
     def test_it_goes_into_a_run_that_begins_with_these_weights(self, tmp_path: Path) -> None:
         expected = Preprocessing(1 / 0.95, "bicubic")
-        start = random_classifier("shufflenet_v1_x0_5_g3", Mode.NORMAL, image_size=32)
+        start = make_random_classifier("shufflenet_v1_x0_5_g3", Mode.NORMAL, image_size=32)
         names = tuple(map(str, range(len(start.classes))))
         replace(start, preprocessing=expected, classes=names).write_checkpoint(tmp_path / "start.safetensors")
         request = small_request(tmp_path)
         with pytest.raises(StoppedError):
             train(replace(request, checkpoint=tmp_path / "start.safetensors", new_head=True), stopping_after(1))
-        done = train(Request(arch=request.arch, save=tmp_path, resume=True, workers=1))
+        done = train(TrainOptions(arch=request.arch, save=tmp_path, resume=True, workers=1))
         assert read_weights(done.checkpoint).preprocessing == expected
 
     def weights(self, folder: Path) -> Weights:

@@ -16,43 +16,43 @@ from megengine import Tensor
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.open import open_classifier
-from mgq.engine.training.train_options import Request
+from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
-from mgq.engine.training.training_run import FLOAT_START, Outcome, qat, train
+from mgq.engine.training.training_run import FLOAT_START, TrainResult, qat, train
 from mgq.errors import InputError
-from mgq.events import Progress, Watcher
+from mgq.events import Callbacks, Progress
 from mgq.quantization.modes import Mode
 from mgq.zoo.weight_loading import read_weights
-from tests.conftest import one_line_about, smooth_pictures
+from tests.conftest import one_line_about, smooth_images
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
 SMALL = {"image_size": 32, "batch_size": 8, "synthetic_train": 40, "synthetic_val": 20, "epochs": 2}
 
 
-def small_request(save: Path, arch: str = ARCH, **changes: Any) -> Request:
-    return Request(arch=arch, save=save, changes={**SMALL, **changes}, workers=1)
+def small_request(save: Path, arch: str = ARCH, **changes: Any) -> TrainOptions:
+    return TrainOptions(arch=arch, save=save, changes={**SMALL, **changes}, workers=1)
 
 
-def stopping_after(number: int) -> Watcher:
+def stopping_after(number: int) -> Callbacks:
     """Asks to stop when it was asked that often."""
     asked = iter(range(10**9))
-    return Watcher(should_stop=lambda: next(asked) + 1 >= number)
+    return Callbacks(should_stop=lambda: next(asked) + 1 >= number)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def undisturbed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """One float training of two epochs of five steps."""
     return train(small_request(tmp_path_factory.mktemp("undisturbed")))
 
 
 @pytest.fixture(scope="module")
-def float_run(undisturbed: Outcome) -> Path:
+def float_run(undisturbed: TrainResult) -> Path:
     return undisturbed.checkpoint.parent
 
 
 @pytest.fixture(scope="module")
-def undisturbed_qat(undisturbed: Outcome, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def undisturbed_qat(undisturbed: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     save = tmp_path_factory.mktemp("undisturbed-qat")
     return qat(replace(small_request(save), checkpoint=undisturbed.checkpoint))
 
@@ -60,7 +60,7 @@ def undisturbed_qat(undisturbed: Outcome, tmp_path_factory: pytest.TempPathFacto
 # ---- what a run leaves ----
 
 
-def test_a_run_leaves_recipe_log_metrics_curves_and_checkpoints(undisturbed: Outcome, float_run: Path) -> None:
+def test_a_run_leaves_recipe_log_metrics_curves_and_checkpoints(undisturbed: TrainResult, float_run: Path) -> None:
     assert float_run.name == f"{ARCH}.normal"
     there = {path.name for path in float_run.iterdir()}
     assert {"recipe.toml", "log.txt", "metrics.jsonl", "curves.png", "checkpoint.safetensors"} <= there
@@ -71,7 +71,7 @@ def test_a_run_leaves_recipe_log_metrics_curves_and_checkpoints(undisturbed: Out
     assert cv2.imread(str(float_run / "curves.png")) is not None
 
 
-def test_the_checkpoint_says_what_it_is(undisturbed: Outcome) -> None:
+def test_the_checkpoint_says_what_it_is(undisturbed: TrainResult) -> None:
     info = read_weights(undisturbed.checkpoint).info
     assert info is not None and info.arch == ARCH and info.mode == "normal"
     assert "star" in info.classes and info.image_size == 32
@@ -100,7 +100,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert outcome.best["top1"] > 60 and outcome.comparison.quantized.top1 > 60  # of three classes
 
 
-def test_equal_seeds_give_equal_weights_and_others_other_ones(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_weights_and_others_other_ones(undisturbed: TrainResult, tmp_path: Path) -> None:
     again = train(small_request(tmp_path / "again"))
     assert again.checkpoint.read_bytes() == undisturbed.checkpoint.read_bytes()
     other = train(small_request(tmp_path / "other", seed=1))
@@ -111,7 +111,7 @@ def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
     first = train(small_request(tmp_path, epochs=1))
     content = first.checkpoint.read_bytes()
     remarks: list[str] = []
-    train(small_request(tmp_path, epochs=1, seed=3), Watcher(on_remark=remarks.append))
+    train(small_request(tmp_path, epochs=1, seed=3), Callbacks(on_message=remarks.append))
     assert (tmp_path / f"{ARCH}.normal.1" / "checkpoint.safetensors").read_bytes() == content
     assert any("is kept as" in remark for remark in remarks)
 
@@ -120,12 +120,12 @@ def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", [1, 5, 8])
-def test_a_stopped_training_goes_on_to_the_bit(undisturbed: Outcome, tmp_path: Path, moment: int) -> None:
+def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_path: Path, moment: int) -> None:
     request = small_request(tmp_path)
     with pytest.raises(StoppedError) as stopped:
         train(request, stopping_after(moment))
     assert "stopped in epoch" in str(stopped.value) and stopped.value.verb == "train"
-    outcome = train(Request(save=tmp_path, resume=True, workers=2))
+    outcome = train(TrainOptions(save=tmp_path, resume=True, workers=2))
     assert outcome.checkpoint.read_bytes() == undisturbed.checkpoint.read_bytes()
     assert outcome.best == undisturbed.best
     assert epochs_in(outcome) == [1, 2]
@@ -139,14 +139,14 @@ def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, mome
         if name == "stopped":
             with pytest.raises(StoppedError):
                 train(request, stopping_after(moment))  # it is asked at each of three batches, and after each step
-            request = Request(save=tmp_path / name, resume=True, workers=1)
+            request = TrainOptions(save=tmp_path / name, resume=True, workers=1)
         outcomes.append(train(request))
     assert outcomes[0].checkpoint.read_bytes() == outcomes[1].checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("observer", ["ema", "lsq"])
 def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
-    undisturbed: Outcome, tmp_path: Path, observer: str
+    undisturbed: TrainResult, tmp_path: Path, observer: str
 ) -> None:
     checkpoints = []
     changes: dict[str, Any] = {
@@ -161,7 +161,7 @@ def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
         for moment in moments:  # it is asked at each of four batches to calibrate on, and after each step
             with pytest.raises(StoppedError):
                 qat(request, stopping_after(moment))
-            request = Request(save=tmp_path / name, resume=True, workers=1)
+            request = TrainOptions(save=tmp_path / name, resume=True, workers=1)
         checkpoints.append(qat(request).checkpoint)
     assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
     state, before = read_weights(checkpoints[0]).state, read_weights(undisturbed.checkpoint).state
@@ -174,18 +174,18 @@ def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
 
 @pytest.mark.parametrize("moment", [3, 9])
 def test_a_stopped_qat_goes_on_to_the_bit(
-    undisturbed: Outcome, undisturbed_qat: Outcome, tmp_path: Path, moment: int
+    undisturbed: TrainResult, undisturbed_qat: TrainResult, tmp_path: Path, moment: int
 ) -> None:
     request = replace(small_request(tmp_path), checkpoint=undisturbed.checkpoint)
     with pytest.raises(StoppedError):
         qat(request, stopping_after(moment + 5))  # it is asked at each of five batches that are observed, too
-    outcome = qat(Request(save=tmp_path, resume=True, workers=2))
+    outcome = qat(TrainOptions(save=tmp_path, resume=True, workers=2))
     assert outcome.checkpoint.read_bytes() == undisturbed_qat.checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("changes", [{"ema": 0.9}, {"observer": "lsq"}, {"observer": "tqt"}])
 def test_averages_and_learned_scales_go_on_to_the_bit(
-    undisturbed: Outcome, tmp_path: Path, changes: dict[str, Any]
+    undisturbed: TrainResult, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     results = []
     for save, moment in ((tmp_path / "a", 10**9), (tmp_path / "b", 9)):
@@ -193,14 +193,14 @@ def test_averages_and_learned_scales_go_on_to_the_bit(
         try:
             outcome = qat(request, stopping_after(moment))
         except StoppedError:
-            outcome = qat(Request(save=save, resume=True, workers=1))
+            outcome = qat(TrainOptions(save=save, resume=True, workers=1))
         results.append(outcome.checkpoint.read_bytes())
     assert results[0] == results[1]
 
 
-def test_a_finished_run_is_resumed_to_the_same_end(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_finished_run_is_resumed_to_the_same_end(undisturbed: TrainResult, tmp_path: Path) -> None:
     shutil.copytree(undisturbed.checkpoint.parent, tmp_path / f"{ARCH}.normal")
-    outcome = train(Request(save=tmp_path, resume=True, workers=1))
+    outcome = train(TrainOptions(save=tmp_path, resume=True, workers=1))
     assert outcome.checkpoint.read_bytes() == undisturbed.checkpoint.read_bytes()
     assert outcome.comparison.to_json() == undisturbed.comparison.to_json()
 
@@ -208,14 +208,14 @@ def test_a_finished_run_is_resumed_to_the_same_end(undisturbed: Outcome, tmp_pat
 @pytest.mark.parametrize(
     ("changed", "parts"),
     [
-        (Request(changes={"lr": 0.5}), ("--lr 0.5", "--resume")),
-        (Request(changes={"epochs": 7}), ("--epochs", "7")),
-        (Request(data=Path("elsewhere")), ("--data", "elsewhere")),
-        (Request(from_scratch=True), ("--resume", "leave out")),
+        (TrainOptions(changes={"lr": 0.5}), ("--lr 0.5", "--resume")),
+        (TrainOptions(changes={"epochs": 7}), ("--epochs", "7")),
+        (TrainOptions(data=Path("elsewhere")), ("--data", "elsewhere")),
+        (TrainOptions(from_scratch=True), ("--resume", "leave out")),
     ],
 )
 def test_resuming_with_changed_options_is_refused(
-    undisturbed: Outcome, tmp_path: Path, changed: Request, parts: tuple[str, ...]
+    undisturbed: TrainResult, tmp_path: Path, changed: TrainOptions, parts: tuple[str, ...]
 ) -> None:
     run = Path(shutil.copytree(undisturbed.checkpoint.parent, tmp_path / f"{ARCH}.normal"))
     before = contents(run)
@@ -226,29 +226,29 @@ def test_resuming_with_changed_options_is_refused(
     assert contents(run) == before
 
 
-def test_resuming_with_other_pictures_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_images_is_refused(tmp_path: Path) -> None:
     data = coloured_folders(tmp_path / "data", 8)
     with pytest.raises(StoppedError):
         train(replace(small_request(tmp_path), data=data), stopping_after(1))
     next((data / "train" / "blue").iterdir()).unlink()
     with pytest.raises(InputError, match="pictures when this run began"):
-        train(Request(save=tmp_path, resume=True))
+        train(TrainOptions(save=tmp_path, resume=True))
 
 
 def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path: Path) -> None:
-    for request in (Request(save=tmp_path, resume=True), Request(arch=ARCH, save=tmp_path, resume=True)):
+    for request in (TrainOptions(save=tmp_path, resume=True), TrainOptions(arch=ARCH, save=tmp_path, resume=True)):
         with pytest.raises(InputError, match="resume"):
             train(request)
 
 
 @pytest.mark.parametrize("size", [0, 100, 5_000])
-def test_a_damaged_state_is_refused_and_left_alone(undisturbed: Outcome, tmp_path: Path, size: int) -> None:
+def test_a_damaged_state_is_refused_and_left_alone(undisturbed: TrainResult, tmp_path: Path, size: int) -> None:
     run = Path(shutil.copytree(undisturbed.checkpoint.parent, tmp_path / f"{ARCH}.normal"))
     state = run / "last.safetensors"
     state.write_bytes(state.read_bytes()[:size])
     before = contents(run)
     with pytest.raises(InputError, match=r"last\.safetensors"):
-        train(Request(save=tmp_path, resume=True))
+        train(TrainOptions(save=tmp_path, resume=True))
     assert contents(run) == before
 
 
@@ -280,7 +280,9 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
 # ---- quantization-aware training ----
 
 
-def test_qat_measures_real_int8_and_keeps_the_float_network(undisturbed: Outcome, undisturbed_qat: Outcome) -> None:
+def test_qat_measures_real_int8_and_keeps_the_float_network(
+    undisturbed: TrainResult, undisturbed_qat: TrainResult
+) -> None:
     run = undisturbed_qat.checkpoint.parent
     assert run.name == f"{ARCH}.qat" and (run / FLOAT_START).is_file()
     info = read_weights(undisturbed_qat.checkpoint).info
@@ -291,7 +293,7 @@ def test_qat_measures_real_int8_and_keeps_the_float_network(undisturbed: Outcome
     assert open_classifier(checkpoint=undisturbed_qat.checkpoint).mode is Mode.QUANTIZED
 
 
-def test_qat_begins_with_the_newest_float_run(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_qat_begins_with_the_newest_float_run(undisturbed: TrainResult, tmp_path: Path) -> None:
     shutil.copytree(undisturbed.checkpoint.parent, tmp_path / f"{ARCH}.normal")
     outcome = qat(replace(small_request(tmp_path, epochs=1), arch=None))
     assert outcome.recipe.arch == ARCH
@@ -303,14 +305,14 @@ def test_qat_begins_with_the_newest_float_run(undisturbed: Outcome, tmp_path: Pa
 def test_qat_without_a_float_run_says_so_and_trains_one(tmp_path: Path) -> None:
     remarks: list[str] = []
     changes = {name: value for name, value in SMALL.items() if name != "epochs"}
-    request = Request(arch=ARCH, save=tmp_path, changes=changes, workers=1)
-    outcome = qat(request, Watcher(on_remark=remarks.append))
+    request = TrainOptions(arch=ARCH, save=tmp_path, changes=changes, workers=1)
+    outcome = qat(request, Callbacks(on_message=remarks.append))
     assert "no float weights" in remarks[0] and "training some first" in remarks[0]
     assert (tmp_path / f"{ARCH}.normal" / "checkpoint.safetensors").is_file()
     assert outcome.checkpoint == tmp_path / f"{ARCH}.qat" / "checkpoint.safetensors"
 
 
-def test_distillation_follows_the_float_network(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_distillation_follows_the_float_network(undisturbed: TrainResult, tmp_path: Path) -> None:
     request = replace(small_request(tmp_path, epochs=1), checkpoint=undisturbed.checkpoint)
     plain = qat(replace(request, save=tmp_path / "plain"))
     taught = qat(replace(request, save=tmp_path / "taught", distill=True))
@@ -321,7 +323,7 @@ def test_distillation_follows_the_float_network(undisturbed: Outcome, tmp_path: 
 # ---- what training begins with ----
 
 
-def test_a_frozen_backbone_stays_as_it_was(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_frozen_backbone_stays_as_it_was(undisturbed: TrainResult, tmp_path: Path) -> None:
     request = small_request(tmp_path, epochs=1, freeze_backbone=True)
     outcome = train(replace(request, checkpoint=undisturbed.checkpoint))
     before, after = read_weights(undisturbed.checkpoint).state, read_weights(outcome.checkpoint).state
@@ -329,7 +331,7 @@ def test_a_frozen_backbone_stays_as_it_was(undisturbed: Outcome, tmp_path: Path)
     assert changed == {"classifier.0.weight"}
 
 
-def test_other_classes_need_a_new_head(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_other_classes_need_a_new_head(undisturbed: TrainResult, tmp_path: Path) -> None:
     data = coloured_folders(tmp_path / "data", 8)
     request = replace(small_request(tmp_path, epochs=1), data=data, checkpoint=undisturbed.checkpoint)
     with pytest.raises(InputError) as caught:
@@ -341,7 +343,7 @@ def test_other_classes_need_a_new_head(undisturbed: Outcome, tmp_path: Path) -> 
     assert info is not None and info.classes == ("blue", "green", "red")
 
 
-def test_qat_on_pictures_of_other_classes_is_refused(undisturbed: Outcome, tmp_path: Path) -> None:
+def test_qat_on_images_of_other_classes_is_refused(undisturbed: TrainResult, tmp_path: Path) -> None:
     data = coloured_folders(tmp_path / "data", 8)
     with pytest.raises(InputError) as caught:
         qat(replace(small_request(tmp_path), data=data, checkpoint=undisturbed.checkpoint))
@@ -357,7 +359,7 @@ def test_more_outputs_than_classes_are_possible_and_fewer_are_not(tmp_path: Path
         train(small_request(tmp_path, classes=3))
 
 
-Wrong = Callable[[Path], Request]
+Wrong = Callable[[Path], TrainOptions]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 def test_progress_tells_loss_and_accuracy(tmp_path: Path) -> None:
     events: list[Progress] = []
-    train(small_request(tmp_path, epochs=1), Watcher(on_progress=events.append))
+    train(small_request(tmp_path, epochs=1), Callbacks(on_progress=events.append))
     epoch = [event for event in events if event.what == "epoch 1/1"]
     assert epoch and epoch[-1].done == epoch[-1].total == 40
     assert "loss" in epoch[-1].detail and "top-1" in epoch[-1].detail
@@ -396,20 +398,20 @@ def test_progress_tells_loss_and_accuracy(tmp_path: Path) -> None:
 
 def test_ranks_share_out_each_batch(tmp_path: Path) -> None:
     from mgq.data.augmentation import EvalTransform
-    from mgq.data.synthetic import SyntheticPictures
+    from mgq.data.synthetic import SyntheticImages
 
-    pictures = SyntheticPictures(20, size=32)
+    images = SyntheticImages(20, size=32)
     how = {"shuffle": True, "seed": 4, "workers": 0, "drop_last": True}
-    with Loader(pictures, EvalTransform(32), 6, **how) as whole:  # type: ignore[arg-type]
+    with Loader(images, EvalTransform(32), 6, **how) as whole:  # type: ignore[arg-type]
         wanted = [batch.indices.tolist() for batch in whole]
     parts = []
     for rank in (0, 1, 2):
-        with Loader(pictures, EvalTransform(32), 2, rank=rank, ranks=3, **how) as loader:  # type: ignore[arg-type]
+        with Loader(images, EvalTransform(32), 2, rank=rank, ranks=3, **how) as loader:  # type: ignore[arg-type]
             parts.append([batch.indices.tolist() for batch in loader])
     assert [[index for part in shared for index in part] for shared in zip(*parts, strict=True)] == wanted
 
 
-def epochs_in(outcome: Outcome) -> list[int]:
+def epochs_in(outcome: TrainResult) -> list[int]:
     lines = (outcome.checkpoint.parent / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["epoch"] for line in lines]
 
@@ -424,8 +426,8 @@ def coloured_folders(root: Path, number: int) -> Path:
         for channel, name in enumerate(("blue", "green", "red")):
             folder = root / split / name
             folder.mkdir(parents=True)
-            for i, picture in enumerate(smooth_pictures(count, 40, 40, seed=channel + 10 * len(split))):
-                picture[channel] = picture[channel] // 2 + 127
-                picture[(channel + 1) % 3] //= 2
-                cv2.imwrite(str(folder / f"{i:03}.png"), picture.transpose(1, 2, 0))
+            for i, image in enumerate(smooth_images(count, 40, 40, seed=channel + 10 * len(split))):
+                image[channel] = image[channel] // 2 + 127
+                image[(channel + 1) % 3] //= 2
+                cv2.imwrite(str(folder / f"{i:03}.png"), image.transpose(1, 2, 0))
     return root

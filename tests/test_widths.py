@@ -15,7 +15,7 @@ from rich.console import Console
 from mgq.cli import bench, eval, infer, models, training
 from mgq.cli.console import as_text, out, show_table
 from mgq.engine.classifier.evaluate import Evaluation
-from mgq.engine.classifier.predict import Answer, Guess
+from mgq.engine.classifier.predict import ClassScore, Prediction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,9 +32,9 @@ def evaluation() -> Evaluation:
 
 def answer_table() -> Table:
     guesses = tuple(
-        Guess(i, name, share) for i, (name, share) in enumerate(zip(NAMES, (0.9, 0.08, 0.015, 0.005), strict=True))
+        ClassScore(i, name, share) for i, (name, share) in enumerate(zip(NAMES, (0.9, 0.08, 0.015, 0.005), strict=True))
     )
-    return infer.table_of(Answer("photos/with a long name of its own/cat.jpg", guesses, 12.3))
+    return infer.table_of(Prediction("photos/with a long name of its own/cat.jpg", guesses, 12.3))
 
 
 def comparison_table() -> Table:

@@ -26,9 +26,9 @@ import mgq
 from mgq.errors import FailureError, InputError
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
-from mgq.zoo.layers import ConvBnRelu6, scaled_channels, without_initialization
+from mgq.zoo.layers import ConvBnRelu6, scale_channels, without_initialization
 from mgq.zoo.registry import create_model, spec_of, specs
-from tests.conftest import CLASSES, FAMILIES, Trio, blank, filled, logits_of, one_line_about, smooth_pictures, trio_of
+from tests.conftest import CLASSES, FAMILIES, Trio, blank, filled, logits_of, one_line_about, smooth_images, trio_of
 
 # The public example's checkpoints: number of entries, and SHA-256 of the sorted compact JSON of {name: shape}.
 CHECKPOINT_NAMES = {
@@ -200,9 +200,9 @@ class TestFigures:
 class TestSizes:
     @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (96, 160)])
     def test_any_multiple_of_32_goes_in_in_every_mode(self, trio: Trio, height: int, width: int) -> None:
-        pictures = smooth_pictures(2, height, width)
+        images = smooth_images(2, height, width)
         for network in (trio.normal, trio.qat, trio.quantized):
-            logits = logits_of(network, pictures)
+            logits = logits_of(network, images)
             assert logits.shape == (2, CLASSES)
             assert logits.dtype == np.float32
             assert np.isfinite(logits).all()
@@ -212,14 +212,14 @@ class TestSizes:
     def test_any_number_of_classes_comes_out(self, arch: str) -> None:
         # The tests above have 10 of them.
         network = blank(arch, classes=2)
-        assert logits_of(network, smooth_pictures(1, 32, 32)).shape == (1, 2)
+        assert logits_of(network, smooth_images(1, 32, 32)).shape == (1, 2)
         to_mode(network, Mode.QUANTIZED, in_place=True)
         assert mode_of(network) is Mode.QUANTIZED
-        assert logits_of(network, smooth_pictures(1, 32, 32)).shape == (1, 2)
+        assert logits_of(network, smooth_images(1, 32, 32)).shape == (1, 2)
 
-    def test_a_picture_has_the_same_answer_alone_and_in_a_batch(self, trio: Trio) -> None:
-        pictures = smooth_pictures(3)
-        together, alone = logits_of(trio.quantized, pictures), logits_of(trio.quantized, pictures[1:2])
+    def test_a_image_has_the_same_answer_alone_and_in_a_batch(self, trio: Trio) -> None:
+        images = smooth_images(3)
+        together, alone = logits_of(trio.quantized, images), logits_of(trio.quantized, images[1:2])
         np.testing.assert_allclose(together[1], alone[0], rtol=1e-4, atol=1e-5 * np.abs(alone).max())
 
 
@@ -284,7 +284,7 @@ class TestCreateModel:
         ("channels", "scaled"), [(11.2, 16), (16, 16), (8.4, 8), (1, 8), (26.4, 24), (44.8, 48), (123.2, 120)]
     )
     def test_scaled_channels_are_multiples_of_8_never_a_tenth_below(self, channels: float, scaled: int) -> None:
-        assert scaled_channels(channels) == scaled
+        assert scale_channels(channels) == scaled
 
     def test_initialization_comes_back_even_after_an_error(self) -> None:
         before = M.Linear.reset_parameters, _ConvNd.reset_parameters
@@ -327,7 +327,7 @@ def in_qat(network: M.Module, highest: float = 6.0) -> M.Module:
     return qat
 
 
-def outputs_behind_relu6(network: M.Module, pictures: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float32]]:
+def outputs_behind_relu6(network: M.Module, images: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float32]]:
     kinds = (ConvBnRelu6, QatConvBnRelu6, QuantizedConvBnRelu6)
     seen: list[Tensor] = []
     hooks = [
@@ -335,7 +335,7 @@ def outputs_behind_relu6(network: M.Module, pictures: npt.NDArray[np.uint8]) -> 
         for module in network.modules()
         if isinstance(module, kinds)
     ]
-    logits_of(network, pictures)
+    logits_of(network, images)
     for hook in hooks:
         hook.remove()
     for output in seen:
@@ -356,8 +356,8 @@ class TestRelu6:
         trio = trio_of("efficientnet_lite0")
         network = {Mode.NORMAL: trio.normal, Mode.QAT: trio.qat, Mode.QUANTIZED: trio.quantized}[mode]
         # Hard black and white, such as the calibration never saw.
-        pictures = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (2, 3, 64, 64))
-        outputs = list(outputs_behind_relu6(network, pictures))
+        images = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (2, 3, 64, 64))
+        outputs = list(outputs_behind_relu6(network, images))
         assert len(outputs) == 1 + 1 + 15 * 2 + 1  # stem, first block, the others, head
         assert all(output.min() >= 0 and output.max() <= 6 for output in outputs)
         assert max(output.max() for output in outputs) > 5.9
@@ -370,15 +370,15 @@ class TestRelu6:
     def test_int8_is_relu6_by_saturation(self) -> None:
         network = clamped(gain=8)
         quantized = to_mode(in_qat(network), Mode.QUANTIZED)
-        pictures = smooth_pictures(2)
-        ours = logits_of(quantized, pictures)
+        images = smooth_images(2)
+        ours = logits_of(quantized, images)
 
         # The same convolution on the same integers, its sum clamped in float and rounded to the step of 6 / 127.5.
         layer, step = quantized.layer, 6 / 127.5
         weight_step = quantized_dtypes.get_scale(layer.weight.dtype)
         weight = Tensor(layer.weight.astype("float32").numpy())
         bias = np.rint(layer.bias.numpy() / weight_step) * weight_step
-        sums = F.conv2d(Tensor(pictures.astype(np.float32) - 128), weight, Tensor(bias), 1, 1)
+        sums = F.conv2d(Tensor(images.astype(np.float32) - 128), weight, Tensor(bias), 1, 1)
         expected = np.floor(np.clip(sums.numpy(), 0, 6) / step + 0.5)
         expected = np.minimum(expected, 127) * step
 
@@ -407,4 +407,4 @@ class TestRelu6:
 
     def test_a_plain_relu_may_go_beyond_6(self) -> None:
         quantized = to_mode(in_qat(clamped(M.ConvBnRelu2d, gain=8), highest=20.0), Mode.QUANTIZED)
-        assert logits_of(quantized, smooth_pictures(1)).max() > 6
+        assert logits_of(quantized, smooth_images(1)).max() > 6

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import mgq
-from mgq.events import Progress, Watcher
+from mgq.events import Callbacks, Progress
 
 
 def show(progress: Progress) -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
         result = mgq.train(
-            Watcher(on_progress=show),
+            Callbacks(on_progress=show),
             arch="mobilenet_v2",
             width=0.25,
             image_size=32,

@@ -14,7 +14,7 @@ import click
 
 from mgq.cli.help_layout import ARGUMENTS, GROUPS, MOST_IN_ONE_LIST, is_argument, title_of
 from mgq.cli.main import verbs
-from mgq.engine.training.recipe import Recipe, Start, Task, option, recipe_for
+from mgq.engine.training.recipe import Recipe, Start, Task, make_recipe, option
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -122,7 +122,7 @@ SHOWN = (
 
 def default_recipes() -> str:
     """The default recipes side by side, a column for each of ``DEFAULTS``."""
-    recipes = {name: recipe_for(task, {}) for name, task in DEFAULTS.items()}
+    recipes = {name: make_recipe(task, {}) for name, task in DEFAULTS.items()}
     rows: list[tuple[object, ...]] = []
     for key in SHOWN:
         values = [getattr(recipe, key) for recipe in recipes.values()]
@@ -148,19 +148,19 @@ def recipe_meaning() -> str:
 TYPES = {
     "Results": (
         *(
-            "mgq.engine.classifier.predict.Answer",
-            "mgq.engine.classifier.predict.Guess",
+            "mgq.engine.classifier.predict.Prediction",
+            "mgq.engine.classifier.predict.ClassScore",
             "mgq.engine.classifier.evaluate.Evaluation",
         ),
         *(
-            "mgq.engine.training.training_run.Outcome",
+            "mgq.engine.training.training_run.TrainResult",
             "mgq.engine.classifier.mode_comparison.Comparison",
             "mgq.engine.calibration.analysis.Analysis",
         ),
         *("mgq.reports.report.Report", "mgq.zoo.weight_loading.Weights"),
     ),
-    "Options of training": ("mgq.engine.training.train_options.Request",),
-    "Progress": ("mgq.events.Watcher", "mgq.events.Progress"),
+    "Options of training": ("mgq.engine.training.train_options.TrainOptions",),
+    "Progress": ("mgq.events.Callbacks", "mgq.events.Progress"),
     "Errors": ("mgq.errors.MgqError", "mgq.errors.InputError", "mgq.errors.FailureError"),
     "Running deployed files": ("mgq.runtime.registry.load", "mgq.runtime.protocol.FileRuntime"),
 }

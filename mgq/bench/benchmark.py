@@ -7,28 +7,28 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from mgq.bench.benchmark_report import Report, peaks_from, rows_from
-from mgq.bench.cases import Entry, contest
-from mgq.bench.peak import instruction_for
+from mgq.bench.benchmark_report import Report, make_peaks, make_rows
+from mgq.bench.cases import CaseResult, run_cases
+from mgq.bench.peak import find_instruction
 from mgq.bench.settings import Precision, Settings
-from mgq.bench.suite import ENGINES, Entrant, Field, precision_of
+from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, BenchmarkSuite, precision_of
 from mgq.engine.classifier.open import versions
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.system.environment import Machine, saturates, this_machine
 
-PICTURE = "the bundled photograph of a cat"
+IMAGE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
 
 
 def benchmark(
     settings: Settings | None = None,
-    on_progress: OnProgress = silent,
-    engines: Mapping[str, Entrant] = ENGINES,
+    on_progress: OnProgress = ignore_progress,
+    engines: Mapping[str, BenchmarkBackend] = BENCHMARK_BACKENDS,
 ) -> Report:
     """Measure how fast every network of ``settings`` is in every engine of ``engines``.
 
     One network after the other. Each of its rows runs in a process of its own, pinned to as many cores as it has
-    threads, and sleeps while the others have their turns (see :func:`mgq.bench.cases.contest`); files for engines
+    threads, and sleeps while the others have their turns (see :func:`mgq.bench.cases.run_cases`); files for engines
     that read one go to a temporary folder. An engine that is missing, crashes, or gives other answers, costs only its
     row. Raises InputError where a file of ``against`` is none that an engine could read.
     """
@@ -36,23 +36,23 @@ def benchmark(
     machine = this_machine()
     for path in settings.against:
         precision_of(path)
-    entries: list[Entry] = []
+    entries: list[CaseResult] = []
     with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
         for network in settings.networks:
-            field = Field(network, settings, machine, Path(folder), engines)
-            told = partial(of_network, network, on_progress)
-            entries += contest(field.contestants(), settings.rounds, settings.seed, told, field.references())
-    picture = PICTURE + (SHIFTED if settings.batch > 1 else "")
-    notes = notes_on(machine, settings)
-    rows = rows_from(entries, settings)
-    return Report(settings, machine, versions(), picture, rows, notes, peaks_from(entries))
+            field = BenchmarkSuite(network, settings, machine, Path(folder), engines)
+            told = partial(benchmark_network, network, on_progress)
+            entries += run_cases(field.cases(), settings.rounds, settings.seed, told, field.references())
+    image = IMAGE + (SHIFTED if settings.batch > 1 else "")
+    notes = list_notes(machine, settings)
+    rows = make_rows(entries, settings)
+    return Report(settings, machine, versions(), image, rows, notes, make_peaks(entries))
 
 
-def of_network(network: str, on_progress: OnProgress, event: Progress) -> None:
+def benchmark_network(network: str, on_progress: OnProgress, event: Progress) -> None:
     on_progress(event._replace(what=f"{event.what} {network}"))
 
 
-def notes_on(machine: Machine, settings: Settings) -> tuple[str, ...]:
+def list_notes(machine: Machine, settings: Settings) -> tuple[str, ...]:
     """What should be known of the machine before its numbers are compared with others."""
     notes = []
     if machine.busy:
@@ -68,6 +68,6 @@ def notes_on(machine: Machine, settings: Settings) -> tuple[str, ...]:
     notes += [
         f"no share of the {precision.value} peak: the self-test knows no instruction of this processor"
         for precision in settings.precisions
-        if instruction_for(precision, machine.features) is None
+        if find_instruction(precision, machine.features) is None
     ]
     return tuple(notes)

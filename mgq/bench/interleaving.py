@@ -12,7 +12,7 @@ Turn: TypeAlias = Callable[[int], tuple[int, ...]]
 """So many single runs -> the times of each in nanoseconds; none, where it cannot run."""
 
 
-def in_turns(
+def take_turns(
     turns: Sequence[Turn],
     rounds: int,
     seed: int,
@@ -29,18 +29,18 @@ def in_turns(
     """
     order = random.Random(seed)
     repeats = [0] * len(turns)
-    for index in shuffled(len(turns), order):
+    for index in shuffle_order(len(turns), order):
         fastest = min(turns[index](warm_up) or (1,))
         repeats[index] = min(max(turn_ns // max(fastest, 1), 1), most)
     times: list[list[tuple[int, ...]]] = [[] for _ in turns]
     total = rounds * len(turns)
     for number in range(rounds):
-        for place, index in enumerate(shuffled(len(turns), order)):
+        for place, index in enumerate(shuffle_order(len(turns), order)):
             told(number * len(turns) + place, total)
             times[index].append(turns[index](repeats[index]))
     told(total, total)
     return [tuple(found) for found in times]
 
 
-def shuffled(number: int, order: random.Random) -> list[int]:
+def shuffle_order(number: int, order: random.Random) -> list[int]:
     return order.sample(range(number), number)

@@ -69,7 +69,7 @@ BEYOND = {Precision.INT8: ("AMX int8",), Precision.FP32: ()}
 """What multiplies more at a time than any of the loops here: the peak would not be one."""
 
 
-def instruction_for(precision: Precision, features: Sequence[str]) -> Instruction | None:
+def find_instruction(precision: Precision, features: Sequence[str]) -> Instruction | None:
     """The widest instruction among ``features``; None where the processor's ceiling cannot be measured here."""
     if any(feature in features for feature in BEYOND[precision]):
         return None
@@ -117,13 +117,13 @@ class PeakLoop:
     version = "1"
 
     def __init__(self, precision: Precision, features: Sequence[str], threads: int) -> None:
-        instruction = instruction_for(precision, features)
+        instruction = find_instruction(precision, features)
         if instruction is None:
             raise FailureError(f"this processor has no instruction that the self-test of {precision.value} knows")
         self.name = instruction.name
         self.threads = threads
         self.macs = instruction.macs * SUMS * ITERATIONS * threads
-        self.call, self.keep = compiled(instruction)
+        self.call, self.keep = compile_loop(instruction)
         self.pool = ThreadPoolExecutor(threads)
         # What each thread reads and writes is on cache lines of its own.
         self.memory = np.zeros(256 * threads + 64, np.uint8)
@@ -137,7 +137,7 @@ class PeakLoop:
         return np.zeros((len(batch), 1), np.float32)
 
 
-def compiled(instruction: Instruction) -> tuple[Callable[[int, int], None], Any]:
+def compile_loop(instruction: Instruction) -> tuple[Callable[[int, int], None], Any]:
     """The loop as machine code, and what has to live as long. Raises FailureError where it cannot be compiled."""
     binding = llvm()
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.bench.benchmark_report import Report, Row
-from mgq.bench.settings import Precision, counted
+from mgq.bench.settings import Precision, pluralize
 from mgq.errors import InputError, printable
 
 SUFFIXES = (".png", ".svg")
@@ -15,7 +15,7 @@ BAR, GAP = 0.28, 0.9
 """Inches of height a bar takes, and what a network's panel takes besides."""
 
 
-def checked_plot(path: Path) -> Path:
+def check_plot_path(path: Path) -> Path:
     """``path`` if a chart can have its format. Raises InputError."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot {printable(path)} is no name of a picture: let it end in {' or '.join(SUFFIXES)}")
@@ -27,10 +27,10 @@ def write_plot(report: Report, path: Path, suffix: str) -> None:
 
     ``suffix``, one of ``SUFFIXES``, is the format, whatever ``path`` is called.
     """
-    drawn(report).savefig(path, format=suffix.lower()[1:], dpi=150)
+    draw_report(report).savefig(path, format=suffix.lower()[1:], dpi=150)
 
 
-def drawn(report: Report) -> Any:
+def draw_report(report: Report) -> Any:
     from matplotlib.figure import Figure
 
     panels = {network: [row for row in report.rows_of(network) if row.sound] for network in report.settings.networks}
@@ -67,4 +67,4 @@ def draw_panel(axis: Any, network: str, rows: list[Row]) -> None:
 
 def label_of(row: Row) -> str:
     what = f"{row.file} " if row.file else ""
-    return f"{what}{row.precision.value}  {row.engine}, {counted(row.threads, 'thread')}"
+    return f"{what}{row.precision.value}  {row.engine}, {pluralize(row.threads, 'thread')}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from mgq.errors import InputError, printable
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
-from mgq.weights.checkpoint import checked_size
+from mgq.weights.checkpoint import check_size
 from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
@@ -38,7 +38,7 @@ class Load(str, Enum):
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark: which rows, and how they are measured. Make it by :func:`settings_for`.
+    """One benchmark: which rows, and how they are measured. Make it by :func:`make_settings`.
 
     ``yardstick``: float32 runs in the fastest engine alone, for the ratio. ``threads`` are numbers of threads, each a
     set of rows. ``against`` are other ONNX files. ``image_size`` is in pixels on a side, ``seed`` is that of the
@@ -57,7 +57,7 @@ class Settings:
     seed: int = 0
 
 
-def settings_for(
+def make_settings(
     networks: Sequence[str] = (),
     precisions: Sequence[Precision] = (),
     threads: Sequence[str] = (),
@@ -75,7 +75,7 @@ def settings_for(
     for name, value in (("--rounds", rounds), ("--batch", batch)):
         if value < 1:
             raise InputError(f"{name} {value} is too few: give at least 1")
-    checked_size(image_size)
+    check_size(image_size)
     if load not in [kind.value for kind in Load]:
         raise InputError(f"there is no --mode '{printable(load)}'; choose {' or '.join(kind.value for kind in Load)}")
     needed, free = batch * image_size**2 * BYTES_A_PIXEL, free_memory()
@@ -92,7 +92,7 @@ def settings_for(
     return Settings(
         networks=names,
         precisions=tuple(Precision) if chosen == (Precision.INT8,) else chosen,
-        threads=thread_numbers(threads or ("1", ALL)),
+        threads=parse_threads(threads or ("1", ALL)),
         rounds=rounds,
         batch=batch,
         image_size=image_size,
@@ -102,7 +102,7 @@ def settings_for(
     )
 
 
-def thread_numbers(wanted: Sequence[str]) -> tuple[int, ...]:
+def parse_threads(wanted: Sequence[str]) -> tuple[int, ...]:
     """``wanted``, numbers or ``all``, as numbers in rising order. Raises InputError for more than there are cores."""
     cores = usable_cores()
     found = set()
@@ -119,5 +119,5 @@ def thread_numbers(wanted: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -49,18 +49,18 @@ class Speedup:
     high: float | None
 
 
-def speed_of(rounds: Rounds, batch: int) -> Speed:
+def measure_speed(rounds: Rounds, batch: int) -> Speed:
     """The speed that ``rounds`` show, where every single run took ``batch`` pictures.
 
     Of copies that run side by side all runs are in a round, and ``batch`` counts the pictures of all copies.
     """
-    rates = pictures_a_second(rounds, batch)
+    rates = images_per_second(rounds, batch)
     milliseconds = np.concatenate([np.asarray(turn, np.float64) for turn in rounds]) / 1e6
     p50, p90, p99 = (float(value) for value in np.quantile(milliseconds, (0.5, 0.9, 0.99)))
     return Speed(float(np.median(rates)), interquartile_range(rates), p50, p90, p99, milliseconds.size)
 
 
-def speedup_of(rounds: Rounds, base: Rounds) -> Speedup:
+def measure_speedup(rounds: Rounds, base: Rounds) -> Speedup:
     """How many times faster ``rounds`` are than ``base``, round by round.
 
     What slows the machine for a while slows both within a round, and falls out of their ratio; it would stay
@@ -68,10 +68,10 @@ def speedup_of(rounds: Rounds, base: Rounds) -> Speedup:
     """
     if len(rounds) != len(base):
         raise ValueError(f"{len(rounds)} rounds cannot be compared with {len(base)}")
-    return median_of(pictures_a_second(rounds, 1) / pictures_a_second(base, 1))
+    return median_time(images_per_second(rounds, 1) / images_per_second(base, 1))
 
 
-def median_of(ratios: Floats) -> Speedup:
+def median_time(ratios: Floats) -> Speedup:
     """The median of ``ratios``, one a round, with its interval."""
     if len(ratios) < 2:
         return Speedup(float(np.median(ratios)), None, None)
@@ -80,7 +80,7 @@ def median_of(ratios: Floats) -> Speedup:
     return Speedup(float(np.median(ratios)), float(low), float(high))
 
 
-def pictures_a_second(rounds: Rounds, batch: int) -> Floats:
+def images_per_second(rounds: Rounds, batch: int) -> Floats:
     """float64 (rounds,): the throughput of each round, all its pictures over the sum of its times."""
     return np.array([len(turn) * batch * 1e9 / sum(turn) for turn in rounds])
 

@@ -12,16 +12,16 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mgq.bench.cases import Contestant, Loaded, References
-from mgq.bench.peak import instruction_for
+from mgq.bench.cases import BenchmarkCase, LoadedWorker, References
+from mgq.bench.peak import find_instruction
 from mgq.bench.settings import Load, Precision, Settings
 from mgq.bench.worker_loaders import FromCheckpoint, FromFile, Peak
-from mgq.bench.workers import Away, Batch, Seat
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.bench.workers import Batch, SubprocessWorker, WorkerConfig
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.engine.classifier.dump import dump_classifier, source_of
-from mgq.engine.classifier.open import Classifier, newest_run, open_classifier, random_classifier
-from mgq.engine.classifier.parity import reference
+from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
+from mgq.engine.classifier.parity import compute_reference
 from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
 from mgq.export.onnx.onnx_file import read_onnx
@@ -29,8 +29,8 @@ from mgq.graph.layer_graph import graph_of, macs_of
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.protocol import Runtime
-from mgq.runtime.registry import ENGINES as FILE_ENGINES
-from mgq.runtime.registry import Engine, engine_called
+from mgq.runtime.registry import BACKENDS as FILE_ENGINES
+from mgq.runtime.registry import Backend, get_backend
 from mgq.system.environment import Machine
 from mgq.weights.checkpoint import PIXELS_STEP
 from mgq.zoo.registry import ModelSpec, spec_of
@@ -42,7 +42,7 @@ PEAK = "self-test"
 
 
 @dataclass(frozen=True)
-class Job:
+class NetworkJob:
     """What an engine is to run: one network in one precision, written for ``target``.
 
     Files come into ``folder``, once for all who ask; the network is built when first asked for.
@@ -56,7 +56,9 @@ class Job:
 
     @cached_property
     def classifier(self) -> Classifier:
-        return replace(classifier_for(self.network, self.precision, self.target), image_size=self.settings.image_size)
+        return replace(
+            open_for_benchmark(self.network, self.precision, self.target), image_size=self.settings.image_size
+        )
 
     @property
     def answers(self) -> str:
@@ -86,41 +88,45 @@ class Job:
         return path
 
 
-Start: TypeAlias = Callable[[Job, int], Loaded]
+Start: TypeAlias = Callable[[NetworkJob, int], LoadedWorker]
 """Gets an engine going with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
 
 
-def in_megengine(traced: bool, job: Job, threads: int) -> Loaded:
+def start_in_megengine(traced: bool, job: NetworkJob, threads: int) -> LoadedWorker:
     if threads > 1:
         name = "traced" if traced else "eager"
         raise FailureError(f"MegEngine {name} computes on one thread; for {threads}, use MegEngine Lite")
     mode = Mode.NORMAL if job.precision is Precision.FP32 else Mode.QUANTIZED
     load = FromCheckpoint(traced, job.checkpoint, mode.value, job.settings.image_size)
-    return Loaded(seated(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
+    return LoadedWorker(start_job_worker(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
 
 
-def in_engine(key: str, job: Job, threads: int) -> Loaded:
+def start_in_backend(key: str, job: NetworkJob, threads: int) -> LoadedWorker:
     """An engine that reads a file."""
-    engine = engine_called(key)
+    engine = get_backend(key)
     engine.refuse_missing()
     path = job.megengine if engine.suffix == ".megengine" else job.onnx
-    return Loaded(seated(FromFile(key, path), job, threads, engine.package), job.classifier.origin, path.stat().st_size)
+    return LoadedWorker(
+        start_job_worker(FromFile(key, path), job, threads, engine.package), job.classifier.origin, path.stat().st_size
+    )
 
 
-def seated(load: Callable[[int], Runtime], job: Job, threads: int, *imports: str) -> Away:
-    return away(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
+def start_job_worker(load: Callable[[int], Runtime], job: NetworkJob, threads: int, *imports: str) -> SubprocessWorker:
+    return start_worker(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
 
 
-def away(what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str) -> Away:
+def start_worker(
+    what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
+) -> SubprocessWorker:
     """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
     cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
     copies = threads if settings.load is Load.THROUGHPUT else 1
-    seat = Seat(load, threads // copies, copies, cores, imports)
-    return Away(what, seat, cat_batch(settings.batch, settings.image_size))
+    seat = WorkerConfig(load, threads // copies, copies, cores, imports)
+    return SubprocessWorker(what, seat, cat_batch(settings.batch, settings.image_size))
 
 
 @dataclass(frozen=True)
-class Entrant:
+class BenchmarkBackend:
     """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
 
     start: Start
@@ -129,38 +135,38 @@ class Entrant:
 
 
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
-ENGINES: Mapping[str, Entrant] = MappingProxyType(
+BENCHMARK_BACKENDS: Mapping[str, BenchmarkBackend] = MappingProxyType(
     {
-        "MegEngine eager": Entrant(partial(in_megengine, False), MEGENGINE),
-        "MegEngine traced": Entrant(partial(in_megengine, True), MEGENGINE),
-        "MegEngine Lite": Entrant(partial(in_engine, "lite"), MEGENGINE),
-        "ONNX Runtime": Entrant(partial(in_engine, "onnxruntime"), ONNX, rounds_otherwise=True),
-        "OpenVINO": Entrant(partial(in_engine, "openvino"), ONNX, rounds_otherwise=True),
+        "MegEngine eager": BenchmarkBackend(partial(start_in_megengine, False), MEGENGINE),
+        "MegEngine traced": BenchmarkBackend(partial(start_in_megengine, True), MEGENGINE),
+        "MegEngine Lite": BenchmarkBackend(partial(start_in_backend, "lite"), MEGENGINE),
+        "ONNX Runtime": BenchmarkBackend(partial(start_in_backend, "onnxruntime"), ONNX, rounds_otherwise=True),
+        "OpenVINO": BenchmarkBackend(partial(start_in_backend, "openvino"), ONNX, rounds_otherwise=True),
     }
 )
 
 
 @dataclass(frozen=True)
-class Field:
+class BenchmarkSuite:
     """All that take part in the contest of one network; ``jobs`` are what its engines run."""
 
     network: str
     settings: Settings
     machine: Machine
     folder: Path
-    engines: Mapping[str, Entrant]
+    backends: Mapping[str, BenchmarkBackend]
 
     @cached_property
-    def jobs(self) -> dict[tuple[Precision, Target], Job]:
+    def jobs(self) -> dict[tuple[Precision, Target], NetworkJob]:
         """A job for each precision, and in int8 for each target."""
         return {
-            (precision, target): Job(self.network, precision, target, self.settings, self.folder)
+            (precision, target): NetworkJob(self.network, precision, target, self.settings, self.folder)
             for precision in self.settings.precisions
             for target in ((MEGENGINE, ONNX) if precision is Precision.INT8 else (MEGENGINE,))
         }
 
-    def job(self, precision: Precision, entrant: Entrant) -> Job:
-        return self.jobs[precision, entrant.target if precision is Precision.INT8 else MEGENGINE]
+    def job(self, precision: Precision, backend: BenchmarkBackend) -> NetworkJob:
+        return self.jobs[precision, backend.target if precision is Precision.INT8 else MEGENGINE]
 
     @cached_property
     def macs(self) -> int:
@@ -168,55 +174,55 @@ class Field:
         classifier = next(iter(self.jobs.values())).classifier
         return macs_of(graph_of(source_of(classifier), classifier.image_size))
 
-    def contestants(self) -> list[Contestant]:
+    def cases(self) -> list[BenchmarkCase]:
         """Every precision in every engine on each number of threads, the other files, and the self-tests."""
-        found: list[Contestant] = []
+        found: list[BenchmarkCase] = []
         for threads in self.settings.threads:
             for precision in self.settings.precisions:
-                found += [self.contestant(precision, name, threads) for name in self.taking_part(precision, threads)]
+                found += [self.case(precision, name, threads) for name in self.taking_part(precision, threads)]
             found += self.rivals(threads)
             found += self.peaks(threads)
         return found
 
     def taking_part(self, precision: Precision, threads: int) -> list[str]:
         """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
-        names = list(self.engines)
+        names = list(self.backends)
         if self.settings.yardstick and precision is Precision.FP32:
             there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
             return there[:1] or names[:1]
         single = ("MegEngine eager", "MegEngine traced")
         return [name for name in names if threads == min(self.settings.threads) or name not in single]
 
-    def contestant(self, precision: Precision, name: str, threads: int) -> Contestant:
-        entrant = self.engines[name]
-        job = self.job(precision, entrant)
+    def case(self, precision: Precision, name: str, threads: int) -> BenchmarkCase:
+        backend = self.backends[name]
+        job = self.job(precision, backend)
         is_int8 = precision is Precision.INT8
-        return Contestant(
+        return BenchmarkCase(
             network=self.network,
             precision=precision,
             engine=name,
-            load=partial(entrant.start, job, threads),
-            rounds_otherwise=is_int8 and entrant.rounds_otherwise,
+            load=partial(backend.start, job, threads),
+            rounds_otherwise=is_int8 and backend.rounds_otherwise,
             threads=threads,
             answers=job.answers,
-            target=entrant.target.name if is_int8 else "",
+            target=backend.target.name if is_int8 else "",
             macs=self.macs,
         )
 
     def references(self) -> References:
         """Whose answers count where MegEngine itself cannot run the int8 network: its simulation's."""
         found: References = {}
-        if any(entrant.target is ONNX for entrant in self.engines.values()):
+        if any(backend.target is ONNX for backend in self.backends.values()):
             job = self.jobs.get((Precision.INT8, ONNX))
             if job is not None:
-                pictures = cat_batch(self.settings.batch, self.settings.image_size)
-                found[job.answers] = (SIMULATED, reference(job.classifier, pictures))
+                images = cat_batch(self.settings.batch, self.settings.image_size)
+                found[job.answers] = (SIMULATED, compute_reference(job.classifier, images))
         return found
 
-    def rivals(self, threads: int) -> list[Contestant]:
+    def rivals(self, threads: int) -> list[BenchmarkCase]:
         """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
         return [
-            Contestant(
+            BenchmarkCase(
                 network=self.network,
                 precision=precision_of(path),
                 engine=engine.name,
@@ -230,16 +236,16 @@ class Field:
             if engine.suffix == ".onnx" and engine.reads(path)
         ]
 
-    def start_rival(self, engine: Engine, path: Path, threads: int) -> Loaded:
+    def start_rival(self, engine: Backend, path: Path, threads: int) -> LoadedWorker:
         engine.refuse_missing()
-        player = away(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
-        return Loaded(player, str(path), path.stat().st_size)
+        worker = start_worker(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
+        return LoadedWorker(worker, str(path), path.stat().st_size)
 
-    def peaks(self, threads: int) -> list[Contestant]:
+    def peaks(self, threads: int) -> list[BenchmarkCase]:
         """The self-tests of the processor, where there are any for it."""
         features = self.machine.features
         return [
-            Contestant(
+            BenchmarkCase(
                 network=self.network,
                 precision=precision,
                 engine=PEAK,
@@ -249,12 +255,14 @@ class Field:
                 is_peak=True,
             )
             for precision in self.settings.precisions
-            if instruction_for(precision, features) is not None
+            if find_instruction(precision, features) is not None
         ]
 
-    def start_peak(self, precision: Precision, threads: int) -> Loaded:
+    def start_peak(self, precision: Precision, threads: int) -> LoadedWorker:
         settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
-        return Loaded(away(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), "")
+        return LoadedWorker(
+            start_worker(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), ""
+        )
 
 
 @cache
@@ -266,18 +274,18 @@ def precision_of(path: Path) -> Precision:
 @cache
 def cat_batch(batch: int, image_size: int) -> Batch:
     """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_picture(bundled_cat()), image_size)
+    crop = eval_crop(read_image(bundled_cat()), image_size)
     return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
 
 
-def classifier_for(network: str, precision: Precision, target: Target) -> Classifier:
+def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:
     """``network`` with the weights that are at hand, else with random ones, which serve speed as well.
 
     An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
     ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.
     """
     mode = Mode.NORMAL if precision is Precision.FP32 else Mode.QUANTIZED if target is MEGENGINE else Mode.QAT
-    random = partial(random_classifier, network, mode, target=target)
+    random = partial(make_random_classifier, network, mode, target=target)
     if not has_weights(spec_of(network), mode):
         return random()
     wanted = [None] if mode is Mode.NORMAL else [MEGENGINE.name] if target is MEGENGINE else [ONNX.name, None]
@@ -294,4 +302,4 @@ def classifier_for(network: str, precision: Precision, target: Target) -> Classi
 def has_weights(spec: ModelSpec, mode: Mode) -> bool:
     """Whether there are weights for ``mode`` on this machine, however good: no download."""
     packaged = spec.packaged is not None and spec.packaged.path() is not None
-    return packaged or newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)
+    return packaged or find_newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)

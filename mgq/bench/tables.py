@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mgq.bench.benchmark_report import Comparison, Report, Row
-from mgq.bench.settings import Precision, counted
+from mgq.bench.settings import Precision, pluralize
 from mgq.bench.statistics import Speedup
 from mgq.zoo.registry import spec_of
 
@@ -54,17 +54,17 @@ def ratio_text(speedup: Speedup) -> str:
     return f"{speedup.median:.2f} {speedup.low:.2f}-{speedup.high:.2f}"
 
 
-def group_of(row: Row) -> str:
+def find_group(row: Row) -> str:
     """What the rows of a part of a network's table have in common: ``int8, 2 threads``."""
     what = f"{row.file}, {row.precision.value}" if row.file else row.precision.value
-    return f"{what}, {counted(row.threads, 'thread')}"
+    return f"{what}, {pluralize(row.threads, 'thread')}"
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """``rows`` by :func:`group_of`, in their order."""
+    """``rows`` by :func:`find_group`, in their order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(group_of(row), []).append(row)
+        found.setdefault(find_group(row), []).append(row)
     return found
 
 
@@ -73,7 +73,7 @@ def comparison_text(found: Comparison) -> str:
     low, high = found.speedup.low, found.speedup.high
     interval = "" if low is None or high is None else f" (95 %: {low:.3f}-{high:.3f})"
     one, other = (f"{row.file or row.precision.value} in {row.engine}" for row in (found.one, found.other))
-    threads = counted(found.one.threads, "thread")
+    threads = pluralize(found.one.threads, "thread")
     return f"{one} is {found.speedup.median:.3f}{interval} times as fast as {other}, {threads}"
 
 
@@ -105,7 +105,7 @@ def best_fps(report: Report, network: str, precision: Precision, engines: bool) 
     return three_digits(row.speed.fps) + (f" ({row.engine})" if engines else "")
 
 
-def published_sources(report: Report) -> list[str]:
+def list_sources(report: Report) -> list[str]:
     """One line a source of published figures: for which networks it is."""
     by_source: dict[str, list[str]] = {}
     for network in report.settings.networks:
@@ -118,7 +118,7 @@ def published_sources(report: Report) -> list[str]:
 def markdown(report: Report) -> str:
     """The whole report as a Markdown document: conditions, all rows, and the public example's own table."""
     weights = [(f"weights of {network}", report.weights_of(network)) for network in report.settings.networks]
-    rows = [(row.network, group_of(row), *cells(row)) for row in report.rows]
+    rows = [(row.network, find_group(row), *cells(row)) for row in report.rows]
     compared = [
         f"{network}: {comparison_text(found)}"
         for network in report.settings.networks
@@ -133,12 +133,12 @@ def markdown(report: Report) -> str:
         "## Speed",
         markdown_table(("network", "what", *COLUMNS), rows, left=3),
         *([markdown_list(compared)] if compared else []),
-        escaped(LEGEND),
+        escape_markdown(LEGEND),
         *([markdown_list(remarks)] if remarks else []),
         "## Published accuracy, measured speed",
         markdown_table(EXAMPLE_COLUMNS, example, left=1),
         EXAMPLE_LEGEND,
-        markdown_list([f"published figures of {line}" for line in published_sources(report)] or ["none published"]),
+        markdown_list([f"published figures of {line}" for line in list_sources(report)] or ["none published"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -146,14 +146,18 @@ def markdown(report: Report) -> str:
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """A table whose first ``left`` columns are aligned left and the others right."""
     rule = ["---" if place < left else "---:" for place in range(len(columns))]
-    lines = [[escaped(text) for text in columns], rule, *([escaped(text) for text in row] for row in rows)]
+    lines = [
+        [escape_markdown(text) for text in columns],
+        rule,
+        *([escape_markdown(text) for text in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown_list(items: Sequence[str]) -> str:
-    return "\n".join(f"- {escaped(item)}" for item in items)
+    return "\n".join(f"- {escape_markdown(item)}" for item in items)
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """``text`` with those characters escaped that have a meaning in Markdown."""
     return "".join(f"\\{c}" if c in "\\`*|<[" else c for c in " ".join(text.split()))

@@ -14,21 +14,21 @@ from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
-from mgq.bench.interleaving import in_turns
-from mgq.bench.settings import EXAMPLE_NETWORKS, counted
-from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
+from mgq.bench.interleaving import take_turns
+from mgq.bench.settings import EXAMPLE_NETWORKS, pluralize
+from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
 from mgq.bench.tables import markdown_list, markdown_table, three_digits
-from mgq.bench.workers import Clock, garbage_kept
+from mgq.bench.workers import Clock, without_garbage_collection
 from mgq.cpu_kernels import fast_gradients
 from mgq.engine.classifier.open import versions
 from mgq.engine.training.losses import cross_entropy
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
-from mgq.quantization.qat import Phase, prepared_for_qat, set_phase
+from mgq.quantization.qat import Phase, prepare_qat, set_phase
 from mgq.system.environment import Machine, this_machine
-from mgq.weights.checkpoint import checked_size
+from mgq.weights.checkpoint import check_size
 from mgq.zoo.registry import create_model, spec_of
 
 FORMAT = "mgq bench --train 1"
@@ -92,9 +92,9 @@ class TrainingReport:
         machine, settings = self.machine, self.settings
         size = settings.image_size
         return [
-            ("CPU", f"{machine.cpu}; {counted(machine.usable_cores, 'core')} in use"),
+            ("CPU", f"{machine.cpu}; {pluralize(machine.usable_cores, 'core')} in use"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
-            ("step", f"batch {settings.batch} of {size}x{size} pixels, {counted(settings.rounds, 'round')} of turns"),
+            ("step", f"batch {settings.batch} of {size}x{size} pixels, {pluralize(settings.rounds, 'round')} of turns"),
             ("load at start", ", ".join(f"{load:.2f}" for load in machine.load)),
         ]
 
@@ -108,7 +108,7 @@ class TrainingReport:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
 
-def training_settings_for(
+def make_training_settings(
     networks: Sequence[str], rounds: int | None, batch: int | None, image_size: int | None
 ) -> TrainingSettings:
     """Checked settings; None means the default. Raises InputError for what cannot be."""
@@ -118,7 +118,7 @@ def training_settings_for(
     settings = replace(default, networks=names, **{name: value for name, value in given.items() if value is not None})
     if min(settings.rounds, settings.batch) < 1:
         raise InputError("--rounds and --batch count from 1: give at least 1")
-    checked_size(settings.image_size)
+    check_size(settings.image_size)
     return settings
 
 
@@ -133,7 +133,7 @@ class Stepper:
         self.labels = rng.integers(0, CLASSES, settings.batch).astype(np.int32)
         network = create_model(arch, CLASSES)
         if mode is Mode.QAT:
-            network = prepared_for_qat(network, in_place=True)
+            network = prepare_qat(network, in_place=True)
             set_phase(network, Phase.OBSERVE)
             network(self.images())
             set_phase(network, Phase.QUANTIZE)
@@ -159,7 +159,7 @@ class Stepper:
 
 
 def training_benchmark(
-    settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = silent
+    settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = ignore_progress
 ) -> TrainingReport:
     """Measure the steps of every network of ``settings`` in both modes, by MegEngine's kernels and by the fast ones.
 
@@ -176,14 +176,14 @@ def training_benchmark(
             on_progress(Progress("measure", before * total + done, whole, "turns"))
 
         turns = [partial(turn, stepper, clock) for stepper in steppers]
-        times = in_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
-        rows += rows_from(steppers, times, settings.batch)
+        times = take_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
+        rows += make_training_rows(steppers, times, settings.batch)
     return TrainingReport(settings, machine, versions(), tuple(rows))
 
 
 def turn(stepper: Stepper, clock: Clock, steps: int) -> tuple[int, ...]:
     times = []
-    with garbage_kept():
+    with without_garbage_collection():
         for _ in range(steps):
             start = clock()
             stepper.step()
@@ -191,16 +191,16 @@ def turn(stepper: Stepper, clock: Clock, steps: int) -> tuple[int, ...]:
     return tuple(times)
 
 
-def rows_from(steppers: Sequence[Stepper], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
+def make_training_rows(steppers: Sequence[Stepper], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
     found = {(stepper.mode, stepper.kernels): times for stepper, times in zip(steppers, rounds, strict=True)}
     return [
         TrainingRow(
             network=stepper.arch,
             mode=stepper.mode.value,
             kernels=stepper.kernels,
-            speed=speed_of(times, batch),
-            speedup=speedup_of(times, found[stepper.mode, STOCK]) if stepper.kernels == FAST else None,
-            of_float=speedup_of(times, found[Mode.NORMAL, stepper.kernels]) if stepper.mode is Mode.QAT else None,
+            speed=measure_speed(times, batch),
+            speedup=measure_speedup(times, found[stepper.mode, STOCK]) if stepper.kernels == FAST else None,
+            of_float=measure_speedup(times, found[Mode.NORMAL, stepper.kernels]) if stepper.mode is Mode.QAT else None,
             rounds_ns=times,
         )
         for stepper, times in zip(steppers, rounds, strict=True)

@@ -9,18 +9,18 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from mgq.bench.cases import Contestant, Loaded, contest
+from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
-from mgq.bench.statistics import Speedup, speedup_of
-from mgq.bench.suite import away
+from mgq.bench.statistics import Speedup, measure_speedup
+from mgq.bench.suite import start_worker
 from mgq.bench.worker_loaders import FromFile
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.rewrites import REWRITES
-from mgq.runtime.registry import AUTO, engine_for
+from mgq.runtime.registry import AUTO, choose_backend
 
 ROUNDS = 15
 
@@ -34,8 +34,8 @@ class Form:
     speedup: Speedup
 
 
-def measured_forms(
-    classifier: Classifier, batch: int = 1, on_progress: OnProgress = silent, rounds: int = ROUNDS
+def measure_forms(
+    classifier: Classifier, batch: int = 1, on_progress: OnProgress = ignore_progress, rounds: int = ROUNDS
 ) -> list[Form]:
     """Every combination of rewrites that change the network, beside none, in the fastest installed engine.
 
@@ -44,33 +44,33 @@ def measured_forms(
     """
     settings = Settings(batch=batch, image_size=classifier.image_size, rounds=rounds)
     with tempfile.TemporaryDirectory(prefix="mgq-tune-") as folder:
-        forms = [(), *applicable(classifier)]
-        contestants = []
+        forms = [(), *list_applicable(classifier)]
+        cases = []
         for number, rewrites in enumerate(forms):
             path = Path(folder) / f"{number}.onnx"
             dump_classifier(classifier, path, batch=batch, rewrites=rewrites)
-            engine = engine_for(path, AUTO)
-            start = partial(loaded, path, engine.key, settings, engine.package)
+            engine = choose_backend(path, AUTO)
+            start = partial(load_form, path, engine.key, settings, engine.package)
             precision = Precision.INT8 if classifier.fake_quantized is not None else Precision.FP32
-            contestants.append(Contestant(name_of(rewrites), precision, engine.name, start, answers="all"))
-        entries = contest(contestants, rounds, on_progress=on_progress)
+            cases.append(BenchmarkCase(name_of(rewrites), precision, engine.name, start, answers="all"))
+        entries = run_cases(cases, rounds, on_progress=on_progress)
     for entry in entries:
         if entry.problem is not None:
-            raise FailureError(f"the form '{entry.contestant.network}' cannot be measured: {entry.problem}")
+            raise FailureError(f"the form '{entry.case.network}' cannot be measured: {entry.problem}")
         if entry.agreement is None or not entry.agreement.holds:
-            raise FailureError(f"the form '{entry.contestant.network}' gives other answers")
+            raise FailureError(f"the form '{entry.case.network}' gives other answers")
     plain = entries[0].rounds
     return [
-        Form(rewrites, entry.contestant.engine, speedup_of(entry.rounds, plain))
+        Form(rewrites, entry.case.engine, measure_speedup(entry.rounds, plain))
         for rewrites, entry in zip(forms, entries, strict=True)
     ]
 
 
-def loaded(path: Path, key: str, settings: Settings, package: str) -> Loaded:
-    return Loaded(away(path.stem, FromFile(key, path), 1, settings, package), "", path.stat().st_size)
+def load_form(path: Path, key: str, settings: Settings, package: str) -> LoadedWorker:
+    return LoadedWorker(start_worker(path.stem, FromFile(key, path), 1, settings, package), "", path.stat().st_size)
 
 
-def applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
+def list_applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
     """Every combination of the rewrites that change what is written without them."""
     graph = plain_graph(source_of(classifier), classifier.image_size)
     names = [name for name, rewrite in REWRITES.items() if rewrite(graph) is not graph]
@@ -78,7 +78,7 @@ def applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
         yield from combinations(names, number)
 
 
-def fastest(forms: Sequence[Form]) -> Form:
+def find_fastest(forms: Sequence[Form]) -> Form:
     """The fastest of ``forms``; the plain one, which is first, unless another is faster beyond doubt."""
     sure = [form for form in forms if form.speedup.low is not None and form.speedup.low > 1.0]
     return max(sure, key=lambda form: form.speedup.median, default=forms[0])

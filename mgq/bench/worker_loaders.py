@@ -8,7 +8,7 @@ from pathlib import Path
 from mgq.bench.peak import PeakLoop
 from mgq.bench.settings import Precision
 from mgq.runtime.protocol import Runtime
-from mgq.runtime.registry import engine_called
+from mgq.runtime.registry import get_backend
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FromFile:
     path: Path
 
     def __call__(self, threads: int) -> Runtime:
-        return engine_called(self.engine).load(self.path, threads)
+        return get_backend(self.engine).load(self.path, threads)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
-from mgq.machine import muted_stderr
+from mgq.machine import mute_stderr
 from mgq.runtime.protocol import Runtime
 from mgq.system.processes import Answering, Channel
 
@@ -31,7 +31,7 @@ TURN_PATIENCE_S = 120.0
 STATUS = Path("/proc/self/status")
 
 
-class Player(Protocol):
+class Worker(Protocol):
     """Who takes turns. All may raise an MgqError, whose line says what went wrong."""
 
     name: str
@@ -54,7 +54,7 @@ class Player(Protocol):
     def close(self) -> None: ...
 
 
-class Present:
+class InProcessWorker:
     """A runtime in this process. ``macs`` is what a run of it multiplies and adds, where it tells."""
 
     def __init__(self, runtime: Runtime, batch: Batch, clock: Clock = time.perf_counter_ns) -> None:
@@ -75,8 +75,8 @@ class Present:
 
     def turn(self, repeats: int) -> tuple[int, ...]:
         # The first run brings back into the caches what the others' turns drove out.
-        with garbage_kept():
-            return times_of(self.runtime, self.batch, repeats, self.clock)
+        with without_garbage_collection():
+            return time_runs(self.runtime, self.batch, repeats, self.clock)
 
     def peak_memory(self) -> int | None:
         return None
@@ -85,7 +85,7 @@ class Present:
         pass
 
 
-def times_of(runtime: Runtime, batch: Batch, repeats: int, clock: Clock) -> tuple[int, ...]:
+def time_runs(runtime: Runtime, batch: Batch, repeats: int, clock: Clock) -> tuple[int, ...]:
     """The times of ``repeats`` runs in nanoseconds, after one that is not counted."""
     runtime.run(batch)
     times = []
@@ -96,7 +96,7 @@ def times_of(runtime: Runtime, batch: Batch, repeats: int, clock: Clock) -> tupl
     return tuple(times)
 
 
-class SideBySide(Present):
+class SideBySide(InProcessWorker):
     """As many copies of a runtime of one thread as there are threads, all at work at the same time."""
 
     def __init__(self, copies: Sequence[Runtime], batch: Batch, clock: Clock = time.perf_counter_ns) -> None:
@@ -106,8 +106,8 @@ class SideBySide(Present):
         self.pool = ThreadPoolExecutor(self.threads)
 
     def turn(self, repeats: int) -> tuple[int, ...]:
-        with garbage_kept():
-            turns = self.pool.map(lambda one: times_of(one, self.batch, repeats, self.clock), self.copies)
+        with without_garbage_collection():
+            turns = self.pool.map(lambda one: time_runs(one, self.batch, repeats, self.clock), self.copies)
             return tuple(time for turn in turns for time in turn)
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class SideBySide(Present):
 
 
 @contextlib.contextmanager
-def garbage_kept() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """No garbage collection inside, which would fall into the time of whoever happens to run."""
     was_on = gc.isenabled()
     gc.disable()
@@ -130,7 +130,7 @@ def garbage_kept() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerConfig:
     """Where a player sits: ``load``, which is pickled, gives a runtime on so many threads there.
 
     ``copies`` run side by side, each on ``threads`` threads; ``cores`` are all that the process may run on. ``imports``
@@ -145,7 +145,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Greeting:
+class WorkerReady:
     """What a player in a process of its own says of itself when it is ready."""
 
     name: str
@@ -155,30 +155,30 @@ class Greeting:
 
 
 @dataclass(frozen=True)
-class Service:
+class WorkerMain:
     """The work of a player's process: load, greet, and answer until the pipe ends."""
 
-    seat: Seat
+    seat: WorkerConfig
     batch: Batch
 
     def __call__(self, channel: Channel) -> None:
         seat = self.seat
-        with muted_stderr():  # What libraries say when they are loaded is no news.
+        with mute_stderr():  # What libraries say when they are loaded is no news.
             for name in seat.imports:
                 import_module(name)
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, seat.cores)
             runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
-        player = SideBySide(runtimes, self.batch) if seat.copies > 1 else Present(runtimes[0], self.batch)
-        channel.send(Greeting(player.name, player.version, player.threads, player.macs))
+        worker = SideBySide(runtimes, self.batch) if seat.copies > 1 else InProcessWorker(runtimes[0], self.batch)
+        channel.send(WorkerReady(worker.name, worker.version, worker.threads, worker.macs))
         for question, *arguments in channel.questions():
-            channel.send(ANSWERS[question](player, *arguments))
+            channel.send(ANSWERS[question](worker, *arguments))
 
 
 ANSWERS: dict[str, Callable[..., Any]] = {
-    "logits": lambda player: player.logits(),
-    "turn": lambda player, repeats: player.turn(repeats),
-    "memory": lambda player: most_memory(),
+    "logits": lambda worker: worker.logits(),
+    "turn": lambda worker, repeats: worker.turn(repeats),
+    "memory": lambda worker: most_memory(),
 }
 
 
@@ -194,18 +194,18 @@ def most_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-class Away:
+class SubprocessWorker:
     """A player in a process of its own, which begins to load at once and is paused between its turns."""
 
-    def __init__(self, what: str, seat: Seat, batch: Batch) -> None:
-        self.process = Answering(Service(seat, batch), what, seat.threads)
+    def __init__(self, what: str, seat: WorkerConfig, batch: Batch) -> None:
+        self.process = Answering(WorkerMain(seat, batch), what, seat.threads)
         self.name, self.version = what, ""
         self.threads = seat.threads * seat.copies
         self.macs: int | None = None
 
     def wait_until_ready(self) -> None:
         """Raises an MgqError where the engine is missing, or cannot run the network."""
-        greeting: Greeting = self.process.answer(LOAD_PATIENCE_S)
+        greeting: WorkerReady = self.process.answer(LOAD_PATIENCE_S)
         self.process.pause()
         self.name, self.version = greeting.name, greeting.version
         self.threads, self.macs = greeting.threads, greeting.macs

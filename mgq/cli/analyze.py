@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgq.cli.option_types import COUNT
-from mgq.cli.shared_options import RUNS, Arch, AsJson, CheckpointFile, KeyName, Pretrained, Save, TargetName, ready_for
+from mgq.cli.shared_options import (
+    RUNS,
+    Arch,
+    AsJson,
+    CheckpointFile,
+    KeyName,
+    Pretrained,
+    Save,
+    TargetName,
+    prepare_megengine,
+)
 from mgq.errors import printable
 
 if TYPE_CHECKING:
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    pictures: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Folder of pictures; labelled ones show top-1, too.")
     ] = None,
@@ -57,36 +67,36 @@ def analyze(
     from mgq.data.image_sources import expand, refuse_hopeless
     from mgq.errors import InputError
 
-    if pictures and data is not None:
+    if files and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
-    refuse_hopeless(expand(pictures or [], note))
-    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
+    refuse_hopeless(expand(files or [], note))
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
     from mgq.engine.calibration import analysis
     from mgq.reports.analysis_page import write_page
-    from mgq.reports.html import checked_page
+    from mgq.reports.html import check_page_path
 
-    checked_page(html or Path("analysis.html"))
+    check_page_path(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, pictures or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
+        words = (data, files or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
         found = analysis.analyze(*words, key)
-    for remark in [*found.remarks, *found.pictures.problems]:
+    for remark in [*found.remarks, *found.images.problems]:
         note(remark)
     page = html or Path(f"{found.classifier.spec.name}.analysis.html")
     write_page(found, page)
     if as_json:
         sys.stdout.write(json.dumps({**found.to_json(), "page": str(page)}) + "\n")
     else:
-        shown(found, worst, page)
+        show_analysis(found, worst, page)
 
 
-def shown(found: Analysis, worst: int, page: Path) -> None:
+def show_analysis(found: Analysis, worst: int, page: Path) -> None:
     """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
     from mgq.cli.console import out, say, show_table
     from mgq.engine.calibration.analysis import in_decibels, in_points
 
     classifier, result = found.classifier, found.found
     head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
-    head += f"\npictures: {result.pictures} of {found.pictures.name}"
+    head += f"\npictures: {result.images} of {found.images.name}"
     say(head, style="dim")
     whole = f"all {len(result.layers)} layers in int8: logits {in_decibels(result.whole.logit_snr, ' dB')}, "
     whole += f"{result.whole.same:.1f} % same answers"

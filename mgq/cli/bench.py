@@ -108,13 +108,13 @@ def bench(
             )
         bench_training(arch or [], rounds, batch, image_size, json_file, as_markdown)
         return
-    from mgq.bench.settings import ROUNDS, Precision, settings_for
+    from mgq.bench.settings import ROUNDS, Precision, make_settings
 
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
     rounds = ROUNDS if rounds is None else rounds
     batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
-    settings = settings_for(arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [])
-    report = measured(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
+    settings = make_settings(arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [])
+    report = run_benchmark(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
     elif as_markdown:
@@ -142,9 +142,9 @@ def bench_training(
     from mgq.io.atomic import atomic_write
 
     import_megengine()
-    from mgq.bench.training_speed import training_benchmark, training_markdown, training_settings_for
+    from mgq.bench.training_speed import make_training_settings, training_benchmark, training_markdown
 
-    settings = training_settings_for(arch, rounds, batch, image_size)
+    settings = make_training_settings(arch, rounds, batch, image_size)
     with contextlib.ExitStack() as stack:
         file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_write(Path(str(json_file))))
         with progress() as on_progress:
@@ -178,16 +178,16 @@ def show_training(report: TrainingReport, console: Console) -> None:
         console.print(Text(f"! {remark}", style="yellow"))
 
 
-def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
+def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
     """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
-    from mgq.bench.plot import checked_plot, write_plot
+    from mgq.bench.plot import check_plot_path, write_plot
     from mgq.cli.console import import_megengine, progress
     from mgq.export.onnx.onnx_file import read_onnx
     from mgq.io.atomic import atomic_write
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
-        picture = stack.enter_context(atomic_write(checked_plot(plot))) if plot is not None else None
+        image = stack.enter_context(atomic_write(check_plot_path(plot))) if plot is not None else None
         for path in settings.against:
             read_onnx(path)
         import_megengine()
@@ -197,8 +197,8 @@ def measured(settings: Settings, json_file: Path | None, plot: Path | None) -> R
             report = benchmark(settings, on_progress)
         if temporary is not None:
             temporary.write_text(report.to_json(), encoding="utf-8")
-        if picture is not None and plot is not None:
-            write_plot(report, picture, plot.suffix)
+        if image is not None and plot is not None:
+            write_plot(report, image, plot.suffix)
     return report
 
 

@@ -27,13 +27,13 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    arch_at_hand,
-    opened,
-    ready_for,
+    find_arch,
+    open_network,
+    prepare_megengine,
 )
 
 if TYPE_CHECKING:
-    from mgq.engine.calibration.mixed_precision import Mixture
+    from mgq.engine.calibration.mixed_precision import MixedPrecisionResult
     from mgq.engine.classifier.deployment import Deployment
 
 WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
@@ -69,20 +69,20 @@ def show_deployment(deployment: Deployment) -> None:
         say(f"int8 file: {deployment.path}")
 
 
-def mixed_words(mixture: Mixture, max_drop: float) -> str:
+def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> str:
     """What is kept in float, what that costs, and whether it is enough."""
-    drop = mixture.comparison.drop
+    drop = mixed.comparison.drop
     reached = f"drop {drop:.1f}, at most {max_drop:g} wanted"
-    if not mixture.kept:
+    if not mixed.float_layers:
         return f"{reached}: " + ("all layers are int8" if drop <= max_drop else "float weights do not help")
-    layers = f"weights kept in float: {', '.join(mixture.kept)}"
-    cost = f"a picture takes {mixture.slowdown:.2f} times as long as with int8 alone (here, median of rounds in turns)"
+    layers = f"weights kept in float: {', '.join(mixed.float_layers)}"
+    cost = f"a picture takes {mixed.slowdown:.2f} times as long as with int8 alone (here, median of rounds in turns)"
     short = "" if drop <= max_drop else "\nthe rest is lost by activations: try another --target, or `mgq qat`"
     return f"{reached}; {layers}\n{cost}{short}"
 
 
 def calibrate(
-    pictures: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Folder of pictures; its train/ where it has one.")
     ] = None,
@@ -171,78 +171,78 @@ def calibrate(
     from mgq.errors import InputError
     from mgq.io.atomic import ensure_writable_folder
 
-    if data_free and (pictures or method or nearest or ranges_file is not None):
+    if data_free and (files or method or nearest or ranges_file is not None):
         raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
     if max_drop is not None and (data_free or ranges_file is not None):
         raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    refuse_hopeless(expand(pictures or [], note))
+    refuse_hopeless(expand(files or [], note))
     wish = wish_of(preprocess, mean, std, rgb, size, labels)
-    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save, wish=wish)
-    arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, "normal"))
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
+    arch = arch or (None if checkpoint or pretrained else find_arch(save, "normal"))
     words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
     with progress() as on_progress:
-        classifier = opened(*words, on_progress, key=key)
+        classifier = open_network(*words, on_progress, key=key)
         from mgq.data.datasets import subset
-        from mgq.engine.calibration.calibration_images import pictures_at_hand
-        from mgq.engine.calibration.calibration_run import calibrated, calibrated_without_pictures, expected_seconds
-        from mgq.engine.calibration.mixed_precision import ranked_layers, within_drop
+        from mgq.engine.calibration.calibration_images import find_images_nearby
+        from mgq.engine.calibration.calibration_run import calibrate, calibrate_data_free, estimate_seconds
+        from mgq.engine.calibration.mixed_precision import rank_layers, search_float_layers
         from mgq.engine.classifier.evaluate import evaluate
-        from mgq.engine.classifier.mode_comparison import Comparison, compared
+        from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
         from mgq.engine.classifier.open import Classifier
-        from mgq.events import Watcher
-        from mgq.ptq.calibrate import pictures_used
+        from mgq.events import Callbacks
+        from mgq.ptq.calibrate import count_images_used
         from mgq.quantization.option_names import BEST
-        from mgq.quantization.targets import MEGENGINE, ONNX, target_called
+        from mgq.quantization.targets import MEGENGINE, ONNX, get_target
 
-        used = pictures_used(method, images) if method else images
+        used = count_images_used(method, images) if method else images
         compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
         default = ONNX if classifier.spec.is_described else MEGENGINE
-        kind = target_called(target or default.name)
-        found = pictures_at_hand(classifier, pictures or [], data, 0 if data_free else used, on_progress, note)
+        kind = get_target(target or default.name)
+        found = find_images_nearby(classifier, files or [], data, 0 if data_free else used, on_progress, note)
         labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
         how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
-        watcher = Watcher(on_progress, note)
+        callbacks = Callbacks(on_progress, note)
         for folder in (save, ranges_file.absolute().parent if ranges_file is not None else save):
             ensure_writable_folder(folder)  # found out before the work, which takes minutes
         comparison: Comparison | None = None
-        mixture: Mixture | None = None
+        mixed: MixedPrecisionResult | None = None
         if data_free or found.sources is None:
             note("no pictures: ranges and corrections follow from the batch norms" + ("" if data_free else WITHOUT))
-            result = calibrated_without_pictures(classifier, kind)
+            result = calibrate_data_free(classifier, kind)
         else:
             number = min(used, len(found.sources))
-            seconds = expected_seconds(classifier, number, quality, method)
+            seconds = estimate_seconds(classifier, number, quality, method)
             if quality == BEST:
                 note("--quality best is balanced now, which tries as much: it will go in the next release")
             note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
             how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
             sources = found.sources
             if max_drop is None:
-                result = calibrated(classifier, sources, *how_to, on_remark=note)
+                result = calibrate(classifier, sources, *how_to, on_message=note)
             elif labelled is None:
                 raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
             else:
                 shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
 
-                told_once = functools.cache(note)  # the same pictures come again and again
+                note_once = functools.cache(note)  # the same pictures come again and again
 
                 def compare(other: Classifier) -> Comparison:
-                    return compared(classifier, other, shown, watcher, known, **how)
+                    return compare_modes(classifier, other, shown, callbacks, known, **how)
 
-                mixture = within_drop(
+                mixed = search_float_layers(
                     max_drop,
-                    ranked_layers(classifier, kind),
-                    lambda kept: calibrated(classifier, sources, *how_to, kept, told_once),
+                    rank_layers(classifier, kind),
+                    lambda float_layers: calibrate(classifier, sources, *how_to, float_layers, note_once),
                     compare,
                 )
-                result, comparison = mixture.calibration, mixture.comparison
+                result, comparison = mixed.calibration, mixed.comparison
         for problem in result.problems:
             note(problem)
         path = result.write(save)
         if ranges_file is not None:
             result.write_ranges(ranges_file)
         if labelled is not None and comparison is None:
-            comparison = compared(classifier, result.classifier, labelled, watcher, **how)
+            comparison = compare_modes(classifier, result.classifier, labelled, callbacks, **how)
         deployment = None
         if classifier.spec.is_described and found.sources is not None:
             from mgq.engine.calibration.calibration_images import few_crops
@@ -260,8 +260,8 @@ def calibrate(
             "weights": classifier.origin,
             "checkpoint": str(path),
             "comparison": comparison.to_json() if comparison else None,
-            "float_layers": list(mixture.kept) if mixture else [],
-            "slowdown": mixture.slowdown if mixture else 1.0,
+            "float_layers": list(mixed.float_layers) if mixed else [],
+            "slowdown": mixed.slowdown if mixed else 1.0,
             "deployment": deployment.to_json() if deployment else None,
         }
         sys.stdout.write(json.dumps(document) + "\n")
@@ -279,8 +279,8 @@ def calibrate(
             f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
             f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"
         )
-        if mixture is not None and max_drop is not None:
-            say(mixed_words(mixture, max_drop))
+        if mixed is not None and max_drop is not None:
+            say(describe_mixed_precision(mixed, max_drop))
     elif found.why_not:
         note(f"accuracy was not measured: {found.why_not}")
     if deployment is not None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import hush_decoders, muted_stderr
+from mgq.machine import hush_decoders, mute_stderr
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +58,7 @@ def show_table(table: Table, to: Console = out) -> None:
     if lines + least <= to.width:
         to.print(table)
     else:
-        say(stacked(table), to=to)
+        say(stack_rows(table), to=to)
 
 
 def widest(column: Column, with_heading: bool) -> int:
@@ -71,7 +71,7 @@ def as_text(cell: RenderableType) -> Text:
     return cell if isinstance(cell, Text) else Text(str(cell))
 
 
-def stacked(table: Table) -> str:
+def stack_rows(table: Table) -> str:
     """The rows of ``table``, one below the other, a line a column."""
     headings = [as_text(column.header).plain.replace("\n", " ").strip() for column in table.columns]
     rows = zip(*([as_text(cell).plain for cell in column.cells] for column in table.columns), strict=True)
@@ -97,7 +97,7 @@ def note(text: str) -> None:
     say(printable(text), style="dim", to=err)
 
 
-def counted(amount: float, unit: str) -> str:
+def format_amount(amount: float, unit: str) -> str:
     return decimal(int(amount)) if unit == "B" else f"{amount:,.0f}"
 
 
@@ -106,8 +106,8 @@ class AmountColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields["unit"])
-        total = "?" if task.total is None else counted(task.total, unit)
-        return Text(f"{counted(task.completed, unit)}/{total}")
+        total = "?" if task.total is None else format_amount(task.total, unit)
+        return Text(f"{format_amount(task.completed, unit)}/{total}")
 
 
 class RateColumn(ProgressColumn):
@@ -164,9 +164,9 @@ def plain_lines(every: int | None = None) -> OnProgress:
 
 
 def line_of(event: Progress) -> str:
-    amount = counted(event.done, event.unit)
+    amount = format_amount(event.done, event.unit)
     if event.total is not None:
-        amount += f" of {counted(event.total, event.unit)}"
+        amount += f" of {format_amount(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 
@@ -182,7 +182,7 @@ def import_megengine() -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with muted_stderr():
+    with mute_stderr():
         import megengine
 
         (megengine.tensor([0.0]) + 1).numpy()

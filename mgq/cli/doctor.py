@@ -27,10 +27,10 @@ def doctor(as_json: AsJson = False, save: Save = RUNS) -> None:
       mgq doctor
       mgq doctor --json
     """
-    from mgq.bench.doctor import examined
+    from mgq.bench.doctor import examine
     from mgq.errors import FailureError
 
-    diagnosis = examined(save)
+    diagnosis = examine(save)
     if as_json:
         sys.stdout.write(json.dumps(diagnosis.to_json(), indent=1) + "\n")
     else:

@@ -23,8 +23,8 @@ from mgq.cli.shared_options import (
     Save,
     TargetName,
     Width,
-    opened,
-    ready_for,
+    open_network,
+    prepare_megengine,
 )
 from mgq.errors import InputError
 
@@ -110,17 +110,17 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
-    from mgq.engine.classifier.dump import opened_for
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
+    from mgq.engine.classifier.dump import open_for_target
 
     with progress() as on_progress:
         where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
-        classifier = opened_for(partial(opened, *where, key=key), output, kind, target)
+        classifier = open_for_target(partial(open_network, *where, key=key), output, kind, target)
     wanted = Wanted(output, kind, input_type, batch or None, tune, cpu)
-    pictures = pictures_in(classifier, data) if data is not None and check != "none" else None
-    dumped = written(classifier, wanted, out)
+    images = find_images(classifier, data) if data is not None and check != "none" else None
+    dumped = write_file(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
-        show_parity(classifier, dumped, pictures, check == "layers", out)
+        show_parity(classifier, dumped, images, check == "layers", out)
     if mode == "quantized" and dumped.format != "native":
         show_float_size(classifier, dumped, wanted, out)
 
@@ -136,7 +136,7 @@ class Wanted(NamedTuple):
     cpu: str | None = None
 
 
-def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
+def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     """Write the file and say so."""
     from mgq.cli.console import say
     from mgq.engine.classifier.dump import dump_classifier, format_for
@@ -148,7 +148,7 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     if wanted.tune:
         if kind != "onnx":
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
-        rewrites = tuned(classifier, wanted.batch or 1, to)
+        rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
     dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu)
     size = classifier.image_size
     batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
@@ -160,60 +160,66 @@ def written(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
     return dumped
 
 
-def tuned(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
+def choose_rewrites(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
     """The rewrites that make the file faster on this machine; says what was measured."""
     from mgq.bench.tables import ratio_text
-    from mgq.bench.tune import fastest, measured_forms, name_of
+    from mgq.bench.tune import find_fastest, measure_forms, name_of
     from mgq.cli.console import progress, say
 
     with progress() as on_progress:
-        forms = measured_forms(classifier, batch, on_progress)
+        forms = measure_forms(classifier, batch, on_progress)
     if len(forms) == 1:
         say("no rewrite changes this network", to=to)
     else:
         found = ", ".join(f"{name_of(form.rewrites)} {ratio_text(form.speedup)}" for form in forms[1:])
-        kept = name_of(fastest(forms).rewrites)
+        kept = name_of(find_fastest(forms).rewrites)
         say(f"times as fast as plain in {forms[0].engine} (95 %): {found}; kept: {kept}", to=to)
-    return fastest(forms).rewrites
+    return find_fastest(forms).rewrites
 
 
-def pictures_in(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
+def find_images(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
     """Up to ``COMPARED`` of the pictures in ``data``, as the network sees them. Raises InputError without any."""
     from mgq.cli.console import note
     from mgq.data.image_sources import expand
-    from mgq.engine.calibration.calibration_run import Pictures, spread
-    from mgq.events import silent
+    from mgq.engine.calibration.calibration_run import CalibrationImages, spread_evenly
+    from mgq.events import ignore_progress
 
-    found = Pictures(classifier, spread(expand([str(data)]), COMPARED), silent)
-    pictures = found.all()
+    found = CalibrationImages(classifier, spread_evenly(expand([str(data)]), COMPARED), ignore_progress)
+    images = found.all()
     for problem in found.problems:
         note(problem)
-    return pictures
+    return images
 
 
 def show_parity(
-    classifier: Classifier, dumped: Dump, pictures: npt.NDArray[np.uint8] | None, layers: bool, to: Console
+    classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None, layers: bool, to: Console
 ) -> None:
     """Each installed engine beside MegEngine: equal answers, differences of logits, and on request of layers."""
     from mgq.cli.console import say
-    from mgq.engine.classifier.parity import engines_of, layer_parities, own_pictures, parities, reference
+    from mgq.engine.classifier.parity import (
+        compute_reference,
+        list_backends,
+        make_views,
+        measure_layer_parity,
+        measure_parity,
+    )
 
-    what = "pictures" if pictures is not None else "views of the bundled cat"
-    pictures = own_pictures(classifier) if pictures is None else pictures
-    say(f"compared with MegEngine on {len(pictures)} {what}; an output step is the largest logit / 127.5:", to=to)
-    for found in parities(dumped.path, pictures, reference(classifier, pictures)):
+    what = "pictures" if images is not None else "views of the bundled cat"
+    images = make_views(classifier) if images is None else images
+    say(f"compared with MegEngine on {len(images)} {what}; an output step is the largest logit / 127.5:", to=to)
+    for found in measure_parity(dumped.path, images, compute_reference(classifier, images)):
         say(
             f"  {found.engine} {found.version}: same answer {found.same:.1f} %, logits differ by "
             f"{found.mean:.2f} steps on average, {found.largest:.2f} at most",
             to=to,
         )
     if layers and classifier.fake_quantized is not None:
-        for engine in (engine for engine in engines_of(dumped.path) if engine.shows_layers):
-            differences = layer_parities(engine, dumped.path, classifier.fake_quantized, pictures)
-            say(f"  {engine.name}, layer by layer: {in_words(differences)}", to=to)
+        for engine in (engine for engine in list_backends(dumped.path) if engine.shows_layers):
+            differences = measure_layer_parity(engine, dumped.path, classifier.fake_quantized, images)
+            say(f"  {engine.name}, layer by layer: {describe_parity(differences)}", to=to)
 
 
-def in_words(differences: list[LayerParity]) -> str:
+def describe_parity(differences: list[LayerParity]) -> str:
     far = next((found for found in differences if found.largest > 1), None)
     values = sum(found.values for found in differences)
     share = sum(found.share * found.values for found in differences) / values
@@ -229,13 +235,13 @@ def target_of(classifier: Classifier) -> str:
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
     """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
     from mgq.engine.classifier.dump import dump_classifier
-    from mgq.engine.classifier.open import float_twin
+    from mgq.engine.classifier.open import to_float
     from mgq.export.formats import SUFFIXES
 
     with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
         path = Path(folder) / f"float{SUFFIXES[int8.format]}"
         input_type = "uint8" if wanted.input_type == "uint8" else "float32"
-        size = dump_classifier(float_twin(classifier), path, input_type, wanted.batch, int8.format).size
+        size = dump_classifier(to_float(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
         to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
 

@@ -30,9 +30,9 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    arch_at_hand,
-    opened,
-    ready_for,
+    find_arch,
+    open_network,
+    prepare_megengine,
 )
 from mgq.errors import InputError, printable
 
@@ -116,11 +116,13 @@ def evaluate(
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
-        dataset = data_in(data, on_progress) if data is not None else None
-        checkpoint = ready_for(checkpoint, key=key, save=save)
-        arch = arch or (None if checkpoint or pretrained else arch_at_hand(save, mode))
+        dataset = find_data(data, on_progress) if data is not None else None
+        checkpoint = prepare_megengine(checkpoint, key=key, save=save)
+        arch = arch or (None if checkpoint or pretrained else find_arch(save, mode))
         words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-        classifier = opened(arch, checkpoint, mode, *words) if mode else opened_as_can_be(arch, checkpoint, *words)
+        classifier = (
+            open_network(arch, checkpoint, mode, *words) if mode else open_int8_or_float(arch, checkpoint, *words)
+        )
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
 
@@ -145,9 +147,9 @@ def evaluate(
         note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
     facts = facts_of(classifier, dataset, total, result, batch_size, workers)
     if as_json:
-        shown_json(result, facts, confused)
+        show_json(result, facts, confused)
     else:
-        shown(classifier, result, facts, per_class, confused)
+        show_evaluation(classifier, result, facts, per_class, confused)
 
 
 def refuse_more_than_cores(jobs: int) -> None:
@@ -158,14 +160,14 @@ def refuse_more_than_cores(jobs: int) -> None:
         raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
 
 
-def data_in(folder: Path, on_progress: OnProgress) -> Dataset:
+def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
 
     return evaluation_folder(folder, on_progress, note)
 
 
-def opened_as_can_be(
+def open_int8_or_float(
     arch: str | None,
     checkpoint: Path | None,
     save: Path,
@@ -182,30 +184,30 @@ def opened_as_can_be(
     from mgq.cli.console import note
 
     words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-    if checkpoint is None and not pretrained and only_float_run(arch, save):
+    if checkpoint is None and not pretrained and has_only_float_run(arch, save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
-        return opened(arch, None, "normal", *words)
+        return open_network(arch, None, "normal", *words)
     try:
-        return opened(arch, checkpoint, "quantized", *words)
+        return open_network(arch, checkpoint, "quantized", *words)
     except InputError as error:
         if ranges is not None:
             raise
         try:
-            classifier = opened(arch, checkpoint, "normal", *words)
+            classifier = open_network(arch, checkpoint, "normal", *words)
         except InputError:
             raise error from None
         note(f"measured in mode normal, not quantized: {error}")
         return classifier
 
 
-def only_float_run(arch: str | None, save: Path) -> bool:
+def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.classifier.open import DEFAULT_ARCH, newest_run
+    from mgq.engine.classifier.open import DEFAULT_ARCH, find_newest_run
     from mgq.quantization.modes import Mode
     from mgq.zoo.registry import spec_of
 
     spec = spec_of(arch or DEFAULT_ARCH)
-    return newest_run(spec, Mode.QUANTIZED, save) is None and newest_run(spec, Mode.NORMAL, save) is not None
+    return find_newest_run(spec, Mode.QUANTIZED, save) is None and find_newest_run(spec, Mode.NORMAL, save) is not None
 
 
 # ---- what is said of it ----
@@ -255,7 +257,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
+def show_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
     """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
     classes = [
         {
@@ -274,7 +276,7 @@ def shown_json(result: Evaluation, facts: dict[str, Any], confused: int | None) 
     sys.stdout.write(json.dumps({**facts, "per_class": classes, "confused": pairs}, indent=1) + "\n")
 
 
-def shown(
+def show_evaluation(
     classifier: Classifier, result: Evaluation, facts: dict[str, Any], per_class: bool, confused: int | None
 ) -> None:
     """Print what was measured, the figures, and the tables that are wanted. Fits 80 columns."""

@@ -25,15 +25,15 @@ from mgq.cli.shared_options import (
     Save,
     TargetName,
     Width,
-    opened,
-    ready_for,
+    open_network,
+    prepare_megengine,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.engine.classifier.open import Classifier
-    from mgq.engine.classifier.predict import Answer
+    from mgq.engine.classifier.predict import Prediction
     from mgq.events import OnProgress
 
 BAR, BESIDE_BARS = 20, 48
@@ -41,9 +41,7 @@ BAR, BESIDE_BARS = 20, 48
 
 
 def infer(
-    pictures: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None,
     arch: Arch = None,
     checkpoint: CheckpointFile = None,
@@ -80,37 +78,37 @@ def infer(
     from mgq.data.decoding import bundled_cat
     from mgq.data.image_sources import expand, refuse_hopeless
 
-    sources = expand([*(image or []), *(pictures or [])] or [str(bundled_cat())], note)
+    sources = expand([*(image or []), *(files or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    checkpoint = ready_for(checkpoint, not write, key, save)
+    checkpoint = prepare_megengine(checkpoint, not write, key, save)
     with progress() as on_progress:
         words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
-        classifier = opened(*words, key)
-        from mgq.engine.classifier.predict import answers
+        classifier = open_network(*words, key)
+        from mgq.engine.classifier.predict import predict
 
-        found = begun(reported(answers(classifier, sources, topk), len(sources), on_progress))
-        failed = shown_json(classifier, found) if as_json else shown_tables(classifier, found)
+        found = start_predictions(report_progress(predict(classifier, sources, topk), len(sources), on_progress))
+        failed = show_json(classifier, found) if as_json else show_tables(classifier, found)
     if failed and len(sources) > 1:
         note(f"{failed} of {len(sources)} pictures could not be read")
     if write:
-        from mgq.cli.dump import Wanted, written
+        from mgq.cli.dump import Wanted, write_file
 
         source = classifier.made_from[0] if classifier.made_from is not None else classifier
-        path = written(source, Wanted(), to=err).path
+        path = write_file(source, Wanted(), to=err).path
         source.write_checkpoint(path.with_suffix(".safetensors"))
         note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
     if failed:
         raise typer.Exit(2)
 
 
-def begun(found: Iterator[Answer]) -> Iterator[Answer]:
+def start_predictions(found: Iterator[Prediction]) -> Iterator[Prediction]:
     """``found`` with the first already there: what makes all answers impossible is told of before anything is shown."""
     first = next(found)
     return chain([first], found)
 
 
-def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> Iterator[Answer]:
+def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProgress) -> Iterator[Prediction]:
     """``found``, each told to ``on_progress``; a single picture needs no bar."""
     from mgq.events import Progress
 
@@ -120,7 +118,7 @@ def reported(found: Iterator[Answer], total: int, on_progress: OnProgress) -> It
         yield answer
 
 
-def shown_tables(classifier: Classifier, found: Iterator[Answer]) -> int:
+def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
     """Print a table for each answer, an error line for each picture without one; the number of those."""
     from mgq.cli.console import print_error, say, show_table
 
@@ -142,7 +140,7 @@ def headline(classifier: Classifier) -> str:
     return f"{classifier.spec.name}, mode {classifier.mode.value} ({kind})\nweights: {classifier.origin}"
 
 
-def table_of(answer: Answer) -> Table:
+def table_of(answer: Prediction) -> Table:
     """The answer to one picture: class, probability and a bar of it."""
     from rich import box
     from rich.table import Table
@@ -151,20 +149,20 @@ def table_of(answer: Answer) -> Table:
     from mgq.cli.console import out
     from mgq.errors import printable
 
-    title = Text(f"{printable(answer.picture)}  ", style="bold")
+    title = Text(f"{printable(answer.image)}  ", style="bold")
     title.append(f"{answer.milliseconds:.1f} ms", style="dim")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.add_column("class", min_width=30, overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     length = max(0, min(BAR, out.width - BESIDE_BARS))
-    for guess in answer.guesses:
+    for guess in answer.scores:
         bar = "█" * round(guess.probability * length)
         table.add_row(Text(printable(guess.name)), f"{guess.probability:.1%}", Text(bar, style="green"))
     return table
 
 
-def shown_json(classifier: Classifier, found: Iterator[Answer]) -> int:
+def show_json(classifier: Classifier, found: Iterator[Prediction]) -> int:
     """Print one JSON document, an entry a picture as it comes; the number of pictures without an answer."""
     head = {
         "arch": classifier.spec.name,
@@ -181,11 +179,11 @@ def shown_json(classifier: Classifier, found: Iterator[Answer]) -> int:
     return failed
 
 
-def entry_of(answer: Answer) -> dict[str, Any]:
+def entry_of(answer: Prediction) -> dict[str, Any]:
     if answer.error is not None:
-        return {"picture": answer.picture, "error": answer.error}
+        return {"picture": answer.image, "error": answer.error}
     guesses = [
         {"index": guess.index, "class": guess.name, "probability": round(guess.probability, 6)}
-        for guess in answer.guesses
+        for guess in answer.scores
     ]
-    return {"picture": answer.picture, "guesses": guesses, "milliseconds": round(answer.milliseconds, 3)}
+    return {"picture": answer.image, "guesses": guesses, "milliseconds": round(answer.milliseconds, 3)}

@@ -57,7 +57,7 @@ for name, verb in VERBS.items():
     app.command(name, cls=Verb)(verb)
 
 
-def shown_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> None:
     if wanted:
         for name, package in PACKAGES.items():
             typer.echo(f"{name} {package_version(package) or 'not installed'}")
@@ -67,9 +67,7 @@ def shown_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(
-        False, "--version", callback=shown_version, is_eager=True, help="Versions, then exit."
-    ),
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Versions, then exit."),
     debug: bool = typer.Option(False, "--debug", help="Tracebacks, and the libraries' own messages."),
 ) -> None:
     if debug:
@@ -94,22 +92,22 @@ def run() -> None:
         typer.echo(error.format_message())
         code = 2
     except ClickException as error:
-        code = failed(usage_line(error), 2)
+        code = report_failure(usage_line(error), 2)
     except MgqError as error:
         if debugging():
             raise
-        code = failed(str(error), error.exit_code)
+        code = report_failure(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (KeyboardInterrupt, typer.Abort):
-        code = failed("interrupted", INTERRUPTED)
+        code = report_failure("interrupted", INTERRUPTED)
     except Exception as error:
         if debugging():
             raise
         if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
-            sys.exit(failed("which shell this is cannot be told: type it in the shell that is to complete", 2))
-        code = failed(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
+            sys.exit(report_failure("which shell this is cannot be told: type it in the shell that is to complete", 2))
+        code = report_failure(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -149,7 +147,7 @@ def hint_for(error: NoSuchOption) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def failed(message: str, code: int) -> int:
+def report_failure(message: str, code: int) -> int:
     from mgq.cli.console import print_error
 
     print_error(message)

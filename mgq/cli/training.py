@@ -32,7 +32,7 @@ from mgq.cli.option_types import (
     Named,
     Number,
 )
-from mgq.cli.shared_options import KEY_HELP, RUNS, ready_for
+from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.engine.classifier.mode_comparison import Comparison
-    from mgq.engine.training.training_run import Outcome
+    from mgq.engine.training.training_run import TrainResult
 
 
 class Option(NamedTuple):
@@ -177,38 +177,38 @@ def run(name: str, values: Mapping[str, Any]) -> None:
     if values["recipe"] is not None:
         read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
     save = Path(values["save"]) if values.get("save") else None
-    checkpoint = ready_for(values["checkpoint"], deployed=False, key=values["key"], save=save)
+    checkpoint = prepare_megengine(values["checkpoint"], deployed=False, key=values["key"], save=save)
     values = {**values, "checkpoint": checkpoint}
-    from mgq.api import request_of
+    from mgq.api import make_train_options
     from mgq.engine.training import training_run
     from mgq.engine.training.trainer import StoppedError
-    from mgq.events import Watcher
+    from mgq.events import Callbacks
 
     # A flag that was not given leaves what a recipe file says.
     said = {name: value for name, value in values.items() if name != "as_json"}
     given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    request = replace(request_of(given), prepare=prepare_process)
-    with progress() as on_progress, asked_to_stop() as should_stop:
-        watcher = Watcher(on_progress, note, should_stop)
+    train_options = replace(make_train_options(given), prepare=prepare_process)
+    with progress() as on_progress, watch_for_stop() as should_stop:
+        callbacks = Callbacks(on_progress, note, should_stop)
         try:
-            outcome: Outcome = getattr(training_run, name)(request, watcher)
+            result: TrainResult = getattr(training_run, name)(train_options, callbacks)
         except StoppedError as stopped:
-            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(request.save))}"
+            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(train_options.save))}"
             note(f"{stopped}, go on with\n  {command}")
             raise typer.Exit(stopped.exit_code) from None
         except training_run.ElsewhereError as done:
             note(str(done))
             raise typer.Exit(done.exit_code) from None
     if values["as_json"]:
-        sys.stdout.write(json.dumps(document_of(outcome)) + "\n")
+        sys.stdout.write(json.dumps(result_to_json(result)) + "\n")
         return
     simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    show_table(table_of(outcome.comparison, simulated))
-    say(told(outcome))
+    show_table(table_of(result.comparison, simulated))
+    say(describe_result(result))
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def watch_for_stop() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or a polite kill has come since; a second one ends the process at once."""
     asked: list[int] = []
 
@@ -246,31 +246,31 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
     return table
 
 
-def told(outcome: Outcome) -> str:
+def describe_result(result: TrainResult) -> str:
     """What the table leaves open: pictures, agreement, where everything lies."""
-    recipe, found = outcome.recipe, outcome.comparison
-    pictures = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
+    recipe, found = result.recipe, result.comparison
+    images = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
     return (
-        f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {pictures} "
+        f"{recipe.arch}, {recipe.image_size}x{recipe.image_size}, measured on {found.images} {images} "
         f"(top-1 ± {found.normal.top1_error:.1f})\n"
         f"{agreements(found)}\n"
-        f"{gains(outcome)}best epoch: {outcome.best['epoch']:.0f} of {recipe.epochs}\n"
-        f"checkpoint: {outcome.checkpoint}{pointer(outcome)}"
+        f"{gains(result)}best epoch: {result.best['epoch']:.0f} of {recipe.epochs}\n"
+        f"checkpoint: {result.checkpoint}{pointer(result)}"
     )
 
 
-def pointer(outcome: Outcome) -> str:
+def pointer(result: TrainResult) -> str:
     """A line on the page that can be made of a run for int8; making it here would take as long as measuring again."""
-    if outcome.recipe.mode != "qat":
+    if result.recipe.mode != "qat":
         return ""
-    return f"\nas a page, with pictures and engines: mgq report {shlex.quote(str(outcome.checkpoint.parent))}"
+    return f"\nas a page, with pictures and engines: mgq report {shlex.quote(str(result.checkpoint.parent))}"
 
 
-def gains(outcome: Outcome) -> str:
+def gains(result: TrainResult) -> str:
     """Float, calibrated and trained side by side, where all three were measured: a line."""
-    if not outcome.calibrated:
+    if not result.calibrated:
         return ""
-    figures = outcome.comparison.normal.top1, outcome.calibrated["top1"], outcome.comparison.quantized.top1
+    figures = result.comparison.normal.top1, result.calibrated["top1"], result.comparison.quantized.top1
     return "top-1: float {:.1f} %, calibrated {:.1f} %, trained with quantization {:.1f} %\n".format(*figures)
 
 
@@ -281,13 +281,13 @@ def agreements(comparison: Comparison) -> str:
     )
 
 
-def document_of(outcome: Outcome) -> dict[str, Any]:
+def result_to_json(result: TrainResult) -> dict[str, Any]:
     from mgq.engine.training.recipe import plain
 
     return {
-        "checkpoint": str(outcome.checkpoint),
-        "best": dict(outcome.best),
-        "calibrated": dict(outcome.calibrated),
-        "comparison": outcome.comparison.to_json(),
-        "recipe": plain(outcome.recipe),
+        "checkpoint": str(result.checkpoint),
+        "best": dict(result.best),
+        "calibrated": dict(result.calibrated),
+        "comparison": result.comparison.to_json(),
+        "recipe": plain(result.recipe),
     }

@@ -13,8 +13,8 @@ from megengine.core.ops.builtin import Elemwise
 from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.cpu_kernels import onednn_kernels
-from mgq.cpu_kernels.elementwise import extremes, extremes_of_rows, held_below, mask_rows, masked
-from mgq.cpu_kernels.fake_quantization import Quantizer, observed, quantizer_of
+from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, mask_rows
+from mgq.cpu_kernels.fake_quantization import Quantizer, quantizer_of, update_observer
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
 from mgq.cpu_kernels.tensor_exchange import Array, tensors, values
 
@@ -78,7 +78,7 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
         output, self.statistics = onednn_kernels.normalized_convolution(
             self.geometry, self.norm, source, weights, scale, shift, self.mean, self.variance
         )
-        self.passes = None if self.ceiling is None else held_below(output, self.ceiling)
+        self.passes = None if self.ceiling is None else clamp_below(output, self.ceiling)
         return output
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:
@@ -95,7 +95,7 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
         if self.passes is not None:
-            d_output = masked(d_output, self.passes)
+            d_output = apply_mask(d_output, self.passes)
         statistics = self.statistics
         del self.statistics, self.passes
         return onednn_kernels.normalized_convolution_gradients(
@@ -117,7 +117,7 @@ class FakeQuantizedConvolution(NormalizedConvolution):
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output = self.convolved(source, weights, scale, shift)
-        self.qparams = observed(self.module.act_observer, lambda: extremes(output))
+        self.qparams = update_observer(self.module.act_observer, lambda: extremes(output))
         output, passes = quantizer(self.qparams).applied(output)
         if passes is not None:
             self.passes = passes if self.passes is None else self.passes & passes
@@ -133,7 +133,7 @@ class FakeQuantizedConvolution(NormalizedConvolution):
 
     def quantize_weights(self, weights: Array, divide: bool) -> QParams:
         """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
-        qparams = observed(self.module.weight_observer, lambda: extremes_of_rows(weights, self.factor))
+        qparams = update_observer(self.module.weight_observer, lambda: extremes_of_rows(weights, self.factor))
         self.effective, self.weights_pass = quantizer(qparams).applied_to_rows(weights, self.factor, divide)
         return qparams
 
@@ -231,4 +231,4 @@ class FakeQuantization(Function):  # type: ignore[misc]
         if self.passes is None:
             return d_output
         (gradient,) = values(d_output)
-        return Tensor(masked(gradient, self.passes), device=d_output.device)
+        return Tensor(apply_mask(gradient, self.passes), device=d_output.device)

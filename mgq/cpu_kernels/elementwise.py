@@ -62,21 +62,21 @@ def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: 
     return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
-def quantized(
-    array: Array, scale: np.float32, zero_point: np.float32, lowest: np.float32, highest: np.float32
+def fake_quantize(
+    array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask | None]:
     """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
     source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
 
     def quantize(piece: slice) -> int:
-        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, lowest, highest)
+        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, qmin, qmax)
 
     return output, passes if sum(in_pieces(quantize, source.size, LONG_PIECE)) else None
 
 
-def quantized_rows(
-    array: Array, factors: Array, divide: bool, scale: np.float32, lowest: np.float32, highest: np.float32
+def fake_quantize_rows(
+    array: Array, factors: Array, divide: bool, scale: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask]:
     """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and by it again."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
@@ -84,7 +84,7 @@ def quantized_rows(
     each = factors.reshape(-1)
 
     def quantize(part: slice) -> None:
-        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, lowest, highest)
+        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, qmin, qmax)
 
     in_rows(quantize, source, LONG_PIECE)
     return output, passes
@@ -139,7 +139,7 @@ def extremes_of_rows(array: Array, factors: Array) -> Array:
     return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
 
 
-def masked(array: Array, mask: Mask) -> Array:
+def apply_mask(array: Array, mask: Mask) -> Array:
     """``array`` where ``mask`` is set, else 0."""
     result = empty(array.shape)
     elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
@@ -147,7 +147,7 @@ def masked(array: Array, mask: Mask) -> Array:
     return result
 
 
-def held_below(array: Array, ceiling: float) -> Mask | None:
+def clamp_below(array: Array, ceiling: float) -> Mask | None:
     """Hold ``array`` in place at or below ``ceiling``; where it was below, or None where it was so everywhere."""
     elements, below = array.reshape(-1), np.empty(array.shape, np.bool_)
     marks = below.reshape(-1)

@@ -12,7 +12,7 @@ from megengine.quantization import FakeQuantize
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
-from mgq.cpu_kernels.elementwise import Mask, quantized, quantized_rows
+from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
 from mgq.cpu_kernels.tensor_exchange import Array
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
@@ -22,21 +22,21 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Rounding to multiples of ``scale``, from ``lowest`` to ``highest`` times it when ``zero_point`` is 0."""
+    """Rounding to multiples of ``scale``, from ``qmin`` to ``qmax`` times it when ``zero_point`` is 0."""
 
     scale: np.float32
     zero_point: np.float32
-    lowest: np.float32
-    highest: np.float32
+    qmin: np.float32
+    qmax: np.float32
 
     def applied(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
-        return quantized(array, self.scale, self.zero_point, self.lowest, self.highest)
+        return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
 
     def applied_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
         clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
-        return quantized_rows(array, factors, divide, self.scale, self.lowest, self.highest)
+        return fake_quantize_rows(array, factors, divide, self.scale, self.qmin, self.qmax)
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
@@ -58,27 +58,27 @@ def is_plain(fake_quant: Any) -> bool:
 
 
 def is_known(observer: Any) -> bool:
-    """Whether :func:`observed` knows what ``observer`` does."""
+    """Whether :func:`update_observer` knows what ``observer`` does."""
     if type(observer) not in (MinMaxObserver, ExponentialMovingAverageObserver, CurrentRangeObserver):
         return False
     return bool(observer.mode == QuantMode.SYMMERTIC)
 
 
-def observed(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
+def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
     """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
     if observer.enabled:
-        lowest, highest = np.split(extremes(), 2)
+        qmin, qmax = np.split(extremes(), 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()
-            set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * lowest)
-            set_value(observer.max_val, observer.max_val.numpy() * keep + (ONE - keep) * highest)
+            set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * qmin)
+            set_value(observer.max_val, observer.max_val.numpy() * keep + (ONE - keep) * qmax)
             set_value(observer.runtime_momentum, observer.momentum.numpy())
         elif isinstance(observer, CurrentRangeObserver):
-            set_value(observer.min_val, lowest)
-            set_value(observer.max_val, highest)
+            set_value(observer.min_val, qmin)
+            set_value(observer.max_val, qmax)
         else:
-            set_value(observer.min_val, np.minimum(observer.min_val.numpy(), lowest))
-            set_value(observer.max_val, np.maximum(observer.max_val.numpy(), highest))
+            set_value(observer.min_val, np.minimum(observer.min_val.numpy(), qmin))
+            set_value(observer.max_val, np.maximum(observer.max_val.numpy(), qmax))
     largest = np.maximum(-np.minimum(ZERO, observer.min_val.numpy()), np.maximum(ZERO, observer.max_val.numpy()))
     scale = np.maximum(largest / np.float32((observer.qmax - observer.qmin) / 2), np.float32(observer.scale_limit))
     return create_qparams(observer.mode, observer.dtype, scale=Tensor(scale, device=observer.min_val.device))

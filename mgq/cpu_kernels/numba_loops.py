@@ -21,7 +21,7 @@ ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-def compiled(**options: Any) -> Callable[[Loop], Loop]:
+def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
     """The loop as machine code that frees Python's lock; kept on disk where a folder can be written to."""
 
     def compile_loop(loop: Loop) -> Loop:
@@ -34,8 +34,8 @@ def compiled(**options: Any) -> Callable[[Loop], Loop]:
     return compile_loop
 
 
-@compiled()
-def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any, lowest: Any, highest: Any) -> int:
+@make_compiler()
+def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
     """Write ``source`` rounded to multiples of ``scale`` to ``target``, and where it was not clipped to ``passes``.
 
     float32, float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
@@ -44,7 +44,7 @@ def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any,
     for i in range(source.size):
         steps = source[i] / scale
         steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
-        held = min(max(steps, lowest), highest)
+        held = min(max(steps, qmin), qmax)
         inside = held == steps
         passes[i] = inside
         clipped += 1 - inside
@@ -52,9 +52,9 @@ def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any,
     return clipped
 
 
-@compiled()
+@make_compiler()
 def quantize_rows(
-    source: Any, target: Any, passes: Any, factors: Any, divide: Any, scale: Any, lowest: Any, highest: Any
+    source: Any, target: Any, passes: Any, factors: Any, divide: Any, scale: Any, qmin: Any, qmax: Any
 ) -> int:
     """The same without a zero point for each row of ``source`` times its factor, where ``divide`` then by it again.
 
@@ -67,7 +67,7 @@ def quantize_rows(
         for i in range(source.shape[1]):
             steps = source[row, i] * factor / scale
             steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
-            held = min(max(steps, lowest), highest)
+            held = min(max(steps, qmin), qmax)
             inside = held == steps
             passes[row, i] = inside
             clipped += 1 - inside
@@ -75,7 +75,7 @@ def quantize_rows(
     return clipped
 
 
-@compiled(fastmath={"reassoc", "contract"})
+@make_compiler(fastmath={"reassoc", "contract"})
 def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors: Any, sums: Any) -> None:
     """Keep of ``gradient`` what ``passes``, in place, and multiply each row by its factor, if there are any.
 
@@ -96,14 +96,14 @@ def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors:
         sums[row] = total
 
 
-@compiled()
+@make_compiler()
 def mask(source: Any, passes: Any, target: Any) -> None:
     """Write ``source`` where it ``passes``, else 0, to ``target``: float32, bool and float32, each (N,)."""
     for i in range(source.size):
         target[i] = source[i] if passes[i] else ZERO
 
 
-@compiled()
+@make_compiler()
 def hold(array: Any, ceiling: Any, below: Any) -> int:
     """Hold ``array`` (N,) in place at or below ``ceiling``; where it was ``below``, bool (N,). Returns how many not."""
     held = 0

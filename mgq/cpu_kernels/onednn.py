@@ -95,7 +95,7 @@ class Library:
         self.check(self.c.dnnl_stream_create(byref(self.stream), self.engine, c_uint(IN_ORDER)), "a stream")
         # Programs share their memory objects and one scratch buffer.
         self.lock = threading.Lock()
-        self._scratch = aligned_bytes(0)
+        self._scratch = allocate_aligned(0)
 
     def _version(self) -> str:
         class Version(ctypes.Structure):
@@ -125,7 +125,7 @@ class Library:
     def scratch(self, size: int) -> int:
         """Address of ``size`` bytes that are free until the next program runs."""
         if self._scratch.nbytes < size:
-            self._scratch = aligned_bytes(size)
+            self._scratch = allocate_aligned(size)
         return self._scratch.ctypes.data
 
 
@@ -142,7 +142,7 @@ def library() -> Library:
     raise FailureError(f"fast training on a CPU needs oneDNN, which is not there; `uv pip install {PACKAGE}` gets it")
 
 
-def aligned_bytes(size: int) -> Bytes:
+def allocate_aligned(size: int) -> Bytes:
     """``size`` uninitialized bytes that begin on a cache line."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT

@@ -32,7 +32,7 @@ from mgq.cpu_kernels.onednn import (
     Program,
     Query,
     Shape,
-    aligned_bytes,
+    allocate_aligned,
     dims,
     layout,
     library,
@@ -117,7 +117,7 @@ def normalized_convolution(
     """
     program = _norm_forward(geometry, norm)
     names: tuple[str, ...] = ("convolved", "workspace")
-    kept = {name: aligned_bytes(program.sizes[name]) for name in names if name in program.sizes}
+    kept = {name: allocate_aligned(program.sizes[name]) for name in names if name in program.sizes}
     output = empty(geometry.output)
     program.run(
         source=source,

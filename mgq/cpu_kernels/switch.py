@@ -26,7 +26,7 @@ from mgq.cpu_kernels.autograd_functions import (
     needs_gradient,
 )
 from mgq.cpu_kernels.elementwise import extremes
-from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, observed, quantizer_of, set_value
+from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, set_value, update_observer
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.tensor_exchange import Array, values
 from mgq.machine import keep_freed_memory
@@ -161,7 +161,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
             found = fusable(self, inp)
             if found is None:
                 return stock(self, inp)
-            return normalized(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
+            return normalize(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
 
@@ -186,7 +186,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
                 if self.training
                 else FoldedConvolution(self, inp.qparams, *arguments)
             )
-            output = normalized(self, function, inp)
+            output = normalize(self, function, inp)
             output.qparams.update(function.qparams)
             return output
 
@@ -236,7 +236,7 @@ def elements_a_channel(geometry: Geometry) -> int:
     return batch * height * width
 
 
-def normalized(module: M.Module, function: NormalizedConvolution, source: Tensor) -> Tensor:
+def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor) -> Tensor:
     """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
     bn = module.bn
     output = function(source, module.conv.weight, bn.weight, bn.bias)
@@ -271,7 +271,7 @@ def fast_quantization(stock: Stock) -> Stock:
             return stock(self, target, fake_quant, observer)
         if is_known(observer):
             (array,) = values(target)
-            qparams = observed(observer, lambda: extremes(array))
+            qparams = update_observer(observer, lambda: extremes(array))
         else:
             target = observer(target)
             qparams = observer.get_qparams()

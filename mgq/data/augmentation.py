@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from mgq.data.decoding import MAX_BYTES, Pixels, jpeg_facts, read_picture, reduced_jpeg
+from mgq.data.decoding import MAX_BYTES, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
 from mgq.data.transforms import eval_crop, eval_resize
 from mgq.errors import InputError
 
@@ -32,8 +32,8 @@ class Stream(IntEnum):
 
     ORDER = 0
     CROP = 1
-    TRAIN_PICTURE = 2
-    VAL_PICTURE = 3
+    TRAIN_IMAGE = 2
+    VAL_IMAGE = 3
 
 
 def generator(seed: int, stream: Stream, major: int = 0, minor: int = 0) -> np.random.Generator:
@@ -60,12 +60,12 @@ class Draw(NamedTuple):
 class Transform(Protocol):
     """From a picture to a crop, uint8 (size, size, 3), BGR. Called from several threads at once.
 
-    ``picture`` is a file, or pixels, uint8 (H, W, 3) in BGR order. Raises InputError for a file that cannot be read.
+    ``image`` is a file, or pixels, uint8 (H, W, 3) in BGR order. Raises InputError for a file that cannot be read.
     """
 
     @property
     def size(self) -> int: ...
-    def __call__(self, picture: Path | Pixels, draw: Draw) -> Pixels: ...
+    def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class EvalTransform:
         # Here and not at the first picture, where it would count as a fault of that.
         eval_crop(np.zeros((1, 1, 3), np.uint8), self.size, self.resize, self.interpolation)
 
-    def __call__(self, picture: Path | Pixels, draw: Draw) -> Pixels:
-        pixels = read_picture(picture) if isinstance(picture, Path) else picture
+    def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels:
+        pixels = read_image(image) if isinstance(image, Path) else image
         if self.stretched_to is not None:
             return eval_resize(pixels, self.stretched_to)
         return eval_crop(pixels, self.size, self.resize, self.interpolation)
@@ -127,13 +127,13 @@ class TrainTransform:
         if not 0 <= self.jitter <= 1:
             raise InputError(f"colour jitter {self.jitter} is not possible: give 0 to 1")
 
-    def __call__(self, picture: Path | Pixels, draw: Draw) -> Pixels:
+    def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels:
         chance = generator(draw.seed, Stream.CROP, draw.epoch, draw.number).random(_CHANCES).tolist()
-        part = self._part_of_file(picture, chance) if isinstance(picture, Path) else self._part(picture, chance)
+        part = self._part_of_file(image, chance) if isinstance(image, Path) else self._part(image, chance)
         crop = _u8(cv2.resize(part, (self.size, self.size), interpolation=cv2.INTER_LINEAR))
         if chance[_FLIP] < self.flip:
             crop = _u8(cv2.flip(crop, 1))
-        return _jittered(crop, self.jitter, chance[_JITTER:]) if self.jitter else crop
+        return _jitter_colours(crop, self.jitter, chance[_JITTER:]) if self.jitter else crop
 
     def box(self, width: int, height: int, chance: list[float]) -> Box:
         """The part of a picture that is cut out, by random numbers in 0..1: four for each of ten tries.
@@ -151,9 +151,9 @@ class TrainTransform:
         h = min(height, max(1, round(width / self.ratio[0])))
         return Box((width - w) // 2, (height - h) // 2, w, h)
 
-    def _part(self, picture: Pixels, chance: list[float]) -> Pixels:
-        x, y, width, height = self.box(picture.shape[1], picture.shape[0], chance)
-        return picture[y : y + height, x : x + width]
+    def _part(self, image: Pixels, chance: list[float]) -> Pixels:
+        x, y, width, height = self.box(image.shape[1], image.shape[0], chance)
+        return image[y : y + height, x : x + width]
 
     def _part_of_file(self, path: Path, chance: list[float]) -> Pixels:
         data = _content(path)
@@ -161,11 +161,11 @@ class TrainTransform:
         if facts is not None:
             box = self.box(*facts.upright, chance)
             reduction = next((by for by in (8, 4, 2) if min(box.width, box.height) >= by * self.size), 1)
-            reduced = reduced_jpeg(data, facts, reduction) if reduction > 1 else None
+            reduced = decode_reduced_jpeg(data, facts, reduction) if reduction > 1 else None
             if reduced is not None:
                 x, y, right, bottom = box.x, box.y, box.x + box.width, box.y + box.height
                 return reduced[y // reduction : -(-bottom // reduction), x // reduction : -(-right // reduction)]
-        return self._part(read_picture(data, str(path)) if data else read_picture(path), chance)
+        return self._part(read_image(data, str(path)) if data else read_image(path), chance)
 
 
 class Box(NamedTuple):
@@ -196,24 +196,24 @@ _LUMA_BGR = (0.114, 0.587, 0.299)
 _CUT = -0.499
 
 
-def _jittered(crop: Pixels, jitter: float, chance: list[float]) -> Pixels:
+def _jitter_colours(crop: Pixels, jitter: float, chance: list[float]) -> Pixels:
     """Brightness, contrast and saturation, each times 1 - ``jitter`` to 1 + ``jitter``, in one of six orders."""
     factors = [1 - jitter + 2 * jitter * c for c in chance[:3]]
     for kind in _ORDERS[int(chance[3] * len(_ORDERS))]:
-        crop = (_brightened, _contrasted, _saturated)[kind](crop, factors[kind])
+        crop = (_change_brightness, _change_contrast, _change_saturation)[kind](crop, factors[kind])
     return crop
 
 
-def _brightened(crop: Pixels, factor: float) -> Pixels:
+def _change_brightness(crop: Pixels, factor: float) -> Pixels:
     return _u8(cv2.addWeighted(crop, factor, crop, 0, _CUT))
 
 
-def _contrasted(crop: Pixels, factor: float) -> Pixels:
+def _change_contrast(crop: Pixels, factor: float) -> Pixels:
     grey = sum(weight * mean for weight, mean in zip(_LUMA_BGR, cv2.mean(crop), strict=False))
     return _u8(cv2.addWeighted(crop, factor, crop, 0, grey * (1 - factor) + _CUT))
 
 
-def _saturated(crop: Pixels, factor: float) -> Pixels:
+def _change_saturation(crop: Pixels, factor: float) -> Pixels:
     grey = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     return _u8(cv2.addWeighted(crop, factor, grey, 1 - factor, _CUT))
 
@@ -222,7 +222,7 @@ def _saturated(crop: Pixels, factor: float) -> Pixels:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a plain file; none where ``read_picture`` would refuse it, which knows the words for that."""
+    """The bytes of a plain file; none where ``read_image`` would refuse it, which knows the words for that."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())

@@ -14,19 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.decoding import Pixels
-from mgq.data.folder_layout import Layout, Role, class_folders, has_pictures, is_empty, layout_of, listed, named
+from mgq.data.folder_layout import Layout, Role, class_folders, has_images, is_empty, join_names, layout_of, list_folder
 from mgq.data.folder_scan import EMPTY_CLASS, OUTSIDE, Tally
-from mgq.data.imagenet_archives import unpacked
+from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
+from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
 
 
 class Dataset(Protocol):
     """Pictures in a fixed order, each of a class.
 
-    ``labels`` are int64 (pictures,), indices into ``classes``; None where no classes are known. ``picture`` gives
+    ``labels`` are int64 (pictures,), indices into ``classes``; None where no classes are known. ``image`` gives
     a file to be read, or pixels, uint8 (H, W, 3) in BGR order. It is called from several threads at once.
     """
 
@@ -37,7 +37,7 @@ class Dataset(Protocol):
     @property
     def labels(self) -> npt.NDArray[np.int64] | None: ...
     def __len__(self) -> int: ...
-    def picture(self, index: int) -> Path | Pixels: ...
+    def image(self, index: int) -> Path | Pixels: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def picture(self, index: int) -> Path:
+    def image(self, index: int) -> Path:
         """The path of a picture, 0 <= ``index`` < len. Raises IndexError for another."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -96,11 +96,11 @@ class Selection:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def picture(self, index: int) -> Path | Pixels:
+    def image(self, index: int) -> Path | Pixels:
         """What the other dataset gives, 0 <= ``index`` < len. Raises IndexError for another."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.source.picture(int(self.indices[index]))
+        return self.source.image(int(self.indices[index]))
 
 
 def subset(dataset: Dataset, number: int) -> Dataset:
@@ -114,26 +114,26 @@ def subset(dataset: Dataset, number: int) -> Dataset:
         raise InputError(f"a limit of {number} pictures is not possible: give at least 1")
     if number >= len(dataset):
         return dataset
-    if isinstance(dataset, SyntheticPictures):
+    if isinstance(dataset, SyntheticImages):
         return replace(dataset, count=number)
-    return _selected(dataset, evenly(len(dataset), number))
+    return _select(dataset, pick_evenly(len(dataset), number))
 
 
 def without_subset(dataset: Dataset, number: int) -> Dataset:
     """The pictures of ``dataset`` that ``subset`` leaves out."""
     total = len(dataset)
-    drawn = isinstance(dataset, SyntheticPictures)
-    taken = np.arange(min(number, total)) if drawn else evenly(total, number)
-    return _selected(dataset, np.setdiff1d(np.arange(total), taken))
+    drawn = isinstance(dataset, SyntheticImages)
+    taken = np.arange(min(number, total)) if drawn else pick_evenly(total, number)
+    return _select(dataset, np.setdiff1d(np.arange(total), taken))
 
 
-def evenly(total: int, number: int) -> npt.NDArray[np.int64]:
+def pick_evenly(total: int, number: int) -> npt.NDArray[np.int64]:
     """``number`` indices below ``total``, evenly spread, int64 (number,); all of them where there are not so many."""
     number = min(number, total)
     return np.arange(number) * total // max(1, number)
 
 
-def _selected(dataset: Dataset, chosen: npt.NDArray[np.int64], part: str = "") -> Selection:
+def _select(dataset: Dataset, chosen: npt.NDArray[np.int64], part: str = "") -> Selection:
     labels = None if dataset.labels is None else dataset.labels[chosen]
     return Selection(dataset, chosen, labels, dataset.classes, part)
 
@@ -150,14 +150,14 @@ LEAST_TO_TRAIN = 2
 
 
 def training_folders(
-    root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard
+    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
 ) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val``, ``test`` is measured on. Where one
     is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named
     by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see
-    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``held_apart``. ``on_remark`` is told what was taken
+    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``hold_out_validation``. ``on_message`` is told what was taken
     for what, and what was left out.
 
     Raises InputError for a missing folder, fewer than two classes, a class without pictures, class names that are not
@@ -165,10 +165,10 @@ def training_folders(
     ``train``.
     """
     layout = layout_of(root)
-    if layout.classes or (not layout.splits and has_pictures(layout.root)):
+    if layout.classes or (not layout.splits and has_images(layout.root)):
         tally = _around(root, layout.root)
-        train, val = held_apart(_labelled(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
-        on_remark(
+        train, val = hold_out_validation(_label_images(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
+        on_message(
             f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
             " measure on, always the same"
         )
@@ -177,11 +177,11 @@ def training_folders(
         tally, names = _around(root, *places), [class_folders(place) for place in places]
         _check_same_classes(layout, places, names)
         train, val = (
-            _labelled(place, classes, on_progress, tally, LEAST_TO_TRAIN)
+            _label_images(place, classes, on_progress, tally, LEAST_TO_TRAIN)
             for place, classes in zip(places, names, strict=True)
         )
-        on_remark(_taken(layout, dict(zip(places, map(len, (train, val)), strict=True))))
-    _tell(tally, root, on_remark)
+        on_message(_describe_folders(layout, dict(zip(places, map(len, (train, val)), strict=True))))
+    _tell(tally, root, on_message)
     return train, val
 
 
@@ -190,26 +190,26 @@ def is_unsplit(root: Path) -> bool:
     return root.is_dir() and len(layout_of(root).classes) > 1
 
 
-def held_apart(pictures: ImageFolder) -> tuple[Dataset, Dataset]:
-    """``pictures`` to train on and to measure on: the same ones whenever it is asked.
+def hold_out_validation(images: ImageFolder) -> tuple[Dataset, Dataset]:
+    """``images`` to train on and to measure on: the same ones whenever it is asked.
 
     Which is which follows from the picture's path in the folder alone, so that a picture stays on its side when others
     come. About one in ``KEPT`` is to measure on, and at least one on each side. Raises InputError for a class of one.
     """
-    assert pictures.labels is not None
-    ranks = np.array([_rank(pictures.picture(i).relative_to(pictures.folder)) for i in range(len(pictures))])
+    assert images.labels is not None
+    ranks = np.array([_rank(images.image(i).relative_to(images.folder)) for i in range(len(images))])
     measured = ranks < 1 / KEPT
-    for label in np.unique(pictures.labels):
-        mine = np.flatnonzero(pictures.labels == label)
+    for label in np.unique(images.labels):
+        mine = np.flatnonzero(images.labels == label)
         if len(mine) < 2:
             raise InputError(
-                f"{printable(pictures.picture(int(mine[0])))} is alone in its class, and one picture of each has to be"
+                f"{printable(images.image(int(mine[0])))} is alone in its class, and one picture of each has to be"
                 " kept to measure on: add another"
             )
         order = mine[np.argsort(ranks[mine])]
         measured[order[0]], measured[order[-1]] = True, False
     kept = f"one in {KEPT}, kept to measure on"
-    return _selected(pictures, np.flatnonzero(~measured)), _selected(pictures, np.flatnonzero(measured), kept)
+    return _select(images, np.flatnonzero(~measured)), _select(images, np.flatnonzero(measured), kept)
 
 
 def _rank(path: Path) -> float:
@@ -217,34 +217,40 @@ def _rank(path: Path) -> float:
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=6).digest(), "big") / 2**48
 
 
-def measuring_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> Dataset:
+def measuring_folder(
+    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+) -> Dataset:
     """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
     if is_unsplit(root):
-        return training_folders(root, on_progress, on_remark)[1]
-    return evaluation_folder(root, on_progress, on_remark)
+        return training_folders(root, on_progress, on_message)[1]
+    return evaluation_folder(root, on_progress, on_message)
 
 
-def evaluation_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> ImageFolder:
+def evaluation_folder(
+    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val`` it is ``test``. One class is
     enough. A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
     the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
-    ``on_remark`` is told what was taken for what, where that is not plain, and what was left out.
+    ``on_message`` is told what was taken for what, where that is not plain, and what was left out.
 
     Raises InputError where there are no class folders, one without pictures, or folders that can be read in two ways.
     """
     layout = layout_of(root)
     place = _split(layout, layout.measured, on_progress) if layout.splits else layout.root
     tally = _around(root, place)
-    found = _labelled(place, class_folders(place), on_progress, tally)
+    found = _label_images(place, class_folders(place), on_progress, tally)
     if layout.splits and (place != root / "val" or "test" in layout.splits):
-        on_remark(_taken(layout, {place: len(found)}))
-    _tell(tally, root, on_remark)
+        on_message(_describe_folders(layout, {place: len(found)}))
+    _tell(tally, root, on_message)
     return found
 
 
-def calibration_folder(root: Path, on_progress: OnProgress = silent, on_remark: OnRemark = unheard) -> ImageFolder:
+def calibration_folder(
+    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+) -> ImageFolder:
     """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
 
     Labels are given as by ``evaluation_folder`` where there are two class folders or more; else they are None.
@@ -254,16 +260,16 @@ def calibration_folder(root: Path, on_progress: OnProgress = silent, on_remark: 
     role: Role = "train" if "train" in layout.splits else layout.measured
     place = _split(layout, role, on_progress) if layout.splits else layout.root
     folders = class_folders(place)
-    if len(folders) > 1 and not has_pictures(place):
+    if len(folders) > 1 and not has_images(place):
         tally = _around(root, place)
-        found = _labelled(place, folders, on_progress, tally)
+        found = _label_images(place, folders, on_progress, tally)
     else:
         tally = Tally() if place == root else _around(root, place.parent)
-        paths = _pictures_below(place, "", tally)
+        paths = _images_below(place, "", tally)
         if not paths.lengths.size:
             raise InputError(f"{printable(place)} has no pictures in it{tally.instead()}: name another folder")
         found = _folder_of(place, (), None, [paths])
-    _tell(tally, root, on_remark)
+    _tell(tally, root, on_message)
     return found
 
 
@@ -273,7 +279,7 @@ def _split(layout: Layout, role: Role, on_progress: OnProgress) -> Path:
     if path is not None:
         return path
     if role in layout.splits and role != "test":
-        return unpacked(layout.root, role, on_progress)
+        return unpack_split(layout.root, role, on_progress)
     mend = f"make it, with a folder of pictures for each class{_another(layout)}"
     raise InputError(f"{printable(layout.root)} has no folder {role}/: {mend}")
 
@@ -287,7 +293,7 @@ def _another(layout: Layout) -> str:
 _USES: Mapping[Role, str] = {"train": "trained on", "val": "measured on", "test": "measured on"}
 
 
-def _taken(layout: Layout, counts: Mapping[Path, int]) -> str:
+def _describe_folders(layout: Layout, counts: Mapping[Path, int]) -> str:
     """Which folders were taken for what, in one line."""
     parts = []
     for role, path in layout.splits.items():
@@ -306,14 +312,14 @@ def _around(root: Path, *places: Path) -> Tally:
     tally = Tally()
     on_the_way = {above for place in places for above in (place, *place.parents) if root in (above, *above.parents)}
     for folder in sorted({root, *on_the_way}):
-        loose = sum(entry.is_picture for entry in listed(folder, tally))
+        loose = sum(entry.is_image for entry in list_folder(folder, tally))
         tally.left_out += Counter({OUTSIDE: loose})
     return tally
 
 
-def _tell(tally: Tally, folder: Path, on_remark: OnRemark) -> None:
+def _tell(tally: Tally, folder: Path, on_message: OnMessage) -> None:
     for line in tally.lines(printable(folder)):
-        on_remark(line)
+        on_message(line)
 
 
 def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[Sequence[str]]) -> None:
@@ -322,7 +328,7 @@ def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[
     for place, mine, full, others in zip(places, names, filled, reversed(filled), strict=True):
         if hollow := sorted(set(mine) & set(others) - set(full)):
             raise InputError(
-                f"{printable(place)} has no pictures in {named(hollow)}: put some in, or remove the folder everywhere"
+                f"{printable(place)} has no pictures in {join_names(hollow)}: put some in, or remove the folder everywhere"
             )
     train, val = filled
     only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))
@@ -332,7 +338,7 @@ def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[
     for here, there, names in ((first, second, only_train), (second, first, only_val)):
         if names:
             raise InputError(
-                f"{printable(layout.root)} has {named(names)} in {here}/ and not in {there}/: give both the same"
+                f"{printable(layout.root)} has {join_names(names)} in {here}/ and not in {there}/: give both the same"
                 " classes"
             )
 
@@ -340,7 +346,7 @@ def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[
 # ---- classes ----
 
 
-def _labelled(
+def _label_images(
     folder: Path, folders: Sequence[str], on_progress: OnProgress, tally: Tally, least: int = 1
 ) -> ImageFolder:
     """The pictures of the class folders, of which there must be ``least``; empty folders are none.
@@ -351,7 +357,7 @@ def _labelled(
     paths, kept, without, there = [], [], [], Tally()
     for done, name in enumerate(folders, 1):
         mine = Tally()
-        found = _pictures_below(folder / name, f"{name}/", mine)
+        found = _images_below(folder / name, f"{name}/", mine)
         if found.lengths.size:
             paths.append(found)
             kept.append(name)
@@ -366,7 +372,7 @@ def _labelled(
         raise InputError(f"{printable(folder)} has no pictures in its class folders{tally.instead()}: put some in each")
     if without:
         raise InputError(
-            f"{printable(folder)} has no pictures in {named(without)}: put some in, or remove the folder (there:"
+            f"{printable(folder)} has no pictures in {join_names(without)}: put some in, or remove the folder (there:"
             f" {there.there()})"
         )
     _check_number(folder, kept, least)
@@ -382,7 +388,7 @@ def _check_number(folder: Path, folders: Sequence[str], least: int) -> None:
     """Raises InputError for fewer class folders than ``least``."""
     if len(folders) >= least:
         return
-    if not folders and has_pictures(folder):
+    if not folders and has_images(folder):
         raise InputError(
             f"{printable(folder)} has pictures but no class folders: put them in <class>/ to measure accuracy"
         )
@@ -419,14 +425,14 @@ def _folder_of(
 # ---- what is on the disk ----
 
 
-def _pictures_below(folder: Path, prefix: str, tally: Tally) -> _Paths:
+def _images_below(folder: Path, prefix: str, tally: Tally) -> _Paths:
     """The pictures in ``folder`` and below it, each path after ``prefix``, sorted; the rest goes to ``tally``."""
     found: list[bytes] = []
     waiting = [(folder, prefix)]
     while waiting:
         here, path = waiting.pop()
-        for entry in listed(here, tally):
-            if entry.is_picture:
+        for entry in list_folder(here, tally):
+            if entry.is_image:
                 found.append(os.fsencode(path + entry.name))
             elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
                 waiting.append((here / entry.name, f"{path}{entry.name}/"))

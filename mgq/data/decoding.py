@@ -65,7 +65,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
 
 
-def read_picture(source: Path | bytes, name: str | None = None) -> Pixels:
+def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
     """The pixels of a picture file, or of the bytes of one: uint8 of shape (H, W, 3), channels in BGR order.
 
     Reads JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PBM to PAM, TGA, PCX, SGI, Sun raster and QOI, known by
@@ -105,7 +105,7 @@ HEAD_BYTES = 4096
 """So much of a file tells whether it begins as a picture."""
 
 
-def begins_as_picture(head: bytes) -> bool:
+def begins_as_image(head: bytes) -> bool:
     """Whether a file that begins with ``head``, of ``HEAD_BYTES`` or the whole of it, is of a kind that is read.
 
     A TGA, which begins with nothing that tells it from other files, is not recognized.
@@ -224,7 +224,7 @@ class JpegFacts(NamedTuple):
 
 
 def jpeg_facts(data: bytes) -> JpegFacts | None:
-    """Those of a JPEG that :func:`read_picture` would decode; None for everything else."""
+    """Those of a JPEG that :func:`read_image` would decode; None for everything else."""
     if not data.startswith(_JPEG_MARK):
         return None
     try:
@@ -233,7 +233,7 @@ def jpeg_facts(data: bytes) -> JpegFacts | None:
         return None
 
 
-def reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
+def decode_reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
     """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
 
     The decoder leaves out the high frequencies, which is the mean over squares in effect.
@@ -342,12 +342,12 @@ def _png(data: bytes) -> _Plan:
 
     def decode() -> _Samples:
         pixels = _by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
-        return pixels if transparent_grey is None else _holed(pixels, transparent_grey, depth)
+        return pixels if transparent_grey is None else _make_transparent(pixels, transparent_grey, depth)
 
     return _Plan(decode, orientation)
 
 
-def _holed(grey: _Samples, hole: int, depth: int) -> _Samples:
+def _make_transparent(grey: _Samples, hole: int, depth: int) -> _Samples:
     """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
     most = np.iinfo(grey.dtype).max
     alpha = np.where(grey == hole * most // (2**depth - 1), grey.dtype.type(0), grey.dtype.type(most))
@@ -622,26 +622,26 @@ def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int, turned: bool = F
     The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
     """
     try:
-        with plugin(io.BytesIO(data)) as picture:
-            _admit(cost, *picture.size)  # A GIF's frame may be larger than the canvas in its header.
-            picture.load()
-            pixels = _by_channels(picture)
-            turn = picture.getexif().get(_ORIENTATION, 1) if turned else 1
+        with plugin(io.BytesIO(data)) as image:
+            _admit(cost, *image.size)  # A GIF's frame may be larger than the canvas in its header.
+            image.load()
+            pixels = _by_channels(image)
+            turn = image.getexif().get(_ORIENTATION, 1) if turned else 1
             return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
     except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
         raise _RefusalError(_DAMAGED) from error
 
 
-def _by_channels(picture: Image.Image) -> _Samples:
-    if picture.mode.startswith("I;16"):
-        return np.asarray(picture).astype(np.uint16)
-    if picture.mode in {"I", "F", "LAB"}:
+def _by_channels(image: Image.Image) -> _Samples:
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode in {"I", "F", "LAB"}:
         raise _RefusalError(
-            f"has samples of a kind that is not read (Pillow calls it {picture.mode}): save it as 8-bit RGB"
+            f"has samples of a kind that is not read (Pillow calls it {image.mode}): save it as 8-bit RGB"
         )
-    if picture.has_transparency_data:
-        return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
-    return _as_uint8(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR))
+    if image.has_transparency_data:
+        return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
+    return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
 
 
 # ---- from what was decoded to 8 bits, BGR, upright ----

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from mgq.data.folder_scan import Entry, Tally, entries_in, scanned
+from mgq.data.folder_scan import Entry, Tally, entries_in, scan_folder
 from mgq.data.imagenet_archives import has_archive
 from mgq.errors import InputError, printable
 
@@ -59,11 +59,11 @@ def layout_of(root: Path) -> Layout:
     check_folder(root)
     here = root
     for _ in range(_DEEPEST):
-        entries = listed(here)
+        entries = list_folder(here)
         folders = [entry.name for entry in entries if entry.is_folder]
         splits = _splits_of(here, folders)
         if splits and not _wraps_a_split(here, splits, entries):
-            return Layout(here, {role: path and _unwrapped(path, role) for role, path in splits.items()})
+            return Layout(here, {role: path and _unwrap_split(path, role) for role, path in splits.items()})
         inner = _only_folder_of_folders(here, entries)
         if inner is None:
             break
@@ -80,7 +80,7 @@ def check_folder(root: Path) -> None:
         raise InputError(f"{printable(root)} is not a folder: name a folder of pictures")
 
 
-def listed(folder: Path, tally: Tally | None = None) -> list[Entry]:
+def list_folder(folder: Path, tally: Tally | None = None) -> list[Entry]:
     """The folders and pictures in ``folder``, by name. Raises InputError where it may not be searched."""
     with _searching(folder):
         return entries_in(folder, Tally() if tally is None else tally)
@@ -96,22 +96,22 @@ def _searching(folder: Path) -> Iterator[None]:
 
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders in ``folder``, sorted."""
-    return [entry.name for entry in listed(folder) if entry.is_folder]
+    return [entry.name for entry in list_folder(folder) if entry.is_folder]
 
 
-def has_pictures(folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
     """Whether pictures lie in ``folder`` itself."""
     with _searching(folder):
-        return any(entry.is_picture for entry in scanned(folder, Tally()))
+        return any(entry.is_image for entry in scan_folder(folder, Tally()))
 
 
 def is_empty(folder: Path) -> bool:
     """Whether there is nothing in ``folder`` and below it but what other programs left."""
     tally = Tally()
-    return next(_pictures_in_and_below(folder, tally), None) is None and not tally.left_out
+    return next(_images_in_and_below(folder, tally), None) is None and not tally.left_out
 
 
-def named(names: Sequence[str], most: int = 3) -> str:
+def join_names(names: Sequence[str], most: int = 3) -> str:
     """``names`` in a few words."""
     shown = ", ".join(printable(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
@@ -128,10 +128,10 @@ def _splits_of(root: Path, folders: Sequence[str]) -> dict[Role, Path | None]:
             by_role.setdefault(role, []).append(name)
     splits: dict[Role, Path | None] = {}
     for role, names in by_role.items():
-        filled = [name for name in names if _has_pictures_below(root / name)] or names
+        filled = [name for name in names if _has_images_below(root / name)] or names
         if len(filled) > 1:
             raise InputError(
-                f"{printable(root)} can be read in two ways, with {_slashed(filled[:1])} or with {_slashed(filled[1:])}"
+                f"{printable(root)} can be read in two ways, with {_join(filled[:1])} or with {_join(filled[1:])}"
                 f" as {_MEANING[role]}: remove one, or move it out of there"
             )
         splits[role] = root / filled[0]
@@ -144,16 +144,16 @@ def _splits_of(root: Path, folders: Sequence[str]) -> dict[Role, Path | None]:
 
 
 def _refuse_classes_beside(root: Path, splits: Sequence[str], folders: Sequence[str]) -> None:
-    beside = [name for name in folders if role_of(name) is None and _has_pictures_below(root / name)]
+    beside = [name for name in folders if role_of(name) is None and _has_images_below(root / name)]
     if splits and beside:
         raise InputError(
-            f"{printable(root)} can be read in two ways, with {_slashed(splits)} as parts of a set, or as classes"
-            f" beside {_slashed(beside)}: move {_slashed(beside)} out of there, or rename {_slashed(splits)}"
+            f"{printable(root)} can be read in two ways, with {_join(splits)} as parts of a set, or as classes"
+            f" beside {_join(beside)}: move {_join(beside)} out of there, or rename {_join(splits)}"
         )
 
 
-def _slashed(names: Sequence[str]) -> str:
-    return named([f"{name}/" for name in names])
+def _join(names: Sequence[str]) -> str:
+    return join_names([f"{name}/" for name in names])
 
 
 def _wraps_a_split(here: Path, splits: Mapping[Role, Path | None], entries: Sequence[Entry]) -> bool:
@@ -162,10 +162,10 @@ def _wraps_a_split(here: Path, splits: Mapping[Role, Path | None], entries: Sequ
     return role is not None and set(splits) == {role} and _only_folder_of_folders(here, entries) is not None
 
 
-def _unwrapped(split: Path, role: Role) -> Path:
+def _unwrap_split(split: Path, role: Role) -> Path:
     """The folder that has the classes of a split in it. Raises InputError where it has splits in it, too."""
     for _ in range(_DEEPEST):
-        entries = listed(split)
+        entries = list_folder(split)
         inner = _only_folder_of_folders(split, entries)
         inside = [entry.name for entry in entries if entry.is_folder and role_of(entry.name)]
         usual = {*_WRAPPERS, split.parent.name.casefold()}
@@ -177,10 +177,10 @@ def _unwrapped(split: Path, role: Role) -> Path:
 
 
 def _refuse_splits_inside(split: Path, inside: Sequence[str]) -> None:
-    deep = [name for name in inside if not has_pictures(split / name) and _has_pictures_below(split / name)]
+    deep = [name for name in inside if not has_images(split / name) and _has_images_below(split / name)]
     if deep:
         raise InputError(
-            f"{printable(split)} can be read in two ways, {_slashed(deep)} in it as classes or as splits: name the"
+            f"{printable(split)} can be read in two ways, {_join(deep)} in it as classes or as splits: name the"
             f" folder that is meant, such as {printable(split / deep[0])}"
         )
 
@@ -190,11 +190,11 @@ def _refuse_splits_inside(split: Path, inside: Sequence[str]) -> None:
 
 def _only_folder_of_folders(here: Path, entries: Sequence[Entry]) -> Path | None:
     """The one folder in ``here`` with pictures below it, where these lie in folders of its own; else None."""
-    if any(entry.is_picture for entry in entries):
+    if any(entry.is_image for entry in entries):
         return None
-    filled = (entry.name for entry in entries if entry.is_folder and _has_pictures_below(here / entry.name))
+    filled = (entry.name for entry in entries if entry.is_folder and _has_images_below(here / entry.name))
     first, second = next(filled, None), next(filled, None)
-    if first is None or second is not None or has_pictures(here / first):
+    if first is None or second is not None or has_images(here / first):
         return None
     return here / first
 
@@ -203,33 +203,33 @@ def _refuse_parts_of_a_set(root: Path, folders: Sequence[str]) -> None:
     """Raises InputError where all ``folders`` have no pictures but the same folders of pictures in them."""
     shared: set[str] | None = None
     for name in folders:
-        entries = listed(root / name)
-        if any(entry.is_picture for entry in entries):
+        entries = list_folder(root / name)
+        if any(entry.is_image for entry in entries):
             return
-        inside = {e.name for e in entries if e.is_folder and _has_pictures_below(root / name / e.name)}
+        inside = {e.name for e in entries if e.is_folder and _has_images_below(root / name / e.name)}
         shared = inside if shared is None else shared & inside
         if len(shared) < 2:
             return
     if shared and len(folders) > 1:
         raise InputError(
-            f"{printable(root)} can be read in two ways, with the classes {named(folders)}, or with these as parts of a"
-            f" set with the classes {named(sorted(shared))}: name one of them, or call them train/ and val/; if they"
+            f"{printable(root)} can be read in two ways, with the classes {join_names(folders)}, or with these as parts of a"
+            f" set with the classes {join_names(sorted(shared))}: name one of them, or call them train/ and val/; if they"
             " are the classes, put their pictures into them directly"
         )
 
 
-def _has_pictures_below(folder: Path) -> bool:
-    return next(_pictures_in_and_below(folder, Tally()), None) is not None
+def _has_images_below(folder: Path) -> bool:
+    return next(_images_in_and_below(folder, Tally()), None) is not None
 
 
-def _pictures_in_and_below(folder: Path, tally: Tally) -> Iterator[Entry]:
+def _images_in_and_below(folder: Path, tally: Tally) -> Iterator[Entry]:
     """The pictures as they come, so that one may stop at the first."""
     waiting = [folder]
     while waiting:
         here = waiting.pop()
         with _searching(here):
-            for entry in scanned(here, tally):
-                if entry.is_picture:
+            for entry in scan_folder(here, tally):
+                if entry.is_image:
                     yield entry
                 elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.
                     waiting.append(here / entry.name)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mgq.data.decoding import HEAD_BYTES, begins_as_picture
+from mgq.data.decoding import HEAD_BYTES, begins_as_image
 from mgq.errors import printable
 
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".pam"),
     *(".tga", ".icb", ".vda", ".vst", ".pcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi"),
@@ -20,7 +20,7 @@ PICTURE_SUFFIXES = (
 """The suffixes, in lower case, by which a picture is known in a folder. A file with none of them is known by content,
 unless its suffix says that it is something else."""
 
-_SUFFIXES = frozenset(PICTURE_SUFFIXES)
+_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _REASONS = {
     "HEIF is not read: save as JPEG": (".heic .heif .hif .heics",),
     "camera raw is not read: save as JPEG": (
@@ -38,7 +38,7 @@ _REASONS = {
         ".log .doc .docx .odt .rtf .ppt .pptx .wav .mp3 .xmp .aae .thm .lock .cache .sum .md5 .sha256 .license",
     ),
 }
-_NO_PICTURES = {suffix: reason for reason, lines in _REASONS.items() for line in lines for suffix in line.split()}
+_NO_IMAGES = {suffix: reason for reason, lines in _REASONS.items() for line in lines for suffix in line.split()}
 """What is no picture by its suffix, and why it is left out, where that is not plain."""
 
 _LEFT_FOLDERS = frozenset(
@@ -49,7 +49,7 @@ _LEFT_FOLDERS = frozenset(
 )
 _LEFT_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"})
 _LEFT_SUFFIXES = ("~", ".bak", ".orig", ".tmp", ".temp", ".part", ".crdownload", ".swp", "_original")
-_UNPICTURED = "without a suffix"
+_UNIMAGED = "without a suffix"
 
 OUTSIDE = "outside the class folders"
 """What pictures are called that lie where folders are looked for."""
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
     name: str
     is_folder: bool
-    is_picture: bool
+    is_image: bool
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Tally:
 
     def there(self) -> str:
         """What there is in the place of pictures: ``3 .heic (...), 2 .txt``; nothing where there is nothing."""
-        return _listed(self.left_out + self.passed, with_reason=True)
+        return _format_counts(self.left_out + self.passed, with_reason=True)
 
     def instead(self) -> str:
         """The same within a sentence."""
@@ -86,11 +86,11 @@ class Tally:
         """Two lines at the most about the folder ``name``."""
         found = []
         if self.passed:
-            found.append(f"{name}: passed over what other programs left there: {_listed(self.passed)}")
+            found.append(f"{name}: passed over what other programs left there: {_format_counts(self.passed)}")
         if self.left_out:
             number = self.left_out.total()
             files = "1 file" if number == 1 else f"{number:,} files"
-            found.append(f"{name}: left out {files}: {_listed(self.left_out, with_reason=True)}")
+            found.append(f"{name}: left out {files}: {_format_counts(self.left_out, with_reason=True)}")
         return found
 
 
@@ -99,16 +99,16 @@ EMPTY_CLASS = "empty folder "
 """Before the name of a folder that would be a class, if there were anything in it."""
 
 
-def _listed(counts: Counter[str], with_reason: bool = False) -> str:
+def _format_counts(counts: Counter[str], with_reason: bool = False) -> str:
     """The most frequent of ``counts``, but first the folders that might have been classes."""
     ordered = sorted(counts.items(), key=lambda item: (not item[0].startswith(EMPTY_CLASS), -item[1]))
-    shown = [_counted(label, count, with_reason) for label, count in ordered[:_MOST_LISTED]]
+    shown = [_format_count(label, count, with_reason) for label, count in ordered[:_MOST_LISTED]]
     rest = counts.total() - sum(count for _, count in ordered[:_MOST_LISTED])
     return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
 
 
-def _counted(label: str, count: int, with_reason: bool) -> str:
-    reason = _NO_PICTURES.get(label, "") if with_reason else ""
+def _format_count(label: str, count: int, with_reason: bool) -> str:
+    reason = _NO_IMAGES.get(label, "") if with_reason else ""
     plural = "s" if count > 1 and label.startswith(("empty", "hidden")) else ""
     return f"{count:,} {printable(label)}{plural}" + (f" ({reason})" if reason else "")
 
@@ -116,13 +116,13 @@ def _counted(label: str, count: int, with_reason: bool) -> str:
 def entries_in(folder: Path, tally: Tally) -> list[Entry]:
     """The folders and pictures in ``folder``, by name; what else is there goes to ``tally``. Raises OSError."""
     others = tally.left_out.total()
-    found = sorted(scanned(folder, tally))
+    found = sorted(scan_folder(folder, tally))
     if not found and tally.left_out.total() == others:
         tally.passed["empty folder"] += 1
     return found
 
 
-def scanned(folder: Path, tally: Tally) -> Iterator[Entry]:
+def scan_folder(folder: Path, tally: Tally) -> Iterator[Entry]:
     """The folders and pictures in ``folder`` as they come, so that one may stop early. Raises OSError."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -132,7 +132,7 @@ def scanned(folder: Path, tally: Tally) -> Iterator[Entry]:
                 yield Entry(name, False, True)
             elif (left := _left_by_programs(entry)) is not None:
                 tally.passed[left] += 1
-            elif (kind := _entry_of(entry)).is_folder or kind.is_picture:
+            elif (kind := _entry_of(entry)).is_folder or kind.is_image:
                 yield kind
             elif _is_file(entry):
                 tally.left_out[_label(entry)] += 1
@@ -143,12 +143,12 @@ def _suffix(name: str) -> str:
     return name[name.rfind(".") :].lower()
 
 
-def is_picture_file(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     """Whether ``path`` counts as a picture where it is met in a folder."""
     name = path.name.lower()
-    if name.endswith(PICTURE_SUFFIXES):
+    if name.endswith(IMAGE_SUFFIXES):
         return True
-    return path.suffix.lower() not in _NO_PICTURES and _begins_as_picture(path)
+    return path.suffix.lower() not in _NO_IMAGES and _begins_as_image(path)
 
 
 def is_left_by_programs(name: str) -> bool:
@@ -185,15 +185,15 @@ def _entry_of(entry: os.DirEntry[str]) -> Entry:
         return Entry(entry.name, True, False)
     if not (is_link or entry.is_file()):
         return Entry(entry.name, False, False)
-    return Entry(entry.name, False, is_picture_file(Path(entry.path)))
+    return Entry(entry.name, False, is_image_file(Path(entry.path)))
 
 
-def _begins_as_picture(path: Path) -> bool:
+def _begins_as_image(path: Path) -> bool:
     try:
         if not path.is_file():
             return False  # A link to a pipe would be waited for without end.
         with path.open("rb") as file:
-            return begins_as_picture(file.read(HEAD_BYTES))
+            return begins_as_image(file.read(HEAD_BYTES))
     except OSError:
         return False
 
@@ -207,14 +207,14 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 def _label(entry: os.DirEntry[str]) -> str:
     suffix = Path(entry.name).suffix.lower()
-    if suffix in _NO_PICTURES:
+    if suffix in _NO_IMAGES:
         return suffix
     try:
         if not entry.stat().st_size:
             return "empty file"
     except OSError:
         pass
-    return suffix or _UNPICTURED
+    return suffix or _UNIMAGED
 
 
 def is_folder(path: Path) -> bool:

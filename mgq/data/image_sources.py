@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.decoding import MAX_BYTES, read_picture
-from mgq.data.folder_scan import PICTURE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
+from mgq.data.decoding import MAX_BYTES, read_image
+from mgq.data.folder_scan import IMAGE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
 from mgq.errors import InputError, printable
-from mgq.events import OnRemark, unheard
+from mgq.events import OnMessage, ignore_message
 
-__all__ = ["PICTURE_SUFFIXES", "Source", "expand", "refuse_hopeless"]
+__all__ = ["IMAGE_SUFFIXES", "Source", "expand", "refuse_hopeless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Source:
         return None if self.text is None or self.problem is not None else Path(self.text)
 
     def read(self) -> npt.NDArray[np.uint8]:
-        """The pixels, uint8 (H, W, 3) in BGR order. Raises InputError, as ``read_picture`` does."""
+        """The pixels, uint8 (H, W, 3) in BGR order. Raises InputError, as ``read_image`` does."""
         if self.problem is not None:
             raise InputError(self.problem)
-        return read_picture(self.path or _standard_input(), self.name)
+        return read_image(self.path or _standard_input(), self.name)
 
 
 def refuse_hopeless(sources: Sequence[Source]) -> None:
@@ -54,15 +54,15 @@ def refuse_hopeless(sources: Sequence[Source]) -> None:
         sources[0].read()
 
 
-def expand(arguments: Sequence[str], on_remark: OnRemark = unheard) -> list[Source]:
+def expand(arguments: Sequence[str], on_message: OnMessage = ignore_message) -> list[Source]:
     """The pictures that ``arguments`` name, in their order, each once.
 
     An argument is one of these; what exists under that very name is preferred to a pattern:
 
     - a file, tried whatever its suffix;
-    - a folder, searched with all below it for pictures, known by one of ``PICTURE_SUFFIXES`` or, where a suffix says
+    - a folder, searched with all below it for pictures, known by one of ``IMAGE_SUFFIXES`` or, where a suffix says
       nothing, by content, in the order of their names. What is hidden or left by other programs is passed over, what
-      is no picture left out, and ``on_remark`` is told of both. Links are followed, and no folder is entered twice;
+      is no picture left out, and ``on_message`` is told of both. Links are followed, and no folder is entered twice;
     - a pattern with ``*``, ``?``, ``[...]`` or ``**`` (any folders): the files and folders that match it;
     - ``-``: the bytes of one picture on standard input.
 
@@ -77,7 +77,7 @@ def expand(arguments: Sequence[str], on_remark: OnRemark = unheard) -> list[Sour
             found.setdefault(_identity(source, real_folders), source)
             has_some = has_some or source.problem is None
         for line in tally.lines(printable(argument)) if has_some else []:
-            on_remark(line)
+            on_message(line)
     return list(found.values())
 
 
@@ -148,7 +148,7 @@ def _in_folder(top: Path, tally: Tally) -> Iterator[Source]:
             yield _file(path)
             continue
         try:
-            inside = _listed(path, entered, tally)
+            inside = _list_folder(path, entered, tally)
         except OSError as error:
             problem = f"{printable(str(path))} cannot be searched ({error.strerror}): check its permissions"
             yield _nothing(str(path), problem)
@@ -163,14 +163,14 @@ def _folders_below(top: Path) -> Iterator[Path]:
     while waiting:
         path = waiting.pop()
         try:
-            inside = _listed(path, entered, Tally())
+            inside = _list_folder(path, entered, Tally())
         except OSError:
             continue  # As in a shell: a pattern matches what can be seen.
         yield path
         waiting.extend(path / entry.name for entry in reversed(inside) if entry.is_folder)
 
 
-def _listed(folder: Path, entered: set[tuple[int, int]], tally: Tally) -> list[Entry]:
+def _list_folder(folder: Path, entered: set[tuple[int, int]], tally: Tally) -> list[Entry]:
     """The folders and pictures in a folder, by name; nothing if it was ``entered`` before (a loop of links)."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in entered:
@@ -214,12 +214,12 @@ def _matches(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         for name in _names_in(folder):
             is_shown = first.startswith(".") or not is_left_by_programs(name)
             if is_shown and fnmatchcase(name, first):
-                yield from _continued(folder / name, rest)
+                yield from _continue_path(folder / name, rest)
     else:
-        yield from _continued(folder / first, rest)
+        yield from _continue_path(folder / first, rest)
 
 
-def _continued(path: Path, rest: tuple[str, ...]) -> Iterator[Path]:
+def _continue_path(path: Path, rest: tuple[str, ...]) -> Iterator[Path]:
     if is_folder(path) or (not rest and _exists(path)):
         yield from _matches(path, rest)
 

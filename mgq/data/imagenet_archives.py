@@ -28,7 +28,7 @@ import numpy as np
 from mgq.data.decoding import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.io.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ _ARCHIVES: Mapping[Split, str] = {"train": TRAIN_ARCHIVE, "val": VAL_ARCHIVE}
 _GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _CLASS_TAR = re.compile(r"(n[0-9]{8})\.tar")
-_TRAIN_PICTURE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
-_VAL_PICTURE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+_TRAIN_IMAGE = re.compile(r"(n[0-9]{8})_[0-9]{1,9}\.JPEG")
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 _MOST_UNPACKED = 64 << 20  # bytes, of the development kit, whose archive has 2.6 MB
 _HASH_CHUNK = 8 << 20  # bytes
 _LOCK_POLL_S = 0.5
@@ -63,8 +63,8 @@ def has_archive(folder: Path, split: Split) -> bool:
     return (folder / _ARCHIVES[split]).is_file()
 
 
-def unpacked(
-    folder: Path, split: Split, on_progress: OnProgress = silent, md5: Mapping[str, str] | None = None
+def unpack_split(
+    folder: Path, split: Split, on_progress: OnProgress = ignore_progress, md5: Mapping[str, str] | None = None
 ) -> Path:
     """``folder/<split>``, made of the archives in ``folder`` unless it is there: ``<split>/<wnid>/*.JPEG``.
 
@@ -83,7 +83,7 @@ def unpacked(
     sums = MD5 if md5 is None else md5
     _archive(folder, _ARCHIVES[split])
     ensure_writable_folder(folder, "copy the archives to a folder that can be written")
-    with _alone(folder, split, on_progress):
+    with _hold_lock(folder, split, on_progress):
         if not target.is_dir():
             part = folder / f".{split}.part"
             if split == "train":
@@ -115,18 +115,18 @@ def _unpack_train(folder: Path, part: Path, sums: Mapping[str, str], on_progress
     archive = _archive(folder, TRAIN_ARCHIVE)
     known = {entry.wnid for entry in imagenet_classes()}
     _begin(part, archive, sums, on_progress)
-    with _opened(archive) as outer:
+    with _open_archive(archive) as outer:
         for member, classwise in _files_in(outer, archive, on_progress):
             named = _CLASS_TAR.fullmatch(member.name)
             if named is None or named[1] not in known:
-                raise _unexpected(archive, member.name)
-            class_folder = _made(part / named[1])
+                raise _unexpected_name(archive, member.name)
+            class_folder = _make_folder(part / named[1])
             with tarfile.open(fileobj=classwise, mode="r:") as inner:
-                for picture, file in _files_in(inner, archive, silent):
-                    picture_of = _TRAIN_PICTURE.fullmatch(picture.name)
-                    if picture_of is None or picture_of[1] != named[1]:
-                        raise _unexpected(archive, f"{member.name}/{picture.name}")
-                    _keep(class_folder / picture.name, picture, file, archive)
+                for image, file in _files_in(inner, archive, ignore_progress):
+                    image_of = _TRAIN_IMAGE.fullmatch(image.name)
+                    if image_of is None or image_of[1] != named[1]:
+                        raise _unexpected_name(archive, f"{member.name}/{image.name}")
+                    _keep(class_folder / image.name, image, file, archive)
 
 
 def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
@@ -134,13 +134,13 @@ def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: 
     wnids = _wnids_of_val(_archive(folder, DEVKIT), part, sums, on_progress)
     _begin(part, archive, sums, on_progress)
     for wnid in sorted(set(wnids)):
-        _made(part / wnid)
-    with _opened(archive) as tar:
+        _make_folder(part / wnid)
+    with _open_archive(archive) as tar:
         for member, file in _files_in(tar, archive, on_progress):
-            named = _VAL_PICTURE.fullmatch(member.name)
+            named = _VAL_IMAGE.fullmatch(member.name)
             number = int(named[1]) if named else 0
             if not 1 <= number <= len(wnids):
-                raise _unexpected(archive, member.name)
+                raise _unexpected_name(archive, member.name)
             _keep(part / wnids[number - 1] / member.name, member, file, archive)
 
 
@@ -197,7 +197,7 @@ def _reading(archive: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+def _open_archive(archive: Path) -> Iterator[tarfile.TarFile]:
     with _reading(archive), archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         yield tar
 
@@ -209,7 +209,7 @@ def _files_in(
     total = archive.stat().st_size
     for member in tar:
         if not member.isreg() or member.issparse():
-            raise _unexpected(archive, member.name)
+            raise _unexpected_name(archive, member.name)
         file = tar.extractfile(member)
         assert file is not None  # as it is a regular file
         yield member, file
@@ -218,14 +218,14 @@ def _files_in(
     on_progress(Progress(f"unpack {archive.name}", total, total, "B"))
 
 
-def _unexpected(archive: Path, name: str) -> InputError:
+def _unexpected_name(archive: Path, name: str) -> InputError:
     return InputError(f"{printable(archive)} holds {printable(name)}, which ImageNet's does not: {_AGAIN}")
 
 
 def _keep(path: Path, member: tarfile.TarInfo, file: IO[bytes], archive: Path) -> None:
     """Write the picture to ``path``, unless an earlier run did so: half a file is smaller than it should be."""
     if member.size > MAX_BYTES:
-        raise _unexpected(archive, f"{member.name} of {member.size} bytes")
+        raise _unexpected_name(archive, f"{member.name} of {member.size} bytes")
     if _size(path) == member.size:
         return
     data = file.read()  # All of it: tarfile raises an error where the archive ends before.
@@ -240,7 +240,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     return folder
@@ -261,7 +261,7 @@ def _begin(part: Path, archive: Path, sums: Mapping[str, str], on_progress: OnPr
 
 def _check_sum(archive: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
     """Refuse an archive that is not the original. What was found is noted in ``part``: reading takes minutes."""
-    _made(part)
+    _make_folder(part)
     note = part / f".{archive.name}.json"
     status = archive.stat()
     state = {"size": status.st_size, "changed_ns": status.st_mtime_ns, "md5": sums[archive.name]}
@@ -298,12 +298,12 @@ def _finish(part: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
+def _hold_lock(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None]:
     """Holds the lock of ``split``. Its file is left: to remove it would let two processes hold it."""
     import filelock
 
     lock = filelock.FileLock(folder / f".{split}.lock")
-    while not _locked(lock, folder):
+    while not _try_lock(lock, folder):
         on_progress(Progress(f"wait for another process that unpacks {_ARCHIVES[split]}", 0, None))
     try:
         yield
@@ -311,7 +311,7 @@ def _alone(folder: Path, split: Split, on_progress: OnProgress) -> Iterator[None
         lock.release()
 
 
-def _locked(lock: filelock.BaseFileLock, folder: Path) -> bool:
+def _try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
     import filelock
 
     try:
@@ -345,7 +345,7 @@ def _synsets(meta: bytes) -> Iterator[tuple[float, str]]:
         raise _MatError
     for kind, body in _elements(memoryview(meta)[_MAT_HEADER:], order):
         if kind == _MAT_COMPRESSED:
-            ((kind, body),) = _elements(memoryview(_inflated(body)), order)
+            ((kind, body),) = _elements(memoryview(_inflate(body)), order)
         if kind == _MAT_MATRIX:
             yield from _entries(body, order)
 
@@ -369,7 +369,7 @@ def _elements(data: memoryview, order: str) -> Iterator[_Element]:
     raise _MatError
 
 
-def _inflated(packed: memoryview) -> bytes:
+def _inflate(packed: memoryview) -> bytes:
     inflater = zlib.decompressobj()
     data = inflater.decompress(packed, _MOST_UNPACKED)
     if not inflater.eof:

@@ -131,14 +131,14 @@ class Loader:
         return generator(self.seed, Stream.ORDER, epoch).permutation(len(self.dataset))
 
     def _check(self) -> None:
-        pictures = len(self.dataset)
-        if not pictures:
+        images = len(self.dataset)
+        if not images:
             raise InputError(f"{self.dataset.name} has no pictures: name another set")
         if self.batch_size < 1:
             raise InputError(f"a batch of {self.batch_size} pictures is not possible: give at least 1")
-        if self.drop_last and self.batch_size * self.ranks > pictures:
+        if self.drop_last and self.batch_size * self.ranks > images:
             raise InputError(
-                f"{self.dataset.name} has {pictures} pictures, too few for a batch of"
+                f"{self.dataset.name} has {images} pictures, too few for a batch of"
                 f" {self.batch_size * self.ranks}: give less"
             )
         if not 0 <= self.rank < self.ranks or (self.ranks > 1 and not self.drop_last):
@@ -237,7 +237,7 @@ class Loader:
 
     def _crop(self, index: int, draw: Draw, problems: dict[int, str]) -> Pixels | None:
         try:
-            return self.transform(self.dataset.picture(index), draw)
+            return self.transform(self.dataset.image(index), draw)
         except InputError as error:
             problems[index] = str(error)
             return None

@@ -17,7 +17,7 @@ Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _NUMBER = rb"([0-9]{1,9})"
 _BITMAP = re.compile(rb"P[14]" + _GAP + _NUMBER + _GAP + _NUMBER + rb"(?:\s|#[^\r\n]*[\r\n])")
-_PICTURE = re.compile(rb"P[2356]" + _GAP + _NUMBER + _GAP + _NUMBER + _GAP + _NUMBER + rb"(?:\s|#[^\r\n]*[\r\n])")
+_IMAGE = re.compile(rb"P[2356]" + _GAP + _NUMBER + _GAP + _NUMBER + _GAP + _NUMBER + rb"(?:\s|#[^\r\n]*[\r\n])")
 _PAM = re.compile(rb"P7\n(?:(?:#[^\n]{0,999}|[A-Z]{1,16}[ \t]+[^\n]{1,999}|)\n){1,99}?ENDHDR\n")
 _PAM_LINE = re.compile(rb"^(WIDTH|HEIGHT|DEPTH|MAXVAL)[ \t]+([0-9]{1,9})[ \t]*$", re.MULTILINE)
 _COMMENT = re.compile(rb"#[^\r\n]*")
@@ -56,7 +56,7 @@ class Netpbm(NamedTuple):
 def begins_as_netpbm(data: bytes) -> bool:
     """Whether ``data``, which may be the first bytes alone, begins with a header of this family."""
     head = data[:_LONGEST_HEADER]
-    return any(pattern.match(head) for pattern in (_BITMAP, _PICTURE)) or head.startswith((b"P7\nWIDTH ", b"P7\n#"))
+    return any(pattern.match(head) for pattern in (_BITMAP, _IMAGE)) or head.startswith((b"P7\nWIDTH ", b"P7\n#"))
 
 
 def netpbm_header(data: bytes) -> Netpbm | None:
@@ -64,7 +64,7 @@ def netpbm_header(data: bytes) -> Netpbm | None:
     head = data[:_LONGEST_HEADER]
     if found := _BITMAP.match(head):
         return Netpbm(int(found[1]), int(found[2]), 1, 1, found.end(), head[1:2] == b"1", True)
-    if found := _PICTURE.match(head):
+    if found := _IMAGE.match(head):
         most, kind = int(found[3]), head[1:2]
         channels = 3 if kind in b"36" else 1
         header = Netpbm(int(found[1]), int(found[2]), channels, most, found.end(), kind in b"23", False)

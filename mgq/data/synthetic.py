@@ -28,7 +28,7 @@ _LEAST_SIZE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class SyntheticPictures:
+class SyntheticImages:
     """``count`` drawings, uint8 (size, size, 3) in BGR order, the classes in turn: a ``Dataset``.
 
     Picture ``i`` depends on ``seed``, ``split`` and ``i`` alone. Place, size, rotation, proportions, colours, light,
@@ -65,7 +65,7 @@ class SyntheticPictures:
     def __len__(self) -> int:
         return self.count
 
-    def picture(self, index: int) -> Pixels:
+    def image(self, index: int) -> Pixels:
         """Drawing number ``index``, 0 <= ``index`` < count. Raises IndexError for another."""
         if not 0 <= index < self.count:
             raise IndexError(index)
@@ -75,10 +75,10 @@ class SyntheticPictures:
         scene = _Scene(self.size, chance)
         ink = np.zeros((self.size, self.size), np.uint8)
         draw(ink, scene)
-        return _noisy(_painted(ink, scene), chance[_NOISE], rng)
+        return _noisy(_paint(ink, scene), chance[_NOISE], rng)
 
 
-_STREAMS = {"train": Stream.TRAIN_PICTURE, "val": Stream.VAL_PICTURE}
+_STREAMS = {"train": Stream.TRAIN_IMAGE, "val": Stream.VAL_IMAGE}
 
 
 # ---- what varies ----
@@ -251,7 +251,7 @@ _DRAWN: dict[str, Callable[[_Mask, _Scene], None]] = {
 # ---- colours ----
 
 
-def _painted(ink: _Mask, scene: _Scene) -> _Field:
+def _paint(ink: _Mask, scene: _Scene) -> _Field:
     """The drawing in one colour on another, both under a light from one side, above a shadow and pale clutter."""
     front, back = _colours(scene)
     light = _light(scene)
@@ -284,7 +284,7 @@ def _shadow(ink: _Mask, scene: _Scene) -> _Field:
     """The drawing blurred and moved to the lower right, 0..1."""
     by = max(1, round(scene.size * scene.between(_LIGHT + 2, 0.01, 0.05)))
     moved = np.zeros(ink.shape, np.float32)
-    moved[by:, by:] = _blurred(ink, 1 / 16)[:-by, :-by]
+    moved[by:, by:] = _blur(ink, 1 / 16)[:-by, :-by]
     return moved
 
 
@@ -294,10 +294,10 @@ def _clutter(scene: _Scene) -> _Field:
     for number in range(int(scene.between(_CLUTTER, 0, 5))):
         x, y, radius = scene.chance[_CLUTTER + 1 + 3 * number : _CLUTTER + 4 + 3 * number]
         _spot(spots, (x * scene.size, y * scene.size), (0.04 + 0.14 * radius) * scene.size)
-    return _blurred(spots, 1 / 12)
+    return _blur(spots, 1 / 12)
 
 
-def _blurred(ink: _Mask, share: float) -> _Field:
+def _blur(ink: _Mask, share: float) -> _Field:
     """The mean over squares of that share of the picture's side, 0..1."""
     return cv2.blur(ink, (round(share * len(ink)) | 1,) * 2).astype(np.float32) / 255
 

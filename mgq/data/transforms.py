@@ -21,7 +21,7 @@ _LONGEST = 8
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
-def eval_crop(picture: Pixels, size: int = 224, resize: int | None = None, interpolation: str = "bilinear") -> Pixels:
+def eval_crop(image: Pixels, size: int = 224, resize: int | None = None, interpolation: str = "bilinear") -> Pixels:
     """The middle of a picture as networks are evaluated on: uint8 (H, W, C) in, uint8 (size, size, C) out.
 
     The shorter side becomes ``resize`` pixels (by default 256 for a size of 224, and in proportion for other
@@ -38,22 +38,22 @@ def eval_crop(picture: Pixels, size: int = 224, resize: int | None = None, inter
         raise InputError(f"crop size {size} is too small: give at least 1")
     if shorter < size:
         raise InputError(f"resize {shorter} is smaller than the crop size {size}: give at least {size}")
-    picture = _without_far_ends(picture)
-    height, width = picture.shape[:2]
+    image = _without_far_ends(image)
+    height, width = image.shape[:2]
     if min(height, width) != shorter:
         # In floating point, as MegEngine does it: whole numbers would round some sizes otherwise.
         whole = int if interpolation == "bilinear" else round
         new_height = shorter if height < width else whole(shorter * height / width)
         new_width = whole(shorter * width / height) if height < width else shorter
         method = INTERPOLATIONS[interpolation]
-        picture = np.asarray(cv2.resize(picture, (new_width, new_height), interpolation=method), np.uint8)
-    top, left = (round((extent - size) / 2) for extent in picture.shape[:2])
-    return np.ascontiguousarray(picture[top : top + size, left : left + size])
+        image = np.asarray(cv2.resize(image, (new_width, new_height), interpolation=method), np.uint8)
+    top, left = (round((extent - size) / 2) for extent in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
-def eval_resize(picture: Pixels, size: tuple[int, int]) -> Pixels:
+def eval_resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     """The whole of a picture, uint8 (H, W, C), as ``size``, height and width, whatever its proportion."""
-    return np.asarray(cv2.resize(picture, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+    return np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def to_batch(crops: Sequence[Pixels]) -> Pixels:
@@ -73,10 +73,10 @@ def to_batch(crops: Sequence[Pixels]) -> Pixels:
     return batch
 
 
-def _without_far_ends(picture: Pixels) -> Pixels:
-    """``picture`` cut about its middle to at most ``_LONGEST`` times its shorter side."""
-    most = min(picture.shape[:2]) * _LONGEST
+def _without_far_ends(image: Pixels) -> Pixels:
+    """``image`` cut about its middle to at most ``_LONGEST`` times its shorter side."""
+    most = min(image.shape[:2]) * _LONGEST
     # An even number of pixels goes, so that the middle stays where it was.
-    top, left = (max(extent - most, 0) // 2 for extent in picture.shape[:2])
-    height, width = picture.shape[:2]
-    return picture[top : height - top, left : width - left]
+    top, left = (max(extent - most, 0) // 2 for extent in image.shape[:2])
+    height, width = image.shape[:2]
+    return image[top : height - top, left : width - left]

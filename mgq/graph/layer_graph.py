@@ -22,10 +22,10 @@ from megengine.traced_module import register_as_builtin, trace_module
 from megengine.traced_module.expr import CallFunction, CallMethod, Expr
 
 from mgq.errors import FailureError
-from mgq.quantization.activation_ranges import folded_bias, folded_weight, is_kept_in_float
-from mgq.quantization.batch_norm_folding import activation_of, folded_layer
+from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer
+from mgq.quantization.batch_norm_folding import activation_of, fold_layer
 from mgq.quantization.half_to_even import LOWEST_STEPS, EvenFakeQuantize
-from mgq.quantization.learned_scales import rounded
+from mgq.quantization.learned_scales import round_in_place
 from mgq.quantization.modes import Mode, mode_of
 from mgq.quantization.relu6 import QAT_TO_QUANTIZED
 from mgq.quantization.targets import (
@@ -45,20 +45,20 @@ Integers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """int8 or uint8 values ``lowest`` to ``highest`` that stand for multiples of ``scale``; zero is 0.
+class QuantParams:
+    """int8 or uint8 values ``qmin`` to ``qmax`` that stand for multiples of ``scale``; zero is 0.
 
     Values beyond are saturated, which also is the activation of a layer: nothing below 0 behind a ReLU.
     """
 
     scale: float
-    lowest: int = -128
-    highest: int = 127
+    qmin: int = -128
+    qmax: int = 127
 
-    def refined(self) -> Grid:
+    def refined(self) -> QuantParams:
         """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
-        if (self.lowest, self.highest) == (0, 127):
-            return Grid(self.scale / 2, 0, 255)
+        if (self.qmin, self.qmax) == (0, 127):
+            return QuantParams(self.scale / 2, 0, 255)
         return self
 
 
@@ -155,7 +155,7 @@ class Graph:
     nodes: tuple[Node, ...]
     input: str
     output: str
-    grids: dict[str, Grid]
+    grids: dict[str, QuantParams]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -185,7 +185,7 @@ class Reader:
         self.modules = dict(network.named_modules())
         self.image_size = image_size
         self.nodes: list[Node] = []
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, QuantParams] = {}
         self.layers: dict[str, str] = {}  # name of a tensor when traced -> the layer that makes it
         self.same_as: dict[str, str] = {}  # tensors that are others unchanged
 
@@ -250,7 +250,7 @@ class Reader:
         """The entry to the int8 network, or the exit; nothing to be done in either but to note the grid."""
         self.same_as[output] = inputs[0]
         if isinstance(module, Q.QuantStub | QuantizedFeatures):
-            self.grids[inputs[0]] = grid_of(module)
+            self.grids[inputs[0]] = find_quant_params(module)
 
     def read_max_pool(self, module: M.MaxPool2d, inputs: tuple[str, ...], output: str) -> None:
         self.nodes.append(MaxPool(inputs, output, pair(module.kernel_size), pair(module.stride), pair(module.padding)))
@@ -262,7 +262,7 @@ class Reader:
             raise FailureError(f"an element-wise {method} cannot be exported")
         self.nodes.append(Add(inputs, output, method == "FUSE_ADD_RELU"))
         if isinstance(module, Q.QATModule):
-            self.grids[output] = grid_of(module)
+            self.grids[output] = find_quant_params(module)
 
     def read_linear(self, module: M.Linear, inputs: tuple[str, ...], output: str) -> None:
         bias = None if module.bias is None else np.ravel(module.bias.numpy())
@@ -276,9 +276,9 @@ class Reader:
         if conv.padding_mode != "zeros":
             raise FailureError("a convolution with padding other than zeros cannot be exported")
         activation = activation_of(module)
-        weight, bias = folded_parameters(module)
-        is_int8 = self.quantized and not is_kept_in_float(module)
-        integers, scales = quantized_weights(module, weight) if is_int8 else (None, None)
+        weight, bias = fold_parameters(module)
+        is_int8 = self.quantized and not is_float_layer(module)
+        integers, scales = quantize_weights(module, weight) if is_int8 else (None, None)
         self.nodes.append(
             Convolution(
                 inputs,
@@ -295,7 +295,7 @@ class Reader:
             )
         )
         if self.quantized:
-            self.grids[output] = grid_of(module)
+            self.grids[output] = find_quant_params(module)
 
     def read_function(self, expression: CallFunction) -> None:
         function = expression.func
@@ -331,7 +331,7 @@ class BlueprintReader(Reader):
 
     def graph(self) -> Graph:
         if self.quantized:
-            self.grids[INPUT] = Grid(1.0)
+            self.grids[INPUT] = QuantParams(1.0)
         for plan in self.blueprint.layers:
             self.read_plan(plan)
         network: BlueprintNetwork = self.network
@@ -355,7 +355,7 @@ class BlueprintReader(Reader):
         if plan.kind in MOVES:
             self.pass_grid(plan.inputs[0], plan.name)
         elif isinstance(module, Q.QATModule):
-            self.grids[plan.name] = grid_of(module)
+            self.grids[plan.name] = find_quant_params(module)
 
     def known_node(self, plan: LayerPlan) -> Node | None:
         """``plan`` as one of the nodes that networks of the zoo have, too."""
@@ -379,25 +379,25 @@ def numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def folded_parameters(module: Any) -> tuple[Array, Array]:
+def fold_parameters(module: Any) -> tuple[Array, Array]:
     """Weights (O, C / groups, H, W) and bias (O,) with batch norm folded in, float32."""
     if isinstance(module, Q.QATModule):
-        weight, bias = folded_weight(module).numpy(), folded_bias(module)
+        weight, bias = fold_weight(module).numpy(), fold_bias(module)
     else:
-        plain = folded_layer(module)
+        plain = fold_layer(module)
         weight, bias = plain.weight.numpy(), np.ravel(plain.bias.numpy())
     return weight.reshape(-1, *weight.shape[-3:]), bias
 
 
-def grid_of(module: Q.QATModule) -> Grid:
+def find_quant_params(module: Q.QATModule) -> QuantParams:
     """The grid of the output of ``module``."""
     qparams = module.act_observer.get_qparams()
     meta = qparams.dtype_meta
-    lowest = 0 if is_never_negative(module) else int(LOWEST_STEPS.get(meta.name, meta.qmin))
-    return Grid(float(qparams.scale.numpy()), lowest, int(meta.qmax))
+    qmin = 0 if is_never_negative(module) else int(LOWEST_STEPS.get(meta.name, meta.qmin))
+    return QuantParams(float(qparams.scale.numpy()), qmin, int(meta.qmax))
 
 
-def quantized_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:
+def quantize_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
     if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
         scales = np.ravel(module.weight_fake_quant.scales_of(Tensor(weight)).numpy())
@@ -415,5 +415,5 @@ def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
 def in_steps(weight: Array, scales: Array) -> Integers:
     """``weight`` in terms of ``scales``, halves rounded away from zero as in MegEngine."""
     steps = weight / scales.reshape(-1, *(1,) * (weight.ndim - 1))
-    integers: Integers = np.clip(rounded(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    integers: Integers = np.clip(round_in_place(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
     return integers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
@@ -100,7 +100,7 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("mgq")
 
 
-def cached(source: Source, folder: Path | None = None) -> Path | None:
+def find_cached(source: Source, folder: Path | None = None) -> Path | None:
     """The file in the cache if it is there with the right size and hash, else None. No network is touched.
 
     Raises InputError when there is something that cannot be read, and FailureError when the disk is broken.
@@ -112,7 +112,7 @@ def cached(source: Source, folder: Path | None = None) -> Path | None:
 def download(
     source: Source,
     folder: Path | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     *,
     patience: Patience = _PATIENCE,
 ) -> Path:
@@ -134,7 +134,7 @@ def download(
     if _fault(path, source) is None:
         return path
     ensure_writable_folder(folder, _OTHER_CACHE)
-    with _alone(path, source, on_progress):
+    with _hold_lock(path, source, on_progress):
         if _fault(path, source) is not None:
             _Transfer(source, path, on_progress, patience).run()
     return path
@@ -169,12 +169,12 @@ def _fault(path: Path, source: Source) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, source: Source, on_progress: OnProgress) -> Iterator[None]:
+def _hold_lock(path: Path, source: Source, on_progress: OnProgress) -> Iterator[None]:
     """Holds the lock of ``path``. While another process has it, that one's progress is reported."""
     import filelock
 
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    while not _locked(lock, path):
+    while not _try_lock(lock, path):
         done = _size_or_zero(_part_of(path))
         on_progress(Progress(f"wait for another download of {source.name}", done, source.size, "B"))
     try:
@@ -183,7 +183,7 @@ def _alone(path: Path, source: Source, on_progress: OnProgress) -> Iterator[None
         lock.release()
 
 
-def _locked(lock: filelock.BaseFileLock, path: Path) -> bool:
+def _try_lock(lock: filelock.BaseFileLock, path: Path) -> bool:
     """Whether the lock could be had within a moment."""
     import filelock
 

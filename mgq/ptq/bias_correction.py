@@ -19,7 +19,7 @@ from megengine.module.qat import QATModule
 
 from mgq.ptq.layerwise import Layer, visit_layers
 from mgq.ptq.patches import is_convolution
-from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, folded_weight, quantized_weight
+from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quantize_weight
 
 DIGITS = 6
 
@@ -42,9 +42,9 @@ class BiasCorrection:
         if not is_convolution(module) or bias_parameter(module) is None:
             return
         weight = self.exact_weights.pop(layer.name, None)
-        weight = folded_weight(module) if weight is None else weight
-        exact = mean_output(module, (layer.fake_inputs if self.of_weights else layer.inputs)[0], weight)
-        fake = mean_output(module, layer.fake_inputs[0], quantized_weight(module))
+        weight = fold_weight(module) if weight is None else weight
+        exact = average_output(module, (layer.fake_inputs if self.of_weights else layer.inputs)[0], weight)
+        fake = average_output(module, layer.fake_inputs[0], quantize_weight(module))
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
         add_to_bias(module, correction)
         self.found[layer.name] = correction
@@ -52,20 +52,20 @@ class BiasCorrection:
     def remember_weights(self, layer: Layer) -> None:
         """To be shown a layer before another visitor rounds its weights."""
         if is_convolution(layer.module):
-            self.exact_weights[layer.name] = folded_weight(layer.module)
+            self.exact_weights[layer.name] = fold_weight(layer.module)
 
 
-def corrected(network: M.Module, pictures: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
+def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
     """A copy of ``network``, or itself, a ``qat`` one with ranges, whose outputs are right on average.
 
-    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
+    ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
     network = network if in_place else deepcopy(network)
-    visit_layers(network, pictures, BiasCorrection())
+    visit_layers(network, images, BiasCorrection())
     return network
 
 
-def mean_output(module: QATModule, source: Tensor, weight: Tensor) -> npt.NDArray[np.float32]:
+def average_output(module: QATModule, source: Tensor, weight: Tensor) -> npt.NDArray[np.float32]:
     """(C,): the mean over pictures and positions of the convolution of ``module``, without its bias."""
     conv = module.conv if hasattr(module, "conv") else module
     output = F.conv2d(source, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -12,45 +12,45 @@ import numpy.typing as npt
 from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError, no_such
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.ptq.bias_correction import BiasCorrection
-from mgq.ptq.channel_statistics import expected_of
+from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
-from mgq.ptq.dead_channels import without_dead_channels
+from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
-from mgq.ptq.equalization import equalized
+from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
-from mgq.ptq.gptq import CompensatedRounding
+from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_layers
-from mgq.ptq.observers import ESTIMATORS
-from mgq.ptq.pipeline import Found, find_best
+from mgq.ptq.observers import RANGE_OBSERVERS
+from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset
-from mgq.ptq.range_measurement import as_input, estimated_ranges
+from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
-from mgq.quantization.activation_ranges import ActivationRanges, quantized_layers, set_range
+from mgq.quantization.activation_ranges import ActivationRanges, find_quantized_layers, set_range
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, METHODS, MSE
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.weight_loading import fingerprint
 
 DEFAULT_METHOD = MSE
-EQUALIZATION_PICTURES = 64
-LAYERWISE_PICTURES = LAYERWISE_IMAGES
+EQUALIZATION_IMAGES = 64
+MOST_LAYERWISE_IMAGES = LAYERWISE_IMAGES
 
 
-def checked_method(method: str | None) -> str | None:
+def check_method(method: str | None) -> str | None:
     """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS`` or None."""
     if method is not None and method not in METHODS:
         raise no_such("calibration method", method, METHODS)
     return method
 
 
-def pictures_used(method: str, images: int) -> int:
+def count_images_used(method: str, images: int) -> int:
     """How many of ``images`` pictures ``method`` looks at."""
-    return min(images, LAYERWISE_PICTURES) if method == EASYQUANT else images
+    return min(images, MOST_LAYERWISE_IMAGES) if method == EASYQUANT else images
 
 
-def measured_ranges(
+def measure_ranges(
     network: M.Module,
     batches: Iterable[npt.NDArray[np.uint8]],
     arch: str,
@@ -70,10 +70,10 @@ def measured_ranges(
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
     """
-    return calibrated_network(network, batches, arch, weights, provenance, method, correct_bias, False)[1]
+    return calibrate_network(network, batches, arch, weights, provenance, method, correct_bias, False)[1]
 
 
-def calibrated_network(
+def calibrate_network(
     network: M.Module,
     batches: Iterable[npt.NDArray[np.uint8]],
     arch: str,
@@ -85,30 +85,30 @@ def calibrated_network(
     in_place: bool = False,
     target: Target = MEGENGINE,
     equalize: bool = True,
-    kept: Sequence[str] = (),
+    float_layers: Sequence[str] = (),
 ) -> tuple[M.Module, ActivationRanges]:
-    """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measured_ranges`, and these.
+    """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measure_ranges`, and these.
 
     With ``compensate`` a float network's weights that can never matter become 0 (:mod:`mgq.ptq.dead_channels`), its
     channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`, unless ``equalize`` is False), and
     the weights are rounded so that their errors make up for each other (:mod:`mgq.ptq.gptq`). Then the ranges
     are those of these weights, biases corrected, and of no others.
-    ``target`` is what a float network is quantized for. The weights of the layers ``kept`` stay float32. Raises
+    ``target`` is what a float network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises
     InputError for a layer that cannot.
     """
-    checked_method(method)
+    check_method(method)
     sample = Sample(LAYERWISE_IMAGES)
     if compensate and mode_of(network) is Mode.NORMAL:
-        network, in_place = without_dead_channels(network, in_place)[0], True
+        network, in_place = clear_dead_channels(network, in_place)[0], True
         if equalize:
             batches = list(batches)
-            seen = np.concatenate(batches)[:EQUALIZATION_PICTURES] if batches else None
+            seen = np.concatenate(batches)[:EQUALIZATION_IMAGES] if batches else None
             if seen is not None:
                 with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
-                    equalized(network, seen, target, in_place=True)
-    watched = prepare(network, target, kept, in_place)
+                    equalize_channels(network, seen, target, in_place=True)
+    watched = prepare(network, target, float_layers, in_place)
     # With a scale for each output little is to be made up for, and weights fitted to few pictures lose by it.
-    rounding = CompensatedRounding(refit=not target_of(watched).per_channel)
+    rounding = GPTQ(refit=not target_of(watched).per_channel)
     search, correction = Search(), BiasCorrection()
     visitors: list[Visitor] = []
     if method in (EASYQUANT, LOGITS):
@@ -117,14 +117,16 @@ def calibrated_network(
     if method == EASYQUANT:
         visitors.append(search)
     elif method == LOGITS:
-        if sample.pictures:
+        if sample.images:
             search.activations.update(
-                ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.pictures)))
+                ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images)))
             )
     else:
-        search.activations.update(estimated_ranges(to_mode(watched, Mode.QAT), sample.of(batches), ESTIMATORS[method]))
+        search.activations.update(
+            estimate_ranges(to_mode(watched, Mode.QAT), sample.of(batches), RANGE_OBSERVERS[method])
+        )
     if method != EASYQUANT:
-        layers = quantized_layers(watched)
+        layers = find_quantized_layers(watched)
         for name, found in search.activations.items():
             set_range(layers[name].act_observer, *found)
         if compensate and target_of(watched) is not MEGENGINE:
@@ -132,8 +134,8 @@ def calibrated_network(
                 search.activations.update(set_exact_scales(watched))
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
-    if sample.pictures and visitors:
-        visit_layers(watched, as_input(np.stack(sample.pictures)), *visitors)
+    if sample.images and visitors:
+        visit_layers(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights
@@ -143,22 +145,24 @@ def calibrated_network(
     return watched, ranges
 
 
-def best_network(
+def find_best_network(
     network: M.Module,
     images: npt.NDArray[np.uint8],
     arch: str,
     weights: str,
     preset: Preset,
     target: Target = MEGENGINE,
-    kept: Sequence[str] = (),
-    on_progress: OnProgress = silent,
-) -> tuple[Found, ActivationRanges]:
+    float_layers: Sequence[str] = (),
+    on_progress: OnProgress = ignore_progress,
+) -> tuple[SearchResult, ActivationRanges]:
     """What :func:`mgq.ptq.pipeline.find_best` makes of ``network`` (mode ``normal``), and its ranges.
 
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    found = find_best(network, images, preset, lambda fit: Draft(network, fit, target, tuple(kept)), on_progress)
+    found = find_best(
+        network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
+    )
     draft = found.draft
     assert draft.watched is not None
     own = draft.network is not network or draft.rounded
@@ -167,7 +171,7 @@ def best_network(
     return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
 
 
-def data_free_network(
+def calibrate_data_free_network(
     network: M.Module,
     arch: str,
     weights: str,
@@ -175,14 +179,14 @@ def data_free_network(
     target: Target = MEGENGINE,
     in_place: bool = False,
 ) -> tuple[M.Module, ActivationRanges]:
-    """As :func:`calibrated_network` of a float ``network``, without a picture: by what its batch norms expect.
+    """As :func:`calibrate_network` of a float ``network``, without a picture: by what its batch norms expect.
 
     Dead channels are cleared, channels equalized, ranges set and biases corrected; weights are rounded to the nearest
     (:mod:`mgq.ptq.data_free`).
     """
-    network, _ = without_dead_channels(network, in_place)
-    equalized(network, None, target, in_place=True)
-    graph, statistics = expected_of(network)
+    network, _ = clear_dead_channels(network, in_place)
+    equalize_channels(network, None, target, in_place=True)
+    graph, statistics = trace_expected_statistics(network)
     watched = prepare(network, target, in_place=True)
     activations = set_expected_ranges(watched, graph, statistics)
     if target is not MEGENGINE:
@@ -198,16 +202,16 @@ class Sample:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.pictures: list[npt.NDArray[np.uint8]] = []
+        self.images: list[npt.NDArray[np.uint8]] = []
         self._every, self._seen = 1, 0
 
     def add(self, batch: npt.NDArray[np.uint8]) -> None:
-        for picture in batch:
+        for image in batch:
             if self._seen % self._every == 0:
-                self.pictures.append(picture.copy())  # a view would keep the whole batch
+                self.images.append(image.copy())  # a view would keep the whole batch
             self._seen += 1
-            if len(self.pictures) > self.number:
-                self.pictures, self._every = self.pictures[::2], self._every * 2
+            if len(self.images) > self.number:
+                self.images, self._every = self.images[::2], self._every * 2
 
     def of(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
         """``batches`` themselves, each shown on its way."""

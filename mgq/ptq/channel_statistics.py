@@ -68,7 +68,7 @@ Statistics = dict[str, Moments]
 """Name of a tensor of a network's graph -> its channels."""
 
 
-def measured_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.NDArray[np.float32]]) -> Statistics:
+def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.NDArray[np.float32]]) -> Statistics:
     """Of what ``network``, mode ``normal`` and in evaluation state, makes of ``batches``: float32 (N, 3, H, W)."""
     modules = dict(network.named_modules())
     sums: dict[str, list[Values]] = {}
@@ -100,16 +100,16 @@ def measured_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.N
         name: Moments(low, high, mean / size, np.maximum(square / size - (mean / size) ** 2, 0))
         for name, (low, high, mean, square, size) in sums.items()
     }
-    return completed(graph, known)
+    return complete_statistics(graph, known)
 
 
-def expected_of(network: M.Module) -> tuple[Graph, Statistics]:
+def trace_expected_statistics(network: M.Module) -> tuple[Graph, Statistics]:
     """The graph of ``network``, mode ``normal``, and what its batch norms say of its tensors."""
     graph = graph_of(network, IMAGE_SIZE)
-    return graph, expected_statistics(network, graph)
+    return graph, predict_statistics(network, graph)
 
 
-def expected_statistics(network: M.Module, graph: Graph) -> Statistics:
+def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
     """Of pictures like those that ``network`` (mode ``normal``) was trained on, by its batch norms' word alone.
 
     A batch norm's output is taken as normally distributed, with its shift as mean and its scale as deviation; the
@@ -123,18 +123,18 @@ def expected_statistics(network: M.Module, graph: Graph) -> Statistics:
         if isinstance(node, Convolution):
             bn = modules[node.output].bn
             shift, scale = (np.ravel(value.numpy()).astype(np.float64) for value in (bn.bias, bn.weight))
-            known[node.output] = rectified(shift, scale**2, node.activation)
+            known[node.output] = rectify(shift, scale**2, node.activation)
         elif isinstance(node, Add):
             mean, variance = sources[0].mean + sources[1].mean, sources[0].variance + sources[1].variance
-            known[node.output] = rectified(mean, variance, "relu" if node.relu else "")
+            known[node.output] = rectify(mean, variance, "relu" if node.relu else "")
         elif isinstance(node, Linear):
             weight = node.weight.astype(np.float64)
             offset = 0.0 if node.bias is None else node.bias.astype(np.float64)
-            known[node.output] = rectified(weight @ sources[0].mean + offset, weight**2 @ sources[0].variance, "")
+            known[node.output] = rectify(weight @ sources[0].mean + offset, weight**2 @ sources[0].variance, "")
         elif isinstance(node, GlobalAverage):
-            known[node.output] = averaged(sources[0])
+            known[node.output] = average_positions(sources[0])
         else:
-            known = completed(graph, known)
+            known = complete_statistics(graph, known)
     return known
 
 
@@ -166,7 +166,7 @@ def is_followed(graph: Graph, node: Node) -> bool:
     return before[1] == behind[1] and before[1] == np.prod(before[1:]) == np.prod(behind[1:])
 
 
-def averaged(source: Moments) -> Moments:
+def average_positions(source: Moments) -> Moments:
     """Means over all positions of a picture, neighbours of which are alike."""
     variance = source.variance * POOLED
     reach = DEVIATIONS * np.sqrt(variance)
@@ -178,7 +178,7 @@ def pixels() -> Moments:
     return Moments(np.full(3, -128.0), np.full(3, 127.0), np.zeros(3), np.full(3, PIXEL_DEVIATION**2))
 
 
-def rectified(mean: Values, variance: Values, activation: str) -> Moments:
+def rectify(mean: Values, variance: Values, activation: str) -> Moments:
     """A normal distribution with that ``mean`` and ``variance`` behind an activation.
 
     The moments are those of a normal distribution censored at 0 and at the ceiling.
@@ -189,14 +189,14 @@ def rectified(mean: Values, variance: Values, activation: str) -> Moments:
         return Moments(low, high, mean, variance)
     ceiling = CEILINGS[activation]
     safe = np.maximum(deviation, 1e-12)
-    first, second = censored(mean, safe, 0.0), censored(mean, safe, ceiling) if np.isfinite(ceiling) else None
+    first, second = censor(mean, safe, 0.0), censor(mean, safe, ceiling) if np.isfinite(ceiling) else None
     # min(max(x, 0), c) = max(x, 0) - max(x - c, 0)
     new_mean = first[0] - (second[0] if second else 0.0)
     square = first[1] - (second[1] + 2 * ceiling * second[0] if second else 0.0)
     return Moments(np.clip(low, 0, ceiling), np.clip(high, 0, ceiling), new_mean, np.maximum(square - new_mean**2, 0))
 
 
-def censored(mean: Values, deviation: Values, at: float) -> tuple[Values, Values]:
+def censor(mean: Values, deviation: Values, at: float) -> tuple[Values, Values]:
     """Mean and mean square of max(x - ``at``, 0) for a normally distributed x."""
     z = (mean - at) / deviation
     density, below = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi), ndtr(z)
@@ -205,7 +205,7 @@ def censored(mean: Values, deviation: Values, at: float) -> tuple[Values, Values
     return first, second
 
 
-def completed(graph: Graph, known: Statistics) -> Statistics:
+def complete_statistics(graph: Graph, known: Statistics) -> Statistics:
     """``known`` and what follows from it: pixels, and tensors whose channels were only pooled or moved."""
     found = {graph.input: pixels(), **known}
     for node in graph.nodes:
@@ -219,11 +219,11 @@ def completed(graph: Graph, known: Statistics) -> Statistics:
 
 def mover(graph: Graph, node: Reshape | Transpose) -> Callable[[Values], Values]:
     """From values of the channels in front of ``node`` to those behind it, both flat."""
-    order = moved(np.arange(np.prod(graph.shapes[node.inputs[0]][1:-2], dtype=int)), graph, node)
+    order = move_channels(np.arange(np.prod(graph.shapes[node.inputs[0]][1:-2], dtype=int)), graph, node)
     return lambda values: values[order]
 
 
-def moved(channels: npt.NDArray[np.int64], graph: Graph, node: Reshape | Transpose) -> npt.NDArray[np.int64]:
+def move_channels(channels: npt.NDArray[np.int64], graph: Graph, node: Reshape | Transpose) -> npt.NDArray[np.int64]:
     """Flat ``channels`` in the order in which a reshaping or transposition leaves them."""
     if isinstance(node, Reshape):
         return channels

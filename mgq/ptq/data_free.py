@@ -12,14 +12,20 @@ import numpy as np
 from mgq.graph.layer_graph import Convolution, Graph
 from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.patches import is_convolution
-from mgq.quantization.activation_ranges import add_to_bias, folded_weight, quantized_layers, quantized_weight, set_range
+from mgq.quantization.activation_ranges import (
+    add_to_bias,
+    find_quantized_layers,
+    fold_weight,
+    quantize_weight,
+    set_range,
+)
 
 
 def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, float]]:
     """Give a ``qat`` network the ranges that ``statistics`` of its float form tell; by the names of the layers."""
     pooled = {"dequant": next(node.inputs[0] for node in graph.nodes if node.output == graph.output)}
     found = {}
-    for name, layer in quantized_layers(network).items():
+    for name, layer in find_quantized_layers(network).items():
         tensor = pooled.get(name, name)
         if tensor in statistics:
             moments = statistics[tensor]
@@ -31,12 +37,12 @@ def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics)
 def correct_expected_bias(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, ...]]:
     """Take out of the biases what rounding the weights of a ``qat`` network shifts; what was added, by layer."""
     found = {}
-    layers = quantized_layers(network)
+    layers = find_quantized_layers(network)
     for node in graph.nodes:
         if not isinstance(node, Convolution) or not is_convolution(layers[node.output]):
             continue
         layer = layers[node.output]
-        change = (quantized_weight(layer).numpy() - folded_weight(layer).numpy()).astype(np.float64)
+        change = (quantize_weight(layer).numpy() - fold_weight(layer).numpy()).astype(np.float64)
         by_input = change.reshape(node.groups, -1, node.weight.shape[1], change.shape[-1] * change.shape[-2]).sum(3)
         means = statistics[node.inputs[0]].mean.reshape(node.groups, -1, 1)
         correction = tuple(float(f"{-value:.6g}") for value in (by_input @ means).ravel())

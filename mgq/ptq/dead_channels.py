@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
-from mgq.quantization.batch_norm_folding import folded_layer
+from mgq.quantization.batch_norm_folding import fold_layer
 from mgq.quantization.relu6 import CEILING
 from mgq.zoo.blueprint_network import sample_of
 from mgq.zoo.layers import ConvBnRelu6, forward_hooks
@@ -71,7 +71,7 @@ class Survey:
 
     def through(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
         """What the outputs of a convolution with batch norm can be; what cannot matter in it becomes 0."""
-        conv, plain = module.conv, folded_layer(module)
+        conv, plain = module.conv, fold_layer(module)
         weight = plain.weight.numpy().astype(np.float64)
         own = conv.weight.numpy()
         shape = own.shape
@@ -97,7 +97,7 @@ class Survey:
         return Interval(lowest, highest)
 
 
-def without_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Module, dict[str, int]]:
+def clear_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Module, dict[str, int]]:
     """A copy of ``network`` (mode ``normal``), or itself, without weights that can never matter, and what was found.
 
     A channel behind a ReLU is dead where the largest sum that its inputs allow, bounded layer by layer from the pixels
@@ -105,26 +105,26 @@ def without_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.
     how many channels of which layer are dead.
     """
     network = network if in_place else deepcopy(network)
-    return network, surveyed(network).dead
+    return network, survey_channels(network).dead
 
 
 def highest_values(network: M.Module) -> dict[str, Values]:
     """Layer -> what each channel of it can be at most, before a ReLU6, whatever the picture shows: float64 (C,)."""
-    return surveyed(deepcopy(network)).highest
+    return survey_channels(deepcopy(network)).highest
 
 
-def surveyed(network: M.Module) -> Survey:
+def survey_channels(network: M.Module) -> Survey:
     """What a run of ``network`` tells; it is cleared of dead channels on the way."""
     training = network.training
     network.eval()
     survey = Survey({id(module): name for name, module in network.named_modules()})
-    picture = sample_of(network, 64)  # only shapes of intervals follow from the picture: a small one serves
-    channels = picture._tuple_shape[1]
-    survey.note(picture, Interval(np.full(channels, DARKEST), np.full(channels, BRIGHTEST)))
+    image = sample_of(network, 64)  # only shapes of intervals follow from the picture: a small one serves
+    channels = image._tuple_shape[1]
+    survey.note(image, Interval(np.full(channels, DARKEST), np.full(channels, BRIGHTEST)))
     kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise)
     try:
         with forward_hooks((module, survey.see) for module in network.modules() if isinstance(module, kinds)):
-            network(picture)
+            network(image)
     finally:
         network.train(training)
     return survey

@@ -19,13 +19,13 @@ from megengine.module.qat import QATModule, QuantStub
 
 from mgq.ptq.layerwise import Layer
 from mgq.ptq.observers import Range
-from mgq.ptq.patches import is_convolution, patches, picked, sampled_positions
+from mgq.ptq.patches import is_convolution, patches, pick_positions, sample_positions
 from mgq.quantization.activation_ranges import (
-    folded_bias,
-    folded_weight,
-    half_of,
-    is_kept_in_float,
-    quantized_weight,
+    fold_bias,
+    fold_weight,
+    is_float_layer,
+    quant_levels,
+    quantize_weight,
     set_range,
 )
 from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
@@ -57,21 +57,21 @@ class Search:
             self.activations[name] = float(exact.min()), float(exact.max())
             set_range(module.act_observer, *self.activations[name])
             return
-        at = sampled_positions(exact.shape, self.positions)
-        wanted = picked(exact, at)
+        at = sample_positions(exact.shape, self.positions)
+        wanted = pick_positions(exact, at)
         limit = largest = float(np.abs(exact).max())
         tries = np.minimum(largest * FRACTIONS, CEILING if isinstance(module, QatConvBnRelu6) else np.inf)
         grid = OutputGrid.of(module)
         if largest and is_convolution(module):
             sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
-            if is_kept_in_float(module) or isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-                limit = best(tries, wanted, grid.on(sampled.with_weights(quantized_weight(module).numpy())))
+            if is_float_layer(module) or isinstance(module.weight_fake_quant, ChannelFakeQuantize):
+                limit = best(tries, wanted, grid.on(sampled.with_weights(quantize_weight(module).numpy())))
             else:
                 limit, weight_limit = in_turn(sampled, largest, tries, wanted, grid)
                 self.weights[name] = -weight_limit, weight_limit
                 set_range(module.weight_observer, *self.weights[name])
         elif largest:
-            limit = best(tries, wanted, grid.on(picked(other, at)))
+            limit = best(tries, wanted, grid.on(pick_positions(other, at)))
         self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
         set_range(module.act_observer, *self.activations[name])
 
@@ -86,11 +86,11 @@ class OutputGrid:
 
     @classmethod
     def of(cls, module: QATModule) -> OutputGrid:
-        return cls(half_of(module), module.act_observer.qmin, module.act_observer.qmax)
+        return cls(quant_levels(module), module.act_observer.qmin, module.act_observer.qmax)
 
     def on(self, output: Array) -> Callable[[float], Array]:
         """From a limit of the range to ``output`` quantized with it."""
-        return lambda limit: quantized(output, limit / self.half, self.lowest, self.highest)
+        return lambda limit: round_to_step(output, limit / self.half, self.lowest, self.highest)
 
 
 def in_turn(
@@ -111,18 +111,18 @@ class SampledConvolution:
     def __init__(self, module: QATModule, source: Array, at: Any) -> None:
         conv = module.conv if hasattr(module, "conv") else module
         self.module = module
-        self.weight = folded_weight(module).numpy()
+        self.weight = fold_weight(module).numpy()
         groups = conv.groups
         self.outputs = self.weight.reshape(groups, -1, int(np.prod(self.weight.shape[-3:])))
         gathered = patches(source, conv.kernel_size, conv.stride, conv.padding, at)
         positions = gathered.shape[0]
         # (groups, positions, inputs a group * kernel)
         self.patches = np.ascontiguousarray(gathered.reshape(positions, groups, -1).transpose(1, 0, 2))
-        self.bias = folded_bias(module).reshape(groups, 1, -1)
+        self.bias = fold_bias(module).reshape(groups, 1, -1)
 
     def output(self, limit: float) -> Array:
         """float32 (positions, channels) with weights quantized to ``limit``."""
-        return self.with_weights(quantized(self.outputs, limit / WEIGHTS_HALF, -127, 127))
+        return self.with_weights(round_to_step(self.outputs, limit / WEIGHTS_HALF, -127, 127))
 
     def with_weights(self, weight: Array) -> Array:
         """float32 (positions, channels) with ``weight``, (outputs, ...) or (groups, outputs a group, ...)."""
@@ -136,7 +136,7 @@ class SampledConvolution:
         return result
 
 
-def quantized(values: Array, step: float, lowest: int, highest: int) -> Array:
+def round_to_step(values: Array, step: float, lowest: int, highest: int) -> Array:
     """``values`` rounded to multiples of ``step``, from ``lowest`` to ``highest`` of them."""
     result: Array = np.rint(values * np.float32(1 / step))
     np.clip(result, lowest, highest, out=result)

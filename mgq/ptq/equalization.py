@@ -40,15 +40,15 @@ from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
     Statistics,
     Values,
-    expected_of,
-    expected_statistics,
     is_followed,
-    measured_statistics,
-    moved,
+    measure_statistics,
+    move_channels,
+    predict_statistics,
+    trace_expected_statistics,
 )
 from mgq.ptq.dead_channels import highest_values
 from mgq.ptq.logit_gradients import Reaction, Reactions
-from mgq.quantization.batch_norm_folding import folded
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.targets import MEGENGINE, Target
 
 Slots = npt.NDArray[np.int64]
@@ -147,9 +147,9 @@ class Layer:
         return replace(self, logs=np.log(np.take_along_axis(self.kernels, chosen, axis=2)), readers=readers)
 
 
-def equalized(
+def equalize_channels(
     network: M.Module,
-    pictures: npt.NDArray[np.uint8] | None = None,
+    images: npt.NDArray[np.uint8] | None = None,
     target: Target = MEGENGINE,
     in_place: bool = False,
     reactions: Reactions | None = None,
@@ -157,7 +157,7 @@ def equalized(
 ) -> tuple[M.Module, dict[str, float]]:
     """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each layer's largest factor.
 
-    ``pictures``, uint8 (N, 3, H, W), tell how large channels are; without any, the batch norms do. ``target`` is what
+    ``images``, uint8 (N, 3, H, W), tell how large channels are; without any, the batch norms do. ``target`` is what
     the network will be quantized for. ``reactions`` are those of this network's logits, where they were measured. The
     answers stay but for float32 rounding; ``to_ceilings`` lets a channel grow until the largest value that the pictures
     show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
@@ -167,12 +167,12 @@ def equalized(
     network.eval()
     graph = graph_of(network, IMAGE_SIZE)
     sets = sets_of(graph)
-    if pictures is None:
-        statistics = expected_statistics(network, graph)
+    if images is None:
+        statistics = predict_statistics(network, graph)
     else:
-        starts = range(0, len(pictures), BATCH)
-        batches = (pictures[start : start + BATCH].astype(np.float32) - 128 for start in starts)
-        statistics = measured_statistics(folded(network), graph, batches)
+        starts = range(0, len(images), BATCH)
+        batches = (images[start : start + BATCH].astype(np.float32) - 128 for start in starts)
+        statistics = measure_statistics(fold_batch_norms(network), graph, batches)
     problem = Problem.of(graph, sets, statistics, target)
     if reactions:
         problem = problem.informed_by(reactions, graph, target)
@@ -193,7 +193,7 @@ def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str,
 
     It is an estimate by what batch norms expect, in arbitrary units: good for an order.
     """
-    graph, statistics = expected_of(network)
+    graph, statistics = trace_expected_statistics(network)
     sets = sets_of(graph)
     problem = Problem.of(graph, sets, statistics, target)
     zeros = np.zeros(sets.number)
@@ -222,7 +222,7 @@ def sets_of(graph: Graph) -> Sets:
             fixed += [*node.inputs, node.output]
         else:
             is_moved = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
-            of[node.output] = moved(source, graph, node) if is_moved else source  # type: ignore[arg-type]
+            of[node.output] = move_channels(source, graph, node) if is_moved else source  # type: ignore[arg-type]
     roots = {name: channels.roots(slots) for name, slots in of.items()}
     return Sets(len(channels.parent), roots, np.concatenate([roots[name] for name in fixed]))
 
@@ -353,11 +353,11 @@ def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
     found[graph.input] = np.zeros(1)
     for node in reversed(graph.nodes):
         for source in node.inputs:
-            found[source] = found[source] + passed_back(node, graph, found[node.output], statistics)
+            found[source] = found[source] + pass_back(node, graph, found[node.output], statistics)
     return found
 
 
-def passed_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) -> Values:
+def pass_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) -> Values:
     """The part of ``harms`` in front of ``node`` that is due to it, from what it is ``behind`` it."""
     if isinstance(node, Convolution | Linear):
         groups = node.groups if isinstance(node, Convolution) else 1
@@ -366,7 +366,7 @@ def passed_back(node: Node, graph: Graph, behind: Values, statistics: Statistics
         result: Values = squares.sum(axis=(1, 3)).ravel() / total
         return result
     if isinstance(node, Transpose) and is_followed(graph, node) and behind.size > 1:
-        order = moved(np.arange(behind.size), graph, node)
+        order = move_channels(np.arange(behind.size), graph, node)
         result = np.empty_like(behind)
         result[order] = behind
         return result

@@ -32,7 +32,7 @@ from mgq.graph.layer_graph import (
 )
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.ptq.observers import Range
-from mgq.quantization.activation_ranges import folded_weight, half_of, quantized_layers, set_range
+from mgq.quantization.activation_ranges import find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
@@ -49,14 +49,14 @@ def set_exact_scales(network: M.Module) -> dict[str, Range]:
     then.
     """
     graph = graph_of(network, IMAGE_SIZE)
-    named = quantized_layers(network)
+    named = find_quantized_layers(network)
     names = {tensor_of(graph, name, layer): name for name, layer in named.items()}
     layers = {tensor: named[name] for tensor, name in names.items() if tensor in graph.grids}
-    scales = settled_scales(graph, layers)
+    scales = settle_scales(graph, layers)
     ranges = {}
     for tensor, layer in layers.items():
         if not isinstance(layer, QuantStub):
-            limit = half_of(layer) * scales[tensor]
+            limit = quant_levels(layer) * scales[tensor]
             found = (0.0 if is_never_negative(layer) else -limit), limit
             set_range(layer.act_observer, *found)
             ranges[names[tensor]] = found
@@ -64,7 +64,7 @@ def set_exact_scales(network: M.Module) -> dict[str, Range]:
     return ranges
 
 
-def settled_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float]:
+def settle_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float]:
     """The scale of each of the tensors that ``layers`` make, from the logits back."""
     made_by = makers(graph)
     scales = {tensor: graph.grids[tensor].scale for tensor in layers}
@@ -115,7 +115,7 @@ def tensor_of(graph: Graph, name: str, layer: QATModule) -> str:
 
 def ceiling_of(layer: QATModule) -> float:
     """The largest scale that the grid behind ``layer`` may have: its end is not beyond that of a ReLU6."""
-    return CEILING / half_of(layer) if isinstance(layer, QatConvBnRelu6) else np.inf
+    return CEILING / quant_levels(layer) if isinstance(layer, QatConvBnRelu6) else np.inf
 
 
 def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QATModule]) -> None:
@@ -128,7 +128,7 @@ def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QAT
         if not isinstance(node, Convolution) or not isinstance(quantizer, ChannelFakeQuantize) or source is None:
             continue
         assert module is not None
-        weights = folded_weight(module).numpy()
+        weights = fold_weight(module).numpy()
         quantizer.unit = scale_behind(module) / scale_behind(source)
         largest = np.abs(weights).reshape(len(node.weight), -1).max(axis=1)
         quantizer.fix_scales(quantizer.allowed_scales(quantizer.least_scales(largest)))

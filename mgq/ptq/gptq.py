@@ -25,8 +25,8 @@ from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_layers
 from mgq.ptq.observers import Range
-from mgq.ptq.patches import is_convolution, is_plain, patches, sampled_positions
-from mgq.quantization.activation_ranges import folded_weight, is_kept_in_float, set_range
+from mgq.ptq.patches import is_convolution, is_plain, patches, sample_positions
+from mgq.quantization.activation_ranges import fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -53,7 +53,7 @@ SWEEPS = 2
 
 
 @dataclass
-class CompensatedRounding:
+class GPTQ:
     """Shown the layers of a network in turn, rounds their weights to the grid that their ranges give.
 
     With ``refit`` weights are fitted beforehand to what the int8 layers before let them see. ``weights``: the ranges
@@ -66,22 +66,22 @@ class CompensatedRounding:
 
     def __call__(self, layer: Layer) -> None:
         module = layer.module
-        if not is_convolution(module) or is_kept_in_float(module):
+        if not is_convolution(module) or is_float_layer(module):
             return
-        weight = folded_weight(module).numpy()
+        weight = fold_weight(module).numpy()
         conv = module.conv if hasattr(module, "conv") else module
         if not is_plain(conv) or np.prod(weight.shape[-3:]) > MOST_INPUTS:
             return
         seen, exact = self.seen(layer, conv)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
-        fitted = refitted(groups, seen, exact) if self.refit else groups
-        covariance = damped(covariances(seen, seen), DAMPING)
+        fitted = refit_weights(groups, seen, exact) if self.refit else groups
+        covariance = damp_covariance(covariances(seen, seen), DAMPING)
         if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-            rounded, steps = rounded_in_channels(module.weight_fake_quant, fitted, covariance)
+            rounded, steps = round_channels(module.weight_fake_quant, fitted, covariance)
             module.weight_fake_quant.fix_scales(steps.ravel())
         else:
             steps = self.step_for(module, groups, fitted).astype(np.float64)
-            rounded = rounded_together(fitted / steps, covariance, WEIGHT_LEVELS)
+            rounded = round_jointly(fitted / steps, covariance, WEIGHT_LEVELS)
             keep_largest(rounded, fitted / steps)
             self.weights[layer.name] = -steps.item() * WEIGHT_LEVELS, steps.item() * WEIGHT_LEVELS
         set_folded_weight(module, weight, (rounded * steps).astype(np.float32).reshape(weight.shape))
@@ -103,7 +103,7 @@ class CompensatedRounding:
         """
         size = layer.fake_inputs[0]._tuple_shape[1] * int(np.prod(conv.kernel_size))
         number = int(np.clip(VALUES // size, FEWEST, MOST))
-        at = sampled_positions(tuple(layer.output._tuple_shape), self.positions, number)
+        at = sample_positions(tuple(layer.output._tuple_shape), self.positions, number)
 
         def centred(source: Tensor) -> Array:
             found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)
@@ -114,17 +114,17 @@ class CompensatedRounding:
         return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
 
 
-def rounded(network: M.Module, pictures: Array, in_place: bool = False) -> M.Module:
+def round_weights(network: M.Module, images: Array, in_place: bool = False) -> M.Module:
     """A copy of ``network``, or itself, a ``qat`` one with ranges, whose weights are rounded by what they see.
 
-    ``pictures``: float32 (N, 3, H, W), pixels minus 128.
+    ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
     network = network if in_place else deepcopy(network)
-    visit_layers(network, pictures, CompensatedRounding())
+    visit_layers(network, images, GPTQ())
     return network
 
 
-def rounded_in_channels(quantizer: ChannelFakeQuantize, weights: Array, covariance: Values) -> tuple[Values, Values]:
+def round_channels(quantizer: ChannelFakeQuantize, weights: Array, covariance: Values) -> tuple[Values, Values]:
     """``weights`` (groups, outputs, inputs) as integers, each output on the best of some scales, (groups, outputs, 1).
 
     Small kernels are worth more trials than large ones, in which errors make up for each other anyway.
@@ -135,16 +135,16 @@ def rounded_in_channels(quantizer: ChannelFakeQuantize, weights: Array, covarian
     factors = np.geomspace(1, WIDEST, trials)
     scales = quantizer.allowed_scales(least[:, :, None] * factors)[..., None]
     steps = (weights[:, :, None] / scales).reshape(groups, outputs * trials, inputs)
-    tried = rounded_together(steps, covariance, quantizer.levels)
+    tried = round_jointly(steps, covariance, quantizer.levels)
     errors = energies(tried - steps, covariance).reshape(groups, outputs, trials) * scales[..., 0] ** 2
     best = errors.argmin(axis=2)[:, :, None, None]
     integers = np.take_along_axis(tried.reshape(groups, outputs, trials, inputs), best, 2)[:, :, 0]
     return integers, np.take_along_axis(scales, best, 2)[:, :, 0]
 
 
-def rounded_together(steps: Array | Values, covariance: Values, levels: int) -> Values:
+def round_jointly(steps: Array | Values, covariance: Values, levels: int) -> Values:
     """``steps``, weights (groups, outputs, inputs) in terms of their scales, as integers whose errors cancel."""
-    return settled(compensated(steps, covariance, levels), steps, covariance, levels)
+    return settle_integers(round_with_compensation(steps, covariance, levels), steps, covariance, levels)
 
 
 def energies(errors: Values, covariance: Values) -> Values:
@@ -159,13 +159,13 @@ def keep_largest(rounded: Values, steps: Array) -> None:
     rounded.reshape(-1)[largest] = np.clip(np.rint(steps.ravel()[largest]), -WEIGHT_LEVELS, WEIGHT_LEVELS)
 
 
-def refitted(weights: Array, seen: Array, exact: Array) -> Array:
+def refit_weights(weights: Array, seen: Array, exact: Array) -> Array:
     """``weights`` (groups, outputs, inputs), changed so that with ``seen`` they give what they did with ``exact``.
 
     As nearly as least squares come, with a penalty on the change.
     """
     missing = covariances(seen, exact - seen) @ weights.transpose(0, 2, 1)
-    penalized = damped(covariances(seen, seen), RIDGE)
+    penalized = damp_covariance(covariances(seen, seen), RIDGE)
     change = [solve(*sides, assume_a="pos", overwrite_a=True) for sides in zip(penalized, missing, strict=True)]
     result: Array = (weights + np.stack(change).transpose(0, 2, 1)).astype(np.float32)
     return result
@@ -177,7 +177,7 @@ def covariances(one: Array, other: Array) -> Values:
     return found
 
 
-def damped(covariance: Values, share: float) -> Values:
+def damp_covariance(covariance: Values, share: float) -> Values:
     """(groups, inputs, inputs) with a share of the mean variance added to each, so that it can be inverted."""
     found = covariance.copy()
     diagonal = np.einsum("gii->gi", found)
@@ -185,7 +185,7 @@ def damped(covariance: Values, share: float) -> Values:
     return found
 
 
-def compensated(weights: Array | Values, covariance: Values, levels: int = WEIGHT_LEVELS) -> Values:
+def round_with_compensation(weights: Array | Values, covariance: Values, levels: int = WEIGHT_LEVELS) -> Values:
     """``weights`` (groups, outputs, inputs), in steps, rounded to ``levels`` at most; the most varied input first."""
     inputs = weights.shape[2]
     order = np.argsort(-np.einsum("gii->gi", covariance), axis=1, kind="stable")
@@ -207,7 +207,7 @@ def compensated(weights: Array | Values, covariance: Values, levels: int = WEIGH
     return result
 
 
-def settled(integers: Values, steps: Array | Values, covariance: Values, levels: int) -> Values:
+def settle_integers(integers: Values, steps: Array | Values, covariance: Values, levels: int) -> Values:
     """``integers`` after single weights moved by a step wherever that makes the error of the output smaller."""
     found, own = integers.copy(), np.einsum("gii->gi", covariance)
     pull = (found - steps) @ covariance

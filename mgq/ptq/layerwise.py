@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.zoo.layers import forward_hooks
 
 Array = npt.NDArray[np.float32]
@@ -37,12 +37,12 @@ class Layer:
 Visitor = Callable[[Layer], None]
 
 
-def visit_layers(network: M.Module, pictures: Array, *visitors: Visitor) -> None:
+def visit_layers(network: M.Module, images: Array, *visitors: Visitor) -> None:
     """Run ``network``, a ``qat`` one in evaluation state, and show each quantized layer to the ``visitors`` in turn.
 
-    ``pictures``: float32 (N, 3, H, W), pixels minus 128. Afterwards fake quantization is on and observers are off.
+    ``images``: float32 (N, 3, H, W), pixels minus 128. Afterwards fake quantization is on and observers are off.
     """
-    layers = quantized_layers(network)
+    layers = find_quantized_layers(network)
     names = {id(module): name for name, module in layers.items()}
 
     def hook(module: QATModule, inputs: Sequence[Tensor], outputs: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def visit_layers(network: M.Module, pictures: Array, *visitors: Visitor) -> None
         module.set_observer(False)
     try:
         with forward_hooks((module, hook) for module in layers.values()):
-            network(Tensor(np.concatenate([pictures, pictures]))).numpy()
+            network(Tensor(np.concatenate([images, images]))).numpy()
     finally:
         for module in layers.values():
             module.set_fake_quant(True)

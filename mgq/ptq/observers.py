@@ -22,7 +22,7 @@ BINS = 4096
 SAMPLE = 1 << 15  # values of a layer and batch
 
 
-class RangeEstimator:
+class Observer:
     """Sees float32 arrays of any shape, one after the other, and then gives a range. ``half`` is range / step."""
 
     def __init__(self, half: float = HALF) -> None:
@@ -54,11 +54,11 @@ class RangeEstimator:
         return max(-self.lowest, self.highest)
 
 
-class MinMax(RangeEstimator):
+class MinMaxObserver(Observer):
     """The smallest and the largest value seen."""
 
 
-class MovingAverage(RangeEstimator):
+class MovingAverageObserver(Observer):
     """Moving average of each batch's smallest and largest value: MegEngine's ExponentialMovingAverageObserver."""
 
     MOMENTUM = 0.9
@@ -70,7 +70,7 @@ class MovingAverage(RangeEstimator):
         self.highest = keep * self.highest + (1 - keep) * highest if keep else highest
 
 
-class HistogramEstimator(RangeEstimator):
+class HistogramObserver(Observer):
     """Counts of absolute values in ``BINS`` equal bins from 0 to ``top``, a power of two that grows as needed.
 
     Of a large array every k-th value is counted; its smallest and largest are always exact.
@@ -105,7 +105,7 @@ class HistogramEstimator(RangeEstimator):
         return (np.arange(BINS) + 0.5) * (self.top / BINS)
 
 
-class MeanSquaredError(HistogramEstimator):
+class MeanSquaredErrorObserver(HistogramObserver):
     """The range of the smallest squared error of rounding and clipping together."""
 
     CANDIDATES = 200
@@ -122,7 +122,7 @@ class MeanSquaredError(HistogramEstimator):
         return float(candidates[int(np.argmin(errors))])
 
 
-class Percentile(HistogramEstimator):
+class PercentileObserver(HistogramObserver):
     """The range that holds all but one value in 10,000.
 
     Chosen by measurement over the threshold of least Kullback-Leibler divergence, which cost EfficientNet-Lite0 two
@@ -142,9 +142,9 @@ def rounding_errors(values: npt.NDArray[np.float64], step: float, steps: int) ->
     return rounded - values
 
 
-ESTIMATORS: dict[str, type[RangeEstimator]] = {
-    MIN_MAX: MinMax,
-    EMA: MovingAverage,
-    HISTOGRAM: Percentile,
-    MSE: MeanSquaredError,
+RANGE_OBSERVERS: dict[str, type[Observer]] = {
+    MIN_MAX: MinMaxObserver,
+    EMA: MovingAverageObserver,
+    HISTOGRAM: PercentileObserver,
+    MSE: MeanSquaredErrorObserver,
 }

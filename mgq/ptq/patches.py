@@ -23,7 +23,7 @@ def is_plain(conv: Any) -> bool:
     return all(gap == 1 for gap in np.ravel(conv.dilation))
 
 
-def sampled_positions(shape: tuple[int, ...], rng: np.random.Generator, number: int = POSITIONS) -> Any:
+def sample_positions(shape: tuple[int, ...], rng: np.random.Generator, number: int = POSITIONS) -> Any:
     """Indices of ``number`` pictures, rows and columns of an output of ``shape``; of all, where there are fewer."""
     batch, _, height, width = shape
     total = batch * height * width
@@ -31,10 +31,10 @@ def sampled_positions(shape: tuple[int, ...], rng: np.random.Generator, number: 
     return np.unravel_index(chosen, (batch, height, width))
 
 
-def picked(values: Array, at: Any) -> Array:
+def pick_positions(values: Array, at: Any) -> Array:
     """(N, C, H, W) -> (positions, C)."""
-    picture, row, column = at
-    result: Array = values[picture, :, row, column]
+    image, row, column = at
+    result: Array = values[image, :, row, column]
     return result
 
 
@@ -42,10 +42,10 @@ def patches(
     source: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], at: Any
 ) -> Array:
     """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
-    picture, row, column = at
+    image, row, column = at
     padded = np.pad(source, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
-    result = np.empty((len(picture), source.shape[1], *kernel), np.float32)
+    result = np.empty((len(image), source.shape[1], *kernel), np.float32)
     for y in range(kernel[0]):
         for x in range(kernel[1]):
-            result[:, :, y, x] = padded[picture, :, row * stride[0] + y, column * stride[1] + x]
+            result[:, :, y, x] = padded[image, :, row * stride[0] + y, column * stride[1] + x]
     return result

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.ptq.presets import Preset
 from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of
 
@@ -50,7 +50,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best draft, what was tried in order, and on how many images it was judged; whether those were held back."""
 
     draft: Draft
@@ -110,8 +110,8 @@ def find_best(
     images: Images,
     preset: Preset,
     draft_of: Callable[[Images], Draft],
-    on_progress: OnProgress = silent,
-) -> Found:
+    on_progress: OnProgress = ignore_progress,
+) -> SearchResult:
     """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
 
     ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images.
@@ -132,7 +132,7 @@ def find_best(
     grids = []
     for steps in preset.grids:
         try:
-            draft = applied(steps, reached)
+            draft = apply_steps(steps, reached)
         except FailureError:  # a network that is not of the zoo, and cannot be followed
             continue
         # Judged with biases corrected in a hurry, as all will be in the end.
@@ -145,7 +145,7 @@ def find_best(
         draft = step.apply(best.draft)
         finished.append(judge((*best.trial.steps, step.name), draft, draft))
     best = best_of(finished or [best])
-    return Found(best.draft, best.trial, tuple(each.trial for each in tried), len(held), held is not images)
+    return SearchResult(best.draft, best.trial, tuple(each.trial for each in tried), len(held), held is not images)
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate:
@@ -157,7 +157,7 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
     return best
 
 
-def applied(steps: Sequence[Step], reached: dict[tuple[Step, ...], Draft]) -> Draft:
+def apply_steps(steps: Sequence[Step], reached: dict[tuple[Step, ...], Draft]) -> Draft:
     """What ``steps`` give, beginning with what others before have ``reached``, and noted there."""
     done: tuple[Step, ...] = ()
     for step in steps:

@@ -39,7 +39,7 @@ DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
 EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
 UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
-DEFAULT_QUALITY = BALANCED
+DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
     FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
     BALANCED: Preset(
@@ -51,14 +51,14 @@ PRESETS: dict[str, Preset] = {
 PRESETS[BEST] = PRESETS[BALANCED]
 
 
-def preset_called(quality: str) -> Preset:
+def get_preset(quality: str) -> Preset:
     """Raises InputError, which lists them, where there is no ``quality``."""
     if quality not in PRESETS:
         raise no_such("quality", quality, QUALITIES)
     return PRESETS[quality]
 
 
-def changed(
+def adapt_preset(
     preset: Preset, method: str | None, correct_bias: bool, compensate: bool, target: Target = MEGENGINE
 ) -> Preset:
     """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.

@@ -12,25 +12,25 @@ from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import FailureError, InputError
-from mgq.ptq.calibrate import best_network
+from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.exact_scales import set_exact_scales
-from mgq.ptq.presets import DEFAULT_QUALITY, preset_called
+from mgq.ptq.presets import DEFAULT_PRESET, get_preset
 from mgq.ptq.steps import prepare, switch_on
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges
 from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
-from mgq.quantization.targets import MEGENGINE, target_called
+from mgq.quantization.targets import MEGENGINE, get_target
 
 
 def quantize(
     network: M.Module,
-    pictures: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]] | None = None,
+    images: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]] | None = None,
     ranges: ActivationRanges | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     in_place: bool = False,
 ) -> M.Module:
     """``network`` carried to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
 
-    A float network needs the ranges of its activations: from ``pictures``, uint8 (N, 3, H, W) in BGR or an iterable of
+    A float network needs the ranges of its activations: from ``images``, uint8 (N, 3, H, W) in BGR or an iterable of
     such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them
     already. The result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises
     InputError where ranges are missing or the mode lies backward.
@@ -41,14 +41,14 @@ def quantize(
     if mode_of(network) is not Mode.NORMAL or mode is Mode.NORMAL:
         return to_mode(network, mode, in_place=in_place)
     if ranges is None:
-        if pictures is None:
+        if images is None:
             raise InputError("a float network needs pictures or ranges to be quantized; pass one of them")
-        if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
-            raise InputError(f"pictures have shape (N, 3, H, W), not {pictures.shape}; stack them")
-        batches = [pictures] if isinstance(pictures, np.ndarray) else list(pictures)
+        if isinstance(images, np.ndarray) and images.ndim != 4:
+            raise InputError(f"pictures have shape (N, 3, H, W), not {images.shape}; stack them")
+        batches = [images] if isinstance(images, np.ndarray) else list(images)
         if not sum(map(len, batches)):
             raise InputError("there are no pictures to measure ranges on; pass at least one")
-        found, _ = best_network(network, np.concatenate(batches), "", "", preset_called(DEFAULT_QUALITY))
+        found, _ = find_best_network(network, np.concatenate(batches), "", "", get_preset(DEFAULT_PRESET))
         if not in_place:
             return to_mode(found.network, mode, in_place=True)
         # The network itself is wanted: it takes the ranges, weights and biases that were found.
@@ -56,7 +56,7 @@ def quantize(
         calibrated.load_state_dict(found.network.state_dict())
         switch_on(calibrated)
         return to_mode(calibrated, mode, in_place=True)
-    fake_quantized = to_mode(network, Mode.QAT, target_called(ranges.target), in_place)
+    fake_quantized = to_mode(network, Mode.QAT, get_target(ranges.target), in_place)
     apply_ranges(fake_quantized, ranges)
     fake_quantized.eval()
     if ranges.target != MEGENGINE.name:

@@ -16,9 +16,9 @@ from megengine.module.qat import QATModule, QuantStub
 from megengine.quantization.fake_quant import _FakeQuantize
 from megengine.quantization.observer import Observer
 
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, folded_weight, half_of, quantized_weight
+from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quant_levels, quantize_weight
 from mgq.quantization.targets import UNSIGNED, levels_of
 from mgq.zoo.layers import forward_hooks
 
@@ -102,12 +102,12 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The layers in the order in which they run, and the effect of all of them at once, on ``pictures`` pictures.
+    """The layers in the order in which they run, and the effect of all of them at once, on ``images`` pictures.
 
     ``float_top1`` in percent, None without labels.
     """
 
-    pictures: int
+    images: int
     layers: tuple[LayerSensitivity, ...]
     whole: Effect
     float_top1: float | None
@@ -125,21 +125,21 @@ class Sensitivity:
 
 def sensitivity_of(
     network: M.Module,
-    pictures: npt.NDArray[np.uint8],
+    images: npt.NDArray[np.uint8],
     labels: Labels | None = None,
     corrections: Mapping[str, Sequence[float]] | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
 ) -> Sensitivity:
-    """Quantize each layer of ``network`` alone, then all of them, and compare with float on ``pictures``.
+    """Quantize each layer of ``network`` alone, then all of them, and compare with float on ``images``.
 
-    ``network`` is in mode ``qat``, in evaluation state, and has its ranges; it is left as it was. ``pictures`` are
+    ``network`` is in mode ``qat``, in evaluation state, and has its ranges; it is left as it was. ``images`` are
     uint8 (N, 3, H, W), BGR, ``labels`` int64 (N,), the indices of their logits. ``corrections`` are those that the
     biases hold (layer -> float for each channel): float and single layers go without them, as they make up for the
     errors of all layers before.
     """
-    parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
-    layers = analyzed_layers(network)
-    with switches_kept(network):
+    parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+    layers = find_analyzed_layers(network)
+    with keep_switches(network):
         for layer in layers.values():
             layer.set_fake_quant(False)
             layer.set_observer(False)
@@ -150,7 +150,7 @@ def sensitivity_of(
         return survey.result(labels)
 
 
-def analyzed_layers(network: M.Module) -> dict[str, QATModule]:
+def find_analyzed_layers(network: M.Module) -> dict[str, QATModule]:
     """Name -> layer that quantizes its weights or its output; not the input, which is int8 by nature."""
     return {
         name: module
@@ -162,7 +162,7 @@ def analyzed_layers(network: M.Module) -> dict[str, QATModule]:
 
 
 @contextmanager
-def switches_kept(network: M.Module) -> Iterator[None]:
+def keep_switches(network: M.Module) -> Iterator[None]:
     """Afterwards each observer and each fake quantization is on or off as it was before."""
     parts = [module for module in network.modules() if isinstance(module, _FakeQuantize | Observer)]
     were = [part.enabled for part in parts]
@@ -174,7 +174,7 @@ def switches_kept(network: M.Module) -> Iterator[None]:
 
 
 @contextmanager
-def observed(layers: Mapping[str, QATModule], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observe_outputs(layers: Mapping[str, QATModule], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, ``seen`` is shown the output of each layer that runs."""
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -188,7 +188,7 @@ def observed(layers: Mapping[str, QATModule], seen: Callable[[str, Tensor], None
 
 
 @contextmanager
-def answering(layer: QATModule, output: Tensor) -> Iterator[None]:
+def name_outputs(layer: QATModule, output: Tensor) -> Iterator[None]:
     """Inside, ``layer`` gives ``output`` and computes nothing."""
     layer.forward = lambda *_: output
     try:
@@ -198,7 +198,7 @@ def answering(layer: QATModule, output: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def uncorrected(layers: Mapping[str, QATModule], corrections: Mapping[str, Sequence[float]]) -> Iterator[None]:
+def without_corrections(layers: Mapping[str, QATModule], corrections: Mapping[str, Sequence[float]]) -> Iterator[None]:
     """Inside, the biases are without ``corrections``; afterwards they are to the bit what they were."""
     biases = [bias_parameter(layers[name]) for name in corrections]
     were = [bias.numpy().copy() for bias in biases if bias is not None]
@@ -276,7 +276,7 @@ def weights_of(layer: QATModule) -> Values | None:
     """None for a layer that has none."""
     if layer.weight_observer is None:
         return None
-    exact, fake = folded_weight(layer).numpy(), quantized_weight(layer).numpy()
+    exact, fake = fold_weight(layer).numpy(), quantize_weight(layer).numpy()
     channels = math.prod(exact.shape[: 2 if exact.ndim == 5 else 1])
     limits = np.ravel(layer.get_weight_qparams().scale.numpy()).astype(np.float64) * levels_of(layer)
     tally = Tally(limits, -float(limits.max()))
@@ -288,7 +288,7 @@ def activation_tally(layer: QATModule) -> Tally | None:
     """None for a layer whose output stays float."""
     if layer.act_observer is None:
         return None
-    limit = float(layer.get_activation_qparams().scale.numpy()) * half_of(layer)
+    limit = float(layer.get_activation_qparams().scale.numpy()) * quant_levels(layer)
     return Tally(np.array([limit]), 0.0 if layer.act_observer.dtype == UNSIGNED else -limit)
 
 
@@ -328,8 +328,8 @@ class Survey:
     def see(self, batch: Array) -> Iterator[tuple[int, int]]:
         """float32 (N, 3, H, W), pixels minus 128. Yields how many runs of how many are done."""
         outputs: dict[str, Array] = {}
-        with uncorrected(self.layers, self.corrections):
-            with observed(self.layers, lambda name, output: outputs.update({name: output.numpy()})):
+        with without_corrections(self.layers, self.corrections):
+            with observe_outputs(self.layers, lambda name, output: outputs.update({name: output.numpy()})):
                 self.exact.append(logits_of(self.network, batch))
             for name, output in outputs.items():
                 self.measure(name, output)
@@ -341,7 +341,7 @@ class Survey:
                     layer.set_fake_quant(False)
                     # Up to here all is float from now on, and known. As a new tensor it says nothing of a grid, to
                     # which the next layer would round it.
-                    before.enter_context(answering(layer, Tensor(output)))
+                    before.enter_context(name_outputs(layer, Tensor(output)))
                     yield done, len(outputs) + 1
         self.quantize_all(batch, outputs)
         yield len(outputs) + 1, len(outputs) + 1
@@ -366,7 +366,7 @@ class Survey:
 
         for layer in self.layers.values():
             layer.set_fake_quant(True)
-        with observed(self.layers, compare):
+        with observe_outputs(self.layers, compare):
             self.whole.append(logits_of(self.network, batch))
         for layer in self.layers.values():
             layer.set_fake_quant(False)

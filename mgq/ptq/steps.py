@@ -21,27 +21,27 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
-from mgq.ptq.channel_statistics import expected_of
+from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import set_expected_ranges
-from mgq.ptq.dead_channels import without_dead_channels
+from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
-from mgq.ptq.equalization import equalized
+from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
-from mgq.ptq.gptq import CompensatedRounding
+from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_layers
 from mgq.ptq.logit_gradients import Reactions, measure_reactions
-from mgq.ptq.observers import ESTIMATORS, Range
-from mgq.ptq.range_measurement import as_input, estimated_ranges
+from mgq.ptq.observers import RANGE_OBSERVERS, Range
+from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
     add_to_bias,
     covering,
-    half_of,
+    find_quantized_layers,
     observe_weights,
-    quantized_layers,
+    quant_levels,
     runs,
     set_range,
 )
-from mgq.quantization.batch_norm_folding import folded
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
@@ -65,16 +65,16 @@ def in_batches(images: Images) -> list[npt.NDArray[np.float32]]:
     return [as_input(batch) for batch in in_uint8_batches(images)]
 
 
-def prepare(network: M.Module, target: Target, kept: Sequence[str] = (), in_place: bool = False) -> M.Module:
+def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (), in_place: bool = False) -> M.Module:
     """``network``, or a copy, in mode ``qat`` and evaluation state, its fake quantization off, weights observed.
 
-    The weights of the layers ``kept`` stay float32. Raises InputError for a layer that cannot.
+    The weights of the layers ``float_layers`` stay float32. Raises InputError for a layer that cannot.
     """
     watched = to_mode(network, Mode.QAT, target, in_place)
     watched.eval()
     disable_fake_quant(watched)
     observe_weights(watched)
-    keep_in_float(watched, kept)
+    keep_in_float(watched, float_layers)
     return watched
 
 
@@ -90,7 +90,7 @@ class Draft:
     network: M.Module
     images: Images
     target: Target
-    kept: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
     watched: M.Module | None = None
     method: str = ""
     activations: Mapping[str, Range] = field(default_factory=dict)
@@ -99,11 +99,11 @@ class Draft:
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def prepared(self) -> M.Module:
-        return prepare(self.network, self.target, self.kept)
+        return prepare(self.network, self.target, self.float_layers)
 
     def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
         """``watched`` with these ranges, ready to be used."""
-        layers = quantized_layers(watched)
+        layers = find_quantized_layers(watched)
         activations = {name: covering(layers[name], *found) for name, found in activations.items()}
         for name, found in activations.items():
             set_range(layers[name].act_observer, *found)
@@ -113,25 +113,25 @@ class Draft:
     @cached_property
     def reactions(self) -> Reactions:
         """How the logits of ``network`` react to errors behind its layers."""
-        return reactions_of(folded(self.network), self.prepared(), self.images)
+        return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images)
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
         """Of the float network, for the images that biases are corrected by."""
-        return logits_of(folded(self.network), self.images[:LAYERWISE_IMAGES])
+        return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
 
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reactions:
     """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes."""
-    names = [name for name, layer in quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
+    names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
     few = images[:: -(-len(images) // REACTION_IMAGES)]
     return measure_reactions(network, names, in_batches(few))
 
 
 def ranges_by_logits(watched: M.Module, reactions: Reactions) -> dict[str, Range]:
     """The range of each layer of ``watched`` for which rounding and clipping change the logits least."""
-    layers = quantized_layers(watched)
-    return {name: reaction.best_range(half_of(layers[name])) for name, reaction in reactions.items()}
+    layers = find_quantized_layers(watched)
+    return {name: reaction.best_range(quant_levels(layers[name])) for name, reaction in reactions.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -157,7 +157,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft, network=without_dead_channels(draft.network)[0])
+        return replace(draft, network=clear_dead_channels(draft.network)[0])
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,10 @@ class Equalize:
         network = draft.network
         with contextlib.suppress(FailureError):
             if self.data_free:
-                network, _ = equalized(network, None, draft.target)
+                network, _ = equalize_channels(network, None, draft.target)
             else:
                 ways = {"reactions": draft.reactions, "to_ceilings": self.to_ceilings}
-                network, _ = equalized(network, draft.images, draft.target, **ways)  # type: ignore[arg-type]
+                network, _ = equalize_channels(network, draft.images, draft.target, **ways)  # type: ignore[arg-type]
         return replace(draft, network=network)
 
 
@@ -197,7 +197,7 @@ class RangesByLogits:
     def apply(self, draft: Draft) -> Draft:
         watched = draft.prepared()
         # What gives nothing but 0 on these images has no reaction, but needs a range.
-        ranges = {name: (0.0, 0.0) for name in quantized_layers(watched) if runs(watched, name)}
+        ranges = {name: (0.0, 0.0) for name in find_quantized_layers(watched) if runs(watched, name)}
         ranges |= ranges_by_logits(watched, draft.reactions)
         return draft.with_ranges(watched, ranges, LOGITS)
 
@@ -209,7 +209,7 @@ class ExpectedRanges:
     name: str = "ranges by batch norms"
 
     def apply(self, draft: Draft) -> Draft:
-        graph, statistics = expected_of(draft.network)
+        graph, statistics = trace_expected_statistics(draft.network)
         watched = draft.prepared()
         return draft.with_ranges(watched, set_expected_ranges(watched, graph, statistics), BATCH_NORMS)
 
@@ -231,7 +231,7 @@ class RangesBySeen:
             search = Search()
             visit_layers(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
-        found = estimated_ranges(deepcopy(watched), in_uint8_batches(draft.images), ESTIMATORS[self.method])
+        found = estimate_ranges(deepcopy(watched), in_uint8_batches(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
 
@@ -272,7 +272,7 @@ class CorrectBias:
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
-        watched = visited(draft, self.images, correction)
+        watched = visit_with(draft, self.images, correction)
         found = correct_logits(watched, draft) if self.of_logits else {}
         return replace(draft, watched=watched, corrections={**correction.found, **found})
 
@@ -292,11 +292,11 @@ class RoundWeights:
         return "weights fitted and rounded" if self.refit else "weights rounded together"
 
     def apply(self, draft: Draft) -> Draft:
-        rounding, correction = CompensatedRounding(self.refit), BiasCorrection(of_weights=not self.refit)
+        rounding, correction = GPTQ(self.refit), BiasCorrection(of_weights=not self.refit)
         visitors: list[Visitor] = [rounding]
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
-        watched = visited(draft, LAYERWISE_IMAGES, *visitors)
+        watched = visit_with(draft, LAYERWISE_IMAGES, *visitors)
         if self.correct_bias:
             correct_logits(watched, draft)
         return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
@@ -314,7 +314,7 @@ def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ..
     return {name: correction}
 
 
-def visited(draft: Draft, number: int, *visitors: Visitor) -> M.Module:
+def visit_with(draft: Draft, number: int, *visitors: Visitor) -> M.Module:
     """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer."""
     watched = deepcopy(draft.watched)
     assert watched is not None

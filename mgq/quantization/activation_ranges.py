@@ -88,7 +88,7 @@ def table_of(entries: Any) -> dict[str, tuple[float, float]]:
     return {str(name): (float(low), float(high)) for name, (low, high) in entries.items()}
 
 
-def quantized_layers(network: M.Module) -> dict[str, QATModule]:
+def find_quantized_layers(network: M.Module) -> dict[str, QATModule]:
     """Name -> layer, for the layers of a ``qat`` network whose output is quantized, in the network's order."""
     return {
         name: module
@@ -103,7 +103,7 @@ def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     Its biases are corrected as ``found`` says: to do it twice would correct them twice. Raises InputError where
     ``found`` has a layer that the network does not have.
     """
-    layers, modules = quantized_layers(network), dict(network.named_modules())
+    layers, modules = find_quantized_layers(network), dict(network.named_modules())
     for name, (low, high) in found.ranges.items():
         if name not in layers:
             raise InputError(f"the ranges of {found.arch} name a layer '{name}' that the network does not have")
@@ -133,14 +133,14 @@ def covering(layer: QATModule, low: float, high: float) -> tuple[float, float]:
     return low, max(high, low / quantizer.qmin * observer.qmax)
 
 
-def half_of(layer: QATModule) -> float:
+def quant_levels(layer: QATModule) -> float:
     """Largest value / step of the grid behind ``layer``."""
     return float(layer.act_observer.qmax - layer.act_observer.qmin) / 2
 
 
 def refuse_incomplete(network: M.Module, found: ActivationRanges) -> None:
     """Raises InputError where a layer that runs in ``network``, a ``qat`` one of the zoo, has no range in ``found``."""
-    for name in quantized_layers(network):
+    for name in find_quantized_layers(network):
         if name not in found.ranges and runs(network, name):
             raise InputError(f"the ranges of {found.arch} lack layer '{name}'; make them again by `mgq calibrate`")
 
@@ -160,11 +160,11 @@ def observe_weights(network: M.Module) -> None:
             continue
         observer = module.weight_observer
         low, high = observer.min_val, observer.max_val
-        weight = folded_weight(module)
+        weight = fold_weight(module)
         low[...], high[...] = weight.min(), weight.max()
 
 
-def is_kept_in_float(module: M.Module) -> bool:
+def is_float_layer(module: M.Module) -> bool:
     """Whether ``module`` is a layer of a ``qat`` network whose weights are not quantized
     (:mod:`mgq.quantization.float_layers`)."""
     return isinstance(module, QATModule) and module.with_weight and module.weight_fake_quant is None
@@ -184,7 +184,7 @@ def weights_as_they_are(module: QATModule) -> Iterator[None]:
             part.enabled = was
 
 
-def folded_weight(module: QATModule) -> Tensor:
+def fold_weight(module: QATModule) -> Tensor:
     """The weight of ``module`` before it is quantized: float32, its batch norm folded in where it has one."""
     if not hasattr(module, "bn"):
         return module.weight
@@ -193,7 +193,7 @@ def folded_weight(module: QATModule) -> Tensor:
     return weight
 
 
-def folded_bias(module: QATModule) -> npt.NDArray[np.float32]:
+def fold_bias(module: QATModule) -> npt.NDArray[np.float32]:
     """(C,): what is added to the output of a convolution, batch norm folded in where it has one; else zeros."""
     if hasattr(module, "bn"):
         with weights_as_they_are(module):
@@ -203,17 +203,17 @@ def folded_bias(module: QATModule) -> npt.NDArray[np.float32]:
     return np.zeros(channels, np.float32) if module.bias is None else np.asarray(module.bias.numpy()).ravel()
 
 
-def quantized_weight(module: QATModule) -> Tensor:
+def quantize_weight(module: QATModule) -> Tensor:
     """The weight of ``module`` as its observer has int8 cover it: float32, its batch norm folded in.
 
     That of a layer kept in float is as it is.
     """
-    if is_kept_in_float(module):
-        return folded_weight(module)
+    if is_float_layer(module):
+        return fold_weight(module)
     fake_quant = module.weight_fake_quant
     was = fake_quant.enabled
     fake_quant.enable()
-    weight = fake_quant(folded_weight(module), module.weight_observer.get_qparams())
+    weight = fake_quant(fold_weight(module), module.weight_observer.get_qparams())
     fake_quant.enabled = was
     return weight
 
@@ -230,7 +230,7 @@ def add_to_bias(module: M.Module, correction: Sequence[float]) -> None:
     bias[...] = bias + Tensor(np.asarray(correction, np.float32).reshape(bias.numpy().shape))
 
 
-def packaged_ranges(arch: str, weights: str, target: str = "megengine") -> ActivationRanges | None:
+def read_packaged_ranges(arch: str, weights: str, target: str = "megengine") -> ActivationRanges | None:
     """mgq's own ranges for ``arch`` and ``target`` if they were measured with the state of fingerprint ``weights``."""
     name = f"{arch}.json" if target == "megengine" else f"{arch}.{target}.json"
     path = Path(__file__).parent / "default_ranges" / name

@@ -31,7 +31,7 @@ FOLDED: dict[type[M.Module], type[M.Module]] = {
 }
 
 
-def folded(network: M.Module) -> M.Module:
+def fold_batch_norms(network: M.Module) -> M.Module:
     """A copy of ``network`` (mode ``normal``) without batch norms, for inference; equal but for rounding.
 
     With scale s = weight / sqrt(running_var + eps), the convolution's weight becomes w * s and its bias
@@ -42,12 +42,12 @@ def folded(network: M.Module) -> M.Module:
         network._flatten(with_key=True, with_parent=True, predicate=lambda m: isinstance(m, _ConvBnActivation2d))
     )
     for name, layer, _ in layers:
-        set_expand_structure(network, name, folded_layer(layer))
+        set_expand_structure(network, name, fold_layer(layer))
     network.eval()
     return network
 
 
-def folded_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
+def fold_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
     conv, bn = layer.conv, layer.bn
     with without_initialization():
         result = FOLDED[type(layer)](

@@ -67,7 +67,7 @@ class ExactSums(EvenBias):
             weight, bias = self.folded()
             bias = self.apply_quant_bias(bias, inp, weight)
             if bias is not None and bias.qparams.scale is not None:
-                return counted(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
+                return convolve_integers(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
         return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class ExactSums(EvenBias):
         if isinstance(quantizer, ChannelFakeQuantize):
             scales = quantizer.scales_of(weight)
             weight.qparams.update(quantizer.get_qparams())
-        weight.steps = rounded(weight / scales, quantizer.qmin, quantizer.qmax)
+        weight.steps = round_half_away(weight / scales, quantizer.qmin, quantizer.qmax)
         return weight, bias
 
     @property
@@ -97,7 +97,7 @@ class ExactSums(EvenBias):
         if not self.counts or type(quantizer) is not FakeQuantize or not quantizer.enabled:
             return super().apply_quant_activation(target)  # type: ignore[misc]
         qparams = observer.get_qparams()
-        steps = rounded(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
+        steps = round_half_away(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
         result = steps * qparams.scale
         result.qparams.update(qparams)
         result.steps = steps
@@ -116,7 +116,7 @@ FLOAT_TO_QAT = {M.ConvBn2d: ExactConvBn2d, M.ConvBnRelu2d: ExactConvBnRelu2d, M.
 QAT_TO_QUANTIZED = {ExactConvBn2d: QD.ConvBn2d, ExactConvBnRelu2d: QD.ConvBnRelu2d, ExactLinear: QD.Linear}
 
 
-def counted(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve_integers(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution of three fake-quantized tensors whose ``qparams`` have scales, float32 (N, C, H, W)."""
     step = source.qparams.scale * weight.qparams.scale
     scales = weight.qparams.scale
@@ -132,10 +132,10 @@ def counted(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Ten
 def integers(values: Tensor, scales: Tensor) -> Tensor:
     """How many steps ``values`` are: float32, with the gradient of a division."""
     known: Tensor | None = getattr(values, "steps", None)
-    return rounded(values / scales) if known is None else known
+    return round_half_away(values / scales) if known is None else known
 
 
-def rounded(values: Tensor, lowest: int = int(INT32.min), highest: int = int(INT32.max)) -> Tensor:
+def round_half_away(values: Tensor, qmin: int = int(INT32.min), qmax: int = int(INT32.max)) -> Tensor:
     """``values`` rounded to integers, halves away from zero; with the gradient of fake quantization."""
     one, zero = Tensor([1.0], device=values.device), Tensor([0.0], device=values.device)
-    return apply(FakeQuant(qmin=lowest, qmax=highest), values, one, zero)[0]
+    return apply(FakeQuant(qmin=qmin, qmax=qmax), values, one, zero)[0]

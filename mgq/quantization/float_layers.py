@@ -17,7 +17,7 @@ from megengine.module.quantized import QuantizedModule
 from megengine.utils.module_utils import set_expand_structure
 
 from mgq.errors import InputError
-from mgq.quantization.activation_ranges import folded_bias, folded_weight, is_kept_in_float, quantized_layers
+from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, fold_weight, is_float_layer
 from mgq.quantization.batch_norm_folding import FusedConv, activation_of
 
 
@@ -25,16 +25,16 @@ def keep_in_float(network: M.Module, names: Iterable[str]) -> None:
     """From now on the weights and biases of the layers ``names`` of ``network``, mode ``qat``, are not quantized.
 
     That is for good: they lose the observer and the fake quantization of their weights, and their state has none.
-    ``names`` are those of convolutions in :func:`mgq.quantization.activation_ranges.quantized_layers`; a layer kept
+    ``names`` are those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer kept
     already stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
     """
-    layers = quantized_layers(network)
-    chosen = [layer_to_keep(layers, name) for name in names]
+    layers = find_quantized_layers(network)
+    chosen = [find_float_layer(layers, name) for name in names]
     for layer in chosen:
         layer.weight_observer = layer.weight_fake_quant = None
 
 
-def layer_to_keep(layers: dict[str, QATModule], name: str) -> QATModule:
+def find_float_layer(layers: dict[str, QATModule], name: str) -> QATModule:
     """Raises InputError where ``layers`` has no convolution ``name``."""
     if name not in layers:
         example = next((known for known, layer in layers.items() if isinstance(layer, _ConvBnActivation2d)), None)
@@ -45,9 +45,9 @@ def layer_to_keep(layers: dict[str, QATModule], name: str) -> QATModule:
     return layers[name]
 
 
-def float_layers_of(network: M.Module) -> tuple[str, ...]:
+def list_float_layers(network: M.Module) -> tuple[str, ...]:
     """The names of the layers of ``network``, mode ``qat``, whose weights stay float32, in the network's order."""
-    return tuple(name for name, layer in quantized_layers(network).items() if is_kept_in_float(layer))
+    return tuple(name for name, layer in find_quantized_layers(network).items() if is_float_layer(layer))
 
 
 class FloatWeights(QuantizedModule):  # type: ignore[misc]
@@ -68,14 +68,14 @@ class FloatWeights(QuantizedModule):  # type: ignore[misc]
     @classmethod
     def from_qat_module(cls, qat_module: QATModule) -> FloatWeights:
         """``qat_module`` has a batch norm, and its output a range."""
-        weight = Parameter(folded_weight(qat_module).numpy())
-        bias = Parameter(folded_bias(qat_module).reshape(1, -1, 1, 1))
+        weight = Parameter(fold_weight(qat_module).numpy())
+        bias = Parameter(fold_bias(qat_module).reshape(1, -1, 1, 1))
         conv = FusedConv(qat_module.conv, weight, bias, activation_of(qat_module))
         return cls(conv, qat_module.get_activation_dtype())
 
 
-def replace_kept_layers(network: M.Module) -> None:
+def replace_float_layers(network: M.Module) -> None:
     """Replace the layers of ``network``, mode ``qat``, that are kept in float by those that run between int8 ones."""
-    kept = list(network._flatten(with_key=True, with_parent=True, predicate=is_kept_in_float))
+    kept = list(network._flatten(with_key=True, with_parent=True, predicate=is_float_layer))
     for name, layer, _ in kept:
         set_expand_structure(network, name, FloatWeights.from_qat_module(layer))

@@ -17,16 +17,16 @@ LOWEST_STEPS = {"quint8_skewed": -31}
 """Where a grid ends below, by its name, where that is not as far from 0 as above."""
 
 
-def to_even(values: Tensor, lowest: int, highest: int) -> Tensor:
+def round_half_to_even(values: Tensor, qmin: int, qmax: int) -> Tensor:
     """``values`` clipped and rounded to integers, float32; the gradient is that of clipping.
 
     Neither limit may be beyond 2**22.
     """
-    return (F.minimum(F.maximum(values, lowest), highest) + SHIFT) - SHIFT
+    return (F.minimum(F.maximum(values, qmin), qmax) + SHIFT) - SHIFT
 
 
 class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
-    """Rounding of activations to integers and back in float32 by :func:`to_even`, ``steps`` of the result.
+    """Rounding of activations to integers and back in float32 by :func:`round_half_to_even`, ``steps`` of the result.
 
     In training state MegEngine's own operator does it: halves are rare, and it is faster with its gradient.
     """
@@ -39,7 +39,7 @@ class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
         if self.training:
             return super().fake_quant_forward(inp, qparams)
         assert qparams is not None
-        steps = to_even(inp * (1 / qparams.scale), self.qmin, self.qmax)
+        steps = round_half_to_even(inp * (1 / qparams.scale), self.qmin, self.qmax)
         result = steps * qparams.scale
         result.steps = steps
         return result

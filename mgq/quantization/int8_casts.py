@@ -16,7 +16,7 @@ from megengine import Tensor
 from megengine.core.tensor.array_method import ArrayMethodMixin
 from megengine.core.tensor.dtype import get_scale, is_quantize
 
-from mgq.quantization.learned_scales import rounded
+from mgq.quantization.learned_scales import round_in_place
 
 LOWEST, HIGHEST = -128, 127
 
@@ -33,7 +33,7 @@ def casts_in_numpy() -> Iterator[None]:
     def astype(self: Tensor, dtype: Any) -> Tensor:
         if not (is_quantize(dtype) and dtype == np.int8):
             return stock(self, dtype)
-        steps = rounded(self.numpy() / np.float32(get_scale(dtype))).clip(LOWEST, HIGHEST)
+        steps = round_in_place(self.numpy() / np.float32(get_scale(dtype))).clip(LOWEST, HIGHEST)
         return Tensor(steps.astype(dtype), dtype=dtype, device=self.device)
 
     ArrayMethodMixin.astype = astype

@@ -33,14 +33,14 @@ class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[mi
 
     ``trained`` is that number; it keeps its identity, so that an optimizer made early goes on to own it.
     ``initialized`` is 1 once it was set from an observer. Where ``ceiling`` is given the range never exceeds it (behind
-    a ReLU6): a gradient that would lead beyond is dropped. ``per_picture``: the first axis is the batch.
+    a ReLU6): a gradient that would lead beyond is dropped. ``per_image``: the first axis is the batch.
     """
 
-    def __init__(self, dtype: str | QuantDtypeMeta, ceiling: float | None = None, per_picture: bool = True) -> None:
+    def __init__(self, dtype: str | QuantDtypeMeta, ceiling: float | None = None, per_image: bool = True) -> None:
         super().__init__(dtype)
         self.half = float(self.qmax - self.qmin) / 2
         self.lowest, self.highest = SMALLEST_SCALE * self.half, math.inf if ceiling is None else ceiling
-        self.per_picture = per_picture
+        self.per_image = per_image
         self.gain = Tensor(1.0, dtype="float32")
         self.trained = Parameter(self.trained_for(self.half), dtype="float32")
         self.initialized = Tensor(0.0, dtype="float32")
@@ -146,7 +146,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         self.saved = inp, trained, scale
         if not on_cpu(inp):
             return F.clip(F.round(inp / scale), q.qmin, q.qmax) * scale
-        steps = rounded(inp.numpy() / scale.numpy())
+        steps = round_in_place(inp.numpy() / scale.numpy())
         np.clip(steps, q.qmin, q.qmax, out=steps)
         steps *= scale.numpy()
         return Tensor(steps, device=inp.device)
@@ -157,7 +157,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         del self.saved
         gradients = cpu_gradients if on_cpu(inp) else stock_gradients
         d_input, d_scale = gradients(q, inp, scale, d_output)
-        elements = inp.size / (inp._tuple_shape[0] if q.per_picture else 1)
+        elements = inp.size / (inp._tuple_shape[0] if q.per_image else 1)
         d_trained = d_scale * q.slope(elements)
         limit = q.free_limit()
         # Descending along the gradient would lead further beyond the bounds of the range.
@@ -186,7 +186,7 @@ def cpu_gradients(q: LearnedFakeQuantize, inp: Tensor, scale: Tensor, d_output: 
     lowest, highest = q.inner_bounds()
     clipped = steps.min() <= lowest or steps.max() >= highest
     passes = (steps > lowest) & (steps < highest) if clipped else None
-    slopes = rounded(steps.copy())
+    slopes = round_in_place(steps.copy())
     if passes is not None:
         np.clip(slopes, q.qmin, q.qmax, out=slopes)
         steps *= passes
@@ -195,7 +195,7 @@ def cpu_gradients(q: LearnedFakeQuantize, inp: Tensor, scale: Tensor, d_output: 
     return d_output if passes is None else Tensor(d_values * passes, device=inp.device), d_scale
 
 
-def rounded(array: Array) -> Array:
+def round_in_place(array: Array) -> Array:
     """``array`` rounded to integers in place, halves away from zero."""
     array += np.copysign(ALMOST_HALF, array)
     return np.trunc(array, out=array)

@@ -10,7 +10,7 @@ from megengine.module.quantized import QuantizedModule
 from megengine.quantization import quantize, quantize_qat
 
 from mgq.errors import InputError, no_such
-from mgq.quantization.float_layers import replace_kept_layers
+from mgq.quantization.float_layers import replace_float_layers
 from mgq.quantization.int8_casts import casts_in_numpy
 from mgq.quantization.option_names import Mode as Mode
 from mgq.quantization.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
@@ -65,7 +65,7 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
                     "write an ONNX file of it"
                 )
             network.eval()
-            replace_kept_layers(network)
+            replace_float_layers(network)
             with casts_in_numpy():
                 quantize(network, mapping=QAT_TO_QUANTIZED)
             network.eval()

@@ -24,7 +24,7 @@ from megengine.quantization.observer import (
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 
 from mgq.errors import InputError, no_such
-from mgq.quantization.activation_ranges import folded_weight, observe_weights
+from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.relu6 import CEILING, QatConvBnRelu6
@@ -79,7 +79,7 @@ OBSERVERS: dict[str, tuple[Kind, Kind, type[LearnedFakeQuantize] | None]] = {
 }
 
 
-def prepared_for_qat(
+def prepare_qat(
     network: M.Module, observer: str = "ema", target: Target = MEGENGINE, in_place: bool = False
 ) -> M.Module:
     """``network`` (mode ``normal`` or ``qat``) in mode ``qat``, with that kind of ``observer`` for its scales.
@@ -99,7 +99,7 @@ def prepared_for_qat(
         name = target_of(network).name
         raise InputError(f"observer '{observer}' trains one scale a layer; for the target {name} choose ema or min-max")
     kind = among_others if is_distributed() else alone
-    if any(type(quantizer) is not learned for quantizer in learned_quantizers(network)):
+    if any(type(quantizer) is not learned for quantizer in find_learned_quantizers(network)):
         network = plain_qat(network, in_place=True)
     for module in qat_modules(network):
         module.set_fake_quant(True)
@@ -165,7 +165,7 @@ def start_fake_quantization(network: M.Module) -> None:
                 observe_weights(module)
                 module.weight_fake_quant.initialize(module.weight_observer, gain_of_batch_norm(module))
             module.weight_observer.disable()
-    activations = [q for q in learned_quantizers(network) if q.per_picture]
+    activations = [q for q in find_learned_quantizers(network) if q.per_image]
     if activations and not any(quantizer.initialized.numpy() for quantizer in activations):
         raise ValueError("learned scales start from observed ranges: observe some batches first")
 
@@ -188,7 +188,7 @@ def freeze_observers(network: M.Module) -> None:
             module.act_observer.disable()
 
 
-def learned_quantizers(network: M.Module) -> list[LearnedFakeQuantize]:
+def find_learned_quantizers(network: M.Module) -> list[LearnedFakeQuantize]:
     """Those of ``lsq`` and ``tqt``, in the network's order; none for other observers."""
     return [module for module in network.modules() if isinstance(module, LearnedFakeQuantize)]
 
@@ -233,14 +233,14 @@ def give_learned_scales(module: QATModule, kind: type[LearnedFakeQuantize]) -> N
         ceiling = CEILING if isinstance(module, QatConvBnRelu6) else None
         module.act_fake_quant = kind(module.act_fake_quant.dtype, ceiling)
     if module.weight_fake_quant is not None and type(module.weight_fake_quant) is not kind:
-        module.weight_fake_quant = kind(module.weight_fake_quant.dtype, per_picture=False)
+        module.weight_fake_quant = kind(module.weight_fake_quant.dtype, per_image=False)
 
 
 def gain_of_batch_norm(module: QATModule) -> float:
     """How many times larger the weights of ``module`` are with its batch norm folded in."""
     weight = module.conv.weight if hasattr(module, "bn") else module.weight
     largest = float(np.abs(weight.numpy()).max())
-    return float(np.abs(folded_weight(module).numpy()).max()) / largest if largest else 1.0
+    return float(np.abs(fold_weight(module).numpy()).max()) / largest if largest else 1.0
 
 
 def with_range_of(old: MinMaxObserver, kind: Kind) -> MinMaxObserver:

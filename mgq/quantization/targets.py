@@ -131,7 +131,7 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
 
     def allowed_scales(self, scales: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The least scales not below ``scales`` that may be fixed."""
-        return scales if self.unit is None else without_ties(scales / self.unit) * self.unit
+        return scales if self.unit is None else avoid_ties(scales / self.unit) * self.unit
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
         scales = self.scales_of(inp)
@@ -166,7 +166,7 @@ def least_limits(largest: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return found
 
 
-def without_ties(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def avoid_ties(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The least numbers not below ``ratios``, above 0, an integer of which is never a half: odd denominators.
 
     They are 1/n up to 1/64, and above it multiples of 1/4095; none is below 1/8191.
@@ -253,7 +253,7 @@ ONNX_AVX2 = replace(
 TARGETS = {target.name: target for target in (MEGENGINE, ONNX, ONNX_AVX2)}
 
 
-def target_called(name: str) -> Target:
+def get_target(name: str) -> Target:
     """Raises InputError, which lists them, where there is no target ``name``."""
     if name not in TARGETS:
         raise no_such("target", name, TARGETS)

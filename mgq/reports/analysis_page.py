@@ -18,13 +18,13 @@ from mgq.reports.html import (
     Html,
     curve,
     dot,
+    draw_text,
     line,
+    make_scrollable,
     page,
-    scrolled,
     svg,
     table,
     text,
-    written,
 )
 
 MARKED = 10
@@ -72,16 +72,16 @@ def page_of(analysis: Analysis) -> str:
 
 
 def facts(analysis: Analysis) -> list[str]:
-    classifier, pictures = analysis.classifier, analysis.pictures
-    known = "labelled" if pictures.labels is not None else "without labels"
+    classifier, images = analysis.classifier, analysis.images
+    known = "labelled" if images.labels is not None else "without labels"
     lines = [
         f"Target {text(classifier.target.name)}. Weights: {text(classifier.origin)}. "
-        f"{analysis.found.pictures} pictures of {classifier.image_size} pixels, {known}: {text(pictures.name)}. "
+        f"{analysis.found.images} pictures of {classifier.image_size} pixels, {known}: {text(images.name)}. "
         f"mgq {text(versions()['mgq'])}, MegEngine {text(versions()['megengine'])}."
     ]
     return [
         *(f'<p class="dim">{line}</p>' for line in lines),
-        *(f'<p class="remark">{text(remark)}</p>' for remark in [*analysis.remarks, *pictures.problems]),
+        *(f'<p class="remark">{text(remark)}</p>' for remark in [*analysis.remarks, *images.problems]),
     ]
 
 
@@ -114,15 +114,15 @@ def alone_chart(layers: Sequence[LayerSensitivity], worst: set[str]) -> str:
         y = number * height
         length = width * min(error, largest) / largest
         colour = ORANGE if layer.name in worst else BLUE
-        parts.append(written(left - 8, y + 11, layer.name, "end"))
+        parts.append(draw_text(left - 8, y + 11, layer.name, "end"))
         parts.append(
             f'<rect x="{left}" y="{y + 2}" width="{max(length, 0.5):.1f}" height="{height - 4}" fill="{colour}"/>'
         )
         parts.append(
-            written(left + length + 6, y + 11, f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})")
+            draw_text(left + length + 6, y + 11, f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})")
         )
     label = "error of the logits with one layer in int8"
-    return scrolled(svg(left + width + 130, len(layers) * height, parts, label), label)
+    return make_scrollable(svg(left + width + 130, len(layers) * height, parts, label), label)
 
 
 def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
@@ -146,18 +146,18 @@ def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
     for tick in range(round((TOP_DB - bottom) / STEP) + 1):
         decibels = bottom + tick * STEP
         y = place(0, decibels)[1]
-        parts += [line(left, y, left + width, y), written(left - 6, y + 4, f"{decibels:.0f}", "end")]
+        parts += [line(left, y, left + width, y), draw_text(left - 6, y + 4, f"{decibels:.0f}", "end")]
     for turn, (kind, (colour, found)) in enumerate(kinds.items()):
         points = [(i, place(i, value)) for i, value in enumerate(found) if value is not None]
         parts.append(curve([point for _, point in points], colour))
         for i, (x, y) in points:
             parts.append(dot(x, y, colour, f"{layers[i].name}, {kind}: {in_decibels(found[i], ' dB')}"))
         x = left + 90 * turn
-        parts += [f'<rect x="{x}" y="4" width="10" height="10" fill="{colour}"/>', written(x + 15, 13, kind)]
-    parts.append(written(left, top + height + 20, "input"))
-    parts.append(written(left + width, top + height + 20, "output", "end"))
+        parts += [f'<rect x="{x}" y="4" width="10" height="10" fill="{colour}"/>', draw_text(x + 15, 13, kind)]
+    parts.append(draw_text(left, top + height + 20, "input"))
+    parts.append(draw_text(left + width, top + height + 20, "output", "end"))
     label = "signal to noise in dB along the network"
-    return scrolled(svg(left + width + 10, top + height + 28, parts, label), label)
+    return make_scrollable(svg(left + width + 10, top + height + 28, parts, label), label)
 
 
 def histogram(values: Values) -> str:
@@ -173,8 +173,8 @@ def histogram(values: Values) -> str:
     for edge in (values.low, values.high):
         x = width * (min(max(edge, low), high) - low) / (high - low)
         parts.append(line(x, 0, x, height, ORANGE))
-    parts += [line(0, height, width, height, GREY), written(0, height + 13, f"{low:.3g}")]
-    parts.append(written(width, height + 13, f"{high:.3g}", "end"))
+    parts += [line(0, height, width, height, GREY), draw_text(0, height + 13, f"{low:.3g}")]
+    parts.append(draw_text(width, height + 13, f"{high:.3g}", "end"))
     return svg(width, height + 18, parts, "histogram")
 
 
@@ -186,8 +186,8 @@ def channel_chart(values: Values) -> str:
     steps = "".join(f"V{height * (1 - share):.1f}H{(i + 1) * bar:.1f}" for i, share in enumerate(shares))
     middle = height * (1 - min(values.median_share, 1.0))
     parts = [f'<path d="M0 {height:.0f}{steps}V{height:.0f}Z" fill="{GREEN}"/>', line(0, middle, width, middle, GREY)]
-    parts += [line(0, height, width, height, GREY), written(0, height + 13, f"{len(shares)} channels")]
-    parts.append(written(width, height + 13, f"median {values.median_share:.0%}", "end"))
+    parts += [line(0, height, width, height, GREY), draw_text(0, height + 13, f"{len(shares)} channels")]
+    parts.append(draw_text(width, height + 13, f"median {values.median_share:.0%}", "end"))
     return svg(width, height + 18, parts, "largest value of each channel")
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.bench.cases import Contestant, Entry, Loaded, contest
+from mgq.bench.cases import BenchmarkCase, CaseResult, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
-from mgq.bench.statistics import Rounds, Speed, Speedup, speed_of, speedup_of
-from mgq.bench.suite import ENGINES, Entrant, Job
-from mgq.data.datasets import evenly
+from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
+from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, NetworkJob
+from mgq.data.datasets import pick_evenly
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.metrics import standard_error
@@ -26,22 +26,22 @@ from mgq.errors import FailureError, MgqError
 from mgq.events import OnProgress, Progress
 from mgq.machine import usable_cores
 from mgq.quantization.targets import MEGENGINE
-from mgq.reports.run_predictions import FLOAT, INT8, Measured, Networks, crops_at
+from mgq.reports.run_predictions import FLOAT, INT8, Measurements, Networks, crops_at
 from mgq.runtime.protocol import in_batches
-from mgq.runtime.registry import ENGINES as FILE_ENGINES
+from mgq.runtime.registry import BACKENDS as FILE_ENGINES
 
 ROUNDS = 5
-PICTURES = 200
+IMAGES = 200
 """On so many pictures at most the engines' answers are counted."""
 PRECISIONS = {FLOAT: Precision.FP32, INT8: Precision.INT8}
 # MegEngine as mgq itself runs it, and all engines that read a file.
-SHOWN: Mapping[str, Entrant] = MappingProxyType(
-    {name: entrant for name, entrant in ENGINES.items() if name != "MegEngine traced"}
+SHOWN: Mapping[str, BenchmarkBackend] = MappingProxyType(
+    {name: backend for name, backend in BENCHMARK_BACKENDS.items() if name != "MegEngine traced"}
 )
 
 
 @dataclass(frozen=True)
-class GivenJob(Job):
+class GivenJob(NetworkJob):
     """A job for a network that is there already."""
 
     given: Classifier
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def speed(self) -> Speed | None:
-        return speed_of(self.rounds, 1) if self.rounds else None
+        return measure_speed(self.rounds, 1) if self.rounds else None
 
     def to_json(self) -> dict[str, Any]:
         body = {name: value for name, value in asdict(self).items() if name != "rounds"}
@@ -75,11 +75,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Engines:
-    """All rows; ``pictures`` is on how many the answers were counted."""
+class BackendComparison:
+    """All rows; ``images`` is on how many the answers were counted."""
 
     rows: tuple[Row, ...]
-    pictures: int
+    images: int
 
     def fastest(self, what: str) -> Row | None:
         timed = [row for row in self.rows if row.what == what and row.rounds]
@@ -89,79 +89,79 @@ class Engines:
     def gain(self) -> Speedup | None:
         """The fastest int8 beside the fastest float, each in its engine."""
         one, other = self.fastest(INT8), self.fastest(FLOAT)
-        return speedup_of(one.rounds, other.rounds) if one is not None and other is not None else None
+        return measure_speedup(one.rounds, other.rounds) if one is not None and other is not None else None
 
     @property
     def error(self) -> float:
         """The standard error of an accuracy of those of the rows, in points: the largest."""
-        return max((standard_error(row.top1, self.pictures) for row in self.rows if row.top1 is not None), default=0.0)
+        return max((standard_error(row.top1, self.images) for row in self.rows if row.top1 is not None), default=0.0)
 
 
-def engines_compared(
+def compare_backends(
     networks: Networks,
-    found: Measured | None,
+    found: Measurements | None,
     on_progress: OnProgress,
-    engines: Mapping[str, Entrant] = SHOWN,
+    engines: Mapping[str, BenchmarkBackend] = SHOWN,
     rounds: int = ROUNDS,
-) -> Engines:
+) -> BackendComparison:
     """Float and int8 in each of ``engines``: times are taken one picture at a time on one thread, in shuffled turns of
-    processes of their own (:func:`mgq.bench.cases.contest`). One that is missing costs its row alone."""
+    processes of their own (:func:`mgq.bench.cases.run_cases`). One that is missing costs its row alone."""
     classifier = networks.any
     settings = Settings((classifier.spec.name,), threads=(1,), rounds=rounds, image_size=classifier.image_size)
-    crops, indices = shared_crops(classifier, found) if found is not None else (None, [])
+    crops, indices = select_crops(classifier, found) if found is not None else (None, [])
     with tempfile.TemporaryDirectory(prefix="mgq-report-") as folder:
         jobs = {
             what: GivenJob(classifier.spec.name, PRECISIONS[what], one.target, settings, Path(folder), one)
             for what, one in networks.by_name.items()
             if what in PRECISIONS
         }
-        contestants = [contestant(job, name, entrant) for job in jobs.values() for name, entrant in engines.items()]
-        entries = contest(contestants, rounds, on_progress=on_progress)
+        cases = [make_case(job, name, backend) for job in jobs.values() for name, backend in engines.items()]
+        entries = run_cases(cases, rounds, on_progress=on_progress)
         rows: list[Row] = []
         for entry in entries:
             row = row_of(entry)
             if found is not None and crops is not None and row.problem is None:
                 on_progress(Progress("answers of engines", len(rows), len(entries), "engines"))
-                row = with_answers(row, jobs[row.what], found.found[row.what], crops, indices)
+                row = add_agreement(row, jobs[row.what], found.found[row.what], crops, indices)
             rows.append(row)
         on_progress(Progress("answers of engines", len(entries), len(entries), "engines"))
-    return Engines(tuple(rows), len(indices))
+    return BackendComparison(tuple(rows), len(indices))
 
 
-def contestant(job: GivenJob, name: str, entrant: Entrant) -> Contestant:
-    return Contestant(
+def make_case(job: GivenJob, name: str, backend: BenchmarkBackend) -> BenchmarkCase:
+    return BenchmarkCase(
         network=job.network,
         precision=job.precision,
         engine=name,
-        load=partial(started, job, name, entrant),
+        load=partial(start_case, job, name, backend),
         answers=None,  # they are counted on the pictures
         target=job.target.name,
     )
 
 
-def started(job: GivenJob, name: str, entrant: Entrant) -> Loaded:
+def start_case(job: GivenJob, name: str, backend: BenchmarkBackend) -> LoadedWorker:
     if name.startswith("MegEngine") and job.precision is Precision.INT8 and job.target is not MEGENGINE:
         raise FailureError(f"MegEngine cannot run what was quantized for the target {job.target.name}")
-    return entrant.start(job, 1)
+    return backend.start(job, 1)
 
 
-def row_of(entry: Entry) -> Row:
-    contestant = entry.contestant
-    what = next(name for name, precision in PRECISIONS.items() if precision is contestant.precision)
+def row_of(entry: CaseResult) -> Row:
+    case = entry.case
+    what = next(name for name, precision in PRECISIONS.items() if precision is case.precision)
     if entry.loaded is None or entry.problem is not None:
-        return Row(what, contestant.engine, problem=entry.problem)
-    return Row(what, contestant.engine, entry.player.version, entry.loaded.file_bytes, entry.rounds)
+        return Row(what, case.engine, problem=entry.problem)
+    return Row(what, case.engine, entry.worker.version, entry.loaded.file_bytes, entry.rounds)
 
 
-def shared_crops(classifier: Classifier, found: Measured) -> tuple[npt.NDArray[np.uint8], list[int]]:
+def select_crops(classifier: Classifier, found: Measurements) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """uint8 (N, 3, S, S): pictures that were measured, evenly spread; and their numbers in the dataset."""
     all_of_them = found.last.indices
-    indices: list[int] = all_of_them[evenly(len(all_of_them), PICTURES)].tolist()
-    crops: Sequence[Pixels] = crops_at(classifier, found.pictures, indices)
+    indices: list[int] = all_of_them[pick_evenly(len(all_of_them), IMAGES)].tolist()
+    crops: Sequence[Pixels] = crops_at(classifier, found.dataset, indices)
     return to_batch(crops), indices
 
 
-def with_answers(
+def add_agreement(
     row: Row, job: GivenJob, evaluation: Evaluation, crops: npt.NDArray[np.uint8], indices: Sequence[int]
 ) -> Row:
     """``row`` with what its engine answers to ``crops``, whose numbers are ``indices``; MegEngine's are known."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mgq.reports.html import GREY, Html, curve, dot, line, scrolled, svg, text, ticks, written
+from mgq.reports.html import GREY, Html, curve, dot, draw_text, line, make_scrollable, svg, text, ticks
 
 WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 34.0
@@ -51,15 +51,15 @@ def curves(title: str, series: Sequence[Series], border: float | None = None, pe
     parts = []
     for value in ticks(low, high, 5):
         y = place(0, value)[1]
-        parts += [line(LEFT, y, WIDTH - RIGHT, y), written(LEFT - 6, y + 4, f"{value:.4g}", "end")]
+        parts += [line(LEFT, y, WIDTH - RIGHT, y), draw_text(LEFT - 6, y + 4, f"{value:.4g}", "end")]
     base = HEIGHT - BOTTOM
     for epoch in ticks(0, last, 7):
         if epoch == int(epoch):
-            parts.append(written(place(epoch, low)[0], base + 14, f"{epoch:.0f}", "middle"))
-    parts += [line(LEFT, base, WIDTH - RIGHT, base, GREY), written(WIDTH - RIGHT, base + 28, "epoch", "end")]
+            parts.append(draw_text(place(epoch, low)[0], base + 14, f"{epoch:.0f}", "middle"))
+    parts += [line(LEFT, base, WIDTH - RIGHT, base, GREY), draw_text(WIDTH - RIGHT, base + 28, "epoch", "end")]
     if border is not None:
         x = place(border, low)[0]
-        parts += [line(x, TOP, x, base, GREY), written(x + 4, TOP + 10, "QAT")]
+        parts += [line(x, TOP, x, base, GREY), draw_text(x + 4, TOP + 10, "QAT")]
     for one in shown:
         places = [place(*point) for point in one.points]
         parts.append(curve(places, one.colour, one.dashes))
@@ -92,7 +92,7 @@ def heat_map(cells: npt.NDArray[np.int64], names: Sequence[str], caption: str) -
         f'<table class="heat"><caption>{text(caption)}</caption><thead><tr>'
         f'<th scope="col" class="name">class \\ answer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
-    return scrolled(table, caption)
+    return make_scrollable(table, caption)
 
 
 def cell_of(count: int, total: int, right: bool) -> str:
@@ -113,7 +113,7 @@ def bars(shares: Sequence[tuple[float, str]], label: str) -> Html:
     return Html(svg(100, height, [*parts, line(100, 0, 100, height)], label))
 
 
-def embedded(jpeg: bytes, side: int, about: str) -> str:
+def embed_image(jpeg: bytes, side: int, about: str) -> str:
     """An image of ``side`` pixels inside the page."""
     data = base64.b64encode(jpeg).decode()
     size = f'width="{side}" height="{side}"'

@@ -14,17 +14,17 @@ from typing import Any
 from mgq.data.datasets import Dataset, ImageFolder, without_subset
 from mgq.engine.calibration.calibration_run import RANGES_FILE
 from mgq.engine.classifier.evaluate import evaluation_data
-from mgq.engine.classifier.open import RUN_CHECKPOINT, newest_of
+from mgq.engine.classifier.open import RUN_CHECKPOINT, find_newest
 from mgq.engine.runs.provenance import read_environment
 from mgq.engine.runs.run_folder import LAST, METRICS, RECIPE, Metrics, read_metrics
 from mgq.engine.runs.training_state import read_training_state
 from mgq.engine.training.training_run import FLOAT_START
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.weights.checkpoint import CheckpointInfo
-from mgq.weights.state_selection import key_said
+from mgq.weights.state_selection import parse_key
 from mgq.zoo.registry import spec_of
-from mgq.zoo.weight_loading import Weights, packaged_weights, read_weights
+from mgq.zoo.weight_loading import Weights, read_packaged_weights, read_weights
 
 KINDS = ("qat", "calibration", "normal")
 """What the names of runs' folders end in."""
@@ -68,13 +68,13 @@ class Run:
         """The text of the recipe, or of a calibration's provenance; empty without one."""
         if self.kind == "calibration":
             return json.dumps(self.provenance, indent=1, ensure_ascii=False) if self.provenance else ""
-        return readable(self.path / RECIPE)
+        return open_if_readable(self.path / RECIPE)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """What a calibration says of itself; empty for other runs."""
         try:
-            found = json.loads(readable(self.path / RANGES_FILE) or "{}")["provenance"]
+            found = json.loads(open_if_readable(self.path / RANGES_FILE) or "{}")["provenance"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -95,13 +95,13 @@ class Run:
     def command(self) -> str:
         """The command that does it again."""
         verb = {"calibration": "calibrate", "qat": "qat"}.get(self.kind, "train")
-        typed = typed_command(self.path, verb)
+        typed = find_command(self.path, verb)
         if typed:
             return typed
         if self.kind == "calibration":
             return str(self.provenance.get("made_by", f"mgq calibrate -a {self.info.arch}"))
-        start = f" -c {quoted(self.path / FLOAT_START)}" if self.kind == "qat" else ""
-        return f"mgq {verb} --recipe {quoted(self.path / RECIPE)}{start}"
+        start = f" -c {quote_path(self.path / FLOAT_START)}" if self.kind == "qat" else ""
+        return f"mgq {verb} --recipe {quote_path(self.path / RECIPE)}{start}"
 
     def files(self) -> list[tuple[str, int]]:
         """Its files by name, with their bytes."""
@@ -109,7 +109,7 @@ class Run:
         return [(path.name, path.stat().st_size) for path in there]
 
 
-def typed_command(folder: Path, verb: str) -> str:
+def find_command(folder: Path, verb: str) -> str:
     """The ``mgq VERB`` that began ``folder``, as its environment tells; empty where it does not."""
     processes = read_environment(folder).get("processes")
     first = processes[0] if isinstance(processes, list) and processes else None
@@ -117,11 +117,11 @@ def typed_command(folder: Path, verb: str) -> str:
     return command if command.startswith(f"mgq {verb}") else ""
 
 
-def quoted(path: Path) -> str:
+def quote_path(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def readable(path: Path) -> str:
+def open_if_readable(path: Path) -> str:
     """The text of ``path``; empty where it is not there or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -132,12 +132,12 @@ def readable(path: Path) -> str:
 # ---- which run ----
 
 
-def run_called(name: str | Path | None, save: Path) -> Run:
+def find_run(name: str | Path | None, save: Path) -> Run:
     """The run in the folder ``name``, or called so under ``save``; the newest one there without a name.
 
     Raises InputError where there is none, or it has no network yet.
     """
-    path = newest(save) if name is None else folder_called(Path(name), save)
+    path = find_newest_folder(save) if name is None else find_folder(Path(name), save)
     checkpoint = path / RUN_CHECKPOINT
     if not checkpoint.is_file():
         raise InputError(f"{printable(path)} has no {RUN_CHECKPOINT} yet: let the run finish, or name another one")
@@ -148,14 +148,14 @@ def run_called(name: str | Path | None, save: Path) -> Run:
     return Run(path, kind, weights)
 
 
-def newest(save: Path) -> Path:
-    found = newest_of(path for kind in KINDS for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}"))
+def find_newest_folder(save: Path) -> Path:
+    found = find_newest(path for kind in KINDS for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}"))
     if found is None:
         raise InputError(f"there is no run under {printable(save)}: `mgq qat` makes one, or pass -s FOLDER")
     return found.parent
 
 
-def folder_called(name: Path, save: Path) -> Path:
+def find_folder(name: Path, save: Path) -> Path:
     if name.name == RUN_CHECKPOINT:
         name = name.parent
     found = next((path for path in (name, save / name) if path.is_dir()), None)
@@ -169,7 +169,7 @@ def folder_called(name: Path, save: Path) -> Path:
 # ---- what it began with ----
 
 
-def float_weights(run: Run) -> tuple[Weights | None, str]:
+def find_float_weights(run: Run) -> tuple[Weights | None, str]:
     """The float network that int8 is to be compared with, or why there is none."""
     if run.kind == "normal":
         return run.weights, ""
@@ -177,7 +177,7 @@ def float_weights(run: Run) -> tuple[Weights | None, str]:
     if kept.is_file():
         return read_weights(kept, spec_of(run.weights.arch)), ""
     origin = run.info.origin
-    packaged = packaged_weights(spec_of(run.weights.arch))
+    packaged = read_packaged_weights(spec_of(run.weights.arch))
     if packaged is not None and packaged.origin == origin:
         return packaged, ""
     path = path_in(origin, run)
@@ -185,7 +185,7 @@ def float_weights(run: Run) -> tuple[Weights | None, str]:
         return None, f"the float network that it began with ({origin}) is not at hand: give it with -c FILE"
     if path.stat().st_mtime > run.checkpoint.stat().st_mtime:
         return None, f"{path} has been trained anew since: calibrate again, or give the float network with -c FILE"
-    return read_weights(path, spec_of(run.weights.arch), key=key_said(origin.partition(" (")[2])), ""
+    return read_weights(path, spec_of(run.weights.arch), key=parse_key(origin.partition(" (")[2])), ""
 
 
 def path_in(origin: str, run: Run) -> Path | None:
@@ -210,7 +210,7 @@ def float_metrics(run: Run) -> list[Metrics]:
 # ---- what it is measured on ----
 
 
-def pictures_of(run: Run, data: Path | None, on_progress: OnProgress = silent) -> tuple[Dataset, str]:
+def images_of(run: Run, data: Path | None, on_progress: OnProgress = ignore_progress) -> tuple[Dataset, str]:
     """The labelled pictures to measure ``run`` on: in the folder ``data``, else those that it knows of; and a remark
     on pictures that a calibration had seen and that are left out.
 
@@ -219,10 +219,10 @@ def pictures_of(run: Run, data: Path | None, on_progress: OnProgress = silent) -
     known = run.provenance.get("pictures")
     if data is None and not run.info.recipe.get("data") and isinstance(known, str) and Path(known).is_dir():
         data = Path(known)
-    pictures = evaluation_data(data, run.info.recipe, run.info.image_size, on_progress)
+    images = evaluation_data(data, run.info.recipe, run.info.image_size, on_progress)
     seen, of = (run.provenance.get(name, 0) for name in ("images", "of"))
     # A calibration looks into train/ where there is one, and `of` says how many pictures it had to choose from.
-    alone = isinstance(pictures, ImageFolder) and not (pictures.folder.parent / "train").is_dir()
-    if not (alone and isinstance(seen, int) and 0 < seen < len(pictures) == of):
-        return pictures, ""
-    return without_subset(pictures, seen), f"{seen} pictures on which the ranges were measured are left out"
+    alone = isinstance(images, ImageFolder) and not (images.folder.parent / "train").is_dir()
+    if not (alone and isinstance(seen, int) and 0 < seen < len(images) == of):
+        return images, ""
+    return without_subset(images, seen), f"{seen} pictures on which the ranges were measured are left out"

@@ -69,7 +69,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{inside}\n</main></body></html>\n'
 
 
-def checked_page(path: Path, option: str = "--html") -> Path:
+def check_page_path(path: Path, option: str = "--html") -> Path:
     """``path``, given by ``option``, if a page can be written there: found out before the work, which takes minutes.
 
     Raises InputError.
@@ -93,10 +93,10 @@ def table(caption: str, heads: Sequence[object], rows: Iterable[Sequence[object]
         lines.append(f'<tr><th scope="row"{kinds[0]}>{text(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
     told = f"<caption>{text(caption)}</caption>"
-    return scrolled(f"<table>{told}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>", caption)
+    return make_scrollable(f"<table>{told}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>", caption)
 
 
-def scrolled(inside: str, label: str) -> str:
+def make_scrollable(inside: str, label: str) -> str:
     """``inside`` in a box that scrolls sideways, with the keyboard, too."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}">{inside}</div>'
 
@@ -110,7 +110,7 @@ def svg(width: float, height: float, parts: Iterable[str], label: str) -> str:
     return f'<svg {size} role="img" aria-label="{text(label)}">{body}</svg>'
 
 
-def written(x: float, y: float, words: object, anchor: str = "start") -> str:
+def draw_text(x: float, y: float, words: object, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text(words)}</text>'
 
 

@@ -9,19 +9,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mgq.bench.suite import Entrant
+from mgq.bench.suite import BenchmarkBackend
 from mgq.data.datasets import subset
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
-from mgq.reports.backend_comparison import Engines, engines_compared
-from mgq.reports.finished_run import Run, float_metrics, float_weights, pictures_of, run_called
-from mgq.reports.html import checked_page
+from mgq.reports.backend_comparison import BackendComparison, compare_backends
+from mgq.reports.finished_run import Run, find_float_weights, find_run, float_metrics, images_of
+from mgq.reports.html import check_page_path
 from mgq.reports.report_page import page_of
-from mgq.reports.run_predictions import SHOWN, Measured, Networks, measured, networks_of
+from mgq.reports.run_predictions import SHOWN, Measurements, Networks, measure_networks, networks_of
 from mgq.system.environment import Machine, this_machine
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
@@ -40,8 +40,8 @@ class Report:
 
     run: Run
     networks: Networks
-    found: Measured | None
-    engines: Engines | None
+    found: Measurements | None
+    engines: BackendComparison | None
     float_metrics: list[Metrics]
     missing: tuple[str, ...]
     machine: Machine
@@ -54,7 +54,7 @@ class Report:
         """The result in a few lines."""
         lines = [f"{self.run.path}: {self.run.weights.arch}, {self.run.kind}"]
         if self.found is not None:
-            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.pictures.name}"
+            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.dataset.name}"
             tops = ", ".join(f"{name} {one.top1:.1f} %" for name, one in self.found.found.items())
             lines.append(f"top-1 on {self.found.images} {kind}: {tops} (± {self.found.last.top1_error:.1f})")
             if self.found.pair is not None:
@@ -90,9 +90,9 @@ def report(
     save: str | Path = "runs",
     output: str | Path | None = None,
     limit: int | None = None,
-    pictures: int = SHOWN,
-    engines: bool | Mapping[str, Entrant] = True,
-    on_progress: OnProgress = silent,
+    images: int = SHOWN,
+    engines: bool | Mapping[str, BenchmarkBackend] = True,
+    on_progress: OnProgress = ignore_progress,
     key: str | None = None,
 ) -> Report:
     """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.
@@ -101,7 +101,7 @@ def report(
     measured on the labelled pictures in ``data``, by default on those that the run was measured on, or on ``limit`` of
     them, evenly spread. ``checkpoint`` holds the float network to compare with where the run does not know it any more;
     ``key`` chooses one of several in it.
-    ``pictures`` is how many of those that int8 answers otherwise are shown. ``engines``: whether other engines are
+    ``images`` is how many of those that int8 answers otherwise are shown. ``engines``: whether other engines are
     measured, too, or which. ``output`` is by default ``report.html`` in the run's folder.
 
     Raises InputError where there is no such run, the page cannot be written, ``data`` is no labelled set, or its
@@ -109,12 +109,12 @@ def report(
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit} is too small: give at least 1")
-    if pictures < 0:
-        raise InputError(f"--pictures {pictures} is not possible: give 0 or more")
+    if images < 0:
+        raise InputError(f"--pictures {images} is not possible: give 0 or more")
     machine = this_machine()  # as it is before the work begins
-    its = run_called(run, Path(save))
-    page = checked_page(Path(output) if output is not None else its.path / PAGE, "--output")
-    normal, why_not = wanted_float(its, checkpoint, key)
+    its = find_run(run, Path(save))
+    page = check_page_path(Path(output) if output is not None else its.path / PAGE, "--output")
+    normal, why_not = find_float_network(its, checkpoint, key)
     networks = networks_of(its, normal)
     missing = [f"float32: {why_not}"] if why_not else []
     if not its.is_int8:
@@ -122,17 +122,17 @@ def report(
         missing.append(f"int8: this run made a float network; `mgq qat -a {arch}` or `mgq calibrate -a {arch}` goes on")
     found = None
     try:
-        labelled, left_out = pictures_of(its, Path(data) if data is not None else None, on_progress)
+        labelled, left_out = images_of(its, Path(data) if data is not None else None, on_progress)
     except InputError as error:
         if data is not None:
             raise
         missing.append(f"accuracy, changed answers, confusions: {error}")
     else:
         labelled = subset(labelled, limit) if limit is not None else labelled
-        found = measured(networks, labelled, left_out, pictures, on_progress)
+        found = measure_networks(networks, labelled, left_out, images, on_progress)
     compared = None
     if engines is not False:
-        compared = engines_compared(networks, found, on_progress, ENGINES if engines is True else engines)
+        compared = compare_backends(networks, found, on_progress, ENGINES if engines is True else engines)
     result = Report(
         run=its,
         networks=networks,
@@ -150,10 +150,10 @@ def report(
     return result
 
 
-def wanted_float(run: Run, checkpoint: str | Path | None, key: str | None) -> tuple[Weights | None, str]:
+def find_float_network(run: Run, checkpoint: str | Path | None, key: str | None) -> tuple[Weights | None, str]:
     """The float network of ``checkpoint``, else what the run knows of; or why there is none."""
     if checkpoint is None:
-        return float_weights(run)
+        return find_float_weights(run)
     weights = read_weights(Path(checkpoint), spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
         raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")

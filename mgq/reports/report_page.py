@@ -11,10 +11,10 @@ from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import three_digits
 from mgq.engine.classifier.evaluate import ClassResult, Evaluation
 from mgq.engine.runs.run_folder import Metrics
-from mgq.reports.backend_comparison import ROUNDS, Engines, Row
-from mgq.reports.drawings import Series, bars, curves, embedded, heat_map, legend
+from mgq.reports.backend_comparison import ROUNDS, BackendComparison, Row
+from mgq.reports.drawings import Series, bars, curves, embed_image, heat_map, legend
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, page, table, text
-from mgq.reports.run_predictions import FLOAT, INT8, SIMULATED, VERDICTS, Change, Measured, Networks
+from mgq.reports.run_predictions import FLOAT, INT8, SIMULATED, VERDICTS, Change, Measurements, Networks
 
 if TYPE_CHECKING:
     from mgq.reports.report import Report
@@ -23,7 +23,7 @@ MATRIX = 20
 """More classes have a list of confusions instead of a matrix."""
 CONFUSIONS = 15
 LISTED_CLASSES = 120
-PICTURES_A_CLASS = 5
+IMAGES_A_CLASS = 5
 """With fewer than so many pictures a class (the median) its accuracy says little, and is left out."""
 NONE = "-"
 WHAT = {
@@ -119,11 +119,11 @@ def lead_of(report: Report) -> str | None:
     return f"int8 answers {percent(found.last.top1)} {of}: {change}. It gives float32's answer to {same}."
 
 
-def name_in_words(found: Measured) -> str:
+def name_in_words(found: Measurements) -> str:
     return INT8 if INT8 in found.found else FLOAT
 
 
-def kind_of(found: Measured) -> str:
+def kind_of(found: Measurements) -> str:
     return "synthetic pictures (drawings, which say nothing about photos)" if found.synthetic else "pictures"
 
 
@@ -167,7 +167,7 @@ def facts_of(report: Report) -> Iterator[tuple[str, object]]:
     yield "weights", info.origin
     if found is not None:
         left = f"; {found.left_out}" if found.left_out else ""
-        yield "measured on", f"{found.images:,} of {found.pictures.name}{left}"
+        yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
         problems = found.last.problems
         if problems:
             yield "left out", f"{len(problems)} pictures that could not be read, the first: {problems[0]}"
@@ -193,7 +193,7 @@ def numbers(report: Report) -> Iterator[str]:
     found = report.found
     yield "<h2>Accuracy</h2>"
     if found is None:
-        yield from noted(report)
+        yield from list_notes(report)
         return
     has_top5 = len(found.last.classes) > 5
     heads = ["network", "top-1", *(["top-5"] if has_top5 else []), "drop", "as float32", "loss", "weights"]
@@ -202,8 +202,8 @@ def numbers(report: Report) -> Iterator[str]:
         if name == SIMULATED and report.run.calibrated:
             rows.append(calibrated_row(report.run.calibrated, has_top5))
         rows.append(row_of(name, evaluation, found, report.networks, has_top5))
-    pictures = f"{found.images:,} {kind_of(found)}"
-    yield table(f"on {pictures}; ± one standard error", heads, rows)
+    images = f"{found.images:,} {kind_of(found)}"
+    yield table(f"on {images}; ± one standard error", heads, rows)
     told = (
         "Drop: points of top-1 less than float32, its error from the pictures on which just one of both is right. "
         "As float32: how often the answer is float32's. Loss: mean cross entropy in nats. Weights: in memory."
@@ -213,7 +213,7 @@ def numbers(report: Report) -> Iterator[str]:
     yield f'<p class="dim">{told}</p>'
 
 
-def row_of(name: str, evaluation: Evaluation, found: Measured, networks: Networks, has_top5: bool) -> list[object]:
+def row_of(name: str, evaluation: Evaluation, found: Measurements, networks: Networks, has_top5: bool) -> list[object]:
     beside = name != FLOAT and FLOAT in found.found
     drop, error = found.drop(name) if beside else (math.nan, math.nan)
     return [
@@ -232,7 +232,7 @@ def calibrated_row(figures: Mapping[str, float], has_top5: bool) -> list[object]
     return ["calibrated", percent(figures["top1"]), *top5, NONE, NONE, f"{figures['loss']:.3f}", NONE]
 
 
-def noted(report: Report) -> Iterator[str]:
+def list_notes(report: Report) -> Iterator[str]:
     """What the run itself noted of its accuracy, where there are no pictures to measure it on."""
     measured = [entry for entry in report.run.metrics if math.isfinite(number(entry, "val_top1"))]
     if not measured:
@@ -310,7 +310,7 @@ def last_epoch(metrics: Sequence[Metrics]) -> int:
 # ---- pictures ----
 
 
-def changes(found: Measured) -> Iterator[str]:
+def changes(found: Measurements) -> Iterator[str]:
     if found.pair is None:
         return
     total = sum(map(len, found.groups.values()))
@@ -332,7 +332,7 @@ def changes(found: Measured) -> Iterator[str]:
 
 
 def card(change: Change) -> str:
-    image = embedded(change.thumbnail, change.side, f"{change.name}, of class {change.truth}")
+    image = embed_image(change.thumbnail, change.side, f"{change.name}, of class {change.truth}")
     answers = "<br>".join(
         f"{name}: {text(guess.name)} {guess.probability:.0%}{mark(guess.name == change.truth)}"
         for name, guess in (("float32", change.before), ("int8", change.after))
@@ -347,7 +347,7 @@ def mark(right: bool) -> str:
 # ---- classes ----
 
 
-def confusions(found: Measured) -> Iterator[str]:
+def confusions(found: Measurements) -> Iterator[str]:
     evaluation, what = found.last, name_in_words(found)
     yield "<h2>What is taken for what</h2>"
     if len(evaluation.classes) <= MATRIX:
@@ -372,12 +372,12 @@ def confusions(found: Measured) -> Iterator[str]:
     )
 
 
-def classes(found: Measured) -> Iterator[str]:
+def classes(found: Measurements) -> Iterator[str]:
     last = found.last.per_class()
     yield "<h2>Accuracy of each class</h2>"
-    pictures = median(one.images for one in last) if last else 0
-    if pictures < PICTURES_A_CLASS:
-        few = "1 picture" if pictures == 1 else f"{pictures:.0f} pictures"
+    images = median(one.images for one in last) if last else 0
+    if images < IMAGES_A_CLASS:
+        few = "1 picture" if images == 1 else f"{images:.0f} pictures"
         yield f"<p>Left out: most classes have {few} or fewer, which says little of a class.</p>"
         return
     before: dict[int, ClassResult] = {}
@@ -409,12 +409,12 @@ def classes(found: Measured) -> Iterator[str]:
 # ---- engines and files ----
 
 
-def engines(report: Report, compared: Engines) -> Iterator[str]:
-    counted = compared.pictures > 0
+def engines(report: Report, compared: BackendComparison) -> Iterator[str]:
+    counted = compared.images > 0
     heads = ["engine", "network", "file", *(["top-1", "as MegEngine"] if counted else []), "pictures/s", "spread", "ms"]
     yield "<h2>Engines</h2>"
     rows = [[f"{row.engine} {row.version}".strip(), row.what, *cells_of(row, counted)] for row in compared.rows]
-    label = f"one picture at a time on one thread; answers to {compared.pictures:,} pictures" if counted else "speed"
+    label = f"one picture at a time on one thread; answers to {compared.images:,} pictures" if counted else "speed"
     yield table(label, heads, rows, names=2)
     problems = dict.fromkeys(f"{row.engine}, {row.what}: {row.problem}" for row in compared.rows if row.problem)
     if problems:
@@ -425,7 +425,7 @@ def engines(report: Report, compared: Engines) -> Iterator[str]:
         "the rounds; spread: their interquartile range; ms: median of single runs. "
         + (
             f"Top-1: ± {compared.error:.1f} points. As MegEngine: how often the answer is that of MegEngine"
-            f"{simulated(report)}. "
+            f"{describe_simulation(report)}. "
             if counted
             else ""
         )
@@ -433,7 +433,7 @@ def engines(report: Report, compared: Engines) -> Iterator[str]:
     )
 
 
-def simulated(report: Report) -> str:
+def describe_simulation(report: Report) -> str:
     """MegEngine cannot run what was quantized for others; then the engine that measured int8 is meant."""
     return "" if report.run.info.target == "megengine" else ", or for int8 of the engine that measured it above"
 

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.datasets import Dataset
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.data.transforms import Pixels, to_batch
-from mgq.engine.calibration.calibration_run import sources_of
-from mgq.engine.classifier.evaluate import Evaluation, batch_for, evaluate, matched
-from mgq.engine.classifier.mode_comparison import agreement, bytes_of, compared, named
-from mgq.engine.classifier.open import Classifier, carried, classifier_from
-from mgq.engine.classifier.predict import Guess, best, crops_of
-from mgq.events import OnProgress, Watcher
+from mgq.engine.calibration.calibration_run import list_sources
+from mgq.engine.classifier.evaluate import Evaluation, batch_for, evaluate, match_classes
+from mgq.engine.classifier.mode_comparison import agreement, bytes_of, compare_modes, name_progress
+from mgq.engine.classifier.open import Classifier, classifier_from, convert
+from mgq.engine.classifier.predict import ClassScore, best_scores, read_crops
+from mgq.events import Callbacks, OnProgress
 from mgq.quantization.modes import Mode
 from mgq.reports.finished_run import Run
 from mgq.zoo.weight_loading import Weights
@@ -54,7 +54,7 @@ def networks_of(run: Run, normal: Weights | None) -> Networks:
         found[FLOAT] = replace(found[FLOAT], image_size=run.info.image_size, classes=run.info.classes)
     if run.is_int8:
         found[SIMULATED] = classifier_from(run.weights, Mode.QAT)
-        found[INT8] = carried(found[SIMULATED], Mode.QUANTIZED)
+        found[INT8] = convert(found[SIMULATED], Mode.QUANTIZED)
     return Networks(found)
 
 
@@ -64,24 +64,24 @@ class Change:
 
     name: str
     truth: str
-    before: Guess
-    after: Guess
+    before: ClassScore
+    after: ClassScore
     thumbnail: bytes
     side: int
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """The evaluations by the names above, all of the same ``pictures``; ``left_out`` says which of them were not."""
+class Measurements:
+    """The evaluations by the names above, all of the same ``dataset``; ``left_out`` says which of them were not."""
 
-    pictures: Dataset
+    dataset: Dataset
     found: dict[str, Evaluation]
     left_out: str
     changes: dict[str, list[Change]]
 
     @property
     def synthetic(self) -> bool:
-        return isinstance(source_of(self.pictures), SyntheticPictures)
+        return isinstance(source_of(self.dataset), SyntheticImages)
 
     @property
     def images(self) -> int:
@@ -102,7 +102,7 @@ class Measured:
         """The numbers in the dataset of all pictures whose answer int8 changed, by the verdict on the two answers."""
         groups: dict[str, list[int]] = {verdict: [] for verdict in VERDICTS}
         if self.pair is not None:
-            for index, label, before, after in changed(*self.pair):
+            for index, label, before, after in find_changes(*self.pair):
                 groups[VERDICTS[0 if after == label else 1 if before == label else 2]].append(index)
         return groups
 
@@ -130,29 +130,31 @@ def source_of(dataset: Dataset) -> object:
     return dataset
 
 
-def changed(one: Evaluation, other: Evaluation) -> list[tuple[int, int, int, int]]:
+def find_changes(one: Evaluation, other: Evaluation) -> list[tuple[int, int, int, int]]:
     """The pictures to which both have different answers: number in the dataset, label, the one's and the other's."""
     shared, here, there = np.intersect1d(one.indices, other.indices, return_indices=True)
     columns = np.stack([shared, one.labels[here], one.predictions[here], other.predictions[there]], 1)
     return [(int(a), int(b), int(c), int(d)) for a, b, c, d in columns[columns[:, 2] != columns[:, 3]]]
 
 
-def measured(networks: Networks, pictures: Dataset, left_out: str, most: int, on_progress: OnProgress) -> Measured:
-    """All ``networks`` on the labelled ``pictures``, and ``most`` of those whose answer changed, to be shown."""
-    pictures = matched(pictures, networks.any.classes)
+def measure_networks(
+    networks: Networks, dataset: Dataset, left_out: str, most: int, on_progress: OnProgress
+) -> Measurements:
+    """All ``networks`` on the labelled ``dataset``, and ``most`` of those whose answer changed, to be shown."""
+    dataset = match_classes(dataset, networks.any.classes)
     by_name = networks.by_name
     batch = batch_for(networks.any.image_size)
     if by_name.keys() >= {FLOAT, SIMULATED}:
-        three = compared(by_name[FLOAT], by_name[SIMULATED], pictures, Watcher(on_progress), batch_size=batch)
+        three = compare_modes(by_name[FLOAT], by_name[SIMULATED], dataset, Callbacks(on_progress), batch_size=batch)
         found = {FLOAT: three.normal, SIMULATED: three.qat, INT8: three.quantized}
     else:
         found = {
-            name: evaluate(classifier, pictures, batch_size=batch, on_progress=named(name, on_progress))
+            name: evaluate(classifier, dataset, batch_size=batch, on_progress=name_progress(name, on_progress))
             for name, classifier in by_name.items()
         }
-    result = Measured(pictures, found, left_out, {})
-    chosen = chosen_of(result.groups, most)
-    answers = {index: (before, after) for index, _, before, after in changed(*result.pair)} if result.pair else {}
+    result = Measurements(dataset, found, left_out, {})
+    chosen = choose_changes(result.groups, most)
+    answers = {index: (before, after) for index, _, before, after in find_changes(*result.pair)} if result.pair else {}
     changes = {
         verdict: [change_of(by_name[FLOAT], by_name[INT8], result, index, *answers[index]) for index in group]
         for verdict, group in chosen.items()
@@ -160,7 +162,7 @@ def measured(networks: Networks, pictures: Dataset, left_out: str, most: int, on
     return replace(result, changes=changes)
 
 
-def chosen_of(groups: dict[str, list[int]], most: int) -> dict[str, list[int]]:
+def choose_changes(groups: dict[str, list[int]], most: int) -> dict[str, list[int]]:
     """``most`` of all in ``groups``, one from each in turn, so that small groups are shown whole."""
     sizes = dict.fromkeys(groups, 0)
     while sum(sizes.values()) < most:
@@ -172,35 +174,35 @@ def chosen_of(groups: dict[str, list[int]], most: int) -> dict[str, list[int]]:
     return {name: group[: sizes[name]] for name, group in groups.items()}
 
 
-def change_of(normal: Classifier, int8: Classifier, found: Measured, index: int, before: int, after: int) -> Change:
-    [crop] = crops_at(normal, found.pictures, [index])
-    assert found.pictures.labels is not None
-    guesses = [guess_of(one, crop, answer) for one, answer in ((normal, before), (int8, after))]
-    truth = found.last.classes[int(found.pictures.labels[index])]
-    return Change(name_of(found.pictures, index), truth, guesses[0], guesses[1], *thumbnail_of(crop))
+def change_of(normal: Classifier, int8: Classifier, found: Measurements, index: int, before: int, after: int) -> Change:
+    [crop] = crops_at(normal, found.dataset, [index])
+    assert found.dataset.labels is not None
+    guesses = [score_of(one, crop, answer) for one, answer in ((normal, before), (int8, after))]
+    truth = found.last.classes[int(found.dataset.labels[index])]
+    return Change(name_of(found.dataset, index), truth, guesses[0], guesses[1], *thumbnail_of(crop))
 
 
-def guess_of(classifier: Classifier, crop: Pixels, answer: int) -> Guess:
+def score_of(classifier: Classifier, crop: Pixels, answer: int) -> ClassScore:
     """``answer``, as the network gave it to ``crop``, with its probability."""
     names = classifier.classes
-    guesses = best(classifier.logits(to_batch([crop]))[0], names, len(names))
+    guesses = best_scores(classifier.logits(to_batch([crop]))[0], names, len(names))
     return next(guess for guess in guesses if guess.index == answer)
 
 
-def crops_at(classifier: Classifier, pictures: Dataset, indices: Sequence[int]) -> list[Pixels]:
+def crops_at(classifier: Classifier, dataset: Dataset, indices: Sequence[int]) -> list[Pixels]:
     """What ``classifier`` sees of the pictures with the numbers ``indices``, which could be read a moment ago."""
-    sources = sources_of(pictures)
-    crops = [crop for _, crop in crops_of(classifier, (sources[index] for index in indices))]
+    sources = list_sources(dataset)
+    crops = [crop for _, crop in read_crops(classifier, (sources[index] for index in indices))]
     for crop in crops:
         if isinstance(crop, Exception):
             raise crop
     return [crop for crop in crops if isinstance(crop, np.ndarray)]
 
 
-def name_of(pictures: Dataset, index: int) -> str:
+def name_of(dataset: Dataset, index: int) -> str:
     """How the page calls a picture: its folder and name, or the number of a drawing."""
-    picture = pictures.picture(index)
-    return f"drawing {index}" if isinstance(picture, np.ndarray) else f"{picture.parent.name}/{picture.name}"
+    image = dataset.image(index)
+    return f"drawing {index}" if isinstance(image, np.ndarray) else f"{image.parent.name}/{image.name}"
 
 
 def thumbnail_of(crop: npt.NDArray[np.uint8]) -> tuple[bytes, int]:

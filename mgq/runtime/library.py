@@ -14,8 +14,8 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.native.library import Parts
 from mgq.export.native.machine_code import AGAIN, refuse_other_files
-from mgq.export.onnx.onnx_file import known
-from mgq.runtime.protocol import checked_threads
+from mgq.export.onnx.onnx_file import read_metadata
+from mgq.runtime.protocol import check_threads
 
 FUNCTIONS = {
     "mgq_name": ctypes.c_char_p,
@@ -41,8 +41,8 @@ class LibraryRuntime:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.path = path
-        self.threads = checked_threads(threads)
-        self.functions = opened(path)
+        self.threads = check_threads(threads)
+        self.functions = open_library(path)
         self.version: str = self.functions["mgq_cpu"]().decode()
         if not self.functions["mgq_runs_here"]():
             raise InputError(
@@ -56,7 +56,7 @@ class LibraryRuntime:
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
-        return known(self.functions["mgq_about"]().decode())
+        return read_metadata(self.functions["mgq_about"]().decode())
 
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         return {"logits": self.run(batch)}
@@ -78,7 +78,7 @@ class LibraryRuntime:
         self.functions["mgq_run"](pointers[0], len(images), pointers[1], work)
 
 
-def opened(path: Path) -> dict[str, Any]:
+def open_library(path: Path) -> dict[str, Any]:
     """The functions of the library at ``path``. Raises InputError for a file that is none of mgq's."""
     refuse_other_files(path)
     try:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.errors import FailureError
-from mgq.export.megengine.writer import CompiledGraph, fused, graph_of
+from mgq.export.megengine.writer import CompiledGraph, fuse, graph_of
 from mgq.quantization.modes import Mode, mode_of
 
 ONE_THREAD = 1
@@ -46,7 +46,7 @@ class TracedRuntime(EagerRuntime):
     name = "MegEngine traced"
 
     def __init__(self, network: M.Module, threads: int = ONE_THREAD) -> None:
-        super().__init__(fused(network) if mode_of(network) is Mode.NORMAL else network, threads)
+        super().__init__(fuse(network) if mode_of(network) is Mode.NORMAL else network, threads)
         self.graph: CompiledGraph | None = None
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.export.megengine.megengine_file import read_sealed
+from mgq.export.megengine.megengine_file import read_megengine_file
 from mgq.export.megengine.writer import LiteGraph
-from mgq.runtime.protocol import cannot_run, checked_threads
+from mgq.runtime.protocol import cannot_run, check_threads
 
 
 class LiteRuntime:
@@ -26,8 +26,8 @@ class LiteRuntime:
     version = megengine.__version__
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        self.threads = checked_threads(threads)
-        graph, self.about, face = read_sealed(path)
+        self.threads = check_threads(threads)
+        graph, self.about, face = read_megengine_file(path)
         self.path = path
         self.input_type, self.shape, (_, self.classes) = face
         try:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from mgq.errors import InputError, MgqError, printable
 from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
-from mgq.export.native.cpu import NATIVE, Level, level_called, refuse_foreign
+from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
-from mgq.export.onnx.onnx_file import OnnxFile, content_of, imported, parsed_onnx
-from mgq.runtime.protocol import OfOnnxFile, checked_threads
+from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
+from mgq.runtime.protocol import OfOnnxFile, check_threads
 
 
 class NativeRuntime(OfOnnxFile):
@@ -29,8 +29,8 @@ class NativeRuntime(OfOnnxFile):
     name = "native"
 
     def __init__(self, path: Path, threads: int = 1, cpu: str = NATIVE) -> None:
-        self.threads = checked_threads(threads)
-        level = level_called(cpu)
+        self.threads = check_threads(threads)
+        level = get_level(cpu)
         refuse_foreign(level, f"the native engine of {printable(path)}")
         self.version = level.key
         self.file, entry = prepare(path, level)
@@ -49,30 +49,30 @@ class NativeRuntime(OfOnnxFile):
 
 def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
     """What is known of the file at ``path``, and its machine code, from the cache where it is there."""
-    content = content_of(path)
+    content = read_content(path)
     key = key_of(content, level.key)
     entry = read_entry(key)
     if entry is not None:
         return file_of(path, content, entry), entry
-    file = parsed_onnx(path, content)
-    entry = compiled(file, level)
+    file = parse_onnx(path, content)
+    entry = compile_file(file, level)
     write_entry(key, entry)
     return file, entry
 
 
-def runs(path: Path) -> bool:
+def can_run(path: Path) -> bool:
     """Whether the engine runs the file at ``path`` on this processor."""
     try:
-        prepare(path, level_called(NATIVE))
+        prepare(path, get_level(NATIVE))
     except MgqError:
         return False
     return True
 
 
-def compiled(file: OnnxFile, level: Level) -> Entry:
+def compile_file(file: OnnxFile, level: Level) -> Entry:
     from mgq.export.native.program import read_program
 
-    model = imported("onnx").load_from_string(file.content)
+    model = import_package("onnx").load_from_string(file.content)
     if len(model.graph.output) > 1:
         raise InputError(f"the native engine gives logits alone, and {printable(file.path)} has more outputs")
     code = compile_program(read_program(model), level)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.export.onnx.onnx_file import imported, read_onnx
-from mgq.runtime.protocol import OfOnnxFile, cannot_run, checked_threads
+from mgq.export.onnx.onnx_file import import_package, read_onnx
+from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
 
 class OnnxRuntime(OfOnnxFile):
@@ -22,20 +22,20 @@ class OnnxRuntime(OfOnnxFile):
     name = "ONNX Runtime"
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        engine = imported("onnxruntime")
-        self.version: str = engine.__version__
-        self.threads = checked_threads(threads)
+        package = import_package("onnxruntime")
+        self.version: str = package.__version__
+        self.threads = check_threads(threads)
         self.file = read_onnx(path)
-        options = engine.SessionOptions()
+        options = package.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.execution_mode = engine.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.execution_mode = package.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4  # what is wrong with a file is told once, by the exception
         # Threads that wait in a loop would take the processor from whatever runs in turn with this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self.session = engine.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
+            self.session = package.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise cannot_run(self, path, error) from None
 
@@ -51,12 +51,14 @@ class OnnxRuntime(OfOnnxFile):
     def _answers(self, names: list[str], batch: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         self.file.refuse_other_shape(batch.shape)
         try:
-            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: fed(batch, self.file.type)})
+            found: list[npt.NDArray[Any]] = self.session.run(
+                names, {self.file.input: prepare_batch(batch, self.file.type)}
+            )
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
         return found
 
 
-def fed(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+def prepare_batch(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
     """``batch`` as a file takes it whose input has ONNX's type ``kind``: pixels, or these minus 128 in float32."""
     return batch if kind == "uint8" else batch.astype(np.float32) - 128

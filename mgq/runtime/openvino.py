@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.export.onnx.onnx_file import imported, read_onnx
-from mgq.machine import muted_stderr
-from mgq.runtime.onnxruntime import fed
-from mgq.runtime.protocol import OfOnnxFile, cannot_run, checked_threads
+from mgq.export.onnx.onnx_file import import_package, read_onnx
+from mgq.machine import mute_stderr
+from mgq.runtime.onnxruntime import prepare_batch
+from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
 
 class OpenVino(OfOnnxFile):
@@ -24,14 +24,14 @@ class OpenVino(OfOnnxFile):
     name = "OpenVINO"
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        engine = imported("openvino")
-        self.version: str = engine.__version__.partition("-")[0]
-        self.threads = checked_threads(threads)
+        package = import_package("openvino")
+        self.version: str = package.__version__.partition("-")[0]
+        self.threads = check_threads(threads)
         self.file = read_onnx(path)
         try:
             # While it looks for devices, in a thread of its own, MegEngine's library complains that there is no GPU.
-            with muted_stderr():
-                core = engine.Core()
+            with mute_stderr():
+                core = package.Core()
                 self.network = core.compile_model(core.read_model(self.file.content), "CPU", settings_for(threads))
         except Exception as error:
             raise cannot_run(self, path, error) from None
@@ -49,7 +49,7 @@ class OpenVino(OfOnnxFile):
     def _answers(self, batch: npt.NDArray[np.uint8]) -> Any:
         self.file.refuse_other_shape(batch.shape)
         try:
-            return self.request.infer({0: fed(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+            return self.request.infer({0: prepare_batch(batch, self.file.type)}, share_inputs=True, share_outputs=False)
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
 

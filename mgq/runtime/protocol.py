@@ -77,13 +77,13 @@ class OfOnnxFile:
         return self.file.classes
 
 
-def cannot_run(engine: Runtime, path: Path, error: Exception) -> InputError:
-    """The error for a file that ``engine`` does not take, with the first line of what it says."""
+def cannot_run(runtime: Runtime, path: Path, error: Exception) -> InputError:
+    """The error for a file that ``runtime`` does not take, with the first line of what it says."""
     why = printable(str(error).strip().partition("\n")[0])[:300]
-    return InputError(f"{engine.name} {engine.version} cannot run {printable(path)}: {why}")
+    return InputError(f"{runtime.name} {runtime.version} cannot run {printable(path)}: {why}")
 
 
-def checked_threads(threads: int) -> int:
+def check_threads(threads: int) -> int:
     """Raises InputError for more threads than cores."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
@@ -91,16 +91,16 @@ def checked_threads(threads: int) -> int:
     return threads
 
 
-def in_batches(runtime: BatchRuntime, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The logits of ``pictures``, any number of them, in batches of the size that ``runtime`` takes."""
-    if runtime.batch in (None, len(pictures)):
-        return runtime.run(pictures)
-    return np.concatenate([runtime.run(batch) for batch in batches_of(runtime.batch or 1, pictures)])[: len(pictures)]
+def in_batches(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The logits of ``images``, any number of them, in batches of the size that ``runtime`` takes."""
+    if runtime.batch in (None, len(images)):
+        return runtime.run(images)
+    return np.concatenate([runtime.run(batch) for batch in batches_of(runtime.batch or 1, images)])[: len(images)]
 
 
-def batches_of(size: int, pictures: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    """``pictures`` in batches of ``size``, the last of them filled up with the first picture."""
-    whole = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+def batches_of(size: int, images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    """``images`` in batches of ``size``, the last of them filled up with the first picture."""
+    whole = [images[i : i + size] for i in range(0, len(images), size)]
     missing = size - len(whole[-1])
-    whole[-1] = np.concatenate([whole[-1], np.repeat(pictures[:1], missing, axis=0)])
+    whole[-1] = np.concatenate([whole[-1], np.repeat(images[:1], missing, axis=0)])
     return whole

@@ -17,7 +17,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Engine:
+class Backend:
     """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
 
     ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
@@ -45,31 +45,31 @@ class Engine:
             raise InputError(f"{self.name} is not installed: {self.mend}")
 
 
-def openvino(path: Path, threads: int) -> FileRuntime:
+def open_in_openvino(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.openvino import OpenVino
 
     return OpenVino(path, threads)
 
 
-def onnxruntime(path: Path, threads: int) -> FileRuntime:
+def open_in_onnxruntime(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.onnxruntime import OnnxRuntime
 
     return OnnxRuntime(path, threads)
 
 
-def lite(path: Path, threads: int) -> FileRuntime:
+def open_in_lite(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.megengine_lite import LiteRuntime
 
     return LiteRuntime(path, threads)
 
 
-def native(path: Path, threads: int) -> FileRuntime:
+def open_in_native(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.native import NativeRuntime
 
     return NativeRuntime(path, threads)
 
 
-def library(path: Path, threads: int) -> FileRuntime:
+def open_library(path: Path, threads: int) -> FileRuntime:
     from mgq.runtime.library import LibraryRuntime
 
     return LibraryRuntime(path, threads)
@@ -77,74 +77,76 @@ def library(path: Path, threads: int) -> FileRuntime:
 
 def is_for_native(path: Path) -> bool:
     """Whether the native engine runs ``path``, and has its fastest kernels here."""
-    from mgq.export.native.cpu import LEVELS, NATIVE, level_called
+    from mgq.export.native.cpu import LEVELS, NATIVE, get_level
 
-    return level_called(NATIVE) is LEVELS[0] and runs_in_native(path)
+    return get_level(NATIVE) is LEVELS[0] and can_run_native(path)
 
 
-def runs_in_native(path: Path) -> bool:
+def can_run_native(path: Path) -> bool:
     """What it compiles to find out is cached."""
-    from mgq.runtime.native import runs
+    from mgq.runtime.native import can_run
 
-    return runs(path)
+    return can_run(path)
 
 
-ENGINES = (
-    Engine("openvino", "OpenVINO", "openvino", ".onnx", openvino),
-    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", onnxruntime),
-    Engine(
+BACKENDS = (
+    Backend("openvino", "OpenVINO", "openvino", ".onnx", open_in_openvino),
+    Backend("onnxruntime", "ONNX Runtime", "onnxruntime", ".onnx", open_in_onnxruntime),
+    Backend(
         "native",
         "native",
         "llvmlite",
         ".onnx",
-        native,
+        open_in_native,
         mend="pip install llvmlite",
         suits=is_for_native,
-        reads=runs_in_native,
+        reads=can_run_native,
         shows_layers=False,
     ),
-    Engine("library", "native library", "ctypes", ".so", library, shows_layers=False),
-    Engine("lite", "MegEngine Lite", "megenginelite", ".megengine", lite, "pip install --force-reinstall megengine"),
+    Backend("library", "native library", "ctypes", ".so", open_library, shows_layers=False),
+    Backend(
+        "lite", "MegEngine Lite", "megenginelite", ".megengine", open_in_lite, "pip install --force-reinstall megengine"
+    ),
 )
 """Where they read the same files, the one that is chosen unless another is named comes first: the faster, but for the
 native engine, which takes one core for one image however many it is given."""
 
 
-def engine_names() -> tuple[str, ...]:
+def backend_names() -> tuple[str, ...]:
     """What ``--engine`` may say."""
-    return (AUTO, *(engine.key for engine in ENGINES))
+    return (AUTO, *(backend.key for backend in BACKENDS))
 
 
-def engine_called(key: str) -> Engine:
+def get_backend(key: str) -> Backend:
     """Raises InputError, which lists them, where there is no engine ``key``."""
-    for engine in ENGINES:
-        if engine.key == key:
-            return engine
-    raise no_such("engine", key, engine_names())
+    for backend in BACKENDS:
+        if backend.key == key:
+            return backend
+    raise no_such("engine", key, backend_names())
 
 
-def engine_for(path: Path, key: str = AUTO) -> Engine:
+def choose_backend(path: Path, key: str = AUTO) -> Backend:
     """The engine called ``key``, or the fastest installed one, that reads ``path``.
 
     Raises InputError where no engine has that name, it does not read such files, or it is not installed.
     """
     if key != AUTO:
-        engine_called(key)
-    reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower()]
+        get_backend(key)
+    reading = [backend for backend in BACKENDS if backend.suffix == path.suffix.lower()]
     if not reading:
-        known = " or ".join(dict.fromkeys(engine.suffix for engine in ENGINES))
+        known = " or ".join(dict.fromkeys(backend.suffix for backend in BACKENDS))
         raise InputError(f"no engine reads {printable(path)}: give a file that ends in {known}")
-    chosen = [engine for engine in reading if key in (AUTO, engine.key)]
+    chosen = [backend for backend in reading if key in (AUTO, backend.key)]
     if not chosen:
-        others = " or ".join(engine.key for engine in reading)
+        others = " or ".join(backend.key for backend in reading)
         raise InputError(f"{key} does not read {path.suffix} files: leave --engine out, or pass {others}")
-    installed = (engine for engine in chosen if engine.is_installed)
+    installed = (backend for backend in chosen if backend.is_installed)
     # One by one, for to ask the native engine is to compile the network.
-    found = next((engine for engine in installed if key != AUTO or engine.suits(path)), chosen[0])
+    found = next((backend for backend in installed if key != AUTO or backend.suits(path)), chosen[0])
     found.refuse_missing()
     return found
 
 
 def load(path: Path, key: str = AUTO, threads: int = 1) -> FileRuntime:
-    """``path`` in the engine called ``key``, ready to run. Raises as :func:`engine_for` and the engines do."""
-    return engine_for(path, key).load(path, threads)
+    """``path`` in the engine called ``key``, ready to run. Raises as :func:`choose_backend` and the engines do."""
+    return choose_backend(path, key).load(path, threads)

@@ -38,12 +38,12 @@ Task = Callable[[Channel], None]
 """Work for a process. It is pickled, and so are its messages."""
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """The preparation of those who need none."""
 
 
-def in_processes(
-    tasks: Sequence[Task], what: str, threads: int = 1, prepare: Callable[[], None] = nothing
+def run_in_processes(
+    tasks: Sequence[Task], what: str, threads: int = 1, prepare: Callable[[], None] = do_nothing
 ) -> Generator[Any | None, None, None]:
     """Run each of ``tasks`` in a process of its own; their messages as they come.
 
@@ -57,8 +57,8 @@ def in_processes(
     """
     processes: list[_Process] = []
     try:
-        with _environment(threads), _interrupts_held_back():
-            processes.extend(_started(task, prepare) for task in tasks)
+        with _environment(threads), _hold_back_interrupts():
+            processes.extend(_start(task, prepare) for task in tasks)
         yield from _messages(processes, what)
     finally:
         _end(processes)
@@ -72,11 +72,11 @@ class Answering:
 
     def __init__(self, task: Task, what: str, threads: int = 1) -> None:
         self.what = what
-        with _environment(threads), _interrupts_held_back():
-            self._child = _started(task, nothing)
+        with _environment(threads), _hold_back_interrupts():
+            self._child = _start(task, do_nothing)
 
     def answer(self, patience_s: float) -> Any:
-        """The next message. Raises as :func:`in_processes`, and FailureError where none comes in time."""
+        """The next message. Raises as :func:`run_in_processes`, and FailureError where none comes in time."""
         pipe = self._child.pipe
         try:
             if not pipe.poll(patience_s):
@@ -142,7 +142,7 @@ _READY, _GO, _DONE = "ready", "go", "done"
 # ---- in the process that wants the work done ----
 
 
-def _started(task: Task, prepare: Callable[[], None]) -> _Process:
+def _start(task: Task, prepare: Callable[[], None]) -> _Process:
     # Spawned, not forked: MegEngine's threads and the loader's would not come along.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -166,7 +166,7 @@ def _environment(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _hold_back_interrupts() -> Iterator[None]:
     """Ctrl-C waits meanwhile, and never comes to processes that are started here: they take over the mask."""
     resource_tracker.ensure_running()  # Which would let the signal through again when it is first needed.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -186,7 +186,7 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
             try:
                 message = pipe.recv()
             except (EOFError, OSError):
-                raise _died(processes[number], number, len(processes), what) from None
+                raise _death_error(processes[number], number, len(processes), what) from None
             if isinstance(message, _Failed):
                 raise _error(message, f"process {number + 1} of {len(processes)} of {what}")
             if isinstance(message, _Message):
@@ -203,7 +203,7 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
             yield None
 
 
-def _died(child: _Process, number: int, of: int, what: str) -> FailureError:
+def _death_error(child: _Process, number: int, of: int, what: str) -> FailureError:
     return FailureError(
         f"process {number + 1} of {of} of {what} (pid {child.process.pid}) {_end_of(child)} before its work was done:"
         " use fewer processes if memory is short"

@@ -49,7 +49,7 @@ class CheckpointInfo:
     preprocessing: Preprocessing | None = None
 
 
-def checked_size(pixels: int) -> int:
+def check_size(pixels: int) -> int:
     """``pixels`` if a network can take a picture of so many on a side. Raises InputError that names the nearest."""
     if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
         return pixels

@@ -28,7 +28,7 @@ WHOLE_YOLO = f"it is ultralytics': as ONNX (yolo export model=FILE format=onnx) 
 _ENDINGS = {".pb": TENSORFLOW, ".index": TENSORFLOW, ".meta": TENSORFLOW, ".keras": KERAS, ".tflite": TFLITE}
 
 
-def known_file(data: bytes) -> str | None:
+def identify_file(data: bytes) -> str | None:
     """What a file is by its first bytes, where it is no weights file that is read: the rest of a sentence."""
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         return HDF5
@@ -41,7 +41,7 @@ def known_file(data: bytes) -> str | None:
     return None
 
 
-def known_archive(names: Collection[str]) -> str | None:
+def identify_archive(names: Collection[str]) -> str | None:
     """What a zip archive of the entries ``names`` is, where it is no weights file: the rest of a sentence."""
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
@@ -57,14 +57,14 @@ def known_archive(names: Collection[str]) -> str | None:
     return None
 
 
-def known_name(name: str) -> str | None:
+def identify_name(name: str) -> str | None:
     """What a file that could not be read may be by its ``name``."""
     if ".data-0" in name:
         return TENSORFLOW
     return next((what for ending, what in _ENDINGS.items() if name.lower().endswith(ending)), None)
 
 
-def known_model(pickle: bytes) -> str | None:
+def identify_model(pickle: bytes) -> str | None:
     """How to export what ``pickle`` holds, where it asks for the classes of a network."""
     if b"ultralytics" in pickle:
         return WHOLE_YOLO

@@ -66,7 +66,7 @@ class Hints:
 NO_HINTS = Hints()
 
 
-def folded_input(state: State, stem: str, expects: InputNormalization) -> State:
+def fold_input(state: State, stem: str, expects: InputNormalization) -> State:
     """``state`` changed so that its ``stem`` (a conv + batch norm) takes BGR pixels minus 128.
 
     With x the pixel minus 128, ``w * (x + 128 - mean) / std`` is a convolution by ``w / std`` plus the constant
@@ -92,7 +92,7 @@ def without_counters(state: State) -> State:
     return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def depthwise_shaped(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def shape_depthwise(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A depthwise weight (C, 1, K, K) in MegEngine's shape for groups, (C, 1, 1, K, K)."""
     return weight[:, :, None]
 
@@ -140,5 +140,5 @@ def without_timm_names(state: State, outer: Mapping[str, str], block: Callable[[
         number, kind = (kinds.index(part), "conv") if part in kinds else (int(part[2]) - 1, "bn")
         prefix = block(places.index((int(match[1]), int(match[2]))))
         is_depthwise = part == "conv_dw" and value.ndim == 4
-        ours[f"{prefix}.{number}.{kind}.{match[4]}"] = depthwise_shaped(value) if is_depthwise else value
+        ours[f"{prefix}.{number}.{kind}.{match[4]}"] = shape_depthwise(value) if is_depthwise else value
     return ours

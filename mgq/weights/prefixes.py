@@ -46,7 +46,7 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
     for prefix in common_prefixes(weights):
         found = without(prefix, weights)
         if holds(found):
-            return Part(found, (*stripped(prefix), *left_out(counters)))
+            return Part(found, (*strip_prefix(prefix), *left_out(counters)))
     parts = {prefix: found for prefix, found in sorted(groups(weights).items()) if holds(found) and fits(found)}
     if len(parts) > 1:
         names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
@@ -55,7 +55,7 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
     for prefix, found in parts.items():
         rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         refuse_other_normalization(rest)
-        return Part(found, (*stripped(prefix), *left_out([*rest, *counters])))
+        return Part(found, (*strip_prefix(prefix), *left_out([*rest, *counters])))
     return Part(weights)
 
 
@@ -88,7 +88,7 @@ def groups(state: State) -> dict[str, State]:
     return {prefix: part for prefix, part in found.items() if len(part) >= _FEWEST}
 
 
-def stripped(prefix: str) -> tuple[str, ...]:
+def strip_prefix(prefix: str) -> tuple[str, ...]:
     return (f"without the prefix '{printable(prefix)[:80]}'",) if prefix else ()
 
 

@@ -44,7 +44,7 @@ class Choice:
         return f"network '{printable(self.key)[:80]}'" + (f", not {others}" if others else "")
 
 
-def key_said(text: str) -> str | None:
+def parse_key(text: str) -> str | None:
     """The key of the network that ``text``, as :attr:`Choice.said` has it behind a format, is about; None without."""
     found = re.match(r"[a-z ]+, network '([^']*)'", text)
     return found[1] if found else None
@@ -61,17 +61,17 @@ def as_mapping(root: object, is_tensor: IsTensor) -> object:
     return numbered if networks_in(numbered, is_tensor) else root
 
 
-def chosen(root: Mapping[Any, Any], key: str | None, is_tensor: IsTensor) -> Choice:
+def choose_state(root: Mapping[Any, Any], key: str | None, is_tensor: IsTensor) -> Choice:
     """The network called ``key``; without one the only network, or the one that the file's program prefers.
 
     Raises UnreadableError where there is no such network, or several and none is preferred.
     """
     networks = networks_in(root, is_tensor)
     if key is not None:
-        return named(root, key, networks, is_tensor)
+        return find_named(root, key, networks, is_tensor)
     if not networks:
         return Choice(root, "")
-    taken = next(iter(networks)) if len(networks) == 1 else preferred(networks)
+    taken = next(iter(networks)) if len(networks) == 1 else find_preferred(networks)
     if taken is None:
         names = " and ".join(repr(name[:80]) for name in list(networks)[:_SHOWN])
         first = printable(next(iter(networks)))[:80]
@@ -79,7 +79,7 @@ def chosen(root: Mapping[Any, Any], key: str | None, is_tensor: IsTensor) -> Cho
     return Choice(networks[taken], taken, tuple(name for name in networks if name != taken))
 
 
-def preferred(networks: Iterable[str]) -> str | None:
+def find_preferred(networks: Iterable[str]) -> str | None:
     """The one of ``networks``, by their keys, that the program which wrote them takes for answers; None if unknown."""
     keys = {name.partition(".")[0]: name for name in networks}
     for first, others in _PREFERENCES:
@@ -111,7 +111,9 @@ def is_network(name: str, value: Mapping[Any, Any], is_tensor: IsTensor) -> bool
     return bool(names) and (name in _USUAL or any(type(inner) is str and inner.endswith("weight") for inner in names))
 
 
-def named(root: Mapping[Any, Any], key: str, networks: Mapping[str, Mapping[Any, Any]], is_tensor: IsTensor) -> Choice:
+def find_named(
+    root: Mapping[Any, Any], key: str, networks: Mapping[str, Mapping[Any, Any]], is_tensor: IsTensor
+) -> Choice:
     """The network called ``key``, which is dotted where it lies deeper, or begins the names of tensors."""
     found = under(root, key.strip("."), is_tensor)
     inside = networks_in(found, is_tensor) if found is not None else {}

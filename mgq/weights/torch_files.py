@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.weights.foreign_formats import known_archive
+from mgq.weights.foreign_formats import identify_archive
 
 Array = npt.NDArray[Any]
 
@@ -60,7 +60,7 @@ class DamagedError(UnreadableError):
     """The bytes make no sense as weights."""
 
 
-def damaged() -> DamagedError:
+def damaged_error() -> DamagedError:
     """The error for a file whose bytes make no sense as weights."""
     return DamagedError(
         "is truncated or not a weights file: get it again, or give a state dict of MegEngine or PyTorch "
@@ -81,14 +81,14 @@ class Allowance:
             raise UnreadableError("describes far more data than it holds: get it from a source you trust")
 
 
-def checked_shape(shape: object) -> tuple[int, ...]:
+def check_shape(shape: object) -> tuple[int, ...]:
     """``shape`` if it is a tuple of sizes that an array can have. Raises UnreadableError otherwise."""
     if type(shape) is not tuple or len(shape) > _MOST_AXES:
-        raise damaged()
+        raise damaged_error()
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise damaged()
+        raise damaged_error()
     if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
-        raise damaged()
+        raise damaged_error()
     return shape
 
 
@@ -106,9 +106,9 @@ def element_view(
     """
     dtype = stored_dtype(code, order)
     if len(strides) != len(shape) or not all(type(stride) is int and stride >= 0 for stride in strides):
-        raise damaged()
+        raise damaged_error()
     if type(offset) is not int or offset < 0:
-        raise damaged()
+        raise damaged_error()
     if 0 in shape:
         return np.empty(shape, dtype)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -119,7 +119,7 @@ def element_view(
     return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, steps)
 
 
-def owned(view: Array, code: str, allowance: Allowance, metadata: dict[str, Any] | None = None) -> Array:
+def copy_elements(view: Array, code: str, allowance: Allowance, metadata: dict[str, Any] | None = None) -> Array:
     """A new C-contiguous array of what ``view`` (of :func:`element_view`) shows, in the machine's byte order.
 
     bf16 becomes float32, exactly; any byte but 0 becomes True. ``metadata`` goes into the dtype.
@@ -175,18 +175,18 @@ class TorchTensor:
         """The tensor as a new array. Raises UnreadableError when it reaches outside its storage."""
         storage = self.part.whole
         if storage.raw is None:
-            raise damaged()
+            raise damaged_error()
         width = stored_dtype(storage.code, storage.order).itemsize
         raw = storage.raw[self.part.start * width : (self.part.start + self.part.length) * width]
         view = element_view(raw, storage.code, storage.order, self.size, self.offset, self.stride)
-        return owned(view, storage.code, allowance)
+        return copy_elements(view, storage.code, allowance)
 
 
 def torch_tensor(part: object, offset: object, size: object, stride: object) -> TorchTensor:
     """The tensor for the arguments of ``torch._utils._rebuild_tensor``. Raises UnreadableError."""
-    shape = checked_shape(size)
+    shape = check_shape(size)
     if not isinstance(part, StoragePart) or type(offset) is not int or type(stride) is not tuple:
-        raise damaged()
+        raise damaged_error()
     return TorchTensor(part, offset, shape, stride)
 
 
@@ -199,19 +199,19 @@ class Storages:
     def part(self, code: str, key: str, length: int, view: object) -> StoragePart:
         """The storage ``key``, or its part ``view``: (name, start, length). Raises UnreadableError."""
         if length < 0:
-            raise damaged()
+            raise damaged_error()
         storage = self.by_key.get(key)
         if storage is None:
             storage = self.by_key[key] = self.found(code, key, length)
         if (storage.code, storage.length) != (code, length):
-            raise damaged()
+            raise damaged_error()
         if view is None:
             return StoragePart(storage, 0, length)
         if type(view) is not tuple or len(view) != 3:
-            raise damaged()
+            raise damaged_error()
         _, start, size = view
         if type(start) is not int or type(size) is not int or min(start, size) < 0 or start + size > length:
-            raise damaged()
+            raise damaged_error()
         return StoragePart(storage, start, size)
 
     def found(self, code: str, key: str, length: int) -> Storage:
@@ -225,16 +225,16 @@ class LegacyStorages(Storages):
     def fill_all(self, data: memoryview, keys: object) -> None:
         """Gives every storage in ``keys`` its data, which begin at 0 of ``data``. Raises UnreadableError."""
         if type(keys) is not list:
-            raise damaged()
+            raise damaged_error()
         position = 0
         for key in keys:
             storage = self.by_key.get(key) if type(key) is str else None
             if storage is None or position + 8 > len(data):
-                raise damaged()
+                raise damaged_error()
             size = storage.length * stored_dtype(storage.code, storage.order).itemsize
             (length,) = struct.unpack_from("<q", data, position)
             if length != storage.length or position + 8 + size > len(data):
-                raise damaged()
+                raise damaged_error()
             storage.fill(data[position + 8 : position + 8 + size])
             position += 8 + size
 
@@ -249,7 +249,7 @@ class Archive(Storages):
         super().__init__()
         self._data = memoryview(data)
         self._entries = _entries(data)
-        what = known_archive(self._entries)
+        what = identify_archive(self._entries)
         if what:
             raise UnreadableError(what)
         tops = [name.removesuffix("data.pkl") for name in self._entries if name.endswith("/data.pkl")]
@@ -276,7 +276,7 @@ class Archive(Storages):
         """The bytes of an entry, held against its checksum."""
         entry = self._entries.get(name)
         if entry is None or entry.header_offset < 0:
-            raise damaged()
+            raise damaged_error()
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise UnreadableError(
                 "is a zip archive with compressed weights, which PyTorch does not write: "
@@ -284,12 +284,12 @@ class Archive(Storages):
             )
         header = self._data[entry.header_offset :]
         if len(header) < _LOCAL_HEADER.size:
-            raise damaged()
+            raise damaged_error()
         mark, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
         start = _LOCAL_HEADER.size + name_length + extra_length
         content = header[start : start + entry.file_size]
         if mark != b"PK\x03\x04" or len(content) != entry.file_size:
-            raise damaged()
+            raise damaged_error()
         # PyTorch can be told to compute no checksums; it then writes 0.
         if entry.CRC not in (0, zlib.crc32(content)):
             raise UnreadableError(f"is damaged: its entry {name[:80]!r} does not match its checksum: get it again")
@@ -307,7 +307,7 @@ def _entries(data: bytes) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as error:
-        raise damaged() from error
+        raise damaged_error() from error
     if sum(entry.compress_size for entry in entries) > len(data):
-        raise damaged()
+        raise damaged_error()
     return {entry.filename: entry for entry in entries}

@@ -29,9 +29,9 @@ from mgq.errors import InputError, printable
 from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.weights.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.weights.finite_values import unsound
-from mgq.weights.foreign_formats import SAVED_MODEL, TENSORFLOW, known_file, known_model, known_name
+from mgq.weights.foreign_formats import SAVED_MODEL, TENSORFLOW, identify_file, identify_model, identify_name
 from mgq.weights.inert_objects import OF_INERT, Inert, is_inert, is_mapping
-from mgq.weights.state_selection import as_mapping, chosen
+from mgq.weights.state_selection import as_mapping, choose_state
 from mgq.weights.torch_files import (
     CODES,
     LEGACY_MAGIC,
@@ -45,10 +45,10 @@ from mgq.weights.torch_files import (
     Storages,
     TorchTensor,
     UnreadableError,
-    checked_shape,
-    damaged,
+    check_shape,
+    copy_elements,
+    damaged_error,
     element_view,
-    owned,
     stored_dtype,
     torch_tensor,
 )
@@ -119,7 +119,7 @@ def read_state(path: Path, key: str | None = None) -> StateFile:
             raise UnreadableError(fault)
         return found
     except UnreadableError as error:
-        why = known_name(path.name) or error if isinstance(error, DamagedError) else error
+        why = identify_name(path.name) or error if isinstance(error, DamagedError) else error
         raise InputError(f"{printable(path)} {why}") from error
 
 
@@ -154,25 +154,25 @@ def _state(data: bytes, key: str | None) -> StateFile:
     if data.startswith(b"PK"):
         archive = Archive(data)
         machine = _Machine(archive.pickle(), allowance)
-        return _picked(machine.load(archive), key, "torch zip", allowance)
+        return _pick_state(machine.load(archive), key, "torch zip", allowance)
     if data[257:262] == b"ustar":
         raise UnreadableError(
             "is a tar archive, PyTorch's oldest format, which is not read: load it in PyTorch and save it again"
         )
-    what = known_file(data)
+    what = identify_file(data)
     if what:
         raise UnreadableError(what)
     machine = _Machine(memoryview(data), allowance)
     root = machine.load()
     if type(root) is int and root == LEGACY_MAGIC:
-        return _picked(_legacy_root(machine, memoryview(data)), key, "torch legacy", allowance)
-    return _picked(root, key, "megengine pickle", allowance)
+        return _pick_state(_legacy_root(machine, memoryview(data)), key, "torch legacy", allowance)
+    return _pick_state(root, key, "megengine pickle", allowance)
 
 
 def _legacy_root(machine: _Machine, data: memoryview) -> object:
     """The object in PyTorch's older format: a version, the machine, the object, a list of keys, the data."""
     if machine.load() != LEGACY_PROTOCOL:
-        raise damaged()
+        raise damaged_error()
     machine.load()
     storages = LegacyStorages()
     root = machine.load(storages)
@@ -190,11 +190,11 @@ def _safetensors_state(data: bytes, key: str | None, allowance: Allowance) -> St
     header = _safetensors_header(data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise damaged()
+        raise damaged_error()
     for name, entry in header.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if not isinstance(dtype, str):
-            raise damaged()
+            raise damaged_error()
         if dtype not in _SAFETENSORS_CODES:
             raise UnreadableError(f"has {name[:80]!r} in the dtype {dtype[:20]!r}: save it as float32")
     try:
@@ -205,13 +205,13 @@ def _safetensors_state(data: bytes, key: str | None, allowance: Allowance) -> St
     if key is not None and CHECKPOINT_KEY in metadata:
         raise UnreadableError("is mgq's own checkpoint, which has one network: leave out --key")
     found = dict(entries)
-    choice = chosen({name: name for name in found}, key, lambda _: True)
+    choice = choose_state({name: name for name in found}, key, lambda _: True)
     tensors = {}
     for name, whole_name in choice.state.items():
         entry = found[whole_name]
-        code, shape = _SAFETENSORS_CODES[entry["dtype"]], checked_shape(tuple(entry["shape"]))
-        view = element_view(memoryview(entry["data"]), code, "<", shape, 0, _packed(shape))
-        tensors[name] = owned(view, code, allowance)
+        code, shape = _SAFETENSORS_CODES[entry["dtype"]], check_shape(tuple(entry["shape"]))
+        view = element_view(memoryview(entry["data"]), code, "<", shape, 0, _packed_strides(shape))
+        tensors[name] = copy_elements(view, code, allowance)
     if not tensors:
         raise _no_tensors()
     return StateFile(tensors, None, "safetensors", metadata, choice.said)
@@ -225,15 +225,15 @@ def _safetensors_header(data: bytes) -> dict[str, Any]:
     try:
         return object_in(data[8 : 8 + length])
     except ValueError as error:
-        raise damaged() from error
+        raise damaged_error() from error
 
 
-def _picked(root: object, key: str | None, format: str, allowance: Allowance) -> StateFile:
+def _pick_state(root: object, key: str | None, format: str, allowance: Allowance) -> StateFile:
     """The state dict in what a pickle held, as arrays. Raises UnreadableError unless there is one."""
     whole = as_mapping(root, _is_tensor)
     if not isinstance(whole, dict):
         raise UnreadableError(f"holds {_kind(root)}, not a state dict: save the state dict of a network")
-    choice = chosen(whole, key, _is_tensor)
+    choice = choose_state(whole, key, _is_tensor)
     if not any(map(_is_tensor, choice.state.values())):
         raise _no_tensors()
     tensors = {_text_key(name): _leaf(name, value, allowance) for name, value in choice.state.items()}
@@ -310,14 +310,14 @@ class _Dtype:
     def set_state(self, state: object) -> None:
         """Takes numpy's (version, byte order, None, None, None, size, alignment, flags[, metadata])."""
         if type(state) is not tuple or len(state) not in (8, 9):
-            raise damaged()
+            raise damaged_error()
         if self.code not in CODES:
             return
         order, subdtype, names, fields = state[1:5]
         if subdtype is not None or names is not None or fields is not None:
-            raise damaged()
+            raise damaged_error()
         if type(order) is not str or order not in ("<", ">", "|", "="):
-            raise damaged()
+            raise damaged_error()
         self.order = ">" if order == ">" else "<"
         self.metadata = _quantization(state[8]) if len(state) == 9 else None
 
@@ -334,33 +334,33 @@ class _NumpyArray:
     def set_state(self, state: object) -> None:
         """Takes numpy's (version, shape, dtype, is Fortran order, bytes). Raises UnreadableError."""
         if type(state) is not tuple or len(state) != 5:
-            raise damaged()
+            raise damaged_error()
         _, shape, dtype, fortran, raw = state
         self.set(shape, dtype, fortran is True, raw)
 
     def set(self, shape: object, dtype: object, fortran: bool, raw: object) -> None:
         """Takes the contents. Raises UnreadableError unless ``raw`` has as many bytes as the shape needs."""
-        shape = checked_shape(shape)
+        shape = check_shape(shape)
         if type(dtype) is _Dtype and dtype.code not in CODES:
             self.dtype = dtype  # nothing of it is looked at, unless somebody wants it as weights
             return
         if type(dtype) is not _Dtype or type(raw) is not memoryview:
-            raise damaged()
+            raise damaged_error()
         if len(raw) != math.prod(shape) * stored_dtype(dtype.code, dtype.order).itemsize:
             raise UnreadableError("announces an array of another size than it holds: get it again")
         self.dtype = _Dtype(dtype.code, dtype.order, dtype.metadata)
         self.shape, self.raw = shape, raw
-        self.strides = _packed(shape[::-1])[::-1] if fortran else _packed(shape)
+        self.strides = _packed_strides(shape[::-1])[::-1] if fortran else _packed_strides(shape)
 
     def array(self, allowance: Allowance) -> Array:
         """The contents as a new array. Raises UnreadableError where they are no plain numbers."""
         if self.dtype is None:
-            raise damaged()
+            raise damaged_error()
         if self.dtype.code not in CODES:
             code = self.dtype.code[:20]
             raise UnreadableError(f"has an array of dtype {code!r}, not of plain numbers: save it as float32")
         view = element_view(self.raw, self.dtype.code, self.dtype.order, self.shape, 0, self.strides)
-        return owned(view, self.dtype.code, allowance, self.dtype.metadata)
+        return copy_elements(view, self.dtype.code, allowance, self.dtype.metadata)
 
 
 @dataclass
@@ -372,7 +372,7 @@ class _MegTensor:
     def set_state(self, state: object) -> None:
         """Takes the attributes. Old files keep the array among them, under "data"."""
         if type(state) is not dict:
-            raise damaged()
+            raise damaged_error()
         contents = state.get("data")
         if isinstance(contents, _NumpyArray):
             self.contents = contents
@@ -380,7 +380,7 @@ class _MegTensor:
     def array(self, allowance: Allowance) -> Array:
         """The contents as a new array."""
         if self.contents is None:
-            raise damaged()
+            raise damaged_error()
         return self.contents.array(allowance)
 
 
@@ -401,7 +401,7 @@ _KINDS: dict[type, str] = {
 }
 
 
-def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of an array of ``shape`` in C order."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
@@ -412,12 +412,12 @@ def _quantization(metadata: object) -> dict[str, Any] | None:
     if found is None:
         return None
     if type(found) is not dict or not {"name", "scale"} <= set(found) <= {"name", "scale", "zero_point"}:
-        raise damaged()
+        raise damaged_error()
     name, scale, zero_point = found["name"], found["scale"], found.get("zero_point", 0)
     if type(name) is not str or type(scale) is not float or type(zero_point) is not int:
-        raise damaged()
+        raise damaged_error()
     if not (math.isfinite(scale) and scale > 0 and abs(zero_point) < 2**31):
-        raise damaged()
+        raise damaged_error()
     return {"mgb_dtype": dict(found)}
 
 
@@ -430,36 +430,36 @@ def _ordered_dict(machine: _Machine, args: tuple[Any, ...]) -> object:
     (pairs,) = args or ([],)
     made: dict[object, object] = {}
     if type(pairs) is not list:
-        raise damaged()
+        raise damaged_error()
     machine.spend(len(pairs))
     for pair in pairs:
         if type(pair) not in (list, tuple) or len(pair) != 2:
-            raise damaged()
+            raise damaged_error()
         _put(made, *pair)
     return made
 
 
 def _size(machine: _Machine, args: tuple[Any, ...]) -> object:
     (sizes,) = args
-    return checked_shape(sizes)
+    return check_shape(sizes)
 
 
 def _empty_bytes(machine: _Machine, args: tuple[Any, ...]) -> object:
     if args:
-        raise damaged()
+        raise damaged_error()
     return memoryview(b"")
 
 
 def _latin1_bytes(machine: _Machine, args: tuple[Any, ...]) -> object:
     text, encoding = args
     if encoding != "latin1" or type(text) not in (str, _LongText):
-        raise damaged()
+        raise damaged_error()
     machine.allowance.take(len(text) if type(text) is str else len(text.raw))
     if type(text) is str:
         return memoryview(text.encode("latin1"))
     # A letter beyond latin1 makes Python take four bytes for every letter.
     if np.frombuffer(text.raw, np.uint8).max() > 0xC3:
-        raise damaged()
+        raise damaged_error()
     return memoryview(str(text.raw, "utf-8").encode("latin1"))
 
 
@@ -468,14 +468,14 @@ def _dtype(machine: _Machine, args: tuple[Any, ...]) -> object:
     if code == _BFLOAT_NAME:
         return _Dtype("bf16")
     if type(code) is not str:
-        raise damaged()
+        raise damaged_error()
     return _Dtype(code)
 
 
 def _new_array(machine: _Machine, args: tuple[Any, ...]) -> object:
     kind, _, _ = args
     if kind != _Name("numpy", "ndarray"):
-        raise damaged()
+        raise damaged_error()
     return _NumpyArray()
 
 
@@ -501,21 +501,21 @@ def _torch_tensor(machine: _Machine, args: tuple[Any, ...]) -> object:
 def _torch_typed(machine: _Machine, args: tuple[Any, ...]) -> object:
     make, _, inner, _ = args  # a function and its arguments, between them the class, behind them attributes
     if type(make) is not _Name or make not in _REBUILDERS or type(inner) is not tuple:
-        raise damaged()
+        raise damaged_error()
     return _CALLS[make](machine, inner)
 
 
 def _torch_parameter(machine: _Machine, args: tuple[Any, ...]) -> object:
     tensor, *_ = args  # then: needs a gradient, hooks, attributes
     if not isinstance(tensor, _Tensor):
-        raise damaged()
+        raise damaged_error()
     return tensor
 
 
 def _meg_tensor(machine: _Machine, args: tuple[Any, ...]) -> object:
     contents = args[0] if args else None  # then: dtype, device
     if args and not isinstance(contents, _NumpyArray):
-        raise damaged()
+        raise damaged_error()
     return _MegTensor(contents)
 
 
@@ -572,7 +572,7 @@ def _put(mapping: dict[object, object], key: object, value: object) -> None:
     elif type(key) in _ODD_KEYS or (type(key) is tuple and all(type(part) in (str, *_ODD_KEYS) for part in key)):
         mapping[_OddKey(key)] = value
     else:
-        raise damaged()
+        raise damaged_error()
 
 
 def _result_of(name: _Name, args: tuple[Any, ...]) -> Inert:
@@ -607,7 +607,7 @@ class _Machine:
                 _STEPS[code](self)
             (value,) = self._stack
         except (IndexError, KeyError, ValueError) as error:
-            raise damaged() from error
+            raise damaged_error() from error
         return value
 
     def spend(self, steps: int) -> None:
@@ -619,7 +619,7 @@ class _Machine:
     def take(self, size: int) -> memoryview:
         """The next ``size`` bytes."""
         if not 0 <= size <= len(self._data) - self.position:
-            raise damaged()
+            raise damaged_error()
         self.position += size
         return self._data[self.position - size : self.position]
 
@@ -662,7 +662,7 @@ class _Machine:
     def pop_many(self, count: int) -> tuple[Any, ...]:
         """Takes the topmost ``count`` values, the topmost last."""
         if len(self._stack) < count:
-            raise damaged()
+            raise damaged_error()
         values = tuple(self._stack[-count:])
         del self._stack[-count:]
         return values
@@ -694,7 +694,7 @@ class _Machine:
         if type(self.top()) is Inert:
             return
         if type(self.top()) is not list:
-            raise damaged()
+            raise damaged_error()
         self.top().extend(values)
 
     def update(self, values: list[Any]) -> None:
@@ -702,31 +702,31 @@ class _Machine:
         if type(self.top()) is Inert:
             return
         if type(self.top()) is not dict:
-            raise damaged()
+            raise damaged_error()
         for key, value in zip(values[::2], values[1::2], strict=True):
             _put(self.top(), key, value)
 
     def name(self, module: object, name: object) -> None:
         """Pushes a name, if weights need it or it is read past. Raises UnreadableError otherwise."""
         if type(module) is not str or type(name) is not str:
-            raise damaged()
+            raise damaged_error()
         asked = _Name(module, name)
         if asked in _KNOWN or is_mapping(module, name) or str(asked) in OF_INERT:
             self.push(asked)
         elif is_inert(module, name):
             self.push(Inert(str(asked)))
         else:
-            raise _wants_code(asked, known_model(bytes(self._data[:_LONGEST_PICKLE])))
+            raise _wants_code(asked, identify_model(bytes(self._data[:_LONGEST_PICKLE])))
 
     def make(self, makers: dict[_Name, _Make]) -> None:
         """Pushes what the name and the arguments on the stack make. Raises UnreadableError."""
         name, args = self.pop_many(2)
         if type(args) is not tuple:
-            raise damaged()
+            raise damaged_error()
         if type(name) is Inert:
             self.push(name)
         elif type(name) is not _Name:
-            raise damaged()
+            raise damaged_error()
         elif str(name) in OF_INERT:
             self.push(_result_of(name, args))
         elif is_mapping(name.module, name.name):
@@ -738,14 +738,14 @@ class _Machine:
         """As :meth:`make` of an inert class, whose arguments have names, too."""
         self.pop_many(1)
         if type(self._stack[-2]) is not Inert:
-            raise damaged()
+            raise damaged_error()
         self.make({})
 
     def drop_mark(self) -> None:
         """Adds all values since the last mark to a set, which is nothing that weights need."""
         self.pop_mark()
         if self.top() is not _SET:
-            raise damaged()
+            raise damaged_error()
 
     def freeze_mark(self) -> None:
         """Makes a set of all values since the last mark."""
@@ -760,7 +760,7 @@ class _Machine:
         if isinstance(target, _Dtype | _NumpyArray | _MegTensor):
             target.set_state(state)
         elif type(target) is not dict or type(state) is not dict:
-            raise damaged()
+            raise damaged_error()
 
     def persistent(self) -> None:
         """Pushes the storage that PyTorch's ("storage", type, key, device, length[, view]) refers to."""
@@ -768,10 +768,10 @@ class _Machine:
             raise UnreadableError("refers to data outside of itself, which is not read: save a state dict")
         reference = self.pop()
         if type(reference) is not tuple:
-            raise damaged()
+            raise damaged_error()
         kind, storage, key, _, length, *view = reference
         if kind != "storage" or type(storage) is not _Name or type(key) is not str or type(length) is not int:
-            raise damaged()
+            raise damaged_error()
         self.push(self._storages.part(_STORAGES[storage], key, length, view[0] if view else None))
 
 

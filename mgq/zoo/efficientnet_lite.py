@@ -26,14 +26,14 @@ from mgq.weights.foreign_states import (
     Hints,
     InputNormalization,
     State,
-    depthwise_shaped,
-    folded_input,
+    fold_input,
     is_timm_mobile,
+    shape_depthwise,
     with_epsilon,
     without_counters,
     without_timm_names,
 )
-from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scaled_channels
+from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scale_channels
 
 # expansion, channels, repeats, stride, kernel
 STAGES = (
@@ -52,14 +52,14 @@ TIMM_BN_EPS = 1e-5
 EXPECTED_INPUT = InputNormalization(mean=(127.0,) * 3, std=(128.0,) * 3)
 
 
-def padded_kernel(kernel: int, stride: int) -> int:
+def pad_kernel(kernel: int, stride: int) -> int:
     return kernel + 2 if stride == 2 else kernel
 
 
 def conv(
     kind: type[M.Module], in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> M.Module:
-    size = padded_kernel(kernel, stride)
+    size = pad_kernel(kernel, stride)
     return kind(
         in_channels,
         channels,
@@ -102,7 +102,7 @@ class EfficientNetLite(M.Module):  # type: ignore[misc]
         blocks = []
         channels = STEM
         for i, (expansion, stage_channels, repeats, stride, kernel) in enumerate(STAGES):
-            out = scaled_channels(stage_channels * width)
+            out = scale_channels(stage_channels * width)
             scaled = repeats if i in (0, len(STAGES) - 1) else math.ceil(repeats * depth)
             for j in range(scaled):
                 blocks.append(MBConv(channels, out, stride if j == 0 else 1, expansion, kernel))
@@ -137,14 +137,14 @@ def from_package(state: State) -> Adapted | None:
     state = without_counters(state)
     ours: State = {}
     for name, value in state.items():
-        new = renamed(name, has_expansion=f"{'.'.join(name.split('.')[:2])}._expand_conv.weight" in state)
+        new = rename_parameter(name, has_expansion=f"{'.'.join(name.split('.')[:2])}._expand_conv.weight" in state)
         if new == "stem.conv.weight":
             value = bottom_right(value)
         elif "_depthwise_conv." in name:
             block = int(name.split(".")[1])
-            value = depthwise_shaped(bottom_right(value) if changes_size(state, block) else value)
+            value = shape_depthwise(bottom_right(value) if changes_size(state, block) else value)
         ours[new] = value
-    return Adapted(folded_input(ours, "stem", EXPECTED_INPUT), "EfficientNet-Lite PyTorch names")
+    return Adapted(fold_input(ours, "stem", EXPECTED_INPUT), "EfficientNet-Lite PyTorch names")
 
 
 TIMM_LAYERS = {
@@ -165,7 +165,7 @@ def from_timm(state: State, hints: Hints) -> Adapted | None:
     if not is_timm_mobile(state, kernel=5):
         return None
     is_tensorflow = hints.model.startswith("tf_")
-    embed = bottom_right if is_tensorflow else centred
+    embed = bottom_right if is_tensorflow else centre_kernel
     ours = without_timm_names(state, TIMM_LAYERS, lambda number: f"blocks.{number}.conv")
     for name in [name for name in ours if is_stride_2(name, state)]:
         ours[name] = embed(ours[name])
@@ -175,7 +175,7 @@ def from_timm(state: State, hints: Hints) -> Adapted | None:
     expects = hints.normalization or (HALF_RGB if is_tensorflow else IMAGENET_RGB)
     unclear = None if "efficientnet_lite" in hints.model else UNCLEAR
     layout = hints.layout("timm")
-    return Adapted(folded_input(ours, "stem", expects), layout, {}, hints.preprocessing, unclear)
+    return Adapted(fold_input(ours, "stem", expects), layout, {}, hints.preprocessing, unclear)
 
 
 UNCLEAR = (
@@ -199,7 +199,7 @@ def firsts_of_stride_2(state: State) -> set[int]:
     return {places.index((stage, 0)) for stage, layer in enumerate(STAGES) if layer[3] == 2 and (stage, 0) in places}
 
 
-def centred(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def centre_kernel(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(..., K, K) set into the middle of zeros (..., K + 2, K + 2): symmetric padding stays what it is."""
     return np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(1, 1), (1, 1)])
 
@@ -219,7 +219,7 @@ def changes_size(state: State, block: int) -> bool:
     return is_first and STAGES[stage][3] == 2
 
 
-def renamed(name: str, has_expansion: bool) -> str:
+def rename_parameter(name: str, has_expansion: bool) -> str:
     outer = {"_conv_stem": "stem.conv", "_bn0": "stem.bn", "_conv_head": "head.conv", "_bn1": "head.bn"}
     outer["_fc"] = "classifier.1"
     first = 1 if has_expansion else 0

@@ -53,7 +53,7 @@ def on_grid_of(source: Tensor, result: Tensor) -> Tensor:
     return result
 
 
-def scaled_channels(channels: float, divisor: int = 8) -> int:
+def scale_channels(channels: float, divisor: int = 8) -> int:
     """``channels`` rounded to a multiple of ``divisor``, never more than 10 % below it.
 
     The rule of MobileNetV2 (arXiv:1801.04381) and EfficientNet for scaled widths.

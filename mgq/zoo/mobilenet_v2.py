@@ -17,14 +17,14 @@ from mgq.weights.foreign_states import (
     Adapted,
     Hints,
     State,
-    depthwise_shaped,
-    folded_input,
+    fold_input,
     is_timm_mobile,
+    shape_depthwise,
     without_counters,
     without_timm_names,
 )
 from mgq.weights.preprocessing import Preprocessing
-from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scaled_channels
+from mgq.zoo.layers import ConvBnRelu6, global_average, initialize, scale_channels
 
 # expansion, channels, repeats, stride (Table 2 of the paper)
 STAGES = (
@@ -63,11 +63,11 @@ class MobileNetV2(M.Module):  # type: ignore[misc]
     def __init__(self, classes: int, width: float, activation: str) -> None:
         super().__init__()
         conv_act = ACTIVATIONS[activation]
-        channels = scaled_channels(32 * width)
-        last = scaled_channels(1280 * max(1.0, width))
+        channels = scale_channels(32 * width)
+        last = scale_channels(1280 * max(1.0, width))
         features = [conv_act(3, channels, 3, 2, 1, bias=False)]
         for expansion, stage_channels, repeats, stride in STAGES:
-            out = scaled_channels(stage_channels * width)
+            out = scale_channels(stage_channels * width)
             for i in range(repeats):
                 features.append(InvertedResidual(channels, out, stride if i == 0 else 1, expansion, conv_act))
                 channels = out
@@ -110,12 +110,12 @@ def from_timm(state: State, hints: Hints) -> Adapted | None:
         return None
     ours = without_timm_names(state, TIMM_LAYERS, lambda number: f"features.{number + 1}.conv")
     how = hints.preprocessing or Preprocessing(interpolation="bicubic")
-    return adapted(ours, hints.layout("timm"), hints, how)
+    return adapt_state(ours, hints.layout("timm"), hints, how)
 
 
-def adapted(ours: State, layout: str, hints: Hints, how: Preprocessing | None) -> Adapted:
+def adapt_state(ours: State, layout: str, hints: Hints, how: Preprocessing | None) -> Adapted:
     """``ours``, PyTorch weights under our names, with the input folded in; the width multiplier is read off them."""
-    folded = folded_input(ours, "features.0", hints.normalization or IMAGENET_RGB)
+    folded = fold_input(ours, "features.0", hints.normalization or IMAGENET_RGB)
     return Adapted(folded, layout, {"activation": "relu6", "width": width_of(ours)}, how)
 
 
@@ -128,13 +128,13 @@ def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
         return None
     ours: State = {}
     for name, value in without_counters(state).items():
-        new = renamed(name)
+        new = rename_parameter(name)
         is_depthwise = value.ndim == 4 and value.shape[1] == 1 and value.shape[2] > 1
-        ours[new] = depthwise_shaped(value) if is_depthwise else value
-    return adapted(ours, hints.layout("torchvision"), hints, hints.preprocessing)
+        ours[new] = shape_depthwise(value) if is_depthwise else value
+    return adapt_state(ours, hints.layout("torchvision"), hints, hints.preprocessing)
 
 
-def renamed(name: str) -> str:
+def rename_parameter(name: str) -> str:
     # Stem, head and the activated convolutions are (conv, bn, relu) triples: index 0 and 1.
     name = re.sub(r"^(features\.\d+|features\.\d+\.conv\.\d+)\.0\.", r"\1.conv.", name)
     name = re.sub(r"^(features\.\d+|features\.\d+\.conv\.\d+)\.1\.(?!conv)", r"\1.bn.", name)
@@ -160,6 +160,6 @@ def width_of(state: State) -> float:
     stem, last = (state[name].shape for name in names)
     for hundredths in range(10, 401, 5):
         width = hundredths / 100
-        if scaled_channels(32 * width) == stem[0] and scaled_channels(320 * width) == last[1]:
+        if scale_channels(32 * width) == stem[0] and scale_channels(320 * width) == last[1]:
             return width
     return 1.0

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
-from mgq.io.download import Source, cached, sha256_of
+from mgq.io.download import Source, find_cached, sha256_of
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
@@ -83,7 +83,7 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
-        return imported(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
+        return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
     @property
     def is_described(self) -> bool:
@@ -91,7 +91,7 @@ class ModelSpec:
         return BLUEPRINT in self.options
 
     @property
-    def picture(self) -> tuple[int, int]:
+    def image(self) -> tuple[int, int]:
         """Height and width of pictures, where they are not to be chosen; else ``image_size``."""
         return self.only_size or (self.image_size, self.image_size)
 
@@ -108,7 +108,7 @@ class ModelSpec:
         if self.adapter is None:
             return None
         try:
-            result: Adapted | None = imported(self.adapter)(state, *([hints] if hints else []))
+            result: Adapted | None = import_when_called(self.adapter)(state, *([hints] if hints else []))
         except (KeyError, IndexError, ValueError):  # of names and shapes that only begin as that layout does
             return None
         return result
@@ -117,11 +117,11 @@ class ModelSpec:
         """The options of the builder that the shapes in ``state`` (under our names) tell."""
         if self.option_reader is None or self.marker not in state:
             return NOTHING
-        result: Mapping[str, Any] = imported(self.option_reader)(state)
+        result: Mapping[str, Any] = import_when_called(self.option_reader)(state)
         return result
 
 
-def imported(name: str) -> Callable[..., Any]:
+def import_when_called(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     result: Callable[..., Any] = getattr(importlib.import_module(f"mgq.zoo.{module}"), function)
     return result
@@ -347,7 +347,7 @@ def spec_of(name: str) -> ModelSpec:
     raise no_such("architecture", name, known, "`mgq models` lists them all")
 
 
-def checkpoint_called(path: Path) -> PublishedCheckpoint | None:
+def identify_checkpoint(path: Path) -> PublishedCheckpoint | None:
     """The published checkpoint that ``path`` is, by its name and the known digits of its SHA-256; None for others."""
     for spec in specs().values():
         for found in spec.checkpoints:
@@ -362,7 +362,7 @@ def weights_at_hand(spec: ModelSpec, save: Path) -> list[str]:
     found = [str(path.parent) for path in sorted(save.glob(f"{spec.name}.*/checkpoint.safetensors"))]
     if spec.packaged and spec.packaged.path():
         found.append(f"installed: {spec.packaged.package}")
-    found += [f"cache: {c.source.name}" for c in spec.checkpoints if cached(c.source)]
+    found += [f"cache: {c.source.name}" for c in spec.checkpoints if find_cached(c.source)]
     return found
 
 

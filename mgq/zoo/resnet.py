@@ -7,7 +7,7 @@ import re
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.weights.foreign_states import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, folded_input, without_counters
+from mgq.weights.foreign_states import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, fold_input, without_counters
 from mgq.zoo.layers import global_average, initialize, on_grid_of
 
 
@@ -102,13 +102,13 @@ def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
     if "conv1.weight" not in state or "layer1.0.bn1.weight" not in state:
         return None
     last = 3 if "layer1.0.conv3.weight" in state else 2
-    ours = {renamed(name, last): value for name, value in without_counters(state).items()}
+    ours = {rename_parameter(name, last): value for name, value in without_counters(state).items()}
     expects = hints.normalization or IMAGENET_RGB
     layout = hints.layout("torchvision")
-    return Adapted(folded_input(ours, "conv_bn_relu1", expects), layout, preprocessing=hints.preprocessing)
+    return Adapted(fold_input(ours, "conv_bn_relu1", expects), layout, preprocessing=hints.preprocessing)
 
 
-def renamed(name: str, last: int) -> str:
+def rename_parameter(name: str, last: int) -> str:
     name = name.replace("downsample.0.", "downsample.conv.").replace("downsample.1.", "downsample.bn.")
 
     def fused(match: re.Match[str]) -> str:

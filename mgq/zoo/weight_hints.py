@@ -17,7 +17,7 @@ from mgq.errors import InputError, printable
 from mgq.io.limited_io import object_in, text_of
 from mgq.weights.foreign_states import HALF_RGB, NO_HINTS, Hints, InputNormalization
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
-from mgq.zoo.registry import checkpoint_called
+from mgq.zoo.registry import identify_checkpoint
 
 HUB_NAMES = frozenset({"model.safetensors", "pytorch_model.bin"})
 """What a hub calls the weights of every model: the name says nothing, the folder does."""
@@ -48,23 +48,25 @@ def hints_of(path: Path, arch: str | None = None) -> Hints:
 
     What the file says goes before what it is called; nothing is known where no name says anything.
     """
-    published = checkpoint_called(path)
+    published = identify_checkpoint(path)
     if published is not None:
         model = f"{published.publisher}'s {published.version}"
         return Hints(model, "by its SHA-256", preprocessing=published.preprocessing)
-    kept = named(arch, "by the arch in the file") if arch is not None else NO_HINTS
+    kept = read_hints(arch, "by the arch in the file") if arch is not None else NO_HINTS
     if kept.model:
         return kept
     if path.name not in HUB_NAMES:
-        return named(path.name, "by the file's name")
+        return read_hints(path.name, "by the file's name")
     found = from_config(path.with_name(CONFIG))
     if found is not None:
         return found
     parents = list(path.absolute().parents)[:NEAREST_FOLDERS]
-    return next((hints for folder in parents if (hints := named(folder.name, "by the folder's name")).model), NO_HINTS)
+    return next(
+        (hints for folder in parents if (hints := read_hints(folder.name, "by the folder's name")).model), NO_HINTS
+    )
 
 
-def named(text: str, told_by: str) -> Hints:
+def read_hints(text: str, told_by: str) -> Hints:
     """What the name of a model in ``text`` tells; nothing where there is none."""
     match = MODEL.search(text.lower())
     if match is None:

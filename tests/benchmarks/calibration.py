@@ -31,12 +31,12 @@ from mgq.data.image_sources import expand  # noqa: E402
 from mgq.data.imagenet_classes import imagenet_classes  # noqa: E402
 from mgq.data.transforms import to_batch  # noqa: E402
 from mgq.engine.classifier.open import Classifier, open_classifier  # noqa: E402
-from mgq.engine.classifier.predict import crops_of  # noqa: E402
-from mgq.ptq.calibrate import measured_ranges  # noqa: E402
-from mgq.ptq.observers import ESTIMATORS  # noqa: E402
+from mgq.engine.classifier.predict import read_crops  # noqa: E402
+from mgq.ptq.calibrate import measure_ranges  # noqa: E402
+from mgq.ptq.observers import RANGE_OBSERVERS  # noqa: E402
 from mgq.ptq.quantize import quantize  # noqa: E402
-from mgq.ptq.range_measurement import as_input, with_estimators  # noqa: E402
-from mgq.quantization.activation_ranges import quantized_layers  # noqa: E402
+from mgq.ptq.range_measurement import as_input, with_observers  # noqa: E402
+from mgq.quantization.activation_ranges import find_quantized_layers  # noqa: E402
 from mgq.quantization.modes import Mode, fix_input_scale, to_mode  # noqa: E402
 from mgq.quantization.option_names import METHODS  # noqa: E402
 
@@ -49,9 +49,9 @@ def opened() -> Classifier:
     return open_classifier("efficientnet_lite0", mode=Mode.NORMAL, pretrained=True)
 
 
-def pictures_of(folder: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def images_of(folder: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     rank = {entry.wnid: index for index, entry in enumerate(imagenet_classes())}
-    found = list(crops_of(opened(), expand([folder])))
+    found = list(read_crops(opened(), expand([folder])))
     crops = [crop for _, crop in found if isinstance(crop, np.ndarray)]
     labels = [rank[Path(str(source.path)).parent.name] for source, crop in found if isinstance(crop, np.ndarray)]
     return to_batch(crops), np.array(labels)
@@ -68,11 +68,11 @@ def observed_networks() -> dict[str, M.Module]:
     stock.eval()
     enable_observer(stock)
     networks = {"network alone": float_network, STOCK: stock}
-    for name, kind in ESTIMATORS.items():
+    for name, kind in RANGE_OBSERVERS.items():
         network = to_mode(opened().network, Mode.QAT)
         network.eval()
         disable_fake_quant(network)
-        with_estimators(network, kind)
+        with_observers(network, kind)
         networks[name] = network
     return networks
 
@@ -97,7 +97,7 @@ def speed(batch: npt.NDArray[np.float32]) -> None:
     networks = observed_networks()
     clocks = {name: Clock() for name in networks}
     for name, network in networks.items():
-        for layer in quantized_layers(network).values():
+        for layer in find_quantized_layers(network).values():
             observer = layer.act_observer
             observer.forward = clocks[name].timed(observer.forward)
             observer.get_qparams = clocks[name].timed(observer.get_qparams)
@@ -121,16 +121,16 @@ def speed(batch: npt.NDArray[np.float32]) -> None:
         )
 
 
-def accuracy(pictures: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
+def accuracy(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
     seen = np.arange(len(labels)) % 5 == 0
-    others, truth = pictures[~seen], labels[~seen]
+    others, truth = images[~seen], labels[~seen]
     network = opened().network
     exact = answers(network, others)
     print(f"float32: top-1 {share(exact == truth)} on {len(truth)} pictures", flush=True)
     for method in METHODS:
         start = time.perf_counter()
-        batches = [pictures[seen][i : i + BATCH] for i in range(0, int(seen.sum()), BATCH)]
-        ranges = measured_ranges(network, batches, "efficientnet_lite0", "", {}, method)
+        batches = [images[seen][i : i + BATCH] for i in range(0, int(seen.sum()), BATCH)]
+        ranges = measure_ranges(network, batches, "efficientnet_lite0", "", {}, method)
         spent = time.perf_counter() - start
         real = answers(quantize(network, ranges=ranges), others)
         print(
@@ -140,8 +140,8 @@ def accuracy(pictures: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> 
         )
 
 
-def answers(network: M.Module, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    parts = [network(Tensor(as_input(pictures[i : i + BATCH]))).numpy() for i in range(0, len(pictures), BATCH)]
+def answers(network: M.Module, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    parts = [network(Tensor(as_input(images[i : i + BATCH]))).numpy() for i in range(0, len(images), BATCH)]
     return np.asarray(np.concatenate(parts).argmax(1))
 
 
@@ -151,9 +151,9 @@ def share(right: npt.NDArray[np.bool_]) -> str:
 
 
 def main(folder: str) -> None:
-    pictures, labels = pictures_of(folder)
-    speed(as_input(pictures[:BATCH]))
-    accuracy(pictures, labels)
+    images, labels = images_of(folder)
+    speed(as_input(images[:BATCH]))
+    accuracy(images, labels)
 
 
 if __name__ == "__main__":

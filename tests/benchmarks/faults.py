@@ -160,7 +160,7 @@ def readable(path: Path) -> bool:
     from mgq.engine.runs.training_state import read_training_state
     from mgq.engine.training.recipe import read_changes
     from mgq.errors import MgqError
-    from mgq.export.megengine.megengine_file import read_sealed
+    from mgq.export.megengine.megengine_file import read_megengine_file
     from mgq.export.onnx.onnx_file import read_onnx
     from mgq.zoo.weight_loading import read_weights
 
@@ -172,7 +172,7 @@ def readable(path: Path) -> bool:
         elif path.suffix == ".onnx":
             read_onnx(path)
         elif path.suffix == ".megengine":
-            read_sealed(path)
+            read_megengine_file(path)
         elif path.suffix == ".toml":
             read_changes(path)
         elif path.suffix == ".jsonl":

@@ -71,7 +71,7 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """What the network sees of some pictures, uint8 (N, 3, S, S), and their labels (N,), ``UNKNOWN`` where it knows no
     such class."""
 
@@ -84,14 +84,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How logits compare with those of float on ``pictures``.
+    """How logits compare with those of float on ``images``.
 
     ``decibels``: energy of float's logits / energy of the difference. ``same``: share (0..1) of pictures with the same
     answer, and the 95 % interval of it. ``top1``: share of right answers to the ``labelled`` ones, None without any;
     ``as_simulated``: share of the answers that the simulation gives, too, None where there is none.
     """
 
-    pictures: int
+    images: int
     labelled: int
     decibels: float
     same: float
@@ -141,7 +141,7 @@ def likeness_of(found: Logits, exact: Logits, labels: Labels, simulated: Logits 
     same = int((answers == exact.argmax(1)).sum())
     known = labels != UNKNOWN
     return Likeness(
-        pictures=len(found),
+        images=len(found),
         labelled=int(known.sum()),
         decibels=decibels_of(found, exact),
         same=same / len(found),
@@ -168,7 +168,7 @@ def opened(arguments: argparse.Namespace) -> Classifier:
 def chosen(arguments: argparse.Namespace) -> dict[str, list[Source]]:
     """The pictures that calibrate, and those of each of ``SETS``."""
     from mgq.data.image_sources import expand
-    from mgq.engine.calibration.calibration_run import spread
+    from mgq.engine.calibration.calibration_run import spread_evenly
 
     calibration, other = (expand([str(folder)]) for folder in (arguments.calibration, arguments.other))
     if arguments.every:
@@ -178,26 +178,26 @@ def chosen(arguments: argparse.Namespace) -> dict[str, list[Source]]:
         unseen = expand([str(arguments.unseen)])
     limit = arguments.limit or max(len(unseen), len(other))
     return {
-        "calibration": spread(calibration, arguments.images),
-        "unseen": spread(unseen, limit),
-        "other": spread(other, limit),
+        "calibration": spread_evenly(calibration, arguments.images),
+        "unseen": spread_evenly(unseen, limit),
+        "other": spread_evenly(other, limit),
     }
 
 
-def seen_by(classifier: Classifier, sources: Sequence[Source]) -> Pictures:
+def seen_by(classifier: Classifier, sources: Sequence[Source]) -> Images:
     """What ``classifier`` sees of ``sources``; a picture that cannot be read ends it all, so that all have the same."""
     from mgq.data.transforms import to_batch
-    from mgq.engine.classifier.predict import crops_of
+    from mgq.engine.classifier.predict import read_crops
     from mgq.errors import InputError
 
     crops, labels = [], []
     places = places_of(classifier.classes)
-    for source, crop in crops_of(classifier, sources):
+    for source, crop in read_crops(classifier, sources):
         if isinstance(crop, InputError):
             raise crop
         crops.append(crop)
         labels.append(places.get(Path(str(source.path)).parent.name, UNKNOWN))
-    return Pictures(to_batch(crops), np.array(labels, np.int64))
+    return Images(to_batch(crops), np.array(labels, np.int64))
 
 
 def places_of(classes: Sequence[str]) -> dict[str, int]:
@@ -214,14 +214,14 @@ def places_of(classes: Sequence[str]) -> dict[str, int]:
 
 def in_openvino(path: Path, pixels: Pixels) -> Logits:
     """The logits of a file for OpenVINO, ``.onnx`` or ``.xml``, with a batch of 1: float32 (N, classes)."""
-    from mgq.export.onnx.onnx_file import imported
-    from mgq.runtime.onnxruntime import fed
+    from mgq.export.onnx.onnx_file import import_package
+    from mgq.runtime.onnxruntime import prepare_batch
     from mgq.runtime.openvino import settings_for
 
-    core = imported("openvino").Core()
+    core = import_package("openvino").Core()
     network = core.compile_model(core.read_model(str(path)), "CPU", settings_for(1))
     kind = "uint8" if network.input(0).get_element_type().get_type_name() == "u8" else "float"
-    return np.concatenate([network([fed(picture[None], kind)])[0].copy() for picture in pixels])
+    return np.concatenate([network([prepare_batch(image[None], kind)])[0].copy() for image in pixels])
 
 
 def in_onnxruntime(path: Path, pixels: Pixels) -> Logits:
@@ -258,19 +258,19 @@ class Task:
     float_file: Path
     pixels_file: Path
     calibration: list[str]
-    pictures: dict[str, Pictures]
+    images: dict[str, Images]
     exact: dict[str, Logits]
     folder: Path
 
     def likeness(self, found: dict[str, Logits], simulation: dict[str, Logits] | None = None) -> dict[str, Likeness]:
         return {
             name: likeness_of(found[name], self.exact[name], own.labels, simulation[name] if simulation else None)
-            for name, own in self.pictures.items()
+            for name, own in self.images.items()
         }
 
     def answers(self, run: Any, path: Path) -> dict[str, Logits]:
         """What ``run``, one of the runners above, makes of ``path`` for each of ``SETS``."""
-        return {name: run(path, own.pixels) for name, own in self.pictures.items()}
+        return {name: run(path, own.pixels) for name, own in self.images.items()}
 
 
 def of_float(task: Task) -> Row:
@@ -294,9 +294,9 @@ def of_mgq(task: Task, name: str) -> list[Row]:
     """A row for the simulation and one for each of ``ENGINES``."""
     who, way = f"mgq {name}", WAYS[name]
     runs = task.folder / name
-    pictures = ["--images", str(len(task.calibration)), *task.calibration] if way.looks else []
+    images = ["--images", str(len(task.calibration)), *task.calibration] if way.looks else []
     command = [sys.executable, "-m", "mgq", "calibrate", *task.network, "--target", task.target]
-    cost, said = measured([*command, "--save", str(runs), *way.options, *pictures])
+    cost, said = measured([*command, "--save", str(runs), *way.options, *images])
     if cost.code:
         return [Row(who, cost=cost, problem=last_line(said))]
     (checkpoint,) = runs.glob("*/checkpoint.safetensors")
@@ -402,7 +402,7 @@ def task_of(arguments: argparse.Namespace, folder: Path) -> Task:
         float_file=float_file,
         pixels_file=pixels_file,
         calibration=[str(source.path) for source in sources["calibration"]],
-        pictures={name: seen[name] for name in SETS},
+        images={name: seen[name] for name in SETS},
         exact={name: in_megengine(classifier, seen[name].pixels) for name in SETS},
         folder=folder,
     )
@@ -425,16 +425,16 @@ def main(arguments: argparse.Namespace) -> None:
             rows.append(row)
     from mgq.bench.tables import markdown_table
 
-    counts = ", ".join(told_of(name, own) for name, own in task.pictures.items())
+    counts = ", ".join(told_of(name, own) for name, own in task.images.items())
     print(f"{' '.join(task.network)}: {len(task.calibration)} pictures calibrate; compared on {counts}\n")
     print(markdown_table(COLUMNS, [cells(row) for row in rows], left=2))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([as_data(row) for row in rows], indent=1) + "\n")
 
 
-def told_of(name: str, pictures: Pictures) -> str:
+def told_of(name: str, images: Images) -> str:
     """How many there are, and on how many of them top-1 is measured."""
-    return f"{len(pictures)} {name} ({int((pictures.labels != UNKNOWN).sum())} of classes that the network knows)"
+    return f"{len(images)} {name} ({int((images.labels != UNKNOWN).sum())} of classes that the network knows)"
 
 
 def as_data(row: Row) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from PIL import Image
 from mgq.data.augmentation import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
 from mgq.data.datasets import ImageFolder, calibration_folder
 from mgq.data.loader import Loader
-from mgq.data.synthetic import SyntheticPictures
+from mgq.data.synthetic import SyntheticImages
 from mgq.machine import usable_cores
 
 _MEAN = np.array((0.485, 0.456, 0.406), np.float32).reshape(3, 1, 1)
@@ -43,11 +43,11 @@ Tensor = npt.NDArray[np.float32]
 
 def pillow_train(path: Path, transform: TrainTransform, draw: Draw) -> Tensor:
     with Image.open(path) as file:
-        picture = file.convert("RGB")
+        image = file.convert("RGB")
     chance = generator(draw.seed, Stream.CROP, draw.epoch, draw.number).random(64).tolist()
-    box = transform.box(picture.width, picture.height, chance)
+    box = transform.box(image.width, image.height, chance)
     corners = (box.x, box.y, box.x + box.width, box.y + box.height)
-    crop = picture.resize((transform.size, transform.size), Image.Resampling.BILINEAR, box=corners)
+    crop = image.resize((transform.size, transform.size), Image.Resampling.BILINEAR, box=corners)
     if chance[-1] < transform.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return normalised(crop)
@@ -55,11 +55,11 @@ def pillow_train(path: Path, transform: TrainTransform, draw: Draw) -> Tensor:
 
 def pillow_eval(path: Path, transform: EvalTransform, draw: Draw) -> Tensor:
     with Image.open(path) as file:
-        picture = file.convert("RGB")
-    factor = round(transform.size / 224 * 256) / min(picture.size)
-    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.BILINEAR)
-    left, top = (picture.width - transform.size) // 2, (picture.height - transform.size) // 2
-    return normalised(picture.crop((left, top, left + transform.size, top + transform.size)))
+        image = file.convert("RGB")
+    factor = round(transform.size / 224 * 256) / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR)
+    left, top = (image.width - transform.size) // 2, (image.height - transform.size) // 2
+    return normalised(image.crop((left, top, left + transform.size, top + transform.size)))
 
 
 def normalised(crop: Image.Image) -> Tensor:
@@ -73,8 +73,8 @@ def normalised(crop: Image.Image) -> Tensor:
 class PillowLoader:
     """Worker processes, each of which makes whole batches in a slot of shared memory."""
 
-    def __init__(self, pictures: ImageFolder, transform: TrainTransform | EvalTransform, batch: int, workers: int):
-        self.pictures, self.transform, self.batch = pictures, transform, batch
+    def __init__(self, images: ImageFolder, transform: TrainTransform | EvalTransform, batch: int, workers: int):
+        self.images, self.transform, self.batch = images, transform, batch
         self.shape = (batch, 3, transform.size, transform.size)
         context = multiprocessing.get_context("fork")
         self.slots = [RawArray("f", int(np.prod(self.shape))) for _ in range(workers * _SLOTS_PER_WORKER + 1)]
@@ -94,7 +94,7 @@ class PillowLoader:
             process.join()
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
-        total = -(-len(self.pictures) // self.batch)
+        total = -(-len(self.images) // self.batch)
         free, ready = deque(range(len(self.slots))), dict[int, int]()
         asked = 0
         for number in range(total):
@@ -105,7 +105,7 @@ class PillowLoader:
                 made, slot = self.done.get()
                 ready[made] = slot
             slot = ready.pop(number)
-            yield self._array(slot)[: len(self.pictures) - number * self.batch]
+            yield self._array(slot)[: len(self.images) - number * self.batch]
             free.append(slot)
 
     def _array(self, slot: int) -> Tensor:
@@ -115,8 +115,8 @@ class PillowLoader:
         while (task := self.tasks.get()) is not None:
             epoch, number, slot = task
             first = number * self.batch
-            for row, index in enumerate(range(first, min(first + self.batch, len(self.pictures)))):
-                path, draw = self.pictures.picture(index), Draw(0, epoch, index)
+            for row, index in enumerate(range(first, min(first + self.batch, len(self.images)))):
+                path, draw = self.images.image(index), Draw(0, epoch, index)
                 self._array(slot)[row] = (
                     pillow_train(path, self.transform, draw)
                     if isinstance(self.transform, TrainTransform)
@@ -127,16 +127,16 @@ class PillowLoader:
 
 def drawn_photos(folder: Path, count: int) -> None:
     """JPEGs of 500x375 pixels, of quality 90, in ``folder``."""
-    pictures = SyntheticPictures(count, seed=0, size=500)
+    images = SyntheticImages(count, seed=0, size=500)
     for index in range(count):
-        cv2.imwrite(str(folder / f"{index:05}.jpg"), pictures.picture(index)[:375], [cv2.IMWRITE_JPEG_QUALITY, 90])
+        cv2.imwrite(str(folder / f"{index:05}.jpg"), images.image(index)[:375], [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
-def some(pictures: ImageFolder, most: int) -> ImageFolder:
-    """``pictures`` thinned out evenly to at most ``most``."""
-    chosen = [i * len(pictures) // most for i in range(most)] if len(pictures) > most else range(len(pictures))
-    paths = [str(pictures.picture(i).relative_to(pictures.folder)).encode() for i in chosen]
-    return ImageFolder(pictures.folder, (), None, b"".join(paths), np.cumsum([len(path) for path in paths]))
+def some(images: ImageFolder, most: int) -> ImageFolder:
+    """``images`` thinned out evenly to at most ``most``."""
+    chosen = [i * len(images) // most for i in range(most)] if len(images) > most else range(len(images))
+    paths = [str(images.image(i).relative_to(images.folder)).encode() for i in chosen]
+    return ImageFolder(images.folder, (), None, b"".join(paths), np.cumsum([len(path) for path in paths]))
 
 
 class Pace(NamedTuple):
@@ -147,7 +147,7 @@ class Pace(NamedTuple):
 
 
 def compare(
-    pictures: ImageFolder,
+    images: ImageFolder,
     ours: Transform,
     theirs: TrainTransform | EvalTransform,
     batch: int,
@@ -156,8 +156,8 @@ def compare(
 ) -> tuple[Pace, Pace]:
     """The pace of the loader and of the reference."""
     with ExitStack() as stack:
-        reference = stack.enter_context(PillowLoader(pictures, theirs, batch, workers))  # Forks, so before threads.
-        loader = stack.enter_context(Loader(pictures, ours, batch, workers=workers))
+        reference = stack.enter_context(PillowLoader(images, theirs, batch, workers))  # Forks, so before threads.
+        loader = stack.enter_context(Loader(images, ours, batch, workers=workers))
         helpers = [psutil.Process(process.pid) for process in reference.processes]
         both: tuple[Callable[[int], Iterator[object]], ...] = (loader.batches, reference.batches)
         rates: tuple[list[float], list[float]] = ([], [])
@@ -168,11 +168,9 @@ def compare(
                 for _ in batches(epoch):
                     pass
                 if epoch:  # The first round reads the files into memory.
-                    rates[which].append(len(pictures) / (time.perf_counter() - start))
+                    rates[which].append(len(images) / (time.perf_counter() - start))
                     cpu[which] += processor_seconds(helpers) - cpu_before
-        return Pace(rates[0], cpu[0] / rounds / len(pictures) * 1e6), Pace(
-            rates[1], cpu[1] / rounds / len(pictures) * 1e6
-        )
+        return Pace(rates[0], cpu[0] / rounds / len(images) * 1e6), Pace(rates[1], cpu[1] / rounds / len(images) * 1e6)
 
 
 def processor_seconds(helpers: Sequence[psutil.Process]) -> float:
@@ -193,9 +191,9 @@ def main() -> None:
     cv2.setNumThreads(1)  # So that a worker is one thread.
     with tempfile.TemporaryDirectory() as drawn:
         if options.folder is None:
-            drawn_photos(Path(drawn), options.pictures)
-        pictures = some(calibration_folder(options.folder or Path(drawn)), options.pictures)
-        print(f"{len(pictures)} pictures, crops of {options.size}, medians of {options.rounds} rounds, pictures/s")
+            drawn_photos(Path(drawn), options.images)
+        images = some(calibration_folder(options.folder or Path(drawn)), options.images)
+        print(f"{len(images)} pictures, crops of {options.size}, medians of {options.rounds} rounds, pictures/s")
         print("CPU is processor time per picture in microseconds, which other work on the machine disturbs less")
         print(
             f"{'transform':<16}{'workers':>8}{'loader':>8}{'Pillow':>8}{'ratio':>8}{'(lowest, highest)':>20}"
@@ -209,7 +207,7 @@ def main() -> None:
         )
         for name, ours, theirs in cases:
             for workers in options.workers:
-                fast, slow = compare(pictures, ours, theirs, options.batch, workers, options.rounds)
+                fast, slow = compare(images, ours, theirs, options.batch, workers, options.rounds)
                 ratios = sorted(a / b for a, b in zip(fast.rates, slow.rates, strict=True))
                 print(
                     f"{name:<16}{workers:>8}{statistics.median(fast.rates):>8.0f}{statistics.median(slow.rates):>8.0f}"

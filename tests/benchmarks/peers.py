@@ -76,9 +76,7 @@ def feeds(path: Path, pixels: Pixels) -> list[Feed]:
 
     entry = onnx.load(str(path)).graph.input[0]
     is_float = entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    return [
-        {entry.name: picture[None].astype(np.float32) - PIXEL_ZERO if is_float else picture[None]} for picture in pixels
-    ]
+    return [{entry.name: image[None].astype(np.float32) - PIXEL_ZERO if is_float else image[None]} for image in pixels]
 
 
 def write_nncf(source: Path, pixels: Pixels, path: Path, mixed: bool = False, exact: bool = False) -> None:
@@ -105,15 +103,15 @@ def write_nncf(source: Path, pixels: Pixels, path: Path, mixed: bool = False, ex
 class Reader:
     """The calibration pictures as ONNX Runtime reads them, all or some at a time."""
 
-    def __init__(self, pictures: list[Feed]) -> None:
-        self.pictures = pictures
-        self.set_range(0, len(pictures))
+    def __init__(self, images: list[Feed]) -> None:
+        self.images = images
+        self.set_range(0, len(images))
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        self.left: Iterator[Feed] = iter(self.pictures[start_index:end_index])
+        self.left: Iterator[Feed] = iter(self.images[start_index:end_index])
 
     def get_next(self) -> Feed | None:
         return next(self.left, None)
@@ -149,12 +147,12 @@ def largest_part(number: int) -> int:
 class Loader:
     """The calibration pictures as Intel Neural Compressor reads them, each with a label that is never looked at."""
 
-    def __init__(self, pictures: list[Feed]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: list[Feed]) -> None:
+        self.images = images
         self.batch_size = 1
 
     def __iter__(self) -> Iterator[tuple[npt.NDArray[Any], int]]:
-        return ((next(iter(feed.values())), 0) for feed in self.pictures)
+        return ((next(iter(feed.values())), 0) for feed in self.images)
 
 
 def write_neural_compressor(source: Path, pixels: Pixels, path: Path) -> None:
@@ -206,12 +204,12 @@ def write_ppq(source: Path, pixels: Pixels, path: Path) -> None:
     from ppq.api import export_ppq_graph, quantize_onnx_model
 
     entry = written_with_float_input(source, path)
-    pictures = [torch.from_numpy(next(iter(feed.values()))) for feed in feeds(entry, pixels)]
+    images = [torch.from_numpy(next(iter(feed.values()))) for feed in feeds(entry, pixels)]
     graph = quantize_onnx_model(
         onnx_import_file=str(entry),
-        calib_dataloader=pictures,
-        calib_steps=len(pictures),
-        input_shape=list(pictures[0].shape),
+        calib_dataloader=images,
+        calib_steps=len(images),
+        input_shape=list(images[0].shape),
         platform=TargetPlatform.ONNXRUNTIME,
         device="cpu",
     )

@@ -16,13 +16,13 @@ import onnx
 
 from tests.benchmarks.peers import feeds, write_onnxruntime, written_with_float_input
 
-PICTURES = 16
+IMAGES = 16
 SIZE = 224
 
 
 def pixels(seed: int = 0) -> npt.NDArray[np.uint8]:
     """Pictures of random pixels, uint8 (16, 3, 224, 224)."""
-    return np.random.default_rng(seed).integers(0, 256, (PICTURES, 3, SIZE, SIZE), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8)
 
 
 def write_ort(source: Path, path: Path) -> None:
@@ -30,11 +30,11 @@ def write_ort(source: Path, path: Path) -> None:
 
 
 def write_float(arch: str, path: Path) -> None:
-    from mgq.engine.classifier.open import random_classifier
+    from mgq.engine.classifier.open import make_random_classifier
     from mgq.export.onnx.writer import write_onnx
     from mgq.quantization.modes import Mode
 
-    network = random_classifier(arch, Mode.NORMAL).network
+    network = make_random_classifier(arch, Mode.NORMAL).network
     write_onnx(network, path, image_size=SIZE, batch=1, provenance={"arch": arch, "weights": "random"})
 
 
@@ -43,7 +43,7 @@ def write_nncf(source: Path, path: Path) -> None:
     import nncf
 
     inputs = feeds(source, pixels())
-    quantized = nncf.quantize(onnx.load(str(source)), nncf.Dataset(inputs), subset_size=PICTURES)
+    quantized = nncf.quantize(onnx.load(str(source)), nncf.Dataset(inputs), subset_size=IMAGES)
     onnx.save(quantized, str(path))
 
 

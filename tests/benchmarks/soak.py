@@ -23,8 +23,8 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from mgq.cli.console import import_megengine
-from mgq.data.synthetic import SyntheticPictures
-from mgq.events import Progress, Watcher
+from mgq.data.synthetic import SyntheticImages
+from mgq.events import Callbacks, Progress
 
 ARCH = "shufflenet_v1_x0_5_g3"
 SIZE = 64
@@ -83,7 +83,7 @@ def in_engines(number: int, folder: Path) -> list[Samples]:
     from megengine import Tensor
 
     from mgq.engine.classifier.dump import dump_classifier
-    from mgq.engine.classifier.open import random_classifier
+    from mgq.engine.classifier.open import make_random_classifier
     from mgq.export.onnx.writer import write_onnx
     from mgq.ptq.range_measurement import as_input
     from mgq.quantization.modes import Mode
@@ -91,13 +91,13 @@ def in_engines(number: int, folder: Path) -> list[Samples]:
     from mgq.runtime.registry import load
 
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, SIZE, SIZE), dtype=np.uint8)
-    classifier = random_classifier(ARCH, Mode.QUANTIZED, image_size=SIZE)
+    classifier = make_random_classifier(ARCH, Mode.QUANTIZED, image_size=SIZE)
     found = [inferences(number, "MegEngine, int8", lambda: classifier.network(Tensor(as_input(pixels))).numpy())]
     dumped = folder / "network.megengine"
     dump_classifier(classifier, dumped)
     lite = load(dumped, "lite")
     found.append(inferences(number, "MegEngine Lite, int8", lambda: lite.run(pixels)))
-    simulated = random_classifier(ARCH, Mode.QAT, image_size=SIZE, target=ONNX)
+    simulated = make_random_classifier(ARCH, Mode.QAT, image_size=SIZE, target=ONNX)
     file = folder / "network.onnx"
     write_onnx(simulated.network, file, image_size=SIZE, batch=1, provenance={})
     for key, name in (("onnxruntime", "ONNX Runtime, int8"), ("openvino", "OpenVINO, int8")):
@@ -110,13 +110,13 @@ def in_training(number: int, folder: Path) -> Samples:
     """Steps of ``mgq qat`` from a float network that was trained for one short epoch."""
     import mgq
 
-    pictures = 50 * TRAINED_BATCH
+    images = 50 * TRAINED_BATCH
     words: dict[str, Any] = {
         "arch": ARCH,
         "save": folder,
         "image_size": TRAINED_SIZE,
         "batch_size": TRAINED_BATCH,
-        "synthetic_train": pictures,
+        "synthetic_train": images,
         "synthetic_val": 100,
     }
     mgq.train(**words, epochs=1)
@@ -129,7 +129,7 @@ def in_training(number: int, folder: Path) -> Samples:
             steps += 1
             samples.take(steps)
 
-    mgq.qat(Watcher(told), **words, epochs=-(-number // 50), report_every=1)
+    mgq.qat(Callbacks(told), **words, epochs=-(-number // 50), report_every=1)
     return samples
 
 
@@ -157,8 +157,8 @@ def over_folder(number: int, folder: Path) -> tuple[int, float]:
 def draw(number: int, folder: Path) -> int:
     """Make ``number`` pictures; how many of them are broken."""
     folder.mkdir()
-    drawn = SyntheticPictures(200, size=SIZE, split="val")
-    encoded = [cv2.imencode(".jpg", drawn.picture(i))[1].tobytes() for i in range(len(drawn))]
+    drawn = SyntheticImages(200, size=SIZE, split="val")
+    encoded = [cv2.imencode(".jpg", drawn.image(i))[1].tobytes() for i in range(len(drawn))]
     broken = 0
     for i in range(number):
         is_broken = i % BROKEN_EVERY == BROKEN_EVERY // 2
@@ -170,10 +170,10 @@ def draw(number: int, folder: Path) -> int:
 
 def in_a_folder(number: int, folder: Path) -> bool:
     """Prints what ``mgq infer`` took for many pictures and for few; whether it was the same."""
-    from mgq.engine.classifier.open import random_classifier
+    from mgq.engine.classifier.open import make_random_classifier
     from mgq.quantization.modes import Mode
 
-    random_classifier(ARCH, Mode.QAT, image_size=SIZE).write_checkpoint(folder / "network.safetensors")
+    make_random_classifier(ARCH, Mode.QAT, image_size=SIZE).write_checkpoint(folder / "network.safetensors")
     peaks = []
     for count in (number // FEWER, number):
         broken = draw(count, folder / str(count))
@@ -201,7 +201,7 @@ def main() -> None:
         print("\n".join(samples.line() for samples in found), flush=True)
         trained = in_training(wanted.steps, folder / "runs")
         print(trained.line(), flush=True)
-        flat = in_a_folder(wanted.pictures, folder)
+        flat = in_a_folder(wanted.images, folder)
     print(
         f"flat: less than {MOST_GROWTH:.0%} more at the end than at {WARM:.0%} of the way; {ARCH}, random weights, "
         f"{SIZE} pixels ({TRAINED_SIZE} in training); {(time.monotonic() - start) / 60:.0f} minutes"

@@ -275,9 +275,9 @@ def _states() -> Sequence[bytes]:
 
 @cache
 def _recipe() -> dict[str, Any]:
-    from mgq.engine.training.recipe import Task, plain, recipe_for
+    from mgq.engine.training.recipe import Task, make_recipe, plain
 
-    return plain(recipe_for(Task("resnet18", "normal", "synthetic", 2, 100, 64), {}))
+    return plain(make_recipe(Task("resnet18", "normal", "synthetic", 2, 100, 64), {}))
 
 
 def _state_sealed(data: bytes) -> bytes:
@@ -312,11 +312,11 @@ def _state_from_nothing(rng: random.Random) -> bytes:
 
 def _read_training_state(path: Path) -> object:
     from mgq.engine.runs.training_state import read_training_state
-    from mgq.engine.training.recipe import recipe_from
+    from mgq.engine.training.recipe import restore_recipe
     from mgq.engine.training.training_run import info_of_progress
 
     state = read_training_state(path)
-    return info_of_progress(state.progress, recipe_from(state.recipe, str(path)), path)
+    return info_of_progress(state.progress, restore_recipe(state.recipe, str(path)), path)
 
 
 def _recipes() -> Sequence[bytes]:
@@ -396,13 +396,13 @@ def _encoded(suffixes: Sequence[str]) -> Callable[[], Sequence[bytes]]:
         from PIL import Image
 
         pixels = (np.arange(24 * 20 * 4) % 251).astype(np.uint8).reshape(24, 20, 4)
-        pictures = {mode: Image.fromarray(pixels).convert(mode) for mode in ("RGB", "RGBA", "L", "P", "CMYK", "1")}
+        images = {mode: Image.fromarray(pixels).convert(mode) for mode in ("RGB", "RGBA", "L", "P", "CMYK", "1")}
         found: list[bytes] = []
         for suffix, mode, options in _VARIANTS:
             if suffix in suffixes:
                 file = io.BytesIO()
-                more = {"append_images": [pictures[mode]] * 2, "save_all": True} if options.get("animated") else options
-                pictures[mode].save(file, suffix, **more)
+                more = {"append_images": [images[mode]] * 2, "save_all": True} if options.get("animated") else options
+                images[mode].save(file, suffix, **more)
                 found.append(file.getvalue())
         return found
 
@@ -447,14 +447,14 @@ def png_sealed(data: bytes) -> bytes:
     return b"".join(parts) + data[at:]
 
 
-def _read_picture(path: Path) -> object:
-    from mgq.data.decoding import read_picture
+def _read_image(path: Path) -> object:
+    from mgq.data.decoding import read_image
 
-    return read_picture(path).shape
+    return read_image(path).shape
 
 
-def _picture(suffix: str, share: float, tokens: Sequence[bytes], **more: Any) -> Reader:
-    return Reader(suffix, f".{suffix}", share, _encoded((suffix.upper(),)), _read_picture, tokens, **more)
+def _image(suffix: str, share: float, tokens: Sequence[bytes], **more: Any) -> Reader:
+    return Reader(suffix, f".{suffix}", share, _encoded((suffix.upper(),)), _read_image, tokens, **more)
 
 
 # ---- archives ----
@@ -510,7 +510,7 @@ def _read_tar(path: Path) -> object:
     """Unpack it as the training archive, and look for files where none may be."""
     import shutil
 
-    from mgq.data.imagenet_archives import TRAIN_ARCHIVE, unpacked
+    from mgq.data.imagenet_archives import TRAIN_ARCHIVE, unpack_split
 
     around = path.parent / "around"
     folder = around / "folder"
@@ -520,7 +520,7 @@ def _read_tar(path: Path) -> object:
     (folder / TRAIN_ARCHIVE).write_bytes(data)
     os.sync = lambda: None  # the disk is not what is tried here
     try:
-        unpacked(folder, "train", md5={TRAIN_ARCHIVE: hashlib.md5(data).hexdigest()})
+        unpack_split(folder, "train", md5={TRAIN_ARCHIVE: hashlib.md5(data).hexdigest()})
     finally:
         links = [p for p in folder.rglob("*") if p.is_symlink()]
         known = {TRAIN_ARCHIVE, "train", ".train.part", ".train.lock"}
@@ -550,18 +550,18 @@ def _read_meta(path: Path) -> object:
 @cache
 def _graphs() -> Sequence[bytes]:
     """Files of networks as small as they can be with all of the zoo's kinds of layers."""
-    from mgq.export.megengine.megengine_file import sealed_bytes
-    from mgq.export.megengine.writer import as_input, graph_of
+    from mgq.export.megengine.megengine_file import encode_file
+    from mgq.export.megengine.writer import cast_input, graph_of
     from mgq.quantization.modes import Mode
-    from tests.conftest import smooth_pictures
+    from tests.conftest import smooth_images
     from tests.test_runtime import SIZE, in_memory
 
     about = {"arch": "resnet18", "mode": "quantized", "classes": [str(i) for i in range(7)], "image_size": SIZE}
     about |= {"options": {}, "recipe": {}}
     found = []
     for mode in (Mode.QUANTIZED, Mode.NORMAL):
-        fed = as_input(smooth_pictures(1, SIZE, SIZE), "uint8")
-        found.append(sealed_bytes(graph_of(in_memory(mode), fed, "uint8"), about))
+        fed = cast_input(smooth_images(1, SIZE, SIZE), "uint8")
+        found.append(encode_file(graph_of(in_memory(mode), fed, "uint8"), about))
     return found
 
 
@@ -600,9 +600,9 @@ def _run_file(path: Path, engine: str) -> object:
     """Open a deployed file as the command does, and ask it once."""
     import numpy as np
 
-    from mgq.engine.classifier.deployed_files import opened_file
+    from mgq.engine.classifier.deployed_files import open_file
 
-    classifier = opened_file(path, engine, threads=1)
+    classifier = open_file(path, engine, threads=1)
     size = classifier.image_size
     return classifier.logits(np.zeros((1, 3, size, size), np.uint8)).shape
 
@@ -822,25 +822,23 @@ READERS: tuple[Reader, ...] = (
         (b"[", b"{", b"\n", b"NaN"),
         forged=lambda rng: b"\n".join(json.dumps(other_json(_ENTRY, rng)).encode() for _ in range(3)) + b"\n",
     ),
-    _picture(
+    _image(
         "jpeg",
         5,
         (b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdb", b"\xff\xdd"),
     ),
-    _picture("png", 5, (b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"IEND", b"acTL", b"iCCP", b"eXIf"), sealed=png_sealed),
-    _picture("webp", 5, (b"VP8 ", b"VP8L", b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"EXIF", b"ICCP")),
-    _picture("gif", 5, (b"\x21\xf9\x04", b"\x2c", b"\x3b", b"\x21\xff\x0bNETSCAPE2.0")),
-    _picture("bmp", 4, (b"\x28\0\0\0", b"\x7c\0\0\0", b"\x0c\0\0\0", b"\x01\0", b"\x04\0\0\0")),
-    _picture(
-        "tiff", 5, (b"\x00\x01\x03\0", b"\x11\x01\x04\0", b"\x17\x01\x04\0", b"\x42\x01\x04\0", b"\x03\x01\x03\0")
-    ),
-    _picture("avif", 4, (b"ispe", b"av1C", b"iloc", b"mdat", b"irot", b"grid", b"stco", b"\x0a\x0b", b"\x12\0")),
-    _picture("jpeg2000", 4, (b"\xff\x51", b"\xff\x52", b"\xff\x53", b"\xff\x90", b"\xff\x93", b"pclr", b"cdef")),
-    _picture("ppm", 2, (b"P1", b"P3", b"P7\n", b"#", b"WIDTH ", b"DEPTH ", b"\nENDHDR\n", b" 65535\n", b" 999999999 ")),
-    _picture("tga", 2, (b"\0\0\x02", b"\x01\x01\x09", b"\0\0\x0a", b"\x20\x08", b"\x18\x20")),
-    _picture("pcx", 1, (b"\x0a\x05\x01\x08", b"\x0a\x03\x01\x01", b"\x0c", b"\xff\xff")),
-    _picture("sgi", 1, (b"\x01\xda\x01\x01", b"\x01\xda\0\x02", b"\0\x03", b"\xff\xff")),
-    _picture("qoi", 1, (b"qoif", b"\xfe", b"\xff", b"\xc0", b"\0\0\0\x01")),
+    _image("png", 5, (b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"IEND", b"acTL", b"iCCP", b"eXIf"), sealed=png_sealed),
+    _image("webp", 5, (b"VP8 ", b"VP8L", b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"EXIF", b"ICCP")),
+    _image("gif", 5, (b"\x21\xf9\x04", b"\x2c", b"\x3b", b"\x21\xff\x0bNETSCAPE2.0")),
+    _image("bmp", 4, (b"\x28\0\0\0", b"\x7c\0\0\0", b"\x0c\0\0\0", b"\x01\0", b"\x04\0\0\0")),
+    _image("tiff", 5, (b"\x00\x01\x03\0", b"\x11\x01\x04\0", b"\x17\x01\x04\0", b"\x42\x01\x04\0", b"\x03\x01\x03\0")),
+    _image("avif", 4, (b"ispe", b"av1C", b"iloc", b"mdat", b"irot", b"grid", b"stco", b"\x0a\x0b", b"\x12\0")),
+    _image("jpeg2000", 4, (b"\xff\x51", b"\xff\x52", b"\xff\x53", b"\xff\x90", b"\xff\x93", b"pclr", b"cdef")),
+    _image("ppm", 2, (b"P1", b"P3", b"P7\n", b"#", b"WIDTH ", b"DEPTH ", b"\nENDHDR\n", b" 65535\n", b" 999999999 ")),
+    _image("tga", 2, (b"\0\0\x02", b"\x01\x01\x09", b"\0\0\x0a", b"\x20\x08", b"\x18\x20")),
+    _image("pcx", 1, (b"\x0a\x05\x01\x08", b"\x0a\x03\x01\x01", b"\x0c", b"\xff\xff")),
+    _image("sgi", 1, (b"\x01\xda\x01\x01", b"\x01\xda\0\x02", b"\0\x03", b"\xff\xff")),
+    _image("qoi", 1, (b"qoif", b"\xfe", b"\xff", b"\xc0", b"\0\0\0\x01")),
     Reader(
         "imagenet tar",
         ".tar",

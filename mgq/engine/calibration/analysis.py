@@ -14,14 +14,21 @@ import numpy.typing as npt
 from mgq.data.datasets import Dataset, calibration_folder, subset
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
-from mgq.engine.calibration.calibration_run import RANGES_FILE, sources_of, spread
-from mgq.engine.classifier.evaluate import evaluation_data, matched
+from mgq.engine.calibration.calibration_run import RANGES_FILE, list_sources, spread_evenly
+from mgq.engine.classifier.evaluate import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
-from mgq.engine.classifier.open import Classifier, classifier_from, found_weights, newest_arch, ranges_for, versions
-from mgq.engine.classifier.parity import own_pictures
-from mgq.engine.classifier.predict import crops_of
+from mgq.engine.classifier.open import (
+    Classifier,
+    classifier_from,
+    find_newest_arch,
+    find_ranges,
+    find_weights,
+    versions,
+)
+from mgq.engine.classifier.parity import make_views
+from mgq.engine.classifier.predict import read_crops
 from mgq.errors import InputError
-from mgq.events import OnProgress, OnRemark, silent, unheard
+from mgq.events import OnMessage, OnProgress, ignore_message, ignore_progress
 from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
@@ -36,7 +43,7 @@ CALIBRATION_KEYS = ("steps", "tried", "judged_on", "held_back")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class AnalyzedImages:
     """``images`` uint8 (N, 3, S, S), BGR, and ``labels`` int64 (N,), None where there are none.
 
     ``name`` says what they are; ``remark`` why there are no labels, or why it is not what was asked for.
@@ -52,28 +59,28 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found in ``classifier`` (mode ``qat``) with ``pictures``.
+    """What was found in ``classifier`` (mode ``qat``) with ``images``.
 
     ``corrected``: its biases make up for what int8 shifts, which float and single layers went without.
     """
 
     classifier: Classifier
-    pictures: Pictures
+    images: AnalyzedImages
     found: Sensitivity
     corrected: bool = False
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    """What its calibration tried and kept (:meth:`mgq.ptq.pipeline.Found.to_json`), where that is known."""
+    """What its calibration tried and kept (:meth:`mgq.ptq.pipeline.SearchResult.to_json`), where that is known."""
 
     @property
     def float_error(self) -> float:
         """The standard error of the float network's top-1, in points; NaN without labels."""
         top1 = self.found.float_top1
-        return math.nan if top1 is None else standard_error(top1, self.found.pictures)
+        return math.nan if top1 is None else standard_error(top1, self.found.images)
 
     @property
     def remarks(self) -> list[str]:
         """What the reader of the numbers should know besides."""
-        remarks = [self.pictures.remark] if self.pictures.remark else []
+        remarks = [self.images.remark] if self.images.remark else []
         if self.corrected:
             remarks.append("single layers go without the bias corrections that all layers together have")
         if self.found.rounded_before:
@@ -90,9 +97,9 @@ class Analysis:
             "arch": classifier.spec.name,
             "target": classifier.target.name,
             "weights": classifier.origin,
-            "data": self.pictures.name,
-            "pictures": found.pictures,
-            "labelled": self.pictures.labels is not None,
+            "data": self.images.name,
+            "pictures": found.images,
+            "labelled": self.images.labels is not None,
             "image_size": classifier.image_size,
             "float_top1": found.float_top1,
             "all_layers": plain(asdict(found.whole)),
@@ -100,7 +107,7 @@ class Analysis:
             "calibration": dict(self.calibration),
             "versions": versions(),
             "remarks": self.remarks,
-            "problems": list(self.pictures.problems),
+            "problems": list(self.images.problems),
         }
 
 
@@ -151,20 +158,20 @@ def in_points(effect: Effect) -> str:
 
 def analyze(
     data: str | Path | None = None,
-    pictures: Sequence[str | Path] = (),
+    files: Sequence[str | Path] = (),
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     save: str | Path = "runs",
     pretrained: bool | str = False,
     target: str | None = None,
     images: int = IMAGES,
-    on_progress: OnProgress = silent,
-    on_remark: OnRemark = unheard,
+    on_progress: OnProgress = ignore_progress,
+    on_message: OnMessage = ignore_message,
     key: str | None = None,
 ) -> Analysis:
     """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
 
-    The network is chosen as ``mgq eval -m qat`` chooses it. ``images`` of the ``pictures`` (files, folders, patterns)
+    The network is chosen as ``mgq eval -m qat`` chooses it. ``images`` of the ``files`` (files, folders, patterns)
     or of the folder ``data`` are used, evenly spread; without either, those that the run was measured on, else the
     bundled cat. Raises InputError where there are no weights, no ranges for int8, or no pictures that can be read.
     """
@@ -172,10 +179,10 @@ def analyze(
         raise InputError(f"an analysis needs at least 1 picture, not {images}")
     where = Path(checkpoint) if checkpoint is not None else None
     if arch is None and where is None and not pretrained:
-        arch = newest_arch(Path(save), Mode.QAT)
-    classifier, corrections = opened_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
+        arch = find_newest_arch(Path(save), Mode.QAT)
+    classifier, corrections = open_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
     root = Path(data) if data is not None else None
-    seen = pictures_for(classifier, [str(picture) for picture in pictures], root, images, on_progress, on_remark)
+    seen = load_images(classifier, [str(file) for file in files], root, images, on_progress, on_message)
     tried = calibration_of(classifier, [where.parent] if where is not None else [], Path(save))
     found = sensitivity_of(classifier.network, seen.images, seen.labels, corrections, on_progress)
     return Analysis(classifier, seen, found, bool(corrections), tried)
@@ -195,7 +202,7 @@ def calibration_of(classifier: Classifier, folders: Sequence[Path], save: Path) 
     return {}
 
 
-def opened_with_corrections(
+def open_with_corrections(
     arch: str | None,
     checkpoint: Path | None,
     save: Path,
@@ -206,59 +213,61 @@ def opened_with_corrections(
 ) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
     """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress, key)
+    weights = find_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress, key)
     if weights.mode == Mode.QAT.value:
         return classifier_from(weights, Mode.QAT, target=target), {}
-    ranges = ranges_for(weights, None, target)
+    ranges = find_ranges(weights, None, target)
     return classifier_from(weights, Mode.QAT, ranges), ranges.bias_corrections
 
 
-def pictures_for(
+def load_images(
     classifier: Classifier,
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = silent,
-    on_remark: OnRemark = unheard,
-) -> Pictures:
+    on_progress: OnProgress = ignore_progress,
+    on_message: OnMessage = ignore_message,
+) -> AnalyzedImages:
     """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
     the cat. Raises InputError where none can be read."""
     if named:
-        return read(classifier, ", ".join(named), spread(expand(named), images), None, "")
+        return read_images(classifier, ", ".join(named), spread_evenly(expand(named), images), None, "")
     if data is not None:
-        return of_dataset(classifier, *labelled_or_not(classifier, data, on_progress, on_remark), images)
+        return of_dataset(classifier, *find_dataset(classifier, data, on_progress, on_message), images)
     try:
         dataset = evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
     except InputError as error:
-        cat = own_pictures(classifier)[:images]
-        return Pictures("the bundled cat's views", cat, None, f"the bundled cat stands in: {error}")
-    return of_dataset(classifier, matched(dataset, classifier.classes), "", images)
+        cat = make_views(classifier)[:images]
+        return AnalyzedImages("the bundled cat's views", cat, None, f"the bundled cat stands in: {error}")
+    return of_dataset(classifier, match_classes(dataset, classifier.classes), "", images)
 
 
-def labelled_or_not(
-    classifier: Classifier, data: Path, on_progress: OnProgress, on_remark: OnRemark = unheard
+def find_dataset(
+    classifier: Classifier, data: Path, on_progress: OnProgress, on_message: OnMessage = ignore_message
 ) -> tuple[Dataset, str]:
     """The pictures in ``data``, and why they have no labels that the network knows, where they have none."""
     try:
-        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress, on_remark)
-        return matched(found, classifier.classes), ""
+        found = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress, on_message)
+        return match_classes(found, classifier.classes), ""
     except InputError as error:
         return calibration_folder(data, on_progress), f"accuracy was not measured: {error}"
 
 
-def of_dataset(classifier: Classifier, dataset: Dataset, remark: str, images: int) -> Pictures:
+def of_dataset(classifier: Classifier, dataset: Dataset, remark: str, images: int) -> AnalyzedImages:
     name = dataset.name
     chosen = subset(dataset, images)
     labels = None if remark else chosen.labels
-    return read(classifier, name, sources_of(chosen), labels, remark)
+    return read_images(classifier, name, list_sources(chosen), labels, remark)
 
 
-def read(classifier: Classifier, name: str, sources: Sequence[Source], labels: Labels | None, remark: str) -> Pictures:
+def read_images(
+    classifier: Classifier, name: str, sources: Sequence[Source], labels: Labels | None, remark: str
+) -> AnalyzedImages:
     """``sources`` as the network sees them; those that cannot be read are left out and named."""
-    crops = [crop for _, crop in crops_of(classifier, sources)]
+    crops = [crop for _, crop in read_crops(classifier, sources)]
     good = [i for i, crop in enumerate(crops) if isinstance(crop, np.ndarray)]
     problems = tuple(str(crop) for crop in crops if isinstance(crop, InputError))
     if not good:
         raise InputError(f"none of {len(crops)} pictures could be read; the first: {problems[0]}")
     images = to_batch([crop for crop in crops if isinstance(crop, np.ndarray)])
-    return Pictures(name, images, None if labels is None else labels[good], remark, problems)
+    return AnalyzedImages(name, images, None if labels is None else labels[good], remark, problems)

@@ -20,21 +20,21 @@ from mgq.data.datasets import (
 )
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
-from mgq.engine.calibration.calibration_run import sources_of, spread
-from mgq.engine.classifier.evaluate import matched, was_trained_on
+from mgq.engine.calibration.calibration_run import list_sources, spread_evenly
+from mgq.engine.classifier.evaluate import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
-from mgq.engine.classifier.predict import crops_of
+from mgq.engine.classifier.predict import read_crops
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
-from mgq.events import OnProgress, OnRemark, Watcher, silent, unheard
+from mgq.events import Callbacks, OnMessage, OnProgress, ignore_message, ignore_progress
 
 COMPARED = 48
 """Pictures that float and int8 files are compared on, in each engine."""
 
 
 @dataclass(frozen=True)
-class CalibrationPictures:
+class CalibrationSources:
     """``sources`` to measure ranges on, and ``labelled`` ones that are none of them, where there are any.
 
     ``why_not`` says what keeps the accuracy from being measured.
@@ -46,28 +46,28 @@ class CalibrationPictures:
     why_not: str = ""
 
 
-def pictures_at_hand(
+def find_images_nearby(
     classifier: Classifier,
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = silent,
-    on_remark: OnRemark = unheard,
-) -> CalibrationPictures:
-    """As :func:`pictures_for`, but without sources where nothing is named and weights know of no pictures."""
+    on_progress: OnProgress = ignore_progress,
+    on_message: OnMessage = ignore_message,
+) -> CalibrationSources:
+    """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no pictures."""
     if not named and data is None and not classifier.recipe.get("data"):
-        return CalibrationPictures("", None, None, "there are no pictures")
-    return pictures_for(classifier, named, data, images, on_progress, on_remark)
+        return CalibrationSources("", None, None, "there are no pictures")
+    return find_calibration_sources(classifier, named, data, images, on_progress, on_message)
 
 
-def pictures_for(
+def find_calibration_sources(
     classifier: Classifier,
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = silent,
-    on_remark: OnRemark = unheard,
-) -> CalibrationPictures:
+    on_progress: OnProgress = ignore_progress,
+    on_message: OnMessage = ignore_message,
+) -> CalibrationSources:
     """The ``named`` files and folders; else those of the folder ``data``; else those the network was trained on.
 
     Raises InputError where there are none.
@@ -77,35 +77,37 @@ def pictures_for(
         sources = expand(arguments)
         if len(sources) == 1 and sources[0].problem is not None:  # told of before the work begins
             raise InputError(sources[0].problem)
-        return CalibrationPictures(", ".join(arguments), sources, None, "the pictures have no labels")
+        return CalibrationSources(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
-        return trained_on(classifier, on_progress)
-    pictures = calibration_folder(data, on_progress, on_remark)
+        return find_training_images(classifier, on_progress)
+    dataset = calibration_folder(data, on_progress, on_message)
     try:
         labelled = evaluation_folder(data, on_progress)
-        same = isinstance(labelled, ImageFolder) and labelled.folder == pictures.folder
+        same = isinstance(labelled, ImageFolder) and labelled.folder == dataset.folder
         rest = without_subset(labelled, images) if same else labelled
         if not len(rest):
             why_not = f"all {len(labelled)} labelled pictures are calibrated on: give a smaller --images"
-            return CalibrationPictures(str(data), pictures, None, why_not)
-        return CalibrationPictures(str(data), pictures, matched(rest, classifier.classes))
+            return CalibrationSources(str(data), dataset, None, why_not)
+        return CalibrationSources(str(data), dataset, match_classes(rest, classifier.classes))
     except InputError as error:
-        return CalibrationPictures(str(data), pictures, None, str(error))
+        return CalibrationSources(str(data), dataset, None, str(error))
 
 
-def few_crops(classifier: Classifier, pictures: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
-    """Some of ``pictures`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
+def few_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
+    """Some of ``dataset`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
     are left out."""
-    sources = list(pictures) if isinstance(pictures, Sequence) else sources_of(subset(pictures, COMPARED))
-    crops = [crop for _, crop in crops_of(classifier, spread(sources, COMPARED)) if isinstance(crop, np.ndarray)]
+    sources = list(dataset) if isinstance(dataset, Sequence) else list_sources(subset(dataset, COMPARED))
+    crops = [
+        crop for _, crop in read_crops(classifier, spread_evenly(sources, COMPARED)) if isinstance(crop, np.ndarray)
+    ]
     return to_batch(crops)
 
 
-def trained_on(classifier: Classifier, on_progress: OnProgress) -> CalibrationPictures:
+def find_training_images(classifier: Classifier, on_progress: OnProgress) -> CalibrationSources:
     data = classifier.recipe.get("data")
     if not data:
         raise InputError("calibration needs pictures: `mgq calibrate FOLDER` or -d FOLDER")
     if data != SYNTHETIC and not Path(str(data)).is_dir():
         raise InputError(f"the pictures that these weights were trained on are not in {data}: pass -d FOLDER")
-    sets = read_sets(str(data), None, classifier.recipe, Watcher(on_progress))
-    return CalibrationPictures(sets.train.name, sets.train, matched(sets.val, classifier.classes))
+    sets = read_sets(str(data), None, classifier.recipe, Callbacks(on_progress))
+    return CalibrationSources(sets.train.name, sets.train, match_classes(sets.val, classifier.classes))

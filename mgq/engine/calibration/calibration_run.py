@@ -12,28 +12,28 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.data.datasets import Dataset, evenly, subset
-from mgq.data.decoding import read_picture
+from mgq.data.datasets import Dataset, pick_evenly, subset
+from mgq.data.decoding import read_image
 from mgq.data.image_sources import Source
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.image_variety import Likeness
 from mgq.engine.classifier.open import Classifier, versions
-from mgq.engine.classifier.predict import BATCH, batched, crops_of
+from mgq.engine.classifier.predict import BATCH, group_items, read_crops
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.errors import InputError
-from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
+from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import (
-    LAYERWISE_PICTURES,
-    best_network,
-    checked_method,
-    data_free_network,
-    pictures_used,
+    MOST_LAYERWISE_IMAGES,
+    calibrate_data_free_network,
+    check_method,
+    count_images_used,
+    find_best_network,
 )
-from mgq.ptq.pipeline import MOST_HELD, Found
-from mgq.ptq.presets import DEFAULT_QUALITY, changed, preset_called
+from mgq.ptq.pipeline import MOST_HELD, SearchResult
+from mgq.ptq.presets import DEFAULT_PRESET, adapt_preset, get_preset
 from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
 from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
 from mgq.quantization.modes import Mode
@@ -57,7 +57,7 @@ class Calibration:
     problems: tuple[str, ...]
     beginning: Mapping[str, Any] = field(default_factory=dict)
     """The weights and pictures that it began with, by their SHA-256."""
-    found: Found | None = None
+    found: SearchResult | None = None
     """What was tried, and what it gave; None where there were no pictures."""
 
     def write(self, save: Path) -> Path:
@@ -76,56 +76,58 @@ class Calibration:
         write_text_atomically(path, self.ranges.to_json())
 
 
-def calibrated(
+def calibrate(
     classifier: Classifier,
     sources: Sequence[Source] | Dataset,
     images: int,
     about: str = "",
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     method: str | None = None,
     correct_bias: bool = True,
     compensate: bool = True,
     target: Target = MEGENGINE,
-    quality: str = DEFAULT_QUALITY,
-    kept: Sequence[str] = (),
-    on_remark: OnRemark = unheard,
+    quality: str = DEFAULT_PRESET,
+    float_layers: Sequence[str] = (),
+    on_message: OnMessage = ignore_message,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
     ``quality`` names a preset of :data:`mgq.ptq.presets.PRESETS`: candidates that are tried, and of which the one is
     kept whose logits are nearest to float's on pictures held back. ``method`` fixes how ranges are chosen,
     ``correct_bias`` and ``compensate`` leave steps out; ``easyquant`` takes 64 pictures at most. The weights of the
-    layers ``kept`` stay float32. Pictures that cannot be read are left out and named; ``on_remark`` is told what was
+    layers ``float_layers`` stay float32. Pictures that cannot be read are left out and named; ``on_message`` is told what was
     done and left out, and where pictures are few, blank or alike. Raises InputError where no picture can be read, and
     for another method or quality.
     """
-    preset = changed(preset_called(quality), checked_method(method), correct_bias, compensate, target)
+    preset = adapt_preset(get_preset(quality), check_method(method), correct_bias, compensate, target)
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    wanted = images if method is None else pictures_used(method, images)
-    few = spread(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
-    chosen = few if isinstance(few, Sequence) else sources_of(few)
+    wanted = images if method is None else count_images_used(method, images)
+    few = spread_evenly(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
+    chosen = few if isinstance(few, Sequence) else list_sources(few)
     # Those held back, and those that only some steps look at, should be of all kinds.
     order = np.random.default_rng(0).permutation(len(chosen))
-    pictures = Pictures(classifier, [chosen[i] for i in order], on_progress, on_remark)
+    calibration_images = CalibrationImages(classifier, [chosen[i] for i in order], on_progress, on_message)
     arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
-    seen = pictures.all()
-    found, ranges = best_network(classifier.network, seen, arch, weights, preset, target, kept, on_progress)
-    on_remark(found.summary())
+    seen = calibration_images.all()
+    found, ranges = find_best_network(
+        classifier.network, seen, arch, weights, preset, target, float_layers, on_progress
+    )
+    on_message(found.summary())
     command = f"mgq calibrate -a {arch} --images {images}"
     command += f" --method {method}" if method else f" --quality {quality}"
     command += "" if correct_bias else " --no-bias-correction"
     command += "" if compensate else " --nearest"
     provenance = {
         "pictures": about or "unnamed",
-        "images": pictures.used,
+        "images": calibration_images.used,
         "of": len(sources),
         "method": ranges.observer,
         "bias_correction": correct_bias,
         "rounding": "compensated" if found.draft.rounded else "nearest",
-        "float_layers": list(kept),
+        "float_layers": list(float_layers),
         "choice": "evenly spread over the sorted list",
         **found.to_json(),
         **of_all(classifier, command, target),
@@ -135,14 +137,14 @@ def calibrated(
     ranges = replace(ranges, provenance=provenance)
     result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
     beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
-    return Calibration(ranges, result, pictures.used, tuple(pictures.problems), beginning, found)
+    return Calibration(ranges, result, calibration_images.used, tuple(calibration_images.problems), beginning, found)
 
 
-def calibrated_without_pictures(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
+def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
     """Int8 of ``classifier`` (mode ``normal``) by what its batch norms say, without a picture."""
     provenance = {"pictures": "none: expected by the batch norms", "images": 0}
     provenance |= of_all(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
-    network, ranges = data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
+    network, ranges = calibrate_data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
     refuse_incomplete(network, ranges)
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
     weights = fingerprint(classifier.network.state_dict())
@@ -161,7 +163,7 @@ def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, An
     }
 
 
-class Pictures:
+class CalibrationImages:
     """The pictures of a calibration, as batches of what the network sees of them: as often as they are wanted."""
 
     def __init__(
@@ -169,21 +171,21 @@ class Pictures:
         classifier: Classifier,
         sources: Sequence[Source],
         on_progress: OnProgress,
-        on_remark: OnRemark = unheard,
+        on_message: OnMessage = ignore_message,
     ) -> None:
         self.classifier = classifier
         self.sources = sources
         self.on_progress = on_progress
-        self.on_remark = on_remark
+        self.on_message = on_message
         self.used = 0
         self.problems: list[str] = []
 
-    def batches(self, told: str = "") -> Iterator[npt.NDArray[np.uint8]]:
+    def batches(self, label: str = "") -> Iterator[npt.NDArray[np.uint8]]:
         """uint8 (N, 3, H, W); what cannot be read is noted as a problem."""
         done = self.used = 0
         self.problems = []
         likeness = Likeness()
-        for group in batched(crops_of(self.classifier, self.sources), BATCH):
+        for group in group_items(read_crops(self.classifier, self.sources), BATCH):
             self.problems.extend(str(crop) for _, crop in group if isinstance(crop, InputError))
             crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
             self.used += len(crops)
@@ -192,14 +194,14 @@ class Pictures:
             if crops:
                 yield to_batch(crops)
             done += len(group)
-            self.on_progress(Progress(f"calibrate{told}", done, len(self.sources), "pictures"))
+            self.on_progress(Progress(f"calibrate{label}", done, len(self.sources), "pictures"))
         for line in likeness.warnings():
-            self.on_remark(line)
-        self.on_remark = unheard  # they are the same pictures the next time
+            self.on_message(line)
+        self.on_message = ignore_message  # they are the same pictures the next time
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): so many of them."""
-        return Pictures(self.classifier, self.sources[:number], silent).all()
+        return CalibrationImages(self.classifier, self.sources[:number], ignore_progress).all()
 
     def all(self) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""
@@ -213,9 +215,9 @@ class Pictures:
             raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
-def expected_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
-    """About how long :func:`calibrated` will take here: from one timed pass of a few made-up pictures."""
-    preset = changed(preset_called(quality), checked_method(method), True, True)
+def estimate_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
+    """About how long :func:`calibrate` will take here: from one timed pass of a few made-up pictures."""
+    preset = adapt_preset(get_preset(quality), check_method(method), True, True)
     height, width = classifier.spec.only_size or (classifier.image_size, classifier.image_size)
     batch = Tensor(np.zeros((TIMED, 3, height, width), np.float32))
     classifier.network(batch).numpy()
@@ -223,16 +225,16 @@ def expected_seconds(classifier: Classifier, images: int, quality: str, method: 
     classifier.network(batch).numpy()
     one = (time.perf_counter() - start) / TIMED
     million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
-    layerwise, judged = min(images, LAYERWISE_PICTURES), min(images, MOST_HELD)
+    layerwise, judged = min(images, MOST_LAYERWISE_IMAGES), min(images, MOST_HELD)
     grids, rounded = len(preset.grids), sum(isinstance(step, RoundWeights) for step in preset.finishes)
     seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
     seconds += len(preset.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
     return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
 
 
-def spread(sources: Sequence[Source], number: int) -> list[Source]:
+def spread_evenly(sources: Sequence[Source], number: int) -> list[Source]:
     """``number`` of ``sources`` (or all, where there are fewer), evenly spread."""
-    return [sources[i] for i in evenly(len(sources), number)]
+    return [sources[i] for i in pick_evenly(len(sources), number)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,10 +249,10 @@ class DatasetSource(Source):
         return f"picture {self.index} of {self.dataset.name}"
 
     def read(self) -> npt.NDArray[np.uint8]:
-        picture = self.dataset.picture(self.index)
-        return read_picture(picture) if isinstance(picture, Path) else picture
+        image = self.dataset.image(self.index)
+        return read_image(image) if isinstance(image, Path) else image
 
 
-def sources_of(dataset: Dataset) -> list[Source]:
+def list_sources(dataset: Dataset) -> list[Source]:
     """The pictures of ``dataset`` in their order."""
     return [DatasetSource(dataset=dataset, index=i) for i in range(len(dataset))]

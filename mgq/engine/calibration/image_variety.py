@@ -41,7 +41,7 @@ class Likeness:
         if self.count > 1 and self.different == 1 and not self.blank:
             found.append(f"all {self.count} calibration pictures are alike to the pixel: they count as one; {_MEND}")
         elif 0 < self.different < FEWEST and self.blank < self.count:
-            pictures = "1 picture" if self.count == 1 else f"{self.count} pictures"
+            images = "1 picture" if self.count == 1 else f"{self.count} pictures"
             alike = f", {self.different} of them different" if self.different < self.count else ""
-            found.append(f"calibrated on {pictures}{alike}: ranges of so few may not hold for others; {_MEND}")
+            found.append(f"calibrated on {images}{alike}: ranges of so few may not hold for others; {_MEND}")
         return found

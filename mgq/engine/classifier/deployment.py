@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import Classifier, carried
-from mgq.engine.classifier.parity import engines_of
+from mgq.engine.classifier.open import Classifier, convert
+from mgq.engine.classifier.parity import list_backends
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
 from mgq.runtime.protocol import BatchRuntime, in_batches
-from mgq.runtime.registry import Engine
+from mgq.runtime.registry import Backend
 
 ROUNDS, SECONDS = 60, 3.0
 """Turns that each file gets in an engine, and seconds after which it is enough."""
@@ -78,12 +78,12 @@ def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images) -> 
 
     ``images``: uint8 (N, 3, H, W), as the networks see them. Raises as the dump does.
     """
-    dumped = dump_classifier(carried(int8, Mode.QUANTIZED), path, batch=None)
+    dumped = dump_classifier(convert(int8, Mode.QUANTIZED), path, batch=None)
     with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
         beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
         threads = usable_cores()
         exact = normal_logits(normal, images)
-        rows = tuple(engine_row(engine, beside.path, path, exact, images) for engine in engines_of(path))
+        rows = tuple(engine_row(engine, beside.path, path, exact, images) for engine in list_backends(path))
     return Deployment(path, beside.size, dumped.size, len(images), threads, rows)
 
 
@@ -92,7 +92,7 @@ def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]
 
 
 def engine_row(
-    engine: Engine, floats: Path, integers: Path, exact: npt.NDArray[np.float64], images: Images
+    engine: Backend, floats: Path, integers: Path, exact: npt.NDArray[np.float64], images: Images
 ) -> EngineRow:
     """Both files in ``engine``, int8 alone where it does not run float; ``exact`` are the logits of float."""
     threads = usable_cores()

@@ -12,7 +12,7 @@ from typing import Any
 
 import megengine.module as M
 
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import FailureError, InputError, no_such, printable
@@ -58,7 +58,7 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
     return found
 
 
-def opened_for(
+def open_for_target(
     opening: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
 ) -> Classifier:
     """What ``opening`` gives for ``target``. Where that is open, and an ONNX file or a native library is wanted, the
@@ -84,7 +84,7 @@ def dump_classifier(
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
     ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` are as in
     :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for processors of the
-    kind ``cpu`` (see :func:`mgq.export.native.cpu.level_called`), and is checked where it runs. Raises InputError for
+    kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs. Raises InputError for
     another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
@@ -93,14 +93,14 @@ def dump_classifier(
     if batch is not None and batch < 1:
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
     ensure_writable_folder(path.absolute().parent)
-    cat = classifier.crop(read_picture(bundled_cat()))
+    cat = classifier.crop(read_image(bundled_cat()))
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
     if cpu is not None and kind != "native":
         raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
     if kind == "native":
-        return dumped_native(classifier, path, input_type, cpu)
+        return dump_native(classifier, path, input_type, cpu)
     if kind == "onnx":
-        return dumped_onnx(classifier, path, input_type, batch, rewrites)
+        return dump_onnx(classifier, path, input_type, batch, rewrites)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     report = write_megengine(
@@ -116,9 +116,7 @@ def dump_classifier(
     return Dump(path, kind, report.size, checked)
 
 
-def dumped_onnx(
-    classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str]
-) -> Dump:
+def dump_onnx(classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str]) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
     report = write_onnx(
@@ -132,9 +130,9 @@ def dumped_onnx(
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
 
 
-def dumped_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
+def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
     """A shared library, which takes any number of images, and its header. It is checked where it runs."""
-    from mgq.export.native.cpu import NATIVE, level_called
+    from mgq.export.native.cpu import NATIVE, get_level
     from mgq.export.native.linker import SharedLibrary, write_library
     from mgq.export.native.program import read_program
     from mgq.export.native.reference import run_reference
@@ -142,7 +140,7 @@ def dumped_native(classifier: Classifier, path: Path, input_type: str, cpu: str 
 
     if input_type != "uint8":
         raise InputError(f"a native library takes uint8 pixels, not {input_type}: leave --input out")
-    level = level_called(cpu or NATIVE)
+    level = get_level(cpu or NATIVE)
     about = provenance_of(classifier)
     graph = plain_graph(source_of(classifier), classifier.image_size)
     program = read_program(model_of(graph, classifier.image_size, None, about))
@@ -152,7 +150,7 @@ def dumped_native(classifier: Classifier, path: Path, input_type: str, cpu: str 
         if made.linked_by is None:
             checked += "; no linker found: link it with `cc -shared`, or pip install 'mgq[native]'"
         elif level.runs_here():
-            images = to_batch([classifier.crop(read_picture(bundled_cat()))])
+            images = to_batch([classifier.crop(read_image(bundled_cat()))])
             wanted, _ = run_reference(program, images)
             if (LibraryRuntime(made.path).run(images) != wanted).any():
                 raise FailureError(f"{path} is not written: it answers otherwise than the integers in numpy")
@@ -199,6 +197,6 @@ def dump(
             arch, Path(checkpoint) if checkpoint is not None else None, mode, target=target, **choice
         )
 
-    classifier = opened_for(opening, Path(path), None, target)
+    classifier = open_for_target(opening, Path(path), None, target)
     dump_classifier(classifier, Path(path), input_type, batch)
     return Path(path)

@@ -18,16 +18,16 @@ import numpy.typing as npt
 from mgq.data.augmentation import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader
-from mgq.data.synthetic import SyntheticPictures
-from mgq.engine.classifier.deployed_files import opened_file, written_for
+from mgq.data.synthetic import SyntheticImages
+from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.classifier.open import Classifier, class_names, open_classifier
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, OnRemark, Progress, silent, unheard
+from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
-from mgq.system.processes import Channel, Task, in_processes, nothing
+from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
 """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
@@ -139,7 +139,9 @@ class Evaluation:
         ]
 
 
-def evaluated(logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = silent) -> Evaluation:
+def evaluate_loader(
+    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = ignore_progress
+) -> Evaluation:
     """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
 
     The loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
@@ -162,8 +164,8 @@ def evaluate(
     batch_size: int = BATCH,
     workers: int | None = None,
     max_bad: float = 0.01,
-    prepare: Callable[[], None] = nothing,
-    on_progress: OnProgress = silent,
+    prepare: Callable[[], None] = do_nothing,
+    on_progress: OnProgress = ignore_progress,
 ) -> Evaluation:
     """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
 
@@ -179,8 +181,8 @@ def evaluate(
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
         jobs = min(jobs, len(loader))
         if jobs > 1:
-            return _evaluated_in_processes(classifier, loader, jobs, prepare, on_progress)
-        return evaluated(classifier.logits, loader, on_progress=on_progress)
+            return _evaluate_in_processes(classifier, loader, jobs, prepare, on_progress)
+        return evaluate_loader(classifier.logits, loader, on_progress=on_progress)
 
 
 def evaluation_loader(
@@ -193,7 +195,7 @@ def evaluation_loader(
     """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
     size, how = classifier.image_size, classifier.preprocessing
     transform = EvalTransform(size, how.shorter_side(size), how.interpolation, classifier.stretched_to)
-    data = matched(dataset, classifier.classes)
+    data = match_classes(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
 
 
@@ -201,8 +203,8 @@ def evaluation_data(
     root: Path | None,
     recipe: Mapping[str, Any],
     image_size: int,
-    on_progress: OnProgress = silent,
-    on_remark: OnRemark = unheard,
+    on_progress: OnProgress = ignore_progress,
+    on_message: OnMessage = ignore_message,
 ) -> Dataset:
     """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
     what it was trained on, these, too.
@@ -212,18 +214,18 @@ def evaluation_data(
     set.
     """
     if root is not None and not was_trained_on(recipe, root):
-        return evaluation_folder(root, on_progress, on_remark)
+        return evaluation_folder(root, on_progress, on_message)
     data = recipe.get("data")
     if not isinstance(data, str) or not data:
         raise InputError("these weights do not say which pictures they are measured on: pass -d FOLDER")
     if data == SYNTHETIC:
         count, seed, size = (int(recipe.get(key) or 0) for key in ("synthetic_val", "seed", "image_size"))
-        return SyntheticPictures(count or SYNTHETIC_VAL, seed, size or image_size, "val")
+        return SyntheticImages(count or SYNTHETIC_VAL, seed, size or image_size, "val")
     if not Path(data).is_dir():
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return measuring_folder(Path(data), on_progress, on_remark)
+    return measuring_folder(Path(data), on_progress, on_message)
 
 
 def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
@@ -232,7 +234,7 @@ def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
     return isinstance(data, str) and data != SYNTHETIC and Path(data).resolve() == folder.resolve()
 
 
-def matched(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """``dataset`` with its labels as indices into the network's ``classes``, which are matched by name.
 
     Only the classes that have pictures count. Weights without class names of their own (see ``class_names``) take
@@ -250,15 +252,15 @@ def matched(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
         raise InputError(
-            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_listed(unknown)}; it knows "
-            f"{_listed(names)}): give pictures of its classes with -d, or weights for these with -c"
+            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; it knows "
+            f"{_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]
     return Selection(dataset, np.arange(len(dataset)), translation[labels], names)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     shown = ", ".join(printable(name) for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
@@ -398,7 +400,7 @@ class _Work:
 
         cv2.setNumThreads(1)
         if self.engine is not None:
-            classifier = opened_file(self.checkpoint, self.engine, threads=1)
+            classifier = open_file(self.checkpoint, self.engine, threads=1)
         else:
             classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
         whole = Loader(
@@ -410,7 +412,7 @@ class _Work:
                 channel.send(answers)
 
 
-def _evaluated_in_processes(
+def _evaluate_in_processes(
     classifier: Classifier, loader: Loader, jobs: int, prepare: Callable[[], None], on_progress: OnProgress
 ) -> Evaluation:
     tally = _Tally(loader, "evaluate", on_progress)
@@ -421,7 +423,7 @@ def _evaluated_in_processes(
             checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
         elif classifier.made_from is not None:
             source, engine = classifier.made_from
-            checkpoint = written_for(source, engine, Path(folder))
+            checkpoint = write_for_backend(source, engine, Path(folder))
         else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
             checkpoint = Path(folder) / "checkpoint.safetensors"
             classifier.write_checkpoint(checkpoint)
@@ -441,7 +443,7 @@ def _evaluated_in_processes(
             )
             for part in range(jobs)
         ]
-        with closing(in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
+        with closing(run_in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
             for message in messages:
                 if message is None:
                     tally.restart_clock()

@@ -7,7 +7,7 @@ from pathlib import Path
 from mgq.errors import InputError, printable
 
 
-def refuse_unreadable(path: Path, key: str | None = None) -> None:
+def validate_file(path: Path, key: str | None = None) -> None:
     """Read ``path`` as what it is called, and keep nothing. Needs no MegEngine.
 
     Raises InputError as the reader does: for a file that is missing or damaged, is something else, would run code, or
@@ -25,9 +25,9 @@ def refuse_unreadable(path: Path, key: str | None = None) -> None:
 
         refuse_other_files(path)
     elif suffix == ".megengine":
-        from mgq.export.megengine.megengine_file import read_sealed
+        from mgq.export.megengine.megengine_file import read_megengine_file
 
-        read_sealed(path)
+        read_megengine_file(path)
     else:
         from mgq.weights.unpickler import read_state
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from mgq.data.datasets import Dataset
 from mgq.engine.classifier.evaluate import Evaluation, batch_for, evaluate
-from mgq.engine.classifier.open import Classifier, carried
-from mgq.engine.classifier.runtime_module import DeployedNetwork
-from mgq.events import OnProgress, Progress, Watcher
+from mgq.engine.classifier.open import Classifier, convert
+from mgq.engine.classifier.runtime_module import RuntimeModule
+from mgq.events import Callbacks, OnProgress, Progress
 from mgq.quantization.modes import Mode
 
 
@@ -67,26 +67,26 @@ def agreement(one: Evaluation, other: Evaluation) -> float:
     return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
 
 
-def compared(
+def compare_modes(
     normal: Classifier,
     simulated: Classifier,
-    pictures: Dataset,
-    watcher: Watcher,
+    images: Dataset,
+    callbacks: Callbacks,
     known: Evaluation | None = None,
     **how: Any,
 ) -> Comparison:
-    """The float network, the fake-quantized one, and the int8 network made of that, on the labelled ``pictures``.
+    """The float network, the fake-quantized one, and the int8 network made of that, on the labelled ``images``.
 
     ``known`` is what float answered to them, where that was measured before. ``how`` goes on to
     :func:`mgq.engine.classifier.evaluate.evaluate`. Raises as that does.
     """
-    int8 = carried(simulated, Mode.QUANTIZED)
+    int8 = convert(simulated, Mode.QUANTIZED)
     how.setdefault("batch_size", batch_for(normal.image_size))
     found = {"float": known} if known is not None else {}
     for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
         if what in found:
             continue
-        found[what] = evaluate(classifier, pictures, on_progress=named(what, watcher.on_progress), **how)
+        found[what] = evaluate(classifier, images, on_progress=name_progress(what, callbacks.on_progress), **how)
     return Comparison(
         found["float"],
         found["fake-quantized"],
@@ -96,7 +96,7 @@ def compared(
     )
 
 
-def named(what: str, on_progress: OnProgress) -> OnProgress:
+def name_progress(what: str, on_progress: OnProgress) -> OnProgress:
     """``on_progress``, told of ``evaluate WHAT``."""
 
     def listener(event: Progress) -> None:
@@ -107,6 +107,6 @@ def named(what: str, on_progress: OnProgress) -> OnProgress:
 
 def bytes_of(network: M.Module) -> int:
     """Bytes of all parameters and statistics; for int8, of weights in int8 and biases in int32, or of the file."""
-    if isinstance(network, DeployedNetwork):
+    if isinstance(network, RuntimeModule):
         return network.size
     return sum(int(np.prod(tensor.shape, initial=1)) * np.dtype(tensor.dtype).itemsize for tensor in network.tensors())

@@ -17,16 +17,16 @@ from mgq.data.imagenet_classes import imagenet_classes
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnRemark, unheard
+from mgq.events import OnMessage, ignore_message
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
-from mgq.export.onnx.onnx_file import imported
+from mgq.export.onnx.onnx_file import import_package
 from mgq.graph.onnx_import.draft import NetworkDraft
 from mgq.graph.onnx_import.input_contract import InputContract, contract_called, fold_contract
 from mgq.graph.onnx_import.reader import read_network
 from mgq.io.atomic import ensure_writable_folder
 from mgq.io.download import sha256_of
 from mgq.io.limited_io import text_of
-from mgq.machine import muted_stderr
+from mgq.machine import mute_stderr
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import info_of
 from mgq.weights.unpickler import read_state
@@ -44,7 +44,9 @@ CHECKPOINT = "checkpoint.safetensors"
 Array = npt.NDArray[np.float32]
 
 
-def imported_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_remark: OnRemark = unheard) -> Path:
+def imported_checkpoint(
+    path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = ignore_message
+) -> Path:
     """The checkpoint of ``path``, an ONNX file of another program, under ``save``: the one that is there, or a new one.
 
     One that is there is of the same file, and of the same ``wish`` where anything is wished. Raises InputError for
@@ -55,14 +57,14 @@ def imported_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_r
     if known.is_file():
         source = source_in(known)
         if source.get("sha256") == digest and (wish.is_open or source.get("wish") == wish_words(wish)):
-            on_remark(f"imported before: {known} ({source.get('input', '')})")
+            on_message(f"imported before: {known} ({source.get('input', '')})")
             return known
     classifier, remarks = import_classifier(path, wish, digest)
     ensure_writable_folder(known.parent)
     classifier.write_checkpoint(known)
     for remark in remarks:
-        on_remark(remark)
-    on_remark(f"imported: {known}")
+        on_message(remark)
+    on_message(f"imported: {known}")
     return known
 
 
@@ -120,7 +122,7 @@ def remarks_on(
 
 def drafted(file: ForeignFile) -> NetworkDraft:
     """The network of ``file``, which takes what the file takes. Raises InputError that names the file."""
-    sample = np.random.default_rng(0).standard_normal((1, *file.picture)).astype(np.float32)
+    sample = np.random.default_rng(0).standard_normal((1, *file.image)).astype(np.float32)
     try:
         return read_network(file.model, file.constants, file.input, sample, file.channels_last)
     except InputError as error:
@@ -146,10 +148,10 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     None where that is not installed. Raises FailureError that names the first tensor that differs.
     """
     try:
-        imported("onnxruntime")
+        import_package("onnxruntime")
     except InputError:
         return None
-    sample = np.random.default_rng(1).standard_normal((1, *file.picture)).astype(np.float32)
+    sample = np.random.default_rng(1).standard_normal((1, *file.image)).astype(np.float32)
     found: dict[str, Array] = {}
     network = network_of(draft.blueprint(), draft)
     network.run(Tensor(sample), lambda name, value: found.__setitem__(name, value.numpy()))
@@ -182,7 +184,7 @@ def relative(found: Array, wanted: Array) -> float:
 
 def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[str, Array]:
     """What ONNX Runtime makes of ``sample`` (1, C, H, W) at the tensors ``names`` of ``file``."""
-    onnx, runtime = imported("onnx"), imported("onnxruntime")
+    onnx, runtime = import_package("onnx"), import_package("onnxruntime")
     model = onnx.ModelProto()
     model.CopyFrom(file.model)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
@@ -190,7 +192,7 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample
     try:
-        with muted_stderr():
+        with mute_stderr():
             options = runtime.SessionOptions()
             options.log_severity_level = 4
             session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])

@@ -20,28 +20,28 @@ from mgq.data.transforms import eval_crop, eval_resize
 from mgq.engine.classifier.metrics import refuse_not_finite
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, silent
+from mgq.events import OnProgress, ignore_progress
 from mgq.machine import package_version
-from mgq.ptq.calibrate import calibrated_network
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import ActivationRanges, packaged_ranges, refuse_incomplete
-from mgq.quantization.float_layers import float_layers_of, keep_in_float
+from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
+from mgq.quantization.float_layers import keep_in_float, list_float_layers
 from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.targets import MEGENGINE, Target, target_called, target_of
-from mgq.weights.checkpoint import CheckpointInfo, checked_size, write_checkpoint
+from mgq.quantization.targets import MEGENGINE, Target, get_target, target_of
+from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weight_loading import (
     Weights,
+    fetch_published_weights,
     fingerprint,
     float_part,
     is_cached,
     load_state,
-    packaged_weights,
-    published_weights,
+    read_packaged_weights,
     read_weights,
 )
 
@@ -95,15 +95,15 @@ class Classifier:
         refuse_not_finite(result)
         return result
 
-    def crop(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def crop(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3).
 
         A network whose pictures are no squares sees the whole of it, resized.
         """
         how = self.preprocessing
         if self.stretched_to is not None:
-            return eval_resize(picture, self.stretched_to)
-        return eval_crop(picture, self.image_size, how.shorter_side(self.image_size), how.interpolation)
+            return eval_resize(image, self.stretched_to)
+        return eval_crop(image, self.image_size, how.shorter_side(self.image_size), how.interpolation)
 
     def info(self) -> CheckpointInfo:
         return CheckpointInfo(
@@ -116,7 +116,7 @@ class Classifier:
             target=self.target.name,
             recipe=dict(self.recipe),
             versions=versions(),
-            float_layers=float_layers_of(self.fake_quantized) if self.fake_quantized is not None else (),
+            float_layers=list_float_layers(self.fake_quantized) if self.fake_quantized is not None else (),
             preprocessing=self.preprocessing,
         )
 
@@ -143,7 +143,7 @@ def open_classifier(
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     target: str | None = None,
     key: str | None = None,
 ) -> Classifier:
@@ -157,7 +157,7 @@ def open_classifier(
     missing.
     """
     spec = spec_of(arch) if arch is not None else None
-    weights = found_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
+    weights = find_weights(spec, checkpoint, mode, save, pretrained, on_progress, key)
     for name, value in (options or {}).items():
         if name not in spec_of(weights.arch).options:
             raise InputError(f"{weights.arch} has no option '{name}'; leave it out")
@@ -167,7 +167,7 @@ def open_classifier(
     return classifier_from(weights, mode, ranges, target, image_size)
 
 
-def found_weights(
+def find_weights(
     spec: ModelSpec | None,
     checkpoint: Path | None,
     mode: Mode,
@@ -179,19 +179,19 @@ def found_weights(
     if checkpoint is not None:
         return read_weights(checkpoint, spec, key=key)
     spec = spec or spec_of(DEFAULT_ARCH)
-    run = None if pretrained else newest_run(spec, mode, save)
+    run = None if pretrained else find_newest_run(spec, mode, save)
     if run is not None:
         return read_weights(run, spec)
     version = version_in(pretrained)
-    packaged = None if version else packaged_weights(spec)
+    packaged = None if version else read_packaged_weights(spec)
     if packaged is not None:
         return packaged
     if pretrained or is_cached(spec, mode.value):
-        return published_weights(spec, mode.value, on_progress, version)
-    raise InputError(f"no weights for {spec.name} at hand: {ways_to_weights(spec)}")
+        return fetch_published_weights(spec, mode.value, on_progress, version)
+    raise InputError(f"no weights for {spec.name} at hand: {list_ways_to_weights(spec)}")
 
 
-def ways_to_weights(spec: ModelSpec) -> str:
+def list_ways_to_weights(spec: ModelSpec) -> str:
     ways = ["pass --checkpoint FILE"]
     if spec.packaged:
         ways.append(spec.packaged.mend())
@@ -202,18 +202,18 @@ def ways_to_weights(spec: ModelSpec) -> str:
     return ", ".join(ways)
 
 
-def newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
+def find_newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
     """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
     found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
-    return newest_of(path for path in found if path.is_file())
+    return find_newest(path for path in found if path.is_file())
 
 
-def newest_of(files: Iterable[Path]) -> Path | None:
+def find_newest(files: Iterable[Path]) -> Path | None:
     """The one that was written last; None of none."""
     return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def newest_arch(save: Path, mode: Mode) -> str | None:
+def find_newest_arch(save: Path, mode: Mode) -> str | None:
     """The architecture of the newest run under ``save`` that can serve ``mode``; None without one."""
     found = [
         path
@@ -221,7 +221,7 @@ def newest_arch(save: Path, mode: Mode) -> str | None:
         for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")
         if path.parent.name.removesuffix(f".{kind}") in specs()
     ]
-    newest = newest_of(found)
+    newest = find_newest(found)
     return None if newest is None else newest.parent.name.rpartition(".")[0]
 
 
@@ -239,7 +239,7 @@ def classifier_from(
     spec = spec_of(weights.arch)
     if image_size and spec.only_size:
         raise InputError(f"{spec.name} takes pictures of one size alone: leave --image-size out")
-    size = checked_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
+    size = check_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
     classifier = Classifier(
         network=weights.network,
         fake_quantized=None,
@@ -255,16 +255,16 @@ def classifier_from(
     if mode is Mode.NORMAL:
         return classifier
     if weights.mode == "qat" and ranges is None:
-        its = target_called(weights.info.target if weights.info else MEGENGINE.name)
+        its = get_target(weights.info.target if weights.info else MEGENGINE.name)
         refuse_other_target(its.name, target, weights.origin)
         network = to_mode(weights.network, Mode.QAT, its, in_place=True)
         keep_in_float(network, weights.info.float_layers if weights.info else ())
         load_state(network, weights.state, weights.origin)
-        return carried(replace(classifier, network=network, fake_quantized=network), mode)
-    return quantized_with(classifier, ranges_for(weights, ranges, target), mode)
+        return convert(replace(classifier, network=network, fake_quantized=network), mode)
+    return quantize_with_ranges(classifier, find_ranges(weights, ranges, target), mode)
 
 
-def carried(classifier: Classifier, mode: Mode) -> Classifier:
+def convert(classifier: Classifier, mode: Mode) -> Classifier:
     """``classifier``, whose network is fake-quantized, in mode ``qat`` or ``quantized``."""
     assert classifier.fake_quantized is not None
     if mode is Mode.QAT:
@@ -274,19 +274,19 @@ def carried(classifier: Classifier, mode: Mode) -> Classifier:
 
 def refuse_other_target(has: str, wanted: str | None, origin: str) -> None:
     """Raises InputError where ``wanted`` is no target, or another one than what ``origin`` was quantized for."""
-    if wanted is not None and target_called(wanted).name != has:
+    if wanted is not None and get_target(wanted).name != has:
         raise InputError(
             f"{origin} was quantized for the target {has}, not {wanted}: leave --target out, "
             f"or quantize float weights with it by `mgq calibrate` or `mgq qat`"
         )
 
 
-def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | None = None) -> ActivationRanges:
+def find_ranges(weights: Weights, ranges: ActivationRanges | None, target: str | None = None) -> ActivationRanges:
     """``ranges`` if they were measured with ``weights``, or those that mgq has for them. Raises InputError."""
     wanted = fingerprint(weights.state)
     if ranges is not None:
         refuse_other_target(ranges.target, target, "the network of these ranges")
-    ranges = ranges or packaged_ranges(weights.arch, wanted, target_called(target or MEGENGINE.name).name)
+    ranges = ranges or read_packaged_ranges(weights.arch, wanted, get_target(target or MEGENGINE.name).name)
     if ranges is None:
         option = f" --target {target}" if target else ""
         raise InputError(
@@ -298,14 +298,14 @@ def ranges_for(weights: Weights, ranges: ActivationRanges | None, target: str | 
     return ranges
 
 
-def quantized_with(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
+def quantize_with_ranges(classifier: Classifier, ranges: ActivationRanges, mode: Mode) -> Classifier:
     """``classifier`` (mode ``normal``) carried to ``qat`` or ``quantized`` with ``ranges``; its network is used up."""
     fake_quantized = quantize(classifier.network, ranges=ranges, mode=Mode.QAT, in_place=True)
     refuse_incomplete(fake_quantized, ranges)
-    return carried(replace(classifier, fake_quantized=fake_quantized), mode)
+    return convert(replace(classifier, fake_quantized=fake_quantized), mode)
 
 
-def float_twin(classifier: Classifier) -> Classifier:
+def to_float(classifier: Classifier) -> Classifier:
     """The float network with the weights that ``classifier``, an int8 or simulated one, was made from."""
     assert classifier.fake_quantized is not None
     spec = classifier.spec
@@ -316,7 +316,7 @@ def float_twin(classifier: Classifier) -> Classifier:
     return replace(classifier, network=network, fake_quantized=None, mode=Mode.NORMAL)
 
 
-def random_classifier(
+def make_random_classifier(
     arch: str,
     mode: Mode,
     options: Mapping[str, Any] | None = None,
@@ -340,10 +340,10 @@ def random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    _, ranges = calibrated_network(
-        network, [pixels], arch, "", {}, "min-max", correct_bias=False, compensate=False, target=target
+    _, ranges = calibrate_network(
+        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
     )
-    return quantized_with(classifier, ranges, mode)
+    return quantize_with_ranges(classifier, ranges, mode)
 
 
 def class_names(number: int) -> tuple[str, ...]:

@@ -13,20 +13,20 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.data.decoding import bundled_cat, read_picture
+from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import BATCH
-from mgq.export.onnx.onnx_file import imported
+from mgq.export.onnx.onnx_file import import_package
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import quantized_layers
+from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, is_never_negative
 from mgq.runtime.protocol import batches_of, in_batches
-from mgq.runtime.registry import ENGINES, Engine
+from mgq.runtime.registry import BACKENDS, Backend
 from mgq.zoo.layers import forward_hooks
 
-Pictures = npt.NDArray[np.uint8]
+Images = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
 
 PARTS = (1.0, 0.8, 0.65, 0.5)
@@ -43,7 +43,7 @@ class Parity:
 
     engine: str
     version: str
-    pictures: int
+    images: int
     same: float
     largest: float
     mean: float
@@ -62,9 +62,9 @@ class LayerParity:
     values: int
 
 
-def own_pictures(classifier: Classifier) -> Pictures:
+def make_views(classifier: Classifier) -> Images:
     """The bundled cat whole and in parts, each also mirrored: uint8 (8, 3, S, S), as the network sees them."""
-    cat = read_picture(bundled_cat())
+    cat = read_image(bundled_cat())
     height, width = cat.shape[:2]
     found = []
     for part in PARTS:
@@ -74,46 +74,46 @@ def own_pictures(classifier: Classifier) -> Pictures:
     return to_batch(found)
 
 
-def reference(classifier: Classifier, pictures: Pictures) -> Logits:
+def compute_reference(classifier: Classifier, images: Images) -> Logits:
     """MegEngine's logits for the same target: of its int8 network, or of the simulation of what others run."""
     runs_here = classifier.mode is Mode.NORMAL or classifier.target is MEGENGINE
     network = classifier.network if runs_here else classifier.fake_quantized
     assert network is not None
-    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
     return np.concatenate([network(Tensor(as_input(batch))).numpy() for batch in batches])
 
 
-def parities(path: Path, pictures: Pictures, wanted: Logits) -> Iterator[Parity]:
+def measure_parity(path: Path, images: Images, wanted: Logits) -> Iterator[Parity]:
     """Run ``path`` in every installed engine that reads it, and compare with ``wanted``, MegEngine's logits.
 
-    ``pictures``: uint8 (N, 3, H, W), given in batches that the file takes. Raises as the engines do.
+    ``images``: uint8 (N, 3, H, W), given in batches that the file takes. Raises as the engines do.
     """
-    for engine in engines_of(path):
+    for engine in list_backends(path):
         runtime = engine.load(path, 1)
-        found = in_batches(runtime, pictures)
+        found = in_batches(runtime, images)
         step = float(np.abs(wanted).max()) / STEPS
         differences = np.abs(found - wanted) / step
         same = 100 * float((found.argmax(1) == wanted.argmax(1)).mean())
         yield Parity(
-            runtime.name, runtime.version, len(pictures), same, float(differences.max()), float(differences.mean())
+            runtime.name, runtime.version, len(images), same, float(differences.max()), float(differences.mean())
         )
 
 
-def engines_of(path: Path) -> list[Engine]:
+def list_backends(path: Path) -> list[Backend]:
     """The installed engines that run ``path``."""
-    reading = [engine for engine in ENGINES if engine.suffix == path.suffix.lower() and engine.is_installed]
+    reading = [engine for engine in BACKENDS if engine.suffix == path.suffix.lower() and engine.is_installed]
     return [engine for engine in reading if engine.reads(path)]
 
 
-def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pictures) -> list[LayerParity]:
+def measure_layer_parity(engine: Backend, path: Path, network: M.Module, images: Images) -> list[LayerParity]:
     """Every quantized layer of ``network``, mode ``qat``, beside the one that ``engine`` runs of ``path``, in order.
 
     Each layer of MegEngine's is given the integers that the engine's layers before made, so that differences do not
     add up. The engine has to show what lies between its layers, and so may fuse less than otherwise.
     """
-    shown = shown_by(engine, path, list(quantized_layers(network)), pictures)
+    shown = read_layers(engine, path, list(find_quantized_layers(network)), images)
     found: list[LayerParity] = []
-    names = {id(layer): name for name, layer in quantized_layers(network).items()}
+    names = {id(layer): name for name, layer in find_quantized_layers(network).items()}
 
     def hook(module: QATModule, _: object, output: Tensor) -> Tensor | None:
         name = names[id(module)]
@@ -127,14 +127,14 @@ def layer_parities(engine: Engine, path: Path, network: M.Module, pictures: Pict
         exact.qparams.update(output.qparams)
         return exact
 
-    with forward_hooks((layer, hook) for layer in quantized_layers(network).values()):
-        network(Tensor(as_input(pictures))).numpy()
+    with forward_hooks((layer, hook) for layer in find_quantized_layers(network).values()):
+        network(Tensor(as_input(images))).numpy()
     return found
 
 
-def shown_by(engine: Engine, path: Path, layers: list[str], pictures: Pictures) -> dict[str, npt.NDArray[np.uint8]]:
+def read_layers(engine: Backend, path: Path, layers: list[str], images: Images) -> dict[str, npt.NDArray[np.uint8]]:
     """The integers behind each of ``layers`` that the file has, by name."""
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     model = onnx.load(str(path))
     made = {output for node in model.graph.node for output in node.output}
     tensors = {
@@ -148,7 +148,7 @@ def shown_by(engine: Engine, path: Path, layers: list[str], pictures: Pictures) 
         temporary = Path(folder) / path.name
         temporary.write_bytes(model.SerializeToString())
         runtime = engine.load(temporary, 1)
-        results = [runtime.outputs(batch) for batch in batches_of(runtime.batch or 1, pictures)]
+        results = [runtime.outputs(batch) for batch in batches_of(runtime.batch or 1, images)]
     return {
-        layer: np.concatenate([result[name] for result in results])[: len(pictures)] for layer, name in tensors.items()
+        layer: np.concatenate([result[name] for result in results])[: len(images)] for layer, name in tensors.items()
     }

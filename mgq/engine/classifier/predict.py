@@ -18,7 +18,7 @@ from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode, parse_mode
 
@@ -28,7 +28,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Guess:
+class ClassScore:
     """One class of an answer: its index, its name, its probability in 0..1."""
 
     index: int
@@ -37,22 +37,22 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the network says of one ``picture`` (its path, not made printable).
+class Prediction:
+    """What the network says of one ``image`` (its path, not made printable).
 
-    ``error`` says why it could not be asked; there are no ``guesses`` then.
+    ``error`` says why it could not be asked; there are no ``scores`` then.
     ``milliseconds`` is the network's time for the picture, a batch's time shared evenly; decoding is not in it.
     """
 
-    picture: str
-    guesses: tuple[Guess, ...] = ()
+    image: str
+    scores: tuple[ClassScore, ...] = ()
     milliseconds: float = 0.0
     error: str | None = None
 
 
-def answers(
+def predict(
     classifier: Classifier, sources: Sequence[Source], topk: int | None = None, batch: int = BATCH
-) -> Iterator[Answer]:
+) -> Iterator[Prediction]:
     """One answer for each of ``sources``, in order, the most probable class first: ``topk`` classes, by default
     ``SHOWN`` or all where there are fewer.
 
@@ -63,7 +63,7 @@ def answers(
     topk = min(SHOWN, classes) if topk is None else topk
     if not 1 <= topk <= classes:
         raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
-    for group in batched(crops_of(classifier, sources), batch):
+    for group in group_items(read_crops(classifier, sources), batch):
         crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
         start = time.perf_counter()
         logits = iter(classifier.logits(to_batch(crops)) if crops else ())
@@ -71,20 +71,20 @@ def answers(
         for source, crop in group:
             name = str(source.path or source.name)
             if isinstance(crop, InputError):
-                yield Answer(name, error=str(crop))
+                yield Prediction(name, error=str(crop))
             else:
-                yield Answer(name, best(next(logits), classifier.classes, topk), milliseconds)
+                yield Prediction(name, best_scores(next(logits), classifier.classes, topk), milliseconds)
 
 
-def best(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> tuple[Guess, ...]:
+def best_scores(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> tuple[ClassScore, ...]:
     """The ``topk`` most probable classes of one picture's logits (classes,), by softmax."""
     weights = np.exp(logits - logits.max())
     probabilities = weights / weights.sum()
     order = np.argsort(-logits, kind="stable")[:topk]
-    return tuple(Guess(int(i), classes[i], float(probabilities[i])) for i in order)
+    return tuple(ClassScore(int(i), classes[i], float(probabilities[i])) for i in order)
 
 
-def crops_of(
+def read_crops(
     classifier: Classifier, sources: Iterable[Source]
 ) -> Iterator[tuple[Source, npt.NDArray[np.uint8] | InputError]]:
     """Each source with the crop that ``classifier`` takes, uint8 (S, S, 3), or why there is none; decoded ahead."""
@@ -107,7 +107,7 @@ def crops_of(
             yield first, future.result()
 
 
-def batched(
+def group_items(
     items: Iterator[tuple[Source, npt.NDArray[np.uint8] | InputError]], size: int
 ) -> Iterator[list[tuple[Source, npt.NDArray[np.uint8] | InputError]]]:
     while group := list(islice(items, size)):
@@ -115,19 +115,19 @@ def batched(
 
 
 def infer(
-    pictures: Sequence[str | Path] = (),
+    images: Sequence[str | Path] = (),
     arch: str | None = None,
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     topk: int | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     key: str | None = None,
-) -> list[Answer]:
-    """Classify ``pictures`` (files, folders, glob patterns; the bundled cat when none) with one network.
+) -> list[Prediction]:
+    """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest
     run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
-    :class:`Answer` a picture, in order. Raises InputError where there is no such network.
+    :class:`Prediction` a picture, in order. Raises InputError where there is no such network.
     """
     classifier = open_classifier(
         arch,
@@ -136,9 +136,9 @@ def infer(
         on_progress=on_progress,
         key=key,
     )
-    sources = expand([str(picture) for picture in pictures] or [str(bundled_cat())])
+    sources = expand([str(image) for image in images] or [str(bundled_cat())])
     found = []
-    for answer in answers(classifier, sources, topk):
+    for answer in predict(classifier, sources, topk):
         found.append(answer)
         on_progress(Progress("classify", len(found), len(sources), "pictures"))
     return found

@@ -30,7 +30,7 @@ def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
     """
     if target_of(fake_quantized) is MEGENGINE:
         return to_mode(fake_quantized, Mode.QUANTIZED)
-    return DeployedNetwork.from_qat_module(fake_quantized, image_size)
+    return RuntimeModule.from_qat_module(fake_quantized, image_size)
 
 
 def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
@@ -41,12 +41,12 @@ def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
     so only where it was told to compute on another device than its own choice, for which it writes no graphs.
     """
     network = int8_of(fake_quantized, image_size)
-    if isinstance(network, DeployedNetwork):
+    if isinstance(network, RuntimeModule):
         return network.runtime
     return (TracedRuntime if mge.get_default_device() == OWN_CHOICE else EagerRuntime)(network)
 
 
-class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
+class RuntimeModule(QuantizedModule):  # type: ignore[misc]
     """A deployed file behind the face of a network: float32 pixels minus 128 in, float32 logits out."""
 
     def __init__(self, runtime: FileRuntime, size: int) -> None:
@@ -59,7 +59,7 @@ class DeployedNetwork(QuantizedModule):  # type: ignore[misc]
         return Tensor(in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
 
     @classmethod
-    def from_qat_module(cls, qat_module: M.Module, image_size: int) -> DeployedNetwork:
+    def from_qat_module(cls, qat_module: M.Module, image_size: int) -> RuntimeModule:
         """``qat_module``, a whole network, by way of an ONNX file."""
         with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
             path = Path(folder) / "network.onnx"

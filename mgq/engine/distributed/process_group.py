@@ -15,9 +15,9 @@ import megengine.module as M
 from megengine.distributed.group import _set_machine_ranks
 
 from mgq.errors import InputError
-from mgq.events import ALONE, Progress, Watcher
+from mgq.events import NO_CALLBACKS, Callbacks, Progress
 from mgq.machine import usable_cores
-from mgq.system.processes import Channel, in_processes, nothing
+from mgq.system.processes import Channel, do_nothing, run_in_processes
 
 Result = TypeVar("Result")
 
@@ -45,24 +45,24 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Peers:
-    """One of ``count`` processes, by its ``rank``; alone by default. Gradients are averaged over all."""
+class ProcessGroup:
+    """One of ``world_size`` processes, by its ``rank``; alone by default. Gradients are averaged over all."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def callbacks(self) -> list[Any]:
+    def gradient_callbacks(self) -> list[Any]:
         """What a gradient manager has to call when a gradient is ready."""
-        return [dist.make_allreduce_cb("mean")] if self.count > 1 else []
+        return [dist.make_allreduce_cb("mean")] if self.world_size > 1 else []
 
-    def share(self, network: M.Module) -> None:
+    def broadcast(self, network: M.Module) -> None:
         """Give all the weights of the first."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.bcast_list_(list(network.tensors()))
 
 
@@ -76,7 +76,7 @@ def gpus() -> int:
     return int(mge.get_device_count("gpu")) if mge.is_cuda_available() else 0
 
 
-def checked_cluster(devices: int | None, nodes: int, node: int, master: str | None) -> Cluster:
+def check_cluster(devices: int | None, nodes: int, node: int, master: str | None) -> Cluster:
     """The cluster that the options mean; without GPUs this machine's processor alone.
 
     Raises InputError for more GPUs than there are, or machines that cannot meet.
@@ -101,36 +101,36 @@ def is_address(text: str | None) -> bool:
     return bool(host) and port.isdigit() and 0 < int(port) < 65536
 
 
-Work = Callable[[Peers, Watcher], Result]
+Work = Callable[[ProcessGroup, Callbacks], Result]
 """One device's part of a training. It is pickled where there are several."""
 
 
-def on_every_device(
-    cluster: Cluster, work: Work[Result], watcher: Watcher, prepare: Callable[[], None] = nothing
+def launch(
+    cluster: Cluster, work: Work[Result], callbacks: Callbacks, prepare: Callable[[], None] = do_nothing
 ) -> Result:
     """What ``work`` returns: in this process with one device, else in a process for each, whose first one counts.
 
     These are started clean, as MegEngine cannot go on in a fork of a process that used it. What the first says and how
-    far it is comes to ``watcher``. When that asks to stop, or an error is raised in any of them, all are ended:
+    far it is comes to ``callbacks``. When that asks to stop, or an error is raised in any of them, all are ended:
     EndedError, or the error. ``prepare`` is called in each before MegEngine is loaded.
     """
     if cluster.world == 1:
-        return work(Peers(), watcher)
+        return work(ProcessGroup(), callbacks)
     host, port = cluster.address
     server = dist.Server(port) if cluster.node == 0 else None  # as long as it is referred to
     port, sent = server.py_server_port if server else port, pickle.dumps(work)
     parts = [_Part(sent, cluster, host, port, device) for device in range(cluster.devices)]
     found: list[Result] = []
-    messages = in_processes(parts, "training", max(1, usable_cores() // cluster.devices), prepare)
+    messages = run_in_processes(parts, "training", max(1, usable_cores() // cluster.devices), prepare)
     with contextlib.closing(messages):
         for message in messages:
             if isinstance(message, Progress):
-                watcher.on_progress(message)
+                callbacks.on_progress(message)
             elif isinstance(message, str):
-                watcher.on_remark(message)
+                callbacks.on_message(message)
             elif isinstance(message, _Found):
                 found.append(message.result)
-            if watcher.should_stop() and not found:
+            if callbacks.should_stop() and not found:
                 raise EndedError
     return found[0]
 
@@ -166,8 +166,8 @@ class _Part:
         _set_machine_ranks(list(range(first, first + self.cluster.devices)))
         dist.group_barrier()
         speaks = self.device == 0
-        watcher = Watcher(channel.send, channel.send) if speaks else ALONE
-        result = pickle.loads(self.work)(Peers(rank, world), watcher)
+        callbacks = Callbacks(channel.send, channel.send) if speaks else NO_CALLBACKS
+        result = pickle.loads(self.work)(ProcessGroup(rank, world), callbacks)
         mge._full_sync()
         dist.group_barrier()
         if speaks:

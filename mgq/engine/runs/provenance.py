@@ -61,18 +61,18 @@ def read_environment(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def listing_of(pictures: Dataset | Sequence[Source]) -> dict[str, Any]:
-    """How many ``pictures`` there are, and the SHA-256 of their names with class folders and sizes in bytes.
+def listing_of(images: Dataset | Sequence[Source]) -> dict[str, Any]:
+    """How many ``images`` there are, and the SHA-256 of their names with class folders and sizes in bytes.
 
     Drawn pictures follow from the recipe, and standard input is read once: their SHA-256 is None.
     """
     paths: list[Path | None]
-    if isinstance(pictures, Sequence):
-        paths = [source.path for source in pictures]
-    elif len(pictures) and isinstance(pictures.picture(0), Path):
-        paths = [path if isinstance(path, Path) else None for path in map(pictures.picture, range(len(pictures)))]
+    if isinstance(images, Sequence):
+        paths = [source.path for source in images]
+    elif len(images) and isinstance(images.image(0), Path):
+        paths = [path if isinstance(path, Path) else None for path in map(images.image, range(len(images)))]
     else:
-        paths = [None] * len(pictures)
+        paths = [None] * len(images)
     known = [path for path in paths if path is not None]
     return {"pictures": len(paths), "sha256": digest_of(known) if known and len(known) == len(paths) else None}
 

@@ -65,8 +65,8 @@ class RunFolder:
         """
         path = save / f"{arch}.{mode}"
         ensure_writable_folder(save, _ELSEWHERE)
-        with _releasing_on_error(_locked(path)) as lock:
-            kept = _moved_aside(path)
+        with _releasing_on_error(_take_lock(path)) as lock:
+            kept = _move_aside(path)
             try:
                 ensure_writable_folder(path, _ELSEWHERE)
             except BaseException:
@@ -86,7 +86,7 @@ class RunFolder:
         path = save / f"{arch}.{mode}"
         if not path.is_dir():
             raise InputError(f"there is no run {printable(path)} to resume; leave out --resume, or pass --save FOLDER")
-        with _releasing_on_error(_locked(path)) as lock:
+        with _releasing_on_error(_take_lock(path)) as lock:
             if not (path / LAST).is_file():
                 raise InputError(f"{printable(path)} has no {LAST} to resume from; leave out --resume to start again")
             ensure_writable_folder(path, "change that to resume it")
@@ -140,7 +140,7 @@ class RunFolder:
         """
         if self._tensorboard and self._events is None:
             self._events = EventsFile.following(self.path / EVENTS, self.metrics())
-        line = json.dumps({name: _strict(value) for name, value in entry.items()}, allow_nan=False)
+        line = json.dumps({name: _write_strictly(value) for name, value in entry.items()}, allow_nan=False)
         append_whole(self.path / METRICS, f"{line}\n".encode(), sync=True)
         if self._events is not None:
             self._events.add(entry)
@@ -219,7 +219,7 @@ def _entry(line: str) -> Metrics | None:
     return {name: math.nan if value is None else value for name, value in entry.items()}
 
 
-def _strict(value: Any) -> Any:
+def _write_strictly(value: Any) -> Any:
     """``value`` as JSON knows it: numpy's numbers as Python's, null for NaN and infinities."""
     if isinstance(value, str | bool | int):
         return value
@@ -227,7 +227,7 @@ def _strict(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _moved_aside(path: Path) -> Path | None:
+def _move_aside(path: Path) -> Path | None:
     """Where what was at ``path`` lies now; None where there was nothing whole."""
     drop_abandoned_in(path)
     with writing(path, _ELSEWHERE):
@@ -238,7 +238,7 @@ def _moved_aside(path: Path) -> Path | None:
     return kept
 
 
-def _locked(path: Path) -> filelock.BaseFileLock:
+def _take_lock(path: Path) -> filelock.BaseFileLock:
     """The lock of the run ``path``, taken. It lies beside the folder, which may be renamed.
 
     The system lets go of it when the process ends, however it ends.

@@ -60,26 +60,26 @@ def read_training_state(path: Path) -> TrainingState:
     try:
         with path.open("rb") as start:
             if int.from_bytes(start.read(8), "little") > LONGEST_HEADER:
-                raise _damaged(name)
+                raise _damaged_state(name)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it has no other way)
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror or printable(error)}); check the path") from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise _damaged(name) from error
+        raise _damaged_state(name) from error
     if TRAINING_KEY not in metadata:
         raise InputError(f"{name} is not the state of a training; --resume needs the one that mgq wrote")
     text = metadata[TRAINING_KEY]
     if metadata.get(CHECKSUM_KEY) != checksum(text, tensors):
-        raise _damaged(name)
+        raise _damaged_state(name)
     try:
         state = TrainingState(tensors, **body_of(text, FORMAT, name))
         if not all(isinstance(part, dict) for part in (state.progress, state.recipe, state.versions)):
             raise TypeError
         return state
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _damaged(name) from None
+        raise _damaged_state(name) from None
 
 
 def checksum(text: str, tensors: Tensors) -> str:
@@ -93,5 +93,5 @@ def checksum(text: str, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _damaged(name: str) -> InputError:
+def _damaged_state(name: str) -> InputError:
     return InputError(f"{name} is damaged or cut short, nothing can go on from it; {START_AGAIN}")

@@ -15,7 +15,7 @@ from mgq.zoo.weight_loading import is_observed
 State = dict[str, npt.NDArray[Any]]
 
 
-class WeightAverage:
+class ModelEma:
     """Exponential moving average of every parameter and batch-norm statistic; observers are taken as they are.
 
     ``decay`` is reached gradually: step t averages with min(decay, (1 + t) / (10 + t)), so that the random start is

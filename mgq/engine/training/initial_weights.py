@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mgq.data.datasets import Dataset
-from mgq.engine.classifier.open import newest_arch, newest_run, ways_to_weights
+from mgq.engine.classifier.open import find_newest_arch, find_newest_run, list_ways_to_weights
 from mgq.engine.training.recipe import SYNTHETIC
-from mgq.engine.training.train_options import Request
+from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.training_sets import Sets, read_sets
 from mgq.errors import InputError, printable
-from mgq.events import Watcher
+from mgq.events import Callbacks
 from mgq.quantization.modes import Mode
 from mgq.weights.foreign_states import State
 from mgq.weights.preprocessing import Preprocessing
@@ -20,10 +20,10 @@ from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import (
     Weights,
+    fetch_published_weights,
     float_part,
     is_cached,
-    packaged_weights,
-    published_weights,
+    read_packaged_weights,
     read_weights,
 )
 
@@ -31,7 +31,7 @@ DEFAULT_ARCH = "resnet18"
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialWeights:
     """The weights that a run begins with: none for random ones.
 
     ``origin`` says where they come from, ``keeps_batch_norm`` whether they were trained with the statistics that batch
@@ -51,37 +51,39 @@ def keeps_batch_norm(weights: Weights) -> bool:
     return bool(weights.info and weights.info.recipe.get("keep_batch_norm"))
 
 
-def beginning_of(spec: ModelSpec, given: Weights | None, sets: Sets, request: Request, watcher: Watcher) -> Beginning:
+def make_initial_weights(
+    spec: ModelSpec, given: Weights | None, sets: Sets, train_options: TrainOptions, callbacks: Callbacks
+) -> InitialWeights:
     """What training begins with. Raises InputError where a checkpoint's classes are not those of the pictures."""
-    if request.from_scratch and (given is not None or request.pretrained):
+    if train_options.from_scratch and (given is not None or train_options.pretrained):
         raise InputError("--from-scratch begins with random weights: leave out --checkpoint and --pretrained")
     from_zoo = given is None
     weights = given
-    if weights is None and not request.from_scratch:
-        weights = zoo_weights(spec, request.pretrained, watcher)
+    if weights is None and not train_options.from_scratch:
+        weights = zoo_weights(spec, train_options.pretrained, callbacks)
     if weights is None:
-        watcher.on_remark(f"{spec.name}: random weights, trained from scratch")
-        return Beginning(None, "random weights", request.options)
-    for name, value in request.options.items():
+        callbacks.on_message(f"{spec.name}: random weights, trained from scratch")
+        return InitialWeights(None, "random weights", train_options.options)
+    for name, value in train_options.options.items():
         has = {**spec.options, **weights.options}.get(name)
         if has != value:
             raise InputError(f"{weights.origin} has {name} {has}, not {value}; leave the option out")
     state = float_part(weights.state)
     size, how = weights.info.image_size if weights.info else None, weights.preprocessing
     fits = has_classes_of(weights, sets.train)
-    if fits and not request.new_head:
-        watcher.on_remark(f"{spec.name}: begins with {weights.origin}")
+    if fits and not train_options.new_head:
+        callbacks.on_message(f"{spec.name}: begins with {weights.origin}")
         kept = keeps_batch_norm(weights)
-        return Beginning(state, weights.origin, weights.options, None, size, kept, how)
-    if not (from_zoo or request.new_head):
+        return InitialWeights(state, weights.origin, weights.options, None, size, kept, how)
+    if not (from_zoo or train_options.new_head):
         raise InputError(
             f"{weights.origin} answers {classes_in_words(weights)} and {sets.train.name} has "
             f"{len(sets.train.classes)}; pass --new-head to begin with a new classifier"
         )
-    watcher.on_remark(f"{spec.name}: begins with {weights.origin}, and a new classifier for these classes")
+    callbacks.on_message(f"{spec.name}: begins with {weights.origin}, and a new classifier for these classes")
     head = spec.head.removesuffix("weight")
     body = {name: value for name, value in state.items() if not name.startswith(head)}
-    return Beginning(body, weights.origin, weights.options, image_size=size, preprocessing=how)
+    return InitialWeights(body, weights.origin, weights.options, image_size=size, preprocessing=how)
 
 
 def has_classes_of(weights: Weights, dataset: Dataset) -> bool:
@@ -99,51 +101,53 @@ def classes_in_words(weights: Weights) -> str:
     return f"{weights.classes} classes ({shown}{more})"
 
 
-def wanted_network(request: Request, changes: dict[str, Any]) -> tuple[ModelSpec, Weights | None]:
+def resolve_network(train_options: TrainOptions, changes: dict[str, Any]) -> tuple[ModelSpec, Weights | None]:
     """The architecture, and the weights of ``--checkpoint``; taken out of ``changes``."""
     in_recipe = changes.pop("arch", None)
-    arch = request.arch or in_recipe
-    if request.options:
+    arch = train_options.arch or in_recipe
+    if train_options.options:
         changes.pop("options", None)
-    if request.checkpoint is None:
+    if train_options.checkpoint is None:
         return spec_of(arch or DEFAULT_ARCH), None
-    weights = read_weights(request.checkpoint, spec_of(arch) if arch else None, key=request.key)
+    weights = read_weights(train_options.checkpoint, spec_of(arch) if arch else None, key=train_options.key)
     return spec_of(weights.arch), weights
 
 
-def float_weights(request: Request, changes: dict[str, Any], watcher: Watcher) -> tuple[ModelSpec, Weights | None]:
+def resolve_float_weights(
+    train_options: TrainOptions, changes: dict[str, Any], callbacks: Callbacks
+) -> tuple[ModelSpec, Weights | None]:
     """What quantization-aware training begins with; no weights where none fit."""
-    if request.checkpoint is None and request.arch is None and "arch" not in changes:
-        request = replace(request, arch=newest_arch(request.save, Mode.NORMAL))
-    spec, given = wanted_network(request, changes)
+    if train_options.checkpoint is None and train_options.arch is None and "arch" not in changes:
+        train_options = replace(train_options, arch=find_newest_arch(train_options.save, Mode.NORMAL))
+    spec, given = resolve_network(train_options, changes)
     if given is not None:
         return spec, given
-    if request.pretrained:
-        return spec, zoo_weights(spec, request.pretrained, watcher)
-    run = newest_run(spec, Mode.NORMAL, request.save)
+    if train_options.pretrained:
+        return spec, zoo_weights(spec, train_options.pretrained, callbacks)
+    run = find_newest_run(spec, Mode.NORMAL, train_options.save)
     if run is not None:
         return spec, read_weights(run, spec)
-    data = request.data or changes.get("data")
+    data = train_options.data or changes.get("data")
     if data is None or str(data) == SYNTHETIC:
         return spec, None
-    found = packaged_weights(spec)
+    found = read_packaged_weights(spec)
     if found is None:
         return spec, None
-    sets = read_sets(str(data), None, changes, Watcher(watcher.on_progress))
+    sets = read_sets(str(data), None, changes, Callbacks(callbacks.on_progress))
     return spec, found if found.classes == len(sets.train.classes) else None
 
 
-def zoo_weights(spec: ModelSpec, fetch: bool | str, watcher: Watcher) -> Weights | None:
+def zoo_weights(spec: ModelSpec, fetch: bool | str, callbacks: Callbacks) -> Weights | None:
     """The zoo's pretrained weights: those that are installed or were fetched before, or with ``fetch`` any.
 
     A name, such as ``v1``, asks for that version of them.
     """
     version = version_in(fetch)
-    found = None if version else packaged_weights(spec)
+    found = None if version else read_packaged_weights(spec)
     if found is not None:
         return found
     if fetch and not version and not spec.checkpoints:
-        raise InputError(f"there are no pretrained weights of {spec.name}: {ways_to_weights(spec)}")
+        raise InputError(f"there are no pretrained weights of {spec.name}: {list_ways_to_weights(spec)}")
     if fetch or is_cached(spec, "normal"):
-        return published_weights(spec, "normal", watcher.on_progress, version)
+        return fetch_published_weights(spec, "normal", callbacks.on_progress, version)
     return None

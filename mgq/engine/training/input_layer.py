@@ -16,7 +16,7 @@ FOLDED = 0.03
 """Below this share of it, pixels' spread is folded in: training alone does not make weights so small."""
 
 
-def stem_of(parameters: Mapping[str, Any]) -> str | None:
+def find_input_layer(parameters: Mapping[str, Any]) -> str | None:
     """The name of the weights (O, 3, H, W) that see pixels; None where there are none of that shape."""
     for name, value in parameters.items():
         shape = tuple(int(axis) for axis in value.shape)
@@ -25,14 +25,14 @@ def stem_of(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
-def stem_rate(state: Mapping[str, npt.NDArray[Any]]) -> float:
+def input_layer_lr_scale(state: Mapping[str, npt.NDArray[Any]]) -> float:
     """By what the learning rate of the stem in ``state`` is to be multiplied: at most 1.
 
     Weights that were trained on normalized pixels, and take pixels as they are, are divided by the pixels' spread, some
     58. That makes their gradient as many times larger, and a step of one rate 58 x 58 times larger against the weights.
     Seen from the weights alone: their squared length is so many times smaller than He's. Others go at the full rate.
     """
-    name = stem_of(state)
+    name = find_input_layer(state)
     if name is None:
         return 1.0
     weight = np.asarray(state[name], np.float64)

@@ -14,7 +14,7 @@ from megengine import Tensor
 from scipy.optimize import minimize
 
 from mgq.data.loader import Loader
-from mgq.events import OnProgress, Progress, silent
+from mgq.events import OnProgress, Progress, ignore_progress
 from mgq.ptq.range_measurement import as_input
 
 DECAY = 0.03  # at features of root mean square 1
@@ -23,8 +23,8 @@ MOST_STEPS = 200
 Array = npt.NDArray[np.float32]
 
 
-def solve_classifier(
-    network: M.Module, head: str, loader: Loader, smoothing: float, on_progress: OnProgress = silent
+def fit_linear_probe(
+    network: M.Module, head: str, loader: Loader, smoothing: float, on_progress: OnProgress = ignore_progress
 ) -> None:
     """Give the linear layer called ``head`` of ``network`` the weights that answer best on the pictures of ``loader``.
 
@@ -32,14 +32,16 @@ def solve_classifier(
     cross entropy with labels smoothed by ``smoothing``, and a little weight decay.
     """
     layer: M.Linear = dict(network.named_modules())[head]
-    features, labels = features_of(network, layer, loader, on_progress)
-    weight, bias = solved(features, labels, layer.out_features, smoothing, with_bias=layer.bias is not None)
+    features, labels = compute_features(network, layer, loader, on_progress)
+    weight, bias = solve_softmax_regression(
+        features, labels, layer.out_features, smoothing, with_bias=layer.bias is not None
+    )
     layer.weight[...] = Tensor(weight)
     if layer.bias is not None:
         layer.bias[...] = Tensor(bias.reshape(layer.bias.numpy().shape))
 
 
-def features_of(
+def compute_features(
     network: M.Module, layer: M.Linear, loader: Loader, on_progress: OnProgress
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """What ``layer`` sees of each picture, float32 (N, features), and the labels."""
@@ -57,7 +59,7 @@ def features_of(
     return np.concatenate(seen), np.concatenate(labels)
 
 
-def solved(
+def solve_softmax_regression(
     features: Array, labels: npt.NDArray[np.int64], classes: int, smoothing: float, with_bias: bool = True
 ) -> tuple[Array, Array]:
     """Softmax regression: features (N, F) and labels (N,) -> weight (classes, F) and bias (classes,), float32.

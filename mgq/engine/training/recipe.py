@@ -19,14 +19,14 @@ import tomli_w
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.io.limited_io import text_of
 from mgq.quantization.option_names import OBSERVERS, TARGETS
-from mgq.weights.checkpoint import checked_size
+from mgq.weights.checkpoint import check_size
 
 SYNTHETIC = "synthetic"
 """What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
-IMAGENET_PICTURES = 300_000
+IMAGENET_IMAGES = 300_000
 """From this many pictures on, a set gets the public example's recipes for ImageNet."""
-CLASSIFIER_PICTURES = 5_000
+CLASSIFIER_IMAGES = 5_000
 MOST_BYTES = 1 << 16
 """Of a recipe file; the longest has some 2 KiB."""
 MOST = {
@@ -136,7 +136,7 @@ class Recipe:
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise no_such(name, getattr(self, name), known)
-        checked_size(self.image_size)
+        check_size(self.image_size)
 
     @property
     def is_synthetic(self) -> bool:
@@ -168,10 +168,10 @@ def read_changes(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the recipe {name}: {error.strerror}; check the path") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not a TOML file: {printable(error)[:200]}; see recipe.toml of any run") from None
-    return checked_changes(body, name)
+    return check_changes(body, name)
 
 
-def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+def check_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``body`` with values of the types that a recipe has. Raises InputError for another key or type."""
     changes: dict[str, Any] = {}
     for key, value in body.items():
@@ -179,11 +179,11 @@ def checked_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
             near = nearest(key, KINDS)
             hint = f"did you mean {near}?" if near else "recipe.toml of any run has them all"
             raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
-        changes[key] = converted(key, value, name)
+        changes[key] = convert_value(key, value, name)
     return changes
 
 
-def converted(key: str, value: Any, name: str) -> Any:
+def convert_value(key: str, value: Any, name: str) -> Any:
     kind = KINDS[key]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and number:
@@ -209,10 +209,10 @@ def as_float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def recipe_from(body: Mapping[str, Any], name: str) -> Recipe:
+def restore_recipe(body: Mapping[str, Any], name: str) -> Recipe:
     """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
     try:
-        changes = checked_changes(body, name)
+        changes = check_changes(body, name)
         with naming(name):
             return Recipe(**changes)
     except TypeError:
@@ -232,7 +232,7 @@ class Start(str, Enum):
 
 @dataclass(frozen=True)
 class Task:
-    """What a recipe is wanted for: ``pictures`` are those to train on.
+    """What a recipe is wanted for: ``images`` are those to train on.
 
     ``stem_lr`` is what the weights to begin with want; ``keep_batch_norm``: whether their training kept batch norms.
     """
@@ -241,7 +241,7 @@ class Task:
     mode: str
     data: str
     classes: int
-    pictures: int
+    images: int
     image_size: int
     start: Start = Start.RANDOM
     stem_lr: float = 1.0
@@ -249,7 +249,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
+def make_recipe(task: Task, changes: Mapping[str, Any]) -> Recipe:
     """The default recipe for ``task`` with ``changes``: other epochs or batches shift what depends on them.
 
     With another batch size the learning rate changes in proportion, unless it is given too (arXiv:1706.02677).
@@ -257,7 +257,7 @@ def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
     """
     changes = dict(changes)
     if "limit" in changes and changes["limit"] > 0:
-        task = replace(task, pictures=min(task.pictures, changes["limit"]))
+        task = replace(task, images=min(task.images, changes["limit"]))
     default = default_recipe(task, changes.get("epochs"))
     if "batch_size" in changes and "lr" not in changes:
         changes["lr"] = default.lr * changes["batch_size"] / default.batch_size
@@ -267,7 +267,7 @@ def recipe_for(task: Task, changes: Mapping[str, Any]) -> Recipe:
 def default_recipe(task: Task, epochs: int | None = None) -> Recipe:
     if task.data == SYNTHETIC:
         return synthetic_recipe(task, epochs)
-    if task.pictures >= IMAGENET_PICTURES:
+    if task.images >= IMAGENET_IMAGES:
         return example_recipe(task, epochs)
     return small_recipe(task, epochs)
 
@@ -299,7 +299,7 @@ def example_recipe(task: Task, epochs: int | None) -> Recipe:
         epochs = epochs or (12 if resnet else 30)
         schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
         lr = 0.000125 if resnet else 0.0015625
-        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.pictures, 32), **schedule}
+        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.images, 32), **schedule}
     elif resnet:
         epochs = epochs or 90
         milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
@@ -328,9 +328,9 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
     ones; 10,000 for quantization-aware training, which begins with calibration, or 4,000 of weights that kept their
     batch norms.
     """
-    batch = batch_for(task.pictures)
+    batch = batch_for(task.images)
     if task.mode == "qat":
-        epochs = epochs or repeats(task.pictures, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
+        epochs = epochs or repeats(task.images, crops=4_000 if task.keep_batch_norm else 10_000, least=2, most=8)
         values = {"calibrate": True, "ema": EMA, "crop_scale": 0.35}
         if task.keep_batch_norm:
             # Labels would teach it more than float knows, and less: what is wanted are float's own answers.
@@ -338,14 +338,14 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
         else:
             values |= {"lr": 0.005, "distill": DISTILLED}
     elif task.start is not Start.RANDOM:
-        epochs = epochs or repeats(task.pictures, crops=7_500, least=3, most=30)
+        epochs = epochs or repeats(task.images, crops=7_500, least=3, most=30)
         values = {"lr": 0.01, "warmup": min(1.0, epochs / 10), "crop_scale": 0.35, "jitter": 0.2}
         if task.start is Start.NEW_CLASSIFIER:
-            values["classifier_pictures"] = CLASSIFIER_PICTURES
+            values["classifier_pictures"] = CLASSIFIER_IMAGES
         if task.start is Start.NEW_CLASSIFIER or task.keep_batch_norm:
             values |= KEPT_BATCH_NORM
     else:
-        epochs = epochs or repeats(task.pictures, crops=50_000, least=30, most=100)
+        epochs = epochs or repeats(task.images, crops=50_000, least=30, most=100)
         values = {"lr": 0.02, "warmup": min(3.0, epochs / 10), "crop_scale": 0.25, "jitter": 0.2}
         values["weight_decay"] = 5e-4
     values["lr"] = values["lr"] * batch / 32
@@ -366,21 +366,21 @@ def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
     return base(task, epochs=epochs, crop_scale=1.0, **values, **counts)
 
 
-def qat_phases(epochs: int, pictures: int, batch: int) -> dict[str, Any]:
+def qat_phases(epochs: int, images: int, batch: int) -> dict[str, Any]:
     """Ranges are watched on some batches before fake quantization starts; batch norms keep their statistics for the
     last half, and activations their ranges for the last third."""
     return {
-        "observe_batches": max(1, min(32, pictures // batch)),
+        "observe_batches": max(1, min(32, images // batch)),
         "freeze_batch_norm": epochs / 2,
         "freeze_observers": epochs * 2 / 3,
     }
 
 
-def batch_for(pictures: int) -> int:
+def batch_for(images: int) -> int:
     """32, but so few that an epoch has at least four batches where there are hardly any pictures."""
-    return max(1, min(32, pictures // 4))
+    return max(1, min(32, images // 4))
 
 
-def repeats(pictures: int, crops: int, least: int, most: int) -> int:
+def repeats(images: int, crops: int, least: int, most: int) -> int:
     """Epochs in which about ``crops`` crops are seen."""
-    return max(least, min(most, round(crops / max(1, pictures))))
+    return max(least, min(most, round(crops / max(1, images))))

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.distributed.process_group import checked_cluster, gpus
-from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, checked_changes, option, read_changes
+from mgq.engine.distributed.process_group import check_cluster, gpus
+from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, check_changes, option, read_changes
 from mgq.errors import InputError
 from mgq.quantization.modes import Mode
-from mgq.system.processes import nothing
+from mgq.system.processes import do_nothing
 from mgq.zoo.weight_loading import Weights
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainOptions:
     """What a user asked for; everything may be left out.
 
     ``changes`` are values of the recipe by name, which come before those of the file ``recipe``. ``devices`` counts
@@ -45,48 +45,55 @@ class Request:
     nodes: int = 1
     node: int = 0
     master: str | None = None
-    prepare: Callable[[], None] = nothing
+    prepare: Callable[[], None] = do_nothing
 
 
-def all_changes(request: Request, mode: Mode) -> dict[str, Any]:
+def all_changes(train_options: TrainOptions, mode: Mode) -> dict[str, Any]:
     """What differs from the default recipe: the file's values, then those of the command."""
-    in_file = read_changes(request.recipe) if request.recipe else {}
+    in_file = read_changes(train_options.recipe) if train_options.recipe else {}
     if in_file.get("mode", mode.value) != mode.value:
         verb = "qat" if in_file["mode"] == "qat" else "train"
-        raise InputError(f"{request.recipe} is a recipe for mode {in_file['mode']}: use `mgq {verb} --recipe`")
+        raise InputError(f"{train_options.recipe} is a recipe for mode {in_file['mode']}: use `mgq {verb} --recipe`")
     in_file.pop("mode", None)
-    changes = {**in_file, **checked_changes(request.changes, "the command")}
-    changes["devices"] = checked_cluster(request.devices, request.nodes, request.node, request.master).world
+    changes = {**in_file, **check_changes(train_options.changes, "the command")}
+    changes["devices"] = check_cluster(
+        train_options.devices, train_options.nodes, train_options.node, train_options.master
+    ).world
     if changes.get("amp") and gpus() == 0:
         raise InputError("--amp needs a GPU that computes in float16, and there is none here: leave it out")
     return changes
 
 
-def data_of(request: Request, changes: dict[str, Any], given: Weights | None = None) -> str:
+def find_data(train_options: TrainOptions, changes: dict[str, Any], given: Weights | None = None) -> str:
     """The folder of pictures, or ``synthetic``; taken out of ``changes``.
 
     By default what ``given`` was trained on, else the drawn pictures.
     """
     in_recipe = changes.pop("data", None)
-    if request.data is not None:
-        return str(request.data.resolve()) if str(request.data) != SYNTHETIC else SYNTHETIC
+    if train_options.data is not None:
+        return str(train_options.data.resolve()) if str(train_options.data) != SYNTHETIC else SYNTHETIC
     if in_recipe is not None:
         return str(in_recipe)
     known = given.info.recipe.get("data") if given is not None and given.info else None
     return str(known) if known else SYNTHETIC
 
 
-def refuse_changed(request: Request, recipe: Recipe, path: Path) -> None:
+def refuse_changed_options(train_options: TrainOptions, recipe: Recipe, path: Path) -> None:
     """Raises InputError where the request says otherwise than ``recipe``."""
-    wanted = dict(read_changes(request.recipe)) if request.recipe else {}
-    wanted |= checked_changes(request.changes, "the command")
-    if request.data is not None:
-        wanted["data"] = data_of(request, {})
-    if request.options:
-        wanted["options"] = {**recipe.options, **request.options}
-    if request.distill is not None:
-        wanted.setdefault("distill", (recipe.distill or DISTILLED) if request.distill else 0.0)
-    if request.checkpoint is not None or request.pretrained or request.from_scratch or request.new_head:
+    wanted = dict(read_changes(train_options.recipe)) if train_options.recipe else {}
+    wanted |= check_changes(train_options.changes, "the command")
+    if train_options.data is not None:
+        wanted["data"] = find_data(train_options, {})
+    if train_options.options:
+        wanted["options"] = {**recipe.options, **train_options.options}
+    if train_options.distill is not None:
+        wanted.setdefault("distill", (recipe.distill or DISTILLED) if train_options.distill else 0.0)
+    if (
+        train_options.checkpoint is not None
+        or train_options.pretrained
+        or train_options.from_scratch
+        or train_options.new_head
+    ):
         raise InputError(f"--resume goes on with the weights of {path}: leave out what chooses others")
     for name, value in wanted.items():
         has = getattr(recipe, name)

@@ -23,27 +23,27 @@ from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
-from mgq.engine.classifier.evaluate import Evaluation, evaluated
+from mgq.engine.classifier.evaluate import Evaluation, evaluate_loader
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.open import versions
 from mgq.engine.classifier.runtime_module import int8_runtime
-from mgq.engine.distributed.process_group import Peers, on_processor
+from mgq.engine.distributed.process_group import ProcessGroup, on_processor
 from mgq.engine.runs.curves import Mark
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
-from mgq.engine.training.ema import WeightAverage
-from mgq.engine.training.input_layer import stem_of
-from mgq.engine.training.linear_probe import solve_classifier
+from mgq.engine.training.ema import ModelEma
+from mgq.engine.training.input_layer import find_input_layer
+from mgq.engine.training.linear_probe import fit_linear_probe
 from mgq.engine.training.losses import cross_entropy, distillation
 from mgq.engine.training.recipe import Recipe, plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
-from mgq.events import ALONE, Progress, Watcher
-from mgq.ptq.calibrate import DEFAULT_METHOD, calibrated_network
+from mgq.events import NO_CALLBACKS, Callbacks, Progress
+from mgq.ptq.calibrate import DEFAULT_METHOD, calibrate_network
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import apply_ranges, observe_weights
 from mgq.quantization.qat import Phase, plain_qat, set_phase
-from mgq.quantization.targets import target_called
+from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.registry import spec_of
@@ -86,8 +86,8 @@ class Trainer:
         run: RunFolder,
         info: CheckpointInfo,
         teacher: M.Module | None = None,
-        peers: Peers | None = None,
-        watcher: Watcher = ALONE,
+        group: ProcessGroup | None = None,
+        callbacks: Callbacks = NO_CALLBACKS,
         report_every: int = 0,
         examples: Loader | None = None,
     ) -> None:
@@ -98,8 +98,8 @@ class Trainer:
         self.run = run
         self.info = info
         self.teacher = teacher
-        self.peers = peers or Peers()
-        self.watcher = watcher
+        self.group = group or ProcessGroup()
+        self.callbacks = callbacks
         self.report_every = report_every
         self.examples = examples
 
@@ -111,9 +111,9 @@ class Trainer:
         self.start: dict[str, float] = {}  # of a ``qat`` network: calibrated, not trained
         self.seconds = 0.0  # within this epoch, before now
         self.phase: Phase | None = None
-        self.average = WeightAverage(network, recipe.ema) if recipe.ema else None
-        self.parameters = trained_parameters(recipe, network)
-        self.manager = GradManager().attach(list(self.parameters.values()), callbacks=self.peers.callbacks())
+        self.average = ModelEma(network, recipe.ema) if recipe.ema else None
+        self.parameters = select_parameters(recipe, network)
+        self.manager = GradManager().attach(list(self.parameters.values()), callbacks=self.group.gradient_callbacks())
         self.optimizer = sgd(recipe, self.parameters)
         self.scaler = amp.GradScaler() if recipe.amp else None
         self._saved_at = self._reported_at = self._drawn_at = time.monotonic()
@@ -124,13 +124,13 @@ class Trainer:
         """Train until the recipe's last epoch. Raises StoppedError when asked to stop; the state is kept then."""
         if not self.prepared:
             self.save()
-            self.solve_classifier()
-            self.peers.share(self.network)
+            self.fit_linear_probe()
+            self.group.broadcast(self.network)
             if self.recipe.mode == "qat" and not self.recipe.calibrate:
                 self.measure_calibrated()
             self.observe()
             if self.average is not None:
-                self.average = WeightAverage(self.network, self.recipe.ema)
+                self.average = ModelEma(self.network, self.recipe.ema)
             if self.recipe.mode == "qat" and self.recipe.calibrate:
                 self.start = figures_of(self.measure(0))
             self.prepared = True
@@ -140,17 +140,17 @@ class Trainer:
             self.finish_epoch()
         self.draw_curves()
 
-    def solve_classifier(self) -> None:
+    def fit_linear_probe(self) -> None:
         """Let a new classifier begin with what the weights below it know already."""
         if self.examples is None or self.recipe.mode == "qat":
             return
 
         def told(progress: Progress) -> None:
-            self.watcher.on_progress(progress)
+            self.callbacks.on_progress(progress)
             self.stop_if_asked(keep=False)
 
         name = head_of(self.recipe).removesuffix(".")
-        solve_classifier(self.network, name, self.examples, self.recipe.label_smoothing, told)
+        fit_linear_probe(self.network, name, self.examples, self.recipe.label_smoothing, told)
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
@@ -164,16 +164,16 @@ class Trainer:
         total = min(self.recipe.observe_batches, len(self.train))
         for number, batch in enumerate(self.train.batches(0), 1):
             self.network(pixels_of(batch.images)).numpy()  # waits, or all batches would lie in memory at once
-            self.watcher.on_progress(Progress("observe ranges", number, total, "batches"))
+            self.callbacks.on_progress(Progress("observe ranges", number, total, "batches"))
             self.stop_if_asked(keep=False)
             if number == total:
                 break
 
-    def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
+    def images(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The examples, to calibrate on."""
         assert self.examples is not None
         for number, batch in enumerate(self.examples.batches(0), 1):
-            self.watcher.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
+            self.callbacks.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
             self.stop_if_asked(keep=False)
             yield batch.images
 
@@ -187,8 +187,8 @@ class Trainer:
         # On the drawn pictures all is to be done in minutes: there the ranges alone are calibrated.
         thorough = not self.recipe.is_synthetic
         words = (DEFAULT_METHOD, thorough, thorough)
-        calibrated, _ = calibrated_network(
-            self.teacher, self.pictures(), self.recipe.arch, "", {}, *words, target=target_called(self.recipe.target)
+        calibrated, _ = calibrate_network(
+            self.teacher, self.images(), self.recipe.arch, "", {}, *words, target=get_target(self.recipe.target)
         )
         found = self.validated(calibrated)
         self.keep_if_best(0, found, calibrated)
@@ -197,7 +197,7 @@ class Trainer:
     def calibrate(self) -> None:
         """Give a ``qat`` network what calibration finds on the examples. It is the first that may be the best."""
         # A plain copy: learned scales would not follow the ranges that are tried.
-        calibrated, ranges = calibrated_network(plain_qat(self.network), self.pictures(), self.recipe.arch, "", {})
+        calibrated, ranges = calibrate_network(plain_qat(self.network), self.images(), self.recipe.arch, "", {})
         own = dict(self.network.named_parameters())
         for name, value in calibrated.named_parameters():
             own[name][...] = value
@@ -208,7 +208,7 @@ class Trainer:
         self.prepare_network()
         for batch in self.train.batches(self.epoch, self.step_in_epoch):
             for problem in batch.problems:
-                self.remark(problem)
+                self.send_message(problem)
             self.step(batch)
             self.step_in_epoch += 1
             self.seconds = time.monotonic() - started
@@ -228,7 +228,7 @@ class Trainer:
 
     def enter_phase(self) -> None:
         """Put a ``qat`` network into the phase that the recipe has for this step."""
-        wanted = phase_at(self.recipe, self.epochs_done)
+        wanted = find_phase(self.recipe, self.epochs_done)
         if self.phase is not wanted:
             self.phase = wanted
             set_phase(self.network, wanted)
@@ -237,7 +237,7 @@ class Trainer:
         if self.recipe.mode == "qat":
             self.enter_phase()
         # Dropout draws from MegEngine's own generator, which cannot be kept: so it starts anew at every step.
-        mge.random.seed(step_seed(self.recipe.seed, self.steps_done, self.peers.rank))
+        mge.random.seed(step_seed(self.recipe.seed, self.steps_done, self.group.rank))
         images, labels = pixels_of(batch.images), Tensor(batch.labels.astype(np.int32))
         with self.manager:
             with amp.autocast(enabled=self.recipe.amp):
@@ -295,7 +295,7 @@ class Trainer:
             "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
             "loss": self.meter.loss,
             "top1": self.meter.top1,
-            "images_per_second": self.meter.images * self.peers.count / max(self.seconds, 1e-9),
+            "images_per_second": self.meter.images * self.group.world_size / max(self.seconds, 1e-9),
             "seconds": self.seconds,
         }
         if self.phase is not None:
@@ -303,9 +303,9 @@ class Trainer:
         if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
             found = self.measure(self.epoch + 1)
             entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
-        if self.peers.is_first:
+        if self.group.is_first:
             self.run.add_metrics(entry)
-        self.remark(line_of(entry, self.recipe.epochs))
+        self.send_message(line_of(entry, self.recipe.epochs))
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.meter, self.seconds = Meter(), 0.0
         self.save()
@@ -336,7 +336,7 @@ class Trainer:
             answer: npt.NDArray[np.float32] = network(pixels_of(images)).numpy()
             return answer
 
-        return evaluated(logits, self.val, "validate", self.watcher.on_progress)
+        return evaluate_loader(logits, self.val, "validate", self.callbacks.on_progress)
 
     def int8_runtime(self, network: M.Module) -> BatchRuntime | None:
         """A ``qat`` network as real int8 in its target's engine: what counts in the end, and several times as fast.
@@ -360,7 +360,7 @@ class Trainer:
         return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
 
     def keep_best(self, network: M.Module) -> None:
-        if not self.peers.is_first:
+        if not self.group.is_first:
             return
         figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
         info = replace(self.info, step=self.steps_done, metrics=figures)
@@ -395,9 +395,9 @@ class Trainer:
 
     def load(self, state: TrainingState) -> None:
         """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
-        pictures = [len(self.train.dataset), len(self.val.dataset)]
-        if state.progress["pictures"] != pictures:
-            was, now = state.progress["pictures"], pictures
+        images = [len(self.train.dataset), len(self.val.dataset)]
+        if state.progress["pictures"] != images:
+            was, now = state.progress["pictures"], images
             raise InputError(
                 f"{self.recipe.data} had {was[0]} + {was[1]} pictures when this run began and has {now[0]} + {now[1]} "
                 "now: put them back, or start a new run without --resume"
@@ -428,7 +428,7 @@ class Trainer:
             self.scaler.scale_factor = state.progress["scale"]
 
     def save(self) -> None:
-        if self.peers.is_first:
+        if self.group.is_first:
             self.run.write_state(self.state())
         self._saved_at = time.monotonic()
 
@@ -439,24 +439,24 @@ class Trainer:
         last = self.step_in_epoch == len(self.train)
         if now - self._reported_at > REPORT_SECONDS or last:
             self._reported_at = now
-            done = self.step_in_epoch * self.train.batch_size * self.peers.count
-            total = len(self.train) * self.train.batch_size * self.peers.count
+            done = self.step_in_epoch * self.train.batch_size * self.group.world_size
+            total = len(self.train) * self.train.batch_size * self.group.world_size
             detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %"
             what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
-            self.watcher.on_progress(Progress(what, done, total, "pictures", detail))
+            self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
         if self.report_every and self.step_in_epoch % self.report_every == 0:
-            self.remark(
+            self.send_message(
                 f"epoch {self.epoch + 1} step {self.step_in_epoch}/{len(self.train)}  lr {self.learning_rate:.3g}  "
                 f"loss {self.meter.loss:.3f}  top-1 {self.meter.top1:.1f} %"
             )
 
-    def remark(self, line: str) -> None:
-        if self.peers.is_first:
+    def send_message(self, line: str) -> None:
+        if self.group.is_first:
             self.run.log(line)
-            self.watcher.on_remark(line)
+            self.callbacks.on_message(line)
 
     def stop_if_asked(self, keep: bool = True) -> None:
-        if not self.watcher.should_stop():
+        if not self.callbacks.should_stop():
             return
         if keep:
             self.save()
@@ -465,10 +465,10 @@ class Trainer:
         raise StoppedError(f"{where}; all of it is kept", self.recipe)
 
     def draw_curves(self) -> None:
-        if self.peers.is_first:
+        if self.group.is_first:
             problem = self.run.write_curves(f"{self.recipe.arch}, mode {self.recipe.mode}", marks(self.recipe))
             if problem is not None:
-                self.remark(problem)
+                self.send_message(problem)
         self._drawn_at = time.monotonic()
 
 
@@ -483,7 +483,7 @@ def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
     return state
 
 
-def trained_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
+def select_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
     """Name -> parameter, of those that the recipe trains."""
     named = dict(network.named_parameters())
     if recipe.freeze_backbone:
@@ -501,7 +501,7 @@ def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
 
     Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
     """
-    stem = stem_of(parameters)
+    stem = find_input_layer(parameters)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
         decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
@@ -522,7 +522,7 @@ def is_matrix(parameter: Tensor) -> bool:
     return sum(int(axis) > 1 for axis in parameter.shape) > 1
 
 
-def phase_at(recipe: Recipe, epoch: float) -> Phase:
+def find_phase(recipe: Recipe, epoch: float) -> Phase:
     """What quantization-aware training keeps still at ``epoch``, which counts from 0."""
     if recipe.calibrate or epoch >= recipe.freeze_observers > 0:
         return Phase.FREEZE_OBSERVERS

@@ -15,37 +15,43 @@ import megengine.module as M
 from mgq.cpu_kernels import fast_gradients
 from mgq.data.datasets import subset
 from mgq.data.loader import Loader
-from mgq.engine.calibration.calibration_run import calibrated
-from mgq.engine.classifier.evaluate import matched
+from mgq.engine.calibration.calibration_run import calibrate
+from mgq.engine.classifier.evaluate import match_classes
 from mgq.engine.classifier.metrics import Meter
-from mgq.engine.classifier.mode_comparison import Comparison, compared
-from mgq.engine.classifier.open import Classifier, newest_of, open_classifier, versions
+from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
+from mgq.engine.classifier.open import Classifier, find_newest, open_classifier, versions
 from mgq.engine.distributed.process_group import (
     Cluster,
     EndedError,
-    Peers,
-    checked_cluster,
+    ProcessGroup,
+    check_cluster,
     gpus,
-    on_every_device,
+    launch,
     on_processor,
 )
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import LAST, RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
-from mgq.engine.training.initial_weights import Beginning, beginning_of, float_weights, keeps_batch_norm, wanted_network
-from mgq.engine.training.input_layer import stem_rate
-from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, plain, recipe_for, recipe_from
-from mgq.engine.training.train_options import Request, all_changes, data_of, refuse_changed
+from mgq.engine.training.initial_weights import (
+    InitialWeights,
+    keeps_batch_norm,
+    make_initial_weights,
+    resolve_float_weights,
+    resolve_network,
+)
+from mgq.engine.training.input_layer import input_layer_lr_scale
+from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, plain, restore_recipe
+from mgq.engine.training.train_options import TrainOptions, all_changes, find_data, refuse_changed_options
 from mgq.engine.training.trainer import StoppedError, Trainer
-from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, loaders_of, measuring_loader, read_sets
+from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, make_measuring_loader, read_sets
 from mgq.errors import FailureError, InputError, MgqError, printable
-from mgq.events import ALONE, Watcher
+from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
-from mgq.ptq.calibrate import LAYERWISE_PICTURES
-from mgq.ptq.equalization import equalized
+from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
+from mgq.ptq.equalization import equalize_channels
 from mgq.quantization.modes import Mode
-from mgq.quantization.qat import prepared_for_qat
-from mgq.quantization.targets import target_called
+from mgq.quantization.qat import prepare_qat
+from mgq.quantization.targets import get_target
 from mgq.weights.checkpoint import CheckpointInfo, info_from, write_checkpoint
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
@@ -59,10 +65,10 @@ COMPARED_AFTER_TRAIN = 2_000
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What a finished run left: its folder, its recipe, the best epoch's figures, and the three modes compared.
 
-    ``calibrated``: of ``qat``, the figures of the fake-quantized network before it was trained.
+    ``calibrate``: of ``qat``, the figures of the fake-quantized network before it was trained.
     """
 
     checkpoint: Path
@@ -73,21 +79,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainJob:
     """A run, ready to go: the same in every process that takes part."""
 
     recipe: Recipe
     sets: Sets
-    beginning: Beginning
+    initial: InitialWeights
     info: CheckpointInfo
-    request: Request
+    train_options: TrainOptions
     state: TrainingState | None = None
 
 
 # ---- the two verbs ----
 
 
-def train(request: Request, watcher: Watcher = ALONE) -> Outcome:
+def train(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> TrainResult:
     """Train a float network and keep the best, as ``mgq train`` does.
 
     It begins with ``checkpoint``, else the zoo's weights where they are installed (or ``pretrained`` fetches them),
@@ -95,54 +101,54 @@ def train(request: Request, watcher: Watcher = ALONE) -> Outcome:
     there is kept under another name. Raises InputError for what cannot be, before anything is written, and for a
     loss that is not a number; StoppedError when the watcher asks it to stop.
     """
-    cluster = cluster_of(request)
-    if request.resume:
-        return resumed(request, Mode.NORMAL, cluster, watcher)
-    plan = float_plan(request, watcher)
-    with new_run(plan, watcher) as run:
-        return finished(plan, run, cluster, watcher)
+    cluster = find_cluster(train_options)
+    if train_options.resume:
+        return resume_run(train_options, Mode.NORMAL, cluster, callbacks)
+    job = make_float_job(train_options, callbacks)
+    with create_run(job, callbacks) as run:
+        return finish_run(job, run, cluster, callbacks)
 
 
-def float_plan(request: Request, watcher: Watcher) -> Plan:
+def make_float_job(train_options: TrainOptions, callbacks: Callbacks) -> TrainJob:
     """What ``train`` will do."""
-    changes = all_changes(request, Mode.NORMAL)
-    data = data_of(request, changes)
-    spec, given = wanted_network(request, changes)
-    spec.refuse_options(request.options)
-    sets = read_sets(data, None, changes, watcher)
-    beginning = beginning_of(spec, given, sets, request, watcher)
-    return planned(request, Mode.NORMAL, spec, data, sets, beginning, changes)
+    changes = all_changes(train_options, Mode.NORMAL)
+    data = find_data(train_options, changes)
+    spec, given = resolve_network(train_options, changes)
+    spec.refuse_options(train_options.options)
+    sets = read_sets(data, None, changes, callbacks)
+    initial = make_initial_weights(spec, given, sets, train_options, callbacks)
+    return make_job(train_options, Mode.NORMAL, spec, data, sets, initial, changes)
 
 
-def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
+def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> TrainResult:
     """Train on with fake quantization, and make the int8 network, as ``mgq qat`` does.
 
     It begins with ``checkpoint``, else the newest float run of the architecture under ``save``, else the zoo's
     weights where their classes are those of the data; else it trains a float network first, and says so. Writes
     ``<save>/<arch>.qat``. Raises as :func:`train` does.
     """
-    cluster = cluster_of(request)
-    if request.resume:
-        return resumed(request, Mode.QAT, cluster, watcher)
-    changes = all_changes(request, Mode.QAT)
-    spec, given = float_weights(request, changes, watcher)
+    cluster = find_cluster(train_options)
+    if train_options.resume:
+        return resume_run(train_options, Mode.QAT, cluster, callbacks)
+    changes = all_changes(train_options, Mode.QAT)
+    spec, given = resolve_float_weights(train_options, changes, callbacks)
     at_hand = given is not None
     if given is None and cluster.nodes > 1:
         raise InputError(f"--nnodes needs float weights of {spec.name} on every machine: give them, -c CHECKPOINT")
     if given is None:
         refuse_impossible(spec, changes)
-        watcher.on_remark(f"no float weights of {spec.name} at hand: training some first, into {request.save}")
-        first = float_plan(first_request(request, spec, changes), watcher)
-        with new_run(first, watcher) as run:
-            trained_everywhere(first, run, cluster, watcher)
+        callbacks.on_message(f"no float weights of {spec.name} at hand: training some first, into {train_options.save}")
+        first = make_float_job(make_float_options(train_options, spec, changes), callbacks)
+        with create_run(first, callbacks) as run:
+            train_on_all_devices(first, run, cluster, callbacks)
             given = read_weights(run.checkpoint, spec)
-    data = data_of(request, changes, given)
-    if request.distill is not None:
-        changes.setdefault("distill", DISTILLED if request.distill else 0.0)
+    data = find_data(train_options, changes, given)
+    if train_options.distill is not None:
+        changes.setdefault("distill", DISTILLED if train_options.distill else 0.0)
     elif not at_hand:
         changes.setdefault("distill", 0.0)
-    sets = read_sets(data, given, changes, watcher)
-    beginning = Beginning(
+    sets = read_sets(data, given, changes, callbacks)
+    initial = InitialWeights(
         float_part(given.state),
         given.origin,
         given.options,
@@ -150,38 +156,38 @@ def qat(request: Request, watcher: Watcher = ALONE) -> Outcome:
         given.info.image_size if given.info else None,
         keeps_batch_norm(given),
     )
-    if given.classes != len(sets.train.classes) and beginning.classes is None:
+    if given.classes != len(sets.train.classes) and initial.classes is None:
         raise InputError(
             f"{given.origin} answers {given.classes} classes and {sets.train.name} has {len(sets.train.classes)}; "
             f"run `mgq train -a {spec.name} -d {data}` first"
         )
-    plan = planned(request, Mode.QAT, spec, data, sets, beginning, changes)
+    job = make_job(train_options, Mode.QAT, spec, data, sets, initial, changes)
     if at_hand:
-        watcher.on_remark(f"{spec.name}: begins with {given.origin}")
-    with new_run(plan, watcher) as run:
-        return finished(plan, run, cluster, watcher)
+        callbacks.on_message(f"{spec.name}: begins with {given.origin}")
+    with create_run(job, callbacks) as run:
+        return finish_run(job, run, cluster, callbacks)
 
 
 def refuse_impossible(spec: ModelSpec, changes: Mapping[str, Any]) -> None:
     """Raises InputError for values that no recipe can have: before minutes are spent on what comes first."""
     values = {name: value for name, value in changes.items() if name != "data"}
-    recipe_for(Task(spec.name, Mode.QAT.value, SYNTHETIC, 10, 1_000, SYNTHETIC_SIZE), values)
+    make_recipe(Task(spec.name, Mode.QAT.value, SYNTHETIC, 10, 1_000, SYNTHETIC_SIZE), values)
 
 
-def first_request(request: Request, spec: ModelSpec, changes: Mapping[str, Any]) -> Request:
+def make_float_options(train_options: TrainOptions, spec: ModelSpec, changes: Mapping[str, Any]) -> TrainOptions:
     """What ``train`` is asked for before ``qat``: the same pictures, its own epochs and rates."""
     shared = ("image_size", "limit", "seed", "amp", "synthetic_train", "synthetic_val", "jitter", "data")
     kept = {name: changes[name] for name in shared if name in changes}
-    return replace(request, arch=spec.name, checkpoint=None, recipe=None, changes=kept, distill=None)
+    return replace(train_options, arch=spec.name, checkpoint=None, recipe=None, changes=kept, distill=None)
 
 
 # ---- what is asked for ----
 
 
-def cluster_of(request: Request) -> Cluster:
+def find_cluster(train_options: TrainOptions) -> Cluster:
     """Where to train. With several GPUs this process keeps off them: those that it starts could not use them."""
-    cluster = checked_cluster(request.devices, request.nodes, request.node, request.master)
-    if gpus() and (request.devices == 0 or cluster.world > 1):
+    cluster = check_cluster(train_options.devices, train_options.nodes, train_options.node, train_options.master)
+    if gpus() and (train_options.devices == 0 or cluster.world > 1):
         mge.set_default_device("cpux")
     return cluster
 
@@ -189,79 +195,79 @@ def cluster_of(request: Request) -> Cluster:
 # ---- a run ----
 
 
-def planned(
-    request: Request,
+def make_job(
+    train_options: TrainOptions,
     mode: Mode,
     spec: ModelSpec,
     data: str,
     sets: Sets,
-    beginning: Beginning,
+    initial: InitialWeights,
     changes: Mapping[str, Any],
-) -> Plan:
+) -> TrainJob:
     """A run with its whole recipe. Raises InputError where recipe and pictures do not go together."""
-    classes = beginning.classes or named_classes(sets.train.classes, changes.get("classes"))
-    default_size = beginning.image_size or (SYNTHETIC_SIZE if data == SYNTHETIC else spec.image_size)
+    classes = initial.classes or name_classes(sets.train.classes, changes.get("classes"))
+    default_size = initial.image_size or (SYNTHETIC_SIZE if data == SYNTHETIC else spec.image_size)
     task = Task(
         arch=spec.name,
         mode=mode.value,
         data=data,
         classes=len(classes),
-        pictures=len(sets.train),
+        images=len(sets.train),
         image_size=changes.get("image_size", default_size),
-        start=start_of(beginning, spec),
-        stem_lr=1.0 if beginning.state is None else stem_rate(beginning.state),
-        keep_batch_norm=beginning.keeps_batch_norm,
-        options=beginning.options,
+        start=start_of(initial, spec),
+        stem_lr=1.0 if initial.state is None else input_layer_lr_scale(initial.state),
+        keep_batch_norm=initial.keeps_batch_norm,
+        options=initial.options,
     )
-    recipe = recipe_for(task, {**changes, "classes": len(classes)})
+    recipe = make_recipe(task, {**changes, "classes": len(classes)})
     info = CheckpointInfo(
         arch=spec.name,
         mode=mode.value,
         classes=classes,
         image_size=recipe.image_size,
-        origin=f"trained on {sets.train.name}, from {beginning.origin}",
+        origin=f"trained on {sets.train.name}, from {initial.origin}",
         options=dict(recipe.options),
         target=recipe.target,
         recipe=plain(recipe),
         versions=versions(),
-        preprocessing=beginning.preprocessing,
+        preprocessing=initial.preprocessing,
     )
-    loaders_of(recipe, sets, request, Peers(), info.preprocessing)
-    return Plan(recipe, sets, beginning, info, request)
+    make_loaders(recipe, sets, train_options, ProcessGroup(), info.preprocessing)
+    return TrainJob(recipe, sets, initial, info, train_options)
 
 
-def start_of(beginning: Beginning, spec: ModelSpec) -> Start:
-    if beginning.state is None:
+def start_of(initial: InitialWeights, spec: ModelSpec) -> Start:
+    if initial.state is None:
         return Start.RANDOM
-    return Start.TRAINED if spec.head in beginning.state else Start.NEW_CLASSIFIER
+    return Start.TRAINED if spec.head in initial.state else Start.NEW_CLASSIFIER
 
 
 @contextlib.contextmanager
-def new_run(plan: Plan, watcher: Watcher) -> Iterator[RunFolder]:
+def create_run(job: TrainJob, callbacks: Callbacks) -> Iterator[RunFolder]:
     """A new folder for the run, with its recipe and, for ``qat``, the float network that it begins with."""
-    recipe, request = plan.recipe, plan.request
-    with RunFolder.create(request.save, recipe.arch, recipe.mode, request.tensorboard) as run:
+    recipe, train_options = job.recipe, job.train_options
+    with RunFolder.create(train_options.save, recipe.arch, recipe.mode, train_options.tensorboard) as run:
         if run.notice:
-            watcher.on_remark(run.notice)
+            callbacks.on_message(run.notice)
         run.write_recipe(recipe.to_toml())
         run.note_environment(
             seed=recipe.seed,
             weights={
-                "origin": plan.beginning.origin,
-                "sha256": None if plan.beginning.state is None else fingerprint(plan.beginning.state),
+                "origin": job.initial.origin,
+                "sha256": None if job.initial.state is None else fingerprint(job.initial.state),
             },
-            train=listing_of(plan.sets.train),
-            val=listing_of(plan.sets.val),
-            processes=[this_process(request.workers)],
+            train=listing_of(job.sets.train),
+            val=listing_of(job.sets.val),
+            processes=[this_process(train_options.workers)],
         )
         if recipe.mode == "qat":
-            assert plan.beginning.state is not None
-            normal = replace(plan.info, mode="normal", origin=plan.beginning.origin)
-            write_checkpoint(run.path / FLOAT_START, plan.beginning.state, normal)
+            assert job.initial.state is not None
+            normal = replace(job.info, mode="normal", origin=job.initial.origin)
+            write_checkpoint(run.path / FLOAT_START, job.initial.state, normal)
         yield run
 
 
-def named_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
+def name_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
     """``names``, with more outputs than there are classes of pictures where ``number`` asks for it."""
     if number is None or number == len(names):
         return names
@@ -270,25 +276,25 @@ def named_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]
     return (*names, *(f"class {i}" for i in range(len(names), number)))
 
 
-def resumed(request: Request, mode: Mode, cluster: Cluster, watcher: Watcher) -> Outcome:
+def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callbacks: Callbacks) -> TrainResult:
     """Go on with the run that was interrupted. Raises InputError for options that are not those it began with."""
-    arch = request.arch or resumable_arch(request.save, mode)
-    with RunFolder.open(request.save, spec_of(arch).name, mode.value, request.tensorboard) as run:
+    arch = train_options.arch or find_resumable_arch(train_options.save, mode)
+    with RunFolder.open(train_options.save, spec_of(arch).name, mode.value, train_options.tensorboard) as run:
         state = run.read_state()
-        recipe = recipe_from(state.recipe, str(run.last))
-        refuse_changed(request, recipe, run.path)
+        recipe = restore_recipe(state.recipe, str(run.last))
+        refuse_changed_options(train_options, recipe, run.path)
         if cluster.world != recipe.devices:
             raise InputError(
                 f"{printable(run.path)} was begun on {recipe.devices} devices, not {cluster.world}: give it the same"
             )
         info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
-        run.note_environment(processes=[this_process(request.workers)])
-        sets = read_sets(recipe.data, None, plain(recipe), watcher)
-        sets = Sets(*(matched(dataset, info.classes) for dataset in (sets.train, sets.val)))
-        watcher.on_remark(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
-        plan = Plan(recipe, sets, Beginning(None, info.origin, recipe.options), info, request, state)
-        return finished(plan, run, cluster, watcher)
+        run.note_environment(processes=[this_process(train_options.workers)])
+        sets = read_sets(recipe.data, None, plain(recipe), callbacks)
+        sets = Sets(*(match_classes(dataset, info.classes) for dataset in (sets.train, sets.val)))
+        callbacks.on_message(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
+        job = TrainJob(recipe, sets, InitialWeights(None, info.origin, recipe.options), info, train_options, state)
+        return finish_run(job, run, cluster, callbacks)
 
 
 def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
@@ -313,50 +319,50 @@ def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) ->
     return info
 
 
-def resumable_arch(save: Path, mode: Mode) -> str:
+def find_resumable_arch(save: Path, mode: Mode) -> str:
     """The architecture of the newest run under ``save`` that can go on."""
-    newest = newest_of(path for path in save.glob(f"*.{mode.value}/{LAST}") if path.is_file())
+    newest = find_newest(path for path in save.glob(f"*.{mode.value}/{LAST}") if path.is_file())
     if newest is None:
         raise InputError(f"there is no run of mode {mode.value} under {save} to resume; leave out --resume")
     return newest.parent.name.removesuffix(f".{mode.value}")
 
 
-def finished(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Outcome:
+def finish_run(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callbacks) -> TrainResult:
     """Train until the end of the recipe, then open the best network in its three modes and compare them."""
-    best, start = trained_everywhere(plan, run, cluster, watcher)
+    best, start = train_on_all_devices(job, run, cluster, callbacks)
     run.note_environment(checkpoint_sha256=sha256_of(run.checkpoint))
-    normal, simulated = float_and_simulated(plan, run, watcher)
-    most = COMPARED_AFTER_TRAIN if plan.recipe.mode == "normal" else len(plan.sets.val)
-    pictures = subset(plan.sets.val, min(most, len(plan.sets.val)))
-    how: dict[str, Any] = {"workers": plan.request.workers, "max_bad": plan.request.max_bad}
-    comparison = compared(normal, simulated, pictures, watcher, **how)
-    return Outcome(run.checkpoint, plan.recipe, best, comparison, start)
+    normal, simulated = open_float_and_simulated(job, run, callbacks)
+    most = COMPARED_AFTER_TRAIN if job.recipe.mode == "normal" else len(job.sets.val)
+    images = subset(job.sets.val, min(most, len(job.sets.val)))
+    how: dict[str, Any] = {"workers": job.train_options.workers, "max_bad": job.train_options.max_bad}
+    comparison = compare_modes(normal, simulated, images, callbacks, **how)
+    return TrainResult(run.checkpoint, job.recipe, best, comparison, start)
 
 
-def float_and_simulated(plan: Plan, run: RunFolder, watcher: Watcher) -> tuple[Classifier, Classifier]:
+def open_float_and_simulated(job: TrainJob, run: RunFolder, callbacks: Callbacks) -> tuple[Classifier, Classifier]:
     """The float network and the fake-quantized one. After ``train`` the latter comes from calibration."""
-    if plan.recipe.mode == "qat":
+    if job.recipe.mode == "qat":
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    words = (other, plan.sets.train, CALIBRATED_AFTER_TRAIN, plan.recipe.data, watcher.on_progress)
-    found = calibrated(*words, on_remark=watcher.on_remark)
+    words = (other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks.on_progress)
+    found = calibrate(*words, on_message=callbacks.on_message)
     return normal, found.classifier
 
 
 Figures = tuple[dict[str, float], dict[str, float]]
 
 
-def trained_everywhere(plan: Plan, run: RunFolder, cluster: Cluster, watcher: Watcher) -> Figures:
-    """Train on all devices, as :func:`trained` does on one.
+def train_on_all_devices(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callbacks) -> Figures:
+    """Train on all devices, as :func:`train_on_device` does on one.
 
     Raises ElsewhereError on a machine that is not the first: what was learned lies there.
     """
     try:
-        figures = on_every_device(cluster, partial(trained, plan, run), watcher, plan.request.prepare)
+        figures = launch(cluster, partial(train_on_device, job, run), callbacks, job.train_options.prepare)
     except EndedError:
         saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
-        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", plan.recipe) from None
+        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", job.recipe) from None
     if cluster.node:
         raise ElsewhereError(f"this machine has done its part: the network lies on machine 0, in {printable(run.path)}")
     return figures
@@ -368,43 +374,43 @@ class ElsewhereError(MgqError):
     exit_code = 0
 
 
-def trained(plan: Plan, run: RunFolder, peers: Peers, watcher: Watcher) -> Figures:
+def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
     """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
-    recipe = plan.recipe
-    network = first_network(plan)
+    recipe = job.recipe
+    network = first_network(job)
     teacher = teacher_of(recipe, run) if recipe.mode == "qat" else None
-    train_loader, val_loader = loaders_of(recipe, plan.sets, plan.request, peers, plan.info.preprocessing)
-    examples = examples_of(plan)
-    with training_kernels(watcher), train_loader, val_loader, examples or contextlib.nullcontext():
+    train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
+    examples = examples_of(job)
+    with training_kernels(callbacks), train_loader, val_loader, examples or contextlib.nullcontext():
         trainer = Trainer(
             recipe,
             network,
             train_loader,
             val_loader,
             run,
-            plan.info,
+            job.info,
             teacher,
-            peers,
-            watcher,
-            plan.request.report_every,
+            group,
+            callbacks,
+            job.train_options.report_every,
             examples,
         )
-        if plan.state is not None:
-            trainer.load(plan.state)
+        if job.state is not None:
+            trainer.load(job.state)
         trainer.fit()
     return trainer.best, trainer.start
 
 
-def first_network(plan: Plan) -> M.Module:
+def first_network(job: TrainJob) -> M.Module:
     """The network as the run begins with it; random parts follow from the seed."""
-    recipe, beginning = plan.recipe, plan.beginning
+    recipe, initial = job.recipe, job.initial
     spec = spec_of(recipe.arch)
     mge.random.seed(recipe.seed + 1)
-    drawn = beginning.state is None or spec.head not in beginning.state
+    drawn = initial.state is None or spec.head not in initial.state
     with contextlib.nullcontext() if drawn else without_initialization():
         network = spec.build(recipe.classes, **recipe.options)
-    if beginning.state is not None:
-        load_state(network, {**network.state_dict(), **beginning.state}, beginning.origin)
+    if initial.state is not None:
+        load_state(network, {**network.state_dict(), **initial.state}, initial.origin)
     if recipe.batch_norm_momentum:
         for module in network.modules():
             if isinstance(module, M.BatchNorm2d):
@@ -412,20 +418,20 @@ def first_network(plan: Plan) -> M.Module:
     if recipe.mode != "qat":
         return network
     if recipe.calibrate:
-        equalized(network, None, target_called(recipe.target), in_place=True)
-    return prepared_for_qat(network, recipe.observer, target_called(recipe.target), in_place=True)
+        equalize_channels(network, None, get_target(recipe.target), in_place=True)
+    return prepare_qat(network, recipe.observer, get_target(recipe.target), in_place=True)
 
 
-def examples_of(plan: Plan) -> Loader | None:
+def examples_of(job: TrainJob) -> Loader | None:
     """Pictures to train on, without augmentation, for what the recipe has to be done before the first step."""
-    recipe, pictures = plan.recipe, plan.sets.train
+    recipe, images = job.recipe, job.sets.train
     number = recipe.classifier_pictures
     if recipe.mode == "qat":
-        number = LAYERWISE_PICTURES
+        number = MOST_LAYERWISE_IMAGES
     if number == 0:
         return None
-    few = subset(pictures, min(number, len(pictures)))
-    return measuring_loader(recipe, few, plan.request, plan.info.preprocessing)
+    few = subset(images, min(number, len(images)))
+    return make_measuring_loader(recipe, few, job.train_options, job.info.preprocessing)
 
 
 def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:
@@ -436,12 +442,12 @@ def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:
 
 
 @contextlib.contextmanager
-def training_kernels(watcher: Watcher) -> Iterator[None]:
+def training_kernels(callbacks: Callbacks) -> Iterator[None]:
     """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing."""
     with contextlib.ExitStack() as stack:
         if on_processor():
             try:
                 stack.enter_context(fast_gradients())
             except FailureError as error:
-                watcher.on_remark(f"{error}; training goes on with MegEngine's own kernels, many times slower")
+                callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
         yield

@@ -188,7 +188,7 @@ def _constant(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
     return _Variable(kind, shape, struct.unpack(f"<{shape[0]}i", data) if few else None)
 
 
-def _fed(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
+def _feed(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
     tensor, kind, shape = reader.tensor(operator)
     _demand(reader.input is None and not _parameters(operator, set()))
     _demand(tensor.text(0) == b"data" and 6 not in tensor.fields)
@@ -197,7 +197,7 @@ def _fed(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
     return reader.input
 
 
-def _converted(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _convert(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     kind = _type_of(operator.table(4))
     _demand(operator.table(4) is not None and kind in (FLOAT32, QINT8))
     return _Variable(kind, inputs[0].shape)
@@ -227,7 +227,7 @@ def _elementwise_of_integers(_: _Reader, operator: Table, inputs: _Inputs) -> _V
     return _Variable(QINT8, left.shape)
 
 
-def _convolved(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _convolve(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     source, weights, bias = inputs
     of = _parameters(operator, {0, 2, 4, 5, 6, 7})
     (policy,) = operator.tables(6)
@@ -257,7 +257,7 @@ def _windows(extent: int, window: int, border: int, stride: int) -> int:
     return (extent + 2 * border - window) // stride + 1
 
 
-def _pooled(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _pool(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     (source,) = inputs
     of = _parameters(operator, {0, 1, 2, 3, 4, 5, 6})
     _demand(of.get(0, 0) in (0, 1, 2) and source.type in (FLOAT32, QINT8))
@@ -266,7 +266,7 @@ def _pooled(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     return _Variable(source.type, (batch, channels, high, _windows(width, of.get(6, 2), of.get(2, 0), of.get(4, 2))))
 
 
-def _reshaped(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _reshape(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     source, wanted = inputs
     free = _parameters(operator, {0}).get(0)
     _demand(wanted.values is not None)
@@ -282,7 +282,7 @@ def _reshaped(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     return _Variable(source.type, tuple(shape))
 
 
-def _multiplied(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _multiply(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     """Rows of the first with rows of the second, as a linear layer has them."""
     left, right = inputs
     table = operator.table(4)
@@ -292,7 +292,7 @@ def _multiplied(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     return _Variable(FLOAT32, (left.shape[0], right.shape[0]))
 
 
-def _shuffled(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
+def _shuffle(_: _Reader, operator: Table, inputs: _Inputs) -> _Variable:
     (source,) = inputs
     table = operator.table(4)
     _demand(table is not None and set(table.fields) == {0, 1})
@@ -315,13 +315,13 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     b"ImmutableTensor": _Kind(0x60D52856BBD5A2B1, 2, 0, 0, 1, _constant),
-    b"Host2DeviceCopy": _Kind(0x21D09889FD709229, 2, 63, 0, 1, _fed),
-    b"TypeCvtV2": _Kind(0x32E652780D108CB9, 1, 67, 1, 0, _converted),
+    b"Host2DeviceCopy": _Kind(0x21D09889FD709229, 2, 63, 0, 1, _feed),
+    b"TypeCvtV2": _Kind(0x32E652780D108CB9, 1, 67, 1, 0, _convert),
     b"Elemwise": _Kind(0xD6C488C11172EC08, 1, 17, 2, 0, _elementwise),
     b"ElemwiseMultiType": _Kind(0x6827FAF790D6934A, 1, 18, 2, 0, _elementwise_of_integers),
-    b"ConvBiasForward": _Kind(0xC2910E49BE9F970A, 2, 6, 3, 0, _convolved),
-    b"PoolingV1": _Kind(0x47872BBDCA5F8C6B, 1, 9, 1, 0, _pooled),
-    b"ReshapeV1": _Kind(0xBA3296A9AA9B5098, 1, 54, 2, 0, _reshaped),
-    b"MatrixMulV2": _Kind(0x3107308C558DE242, 1, 20, 2, 0, _multiplied),
-    b"Dimshuffle": _Kind(0xAFB80BBEC293EA6C, 1, 64, 1, 0, _shuffled),
+    b"ConvBiasForward": _Kind(0xC2910E49BE9F970A, 2, 6, 3, 0, _convolve),
+    b"PoolingV1": _Kind(0x47872BBDCA5F8C6B, 1, 9, 1, 0, _pool),
+    b"ReshapeV1": _Kind(0xBA3296A9AA9B5098, 1, 54, 2, 0, _reshape),
+    b"MatrixMulV2": _Kind(0x3107308C558DE242, 1, 20, 2, 0, _multiply),
+    b"Dimshuffle": _Kind(0xAFB80BBEC293EA6C, 1, 64, 1, 0, _shuffle),
 }

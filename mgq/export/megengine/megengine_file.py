@@ -26,7 +26,7 @@ TAIL = 8 + 32 + len(MAGIC)
 MAX_BYTES = 1 << 28
 
 
-class Sealed(NamedTuple):
+class MegEngineFile(NamedTuple):
     """What a ``.megengine`` file holds: MegEngine's graph, what mgq wrote beside it, what the graph takes and gives."""
 
     graph: bytes
@@ -34,14 +34,14 @@ class Sealed(NamedTuple):
     face: Face
 
 
-def sealed_bytes(graph: bytes, about: Mapping[str, Any]) -> bytes:
+def encode_file(graph: bytes, about: Mapping[str, Any]) -> bytes:
     """The contents of a file with ``graph`` and ``about``, which has to be plain data."""
     text = json.dumps(about).encode()
     body = graph + text + struct.pack("<Q", len(text))
     return body + hashlib.sha256(body).digest() + MAGIC
 
 
-def read_sealed(path: Path) -> Sealed:
+def read_megengine_file(path: Path) -> MegEngineFile:
     """Raises InputError where ``path`` is missing, no such file, damaged, or holds a graph that is not mgq's."""
     name = printable(path)
     try:
@@ -62,6 +62,6 @@ def read_sealed(path: Path) -> Sealed:
     except ValueError:
         raise InputError(f"{name} is damaged; write it again by `mgq dump`") from None
     try:
-        return Sealed(bytes(body[:start]), about, face_of(body[:start]))
+        return MegEngineFile(bytes(body[:start]), about, face_of(body[:start]))
     except ForeignGraphError as error:
         raise InputError(f"{name} {error}; write it by `mgq dump`") from None

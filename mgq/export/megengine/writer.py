@@ -18,9 +18,9 @@ from megengine.utils.comp_graph_tools import convert_inputs, convert_outputs
 from megengine.utils.module_utils import set_expand_structure
 
 from mgq.errors import FailureError, InputError, printable
-from mgq.export.megengine.megengine_file import read_sealed, sealed_bytes
+from mgq.export.megengine.megengine_file import encode_file, read_megengine_file
 from mgq.io.atomic import atomic_write
-from mgq.quantization.batch_norm_folding import ConvRelu6, FusedConv, activation_of, folded
+from mgq.quantization.batch_norm_folding import ConvRelu6, FusedConv, activation_of, fold_batch_norms
 from mgq.quantization.float_layers import FloatWeights
 from mgq.quantization.modes import Mode, mode_of
 
@@ -63,15 +63,15 @@ def write_megengine(
 ) -> DumpReport:
     """Write ``network`` to ``path``; the file takes (``batch``, 3, S, S) of ``input_type`` (see ``INPUTS``), BGR.
 
-    A float network is written as :func:`fused`. The file that was written is loaded again by MegEngine Lite, set up as
+    A float network is written as :func:`fuse`. The file that was written is loaded again by MegEngine Lite, set up as
     in use, and run on the pictures ``check``, uint8 (batch, 3, S, S): the logits have to equal the network's in memory
     (fused, if float) to the bit. On some processors MKL rounds by where in memory a matrix lies; then Lite may differ
     by what follows from that rounding, and MegEngine's own loader has to give the same bits. Raises FailureError
     otherwise, and nothing is left at ``path``.
     """
-    in_memory = fused(network) if mode_of(network) is Mode.NORMAL else network
-    fed = as_input(check, input_type)
-    expected = answer(in_memory, fed, input_type)
+    in_memory = fuse(network) if mode_of(network) is Mode.NORMAL else network
+    fed = cast_input(check, input_type)
+    expected = run_graph(in_memory, fed, input_type)
     about = {
         **provenance,
         "input": {"name": "data", "type": input_type, "shape": [batch, 3, image_size, image_size], "order": "BGR"},
@@ -79,8 +79,8 @@ def write_megengine(
     }
     with atomic_write(path) as temporary:
         graph = graph_of(in_memory, fed, input_type)
-        temporary.write_bytes(sealed_bytes(graph, about))
-        exact_in = engine_with_same_bits(graph, fed, expected, rounding_in(network))
+        temporary.write_bytes(encode_file(graph, about))
+        exact_in = find_exact_engine(graph, fed, expected, rounding_in(network))
         if exact_in is None or read_back(temporary, path) != graph:
             raise FailureError(f"{path} is not written: loaded again, it differs from the network in memory")
         size = temporary.stat().st_size
@@ -90,7 +90,7 @@ def write_megengine(
 def read_back(temporary: Path, path: Path) -> bytes:
     """The graph in the file ``temporary``, to be ``path``. Raises FailureError where nobody could read that."""
     try:
-        return read_sealed(temporary).graph
+        return read_megengine_file(temporary).graph
     except InputError as error:
         why = str(error).partition(printable(temporary))[2]
         raise FailureError(f"{path} is not written: loaded again, it{why}") from None
@@ -101,7 +101,7 @@ def rounding_in(network: M.Module) -> float:
     return STEP_OFF if any(isinstance(module, FloatWeights) for module in network.modules()) else ROUNDING
 
 
-def engine_with_same_bits(graph: bytes, fed: npt.NDArray[Any], expected: Logits, rounding: float) -> str | None:
+def find_exact_engine(graph: bytes, fed: npt.NDArray[Any], expected: Logits, rounding: float) -> str | None:
     """The engine in which ``graph`` answers ``expected`` to the bit; None where none does, or Lite is far off.
 
     Lite may be off by ``rounding``, relative to the largest logit.
@@ -118,15 +118,15 @@ def same_bits(logits: Logits, expected: Logits) -> bool:
     return logits.shape == expected.shape and logits.tobytes() == expected.tobytes()
 
 
-def as_input(pictures: npt.NDArray[np.uint8], input_type: str) -> npt.NDArray[Any]:
-    """``pictures`` as a file with input ``input_type`` takes them."""
+def cast_input(images: npt.NDArray[np.uint8], input_type: str) -> npt.NDArray[Any]:
+    """``images`` as a file with input ``input_type`` takes them."""
     if input_type == "uint8":
-        return pictures
-    centered = pictures.astype(np.int16) - 128
+        return images
+    centered = images.astype(np.int16) - 128
     return centered.astype(input_type)
 
 
-def answer(network: M.Module, fed: npt.NDArray[Any], input_type: str) -> Logits:
+def run_graph(network: M.Module, fed: npt.NDArray[Any], input_type: str) -> Logits:
     result: Logits = network(INPUTS[input_type](Tensor(fed))).numpy()
     return result
 
@@ -134,7 +134,7 @@ def answer(network: M.Module, fed: npt.NDArray[Any], input_type: str) -> Logits:
 def graph_of(network: M.Module, fed: npt.NDArray[Any], input_type: str) -> bytes:
     """MegEngine's serialized graph of ``network`` behind its input conversion, optimized for inference.
 
-    That keeps the bits of int8 networks and of float ones that are :func:`fused`.
+    That keeps the bits of int8 networks and of float ones that are :func:`fuse`.
     """
     # The file takes one shape: others are numbers in it, not operators.
     traced = trace(
@@ -219,12 +219,12 @@ class LiteGraph:
         return logits
 
 
-def fused(network: M.Module) -> M.Module:
+def fuse(network: M.Module) -> M.Module:
     """A copy of ``network`` (mode ``normal``) for inference: batch norms folded, each convolution one operator.
 
     It is equal but for rounding, faster in memory, and its file gives the same bits.
     """
-    network = folded(network)
+    network = fold_batch_norms(network)
     kinds = (M.Conv2d, M.ConvRelu2d, ConvRelu6)
     found = network._flatten(with_key=True, with_parent=True, predicate=lambda module: type(module) in kinds)
     for name, conv, _ in list(found):

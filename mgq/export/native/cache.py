@@ -72,7 +72,7 @@ def read_entry(key: str) -> Entry | None:
             content = file.read()
     except OSError:
         return None
-    return parsed(content)
+    return parse_entry(content)
 
 
 def is_own(known: os.stat_result) -> bool:
@@ -80,7 +80,7 @@ def is_own(known: os.stat_result) -> bool:
     return known.st_uid == os.geteuid() and not known.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def parsed(content: bytes) -> Entry | None:
+def parse_entry(content: bytes) -> Entry | None:
     """None where ``content`` is damaged."""
     digest, _, whole = content[len(MAGIC) :].partition(b"\n")
     if not content.startswith(MAGIC) or hashlib.sha256(whole).hexdigest().encode() != digest:

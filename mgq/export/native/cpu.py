@@ -80,7 +80,7 @@ def cpu_names() -> tuple[str, ...]:
     return (NATIVE, *(level.key for level in LEVELS))
 
 
-def level_called(key: str) -> Level:
+def get_level(key: str) -> Level:
     """The level ``key``, or the best that runs here. Raises InputError, which lists them, for any other name."""
     if key == NATIVE:
         return next(level for level in LEVELS if level.runs_here())

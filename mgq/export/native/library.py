@@ -56,7 +56,7 @@ class Library:
         self.constants = reserve(len(self.compiled.constants))
         self.constants[:] = np.frombuffer(self.compiled.constants, np.uint8)
         self.work = [reserve(self.compiled.work) for _ in range(self.threads)]
-        self.engine, self.function = linked(self.compiled.code)
+        self.engine, self.function = link_object(self.compiled.code)
         self.parts = Parts(self.threads)
 
     def run(self, images: Bytes) -> npt.NDArray[np.float32]:
@@ -71,7 +71,7 @@ class Library:
             self.function(self.constants.ctypes.data, work.ctypes.data, image.ctypes.data, answer.ctypes.data)
 
 
-def linked(code: bytes) -> tuple[Any, Any]:
+def link_object(code: bytes) -> tuple[Any, Any]:
     """The object file ``code`` in memory: what keeps it there, and its function."""
     binding = llvm()
     target = binding.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)

@@ -65,7 +65,7 @@ class Tiles:
         return result
 
 
-def folded_bias(layer: Conv | Linear, zero: int) -> Array:
+def fold_zero_point(layer: Conv | Linear, zero: int) -> Array:
     """The bias less what the zero point of the input adds to each sum, int32, which wraps as the sums do."""
     weights = layer.weight.reshape(len(layer.weight), -1).astype(np.int64).sum(1)
     folded: Array = (layer.bias.astype(np.int64) - zero * weights).astype(np.int32)
@@ -99,7 +99,7 @@ def pack_tiles(
     """``places``: the lane of each input, and the lanes of the outputs."""
     inputs, target = places
     weights, used = spread_weights(layer, inputs, target, source.lanes)
-    bias = folded_bias(layer, zero)
+    bias = fold_zero_point(layer, zero)
     if isinstance(layer, Linear):
         tiles = widest_tiles(target.vectors, isa.widest)
     else:
@@ -162,7 +162,7 @@ def pack_depthwise(constants: Constants, layer: Conv, target: Lanes, zero: int) 
         for byte in range(4):
             if 0 <= first + byte < size:
                 packed[:, :, i, :, byte] = whole[:, :, first + byte].reshape(-1, LANES, size).transpose(0, 2, 1)
-    bias = folded_bias(layer, zero)
+    bias = fold_zero_point(layer, zero)
     return (
         constants.add(packed),
         constants.add(target.spread(bias, np.int32)),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mgq.export.native.emit.windows import quads_read
 from mgq.export.native.layout import LANES, Lanes, Storage, arrange
-from mgq.export.native.program import Conv, Layer, Linear, MaxPool, Mean, Program, Shuffle, Sum, refusal
+from mgq.export.native.program import Conv, Layer, Linear, MaxPool, Mean, Program, Shuffle, Sum, make_refusal
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 4096
@@ -114,7 +114,7 @@ class Planner:
                     or len(users[last]) > 1
                     or len(set(layer.inputs)) < 2
                 ):
-                    raise refusal("a sum without a convolution of its own in front")
+                    raise make_refusal("a sum without a convolution of its own in front")
                 merged[last] = layer
         for layer in self.program.layers:
             if isinstance(layer, Shuffle):
@@ -197,7 +197,7 @@ class Planner:
             layout, pad, spare, pooled = self.layout_of(name)
             lanes = 4 if name == first.name else plan.lanes[name].count
             if name == first.name and (layout != "P" or first.channels > 4):
-                raise refusal("a network that does not begin with a convolution")
+                raise make_refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
             result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare)
         for group in plan.groups:
@@ -225,7 +225,7 @@ class Planner:
                 wanted.add("D")
                 spare = max(spare, spare_quads(layer, tensor.width))
                 if len(set(layer.padding[:2])) > 1:
-                    raise refusal("a depthwise convolution with unequal padding")
+                    raise make_refusal("a depthwise convolution with unequal padding")
             elif isinstance(layer, MaxPool):
                 wanted.add("P")
                 pooled = True
@@ -237,13 +237,13 @@ class Planner:
                 wanted.add("P")
         if "D" in wanted:
             if wanted != {"D"}:
-                raise refusal("a depthwise convolution whose input another layer reads, too")
+                raise make_refusal("a depthwise convolution whose input another layer reads, too")
             return "D", pad, spare, False
         if "P" in wanted:
             if "mean" in wanted:
-                raise refusal("an average whose input a convolution reads, too")
+                raise make_refusal("an average whose input a convolution reads, too")
             if pooled and wanted != {"P"} and tensor.zero:
-                raise refusal("a pooling whose input another layer reads, too")
+                raise make_refusal("a pooling whose input another layer reads, too")
             return "P", pad, 0, pooled
         return "A", 0, 0, False
 
@@ -301,7 +301,7 @@ def spare_quads(layer: Conv, width: int) -> int:
 def check_square(layer: Conv | MaxPool) -> None:
     kernel: Sequence[int] = layer.kernel if isinstance(layer, MaxPool) else layer.weight.shape[2:]
     if kernel[0] != kernel[1] or layer.stride[0] != layer.stride[1]:
-        raise refusal("a window that is not square")
+        raise make_refusal("a window that is not square")
 
 
 __all__ = ["LANES", "Family", "Plan", "Step", "make_plan", "window_of"]

@@ -123,12 +123,12 @@ def read_program(model: Any) -> Program:
     return Reader(model).program()
 
 
-def refusal(what: str) -> InputError:
+def make_refusal(what: str) -> InputError:
     return InputError(f"the native engine does not run {what}: pass --engine openvino")
 
 
 @dataclass(frozen=True)
-class Grid:
+class ScaleAndZero:
     scale: Array
     zero: int
 
@@ -141,9 +141,9 @@ class Reader:
 
         self.graph = model.graph
         self.constants: dict[str, Array] = {i.name: numpy_helper.to_array(i) for i in self.graph.initializer}
-        self.values: dict[str, tuple[str, Grid]] = {}  # float tensor -> its integers and their grid
+        self.values: dict[str, tuple[str, ScaleAndZero]] = {}  # float tensor -> its integers and their grid
         self.weights: dict[str, tuple[Array, Array]] = {}  # float constant -> integers and scales
-        self.pending: dict[str, Callable[[str, Grid], None]] = {}  # float result -> what makes integers of it
+        self.pending: dict[str, Callable[[str, ScaleAndZero], None]] = {}  # float result -> what makes integers of it
         self.tensors: dict[str, Tensor] = {}
         self.made: dict[str, tuple[Layer, ...]] = {}
         self.layers: list[Layer] = []
@@ -157,22 +157,22 @@ class Reader:
         source = self.graph.input[0]
         shape = [axis.dim_value for axis in source.type.tensor_type.shape.dim]
         if source.type.tensor_type.elem_type != 2 or len(shape) != 4:
-            raise refusal("a file whose input is not uint8 (N, 3, S, S)")
+            raise make_refusal("a file whose input is not uint8 (N, 3, S, S)")
         if min(shape[1:]) < 1:
-            raise refusal("a file whose image size is open")
+            raise make_refusal("a file whose image size is open")
         self.tensors[source.name] = Tensor(source.name, shape[1], shape[2], shape[3], 1.0, PIXEL_ZERO)
         for node in self.graph.node:
             attributes = {a.name: get_attribute_value(a) for a in node.attribute}
             read = getattr(self, f"read_{node.op_type.lower()}", None)
             if read is None:
-                raise refusal(f"the operator {printable(node.op_type)} of {printable(node.name)}")
+                raise make_refusal(f"the operator {printable(node.op_type)} of {printable(node.name)}")
             try:
                 read(list(node.input), node.output[0], attributes)
             except (KeyError, IndexError, ValueError):  # in a place where mgq does not write it
-                raise refusal(f"the {printable(node.op_type)} of {printable(node.name)} where it stands") from None
+                raise make_refusal(f"the {printable(node.op_type)} of {printable(node.name)} where it stands") from None
         output = self.graph.output[0].name
         if not self.layers or self.layers[-1].output != output or not isinstance(self.layers[-1], Linear):
-            raise refusal("a network whose classifier is not int8")
+            raise make_refusal("a network whose classifier is not int8")
         return Program(tuple(self.layers), self.tensors, source.name, output, self.classes)
 
     def tensor(self, name: str) -> Tensor:
@@ -181,9 +181,9 @@ class Reader:
     def name(self, name: str) -> str:
         return self.same_as.get(name, name)
 
-    def float_input(self, name: str) -> tuple[Tensor, Grid]:
+    def float_input(self, name: str) -> tuple[Tensor, ScaleAndZero]:
         if name not in self.values:
-            raise refusal(f"{printable(name)} in float")
+            raise make_refusal(f"{printable(name)} in float")
         integers, grid = self.values[name]
         return self.tensor(integers), grid
 
@@ -194,41 +194,41 @@ class Reader:
             self.weights[output] = self.constants[source], scales
             return
         integers = self.name(source)
-        self.values[output] = integers, Grid(scales, int(self.constants[zero[0]]))
+        self.values[output] = integers, ScaleAndZero(scales, int(self.constants[zero[0]]))
         if integers == self.graph.input[0].name and float(scales) != 1.0:
-            raise refusal("pixels with a scale other than 1")
+            raise make_refusal("pixels with a scale other than 1")
 
     def read_quantizelinear(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, scale, zero = inputs
-        grid = Grid(self.constants[scale], int(self.constants[zero]))
+        grid = ScaleAndZero(self.constants[scale], int(self.constants[zero]))
         if source in self.values:  # put on the grid that it lies on: the integers stay
             known, old = self.values[source]
             if old.zero != grid.zero or float(old.scale) != float(grid.scale):
-                raise refusal(f"the second grid of {printable(source)}")
+                raise make_refusal(f"the second grid of {printable(source)}")
             self.same_as[output] = known
             return
         if source not in self.pending:
-            raise refusal(f"{printable(source)} in float")
+            raise make_refusal(f"{printable(source)} in float")
         if grid.zero not in (0, PIXEL_ZERO):
-            raise refusal(f"the zero point {grid.zero} of {printable(output)}")
+            raise make_refusal(f"the zero point {grid.zero} of {printable(output)}")
         self.pending.pop(source)(output, grid)
 
     def read_clip(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, low, high = inputs
         if source not in self.tensors:
-            raise refusal(f"a Clip of {printable(source)} in float")
+            raise make_refusal(f"a Clip of {printable(source)} in float")
         limits = int(self.constants[low]), int(self.constants[high])
         self.tensors[source] = replace(self.tensors[source], low=limits[0], high=limits[1])
         self.same_as[output] = source
 
-    def make(self, layer: Layer, shape: tuple[int, int, int], grid: Grid) -> None:
+    def make(self, layer: Layer, shape: tuple[int, int, int], grid: ScaleAndZero) -> None:
         self.tensors[layer.output] = Tensor(layer.output, *shape, float(grid.scale), grid.zero)
         self.layers.append(layer)
 
-    def integers_of(self, names: list[str], source: Grid) -> tuple[Array, Array, Array]:
+    def integers_of(self, names: list[str], source: ScaleAndZero) -> tuple[Array, Array, Array]:
         """Weights, bias int32 and the scales of the sums, float64, one an output."""
         if names[0] not in self.weights:
-            raise refusal(f"{printable(names[0])} in float")
+            raise make_refusal(f"{printable(names[0])} in float")
         weight, scales = self.weights[names[0]]
         outputs = len(weight)
         sums = np.broadcast_to(scales.astype(np.float64) * float(source.scale), (outputs,))
@@ -241,11 +241,11 @@ class Reader:
         stride = tuple(attributes.get("strides", (1, 1)))
         padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
         if tuple(attributes.get("dilations", (1, 1))) != (1, 1):
-            raise refusal("a convolution with dilation")
+            raise make_refusal("a convolution with dilation")
         shape = len(weight), *positions(source, weight.shape[2:], stride, padding)
         groups = attributes.get("group", 1)
 
-        def finish(name: str, to: Grid) -> None:
+        def finish(name: str, to: ScaleAndZero) -> None:
             multiplier = multiplier_of(scales, float(to.scale))
             self.make(Conv((source.name,), name, weight, bias, multiplier, stride, padding, groups), shape, to)
 
@@ -254,7 +254,7 @@ class Reader:
     def read_add(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         (first, one), (second, other) = (self.float_input(name) for name in inputs)
 
-        def finish(name: str, to: Grid) -> None:
+        def finish(name: str, to: ScaleAndZero) -> None:
             factors = [float(multiplier_of(float(grid.scale), float(to.scale))) for grid in (one, other)]
             layer = Sum((first.name, second.name), name, (factors[0], factors[1]))
             self.make(layer, (first.channels, first.height, first.width), to)
@@ -276,7 +276,7 @@ class Reader:
     def read_globalaveragepool(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, grid = self.float_input(inputs[0])
 
-        def finish(name: str, to: Grid) -> None:
+        def finish(name: str, to: ScaleAndZero) -> None:
             count = source.height * source.width
             factor = float(multiplier_of(float(grid.scale) / count, float(to.scale)))
             self.make(Mean((source.name,), name, factor), (source.channels, 1, 1), to)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, imported
+from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
 from mgq.io.limited_io import bytes_of
 from mgq.weights.finite_values import fault_of
 
@@ -39,7 +39,7 @@ class ForeignFile:
     constants: dict[str, Array] = field(repr=False)
 
     @property
-    def picture(self) -> tuple[int, int, int]:
+    def image(self) -> tuple[int, int, int]:
         """Channels, height and width."""
         _, *axes = self.shape
         channels, height, width = (axes[2], axes[0], axes[1]) if self.channels_last else axes
@@ -55,7 +55,7 @@ def is_foreign(path: Path) -> bool:
 
 def model_in(path: Path) -> Any:
     """The ``onnx.ModelProto`` in ``path``. Raises InputError where it cannot be read, or is none."""
-    onnx, name = imported("onnx"), printable(path)
+    onnx, name = import_package("onnx"), printable(path)
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{name} is larger than 2 GB, more than a classifier has: give a smaller network")
@@ -89,14 +89,14 @@ def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile
         said = opsets[0] if opsets else "none"
         raise InputError(f"has opset {said}: export it with one from {OPSETS[0]} to {OPSETS[-1]}")
     if len(model.functions):
-        model = imported("onnx.inliner").inline_local_functions(model)
+        model = import_package("onnx.inliner").inline_local_functions(model)
     if any(node.op_type in QUANTIZED for node in model.graph.node):
         raise InputError("is quantized already: give the float file that it was made from")
     known = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in known]
     if len(inputs) != 1:
         raise InputError(f"has {len(inputs)} inputs: a classifier of pictures has one")
-    shape, last = picture_shape(inputs[0], size)
+    shape, last = image_shape(inputs[0], size)
     if len(model.graph.output) != 1:
         raise InputError(f"has {len(model.graph.output)} outputs: a classifier has one; export it without the others")
     constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
@@ -104,7 +104,7 @@ def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile
     return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants)
 
 
-def picture_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:
+def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:
     """The shape of the input ``value`` for one picture, and whether its channels come last."""
     kind = value.type.tensor_type
     if kind.elem_type in HALVES:
@@ -136,7 +136,7 @@ def picture_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, 
 
 def array_of(tensor: Any, folder: Path) -> Array:
     """The numbers of ``tensor``, which may lie in a file in ``folder``. Raises InputError where they are no weights."""
-    onnx, name = imported("onnx"), printable(tensor.name)[:80]
+    onnx, name = import_package("onnx"), printable(tensor.name)[:80]
     if tensor.data_type in HALVES:
         raise InputError(f"has weights in {HALVES[tensor.data_type]}: export it in float32")
     if tensor.data_location or len(tensor.external_data):

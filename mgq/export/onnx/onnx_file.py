@@ -10,7 +10,7 @@ from typing import Any
 from mgq.errors import InputError, printable
 from mgq.export.onnx.guard import MOST_BYTES, StrangeModelError, output_shapes
 from mgq.io.limited_io import bytes_of, object_in
-from mgq.machine import muted_stderr
+from mgq.machine import mute_stderr
 
 INTEGER_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
 METADATA = "mgq"
@@ -49,11 +49,11 @@ class OnnxFile:
 def read_onnx(path: Path) -> OnnxFile:
     """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
     one needs (see :mod:`mgq.export.onnx.guard`), or where the package that reads it is not installed."""
-    imported("onnx")
-    return parsed_onnx(path, content_of(path))
+    import_package("onnx")
+    return parse_onnx(path, read_content(path))
 
 
-def content_of(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
     """Raises InputError where ``path`` cannot be read, or is larger than a file of a classifier."""
     try:
         return bytes_of(path, MOST_BYTES)
@@ -61,10 +61,10 @@ def content_of(path: Path) -> bytes:
         raise InputError(f"cannot read {printable(path)}: {error.strerror}; check the path") from None
 
 
-def parsed_onnx(path: Path, content: bytes) -> OnnxFile:
+def parse_onnx(path: Path, content: bytes) -> OnnxFile:
     """The ``content`` of the file at ``path``. Raises as :func:`read_onnx` does."""
     name = printable(path)
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     try:
         model = onnx.load_from_string(content)
         answers = output_shapes(model)
@@ -88,10 +88,10 @@ def parsed_onnx(path: Path, content: bytes) -> OnnxFile:
     about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
     quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
-    return OnnxFile(path, content, inputs[0].name, kind, shape, output, known(about), quantized, answer[1])
+    return OnnxFile(path, content, inputs[0].name, kind, shape, output, read_metadata(about), quantized, answer[1])
 
 
-def known(about: str | None) -> dict[str, Any]:
+def read_metadata(about: str | None) -> dict[str, Any]:
     """What mgq wrote into the file; empty where another program wrote it, or that is damaged."""
     try:
         return object_in(about) if about is not None else {}
@@ -99,10 +99,10 @@ def known(about: str | None) -> dict[str, Any]:
         return {}
 
 
-def imported(package: str) -> Any:
+def import_package(package: str) -> Any:
     """Raises InputError where ``package`` is not installed, or fails."""
     try:
-        with muted_stderr():  # OpenVINO's import makes MegEngine's library complain that there is no GPU
+        with mute_stderr():  # OpenVINO's import makes MegEngine's library complain that there is no GPU
             return importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"{package} cannot be imported ({error}): pip install 'mgq[deploy]'") from None

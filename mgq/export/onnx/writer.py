@@ -18,18 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
-from mgq.export.onnx.onnx_file import METADATA, imported
+from mgq.export.onnx.onnx_file import METADATA, import_package
 from mgq.export.onnx.operations import MOVES, pads_of, write_operation
 from mgq.graph.layer_graph import (
     Add,
     Convolution,
     GlobalAverage,
     Graph,
-    Grid,
     Linear,
     MaxPool,
     Node,
     Operation,
+    QuantParams,
     Reshape,
     Transpose,
     Weighted,
@@ -74,7 +74,7 @@ def write_onnx(
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     model = model_of(graph, image_size, batch, provenance)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -94,7 +94,7 @@ def plain_graph(network: M.Module, image_size: int) -> Graph:
 
 def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any]) -> Any:
     """``graph`` as an ONNX model."""
-    onnx = imported("onnx")
+    onnx = import_package("onnx")
     helper, types = onnx.helper, onnx.TensorProto
 
     writer = Writer(graph)
@@ -129,7 +129,7 @@ class Writer:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.make_node = imported("onnx.helper").make_node
+        self.make_node = import_package("onnx.helper").make_node
         self.nodes: list[Any] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.floats: dict[str, str] = {}
@@ -137,7 +137,7 @@ class Writer:
         self.counts: dict[str, str] = {}
 
     def write(self) -> None:
-        grid = self.graph.grids.get(self.graph.input, Grid(1.0))
+        grid = self.graph.grids.get(self.graph.input, QuantParams(1.0))
         assert grid.scale == 1.0
         self.integers[self.graph.input] = INPUT
         if self.graph.input not in self.graph.grids:
@@ -178,7 +178,9 @@ class Writer:
     def counts_of(self, tensor: str) -> str:
         """The name of the integers of ``tensor`` as floats, without their scale."""
         if tensor not in self.counts:
-            value = self.add("Cast", [self.integers[tensor]], f"{tensor}/cast", to=imported("onnx").TensorProto.FLOAT)
+            value = self.add(
+                "Cast", [self.integers[tensor]], f"{tensor}/cast", to=import_package("onnx").TensorProto.FLOAT
+            )
             zero_point = zero_point_of(self.graph.grids[tensor])
             if zero_point:
                 zero = self.constant(f"{tensor}/zero", np.array(zero_point, np.float32))
@@ -186,14 +188,14 @@ class Writer:
             self.counts[tensor] = value
         return self.counts[tensor]
 
-    def grid_constants(self, tensor: str, grid: Grid) -> list[str]:
+    def grid_constants(self, tensor: str, grid: QuantParams) -> list[str]:
         zero_point = zero_point_of(grid)
         return [
             self.constant(f"{tensor}/scale", np.array(grid.scale, np.float32)),
             self.constant(f"{tensor}/zero_point", np.array(zero_point, np.uint8)),
         ]
 
-    def dequantized(self, integers: str, tensor: str, grid: Grid) -> str:
+    def dequantized(self, integers: str, tensor: str, grid: QuantParams) -> str:
         return self.add("DequantizeLinear", [integers, *self.grid_constants(tensor, grid)], f"{tensor}/float")
 
     def finish(self, node: Node, value: str) -> None:
@@ -203,11 +205,11 @@ class Writer:
             self.floats[node.output] = value
             return
         quantized = self.add("QuantizeLinear", [value, *self.grid_constants(node.output, grid)], f"{node.output}/q")
-        lowest, highest = (limit + zero_point_of(grid) for limit in (grid.lowest, grid.highest))
-        if (lowest, highest) != (0, 255):
+        qmin, qmax = (limit + zero_point_of(grid) for limit in (grid.qmin, grid.qmax))
+        if (qmin, qmax) != (0, 255):
             limits = [
                 self.constant(f"{node.output}/{name}", np.array(limit, np.uint8))
-                for name, limit in (("lowest", lowest), ("highest", highest))
+                for name, limit in (("lowest", qmin), ("highest", qmax))
             ]
             quantized = self.add("Clip", [quantized, *limits], f"{node.output}/clipped")
         self.integers[node.output] = quantized
@@ -335,14 +337,14 @@ class Writer:
         if grid is None:
             filling: npt.NDArray[Any] = np.array(value, np.float32)
         else:
-            steps = int(np.clip(np.rint(value / grid.scale), grid.lowest, grid.highest))
+            steps = int(np.clip(np.rint(value / grid.scale), grid.qmin, grid.qmax))
             filling = np.array(steps + zero_point_of(grid), np.uint8)
         pads = self.constant(f"{node.output}/pads", np.array(pads_of(node), np.int64))
         self.move(node, "Pad", [pads, self.constant(f"{node.output}/value", filling)])
 
 
-def zero_point_of(grid: Grid) -> int:
+def zero_point_of(grid: QuantParams) -> int:
     """That of uint8: what lies below 0 on ``grid`` lies below it."""
-    if grid.lowest >= 0:
+    if grid.qmin >= 0:
         return 0
-    return -grid.lowest if grid.highest - grid.lowest == UINT8_MAX else PIXEL_ZERO
+    return -grid.qmin if grid.qmax - grid.qmin == UINT8_MAX else PIXEL_ZERO

@@ -101,8 +101,8 @@ def check(level: Level) -> str:
             f'  %leaf{i} = call {state} asm sideeffect "cpuid", '
             f'"={{ax}},={{bx}},={{cx}},={{dx}},{{ax}},{{cx}}"(i32 {leaf.leaf}, i32 {leaf.subleaf})',
             f"  %register{i} = extractvalue {state} %leaf{i}, {leaf.register}",
-            f"  %bits{i} = and i32 %register{i}, {signed(leaf.mask)}",
-            f"  %has{i} = icmp eq i32 %bits{i}, {signed(leaf.mask)}",
+            f"  %bits{i} = and i32 %register{i}, {as_signed(leaf.mask)}",
+            f"  %has{i} = icmp eq i32 %bits{i}, {as_signed(leaf.mask)}",
             f"  %ok{i + 1} = and i1 %ok{i}, %has{i}",
         ]
         count = i + 1
@@ -125,7 +125,7 @@ def check(level: Level) -> str:
     return f"define i32 @mgq_runs_here() {PLAIN} {{\n{body}\n}}"
 
 
-def signed(value: int) -> int:
+def as_signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 

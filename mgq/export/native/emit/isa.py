@@ -31,7 +31,7 @@ def halves(code: Code, kind: str, value: Value, count: int) -> list[Value]:
     return [code.shuffle(kind, value, "undef", list(range(start, start + count))) for start in (0, count)]
 
 
-def joined(code: Code, kind: str, parts: list[Value], count: int) -> Value:
+def join_vectors(code: Code, kind: str, parts: list[Value], count: int) -> Value:
     return code.shuffle(kind, parts[0], parts[1], list(range(2 * count)))
 
 
@@ -92,7 +92,7 @@ class Portable:
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
         """Four vectors of 16 integers as bytes: by four of the 16, one vector after the other."""
         narrow = [code.value(f"trunc {INTS} {value} to <16 x i8>") for value in four]
-        pairs = [joined(code, "<16 x i8>", narrow[i : i + 2], 16) for i in (0, 2)]
+        pairs = [join_vectors(code, "<16 x i8>", narrow[i : i + 2], 16) for i in (0, 2)]
         order = [16 * vector + 4 * part + i for part in range(4) for vector in range(4) for i in range(4)]
         result = code.shuffle("<32 x i8>", pairs[0], pairs[1], order)
         if to.zero:
@@ -171,7 +171,7 @@ class Avx2(Saturating):
         for value, weight in zip(values, weights, strict=True):
             pairs = zip(halves(code, SHORTS, value, 16), halves(code, SHORTS, weight, 16), strict=True)
             parts = [code.call("<8 x i32>", name, ("<16 x i16>", x), ("<16 x i16>", w)) for x, w in pairs]
-            total = code.value(f"add {INTS} {total}, {joined(code, '<8 x i32>', parts, 8)}")
+            total = code.value(f"add {INTS} {total}, {join_vectors(code, '<8 x i32>', parts, 8)}")
         return total
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
@@ -179,7 +179,7 @@ class Avx2(Saturating):
             code.call("<8 x i32>", "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", half))
             for half in halves(code, FLOATS, value, 8)
         ]
-        return joined(code, "<8 x i32>", parts, 8)
+        return join_vectors(code, "<8 x i32>", parts, 8)
 
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
         split = [halves(code, INTS, value, 8) for value in four]
@@ -196,7 +196,7 @@ class Avx2(Saturating):
                 for i in (0, 2)
             ]
             parts.append(code.call("<32 x i8>", name, ("<16 x i16>", shorts[0]), ("<16 x i16>", shorts[1])))
-        return self.finished(code, joined(code, "<32 x i8>", parts, 32), to)
+        return self.finished(code, join_vectors(code, "<32 x i8>", parts, 32), to)
 
 
 class AvxVnni(Avx2):
@@ -213,4 +213,4 @@ class AvxVnni(Avx2):
             code.call("<8 x i32>", "llvm.x86.avx512.vpdpbusd.256", *(("<8 x i32>", part[side]) for part in split))
             for side in (0, 1)
         ]
-        return joined(code, "<8 x i32>", parts, 8)
+        return join_vectors(code, "<8 x i32>", parts, 8)

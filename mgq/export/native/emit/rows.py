@@ -211,7 +211,7 @@ def finish_quad(
     if kernel.residual is not None:
         others = residual_of(kernel.residual, code, residual, (j, quad), vector)
         values = [
-            None if mine is None else summed(isa, kernel.residual, code, mine, other)
+            None if mine is None else sum_values(isa, kernel.residual, code, mine, other)
             for mine, other in zip(values, others, strict=True)
         ]
     store_quad(isa, code, values, kernel.to, kernel.limit, kernel.target, target, (j, quad), vector)
@@ -271,7 +271,7 @@ def residual_of(residual: Residual, code: Code, pointer: Value, place: tuple[int
     return results
 
 
-def summed(isa: Portable, residual: Residual, code: Code, mine: Value, other: Value) -> Value:
+def sum_values(isa: Portable, residual: Residual, code: Code, mine: Value, other: Value) -> Value:
     """Own value, put on its own grid first, and the other one, each times its factor."""
     parts = []
     for value, place in ((isa.requantized(code, mine, residual.own), 0), (other, 64)):
