@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.datasets import subset
+from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.open import find_newest_arch, open_classifier
@@ -21,16 +22,19 @@ BUILDER_OPTIONS = ("width", "activation")
 PATHS = ("data", "save", "checkpoint", "recipe")
 
 
+@accept_old_keywords(watcher="callbacks")
 def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
-    ``words`` are the command's options with underscores: fields of :class:`mgq.engine.training.train_options.TrainOptions`,
-    values of :class:`mgq.engine.training.recipe.Recipe`, and the builder's ``width`` and ``activation``. Raises
-    InputError for words that cannot be, and what :func:`mgq.engine.training.training_run.train` raises.
+    ``words`` are the command's options with underscores: fields of
+    :class:`mgq.engine.training.train_options.TrainOptions`, values of :class:`mgq.engine.training.recipe.Recipe`, and
+    the builder's ``width`` and ``activation``. Raises InputError for words that cannot be, and what
+    :func:`mgq.engine.training.training_run.train` raises.
     """
     return training_run.train(make_train_options(words), callbacks)
 
 
+@accept_old_keywords(watcher="callbacks")
 def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
     ``distill=True``."""

@@ -21,6 +21,7 @@ from mgq.errors import InputError
 from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measure_ranges
 from mgq.ptq.easyquant import SampledConvolution, cosine
 from mgq.ptq.patches import pick_positions, sample_positions
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.activation_ranges import (
     ActivationRanges,
     apply_ranges,
@@ -130,7 +131,7 @@ class TestEachMethod:
 
     def test_a_run_says_by_which_method(self, method: str, tmp_path: Path) -> None:
         own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-        found = calibrate(own, list_sources(Images()), 3, method=method)
+        found = calibrate(own, list_sources(Images()), 3, config=CalibrationConfig(method=method))
         assert found.used == 3
         assert found.ranges.provenance["method"] == found.ranges.observer == method
         assert f"--method {method}" in found.ranges.provenance["made_by"]
@@ -157,7 +158,9 @@ class TestMethods:
     def test_an_unknown_one_is_refused_with_those_there_are(self) -> None:
         for call in (
             lambda: ranges_by("best"),
-            lambda: calibrate(classifier_of(SHUFFLE), list_sources(Images()), 1, method="best"),
+            lambda: calibrate(
+                classifier_of(SHUFFLE), list_sources(Images()), 1, config=CalibrationConfig(method="best")
+            ),
         ):
             with pytest.raises(InputError) as error:
                 call()
@@ -170,14 +173,14 @@ class TestMethods:
         monkeypatch.setattr("mgq.ptq.calibrate.MOST_LAYERWISE_IMAGES", 2)
         for method, used in (("easyquant", 2), ("min-max", 4)):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-            found = calibrate(own, Images(), 4, method=method)
+            found = calibrate(own, Images(), 4, config=CalibrationConfig(method=method))
             assert found.used == found.ranges.provenance["images"] == used
 
     def test_a_data_set_is_as_good_as_files(self) -> None:
         found = []
         for sources in (Images(), list_sources(Images())):
             own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
-            found.append(calibrate(own, sources, 4, method="min-max"))
+            found.append(calibrate(own, sources, 4, config=CalibrationConfig(method="min-max")))
         assert found[0].ranges == found[1].ranges
         assert found[0].used == 4
 

@@ -14,6 +14,8 @@ from mgq.data.image_sources import expand
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.engine.calibration.image_variety import FEWEST, Likeness
 from mgq.engine.classifier.open import Classifier
+from mgq.events import Callbacks
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.zoo.registry import spec_of
 from tests.conftest import Mgq, blank, classifier_of, filled, one_line_about, smooth_images, the_error, write_images
@@ -139,7 +141,8 @@ def test_eval_measures_any_subset_of_the_classes(
 def test_one_image_and_two_calibrate_with_a_warning(tmp_path: Path, number: int, quality: str) -> None:
     sources = expand([str(write_images(tmp_path / "set", number))])
     remarks: list[str] = []
-    found = calibrate(classifier_of(ARCH), sources, 256, quality=quality, on_message=remarks.append)
+    config, callbacks = CalibrationConfig(quality), Callbacks(on_message=remarks.append)
+    found = calibrate(classifier_of(ARCH), sources, 256, config=config, callbacks=callbacks)
     assert found.used == number and found.classifier.mode is Mode.QAT
     warning, done = remarks
     assert one_line_about(warning, f"calibrated on {number} picture", "so few")

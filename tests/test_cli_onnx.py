@@ -14,6 +14,7 @@ from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import expand
 from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.open import open_classifier
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.targets import ONNX
 from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, the_error
 
@@ -45,7 +46,10 @@ def float_checkpoint(short_shufflenet: None, tmp_path_factory: pytest.TempPathFa
 def calibrated(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a network for the target onnx."""
     found = calibration_run.calibrate(
-        classifier_of(ARCH), expand([str(bundled_cat())]), 1, target=ONNX, weight_rounding="nearest"
+        classifier_of(ARCH),
+        expand([str(bundled_cat())]),
+        1,
+        config=CalibrationConfig(target=ONNX, weight_rounding="nearest"),
     )
     return found.write(tmp_path_factory.mktemp("calibrated"))
 

@@ -19,7 +19,7 @@ from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, search_
 from mgq.engine.classifier.mode_comparison import Comparison
 from mgq.errors import InputError
 from mgq.ptq.calibrate import calibrate_data_free_network
-from mgq.ptq.presets import adapt_preset, get_preset
+from mgq.ptq.presets import CalibrationConfig, get_preset
 from mgq.ptq.steps import CorrectBias, RoundWeights
 from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
@@ -70,12 +70,12 @@ class TestQuality:
         assert one_line_about(str(error.value), "'great'", *QUALITIES)
 
     def test_what_is_said_wins_over_the_quality(self) -> None:
-        preset = adapt_preset(get_preset("balanced"), "ema", True, True)
+        preset = CalibrationConfig(method="ema").make_preset()
         assert all(step.name == "ranges by ema" for steps in preset.grids for step in steps if "ranges" in step.name)
-        nearest = adapt_preset(get_preset("balanced"), None, True, False)
+        nearest = CalibrationConfig(weight_rounding="nearest").make_preset()
         assert nearest.finishes == (CorrectBias(),)
         assert all(step.name.startswith("ranges") for steps in nearest.grids for step in steps)
-        uncorrected = adapt_preset(get_preset("balanced"), None, False, True)
+        uncorrected = CalibrationConfig(correct_bias=False).make_preset()
         assert all(isinstance(step, RoundWeights) and not step.correct_bias for step in uncorrected.finishes)
         assert uncorrected.preview is None
 

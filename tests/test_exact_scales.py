@@ -287,7 +287,7 @@ class TestFixedScales:
 
 def with_ranges(network: M.Module) -> M.Module:
     """In mode ``qat`` with ranges of the right size; quantization is on."""
-    watched, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", False, False, target=ONNX)
+    watched, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", False, "nearest", target=ONNX)
     for layer in find_quantized_layers(watched).values():
         observer = layer.act_observer
         set_range(observer, float(observer.min_val.numpy()) * 0.93, float(observer.max_val.numpy()) * 0.93)

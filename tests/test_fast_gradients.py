@@ -29,7 +29,7 @@ from mgq.cpu_kernels.autograd_functions import (
     FoldedConvolution,
     NormalizedConvolution,
 )
-from mgq.cpu_kernels.elementwise import PIECE, apply_mask, clamp_below, extremes, in_pieces
+from mgq.cpu_kernels.elementwise import PIECE, add_to_histograms, apply_mask, clamp_below, extremes, in_pieces
 from mgq.cpu_kernels.fake_quantization import quantizer_of
 from mgq.errors import FailureError
 from mgq.machine import usable_cores
@@ -502,3 +502,22 @@ def test_a_missing_onednn_is_one_line_that_says_how_to_get_it(monkeypatch: pytes
         pass
     assert one_line_about(str(caught.value), "oneDNN", "no-such-package")
     assert not fast_gradients_enabled()
+
+
+def test_histograms_are_numpys() -> None:
+    """Each row has bins of its own; values at the ends, of 0 and of rows without a width fall where they should."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 5000)).astype(np.float32)
+    values[0, :1000], values[2] = 0, 7.0
+    weights = rng.normal(size=values.shape).astype(np.float32)
+    lowest, highest = values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    squares, sums = np.zeros((3, 64)), np.zeros((3, 16), np.float32)
+    add_to_histograms(values, weights, lowest, highest, squares, sums)
+    assert squares[2, 0] == pytest.approx(np.square(weights[2], dtype=np.float64).sum(), rel=1e-5)
+    for row in (0, 1):
+        counted = values[row] != 0
+        ends = (lowest[row], highest[row])
+        for bins, found, wanted in ((64, squares, weights**2), (16, sums, weights)):
+            expected, _ = np.histogram(values[row][counted], bins, ends, weights=wanted[row][counted])
+            # A value next to the edge of a bin may be on the other side of it in float32.
+            assert np.abs(found[row] - expected).sum() < 0.01 * np.abs(wanted[row]).sum()

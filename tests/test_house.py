@@ -13,6 +13,7 @@ import mgq
 
 ROOT = Path(mgq.__file__).parent
 ROOMS = (
+    "deprecation",
     "errors",
     "events",
     "machine",
@@ -43,7 +44,7 @@ KNOWS_NOTHING_OF = {
     "quantization": {"system", "weights", "data"},
     "graph": {"system", "io", "weights", "data"},
     "cpu_kernels": {"system", "io", "weights", "data", "graph"},
-    "ptq": {"system", "io", "weights", "data", "cpu_kernels"},
+    "ptq": {"system", "io", "weights", "data"},
     "export": {"system", "data", "zoo", "cpu_kernels", "ptq"},
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
 }

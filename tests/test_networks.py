@@ -31,9 +31,10 @@ from mgq.engine.classifier.open import (
 from mgq.engine.classifier.predict import BATCH, best_scores, predict, read_crops
 from mgq.engine.runs.provenance import read_environment
 from mgq.errors import InputError
-from mgq.events import Progress
+from mgq.events import Callbacks, Progress
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import measure_ranges
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
@@ -303,8 +304,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "02a.png").write_bytes(b"no picture")
     sources = expand([str(folder), str(folder.parent / "missing.png")])
     events: list[Progress] = []
-    words = (sources, 10, "made-up pictures", events.append, "min-max")
-    return Run(calibrate(classifier_of(SHUFFLE), *words, weight_rounding="nearest"), sources, events)
+    config = CalibrationConfig(method="min-max", weight_rounding="nearest")
+    found = calibrate(classifier_of(SHUFFLE), sources, 10, "made-up pictures", config, Callbacks(events.append))
+    return Run(found, sources, events)
 
 
 class TestCalibration:

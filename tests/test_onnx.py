@@ -208,11 +208,11 @@ class TestTarget:
         wanted = np.abs(weight).max(1) / 127
         assert (scales[:, 0] > 0.99 * wanted).all() and (scales[:, 0] < 1.13 * wanted).all()
 
-    @pytest.mark.parametrize("compensate", [False, True])
-    def test_without_vnni_weights_stay_where_no_sum_saturates(self, compensate: bool, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+    def test_without_vnni_weights_stay_where_no_sum_saturates(self, rounding: str, tmp_path: Path) -> None:
         arch = "shufflenet_v1_x0_5_g3"
         network = calibrate_network(
-            float_network(arch), [IMAGES], arch, "", {}, compensate=compensate, target=ONNX_AVX2
+            float_network(arch), [IMAGES], arch, "", {}, weight_rounding=rounding, target=ONNX_AVX2
         )[0]
         assert target_of(network) is ONNX_AVX2
         found = [n.integers for n in graph_of(network, SIZE).nodes if isinstance(n, Convolution | Linear)]

@@ -18,9 +18,19 @@ from mgq.engine.calibration.calibration_run import calibrate
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
 from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, get_preset
+from mgq.ptq.presets import PRESETS, CalibrationConfig, get_preset
 from mgq.ptq.range_measurement import as_input
-from mgq.ptq.steps import Draft, Images, RangesByLogits, RangesBySeen, RoundWeights, Step, in_batches, logits_of
+from mgq.ptq.steps import (
+    Draft,
+    Equalize,
+    Images,
+    RangesByLogits,
+    RangesBySeen,
+    RoundWeights,
+    Step,
+    in_batches,
+    logits_of,
+)
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import classifier_of, smooth_images
 from tests.test_equalization import network_of, with_true_statistics
@@ -207,16 +217,26 @@ class TestReactions:
                 real = float(np.square(logits_of(network, IMAGES) - exact).sum())
             finally:
                 hook.remove()
-            assert 0.25 < reaction.noise(limit, 127.5) / real < 4
+            assert 0.25 < reaction.noises(np.array([limit]), 127.5).item() / real < 4
 
     def test_values_that_matter_to_no_logit_may_be_clipped(self) -> None:
         rng = np.random.default_rng(0)
         values = rng.normal(0, 1, (8, 4, 6, 6)).astype(np.float32)
         gradients = rng.normal(0, 1, values.shape).astype(np.float32)
         values[:, 0, 0, 0], gradients[:, 0, 0, 0] = 50.0, 0.0
-        reaction = Reaction(-4.0, 50.0, np.zeros((4, 512)))
+        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) < 10
+
+    def test_reactions_of_channels_made_larger_are_those_measured_again(self) -> None:
+        """Equalized channels need no second look at the images."""
+        draft = Draft(trained_like(SHUFFLE, {}), IMAGES[:16], ONNX)
+        foretold = Equalize().apply(draft)
+        again = replace(foretold, measured=None)
+        assert foretold.reactions.keys() == again.reactions.keys()
+        for name, reaction in again.reactions.items():
+            half = 127.5
+            assert foretold.reactions[name].best_limit(half) == pytest.approx(reaction.best_limit(half), rel=0.1), name
 
     def test_layers_that_give_nothing_are_left_out(self) -> None:
         network = trained_like("mobilenet_v2", {})
@@ -263,7 +283,7 @@ class Drawn:
 
 
 def test_analysis_tells_what_calibration_tried_of_just_these_weights(tmp_path: Path) -> None:
-    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, target=ONNX, quality="fast")
+    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, config=CalibrationConfig("fast", target=ONNX))
     made.write(tmp_path)
     assert made.found is not None
     found = calibration_of(made.classifier, [], tmp_path)

@@ -56,6 +56,10 @@ class Row:
         """Whether it was timed, and on the right work, as far as that is known."""
         return self.speed is not None and (bool(self.file) or (self.agreement is not None and self.agreement.holds))
 
+    def to_json(self) -> dict[str, Any]:
+        agreement = self.agreement.to_json() if self.agreement else None
+        return asdict(self) | {"agreement": agreement, "sound": self.sound, "remark": self.remark}
+
     @property
     def remark(self) -> str | None:
         """Why the row has no times, or why they should not be trusted; None for a sound row."""
@@ -156,7 +160,8 @@ class Report:
             ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.image}"),
             (
                 "measured",
-                f"{settings.load.value}, {pluralize(settings.rounds, 'round')} in shuffled turns, a pinned process a row",
+                f"{settings.load.value}, {pluralize(settings.rounds, 'round')} in shuffled turns, "
+                "a pinned process a row",
             ),
             *([("peak", "; ".join(map(peak_text, self.peaks)))] if self.peaks else []),
             ("load at start", ", ".join(f"{value:.2f}" for value in machine.load) or "unknown"),
@@ -175,7 +180,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of it with every raw sample, a line a row; numbers that are not finite become null."""
-        rows = [asdict(row) | {"sound": row.sound, "remark": row.remark} for row in self.rows]
+        rows = [row.to_json() for row in self.rows]
         compared = [
             {"network": network, "one": found.one.name, "other": found.other.name, **asdict(found.speedup)}
             for network in self.settings.networks
@@ -207,7 +212,8 @@ def finite(value: Any) -> Any:
 
 
 def peak_text(peak: Peak) -> str:
-    return f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {pluralize(peak.threads, 'thread')} ({peak.instruction})"
+    threads = pluralize(peak.threads, "thread")
+    return f"{peak.precision.value} {peak.macs / 1e9:.0f} GMAC/s on {threads} ({peak.instruction})"
 
 
 def make_rows(entries: Sequence[CaseResult], settings: Settings) -> tuple[Row, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,10 @@ class Agreement:
     largest_difference: float
     likeness: float = field(default=1.0, compare=False)
     rounds_otherwise: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields by the names that reports have had from the beginning."""
+        return {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
 
     @property
     def holds(self) -> bool:

@@ -77,8 +77,19 @@ def analyze(
 
     check_page_path(html or Path("analysis.html"))
     with progress() as on_progress:
-        words = (data, files or [], arch, checkpoint, save, pretrained or False, target, images, on_progress, note)
-        found = analysis.analyze(*words, key)
+        found = analysis.analyze(
+            data=data,
+            files=files or [],
+            arch=arch,
+            checkpoint=checkpoint,
+            save=save,
+            pretrained=pretrained or False,
+            target=target,
+            images=images,
+            on_progress=on_progress,
+            on_message=note,
+            key=key,
+        )
     for remark in [*found.remarks, *found.images.problems]:
         note(remark)
     page = html or Path(f"{found.classifier.spec.name}.analysis.html")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mgq.cli.help_layout import OUTPUT
-from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, wish_of
+from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, make_wish
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
     RUNS,
@@ -27,16 +27,14 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    find_arch,
-    open_network,
     prepare_megengine,
 )
 
 if TYPE_CHECKING:
+    from mgq.engine.calibration.calibrate_options import CalibrateOptions
+    from mgq.engine.calibration.calibration_job import CalibrationResult
     from mgq.engine.calibration.mixed_precision import MixedPrecisionResult
     from mgq.engine.classifier.deployment import Deployment
-
-WITHOUT = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
 
 
 def show_deployment(deployment: Deployment) -> None:
@@ -166,123 +164,74 @@ def calibrate(
       mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
       mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
     """
-    from mgq.cli.console import duration, note, progress, say, show_table
+    from mgq.cli.console import note, progress
     from mgq.data.image_sources import expand, refuse_hopeless
-    from mgq.errors import InputError
-    from mgq.io.atomic import ensure_writable_folder
+    from mgq.engine.calibration.calibrate_options import CalibrateOptions
+    from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 
-    if data_free and (files or method or nearest or ranges_file is not None):
-        raise InputError("--data-free looks at no pictures: leave out FILES, --method, --nearest and --ranges")
-    if max_drop is not None and (data_free or ranges_file is not None):
-        raise InputError("--max-drop measures on pictures: leave out --data-free and --ranges")
-    refuse_hopeless(expand(files or [], note))
-    wish = wish_of(preprocess, mean, std, rgb, size, labels)
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
-    arch = arch or (None if checkpoint or pretrained else find_arch(save, "normal"))
-    words = (arch, checkpoint, "normal", save, pretrained, None, width, image_size)
-    with progress() as on_progress:
-        classifier = open_network(*words, on_progress, key=key)
-        from mgq.data.datasets import subset
-        from mgq.engine.calibration.calibration_images import find_images_nearby
-        from mgq.engine.calibration.calibration_run import calibrate, calibrate_data_free, estimate_seconds
-        from mgq.engine.calibration.mixed_precision import rank_layers, search_float_layers
-        from mgq.engine.classifier.evaluate import evaluate
-        from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
-        from mgq.engine.classifier.open import Classifier
-        from mgq.events import Callbacks
-        from mgq.ptq.calibrate import count_images_used
-        from mgq.quantization.option_names import BEST
-        from mgq.quantization.targets import MEGENGINE, ONNX, get_target
-
-        used = count_images_used(method, images) if method else images
-        compensate = not nearest and ranges_file is None  # which would fit the rounded weights alone
-        default = ONNX if classifier.spec.is_described else MEGENGINE
-        kind = get_target(target or default.name)
-        found = find_images_nearby(classifier, files or [], data, 0 if data_free else used, on_progress, note)
-        labelled = subset(found.labelled, limit) if limit and found.labelled is not None else found.labelled
-        how: dict[str, Any] = {"workers": workers, "max_bad": max_bad}
-        callbacks = Callbacks(on_progress, note)
-        for folder in (save, ranges_file.absolute().parent if ranges_file is not None else save):
-            ensure_writable_folder(folder)  # found out before the work, which takes minutes
-        comparison: Comparison | None = None
-        mixed: MixedPrecisionResult | None = None
-        if data_free or found.sources is None:
-            note("no pictures: ranges and corrections follow from the batch norms" + ("" if data_free else WITHOUT))
-            result = calibrate_data_free(classifier, kind)
-        else:
-            number = min(used, len(found.sources))
-            seconds = estimate_seconds(classifier, number, quality, method)
-            if quality == BEST:
-                note("--quality best is balanced now, which tries as much: it will go in the next release")
-            note(f"calibrating on {number} pictures, quality {quality}: about {duration(seconds)}")
-            how_to = (images, about or found.name, on_progress, method, correct_bias, compensate, kind, quality)
-            sources = found.sources
-            if max_drop is None:
-                result = calibrate(classifier, sources, *how_to, on_message=note)
-            elif labelled is None:
-                raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
-            else:
-                shown, known = labelled, evaluate(classifier, labelled, on_progress=on_progress, **how)
-
-                note_once = functools.cache(note)  # the same pictures come again and again
-
-                def compare(other: Classifier) -> Comparison:
-                    return compare_modes(classifier, other, shown, callbacks, known, **how)
-
-                mixed = search_float_layers(
-                    max_drop,
-                    rank_layers(classifier, kind),
-                    lambda float_layers: calibrate(classifier, sources, *how_to, float_layers, note_once),
-                    compare,
-                )
-                result, comparison = mixed.calibration, mixed.comparison
-        for problem in result.problems:
-            note(problem)
-        path = result.write(save)
-        if ranges_file is not None:
-            result.write_ranges(ranges_file)
-        if labelled is not None and comparison is None:
-            comparison = compare_modes(classifier, result.classifier, labelled, callbacks, **how)
-        deployment = None
-        if classifier.spec.is_described and found.sources is not None:
-            from mgq.engine.calibration.calibration_images import few_crops
-            from mgq.engine.classifier.deployment import deploy
-
-            file = path.parent / f"{classifier.spec.name}.int8.onnx"
-            crops = few_crops(classifier, labelled if labelled is not None else found.sources)
-            deployment = deploy(classifier, result.classifier, file, crops)
-    if as_json:
-        document = {
-            "arch": result.classifier.spec.name,
-            "target": kind.name,
-            "method": result.ranges.observer,
-            "pictures": result.used,
-            "weights": classifier.origin,
-            "checkpoint": str(path),
-            "comparison": comparison.to_json() if comparison else None,
-            "float_layers": list(mixed.float_layers) if mixed else [],
-            "slowdown": mixed.slowdown if mixed else 1.0,
-            "deployment": deployment.to_json() if deployment else None,
-        }
-        sys.stdout.write(json.dumps(document) + "\n")
-        return
-    say(
-        f"{classifier.spec.name}: ranges of {len(result.ranges.ranges)} layers from "
-        f"{result.used or 'no'} pictures by {result.ranges.observer}, target {kind.name}, "
-        f"weights: {classifier.origin}"
+    options = CalibrateOptions(
+        files=files or [],
+        data=data,
+        arch=arch,
+        checkpoint=checkpoint,
+        key=key,
+        images=images,
+        preset=quality,
+        method=method,
+        data_free=data_free,
+        correct_bias=correct_bias,
+        weight_rounding=TO_NEAREST if nearest else BY_GPTQ,
+        max_drop=max_drop,
+        target=target,
+        save=save,
+        limit=limit,
+        workers=workers,
+        max_bad=max_bad,
+        ranges_file=ranges_file,
+        about=about,
+        pretrained=pretrained or False,
+        width=width,
+        image_size=image_size,
     )
+    options.refuse_contradictions()
+    refuse_hopeless(expand(files or [], note))
+    wish = make_wish(preprocess, mean, std, rgb, size, labels)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
+    options = replace(options, checkpoint=checkpoint)
+    with progress() as on_progress:
+        from mgq.engine.calibration.calibration_job import run_calibration
+        from mgq.events import Callbacks
+
+        result = run_calibration(options, Callbacks(on_progress, note))
+    if as_json:
+        sys.stdout.write(json.dumps(result.to_json()) + "\n")
+    else:
+        show_calibration(result, options)
+
+
+def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> None:
+    """Print what was calibrated, what it costs in accuracy, and where it lies."""
+    from mgq.cli.console import note, say, show_table
+
+    found = result.calibration
+    say(
+        f"{found.classifier.spec.name}: ranges of {len(found.ranges.ranges)} layers from "
+        f"{found.used or 'no'} pictures by {found.ranges.observer}, target {found.ranges.target}, "
+        f"weights: {result.weights}"
+    )
+    comparison = result.comparison
     if comparison is not None:
         from mgq.cli.training import agreements, table_of
 
         show_table(table_of(comparison))
         say(
-            f"measured on {comparison.images} other pictures of {found.name} (top-1 ± "
+            f"measured on {comparison.images} other pictures of {result.images_of} (top-1 ± "
             f"{comparison.normal.top1_error:.1f})\n{agreements(comparison)}"
         )
-        if mixed is not None and max_drop is not None:
-            say(describe_mixed_precision(mixed, max_drop))
-    elif found.why_not:
-        note(f"accuracy was not measured: {found.why_not}")
-    if deployment is not None:
-        show_deployment(deployment)
-    say(f"checkpoint: {path}" + (f"\nranges: {ranges_file}" if ranges_file else ""))
+        if result.mixed is not None and options.max_drop is not None:
+            say(describe_mixed_precision(result.mixed, options.max_drop))
+    elif result.why_not:
+        note(f"accuracy was not measured: {result.why_not}")
+    if result.deployment is not None:
+        show_deployment(result.deployment)
+    say(f"checkpoint: {result.checkpoint}" + (f"\nranges: {options.ranges_file}" if options.ranges_file else ""))

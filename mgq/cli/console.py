@@ -214,11 +214,3 @@ class LocalFiles(ModuleType):
             raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
 
         return unused
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` in words, to two figures or so: ``8 s``, ``1 min 40 s``, ``12 min``."""
-    if seconds < 55:
-        return f"{max(1, round(seconds))} s"
-    minutes, rest = divmod(round(seconds / 10) * 10, 60)
-    return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes + (rest >= 30)} min"

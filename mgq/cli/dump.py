@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -18,6 +18,7 @@ from mgq.cli.shared_options import (
     ImageSize,
     KeyName,
     ModeName,
+    NetworkOptions,
     Pretrained,
     Ranges,
     Save,
@@ -114,8 +115,11 @@ def dump(
     from mgq.engine.classifier.dump import open_for_target
 
     with progress() as on_progress:
-        where = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress)
-        classifier = open_for_target(partial(open_network, *where, key=key), output, kind, target)
+        options = NetworkOptions(arch, checkpoint, key, save, pretrained, ranges, width, image_size)
+        options = options.with_newest_run(mode)
+        classifier = open_for_target(
+            lambda target: open_network(replace(options, target=target), mode, on_progress), output, kind, target
+        )
     wanted = Wanted(output, kind, input_type, batch or None, tune, cpu)
     images = find_images(classifier, data) if data is not None and check != "none" else None
     dumped = write_file(classifier, wanted, out)

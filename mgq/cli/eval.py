@@ -23,6 +23,7 @@ from mgq.cli.shared_options import (
     LabelledData,
     Limit,
     MaxBad,
+    NetworkOptions,
     Pretrained,
     Ranges,
     ReportFreq,
@@ -30,7 +31,6 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
-    find_arch,
     open_network,
     prepare_megengine,
 )
@@ -118,11 +118,10 @@ def evaluate(
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
         checkpoint = prepare_megengine(checkpoint, key=key, save=save)
-        arch = arch or (None if checkpoint or pretrained else find_arch(save, mode))
-        words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-        classifier = (
-            open_network(arch, checkpoint, mode, *words) if mode else open_int8_or_float(arch, checkpoint, *words)
-        )
+        options = NetworkOptions(
+            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+        ).with_newest_run(mode)
+        classifier = open_network(options, mode, on_progress) if mode else open_int8_or_float(options, on_progress)
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
 
@@ -167,33 +166,20 @@ def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     return evaluation_folder(folder, on_progress, note)
 
 
-def open_int8_or_float(
-    arch: str | None,
-    checkpoint: Path | None,
-    save: Path,
-    pretrained: str | None,
-    ranges: Path | None,
-    width: float | None,
-    image_size: int | None,
-    on_progress: OnProgress,
-    target: str | None,
-    engine: str | None,
-    key: str | None,
-) -> Classifier:
+def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Classifier:
     """The int8 network; the float one, with a remark that says why, where the weights have no ranges for int8."""
     from mgq.cli.console import note
 
-    words = (save, pretrained, ranges, width, image_size, on_progress, target, engine, key)
-    if checkpoint is None and not pretrained and has_only_float_run(arch, save):
+    if options.checkpoint is None and not options.pretrained and has_only_float_run(options.arch, options.save):
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
-        return open_network(arch, None, "normal", *words)
+        return open_network(options, "normal", on_progress)
     try:
-        return open_network(arch, checkpoint, "quantized", *words)
+        return open_network(options, "quantized", on_progress)
     except InputError as error:
-        if ranges is not None:
+        if options.ranges is not None:
             raise
         try:
-            classifier = open_network(arch, checkpoint, "normal", *words)
+            classifier = open_network(options, "normal", on_progress)
         except InputError:
             raise error from None
         note(f"measured in mode normal, not quantized: {error}")

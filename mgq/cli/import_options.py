@@ -46,7 +46,7 @@ Labels = Annotated[
 ]
 
 
-def wish_of(
+def make_wish(
     preprocess: str | None,
     mean: str | None,
     std: str | None,

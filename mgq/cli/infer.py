@@ -20,6 +20,7 @@ from mgq.cli.shared_options import (
     ImageSize,
     KeyName,
     ModeName,
+    NetworkOptions,
     Pretrained,
     Ranges,
     Save,
@@ -83,8 +84,10 @@ def infer(
         refuse_hopeless(sources)
     checkpoint = prepare_megengine(checkpoint, not write, key, save)
     with progress() as on_progress:
-        words = (arch, checkpoint, mode, save, pretrained, ranges, width, image_size, on_progress, target, engine)
-        classifier = open_network(*words, key)
+        options = NetworkOptions(
+            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+        )
+        classifier = open_network(options, mode, on_progress)
         from mgq.engine.classifier.predict import predict
 
         found = start_predictions(report_progress(predict(classifier, sources, topk), len(sources), on_progress))

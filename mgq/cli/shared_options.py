@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -148,21 +149,30 @@ def is_onnx_of_others(path: Path) -> bool:
     return is_foreign(path)
 
 
-def open_network(
-    arch: str | None,
-    checkpoint: Path | None,
-    mode: str,
-    save: Path,
-    pretrained: str | None,
-    ranges: Path | None,
-    width: float | None,
-    image_size: int | None,
-    on_progress: OnProgress,
-    target: str | None = None,
-    engine: str | None = None,
-    key: str | None = None,
-) -> Classifier:
-    """The network that the shared options mean; behind :func:`prepare_megengine`."""
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The shared options that choose a network."""
+
+    arch: str | None = None
+    checkpoint: Path | None = None
+    key: str | None = None
+    save: Path = RUNS
+    pretrained: str | None = None
+    ranges: Path | None = None
+    width: float | None = None
+    image_size: int | None = None
+    target: str | None = None
+    engine: str | None = None
+
+    def with_newest_run(self, mode: str | None) -> NetworkOptions:
+        """Where nothing else says which, the architecture is that of the newest run that can serve ``mode``."""
+        if self.arch or self.checkpoint or self.pretrained:
+            return self
+        return replace(self, arch=find_arch(self.save, mode))
+
+
+def open_network(options: NetworkOptions, mode: str, on_progress: OnProgress) -> Classifier:
+    """The network that ``options`` choose, in ``mode``; behind :func:`prepare_megengine`."""
     from mgq.engine.classifier.deployed_files import attach_backend, open_file
     from mgq.engine.classifier.open import open_classifier
     from mgq.errors import InputError, printable
@@ -171,27 +181,32 @@ def open_network(
     from mgq.quantization.modes import Mode, parse_mode
     from mgq.runtime.registry import AUTO
 
+    checkpoint = options.checkpoint
     if checkpoint is not None and format_of(checkpoint):
-        given = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
+        given = {
+            "--target": options.target,
+            "--ranges": options.ranges,
+            "--width": options.width,
+            "--image-size": options.image_size,
+        }
         for option, value in given.items():
             if value is not None:
                 raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
-        found = open_file(checkpoint, engine or AUTO, arch=arch)
+        found = open_file(checkpoint, options.engine or AUTO, arch=options.arch)
         if mode == Mode.NORMAL.value != found.mode.value:
             raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
         return found
-    builder: dict[str, Any] = {} if width is None else {"width": width}
     classifier = open_classifier(
-        arch,
-        checkpoint,
-        parse_mode(mode),
-        save,
-        pretrained or False,
-        read_ranges(ranges) if ranges else None,
-        builder,
-        image_size,
-        on_progress,
-        target,
-        key,
+        arch=options.arch,
+        checkpoint=checkpoint,
+        mode=parse_mode(mode),
+        save=options.save,
+        pretrained=options.pretrained or False,
+        ranges=read_ranges(options.ranges) if options.ranges else None,
+        options={} if options.width is None else {"width": options.width},
+        image_size=options.image_size,
+        on_progress=on_progress,
+        target=options.target,
+        key=options.key,
     )
-    return classifier if engine is None else attach_backend(classifier, engine)
+    return classifier if options.engine is None else attach_backend(classifier, options.engine)

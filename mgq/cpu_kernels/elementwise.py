@@ -20,6 +20,7 @@ from mgq.cpu_kernels.tensor_exchange import Array, empty
 from mgq.machine import usable_cores
 
 Mask = npt.NDArray[np.bool_]
+Values = npt.NDArray[np.float64]
 Result = TypeVar("Result")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -27,6 +28,8 @@ PIECE = 1 << 15
 """Elements: a few float32 arrays of so many lie in the second cache together."""
 LONG_PIECE = 1 << 17
 """For a function that passes over its elements once: a call costs nothing beside the work then."""
+LEAST_SPAN = 1e-30
+"""What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
 PIECES_A_CORE = 4
 
@@ -119,6 +122,24 @@ def mask_rows(
 
 def rows_of(array: npt.NDArray[Scalar], rows: int) -> npt.NDArray[Scalar]:
     return array.reshape(rows, -1)
+
+
+def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values, squares: Values, sums: Array) -> None:
+    """Add to histograms of each row of ``values`` (rows, elements), whose bins reach from ``qmin`` to ``qmax``.
+
+    Squared ``weights`` to ``squares``, float64 (rows, bins), ``weights`` to ``sums``, float32 (rows, few): bins is a
+    multiple of few. Values of 0 count for nothing.
+    """
+    bins = squares.shape[1]
+    span = np.maximum(qmax - qmin, LEAST_SPAN)
+    factors, share = (bins / span).astype(np.float32), bins // sums.shape[1]
+    low = qmin.astype(np.float32)
+
+    def run(part: slice) -> None:
+        rows = values[part], weights[part], low[part], factors[part]
+        numba_loops.add_to_histograms(*rows, squares[part], sums[part], share)
+
+    in_rows(run, values, LONG_PIECE)
 
 
 def extremes(array: Array) -> Array:

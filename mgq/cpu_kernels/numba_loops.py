@@ -113,3 +113,26 @@ def hold(array: Any, ceiling: Any, below: Any) -> int:
         held += 1 - is_below
         array[i] = min(array[i], ceiling)
     return held
+
+
+@make_compiler()
+def add_to_histograms(
+    values: Any, weights: Any, qmin: Any, bins_a_unit: Any, squares: Any, sums: Any, share: Any
+) -> None:
+    """Add ``weights``, and their squares, to the bins into which ``values`` fall.
+
+    ``values`` and ``weights``: float32 (rows, elements). ``qmin`` and ``bins_a_unit``, float32 (rows,), tell the bins
+    of each row. ``squares``: float64 (rows, bins); ``sums``: float32 (rows, bins / ``share``). Values of 0 count for
+    nothing.
+    """
+    last = np.float32(squares.shape[1] - 1)
+    for row in range(values.shape[0]):
+        low, factor = qmin[row], bins_a_unit[row]
+        for i in range(values.shape[1]):
+            value = values[row, i]
+            if value != ZERO:
+                position = (value - low) * factor
+                at = int(min(position, last)) if position > ZERO else 0  # what is no number is in the first bin
+                weight = weights[row, i]
+                squares[row, at] += weight * weight
+                sums[row, at // share] += weight

@@ -157,8 +157,8 @@ def training_folders(
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val``, ``test`` is measured on. Where one
     is missing and the original archive of ImageNet lies in ``root``, it is unpacked first. Folders that are all named
     by wnids of ImageNet get its 1,000 classes, see ``evaluation_folder``. Where ``root`` is unsplit, see
-    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``hold_out_validation``. ``on_message`` is told what was taken
-    for what, and what was left out.
+    ``is_unsplit``, one picture in ``KEPT`` is to measure on, see ``hold_out_validation``. ``on_message`` is told what
+    was taken for what, and what was left out.
 
     Raises InputError for a missing folder, fewer than two classes, a class without pictures, class names that are not
     the same in both, or folders that can be read in two ways. Of ImageNet's classes ``val`` may have fewer than
@@ -328,7 +328,8 @@ def _check_same_classes(layout: Layout, places: Sequence[Path], names: Sequence[
     for place, mine, full, others in zip(places, names, filled, reversed(filled), strict=True):
         if hollow := sorted(set(mine) & set(others) - set(full)):
             raise InputError(
-                f"{printable(place)} has no pictures in {join_names(hollow)}: put some in, or remove the folder everywhere"
+                f"{printable(place)} has no pictures in {join_names(hollow)}: put some in, "
+                "or remove the folder everywhere"
             )
     train, val = filled
     only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((train, val), (val, train)))

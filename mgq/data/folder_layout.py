@@ -212,9 +212,9 @@ def _refuse_parts_of_a_set(root: Path, folders: Sequence[str]) -> None:
             return
     if shared and len(folders) > 1:
         raise InputError(
-            f"{printable(root)} can be read in two ways, with the classes {join_names(folders)}, or with these as parts of a"
-            f" set with the classes {join_names(sorted(shared))}: name one of them, or call them train/ and val/; if they"
-            " are the classes, put their pictures into them directly"
+            f"{printable(root)} can be read in two ways, with the classes {join_names(folders)}, or with these as parts"
+            f" of a set with the classes {join_names(sorted(shared))}: name one of them, or call them train/ and val/;"
+            " if they are the classes, put their pictures into them directly"
         )
 
 

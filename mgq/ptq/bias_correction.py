@@ -10,16 +10,18 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-import megengine.functional as F
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.ptq.layerwise import Layer, visit_layers
+from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.patches import is_convolution
 from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quantize_weight
+
+Values = npt.NDArray[np.float64]
+Pair = tuple[int, int]
 
 DIGITS = 6
 
@@ -43,8 +45,9 @@ class BiasCorrection:
             return
         weight = self.exact_weights.pop(layer.name, None)
         weight = fold_weight(module) if weight is None else weight
-        exact = average_output(module, (layer.fake_inputs if self.of_weights else layer.inputs)[0], weight)
-        fake = average_output(module, layer.fake_inputs[0], quantize_weight(module))
+        seen = mean_patch(module, layer.fake_inputs[0])
+        wanted = seen if self.of_weights else mean_patch(module, layer.in_float.inputs[0])
+        exact, fake = average_output(weight, wanted), average_output(quantize_weight(module), seen)
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
         add_to_bias(module, correction)
         self.found[layer.name] = correction
@@ -61,13 +64,33 @@ def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place:
     ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
     network = network if in_place else deepcopy(network)
-    visit_layers(network, images, BiasCorrection())
+    visit_beside_float(network, images, BiasCorrection())
     return network
 
 
-def average_output(module: QATModule, source: Tensor, weight: Tensor) -> npt.NDArray[np.float32]:
-    """(C,): the mean over pictures and positions of the convolution of ``module``, without its bias."""
+def mean_patch(module: QATModule, source: Tensor) -> Values:
+    """(groups, inputs): the mean, over images and positions, of what an output of the convolution ``module`` reads."""
     conv = module.conv if hasattr(module, "conv") else module
-    output = F.conv2d(source, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    mean: npt.NDArray[np.float32] = output.mean(axis=(0, 2, 3)).numpy()
-    return mean
+    summed = source.sum(axis=0).numpy().astype(np.float64)
+    means = window_means(summed, conv.kernel_size, conv.stride, conv.padding)
+    found: Values = means.reshape(conv.groups, -1) / source._tuple_shape[0]
+    return found
+
+
+def window_means(values: Values, kernel: Pair, stride: Pair, padding: Pair) -> Values:
+    """(C, H, W) -> (C, kernel height, width): the mean of what each weight of a kernel meets, zeros outside."""
+    padded = np.pad(values, ((0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    height, width = ((padded.shape[1 + i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
+    found = np.empty((len(values), *kernel))
+    for y in range(kernel[0]):
+        for x in range(kernel[1]):
+            met = padded[:, y : y + height * stride[0] : stride[0], x : x + width * stride[1] : stride[1]]
+            found[:, y, x] = met[:, :height, :width].mean(axis=(1, 2))
+    return found
+
+
+def average_output(weight: Tensor, mean: Values) -> Values:
+    """(O,): the mean output, without a bias, of a convolution with ``weight`` that reads ``mean`` (groups, inputs)."""
+    groups, inputs = mean.shape
+    found: Values = (weight.numpy().reshape(groups, -1, inputs) @ mean[:, :, None]).ravel()
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
-from mgq.errors import FailureError, no_such
+from mgq.errors import FailureError
 from mgq.events import OnProgress, ignore_progress
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
@@ -21,28 +21,21 @@ from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
-from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.layerwise import Visitor, visit_beside_float
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.pipeline import SearchResult, find_best
-from mgq.ptq.presets import Preset
+from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
 from mgq.quantization.activation_ranges import ActivationRanges, find_quantized_layers, set_range
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.option_names import EASYQUANT, LOGITS, METHODS, MSE
+from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.weight_loading import fingerprint
 
 DEFAULT_METHOD = MSE
 EQUALIZATION_IMAGES = 64
 MOST_LAYERWISE_IMAGES = LAYERWISE_IMAGES
-
-
-def check_method(method: str | None) -> str | None:
-    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS`` or None."""
-    if method is not None and method not in METHODS:
-        raise no_such("calibration method", method, METHODS)
-    return method
 
 
 def count_images_used(method: str, images: int) -> int:
@@ -70,7 +63,7 @@ def measure_ranges(
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
     """
-    return calibrate_network(network, batches, arch, weights, provenance, method, correct_bias, False)[1]
+    return calibrate_network(network, batches, arch, weights, provenance, method, correct_bias, TO_NEAREST)[1]
 
 
 def calibrate_network(
@@ -81,7 +74,7 @@ def calibrate_network(
     provenance: Mapping[str, Any],
     method: str = DEFAULT_METHOD,
     correct_bias: bool = True,
-    compensate: bool = True,
+    weight_rounding: str = BY_GPTQ,
     in_place: bool = False,
     target: Target = MEGENGINE,
     equalize: bool = True,
@@ -89,14 +82,15 @@ def calibrate_network(
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measure_ranges`, and these.
 
-    With ``compensate`` a float network's weights that can never matter become 0 (:mod:`mgq.ptq.dead_channels`), its
-    channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`, unless ``equalize`` is False), and
-    the weights are rounded so that their errors make up for each other (:mod:`mgq.ptq.gptq`). Then the ranges
-    are those of these weights, biases corrected, and of no others.
+    With ``weight_rounding`` ``gptq`` a float network's weights that can never matter become 0
+    (:mod:`mgq.ptq.dead_channels`), its channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`,
+    unless ``equalize`` is False), and the weights are rounded so that their errors make up for each other
+    (:mod:`mgq.ptq.gptq`). Then the ranges are those of these weights, biases corrected, and of no others.
     ``target`` is what a float network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises
     InputError for a layer that cannot.
     """
     check_method(method)
+    compensate = check_rounding(weight_rounding) == BY_GPTQ
     sample = Sample(LAYERWISE_IMAGES)
     if compensate and mode_of(network) is Mode.NORMAL:
         network, in_place = clear_dead_channels(network, in_place)[0], True
@@ -135,13 +129,21 @@ def calibrate_network(
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.images and visitors:
-        visit_layers(watched, as_input(np.stack(sample.images)), *visitors)
+        visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
     weight_ranges = rounding.weights if compensate else search.weights
     corrections = {} if compensate else correction.found
-    tables = search.activations, weight_ranges, corrections
-    ranges = ActivationRanges(arch, method, weights, provenance, *tables, target_of(watched).name)
+    ranges = ActivationRanges(
+        arch=arch,
+        observer=method,
+        weights=weights,
+        provenance=provenance,
+        ranges=search.activations,
+        weight_ranges=weight_ranges,
+        bias_corrections=corrections,
+        target=target_of(watched).name,
+    )
     return watched, ranges
 
 
@@ -167,8 +169,16 @@ def find_best_network(
     assert draft.watched is not None
     own = draft.network is not network or draft.rounded
     state = fingerprint(draft.watched.state_dict()) if own else weights
-    tables = draft.activations, draft.weights, {} if own else draft.corrections
-    return found, ActivationRanges(arch, draft.method, state, {}, *tables, target.name)
+    return found, ActivationRanges(
+        arch=arch,
+        observer=draft.method,
+        weights=state,
+        provenance={},
+        ranges=draft.activations,
+        weight_ranges=draft.weights,
+        bias_corrections={} if own else draft.corrections,
+        target=target.name,
+    )
 
 
 def calibrate_data_free_network(

@@ -52,7 +52,7 @@ class Search:
 
     def choose(self, layer: Layer) -> None:
         module, name = layer.module, layer.name
-        exact, other = layer.output.numpy(), layer.fake_output.numpy()
+        exact, other = layer.in_float.output.numpy(), layer.in_float.fake_output.numpy()
         if exact.ndim != 4:  # not of the zoo: taken as it is
             self.activations[name] = float(exact.min()), float(exact.max())
             set_range(module.act_observer, *self.activations[name])

@@ -13,6 +13,7 @@ as the layers that read it let it through, in terms of what they give. Where gra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -154,10 +155,12 @@ def equalize_channels(
     in_place: bool = False,
     reactions: Reactions | None = None,
     to_ceilings: bool = False,
-) -> tuple[M.Module, dict[str, float]]:
-    """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each layer's largest factor.
+    statistics: Statistics | None = None,
+) -> tuple[M.Module, dict[str, Values]]:
+    """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each tensor's factors, (C,).
 
-    ``images``, uint8 (N, 3, H, W), tell how large channels are; without any, the batch norms do. ``target`` is what
+    ``images``, uint8 (N, 3, H, W), tell how large channels are, or the ``statistics`` that
+    :func:`statistics_of_images` took of them; without any, the batch norms do. ``target`` is what
     the network will be quantized for. ``reactions`` are those of this network's logits, where they were measured. The
     answers stay but for float32 rounding; ``to_ceilings`` lets a channel grow until the largest value that the pictures
     show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
@@ -167,25 +170,34 @@ def equalize_channels(
     network.eval()
     graph = graph_of(network, IMAGE_SIZE)
     sets = sets_of(graph)
-    if images is None:
+    if statistics is None and images is not None:
+        statistics = statistics_of_images(network, images, graph)
+    elif statistics is None:
         statistics = predict_statistics(network, graph)
-    else:
-        starts = range(0, len(images), BATCH)
-        batches = (images[start : start + BATCH].astype(np.float32) - 128 for start in starts)
-        statistics = measure_statistics(fold_batch_norms(network), graph, batches)
     problem = Problem.of(graph, sets, statistics, target)
     if reactions:
         problem = problem.informed_by(reactions, graph, target)
-    factors = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
+    of_sets = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
+    factors = {name: of_sets[slots] for name, slots in sets.of.items()}
     modules = dict(network.named_modules())
-    largest = {}
     for node in graph.nodes:
         if isinstance(node, Convolution | Linear):
-            made, read = factors[sets.of[node.output]], factors[sets.of[node.inputs[0]]]
-            scale(modules[node.output], made, read)
-            largest[node.output] = float(np.exp(np.abs(np.log(made)).max()))
+            scale(modules[node.output], factors[node.output], factors[node.inputs[0]])
+            if isinstance(node, Linear):  # what it reads has passed a layer that is none of the graph's
+                factors |= dict.fromkeys(stubs_of(modules), factors[node.inputs[0]])
     network.train(training)
-    return network, largest
+    return network, factors
+
+
+def stubs_of(modules: Mapping[str, M.Module]) -> list[str]:
+    """Names of the layers behind which the features are on a grid."""
+    return [name for name, module in modules.items() if isinstance(module, M.DequantStub)]
+
+
+def statistics_of_images(network: M.Module, images: npt.NDArray[np.uint8], graph: Graph | None = None) -> Statistics:
+    """Of what ``network`` (mode ``normal``) makes of ``images``, uint8 (N, 3, H, W)."""
+    batches = (images[start : start + BATCH].astype(np.float32) - 128 for start in range(0, len(images), BATCH))
+    return measure_statistics(fold_batch_norms(network), graph or graph_of(network, IMAGE_SIZE), batches)
 
 
 def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:

@@ -23,10 +23,10 @@ from megengine.module.qat import QATModule
 from scipy.linalg import cholesky, solve
 from scipy.linalg.lapack import dtrtri
 
-from mgq.ptq.layerwise import Layer, visit_layers
+from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, is_plain, patches, sample_positions
-from mgq.quantization.activation_ranges import fold_weight, is_float_layer, set_range
+from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -72,9 +72,10 @@ class GPTQ:
         conv = module.conv if hasattr(module, "conv") else module
         if not is_plain(conv) or np.prod(weight.shape[-3:]) > MOST_INPUTS:
             return
-        seen, exact = self.seen(layer, conv)
+        at = self.positions_of(layer, conv)
+        seen = centred(layer.fake_inputs[0], conv, at)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
-        fitted = refit_weights(groups, seen, exact) if self.refit else groups
+        fitted = refit_weights(groups, seen, centred(layer.in_float.inputs[0], conv, at)) if self.refit else groups
         covariance = damp_covariance(covariances(seen, seen), DAMPING)
         if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
             rounded, steps = round_channels(module.weight_fake_quant, fitted, covariance)
@@ -96,22 +97,29 @@ class GPTQ:
         set_range(module.weight_observer, -step * WEIGHT_LEVELS, step * WEIGHT_LEVELS)
         return np.full((1, 1, 1), step, np.float32)
 
-    def seen(self, layer: Layer, conv: Any) -> tuple[Array, Array]:
-        """What each output is made of, at some positions on the pictures, in int8 and in the float network.
+    def positions_of(self, layer: Layer, conv: Any) -> Any:
+        """Some positions of the output of ``layer``, at which its inputs are looked at."""
+        images, channels, height, width = layer.fake_inputs[0]._tuple_shape
+        (top, left), (down, right) = conv.padding, conv.stride
+        rows, columns = conv.kernel_size
+        shape = (
+            images,
+            len(fold_bias(layer.module)),
+            (height + 2 * top - rows) // down + 1,
+            (width + 2 * left - columns) // right + 1,
+        )
+        return sample_positions(
+            shape, self.positions, int(np.clip(VALUES // (channels * rows * columns), FEWEST, MOST))
+        )
 
-        Both float32 (groups, positions, inputs), without their means.
-        """
-        size = layer.fake_inputs[0]._tuple_shape[1] * int(np.prod(conv.kernel_size))
-        number = int(np.clip(VALUES // size, FEWEST, MOST))
-        at = sample_positions(tuple(layer.output._tuple_shape), self.positions, number)
 
-        def centred(source: Tensor) -> Array:
-            found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)
-            grouped = found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
-            result: Array = grouped - grouped.mean(axis=1, keepdims=True)
-            return result
-
-        return centred(layer.fake_inputs[0]), centred(layer.inputs[0])
+def centred(source: Tensor, conv: Any, at: Any) -> Array:
+    """What each output of ``conv`` is made of at the positions ``at``: float32 (groups, positions, inputs), without its
+    means."""
+    found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)
+    grouped = found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
+    result: Array = grouped - grouped.mean(axis=1, keepdims=True)
+    return result
 
 
 def round_weights(network: M.Module, images: Array, in_place: bool = False) -> M.Module:
@@ -120,7 +128,7 @@ def round_weights(network: M.Module, images: Array, in_place: bool = False) -> M
     ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
     network = network if in_place else deepcopy(network)
-    visit_layers(network, images, GPTQ())
+    visit_beside_float(network, images, GPTQ())
     return network
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.autodiff import Function, GradManager
 
+from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
 from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
@@ -30,79 +31,108 @@ from mgq.zoo.overflow import is_finite
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 
-BINS = 512
-"""Of absolute values, evenly from 0 to the largest one."""
+TINY = 1e-12
+BINS = 256
+"""Of the values of each channel, evenly over its own range."""
+FEW_BINS = 32
+"""The same where images are kept apart."""
 LIMITS = np.geomspace(0.06, 1.0, 36)
 """Limits that are tried for a tensor, in terms of its largest absolute value."""
-CHANNEL_LIMITS = np.geomspace(1 / 256, 1.0, 65)
-"""The same for each channel, in terms of the largest of all."""
+CHANNEL_LIMITS = np.geomspace(1 / 64, 1.0, 49)
+"""The same for each channel, in terms of its own."""
 
 
 @dataclass
 class Reaction:
-    """How the logits react to errors of one tensor, by its absolute values in ``BINS`` even bins up to ``largest``.
+    """How the logits react to errors of one tensor, channel by channel and by its values.
 
-    ``lowest`` and ``highest``: the range of its values. ``squares`` (C, BINS): sum of squared gradients. ``pulls``,
-    (BINS,) for each image: sum of gradients, of values below 0 with the sign changed. Values that are exactly 0 have no
-    error, and are left out.
+    ``lowest`` and ``highest`` (C,): the range of each channel, cut into even bins. ``squares`` (C, BINS): sum of
+    squared gradients. ``pulls``, float32 (C, FEW_BINS) for each image: sum of gradients. Values that are exactly 0 have
+    no error, and are left out.
     """
 
-    lowest: float
-    highest: float
+    lowest: Values
+    highest: Values
     squares: Values
-    pulls: list[Values] = field(default_factory=list)
+    pulls: list[Array] = field(default_factory=list)
+
+    @classmethod
+    def between(cls, lowest: Values, highest: Values) -> Reaction:
+        """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
+        return cls(lowest, highest, np.zeros((len(lowest), BINS)))
+
+    @property
+    def reach(self) -> Values:
+        """(C,): the largest absolute value of each channel."""
+        found: Values = np.maximum(-self.lowest, self.highest)
+        return found
 
     @property
     def largest(self) -> float:
-        return max(-self.lowest, self.highest)
+        return float(self.reach.max())
 
     def add(self, values: Array, gradients: Array) -> None:
         """Both (N, C, ...)."""
         images, channels = values.shape[:2]
-        magnitudes = np.abs(values).reshape(images, channels, -1)
-        bins = np.minimum((magnitudes * np.float32(BINS / self.largest)).astype(np.int32), BINS - 1)
-        gradients = gradients.reshape(magnitudes.shape) * (magnitudes > 0)
-        towards = np.copysign(gradients, gradients * values.reshape(magnitudes.shape))
-        rows = (bins + BINS * np.arange(channels, dtype=np.int32)[:, None]).ravel()
-        self.squares += np.bincount(rows, np.square(gradients).ravel(), BINS * channels).reshape(channels, BINS)
-        for own, pull in zip(bins, towards, strict=True):
-            self.pulls.append(np.bincount(own.ravel(), pull.ravel(), BINS).astype(np.float64))
+        rows = values.reshape(images, channels, -1), gradients.reshape(images, channels, -1)
+        for own_values, own_gradients in zip(*rows, strict=True):
+            pull = np.zeros((channels, FEW_BINS), np.float32)
+            add_to_histograms(own_values, own_gradients, self.lowest, self.highest, self.squares, pull)
+            self.pulls.append(pull)
 
-    @property
-    def centres(self) -> Values:
-        return (np.arange(BINS) + 0.5) * (self.largest / BINS)
+    def scaled(self, factors: Values) -> Reaction:
+        """The same where channels are ``factors`` (C,), above 0, as large, and those who read them make up for it."""
+        pulls = [(pull / factors[:, None]).astype(np.float32) for pull in self.pulls]
+        squares = self.squares / np.square(factors)[:, None]
+        return Reaction(self.lowest * factors, self.highest * factors, squares, pulls)
 
-    def noise(self, limit: float, half: float) -> float:
-        """Squared change of the logits, of all images together, where values saturate at ``limit`` = ``half`` steps.
+    def centres(self, bins: int) -> Values:
+        """(C, ``bins``): the middle of each bin."""
+        steps: Values = (np.arange(bins) + 0.5) / bins
+        return self.lowest[:, None] + steps * (self.highest - self.lowest)[:, None]
+
+    def noises(self, limits: Values, half: float) -> Values:
+        """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ``half``
+        steps.
 
         Rounding errors are independent of each other. Those of clipping add up in a tensor, or make up for each other;
         the larger estimate counts.
         """
-        beyond = np.maximum(self.centres - limit, 0)
-        squares = self.squares.sum(axis=0)
-        alone = float(squares @ beyond**2)
-        together = float(np.square(np.stack(self.pulls) @ beyond).sum())
-        return max(alone, together) + float(squares[beyond == 0].sum()) * (limit / half) ** 2 / 12
+        magnitudes, few = np.abs(self.centres(BINS)), self.centres(FEW_BINS)
+        signs, coarse = np.sign(few), np.abs(few)
+        clipped = np.stack([(signs * np.maximum(coarse - limit, 0)).ravel() for limit in limits], axis=1)
+        pulls = np.stack([pull.ravel() for pull in self.pulls]) if self.pulls else np.zeros((1, few.size))
+        together = np.square(pulls @ clipped).sum(axis=0)
+        found = []
+        for limit, sum_of_errors in zip(limits, together, strict=True):
+            beyond = np.maximum(magnitudes - limit, 0)
+            alone = float((self.squares * beyond**2).sum())
+            rounding = float(self.squares[beyond == 0].sum()) * (limit / half) ** 2 / 12
+            found.append(max(alone, float(sum_of_errors)) + rounding)
+        return np.array(found)
 
     def best_range(self, half: float) -> tuple[float, float]:
         """The values seen, as far as the best limit lets them."""
-        limit = self.best_limit(half)
-        if self.highest >= -self.lowest:
-            return max(self.lowest, -limit), limit
-        return -limit, min(self.highest, limit)
+        limit, lowest, highest = self.best_limit(half), float(self.lowest.min()), float(self.highest.max())
+        if highest >= -lowest:
+            return max(lowest, -limit), limit
+        return -limit, min(highest, limit)
 
     def best_limit(self, half: float) -> float:
-        """The limit of least :meth:`noise`; ``half`` is limit / step."""
+        """The limit of least noise; ``half`` is limit / step."""
         limits = self.largest * LIMITS
-        return float(limits[int(np.argmin([self.noise(limit, half) for limit in limits]))])
+        return float(limits[int(self.noises(limits, half).argmin())])
 
     def channel_limits(self, half: float) -> Values:
         """(C,): the limit of least noise of each channel, if it had a grid of its own."""
+        reach = np.maximum(self.reach, TINY)
+        magnitudes = np.abs(self.centres(BINS)) / reach[:, None]
         noises = []
-        for limit in self.largest * CHANNEL_LIMITS:
-            beyond = np.maximum(self.centres - limit, 0)
-            noises.append(self.squares @ beyond**2 + self.squares[:, beyond == 0].sum(1) * (limit / half) ** 2 / 12)
-        best: Values = (self.largest * CHANNEL_LIMITS)[np.argmin(np.stack(noises), axis=0)]
+        for limit in CHANNEL_LIMITS:
+            beyond = np.maximum(magnitudes - limit, 0)
+            rounding = (self.squares * (beyond == 0)).sum(axis=1) * (limit / half) ** 2 / 12
+            noises.append((self.squares * beyond**2).sum(axis=1) + rounding)
+        best: Values = CHANNEL_LIMITS[np.argmin(np.stack(noises), axis=0)] * reach
         return best
 
 
@@ -138,11 +168,8 @@ def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable
     nothing but 0, are left out.
     """
     batches = list(batches)
-    found = {
-        name: Reaction(low, high, np.zeros((channels, BINS)))
-        for name, (low, high, channels) in value_ranges(network, names, batches).items()
-        if low < high
-    }
+    ranges = value_ranges(network, names, batches)
+    found = {name: Reaction.between(low, high) for name, (low, high) in ranges.items() if (low < high).any()}
     modules = dict(network.named_modules())
     random = np.random.default_rng(seed)
 
@@ -160,23 +187,23 @@ def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable
     return found
 
 
-def value_ranges(
-    network: M.Module, names: Iterable[str], batches: Iterable[Array]
-) -> dict[str, tuple[float, float, int]]:
-    """Smallest and largest value that each of the layers ``names`` gives on ``batches``, and its number of channels.
+def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Array]) -> dict[str, tuple[Values, Values]]:
+    """Smallest and largest value of each channel, (C,), that each of the layers ``names`` gives on ``batches``.
 
     Raises FailureError that names a layer whose values are not finite.
     """
     modules = dict(network.named_modules())
-    found: dict[str, tuple[float, float, int]] = {}
+    found: dict[str, tuple[Values, Values]] = {}
 
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
             if not is_finite(output):
                 raise FailureError(not_finite(name))
+            axes = (0, *range(2, output.ndim))
+            low, high = found.get(name, (np.inf, -np.inf))
             values = output.numpy()
-            low, high, _channels = found.get(name, (0.0, 0.0, 0))
-            found[name] = min(low, float(values.min())), max(high, float(values.max())), values.shape[1]
+            lowest, highest = (end(values, axis=axes).astype(np.float64) for end in (np.min, np.max))
+            found[name] = np.minimum(low, lowest), np.maximum(high, highest)
 
         return see
 

@@ -43,9 +43,10 @@ def patches(
 ) -> Array:
     """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
     image, row, column = at
-    padded = np.pad(source, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
-    result = np.empty((len(image), source.shape[1], *kernel), np.float32)
+    result = np.zeros((len(image), source.shape[1], *kernel), np.float32)
     for y in range(kernel[0]):
         for x in range(kernel[1]):
-            result[:, :, y, x] = padded[image, :, row * stride[0] + y, column * stride[1] + x]
+            top, left = row * stride[0] + y - padding[0], column * stride[1] + x - padding[1]
+            inside = (top >= 0) & (top < source.shape[2]) & (left >= 0) & (left < source.shape[3])
+            result[inside, :, y, x] = source[image[inside], :, top[inside], left[inside]]
     return result

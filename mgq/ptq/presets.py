@@ -16,7 +16,17 @@ from mgq.ptq.steps import (
     RoundWeights,
     Step,
 )
-from mgq.quantization.option_names import BALANCED, BEST, FAST, LOGITS, QUALITIES
+from mgq.quantization.option_names import (
+    BALANCED,
+    BEST,
+    BY_GPTQ,
+    FAST,
+    LOGITS,
+    METHODS,
+    QUALITIES,
+    ROUNDINGS,
+    TO_NEAREST,
+)
 from mgq.quantization.targets import MEGENGINE, Target
 
 PREVIEWED = 16
@@ -51,27 +61,70 @@ PRESETS: dict[str, Preset] = {
 PRESETS[BEST] = PRESETS[BALANCED]
 
 
-def get_preset(quality: str) -> Preset:
-    """Raises InputError, which lists them, where there is no ``quality``."""
-    if quality not in PRESETS:
-        raise no_such("quality", quality, QUALITIES)
-    return PRESETS[quality]
+def get_preset(name: str) -> Preset:
+    """Raises InputError, which lists them, where there is no preset ``name``."""
+    if name not in PRESETS:
+        raise no_such("quality", name, QUALITIES)
+    return PRESETS[name]
 
 
-def adapt_preset(
-    preset: Preset, method: str | None, correct_bias: bool, compensate: bool, target: Target = MEGENGINE
-) -> Preset:
+def check_rounding(weight_rounding: str) -> str:
+    """``weight_rounding`` itself. Raises InputError, which lists them, unless it is one of ``ROUNDINGS``."""
+    if weight_rounding not in ROUNDINGS:
+        raise no_such("rounding of weights", weight_rounding, ROUNDINGS)
+    return weight_rounding
+
+
+def check_method(method: str | None) -> str | None:
+    """``method`` itself. Raises InputError, which lists them, unless it is one of ``METHODS`` or None."""
+    if method is not None and method not in METHODS:
+        raise no_such("calibration method", method, METHODS)
+    return method
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How a float network is calibrated.
+
+    ``preset`` names one of :data:`PRESETS`: candidates that are tried, of which the one is kept whose logits are
+    nearest to float's on images held back. ``method`` fixes how ranges are chosen. ``correct_bias=False`` and
+    ``weight_rounding="nearest"`` leave steps out. The weights of the layers ``float_layers`` stay float32.
+    """
+
+    preset: str = DEFAULT_PRESET
+    method: str | None = None
+    correct_bias: bool = True
+    weight_rounding: str = BY_GPTQ
+    target: Target = MEGENGINE
+    float_layers: tuple[str, ...] = ()
+
+    def make_preset(self) -> Preset:
+        """What is to be tried. Raises InputError for a preset, method or rounding that there is not."""
+        return adapt_preset(get_preset(self.preset), self)
+
+    def as_flags(self) -> str:
+        """The options of ``mgq calibrate`` that mean the same, each with a space before it."""
+        flags = f" --method {self.method}" if self.method else f" --quality {self.preset}"
+        flags += "" if self.correct_bias else " --no-bias-correction"
+        return flags + ("" if self.weight_rounding == BY_GPTQ else " --nearest")
+
+
+DEFAULT_CONFIG = CalibrationConfig()
+
+
+def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
     """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
 
-    For a ``target`` that engines other than MegEngine run, every candidate has exact scales, and weights, of which each
+    For a target that engines other than MegEngine run, every candidate has exact scales, and weights, of which each
     output has a scale of its own, are not fitted: they leave little to be made up for.
     """
+    method, target = check_method(config.method), config.target
     if method is not None:
         ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
         grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
         swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
         preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
-    if not compensate:
+    if check_rounding(config.weight_rounding) == TO_NEAREST:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]
         kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
         preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),))
@@ -79,7 +132,7 @@ def adapt_preset(
         grids = tuple((*steps, ExactScales()) for steps in preset.grids)
         finishes = (step for step in preset.finishes if not (isinstance(step, RoundWeights) and step.refit))
         preset = replace(preset, grids=grids, finishes=tuple(finishes))
-    if not correct_bias:
+    if not config.correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
         preset = Preset(preset.grids, tuple(rounding), None)
     return preset

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megengine.module.qat import QATModule
 from megengine.quantization.observer import MinMaxObserver
 
+from mgq.deprecation import accept_old_keywords
 from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.exact_scales import set_exact_scales
@@ -21,6 +22,7 @@ from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quantization.targets import MEGENGINE, get_target
 
 
+@accept_old_keywords(pictures="images")
 def quantize(
     network: M.Module,
     images: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]] | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import megengine.module as M
 import numpy as np
@@ -21,14 +21,14 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
-from mgq.ptq.channel_statistics import trace_expected_statistics
+from mgq.ptq.channel_statistics import Statistics, trace_expected_statistics
 from mgq.ptq.data_free import set_expected_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
-from mgq.ptq.equalization import equalize_channels
+from mgq.ptq.equalization import equalize_channels, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
-from mgq.ptq.layerwise import Visitor, visit_layers
+from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
 from mgq.ptq.logit_gradients import Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
@@ -84,7 +84,8 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer.
+    on their grids already. ``corrections``: what was added to biases, by layer. ``measured``: ``reactions`` that are
+    known.
     """
 
     network: M.Module
@@ -97,6 +98,11 @@ class Draft:
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    measured: Reactions | None = None
+
+    def rewritten(self, network: M.Module, measured: Reactions | None = None) -> Draft:
+        """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
+        return replace(self, network=network, measured=measured)
 
     def prepared(self) -> M.Module:
         return prepare(self.network, self.target, self.float_layers)
@@ -113,7 +119,14 @@ class Draft:
     @cached_property
     def reactions(self) -> Reactions:
         """How the logits of ``network`` react to errors behind its layers."""
+        if self.measured is not None:
+            return self.measured
         return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
+        return statistics_of_images(self.network, self.images)
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -157,7 +170,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft, network=clear_dead_channels(draft.network)[0])
+        return draft.rewritten(clear_dead_channels(draft.network)[0])
 
 
 @dataclass(frozen=True)
@@ -178,14 +191,19 @@ class Equalize:
         return "channels equalized up to the ceilings seen" if self.to_ceilings else "channels equalized"
 
     def apply(self, draft: Draft) -> Draft:
-        network = draft.network
         with contextlib.suppress(FailureError):
             if self.data_free:
-                network, _ = equalize_channels(network, None, draft.target)
-            else:
-                ways = {"reactions": draft.reactions, "to_ceilings": self.to_ceilings}
-                network, _ = equalize_channels(network, draft.images, draft.target, **ways)  # type: ignore[arg-type]
-        return replace(draft, network=network)
+                return draft.rewritten(equalize_channels(draft.network, None, draft.target)[0])
+            network, factors = equalize_channels(
+                draft.network,
+                target=draft.target,
+                reactions=draft.reactions,
+                to_ceilings=self.to_ceilings,
+                statistics=draft.statistics,
+            )
+            scaled = {name: reaction.scaled(factors[name]) for name, reaction in draft.reactions.items()}
+            return draft.rewritten(network, scaled)
+        return draft
 
 
 @dataclass(frozen=True)
@@ -229,7 +247,7 @@ class RangesBySeen:
         watched = draft.prepared()
         if self.method == EASYQUANT:
             search = Search()
-            visit_layers(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
+            visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
         found = estimate_ranges(deepcopy(watched), in_uint8_batches(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
@@ -272,8 +290,8 @@ class CorrectBias:
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
-        watched = visit_with(draft, self.images, correction)
-        found = correct_logits(watched, draft) if self.of_logits else {}
+        watched, logits = visit_with(draft, self.images, correction, beside_float=not self.of_weights)
+        found = correct_logits(watched, draft, logits) if self.of_logits else {}
         return replace(draft, watched=watched, corrections={**correction.found, **found})
 
 
@@ -296,31 +314,37 @@ class RoundWeights:
         visitors: list[Visitor] = [rounding]
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
-        watched = visit_with(draft, LAYERWISE_IMAGES, *visitors)
+        watched, logits = visit_with(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
         if self.correct_bias:
-            correct_logits(watched, draft)
+            correct_logits(watched, draft, logits)
         return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
 
 
-def correct_logits(watched: M.Module, draft: Draft) -> dict[str, tuple[float, ...]]:
-    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name."""
+def correct_logits(watched: M.Module, draft: Draft, logits: npt.NDArray[Any]) -> dict[str, tuple[float, ...]]:
+    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name.
+
+    ``logits``: what ``watched`` answers to the first images of ``draft``.
+    """
     linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
     name, classifier = linear[-1] if linear else ("", None)
     if classifier is None or classifier.bias is None:  # an imported network may end in other layers
         return {}
-    shift = (draft.logits - logits_of(watched, draft.images[:LAYERWISE_IMAGES])).mean(axis=0)
+    shift = (draft.logits[: len(logits)] - logits).mean(axis=0)
     correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
     add_to_bias(classifier, correction)
     return {name: correction}
 
 
-def visit_with(draft: Draft, number: int, *visitors: Visitor) -> M.Module:
-    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer."""
+def visit_with(
+    draft: Draft, number: int, *visitors: Visitor, beside_float: bool
+) -> tuple[M.Module, npt.NDArray[np.float32]]:
+    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer, and what it answers."""
     watched = deepcopy(draft.watched)
     assert watched is not None
-    visit_layers(watched, as_input(draft.images[:number]), *visitors)
+    visit = visit_beside_float if beside_float else visit_layers
+    logits = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
-    return watched
+    return watched, logits
 
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:

@@ -25,8 +25,8 @@ def keep_in_float(network: M.Module, names: Iterable[str]) -> None:
     """From now on the weights and biases of the layers ``names`` of ``network``, mode ``qat``, are not quantized.
 
     That is for good: they lose the observer and the fake quantization of their weights, and their state has none.
-    ``names`` are those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer kept
-    already stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
+    ``names`` are those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer
+    kept already stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
     """
     layers = find_quantized_layers(network)
     chosen = [find_float_layer(layers, name) for name in names]

@@ -22,7 +22,7 @@ def round_half_to_even(values: Tensor, qmin: int, qmax: int) -> Tensor:
 
     Neither limit may be beyond 2**22.
     """
-    return (F.minimum(F.maximum(values, qmin), qmax) + SHIFT) - SHIFT
+    return (F.clip(values, qmin, qmax) + SHIFT) - SHIFT
 
 
 class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]

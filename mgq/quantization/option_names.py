@@ -24,6 +24,8 @@ METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
     "logits",
 )
 """How calibration chooses ranges."""
+ROUNDINGS = BY_GPTQ, TO_NEAREST = ("gptq", "nearest")
+"""How weights are rounded: so that their errors make up for each other (:mod:`mgq.ptq.gptq`), or each by itself."""
 QUALITIES = FAST, BALANCED, BEST = ("fast", "balanced", "best")
 """Presets of post-training quantization. ``best`` is another name of ``balanced`` now."""
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")

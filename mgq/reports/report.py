@@ -11,6 +11,7 @@ from typing import Any
 
 from mgq.bench.suite import BenchmarkBackend
 from mgq.data.datasets import subset
+from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
@@ -83,6 +84,7 @@ class Report:
         }
 
 
+@accept_old_keywords(pictures="images")
 def report(
     run: str | Path | None = None,
     data: str | Path | None = None,

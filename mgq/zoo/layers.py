@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import megengine.functional as F
@@ -11,6 +11,7 @@ import megengine.module as M
 from megengine import Tensor
 from megengine.core.tensor.dtype import is_quantize
 from megengine.module.conv import _ConvNd
+from megengine.module.module import HookHandler
 
 
 class ConvBnRelu6(M.ConvBnRelu2d):  # type: ignore[misc]
@@ -26,7 +27,20 @@ class ConvBnRelu6(M.ConvBnRelu2d):  # type: ignore[misc]
 @contextlib.contextmanager
 def forward_hooks(hooks: Iterable[tuple[M.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Inside, each hook is shown its module, what that reads and what it gives, and may give something else."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    with removed([module.register_forward_hook(hook) for module, hook in hooks]):
+        yield
+
+
+@contextlib.contextmanager
+def forward_pre_hooks(hooks: Iterable[tuple[M.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, each hook is shown its module and what that is about to read."""
+    with removed([module.register_forward_pre_hook(hook) for module, hook in hooks]):
+        yield
+
+
+@contextlib.contextmanager
+def removed(handles: Sequence[HookHandler]) -> Iterator[None]:
+    """Remove the hooks behind ``handles`` on the way out."""
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mgq.data.datasets import Dataset, calibration_folder, subset
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
+from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, list_sources, spread_evenly
 from mgq.engine.classifier.evaluate import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
@@ -156,6 +157,7 @@ def in_points(effect: Effect) -> str:
     return f"{effect.top1_change:+.1f}{error}"
 
 
+@accept_old_keywords(pictures="files", on_remark="on_message")
 def analyze(
     data: str | Path | None = None,
     files: Sequence[str | Path] = (),

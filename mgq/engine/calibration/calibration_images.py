@@ -54,7 +54,8 @@ def find_images_nearby(
     on_progress: OnProgress = ignore_progress,
     on_message: OnMessage = ignore_message,
 ) -> CalibrationSources:
-    """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no pictures."""
+    """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no
+    pictures."""
     if not named and data is None and not classifier.recipe.get("data"):
         return CalibrationSources("", None, None, "there are no pictures")
     return find_calibration_sources(classifier, named, data, images, on_progress, on_message)
@@ -93,7 +94,7 @@ def find_calibration_sources(
         return CalibrationSources(str(data), dataset, None, str(error))
 
 
-def few_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
+def read_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
     """Some of ``dataset`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
     are left out."""
     sources = list(dataset) if isinstance(dataset, Sequence) else list_sources(subset(dataset, COMPARED))

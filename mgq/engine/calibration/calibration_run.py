@@ -22,18 +22,17 @@ from mgq.engine.classifier.predict import BATCH, group_items, read_crops
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.errors import InputError
-from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, ignore_message, ignore_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import (
     MOST_LAYERWISE_IMAGES,
     calibrate_data_free_network,
-    check_method,
     count_images_used,
     find_best_network,
 )
 from mgq.ptq.pipeline import MOST_HELD, SearchResult
-from mgq.ptq.presets import DEFAULT_PRESET, adapt_preset, get_preset
+from mgq.ptq.presets import DEFAULT_CONFIG, CalibrationConfig
 from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
 from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
 from mgq.quantization.modes import Mode
@@ -81,56 +80,54 @@ def calibrate(
     sources: Sequence[Source] | Dataset,
     images: int,
     about: str = "",
-    on_progress: OnProgress = ignore_progress,
-    method: str | None = None,
-    correct_bias: bool = True,
-    compensate: bool = True,
-    target: Target = MEGENGINE,
-    quality: str = DEFAULT_PRESET,
-    float_layers: Sequence[str] = (),
-    on_message: OnMessage = ignore_message,
+    config: CalibrationConfig = DEFAULT_CONFIG,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
-    ``quality`` names a preset of :data:`mgq.ptq.presets.PRESETS`: candidates that are tried, and of which the one is
-    kept whose logits are nearest to float's on pictures held back. ``method`` fixes how ranges are chosen,
-    ``correct_bias`` and ``compensate`` leave steps out; ``easyquant`` takes 64 pictures at most. The weights of the
-    layers ``float_layers`` stay float32. Pictures that cannot be read are left out and named; ``on_message`` is told what was
-    done and left out, and where pictures are few, blank or alike. Raises InputError where no picture can be read, and
-    for another method or quality.
+    ``config`` says how, ``about`` what the images are. ``easyquant`` takes 64 images at most. Images that cannot be
+    read are left out and named; ``callbacks`` get a message about what was done and left out, and where images are few,
+    blank or alike. Raises InputError where no image can be read, and for a method or preset that there is not.
     """
-    preset = adapt_preset(get_preset(quality), check_method(method), correct_bias, compensate, target)
+    preset = config.make_preset()
     if images < 1:
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    wanted = images if method is None else count_images_used(method, images)
+    wanted = images if config.method is None else count_images_used(config.method, images)
     few = spread_evenly(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
     chosen = few if isinstance(few, Sequence) else list_sources(few)
     # Those held back, and those that only some steps look at, should be of all kinds.
     order = np.random.default_rng(0).permutation(len(chosen))
-    calibration_images = CalibrationImages(classifier, [chosen[i] for i in order], on_progress, on_message)
+    calibration_images = CalibrationImages(
+        classifier, [chosen[i] for i in order], callbacks.on_progress, callbacks.on_message
+    )
     arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
     seen = calibration_images.all()
     found, ranges = find_best_network(
-        classifier.network, seen, arch, weights, preset, target, float_layers, on_progress
+        classifier.network,
+        seen,
+        arch,
+        weights,
+        preset,
+        config.target,
+        config.float_layers,
+        callbacks.on_progress,
     )
-    on_message(found.summary())
+    callbacks.on_message(found.summary())
     command = f"mgq calibrate -a {arch} --images {images}"
-    command += f" --method {method}" if method else f" --quality {quality}"
-    command += "" if correct_bias else " --no-bias-correction"
-    command += "" if compensate else " --nearest"
+    command += config.as_flags()
     provenance = {
         "pictures": about or "unnamed",
         "images": calibration_images.used,
         "of": len(sources),
         "method": ranges.observer,
-        "bias_correction": correct_bias,
+        "bias_correction": config.correct_bias,
         "rounding": "compensated" if found.draft.rounded else "nearest",
-        "float_layers": list(float_layers),
+        "float_layers": list(config.float_layers),
         "choice": "evenly spread over the sorted list",
         **found.to_json(),
-        **of_all(classifier, command, target),
+        **of_all(classifier, command, config.target),
     }
     network = found.network
     refuse_incomplete(network, ranges)
@@ -215,9 +212,9 @@ class CalibrationImages:
             raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
-def estimate_seconds(classifier: Classifier, images: int, quality: str, method: str | None = None) -> float:
+def estimate_seconds(classifier: Classifier, images: int, preset: str, method: str | None = None) -> float:
     """About how long :func:`calibrate` will take here: from one timed pass of a few made-up pictures."""
-    preset = adapt_preset(get_preset(quality), check_method(method), True, True)
+    chosen = CalibrationConfig(preset, method).make_preset()
     height, width = classifier.spec.only_size or (classifier.image_size, classifier.image_size)
     batch = Tensor(np.zeros((TIMED, 3, height, width), np.float32))
     classifier.network(batch).numpy()
@@ -226,9 +223,9 @@ def estimate_seconds(classifier: Classifier, images: int, quality: str, method: 
     one = (time.perf_counter() - start) / TIMED
     million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
     layerwise, judged = min(images, MOST_LAYERWISE_IMAGES), min(images, MOST_HELD)
-    grids, rounded = len(preset.grids), sum(isinstance(step, RoundWeights) for step in preset.finishes)
+    grids, rounded = len(chosen.grids), sum(isinstance(step, RoundWeights) for step in chosen.finishes)
     seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
-    seconds += len(preset.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
+    seconds += len(chosen.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
     return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
 
 

@@ -252,8 +252,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
         raise InputError(
-            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; it knows "
-            f"{_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
+            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; "
+            f"it knows {_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]

@@ -73,20 +73,29 @@ def compare_modes(
     images: Dataset,
     callbacks: Callbacks,
     known: Evaluation | None = None,
-    **how: Any,
+    *,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_bad: float = 0.01,
 ) -> Comparison:
     """The float network, the fake-quantized one, and the int8 network made of that, on the labelled ``images``.
 
-    ``known`` is what float answered to them, where that was measured before. ``how`` goes on to
-    :func:`mgq.engine.classifier.evaluate.evaluate`. Raises as that does.
+    ``known`` is what float answered to them, where that was measured before. The other options, and what it raises, are
+    those of :func:`mgq.engine.classifier.evaluate.evaluate`.
     """
     int8 = convert(simulated, Mode.QUANTIZED)
-    how.setdefault("batch_size", batch_for(normal.image_size))
     found = {"float": known} if known is not None else {}
     for what, classifier in (("float", normal), ("fake-quantized", simulated), ("int8", int8)):
         if what in found:
             continue
-        found[what] = evaluate(classifier, images, on_progress=name_progress(what, callbacks.on_progress), **how)
+        found[what] = evaluate(
+            classifier,
+            images,
+            batch_size=batch_size or batch_for(normal.image_size),
+            workers=workers,
+            max_bad=max_bad,
+            on_progress=name_progress(what, callbacks.on_progress),
+        )
     return Comparison(
         found["float"],
         found["fake-quantized"],

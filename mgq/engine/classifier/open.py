@@ -28,6 +28,7 @@ from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
 from mgq.quantization.float_layers import keep_in_float, list_float_layers
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, get_target, target_of
 from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
@@ -341,7 +342,7 @@ def make_random_classifier(
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
     _, ranges = calibrate_network(
-        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
+        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=target
     )
     return quantize_with_ranges(classifier, ranges, mode)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
+from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.open import Classifier, open_classifier
 from mgq.errors import InputError
 from mgq.events import OnProgress, Progress, ignore_progress
@@ -48,6 +49,18 @@ class Prediction:
     scores: tuple[ClassScore, ...] = ()
     milliseconds: float = 0.0
     error: str | None = None
+
+    @property
+    def picture(self) -> str:
+        """The old name of ``image``."""
+        warn_renamed("picture", "image")
+        return self.image
+
+    @property
+    def guesses(self) -> tuple[ClassScore, ...]:
+        """The old name of ``scores``."""
+        warn_renamed("guesses", "scores")
+        return self.scores
 
 
 def predict(
@@ -114,6 +127,7 @@ def group_items(
         yield group
 
 
+@accept_old_keywords(pictures="images")
 def infer(
     images: Sequence[str | Path] = (),
     arch: str | None = None,
@@ -142,3 +156,6 @@ def infer(
         found.append(answer)
         on_progress(Progress("classify", len(found), len(sources), "pictures"))
     return found
+
+
+__getattr__ = find_renamed(__name__, {"Answer": "Prediction", "Guess": "ClassScore"})

@@ -39,9 +39,10 @@ from mgq.engine.training.recipe import Recipe, plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
-from mgq.ptq.calibrate import DEFAULT_METHOD, calibrate_network
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import apply_ranges, observe_weights
+from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 from mgq.quantization.qat import Phase, plain_qat, set_phase
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, in_batches
@@ -186,9 +187,15 @@ class Trainer:
             return
         # On the drawn pictures all is to be done in minutes: there the ranges alone are calibrated.
         thorough = not self.recipe.is_synthetic
-        words = (DEFAULT_METHOD, thorough, thorough)
         calibrated, _ = calibrate_network(
-            self.teacher, self.images(), self.recipe.arch, "", {}, *words, target=get_target(self.recipe.target)
+            self.teacher,
+            self.images(),
+            self.recipe.arch,
+            "",
+            {},
+            correct_bias=thorough,
+            weight_rounding=BY_GPTQ if thorough else TO_NEAREST,
+            target=get_target(self.recipe.target),
         )
         found = self.validated(calibrated)
         self.keep_if_best(0, found, calibrated)

@@ -15,6 +15,7 @@ import megengine.module as M
 from mgq.cpu_kernels import fast_gradients
 from mgq.data.datasets import subset
 from mgq.data.loader import Loader
+from mgq.deprecation import find_renamed
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.engine.classifier.evaluate import match_classes
 from mgq.engine.classifier.metrics import Meter
@@ -334,8 +335,14 @@ def finish_run(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callb
     normal, simulated = open_float_and_simulated(job, run, callbacks)
     most = COMPARED_AFTER_TRAIN if job.recipe.mode == "normal" else len(job.sets.val)
     images = subset(job.sets.val, min(most, len(job.sets.val)))
-    how: dict[str, Any] = {"workers": job.train_options.workers, "max_bad": job.train_options.max_bad}
-    comparison = compare_modes(normal, simulated, images, callbacks, **how)
+    comparison = compare_modes(
+        normal,
+        simulated,
+        images,
+        callbacks,
+        workers=job.train_options.workers,
+        max_bad=job.train_options.max_bad,
+    )
     return TrainResult(run.checkpoint, job.recipe, best, comparison, start)
 
 
@@ -345,8 +352,7 @@ def open_float_and_simulated(job: TrainJob, run: RunFolder, callbacks: Callbacks
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    words = (other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks.on_progress)
-    found = calibrate(*words, on_message=callbacks.on_message)
+    found = calibrate(other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks=callbacks)
     return normal, found.classifier
 
 
@@ -451,3 +457,6 @@ def training_kernels(callbacks: Callbacks) -> Iterator[None]:
             except FailureError as error:
                 callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
         yield
+
+
+__getattr__ = find_renamed(__name__, {"Outcome": "TrainResult"})

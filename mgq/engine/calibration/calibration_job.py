@@ -1,0 +1,218 @@
+"""``calibrate`` as one call: from what a user asked for to a checkpoint for int8, and what it costs in accuracy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mgq.data.datasets import Dataset, subset
+from mgq.data.image_sources import Source
+from mgq.engine.calibration.calibrate_options import CalibrateOptions
+from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby, read_crops
+from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
+from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
+from mgq.engine.classifier.deployment import Deployment, deploy
+from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
+from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
+from mgq.errors import InputError
+from mgq.events import NO_CALLBACKS, Callbacks, duration
+from mgq.io.atomic import ensure_writable_folder
+from mgq.ptq.calibrate import count_images_used
+from mgq.ptq.presets import CalibrationConfig
+from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import BEST
+from mgq.quantization.targets import MEGENGINE, ONNX, get_target
+
+WITHOUT_IMAGES = "no pictures: ranges and corrections follow from the batch norms"
+MEND = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A calibration, where its ``checkpoint`` lies, and what int8 costs.
+
+    ``comparison`` is None where there are no labelled images; ``why_not`` says why. ``images_of`` names the images,
+    ``weights`` says where the float weights come from. ``mixed`` is what ``max_drop`` led to. ``deployment`` is the
+    int8 file of an imported network beside a float one.
+    """
+
+    calibration: Calibration
+    checkpoint: Path
+    comparison: Comparison | None
+    mixed: MixedPrecisionResult | None
+    images_of: str
+    why_not: str
+    weights: str
+    deployment: Deployment | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.calibration
+        return {
+            "arch": found.classifier.spec.name,
+            "target": found.ranges.target,
+            "method": found.ranges.observer,
+            "pictures": found.used,
+            "weights": self.weights,
+            "checkpoint": str(self.checkpoint),
+            "comparison": self.comparison.to_json() if self.comparison else None,
+            "float_layers": list(self.mixed.float_layers) if self.mixed else [],
+            "slowdown": self.mixed.slowdown if self.mixed else 1.0,
+            "deployment": self.deployment.to_json() if self.deployment else None,
+        }
+
+
+def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBACKS) -> CalibrationResult:
+    """Make a float network ready for int8 and compare it with float, as ``mgq calibrate`` does.
+
+    Writes ``<save>/<arch>.calibration``; what is there already is kept under another name. Raises InputError for
+    options that cannot be, before anything is written, and where there are no weights or no images that can be read.
+    """
+    options.refuse_contradictions()
+    classifier = open_float_network(options, callbacks)
+    if options.target is None and classifier.spec.is_described:
+        options = replace(options, target=ONNX.name)  # MegEngine has no int8 for imported networks
+    found = find_images_nearby(
+        classifier,
+        options.files,
+        options.data,
+        0 if options.data_free else count_images(options),
+        callbacks.on_progress,
+        callbacks.on_message,
+    )
+    refuse_unwritable_folders(options)
+    labelled = found.labelled
+    if options.limit and labelled is not None:
+        labelled = subset(labelled, options.limit)
+    mixed: MixedPrecisionResult | None = None
+    if options.data_free or found.sources is None:
+        callbacks.on_message(WITHOUT_IMAGES + ("" if options.data_free else MEND))
+        result = calibrate_data_free(classifier, get_target(options.target or MEGENGINE.name))
+    elif options.max_drop is None:
+        announce(classifier, found.sources, options, callbacks)
+        result = calibrate_on(found, classifier, options, callbacks)
+    else:
+        announce(classifier, found.sources, options, callbacks)
+        if labelled is None:
+            raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
+        mixed = mix_precisions(found, labelled, classifier, options, callbacks)
+        result = mixed.calibration
+    for problem in result.problems:
+        callbacks.on_message(problem)
+    checkpoint = result.write(options.save)
+    if options.ranges_file is not None:
+        result.write_ranges(options.ranges_file)
+    comparison = mixed.comparison if mixed else None
+    if labelled is not None and comparison is None:
+        comparison = compare(classifier, result.classifier, labelled, options, callbacks)
+    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent)
+    origin = classifier.origin
+    return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, origin, deployment)
+
+
+def deploy_imported(
+    classifier: Classifier, result: Calibration, images: Sequence[Source] | Dataset | None, folder: Path
+) -> Deployment | None:
+    """An int8 file of an imported network in ``folder``, measured; None of others, and without ``images``."""
+    if images is None or not classifier.spec.is_described:
+        return None
+    file = folder / f"{classifier.spec.name}.int8.onnx"
+    return deploy(classifier, result.classifier, file, read_crops(classifier, images))
+
+
+def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:
+    """The network that ``options`` choose; where they name none, that of the newest float run."""
+    arch = options.arch
+    if not (arch or options.checkpoint or options.pretrained):
+        arch = find_newest_arch(options.save, Mode.NORMAL)
+    return open_classifier(
+        arch=arch,
+        checkpoint=options.checkpoint,
+        mode=Mode.NORMAL,
+        save=options.save,
+        pretrained=options.pretrained,
+        options={} if options.width is None else {"width": options.width},
+        image_size=options.image_size,
+        on_progress=callbacks.on_progress,
+        key=options.key,
+    )
+
+
+def count_images(options: CalibrateOptions) -> int:
+    """How many images are looked at, where there are as many."""
+    return count_images_used(options.method, options.images) if options.method else options.images
+
+
+def refuse_unwritable_folders(options: CalibrateOptions) -> None:
+    """Found out before the work, which takes minutes."""
+    ensure_writable_folder(options.save)
+    if options.ranges_file is not None:
+        ensure_writable_folder(options.ranges_file.absolute().parent)
+
+
+def announce(
+    classifier: Classifier, sources: Sequence[Source] | Dataset, options: CalibrateOptions, callbacks: Callbacks
+) -> None:
+    """Say how long it will take."""
+    number = min(count_images(options), len(sources))
+    seconds = estimate_seconds(classifier, number, options.preset, options.method)
+    if options.preset == BEST:
+        callbacks.on_message("--quality best is balanced now, which tries as much: it will go in the next release")
+    callbacks.on_message(f"calibrating on {number} pictures, quality {options.preset}: about {duration(seconds)}")
+
+
+def calibrate_on(
+    found: CalibrationSources,
+    classifier: Classifier,
+    options: CalibrateOptions,
+    callbacks: Callbacks,
+    float_layers: tuple[str, ...] = (),
+) -> Calibration:
+    assert found.sources is not None
+    config = CalibrationConfig(
+        preset=options.preset,
+        method=options.method,
+        correct_bias=options.correct_bias,
+        weight_rounding=options.rounding,
+        target=get_target(options.target or MEGENGINE.name),
+        float_layers=float_layers,
+    )
+    return calibrate(classifier, found.sources, options.images, options.about or found.name, config, callbacks)
+
+
+def mix_precisions(
+    found: CalibrationSources,
+    labelled: Dataset,
+    classifier: Classifier,
+    options: CalibrateOptions,
+    callbacks: Callbacks,
+) -> MixedPrecisionResult:
+    """As many layers in int8 as ``max_drop`` allows on the ``labelled`` images."""
+    assert options.max_drop is not None
+    known = evaluate(
+        classifier, labelled, workers=options.workers, max_bad=options.max_bad, on_progress=callbacks.on_progress
+    )
+    # The same images come again and again, and what is to be said of them.
+    once = replace(callbacks, on_message=functools.cache(callbacks.on_message))
+    return search_float_layers(
+        options.max_drop,
+        rank_layers(classifier, get_target(options.target or MEGENGINE.name)),
+        lambda float_layers: calibrate_on(found, classifier, options, once, float_layers),
+        lambda other: compare(classifier, other, labelled, options, callbacks, known),
+    )
+
+
+def compare(
+    normal: Classifier,
+    simulated: Classifier,
+    labelled: Dataset,
+    options: CalibrateOptions,
+    callbacks: Callbacks,
+    known: Evaluation | None = None,
+) -> Comparison:
+    return compare_modes(
+        normal, simulated, labelled, callbacks, known, workers=options.workers, max_bad=options.max_bad
+    )
