@@ -23,7 +23,7 @@ from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.equalization import equalize_channels
-from mgq.ptq.presets import adapt_preset, get_preset
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.zoo.weight_loading import read_weights
@@ -41,7 +41,8 @@ def classifier_in(path: Path, wish: ImportWish = RAW) -> Classifier:
 def pixels(number: int = 4, height: int = 32, width: int = 32, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Smooth made-up images, uint8 (N, 3, H, W)."""
     random = np.random.default_rng(seed)
-    crops = [cv2.GaussianBlur(random.integers(0, 256, (height, width, 3), np.uint8), (0, 0), 2) for _ in range(number)]
+    noise = random.integers(0, 256, (number, height, width, 3), np.uint8)
+    crops = [np.asarray(cv2.GaussianBlur(image, (0, 0), 2), np.uint8) for image in noise]
     return np.clip((to_batch(crops).astype(np.float32) - 128) * 5 + 128, 0, 255).astype(np.uint8)
 
 
@@ -72,7 +73,7 @@ def test_an_imported_network_answers_as_the_file_does(tmp_path: Path, body: str,
 def test_int8_of_an_imported_network_answers_nearly_as_float(tmp_path: Path, body: str) -> None:
     classifier = classifier_in(write(tmp_path / "model.onnx", body))
     images = pixels(24)
-    preset = adapt_preset(get_preset("fast"), None, True, True, ONNX)
+    preset = CalibrationConfig("fast", target=ONNX).make_preset()
     found, _ = find_best_network(classifier.network, images, "model", "", preset, ONNX)
     assert found.best.snr > 15
     qat = classifier_with(classifier, found.network)

@@ -94,7 +94,7 @@ def find_calibration_sources(
         return CalibrationSources(str(data), dataset, None, str(error))
 
 
-def read_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
+def read_some_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
     """Some of ``dataset`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
     are left out."""
     sources = list(dataset) if isinstance(dataset, Sequence) else list_sources(subset(dataset, COMPARED))

@@ -11,7 +11,7 @@ from typing import Any
 from mgq.data.datasets import Dataset, subset
 from mgq.data.image_sources import Source
 from mgq.engine.calibration.calibrate_options import CalibrateOptions
-from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby, read_crops
+from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby, read_some_crops
 from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
 from mgq.engine.classifier.deployment import Deployment, deploy
@@ -120,7 +120,7 @@ def deploy_imported(
     if images is None or not classifier.spec.is_described:
         return None
     file = folder / f"{classifier.spec.name}.int8.onnx"
-    return deploy(classifier, result.classifier, file, read_crops(classifier, images))
+    return deploy(classifier, result.classifier, file, read_some_crops(classifier, images))
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:

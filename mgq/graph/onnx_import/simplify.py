@@ -114,7 +114,7 @@ def move_scale_behind_product(draft: NetworkDraft) -> bool:
             assert inner is not None
             inputs = [inner.inputs[0] if i == place else other for i, other in enumerate(plan.inputs)]
             product = draft.insert_before(plan, "mul", inputs, dict(plan.options))
-            options = {"constants": {"scale": [], "shift": []}}
+            options: dict[str, Any] = {"constants": {"scale": [], "shift": []}}
             tensors = {"scale": found[0].reshape(()), "shift": np.zeros(())}
             scaled = draft.insert_before(plan, "affine", [product], options, tensors)
             draft.samples[scaled], draft.sources[scaled] = draft.samples[plan.name], draft.sources[plan.name]
