@@ -10,7 +10,7 @@ from pathlib import Path
 class ImportWish:
     """What is said of a foreign file: None where it is left to be told from the file, or is the default.
 
-    ``preprocess`` names a contract of :data:`mgq.graph.onnx_import.input_contract.CONTRACTS`, which ``mean``, ``std``
+    ``preprocess`` names a contract of :data:`mgq.zoo.input_contract.CONTRACTS`, which ``mean``, ``std``
     and the ``order`` of the channels, ``rgb`` or ``bgr``, change. ``size``: height and width, where the file leaves
     them open. ``labels``: a file of class names.
     """

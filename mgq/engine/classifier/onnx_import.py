@@ -21,7 +21,7 @@ from mgq.events import OnMessage, ignore_message
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
 from mgq.export.onnx.onnx_file import import_package
 from mgq.graph.onnx_import.draft import NetworkDraft
-from mgq.graph.onnx_import.input_contract import InputContract, contract_called, fold_contract
+from mgq.graph.onnx_import.input_contract import fold_contract
 from mgq.graph.onnx_import.reader import read_network
 from mgq.io.atomic import ensure_writable_folder
 from mgq.io.download import sha256_of
@@ -32,6 +32,7 @@ from mgq.weights.checkpoint import info_of
 from mgq.weights.unpickler import read_state
 from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
+from mgq.zoo.input_contract import InputContract, contract_called
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
 
