@@ -161,7 +161,6 @@ def calibrate(
       mgq calibrate photos/
       mgq calibrate -d flowers --quality best
       mgq calibrate -a efficientnet_lite0 --data-free
-      mgq calibrate -c resnet18.pkl -d imagenet --images 500 --method mse
       mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
     """
     from mgq.cli.console import note, progress

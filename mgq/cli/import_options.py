@@ -10,39 +10,35 @@ import typer
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.errors import InputError, printable
 
-FOREIGN = "ONNX files of other programs"
 LARGEST_SIDE = 4096
 Preprocess = Annotated[
     str | None,
     typer.Option(
         "--preprocess",
         metavar="torch|tf|caffe|raw",
-        rich_help_panel=FOREIGN,
         help="What it was fed: ImageNet's mean and std, -1 to 1, BGR minus the mean, or pixels as they are.",
         show_default="torch",
     ),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option("--mean", metavar="R,G,B", rich_help_panel=FOREIGN, help="Taken off pixels, of 255 or of 1."),
+    typer.Option("--mean", metavar="R,G,B", help="Taken off pixels, of 255 or of 1."),
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="R,G,B", rich_help_panel=FOREIGN, help="Pixels are divided by it, of 255 or of 1."),
+    typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it, of 255 or of 1."),
 ]
 Order = Annotated[
     bool | None,
-    typer.Option("--rgb/--bgr", rich_help_panel=FOREIGN, help="The order of its channels.", show_default=False),
+    typer.Option("--rgb/--bgr", help="The order of its channels.", show_default=False),
 ]
 Size = Annotated[
     str | None,
-    typer.Option(
-        "--size", metavar="HxW", rich_help_panel=FOREIGN, help="Pixels, where the file leaves them open: 224, 48x192."
-    ),
+    typer.Option("--size", metavar="HxW", help="Pixels, where the file leaves them open: 224, 48x192."),
 ]
 Labels = Annotated[
     Path | None,
-    typer.Option("--labels", rich_help_panel=FOREIGN, help="Names of its classes: one a line, or a list in JSON."),
+    typer.Option("--labels", help="Names of its classes: one a line, or a list in JSON."),
 ]
 
 

@@ -96,7 +96,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     """The float classifier in the ONNX file ``path``, whose SHA-256 is ``digest``, and remarks on how it was read."""
     contract = contract_called(wish.preprocess, wish.mean, wish.std, wish.order)
     file = read_foreign(path, wish.size)
-    draft = drafted(file)
+    draft = draft_network(file)
     difference = compare(file, draft)
     fold_contract(draft, contract)
     network = network_of(draft.blueprint(), draft)
@@ -121,7 +121,7 @@ def remarks_on(
     return [f"{layers} layers of opset {file.opset}, {equal}", f"input as {contract.said()}{default}"]
 
 
-def drafted(file: ForeignFile) -> NetworkDraft:
+def draft_network(file: ForeignFile) -> NetworkDraft:
     """The network of ``file``, which takes what the file takes. Raises InputError that names the file."""
     sample = np.random.default_rng(0).standard_normal((1, *file.image)).astype(np.float32)
     try:
