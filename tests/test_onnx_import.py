@@ -361,5 +361,25 @@ def test_calibrate_makes_an_int8_file_of_an_onnx_file(tmp_path: Path, mgq: Mgq) 
     assert "imported before" in told.err
 
 
+def test_a_float_dump_of_an_imported_network_is_onnx(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx")
+    said = mgq("dump", "-c", path, "-m", "normal", "--check", "none")
+    assert said.code == 0, said
+    assert (tmp_path / "model.normal.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_an_imported_network_is_trained_for_int8(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx", "squeeze_and_excite")
+    for part in ("train", "val"):
+        for number, image in enumerate(pixels(2 * CLASSES, 40, 40)):
+            file = tmp_path / "data" / part / f"kind{number % CLASSES}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), image.transpose(1, 2, 0))
+    said = mgq("qat", "-c", path, "-d", tmp_path / "data", "--epochs", "1")
+    assert said.code == 0, said
+    assert "trained with quantization" in said.out
+
+
 def test_words_for_foreign_files_are_refused_for_others(tmp_path: Path, mgq: Mgq) -> None:
     assert "for ONNX files of others" in the_error(mgq("calibrate", "--preprocess", "tf", "--data-free"))
