@@ -10,21 +10,28 @@ The verbs of the command line as Python calls::
     mgq.train(arch="resnet18", data="flowers", epochs=20)  # a run under runs/
     mgq.qat(arch="resnet18")                               # on from it, for int8
     mgq.evaluate("flowers", arch="resnet18").top1          # percent
+    mgq.calibrate(files=["photos"], arch="resnet18")       # a checkpoint for int8, without training
+    mgq.benchmark(["resnet18"], ["int8"]).rows             # speed in every backend
     mgq.report("resnet18.qat").page                       # one HTML page about a run
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
-Importing mgq imports no MegEngine; the first of these calls does.
+Importing mgq imports no MegEngine and changes nothing in the environment. ``infer`` and ``evaluate`` need no MegEngine
+for deployed files; the first of the other calls imports it. What a call has to say besides its result goes to its
+callbacks or, where there are none, to the logger ``mgq``.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import prefer_exact_kernels, prefer_fast_kernels, wait_without_spinning
+from mgq.machine import WITHOUT_MEGENGINE
 
 if TYPE_CHECKING:
+    from mgq.api import benchmark as benchmark
+    from mgq.api import calibrate as calibrate
     from mgq.api import evaluate as evaluate
     from mgq.api import qat as qat
     from mgq.api import train as train
@@ -36,9 +43,9 @@ if TYPE_CHECKING:
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weight_loading import load_weights as load_weights
 
-prefer_exact_kernels()
-prefer_fast_kernels()
-wait_without_spinning()
+__version__ = "0.1.0"
+
+logging.getLogger("mgq").addHandler(logging.NullHandler())
 
 WHERE = {
     "create_model": "mgq.zoo.registry",
@@ -46,6 +53,8 @@ WHERE = {
     "quantize": "mgq.ptq.quantize",
     "infer": "mgq.engine.classifier.predict",
     "dump": "mgq.engine.classifier.dump",
+    "benchmark": "mgq.api",
+    "calibrate": "mgq.api",
     "train": "mgq.api",
     "qat": "mgq.api",
     "evaluate": "mgq.api",
@@ -58,6 +67,8 @@ __all__ = [
     "InputError",
     "MgqError",
     "analyze",
+    "benchmark",
+    "calibrate",
     "create_model",
     "dump",
     "evaluate",
@@ -72,5 +83,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in WHERE:
-        return getattr(importlib.import_module(WHERE[name]), name)
+        try:
+            return getattr(importlib.import_module(WHERE[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and error.name.partition(".")[0] == "megengine":
+                raise InputError(WITHOUT_MEGENGINE) from error
+            raise
     raise AttributeError(f"module 'mgq' has no attribute '{name}'")

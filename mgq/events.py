@@ -1,12 +1,16 @@
-"""How long work reports its progress, and callbacks that take it."""
+"""How long work reports its progress without knowing who watches: to callbacks or, without them, to the log."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mgq.deprecation import find_renamed
+
+LOG = logging.getLogger("mgq")
+"""Where remarks (level INFO) and progress (level DEBUG) go that no callback takes."""
 
 
 class Progress(NamedTuple):
@@ -25,16 +29,18 @@ class Progress(NamedTuple):
 OnProgress = Callable[[Progress], None]
 
 
-def ignore_progress(_: Progress) -> None:
-    """For a caller who does not want to see progress."""
+def log_progress(event: Progress) -> None:
+    """The listener of a caller who gives none: progress is in the log, for who looks."""
+    LOG.debug("%s: %s of %s %s %s", event.what, event.done, event.total, event.unit, event.detail)
 
 
 OnMessage = Callable[[str], None]
 """Takes a line that should stay in sight."""
 
 
-def ignore_message(_: str) -> None:
-    """For a caller who wants no messages."""
+def log_message(line: str) -> None:
+    """The reader of a caller who gives none: remarks are in the log."""
+    LOG.info("%s", line)
 
 
 def never_stop() -> bool:
@@ -53,8 +59,8 @@ def duration(seconds: float) -> str:
 class Callbacks:
     """What long work calls: with its progress, with messages, and now and then to ask whether it should stop."""
 
-    on_progress: OnProgress = ignore_progress
-    on_message: OnMessage = ignore_message
+    on_progress: OnProgress = log_progress
+    on_message: OnMessage = log_message
     should_stop: Callable[[], bool] = never_stop
 
 
@@ -65,7 +71,7 @@ RENAMED = {
     "ALONE": "NO_CALLBACKS",
     "OnRemark": "OnMessage",
     "Watcher": "Callbacks",
-    "silent": "ignore_progress",
-    "unheard": "ignore_message",
+    "silent": "log_progress",
+    "unheard": "log_message",
 }
 __getattr__ = find_renamed(__name__, RENAMED)

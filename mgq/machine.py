@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from mgq.errors import InputError
 
 DEBUG_VARIABLE = "MGQ_DEBUG"
 """Where it is set, tracebacks and what the libraries say are shown: it stands for ``mgq --debug``."""
@@ -24,8 +25,17 @@ PACKAGES = {
     "ONNX": "onnx",
     "ONNX Runtime": "onnxruntime",
     "OpenVINO": "openvino",
+    "llvmlite": "llvmlite",
 }
 """What the numbers depend on, besides Python: what the world calls it, and what pip does."""
+OTHER_PACKAGES = {
+    "opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+}
+"""Packages that bring the same module as one of those."""
+MEGENGINE_PYTHON = (3, 10)
+"""The newest Python that MegEngine has a wheel for."""
+MEGENGINE_MEND = "run it by `uv run --python 3.10 mgq`, or pip install 'mgq[megengine]' under Python 3.10"
+WITHOUT_MEGENGINE = f"this needs MegEngine, which is not installed: {MEGENGINE_MEND}"
 CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
@@ -52,10 +62,34 @@ def package_version(package: str) -> str | None:
     """The version of ``package`` as pip calls it; None where it is not installed. Imports nothing of it."""
     from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    for name in (package, *OTHER_PACKAGES.get(package, ())):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+def has_megengine() -> bool:
+    """Whether MegEngine is installed. Imports nothing of it."""
+    from importlib.util import find_spec
+
+    return find_spec("megengine") is not None
+
+
+def refuse_without_megengine() -> None:
+    """Raises InputError, which says what to run instead, where MegEngine is not installed."""
+    if not has_megengine():
+        raise InputError(WITHOUT_MEGENGINE)
+
+
+def set_library_defaults() -> None:
+    """Set the variables of the environment that MegEngine and OpenVINO read when they start to compute.
+
+    Called before the first network is built, the first file is loaded, or the machine is described: an import of mgq
+    alone changes nothing in the program around it. Values that the user has set stay.
+    """
+    prefer_exact_kernels()
+    prefer_fast_kernels()
+    wait_without_spinning()
 
 
 def wait_without_spinning() -> None:
@@ -66,14 +100,22 @@ def wait_without_spinning() -> None:
     os.environ.setdefault(SPIN_VARIABLE, "1")
 
 
+def processor_has(flag: str) -> bool:
+    """Whether the processor has a feature that Linux calls ``flag``; elsewhere it is not known, and not there."""
+    try:
+        with CPU_INFO.open("rb") as file:
+            return flag.encode() in file.read(4096).split()
+    except OSError:
+        return False
+
+
 def prefer_exact_kernels() -> None:
     """Keep OpenVINO's oneDNN from AMX: with it (2025.4.1 and 2026.4.1) convolutions in groups give wrong integers.
 
     It is read when the first kernel is made. A value that the user has set stays.
     """
-    with contextlib.suppress(OSError):
-        if b"amx_int8" in CPU_INFO.open("rb").read(4096):
-            os.environ.setdefault(ONEDNN_VARIABLE, ONEDNN_EXACT)
+    if processor_has("amx_int8"):
+        os.environ.setdefault(ONEDNN_VARIABLE, ONEDNN_EXACT)
 
 
 def prefer_fast_kernels() -> None:
@@ -122,14 +164,10 @@ def hush_decoders() -> None:
     """
     if debugging():
         return
-    logging.getLogger("PIL").addHandler(_UNHEARD)
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if nowhere := _nowhere():
             ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stderr").value = nowhere
-
-
-_UNHEARD = logging.NullHandler()
 
 
 @functools.cache

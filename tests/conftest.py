@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.cli.console import import_megengine
+from mgq.system.megengine_start import import_megengine
 
 import_megengine()
 
@@ -243,11 +243,27 @@ class Said:
 Mgq = Callable[..., Said]
 
 
+@pytest.fixture(scope="session")
+def kept_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all commands may find again that an earlier one has written: the built-in network, verdicts on files."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Mgq:
+def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, kept_files: Path) -> Path:
+    """A cache without downloads, outside of the folder that commands run in."""
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("networks", "checked"):
+        (kept_files / name).mkdir(mode=0o700, exist_ok=True)
+        (folder / name).symlink_to(kept_files / name)
+    monkeypatch.setenv("MGQ_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, cache_folder: Path) -> Mgq:
     """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MGQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*arguments: str | Path) -> Said:

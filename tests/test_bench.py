@@ -498,6 +498,16 @@ def test_with_int8_alone_one_engine_runs_float_as_the_yardstick(monkeypatch: pyt
     assert float_rows == ["OpenVINO"]
 
 
+def test_an_engine_that_computes_in_int8_alone_has_no_row_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking_part, _ = field_of(monkeypatch, Settings(threads=(1,)), "OpenVINO", "native")
+    backends = {**taking_part.backends, "native": replace(taking_part.backends["native"], precisions=(INT8,))}
+    for settings in (Settings(threads=(1,)), make_settings(precisions=[INT8], threads=["1"])):
+        found = replace(taking_part, backends=backends, settings=settings).cases()
+        rows = [(one.precision, one.engine) for one in found if not one.is_peak]
+        assert rows == [(FP32, "OpenVINO"), (INT8, "OpenVINO"), (INT8, "native")]
+    assert engines_module.BENCHMARK_BACKENDS["native"].precisions == (INT8,)
+
+
 def test_self_tests_take_part_where_the_processor_has_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     taking_part, _ = field_of(monkeypatch, Settings(threads=(1, 2)), "MegEngine eager")
     peaks = [(one.precision, one.threads) for one in taking_part.cases() if one.is_peak]

@@ -21,7 +21,7 @@ from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settin
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
 from mgq.errors import FailureError, InputError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.system.environment import Machine
 
 FP32, INT8 = Precision.FP32, Precision.INT8
@@ -73,7 +73,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Benchmarks that cost no time; the settings of each one asked for."""
     settings_seen: list[Settings] = []
 
-    def fake(settings: Settings, on_progress: OnProgress = ignore_progress) -> Report:
+    def fake(settings: Settings, on_progress: OnProgress = log_progress) -> Report:
         settings_seen.append(settings)
         return Report(settings, MACHINE, {"mgq": "0.1.0"}, "a cat", rows_for(settings), ("the load was high",))
 
@@ -179,7 +179,7 @@ def test_a_chart_is_drawn_beside_the_table(asked: list[Settings], tmp_path: Path
 
 
 def test_a_failed_benchmark_leaves_the_older_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def failing(settings: Settings, on_progress: OnProgress = ignore_progress) -> Report:
+    def failing(settings: Settings, on_progress: OnProgress = log_progress) -> Report:
         raise FailureError("the engine broke")
 
     monkeypatch.setattr(benchmark_module, "benchmark", failing)
@@ -238,7 +238,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 
 def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, Any]]) -> None:
     rows = real[1]["rows"]
-    assert [(r["precision"], r["engine"]) for r in rows] == [(p, e) for p in ("fp32", "int8") for e in ENGINES]
+    assert [(r["precision"], r["engine"]) for r in rows] == [
+        *(("fp32", engine) for engine in ENGINES),
+        *(("int8", engine) for engine in (*ENGINES, "native")),
+    ]
     for r in rows:
         assert r["sound"] is True and r["problem"] is None, r["remark"]
         if r["agreement"]["rounds_otherwise"] and r["precision"] == "int8":

@@ -10,6 +10,7 @@ import pytest
 
 from mgq.bench import doctor
 from mgq.bench.doctor import Check, Diagnosis, State, list_checks
+from mgq.export.native.cpu import get_level
 from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
@@ -45,6 +46,27 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "package_version", lambda package: None)
     finding = check_called("ONNX Runtime").finding()
     assert finding.found == "not installed" and finding.mend == "pip install 'mgq[deploy]'"
+
+
+def test_the_native_engine_says_what_it_runs_and_where_it_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MGQ_NATIVE_CACHE", str(tmp_path))
+    (tmp_path / "one.native").write_bytes(bytes(2_000_000))
+    finding = check_called("native engine").finding()
+    assert finding.state is State.FINE
+    assert f"kernels for {get_level('native').key}, " in finding.found and finding.found.endswith("2.0 MB")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("MGQ_NATIVE_CACHE", str(tmp_path / "file"))
+    assert "is a file" in check_called("native engine").finding().found
+
+
+def test_without_a_linker_the_row_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: None)
+    finding = check_called("linker").finding()
+    assert finding.state is State.LACKING and "mgq[native]" in finding.mend
+    monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: [sys.executable, "-m", "ziglang", "cc", "-s"])
+    assert check_called("linker").finding().found == "ziglang cc"
 
 
 def broken() -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.cli.console import import_megengine
 from mgq.data.augmentation import EvalTransform
 from mgq.data.datasets import evaluation_folder, subset, training_folders
 from mgq.data.imagenet_classes import imagenet_classes
@@ -26,6 +25,7 @@ from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
+from mgq.system.megengine_start import import_megengine
 from tests.conftest import classifier_of, one_line_about, smooth_images
 
 SIZE = 32

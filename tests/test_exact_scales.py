@@ -11,12 +11,16 @@ import megengine
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from megengine import Tensor
 from megengine.quantization.quantize import disable_observer
 
+from mgq.engine.classifier import parity
 from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.errors import InputError
+from mgq.export.native.program import read_program
+from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import (
     Add,
@@ -38,7 +42,7 @@ from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, avoid_ties, channel_scales
-from mgq.runtime.registry import BACKENDS, load
+from mgq.runtime.registry import BACKENDS, Backend, load
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
 from tests.conftest import logits_of, smooth_images
@@ -54,6 +58,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 OF_FILES = [engine for engine in BACKENDS if engine.suffix == ".onnx"]
 """OpenVINO, ONNX Runtime and the native engine."""
+SHOWING = [engine for engine in OF_FILES if engine.shows_layers]
 Integers = npt.NDArray[np.int64]
 
 
@@ -83,6 +88,16 @@ def written(network: M.Module, folder: Path) -> Path:
     return path
 
 
+def shown_in_numpy(
+    _: Backend, path: Path, layers: list[str], images: npt.NDArray[np.uint8]
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """What the native engine's specification gives behind each of ``layers``."""
+    values = run_reference(read_program(onnx.load(str(path))), images)[1]
+    found = {layer: values[f"{layer}/q"] for layer in layers if f"{layer}/q" in values}
+    assert len(found) > 5
+    return found
+
+
 def is_tie_free(ratio: float, largest: int = 8191) -> bool:
     """Whether ``ratio`` is, to float32, a fraction whose denominator is odd and at most ``largest``."""
     found = Fraction(ratio).limit_denominator(largest)
@@ -103,9 +118,17 @@ class TestOneTruth:
     def test_every_integer_is_the_same(self, number: int, tmp_path: Path) -> None:
         network = calibrated(number)
         path = written(network, tmp_path)
-        for engine in BACKENDS[:2]:
+        for engine in SHOWING:
             for layer in measure_layer_parity(engine, path, network, IMAGES):
                 assert layer.share == 0, layer
+
+    def test_every_integer_is_that_of_the_integers_in_numpy(
+        self, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parity, "read_layers", shown_in_numpy)
+        network = calibrated(number)
+        for layer in measure_layer_parity(SHOWING[0], written(network, tmp_path), network, IMAGES):
+            assert layer.share == 0, layer
 
     def test_without_images_too(self, number: int, tmp_path: Path) -> None:
         arch, options = FAMILIES[number]
@@ -132,6 +155,22 @@ class TestOneTruth:
         assert {Convolution, GlobalAverage} <= seen
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet50", "shufflenet_v1_x1_5_g3"])
+def test_every_integer_of_larger_networks_is_the_same(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "read_layers", shown_in_numpy)
+    network = calibrate_network(
+        float_network(arch, {}), [IMAGES], arch, "", {}, "min-max", equalize=False, target=ONNX
+    )[0]
+    path = written(network, tmp_path)
+    for layer in measure_layer_parity(SHOWING[0], path, network, IMAGES):
+        assert layer.share == 0, layer
+    native = load(path, "native").run(IMAGES)
+    np.testing.assert_allclose(logits_of(network, IMAGES), native, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("target", [ONNX, ONNX_AVX2], ids=lambda target: target.name)
 def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer(
     target: Target, tmp_path: Path
@@ -151,7 +190,7 @@ def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer
     conv.weight[...] = Tensor(weight)
     found, _ = calibrate_data_free_network(network, "resnet18", "", {}, target)
     path = written(found, tmp_path)
-    for engine in BACKENDS[:2]:
+    for engine in SHOWING:
         for layer in measure_layer_parity(engine, path, found, IMAGES):
             assert layer.largest <= 1 and layer.share < 1e-4, layer
 
@@ -197,7 +236,7 @@ def test_a_bias_of_many_steps_is_that_of_the_file(tmp_path: Path) -> None:
         network.conv_bn_relu1.act_observer.get_qparams().scale.numpy()
     )
     assert bias_steps(fold_bias(layer), scales)[3] > 2**24
-    found = measure_layer_parity(BACKENDS[0], written(network, tmp_path), network, IMAGES[:2])
+    found = measure_layer_parity(SHOWING[0], written(network, tmp_path), network, IMAGES[:2])
     assert max(entry.largest for entry in found) <= 1
 
 

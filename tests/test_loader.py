@@ -329,8 +329,8 @@ def test_an_interrupt_from_the_keyboard_ends_the_program_at_once() -> None:
     script = """
 from mgq.data.augmentation import EvalTransform
 from mgq.data.loader import Loader
-from mgq.data.synthetic import SyntheticPictures
-with Loader(SyntheticPictures(10**6), EvalTransform(64), 32, workers=2) as loader:
+from mgq.data.synthetic import SyntheticImages
+with Loader(SyntheticImages(10**6), EvalTransform(64), 32, workers=2) as loader:
     for number, batch in enumerate(loader):
         if number == 1:
             print("running", flush=True)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import pytest
 from mgq.engine.classifier.dump import source_of
 from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
+from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import LEVELS, Level, get_level
 from mgq.export.native.emit.driver import emit_module
@@ -25,15 +30,18 @@ from mgq.export.native.library import Library
 from mgq.export.native.linker import write_library
 from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Conv, Program, read_program
-from mgq.export.native.reference import run_reference
+from mgq.export.native.reference import integers_of, run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.machine import usable_cores
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
+from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
+from mgq.runtime.registry import choose_backend
 from mgq.zoo.registry import spec_of
 
 FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
@@ -76,13 +84,12 @@ def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
     wanted, tensors = run_reference(program, images)
     found: dict[str, int] = {}
     for image, logits in zip(images, wanted, strict=True):
-        for memory in library.work:
-            memory[:] = 77
+        library.memory[:] = 77
         found["logits"] = found.get("logits", 0) + int((library.run(image[None])[0] != logits).sum())
         values = run_reference(program, image[None])[1]
         for name, storage in plan.storages.items():
             if name in tensors and name != program.input:
-                got = storage.read(library.work[0], plan.lanes[name])
+                got = storage.read(library.memory, plan.lanes[name])
                 found[name] = found.get(name, 0) + int((got != values[name][0]).sum())
     return found
 
@@ -160,34 +167,97 @@ def test_sums_that_int32_cannot_hold_are_saturated() -> None:
         assert not any(differing(changed, level, noise(64)).values()), level.key
 
 
-def test_reference_is_onnx_runtime_but_for_single_steps() -> None:
-    """Whole networks, with what one step becomes on its way; at most one value in 10,000 of the first layers."""
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_each_layer_is_that_of_onnx_runtime_but_for_single_steps(arch: str) -> None:
+    """Given the integers that ONNX Runtime has in front of it, without optimizations: at most one value in 100,000."""
     runtime = pytest.importorskip("onnxruntime")
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for arch in FAMILIES:
-        model = onnx.ModelProto()
-        model.CopyFrom(model_for(arch, 64))
-        program = read_program(model)
-        first = program.layers[0].output
-        info = onnx.helper.make_tensor_value_info(first, onnx.TensorProto.UINT8, None)
-        model.graph.output.append(info)
-        session = runtime.InferenceSession(model.SerializeToString(), options)
-        images = noise(64, 2, 6)
-        _, shown = session.run(None, {"data": images})
-        difference = np.abs(run_reference(program, images)[1][first].astype(int) - shown.astype(int))
-        assert difference.max() <= 1
-        assert (difference > 0).mean() < 1e-4
+    model = onnx.ModelProto()
+    model.CopyFrom(model_for(arch, 64))
+    program = read_program(model)
+    names = [layer.output for layer in program.layers[:-1]]
+    for name in names:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
+    images = noise(64, 2, 6)
+    _, *shown = runtime.InferenceSession(model.SerializeToString(), options).run(None, {"data": images})
+    tensors = program.tensors
+    values = {
+        name: np.clip(read, tensors[name].low, tensors[name].high) for name, read in zip(names, shown, strict=True)
+    }
+    values[program.input] = images
+    steps = [
+        np.abs(integers_of(program, layer, values).astype(int) - values[layer.output]) for layer in program.layers[:-1]
+    ]
+    assert max(int(one.max()) for one in steps) <= 1
+    assert sum(int((one > 0).sum()) for one in steps) <= 1e-5 * sum(one.size for one in steps)
 
 
 @pytest.mark.parametrize("threads", (1, 2))
 def test_batches_answer_as_single_images(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "network.onnx"
     onnx.save(model_for("mobilenet_v2", 64), str(path))
-    runtime = NativeRuntime(path, min(threads, 2))
+    runtime = NativeRuntime(path, min(threads, usable_cores()))
     images = noise(64, 5)
     together = runtime.run(images)
     assert np.array_equal(together, np.concatenate([runtime.run(image[None]) for image in images]))
+
+
+# Threads
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("size", (32, 224))
+def test_any_number_of_threads_gives_the_same_bits(arch: str, size: int) -> None:
+    """More threads than rows, or than cores, too: 5 images are some for each thread, and some for all together."""
+    compiled, classes = compile_program(program_for(arch, size), BEST), 1000
+    images = noise(size, 5, 2)
+    wanted = Library(compiled, classes).run(images)
+    for threads in (2, 3, 17):
+        team = Library(compiled, classes, threads)
+        for count in (5, 1):
+            assert np.array_equal(team.run(images[:count]), wanted[:count]), (threads, count)
+
+
+def test_a_network_is_run_by_several_threads_of_python_at_a_time() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 2)
+    images = noise(32, 40, 3)
+    wanted = [library.run(image[None]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(library.run, (image[None] for image in images)))
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_threads_sleep_between_two_runs_and_end_with_the_network() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 3)
+    before = {thread.native_id for thread in threading.enumerate()}
+    library.run(noise(32))
+    helpers = [thread for thread in threading.enumerate() if thread.daemon and thread.native_id in before][-2:]
+
+    def states() -> set[str]:
+        return {Path(f"/proc/self/task/{helper.native_id}/stat").read_text().split()[2] for helper in helpers}
+
+    assert any(states() == {"S"} for _ in waiting())
+    del library
+    assert any(not helper.is_alive() for helper in helpers for _ in waiting())
+    assert not any(helper.is_alive() for helper in helpers)
+
+
+def waiting() -> Iterator[None]:
+    for _ in range(200):
+        yield
+        time.sleep(0.01)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    library = Library(compile_program(program_for("mobilenet_v2", 32), BEST), 1000, 2)
+    image = noise(32)
+    wanted = library.run(image)
+    child = os.fork()
+    if not child:
+        os._exit(0 if np.array_equal(library.run(image), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(library.run(image), wanted)
 
 
 @pytest.fixture
@@ -251,6 +321,17 @@ def test_code_that_others_could_have_written_is_not_run(
     assert len(made) == 2
 
 
+def test_the_entries_that_were_used_last_are_kept(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "KEPT", 2)
+    folder.mkdir(mode=0o700)
+    for age, name in enumerate(("old", "older", "oldest")):
+        (folder / f"{name}.native").write_bytes(b"")
+        os.utime(folder / f"{name}.native", (1000 - age, 1000 - age))
+    NativeRuntime(file)
+    names = {path.stem for path in folder.iterdir()}
+    assert len(names) == 2 and "old" in names
+
+
 def test_a_cache_of_another_user_is_not_used(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NativeRuntime(file)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
@@ -278,6 +359,22 @@ def test_a_float_file_is_refused_in_one_line(tmp_path: Path) -> None:
         NativeRuntime(path)
 
 
+def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go_there(tmp_path: Path) -> None:
+    megengine.random.seed(3)
+    network = spec_of("resnet18").build(10)
+    network.eval()
+    fake, _ = calibrate_network(
+        network, [noise(32)], "resnet18", "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=ONNX
+    )
+    keep_in_float(fake, ["layer2.0.conv_bn_relu1"])
+    path = tmp_path / "mixed.onnx"
+    onnx.save(model_of(plain_graph(fake, 32), 32, 1, {}), str(path))
+    with pytest.raises(InputError, match=r"in float: pass --engine openvino, or .* OpenVINO$") as refused:
+        NativeRuntime(path)
+    assert "\n" not in str(refused.value)
+    assert choose_backend(path).key == "openvino"
+
+
 def test_images_of_another_shape_are_refused(file: Path) -> None:
     with pytest.raises(InputError, match="32"):
         NativeRuntime(file).run(noise(64))
@@ -303,10 +400,10 @@ def test_a_shared_library_gives_the_bits_of_the_reference(tmp_path: Path, level:
     assert runtime.about["arch"] == "mobilenet_v2"
 
 
-def example() -> str:
-    """The C program of the documents."""
+def example(number: int = 0) -> str:
+    """A C program of the documents."""
     text = (Path(__file__).parents[1] / "docs" / "guides" / "native-library.md").read_text(encoding="utf-8")
-    return text.partition("```c\n")[2].partition("```")[0]
+    return text.split("```c\n")[number + 1].partition("```")[0]
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -323,6 +420,20 @@ def test_the_program_in_c_of_the_documents_gives_the_same_bits(tmp_path: Path) -
     name, logit = done.stdout.decode().strip().rsplit(" ", 1)
     assert name == f"mobilenet_v2: class {wanted.argmax()}"
     assert np.float32(float.fromhex(logit)) == wanted.max()
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+def test_two_threads_of_a_program_in_c_give_the_same_bits(tmp_path: Path) -> None:
+    program = program_for("mobilenet_v2", 32)
+    write_library(program, tmp_path / "network.so", BEST, {})
+    (tmp_path / "main.c").write_text(example(1), encoding="utf-8")
+    command = ["cc", "-Wall", "-Werror", "-std=c99", "-pthread", "main.c", "./network.so", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    images = noise(32, 9, 2)
+    done = subprocess.run(["./main"], cwd=tmp_path, input=images.tobytes(), check=True, capture_output=True, timeout=60)
+    answers = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
+    wanted = run_reference(program, images)[0]
+    assert [np.float32(float.fromhex(logit)) for _, logit in answers] == list(wanted.max(axis=1))
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -360,6 +471,11 @@ def test_other_libraries_and_other_files_are_refused(tmp_path: Path) -> None:
         LibraryRuntime(tmp_path / "text.so")
     with pytest.raises(InputError, match="cannot read"):
         LibraryRuntime(tmp_path / "missing.so")
+    content = bytearray((tmp_path / "other.so").read_bytes())
+    content[18:20] = (0xF3).to_bytes(2, "little")  # RISC-V
+    (tmp_path / "foreign.so").write_bytes(content)
+    with pytest.raises(InputError, match="is for processors other than"):
+        LibraryRuntime(tmp_path / "foreign.so")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")

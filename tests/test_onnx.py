@@ -23,6 +23,7 @@ from mgq.engine.classifier.open import make_random_classifier
 from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.engine.classifier.runtime_module import RuntimeModule, int8_of
 from mgq.errors import FailureError, InputError
+from mgq.export.native.cpu import LEVELS
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, Linear, graph_of
@@ -59,6 +60,7 @@ def images(number: int) -> Images:
 
 
 IMAGES = images(4)
+SHOWING = [engine for engine in BACKENDS if engine.suffix == ".onnx" and engine.shows_layers]
 
 
 @cache
@@ -102,7 +104,7 @@ def test_a_float_file_answers_as_the_network(arch: str, engine: str, folder: Pat
 
 @pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-@pytest.mark.parametrize("engine", BACKENDS[:2], ids=lambda engine: engine.key)
+@pytest.mark.parametrize("engine", SHOWING, ids=lambda engine: engine.key)
 def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
     arch: str, target: Target, engine: Backend, folder: Path
 ) -> None:
@@ -221,7 +223,7 @@ class TestTarget:
         assert 2 * 255 * 64 <= np.iinfo(np.int16).max < 2 * 255 * 65
         path = tmp_path / "net.onnx"
         write_onnx(network, path, image_size=SIZE, batch=None, provenance={})
-        for engine in BACKENDS[:2]:
+        for engine in SHOWING:
             logits = load(path, engine.key).run(IMAGES)
             assert signal_to_noise(logits, logits_of(network, IMAGES)) > 18
 
@@ -247,24 +249,42 @@ class TestEngines:
     def test_every_target_runs_in_the_engine_that_is_chosen_for_it(self, target: Target) -> None:
         classifier = make_random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=SIZE, target=target)
         chosen = attach_backend(classifier, AUTO, threads=1)
-        assert chosen.origin.rpartition("; in ")[2].startswith("MegEngine Lite" if target is MEGENGINE else "OpenVINO")
+        wanted = "MegEngine Lite" if target is MEGENGINE else "native" if LEVELS[0].runs_here() else "OpenVINO"
+        assert chosen.origin.rpartition("; in ")[2].startswith(wanted)
         assert chosen.logits(IMAGES).shape == (len(IMAGES), 1000)
 
     def test_each_reads_its_files(self) -> None:
         assert choose_backend(Path("a.onnx")).key == "openvino"
         assert choose_backend(Path("a.megengine")).key == "lite"
-        with pytest.raises(InputError, match="choose auto, openvino, onnxruntime, native, library, lite"):
+        with pytest.raises(InputError, match="choose auto, native, openvino, onnxruntime, library, lite"):
             choose_backend(Path("a.onnx"), "tensorrt")
         with pytest.raises(InputError, match=r"does not read \.onnx"):
             choose_backend(Path("a.onnx"), "lite")
         with pytest.raises(InputError, match=r"\.onnx or \.so or \.megengine"):
             choose_backend(Path("a.tflite"))
 
-    def test_nothing_is_compiled_to_choose_an_engine_before_the_native_one(
+    def test_the_native_engine_is_chosen_where_it_is_the_fastest_and_nothing_is_compiled_for_that(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mgq.runtime.native.prepare", lambda *_: pytest.fail("compiled"))
-        assert choose_backend(written("resnet18", ONNX, folder)).key == "openvino"
+        monkeypatch.setenv("MGQ_NATIVE_CACHE", str(folder / "cache"))
+        monkeypatch.setattr("mgq.runtime.native.compile_program", lambda *_: pytest.fail("compiled"))
+        path = written("resnet18", ONNX, folder)
+        for level in LEVELS:
+            monkeypatch.setattr("mgq.export.native.cpu.get_level", lambda _, level=level: level)
+            assert choose_backend(path).key == ("native" if level is LEVELS[0] else "openvino")
+
+    def test_what_the_native_engine_does_not_run_goes_to_the_next(self, folder: Path) -> None:
+        assert choose_backend(written("resnet18", None, folder)).key == "openvino"
+
+    def test_without_the_others_the_native_engine_runs_what_it_can_on_any_processor(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mgq.export.native.cpu.get_level", lambda _: LEVELS[-1])
+        absent = ("openvino", "onnxruntime")
+        monkeypatch.setattr("mgq.runtime.registry.find_spec", lambda name: None if name in absent else object())
+        assert choose_backend(written("resnet18", ONNX, folder)).key == "native"
+        with pytest.raises(InputError, match=r"OpenVINO is not installed: pip install 'mgq\[deploy\]'"):
+            choose_backend(written("resnet18", None, folder))
 
     def test_what_is_not_installed_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mgq.runtime.registry.find_spec", lambda name: None if name == "openvino" else object())
@@ -273,6 +293,7 @@ class TestEngines:
             choose_backend(Path("a.onnx"), "openvino")
 
     def test_more_threads_than_cores_are_refused(self, folder: Path) -> None:
-        for engine in BACKENDS[:2]:
-            with pytest.raises(InputError, match="cores"):
-                engine.load(written("resnet18", ONNX, folder), 10_000)
+        for engine in BACKENDS:
+            if engine.suffix == ".onnx":
+                with pytest.raises(InputError, match="cores"):
+                    engine.load(written("resnet18", ONNX, folder), 10_000)

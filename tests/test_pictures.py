@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from mgq.data import decoding
 from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_image
@@ -528,7 +529,7 @@ def test_a_header_that_claims_an_enormous_size_is_refused_without_memory(
 ) -> None:
     data = LIARS[kind](50_000, 50_000)
     monkeypatch.setattr(cv2, "imdecode", None)  # No decoder may see it: their memory is hidden from Python.
-    monkeypatch.setattr(decoding, "_by_pillow", None)
+    monkeypatch.setattr(ImageFile, "load", None)
     tracemalloc.start()
     message = refusal(data, "big.jpg")
     peak = tracemalloc.get_traced_memory()[1]

@@ -23,6 +23,7 @@ from mgq.runtime.registry import BACKENDS
 
 SIZE = 64
 SHUFFLENET = "shufflenet_v1_x0_5_g3"
+OTHERS = [engine for engine in BACKENDS if engine.suffix == ".onnx" and engine.shows_layers]
 PIXELS = np.random.default_rng(3).integers(0, 256, (2, 3, SIZE, SIZE), dtype=np.uint8)
 
 
@@ -53,9 +54,9 @@ def test_int8_answers_are_the_same_to_the_bit(
     for name, used in (("plain", ()), ("rewritten", rewrites)):
         path = tmp_path / f"{name}.onnx"
         write_onnx(network, path, image_size=SIZE, batch=2, provenance={}, rewrites=used)
-        for engine in BACKENDS[:2]:
+        for engine in OTHERS:
             logits[name, engine.name] = engine.load(path, 1).run(PIXELS)
-    for engine in BACKENDS[:2]:
+    for engine in OTHERS:
         assert logits["plain", engine.name].std() > 0
         assert np.array_equal(logits["plain", engine.name], logits["rewritten", engine.name]), engine.name
 

@@ -63,7 +63,8 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from mgq.cli.console import import_megengine; import_megengine()\n"
+        "import sys; from pathlib import Path\n"
+        "from mgq.system.megengine_start import import_megengine; import_megengine()\n"
         "from mgq.engine.runs.run_folder import RunFolder; run = RunFolder.create(Path(sys.argv[1]), 'net', 'normal')\n"
         "run.log('alive'); print('ready', flush=True); sys.stdin.read()"
     )

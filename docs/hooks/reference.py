@@ -15,6 +15,7 @@ import click
 from mgq.cli.help_layout import ARGUMENTS, GROUPS, MOST_IN_ONE_LIST, is_argument, title_of
 from mgq.cli.main import verbs
 from mgq.engine.training.recipe import Recipe, Start, Task, make_recipe, option
+from mgq.io.records import types_of
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -83,13 +84,13 @@ def recipe_keys() -> str:
         default = field.default if field.default is not MISSING else None
         required = default is None and field.default_factory is MISSING
         shown = "follows from the data" if required else f"`{toml_of(default)}`"
-        rows.append((f"`{field.name}`", kind_of(str(field.type)), shown))
+        rows.append((f"`{field.name}`", kind_of(types_of(Recipe)[field.name]), shown))
     return table(("key", "type", "default"), rows)
 
 
-def kind_of(annotation: str) -> str:
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
-    return names.get(annotation, "list of numbers" if annotation.startswith("tuple") else "table")
+def kind_of(kind: object) -> str:
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    return names.get(kind, "list of numbers" if kind == tuple[float, ...] else "table")
 
 
 def toml_of(value: object) -> str:

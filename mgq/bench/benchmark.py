@@ -6,15 +6,19 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgq.bench.benchmark_report import Report, make_peaks, make_rows
 from mgq.bench.cases import CaseResult, run_cases
+from mgq.bench.file_cases import file_cases, precision_of
 from mgq.bench.peak import find_instruction
-from mgq.bench.settings import Precision, Settings
-from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, BenchmarkSuite, precision_of
-from mgq.engine.classifier.open import versions
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.bench.settings import FILES, Precision, Settings
+from mgq.engine.classifier.classifier import versions
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.system.environment import Machine, saturates, this_machine
+
+if TYPE_CHECKING:
+    from mgq.bench.suite import BenchmarkBackend
 
 IMAGE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
@@ -22,10 +26,10 @@ SHIFTED = ", shifted sideways from picture to picture"
 
 def benchmark(
     settings: Settings | None = None,
-    on_progress: OnProgress = ignore_progress,
-    engines: Mapping[str, BenchmarkBackend] = BENCHMARK_BACKENDS,
+    on_progress: OnProgress = log_progress,
+    engines: Mapping[str, BenchmarkBackend] | None = None,
 ) -> Report:
-    """Measure how fast every network of ``settings`` is in every engine of ``engines``.
+    """Measure how fast every network of ``settings`` is in every engine of ``engines``, all of them by default.
 
     One network after the other. Each of its rows runs in a process of its own, pinned to as many cores as it has
     threads, and sleeps while the others have their turns (see :func:`mgq.bench.cases.run_cases`); files for engines
@@ -39,8 +43,15 @@ def benchmark(
     entries: list[CaseResult] = []
     with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
         for network in settings.networks:
-            field = BenchmarkSuite(network, settings, machine, Path(folder), engines)
             told = partial(benchmark_network, network, on_progress)
+            if network == FILES:
+                entries += run_cases(file_cases(settings, machine), settings.rounds, settings.seed, told)
+                continue
+            from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkSuite
+
+            field = BenchmarkSuite(
+                network, settings, machine, Path(folder), BENCHMARK_BACKENDS if engines is None else engines
+            )
             entries += run_cases(field.cases(), settings.rounds, settings.seed, told, field.references())
     image = IMAGE + (SHIFTED if settings.batch > 1 else "")
     notes = list_notes(machine, settings)

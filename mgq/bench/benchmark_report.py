@@ -188,7 +188,8 @@ class Report:
         ]
         head = {
             "format": FORMAT,
-            "settings": asdict(self.settings) | {"against": [str(path) for path in self.settings.against]},
+            "settings": asdict(self.settings)
+            | {name: [str(path) for path in getattr(self.settings, name)] for name in ("against", "files")},
             "machine": asdict(self.machine),
             "versions": dict(self.versions),
             "picture": self.image,

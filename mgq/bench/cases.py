@@ -13,7 +13,7 @@ from mgq.bench.interleaving import take_turns
 from mgq.bench.settings import Precision, pluralize
 from mgq.bench.workers import Logits, Worker
 from mgq.errors import MgqError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 
 TURN_NS = 125_000_000
@@ -114,7 +114,7 @@ def run_cases(
     cases: Sequence[BenchmarkCase],
     rounds: int,
     seed: int = 0,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     references: Mapping[str, tuple[str, Logits]] | None = None,
 ) -> list[CaseResult]:
     """Load all ``cases``, compare their answers, time them in turns, and compare once more.

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mgq.errors import MgqError, printable
-from mgq.machine import package_version, usable_cores
+from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package_version, usable_cores
+from mgq.runtime.engine_faults import fault_of_onnxruntime
 from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 
 PATIENCE_S = 180
@@ -90,10 +91,24 @@ class Check:
             return Finding(self.name, bad, printable(f"{type(error).__name__}: {error}"), self.mend)
 
 
+OF_MEGENGINE = ("MegEngine Lite", "training: oneDNN", "training: numba")
+"""Checks of what is nothing without MegEngine."""
+
+
 def examine(save: Path) -> Diagnosis:
     """All checks, where runs are in ``save``; some seconds, several at the same time."""
+    wanted = [check for check in list_checks(save) if trains_here() or check.name not in OF_MEGENGINE]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return Diagnosis(tuple(pool.map(Check.finding, list_checks(save))))
+        return Diagnosis(tuple(pool.map(Check.finding, wanted)))
+
+
+def trains_here() -> bool:
+    """Whether MegEngine is to be expected: it has no wheel for a later Python, where deployed files run alone."""
+    return sys.version_info[:2] == MEGENGINE_PYTHON or has_megengine()
+
+
+def megengine_mend(again: str) -> str:
+    return again + "megengine==1.13.0" if trains_here() else f"needed only to train and calibrate: {MEGENGINE_MEND}"
 
 
 def list_checks(save: Path) -> tuple[Check, ...]:
@@ -101,16 +116,20 @@ def list_checks(save: Path) -> tuple[Check, ...]:
     deploy = "pip install 'mgq[deploy]'"
     return (
         Check("Python", python, "python3 -m uv run mgq finds or fetches Python 3.10", essential=True),
-        Check("MegEngine", partial(check_package, "megengine", MEGENGINE), again + "megengine==1.13.0", essential=True),
+        Check(
+            "MegEngine", partial(check_package, "megengine", MEGENGINE), megengine_mend(again), essential=trains_here()
+        ),
         Check("OpenCV", partial(check_package, "opencv-python", IMAGE), again + "opencv-python", essential=True),
         Check("processor", processor, "pass --target onnx-avx2 to `mgq calibrate` or `mgq qat` for ONNX"),
         Check("cores", cores),
         Check("memory", memory, "end other programs, or take a smaller --batch-size"),
-        Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy),
-        Check("ONNX Runtime", partial(check_package, "onnxruntime", "import onnxruntime"), deploy),
+        Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy, essential=not trains_here()),
+        Check("ONNX Runtime", onnxruntime, deploy, essential=not trains_here()),
         Check(
             "OpenVINO", partial(check_package, "openvino", "import openvino; openvino.Core().available_devices"), deploy
         ),
+        Check("native engine", native, again + "llvmlite"),
+        Check("linker", linker, "pip install 'mgq[native]', needed only by `mgq dump --format native`"),
         Check(
             "MegEngine Lite", partial(check_package, "megengine", "import megenginelite"), again + "megengine==1.13.0"
         ),
@@ -134,6 +153,11 @@ from mgq.data.decoding import bundled_cat, read_image
 assert read_image(bundled_cat()).ndim == 3
 """
 ONEDNN = "from mgq.cpu_kernels.onednn import library; library()"
+NATIVE = """
+from mgq.export.native.compiler import object_of
+from mgq.export.native.cpu import NATIVE, get_level
+object_of("define void @nothing() { ret void }", get_level(NATIVE))
+"""
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
 from mgq.system.environment import this_machine
@@ -164,13 +188,42 @@ def check_package(package: str, code: str) -> str:
     raise LackingError(f"{version} is installed, and does not work: {printable(lines[-1])}")
 
 
+def native() -> str:
+    """The version of its compiler, its kernels for this processor, and where it keeps what it has compiled."""
+    from mgq.export.native.cache import cache_folder
+    from mgq.export.native.cpu import get_level
+
+    version = check_package("llvmlite", NATIVE)
+    return f"llvmlite {version}, kernels for {get_level('native').key}, {kept(cache_folder())}"
+
+
+def linker() -> str:
+    """What links shared libraries."""
+    from mgq.export.native.linker import link_command
+
+    command = link_command()
+    if command is None:
+        raise LackingError("none: `mgq dump --format native` writes object files")
+    return " ".join(part for part in command if not part.startswith("-") and part != sys.executable)
+
+
 # ---- the machine ----
 
 
 def python() -> str:
-    if sys.version_info[:2] != (3, 10):
-        raise LackingError(f"{platform.python_version()}: MegEngine's newest wheel is for 3.10")
-    return platform.python_version()
+    version = platform.python_version()
+    if sys.version_info < MEGENGINE_PYTHON:
+        raise LackingError(f"{version}: mgq needs 3.10 or later")
+    return version if trains_here() else f"{version}: runs deployed files; MegEngine's newest wheel is for 3.10"
+
+
+def onnxruntime() -> str:
+    """Its version, and what is known to be wrong with it on this processor."""
+    version = check_package("onnxruntime", "import onnxruntime")
+    fault = fault_of_onnxruntime(version)
+    if fault:
+        raise LackingError(f"{version} {fault}", "pip install onnxruntime==1.20.1, or a later one than 1.23")
+    return version
 
 
 def processor() -> str:
@@ -207,7 +260,11 @@ def memory() -> str:
 def cache() -> str:
     from mgq.io.download import cache_folder
 
-    folder = cache_folder()
+    return kept(cache_folder())
+
+
+def kept(folder: Path) -> str:
+    """A folder of files that can be made again, and their size."""
     refuse_unwritable(folder)
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
     return f"{printable(folder)}, {size / 1e6:.1f} MB"

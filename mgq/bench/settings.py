@@ -15,6 +15,8 @@ from mgq.zoo.registry import spec_of
 
 EXAMPLE_NETWORKS = ("resnet18", "shufflenet_v1_x1_5_g3", "mobilenet_v2")
 """The three networks of the public quantization example."""
+FILES = "deployed files"
+"""What stands for the network where files are measured for themselves."""
 ROUNDS = 10
 ALL = "all"
 # The widest activations of the networks, 64 float32 channels at half the size, are 64 bytes an input pixel.
@@ -41,8 +43,8 @@ class Settings:
     """One benchmark: which rows, and how they are measured. Make it by :func:`make_settings`.
 
     ``yardstick``: float32 runs in the fastest engine alone, for the ratio. ``threads`` are numbers of threads, each a
-    set of rows. ``against`` are other ONNX files. ``image_size`` is in pixels on a side, ``seed`` is that of the
-    shuffled order of turns.
+    set of rows. ``against`` are other ONNX files, ``files`` deployed ones in the place of networks. ``image_size`` is
+    in pixels on a side, ``seed`` is that of the shuffled order of turns.
     """
 
     networks: tuple[str, ...] = EXAMPLE_NETWORKS
@@ -54,7 +56,13 @@ class Settings:
     load: Load = Load.LATENCY
     yardstick: bool = False
     against: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
     seed: int = 0
+
+    @property
+    def zoo_networks(self) -> tuple[str, ...]:
+        """Those of the ``networks`` of which anything was published."""
+        return tuple(name for name in self.networks if name != FILES)
 
 
 def make_settings(
@@ -66,6 +74,7 @@ def make_settings(
     image_size: int = 224,
     load: str = Load.LATENCY.value,
     against: Sequence[Path] = (),
+    files: Sequence[Path] = (),
 ) -> Settings:
     """Checked settings; no ``networks`` means those of the public example, no ``precisions`` both, no ``threads`` one
     and all. With int8 alone, float32 runs as the yardstick.
@@ -84,10 +93,12 @@ def make_settings(
             f"--batch {batch} of {image_size}x{image_size} pixels needs about {needed / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB of memory are free: give a smaller --batch or --image-size"
         )
-    for path in against:
+    for path in [*against, *files]:
         if not path.is_file():
-            raise InputError(f"cannot read {printable(path)}: there is no such file; check --against")
-    names = tuple(dict.fromkeys(spec_of(name).name for name in networks)) or EXAMPLE_NETWORKS
+            raise InputError(f"cannot read {printable(path)}: there is no such file; check the path")
+    if files and (networks or precisions or against):
+        raise InputError("deployed files are measured for themselves: leave out --arch, --int8, --fp32 and --against")
+    names = (FILES,) if files else tuple(dict.fromkeys(spec_of(name).name for name in networks)) or EXAMPLE_NETWORKS
     chosen = tuple(precision for precision in Precision if precision in (precisions or Precision))
     return Settings(
         networks=names,
@@ -99,6 +110,7 @@ def make_settings(
         load=Load(load),
         yardstick=chosen == (Precision.INT8,),
         against=tuple(dict.fromkeys(against)),
+        files=tuple(dict.fromkeys(files)),
     )
 
 

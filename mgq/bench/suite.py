@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
-import numpy as np
-
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, References
-from mgq.bench.peak import find_instruction
-from mgq.bench.settings import Load, Precision, Settings
-from mgq.bench.worker_loaders import FromCheckpoint, FromFile, Peak
-from mgq.bench.workers import Batch, SubprocessWorker, WorkerConfig
-from mgq.data.decoding import bundled_cat, read_image
-from mgq.data.transforms import eval_crop, to_batch
+from mgq.bench.file_cases import cat_batch as cat_batch
+from mgq.bench.file_cases import peaks, rivals
+from mgq.bench.file_cases import precision_of as precision_of
+from mgq.bench.file_cases import start_worker as start_worker
+from mgq.bench.settings import Precision, Settings
+from mgq.bench.worker_loaders import FromCheckpoint, FromFile
+from mgq.bench.workers import SubprocessWorker
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
 from mgq.engine.classifier.parity import compute_reference
 from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
-from mgq.export.onnx.onnx_file import read_onnx
 from mgq.graph.layer_graph import graph_of, macs_of
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.protocol import Runtime
 from mgq.runtime.registry import BACKENDS as FILE_ENGINES
-from mgq.runtime.registry import Backend, get_backend
+from mgq.runtime.registry import get_backend
 from mgq.system.environment import Machine
-from mgq.weights.checkpoint import PIXELS_STEP
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import is_cached
 
 RUNS = Path("runs")
 SIMULATED = "MegEngine's simulation"
-PEAK = "self-test"
 
 
 @dataclass(frozen=True)
@@ -115,23 +110,14 @@ def start_job_worker(load: Callable[[int], Runtime], job: NetworkJob, threads: i
     return start_worker(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
 
 
-def start_worker(
-    what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
-) -> SubprocessWorker:
-    """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
-    cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
-    copies = threads if settings.load is Load.THROUGHPUT else 1
-    seat = WorkerConfig(load, threads // copies, copies, cores, imports)
-    return SubprocessWorker(what, seat, cat_batch(settings.batch, settings.image_size))
-
-
 @dataclass(frozen=True)
 class BenchmarkBackend:
-    """An engine that takes part: how it starts, and what its int8 networks are quantized for."""
+    """An engine that takes part: how it starts, what its int8 networks are quantized for, and in what it computes."""
 
     start: Start
     target: Target
     rounds_otherwise: bool = False
+    precisions: tuple[Precision, ...] = tuple(Precision)
 
 
 # In the order of the table. The first one that runs a network is the reference for the answers of the others.
@@ -142,6 +128,9 @@ BENCHMARK_BACKENDS: Mapping[str, BenchmarkBackend] = MappingProxyType(
         "MegEngine Lite": BenchmarkBackend(partial(start_in_backend, "lite"), MEGENGINE),
         "ONNX Runtime": BenchmarkBackend(partial(start_in_backend, "onnxruntime"), ONNX, rounds_otherwise=True),
         "OpenVINO": BenchmarkBackend(partial(start_in_backend, "openvino"), ONNX, rounds_otherwise=True),
+        "native": BenchmarkBackend(
+            partial(start_in_backend, "native"), ONNX, rounds_otherwise=True, precisions=(Precision.INT8,)
+        ),
     }
 )
 
@@ -180,13 +169,13 @@ class BenchmarkSuite:
         for threads in self.settings.threads:
             for precision in self.settings.precisions:
                 found += [self.case(precision, name, threads) for name in self.taking_part(precision, threads)]
-            found += self.rivals(threads)
-            found += self.peaks(threads)
+            found += rivals(self.network, self.settings, threads)
+            found += peaks(self.network, self.settings, self.machine, threads)
         return found
 
     def taking_part(self, precision: Precision, threads: int) -> list[str]:
         """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
-        names = list(self.backends)
+        names = [name for name, backend in self.backends.items() if precision in backend.precisions]
         if self.settings.yardstick and precision is Precision.FP32:
             there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
             return there[:1] or names[:1]
@@ -218,64 +207,6 @@ class BenchmarkSuite:
                 images = cat_batch(self.settings.batch, self.settings.image_size)
                 found[job.answers] = (SIMULATED, compute_reference(job.classifier, images))
         return found
-
-    def rivals(self, threads: int) -> list[BenchmarkCase]:
-        """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
-        return [
-            BenchmarkCase(
-                network=self.network,
-                precision=precision_of(path),
-                engine=engine.name,
-                load=partial(self.start_rival, engine, path, threads),
-                threads=threads,
-                answers=None,
-                file=path.name,
-            )
-            for path in self.settings.against
-            for engine in FILE_ENGINES
-            if engine.suffix == ".onnx" and engine.reads(path)
-        ]
-
-    def start_rival(self, engine: Backend, path: Path, threads: int) -> LoadedWorker:
-        engine.refuse_missing()
-        worker = start_worker(path.name, FromFile(engine.key, path.absolute()), threads, self.settings, engine.package)
-        return LoadedWorker(worker, str(path), path.stat().st_size)
-
-    def peaks(self, threads: int) -> list[BenchmarkCase]:
-        """The self-tests of the processor, where there are any for it."""
-        features = self.machine.features
-        return [
-            BenchmarkCase(
-                network=self.network,
-                precision=precision,
-                engine=PEAK,
-                load=partial(self.start_peak, precision, threads),
-                threads=threads,
-                answers=None,
-                is_peak=True,
-            )
-            for precision in self.settings.precisions
-            if find_instruction(precision, features) is not None
-        ]
-
-    def start_peak(self, precision: Precision, threads: int) -> LoadedWorker:
-        settings = replace(self.settings, load=Load.LATENCY, batch=1, image_size=PIXELS_STEP)
-        return LoadedWorker(
-            start_worker(PEAK, Peak(precision, self.machine.features), threads, settings, "mgq.bench.peak"), ""
-        )
-
-
-@cache
-def precision_of(path: Path) -> Precision:
-    """What an ONNX file computes with. Raises InputError where it is none that an engine could read."""
-    return Precision.INT8 if read_onnx(path).quantized else Precision.FP32
-
-
-@cache
-def cat_batch(batch: int, image_size: int) -> Batch:
-    """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_image(bundled_cat()), image_size)
-    return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
 
 
 def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:

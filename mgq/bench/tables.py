@@ -108,7 +108,7 @@ def best_fps(report: Report, network: str, precision: Precision, engines: bool) 
 def list_sources(report: Report) -> list[str]:
     """One line a source of published figures: for which networks it is."""
     by_source: dict[str, list[str]] = {}
-    for network in report.settings.networks:
+    for network in report.settings.zoo_networks:
         published = spec_of(network).published
         if published is not None:
             by_source.setdefault(published.source, []).append(network)
@@ -124,7 +124,7 @@ def markdown(report: Report) -> str:
         for network in report.settings.networks
         for found in report.comparisons(network)
     ]
-    example = [example_cells(report, network) for network in report.settings.networks]
+    example = [example_cells(report, network) for network in report.settings.zoo_networks]
     remarks = report.remarks()
     parts = [
         "# mgq bench",
@@ -135,11 +135,14 @@ def markdown(report: Report) -> str:
         *([markdown_list(compared)] if compared else []),
         escape_markdown(LEGEND),
         *([markdown_list(remarks)] if remarks else []),
-        "## Published accuracy, measured speed",
-        markdown_table(EXAMPLE_COLUMNS, example, left=1),
-        EXAMPLE_LEGEND,
-        markdown_list([f"published figures of {line}" for line in list_sources(report)] or ["none published"]),
     ]
+    if example:
+        parts += [
+            "## Published accuracy, measured speed",
+            markdown_table(EXAMPLE_COLUMNS, example, left=1),
+            EXAMPLE_LEGEND,
+            markdown_list([f"published figures of {line}" for line in list_sources(report)] or ["none published"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

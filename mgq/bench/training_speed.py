@@ -23,7 +23,7 @@ from mgq.cpu_kernels import fast_gradients
 from mgq.engine.classifier.open import versions
 from mgq.engine.training.losses import cross_entropy
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
@@ -159,7 +159,7 @@ class Stepper:
 
 
 def training_benchmark(
-    settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = ignore_progress
+    settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = log_progress
 ) -> TrainingReport:
     """Measure the steps of every network of ``settings`` in both modes, by MegEngine's kernels and by the fast ones.
 

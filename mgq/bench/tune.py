@@ -17,7 +17,7 @@ from mgq.bench.worker_loaders import FromFile
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.rewrites import REWRITES
 from mgq.runtime.registry import AUTO, choose_backend
@@ -35,7 +35,7 @@ class Form:
 
 
 def measure_forms(
-    classifier: Classifier, batch: int = 1, on_progress: OnProgress = ignore_progress, rounds: int = ROUNDS
+    classifier: Classifier, batch: int = 1, on_progress: OnProgress = log_progress, rounds: int = ROUNDS
 ) -> list[Form]:
     """Every combination of rewrites that change the network, beside none, in the fastest installed engine.
 

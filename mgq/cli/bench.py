@@ -26,6 +26,10 @@ STDOUT = "-"
 
 
 def bench(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Deployed files, .onnx and native, to measure instead of networks of the zoo."),
+    ] = None,
     arch: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,6 +98,7 @@ def bench(
       mgq bench --int8
       mgq bench -a resnet50 --threads all --mode throughput --markdown
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
+      mgq bench network.onnx network.so
       mgq bench --train
     """
     if int8 and fp32:
@@ -101,10 +106,10 @@ def bench(
     if as_markdown and json_file == STDOUT:
         raise InputError("--markdown and --json - both want standard output: give --json a file")
     if training:
-        if int8 or fp32 or threads or against or plot is not None or load != "latency":
+        if files or int8 or fp32 or threads or against or plot is not None or load != "latency":
             raise InputError(
-                "--train measures float and qat on all cores: leave out --int8, --fp32, --threads, --mode, --against "
-                "and --plot"
+                "--train measures float and qat on all cores: leave out files, --int8, --fp32, --threads, --mode, "
+                "--against and --plot"
             )
         bench_training(arch or [], rounds, batch, image_size, json_file, as_markdown)
         return
@@ -113,7 +118,9 @@ def bench(
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
     rounds = ROUNDS if rounds is None else rounds
     batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
-    settings = make_settings(arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [])
+    settings = make_settings(
+        arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [], files or []
+    )
     report = run_benchmark(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
@@ -138,8 +145,9 @@ def bench_training(
     as_markdown: bool,
 ) -> None:
     """``mgq bench --train``."""
-    from mgq.cli.console import import_megengine, out, progress
+    from mgq.cli.console import out, progress
     from mgq.io.atomic import atomic_write
+    from mgq.system.megengine_start import import_megengine
 
     import_megengine()
     from mgq.bench.training_speed import make_training_settings, training_benchmark, training_markdown
@@ -180,17 +188,22 @@ def show_training(report: TrainingReport, console: Console) -> None:
 
 def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
     """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
+    from mgq.bench.file_cases import deployed_file
     from mgq.bench.plot import check_plot_path, write_plot
-    from mgq.cli.console import import_megengine, progress
+    from mgq.cli.console import progress
     from mgq.export.onnx.onnx_file import read_onnx
     from mgq.io.atomic import atomic_write
+    from mgq.system.megengine_start import import_megengine
 
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
         image = stack.enter_context(atomic_write(check_plot_path(plot))) if plot is not None else None
         for path in settings.against:
             read_onnx(path)
-        import_megengine()
+        for path in settings.files:
+            deployed_file(path)
+        if not settings.files:
+            import_megengine()
         from mgq.bench.benchmark import benchmark
 
         with progress() as on_progress:
@@ -219,10 +232,11 @@ def show(report: Report, console: Console) -> None:
             console.print(Text(f"* {comparison_text(found)}"))
     console.print()
     console.print(Text(LEGEND, style="dim"))
-    console.print()
-    example = [example_cells(report, name, engines=False) for name in report.settings.networks]
-    show_table(plain_table(EXAMPLE_COLUMNS, example, left=1), console)
-    console.print(Text(EXAMPLE_LEGEND, style="dim"))
+    example = [example_cells(report, name, engines=False) for name in report.settings.zoo_networks]
+    if example:
+        console.print()
+        show_table(plain_table(EXAMPLE_COLUMNS, example, left=1), console)
+        console.print(Text(EXAMPLE_LEGEND, style="dim"))
     for remark in report.remarks():
         console.print(Text(f"! {remark}", style="yellow"))
 

@@ -3,36 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-import warnings
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.text import Text
-
+from mgq.cli.amounts import counted
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
-from mgq.machine import hush_decoders, mute_stderr
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Column, Table
+    from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+    out: Console
+    err: Console
 
 PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of the way."""
 
 
-def say(text: str, style: str | None = None, to: Console = out) -> None:
+STREAMS = {"out": "stdout", "err": "stderr"}
+FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
+"""Variables by which rich is told to draw in a pipe as on a terminal."""
+
+
+def __getattr__(name: str) -> Console:
+    """``out`` and ``err``, rich's consoles, made when they are first asked for: in a pipe a few lines need none."""
+    if name not in STREAMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rich.console import Console
+
+    made = globals()[name] = Console(stderr=name == "err", highlight=False)
+    return made
+
+
+def console(name: str) -> Console:
+    """The console ``out`` or ``err``."""
+    found: Console = getattr(sys.modules[__name__], name)
+    return found
+
+
+def is_pipe(name: str) -> bool:
+    """Whether what ``out`` or ``err`` shows needs nothing of rich's, which takes a while to be imported."""
+    return (
+        name not in globals()
+        and not any(variable in os.environ for variable in FORCING)
+        and not getattr(sys, STREAMS[name]).isatty()
+    )
+
+
+def say(text: str, style: str | None = None, to: Console | None = None) -> None:
     """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are."""
-    to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+    if to is None:
+        say_on("out", text, style)
+    else:
+        to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+
+
+def say_on(name: str, text: str, style: str | None = None) -> None:
+    """The same on ``out`` or ``err``, by name."""
+    if is_pipe(name):
+        getattr(sys, STREAMS[name]).write(f"{text}\n")
+    else:
+        say(text, style, console(name))
 
 
 NARROWEST = 12
@@ -40,11 +75,13 @@ NARROWEST = 12
 _ENDLESS = 1_000_000
 
 
-def show_table(table: Table, to: Console = out) -> None:
+def show_table(table: Table, to: Console | None = None) -> None:
     """Print ``table``, folding the columns that are not ``no_wrap``; where it is too wide for that, each row as lines
     of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
     """
     from rich.measure import Measurement
+
+    to = to or console("out")
 
     widths = [widest(column, table.show_header) for column in table.columns]
     whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
@@ -68,6 +105,8 @@ def widest(column: Column, with_heading: bool) -> int:
 
 
 def as_text(cell: RenderableType) -> Text:
+    from rich.text import Text
+
     return cell if isinstance(cell, Text) else Text(str(cell))
 
 
@@ -89,35 +128,12 @@ def stack_rows(table: Table) -> str:
 
 
 def print_error(text: str) -> None:
-    say(f"error: {printable(text)}", style="red", to=err)
+    say_on("err", f"error: {printable(text)}", style="red")
 
 
 def note(text: str) -> None:
     """A remark beside the result: to standard error, so that a pipe gets the result alone."""
-    say(printable(text), style="dim", to=err)
-
-
-def format_amount(amount: float, unit: str) -> str:
-    return decimal(int(amount)) if unit == "B" else f"{amount:,.0f}"
-
-
-class AmountColumn(ProgressColumn):
-    """How much of how much, bytes as kB and MB."""
-
-    def render(self, task: Task) -> Text:
-        unit = str(task.fields["unit"])
-        total = "?" if task.total is None else format_amount(task.total, unit)
-        return Text(f"{format_amount(task.completed, unit)}/{total}")
-
-
-class RateColumn(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Task) -> Text:
-        unit = str(task.fields["unit"])
-        if not task.speed:
-            return Text("")
-        return Text(f"{decimal(int(task.speed))}/s" if unit == "B" else f"{task.speed:.1f} {unit}/s")
+    say_on("err", printable(text), style="dim")
 
 
 @contextlib.contextmanager
@@ -126,21 +142,12 @@ def progress(every: int | None = None) -> Iterator[OnProgress]:
 
     With ``every``, steps that have a detail get a line at each ``every``-th of them, on a terminal too.
     """
-    if every is not None or not err.is_terminal:
+    if every is not None or is_pipe("err") or not console("err").is_terminal:
         yield plain_lines(every)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn(), TimeRemainingColumn())
-    detail = TextColumn("{task.fields[detail]}", markup=False)
-    with RichProgress(*columns, detail, console=err, transient=True) as display:
-        tasks: dict[str, TaskID] = {}
+    from mgq.cli.progress_bars import bars
 
-        def listener(event: Progress) -> None:
-            if event.what not in tasks:
-                tasks[event.what] = display.add_task(event.what, total=event.total, unit=event.unit, detail="")
-            display.update(tasks[event.what], completed=event.done, total=event.total, detail=event.detail)
-            if event.total is not None and event.done >= event.total:  # what is done makes room for what comes
-                display.remove_task(tasks.pop(event.what))
-
+    with bars(console("err")) as listener:
         yield listener
 
 
@@ -164,53 +171,16 @@ def plain_lines(every: int | None = None) -> OnProgress:
 
 
 def line_of(event: Progress) -> str:
-    amount = format_amount(event.done, event.unit)
+    amount = counted(event.done, event.unit)
     if event.total is not None:
-        amount += f" of {format_amount(event.total, event.unit)}"
+        amount += f" of {counted(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 
 
-def import_megengine() -> None:
-    """Import MegEngine; but for debugging without what its library says while it looks for a GPU."""
-    warnings.filterwarnings("ignore", message=".*pkg_resources.*")
-    # It opens files through clients of four cloud services, half of the import: here all files are local.
-    sys.modules.setdefault("megfile", LocalFiles("megfile"))
-    # It asks whether its in-house twin is installed beside it, which takes a third of a second to find out.
-    sys.modules.setdefault("pkg_resources", NoPackages("pkg_resources"))
-    import numpy as np
-
-    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
-    np.finfo(np.float32), np.finfo(np.float64)
-    with mute_stderr():
-        import megengine
-
-        (megengine.tensor([0.0]) + 1).numpy()
-        megengine.is_cuda_available()
-
-
-def prepare_process() -> None:
-    """What a process that helps needs before its work: what this one has."""
-    hush_decoders()
-    import_megengine()
-
-
-class NoPackages(ModuleType):
-    """Stands for ``pkg_resources`` where nothing but a look through the installed packages is wanted of it."""
-
-    working_set = ()
-
-
-class LocalFiles(ModuleType):
-    """Stands for the module ``megfile``, of which mgq uses nothing but ``smart_open`` for local files."""
-
-    smart_open = staticmethod(open)
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def unused(*_: object, **__: object) -> None:
-            raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
-
-        return unused
+def duration(seconds: float) -> str:
+    """``seconds`` in words, to two figures or so: ``8 s``, ``1 min 40 s``, ``12 min``."""
+    if seconds < 55:
+        return f"{max(1, round(seconds))} s"
+    minutes, rest = divmod(round(seconds / 10) * 10, 60)
+    return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes + (rest >= 30)} min"

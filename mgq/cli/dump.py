@@ -186,9 +186,9 @@ def find_images(classifier: Classifier, data: Path) -> npt.NDArray[np.uint8]:
     from mgq.cli.console import note
     from mgq.data.image_sources import expand
     from mgq.engine.calibration.calibration_run import CalibrationImages, spread_evenly
-    from mgq.events import ignore_progress
+    from mgq.events import log_progress
 
-    found = CalibrationImages(classifier, spread_evenly(expand([str(data)]), COMPARED), ignore_progress)
+    found = CalibrationImages(classifier, spread_evenly(expand([str(data)]), COMPARED), log_progress)
     images = found.all()
     for problem in found.problems:
         note(problem)

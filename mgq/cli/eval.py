@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,16 +33,17 @@ from mgq.cli.shared_options import (
     Width,
     Workers,
     open_network,
-    prepare_megengine,
+    take_checkpoint,
 )
 from mgq.errors import InputError, printable
+from mgq.export.formats import format_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mgq.data.datasets import Dataset
+    from mgq.engine.classifier.classifier import Classifier
     from mgq.engine.classifier.evaluate import Confusion, Evaluation
-    from mgq.engine.classifier.open import Classifier
     from mgq.events import OnProgress
 
 BATCH = 8
@@ -110,18 +112,20 @@ def evaluate(
       mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
       mgq eval -d imagenet --limit 1000 --jobs 4 --json
     """
-    from mgq.cli.console import note, prepare_process, progress
+    from mgq.cli.console import note, progress
 
     refuse_more_than_cores(jobs)
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
-        checkpoint = prepare_megengine(checkpoint, key=key, save=save)
+        checkpoint = take_checkpoint(checkpoint, key=key, save=save)
         options = NetworkOptions(
             arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
         ).with_newest_run(mode)
-        classifier = open_network(options, mode, on_progress) if mode else open_int8_or_float(options, on_progress)
+        classifier = (
+            open_network(options, mode, on_progress, kept=True) if mode else open_int8_or_float(options, on_progress)
+        )
         from mgq.data.datasets import is_unsplit, subset
         from mgq.engine.classifier import evaluate as evaluation
 
@@ -137,7 +141,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             max_bad=max_bad,
-            prepare=prepare_process,
+            prepare=preparation_for(classifier),
             on_progress=on_progress,
         )
     for problem in result.problems:
@@ -159,6 +163,16 @@ def refuse_more_than_cores(jobs: int) -> None:
         raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
 
 
+def preparation_for(classifier: Classifier) -> Callable[[], None]:
+    """What a process that shares the work needs: MegEngine only where that runs the network."""
+    from mgq.machine import hush_decoders
+    from mgq.quantization.option_names import MEGENGINE
+    from mgq.system.megengine_start import prepare_process
+
+    of_others = classifier.file is not None and format_of(classifier.file[0]) != MEGENGINE
+    return hush_decoders if of_others else prepare_process
+
+
 def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
     from mgq.data.datasets import evaluation_folder
@@ -174,7 +188,7 @@ def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Clas
         note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return open_network(options, "normal", on_progress)
     try:
-        return open_network(options, "quantized", on_progress)
+        return open_network(options, "quantized", on_progress, kept=True)
     except InputError as error:
         if options.ranges is not None:
             raise
@@ -188,8 +202,8 @@ def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Clas
 
 def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.classifier.open import DEFAULT_ARCH, find_newest_run
-    from mgq.quantization.modes import Mode
+    from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, find_newest_run
+    from mgq.quantization.option_names import Mode
     from mgq.zoo.registry import spec_of
 
     spec = spec_of(arch or DEFAULT_ARCH)
@@ -208,7 +222,7 @@ def facts_of(
     workers: int | None,
 ) -> dict[str, Any]:
     """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
-    from mgq.engine.classifier.open import versions
+    from mgq.engine.classifier.classifier import versions
     from mgq.machine import usable_cores
     from mgq.system.environment import this_machine
 
@@ -330,7 +344,9 @@ def conditions(facts: dict[str, Any]) -> str:
     processes = "1 process" if facts["jobs"] == 1 else f"{facts['jobs']} processes"
     threads = "1 thread decodes" if facts["workers"] == 1 else f"{facts['workers']} threads decode"
     busy = "; the machine was busy" if facts["busy"] else ""
+    version = facts["versions"].get("megengine")
+    megengine = f"; MegEngine {version}" if version else ""
     return (
         f"± one standard error. {facts['cpu']}, {facts['cores']} cores; {processes}, {threads}, batches of "
-        f"{facts['batch_size']}, {facts['image_size']} pixels; MegEngine {facts['versions']['megengine']}{busy}"
+        f"{facts['batch_size']}, {facts['image_size']} pixels{megengine}{busy}"
     )

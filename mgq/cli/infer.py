@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import chain
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,18 +28,20 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     open_network,
-    prepare_megengine,
+    take_checkpoint,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mgq.engine.classifier.open import Classifier
+    from mgq.engine.classifier.classifier import Classifier
     from mgq.engine.classifier.predict import Prediction
     from mgq.events import OnProgress
 
 BAR, BESIDE_BARS = 20, 48
 """Characters of a bar at the most, and of what stands beside it."""
+NARROWEST_CLASS = 30
+PROBABILITY = "probability"
 
 
 def infer(
@@ -75,26 +78,28 @@ def infer(
       mgq infer photos/ --json
       mgq infer -m normal cat.jpg --dump
     """
-    from mgq.cli.console import err, note, progress
+    from mgq.cli.console import note, progress
     from mgq.data.decoding import bundled_cat
     from mgq.data.image_sources import expand, refuse_hopeless
 
     sources = expand([*(image or []), *(files or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    checkpoint = prepare_megengine(checkpoint, not write, key, save)
+    checkpoint = take_checkpoint(checkpoint, not write, key, save)
     with progress() as on_progress:
+        from mgq.engine.classifier.predict import FEW, predict
+
         options = NetworkOptions(
             arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
         )
-        classifier = open_network(options, mode, on_progress)
-        from mgq.engine.classifier.predict import predict
 
+        classifier = open_network(options, mode, on_progress, len(sources) <= FEW, kept=not write)
         found = start_predictions(report_progress(predict(classifier, sources, topk), len(sources), on_progress))
         failed = show_json(classifier, found) if as_json else show_tables(classifier, found)
     if failed and len(sources) > 1:
         note(f"{failed} of {len(sources)} pictures could not be read")
     if write:
+        from mgq.cli.console import err
         from mgq.cli.dump import Wanted, write_file
 
         source = classifier.made_from[0] if classifier.made_from is not None else classifier
@@ -123,7 +128,7 @@ def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProg
 
 def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
     """Print a table for each answer, an error line for each picture without one; the number of those."""
-    from mgq.cli.console import print_error, say, show_table
+    from mgq.cli.console import is_pipe, print_error, say, show_table
 
     failed = shown = 0
     for answer in found:
@@ -133,7 +138,11 @@ def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
             continue
         if not shown:
             say(headline(classifier), style="dim")
-        show_table(table_of(answer))
+        plain = plain_table(answer, get_terminal_size().columns) if is_pipe("out") else None
+        if plain is None:
+            show_table(table_of(answer))
+        else:
+            say(plain)
         shown += 1
     return failed
 
@@ -141,6 +150,28 @@ def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
 def headline(classifier: Classifier) -> str:
     kind = {"normal": "float32", "qat": "fake-quantized", "quantized": "int8"}[classifier.mode.value]
     return f"{classifier.spec.name}, mode {classifier.mode.value} ({kind})\nweights: {classifier.origin}"
+
+
+def plain_table(answer: Prediction, width: int) -> str | None:
+    """:func:`table_of` as text of at most ``width`` columns; None where that takes more than to put lines together.
+
+    It is what a pipe gets: to import what draws tables takes longer than to run the network.
+    """
+    from mgq.errors import printable
+
+    names = [printable(guess.name) for guess in answer.scores]
+    title = f"{printable(answer.image)}  {answer.milliseconds:.1f} ms"
+    length = max(NARROWEST_CLASS, *map(len, names))
+    bars = max(0, min(BAR, width - BESIDE_BARS))
+    if not all(text.isascii() for text in (title, *names)) or length + 3 + len(PROBABILITY) + 3 + bars + 2 > width:
+        return None
+    lines = [title, "", f" {'class':{length}}   {PROBABILITY}"]
+    longest = max(round(guess.probability * bars) for guess in answer.scores)
+    lines.append(f" {'─' * (length + 3 + len(PROBABILITY) + (3 + longest if longest else 0))}")
+    for name, guess in zip(names, answer.scores, strict=True):
+        bar = "█" * round(guess.probability * bars)
+        lines.append(f" {name:{length}}   {guess.probability:>{len(PROBABILITY)}.1%}   {bar}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 def table_of(answer: Prediction) -> Table:
@@ -155,8 +186,8 @@ def table_of(answer: Prediction) -> Table:
     title = Text(f"{printable(answer.image)}  ", style="bold")
     title.append(f"{answer.milliseconds:.1f} ms", style="dim")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    table.add_column("class", min_width=30, overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("class", min_width=NARROWEST_CLASS, overflow="fold")
+    table.add_column(PROBABILITY, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     length = max(0, min(BAR, out.width - BESIDE_BARS))
     for guess in answer.scores:

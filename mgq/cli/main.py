@@ -2,59 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import typer
 import typer.core
 from click import Command, Group
 from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, NoSuchOption
 
-from mgq.cli.analyze import analyze
-from mgq.cli.bench import bench
-from mgq.cli.calibrate import calibrate
-from mgq.cli.doctor import doctor
-from mgq.cli.dump import dump
-from mgq.cli.eval import evaluate
 from mgq.cli.help_layout import Verb
-from mgq.cli.infer import infer
-from mgq.cli.models import models
-from mgq.cli.report import report
-from mgq.cli.training import qat, train
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version
+from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version, set_library_defaults
 
 INTERRUPTED = 130
 
 # Plain help: rich's takes twice as long to come, and typer's mixture of both prints stray backslashes.
 typer.core.HAS_RICH = False
 
-app = typer.Typer(
-    name="mgq",
-    help="From a float32 image classifier to an int8 network at the speed of the machine.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-VERBS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "qat": qat,
-    "calibrate": calibrate,
-    "eval": evaluate,
-    "infer": infer,
-    "analyze": analyze,
-    "dump": dump,
-    "bench": bench,
-    "report": report,
-    "models": models,
-    "doctor": doctor,
+VERBS = {
+    "train": "training:Train",
+    "qat": "training:Qat",
+    "calibrate": "calibrate:calibrate",
+    "eval": "eval:evaluate",
+    "infer": "infer:infer",
+    "analyze": "analyze:analyze",
+    "dump": "dump:dump",
+    "bench": "bench:bench",
+    "report": "report:report",
+    "models": "models:models",
+    "doctor": "doctor:doctor",
 }
-for name, verb in VERBS.items():
-    app.command(name, cls=Verb)(verb)
+"""Where each verb is: a module of this package, and a function in it."""
+COMPLETION_VARIABLE = "_MGQ_COMPLETE"
 
 
 def show_version(wanted: bool) -> None:
@@ -65,20 +50,41 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Versions, then exit."),
     debug: bool = typer.Option(False, "--debug", help="Tracebacks, and the libraries' own messages."),
 ) -> None:
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    set_library_defaults()
     hush_decoders()
+
+
+def app_with(names: Iterable[str]) -> typer.Typer:
+    """The command with the verbs ``names``: those that are not asked for cost nothing."""
+    app = typer.Typer(
+        name="mgq",
+        help="From a float32 image classifier to an int8 network at the speed of the machine.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(options)
+    for name in names:
+        module, _, function = VERBS[name].partition(":")
+        verb: Callable[..., Any] = getattr(importlib.import_module(f"mgq.cli.{module}"), function)
+        app.command(name, cls=Verb)(verb)
+    return app
+
+
+def asked_for(words: list[str]) -> Iterable[str]:
+    """The verb that ``words`` begin with; all of them for a shell's completion, help, and what is no verb."""
+    first = next((word for word in words if not word.startswith("-")), "")
+    return [first] if first in VERBS and COMPLETION_VARIABLE not in os.environ else VERBS
 
 
 def run() -> None:
     """Entry point: exit code 2 and one line for wrong use and bad input, 1 and one line for a failure."""
-    if sys.version_info[:2] != (3, 10):  # MegEngine has no wheel for a later one
-        sys.exit(f"error: mgq needs Python 3.10, not {sys.version.split()[0]}; `uv run mgq` finds or fetches it")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
@@ -86,7 +92,7 @@ def run() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(prog_name="mgq", standalone_mode=False)
+        code = app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())
@@ -129,7 +135,7 @@ STARTS = ("Got", "Missing", "Option", "Invalid")
 
 def verbs() -> Mapping[str, Command]:
     """The verbs by name."""
-    main = typer.main.get_command(app)
+    main = typer.main.get_command(app_with(VERBS))
     assert isinstance(main, Group)
     return main.commands
 

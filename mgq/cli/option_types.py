@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mgq.errors import InputError, no_such, printable
+from mgq.io.bounds import ANY, Bounds
 
 NAME_METAVAR = {"architecture": "arch", "version of pretrained weights": "version"}
 """What help calls a value whose kind has a long name."""
@@ -36,37 +37,42 @@ class Named(click.ParamType[str]):
 
 
 class Number(click.ParamType[float]):
-    """A finite number from ``least`` to ``most``, whole if these are; ``above``: more than ``least``."""
+    """A finite number within ``bounds``, whole if ``kind`` is int."""
 
-    def __init__(
-        self, kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf, above: bool = False
-    ) -> None:
-        self.kind, self.least, self.most, self.above = kind, least, most, above
+    def __init__(self, kind: type[int] | type[float], bounds: Bounds = ANY) -> None:
+        self.kind, self._bounds = kind, bounds
         self.name = "integer" if kind is int else "number"
 
+    @property
+    def bounds(self) -> Bounds:
+        return self._bounds
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        flag = f"{flag_of(param)} {printable(value)}"
+        flag = flag_of(param)
         try:
             number = self.kind(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise InputError(f"{flag} is not a {'whole ' if self.kind is int else ''}number: {self.mend()}")
-        if number < self.least or (self.above and number == self.least):
-            raise InputError(f"{flag} is too small: {self.mend()}")
-        if number > self.most:
-            raise InputError(f"{flag} is too large: {self.mend()}")
-        return self.checked(number, flag)
-
-    def mend(self) -> str:
-        if math.isfinite(self.least) and math.isfinite(self.most):
-            return f"give {self.least:g} to {self.most:g}"
-        if math.isfinite(self.least):
-            return f"give more than {self.least:g}" if self.above else f"give at least {self.least:g}"
-        return "give one, such as 3"
-
-    def checked(self, number: float, flag: str) -> float:
+            what = "whole number" if self.kind is int else "number"
+            raise InputError(f"{flag} {printable(value)} is not a {what}: {self.bounds.mend}")
+        self.bounds.refuse_beyond(flag, number)
         return number
+
+
+class OfRecipe(Number):
+    """The number ``key`` of a recipe, which says what bounds it."""
+
+    def __init__(self, kind: type[int] | type[float], key: str) -> None:
+        super().__init__(kind)
+        self.key = key
+
+    @property
+    def bounds(self) -> Bounds:
+        from mgq.engine.training.recipe import Recipe
+        from mgq.io.records import bounds_of
+
+        return bounds_of(Recipe)[self.key]
 
 
 class Pixels(Number):
@@ -75,10 +81,10 @@ class Pixels(Number):
     def __init__(self) -> None:
         super().__init__(int)
 
-    def checked(self, number: float, flag: str) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from mgq.weights.checkpoint import check_size
 
-        return check_size(int(number))
+        return check_size(super().convert(value, param, ctx))
 
 
 class Folder(click.Path):
@@ -197,10 +203,10 @@ CPU = Named("cpu", cpus)
 SCHEDULE = Named("schedule", schedules)
 LOAD = Named("load", loads)
 
-COUNT = Number(int, 1)
-AT_LEAST_NONE = Number(int, 0)
-SHARE = Number(float, 0, 1)
-AT_LEAST_ZERO = Number(float, 0)
-FACTOR = Number(float, 0, above=True)
+COUNT = Number(int, Bounds(1))
+AT_LEAST_NONE = Number(int, Bounds(0))
+SHARE = Number(float, Bounds(0, 1))
+AT_LEAST_ZERO = Number(float, Bounds(0))
+FACTOR = Number(float, Bounds(0, above=True))
 PIXELS = Pixels()
 FOLDER = Folder()

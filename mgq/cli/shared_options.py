@@ -23,8 +23,8 @@ from mgq.cli.option_types import (
 )
 
 if TYPE_CHECKING:
+    from mgq.engine.classifier.classifier import Classifier
     from mgq.engine.classifier.import_wish import ImportWish
-    from mgq.engine.classifier.open import Classifier
     from mgq.events import OnProgress
 
 Arch = Annotated[
@@ -86,7 +86,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         click_type=ENGINE,
-        help="What runs it: openvino, onnxruntime, lite, or auto, the fastest.",
+        help="What runs it: native, openvino, onnxruntime, lite, or auto, the fastest.",
         show_default=False,
     ),
 ]
@@ -97,32 +97,34 @@ RUNS = Path("runs")
 
 def find_arch(save: Path, mode: str | None) -> str | None:
     """The architecture of the newest run that can serve ``mode``, or any mode; None without a run."""
-    from mgq.engine.classifier.open import find_newest_arch
-    from mgq.quantization.modes import Mode, parse_mode
+    from mgq.engine.classifier.run_lookup import find_newest_arch
+    from mgq.quantization.option_names import Mode, parse_mode
 
     modes = (parse_mode(mode),) if mode else (Mode.QUANTIZED, Mode.NORMAL)
     return next((arch for wanted in modes if (arch := find_newest_arch(save, wanted))), None)
 
 
-def prepare_megengine(
+def take_checkpoint(
     checkpoint: Path | None,
     deployed: bool = True,
     key: str | None = None,
     save: Path | None = None,
     wish: ImportWish | None = None,
 ) -> Path | None:
-    """Import MegEngine, quietly unless in debug mode; but a ``checkpoint`` that cannot be read is refused before.
+    """Raise InputError for a ``checkpoint`` that cannot be read, before anything slow is done.
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant. The result is
     ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
     """
-    from mgq.cli.console import import_megengine, note
     from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
     foreign = checkpoint if checkpoint is not None and is_onnx_of_others(checkpoint) else None
     if foreign is not None and key is None:
+        from mgq.cli.console import note
+        from mgq.system.megengine_start import import_megengine
+
         import_megengine()
         from mgq.engine.classifier.import_wish import NO_WISH
         from mgq.engine.classifier.onnx_import import imported_checkpoint
@@ -136,8 +138,22 @@ def prepare_megengine(
         raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
         validate_file(checkpoint, key)
-    import_megengine()
     return checkpoint
+
+
+def prepare_megengine(
+    checkpoint: Path | None,
+    deployed: bool = True,
+    key: str | None = None,
+    save: Path | None = None,
+    wish: ImportWish | None = None,
+) -> Path | None:
+    """The same, and import MegEngine, quietly unless in debug mode."""
+    from mgq.system.megengine_start import import_megengine
+
+    taken = take_checkpoint(checkpoint, deployed, key, save, wish)
+    import_megengine()
+    return taken
 
 
 def is_onnx_of_others(path: Path) -> bool:
@@ -171,42 +187,29 @@ class NetworkOptions:
         return replace(self, arch=find_arch(self.save, mode))
 
 
-def open_network(options: NetworkOptions, mode: str, on_progress: OnProgress) -> Classifier:
-    """The network that ``options`` choose, in ``mode``; behind :func:`prepare_megengine`."""
-    from mgq.engine.classifier.deployed_files import attach_backend, open_file
-    from mgq.engine.classifier.open import open_classifier
-    from mgq.errors import InputError, printable
-    from mgq.export.formats import format_of
-    from mgq.quantization.activation_ranges import read_ranges
-    from mgq.quantization.modes import Mode, parse_mode
-    from mgq.runtime.registry import AUTO
+def open_network(
+    options: NetworkOptions, mode: str, on_progress: OnProgress, few: bool = False, kept: bool = False
+) -> Classifier:
+    """The network that ``options`` choose, in ``mode``; behind :func:`take_checkpoint`. It imports MegEngine if that
+    it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
+    from mgq.engine.classifier.network_choice import choose_network
+    from mgq.quantization.option_names import parse_mode
+    from mgq.system.megengine_start import import_megengine
 
-    checkpoint = options.checkpoint
-    if checkpoint is not None and format_of(checkpoint):
-        given = {
-            "--target": options.target,
-            "--ranges": options.ranges,
-            "--width": options.width,
-            "--image-size": options.image_size,
-        }
-        for option, value in given.items():
-            if value is not None:
-                raise InputError(f"{printable(checkpoint)} is a finished file: leave out {option}")
-        found = open_file(checkpoint, options.engine or AUTO, arch=options.arch)
-        if mode == Mode.NORMAL.value != found.mode.value:
-            raise InputError(f"{printable(checkpoint)} is int8: leave out -m {mode}, or give a float checkpoint")
-        return found
-    classifier = open_classifier(
+    return choose_network(
         arch=options.arch,
-        checkpoint=checkpoint,
+        checkpoint=options.checkpoint,
         mode=parse_mode(mode),
         save=options.save,
-        pretrained=options.pretrained or False,
-        ranges=read_ranges(options.ranges) if options.ranges else None,
-        options={} if options.width is None else {"width": options.width},
+        pretrained=options.pretrained,
+        ranges=options.ranges,
+        width=options.width,
         image_size=options.image_size,
         on_progress=on_progress,
         target=options.target,
+        engine=options.engine,
         key=options.key,
+        start_megengine=import_megengine,
+        few=few,
+        kept=kept,
     )
-    return classifier if options.engine is None else attach_backend(classifier, options.engine)

@@ -1,25 +1,25 @@
-"""``mgq train`` and ``mgq qat``: their options, each said once, and how they show what comes of it."""
+"""``mgq train`` and ``mgq qat``: their options, each said once, and how they show what comes of it.
+
+A command is an object: its fields are its options, and its method ``run`` does it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
-from click import ParamType
 
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
-    AT_LEAST_ZERO,
     COUNT,
     FACTOR,
     FOLDER,
@@ -30,7 +30,7 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
     Named,
-    Number,
+    OfRecipe,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 
@@ -43,168 +43,224 @@ if TYPE_CHECKING:
     from mgq.engine.training.training_run import TrainResult
 
 
-class Option(NamedTuple):
-    """An option of a verb."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingCommand:
+    """The options that ``train`` and ``qat`` share."""
 
-    kind: Any
-    default: Any
-    flags: tuple[str, ...]
-    help: str
-    value: ParamType[Any] | None = None
+    mode: ClassVar[Literal["train", "qat"]]
+    simulated: ClassVar[str]
+    """What the fake-quantized network of the result is."""
 
-    @property
-    def annotation(self) -> Any:
-        return self.kind | None if self.default is None else self.kind
-
-    @property
-    def parameter(self) -> Any:
-        return typer.Option(self.default, *self.flags, help=self.help, click_type=self.value)
-
-
-def recipe_value(kind: type, flag: str, text: str, value: ParamType[Any]) -> Option:
-    return Option(kind, None, (flag,), text, value)
-
-
-SHARED: dict[str, Option] = {
-    "arch": Option(str, None, ("-a", "--arch"), "Architecture; `mgq models` lists them.", ARCH),
-    "data": Option(Path, None, ("-d", "--data"), "Folder with train/ and val/, or ImageNet's archives."),
-    "save": Option(Path, RUNS, ("-s", "--save"), "Folder of the runs.", FOLDER),
-    "checkpoint": Option(Path, None, ("-c", "--checkpoint"), "Weights to begin with; any that mgq reads."),
-    "key": Option(str, None, ("--key",), KEY_HELP),
-    "pretrained": Option(
-        str, None, ("--pretrained",), "Begin with the zoo's weights; downloads published ones.", PRETRAINED
-    ),
-    "recipe": Option(Path, None, ("--recipe",), "TOML file, such as recipe.toml of any run."),
-    "resume": Option(bool, False, ("--resume",), "Go on with the run that was interrupted, to the bit."),
-    "epochs": recipe_value(int, "--epochs", "How often every picture is seen.", COUNT),
-    "batch_size": recipe_value(int, "--batch-size", "Pictures a step, on each device.", COUNT),
-    "lr": recipe_value(float, "--lr", "Learning rate at its highest, for one device.", AT_LEAST_ZERO),
-    "schedule": recipe_value(str, "--schedule", "cosine, linear or step.", SCHEDULE),
-    "weight_decay": recipe_value(float, "--weight-decay", "L2 penalty.", AT_LEAST_ZERO),
-    "label_smoothing": recipe_value(float, "--label-smoothing", "Share of a label that goes to all classes.", SHARE),
-    "image_size": recipe_value(int, "--image-size", "Pixels on a side, a multiple of 32.", PIXELS),
-    "limit": recipe_value(int, "--limit", "So many pictures of each set, evenly spread.", COUNT),
-    "val_every": recipe_value(int, "--val-every", "Epochs from one measurement to the next.", COUNT),
-    "ema": recipe_value(float, "--ema", "Keep averaged weights, with this decay (0.999).", SHARE),
-    "freeze_backbone": Option(bool, False, ("--freeze-backbone",), "Train the classifier alone."),
-    "amp": Option(bool, False, ("--amp",), "Mixed float16, on GPUs."),
-    "seed": recipe_value(int, "--seed", "The same seed gives the same weights.", AT_LEAST_NONE),
-    "devices": Option(int, None, ("-n", "--ngpus"), "GPUs; all by default, 0 for the processor.", AT_LEAST_NONE),
-    "nodes": Option(int, 1, ("--nnodes",), "Machines that train together.", COUNT),
-    "node": Option(int, 0, ("--node-rank",), "Which of them this is, from 0.", AT_LEAST_NONE),
-    "master": Option(str, None, ("--master",), "HOST:PORT of machine 0."),
-    "workers": Option(
-        int, None, ("-w", "--workers"), "Threads that read pictures; one a core by default.", AT_LEAST_NONE
-    ),
-    "max_bad": Option(float, 0.01, ("--max-bad",), "Share of broken pictures that is put up with.", SHARE),
-    "report_every": Option(int, 0, ("--report-freq",), "A line every so many steps.", AT_LEAST_NONE),
-    "tensorboard": Option(bool, False, ("--tensorboard",), "Write TensorBoard events, too."),
-    "as_json": Option(bool, False, ("--json",), "The result as JSON on standard output."),
-}
-OF_TRAIN: dict[str, Option] = {
-    "classes": recipe_value(
-        int, "--classes", "Outputs of the classifier, if more than the pictures' classes.", Number(int, 2)
-    ),
-    "width": Option(float, None, ("--width",), "Width multiplier (mobilenet_v2).", FACTOR),
-    "activation": Option(
-        str, None, ("--activation",), "relu or relu6 (mobilenet_v2).", Named("activation", lambda: ("relu", "relu6"))
-    ),
-    "from_scratch": Option(bool, False, ("--from-scratch",), "Begin with random weights."),
-    "new_head": Option(bool, False, ("--new-head",), "Begin with a new classifier for these classes."),
-}
-OF_QAT: dict[str, Option] = {
-    "observer": recipe_value(str, "--observer", "What gives scales: ema, min-max, lsq or tqt.", OBSERVER),
-    "target": recipe_value(
-        str, "--target", "What int8 is for: megengine, onnx (ONNX Runtime, OpenVINO) or onnx-avx2.", TARGET
-    ),
-    "distill": Option(
-        bool,
-        None,
-        ("--distill/--no-distill",),
-        "Learn from the float network's answers, too; by default where it is at hand.",
-    ),
-}
-
-TRAIN_HELP = """Train a float network.
-
-Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
-else with random ones. Writes <save>/<arch>.normal.
-
-\b
-Examples:
-  mgq train
-  mgq train -a efficientnet_lite0 -d flowers
-  mgq train -a resnet18 -d flowers --image-size 64 --epochs 20
-"""
-QAT_HELP = """Train on with fake quantization, for int8.
-
-It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
-compares float, fake-quantized and int8 in the end.
-
-\b
-Examples:
-  mgq qat --arch resnet18
-  mgq qat -d flowers
-  mgq qat -a mobilenet_v2 -c mobilenet_v2.pkl -d imagenet
-"""
-
-
-def verb(name: str, text: str, own: Mapping[str, Option]) -> Callable[..., None]:
-    """The command ``name`` with the shared options and its ``own``."""
-    options = {**SHARED, **own}
-
-    def command(**values: Any) -> None:
-        run(name, values)
-
-    command.__name__, command.__doc__ = name, text
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(n, keyword, default=o.parameter, annotation=o.annotation) for n, o in options.items()]
+    arch: Annotated[
+        str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
+    ] = None
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Folder with train/ and val/, or ImageNet's archives.")
+    ] = None
+    save: Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")] = RUNS
+    checkpoint: Annotated[
+        Path | None, typer.Option("-c", "--checkpoint", help="Weights to begin with; any that mgq reads.")
+    ] = None
+    key: Annotated[str | None, typer.Option("--key", help=KEY_HELP)] = None
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            "--pretrained", click_type=PRETRAINED, help="Begin with the zoo's weights; downloads published ones."
+        ),
+    ] = None
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file, such as recipe.toml of any run.")] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the bit.")] = (
+        False
     )
-    command.__annotations__ = {n: option.annotation for n, option in options.items()}
-    return command
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", click_type=OfRecipe(int, "epochs"), help="How often every picture is seen."),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", click_type=OfRecipe(int, "batch_size"), help="Pictures a step, on each device."),
+    ] = None
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", click_type=OfRecipe(float, "lr"), help="Learning rate at its highest, for one device."),
+    ] = None
+    schedule: Annotated[str | None, typer.Option("--schedule", click_type=SCHEDULE, help="cosine, linear or step.")] = (
+        None
+    )
+    weight_decay: Annotated[
+        float | None, typer.Option("--weight-decay", click_type=OfRecipe(float, "weight_decay"), help="L2 penalty.")
+    ] = None
+    label_smoothing: Annotated[
+        float | None,
+        typer.Option(
+            "--label-smoothing",
+            click_type=OfRecipe(float, "label_smoothing"),
+            help="Share of a label that goes to all classes.",
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", click_type=PIXELS, help="Pixels on a side, a multiple of 32.")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", click_type=COUNT, help="So many pictures of each set, evenly spread.")
+    ] = None
+    val_every: Annotated[
+        int | None,
+        typer.Option(
+            "--val-every", click_type=OfRecipe(int, "val_every"), help="Epochs from one measurement to the next."
+        ),
+    ] = None
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            "--ema", click_type=OfRecipe(float, "ema"), help="Keep averaged weights, with this decay (0.999)."
+        ),
+    ] = None
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier alone.")] = False
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed float16, on GPUs.")] = False
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", click_type=OfRecipe(int, "seed"), help="The same seed gives the same weights."),
+    ] = None
+    devices: Annotated[
+        int | None,
+        typer.Option("-n", "--ngpus", click_type=AT_LEAST_NONE, help="GPUs; all by default, 0 for the processor."),
+    ] = None
+    nodes: Annotated[int, typer.Option("--nnodes", click_type=COUNT, help="Machines that train together.")] = 1
+    node: Annotated[
+        int, typer.Option("--node-rank", click_type=AT_LEAST_NONE, help="Which of them this is, from 0.")
+    ] = 0
+    master: Annotated[str | None, typer.Option("--master", help="HOST:PORT of machine 0.")] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "-w", "--workers", click_type=AT_LEAST_NONE, help="Threads that read pictures; one a core by default."
+        ),
+    ] = None
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is put up with.")
+    ] = 0.01
+    report_every: Annotated[
+        int, typer.Option("--report-freq", click_type=AT_LEAST_NONE, help="A line every so many steps.")
+    ] = 0
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
+
+    def run(self) -> None:
+        """Do what is asked for and show what comes of it; when stopped, say how to go on."""
+        from mgq.cli.console import note, progress, say, show_table
+        from mgq.engine.training.recipe import read_changes
+
+        if self.recipe is not None:
+            read_changes(self.recipe)  # where it is none, nothing else needs to be loaded
+        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save)
+        from mgq.api import make_train_options
+        from mgq.engine.training import training_run
+        from mgq.engine.training.trainer import StoppedError
+        from mgq.events import Callbacks
+        from mgq.system.megengine_start import prepare_process
+
+        train_options = replace(
+            make_train_options(replace(self, checkpoint=checkpoint).given()), prepare=prepare_process
+        )
+        start = training_run.qat if self.mode == "qat" else training_run.train
+        with progress() as on_progress, watch_for_stop() as should_stop:
+            try:
+                result = start(train_options, Callbacks(on_progress, note, should_stop))
+            except StoppedError as stopped:
+                command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(self.save))}"
+                note(f"{stopped}, go on with\n  {command}")
+                raise typer.Exit(stopped.exit_code) from None
+            except training_run.ElsewhereError as done:
+                note(str(done))
+                raise typer.Exit(done.exit_code) from None
+        if self.as_json:
+            sys.stdout.write(json.dumps(result_to_json(result)) + "\n")
+            return
+        show_table(table_of(result.comparison, self.simulated))
+        say(describe_result(result))
+
+    def given(self) -> dict[str, Any]:
+        """The options by name. A flag that was not given leaves what a recipe file says."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "as_json"}
+        return {name: value for name, value in values.items() if value is not False or name == "distill"}
 
 
-train = verb("train", TRAIN_HELP, OF_TRAIN)
-qat = verb("qat", QAT_HELP, OF_QAT)
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainingCommand):
+    """Train a float network.
+
+    Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
+    else with random ones. Writes <save>/<arch>.normal.
+
+    \b
+    Examples:
+      mgq train
+      mgq train -a efficientnet_lite0 -d flowers
+      mgq train -a resnet18 -d flowers --image-size 64 --epochs 20
+    """
+
+    mode = "train"
+    simulated = "fake-quantized, calibrated"
+
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            "--classes",
+            click_type=OfRecipe(int, "classes"),
+            help="Outputs of the classifier, if more than the pictures' classes.",
+        ),
+    ] = None
+    width: Annotated[
+        float | None, typer.Option("--width", click_type=FACTOR, help="Width multiplier (mobilenet_v2).")
+    ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            "--activation",
+            click_type=Named("activation", lambda: ("relu", "relu6")),
+            help="relu or relu6 (mobilenet_v2).",
+        ),
+    ] = None
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with random weights.")] = False
+    new_head: Annotated[bool, typer.Option("--new-head", help="Begin with a new classifier for these classes.")] = False
 
 
-def run(name: str, values: Mapping[str, Any]) -> None:
-    """Do what the verb ``name`` is asked for and show what comes of it; when stopped, say how to go on."""
-    from mgq.cli.console import note, prepare_process, progress, say, show_table
-    from mgq.engine.training.recipe import read_changes
+@dataclass(frozen=True, kw_only=True)
+class Qat(TrainingCommand):
+    """Train on with fake quantization, for int8.
 
-    if values["recipe"] is not None:
-        read_changes(values["recipe"])  # where it is none, nothing else needs to be loaded
-    save = Path(values["save"]) if values.get("save") else None
-    checkpoint = prepare_megengine(values["checkpoint"], deployed=False, key=values["key"], save=save)
-    values = {**values, "checkpoint": checkpoint}
-    from mgq.api import make_train_options
-    from mgq.engine.training import training_run
-    from mgq.engine.training.trainer import StoppedError
-    from mgq.events import Callbacks
+    It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
+    compares float, fake-quantized and int8 in the end.
 
-    # A flag that was not given leaves what a recipe file says.
-    said = {name: value for name, value in values.items() if name != "as_json"}
-    given = {name: value for name, value in said.items() if value is not False or name == "distill"}
-    train_options = replace(make_train_options(given), prepare=prepare_process)
-    with progress() as on_progress, watch_for_stop() as should_stop:
-        callbacks = Callbacks(on_progress, note, should_stop)
-        try:
-            result: TrainResult = getattr(training_run, name)(train_options, callbacks)
-        except StoppedError as stopped:
-            command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(train_options.save))}"
-            note(f"{stopped}, go on with\n  {command}")
-            raise typer.Exit(stopped.exit_code) from None
-        except training_run.ElsewhereError as done:
-            note(str(done))
-            raise typer.Exit(done.exit_code) from None
-    if values["as_json"]:
-        sys.stdout.write(json.dumps(result_to_json(result)) + "\n")
-        return
-    simulated = "fake-quantized" if name == "qat" else "fake-quantized, calibrated"
-    show_table(table_of(result.comparison, simulated))
-    say(describe_result(result))
+    \b
+    Examples:
+      mgq qat --arch resnet18
+      mgq qat -d flowers
+      mgq qat -a mobilenet_v2 -c mobilenet_v2.pkl -d imagenet
+    """
+
+    mode = "qat"
+    simulated = "fake-quantized"
+
+    observer: Annotated[
+        str | None, typer.Option("--observer", click_type=OBSERVER, help="What gives scales: ema, min-max, lsq or tqt.")
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            click_type=TARGET,
+            help="What int8 is for: megengine, onnx (ONNX Runtime, OpenVINO) or onnx-avx2.",
+        ),
+    ] = None
+    distill: Annotated[
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            help="Learn from the float network's answers, too; by default where it is at hand.",
+        ),
+    ] = None
 
 
 @contextlib.contextmanager

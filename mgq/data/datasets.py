@@ -20,7 +20,7 @@ from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError, printable
-from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 
 
 class Dataset(Protocol):
@@ -150,7 +150,7 @@ LEAST_TO_TRAIN = 2
 
 
 def training_folders(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> tuple[Dataset, Dataset]:
     """The pictures to train on and those to measure on: ``root/train/<class>/*`` and ``root/val/<class>/*``.
 
@@ -218,7 +218,7 @@ def _rank(path: Path) -> float:
 
 
 def measuring_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> Dataset:
     """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
     if is_unsplit(root):
@@ -227,7 +227,7 @@ def measuring_folder(
 
 
 def evaluation_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
@@ -249,7 +249,7 @@ def evaluation_folder(
 
 
 def calibration_folder(
-    root: Path, on_progress: OnProgress = ignore_progress, on_message: OnMessage = ignore_message
+    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> ImageFolder:
     """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
 

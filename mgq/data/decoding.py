@@ -12,6 +12,7 @@ Sources: ITU-T T.81 (JPEG), the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -20,24 +21,11 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
-from PIL.PcxImagePlugin import PcxImageFile
-from PIL.QoiImagePlugin import QoiImageFile
-from PIL.SgiImagePlugin import SgiImageFile
-from PIL.SunImagePlugin import SunImageFile
-from PIL.TgaImagePlugin import TgaImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from mgq.data.image_headers import (
     J2K_MARK,
@@ -51,6 +39,10 @@ from mgq.data.image_headers import (
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
 from mgq.errors import InputError, printable
+from mgq.machine import debugging
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 MAX_SIDE = 20_000
 """The most pixels a picture may have on a side."""
@@ -372,7 +364,7 @@ def _webp(data: bytes) -> _Plan:
     _admit(_COST_WEBP, *size)
     if 8 + int.from_bytes(data[4:8], "little") > len(data):
         raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, WebPImageFile, _COST_WEBP), _webp_orientation(data))
+    return _Plan(lambda: _by_pillow(data, "WebP", _COST_WEBP), _webp_orientation(data))
 
 
 def _webp_orientation(data: bytes) -> int:
@@ -386,23 +378,21 @@ def _webp_orientation(data: bytes) -> int:
 
 
 def _gif(data: bytes) -> _Plan:
-    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))
-    return _Plan(lambda: _by_pillow(data, GifImageFile, _COST_GIF))
+    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))  # where it has none, Pillow takes its frame's
+    return _Plan(lambda: _by_pillow(data, "Gif", _COST_GIF))
 
 
-_BMP_OLD_HEADER = 12
-_BMP_HEADERS = frozenset({_BMP_OLD_HEADER, 40, 52, 56, 64, 108, 124})
+def _of_pillow(plugin: str, cost: int) -> Callable[[bytes], _Plan]:
+    """How to read a format whose size Pillow finds in the header, before it makes room for the picture."""
+    return lambda data: _Plan(lambda: _by_pillow(data, plugin, cost))
+
+
+_BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 
 def _is_bmp(data: bytes) -> bool:
     """Whether the size of the second header is one that exists, since any text may begin with BM."""
     return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
-
-
-def _bmp(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH" if data[14] == _BMP_OLD_HEADER else "<ii", data, 18)
-    _admit(_COST_BMP, width, abs(height))  # A negative height says that the rows go from top to bottom.
-    return _Plan(lambda: _by_pillow(data, BmpImageFile, _COST_BMP))
 
 
 _TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
@@ -431,20 +421,20 @@ def _tiff(data: bytes) -> _Plan:
                 raise _RefusalError(_CUT_SHORT)
     if all(tag in tags for tag in _TIFF_TILE_SIZE):
         _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
-    return _Plan(lambda: _by_pillow(data, TiffImageFile, _COST_TIFF))
+    return _Plan(lambda: _by_pillow(data, "Tiff", _COST_TIFF))
 
 
 def _avif(data: bytes) -> _Plan:
     for size in avif_sizes(data):
         _admit(_COST_AVIF, *size)
-    return _Plan(lambda: _by_pillow(data, AvifImageFile, _COST_AVIF, turned=True))
+    return _Plan(lambda: _by_pillow(data, "Avif", _COST_AVIF, turned=True))
 
 
 def _jpeg_2000(data: bytes) -> _Plan:
     facts = jpeg2000_facts(data)
     _admit(_COST_JPEG_2000, facts.width, facts.height)
     check_jpeg2000(data, facts)
-    return _Plan(lambda: _by_pillow(data, Jpeg2KImageFile, _COST_JPEG_2000))
+    return _Plan(lambda: _by_pillow(data, "Jpeg2K", _COST_JPEG_2000))
 
 
 def _netpbm(data: bytes) -> _Plan:
@@ -489,12 +479,10 @@ def _is_tga(data: bytes) -> bool:
 
 
 def _tga(data: bytes) -> _Plan:
-    width, height = struct.unpack_from("<HH", data, 12)
-    _admit(_COST_OTHERS, width, height)
     opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
 
     def decode() -> _Samples:
-        pixels = _by_pillow(data, TgaImageFile, _COST_OTHERS)
+        pixels = _by_pillow(data, "Tga", _COST_OTHERS)
         return np.ascontiguousarray(pixels[:, :, :3]) if opaque and pixels.ndim == 3 else pixels
 
     return _Plan(decode)
@@ -511,23 +499,11 @@ def _is_pcx(data: bytes) -> bool:
     return bool(left <= right and top <= bottom)
 
 
-def _of_header(form: str, at: int, plugin: type[ImageFile]) -> Callable[[bytes], _Plan]:
-    """How to read a format whose header has width and height at ``at``, in the form ``form`` of struct."""
-
-    def plan_of(data: bytes) -> _Plan:
-        _admit(_COST_OTHERS, *struct.unpack_from(form, data, at))
-        return _Plan(lambda: _by_pillow(data, plugin, _COST_OTHERS))
-
-    return plan_of
-
-
 def _pcx(data: bytes) -> _Plan:
-    left, top, right, bottom = struct.unpack_from("<4H", data, 4)
-    _admit(_COST_OTHERS, right - left + 1, bottom - top + 1)
     has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
     if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
         raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, PcxImageFile, _COST_OTHERS))
+    return _Plan(lambda: _by_pillow(data, "Pcx", _COST_OTHERS))
 
 
 # ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
@@ -616,23 +592,35 @@ _PILLOW_COMPLAINTS = (
 )
 
 
-def _by_pillow(data: bytes, plugin: type[ImageFile], cost: int, turned: bool = False) -> _Samples:
+def _pillow_reader(plugin: str) -> type[ImageFile]:
+    """Pillow's class for files of a kind. It is imported when the first such file comes, for most are JPEG."""
+    if not debugging():
+        import logging
+
+        logging.getLogger("PIL").addHandler(logging.NullHandler())
+    reader: type[ImageFile] = getattr(importlib.import_module(f"PIL.{plugin}ImagePlugin"), f"{plugin}ImageFile")
+    return reader
+
+
+def _by_pillow(data: bytes, plugin: str, cost: int, turned: bool = False) -> _Samples:
     """Grey, BGR or BGRA of the first frame; ``turned`` as the orientation that Pillow finds says.
 
     The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
     """
+    from PIL.Image import DecompressionBombError
+
     try:
-        with plugin(io.BytesIO(data)) as image:
+        with _pillow_reader(plugin)(io.BytesIO(data)) as image:
             _admit(cost, *image.size)  # A GIF's frame may be larger than the canvas in its header.
             image.load()
             pixels = _by_channels(image)
             turn = image.getexif().get(_ORIENTATION, 1) if turned else 1
             return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
-    except (*_PILLOW_COMPLAINTS, Image.DecompressionBombError) as error:
+    except (*_PILLOW_COMPLAINTS, DecompressionBombError) as error:
         raise _RefusalError(_DAMAGED) from error
 
 
-def _by_channels(image: Image.Image) -> _Samples:
+def _by_channels(image: ImageFile) -> _Samples:
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in {"I", "F", "LAB"}:
@@ -688,14 +676,14 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] =
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
-    (_is_bmp, _bmp),
+    (_is_bmp, _of_pillow("Bmp", _COST_BMP)),
     (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
     (is_avif, _avif),
     (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
     (begins_as_netpbm, _netpbm),
-    (lambda data: data.startswith(b"qoif"), _of_header(">II", 4, QoiImageFile)),
-    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_header(">II", 4, SunImageFile)),
-    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_header(">HH", 6, SgiImageFile)),
+    (lambda data: data.startswith(b"qoif"), _of_pillow("Qoi", _COST_OTHERS)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_pillow("Sun", _COST_OTHERS)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_pillow("Sgi", _COST_OTHERS)),
     (_is_pcx, _pcx),
     (_is_tga, _tga),
 )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mgq.data.decoding import MAX_BYTES, read_image
 from mgq.data.folder_scan import IMAGE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
 from mgq.errors import InputError, printable
-from mgq.events import OnMessage, ignore_message
+from mgq.events import OnMessage, log_message
 
 __all__ = ["IMAGE_SUFFIXES", "Source", "expand", "refuse_hopeless"]
 
@@ -54,7 +54,7 @@ def refuse_hopeless(sources: Sequence[Source]) -> None:
         sources[0].read()
 
 
-def expand(arguments: Sequence[str], on_message: OnMessage = ignore_message) -> list[Source]:
+def expand(arguments: Sequence[str], on_message: OnMessage = log_message) -> list[Source]:
     """The pictures that ``arguments`` name, in their order, each once.
 
     An argument is one of these; what exists under that very name is preferred to a pattern:

@@ -3,7 +3,7 @@
 The archives are those of image-net.org. The training archive holds one tar a class. The validation archive is
 flat, and the development kit says which class each of its pictures shows.
 
-Sources: the readme of the development kit; MathWorks, "MAT-File Format" (Level 5), for its ``meta.mat``.
+Source: the readme of the development kit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 from mgq.data.decoding import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import ensure_writable_folder, write_error, write_text_atomically, writing
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def has_archive(folder: Path, split: Split) -> bool:
 
 
 def unpack_split(
-    folder: Path, split: Split, on_progress: OnProgress = ignore_progress, md5: Mapping[str, str] | None = None
+    folder: Path, split: Split, on_progress: OnProgress = log_progress, md5: Mapping[str, str] | None = None
 ) -> Path:
     """``folder/<split>``, made of the archives in ``folder`` unless it is there: ``<split>/<wnid>/*.JPEG``.
 
@@ -97,11 +96,16 @@ def unpack_split(
 def wnids_by_id(meta: bytes) -> dict[int, str]:
     """The WordNet id of each ``ILSVRC2012_ID``, 1 to 1000, from the bytes of the development kit's ``meta.mat``.
 
-    Raises InputError when it is not a Level 5 MAT-file that names each of ImageNet's 1,000 classes once.
+    Only for bytes of an archive whose sum was checked: scipy, which reads them, may crash on forged ones.
+    Raises InputError when they do not name each of ImageNet's 1,000 classes once.
     """
+    import scipy.io
+
     try:
-        found = {int(number): wnid for number, wnid in _synsets(meta) if 1 <= number <= 1000}
-    except (_MatError, struct.error, zlib.error, ValueError, OverflowError) as error:
+        synsets = scipy.io.loadmat(io.BytesIO(meta), variable_names=["synsets"], squeeze_me=True)["synsets"]
+        entries = [(int(entry["ILSVRC2012_ID"]), str(entry["WNID"])) for entry in np.atleast_1d(synsets)]
+        found = {number: wnid for number, wnid in entries if 1 <= number <= 1000}
+    except Exception as error:  # scipy raises a dozen kinds
         raise InputError(f"meta.mat of {DEVKIT} cannot be understood: {_AGAIN}") from error
     if sorted(found.values()) != [entry.wnid for entry in imagenet_classes()]:
         raise InputError(f"meta.mat of {DEVKIT} does not name the 1,000 classes of ImageNet: {_AGAIN}")
@@ -122,7 +126,7 @@ def _unpack_train(folder: Path, part: Path, sums: Mapping[str, str], on_progress
                 raise _unexpected_name(archive, member.name)
             class_folder = _make_folder(part / named[1])
             with tarfile.open(fileobj=classwise, mode="r:") as inner:
-                for image, file in _files_in(inner, archive, ignore_progress):
+                for image, file in _files_in(inner, archive, log_progress):
                     image_of = _TRAIN_IMAGE.fullmatch(image.name)
                     if image_of is None or image_of[1] != named[1]:
                         raise _unexpected_name(archive, f"{member.name}/{image.name}")
@@ -131,7 +135,7 @@ def _unpack_train(folder: Path, part: Path, sums: Mapping[str, str], on_progress
 
 def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
     archive = _archive(folder, VAL_ARCHIVE)
-    wnids = _wnids_of_val(_archive(folder, DEVKIT), part, sums, on_progress)
+    wnids = _wnids_of_val(_archive(folder, DEVKIT), sums, on_progress)
     _begin(part, archive, sums, on_progress)
     for wnid in sorted(set(wnids)):
         _make_folder(part / wnid)
@@ -144,9 +148,9 @@ def _unpack_val(folder: Path, part: Path, sums: Mapping[str, str], on_progress: 
             _keep(part / wnids[number - 1] / member.name, member, file, archive)
 
 
-def _wnids_of_val(devkit: Path, part: Path, sums: Mapping[str, str], on_progress: OnProgress) -> list[str]:
+def _wnids_of_val(devkit: Path, sums: Mapping[str, str], on_progress: OnProgress) -> list[str]:
     """The wnid of each validation picture: that of ``ILSVRC2012_val_00000001.JPEG`` is the first."""
-    _check_sum(devkit, part, sums, on_progress)
+    _refuse_other(devkit, sums, on_progress)  # at every use, as a note of an earlier check could be forged
     files = _devkit_files(devkit, (_META, _GROUND_TRUTH))
     by_id = wnids_by_id(files[_META])
     try:
@@ -268,12 +272,17 @@ def _check_sum(archive: Path, part: Path, sums: Mapping[str, str], on_progress: 
     with contextlib.suppress(OSError, ValueError):
         if json.loads(note.read_text(encoding="utf-8")) == state:
             return
+    _refuse_other(archive, sums, on_progress)
+    write_text_atomically(note, json.dumps(state))
+
+
+def _refuse_other(archive: Path, sums: Mapping[str, str], on_progress: OnProgress) -> None:
+    """Raises InputError where ``archive`` is not the original."""
     found = _md5(archive, on_progress)
     if found != sums[archive.name]:
         raise InputError(
             f"{printable(archive)} is not the original: its MD5 is {found}, not {sums[archive.name]}: {_AGAIN}"
         )
-    write_text_atomically(note, json.dumps(state))
 
 
 def _md5(archive: Path, on_progress: OnProgress) -> str:
@@ -321,100 +330,3 @@ def _try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
     except OSError as error:
         raise write_error(folder, error) from error
     return True
-
-
-# ---- as much of a Level 5 MAT-file as meta.mat takes: one array of structures of numbers and texts ----
-
-
-class _MatError(Exception):
-    """The bytes are not such a file."""
-
-
-_MAT_HEADER = 128
-_MAT_MOST_ELEMENTS = 100_000  # of one array: 1,860 entries of 8 fields are there, and zeros unpack to millions
-_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
-_MAT_STRUCTURE = 2
-_MAT_NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 18), "bBhHiIfdqQBHI", strict=True))
-_Element: TypeAlias = tuple[int, memoryview]
-
-
-def _synsets(meta: bytes) -> Iterator[tuple[float, str]]:
-    """The ILSVRC2012_ID and the wnid of each entry of the variable ``synsets``, the inner nodes included."""
-    order = {b"IM": "<", b"MI": ">"}.get(meta[126:128])
-    if order is None:
-        raise _MatError
-    for kind, body in _elements(memoryview(meta)[_MAT_HEADER:], order):
-        if kind == _MAT_COMPRESSED:
-            ((kind, body),) = _elements(memoryview(_inflate(body)), order)
-        if kind == _MAT_MATRIX:
-            yield from _entries(body, order)
-
-
-def _elements(data: memoryview, order: str) -> Iterator[_Element]:
-    """Each data element: its type and its bytes. Up to four bytes may lie in the tag itself."""
-    at = 0
-    for _ in range(_MAT_MOST_ELEMENTS):
-        if at >= len(data):
-            return
-        kind, length = struct.unpack_from(f"{order}II", data, at)
-        start = at + 8
-        if kind >> 16:
-            kind, length, start = kind & 0xFFFF, kind >> 16, at + 4
-        if start + length > len(data):
-            raise _MatError
-        yield kind, data[start : start + length]
-        at = max(at + 8, start + length)
-        if kind != _MAT_COMPRESSED:
-            at += -at % 8
-    raise _MatError
-
-
-def _inflate(packed: memoryview) -> bytes:
-    inflater = zlib.decompressobj()
-    data = inflater.decompress(packed, _MOST_UNPACKED)
-    if not inflater.eof:
-        raise _MatError
-    return data
-
-
-def _entries(matrix: memoryview, order: str) -> Iterator[tuple[float, str]]:
-    """The entries of an array of structures with the two fields, none of other arrays."""
-    class_, rest = _array(matrix, order)
-    if class_ != _MAT_STRUCTURE or len(rest) < 2:
-        return
-    (length,) = struct.unpack(f"{order}i", rest[0][1])
-    if length < 1:
-        raise _MatError
-    names = rest[1][1].tobytes()
-    fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
-    if not {"ILSVRC2012_ID", "WNID"} <= set(fields):
-        return
-    number_at, wnid_at = fields.index("ILSVRC2012_ID"), fields.index("WNID")
-    values = rest[2:]
-    for first in range(0, len(values) - len(fields) + 1, len(fields)):
-        number = _numbers(values[first + number_at], order)
-        wnid = _numbers(values[first + wnid_at], order)
-        yield float(number[0]), "".join(chr(int(code)) for code in wnid)
-
-
-def _array(matrix: memoryview, order: str) -> tuple[int, list[_Element]]:
-    """The class of an array, and what follows its flags, dimensions and name."""
-    elements = list(_elements(matrix, order))
-    if len(elements) < 3:
-        raise _MatError
-    (flags,) = struct.unpack_from(f"{order}I", elements[0][1])
-    return flags & 0xFF, elements[3:]
-
-
-def _numbers(element: _Element, order: str) -> Sequence[float]:
-    """The numbers of a numeric array or the codes of a text, whatever type they were packed as."""
-    kind, body = element
-    if kind != _MAT_MATRIX:
-        raise _MatError
-    _, rest = _array(body, order)
-    if not rest or rest[0][0] not in _MAT_NUMBERS:
-        raise _MatError
-    values: list[float] = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]]).tolist()
-    if not values:
-        raise _MatError
-    return values

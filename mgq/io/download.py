@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http
 import io
 import json
-import os
 import re
 import secrets
-import socket
-import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin
 
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
@@ -29,12 +24,13 @@ from mgq.io.atomic import (
     write_text_atomically,
     writing,
 )
+from mgq.io.private_cache import CACHE_VARIABLE
+from mgq.io.private_cache import cache_folder as cache_folder
 
 if TYPE_CHECKING:
     import filelock
     import requests
 
-CACHE_VARIABLE = "MGQ_CACHE"
 LARGEST_UNDECLARED = 2 << 30  # bytes taken from a server where the source declares no size
 _OTHER_CACHE = f"set {CACHE_VARIABLE} to another folder"
 _CHUNK = 1 << 16  # bytes
@@ -90,16 +86,6 @@ class Patience:
 _PATIENCE = Patience()
 
 
-def cache_folder() -> Path:
-    """The folder of downloaded files: ``$MGQ_CACHE`` where it is set, else mgq's own in the user's cache."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    import platformdirs
-
-    return platformdirs.user_cache_path("mgq")
-
-
 def find_cached(source: Source, folder: Path | None = None) -> Path | None:
     """The file in the cache if it is there with the right size and hash, else None. No network is touched.
 
@@ -112,7 +98,7 @@ def find_cached(source: Source, folder: Path | None = None) -> Path | None:
 def download(
     source: Source,
     folder: Path | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     *,
     patience: Patience = _PATIENCE,
 ) -> Path:
@@ -490,6 +476,8 @@ def _host(url: str) -> str:
 
 def _status_in_words(status: int) -> str:
     # Not the server's own words: those could be anything.
+    import http
+
     try:
         return f"{status} {http.HTTPStatus(status).phrase}"
     except ValueError:
@@ -521,6 +509,8 @@ def _content_length(response: requests.Response) -> int | None:
 
 
 def _redirect_of(session: requests.Session, response: requests.Response) -> str:
+    from urllib.parse import urljoin
+
     try:
         return urljoin(response.url or "", session.get_redirect_target(response) or "")
     except ValueError as error:
@@ -529,6 +519,9 @@ def _redirect_of(session: requests.Session, response: requests.Response) -> str:
 
 def _trouble_in_words(error: Exception, patience: Patience) -> tuple[str, bool]:
     """Why the network failed, and whether that was an open connection that broke."""
+    import socket
+    import ssl
+
     import requests
     import urllib3
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
@@ -155,7 +155,7 @@ def find_best_network(
     preset: Preset,
     target: Target = MEGENGINE,
     float_layers: Sequence[str] = (),
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> tuple[SearchResult, ActivationRanges]:
     """What :func:`mgq.ptq.pipeline.find_best` makes of ``network`` (mode ``normal``), and its ranges.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.presets import Preset
 from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of
 
@@ -110,7 +110,7 @@ def find_best(
     images: Images,
     preset: Preset,
     draft_of: Callable[[Images], Draft],
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> SearchResult:
     """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
 

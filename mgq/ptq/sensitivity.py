@@ -16,7 +16,7 @@ from megengine.module.qat import QATModule, QuantStub
 from megengine.quantization.fake_quant import _FakeQuantize
 from megengine.quantization.observer import Observer
 
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quant_levels, quantize_weight
 from mgq.quantization.targets import UNSIGNED, levels_of
@@ -128,7 +128,7 @@ def sensitivity_of(
     images: npt.NDArray[np.uint8],
     labels: Labels | None = None,
     corrections: Mapping[str, Sequence[float]] | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> Sensitivity:
     """Quantize each layer of ``network`` alone, then all of them, and compare with float on ``images``.
 

@@ -19,6 +19,7 @@ from megengine.quantization.observer import MinMaxObserver
 
 from mgq.errors import InputError, printable
 from mgq.io.limited_io import text_of
+from mgq.io.records import record_of
 
 FORMAT = "mgq activation ranges 1"
 MOST_BYTES = 1 << 24
@@ -68,24 +69,15 @@ def read_ranges(path: Path) -> ActivationRanges:
     if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
         raise InputError(f"{name} is not a file of activation ranges; `mgq calibrate` makes one")
     try:
-        activations, weights = table_of(body.pop("ranges")), table_of(body.pop("weight_ranges", {}))
-        biases = {str(k): tuple(float(v) for v in values) for k, values in body.pop("bias_corrections", {}).items()}
-        result = ActivationRanges(**body, ranges=activations, weight_ranges=weights, bias_corrections=biases)
-        texts = (result.arch, result.observer, result.weights, result.target)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(result.provenance, dict):
-            raise TypeError
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
+        result = record_of(ActivationRanges, body)
+    except (ValueError, RecursionError):
         raise InputError(f"{name} has damaged activation ranges; make it again by `mgq calibrate`") from None
     found = [*result.ranges.values(), *result.weight_ranges.values()]
     if not all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in found):
         raise InputError(f"{name} holds a range that is not a range; make it again by `mgq calibrate`")
-    if not all(math.isfinite(value) for values in biases.values() for value in values):
+    if not all(math.isfinite(value) for values in result.bias_corrections.values() for value in values):
         raise InputError(f"{name} holds a bias that is not a number; make it again by `mgq calibrate`")
     return result
-
-
-def table_of(entries: Any) -> dict[str, tuple[float, float]]:
-    return {str(name): (float(low), float(high)) for name, (low, high) in entries.items()}
 
 
 def find_quantized_layers(network: M.Module) -> dict[str, QATModule]:

@@ -9,24 +9,17 @@ from megengine.module.qat import QATModule, QuantStub
 from megengine.module.quantized import QuantizedModule
 from megengine.quantization import quantize, quantize_qat
 
-from mgq.errors import InputError, no_such
+from mgq.errors import InputError
 from mgq.quantization.float_layers import replace_float_layers
 from mgq.quantization.int8_casts import casts_in_numpy
 from mgq.quantization.option_names import Mode as Mode
+from mgq.quantization.option_names import parse_mode as parse_mode
 from mgq.quantization.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
 from mgq.quantization.targets import MEGENGINE, Target, UnitScaleObserver, target_of
 from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.layers import without_initialization
 
 ORDER = tuple(Mode)
-
-
-def parse_mode(text: str) -> Mode:
-    """The mode called ``text``. Raises InputError that lists the three."""
-    try:
-        return Mode(text)
-    except ValueError:
-        raise no_such("mode", text, [mode.value for mode in Mode]) from None
 
 
 def mode_of(network: M.Module) -> Mode:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from mgq.errors import no_such
+
 
 class Mode(str, Enum):
     """``normal``: float32. ``qat``: float32 with fake quantization. ``quantized``: int8, inference only."""
@@ -30,3 +32,11 @@ QUALITIES = FAST, BALANCED, BEST = ("fast", "balanced", "best")
 """Presets of post-training quantization. ``best`` is another name of ``balanced`` now."""
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")
 """What gives quantization-aware training its scales."""
+
+
+def parse_mode(text: str) -> Mode:
+    """The mode called ``text``. Raises InputError that lists the three."""
+    try:
+        return Mode(text)
+    except ValueError:
+        raise no_such("mode", text, [mode.value for mode in Mode]) from None

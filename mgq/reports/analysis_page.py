@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mgq.engine.calibration.analysis import Analysis, in_decibels, in_points
 from mgq.engine.classifier.open import versions
 from mgq.io.atomic import write_text_atomically
 from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
-from mgq.reports.html import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Html,
-    curve,
-    dot,
-    draw_text,
-    line,
-    make_scrollable,
-    page,
-    svg,
-    table,
-    text,
-)
+from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape, Text
+from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render
 
 MARKED = 10
 """So many of the worst layers have the colour of warning."""
@@ -41,51 +27,28 @@ def write_page(analysis: Analysis, path: Path) -> None:
 
 def page_of(analysis: Analysis) -> str:
     """HTML 5, in itself complete."""
-    found, arch = analysis.found, text(analysis.classifier.spec.name)
-    worst = {layer.name for layer in found.worst(MARKED)}
-    parts = [
-        f"<h1>{arch}: what int8 costs, layer by layer</h1>",
-        *facts(analysis),
-        summary(analysis),
-        "<h2>One layer alone in int8</h2>",
-        "<p>All other layers are float. The bar is the error of the logits in percent of their size (root of the "
-        f"energies); the {min(MARKED, len(found.layers))} largest are orange.</p>",
-        alone_chart(found.layers, worst),
-        "<h2>Signal to noise along the network</h2>",
-        f"<p>In dB, more is better, cut at {TOP_DB:.0f}. Weights and outputs: what rounding does to them where their "
-        "input is float. Carried: the error behind the layer when all layers are int8.</p>",
-        noise_chart(found.layers),
-        "<h2>All layers, the worst first</h2>",
-        "<p>Median: the part of the range that the median channel uses. Where it is small the named channels set "
-        "the range for all. Clipped: the share of values beyond what int8 covers.</p>",
-        layer_table(analysis),
-        "<h2>Ranges and channels</h2>",
-        "<p>Histograms show what int8 covers, counts on a logarithmic scale; values beyond stand at the ends. Lines "
-        "mark the smallest and largest value. Beside them the largest value of each channel in percent of the range, "
-        "the largest first.</p>",
-        *(details(number, layer) for number, layer in enumerate(found.layers)),
-    ]
-    return page(f"{analysis.classifier.spec.name}: analysis", parts)
+    found, arch = analysis.found, analysis.classifier.spec.name
+    return render(
+        "analysis.html",
+        title=f"{arch}: analysis",
+        arch=arch,
+        analysis=analysis,
+        versions=versions(),
+        remarks=[*analysis.remarks, *analysis.images.problems],
+        summary=summary(analysis),
+        marked=min(MARKED, len(found.layers)),
+        alone=alone_chart(found.layers, {layer.name for layer in found.worst(MARKED)}),
+        top_db=TOP_DB,
+        noise=noise_chart(found.layers),
+        layers=layer_table(analysis),
+        details=[(layer, list(figures_of(layer))) for layer in found.layers],
+    )
 
 
-# ---- what it is, and the whole of it ----
+# ---- the whole of it ----
 
 
-def facts(analysis: Analysis) -> list[str]:
-    classifier, images = analysis.classifier, analysis.images
-    known = "labelled" if images.labels is not None else "without labels"
-    lines = [
-        f"Target {text(classifier.target.name)}. Weights: {text(classifier.origin)}. "
-        f"{analysis.found.images} pictures of {classifier.image_size} pixels, {known}: {text(images.name)}. "
-        f"mgq {text(versions()['mgq'])}, MegEngine {text(versions()['megengine'])}."
-    ]
-    return [
-        *(f'<p class="dim">{line}</p>' for line in lines),
-        *(f'<p class="remark">{text(remark)}</p>' for remark in [*analysis.remarks, *images.problems]),
-    ]
-
-
-def summary(analysis: Analysis) -> str:
+def summary(analysis: Analysis) -> Table:
     found = analysis.found
     rows = [("logits, all layers int8", f"{in_decibels(found.whole.logit_snr, ' dB')}")]
     rows.append(("same answer as float", f"{found.whole.same:.1f} %"))
@@ -93,7 +56,7 @@ def summary(analysis: Analysis) -> str:
         rows.append(("top-1, float", f"{found.float_top1:.1f} % ±{analysis.float_error:.1f}"))
         rows.append(("change of top-1", f"{in_points(found.whole)} points"))
     note = "± is one standard error" if found.float_top1 is not None else "accuracy needs labelled pictures"
-    return table(f"All layers in simulated int8. {note}.", ["what", "value"], rows)
+    return Table(f"All layers in simulated int8. {note}.", ["what", "value"], rows)
 
 
 # ---- drawings ----
@@ -104,28 +67,24 @@ def error_percent(snr: float) -> float:
     return 100 * 10 ** (-snr / 20)
 
 
-def alone_chart(layers: Sequence[LayerSensitivity], worst: set[str]) -> str:
+def alone_chart(layers: Sequence[LayerSensitivity], worst: set[str]) -> Drawing:
     """A bar a layer, from the input down to the output."""
     left, width, height = 230, 560, 15
     errors = [error_percent(layer.alone.logit_snr) for layer in layers]
     largest = max([error for error in errors if math.isfinite(error)], default=0.0) or 1.0
-    parts = []
+    parts: list[Shape] = []
     for number, (layer, error) in enumerate(zip(layers, errors, strict=True)):
         y = number * height
         length = width * min(error, largest) / largest
         colour = ORANGE if layer.name in worst else BLUE
-        parts.append(draw_text(left - 8, y + 11, layer.name, "end"))
-        parts.append(
-            f'<rect x="{left}" y="{y + 2}" width="{max(length, 0.5):.1f}" height="{height - 4}" fill="{colour}"/>'
-        )
-        parts.append(
-            draw_text(left + length + 6, y + 11, f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})")
-        )
-    label = "error of the logits with one layer in int8"
-    return make_scrollable(svg(left + width + 130, len(layers) * height, parts, label), label)
+        told = f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})"
+        parts.append(Text(left - 8, y + 11, layer.name, "end"))
+        parts.append(Bar(left, y + 2, max(length, 0.5), height - 4, colour))
+        parts.append(Text(left + length + 6, y + 11, told))
+    return Drawing(left + width + 130, len(layers) * height, "error of the logits with one layer in int8", parts)
 
 
-def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
+def noise_chart(layers: Sequence[LayerSensitivity]) -> Drawing:
     """Three curves over the layers."""
     left, top, height = 40, 24, 240
     step = max(9.0, 900 / max(1, len(layers)))
@@ -142,25 +101,24 @@ def noise_chart(layers: Sequence[LayerSensitivity]) -> str:
         inside = min(max(value, bottom), TOP_DB)
         return left + number * step, top + height * (TOP_DB - inside) / (TOP_DB - bottom)
 
-    parts = []
+    parts: list[Shape] = []
     for tick in range(round((TOP_DB - bottom) / STEP) + 1):
         decibels = bottom + tick * STEP
         y = place(0, decibels)[1]
-        parts += [line(left, y, left + width, y), draw_text(left - 6, y + 4, f"{decibels:.0f}", "end")]
+        parts += [Line(left, y, left + width, y), Text(left - 6, y + 4, f"{decibels:.0f}", "end")]
     for turn, (kind, (colour, found)) in enumerate(kinds.items()):
         points = [(i, place(i, value)) for i, value in enumerate(found) if value is not None]
-        parts.append(curve([point for _, point in points], colour))
+        parts.append(Curve([point for _, point in points], colour))
         for i, (x, y) in points:
-            parts.append(dot(x, y, colour, f"{layers[i].name}, {kind}: {in_decibels(found[i], ' dB')}"))
+            parts.append(Dot(x, y, colour, f"{layers[i].name}, {kind}: {in_decibels(found[i], ' dB')}"))
         x = left + 90 * turn
-        parts += [f'<rect x="{x}" y="4" width="10" height="10" fill="{colour}"/>', draw_text(x + 15, 13, kind)]
-    parts.append(draw_text(left, top + height + 20, "input"))
-    parts.append(draw_text(left + width, top + height + 20, "output", "end"))
-    label = "signal to noise in dB along the network"
-    return make_scrollable(svg(left + width + 10, top + height + 28, parts, label), label)
+        parts += [Bar(x, 4, 10, 10, colour), Text(x + 15, 13, kind)]
+    parts.append(Text(left, top + height + 20, "input"))
+    parts.append(Text(left + width, top + height + 20, "output", "end"))
+    return Drawing(left + width + 10, top + height + 28, "signal to noise in dB along the network", parts)
 
 
-def histogram(values: Values) -> str:
+def histogram(values: Values) -> Drawing:
     width, height = 256.0, 70.0
     tallest = math.log1p(max(values.histogram))
     bar = width / len(values.histogram)
@@ -169,44 +127,44 @@ def histogram(values: Values) -> str:
         y = height * (1 - math.log1p(count) / tallest) if tallest else height
         steps.append(f"V{y:.1f}H{(number + 1) * bar:.0f}")
     low, high = values.grid
-    parts = [f'<path d="M0 {height:.0f}{"".join(steps)}V{height:.0f}Z" fill="{BLUE}"/>']
+    parts: list[Shape] = [Outline(f"M0 {height:.0f}{''.join(steps)}V{height:.0f}Z", BLUE)]
     for edge in (values.low, values.high):
         x = width * (min(max(edge, low), high) - low) / (high - low)
-        parts.append(line(x, 0, x, height, ORANGE))
-    parts += [line(0, height, width, height, GREY), draw_text(0, height + 13, f"{low:.3g}")]
-    parts.append(draw_text(width, height + 13, f"{high:.3g}", "end"))
-    return svg(width, height + 18, parts, "histogram")
+        parts.append(Line(x, 0, x, height, ORANGE))
+    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, f"{low:.3g}")]
+    parts.append(Text(width, height + 13, f"{high:.3g}", "end"))
+    return Drawing(width, height + 18, "histogram", parts)
 
 
-def channel_chart(values: Values) -> str:
+def channel_chart(values: Values) -> Drawing:
     """The largest value of each channel in terms of the range, the largest first."""
     width, height = 180.0, 70.0
     shares = sorted((min(share, 1.0) for share in values.shares), reverse=True)
     bar = width / len(shares)
     steps = "".join(f"V{height * (1 - share):.1f}H{(i + 1) * bar:.1f}" for i, share in enumerate(shares))
     middle = height * (1 - min(values.median_share, 1.0))
-    parts = [f'<path d="M0 {height:.0f}{steps}V{height:.0f}Z" fill="{GREEN}"/>', line(0, middle, width, middle, GREY)]
-    parts += [line(0, height, width, height, GREY), draw_text(0, height + 13, f"{len(shares)} channels")]
-    parts.append(draw_text(width, height + 13, f"median {values.median_share:.0%}", "end"))
-    return svg(width, height + 18, parts, "largest value of each channel")
+    outline = Outline(f"M0 {height:.0f}{steps}V{height:.0f}Z", GREEN)
+    parts: list[Shape] = [outline, Line(0, middle, width, middle, GREY)]
+    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, f"{len(shares)} channels")]
+    parts.append(Text(width, height + 13, f"median {values.median_share:.0%}", "end"))
+    return Drawing(width, height + 18, "largest value of each channel", parts)
 
 
 # ---- layer by layer ----
 
 
-def layer_table(analysis: Analysis) -> str:
+def layer_table(analysis: Analysis) -> Table:
     places = {layer.name: number for number, layer in enumerate(analysis.found.layers)}
-    heads = ["logits<br>dB", "same<br>%", "top-1<br>points"]
+    heads = ["logits\ndB", "same\n%", "top-1\npoints"]
     for what in ("weights", "outputs"):
-        heads += [f"{what}<br>dB", f"{what}<br>median", f"{what}<br>channels", f"{what}<br>clipped"]
+        heads += [f"{what}\ndB", f"{what}\nmedian", f"{what}\nchannels", f"{what}\nclipped"]
     rows = []
     for layer in analysis.found.worst():
-        cells = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}", in_points(layer.alone)]
+        cells: list[object] = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}", in_points(layer.alone)]
         for values in (layer.weights, layer.activations):
             cells += cells_of(values)
-        name = Html(f'<a href="#layer-{places[layer.name]}">{text(layer.name)}</a>')
-        rows.append([name, *cells, in_decibels(layer.carried_snr)])
-    return table("all layers, the worst first", ["layer", *map(Html, heads), Html("carried<br>dB")], rows)
+        rows.append([Link(f"#layer-{places[layer.name]}", layer.name), *cells, in_decibels(layer.carried_snr)])
+    return Table("all layers, the worst first", ["layer", *heads, "carried\ndB"], rows)
 
 
 def cells_of(values: Values | None) -> list[str]:
@@ -216,8 +174,8 @@ def cells_of(values: Values | None) -> list[str]:
     return [in_decibels(values.snr), f"{values.median_share:.0%}", channels, f"{values.clipped:.2%}"]
 
 
-def details(number: int, layer: LayerSensitivity) -> str:
-    figures = []
+def figures_of(layer: LayerSensitivity) -> Iterator[tuple[Drawing, str]]:
+    """What int8 makes of the weights and of the outputs, each with a caption."""
     for what, values in (("weights", layer.weights), ("outputs", layer.activations)):
         if values is None:
             continue
@@ -225,7 +183,5 @@ def details(number: int, layer: LayerSensitivity) -> str:
         told += ", nothing lost" if values.snr > EXACT else f", {values.snr:.1f} dB"
         channels = values.dominating()
         of = f"channels that set the range: {', '.join(map(str, channels))}" if channels else "no channel stands out"
-        figures.append(f"<figure>{histogram(values)}<figcaption>{told}</figcaption></figure>")
-        figures.append(f"<figure>{channel_chart(values)}<figcaption>{of}</figcaption></figure>")
-    title = f'<h3>{text(layer.name)} <span class="dim">{text(layer.kind)}</span></h3>'
-    return f'<section id="layer-{number}">{title}<div class="row">{"".join(figures)}</div></section>'
+        yield histogram(values), told
+        yield channel_chart(values), of

@@ -115,7 +115,12 @@ def compare_backends(
             for what, one in networks.by_name.items()
             if what in PRECISIONS
         }
-        cases = [make_case(job, name, backend) for job in jobs.values() for name, backend in engines.items()]
+        cases = [
+            make_case(job, name, backend)
+            for job in jobs.values()
+            for name, backend in engines.items()
+            if job.precision in backend.precisions
+        ]
         entries = run_cases(cases, rounds, on_progress=on_progress)
         rows: list[Row] = []
         for entry in entries:

@@ -20,7 +20,7 @@ from mgq.engine.runs.run_folder import LAST, METRICS, RECIPE, Metrics, read_metr
 from mgq.engine.runs.training_state import read_training_state
 from mgq.engine.training.training_run import FLOAT_START
 from mgq.errors import InputError, printable
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.weights.checkpoint import CheckpointInfo
 from mgq.weights.state_selection import parse_key
 from mgq.zoo.registry import spec_of
@@ -210,7 +210,7 @@ def float_metrics(run: Run) -> list[Metrics]:
 # ---- what it is measured on ----
 
 
-def images_of(run: Run, data: Path | None, on_progress: OnProgress = ignore_progress) -> tuple[Dataset, str]:
+def images_of(run: Run, data: Path | None, on_progress: OnProgress = log_progress) -> tuple[Dataset, str]:
     """The labelled pictures to measure ``run`` on: in the folder ``data``, else those that it knows of; and a remark
     on pictures that a calibration had seen and that are left out.
 

@@ -15,7 +15,7 @@ from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
 from mgq.reports.backend_comparison import BackendComparison, compare_backends
@@ -94,7 +94,7 @@ def report(
     limit: int | None = None,
     images: int = SHOWN,
     engines: bool | Mapping[str, BenchmarkBackend] = True,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
 ) -> Report:
     """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.

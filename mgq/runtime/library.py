@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.export.native.library import Parts
 from mgq.export.native.machine_code import AGAIN, refuse_other_files
+from mgq.export.native.team import Calls, Team
 from mgq.export.onnx.onnx_file import read_metadata
 from mgq.runtime.protocol import check_threads
 
@@ -24,13 +24,21 @@ FUNCTIONS = {
     "mgq_image_size": ctypes.c_int32,
     "mgq_classes": ctypes.c_int32,
     "mgq_runs_here": ctypes.c_int32,
-    "mgq_work_size": ctypes.c_size_t,
-    "mgq_run": ctypes.c_int32,
+    "mgq_team_size": ctypes.c_size_t,
+    "mgq_team_run": ctypes.c_int32,
+    "mgq_team_help": ctypes.c_int32,
+    "mgq_team_end": None,
+}
+ARGUMENTS = {
+    "mgq_team_size": (ctypes.c_int32,),
+    "mgq_team_run": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
+    "mgq_team_help": (ctypes.c_void_p, ctypes.c_int32),
+    "mgq_team_end": (ctypes.c_void_p,),
 }
 
 
 class LibraryRuntime:
-    """Takes and returns what :class:`mgq.runtime.protocol.Runtime` says; batches are split among ``threads``.
+    """Takes and returns what :class:`mgq.runtime.protocol.Runtime` says; ``threads`` share batches and single images.
 
     Raises InputError where the file is missing, no library of mgq's, or for another processor, for more threads than
     cores, and for images of another shape than it takes.
@@ -51,8 +59,7 @@ class LibraryRuntime:
         self.classes: int = self.functions["mgq_classes"]()
         size: int = self.functions["mgq_image_size"]()
         self.takes: tuple[int | None, ...] = (None, 3, size, size)
-        self.work = [ctypes.create_string_buffer(self.functions["mgq_work_size"]()) for _ in range(self.threads)]
-        self.parts = Parts(self.threads)
+        self.team = Team(calls_of(self.functions, self.threads), self.classes, self.threads)
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
@@ -68,14 +75,16 @@ class LibraryRuntime:
             raise InputError(
                 f"{printable(self.path)} takes uint8 pictures of shape Nx3x{size}x{size}, not {batch.dtype} {shape}"
             )
-        logits = np.empty((len(batch), self.classes), np.float32)
-        images = np.ascontiguousarray(batch)
-        self.parts.run(len(images), lambda part, chosen: self.run_part(images[chosen], logits[chosen], self.work[part]))
-        return logits
+        return self.team.run(batch)
 
-    def run_part(self, images: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], work: Any) -> None:
-        pointers = ctypes.c_void_p(images.ctypes.data), ctypes.c_void_p(logits.ctypes.data)
-        self.functions["mgq_run"](pointers[0], len(images), pointers[1], work)
+
+def calls_of(functions: Mapping[str, Any], threads: int) -> Calls:
+    run, help_with, end = (functions[f"mgq_team_{name}"] for name in ("run", "help", "end"))
+
+    def all_run(images: int, count: int, logits: int, work: int) -> None:
+        run(images, count, logits, work, threads)
+
+    return Calls(functions["mgq_team_size"](threads), all_run, help_with, end)
 
 
 def open_library(path: Path) -> dict[str, Any]:
@@ -91,7 +100,6 @@ def open_library(path: Path) -> dict[str, Any]:
         function = getattr(loaded, name, None)
         if function is None:
             raise InputError(f"{printable(path)} has no {name}: {AGAIN}")
-        function.restype = result
+        function.restype, function.argtypes = result, ARGUMENTS.get(name, ())
         functions[name] = function
-    functions["mgq_run"].argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
     return functions

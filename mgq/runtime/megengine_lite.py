@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.megengine.megengine_file import read_megengine_file
 from mgq.export.megengine.writer import LiteGraph
+from mgq.machine import set_library_defaults
 from mgq.runtime.protocol import cannot_run, check_threads
 
 
@@ -26,6 +27,7 @@ class LiteRuntime:
     version = megengine.__version__
 
     def __init__(self, path: Path, threads: int = 1) -> None:
+        set_library_defaults()
         self.threads = check_threads(threads)
         graph, self.about, face = read_megengine_file(path)
         self.path = path

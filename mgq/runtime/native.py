@@ -13,6 +13,7 @@ from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
+from mgq.export.native.program import Program, read_program
 from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
 from mgq.runtime.protocol import OfOnnxFile, check_threads
 
@@ -61,21 +62,27 @@ def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
 
 
 def can_run(path: Path) -> bool:
-    """Whether the engine runs the file at ``path`` on this processor."""
+    """Whether the engine runs the file at ``path`` on this processor. Nothing is compiled to find out."""
+    from mgq.export.native.planner import make_plan
+
     try:
-        prepare(path, get_level(NATIVE))
+        content = read_content(path)
+        if read_entry(key_of(content, get_level(NATIVE).key)) is None:
+            make_plan(program_of(parse_onnx(path, content)))
     except MgqError:
         return False
     return True
 
 
-def compile_file(file: OnnxFile, level: Level) -> Entry:
-    from mgq.export.native.program import read_program
-
+def program_of(file: OnnxFile) -> Program:
     model = import_package("onnx").load_from_string(file.content)
     if len(model.graph.output) > 1:
         raise InputError(f"the native engine gives logits alone, and {printable(file.path)} has more outputs")
-    code = compile_program(read_program(model), level)
+    return read_program(model)
+
+
+def compile_file(file: OnnxFile, level: Level) -> Entry:
+    code = compile_program(program_of(file), level)
     kept = ("input", "type", "shape", "output", "about", "quantized", "classes")
     return Entry(code, {name: getattr(file, name) for name in kept})
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import InputError, printable
 from mgq.export.onnx.onnx_file import import_package, read_onnx
+from mgq.runtime.engine_faults import fault_of_onnxruntime
 from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
 
@@ -26,6 +28,12 @@ class OnnxRuntime(OfOnnxFile):
         self.version: str = package.__version__
         self.threads = check_threads(threads)
         self.file = read_onnx(path)
+        fault = fault_of_onnxruntime(self.version)
+        if fault and self.file.quantized:
+            raise InputError(
+                f"{self.name} {self.version} {fault}, so {printable(path)} is not run in it: pass another --engine, "
+                "or pip install onnxruntime==1.20.1"
+            )
         options = package.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.onnx.onnx_file import import_package, read_onnx
-from mgq.machine import mute_stderr
+from mgq.machine import mute_stderr, set_library_defaults
 from mgq.runtime.onnxruntime import prepare_batch
 from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
@@ -24,6 +24,7 @@ class OpenVino(OfOnnxFile):
     name = "OpenVINO"
 
     def __init__(self, path: Path, threads: int = 1) -> None:
+        set_library_defaults()
         package = import_package("openvino")
         self.version: str = package.__version__.partition("-")[0]
         self.threads = check_threads(threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from mgq.machine import CPU_INFO, cpuinfo_field, usable_cores
+from mgq.machine import CPU_INFO, cpuinfo_field, set_library_defaults, usable_cores
 
 # What the kernel calls it -> what the world calls it: the instructions that int8 and fp32 speed depends on.
 FEATURES = {
@@ -57,7 +57,8 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this runs on, as it is now."""
+    """The machine that this runs on, as it is now, with the variables as the engines will find them."""
+    set_library_defaults()
     cpuinfo = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.is_file() else ""
     return Machine(
         cpu=cpu_model(cpuinfo) or platform.processor() or platform.machine() or "unknown",

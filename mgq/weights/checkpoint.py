@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from msgspec import Meta
 
 from mgq.errors import InputError, printable
 from mgq.io.atomic import atomic_write
-from mgq.weights.preprocessing import Preprocessing, preprocessing_in
+from mgq.io.records import record_of
+from mgq.weights.preprocessing import Preprocessing
 
 KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
@@ -37,7 +38,7 @@ class CheckpointInfo:
     arch: str
     mode: str
     classes: tuple[str, ...]
-    image_size: int
+    image_size: Annotated[int, Meta(ge=1, le=MOST_PIXELS)]
     origin: str
     options: Mapping[str, Any] = field(default_factory=dict)
     target: str = "megengine"
@@ -65,6 +66,8 @@ def write_checkpoint(path: Path, state: Mapping[str, npt.NDArray[Any]], info: Ch
 
 def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file that is there whole or not at all. Raises as ``atomic_write`` does."""
+    from safetensors.numpy import save_file
+
     dense = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(dense, str(temporary), metadata=dict(metadata))
@@ -80,37 +83,9 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
     if KEY not in metadata:
         return None
     try:
-        body = body_of(metadata[KEY], FORMAT, name)
-        return info_from(body)
+        return record_of(CheckpointInfo, body_of(metadata[KEY], FORMAT, name))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{name} has damaged metadata; write the checkpoint again") from None
-
-
-def info_from(body: Mapping[str, Any]) -> CheckpointInfo:
-    """What ``body`` says, a CheckpointInfo as plain data from JSON.
-
-    Raises TypeError, ValueError or KeyError where it is none.
-    """
-    known = {
-        "classes": names_in(body["classes"]),
-        "float_layers": names_in(body.get("float_layers", [])),
-        "preprocessing": preprocessing_in(body),
-    }
-    found = CheckpointInfo(**{**body, **known})
-    texts = (found.arch, found.mode, found.origin, found.target)
-    tables = (found.options, found.recipe, found.metrics, found.versions)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
-        raise TypeError
-    if type(found.image_size) is not int or not 1 <= found.image_size <= MOST_PIXELS:
-        raise TypeError
-    return found
-
-
-def names_in(value: Any) -> tuple[str, ...]:
-    """``value``, from JSON, as names. Raises TypeError unless it is a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError
-    return tuple(value)
 
 
 def body_of(text: str, known: int, name: str) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
+from mgq.machine import refuse_without_megengine, set_library_defaults
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from mgq.weights.foreign_states import Adapted, Hints, State
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 BLUEPRINT, SOURCE = "blueprint", "source"
 """Options of a network that is described by data: how it is built, and where it comes from, as JSON."""
 
@@ -55,8 +54,8 @@ class ModelSpec:
     marker: str
     parameters: int
     macs: int
-    fixed: Mapping[str, Any] = NOTHING
-    options: Mapping[str, Any] = NOTHING
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     option_reader: str | None = None
     image_size: int = 224
@@ -83,6 +82,8 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
+        refuse_without_megengine()
+        set_library_defaults()
         return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
 
     @property
@@ -116,7 +117,7 @@ class ModelSpec:
     def read_options(self, state: State) -> Mapping[str, Any]:
         """The options of the builder that the shapes in ``state`` (under our names) tell."""
         if self.option_reader is None or self.marker not in state:
-            return NOTHING
+            return {}
         result: Mapping[str, Any] = import_when_called(self.option_reader)(state)
         return result
 
@@ -326,7 +327,7 @@ def described_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
         marker="",
         parameters=0,
         macs=0,
-        options=MappingProxyType({BLUEPRINT: options[BLUEPRINT], SOURCE: options.get(SOURCE, "")}),
+        options={BLUEPRINT: options[BLUEPRINT], SOURCE: options.get(SOURCE, "")},
         image_size=blueprint.shape[1],
         only_size=blueprint.shape[1:],
     )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, naming, printable
-from mgq.events import OnProgress, ignore_progress
+from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
 from mgq.weights.foreign_states import NO_HINTS, Hints, State
@@ -319,7 +319,7 @@ def read_packaged_weights(spec: ModelSpec) -> Weights | None:
 
 
 def fetch_published_weights(
-    spec: ModelSpec, mode: str, on_progress: OnProgress = ignore_progress, version: str | None = None
+    spec: ModelSpec, mode: str, on_progress: OnProgress = log_progress, version: str | None = None
 ) -> Weights:
     """A published checkpoint of ``spec``, downloaded into the cache folder where it is not there yet.
 

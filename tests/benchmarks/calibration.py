@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.cli.console import import_megengine
+from mgq.system.megengine_start import import_megengine
 
 import_megengine()
 

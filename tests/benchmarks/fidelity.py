@@ -156,7 +156,7 @@ def likeness_of(found: Logits, exact: Logits, labels: Labels, simulated: Logits 
 
 def opened(arguments: argparse.Namespace) -> Classifier:
     """The float network."""
-    from mgq.cli.console import import_megengine
+    from mgq.system.megengine_start import import_megengine
 
     import_megengine()
     from mgq.engine.classifier.open import open_classifier

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mgq.cli.console import import_megengine
+from mgq.system.megengine_start import import_megengine
 
 HEADER = (
     "| network | imported, s | float differs by | int8 on photos held back, dB | engine | same answer | dB "

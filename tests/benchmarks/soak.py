@@ -22,9 +22,9 @@ import cv2
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from mgq.cli.console import import_megengine
 from mgq.data.synthetic import SyntheticImages
 from mgq.events import Callbacks, Progress
+from mgq.system.megengine_start import import_megengine
 
 ARCH = "shufflenet_v1_x0_5_g3"
 SIZE = 64

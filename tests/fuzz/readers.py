@@ -530,20 +530,6 @@ def _read_tar(path: Path) -> object:
     return None
 
 
-@cache
-def _metas() -> Sequence[bytes]:
-    from tests import test_imagenet
-
-    entries = [(1, "n01440764"), (2, "n01443537")]
-    return [test_imagenet.SMALL, test_imagenet.meta(entries), test_imagenet.meta(entries, ">", False, 16)]
-
-
-def _read_meta(path: Path) -> object:
-    from mgq.data.imagenet_archives import wnids_by_id
-
-    return wnids_by_id(path.read_bytes())
-
-
 # ---- deployed files ----
 
 
@@ -849,7 +835,6 @@ READERS: tuple[Reader, ...] = (
         tar_sealed,
         _tar_from_nothing,
     ),
-    Reader("meta.mat", ".mat", 4, _metas, _read_meta, (b"\x0e\0\0\0", b"\x0f\0\0\0", b"\x05\0\0\0", b"\x09\0\0\0")),
     Reader(".megengine", ".megengine", 3, _graphs, _read_megengine, (), graph_sealed, _graph_from_nothing),
     Reader(
         "onnx, ONNX Runtime", ".onnx", 2, _models, _read_onnxruntime, (b"Loop", b"\x1a\x00"), forged=_model_from_nothing

@@ -29,7 +29,7 @@ from mgq.engine.classifier.open import (
 from mgq.engine.classifier.parity import make_views
 from mgq.engine.classifier.predict import read_crops
 from mgq.errors import InputError
-from mgq.events import OnMessage, OnProgress, ignore_message, ignore_progress
+from mgq.events import OnMessage, OnProgress, log_message, log_progress
 from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
@@ -167,8 +167,8 @@ def analyze(
     pretrained: bool | str = False,
     target: str | None = None,
     images: int = IMAGES,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
     key: str | None = None,
 ) -> Analysis:
     """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
@@ -227,8 +227,8 @@ def load_images(
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> AnalyzedImages:
     """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
     the cat. Raises InputError where none can be read."""
@@ -245,7 +245,7 @@ def load_images(
 
 
 def find_dataset(
-    classifier: Classifier, data: Path, on_progress: OnProgress, on_message: OnMessage = ignore_message
+    classifier: Classifier, data: Path, on_progress: OnProgress, on_message: OnMessage = log_message
 ) -> tuple[Dataset, str]:
     """The pictures in ``data``, and why they have no labels that the network knows, where they have none."""
     try:

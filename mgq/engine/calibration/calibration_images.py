@@ -27,7 +27,7 @@ from mgq.engine.classifier.predict import read_crops
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
-from mgq.events import Callbacks, OnMessage, OnProgress, ignore_message, ignore_progress
+from mgq.events import Callbacks, OnMessage, OnProgress, log_message, log_progress
 
 COMPARED = 48
 """Pictures that float and int8 files are compared on, in each engine."""
@@ -51,8 +51,8 @@ def find_images_nearby(
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> CalibrationSources:
     """As :func:`find_calibration_sources`, but without sources where nothing is named and weights know of no
     pictures."""
@@ -66,8 +66,8 @@ def find_calibration_sources(
     named: Sequence[str],
     data: Path | None,
     images: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> CalibrationSources:
     """The ``named`` files and folders; else those of the folder ``data``; else those the network was trained on.
 

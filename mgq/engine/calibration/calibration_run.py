@@ -22,7 +22,7 @@ from mgq.engine.classifier.predict import BATCH, group_items, read_crops
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.errors import InputError
-from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import (
@@ -168,7 +168,7 @@ class CalibrationImages:
         classifier: Classifier,
         sources: Sequence[Source],
         on_progress: OnProgress,
-        on_message: OnMessage = ignore_message,
+        on_message: OnMessage | None = log_message,
     ) -> None:
         self.classifier = classifier
         self.sources = sources
@@ -192,13 +192,14 @@ class CalibrationImages:
                 yield to_batch(crops)
             done += len(group)
             self.on_progress(Progress(f"calibrate{label}", done, len(self.sources), "pictures"))
-        for line in likeness.warnings():
-            self.on_message(line)
-        self.on_message = ignore_message  # they are the same pictures the next time
+        if self.on_message is not None:
+            for line in likeness.warnings():
+                self.on_message(line)
+        self.on_message = None  # they are the same pictures the next time
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): so many of them."""
-        return CalibrationImages(self.classifier, self.sources[:number], ignore_progress).all()
+        return CalibrationImages(self.classifier, self.sources[:number], log_progress, None).all()
 
     def all(self) -> npt.NDArray[np.uint8]:
         """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""

@@ -14,7 +14,7 @@ import megengine.module as M
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
-from mgq.engine.classifier.open import Classifier, open_classifier
+from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import FailureError, InputError, no_such, printable
 from mgq.export.formats import INPUTS, SUFFIXES, format_of
 from mgq.export.megengine.writer import write_megengine
@@ -187,10 +187,13 @@ def dump(
     """Write the network that ``mgq dump`` would to ``path``, an ``.onnx``, ``.megengine`` or ``.so`` file; returns
     the path.
 
-    ``choice`` are further arguments of :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises
-    as that and :func:`dump_classifier` do.
+    Without ``arch`` and ``checkpoint`` it is the network of the newest run that can serve ``mode``. ``choice`` are
+    further arguments of :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises as that and
+    :func:`dump_classifier` do.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
+    if arch is None and checkpoint is None and not choice.get("pretrained"):
+        arch = find_newest_arch(Path(choice.get("save", "runs")), mode)
     target = choice.pop("target", None)
 
     def opening(target: str | None) -> Classifier:

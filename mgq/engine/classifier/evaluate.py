@@ -19,14 +19,14 @@ from mgq.data.augmentation import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
+from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
-from mgq.engine.classifier.open import Classifier, class_names, open_classifier
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
-from mgq.events import OnMessage, OnProgress, Progress, ignore_message, ignore_progress
+from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
-from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
@@ -140,7 +140,7 @@ class Evaluation:
 
 
 def evaluate_loader(
-    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = ignore_progress
+    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = log_progress
 ) -> Evaluation:
     """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
 
@@ -165,7 +165,7 @@ def evaluate(
     workers: int | None = None,
     max_bad: float = 0.01,
     prepare: Callable[[], None] = do_nothing,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
 ) -> Evaluation:
     """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
 
@@ -203,8 +203,8 @@ def evaluation_data(
     root: Path | None,
     recipe: Mapping[str, Any],
     image_size: int,
-    on_progress: OnProgress = ignore_progress,
-    on_message: OnMessage = ignore_message,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
 ) -> Dataset:
     """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
     what it was trained on, these, too.
@@ -402,6 +402,8 @@ class _Work:
         if self.engine is not None:
             classifier = open_file(self.checkpoint, self.engine, threads=1)
         else:
+            from mgq.engine.classifier.open import open_classifier
+
             classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
         whole = Loader(
             self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad

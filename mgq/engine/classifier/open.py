@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import megengine as mge
-import megengine.module as M
 import numpy as np
-import numpy.typing as npt
-from megengine import Tensor
 
-from mgq.data.imagenet_classes import imagenet_classes
-from mgq.data.transforms import eval_crop, eval_resize
-from mgq.engine.classifier.metrics import refuse_not_finite
+from mgq.engine.classifier.classifier import Classifier as Classifier
+from mgq.engine.classifier.classifier import class_names as class_names
+from mgq.engine.classifier.classifier import versions as versions
+from mgq.engine.classifier.run_lookup import DEFAULT_ARCH as DEFAULT_ARCH
+from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT as RUN_CHECKPOINT
+from mgq.engine.classifier.run_lookup import find_newest as find_newest
+from mgq.engine.classifier.run_lookup import find_newest_arch as find_newest_arch
+from mgq.engine.classifier.run_lookup import find_newest_run as find_newest_run
 from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
-from mgq.events import OnProgress, ignore_progress
-from mgq.machine import package_version
+from mgq.events import OnProgress, log_progress
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
-from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
-from mgq.quantization.float_layers import keep_in_float, list_float_layers
+from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import TO_NEAREST
-from mgq.quantization.targets import MEGENGINE, Target, get_target, target_of
-from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
-from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.quantization.targets import MEGENGINE, Target, get_target
+from mgq.weights.checkpoint import check_size
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of, specs
@@ -46,94 +43,6 @@ from mgq.zoo.weight_loading import (
     read_weights,
 )
 
-DEFAULT_ARCH = "efficientnet_lite0"
-RUN_CHECKPOINT = "checkpoint.safetensors"
-# The runs that can serve a mode, by the last part of their folder's name.
-RUNS_FOR = {
-    Mode.NORMAL: ("normal",),
-    Mode.QAT: ("qat", "calibration"),
-    Mode.QUANTIZED: ("qat", "calibration"),
-}
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A network in evaluation state, and what is known of it.
-
-    ``fake_quantized`` is the ``qat`` network that a ``quantized`` one was made from; it holds the scales that a
-    checkpoint needs. ``origin`` says where the weights come from, for the user; ``recipe`` is that of the run that
-    trained them, as plain data, empty where there was none. ``file`` is the deployed file that the network comes from,
-    and the engine's name; ``made_from`` the classifier that an engine runs a temporary file of, and that engine's name.
-    """
-
-    network: M.Module
-    fake_quantized: M.Module | None
-    spec: ModelSpec
-    mode: Mode
-    classes: tuple[str, ...]
-    image_size: int
-    origin: str
-    options: Mapping[str, Any]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    file: tuple[Path, str] | None = None
-    made_from: tuple[Classifier, str] | None = None
-    preprocessing: Preprocessing = COMMON_PREPROCESSING
-
-    @property
-    def target(self) -> Target:
-        """What an int8 network, or a simulated one, is for; MegEngine for a float one."""
-        return target_of(self.fake_quantized) if self.fake_quantized is not None else MEGENGINE
-
-    @property
-    def stretched_to(self) -> tuple[int, int] | None:
-        """Height and width that pictures are resized to as they are, where they are no squares."""
-        size = self.spec.only_size
-        return size if size is not None and size[0] != size[1] else None
-
-    def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 (N, 3, H, W), BGR -> float32 (N, classes). Raises FailureError where they are not finite."""
-        result: npt.NDArray[np.float32] = self.network(Tensor(as_input(batch))).numpy()
-        refuse_not_finite(result)
-        return result
-
-    def crop(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3).
-
-        A network whose pictures are no squares sees the whole of it, resized.
-        """
-        how = self.preprocessing
-        if self.stretched_to is not None:
-            return eval_resize(image, self.stretched_to)
-        return eval_crop(image, self.image_size, how.shorter_side(self.image_size), how.interpolation)
-
-    def info(self) -> CheckpointInfo:
-        return CheckpointInfo(
-            arch=self.spec.name,
-            mode=self.mode.value,
-            classes=self.classes,
-            image_size=self.image_size,
-            origin=self.origin,
-            options=dict(self.options),
-            target=self.target.name,
-            recipe=dict(self.recipe),
-            versions=versions(),
-            float_layers=list_float_layers(self.fake_quantized) if self.fake_quantized is not None else (),
-            preprocessing=self.preprocessing,
-        )
-
-    def write_checkpoint(self, path: Path) -> None:
-        """Write the state that this network can be rebuilt from, to the bit, and what is known of it."""
-        source = self.network if self.mode is not Mode.QUANTIZED else self.fake_quantized
-        assert source is not None
-        write_checkpoint(path, source.state_dict(), self.info())
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What the numbers depend on: versions of mgq, MegEngine, numpy and Python."""
-    packages = {name: package_version(name) or "unknown" for name in ("mgq", "megengine", "numpy")}
-    return {**packages, "python": ".".join(map(str, sys.version_info[:3]))}
-
 
 def open_classifier(
     arch: str | None = None,
@@ -144,7 +53,7 @@ def open_classifier(
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     target: str | None = None,
     key: str | None = None,
 ) -> Classifier:
@@ -201,29 +110,6 @@ def list_ways_to_weights(spec: ModelSpec) -> str:
     at_hand = [s.name for s in specs().values() if s.packaged and s.packaged.path()]
     ways.append(f"or use -a {at_hand[0]}, whose weights are there" if at_hand else "see `mgq models`")
     return ", ".join(ways)
-
-
-def find_newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
-    """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
-    found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
-    return find_newest(path for path in found if path.is_file())
-
-
-def find_newest(files: Iterable[Path]) -> Path | None:
-    """The one that was written last; None of none."""
-    return max(files, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def find_newest_arch(save: Path, mode: Mode) -> str | None:
-    """The architecture of the newest run under ``save`` that can serve ``mode``; None without one."""
-    found = [
-        path
-        for kind in RUNS_FOR[mode]
-        for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")
-        if path.parent.name.removesuffix(f".{kind}") in specs()
-    ]
-    newest = find_newest(found)
-    return None if newest is None else newest.parent.name.rpartition(".")[0]
 
 
 def classifier_from(
@@ -346,10 +232,3 @@ def make_random_classifier(
         network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=target
     )
     return quantize_with_ranges(classifier, ranges, mode)
-
-
-def class_names(number: int) -> tuple[str, ...]:
-    """ImageNet's names for 1,000 classes, numbers for any other count: the state alone tells no more."""
-    if number == 1000:
-        return tuple(entry.name for entry in imagenet_classes())
-    return tuple(f"class {i}" for i in range(number))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,19 @@ from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
-from mgq.engine.classifier.open import Classifier, open_classifier
+from mgq.engine.classifier.classifier import Classifier
+from mgq.engine.classifier.network_choice import choose_network
 from mgq.errors import InputError
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
-from mgq.quantization.modes import Mode, parse_mode
+from mgq.quantization.option_names import Mode, parse_mode
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 BATCH = 16
+FEW = 256
+"""Up to so many pictures an engine that starts soon is done before one that is faster once it runs."""
 SHOWN = 5
 """Classes of an answer, unless told otherwise or there are fewer."""
 
@@ -108,6 +114,11 @@ def read_crops(
         except InputError as error:
             return error
 
+    if isinstance(sources, list) and len(sources) == 1:
+        yield sources[0], crop_of(sources[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
     waiting: deque[tuple[Source, Future[npt.NDArray[np.uint8] | InputError]]] = deque()
     with ThreadPoolExecutor(usable_cores()) as pool:
         for source in sources:
@@ -134,23 +145,28 @@ def infer(
     checkpoint: str | Path | None = None,
     mode: Mode | str = Mode.QUANTIZED,
     topk: int | None = None,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = log_progress,
     key: str | None = None,
+    engine: str | None = None,
 ) -> list[Prediction]:
     """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
 
-    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it), else the newest
-    run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless ``mode`` says otherwise. Returns one
-    :class:`Prediction` a picture, in order. Raises InputError where there is no such network.
+    The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
+    runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
+    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no
+    such network.
     """
-    classifier = open_classifier(
+    sources = expand([str(image) for image in images] or [str(bundled_cat())])
+    classifier = choose_network(
         arch,
         Path(checkpoint) if checkpoint is not None else None,
         mode if isinstance(mode, Mode) else parse_mode(mode),
         on_progress=on_progress,
+        engine=engine,
         key=key,
+        few=len(sources) <= FEW,
+        kept=True,
     )
-    sources = expand([str(image) for image in images] or [str(bundled_cat())])
     found = []
     for answer in predict(classifier, sources, topk):
         found.append(answer)

@@ -10,7 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import msgspec
+from msgspec import Meta
 
 from mgq.engine.classifier.open import RUN_CHECKPOINT
 from mgq.engine.runs.curves import Mark, write_curves
@@ -33,7 +36,8 @@ CURVES = "curves.png"
 EVENTS = "events"
 _ELSEWHERE = "pass --save FOLDER"
 _MOST_METRICS = 1 << 26  # bytes: of 200,000 epochs
-_PLAIN = (str, bool, int, float)
+Plain: TypeAlias = str | bool | Annotated[int, Meta(ge=1 - 2**63, le=2**63 - 1)] | float | None
+"""A value of an entry, in a file."""
 Metrics = dict[str, Any]
 
 
@@ -207,14 +211,10 @@ def _lines(path: Path) -> list[str]:
 
 def _entry(line: str) -> Metrics | None:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
+        entry = msgspec.convert(json.loads(line), dict[str, Plain])
+    except (ValueError, RecursionError, msgspec.ValidationError):
         return None
-    if not isinstance(entry, dict) or type(entry.get("epoch")) is not int:
-        return None
-    if not all(value is None or isinstance(value, _PLAIN) for value in entry.values()):
-        return None
-    if any(isinstance(value, int) and abs(value) >= 2**63 for value in entry.values()):
+    if type(entry.get("epoch")) is not int:
         return None
     return {name: math.nan if value is None else value for name, value in entry.items()}
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mgq.errors import InputError, printable
+from mgq.io.records import record_of
 from mgq.weights.checkpoint import TRAINING_KEY, body_of, write_tensors
 from mgq.weights.unpickler import LONGEST_HEADER
 
@@ -26,6 +27,15 @@ FORMAT = 1
 CHECKSUM_KEY = "sha256"
 START_AGAIN = "start again without --resume"
 Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a training's state but its tensors, as the file has it."""
+
+    progress: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +84,8 @@ def read_training_state(path: Path) -> TrainingState:
     if metadata.get(CHECKSUM_KEY) != checksum(text, tensors):
         raise _damaged_state(name)
     try:
-        state = TrainingState(tensors, **body_of(text, FORMAT, name))
-        if not all(isinstance(part, dict) for part in (state.progress, state.recipe, state.versions)):
-            raise TypeError
-        return state
+        parts = record_of(Parts, body_of(text, FORMAT, name))
+        return TrainingState(tensors, parts.progress, parts.recipe, parts.versions)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _damaged_state(name) from None
 

@@ -14,7 +14,7 @@ from megengine import Tensor
 from scipy.optimize import minimize
 
 from mgq.data.loader import Loader
-from mgq.events import OnProgress, Progress, ignore_progress
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
 
 DECAY = 0.03  # at features of root mean square 1
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float32]
 
 
 def fit_linear_probe(
-    network: M.Module, head: str, loader: Loader, smoothing: float, on_progress: OnProgress = ignore_progress
+    network: M.Module, head: str, loader: Loader, smoothing: float, on_progress: OnProgress = log_progress
 ) -> None:
     """Give the linear layer called ``head`` of ``network`` the weights that answer best on the pictures of ``loader``.
 

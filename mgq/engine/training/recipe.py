@@ -6,18 +6,19 @@ scales with its size, the drawn pictures one that is done in minutes on two core
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import tomli
 import tomli_w
+from msgspec import Meta
 
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.io.limited_io import text_of
+from mgq.io.records import bounds_of, types_of, value_of
 from mgq.quantization.option_names import OBSERVERS, TARGETS
 from mgq.weights.checkpoint import check_size
 
@@ -29,22 +30,17 @@ IMAGENET_IMAGES = 300_000
 CLASSIFIER_IMAGES = 5_000
 MOST_BYTES = 1 << 16
 """Of a recipe file; the longest has some 2 KiB."""
-MOST = {
-    "epochs": 100_000,
-    "batch_size": 65_536,
-    "classes": 100_000,
-    "val_every": 100_000,
-    "limit": 10**12,
-    "devices": 1_024,
-    "seed": 2**63 - 1,
-    "classifier_pictures": 10**12,
-    "synthetic_train": 10**8,
-    "synthetic_val": 10**8,
-    "observe_batches": 10**9,
-}
-"""Beyond it no training is meant, and memory or time would be without bound."""
 DISTILLED = 0.5
 """Share of the loss that is for the float network's answers."""
+
+
+# What is beyond these is meant by no training, and memory or time would be without bound.
+Epochs: TypeAlias = Annotated[int, Meta(ge=1, le=100_000)]
+Images: TypeAlias = Annotated[int, Meta(ge=0, le=10**12)]
+Drawings: TypeAlias = Annotated[int, Meta(ge=0, le=10**8)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Amount: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -71,68 +67,49 @@ class Recipe:
     arch: str
     mode: str
     data: str
-    classes: int
+    classes: Annotated[int, Meta(ge=2, le=100_000)]
     image_size: int
-    epochs: int
-    batch_size: int
-    lr: float
+    epochs: Epochs
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)]
+    lr: Amount
     schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    warmup: float = 0.0
-    momentum: float = 0.9
-    batch_norm_momentum: float = 0.0
+    gamma: Share = 0.1
+    warmup: Amount = 0.0
+    momentum: Decay = 0.9
+    batch_norm_momentum: Share = 0.0
     keep_batch_norm: bool = False
-    stem_lr: float = 1.0
-    weight_decay: float = 1e-4
+    stem_lr: Amount = 1.0
+    weight_decay: Amount = 1e-4
     decay_all: bool = False
-    label_smoothing: float = 0.1
-    crop_scale: float = 0.08
-    flip: float = 0.5
-    jitter: float = 0.0
-    ema: float = 0.0
+    label_smoothing: Share = 0.1
+    crop_scale: Annotated[float, Meta(gt=0, le=1)] = 0.08
+    flip: Share = 0.5
+    jitter: Share = 0.0
+    ema: Decay = 0.0
     freeze_backbone: bool = False
-    classifier_pictures: int = 0
+    classifier_pictures: Images = 0
     amp: bool = False
-    val_every: int = 1
-    limit: int = 0
-    seed: int = 0
-    devices: int = 1
-    synthetic_train: int = 0
-    synthetic_val: int = 0
+    val_every: Epochs = 1
+    limit: Images = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    devices: Annotated[int, Meta(ge=1, le=1_024)] = 1
+    synthetic_train: Drawings = 0
+    synthetic_val: Drawings = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     target: str = "megengine"
     observer: str = "ema"
-    observe_batches: int = 0
-    freeze_observers: float = 0.0
-    freeze_batch_norm: float = 0.0
+    observe_batches: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    freeze_observers: Amount = 0.0
+    freeze_batch_norm: Amount = 0.0
     calibrate: bool = False
-    distill: float = 0.0
+    distill: Share = 0.0
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be, by its name on the command line."""
-        least = {"epochs": 1, "batch_size": 1, "classes": 2, "val_every": 1, "limit": 0, "devices": 1, "seed": 0}
-        least |= dict.fromkeys(("classifier_pictures", "synthetic_train", "synthetic_val", "observe_batches"), 0)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value < low:
-                raise InputError(f"{option(name)} {value} is too small: give at least {low}")
-        for name, high in MOST.items():
-            if getattr(self, name) > high:
-                raise InputError(f"{option(name)} {str(getattr(self, name))[:40]} is too large: give at most {high:,}")
-        shares = ("label_smoothing", "flip", "jitter", "distill", "momentum", "batch_norm_momentum", "gamma", "ema")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{option(name)} {getattr(self, name)} is not possible: give 0 to 1")
-        if self.ema == 1 or self.momentum == 1:
-            raise InputError(f"{option('ema' if self.ema == 1 else 'momentum')} 1 would never learn: give less")
-        if not 0 < self.crop_scale <= 1:
-            raise InputError(f"{option('crop_scale')} {self.crop_scale} is not possible: give a share of 1, above 0")
-        for name in ("lr", "stem_lr", "weight_decay", "warmup", "freeze_observers", "freeze_batch_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{option(name)} {value} is not possible: give 0 or more")
+        for name, bounds in bounds_of(Recipe).items():
+            bounds.refuse_beyond(option(name), getattr(self, name))
         for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise no_such(name, getattr(self, name), known)
@@ -156,9 +133,6 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
 
 
-KINDS = {field.name: str(field.type) for field in fields(Recipe)}
-
-
 def read_changes(path: Path) -> dict[str, Any]:
     """What a recipe file says, checked by name and type. Raises InputError that names the key."""
     name = printable(path)
@@ -175,38 +149,19 @@ def check_changes(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``body`` with values of the types that a recipe has. Raises InputError for another key or type."""
     changes: dict[str, Any] = {}
     for key, value in body.items():
-        if key not in KINDS:
-            near = nearest(key, KINDS)
+        if key not in types_of(Recipe):
+            near = nearest(key, types_of(Recipe))
             hint = f"did you mean {near}?" if near else "recipe.toml of any run has them all"
             raise InputError(f"{name} has an unknown key '{printable(key)[:80]}'; {hint}")
-        changes[key] = convert_value(key, value, name)
+        try:
+            changes[key] = value_of(Recipe, key, value)
+        except ValueError:
+            wanted = KINDS.get(types_of(Recipe)[key], "a list of numbers" if key == "milestones" else "a table")
+            raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted}") from None
     return changes
 
 
-def convert_value(key: str, value: Any, name: str) -> Any:
-    kind = KINDS[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "float" and number:
-        return as_float(value)
-    if kind == "int" and number and isinstance(value, int):
-        return value
-    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
-        return value
-    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
-        return tuple(as_float(v) for v in value)
-    if kind.startswith("Mapping") and isinstance(value, dict):
-        return value
-    wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
-    wanted_kind = wanted.get(kind, "a list of numbers")
-    raise InputError(f"{name} has {key} = {printable(value)[:80]!r}: give {wanted_kind}")
-
-
-def as_float(value: float) -> float:
-    """``value`` as a float; a whole number that is too large for one as infinity."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
 def restore_recipe(body: Mapping[str, Any], name: str) -> Recipe:

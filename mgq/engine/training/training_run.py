@@ -48,12 +48,13 @@ from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders
 from mgq.errors import FailureError, InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
+from mgq.io.records import record_of
 from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
 from mgq.ptq.equalization import equalize_channels
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
-from mgq.weights.checkpoint import CheckpointInfo, info_from, write_checkpoint
+from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import fingerprint, float_part, load_state, read_weights
@@ -309,7 +310,7 @@ def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) ->
         counts = [progress["epoch"], progress["step_in_epoch"], *progress["pictures"]]
         if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or len(counts) != 4:
             raise TypeError
-        info = info_from(progress["info"])
+        info = record_of(CheckpointInfo, progress["info"])
         Meter.from_state(progress["meter"])
         numbers = [progress["seconds"], *progress["best"].values(), *progress.get("start", {}).values()]
         if not all(isinstance(number, int | float) for number in numbers):

@@ -24,6 +24,8 @@ from mgq.io.atomic import atomic_write
 MAGIC = b"mgq native 1\n"
 """Then a hash of all that follows: sizes, what is known of the file, machine code and constants."""
 MOST_BYTES = 1 << 30
+KEPT = 32
+"""So many entries are kept, those that were used last."""
 VARIABLE = "MGQ_NATIVE_CACHE"
 """The folder of the cache, where it is not the user's own cache folder."""
 
@@ -70,6 +72,8 @@ def read_entry(key: str) -> Entry | None:
             if not is_own(known) or not stat.S_ISREG(known.st_mode) or known.st_size > MOST_BYTES:
                 return None
             content = file.read()
+        with contextlib.suppress(OSError):
+            os.utime(folder / f"{key}.native")
     except OSError:
         return None
     return parse_entry(content)
@@ -109,4 +113,13 @@ def write_entry(key: str, entry: Entry) -> bool:
             temporary.write_bytes(b"".join((MAGIC, digest, b"\n", whole)))
     except (OSError, MgqError):
         return False
+    forget_old(folder)
     return True
+
+
+def forget_old(folder: Path) -> None:
+    """Delete all entries but those that were used last."""
+    with contextlib.suppress(OSError):  # another process may be at it
+        by_age = sorted(folder.glob("*.native"), key=lambda path: path.stat().st_mtime_ns)
+        for path in by_age[:-KEPT]:
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ OPTIMIZATION = 3
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code as an object file, the constants that it reads, and the bytes of its work area."""
+    """Machine code as an object file, the constants that it reads, and the bytes of a thread's work area."""
 
     code: bytes
     constants: bytes
@@ -29,7 +30,8 @@ def llvm() -> Any:
     """LLVM's binding, made ready for this machine."""
     import llvmlite.binding as binding
 
-    binding.initialize()
+    with contextlib.suppress(RuntimeError):  # later versions do it by themselves, and say so
+        binding.initialize()
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     binding.initialize_native_asmparser()

@@ -57,7 +57,7 @@ class Storage:
     """A tensor in memory: ``layout`` as in :mod:`mgq.export.native.emit.rows`, ``pad`` pixels at each side.
 
     ``ring``: how many rows are kept at a time, a power of 2; None for all. ``fill`` is what the border holds.
-    ``spare`` more groups of four pixels are readable behind a row.
+    ``spare`` more groups of four pixels are readable behind a row. ``own``: each thread has one, with what it needs.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Storage:
     fill: int = 0
     ring: int | None = None
     spare: int = 0
+    own: bool = False
     offset: int = field(default=0)
 
     @property

@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from mgq.export.native.emit.windows import quads_read
 from mgq.export.native.layout import LANES, Lanes, Storage, arrange
-from mgq.export.native.program import Conv, Layer, Linear, MaxPool, Mean, Program, Shuffle, Sum, make_refusal
+from mgq.export.native.program import Conv, Layer, Linear, MaxPool, Mean, Program, Shuffle, Sum, Tensor, make_refusal
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 4096
 FUSED_PIXELS = 400
 """Blocks of at least so many pixels run row by row: what lies between their layers stays in the first cache."""
+BY_ROWS = 14
+"""Threads share maps of so many rows by rows: they read what they have made. Others they share by channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Family:
 
 @dataclass(eq=False)
 class Plan:
-    """``groups`` of steps that run together, row by row where there are several.
+    """``groups`` of steps that a thread runs without waiting for the others: row by row where the maps are large.
 
     ``storages`` are the tensors in memory, ``stored`` says which of them a tensor is, ``lanes`` where its channels lie.
     The work area has ``size`` bytes and begins with two rows of ``border`` bytes of what stands for 0.
@@ -168,24 +170,26 @@ class Planner:
         for step in self.steps:
             last = groups[-1][-1] if groups else None
             follows = last is not None and self.stored[step.source] == last.target and readers[last.target] == 1
-            if last is not None and follows and not self.keep and self.runs_with(last, step, len(groups[-1])):
+            if last is not None and follows and not self.keep and self.runs_with(groups[-1], step):
                 groups[-1].append(step)
             else:
                 groups.append([step])
         return groups
 
-    def runs_with(self, last: Step, step: Step, length: int) -> bool:
-        """Whether the rows of ``step`` are made while those of ``last`` are still in the cache."""
+    def runs_with(self, group: list[Step], step: Step) -> bool:
+        """Whether what the last of ``group`` makes for ``step`` stays in the thread that has made it."""
+        last, length = group[-1], len(group)
         tensor = self.program.tensors[last.target]
-        if not isinstance(last.layer, Conv) or tensor.height * tensor.width < FUSED_PIXELS // (4 if length > 1 else 1):
+        if not isinstance(last.layer, Conv):
             return False
         if isinstance(step.layer, MaxPool):
-            return length == 1 and not last.layer.is_depthwise
+            return length == 1 and not last.layer.is_depthwise and is_large(tensor)
         if not isinstance(step.layer, Conv):
             return False
         if step.layer.is_depthwise:
             return length == 1 and not last.layer.is_depthwise
-        return length == 2 and last.layer.is_depthwise and is_pointwise(step.layer)
+        follows = length == 2 and last.layer.is_depthwise and is_pointwise(step.layer)
+        return follows and (is_large(self.program.tensors[group[0].target]) or tensor.height >= BY_ROWS)
 
     # Steps to memory
 
@@ -200,10 +204,13 @@ class Planner:
                 raise make_refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
             result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare)
+        result[first.name].own = True
         for group in plan.groups:
             for step, following in pairwise(group):
                 size = window_of(following.layer)
-                result[step.target].ring = 1 << (size - 1).bit_length()
+                result[step.target].own = True
+                if is_large(self.program.tensors[group[0].target]):
+                    result[step.target].ring = 1 << (size - 1).bit_length()
         logits = self.steps[-1].target
         result[logits] = Storage(logits, "P", 4 * plan.lanes[logits].count, 1, 1)
         return result
@@ -272,6 +279,10 @@ class Planner:
             storage.offset = offset
             placed.append((storage, lifetime))
             plan.size = max(plan.size, offset + up(storage.size + 256))
+
+
+def is_large(tensor: Tensor) -> bool:
+    return tensor.height * tensor.width >= FUSED_PIXELS
 
 
 def up(size: int) -> int:

@@ -124,7 +124,9 @@ def read_program(model: Any) -> Program:
 
 
 def make_refusal(what: str) -> InputError:
-    return InputError(f"the native engine does not run {what}: pass --engine openvino")
+    return InputError(
+        f"the native engine does not run {what}: pass --engine openvino, or dump an .onnx file for OpenVINO"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mgq.errors import printable
 from mgq.weights.finite_values import fault_of
 
 MOST_BYTES = 1 << 28
-"""Of a file, and of any tensor that is computed for one picture (or one batch, where its size is fixed)."""
+"""Of any tensor that is computed for one picture (or one batch, where its size is fixed)."""
 _MOST_NODES = 20_000
 _MOST_AXES = 8
 _MOST_STEP = 4096

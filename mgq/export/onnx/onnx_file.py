@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mgq.errors import InputError, printable
-from mgq.export.onnx.guard import MOST_BYTES, StrangeModelError, output_shapes
 from mgq.io.limited_io import bytes_of, object_in
+from mgq.io.private_cache import cache_folder, read_private, write_private
 from mgq.machine import mute_stderr
 
 INTEGER_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
+MOST_BYTES = 1 << 28
+"""Of a file of a classifier."""
+FACTS = ("input", "type", "shape", "output", "about", "quantized", "classes")
+"""What is remembered of a file that was checked."""
 METADATA = "mgq"
 """The key of what mgq writes into a file's metadata, as JSON."""
 
@@ -49,8 +56,38 @@ class OnnxFile:
 def read_onnx(path: Path) -> OnnxFile:
     """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
     one needs (see :mod:`mgq.export.onnx.guard`), or where the package that reads it is not installed."""
-    import_package("onnx")
-    return parse_onnx(path, read_content(path))
+    content = read_content(path)
+    return checked_before(path, content) or checked_now(path, content)
+
+
+def checked_now(path: Path, content: bytes) -> OnnxFile:
+    """The same, remembered: the check takes longer than to run the network on a few pictures."""
+    found = parse_onnx(path, content)
+    facts = {name: getattr(found, name) for name in FACTS}
+    write_private(place_of(content), json.dumps(facts).encode())
+    return found
+
+
+def checked_before(path: Path, content: bytes) -> OnnxFile | None:
+    """What this code found in a file of the same ``content``; None where it has seen none."""
+    known_facts = read_private(place_of(content))
+    if known_facts is None:
+        return None
+    facts = object_in(known_facts)
+    return OnnxFile(path, content, **{**facts, "shape": tuple(facts["shape"])})
+
+
+def place_of(content: bytes) -> Path:
+    """Where it is kept what was found in a file of this ``content``, by this version of the code that looks."""
+    digest = hashlib.sha256(content).hexdigest()
+    return cache_folder() / "checked" / f"{hashlib.sha256((digest + own_code()).encode()).hexdigest()[:40]}.json"
+
+
+@cache
+def own_code() -> str:
+    """A hash of the code that checks files."""
+    sources = (Path(__file__).with_name(name).read_bytes() for name in ("guard.py", "onnx_file.py"))
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def read_content(path: Path) -> bytes:
@@ -63,6 +100,8 @@ def read_content(path: Path) -> bytes:
 
 def parse_onnx(path: Path, content: bytes) -> OnnxFile:
     """The ``content`` of the file at ``path``. Raises as :func:`read_onnx` does."""
+    from mgq.export.onnx.guard import StrangeModelError, output_shapes
+
     name = printable(path)
     onnx = import_package("onnx")
     try:

@@ -148,6 +148,25 @@ class Code:
         self.emit(f"br label %{head}")
         self.start(after)
 
+    def between(self, start: int | Value, end: int | Value, body: Callable[[Value], None]) -> None:
+        """Run ``body`` with every number from ``start`` to before ``end``; not at all where there is none."""
+        slot = self.slot()
+        self.put(slot, start)
+        self.while_below(slot, str(end), body)
+
+    def where(self, condition: Value, body: Callable[[], None]) -> None:
+        """Run ``body`` where ``condition``, an i1, holds."""
+        inside, after = self.fresh(), self.fresh()
+        self.emit(f"br i1 {condition}, label %{inside}, label %{after}")
+        self.start(inside)
+        body()
+        self.emit(f"br label %{after}")
+        self.start(after)
+
+    def larger(self, first: int | Value, second: int | Value, signed: str = "sgt") -> Value:
+        """The larger of two 64-bit integers; the smaller with ``slt``."""
+        return self.choose(self.value(f"icmp {signed} i64 {first}, {second}"), "i64", str(first), str(second))
+
     def choose(self, condition: Value, kind: str, yes: Value, no: Value) -> Value:
         return self.value(f"select i1 {condition}, {kind} {yes}, {kind} {no}")
 

@@ -12,20 +12,36 @@ from mgq.export.native.emit.code import Code, Value
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
 from mgq.export.native.emit.isa import Portable, Range
 from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
-from mgq.export.native.emit.windows import DepthwiseKernel, PoolKernel, emit_depthwise, emit_pool
-from mgq.export.native.layout import Storage
+from mgq.export.native.emit.team import ANSWER, PREPARE, Team
+from mgq.export.native.emit.windows import (
+    DepthwiseKernel,
+    PoolKernel,
+    emit_depthwise,
+    emit_pool,
+    weight_bytes,
+)
+from mgq.export.native.layout import LANES, Storage
 from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
-from mgq.export.native.planner import Plan, Step, window_of
+from mgq.export.native.planner import BY_ROWS, Plan, Step, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
-ARGUMENTS = (("i8*", "constants"), ("i8*", "work"), ("i8*", "image"), ("i8*", "logits"))
-ENTRY = "mgq_net"
-"""The function: constants, work area, one image and its logits."""
+ARGUMENTS = (
+    *(("i8*", name) for name in ("constants", "work", "own", "image", "logits")),
+    *(("i64", name) for name in ("part", "parts")),
+)
+"""Constants, the work area of the image, that of this thread, one image and its logits, and which ``part`` of a group
+of layers is to be computed."""
+
+
+Span = tuple[Value, Value]
+"""The first, and the first behind."""
+Tile = tuple[Tiles, int, int]
+"""Tiles, the first of its kind among them, and its vectors of outputs."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """``text`` in LLVM's language, and the constants that its code reads."""
+    """``text`` in LLVM's language, the constants that its code reads, and the bytes of a thread's work area."""
 
     text: str
     constants: bytes
@@ -33,7 +49,8 @@ class Module:
 
 
 def emit_module(plan: Plan, isa: Portable, attributes: str = "", linkage: str = "") -> Module:
-    """The whole network for ``isa``; ``attributes`` stand behind each function's head."""
+    """The whole network for ``isa``; ``attributes`` stand behind each function's head, ``linkage`` is that of what
+    :mod:`mgq.export.native.emit.team` says."""
     return Driver(plan, isa).module(attributes, linkage)
 
 
@@ -53,18 +70,23 @@ class Driver:
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
 
     def module(self, attributes: str, linkage: str) -> Module:
-        main = Code(ENTRY, ARGUMENTS, linkage)
-        self.start(main)
         for i, group in enumerate(self.plan.groups):
-            code = Code(f"group{i}", ARGUMENTS)
-            self.emit_group(code, group)
-            self.functions.append(code)
-            main.call("void", code.name, *((kind, f"%{name}") for kind, name in ARGUMENTS))
-        everything = [*self.kernels.values(), *self.functions, main]
+            self.function(f"group{i}", partial(self.emit_group, group=group))
+        team = Team([code.name for code in self.functions], self.plan.size, self.pixels, self.program.classes)
+        self.function(ANSWER, self.answer)
+        prepare = Code(PREPARE, (("i8*", "own"),))
+        self.borders(prepare)
+        everything = [*self.kernels.values(), *self.functions, prepare]
         own = {f"@{code.name}(" for code in everything}
         declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
-        text = "\n".join([*sorted(declared), *(code.text(attributes) for code in everything)])
+        written = (code.text(attributes) for code in everything)
+        text = "\n".join([*sorted(declared), *written, team.text(attributes, linkage)])
         return Module(text, self.constants.content(), self.plan.size)
+
+    def function(self, name: str, emit: Callable[[Code], None]) -> None:
+        code = Code(name, ARGUMENTS)
+        emit(code)
+        self.functions.append(code)
 
     def kernel(self, key: object, emit: Callable[[str], Code]) -> str:
         """The name of the kernel ``key``, which is made where it is new."""
@@ -73,11 +95,28 @@ class Driver:
             self.kernels[key] = emit(name)
         return self.kernels[key].name
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of an image."""
+        tensor = self.program.tensors[self.program.input]
+        return tensor.channels * tensor.height * tensor.width
+
+    # Threads
+
+    def share_of(self, code: Code, count: int) -> Span:
+        """The first of ``count`` that is of this part, and the first behind it."""
+        first, behind = (code.number("mul", count, part) for part in ("%part", code.number("add", "%part", 1)))
+        return code.number("udiv", first, "%parts"), code.number("udiv", behind, "%parts")
+
+    def by_first(self, code: Code, body: Callable[[], None]) -> None:
+        """``body`` in one of the parts alone."""
+        code.where(code.value("icmp eq i64 %part, 0"), body)
+
     def storage(self, name: str) -> Storage:
         return self.plan.storages[self.plan.stored[name]]
 
     def address(self, code: Code, storage: Storage, offset: int = 0) -> Value:
-        return code.at("%work", storage.offset + storage.origin + offset)
+        return code.at(base_of(storage), storage.offset + storage.origin + offset)
 
     def row(self, code: Code, storage: Storage, y: Value, offset: int = 0) -> Value:
         """The first pixel of row ``y``."""
@@ -86,15 +125,26 @@ class Driver:
 
     # What comes first
 
-    def start(self, code: Code) -> None:
+    def borders(self, code: Code) -> None:
+        """What stands for the rows above and below an image."""
         for i, value in enumerate((0, 128)):
-            self.fill(code, code.at("%work", i * self.plan.border), value, self.plan.border)
+            self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
+
+    def read_pixels(self, code: Code, group: list[Step], span: Span | None = None) -> None:
+        """The rows ``span`` of the image, or all of them, where ``group`` is the one that reads it."""
         storage = self.storage(self.program.input)
+        if group is not self.plan.groups[0]:
+            return
         self.border(code, storage)
         tensor = self.program.tensors[self.program.input]
-        shape = tensor.height, tensor.width, tensor.channels, storage.row_bytes
+        shape = tensor.height, tensor.width, tensor.channels
         name = self.kernel(("pixels", *shape), partial(emit_pixels, *shape))
-        code.call("void", name, ("i8*", "%image"), ("i8*", self.address(code, storage)))
+
+        def row(y: Value) -> None:
+            source = code.at("%image", code.number("mul", y, tensor.width))
+            code.call("void", name, ("i8*", source), ("i8*", self.row(code, storage, y)))
+
+        code.between(*(span or ("0", str(tensor.height))), row)
 
     def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
         byte = value - 256 if value > 127 else value
@@ -105,10 +155,16 @@ class Driver:
         """Fill what lies around the image in layout P."""
         if storage.layout != "P" or not storage.pad:
             return
-        base = code.at("%work", storage.offset)
         if storage.ring is not None:
-            self.fill(code, base, storage.fill, storage.size)
+            self.fill(code, code.at(base_of(storage), storage.offset), storage.fill, storage.size)
             return
+        if storage.own:
+            self.edges(code, storage)
+        else:
+            self.by_first(code, lambda: self.edges(code, storage))
+
+    def edges(self, code: Code, storage: Storage) -> None:
+        base = code.at(base_of(storage), storage.offset)
         edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
         self.fill(code, base, storage.fill, edge + side // 2)
         self.fill(code, code.at(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
@@ -123,31 +179,121 @@ class Driver:
     # Groups
 
     def emit_group(self, code: Code, group: list[Step]) -> None:
+        """This part of ``group``: some rows of its last step, with what they need, or some channels."""
         for step in group:
             self.border(code, self.storage(step.target))
-        if len(group) > 1:
-            self.emit_rows(code, group)
-            return
-        (step,) = group
-        layer = step.layer
+        layer = group[0].layer
         if isinstance(layer, Mean):
-            self.emit_mean(code, step, layer)
-        elif isinstance(layer, Linear):
-            self.emit_linear(code, step, layer)
-        elif isinstance(layer, Conv) and not layer.is_depthwise:
-            self.emit_by_tiles(code, step)
-        else:
-            self.pack(step)
-            height = self.storage(step.target).height
-            code.each(height, lambda y: self.emit_row(code, step, y))
-
-    def emit_rows(self, code: Code, group: list[Step]) -> None:
-        """Each row of the last step, with what it needs of the steps before."""
+            self.emit_mean(code, group[0], layer)
+            return
+        if isinstance(layer, Linear):
+            self.emit_linear(code, group[0], layer)
+            return
         for step in group:
             self.pack(step)
+        if self.storage(group[-1].target).height < BY_ROWS and not self.is_by_row(group):
+            self.read_pixels(code, group)
+            self.emit_by_channels(code, group)
+            return
+        spans = self.spans(code, group)
+        self.read_pixels(code, group, spans[0])
+        if self.is_by_row(group):
+            self.emit_rows(code, group, spans[1:])
+            return
+        for step, span in zip(group, spans[1:], strict=True):
+            self.emit_span(code, step, span)
+
+    def is_by_row(self, group: list[Step]) -> bool:
+        """Whether each row goes through all steps before the next one comes."""
+        return len(group) > 1 and self.storage(group[0].target).ring is not None
+
+    def spans(self, code: Code, group: list[Step]) -> list[Span]:
+        """First row, and the first behind, of what is needed of the source and of each step for this part."""
+        found = [self.share_of(code, self.storage(group[-1].target).height)]
+        for step in reversed(group):
+            first, behind = found[0]
+            height = self.storage(step.source).height
+            last = self.rows_needed(code, step, code.number("sub", behind, 1), height)
+            found.insert(0, (self.first_needed(code, step, first), last))
+        return found
+
+    def emit_span(self, code: Code, step: Step, span: Span) -> None:
+        """All of the rows ``span``. Of a convolution one tile of outputs after the other: its weights stay near."""
+        if not isinstance(step.layer, Conv) or step.layer.is_depthwise:
+            code.between(*span, lambda y: self.emit_row(code, step, y))
+            return
+        summands = self.summands(step)
+        for first, count, vectors in self.tiles[id(step)].runs():
+            tile = self.tiles[id(step)], first, vectors
+
+            def rows(i: Value, tile: Tile = tile) -> None:
+                code.between(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+            code.each(count, rows)
+
+    def emit_by_channels(self, code: Code, group: list[Step]) -> None:
+        step, *following = group
+        layer, target = step.layer, self.storage(step.target)
+        if isinstance(layer, Conv) and not layer.is_depthwise:
+            summands, place = self.summands(step), 0
+            whole = self.share_of(code, len(self.tiles[id(step)].vectors))
+            for first, count, vectors in self.tiles[id(step)].runs():
+                tile = self.tiles[id(step)], first, vectors
+                if following:
+                    begin = code.larger(code.number("sub", whole[0], first), 0)
+                    end = code.larger(code.number("sub", whole[1], first), count, "slt")
+                    self.whole_tiles(code, group, tile, (begin, end), place)
+                else:
+                    self.rows_of_tiles(code, step, tile, count, summands)
+                place += count * vectors
+        elif isinstance(layer, Conv):
+            self.channels_of_depthwise(code, step, self.share_of(code, target.lanes // LANES))
+        else:
+            code.between(*self.share_of(code, target.height), lambda y: self.emit_row(code, step, y))
+
+    def channels_of_depthwise(self, code: Code, step: Step, span: Span) -> None:
+        """All rows of some channels, by 16."""
+        first, behind = span
+        layer, count = step.layer, code.number("sub", behind, first)
+        assert isinstance(layer, Conv)
+
+        def rows() -> None:
+            height = self.storage(step.target).height
+            code.each(height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
+
+        code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
+
+    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, span: Span, place: int) -> None:
+        """Some tiles of a run that begins with vector ``place``, and the same channels of the depthwise step behind."""
+        step, depthwise = group
+        height, vectors = self.storage(step.target).height, tile[2]
+
+        def rows(i: Value) -> None:
+            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, 0))
+
+        code.between(*span, rows)
+        ends = [code.number("add", code.number("mul", end, vectors), place) for end in span]
+        self.channels_of_depthwise(code, depthwise, (ends[0], ends[1]))
+
+    def rows_of_tiles(self, code: Code, step: Step, tile: Tile, count: int, summands: int) -> None:
+        """This part of all rows of ``count`` tiles of a kind."""
+        height = self.storage(step.target).height
+        begin, end = self.share_of(code, count * height)
+
+        def rows(i: Value) -> None:
+            before = code.number("mul", i, height)
+            top = code.larger(code.number("sub", begin, before), 0)
+            bottom = code.larger(code.number("sub", end, before), height, "slt")
+            code.between(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
+
+        above = code.number("add", end, height - 1)
+        code.between(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
+
+    def emit_rows(self, code: Code, group: list[Step], spans: list[Span]) -> None:
+        """Each row of the last step, with what it needs of the steps before."""
         done = [code.slot() for _ in group]
-        for slot in done:
-            code.put(slot, 0)
+        for slot, (first, _) in zip(done, spans, strict=True):
+            code.put(slot, first)
 
         def produce(i: int, limit: Value) -> None:
             def body(y: Value) -> None:
@@ -157,7 +303,14 @@ class Driver:
 
             code.while_below(done[i], limit, body)
 
-        produce(len(group) - 1, str(self.storage(group[-1].target).height))
+        produce(len(group) - 1, spans[-1][1])
+
+    def first_needed(self, code: Code, step: Step, y: Value) -> Value:
+        """The first row of the source that row ``y`` is made of."""
+        layer = step.layer
+        assert isinstance(layer, Conv | MaxPool)
+        above = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
+        return code.larger(above, 0)
 
     def rows_needed(self, code: Code, step: Step, y: Value, height: int) -> Value:
         """How many rows of the source have to be there for row ``y``."""
@@ -199,19 +352,6 @@ class Driver:
 
                 code.each(count, tile)
 
-    def emit_by_tiles(self, code: Code, step: Step) -> None:
-        """All rows of one tile of outputs, then those of the next: weights are read from memory once."""
-        self.pack(step)
-        tiles = self.tiles[id(step)]
-        summands = self.summands(step)
-        height = self.storage(step.target).height
-        for first, count, vectors in tiles.runs():
-
-            def tile(i: Value, first: int = first, vectors: int = vectors) -> None:
-                code.each(height, lambda y: self.tile_row(code, step, (tiles, first, vectors), i, y, summands))
-
-            code.each(count, tile)
-
     def summands(self, step: Step) -> int:
         """The offset of the two factors of the sum, own first."""
         if step.sum is None or step.added is None:
@@ -220,9 +360,7 @@ class Driver:
         order = [factors[step.layer.output], factors[step.added]]
         return self.constants.add(np.repeat(np.array(order, np.float32), 16))
 
-    def tile_row(
-        self, code: Code, step: Step, tile: tuple[Tiles, int, int], index: Value, y: Value, summands: int
-    ) -> None:
+    def tile_row(self, code: Code, step: Step, tile: Tile, index: Value, y: Value, summands: int) -> None:
         """Row ``y`` of tile number ``index`` behind the first of its kind."""
         tiles, first, vectors = tile
         layer, target = step.layer, self.storage(step.target)
@@ -290,7 +428,7 @@ class Driver:
         layer, source = step.layer, self.storage(step.source)
         assert isinstance(layer, Conv | MaxPool)
         first = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
-        outside = code.at("%work", self.plan.border if source.fill else 0)
+        outside = code.at("%own", self.plan.border if source.fill else 0)
         rows = []
         for i in range(window_of(layer)):
             number = code.number("add", first, i)
@@ -298,7 +436,10 @@ class Driver:
             rows.append(code.choose(inside, "i8*", self.row(code, source, number, offset), outside))
         return rows
 
-    def depthwise_row(self, code: Code, step: Step, layer: Conv, y: Value) -> None:
+    def depthwise_row(
+        self, code: Code, step: Step, layer: Conv, y: Value, channels: tuple[Value, Value] | None = None
+    ) -> None:
+        """``channels``: first and number, by 16, where it is not all of them."""
         weights, bias, factors, limit = self.depthwise[id(step)]
         source, target = self.storage(step.source), self.storage(step.target)
         size = window_of(layer)
@@ -307,8 +448,14 @@ class Driver:
         name = self.kernel(key, partial(emit_depthwise, self.isa, key))
         pointers = [*self.window_rows(code, step, y), *(code.at("%constants", o) for o in (weights, bias, factors))]
         pointers.append(self.row(code, target, y))
-        numbers = source.step, target.step, target.lanes // 16
-        arguments = [*(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers)]
+        count = str(target.lanes // LANES)
+        if channels is not None:
+            first, count = channels
+            wide, weighed = code.number("shl", first, 6), code.number("mul", first, weight_bytes(size, layer.stride[0]))
+            moves = [*[wide] * size, weighed, wide, wide, wide]
+            pointers = [code.at(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
+        numbers = str(source.step), str(target.step), count
+        arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
         code.call("void", name, *arguments)
 
     def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
@@ -332,14 +479,17 @@ class Driver:
         name = self.kernel(key, partial(emit_mean, self.isa, key))
         bias = self.constants.add(np.full(16, -tensor.zero * source.height * source.width, np.int32))
         factors = self.constants.add(np.full(16, layer.multiplier, np.float32))
-        pointers = [
-            self.address(code, source),
-            code.at("%constants", bias),
-            code.at("%constants", factors),
-            self.address(code, target),
-        ]
-        numbers = source.step, source.lanes // 16
-        code.call("void", name, *(("i8*", p) for p in pointers), *(("i64", str(n)) for n in numbers))
+
+        def vector(index: Value) -> None:
+            pointers = [
+                code.at(self.address(code, source), code.number("shl", index, 6)),
+                code.at("%constants", bias),
+                code.at("%constants", factors),
+                code.at(self.address(code, target), code.number("shl", index, 4)),
+            ]
+            code.call("void", name, *(("i8*", p) for p in pointers), ("i64", str(source.step)))
+
+        code.between(*self.share_of(code, source.lanes // LANES), vector)
 
     def emit_linear(self, code: Code, step: Step, layer: Linear) -> None:
         self.pack(step)
@@ -360,7 +510,15 @@ class Driver:
                 }
                 code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
 
-            code.each(count, tile)
+            code.between(*self.share_of(code, count), tile)
+
+    def answer(self, code: Code) -> None:
+        """The logits from the work area to where they are wanted."""
+        target = self.storage(self.program.output)
         size = str(4 * self.program.classes)
         pointers = ("i8*", "%logits"), ("i8*", self.address(code, target))
         code.call("void", "llvm.memcpy.p0i8.p0i8.i64", *pointers, ("i64", size), ("i1", "false"))
+
+
+def base_of(storage: Storage) -> Value:
+    return "%own" if storage.own else "%work"

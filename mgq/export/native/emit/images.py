@@ -13,7 +13,7 @@ POINTERS = tuple(("i8*", name) for name in ("source", "target"))
 
 @dataclass(frozen=True)
 class MeanKernel:
-    """Of ``height`` x ``width`` positions in layout A, whose rows follow one another; to layout P."""
+    """Of ``height`` x ``width`` positions of 16 channels in layout A, whose rows follow one another; to layout P."""
 
     height: int
     width: int
@@ -21,20 +21,13 @@ class MeanKernel:
     limit: bool
 
 
-def emit_pixels(height: int, width: int, channels: int, row_bytes: int, name: str) -> Code:
-    """``channels`` planes at ``source`` to four bytes a pixel at ``target``, the first pixel inside of the border."""
+def emit_pixels(height: int, width: int, channels: int, name: str) -> Code:
+    """A row of ``channels`` planes at ``source`` to four bytes a pixel at ``target``, its first pixel."""
     code = Code(name, POINTERS)
-
-    def row(index: Value, _: list[Value]) -> list[Value]:
-        source = code.at("%source", code.number("mul", index, width))
-        target = code.at("%target", code.number("mul", index, row_bytes))
-        whole, rest = divmod(width, 16)
-        for count, start, times in ((16, 0, whole), (1, 16 * whole, rest)):
-            if times:
-                put_pixels(code, (source, target), (count, start, times), channels, height * width)
-        return []
-
-    code.repeat(height, [], row)
+    whole, rest = divmod(width, 16)
+    for count, start, times in ((16, 0, whole), (1, 16 * whole, rest)):
+        if times:
+            put_pixels(code, ("%source", "%target"), (count, start, times), channels, height * width)
     return code
 
 
@@ -62,39 +55,30 @@ def put_pixels(
 
 def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
     pointers = ("source", "bias", "factors", "target")
-    code = Code(name, (*(("i8*", p) for p in pointers), ("i64", "source_step"), ("i64", "vectors")))
+    code = Code(name, (*(("i8*", p) for p in pointers), ("i64", "source_step")))
     whole, rest = divmod(kernel.width, 4)
 
-    def vector(index: Value, _: list[Value]) -> list[Value]:
-        source = code.at("%source", code.number("shl", index, 6))
+    def row(_: Value, values: list[Value]) -> list[Value]:
+        pointer, total = values
+        if whole:
+            pointer, total = code.repeat(whole, [("i8*", pointer), (INTS, total)], lambda _, v: add(4, v))
+        if rest:
+            pointer, total = add(rest, [pointer, total])
+        return [pointer, total]
 
-        def row(_: Value, values: list[Value]) -> list[Value]:
-            pointer, total = values
-            if whole:
-                pointer, total = code.repeat(whole, [("i8*", pointer), (INTS, total)], lambda _, v: add(4, v))
-            if rest:
-                pointer, total = add(rest, [pointer, total])
-            return [pointer, total]
+    def add(count: int, values: list[Value]) -> list[Value]:
+        pointer, total = values
+        four = code.shuffle(BYTES, code.load(BYTES, pointer, 64), "undef", TO_D)
+        ones = constant("i32", sum(1 << 8 * i for i in range(count)), 16)
+        read = isa.prepare(code, code.as_type(four, BYTES, INTS), False)
+        total = isa.dot(code, total, read, isa.prepare(code, code.value(f"add {INTS} {ones}, {NONE}"), True))
+        return [code.at(pointer, "%source_step"), total]
 
-        def add(count: int, values: list[Value]) -> list[Value]:
-            pointer, total = values
-            four = code.shuffle(BYTES, code.load(BYTES, pointer, 64), "undef", TO_D)
-            ones = constant("i32", sum(1 << 8 * i for i in range(count)), 16)
-            read = isa.prepare(code, code.as_type(four, BYTES, INTS), False)
-            total = isa.dot(code, total, read, isa.prepare(code, code.value(f"add {INTS} {ones}, {NONE}"), True))
-            return [code.at(pointer, "%source_step"), total]
-
-        start = [("i8*", source), (INTS, code.load(INTS, "%bias", 64))]
-
-        ends = code.repeat(kernel.height, start, row)
-        scaled = isa.scaled(code, ends[1], code.load(FLOATS, "%factors", 64))
-        target = code.at("%target", code.number("shl", index, 4))
-        store_quad(
-            isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", target, (0, (0, None, None, None)), 0
-        )
-        return []
-
-    code.repeat("%vectors", [], vector)
+    start = [("i8*", "%source"), (INTS, code.load(INTS, "%bias", 64))]
+    ends = code.repeat(kernel.height, start, row)
+    scaled = isa.scaled(code, ends[1], code.load(FLOATS, "%factors", 64))
+    one = (0, (0, None, None, None))
+    store_quad(isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", "%target", one, 0)
     return code
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mgq.export.native.cpu import Level
-from mgq.export.native.emit.driver import ENTRY, Module
+from mgq.export.native.emit.driver import Module
+from mgq.export.native.emit.team import END, LEAD, SERVE
+from mgq.export.native.emit.team import HEADER as TEAM_HEADER
 
 WORK_ALIGNMENT = 64
 PLAIN = 'nounwind "target-cpu"="x86-64" "target-features"="+sse2"'
@@ -33,7 +35,7 @@ def interface_text(module: Module, level: Level, facts: Facts) -> str:
         *(number_function(*pair) for pair in numbers(module, facts)),
         class_names(facts.class_names),
         check(level),
-        runner(module, facts),
+        runner(module),
     ]
     return "\n".join(parts)
 
@@ -42,8 +44,12 @@ def numbers(module: Module, facts: Facts) -> list[tuple[str, str, int]]:
     return [
         ("image_size", "i32", facts.image_size),
         ("classes", "i32", len(facts.class_names)),
-        ("work_size", "i64", module.work + WORK_ALIGNMENT),
+        ("work_size", "i64", work_size(module, 1)),
     ]
+
+
+def work_size(module: Module, threads: int) -> int:
+    return TEAM_HEADER + threads * module.work + WORK_ALIGNMENT
 
 
 def data(content: bytes) -> str:
@@ -129,46 +135,71 @@ def as_signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def runner(module: Module, facts: Facts) -> str:
-    """``mgq_run``: image after image. What cpuid says is asked once: virtual machines take long to answer."""
-    size = len(module.constants)
-    pixels = 3 * facts.image_size**2
+def runner(module: Module) -> str:
+    """What runs. What cpuid says is asked once: virtual machines take long to answer."""
+    constants = f"[{len(module.constants)} x i8]"
     return f"""@known = internal global i32 0
-define i32 @mgq_run(i8* %images, i64 %count, i8* %logits, i8* %work) {PLAIN} {{
+define internal i1 @fits() {PLAIN} {{
 entry:
   %before = load atomic i32, i32* @known monotonic, align 4
   %asked = icmp ne i32 %before, 0
-  br i1 %asked, label %start, label %ask
+  br i1 %asked, label %yes, label %ask
 ask:
   %here = call i32 @mgq_runs_here()
-  %fits = icmp ne i32 %here, 0
-  br i1 %fits, label %note, label %foreign
-foreign:
-  ret i32 -1
+  %good = icmp ne i32 %here, 0
+  br i1 %good, label %note, label %no
 note:
   store atomic i32 1, i32* @known monotonic, align 4
-  br label %start
-start:
+  br label %yes
+yes:
+  ret i1 true
+no:
+  ret i1 false
+}}
+define internal i8* @aligned(i8* %work) {PLAIN} {{
   %address = ptrtoint i8* %work to i64
   %more = add i64 %address, {WORK_ALIGNMENT - 1}
   %rounded = and i64 %more, -{WORK_ALIGNMENT}
   %aligned = inttoptr i64 %rounded to i8*
-  br label %head
-head:
-  %index = phi i64 [0, %start], [%next, %body]
-  %left = icmp ult i64 %index, %count
-  br i1 %left, label %body, label %end
-body:
-  %skip = mul i64 %index, {pixels}
-  %image = getelementptr i8, i8* %images, i64 %skip
-  %write = mul i64 %index, {4 * len(facts.class_names)}
-  %answer = getelementptr i8, i8* %logits, i64 %write
-  %data = getelementptr [{size} x i8], [{size} x i8]* @constants, i64 0, i64 0
-  call void @{ENTRY}(i8* %data, i8* %aligned, i8* %image, i8* %answer)
-  %next = add i64 %index, 1
-  br label %head
-end:
+  ret i8* %aligned
+}}
+define i64 @mgq_team_size(i32 %threads) {PLAIN} {{
+  %wide = zext i32 %threads to i64
+  %areas = mul i64 %wide, {module.work}
+  %size = add i64 %areas, {work_size(module, 0)}
+  ret i64 %size
+}}
+define i32 @mgq_run(i8* %images, i64 %count, i8* %logits, i8* %work) {PLAIN} {{
+  %done = call i32 @mgq_team_run(i8* %images, i64 %count, i8* %logits, i8* %work, i32 1)
+  ret i32 %done
+}}
+define i32 @mgq_team_run(i8* %images, i64 %count, i8* %logits, i8* %work, i32 %threads) {PLAIN} {{
+  %good = call i1 @fits()
+  br i1 %good, label %start, label %foreign
+foreign:
+  ret i32 -1
+start:
+  %team = call i8* @aligned(i8* %work)
+  %parts = zext i32 %threads to i64
+  %data = getelementptr {constants}, {constants}* @constants, i64 0, i64 0
+  call void @{LEAD}(i8* %data, i8* %images, i64 %count, i8* %logits, i8* %team, i64 %parts)
   ret i32 0
+}}
+define i32 @mgq_team_help(i8* %work, i32 %number) {PLAIN} {{
+  %good = call i1 @fits()
+  br i1 %good, label %start, label %foreign
+foreign:
+  ret i32 -1
+start:
+  %team = call i8* @aligned(i8* %work)
+  %part = zext i32 %number to i64
+  call void @{SERVE}(i8* %team, i64 %part)
+  ret i32 0
+}}
+define void @mgq_team_end(i8* %work) {PLAIN} {{
+  %team = call i8* @aligned(i8* %work)
+  call void @{END}(i8* %team)
+  ret void
 }}"""
 
 
@@ -201,6 +232,14 @@ size_t mgq_work_size(void);
 /* images: count x 3 x size x size bytes, planes in the order blue, green, red. logits: count x classes floats.
    Returns 0, or -1 where this processor cannot run the code. */
 int32_t mgq_run(const uint8_t *images, size_t count, float *logits, void *work);
+
+/* Several threads on one network, and on one image: a work area of mgq_team_size(threads) bytes, which begins as zeros
+   (calloc). Threads number 1 to threads - 1 are the caller's: each calls mgq_team_help, which returns after
+   mgq_team_end. They sleep between two runs. mgq_team_run is mgq_run with their help; one at a time in a work area. */
+size_t mgq_team_size(int32_t threads);
+int32_t mgq_team_run(const uint8_t *images, size_t count, float *logits, void *work, int32_t threads);
+int32_t mgq_team_help(void *work, int32_t number);
+void mgq_team_end(void *work);
 
 #ifdef __cplusplus
 }

@@ -61,6 +61,11 @@ def patterns(size: int, stride: int) -> list[int]:
     return sorted({tap for output in pieces(size, stride) for _, _, tap in output})
 
 
+def weight_bytes(size: int, stride: int) -> int:
+    """Bytes of the weights of 16 channels."""
+    return 64 * len(patterns(size, stride)) * size
+
+
 def quads_read(size: int, stride: int) -> int:
     """Quads of the source that four outputs are made of."""
     return ceil((3 * stride + size) / 4)
@@ -69,7 +74,7 @@ def quads_read(size: int, stride: int) -> int:
 def emit_depthwise(isa: Portable, kernel: DepthwiseKernel, name: str) -> Code:
     code = Code(name, row_parameters(kernel.size))
     taps = patterns(kernel.size, kernel.stride)
-    width = 64 * len(taps) * kernel.size
+    width = weight_bytes(kernel.size, kernel.stride)
     pointers = ["%weights", "%bias", "%factors", "%target", *(f"%row{i}" for i in range(kernel.size))]
 
     def vector(_: Value, values: list[Value]) -> list[Value]:

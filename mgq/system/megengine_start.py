@@ -1,0 +1,59 @@
+"""Starts MegEngine for the ``mgq`` command: quickly, and without what its libraries say."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import ModuleType
+
+from mgq.machine import hush_decoders, mute_stderr, refuse_without_megengine, set_library_defaults
+
+
+def import_megengine() -> None:
+    """Import MegEngine; but for debugging without what its library says while it looks for a GPU.
+
+    Raises InputError, which says what to run instead, where it is not installed.
+    """
+    refuse_without_megengine()
+    set_library_defaults()
+    warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+    # It opens files through clients of four cloud services, half of the import: here all files are local.
+    sys.modules.setdefault("megfile", LocalFiles("megfile"))
+    # It asks whether its in-house twin is installed beside it, which takes a third of a second to find out.
+    sys.modules.setdefault("pkg_resources", NoPackages("pkg_resources"))
+    import numpy as np
+
+    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
+    np.finfo(np.float32), np.finfo(np.float64)
+    with mute_stderr():
+        import megengine
+
+        (megengine.tensor([0.0]) + 1).numpy()
+        megengine.is_cuda_available()
+
+
+def prepare_process() -> None:
+    """What a process that helps needs before its work: what this one has."""
+    hush_decoders()
+    import_megengine()
+
+
+class NoPackages(ModuleType):
+    """Stands for ``pkg_resources`` where nothing but a look through the installed packages is wanted of it."""
+
+    working_set = ()
+
+
+class LocalFiles(ModuleType):
+    """Stands for the module ``megfile``, of which mgq uses nothing but ``smart_open`` for local files."""
+
+    smart_open = staticmethod(open)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def unused(*_: object, **__: object) -> None:
+            raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
+
+        return unused
