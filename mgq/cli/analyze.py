@@ -70,7 +70,7 @@ def analyze(
     if files and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(files or [], note))
-    prepare_megengine(checkpoint, deployed=False, key=key)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
     from mgq.engine.calibration import analysis
     from mgq.reports.analysis_page import write_page
     from mgq.reports.html import check_page_path

@@ -111,7 +111,7 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    prepare_megengine(checkpoint, deployed=False, key=key)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
     from mgq.engine.classifier.dump import open_for_target
 
     with progress() as on_progress:

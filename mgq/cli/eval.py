@@ -33,7 +33,7 @@ from mgq.cli.shared_options import (
     Width,
     Workers,
     open_network,
-    refuse_wrong,
+    take_checkpoint,
 )
 from mgq.errors import InputError, printable
 from mgq.export.formats import format_of
@@ -119,7 +119,7 @@ def evaluate(
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
-        refuse_wrong(checkpoint, key=key)
+        checkpoint = take_checkpoint(checkpoint, key=key, save=save)
         options = NetworkOptions(
             arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
         ).with_newest_run(mode)

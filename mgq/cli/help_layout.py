@@ -17,6 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("--from-scratch", "--new-head", "--classes", "--image-size", "--width", "--activation"),
     ),
     "Pictures": ("--data", "--image", "--images", "--limit", "--workers", "--jobs", "--max-bad"),
+    "Import": ("--preprocess", "--mean", "--std", "--rgb", "--size", "--labels"),
     OWN: ("--help",),
     DEVICES: ("--ngpus", "--nnodes", "--node-rank", "--master"),
     OUTPUT: (

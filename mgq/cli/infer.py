@@ -28,7 +28,7 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     open_network,
-    refuse_wrong,
+    take_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def infer(
     sources = expand([*(image or []), *(files or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    refuse_wrong(checkpoint, not write, key)
+    checkpoint = take_checkpoint(checkpoint, not write, key, save)
     with progress() as on_progress:
         from mgq.engine.classifier.predict import FEW, predict
 

@@ -48,7 +48,7 @@ def report(
     """
     from mgq.cli.console import progress
 
-    prepare_megengine(checkpoint, deployed=False, key=key)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
     from mgq.reports import report as reports
 
     with progress() as on_progress:

@@ -24,6 +24,7 @@ from mgq.cli.option_types import (
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.classifier import Classifier
+    from mgq.engine.classifier.import_wish import ImportWish
     from mgq.events import OnProgress
 
 Arch = Annotated[
@@ -103,29 +104,65 @@ def find_arch(save: Path, mode: str | None) -> str | None:
     return next((arch for wanted in modes if (arch := find_newest_arch(save, wanted))), None)
 
 
-def refuse_wrong(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+def take_checkpoint(
+    checkpoint: Path | None,
+    deployed: bool = True,
+    key: str | None = None,
+    save: Path | None = None,
+    wish: ImportWish | None = None,
+) -> Path | None:
     """Raise InputError for a ``checkpoint`` that cannot be read, before anything slow is done.
 
-    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant.
+    ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant. The result is
+    ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
     """
     from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
+    foreign = checkpoint if checkpoint is not None and is_onnx_of_others(checkpoint) else None
+    if foreign is not None and key is None:
+        from mgq.cli.console import note
+        from mgq.system.megengine_start import import_megengine
+
+        import_megengine()
+        from mgq.engine.classifier.import_wish import NO_WISH
+        from mgq.engine.classifier.onnx_import import imported_checkpoint
+
+        return imported_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
+    if wish is not None and not wish.is_open:
+        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
     if checkpoint is None and key is not None:
         raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
         validate_file(checkpoint, key)
+    return checkpoint
 
 
-def prepare_megengine(checkpoint: Path | None, deployed: bool = True, key: str | None = None) -> None:
+def prepare_megengine(
+    checkpoint: Path | None,
+    deployed: bool = True,
+    key: str | None = None,
+    save: Path | None = None,
+    wish: ImportWish | None = None,
+) -> Path | None:
     """The same, and import MegEngine, quietly unless in debug mode."""
     from mgq.system.megengine_start import import_megengine
 
-    refuse_wrong(checkpoint, deployed, key)
+    taken = take_checkpoint(checkpoint, deployed, key, save, wish)
     import_megengine()
+    return taken
+
+
+def is_onnx_of_others(path: Path) -> bool:
+    """Whether ``path`` is an ONNX file that another program wrote. Raises InputError where it cannot be read."""
+    if path.suffix.lower() != ".onnx":
+        return False
+    from mgq.export.onnx.foreign_file import is_foreign
+
+    return is_foreign(path)
 
 
 @dataclass(frozen=True)
@@ -153,7 +190,7 @@ class NetworkOptions:
 def open_network(
     options: NetworkOptions, mode: str, on_progress: OnProgress, few: bool = False, kept: bool = False
 ) -> Classifier:
-    """The network that ``options`` choose, in ``mode``; behind :func:`refuse_wrong`. It imports MegEngine if that runs
+    """The network that ``options`` choose, in ``mode``; behind :func:`take_checkpoint`. It imports MegEngine if that
     it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
     from mgq.engine.classifier.network_choice import choose_network
     from mgq.quantization.option_names import parse_mode

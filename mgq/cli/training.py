@@ -153,14 +153,16 @@ class TrainingCommand:
 
         if self.recipe is not None:
             read_changes(self.recipe)  # where it is none, nothing else needs to be loaded
-        prepare_megengine(self.checkpoint, deployed=False, key=self.key)
+        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save)
         from mgq.api import make_train_options
         from mgq.engine.training import training_run
         from mgq.engine.training.trainer import StoppedError
         from mgq.events import Callbacks
         from mgq.system.megengine_start import prepare_process
 
-        train_options = replace(make_train_options(self.given()), prepare=prepare_process)
+        train_options = replace(
+            make_train_options(replace(self, checkpoint=checkpoint).given()), prepare=prepare_process
+        )
         start = training_run.qat if self.mode == "qat" else training_run.train
         with progress() as on_progress, watch_for_stop() as should_stop:
             try:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from mgq.data.decoding import MAX_BYTES, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
-from mgq.data.transforms import eval_crop
+from mgq.data.transforms import eval_crop, eval_resize
 from mgq.errors import InputError
 
 # ---- randomness ----
@@ -72,12 +72,15 @@ class Transform(Protocol):
 class EvalTransform:
     """``eval_crop`` of the whole picture: the shorter side becomes ``resize``, the middle is cut out.
 
+    With ``stretched_to``, height and width, nothing is cut out: the picture becomes just that.
+
     Raises InputError for values that ``eval_crop`` refuses.
     """
 
     size: int = 224
     resize: int | None = None
     interpolation: str = "bilinear"
+    stretched_to: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         # Here and not at the first picture, where it would count as a fault of that.
@@ -85,6 +88,8 @@ class EvalTransform:
 
     def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels:
         pixels = read_image(image) if isinstance(image, Path) else image
+        if self.stretched_to is not None:
+            return eval_resize(pixels, self.stretched_to)
         return eval_crop(pixels, self.size, self.resize, self.interpolation)
 
 

@@ -51,6 +51,11 @@ def eval_crop(image: Pixels, size: int = 224, resize: int | None = None, interpo
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
+def eval_resize(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """The whole of a picture, uint8 (H, W, C), as ``size``, height and width, whatever its proportion."""
+    return np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
 def to_batch(crops: Sequence[Pixels]) -> Pixels:
     """Crops of one shape (H, W, C) as one batch, contiguous uint8 (N, C, H, W), channels as they were.
 

@@ -5,9 +5,9 @@ It is read from the traced network, whose layers stay whole, so that scales and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import megengine.functional as F
@@ -25,7 +25,7 @@ from mgq.errors import FailureError
 from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer
 from mgq.quantization.activations import Activation
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
-from mgq.quantization.half_to_even import EvenFakeQuantize
+from mgq.quantization.half_to_even import LOWEST_STEPS, EvenFakeQuantize
 from mgq.quantization.learned_scales import round_in_place
 from mgq.quantization.modes import Mode, mode_of
 from mgq.quantization.relu6 import QAT_TO_QUANTIZED
@@ -37,6 +37,8 @@ from mgq.quantization.targets import (
     is_never_negative,
     target_of,
 )
+from mgq.zoo.blueprint import INPUT, MOVES, LayerPlan
+from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.layers import ConvBnRelu6
 
 Array = npt.NDArray[np.float32]
@@ -90,6 +92,7 @@ class Convolution(Weighted):
     groups: int
     activation: Activation
     padding_end: tuple[int, int] | None = None  # below and to the right, where it is not ``padding``
+    dilation: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,23 @@ class Transpose(Node):
 
 
 @dataclass(frozen=True)
+class Operation(Node):
+    """What only imported networks have: a layer of a ``kind`` with ``options`` (see :mod:`mgq.zoo.blueprint`).
+
+    ``constants`` are float32, by their names.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def moves(self) -> bool:
+        """Whether values are only moved or chosen: they are the same integers as before."""
+        return self.kind in MOVES
+
+
+@dataclass(frozen=True)
 class Graph:
     """``nodes`` in the order in which they run, from ``input`` (N, 3, S, S) to ``output`` (N, classes).
 
@@ -147,7 +167,12 @@ def macs_of(graph: Graph) -> int:
 
 
 def graph_of(network: M.Module, image_size: int) -> Graph:
-    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written."""
+    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written.
+
+    One that was built from a blueprint has pictures of its own size.
+    """
+    if isinstance(network, BlueprintNetwork):
+        return BlueprintReader(network).graph()
     return Reader(network, image_size).graph()
 
 
@@ -249,8 +274,8 @@ class Reader:
 
     def read_convolution(self, module: Any, inputs: tuple[str, ...], output: str) -> None:
         conv = module.conv
-        if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-            raise FailureError("a convolution with dilation, or padding other than zeros, cannot be exported")
+        if conv.padding_mode != "zeros":
+            raise FailureError("a convolution with padding other than zeros cannot be exported")
         activation = activation_of(module)
         weight, bias = fold_parameters(module)
         is_int8 = self.quantized and not is_float_layer(module)
@@ -267,6 +292,7 @@ class Reader:
                 pair(conv.padding),
                 conv.groups,
                 activation,
+                dilation=pair(conv.dilation),
             )
         )
         if self.quantized:
@@ -297,6 +323,54 @@ class Reader:
             self.grids[output] = self.grids[source]
 
 
+class BlueprintReader(Reader):
+    """Reads a network that is described by data, layer by layer."""
+
+    def __init__(self, network: BlueprintNetwork) -> None:
+        super().__init__(network, 0)
+        self.blueprint = network.blueprint
+
+    def graph(self) -> Graph:
+        if self.quantized:
+            self.grids[INPUT] = QuantParams(1.0)
+        for plan in self.blueprint.layers:
+            self.read_plan(plan)
+        network: BlueprintNetwork = self.network
+        return Graph(tuple(self.nodes), INPUT, self.blueprint.output, self.grids, network.shapes())
+
+    def read_plan(self, plan: LayerPlan) -> None:
+        module = self.modules[plan.name]
+        if plan.kind == "conv":
+            self.read_convolution(module, plan.inputs, plan.name)
+        elif plan.kind == "linear":
+            self.read_linear(module, plan.inputs, plan.name)
+        elif isinstance(module, M.Elemwise):
+            self.read_sum(module, plan.inputs, plan.name)
+        else:
+            self.read_operation(plan, module)
+
+    def read_operation(self, plan: LayerPlan, module: Any) -> None:
+        constants = {name: getattr(module, name).numpy() for name in getattr(module, "constants", ())}
+        options = {name: value for name, value in plan.options.items() if name != "constants"}
+        self.nodes.append(self.known_node(plan) or Operation(plan.inputs, plan.name, plan.kind, options, constants))
+        if plan.kind in MOVES:
+            self.pass_grid(plan.inputs[0], plan.name)
+        elif isinstance(module, Q.QATModule):
+            self.grids[plan.name] = find_quant_params(module)
+
+    def known_node(self, plan: LayerPlan) -> Node | None:
+        """``plan`` as one of the nodes that networks of the zoo have, too."""
+        options = plan.options
+        if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
+            kernel, stride, padding = pair(options["kernel"]), pair(options["stride"]), pair(options["pads"][:2])
+            return MaxPool(plan.inputs, plan.name, kernel, stride, padding)
+        if plan.kind == "reshape":
+            return Reshape(plan.inputs, plan.name, (1, *numbers(options["shape"])))
+        if plan.kind == "transpose":
+            return Transpose(plan.inputs, plan.name, numbers(options["axes"]))
+        return None
+
+
 def pair(value: Any) -> tuple[int, int]:
     height, width = value if isinstance(value, tuple | list) else (value, value)
     return int(height), int(width)
@@ -320,7 +394,7 @@ def find_quant_params(module: Q.QATModule) -> QuantParams:
     """The grid of the output of ``module``."""
     qparams = module.act_observer.get_qparams()
     meta = qparams.dtype_meta
-    qmin = 0 if is_never_negative(module) else int(meta.qmin)
+    qmin = 0 if is_never_negative(module) else int(LOWEST_STEPS.get(meta.name, meta.qmin))
     return QuantParams(float(qparams.scale.numpy()), qmin, int(meta.qmax))
 
 

@@ -11,7 +11,20 @@ import numpy.typing as npt
 from megengine import Tensor
 from scipy.special import ndtr
 
-from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, MaxPool, Reshape, Transpose, graph_of
+from mgq.errors import FailureError
+from mgq.graph.layer_graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    Linear,
+    MaxPool,
+    Node,
+    Operation,
+    Reshape,
+    Transpose,
+    graph_of,
+)
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.zoo.layers import forward_hooks
 
@@ -78,7 +91,7 @@ def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.ND
 
         return see
 
-    made = [node.output for node in graph.nodes if isinstance(node, Convolution | Add | Linear)]
+    made = [node.output for node in graph.nodes if not is_followed(graph, node)]
     with forward_hooks((modules[name], note(name)) for name in made):
         for batch in batches:
             network(Tensor(batch)).numpy()
@@ -102,6 +115,7 @@ def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
     addends of a sum as independent.
     """
     modules = dict(network.named_modules())
+    refuse_unknown_statistics(graph, modules)
     known: Statistics = {graph.input: pixels()}
     for node in graph.nodes:
         sources = [known[name] for name in node.inputs]
@@ -121,6 +135,34 @@ def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
         else:
             known = complete_statistics(graph, known)
     return known
+
+
+def refuse_unknown_statistics(graph: Graph, modules: dict[str, M.Module]) -> None:
+    """Raises FailureError where the layers of ``graph``, found in ``modules``, do not say what they give."""
+    for node in graph.nodes:
+        silent = isinstance(node, Convolution) and getattr(modules[node.output].bn, "freeze", False)
+        if silent or isinstance(node, Operation) or not (has_weights(node) or is_followed(graph, node)):
+            raise FailureError(
+                f"no batch norm says what the layer {node.output} gives: calibrate on pictures, without --data-free"
+            )
+
+
+def has_weights(node: Node) -> bool:
+    return isinstance(node, Convolution | Linear | Add)
+
+
+def is_followed(graph: Graph, node: Node) -> bool:
+    """Whether the channels behind ``node`` are those before it, pooled or in another order."""
+    if isinstance(node, MaxPool | GlobalAverage):
+        return True
+    if not isinstance(node, Reshape | Transpose):
+        return False
+    before, behind = graph.shapes[node.inputs[0]], graph.shapes[node.output]
+    if isinstance(node, Transpose):
+        return len(before) > 4 and node.axes[0] == 0 and node.axes[-2:] == (len(before) - 2, len(before) - 1)
+    if len(before) >= 4 and len(behind) >= 4:
+        return before[-2:] == behind[-2:]
+    return before[1] == behind[1] and before[1] == np.prod(before[1:]) == np.prod(behind[1:])
 
 
 def average_positions(source: Moments) -> Moments:
@@ -167,8 +209,9 @@ def complete_statistics(graph: Graph, known: Statistics) -> Statistics:
     found = {graph.input: pixels(), **known}
     for node in graph.nodes:
         source = node.inputs[0]
-        if isinstance(node, MaxPool | GlobalAverage | Reshape | Transpose) and source in found:
-            move = mover(graph, node) if isinstance(node, Reshape | Transpose) else None
+        if is_followed(graph, node) and source in found:
+            has_order = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
+            move = mover(graph, node) if has_order else None  # type: ignore[arg-type]
             found.setdefault(node.output, found[source].moved(move) if move else found[source])
     return found
 

@@ -16,6 +16,7 @@ from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
+from mgq.zoo.blueprint_network import sample_of
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
@@ -116,9 +117,9 @@ def survey_channels(network: M.Module) -> Survey:
     training = network.training
     network.eval()
     survey = Survey({id(module): name for name, module in network.named_modules()})
-    # Only shapes of intervals follow from the picture: a small one serves.
-    image = Tensor(np.zeros((1, 3, 64, 64), np.float32))
-    survey.note(image, Interval(np.full(3, DARKEST), np.full(3, BRIGHTEST)))
+    image = sample_of(network, 64)  # only shapes of intervals follow from the picture: a small one serves
+    channels = image._tuple_shape[1]
+    survey.note(image, Interval(np.full(channels, DARKEST), np.full(channels, BRIGHTEST)))
     kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise)
     try:
         with forward_hooks((module, survey.see) for module in network.modules() if isinstance(module, kinds)):

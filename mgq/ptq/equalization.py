@@ -31,6 +31,7 @@ from mgq.graph.layer_graph import (
     Graph,
     Linear,
     Node,
+    Operation,
     Reshape,
     Transpose,
     graph_of,
@@ -39,6 +40,7 @@ from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
     Statistics,
     Values,
+    is_followed,
     measure_statistics,
     move_channels,
     predict_statistics,
@@ -215,9 +217,10 @@ def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str,
 
 
 def sets_of(graph: Graph) -> Sets:
-    """Follow the channels through ``graph``: pixels and logits keep their size."""
+    """Follow the channels through ``graph``: pixels, logits, and what other layers read or give, keep their size."""
     channels = Channels()
-    of = {graph.input: channels.new(3)}
+    of = {graph.input: channels.new(graph.shapes[graph.input][1])}
+    fixed = [graph.input, graph.output]
     for node in graph.nodes:
         source = of[node.inputs[0]]
         if isinstance(node, Convolution | Linear):
@@ -225,10 +228,14 @@ def sets_of(graph: Graph) -> Sets:
         elif isinstance(node, Add):
             channels.join(source, of[node.inputs[1]])
             of[node.output] = source
+        elif not is_followed(graph, node):
+            of[node.output] = channels.new(graph.shapes[node.output][1])
+            fixed += [*node.inputs, node.output]
         else:
-            of[node.output] = move_channels(source, graph, node) if isinstance(node, Reshape | Transpose) else source
+            is_moved = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
+            of[node.output] = move_channels(source, graph, node) if is_moved else source  # type: ignore[arg-type]
     roots = {name: channels.roots(slots) for name, slots in of.items()}
-    return Sets(len(channels.parent), roots, np.concatenate([roots[graph.input], roots[graph.output]]))
+    return Sets(len(channels.parent), roots, np.concatenate([roots[name] for name in fixed]))
 
 
 def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None = None) -> tuple[Values, Values]:
@@ -263,7 +270,7 @@ class Problem:
 
     @classmethod
     def of(cls, graph: Graph, sets: Sets, statistics: Statistics, target: Target) -> Problem:
-        harm = harms(graph, statistics)
+        harm = {name: found + np.zeros(len(sets.of[name])) for name, found in harms(graph, statistics).items()}
         tensors, layers = [], []
         for node in graph.nodes:
             if isinstance(node, Convolution | Add):
@@ -369,11 +376,13 @@ def pass_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) 
         total = max(float(statistics[node.output].variance.sum()), 1e-12)
         result: Values = squares.sum(axis=(1, 3)).ravel() / total
         return result
-    if isinstance(node, Transpose):
+    if isinstance(node, Transpose) and is_followed(graph, node) and behind.size > 1:
         order = move_channels(np.arange(behind.size), graph, node)
         result = np.empty_like(behind)
         result[order] = behind
         return result
+    if isinstance(node, Operation) or not is_followed(graph, node):
+        return behind if isinstance(node, Add) else np.full(1, behind.mean())  # their channels keep their size
     return behind * AVERAGED if isinstance(node, GlobalAverage) else behind
 
 

@@ -19,7 +19,17 @@ import megengine.module as M
 import numpy as np
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Reshape, Transpose, graph_of
+from mgq.graph.layer_graph import (
+    Add,
+    Convolution,
+    GlobalAverage,
+    Graph,
+    MaxPool,
+    Operation,
+    Reshape,
+    Transpose,
+    graph_of,
+)
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.ptq.observers import Range
 from mgq.quantization.activation_ranges import find_quantized_layers, fold_weight, quant_levels, set_range
@@ -89,7 +99,7 @@ def makers(graph: Graph) -> dict[str, str]:
     """The tensor whose grid each of the others has: moved about, or chosen from, it is the same integers."""
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if isinstance(node, MaxPool | Reshape | Transpose):
+        if isinstance(node, MaxPool | Reshape | Transpose) or (isinstance(node, Operation) and node.moves):
             found[node.output] = found.get(node.inputs[0], node.inputs[0])
     return found
 

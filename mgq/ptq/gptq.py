@@ -25,7 +25,7 @@ from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.observers import Range
-from mgq.ptq.patches import is_convolution, patches, sample_positions
+from mgq.ptq.patches import is_convolution, is_plain, patches, sample_positions
 from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
@@ -34,6 +34,8 @@ Values = npt.NDArray[np.float64]
 
 VALUES = 1 << 25
 """Numbers at most in what a layer sees of the pictures."""
+MOST_INPUTS = 8192
+"""Weights of one output beyond which they are rounded one by one: what all pairs of them share takes their square."""
 FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 DAMPING = 0.01
@@ -68,6 +70,8 @@ class GPTQ:
             return
         weight = fold_weight(module).numpy()
         conv = module.conv if hasattr(module, "conv") else module
+        if not is_plain(conv) or np.prod(weight.shape[-3:]) > MOST_INPUTS:
+            return
         at = self.positions_of(layer, conv)
         seen = centred(layer.fake_inputs[0], conv, at)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))

@@ -18,6 +18,11 @@ def is_convolution(module: QATModule) -> bool:
     return isinstance(module, Q.Conv2d | Q.ConvBn2d | Q.ConvBnRelu2d)
 
 
+def is_plain(conv: Any) -> bool:
+    """Whether what ``conv`` reads lies without gaps."""
+    return all(gap == 1 for gap in np.ravel(conv.dilation))
+
+
 def sample_positions(shape: tuple[int, ...], rng: np.random.Generator, number: int = POSITIONS) -> Any:
     """Indices of ``number`` pictures, rows and columns of an output of ``shape``; of all, where there are fewer."""
     batch, _, height, width = shape

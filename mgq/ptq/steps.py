@@ -34,6 +34,7 @@ from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
     add_to_bias,
+    covering,
     find_quantized_layers,
     observe_weights,
     quant_levels,
@@ -109,6 +110,7 @@ class Draft:
     def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
         """``watched`` with these ranges, ready to be used."""
         layers = find_quantized_layers(watched)
+        activations = {name: covering(layers[name], *found) for name, found in activations.items()}
         for name, found in activations.items():
             set_range(layers[name].act_observer, *found)
         switch_on(watched)
@@ -325,7 +327,7 @@ def correct_logits(watched: M.Module, draft: Draft, logits: npt.NDArray[Any]) ->
     """
     linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
     name, classifier = linear[-1] if linear else ("", None)
-    if classifier is None or classifier.bias is None:
+    if classifier is None or classifier.bias is None:  # an imported network may end in other layers
         return {}
     shift = (draft.logits[: len(logits)] - logits).mean(axis=0)
     correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)

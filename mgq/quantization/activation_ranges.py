@@ -117,6 +117,14 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
+def covering(layer: QATModule, low: float, high: float) -> tuple[float, float]:
+    """``low`` and ``high``, which ``layer`` gives, or as much more as a grid that ends early below has to cover."""
+    quantizer, observer = layer.act_fake_quant, layer.act_observer
+    if quantizer is None or quantizer.qmin == observer.qmin:
+        return low, high
+    return low, max(high, low / quantizer.qmin * observer.qmax)
+
+
 def quant_levels(layer: QATModule) -> float:
     """Largest value / step of the grid behind ``layer``."""
     return float(layer.act_observer.qmax - layer.act_observer.qmin) / 2

@@ -6,12 +6,15 @@ import megengine.functional as F
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
+from megengine.core.tensor.dtype import QuantDtypeMeta
 from megengine.quantization import FakeQuantize
 from megengine.quantization.utils import QParams
 
 SHIFT = 1.5 * 2**23
 """Beside it float32 has no fractions: what is added to it is rounded, halves to even."""
 INT32 = np.iinfo(np.int32)
+LOWEST_STEPS = {"quint8_skewed": -31}
+"""Where a grid ends below, by its name, where that is not as far from 0 as above."""
 
 
 def round_half_to_even(values: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -27,6 +30,10 @@ class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
 
     In training state MegEngine's own operator does it: halves are rare, and it is faster with its gradient.
     """
+
+    def __init__(self, dtype: str | QuantDtypeMeta, enable: bool = True) -> None:
+        super().__init__(dtype, enable)
+        self.qmin: int = LOWEST_STEPS.get(self.dtype.name, self.dtype.qmin)
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
         if self.training:

@@ -16,6 +16,7 @@ from mgq.quantization.option_names import Mode as Mode
 from mgq.quantization.option_names import parse_mode as parse_mode
 from mgq.quantization.relu6 import FLOAT_TO_QAT, QAT_TO_QUANTIZED
 from mgq.quantization.targets import MEGENGINE, Target, UnitScaleObserver, target_of
+from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.layers import without_initialization
 
 ORDER = tuple(Mode)
@@ -42,6 +43,8 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
     network = network if in_place else deepcopy(network)
     with without_initialization():
         if now is Mode.NORMAL and mode is not Mode.NORMAL:
+            if isinstance(network, BlueprintNetwork) and target is MEGENGINE:
+                raise InputError("MegEngine has no int8 for imported networks: pass --target onnx")
             target.prepare(network)
             quantize_qat(network, qconfig=target.qconfig, mapping={**target.replacements, **FLOAT_TO_QAT})
             for module in network.modules():

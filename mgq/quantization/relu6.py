@@ -13,7 +13,7 @@ from megengine import Tensor
 from megengine.core.tensor.dtype import get_scale
 
 from mgq.errors import FailureError
-from mgq.quantization import exact_fake_quant
+from mgq.quantization import exact_fake_quant, operations
 from mgq.quantization.activations import RELU6
 from mgq.quantization.exact_fake_quant import ExactSums
 from mgq.zoo.layers import ConvBnRelu6
@@ -43,5 +43,5 @@ class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
         return quantized
 
 
-FLOAT_TO_QAT = {**exact_fake_quant.FLOAT_TO_QAT, ConvBnRelu6: QatConvBnRelu6}
+FLOAT_TO_QAT = {**exact_fake_quant.FLOAT_TO_QAT, **operations.FLOAT_TO_QAT, ConvBnRelu6: QatConvBnRelu6}
 QAT_TO_QUANTIZED = {**exact_fake_quant.QAT_TO_QUANTIZED, QatConvBnRelu6: QuantizedConvBnRelu6}

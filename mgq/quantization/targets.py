@@ -30,6 +30,10 @@ from mgq.quantization.half_to_even import EvenFakeQuantize
 UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
 know symmetric grids of signed integers alone, its mirrored half seems to be there, too."""
+SKEWED = QuantDtypeMeta("quint8_skewed", "", "int8", -224, 224)
+"""uint8 with zero point 31, for what is hardly ever negative: behind a hard swish there is nothing below -0.375."""
+MOST_BELOW = 0.5
+"""How far below 0 such values are at most."""
 WEIGHT_LEVELS = 127
 SAFE_LEVELS = 64
 """Without VNNI x86 processors add two products of uint8 and int8 in 16 bits: 2 x 255 x 64 is the most that fits."""
@@ -83,8 +87,15 @@ class Target:
         if isinstance(module, Q.Linear):
             module.act_observer = module.act_fake_quant = None  # logits are float
         elif self.unsigned and is_never_negative(module):
-            module.act_observer = self.qconfig.act_observer(dtype=UNSIGNED)
-            module.act_fake_quant = self.qconfig.act_fake_quant(dtype=UNSIGNED)
+            put_on_grid(module, self.qconfig, UNSIGNED)
+        elif self.unsigned and -MOST_BELOW <= getattr(module, "lowest", -np.inf) < 0:
+            put_on_grid(module, self.qconfig, SKEWED)
+
+
+def put_on_grid(module: QATModule, qconfig: QConfig, dtype: QuantDtypeMeta) -> None:
+    """What the layer ``module`` gives is of ``dtype`` from now on."""
+    module.act_observer = qconfig.act_observer(dtype=dtype)
+    module.act_fake_quant = qconfig.act_fake_quant(dtype=dtype)
 
 
 class LastScales:
@@ -261,7 +272,9 @@ def is_never_negative(module: M.Module) -> bool:
     """Whether a ReLU, or what is like one, ends the layer ``module`` of a ``qat`` network."""
     if isinstance(module, Q.Elemwise):
         return str(module.method).upper().endswith("FUSE_ADD_RELU")
-    return isinstance(module, Q.ConvBnRelu2d | Q.ConvRelu2d | QuantizedFeatures)
+    if isinstance(module, Q.ConvBnRelu2d | Q.ConvRelu2d | QuantizedFeatures):
+        return True
+    return bool(getattr(module, "lowest", -np.inf) >= 0)
 
 
 class UnitScaleObserver(ExponentialMovingAverageObserver):  # type: ignore[misc]

@@ -13,12 +13,16 @@ from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
 from mgq.machine import refuse_without_megengine, set_library_defaults
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 
 if TYPE_CHECKING:
     import megengine.module as M
 
     from mgq.weights.foreign_states import Adapted, Hints, State
+
+BLUEPRINT, SOURCE = "blueprint", "source"
+"""Options of a network that is described by data: how it is built, and where it comes from, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class ModelSpec:
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
     (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
     default options. ``image_size`` and ``preprocessing`` are how its pictures are resized and cropped where its weights
-    do not say otherwise. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first.
+    do not say otherwise; ``only_size`` is the height and width where no others can be. ``checkpoints`` are the
+    published ones, those that ``--pretrained`` takes first.
     """
 
     name: str
@@ -58,6 +63,7 @@ class ModelSpec:
     published: Published | None = None
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
+    only_size: tuple[int, int] | None = None
 
     def refuse_options(self, options: Mapping[str, Any]) -> None:
         """Raises InputError for an option that it does not have, and for a width that cannot be."""
@@ -79,6 +85,16 @@ class ModelSpec:
         refuse_without_megengine()
         set_library_defaults()
         return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the network is described by data that travels with its weights."""
+        return BLUEPRINT in self.options
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of pictures, where they are not to be chosen; else ``image_size``."""
+        return self.only_size or (self.image_size, self.image_size)
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -292,6 +308,36 @@ SPECS: tuple[ModelSpec, ...] = (
 def specs() -> dict[str, ModelSpec]:
     """Name -> architecture, in the order in which they are shown."""
     return {spec.name: spec for spec in SPECS}
+
+
+def described_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
+    """The architecture that the blueprint among ``options`` describes: known as ``name`` from now on, in this process.
+
+    Raises InputError where it is damaged, or the name is that of a network of the zoo.
+    """
+    blueprint = blueprint_in(options[BLUEPRINT])
+    known = specs().get(name)
+    if known is not None and not known.is_described:
+        raise InputError(f"{printable(name)[:80]} is the name of a network of mgq's own: call the file otherwise")
+    last = next(layer for layer in reversed(blueprint.layers) if layer.name == blueprint.output)
+    spec = ModelSpec(
+        name=name,
+        builder="blueprint_network:blueprint_network",
+        head=f"{last.name}.weight" if last.kind == "linear" else "",
+        marker="",
+        parameters=0,
+        macs=0,
+        options={BLUEPRINT: options[BLUEPRINT], SOURCE: options.get(SOURCE, "")},
+        image_size=blueprint.shape[1],
+        only_size=blueprint.shape[1:],
+    )
+    specs()[name] = spec
+    return spec
+
+
+def spec_for(name: str, options: Mapping[str, Any]) -> ModelSpec:
+    """The architecture called ``name``, or the one that its ``options`` describe. Raises InputError for neither."""
+    return described_spec(name, options) if BLUEPRINT in options else spec_of(name)
 
 
 def spec_of(name: str) -> ModelSpec:

@@ -23,7 +23,7 @@ from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.overflow import overflowing_layer
 from mgq.zoo.pretrained import PublishedCheckpoint
-from mgq.zoo.registry import ModelSpec, spec_of, specs
+from mgq.zoo.registry import ModelSpec, spec_for, specs
 from mgq.zoo.weight_hints import hints_of
 
 OBSERVED = (".act_observer.", ".weight_observer.", ".act_fake_quant.", ".weight_fake_quant.")
@@ -140,7 +140,7 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with naming(name):
-        spec = spec_of(info.arch)
+        spec = spec_for(info.arch, info.options)
     network = build_network(spec, state, len(info.classes), info.options, name)
     origin = f"{name} ({printable(info.origin)[:200]})"
     mode = mode_in(state)
@@ -188,7 +188,7 @@ def build_network(spec: ModelSpec, state: State, classes: int, options: Mapping[
 
 def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) -> None:
     """Raises InputError for more ``classes`` than ``state`` has outputs, before a network of a million is made."""
-    if classes > classes_in(spec, state):
+    if not spec.is_described and classes > classes_in(spec, state):
         there = state[spec.head].shape[0] if spec.head in state and state[spec.head].size else 0
         raise InputError(
             f"{name} does not fit {spec.name}: it has a classifier of {there} outputs for {classes} classes"

@@ -6,14 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgq.data.datasets import Dataset, ImageFolder, calibration_folder, evaluation_folder, is_unsplit, without_subset
+import numpy as np
+import numpy.typing as npt
+
+from mgq.data.datasets import (
+    Dataset,
+    ImageFolder,
+    calibration_folder,
+    evaluation_folder,
+    is_unsplit,
+    subset,
+    without_subset,
+)
 from mgq.data.image_sources import Source, expand
+from mgq.data.transforms import to_batch
+from mgq.engine.calibration.calibration_run import list_sources, spread_evenly
 from mgq.engine.classifier.evaluate import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
+from mgq.engine.classifier.predict import read_crops
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
 from mgq.events import Callbacks, OnMessage, OnProgress, log_message, log_progress
+
+COMPARED = 48
+"""Pictures that float and int8 files are compared on, in each engine."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,16 @@ def find_calibration_sources(
         return CalibrationSources(str(data), dataset, match_classes(rest, classifier.classes))
     except InputError as error:
         return CalibrationSources(str(data), dataset, None, str(error))
+
+
+def read_some_crops(classifier: Classifier, dataset: Sequence[Source] | Dataset) -> npt.NDArray[np.uint8]:
+    """Some of ``dataset`` as ``classifier`` sees them, evenly spread: uint8 (N, 3, H, W). Those that cannot be read
+    are left out."""
+    sources = list(dataset) if isinstance(dataset, Sequence) else list_sources(subset(dataset, COMPARED))
+    crops = [
+        crop for _, crop in read_crops(classifier, spread_evenly(sources, COMPARED)) if isinstance(crop, np.ndarray)
+    ]
+    return to_batch(crops)
 
 
 def find_training_images(classifier: Classifier, on_progress: OnProgress) -> CalibrationSources:

@@ -11,9 +11,10 @@ from typing import Any
 from mgq.data.datasets import Dataset, subset
 from mgq.data.image_sources import Source
 from mgq.engine.calibration.calibrate_options import CalibrateOptions
-from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby
+from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby, read_some_crops
 from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
+from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
@@ -24,7 +25,7 @@ from mgq.ptq.calibrate import count_images_used
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import BEST
-from mgq.quantization.targets import MEGENGINE, get_target
+from mgq.quantization.targets import MEGENGINE, ONNX, get_target
 
 WITHOUT_IMAGES = "no pictures: ranges and corrections follow from the batch norms"
 MEND = "; `mgq calibrate FOLDER` or -d FOLDER would measure them"
@@ -35,7 +36,8 @@ class CalibrationResult:
     """A calibration, where its ``checkpoint`` lies, and what int8 costs.
 
     ``comparison`` is None where there are no labelled images; ``why_not`` says why. ``images_of`` names the images,
-    ``weights`` says where the float weights come from. ``mixed`` is what ``max_drop`` led to.
+    ``weights`` says where the float weights come from. ``mixed`` is what ``max_drop`` led to. ``deployment`` is the
+    int8 file of an imported network beside a float one.
     """
 
     calibration: Calibration
@@ -45,6 +47,7 @@ class CalibrationResult:
     images_of: str
     why_not: str
     weights: str
+    deployment: Deployment | None = None
 
     def to_json(self) -> dict[str, Any]:
         found = self.calibration
@@ -58,6 +61,7 @@ class CalibrationResult:
             "comparison": self.comparison.to_json() if self.comparison else None,
             "float_layers": list(self.mixed.float_layers) if self.mixed else [],
             "slowdown": self.mixed.slowdown if self.mixed else 1.0,
+            "deployment": self.deployment.to_json() if self.deployment else None,
         }
 
 
@@ -69,6 +73,8 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     """
     options.refuse_contradictions()
     classifier = open_float_network(options, callbacks)
+    if options.target is None and classifier.spec.is_described:
+        options = replace(options, target=ONNX.name)  # MegEngine has no int8 for imported networks
     found = find_images_nearby(
         classifier,
         options.files,
@@ -102,7 +108,19 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     comparison = mixed.comparison if mixed else None
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
-    return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, classifier.origin)
+    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent)
+    origin = classifier.origin
+    return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, origin, deployment)
+
+
+def deploy_imported(
+    classifier: Classifier, result: Calibration, images: Sequence[Source] | Dataset | None, folder: Path
+) -> Deployment | None:
+    """An int8 file of an imported network in ``folder``, measured; None of others, and without ``images``."""
+    if images is None or not classifier.spec.is_described:
+        return None
+    file = folder / f"{classifier.spec.name}.int8.onnx"
+    return deploy(classifier, result.classifier, file, read_some_crops(classifier, images))
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:

@@ -216,8 +216,8 @@ class CalibrationImages:
 def estimate_seconds(classifier: Classifier, images: int, preset: str, method: str | None = None) -> float:
     """About how long :func:`calibrate` will take here: from one timed pass of a few made-up pictures."""
     chosen = CalibrationConfig(preset, method).make_preset()
-    size = classifier.image_size
-    batch = Tensor(np.zeros((TIMED, 3, size, size), np.float32))
+    height, width = classifier.spec.only_size or (classifier.image_size, classifier.image_size)
+    batch = Tensor(np.zeros((TIMED, 3, height, width), np.float32))
     classifier.network(batch).numpy()
     start = time.perf_counter()
     classifier.network(batch).numpy()

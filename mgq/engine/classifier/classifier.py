@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.imagenet_classes import imagenet_classes
-from mgq.data.transforms import eval_crop
+from mgq.data.transforms import eval_crop, eval_resize
 from mgq.engine.classifier.metrics import refuse_not_finite
 from mgq.machine import package_version
 from mgq.quantization.option_names import Mode
@@ -58,6 +58,12 @@ class Classifier:
 
         return target_of(self.fake_quantized) if self.fake_quantized is not None else MEGENGINE
 
+    @property
+    def stretched_to(self) -> tuple[int, int] | None:
+        """Height and width that pictures are resized to as they are, where they are no squares."""
+        size = self.spec.only_size
+        return size if size is not None and size[0] != size[1] else None
+
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes). Raises FailureError where they are not finite."""
         runtime: BatchRuntime | None = getattr(self.network, "runtime", None)
@@ -66,8 +72,13 @@ class Classifier:
         return result
 
     def crop(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3)."""
+        """The part of a picture, uint8 (H, W, 3), that the network sees: (image_size, image_size, 3).
+
+        A network whose pictures are no squares sees the whole of it, resized.
+        """
         how = self.preprocessing
+        if self.stretched_to is not None:
+            return eval_resize(image, self.stretched_to)
         return eval_crop(image, self.image_size, how.shorter_side(self.image_size), how.interpolation)
 
     def info(self) -> CheckpointInfo:

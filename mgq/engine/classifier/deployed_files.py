@@ -17,7 +17,7 @@ from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import FileRuntime
 from mgq.runtime.registry import AUTO, choose_backend, get_backend
 from mgq.weights.preprocessing import Preprocessing
-from mgq.zoo.registry import spec_of
+from mgq.zoo.registry import spec_for
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def open_file(
     try:
         about = record_of(DeployedInfo, runtime.about, others=True)
         with naming(printable(path)):
-            spec, mode = spec_of(about.arch), Mode(about.mode)
+            spec, mode = spec_for(about.arch, about.options), Mode(about.mode)
     except ValueError:
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
     classes, size = about.classes, about.image_size
-    if (len(classes), [size, size]) != (runtime.classes, list(runtime.takes[2:])):
+    if (len(classes), spec.only_size or (size, size)) != (runtime.classes, tuple(runtime.takes[2:])):
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")
     if arch is not None and arch != spec.name:
         raise InputError(f"{printable(path)} is a network of {spec.name}, not of {arch}; leave out -a")

@@ -46,7 +46,8 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
         raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
     if path is not None and wanted is None and by_name is None:
         raise InputError(f"{printable(path)} does not say its format: let it end in {' or '.join(SUFFIXES.values())}")
-    found = wanted or by_name or ("megengine" if classifier.target is MEGENGINE else "onnx")
+    is_own = classifier.target is MEGENGINE and not classifier.spec.is_described
+    found = wanted or by_name or ("megengine" if is_own else "onnx")
     if found == "megengine" and classifier.target is not MEGENGINE:
         its = classifier.target.name
         raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")

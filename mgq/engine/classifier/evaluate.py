@@ -194,7 +194,7 @@ def evaluation_loader(
 ) -> Loader:
     """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
     size, how = classifier.image_size, classifier.preprocessing
-    transform = EvalTransform(size, how.shorter_side(size), how.interpolation)
+    transform = EvalTransform(size, how.shorter_side(size), how.interpolation, classifier.stretched_to)
     data = match_classes(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
 

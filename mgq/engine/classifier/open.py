@@ -124,6 +124,8 @@ def classifier_from(
     Raises InputError where the activation ranges for int8 are missing, or are for another ``target``.
     """
     spec = spec_of(weights.arch)
+    if image_size and spec.only_size:
+        raise InputError(f"{spec.name} takes pictures of one size alone: leave --image-size out")
     size = check_size(image_size) if image_size else weights.info.image_size if weights.info else spec.image_size
     classifier = Classifier(
         network=weights.network,
@@ -174,9 +176,10 @@ def find_ranges(weights: Weights, ranges: ActivationRanges | None, target: str |
     ranges = ranges or read_packaged_ranges(weights.arch, wanted, get_target(target or MEGENGINE.name).name)
     if ranges is None:
         option = f" --target {target}" if target else ""
+        chosen = "-c FILE" if spec_of(weights.arch).is_described else f"-a {weights.arch}"
         raise InputError(
             f"{weights.origin} holds float weights without activation ranges; "
-            f"run `mgq calibrate PICTURES -a {weights.arch}{option}` with them first (float32 runs with -m normal)"
+            f"run `mgq calibrate PICTURES {chosen}{option}` with them first (float32 runs with -m normal)"
         )
     if ranges.weights != wanted:
         raise InputError(f"the ranges were measured with other weights than {weights.origin}; calibrate again")

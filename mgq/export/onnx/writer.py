@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from mgq.errors import FailureError
 from mgq.export.onnx.onnx_file import METADATA, import_package
+from mgq.export.onnx.operations import MOVES, pads_of, write_operation
 from mgq.graph.layer_graph import (
     Add,
     Convolution,
@@ -27,6 +28,7 @@ from mgq.graph.layer_graph import (
     Linear,
     MaxPool,
     Node,
+    Operation,
     QuantParams,
     Reshape,
     Transpose,
@@ -42,7 +44,7 @@ OPSET = 17
 IR_VERSION = 8
 """The oldest that has the opset: the more engines read it."""
 INPUT, OUTPUT = "data", "logits"
-PIXEL_ZERO = 128
+PIXEL_ZERO, UINT8_MAX = 128, 255
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mappi
 
     writer = Writer(graph)
     writer.write()
-    shape: list[int | str] = [batch or "N", 3, image_size, image_size]
+    shape: list[int | str] = [batch or "N", *graph.shapes[graph.input][1:]]
     classes = graph.shapes[graph.output][-1]
     body = helper.make_graph(
         writer.nodes,
@@ -143,6 +145,8 @@ class Writer:
             self.floats[self.graph.input] = self.dequantized(INPUT, self.graph.input, grid)
         for node in self.graph.nodes:
             self.write_node(node)
+        if not any(OUTPUT in node.output for node in self.nodes):
+            self.nodes.append(self.make_node("Identity", [self.float_of(self.graph.output)], [OUTPUT], name=OUTPUT))
 
     def write_node(self, node: Node) -> None:
         kinds = {
@@ -153,6 +157,7 @@ class Writer:
             GlobalAverage: self.write_average,
             Reshape: self.write_reshape,
             Transpose: self.write_transpose,
+            Operation: self.write_operation,
         }
         write: Any = kinds[type(node)]
         write(node)
@@ -259,6 +264,7 @@ class Writer:
             kernel_shape=list(node.weight.shape[2:]),
             strides=list(node.stride),
             pads=[*node.padding, *(node.padding_end or node.padding)],
+            dilations=list(node.dilation),
             group=node.groups,
         )
         self.finish(node, self.activated(node.output, node.activation, value))
@@ -317,6 +323,30 @@ class Writer:
     def write_transpose(self, node: Transpose) -> None:
         self.move(node, "Transpose", [], perm=list(node.axes))
 
+    def write_operation(self, node: Operation) -> None:
+        if not node.moves:
+            self.finish(node, write_operation(node, [self.float_of(source) for source in node.inputs], self))
+        elif node.kind == "pad":
+            self.write_pad(node)
+        else:
+            table = self.integers if node.inputs[0] in self.graph.grids else self.floats
+            operator, sources, attributes = MOVES[node.kind](node, table[node.inputs[0]], self)
+            table[node.output] = self.add(operator, sources, f"{node.output}/{operator}", **attributes)
+
+    def write_pad(self, node: Operation) -> None:
+        """Around integers there are integers: the value in terms of their scale."""
+        grid, value = self.graph.grids.get(node.inputs[0]), float(node.options["value"])
+        if grid is None:
+            filling: npt.NDArray[Any] = np.array(value, np.float32)
+        else:
+            steps = int(np.clip(np.rint(value / grid.scale), grid.qmin, grid.qmax))
+            filling = np.array(steps + zero_point_of(grid), np.uint8)
+        pads = self.constant(f"{node.output}/pads", np.array(pads_of(node), np.int64))
+        self.move(node, "Pad", [pads, self.constant(f"{node.output}/value", filling)])
+
 
 def zero_point_of(grid: QuantParams) -> int:
-    return 0 if grid.qmin >= 0 else PIXEL_ZERO
+    """That of uint8: what lies below 0 on ``grid`` lies below it."""
+    if grid.qmin >= 0:
+        return 0
+    return -grid.qmin if grid.qmax - grid.qmin == UINT8_MAX else PIXEL_ZERO

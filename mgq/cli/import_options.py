@@ -1,0 +1,77 @@
+"""What is said of an ONNX file that another program wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgq.engine.classifier.import_wish import ImportWish
+from mgq.errors import InputError, printable
+
+LARGEST_SIDE = 4096
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="torch|tf|caffe|raw",
+        help="What it was fed: ImageNet's mean and std, -1 to 1, BGR minus the mean, or pixels as they are.",
+        show_default="torch",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option("--mean", metavar="R,G,B", help="Taken off pixels, of 255 or of 1."),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it, of 255 or of 1."),
+]
+Order = Annotated[
+    bool | None,
+    typer.Option("--rgb/--bgr", help="The order of its channels.", show_default=False),
+]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="HxW", help="Pixels, where the file leaves them open: 224, 48x192."),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="Names of its classes: one a line, or a list in JSON."),
+]
+
+
+def make_wish(
+    preprocess: str | None,
+    mean: str | None,
+    std: str | None,
+    rgb: bool | None,
+    size: str | None,
+    labels: Path | None,
+) -> ImportWish | None:
+    """The options together; None where none is given. Raises InputError for what cannot be."""
+    if all(value is None for value in (preprocess, mean, std, rgb, size, labels)):
+        return None
+    order = None if rgb is None else "rgb" if rgb else "bgr"
+    return ImportWish(preprocess, numbers_in(mean, "--mean"), numbers_in(std, "--std"), order, size_in(size), labels)
+
+
+def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        said = printable(text)[:80]
+        raise InputError(f"{option} '{said}' are no numbers: write them as 0.485,0.456,0.406") from None
+
+
+def size_in(text: str | None) -> tuple[int, int] | None:
+    """Height and width. Raises InputError where ``text`` is none."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 1 <= int(part[:6]) <= LARGEST_SIDE for part in parts):
+        raise InputError(f"--size '{printable(text)[:80]}' is no size: write it as 224, or as 48x192 (height x width)")
+    return int(parts[0]), int(parts[-1])

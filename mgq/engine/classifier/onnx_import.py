@@ -1,0 +1,246 @@
+"""An ONNX file of another program as a classifier of ours: imported, checked against the file, kept as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+
+from mgq.data.imagenet_classes import imagenet_classes
+from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
+from mgq.engine.classifier.open import Classifier, class_names
+from mgq.errors import FailureError, InputError, printable
+from mgq.events import OnMessage, ignore_message
+from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
+from mgq.export.onnx.onnx_file import import_package
+from mgq.graph.onnx_import.draft import NetworkDraft
+from mgq.graph.onnx_import.input_contract import fold_contract
+from mgq.graph.onnx_import.reader import read_network
+from mgq.io.atomic import ensure_writable_folder
+from mgq.io.download import sha256_of
+from mgq.io.limited_io import text_of
+from mgq.machine import mute_stderr
+from mgq.quantization.modes import Mode
+from mgq.weights.checkpoint import info_of
+from mgq.weights.unpickler import read_state
+from mgq.zoo.blueprint import Blueprint
+from mgq.zoo.blueprint_network import BlueprintNetwork
+from mgq.zoo.input_contract import InputContract, contract_called
+from mgq.zoo.layers import without_initialization
+from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
+
+EQUAL = 1e-4
+"""Of the largest number in a tensor: by so much float answers may differ from ONNX Runtime's."""
+BACKGROUND = 1001
+LONGEST_NAMES = 1 << 22
+CHECKPOINT = "checkpoint.safetensors"
+
+Array = npt.NDArray[np.float32]
+
+
+def imported_checkpoint(
+    path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = ignore_message
+) -> Path:
+    """The checkpoint of ``path``, an ONNX file of another program, under ``save``: the one that is there, or a new one.
+
+    One that is there is of the same file, and of the same ``wish`` where anything is wished. Raises InputError for
+    what cannot be imported, FailureError where the network answers otherwise than the file in ONNX Runtime.
+    """
+    digest = sha256_of(path)
+    known = save / f"{name_for(path)}.imported" / CHECKPOINT
+    if known.is_file():
+        source = source_in(known)
+        if source.get("sha256") == digest and (wish.is_open or source.get("wish") == wish_words(wish)):
+            on_message(f"imported before: {known} ({source.get('input', '')})")
+            return known
+    classifier, remarks = import_classifier(path, wish, digest)
+    ensure_writable_folder(known.parent)
+    classifier.write_checkpoint(known)
+    for remark in remarks:
+        on_message(remark)
+    on_message(f"imported: {known}")
+    return known
+
+
+def wish_words(wish: ImportWish) -> dict[str, Any]:
+    """``wish`` as JSON has it."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(wish), default=str))
+    return found
+
+
+def source_in(checkpoint: Path) -> dict[str, Any]:
+    """What ``checkpoint`` says of the file that it was imported from; nothing where it is damaged."""
+    try:
+        info = info_of(read_state(checkpoint).metadata, printable(checkpoint))
+        found = json.loads(str(info.options[SOURCE])) if info is not None else {}
+    except (InputError, KeyError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def name_for(path: Path) -> str:
+    """What the network in ``path`` is called: as the file, in plain letters, and by no name of the zoo."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip(".-")[:80] or "network"
+    known = specs().get(name)
+    return f"{name}-onnx" if known is not None and not known.is_described else name
+
+
+def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classifier, list[str]]:
+    """The float classifier in the ONNX file ``path``, whose SHA-256 is ``digest``, and remarks on how it was read."""
+    contract = contract_called(wish.preprocess, wish.mean, wish.std, wish.order)
+    file = read_foreign(path, wish.size)
+    draft = draft_network(file)
+    difference = compare(file, draft)
+    fold_contract(draft, contract)
+    network = network_of(draft.blueprint(), draft)
+    classes = names_for(network.blueprint.classes, wish.labels)
+    source = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
+    source["wish"] = wish_words(wish)
+    options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
+    spec = described_spec(name_for(path), options)
+    origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"
+    classifier = Classifier(network, None, spec, Mode.NORMAL, classes, spec.image_size, origin, options)
+    return classifier, remarks_on(file, draft, contract, wish, difference)
+
+
+def remarks_on(
+    file: ForeignFile, draft: NetworkDraft, contract: InputContract, wish: ImportWish, difference: float | None
+) -> list[str]:
+    layers = len(draft.plans)
+    equal = "not compared: onnxruntime is not installed"
+    if difference is not None:
+        equal = f"float answers as ONNX Runtime's (largest difference {difference:.1e} of the largest number)"
+    default = "" if not wish.is_open else ", the default: --preprocess tf, caffe or raw for others"
+    return [f"{layers} layers of opset {file.opset}, {equal}", f"input as {contract.said()}{default}"]
+
+
+def draft_network(file: ForeignFile) -> NetworkDraft:
+    """The network of ``file``, which takes what the file takes. Raises InputError that names the file."""
+    sample = np.random.default_rng(0).standard_normal((1, *file.image)).astype(np.float32)
+    try:
+        return read_network(file.model, file.constants, file.input, sample, file.channels_last)
+    except InputError as error:
+        raise InputError(f"{printable(file.path)} {error}") from None
+
+
+def network_of(blueprint: Blueprint, draft: NetworkDraft) -> BlueprintNetwork:
+    """The network that ``blueprint`` describes, with the weights of ``draft``, in evaluation state."""
+    with without_initialization():
+        network = BlueprintNetwork(blueprint)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    network.load_state_dict({name: value.reshape(shapes[name]) for name, value in draft.state.items()})
+    network.eval()
+    return network
+
+
+# ---- against ONNX Runtime ----
+
+
+def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
+    """The largest difference of the answers of ``draft`` and of ``file`` in ONNX Runtime, in terms of the largest one.
+
+    None where that is not installed. Raises FailureError that names the first tensor that differs.
+    """
+    try:
+        import_package("onnxruntime")
+    except InputError:
+        return None
+    sample = np.random.default_rng(1).standard_normal((1, *file.image)).astype(np.float32)
+    found: dict[str, Array] = {}
+    network = network_of(draft.blueprint(), draft)
+    network.run(Tensor(sample), lambda name, value: found.__setitem__(name, value.numpy()))
+    answer = draft.sources[draft.output]
+    wanted = reference(file, sample, [answer])
+    difference = relative(found[draft.output], wanted[answer])
+    if difference <= EQUAL:
+        return difference
+    names = {name: source for name, source in draft.sources.items() if source and name in found}
+    wanted = reference(file, sample, list(dict.fromkeys(names.values())))
+    for name, source in names.items():
+        own = relative(found[name], wanted[source])
+        if own > EQUAL:
+            raise FailureError(
+                f"{printable(file.path)} is not imported: its tensor '{printable(source)[:80]}' is {own:.1e} of its "
+                "largest number off from ONNX Runtime's"
+            )
+    raise FailureError(
+        f"{printable(file.path)} is not imported: its answers are {difference:.1e} off from ONNX Runtime's"
+    )
+
+
+def relative(found: Array, wanted: Array) -> float:
+    """The largest difference in terms of the largest number; infinite where the shapes differ."""
+    if found.size != wanted.size:
+        return float("inf")
+    scale = max(float(np.abs(wanted).max()), 1e-30)
+    return float(np.abs(found.ravel() - wanted.ravel()).max()) / scale
+
+
+def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[str, Array]:
+    """What ONNX Runtime makes of ``sample`` (1, C, H, W) at the tensors ``names`` of ``file``."""
+    onnx, runtime = import_package("onnx"), import_package("onnxruntime")
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample
+    try:
+        with mute_stderr():
+            options = runtime.SessionOptions()
+            options.log_severity_level = 4
+            session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+            outputs = session.run(list(names), {file.input: np.ascontiguousarray(fed)})
+    except Exception as error:
+        what = printable(str(error).strip().partition("\n")[0])[:200]
+        raise FailureError(f"ONNX Runtime cannot run {printable(file.path)}: {what}") from None
+    return dict(zip(names, outputs, strict=True))
+
+
+# ---- names of classes ----
+
+
+def names_for(classes: int, labels: Path | None) -> tuple[str, ...]:
+    """The names in the file ``labels``; else ImageNet's for 1,000 outputs, and for 1,001 with a background before
+    them; else numbers. Raises InputError where there are not as many names."""
+    if labels is not None:
+        return names_in_file(labels, classes)
+    if classes == BACKGROUND:
+        return ("background", *(entry.name for entry in imagenet_classes()))
+    return class_names(classes)
+
+
+def names_in_file(path: Path, classes: int) -> tuple[str, ...]:
+    """A name a line, or a list in JSON, or an object of numbers and names."""
+    shown = printable(path)
+    try:
+        text = text_of(path, LONGEST_NAMES)
+        found = names_in_text(text, path.suffix.lower() == ".json")
+    except OSError as error:
+        raise InputError(f"cannot read the names {shown}: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{shown} is no list of class names: one a line, or a list in JSON") from None
+    if len(found) != classes:
+        raise InputError(f"{shown} has {len(found)} names for a network of {classes} classes")
+    if len(set(found)) != len(found):
+        raise InputError(f"{shown} has a name twice")
+    return found
+
+
+def names_in_text(text: str, is_json: bool) -> tuple[str, ...]:
+    if not is_json:
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    body = json.loads(text)
+    if isinstance(body, dict):
+        body = [body[key] for key in sorted(body, key=int)]
+    names = [entry[-1] if isinstance(entry, list) else entry for entry in body]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError
+    return tuple(names)

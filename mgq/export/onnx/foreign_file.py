@@ -1,0 +1,192 @@
+"""Float ONNX classifiers that other programs wrote: read whole, checked, with data in files beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
+from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
+from mgq.io.limited_io import bytes_of
+from mgq.weights.finite_values import fault_of
+
+Array = npt.NDArray[Any]
+MOST_BYTES = (1 << 31) - 1
+"""Of a file, and of the data beside it: ONNX's own limit."""
+OPSETS = range(7, 23)
+HALVES = {10: "float16", 16: "bfloat16"}
+FLOAT = 1
+CHANNELS = (1, 3)
+OWN_MARK = b"\n\x03" + METADATA.encode()
+"""How the entry of mgq's metadata begins in a file: to find it takes no time, and no parser."""
+QUANTIZED = INTEGER_OPERATORS | {"MatMulInteger", "QLinearAdd", "DynamicQuantizeLinear"}
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A model without functions. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
+    (1, H, W, C) where ``channels_last``. ``constants``: name -> value, of all weights."""
+
+    path: Path
+    model: Any = field(repr=False)
+    input: str
+    shape: tuple[int, ...]
+    channels_last: bool
+    opset: int
+    constants: dict[str, Array] = field(repr=False)
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        _, *axes = self.shape
+        channels, height, width = (axes[2], axes[0], axes[1]) if self.channels_last else axes
+        return channels, height, width
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether ``path`` is called an ONNX file, and no file that mgq wrote. Raises InputError where it is none."""
+    if path.suffix.lower() != ".onnx":
+        return False
+    if OWN_MARK in read_small_file(path):
+        return False  # what else is in it is checked where it is read
+    return not any(entry.key == METADATA for entry in model_in(path).metadata_props)
+
+
+def read_small_file(path: Path) -> bytes:
+    """What is in ``path``, unless it is larger than any file of mgq's; nothing where it cannot be read."""
+    try:
+        return path.read_bytes() if path.stat().st_size <= OWN_MOST_BYTES else b""
+    except OSError:
+        return b""
+
+
+def model_in(path: Path) -> Any:
+    """The ``onnx.ModelProto`` in ``path``. Raises InputError where it cannot be read, or is none."""
+    onnx, name = import_package("onnx"), printable(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{name} is larger than 2 GB, more than a classifier has: give a smaller network")
+        model = onnx.load_from_string(bytes_of(path, MOST_BYTES))
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
+    except InputError:
+        raise
+    except Exception:
+        raise InputError(f"{name} is damaged, cut off, or no ONNX file: write it again") from None
+    if not model.graph.node or not model.graph.output:
+        raise InputError(f"{name} is damaged, cut off, or no ONNX file: write it again")
+    return model
+
+
+def read_foreign(path: Path, size: tuple[int, int] | None = None) -> ForeignFile:
+    """The float classifier in ``path``. ``size``, height and width, is for inputs that leave it open.
+
+    Raises InputError, which names what is wrong, for what is no float32 classifier of pictures.
+    """
+    model, name = model_in(path), printable(path)
+    try:
+        return checked(path, model, size)
+    except InputError as error:
+        raise InputError(f"{name} {error}") from None
+
+
+def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
+    opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not opsets or opsets[0] not in OPSETS:
+        said = opsets[0] if opsets else "none"
+        raise InputError(f"has opset {said}: export it with one from {OPSETS[0]} to {OPSETS[-1]}")
+    if len(model.functions):
+        model = import_package("onnx.inliner").inline_local_functions(model)
+    if any(node.op_type in QUANTIZED for node in model.graph.node):
+        raise InputError("is quantized already: give the float file that it was made from")
+    known = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in known]
+    if len(inputs) != 1:
+        raise InputError(f"has {len(inputs)} inputs: a classifier of pictures has one")
+    shape, last = image_shape(inputs[0], size)
+    if len(model.graph.output) != 1:
+        raise InputError(f"has {len(model.graph.output)} outputs: a classifier has one; export it without the others")
+    constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
+    del model.graph.initializer[:]
+    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants)
+
+
+def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:
+    """The shape of the input ``value`` for one picture, and whether its channels come last."""
+    kind = value.type.tensor_type
+    if kind.elem_type in HALVES:
+        raise InputError(f"takes {HALVES[kind.elem_type]}: export it in float32")
+    if kind.elem_type != FLOAT:
+        raise InputError("does not take float32 pictures: give a float classifier, its preprocessing left out")
+    axes = [axis.dim_value or None for axis in kind.shape.dim]
+    if len(axes) != 4:
+        raise InputError(f"takes {len(axes)} axes, not pictures (N, C, H, W): give a classifier of pictures")
+    if axes[0] not in (None, 1):
+        raise InputError(f"takes {axes[0]} pictures at once: export it for one, or for any number")
+    last = axes[1] not in CHANNELS and axes[3] in CHANNELS
+    channels, height, width = (axes[3], axes[1], axes[2]) if last else axes[1:]
+    if channels is None and not last:
+        channels = 3
+    if channels not in CHANNELS:
+        raise InputError(f"takes {channels} channels: a classifier of pictures takes 3, or 1 of grey")
+    if size is not None:
+        if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
+            raise InputError(f"takes {height}x{width} pixels, not {size[0]}x{size[1]}: leave --size out")
+        height, width = size
+    if height is None or width is None:
+        raise InputError("leaves the height or width of its pictures open: say it by --size 224, or --size 48x192")
+    if not (1 <= height <= 4096 and 1 <= width <= 4096):
+        raise InputError(f"takes pictures of {height}x{width}, which no classifier does")
+    shape = (1, height, width, channels) if last else (1, channels, height, width)
+    return shape, last
+
+
+def array_of(tensor: Any, folder: Path) -> Array:
+    """The numbers of ``tensor``, which may lie in a file in ``folder``. Raises InputError where they are no weights."""
+    onnx, name = import_package("onnx"), printable(tensor.name)[:80]
+    if tensor.data_type in HALVES:
+        raise InputError(f"has weights in {HALVES[tensor.data_type]}: export it in float32")
+    if tensor.data_location or len(tensor.external_data):
+        tensor = with_data_beside(tensor, folder)
+    try:
+        value: Array = onnx.numpy_helper.to_array(tensor)
+    except Exception:
+        raise InputError(f"has a constant {name} of another size than it says: write it again") from None
+    fault = fault_of(value, False)
+    if fault and not (value.size == 1 and np.isinf(value).all()):
+        raise InputError(f"has {fault} in {name}: export it again")
+    return value
+
+
+def with_data_beside(tensor: Any, folder: Path) -> Any:
+    """``tensor`` with the data that lies in another file of ``folder``, and nowhere else."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    name, place = printable(tensor.name)[:80], entries.get("location", "")
+    whole, home = (folder / place).resolve(), folder.resolve()
+    if not place or home not in whole.parents:
+        raise InputError(f"keeps {name} outside of its folder, in {printable(place)[:80]!r}, which is not read")
+    try:
+        offset, size = int(entries.get("offset", 0)), whole.stat().st_size
+        length = int(entries.get("length", size - offset))
+        if not (0 <= offset <= size and 0 <= length <= min(size - offset, MOST_BYTES)):
+            raise InputError(f"lacks data of {name}: {printable(place)[:80]} is too short; copy it again")
+        with whole.open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+    except OSError as error:
+        raise InputError(f"lacks the data file {printable(place)[:80]} beside it: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"says nonsense of where {name} lies: write it again") from None
+    result = type(tensor)()
+    result.CopyFrom(tensor)
+    del result.external_data[:]
+    result.data_location, result.raw_data = 0, data
+    if math.prod(result.dims) < 0:
+        raise InputError(f"has a constant {name} of an impossible shape")
+    return result

@@ -1,0 +1,166 @@
+"""Layers of imported networks as ONNX operators: what reads floats and gives floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.graph.layer_graph import Operation
+
+LARGEST = 3e38
+ERF_OF_GELU = float(np.sqrt(0.5))
+
+
+class Parts(Protocol):
+    """What operators are written with: each call adds one, or a constant, and gives its name."""
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str: ...
+
+    def constant(self, name: str, value: npt.NDArray[Any]) -> str: ...
+
+
+def write_operation(node: Operation, sources: list[str], parts: Parts) -> str:
+    """The name of what ``node`` computes of ``sources``, in floats."""
+    if node.kind in PLAIN:
+        operator, names = PLAIN[node.kind]
+        attributes = {theirs: value_of(node.options[ours]) for theirs, ours in names.items() if ours in node.options}
+        constants = [parts.constant(f"{node.output}/{name}", value) for name, value in node.constants.items()]
+        return parts.add(operator, [*sources, *constants], f"{node.output}/{operator}", **attributes)
+    return COMPOSED[node.kind](node, sources, parts)
+
+
+def value_of(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
+
+
+PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "add": ("Add", {}),
+    "mul": ("Mul", {}),
+    "sub": ("Sub", {}),
+    "div": ("Div", {}),
+    "matmul": ("MatMul", {}),
+    "concat": ("Concat", {"axis": "axis"}),
+    "relu": ("Relu", {}),
+    "leaky_relu": ("LeakyRelu", {"alpha": "slope"}),
+    "prelu": ("PRelu", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "hard_sigmoid": ("HardSigmoid", {"alpha": "alpha", "beta": "beta"}),
+    "hard_swish": ("HardSwish", {}),
+    "tanh": ("Tanh", {}),
+    "global_avg": ("GlobalAveragePool", {}),
+    "lrn": ("LRN", {"size": "size", "alpha": "alpha", "beta": "beta", "bias": "bias"}),
+    "mean": ("ReduceMean", {"axes": "axes"}),
+    "softmax": ("Softmax", {"axis": "axis"}),
+    "log_softmax": ("LogSoftmax", {"axis": "axis"}),
+    "sqrt": ("Sqrt", {}),
+    "erf": ("Erf", {}),
+    "exp": ("Exp", {}),
+    "neg": ("Neg", {}),
+    "abs": ("Abs", {}),
+    "reciprocal": ("Reciprocal", {}),
+    "avg_pool": (
+        "AveragePool",
+        {
+            "kernel_shape": "kernel",
+            "strides": "stride",
+            "pads": "pads",
+            "ceil_mode": "ceil",
+            "count_include_pad": "include",
+        },
+    ),
+}
+"""Kind -> operator, and its attributes by the names of our options."""
+
+
+def write_affine(node: Operation, sources: list[str], parts: Parts) -> str:
+    name = node.output
+    scale, shift = (parts.constant(f"{name}/{part}", node.constants[part]) for part in ("scale", "shift"))
+    scaled = parts.add("Mul", [*sources, scale], f"{name}/scaled")
+    return parts.add("Add", [scaled, shift], f"{name}/shifted")
+
+
+def write_clip(node: Operation, sources: list[str], parts: Parts) -> str:
+    limits = [
+        parts.constant(f"{node.output}/{end}", np.array(node.options[end], np.float32)) if finite else ""
+        for end, finite in ((end, abs(node.options[end]) < LARGEST) for end in ("low", "high"))
+    ]
+    return parts.add("Clip", [*sources, *limits], f"{node.output}/Clip")
+
+
+def write_silu(node: Operation, sources: list[str], parts: Parts) -> str:
+    gate = parts.add("Sigmoid", sources, f"{node.output}/gate")
+    return parts.add("Mul", [*sources, gate], f"{node.output}/Mul")
+
+
+def write_gelu(node: Operation, sources: list[str], parts: Parts) -> str:
+    name = node.output
+
+    def number(what: str, value: float) -> str:
+        return parts.constant(f"{name}/{what}", np.array(value, np.float32))
+
+    root = parts.add("Mul", [*sources, number("root", ERF_OF_GELU)], f"{name}/in_deviations")
+    share = parts.add("Erf", [root], f"{name}/erf")
+    gate = parts.add("Add", [share, number("one", 1.0)], f"{name}/gate")
+    product = parts.add("Mul", [*sources, gate], f"{name}/product")
+    return parts.add("Mul", [product, number("half", 0.5)], f"{name}/Mul")
+
+
+def write_pow(node: Operation, sources: list[str], parts: Parts) -> str:
+    power = parts.constant(f"{node.output}/power", np.array(node.options["power"], np.float32))
+    return parts.add("Pow", [*sources, power], f"{node.output}/Pow")
+
+
+def write_layer_norm(node: Operation, sources: list[str], parts: Parts) -> str:
+    constants = [parts.constant(f"{node.output}/{name}", value) for name, value in node.constants.items()]
+    epsilon = node.options["eps"]
+    return parts.add("LayerNormalization", [*sources, *constants], f"{node.output}/norm", axis=-1, epsilon=epsilon)
+
+
+COMPOSED: Mapping[str, Callable[[Operation, list[str], Parts], str]] = {
+    "affine": write_affine,
+    "clip": write_clip,
+    "silu": write_silu,
+    "gelu": write_gelu,
+    "pow": write_pow,
+    "layer_norm": write_layer_norm,
+}
+
+
+def write_slice(node: Operation, source: str, parts: Parts) -> tuple[str, list[str], dict[str, Any]]:
+    """Operator, what it reads, and attributes, of a layer that moves or chooses values."""
+    options, name = node.options, node.output
+
+    def integers(what: str, *values: int) -> str:
+        return parts.constant(f"{name}/{what}", np.array(values, np.int64))
+
+    if "indices" in options:
+        return "Gather", [source, integers("indices", *options["indices"])], {"axis": options["axis"]}
+    places = [integers(what, options[key]) for what, key in (("starts", "start"), ("ends", "stop"), ("axes", "axis"))]
+    return "Slice", [source, *places, integers("steps", options["step"])], {}
+
+
+def write_max_pool(node: Operation, source: str, _: Parts) -> tuple[str, list[str], dict[str, Any]]:
+    options = node.options
+    shape = {"kernel_shape": options["kernel"], "strides": options["stride"], "pads": options["pads"]}
+    return "MaxPool", [source], {**shape, "ceil_mode": int(options["ceil"])}
+
+
+def write_global_max(_: Operation, source: str, __: Parts) -> tuple[str, list[str], dict[str, Any]]:
+    return "GlobalMaxPool", [source], {}
+
+
+def pads_of(node: Operation) -> list[int]:
+    """ONNX's pads of the four axes: before each, then behind each."""
+    top, left, bottom, right = node.options["pads"]
+    front, back = node.options.get("channels", (0, 0))
+    return [0, front, top, left, 0, back, bottom, right]
+
+
+MOVES: Mapping[str, Callable[[Operation, str, Parts], tuple[str, list[str], dict[str, Any]]]] = {
+    "slice": write_slice,
+    "max_pool": write_max_pool,
+    "global_max": write_global_max,
+}

@@ -1,0 +1,587 @@
+"""ONNX operators, opset 7 to 22, as layers of a draft: one function for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.graph.onnx_import.constants import attributes_of
+from mgq.graph.onnx_import.draft import (
+    NetworkDraft,
+    convolution_options,
+    convolution_tensors,
+)
+
+Array = npt.NDArray[Any]
+
+
+class UnknownFormError(Exception):
+    """What an operator asks for that is not imported: the rest of a sentence that begins with the operator."""
+
+
+@dataclass
+class Scope:
+    """What is known while nodes are read: constants, and the layers that make the other tensors."""
+
+    draft: NetworkDraft
+    opset: int
+    constants: dict[str, Array] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, name: str) -> str:
+        """The layer that makes the tensor ``name``; one more where it is a constant."""
+        if name in self.layers:
+            return self.layers[name]
+        raise UnknownFormError("reads a constant where a layer is expected")
+
+    def constant(self, name: str) -> Array:
+        if name not in self.constants:
+            raise UnknownFormError("computes what has to be known beforehand")
+        return self.constants[name]
+
+    def is_constant(self, name: str) -> bool:
+        return name in self.constants
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.draft.shape(self.layer(name))
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A node, with its attributes."""
+
+    node: Any
+    scope: Scope
+    attributes: dict[str, Any]
+
+    @property
+    def inputs(self) -> list[str]:
+        return list(self.node.input)
+
+    def has(self, place: int) -> bool:
+        return len(self.node.input) > place and bool(self.node.input[place])
+
+    def given(self, name: str, default: Any) -> Any:
+        return self.attributes.get(name, default)
+
+    def numbers(self, name: str, place: int, default: Any = None) -> Any:
+        """Those of the attribute ``name``, of the constant input at ``place`` in later opsets, or ``default``."""
+        if name in self.attributes:
+            return self.attributes[name]
+        if self.has(place):
+            return self.scope.constant(self.node.input[place]).ravel().tolist()
+        return default
+
+    def layer(self, place: int = 0) -> str:
+        return self.scope.layer(self.node.input[place])
+
+    def constant(self, place: int) -> Array | None:
+        return self.scope.constant(self.node.input[place]) if self.has(place) else None
+
+    def shape(self, place: int = 0) -> tuple[int, ...]:
+        return self.scope.shape(self.node.input[place])
+
+    def axis(self, value: int, rank: int) -> int:
+        return value + rank if value < 0 else value
+
+    def make(self, kind: str, sources: Sequence[str], tensors: Any = None, output: int = 0, /, **options: Any) -> str:
+        """One more layer, which makes the output at ``output``."""
+        tensor = self.node.output[output]
+        name = self.scope.draft.add(kind, sources, tensor, options, tensors)
+        self.scope.layers[tensor] = name
+        return name
+
+    def same(self, name: str) -> None:
+        """The output is what the layer ``name`` gives."""
+        self.scope.layers[self.node.output[0]] = name
+
+
+def read_node(node: Any, scope: Scope) -> None:
+    """Add what ``node`` does to the draft of ``scope``. Raises UnknownFormError, KeyError for an unknown operator."""
+    READERS[node.op_type](Operator(node, scope, attributes_of(node)))
+
+
+def read_convolution(op: Operator) -> None:
+    weight, bias = op.constant(1), op.constant(2)
+    assert weight is not None
+    if weight.ndim != 4 or len(op.shape()) != 4:
+        raise UnknownFormError(f"convolves {weight.ndim - 2} axes: only those of pictures, 2, are imported")
+    kernel = weight.shape[2:]
+    stride, dilation = list(op.given("strides", [1, 1])), list(op.given("dilations", [1, 1]))
+    groups = int(op.given("group", 1))
+    pads = pads_of(op, kernel, stride, dilation)
+    source = op.layer()
+    if pads[:2] != pads[2:]:
+        source = op.scope.draft.add("pad", [source], "", {"pads": pads, "value": 0.0})
+        pads = [0, 0, 0, 0]
+    options = convolution_options(weight, groups, stride=stride, padding=pads[:2], dilation=dilation)
+    op.make("conv", [source], convolution_tensors(weight, bias, groups), **options)
+
+
+def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Above, left, below, right: as given, or by ``auto_pad``."""
+    auto = op.given("auto_pad", "NOTSET")
+    if auto in ("NOTSET", ""):
+        return [int(value) for value in op.given("pads", [0, 0, 0, 0])]
+    if auto == "VALID":
+        return [0, 0, 0, 0]
+    starts, ends = [], []
+    for size, extent, step, gap in zip(op.shape()[2:], kernel, stride, dilation, strict=True):
+        total = max((-(-size // step) - 1) * step + (extent - 1) * gap + 1 - size, 0)
+        small, large = total // 2, total - total // 2
+        starts.append(small if auto == "SAME_UPPER" else large)
+        ends.append(large if auto == "SAME_UPPER" else small)
+    return [*starts, *ends]
+
+
+def read_batch_norm(op: Operator) -> None:
+    scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
+    if op.given("training_mode", 0):
+        raise UnknownFormError("normalizes by the batch: export it in evaluation state")
+    factor = scale / np.sqrt(variance + op.given("epsilon", 1e-5))
+    shape = (-1, *(1,) * (len(op.shape()) - 2))
+    tensors = {"scale": factor.reshape(shape), "shift": (shift - mean * factor).reshape(shape)}
+    name = op.make("affine", [op.layer()], tensors)
+    parts = {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
+    op.scope.draft.norms[name] = (parts, float(op.given("epsilon", 1e-5)))
+
+
+def read_gemm(op: Operator) -> None:
+    weight, bias = op.constant(1), op.constant(2)
+    assert weight is not None
+    if op.given("transA", 0) or len(op.shape()) != 2 or weight.ndim != 2:
+        raise UnknownFormError("multiplies other matrices than features by weights")
+    weight = weight if op.given("transB", 0) else weight.T
+    add_linear(op, weight * op.given("alpha", 1.0), None if bias is None else bias * op.given("beta", 1.0))
+
+
+def read_matmul(op: Operator) -> None:
+    if not op.scope.is_constant(op.inputs[1]):
+        op.make("matmul", [op.layer(0), op.layer(1)])
+        return
+    weight, shape = op.constant(1), op.shape()
+    assert weight is not None
+    if weight.ndim != 2:
+        raise UnknownFormError("multiplies by weights of more than two axes")
+    if len(shape) == 2:
+        add_linear(op, weight.T, None)
+        return
+    add_linear_over_last_axis(op, weight.T)
+
+
+def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
+    outputs, inputs = weight.shape
+    bias = np.zeros(outputs) if bias is None else np.broadcast_to(bias.reshape(-1), (outputs,))
+    op.make("linear", [op.layer()], {"weight": weight, "bias": bias}, inputs=inputs, outputs=outputs)
+
+
+def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
+    """(N, ..., C) by (O, C): as a 1x1 convolution of (N, C, positions, 1)."""
+    shape, draft = op.shape(), op.scope.draft
+    positions = math.prod(shape[1:-1])
+    flat = draft.add("reshape", [op.layer()], "", {"shape": [positions, 1, shape[-1]]})
+    first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
+    kernels = weight[:, :, None, None]
+    done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, None, 1))
+    last = draft.add("transpose", [done], "", {"axes": [0, 2, 3, 1]})
+    op.make("reshape", [last], shape=[*shape[1:-1], len(weight)])
+
+
+def read_binary(kind: str) -> Callable[[Operator], None]:
+    """Add, Sub, Mul or Div: of two layers, or of a layer and constants."""
+
+    def read(op: Operator) -> None:
+        first, second = op.inputs[0], op.inputs[1]
+        constants = [op.scope.is_constant(name) for name in (first, second)]
+        if not any(constants):
+            add_binary(op, kind, op.layer(0), op.layer(1))
+        else:
+            name, value = (second, op.scope.constant(first)) if constants[0] else (first, op.scope.constant(second))
+            add_constant(op, kind, op.scope.layer(name), value.astype(np.float64), constants[0])
+
+    return read
+
+
+def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
+    draft = op.scope.draft
+    if kind == "mul" and draft.shape(one) != draft.shape(other):
+        # What is broadcast comes second.
+        small = math.prod(draft.shape(one)) < math.prod(draft.shape(other))
+        one, other = (other, one) if small else (one, other)
+    op.make(kind, [one, other])
+
+
+def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first: bool) -> None:
+    shape = op.scope.draft.shape(layer)
+    if np.broadcast_shapes(shape, value.shape) != shape:
+        raise UnknownFormError("makes a tensor larger by a constant")
+    value = value.reshape(value.shape[1:]) if value.ndim == len(shape) and value.shape[0] == 1 else value
+    if value.ndim >= len(shape):
+        raise UnknownFormError("has a constant for each picture")
+    one, zero = np.ones(()), np.zeros(())
+    if kind == "div" and value_first:
+        layer, kind, value_first = op.scope.draft.add("reciprocal", [layer], ""), "mul", False
+    scale, shift = {
+        "add": (one, value),
+        "sub": (-one, value) if value_first else (one, -value),
+        "mul": (value, zero),
+        "div": ((1 / value if kind == "div" else one), zero),
+    }[kind]
+    op.make("affine", [layer], {"scale": scale, "shift": shift})
+
+
+def read_sum(op: Operator) -> None:
+    names = [op.scope.layer(name) for name in op.inputs]
+    total = names[0]
+    for name in names[1:-1]:
+        total = op.scope.draft.add("add", [total, name], "")
+    if len(names) == 1:
+        op.same(total)
+    else:
+        op.make("add", [total, names[-1]])
+
+
+def read_clip(op: Operator) -> None:
+    low, high = (op.numbers(name, place) for name, place in (("min", 1), ("max", 2)))
+    add_clip(op, first_of(low, -math.inf), first_of(high, math.inf))
+
+
+def first_of(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    found = float(value[0] if isinstance(value, list) else value)
+    return found if abs(found) < 3e38 else math.copysign(math.inf, found)
+
+
+def add_clip(op: Operator, low: float, high: float) -> None:
+    source = op.layer(0) if op.inputs[0] in op.scope.layers else op.layer(1)
+    if low == 0 and high == math.inf:
+        op.make("relu", [source])
+    elif math.isinf(low) and math.isinf(high):
+        op.same(source)
+    else:
+        op.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
+
+
+def read_limit(is_max: bool) -> Callable[[Operator], None]:
+    """Max or Min with a constant."""
+
+    def read(op: Operator) -> None:
+        values = [op.scope.constants[name] for name in op.inputs if op.scope.is_constant(name)]
+        if len(op.inputs) != 2 or len(values) != 1 or values[0].size != 1:
+            raise UnknownFormError("compares layers with each other")
+        value = float(values[0].ravel()[0])
+        add_clip(op, value if is_max else -math.inf, math.inf if is_max else value)
+
+    return read
+
+
+def read_unary(kind: str, **defaults: float) -> Callable[[Operator], None]:
+    """An activation; ``defaults`` are ONNX's attributes, under our names."""
+    theirs = {"slope": "alpha"}
+
+    def read(op: Operator) -> None:
+        options = {name: float(op.given(theirs.get(name, name), value)) for name, value in defaults.items()}
+        op.make(kind, [op.layer()], **options)
+
+    return read
+
+
+def read_prelu(op: Operator) -> None:
+    slope = op.constant(1)
+    assert slope is not None
+    slope = slope[0] if slope.ndim == len(op.shape()) else slope
+    op.make("prelu", [op.layer()], {"slope": slope})
+
+
+def read_gelu(op: Operator) -> None:
+    if op.given("approximate", "none") != "none":
+        raise UnknownFormError("is approximated by tanh")
+    op.make("gelu", [op.layer()])
+
+
+def read_pow(op: Operator) -> None:
+    power = op.constant(1)
+    if power is None or power.size != 1:
+        raise UnknownFormError("has other powers than one constant")
+    op.make("pow", [op.layer()], power=float(power.ravel()[0]))
+
+
+def read_concat(op: Operator) -> None:
+    axis = op.axis(int(op.given("axis", 1)), len(op.shape()) if op.inputs[0] in op.scope.layers else 4)
+    names = [op.scope.layer(name) for name in op.inputs]
+    if axis == 0:
+        raise UnknownFormError("joins pictures of the batch")
+    if len(names) == 1:
+        op.same(names[0])
+    else:
+        op.make("concat", names, axis=axis)
+
+
+def read_split(op: Operator) -> None:
+    shape = op.shape()
+    axis = op.axis(int(op.given("axis", 0)), len(shape))
+    number = int(op.given("num_outputs", len(op.node.output)))
+    chunk = -(-shape[axis] // number)
+    even = [min(chunk, shape[axis] - i * chunk) for i in range(number)]
+    sizes = [int(size) for size in op.numbers("split", 1, even)]
+    start = 0
+    for place, size in enumerate(sizes):
+        add_slice(op, op.layer(), axis, start, start + size, 1, place)
+        start += size
+
+
+def add_slice(op: Operator, source: str, axis: int, start: int, stop: int, step: int, output: int = 0) -> None:
+    if axis == 0:
+        raise UnknownFormError("takes pictures out of the batch")
+    op.make("slice", [source], None, output, axis=axis, start=start, stop=stop, step=step)
+
+
+def read_slice(op: Operator) -> None:
+    shape, source = op.shape(), op.layer()
+    starts, stops = op.numbers("starts", 1), op.numbers("ends", 2)
+    axes = op.numbers("axes", 3, list(range(len(starts))))
+    steps = op.numbers("steps", 4, [1] * len(starts))
+    parts = []
+    for start, stop, axis, step in zip(starts, stops, axes, steps, strict=True):
+        place = op.axis(int(axis), len(shape))
+        if step < 1:
+            raise UnknownFormError("goes backwards")
+        first, last, _ = slice(int(start), int(stop), int(step)).indices(shape[place])
+        if (first, last, step) != (0, shape[place], 1):
+            parts.append((place, first, last, int(step)))
+    if not parts:
+        op.same(source)
+        return
+    for place, first, last, step in parts[:-1]:
+        options = {"axis": place, "start": first, "stop": last, "step": step}
+        if place == 0:
+            raise UnknownFormError("takes pictures out of the batch")
+        source = op.scope.draft.add("slice", [source], "", options)
+    add_slice(op, source, *parts[-1])
+
+
+def read_gather(op: Operator) -> None:
+    indices, shape = op.constant(1), op.shape()
+    assert indices is not None
+    axis = op.axis(int(op.given("axis", 0)), len(shape))
+    if axis == 0 or indices.ndim > 1:
+        raise UnknownFormError("looks up other things than channels or positions")
+    places = [int(i) % shape[axis] for i in indices.reshape(-1)]
+    if indices.ndim:
+        op.make("slice", [op.layer()], axis=axis, indices=places)
+        return
+    one = op.scope.draft.add("slice", [op.layer()], "", {"axis": axis, "indices": places})
+    op.make("reshape", [one], shape=[size for i, size in enumerate(shape) if i not in (0, axis)])
+
+
+def read_pool(kind: str) -> Callable[[Operator], None]:
+    def read(op: Operator) -> None:
+        kernel = [int(size) for size in op.given("kernel_shape", [])]
+        if len(kernel) != 2 or set(op.given("dilations", [1])) != {1} or op.given("storage_order", 0):
+            raise UnknownFormError("pools over other windows than those of pictures, without gaps")
+        if len(op.node.output) > 1:
+            raise UnknownFormError("tells places, too")
+        stride = [int(size) for size in op.given("strides", [1, 1])]
+        pads = pads_of(op, kernel, stride, [1, 1])
+        sizes = op.shape()[2:]
+        if kernel == list(sizes) and pads == [0] * 4 and not op.given("ceil_mode", 0):
+            op.make({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], [op.layer()])
+            return
+        include = {"include": bool(op.given("count_include_pad", 0))} if kind == "avg_pool" else {}
+        ceil = bool(op.given("ceil_mode", 0))
+        op.make(kind, [op.layer()], kernel=kernel, stride=stride, pads=pads, ceil=ceil, **include)
+
+    return read
+
+
+def read_mean(op: Operator) -> None:
+    shape, rank = op.shape(), len(op.shape())
+    axes = op.numbers("axes", 1)
+    places = sorted(op.axis(int(axis), rank) for axis in axes) if axes else list(range(rank))
+    if 0 in places:
+        raise UnknownFormError("averages over the batch")
+    if not places:
+        op.same(op.layer())
+        return
+    is_global = rank == 4 and places == [2, 3]
+    keep = bool(op.given("keepdims", 1))
+    rest = [size for i, size in enumerate(shape) if i > 0 and i not in places]
+    kind, options = ("global_avg", {}) if is_global else ("mean", {"axes": places})
+    if keep:
+        op.make(kind, [op.layer()], **options)
+        return
+    found = op.scope.draft.add(kind, [op.layer()], "", options)
+    op.make("reshape", [found], shape=rest)
+
+
+def read_softmax(kind: str) -> Callable[[Operator], None]:
+    def read(op: Operator) -> None:
+        shape = op.shape()
+        default = -1 if op.scope.opset >= 13 else 1
+        axis = op.axis(int(op.given("axis", default)), len(shape))
+        if op.scope.opset < 13 and math.prod(shape[axis + 1 :]) != 1:
+            raise UnknownFormError("is taken over several axes")
+        op.make(kind, [op.layer()], axis=axis)
+
+    return read
+
+
+def add_reshape(op: Operator, shape: Sequence[int]) -> None:
+    """To ``shape``, whose first axis is the batch of one picture."""
+    if not shape or shape[0] != 1:
+        raise UnknownFormError("mixes the batch with other axes")
+    if tuple(shape) == op.shape():
+        op.same(op.layer())
+    else:
+        op.make("reshape", [op.layer()], shape=[int(size) for size in shape[1:]])
+
+
+def read_reshape(op: Operator) -> None:
+    wanted = [int(size) for size in op.numbers("shape", 1)]
+    source = op.shape()
+    if not op.given("allowzero", 0):
+        wanted = [source[i] if size == 0 else size for i, size in enumerate(wanted)]
+    known = math.prod(size for size in wanted if size != -1)
+    add_reshape(op, [math.prod(source) // max(known, 1) if size == -1 else size for size in wanted])
+
+
+def read_flatten(op: Operator) -> None:
+    shape = op.shape()
+    axis = op.axis(int(op.given("axis", 1)), len(shape))
+    add_reshape(op, [math.prod(shape[:axis]), math.prod(shape[axis:])])
+
+
+def read_squeeze(op: Operator) -> None:
+    shape = op.shape()
+    axes = op.numbers("axes", 1)
+    places = [op.axis(int(axis), len(shape)) for axis in axes] if axes else range(1, len(shape))
+    add_reshape(op, [size for i, size in enumerate(shape) if i not in places or (not axes and size != 1)])
+
+
+def read_unsqueeze(op: Operator) -> None:
+    axes, shape = op.numbers("axes", 1), list(op.shape())
+    rank = len(shape) + len(axes)
+    for axis in sorted(op.axis(int(axis), rank) for axis in axes):
+        shape.insert(axis, 1)
+    add_reshape(op, shape)
+
+
+def read_transpose(op: Operator) -> None:
+    rank = len(op.shape())
+    axes = [int(axis) for axis in op.given("perm", range(rank)[::-1])]
+    if axes[0] != 0:
+        raise UnknownFormError("mixes the batch with other axes")
+    if axes == list(range(rank)):
+        op.same(op.layer())
+    else:
+        op.make("transpose", [op.layer()], axes=axes)
+
+
+def read_pad(op: Operator) -> None:
+    rank = len(op.shape())
+    if op.given("mode", "constant") != "constant":
+        raise UnknownFormError("pads by other values than a constant")
+    given = [int(size) for size in op.numbers("pads", 1)]
+    axes = op.numbers("axes", 3, list(range(rank))) if op.scope.opset >= 18 else list(range(rank))
+    starts, ends = [0] * rank, [0] * rank
+    for place, axis in enumerate(axes):
+        starts[int(axis) % rank], ends[int(axis) % rank] = given[place], given[place + len(axes)]
+    if not any(starts + ends):
+        op.same(op.layer())
+        return
+    if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
+        raise UnknownFormError("pads other things than pictures, or cuts them")
+    value = first_of(op.numbers("value", 2), 0.0)
+    if starts[2:] + ends[2:] == [0] * 4 and (starts[1] or ends[1]):
+        options = {"pads": [0] * 4, "channels": [starts[1], ends[1]], "value": value}
+        op.make("pad", [op.layer()], **options)
+        return
+    if starts[1] or ends[1]:
+        raise UnknownFormError("pads channels and positions at once")
+    op.make("pad", [op.layer()], pads=[*starts[2:], *ends[2:]], value=value)
+
+
+def read_lrn(op: Operator) -> None:
+    options = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
+    values = {name: float(op.given(name, default)) for name, default in options.items()}
+    op.make("lrn", [op.layer()], size=int(op.given("size", 1)), **values)
+
+
+def read_layer_norm(op: Operator) -> None:
+    rank = len(op.shape())
+    if op.axis(int(op.given("axis", -1)), rank) != rank - 1:
+        raise UnknownFormError("normalizes over more than the last axis")
+    scale, shift = op.constant(1), op.constant(2)
+    assert scale is not None
+    tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
+    op.make("layer_norm", [op.layer()], tensors, eps=float(op.given("epsilon", 1e-5)))
+
+
+def read_cast(op: Operator) -> None:
+    if int(op.given("to", 1)) not in (1, 11):
+        raise UnknownFormError("turns layers into integers or half floats")
+    op.same(op.layer())
+
+
+def read_nothing(op: Operator) -> None:
+    op.same(op.layer())
+
+
+READERS: dict[str, Callable[[Operator], None]] = {
+    "Abs": read_unary("abs"),
+    "Add": read_binary("add"),
+    "AveragePool": read_pool("avg_pool"),
+    "BatchNormalization": read_batch_norm,
+    "Cast": read_cast,
+    "Clip": read_clip,
+    "Concat": read_concat,
+    "Conv": read_convolution,
+    "Div": read_binary("div"),
+    "Dropout": read_nothing,
+    "Erf": read_unary("erf"),
+    "Exp": read_unary("exp"),
+    "Flatten": read_flatten,
+    "Gather": read_gather,
+    "Gelu": read_gelu,
+    "Gemm": read_gemm,
+    "GlobalAveragePool": read_unary("global_avg"),
+    "GlobalMaxPool": read_unary("global_max"),
+    "HardSigmoid": read_unary("hard_sigmoid", alpha=0.2, beta=0.5),
+    "HardSwish": read_unary("hard_swish"),
+    "Identity": read_nothing,
+    "LRN": read_lrn,
+    "LayerNormalization": read_layer_norm,
+    "LeakyRelu": read_unary("leaky_relu", slope=0.01),
+    "LogSoftmax": read_softmax("log_softmax"),
+    "MatMul": read_matmul,
+    "Max": read_limit(True),
+    "MaxPool": read_pool("max_pool"),
+    "Min": read_limit(False),
+    "Mul": read_binary("mul"),
+    "Neg": read_unary("neg"),
+    "PRelu": read_prelu,
+    "Pad": read_pad,
+    "Pow": read_pow,
+    "Reciprocal": read_unary("reciprocal"),
+    "ReduceMean": read_mean,
+    "Relu": read_unary("relu"),
+    "Reshape": read_reshape,
+    "Sigmoid": read_unary("sigmoid"),
+    "Slice": read_slice,
+    "Softmax": read_softmax("softmax"),
+    "Split": read_split,
+    "Sqrt": read_unary("sqrt"),
+    "Squeeze": read_squeeze,
+    "Sub": read_binary("sub"),
+    "Sum": read_sum,
+    "Tanh": read_unary("tanh"),
+    "Transpose": read_transpose,
+    "Unsqueeze": read_unsqueeze,
+}
+"""ONNX's name of an operator -> what reads it."""

@@ -1,0 +1,102 @@
+"""From an ONNX model to a draft of a network: constants are folded, every other node becomes a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.graph.onnx_import.constants import FOLDED, fold
+from mgq.graph.onnx_import.draft import NetworkDraft
+from mgq.graph.onnx_import.operators import READERS, Scope, UnknownFormError, read_node
+from mgq.graph.onnx_import.simplify import simplify
+from mgq.zoo.blueprint import INPUT
+
+Array = npt.NDArray[Any]
+MOST_NUMBERS = 1 << 27
+"""In what a layer gives for one picture."""
+
+
+def read_network(
+    model: Any, constants: Mapping[str, Array], input_name: str, sample: Array, channels_last: bool = False
+) -> NetworkDraft:
+    """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
+
+    ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be, with the axes (1, H, W, C) where
+    ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax at the end is left out. Raises
+    InputError that names the first node that cannot be imported, and the opset.
+    """
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    draft = NetworkDraft()
+    scope = Scope(draft, opset, dict(constants), {})
+    draft.samples[INPUT] = sample
+    scope.layers[input_name] = INPUT
+    if channels_last:
+        scope.layers[input_name] = draft.add("transpose", [INPUT], "", {"axes": [0, 2, 3, 1]})
+    for place, node in enumerate(model.graph.node):
+        read(node, place, scope)
+    output = model.graph.output[0].name
+    if output not in scope.layers:
+        raise InputError("its answer does not depend on the picture: give a classifier")
+    draft.output = scope.layers[output]
+    end_in_classes(draft)
+    simplify(draft)
+    return draft
+
+
+def read(node: Any, place: int, scope: Scope) -> None:
+    """Fold ``node`` where all it reads is known, or else make a layer of it. Raises InputError that names it."""
+    what = f"{printable(node.op_type)[:40]} '{printable(node.name or f'number {place + 1}')[:80]}'"
+    what += f" (opset {scope.opset})"
+    if node.domain not in ("", "ai.onnx"):
+        raise InputError(f"has a {printable(node.domain)[:40]}.{what}, which is not imported: use ONNX's own operators")
+    known = all(name in scope.constants for name in node.input if name)
+    try:
+        if node.op_type == "Shape" and not known:
+            fold_shape(node, scope)
+        elif known and node.op_type in FOLDED:
+            outputs = fold(node, scope.constants, scope.opset)
+            scope.constants.update(zip(node.output, outputs, strict=False))
+        elif node.op_type not in READERS:
+            raise InputError(f"has a {what}, which is not imported")
+        else:
+            read_node(node, scope)
+            refuse_huge(scope, node)
+    except InputError:
+        raise
+    except UnknownFormError as error:
+        raise InputError(f"has a {what} that {error}, which is not imported") from None
+    except Exception as error:
+        reason = printable(str(error).strip().partition("\n")[0])[:120]
+        raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
+
+
+def fold_shape(node: Any, scope: Scope) -> None:
+    """The shape of what a layer gives is known: the batch is of one picture."""
+    shape = scope.shape(node.input[0])
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    part = shape[given.get("start", 0) : given.get("end", len(shape))]
+    scope.constants[node.output[0]] = np.array(part, np.int64)
+
+
+def refuse_huge(scope: Scope, node: Any) -> None:
+    for name in node.output:
+        layer = scope.layers.get(name)
+        if layer is not None and math.prod(scope.draft.shape(layer)) > MOST_NUMBERS:
+            raise UnknownFormError("makes more numbers than a classifier needs")
+
+
+def end_in_classes(draft: NetworkDraft) -> None:
+    """Let the answer be (1, classes). Raises InputError for other answers."""
+    shape = draft.shape(draft.output)
+    if len(shape) in (3, 4) and math.prod(shape[2:]) == 1:
+        source = draft.sources[draft.output]
+        draft.output = draft.add("reshape", [draft.output], source, {"shape": [shape[1]]})
+        shape = draft.shape(draft.output)
+    if len(shape) != 2 or shape[1] < 2:
+        told = "x".join(map(str, shape))
+        raise InputError(f"answers with {told} numbers, not with one for each class: give a classifier of pictures")

@@ -1,0 +1,378 @@
+"""Layers of a draft joined into those that int8 has kernels for: exact but for float32's rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.graph.onnx_import.draft import (
+    NetworkDraft,
+    convolution_options,
+    convolution_tensors,
+)
+from mgq.zoo.blueprint import INPUT, LayerPlan
+
+Array = npt.NDArray[Any]
+Rule = Callable[[NetworkDraft], bool]
+
+
+def simplify(draft: NetworkDraft) -> None:
+    """Join layers until nothing more can be joined; the softmax at the end is left out."""
+    drop_softmax(draft)
+    draft.drop_unread()
+    changed = True
+    while changed:
+        changed = False
+        for rule in RULES:
+            changed |= apply(draft, rule)
+
+
+def apply(draft: NetworkDraft, rule: Rule) -> bool:
+    """Change what ``rule`` finds until it finds nothing more: whether it found anything."""
+    changed = False
+    while rule(draft):
+        draft.drop_unread()
+        changed = True
+    return changed
+
+
+def drop_softmax(draft: NetworkDraft) -> None:
+    """Let the network answer with logits. What stands between its softmax and the end is left out with it."""
+    behind: list[LayerPlan] = []
+    last = draft.plan(draft.output)
+    while last is not None and last.kind == "reshape":
+        behind.append(last)
+        last = draft.plan(last.inputs[0])
+    if last is None or last.kind not in ("softmax", "log_softmax") or not draft.is_read_once_or_last(last.name):
+        return
+    for plan in behind:
+        draft.sources[plan.name] = draft.sources[last.inputs[0]]
+    draft.skip(last)
+
+
+def layers(draft: NetworkDraft, *kinds: str) -> Iterator[LayerPlan]:
+    """Those of ``kinds``, as they are by now."""
+    for plan in list(draft.plans):
+        if plan.kind in kinds and draft.plan(plan.name) is plan:
+            yield plan
+
+
+def affine(draft: NetworkDraft, name: str) -> tuple[Array, Array] | None:
+    """Scale and shift of the layer ``name``; None where it is no such layer."""
+    plan = draft.plan(name)
+    if plan is None or plan.kind != "affine":
+        return None
+    tensors = draft.tensors_of(name)
+    return tensors["scale"].astype(np.float64), tensors["shift"].astype(np.float64)
+
+
+def is_affine(draft: NetworkDraft, name: str, scale: float, shift: float) -> bool:
+    found = affine(draft, name)
+    return found is not None and all(
+        part.size == 1 and math.isclose(float(part.ravel()[0]), value, rel_tol=1e-4, abs_tol=1e-6)
+        for part, value in zip(found, (scale, shift), strict=True)
+    )
+
+
+def source_of(draft: NetworkDraft, name: str, kind: str) -> LayerPlan | None:
+    """The layer ``name`` where it is of ``kind``."""
+    plan = draft.plan(name)
+    return plan if plan is not None and plan.kind == kind else None
+
+
+def join_hard_sigmoid(draft: NetworkDraft) -> bool:
+    """(x + 3) limited to 0 and 6, times 1/6, is a hard sigmoid."""
+    for plan in layers(draft, "clip"):
+        before = plan.inputs[0]
+        if (plan.options["low"], plan.options["high"]) != (0, 6) or not is_affine(draft, before, 1, 3):
+            continue
+        inner = draft.plan(before)
+        assert inner is not None
+        name = draft.insert_before(plan, "hard_sigmoid", [inner.inputs[0]], {"alpha": 1 / 6, "beta": 0.5})
+        tensors = {"scale": np.array(6.0), "shift": np.array(0.0)}
+        scaled = draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
+        draft.sources[scaled], draft.samples[scaled] = draft.sources[plan.name], draft.samples[plan.name]
+        draft.rename_inputs(plan.name, scaled)
+        return True
+    return False
+
+
+def move_scale_behind_product(draft: NetworkDraft) -> bool:
+    """x * (6 y) is 6 (x * y): the scale goes behind, where it meets the one that undoes it."""
+    for plan in layers(draft, "mul"):
+        for place, name in enumerate(plan.inputs):
+            found = affine(draft, name)
+            if found is None or any(part.size != 1 for part in found) or found[1].any() or not draft.is_read_once(name):
+                continue
+            if float(found[0].ravel()[0]) == 1.0:
+                continue
+            inner = draft.plan(name)
+            assert inner is not None
+            inputs = [inner.inputs[0] if i == place else other for i, other in enumerate(plan.inputs)]
+            product = draft.insert_before(plan, "mul", inputs, dict(plan.options))
+            options: dict[str, Any] = {"constants": {"scale": [], "shift": []}}
+            tensors = {"scale": found[0].reshape(()), "shift": np.zeros(())}
+            scaled = draft.insert_before(plan, "affine", [product], options, tensors)
+            draft.samples[scaled], draft.sources[scaled] = draft.samples[plan.name], draft.sources[plan.name]
+            draft.rename_inputs(plan.name, scaled)
+            return True
+    return False
+
+
+def join_swish(draft: NetworkDraft) -> bool:
+    """x * sigmoid(x), x * hard_sigmoid(x) and x * (1 + erf(x / sqrt 2)) are activations."""
+    for plan in layers(draft, "mul"):
+        for one, other in (plan.inputs, plan.inputs[::-1]):
+            kind, factor = swish_kind(draft, one, other)
+            if not kind:
+                continue
+            name = draft.insert_before(plan, kind, [one], {})
+            if factor != 1:
+                tensors = {"scale": np.array(factor), "shift": np.zeros(())}
+                name = draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
+            draft.samples[name], draft.sources[name] = draft.samples[plan.name], draft.sources[plan.name]
+            draft.rename_inputs(plan.name, name)
+            return True
+    return False
+
+
+def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, float]:
+    """What ``one`` * ``gate`` is as an activation of ``one``, and how many times that."""
+    plan = draft.plan(gate)
+    if plan is None:
+        return "", 1
+    if plan.kind == "sigmoid" and plan.inputs == (one,):
+        return "silu", 1
+    is_hard = plan.kind == "hard_sigmoid" and plan.inputs == (one,)
+    if is_hard and math.isclose(plan.options["alpha"], 1 / 6, rel_tol=1e-4) and plan.options["beta"] == 0.5:
+        return "hard_swish", 1
+    if is_affine(draft, gate, 1, 1):
+        inner = source_of(draft, plan.inputs[0], "erf")
+        scaled = draft.plan(inner.inputs[0]) if inner is not None else None
+        if scaled is not None and scaled.inputs == (one,) and is_affine(draft, scaled.name, math.sqrt(0.5), 0):
+            return "gelu", 2
+    return "", 1
+
+
+def join_affines(draft: NetworkDraft) -> bool:
+    """Two affine layers in a row are one; one that changes nothing is none."""
+    for plan in layers(draft, "affine"):
+        scale, shift = affine(draft, plan.name) or (np.ones(()), np.zeros(()))
+        if np.allclose(scale, 1, rtol=1e-6, atol=0) and not shift.any():
+            source = plan.inputs[0]
+            if source in draft.sources and draft.is_read_once(source):
+                draft.sources[source] = draft.sources[plan.name]
+            draft.skip(plan)
+            return True
+        inner = affine(draft, plan.inputs[0])
+        if inner is None or not draft.is_read_once(plan.inputs[0]):
+            continue
+        before = draft.plan(plan.inputs[0])
+        assert before is not None
+        tensors = {"scale": inner[0] * scale, "shift": inner[1] * scale + shift}
+        shapes = {name: list(value.shape) for name, value in tensors.items()}
+        draft.set_tensors(before.name, tensors)
+        draft.norms.pop(before.name, None)
+        draft.absorb(before, plan, before.having(constants=shapes))
+        return True
+    return False
+
+
+def per_channel(values: Array, channels: int, axes: int) -> Array | None:
+    """``values``, which are broadcast to (channels, ...) of so many ``axes``, as (channels,); None where they differ
+    within a channel."""
+    if values.size == 1:
+        return np.full(channels, float(values.ravel()[0]))
+    shape = (1,) * (axes - values.ndim) + values.shape
+    return values.ravel() if shape == (channels, *(1,) * (axes - 1)) else None
+
+
+def join_affine_into_weights(draft: NetworkDraft) -> bool:
+    """A scale and shift of each output go into the convolution or the linear layer before."""
+    for plan in layers(draft, "affine"):
+        before = draft.plan(plan.inputs[0])
+        if before is None or not draft.is_read_once(before.name) or before.kind not in ("conv", "linear"):
+            continue
+        shape = draft.shape(before.name)
+        scale, shift = (per_channel(v, shape[1], len(shape) - 1) for v in affine(draft, plan.name) or ())
+        if scale is None or shift is None or before.options.get("activation"):
+            continue
+        changed = before
+        if before.kind == "linear":
+            tensors = draft.tensors_of(before.name)
+            weight, bias = tensors["weight"] * scale[:, None], tensors["bias"] * scale + shift
+            draft.set_tensors(before.name, {"weight": weight, "bias": bias})
+        else:
+            changed = join_norm(draft, before, plan, scale, shift)
+        draft.absorb(before, plan, changed)
+        return True
+    return False
+
+
+def join_norm(draft: NetworkDraft, conv: LayerPlan, plan: LayerPlan, scale: Array, shift: Array) -> LayerPlan:
+    """``scale`` and ``shift`` in the batch norm of ``conv``: as the file's own, where it has none yet."""
+    tensors = draft.tensors_of(conv.name)
+    shape = tensors["bn.bias"].shape
+    own = draft.norms.get(plan.name)
+    if own is not None and not conv.options["normalized"]:
+        parts, epsilon = own
+        # A bias of the convolution moves the mean that the norm takes away.
+        moved = {**parts, "running_mean": parts["running_mean"] - tensors["bn.bias"].ravel()}
+        draft.set_tensors(
+            conv.name, {**tensors, **{f"bn.{name}": value.reshape(shape) for name, value in moved.items()}}
+        )
+        return conv.having(normalized=True, eps=epsilon)
+    tensors["bn.weight"] = tensors["bn.weight"] * scale.reshape(shape)
+    tensors["bn.bias"] = tensors["bn.bias"] * scale.reshape(shape) + shift.reshape(shape)
+    draft.set_tensors(conv.name, tensors)
+    return conv
+
+
+def join_pad(draft: NetworkDraft) -> bool:
+    """Zeros around a picture go into the convolution behind, where they are the same on both sides."""
+    for plan in layers(draft, "conv"):
+        pad = source_of(draft, plan.inputs[0], "pad")
+        if pad is None or pad.options["value"] or not draft.is_read_once(pad.name) or "channels" in pad.options:
+            continue
+        top, left, bottom, right = pad.options["pads"]
+        if (top, left) != (bottom, right):
+            continue
+        own = plan.options["padding"]
+        draft.replace(plan, plan.having(padding=[own[0] + top, own[1] + left]).reading(pad.inputs))
+        draft.remove(pad)
+        return True
+    return False
+
+
+def join_activation(draft: NetworkDraft) -> bool:
+    """ReLU, and ReLU6, belong to the convolution or the sum before."""
+    for plan in layers(draft, "relu", "clip"):
+        before = draft.plan(plan.inputs[0])
+        is_relu = plan.kind == "relu"
+        if before is None or not draft.is_read_once(before.name):
+            continue
+        if not is_relu and (plan.options["low"], plan.options["high"]) != (0, 6):
+            continue
+        if before.kind == "conv" and not before.options["activation"]:
+            draft.absorb(before, plan, before.having(activation="relu" if is_relu else "relu6"))
+            return True
+        if before.kind == "add" and is_relu and not before.options.get("relu"):
+            draft.absorb(before, plan, before.having(relu=True))
+            return True
+    return False
+
+
+def make_convolution_of_linear(draft: NetworkDraft) -> bool:
+    """Linear layers in the middle are convolutions of one position: so they have grids and activations."""
+    for plan in layers(draft, "linear"):
+        if plan.name == draft.output:
+            continue
+        tensors = draft.tensors_of(plan.name)
+        weight = tensors["weight"][:, :, None, None]
+        shape = [plan.options["inputs"], 1, 1]
+        flat = draft.insert_before(plan, "reshape", list(plan.inputs), {"shape": shape})
+        conv = draft.insert_before(
+            plan, "conv", [flat], convolution_options(weight, 1), convolution_tensors(weight, tensors["bias"], 1)
+        )
+        back = draft.insert_before(plan, "reshape", [conv], {"shape": [plan.options["outputs"]]})
+        draft.samples[back], draft.sources[back] = draft.samples[plan.name], draft.sources[plan.name]
+        draft.rename_inputs(plan.name, back)
+        return True
+    return False
+
+
+def join_reshapes(draft: NetworkDraft) -> bool:
+    """Two in a row are one, and one that changes nothing is none."""
+    for plan in layers(draft, "reshape"):
+        before = draft.plan(plan.inputs[0])
+        if draft.shape(plan.inputs[0]) == draft.shape(plan.name) and plan.inputs[0] != INPUT:
+            if draft.is_read_once(plan.inputs[0]):
+                draft.sources[plan.inputs[0]] = draft.sources[plan.name]
+            draft.skip(plan)
+            return True
+        if before is not None and before.kind == "reshape":
+            draft.replace(plan, plan.reading(before.inputs))
+            return True
+    return False
+
+
+def join_transposes(draft: NetworkDraft) -> bool:
+    """Two in a row are one, and one that changes nothing is none."""
+    for plan in layers(draft, "transpose"):
+        axes, before = plan.options["axes"], draft.plan(plan.inputs[0])
+        if axes == list(range(len(axes))):
+            draft.skip(plan)
+            return True
+        if before is not None and before.kind == "transpose":
+            order = [before.options["axes"][axis] for axis in axes]
+            draft.replace(plan, plan.having(axes=order).reading(before.inputs))
+            return True
+    return False
+
+
+def move_activation_before_reshape(draft: NetworkDraft) -> bool:
+    """An activation behind a reshape goes before it, to the convolution that it belongs to."""
+    for plan in layers(draft, "relu", "clip"):
+        before = source_of(draft, plan.inputs[0], "reshape")
+        inner = draft.plan(before.inputs[0]) if before is not None else None
+        if before is None or inner is None or inner.kind != "conv" or not draft.is_read_once(before.name):
+            continue
+        if not draft.is_read_once(inner.name):
+            continue
+        moved = draft.insert_before(before, plan.kind, [inner.name], dict(plan.options))
+        draft.replace(before, before.reading([moved]))
+        draft.samples[before.name], draft.sources[before.name] = draft.samples[plan.name], draft.sources[plan.name]
+        draft.skip(plan)
+        return True
+    return False
+
+
+def make_convolution_of_affine(draft: NetworkDraft) -> bool:
+    """A scale and shift of each channel of a picture is a depthwise convolution of single positions."""
+    for plan in layers(draft, "affine"):
+        shape = draft.shape(plan.name)
+        if len(shape) != 4:
+            continue
+        scale, shift = (per_channel(v, shape[1], 3) for v in affine(draft, plan.name) or ())
+        readers = draft.readers(plan.name)
+        if scale is None or shift is None or not any(r.kind in ("relu", "conv", "clip") for r in readers):
+            continue
+        channels = shape[1]
+        weight = np.ones((channels, 1, 1, 1))
+        tensors = convolution_tensors(weight, None, channels)
+        conv = draft.insert_before(plan, "conv", list(plan.inputs), convolution_options(weight, channels), tensors)
+        draft.absorb(draft.known(conv), plan, join_norm(draft, draft.known(conv), plan, scale, shift))
+        return True
+    return False
+
+
+def mark_gates(draft: NetworkDraft) -> bool:
+    """A product with numbers from 0 to 1 is not below what it scales."""
+    for plan in layers(draft, "mul"):
+        gate = draft.plan(plan.inputs[1])
+        if gate is not None and gate.kind in ("sigmoid", "hard_sigmoid") and "gate" not in plan.options:
+            draft.replace(plan, plan.having(gate=True))
+            return True
+    return False
+
+
+RULES: tuple[Rule, ...] = (
+    join_hard_sigmoid,
+    join_swish,
+    move_scale_behind_product,
+    join_affines,
+    join_affine_into_weights,
+    join_pad,
+    join_activation,
+    make_convolution_of_linear,
+    join_reshapes,
+    join_transposes,
+    move_activation_before_reshape,
+    make_convolution_of_affine,
+    mark_gates,
+)
+"""Each changes one thing and says so, or finds nothing to change."""

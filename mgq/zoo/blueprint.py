@@ -1,0 +1,159 @@
+"""Networks that are described by data: a list of layers, which travels with the weights in a checkpoint.
+
+It is what an imported classifier becomes. Reading it imports no MegEngine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mgq.errors import InputError
+
+INPUT = "pixels"
+"""The name of what a network reads: float32 (N, C, H, W)."""
+MOST_LAYERS = 20_000
+MOVES = frozenset({"reshape", "transpose", "slice", "pad", "max_pool", "global_max"})
+"""Kinds of layers that only move or choose values: integers stay integers, on the same grid."""
+WEIGHTED = frozenset({"conv", "linear"})
+ACTIVATIONS = frozenset({"relu", "clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "gelu", "tanh"})
+INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIVATIONS - {"gelu", "tanh"})
+"""Kinds of layers that are worth int8: what they read and give lies on grids."""
+# fmt: off
+FLOAT = frozenset({
+    "abs", "affine", "div", "erf", "exp", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow", "prelu",
+    "reciprocal", "softmax", "sqrt", "sub",
+})
+# fmt: on
+"""Kinds of layers that stay in float32."""
+KINDS = MOVES | INTEGER | ACTIVATIONS | FLOAT
+LEAST_OF = {"relu": 0.0, "sigmoid": 0.0, "hard_sigmoid": 0.0, "hard_swish": -0.375, "silu": -0.2785, "gelu": -0.1701}
+"""What activations give at least."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what it does, its name, which is also that of what it gives, what it reads, and how.
+
+    ``options`` are plain data: numbers, text, and lists of them.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading(self, names: Iterable[str]) -> LayerPlan:
+        return replace(self, inputs=tuple(names))
+
+    def having(self, **options: Any) -> LayerPlan:
+        return replace(self, options={**self.options, **options})
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Layers in the order in which they run, from ``INPUT`` to ``output``, (N, classes).
+
+    ``shape``: channels, height and width of what is read.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    output: str
+    shape: tuple[int, int, int]
+    classes: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def readers(self) -> dict[str, list[LayerPlan]]:
+        """Name of a tensor -> the layers that read it."""
+        found: dict[str, list[LayerPlan]] = {INPUT: [], **{layer.name: [] for layer in self.layers}}
+        for layer in self.layers:
+            for name in layer.inputs:
+                found[name].append(layer)
+        return found
+
+    def on_grid(self) -> frozenset[str]:
+        """The tensors that are put on a grid of their own where they are made.
+
+        Those of layers with int8 kernels are, and what such layers read; what only leads to the answer is not.
+        """
+        wanted, known = self._wanted(), {layer.name: layer for layer in self.layers}
+        made = {
+            name
+            for name, layer in known.items()
+            if layer.kind not in MOVES and layer.kind != "linear" and wanted[name] and self._pays(layer, wanted[name])
+        }
+        return frozenset(made)
+
+    def _pays(self, layer: LayerPlan, wanted_by: set[str]) -> bool:
+        return layer.kind in INTEGER or bool(wanted_by & INTEGER)
+
+    def _wanted(self) -> dict[str, set[str]]:
+        """Name of a tensor -> the kinds of the layers that read it, moved or not."""
+        found: dict[str, set[str]] = {INPUT: set(), **{layer.name: set() for layer in self.layers}}
+        for layer in reversed(self.layers):
+            kinds = found[layer.name] if layer.kind in MOVES else {layer.kind}
+            for name in layer.inputs:
+                found[name] |= kinds
+        return found
+
+    def lowest(self) -> dict[str, float]:
+        """Name of a tensor -> a bound that nothing in it is below: minus infinity where none is known."""
+        low: dict[str, float] = {INPUT: -math.inf}
+        for layer in self.layers:
+            low[layer.name] = least_of(layer, [low[name] for name in layer.inputs])
+        return low
+
+
+def least_of(layer: LayerPlan, inputs: Sequence[float]) -> float:
+    """A bound below what ``layer`` gives, where what it reads is not below ``inputs``."""
+    kind, options = layer.kind, layer.options
+    if kind in LEAST_OF:
+        return LEAST_OF[kind]
+    if kind == "conv" or kind == "linear":
+        return 0.0 if options.get("activation") else -math.inf
+    if kind == "add":
+        return 0.0 if options.get("relu") else sum(inputs)
+    if kind == "clip":
+        return float(options["low"])
+    if kind == "mul":
+        return 0.0 if min(inputs) >= 0 else -math.inf if options.get("gate") is None else min(inputs)
+    if kind in ("concat", "avg_pool", "global_avg", "max_pool", "global_max", "reshape", "transpose", "slice"):
+        return min(inputs)
+    if kind == "pad":
+        return min(inputs[0], float(options["value"]))
+    return 0.0 if kind == "softmax" else -math.inf
+
+
+def blueprint_in(text: Any) -> Blueprint:
+    """The blueprint that is written as JSON in ``text``. Raises InputError where it is damaged."""
+    try:
+        body = json.loads(text)
+        layers = tuple(
+            LayerPlan(str(part["kind"]), str(part["name"]), tuple(map(str, part["inputs"])), dict(part["options"]))
+            for part in body["layers"]
+        )
+        channels, height, width = (int(size) for size in body["shape"])
+        found = Blueprint(layers, str(body["output"]), (channels, height, width), int(body["classes"]))
+        refuse_impossible(found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError("the description of the network is damaged: import the ONNX file again") from None
+    return found
+
+
+def refuse_impossible(blueprint: Blueprint) -> None:
+    """Raises ValueError for a layer of no known kind, a name that is none or taken, and tensors that nobody made."""
+    made = {INPUT}
+    for layer in blueprint.layers:
+        is_name = layer.name.replace("_", "").isalnum() and layer.name.isidentifier() and "_" in layer.name
+        if layer.kind not in KINDS or not is_name or layer.name in made or not set(layer.inputs) <= made:
+            raise ValueError(layer.name)
+        made.add(layer.name)
+    if blueprint.output not in made or len(made) > MOST_LAYERS or blueprint.classes < 2:
+        raise ValueError(blueprint.output)
+    if not all(1 <= size <= 4096 for size in blueprint.shape):
+        raise ValueError("shape")

@@ -1,0 +1,258 @@
+"""The layers of networks that are described by data: one module for each, in float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import megengine.functional as F
+import megengine.module as M
+import numpy as np
+from megengine import Parameter, Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import Elemwise
+
+from mgq.zoo.blueprint import MOVES, LayerPlan
+from mgq.zoo.layers import ConvBnRelu6, on_grid_of
+
+Options = Mapping[str, Any]
+LOWEST = -3e38
+"""What stands around a picture for the largest of a window."""
+
+
+class BlueprintLayer(M.Module):  # type: ignore[misc]
+    """A layer of a ``kind``. ``lowest`` is a bound that nothing it gives is below."""
+
+    def __init__(self, kind: str, options: Options, lowest: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.options = dict(options)
+        self.lowest = lowest
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return FUNCTIONS[self.kind](self.options, *inputs)
+
+
+class Operation(BlueprintLayer):
+    """A layer without constants, whose result lies on a grid in an int8 network."""
+
+
+class FloatOperation(BlueprintLayer):
+    """A layer that stays in float. Its constants are parameters, so that they are part of the state."""
+
+    def __init__(self, kind: str, options: Options, lowest: float, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(kind, options, lowest)
+        self.constants = tuple(shapes)
+        for name, shape in shapes.items():
+            setattr(self, name, Parameter(np.zeros(tuple(shape), np.float32)))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return FUNCTIONS[self.kind](self.options, *inputs, *(getattr(self, name) for name in self.constants))
+
+
+class Move(BlueprintLayer):
+    """A layer that only moves or chooses values: they stay on the grid they are on."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return on_grid_of(inputs[0], super().forward(*inputs))
+
+
+def layer_of(plan: LayerPlan, on_grid: bool, lowest: float) -> M.Module:
+    """The module that ``plan`` describes, without weights. ``on_grid``: what it gives is int8 in an int8 network."""
+    if plan.kind == "conv":
+        return convolution_of(plan)
+    options = plan.options
+    if plan.kind == "linear":
+        return M.Linear(options["inputs"], options["outputs"])
+    if plan.kind == "add" and on_grid:
+        return M.Elemwise("FUSE_ADD_RELU" if options.get("relu") else "ADD")
+    if plan.kind in MOVES:
+        return Move(plan.kind, options, lowest)
+    shapes = options.get("constants", {})
+    if on_grid and not shapes:
+        return Operation(plan.kind, options, lowest)
+    if on_grid:
+        return GriddedFloatOperation(plan.kind, options, lowest, shapes)
+    return FloatOperation(plan.kind, options, lowest, shapes)
+
+
+class GriddedFloatOperation(FloatOperation):
+    """A layer that is computed in float, and whose result is put on a grid for those that read it."""
+
+
+CONVOLUTIONS = {"": M.ConvBn2d, "relu": M.ConvBnRelu2d, "relu6": ConvBnRelu6}
+
+
+def convolution_of(plan: LayerPlan) -> M.Module:
+    """A convolution with its batch norm. Where the file had none, that is an identity, and stays one in training."""
+    options = plan.options
+    layer = CONVOLUTIONS[options["activation"]](
+        options["inputs"],
+        options["outputs"],
+        tuple(options["kernel"]),
+        tuple(options["stride"]),
+        tuple(options["padding"]),
+        tuple(options["dilation"]),
+        options["groups"],
+        bias=False,
+        eps=options["eps"],
+    )
+    layer.bn.freeze = not options["normalized"]
+    return layer
+
+
+def reshape(options: Options, inp: Tensor) -> Tensor:
+    """``shape`` is without the batch."""
+    return F.reshape(inp, (inp._tuple_shape[0], *options["shape"]))
+
+
+def take_slice(options: Options, inp: Tensor) -> Tensor:
+    """Either every ``step``-th from ``start`` to ``stop``, or the ``indices``, along ``axis``."""
+    before = (slice(None),) * options["axis"]
+
+    def part(start: int, stop: int, step: int) -> Tensor:
+        return inp[before + (slice(start, stop, step),)]  # noqa: RUF005 (a star is no index in Python 3.10)
+
+    if "indices" in options:
+        return F.concat([part(i, i + 1, 1) for i in options["indices"]], options["axis"])
+    return part(options["start"], options["stop"], options["step"])
+
+
+def pad(options: Options, inp: Tensor) -> Tensor:
+    """``pads``: above, left, below, right; more before the axes of a picture are channels."""
+    top, left, bottom, right = options["pads"]
+    front, back = options.get("channels", (0, 0))
+    around = ((0, 0), (front, back), (top, bottom), (left, right))
+    return F.nn.pad(inp, around, constant_value=float(options["value"]))
+
+
+def max_pool(options: Options, inp: Tensor) -> Tensor:
+    top, left, bottom, right = end_pads(options, inp._tuple_shape[2:])
+    kernel, stride = tuple(options["kernel"]), tuple(options["stride"])
+    if (top, left) == (bottom, right):
+        return F.max_pool2d(inp, kernel, stride, (top, left))
+    wide = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=LOWEST)
+    return F.max_pool2d(wide, kernel, stride, 0)
+
+
+def avg_pool(options: Options, inp: Tensor) -> Tensor:
+    sizes = inp._tuple_shape[2:]
+    top, left, bottom, right = end_pads(options, sizes)
+    kernel, stride = tuple(options["kernel"]), tuple(options["stride"])
+    if (top, left) == (bottom, right) and tuple(options["pads"]) == (top, left, bottom, right):
+        mode = "average" if options["include"] else "average_count_exclude_padding"
+        return F.avg_pool2d(inp, kernel, stride, (top, left), mode=mode)
+    wide = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    return F.avg_pool2d(wide, kernel, stride, 0, mode="average") * Tensor(shares(options, sizes), device=inp.device)
+
+
+def end_pads(options: Options, sizes: Sequence[int]) -> tuple[int, int, int, int]:
+    """``pads`` of a pooling, as many more below and to the right as rounding up needs."""
+    top, left, bottom, right = options["pads"]
+    ends = []
+    for size, kernel, stride, start, end in zip(
+        sizes, options["kernel"], options["stride"], (top, left), (bottom, right), strict=True
+    ):
+        reach = size + start + end - kernel
+        steps = -(-reach // stride) if options["ceil"] else reach // stride
+        if options["ceil"] and steps * stride >= size + start:
+            steps -= 1  # no window begins behind the picture
+        ends.append(max(end, steps * stride + kernel - size - start) if options["ceil"] else end)
+    return top, left, ends[0], ends[1]
+
+
+def shares(options: Options, sizes: Sequence[int]) -> Any:
+    """(1, 1, H, W): positions of a window / those of it that count, for means over windows that hang over."""
+    counts = []
+    for axis, size in enumerate(sizes):
+        kernel, stride = options["kernel"][axis], options["stride"][axis]
+        start, end = options["pads"][axis], options["pads"][axis + 2]
+        last = end_pads(options, sizes)[axis + 2]
+        line = np.zeros(start + size + last)
+        line[: start + size + end] = 1
+        if not options["include"]:
+            line[:start] = line[start + size :] = 0
+        number = (len(line) - kernel) // stride + 1
+        counts.append(np.array([line[i * stride : i * stride + kernel].sum() for i in range(number)]))
+    counted = np.maximum(counts[0][:, None] * counts[1][None, :], 1)
+    return (math.prod(options["kernel"]) / counted)[None, None].astype(np.float32)
+
+
+def global_average(_: Options, inp: Tensor) -> Tensor:
+    return F.avg_pool2d(inp, inp._tuple_shape[2:])
+
+
+def global_max(_: Options, inp: Tensor) -> Tensor:
+    return F.max_pool2d(inp, inp._tuple_shape[2:])
+
+
+def normalize_responses(options: Options, inp: Tensor) -> Tensor:
+    """ONNX's LRN: divided by a power of the mean square of neighbouring channels."""
+    size, channels = options["size"], inp._tuple_shape[1]
+    before = (size - 1) // 2
+    squares = F.nn.pad(inp * inp, ((0, 0), (before, size - 1 - before), (0, 0), (0, 0)))
+    total = sum(squares[:, i : i + channels] for i in range(size))
+    return inp / (options["bias"] + options["alpha"] / size * total) ** options["beta"]
+
+
+def mean(options: Options, inp: Tensor) -> Tensor:
+    return F.mean(inp, axis=list(options["axes"]), keepdims=True)
+
+
+def normalize_layer(options: Options, inp: Tensor, *constants: Tensor) -> Tensor:
+    """Over the last axis."""
+    centred = inp - F.mean(inp, axis=-1, keepdims=True)
+    result = centred / F.sqrt(F.mean(centred * centred, axis=-1, keepdims=True) + options["eps"])
+    result = result * constants[0]
+    return result + constants[1] if len(constants) > 1 else result
+
+
+def erf(_: Options, inp: Tensor) -> Tensor:
+    return apply(Elemwise(mode="ERF"), inp)[0]
+
+
+def add(options: Options, one: Tensor, other: Tensor) -> Tensor:
+    return F.relu(one + other) if options.get("relu") else one + other
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "reshape": reshape,
+    "transpose": lambda options, x: F.transpose(x, tuple(options["axes"])),
+    "slice": take_slice,
+    "pad": pad,
+    "max_pool": max_pool,
+    "global_max": global_max,
+    "avg_pool": avg_pool,
+    "global_avg": global_average,
+    "add": add,
+    "mul": lambda _, x, y: x * y,
+    "sub": lambda _, x, y: x - y,
+    "div": lambda _, x, y: x / y,
+    "matmul": lambda _, x, y: F.matmul(x, y),
+    "concat": lambda options, *parts: F.concat(list(parts), options["axis"]),
+    "affine": lambda _, x, scale, shift: x * scale + shift,
+    "relu": lambda _, x: F.relu(x),
+    "clip": lambda options, x: F.clip(x, options["low"], options["high"]),
+    "leaky_relu": lambda options, x: F.leaky_relu(x, options["slope"]),
+    "prelu": lambda _, x, slope: F.maximum(x, 0) + slope * F.minimum(x, 0),
+    "sigmoid": lambda _, x: F.sigmoid(x),
+    "hard_sigmoid": lambda options, x: F.clip(x * options["alpha"] + options["beta"], 0.0, 1.0),
+    "hard_swish": lambda _, x: x * F.clip(x * (1 / 6) + 0.5, 0.0, 1.0),
+    "silu": lambda _, x: x * F.sigmoid(x),
+    "gelu": lambda _, x: 0.5 * x * (1 + erf(_, x * math.sqrt(0.5))),
+    "tanh": lambda _, x: F.tanh(x),
+    "lrn": normalize_responses,
+    "mean": mean,
+    "softmax": lambda options, x: F.softmax(x, options["axis"]),
+    "log_softmax": lambda options, x: F.logsoftmax(x, options["axis"]),
+    "layer_norm": normalize_layer,
+    "sqrt": lambda _, x: F.sqrt(x),
+    "erf": erf,
+    "exp": lambda _, x: F.exp(x),
+    "neg": lambda _, x: -x,
+    "abs": lambda _, x: F.abs(x),
+    "reciprocal": lambda _, x: 1 / x,
+    "pow": lambda options, x: x * x if options["power"] == 2 else x ** options["power"],
+}
+"""Kind of a layer without int8 weights -> what it does: its options, what it reads, its constants."""

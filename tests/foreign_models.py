@@ -1,0 +1,140 @@
+"""ONNX classifiers as other programs write them, made up and small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Array = npt.NDArray[Any]
+CLASSES = 10
+
+
+class Model:
+    """A graph under construction: each call adds a node and gives the name of what it makes."""
+
+    def __init__(self, shape: tuple[Any, ...] = ("N", 3, 32, 32), opset: int = 17, seed: int = 0) -> None:
+        self.shape, self.opset = shape, opset
+        self.random = np.random.default_rng(seed)
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
+        names = [f"t{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(operator, inputs, names, name=f"n{len(self.nodes)}", **attributes))
+        return names[0]
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def weights(self, *shape: int) -> str:
+        fan_in = max(int(np.prod(shape[1:])), 1)
+        return self.constant(self.random.standard_normal(shape) * np.sqrt(2 / fan_in))
+
+    def conv(self, source: str, channels: int, outputs: int, kernel: int = 3, group: int = 1, **attributes: Any) -> str:
+        weight = self.weights(outputs, channels // group, kernel, kernel)
+        bias = self.constant(self.random.standard_normal(outputs) * 0.1)
+        return self.add("Conv", source, weight, bias, group=group, **attributes)
+
+    def norm(self, source: str, channels: int) -> str:
+        parts = [1 + 0.2 * self.random.standard_normal(channels), 0.2 * self.random.standard_normal(channels)]
+        parts += [0.1 * self.random.standard_normal(channels), 0.5 + self.random.random(channels)]
+        return self.add("BatchNormalization", source, *(self.constant(part) for part in parts))
+
+    def classify(self, source: str, channels: int) -> str:
+        flat = self.add("Flatten", self.add("GlobalAveragePool", source))
+        bias = self.constant(np.zeros(CLASSES))
+        return self.add("Gemm", flat, self.weights(CLASSES, channels), bias, transB=1)
+
+    def proto(self, output: str, rank: int = 2, kind: int = TensorProto.FLOAT) -> Any:
+        graph = helper.make_graph(
+            self.nodes,
+            "foreign",
+            [helper.make_tensor_value_info("image", kind, self.shape)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, [None] * rank)],
+            self.constants,
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
+
+    def save(self, path: Path, output: str, **how: Any) -> Path:
+        onnx.save(self.proto(output, **how), str(path))
+        return path
+
+
+def plain(model: Model) -> str:
+    """Convolution, batch norm, ReLU, a residual sum, and a depthwise convolution of stride 2."""
+    stem = model.add("Relu", model.norm(model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2]), 8))
+    branch = model.conv(stem, 8, 8, pads=[1] * 4)
+    total = model.add("Relu", model.add("Add", branch, stem))
+    return model.add("Relu", model.conv(total, 8, 8, group=8, pads=[1] * 4, strides=[2, 2]))
+
+
+def squeeze_and_excite(model: Model) -> str:
+    """MobileNetV3's: hard swish, and a gate of 1x1 convolutions."""
+    stem = model.add("HardSwish", plain(model))
+    squeezed = model.add("GlobalAveragePool", stem)
+    inner = model.add("Relu", model.conv(squeezed, 8, 4, 1))
+    gate = model.add("HardSigmoid", model.conv(inner, 4, 8, 1), alpha=1 / 6, beta=0.5)
+    return model.add("Mul", stem, gate)
+
+
+def old_swishes(model: Model) -> str:
+    """Activations as older exporters spell them out: x * sigmoid(x), x * relu6(x + 3) / 6 and GELU by erf."""
+    first = plain(model)
+    silu = model.add("Mul", first, model.add("Sigmoid", first))
+    six = model.constant(6.0)
+    limited = model.add("Clip", model.add("Add", silu, model.constant(3.0)), model.constant(0.0), six)
+    hard = model.add("Div", model.add("Mul", silu, limited), six)
+    share = model.add("Add", model.add("Erf", model.add("Div", hard, model.constant(np.sqrt(2)))), model.constant(1.0))
+    return model.add("Mul", model.add("Mul", hard, share), model.constant(0.5))
+
+
+def branches(model: Model) -> str:
+    """Inception's and ShuffleNetV2's: pools that hang over, concatenation, split, channel shuffle."""
+    stem = plain(model)
+    pooled = model.add("MaxPool", stem, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+    averaged = model.add("AveragePool", stem, kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])
+    averaged = model.add("Slice", averaged, *(model.constant(v, np.int64) for v in ([0, 0], [4, 4], [2, 3])))
+    joined = model.add("Concat", pooled, averaged, axis=1)
+    shape = model.constant([0, 2, 8, 4, 4], np.int64)
+    shuffled = model.add("Transpose", model.add("Reshape", joined, shape), perm=[0, 2, 1, 3, 4])
+    back = model.add("Reshape", shuffled, model.constant([0, 16, 4, 4], np.int64))
+    half = model.add("Split", back, outputs=2, axis=1, **({} if model.opset > 12 else {"split": [8, 8]}))
+    return model.add("LeakyRelu", half, alpha=0.1)
+
+
+def rare(model: Model) -> str:
+    """LRN, PReLU, dilation, odd padding, a product with a constant, and Pad."""
+    stem = model.add("LRN", plain(model), size=5)
+    sloped = model.add("PRelu", stem, model.constant(np.full((8, 1, 1), 0.2)))
+    wide = model.conv(sloped, 8, 8, pads=[2, 2, 2, 2], dilations=[2, 2])
+    odd = model.conv(model.add("Tanh", wide), 8, 8, auto_pad="SAME_UPPER", strides=[2, 2])
+    scaled = model.add("Mul", odd, model.constant(np.linspace(0.5, 1.5, 8).reshape(8, 1, 1)))
+    padded = model.add("Pad", scaled, model.constant([0, 0, 1, 0, 0, 0, 0, 1], np.int64), mode="constant")
+    return model.conv(model.add("Relu", padded), 8, 8, 2)
+
+
+BODIES: dict[str, Callable[[Model], str]] = {
+    "plain": plain,
+    "squeeze_and_excite": squeeze_and_excite,
+    "old_swishes": old_swishes,
+    "branches": branches,
+    "rare": rare,
+}
+"""Each ends in 8 channels."""
+
+
+def write(path: Path, body: str = "plain", opset: int = 17, softmax: bool = False) -> Path:
+    """A classifier of 10 classes for pictures of 32x32 pixels."""
+    model = Model(opset=opset)
+    output = model.classify(BODIES[body](model), 8)
+    if softmax:
+        output = model.add("Softmax", output, axis=1)
+    return model.save(path, output)
