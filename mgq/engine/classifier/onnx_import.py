@@ -17,7 +17,7 @@ from mgq.data.imagenet_classes import imagenet_classes
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError, printable
-from mgq.events import OnMessage, ignore_message
+from mgq.events import OnMessage, log_message
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
 from mgq.export.onnx.onnx_file import import_package
 from mgq.graph.onnx_import.draft import NetworkDraft
@@ -46,7 +46,7 @@ Array = npt.NDArray[np.float32]
 
 
 def imported_checkpoint(
-    path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = ignore_message
+    path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = log_message
 ) -> Path:
     """The checkpoint of ``path``, an ONNX file of another program, under ``save``: the one that is there, or a new one.
 
