@@ -191,7 +191,7 @@ def open_network(
     options: NetworkOptions, mode: str, on_progress: OnProgress, few: bool = False, kept: bool = False
 ) -> Classifier:
     """The network that ``options`` choose, in ``mode``; behind :func:`take_checkpoint`. It imports MegEngine if that
-    it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
+    runs it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
     from mgq.engine.classifier.network_choice import choose_network
     from mgq.quantization.option_names import parse_mode
     from mgq.system.megengine_start import import_megengine
