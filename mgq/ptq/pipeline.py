@@ -1,8 +1,8 @@
 """Post-training quantization that keeps what helps: steps are tried, and judged on images held back from them.
 
 A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
-grids (equalization and ranges) are compared first, then, on the best of them, ways to round the weights. What wins is
-what gives the logits nearest to float's on the images held back.
+grids (equalization and ranges) are compared first, then, on the best of them, ways to round the weights, and last
+touches. What wins is what gives the logits nearest to float's on the images held back.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def find_best(
         assert judged.watched is not None
         candidate = Candidate(draft, Trial(tuple(steps), snr_of(logits_of(judged.watched, held), exact)))
         tried.append(candidate)
-        total = len(preset.grids) + len(preset.finishes)
+        total = len(preset.grids) + len(preset.finishes) + len(preset.touches)
         on_progress(Progress("calibrate: candidates", len(tried), total, "tried"))
         return candidate
 
@@ -145,6 +145,9 @@ def find_best(
         draft = step.apply(best.draft)
         finished.append(judge((*best.trial.steps, step.name), draft, draft))
     best = best_of(finished or [best])
+    for step in preset.touches:
+        draft = step.apply(best.draft)
+        best = best_of([best, judge((*best.trial.steps, step.name), draft, draft)])
     return SearchResult(best.draft, best.trial, tuple(each.trial for each in tried), len(held), held is not images)
 
 

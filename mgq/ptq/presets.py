@@ -8,6 +8,7 @@ from mgq.errors import no_such
 from mgq.ptq.steps import (
     ClearDeadChannels,
     CorrectBias,
+    CorrectLogits,
     Equalize,
     ExactScales,
     ExpectedRanges,
@@ -35,14 +36,15 @@ PREVIEWED = 16
 @dataclass(frozen=True)
 class Preset:
     """``grids``: candidates for equalization and ranges, each a list of steps. ``finishes``: what is tried on the best
-    of them. ``preview``: what stands for the finish while grids are compared."""
+    of them, ``touches`` on what is best then. ``preview``: what stands for the finish while grids are compared."""
 
     grids: tuple[tuple[Step, ...], ...]
     finishes: tuple[Step, ...]
     preview: Step | None
+    touches: tuple[Step, ...] = ()
 
 
-CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED, of_logits=False)
+CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
 PLAIN = (RangesBySeen(),)
 BY_LOGITS = (CLEAR, RangesByLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
@@ -51,11 +53,12 @@ UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
 DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
-    FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW),
+    FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW, (CorrectLogits(),)),
     BALANCED: Preset(
         (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
         (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
+        (CorrectLogits(),),
     ),
 }
 PRESETS[BEST] = PRESETS[BALANCED]

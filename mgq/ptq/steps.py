@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import megengine.module as M
 import numpy as np
@@ -85,7 +85,7 @@ class Draft:
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
     on their grids already. ``corrections``: what was added to biases, by layer. ``measured``: ``reactions`` that are
-    known.
+    known. ``answers``: logits of ``watched`` for the first of ``images``, where they are known.
     """
 
     network: M.Module
@@ -99,6 +99,7 @@ class Draft:
     rounded: bool = False
     corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     measured: Reactions | None = None
+    answers: npt.NDArray[np.float32] | None = None
 
     def rewritten(self, network: M.Module, measured: Reactions | None = None) -> Draft:
         """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
@@ -275,14 +276,10 @@ class ExactScales:
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """What int8 shifts on average is taken out of the biases (:mod:`mgq.ptq.bias_correction`).
-
-    Those of the convolutions, and with ``of_logits`` of the classifier.
-    """
+    """What int8 shifts on average is taken out of the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
 
     of_weights: bool = True
     images: int = LAYERWISE_IMAGES
-    of_logits: bool = True
 
     @property
     def name(self) -> str:
@@ -290,9 +287,8 @@ class CorrectBias:
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)
-        watched, logits = visit_with(draft, self.images, correction, beside_float=not self.of_weights)
-        found = correct_logits(watched, draft, logits) if self.of_logits else {}
-        return replace(draft, watched=watched, corrections={**correction.found, **found})
+        found = visit_with(draft, self.images, correction, beside_float=not self.of_weights)
+        return replace(found, corrections=correction.found)
 
 
 @dataclass(frozen=True)
@@ -314,37 +310,41 @@ class RoundWeights:
         visitors: list[Visitor] = [rounding]
         if self.correct_bias:
             visitors = [rounding, correction] if self.refit else [correction.remember_weights, rounding, correction]
-        watched, logits = visit_with(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
-        if self.correct_bias:
-            correct_logits(watched, draft, logits)
-        return replace(draft, watched=watched, weights=rounding.weights, rounded=True, corrections={})
+        found = visit_with(draft, LAYERWISE_IMAGES, *visitors, beside_float=self.refit)
+        return replace(found, weights=rounding.weights, rounded=True, corrections={})
 
 
-def correct_logits(watched: M.Module, draft: Draft, logits: npt.NDArray[Any]) -> dict[str, tuple[float, ...]]:
-    """Take what is left of the shift, clipping's, out of the bias of the classifier: what was added, by its name.
+@dataclass(frozen=True)
+class CorrectLogits:
+    """The mean shift of the logits that is left, which clipping causes, is taken out of the classifier's bias.
 
-    ``logits``: what ``watched`` answers to the first images of ``draft``.
+    A network that does not end in a linear layer with a bias stays as it is.
     """
-    linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
-    name, classifier = linear[-1] if linear else ("", None)
-    if classifier is None or classifier.bias is None:  # an imported network may end in other layers
-        return {}
-    shift = (draft.logits[: len(logits)] - logits).mean(axis=0)
-    correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
-    add_to_bias(classifier, correction)
-    return {name: correction}
+
+    name: str = "logits right on average"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = deepcopy(draft.watched)
+        assert watched is not None and draft.answers is not None
+        linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
+        name, classifier = linear[-1] if linear else ("", None)
+        if classifier is None or classifier.bias is None:
+            return draft
+        shift = (draft.logits[: len(draft.answers)] - draft.answers).mean(axis=0)
+        correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
+        add_to_bias(classifier, correction)
+        corrections = {} if draft.rounded else {**draft.corrections, name: correction}
+        return replace(draft, watched=watched, corrections=corrections)
 
 
-def visit_with(
-    draft: Draft, number: int, *visitors: Visitor, beside_float: bool
-) -> tuple[M.Module, npt.NDArray[np.float32]]:
-    """A copy of the quantized network of ``draft``, shown to ``visitors`` layer by layer, and what it answers."""
+def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> Draft:
+    """The same with a copy of its quantized network that was shown to ``visitors`` layer by layer."""
     watched = deepcopy(draft.watched)
     assert watched is not None
     visit = visit_beside_float if beside_float else visit_layers
-    logits = visit(watched, as_input(draft.images[:number]), *visitors)
+    answers = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
-    return watched, logits
+    return replace(draft, watched=watched, answers=answers)
 
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
