@@ -621,7 +621,7 @@ def test_a_network_named_twice_is_measured_once() -> None:
         ({"threads": ["0"]}, "--threads 0 is too few"),
         ({"threads": ["many"]}, "--threads many is no number: give 1 to 4, or all"),
         ({"load": "fast"}, "there is no --mode 'fast'; choose latency or throughput"),
-        ({"against": [Path("none.onnx")]}, "cannot read none.onnx: there is no such file; check --against"),
+        ({"against": [Path("none.onnx")]}, "cannot read none.onnx: there is no such file; check the path"),
         ({"threads": ["5"]}, "--threads 5 is more than this machine's 4 cores: give 4 or fewer"),
         ({"rounds": 0}, "--rounds 0 is too few"),
         ({"batch": -1}, "--batch -1 is too few"),
