@@ -201,7 +201,7 @@ class TestBadInput:
             del model.metadata_props[:]
             onnx.save(model, "net.onnx")
         said = mgq("infer", "-c", "net.onnx")
-        expected = "is damaged, or is no ONNX file" if kind == "truncated" else "does not say what it holds"
+        expected = "is damaged, cut off, or no ONNX file" if kind == "truncated" else "is quantized already"
         assert said.code == 2 and expected in the_error(said)
 
     def test_another_architecture_than_the_file_has(self, mgq: Mgq, calibrated: Path) -> None:

@@ -346,7 +346,7 @@ def test_a_number_beyond_all_floats_is_no_traceback(tmp_path: Path) -> None:
     refusal(
         lambda p: Recipe(**{**readers._recipe(), **read_changes(p)}),
         written(tmp_path / "r.toml", "lr = 1" + "0" * 400),
-        "--lr",
+        "lr = ",
     )
     ranges = readers._ranges()[0].replace(b"-1.0", b"-1" + b"0" * 400)
     refusal(read_ranges, written(tmp_path / "r.json", ranges), "r.json")

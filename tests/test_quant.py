@@ -434,12 +434,13 @@ class TestRangesFile:
 class TestPackagedRanges:
     def test_each_file_belongs_to_a_network_of_the_zoo_and_fits_it(self) -> None:
         files = list((Path(ranges_module.__file__).parent / "default_ranges").glob("*.json"))
-        assert {"efficientnet_lite0", "efficientnet_lite0.onnx"} <= {file.stem for file in files}
+        archs = ("efficientnet_lite0", "mobilenet_v2")
+        assert {*archs, *(f"{arch}.onnx" for arch in archs)} == {file.stem for file in files}
         for file in files:
             found = read_ranges(file)
             assert file.stem == found.arch + ("" if found.target == "megengine" else f".{found.target}")
             assert found.arch in specs()
-            network = to_mode(blank(found.arch), Mode.QAT, get_target(found.target), in_place=True)
+            network = to_mode(blank(found.arch, 1000), Mode.QAT, get_target(found.target), in_place=True)
             apply_ranges(network, found)
             assert read_packaged_ranges(found.arch, found.weights, found.target) == found
 

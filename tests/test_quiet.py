@@ -50,7 +50,7 @@ def commanded(*arguments: str | Path, where: Path) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=where, capture_output=True, text=True, env=environment, check=False)
 
 
-READ = "import sys, pathlib, mgq.data.decoding as p; p.read_picture(pathlib.Path(sys.argv[1]))"
+READ = "import sys, pathlib, mgq.data.decoding as p; p.read_image(pathlib.Path(sys.argv[1]))"
 
 
 def test_what_libraries_print_of_damaged_images_is_one_line_of_ours_or_none(tmp_path: Path, checkpoint: Path) -> None:

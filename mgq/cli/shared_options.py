@@ -120,8 +120,8 @@ def take_checkpoint(
     from mgq.errors import InputError, printable
     from mgq.export.formats import format_of
 
-    foreign = checkpoint if checkpoint is not None and is_onnx_of_others(checkpoint) else None
-    if foreign is not None and key is None:
+    foreign = checkpoint if checkpoint is not None and key is None and is_onnx_of_others(checkpoint) else None
+    if foreign is not None:
         from mgq.cli.console import note
         from mgq.system.megengine_start import import_megengine
 

@@ -183,6 +183,10 @@ class Reader:
     def name(self, name: str) -> str:
         return self.same_as.get(name, name)
 
+    def read_cast(self, inputs: list[str], _: str, __: dict[str, Any]) -> None:
+        """Integers as floats, for a layer that was kept in float."""
+        raise make_refusal(f"what reads {printable(inputs[0])} in float")
+
     def float_input(self, name: str) -> tuple[Tensor, ScaleAndZero]:
         if name not in self.values:
             raise make_refusal(f"{printable(name)} in float")
