@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
+from mgq.ptq.bias_correction import average_output, mean_patch
 from mgq.ptq.calibrate import calibrate_network, measure_ranges
 from mgq.ptq.gptq import (
     DAMPING,
@@ -20,6 +22,7 @@ from mgq.ptq.gptq import (
     set_folded_weight,
     settle_integers,
 )
+from mgq.ptq.patches import output_size
 from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ChannelFakeQuantize
@@ -154,3 +157,17 @@ def test_int8_of_a_network_of_the_zoo_follows_its_simulation() -> None:
     simulated, real = logits_of(calibrated, images), logits_of(to_mode(calibrated, Mode.QUANTIZED), images)
     assert np.corrcoef(simulated.ravel(), real.ravel())[0, 1] > 0.99
     assert measure_ranges(network, [images], "x", "", {}).bias_corrections
+
+
+@pytest.mark.parametrize("gap", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups"), [(1, 1, 0, 1), (3, 2, 1, 6), (5, 1, 2, 2), (3, 2, 0, 1)]
+)
+def test_the_mean_output_needs_no_convolution(kernel: int, stride: int, padding: int, groups: int, gap: int) -> None:
+    """The mean of what a convolution reads, times its weights, is the mean of what it gives."""
+    conv = M.Conv2d(6, 12, kernel, stride, padding, gap, groups, bias=False)
+    source = Tensor(np.random.default_rng(0).normal(1, 1, (3, 6, 17, 14)).astype(np.float32))
+    output = conv(source)
+    assert output_size(conv, 17, 14) == output._tuple_shape[2:]
+    found = average_output(conv.weight, mean_patch(conv, source))
+    np.testing.assert_allclose(found, output.mean(axis=(0, 2, 3)).numpy(), rtol=1e-4, atol=1e-4)

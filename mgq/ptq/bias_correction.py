@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import megengine.module as M
 import numpy as np
@@ -16,12 +17,12 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.graph.layer_graph import pair
 from mgq.ptq.layerwise import Layer, visit_beside_float
-from mgq.ptq.patches import is_convolution
+from mgq.ptq.patches import is_convolution, output_size
 from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quantize_weight
 
 Values = npt.NDArray[np.float64]
-Pair = tuple[int, int]
 
 DIGITS = 6
 
@@ -72,20 +73,19 @@ def mean_patch(module: QATModule, source: Tensor) -> Values:
     """(groups, inputs): the mean, over images and positions, of what an output of the convolution ``module`` reads."""
     conv = module.conv if hasattr(module, "conv") else module
     summed = source.sum(axis=0).numpy().astype(np.float64)
-    means = window_means(summed, conv.kernel_size, conv.stride, conv.padding)
+    means = window_means(summed, conv)
     found: Values = means.reshape(conv.groups, -1) / source._tuple_shape[0]
     return found
 
 
-def window_means(values: Values, kernel: Pair, stride: Pair, padding: Pair) -> Values:
-    """(C, H, W) -> (C, kernel height, width): the mean of what each weight of a kernel meets, zeros outside."""
-    padded = np.pad(values, ((0, 0), (padding[0],) * 2, (padding[1],) * 2))
-    height, width = ((padded.shape[1 + i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
-    found = np.empty((len(values), *kernel))
-    for y in range(kernel[0]):
-        for x in range(kernel[1]):
-            met = padded[:, y : y + height * stride[0] : stride[0], x : x + width * stride[1] : stride[1]]
-            found[:, y, x] = met[:, :height, :width].mean(axis=(1, 2))
+def window_means(values: Values, conv: Any) -> Values:
+    """(C, H, W) -> (C, kernel height, width): the mean of what each weight of ``conv`` meets, zeros outside."""
+    padded = np.pad(values, ((0, 0), *((pad, pad) for pad in conv.padding)))
+    (rows, columns), (down, right), gaps = output_size(conv, *values.shape[1:]), conv.stride, pair(conv.dilation)
+    found = np.empty((len(values), *conv.kernel_size))
+    for y, x in np.ndindex(*conv.kernel_size):
+        met = padded[:, y * gaps[0] :: down, x * gaps[1] :: right]
+        found[:, y, x] = met[:, :rows, :columns].mean(axis=(1, 2))
     return found
 
 

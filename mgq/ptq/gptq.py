@@ -25,8 +25,8 @@ from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.observers import Range
-from mgq.ptq.patches import is_convolution, is_plain, patches, sample_positions
-from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer, set_range
+from mgq.ptq.patches import is_convolution, is_plain, output_size, patches, sample_positions
+from mgq.quantization.activation_ranges import fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -99,18 +99,10 @@ class GPTQ:
 
     def positions_of(self, layer: Layer, conv: Any) -> Any:
         """Some positions of the output of ``layer``, at which its inputs are looked at."""
-        images, channels, height, width = layer.fake_inputs[0]._tuple_shape
-        (top, left), (down, right) = conv.padding, conv.stride
-        rows, columns = conv.kernel_size
-        shape = (
-            images,
-            len(fold_bias(layer.module)),
-            (height + 2 * top - rows) // down + 1,
-            (width + 2 * left - columns) // right + 1,
-        )
-        return sample_positions(
-            shape, self.positions, int(np.clip(VALUES // (channels * rows * columns), FEWEST, MOST))
-        )
+        images, channels, *size = layer.fake_inputs[0]._tuple_shape
+        number = int(np.clip(VALUES // (channels * int(np.prod(conv.kernel_size))), FEWEST, MOST))
+        shape = images, conv.out_channels, *output_size(conv, *size)
+        return sample_positions(shape, self.positions, number)
 
 
 def centred(source: Tensor, conv: Any, at: Any) -> Array:

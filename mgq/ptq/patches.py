@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from megengine.module.qat import QATModule
 
+from mgq.graph.layer_graph import pair
+
 Array = npt.NDArray[np.float32]
 
 POSITIONS = 256
@@ -21,6 +23,13 @@ def is_convolution(module: QATModule) -> bool:
 def is_plain(conv: Any) -> bool:
     """Whether what ``conv`` reads lies without gaps."""
     return all(gap == 1 for gap in np.ravel(conv.dilation))
+
+
+def output_size(conv: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of what ``conv`` gives for an input of ``height`` x ``width``."""
+    sizes = zip((height, width), conv.kernel_size, conv.stride, conv.padding, pair(conv.dilation), strict=True)
+    rows, columns = ((size + 2 * pad - (kernel - 1) * gap - 1) // step + 1 for size, kernel, step, pad, gap in sizes)
+    return rows, columns
 
 
 def sample_positions(shape: tuple[int, ...], rng: np.random.Generator, number: int = POSITIONS) -> Any:

@@ -10,20 +10,15 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mgq.errors import MgqError
 from mgq.export.native.compiler import Compiled
-from mgq.io.atomic import atomic_write
+from mgq.io.private_cache import read_private, write_private
 
-MAGIC = b"mgq native 1\n"
-"""Then a hash of all that follows: sizes, what is known of the file, machine code and constants."""
-MOST_BYTES = 1 << 30
 KEPT = 32
 """So many entries are kept, those that were used last."""
 VARIABLE = "MGQ_NATIVE_CACHE"
@@ -62,34 +57,18 @@ def key_of(content: bytes, level: str) -> str:
 
 def read_entry(key: str) -> Entry | None:
     """The entry ``key``; None where there is none, or none that can be trusted."""
-    try:
-        folder = cache_folder()
-        if not is_own(folder.stat()):
-            return None
-        descriptor = os.open(folder / f"{key}.native", os.O_RDONLY | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as file:
-            known = os.fstat(file.fileno())
-            if not is_own(known) or not stat.S_ISREG(known.st_mode) or known.st_size > MOST_BYTES:
-                return None
-            content = file.read()
-        with contextlib.suppress(OSError):
-            os.utime(folder / f"{key}.native")
-    except OSError:
+    path = cache_folder() / f"{key}.native"
+    content = read_private(path)
+    if content is None:
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
     return parse_entry(content)
 
 
-def is_own(known: os.stat_result) -> bool:
-    """Whether nobody but this user, and root, can have written it."""
-    return known.st_uid == os.geteuid() and not known.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def parse_entry(content: bytes) -> Entry | None:
-    """None where ``content`` is damaged."""
-    digest, _, whole = content[len(MAGIC) :].partition(b"\n")
-    if not content.startswith(MAGIC) or hashlib.sha256(whole).hexdigest().encode() != digest:
-        return None
-    head, _, rest = whole.partition(b"\n")
+    """None where ``content`` is no entry."""
+    head, _, rest = content.partition(b"\n")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         known = json.loads(head)
         about, code = int(known["about"]), int(known["code"])
@@ -103,18 +82,11 @@ def write_entry(key: str, entry: Entry) -> bool:
     about = json.dumps(dict(entry.about)).encode()
     sizes = {"about": len(about), "code": len(entry.compiled.code), "work": entry.compiled.work}
     whole = b"".join((json.dumps(sizes).encode(), b"\n", about, entry.compiled.code, entry.compiled.constants))
-    digest = hashlib.sha256(whole).hexdigest().encode()
     folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_own(folder.stat()):
-            return False
-        with atomic_write(folder / f"{key}.native") as temporary:
-            temporary.write_bytes(b"".join((MAGIC, digest, b"\n", whole)))
-    except (OSError, MgqError):
-        return False
-    forget_old(folder)
-    return True
+    kept = write_private(folder / f"{key}.native", whole)
+    if kept:
+        forget_old(folder)
+    return kept
 
 
 def forget_old(folder: Path) -> None:

@@ -153,11 +153,15 @@ class NetworkDraft:
         self.rename_inputs(plan.name, plan.inputs[0])
         self.remove(plan)
 
+    def take_over(self, name: str, plan: LayerPlan) -> None:
+        """The layer ``name`` gives from now on what ``plan`` gave, to all that read it."""
+        self.sources[name], self.samples[name] = self.sources[plan.name], self.samples[plan.name]
+        self.rename_inputs(plan.name, name)
+
     def absorb(self, into: LayerPlan, plan: LayerPlan, changed: LayerPlan) -> None:
         """``into`` does what ``plan`` behind it does, too, as ``changed``."""
         self.replace(into, changed)
-        self.sources[into.name], self.samples[into.name] = self.sources[plan.name], self.samples[plan.name]
-        self.rename_inputs(plan.name, into.name)
+        self.take_over(into.name, plan)
         self.remove(plan)
 
     def drop_unread(self) -> None:

@@ -93,12 +93,15 @@ def join_hard_sigmoid(draft: NetworkDraft) -> bool:
         inner = draft.plan(before)
         assert inner is not None
         name = draft.insert_before(plan, "hard_sigmoid", [inner.inputs[0]], {"alpha": 1 / 6, "beta": 0.5})
-        tensors = {"scale": np.array(6.0), "shift": np.array(0.0)}
-        scaled = draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
-        draft.sources[scaled], draft.samples[scaled] = draft.sources[plan.name], draft.samples[plan.name]
-        draft.rename_inputs(plan.name, scaled)
+        draft.take_over(insert_scale(draft, plan, name, 6.0), plan)
         return True
     return False
+
+
+def insert_scale(draft: NetworkDraft, plan: LayerPlan, name: str, scale: float | Array) -> str:
+    """A layer in front of ``plan`` that gives ``scale``, one number, times what ``name`` gives: its name."""
+    tensors = {"scale": np.asarray(scale), "shift": np.zeros(())}
+    return draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
 
 
 def move_scale_behind_product(draft: NetworkDraft) -> bool:
@@ -114,11 +117,7 @@ def move_scale_behind_product(draft: NetworkDraft) -> bool:
             assert inner is not None
             inputs = [inner.inputs[0] if i == place else other for i, other in enumerate(plan.inputs)]
             product = draft.insert_before(plan, "mul", inputs, dict(plan.options))
-            options: dict[str, Any] = {"constants": {"scale": [], "shift": []}}
-            tensors = {"scale": found[0].reshape(()), "shift": np.zeros(())}
-            scaled = draft.insert_before(plan, "affine", [product], options, tensors)
-            draft.samples[scaled], draft.sources[scaled] = draft.samples[plan.name], draft.sources[plan.name]
-            draft.rename_inputs(plan.name, scaled)
+            draft.take_over(insert_scale(draft, plan, product, found[0].reshape(())), plan)
             return True
     return False
 
@@ -132,10 +131,8 @@ def join_swish(draft: NetworkDraft) -> bool:
                 continue
             name = draft.insert_before(plan, kind, [one], {})
             if factor != 1:
-                tensors = {"scale": np.array(factor), "shift": np.zeros(())}
-                name = draft.insert_before(plan, "affine", [name], {"constants": {"scale": [], "shift": []}}, tensors)
-            draft.samples[name], draft.sources[name] = draft.samples[plan.name], draft.sources[plan.name]
-            draft.rename_inputs(plan.name, name)
+                name = insert_scale(draft, plan, name, factor)
+            draft.take_over(name, plan)
             return True
     return False
 
@@ -279,8 +276,7 @@ def make_convolution_of_linear(draft: NetworkDraft) -> bool:
             plan, "conv", [flat], convolution_options(weight, 1), convolution_tensors(weight, tensors["bias"], 1)
         )
         back = draft.insert_before(plan, "reshape", [conv], {"shape": [plan.options["outputs"]]})
-        draft.samples[back], draft.sources[back] = draft.samples[plan.name], draft.sources[plan.name]
-        draft.rename_inputs(plan.name, back)
+        draft.take_over(back, plan)
         return True
     return False
 
