@@ -23,9 +23,9 @@ from mgq.cli.bench import bench
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, log_progress
 from mgq.system.environment import Machine
+from tests.fakes.places import ROOT
 
 FP32, INT8 = Precision.FP32, Precision.INT8
-ROOT = Path(__file__).parents[2]
 ENGINES = ("MegEngine eager", "MegEngine traced", "MegEngine Lite", "ONNX Runtime", "OpenVINO")
 MACHINE = Machine(
     "AMD EPYC 9B14 96-Core Processor", ("AVX2", "AVX-512", "AVX-512 VNNI"), 1, 2, 2, "Debian, Linux", (1.5,)

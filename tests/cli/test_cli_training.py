@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +12,9 @@ import pytest
 
 from mgq.io.download import sha256_of
 from tests.conftest import Mgq, one_line_about, smooth_images, the_error, write_images
+from tests.fakes.commands import ARCH, lines_of, started, waited_for
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
-ARCH = "shufflenet_v1_x0_5_g3"
 RECIPE = "image_size = 32\nbatch_size = 8\nsynthetic_train = 40\nsynthetic_val = 20\n"
 
 
@@ -181,21 +178,6 @@ def test_a_broken_image_is_named_and_the_run_goes_on(mgq: Mgq, tmp_path: Path) -
 # ---- stopped and killed ----
 
 OPTIONS = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "48", "--epochs", "3", "-w", "1")
-
-
-def started(verb: str, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mgq", verb, *options]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def waited_for(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
-    while not condition() and child.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def lines_of(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:

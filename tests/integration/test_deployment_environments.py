@@ -22,9 +22,9 @@ from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
 from tests.conftest import classifier_of, one_line_about, write_images
+from tests.fakes.places import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("short_shufflenet")]
-ROOT = Path(__file__).parents[2]
 ARCH = "shufflenet_v1_x0_5_g3"
 LATER = ("3.14", "3.13", "3.12", "3.11")
 """Pythons without a MegEngine, the newest first."""

@@ -18,8 +18,8 @@ import pytest
 from mgq.cli.main import verbs
 from mgq.engine.training.recipe import Recipe
 from mgq.zoo.registry import specs
+from tests.fakes.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 EXAMPLES = DOCS / "examples"

@@ -19,8 +19,8 @@ import pytest
 
 from mgq.data.datasets import evaluation_folder
 from mgq.engine.runs.provenance import listing_of
-from tests.cli.test_cli_training import ARCH, lines_of, started, waited_for
 from tests.conftest import Said, one_line_about, the_error
+from tests.fakes.commands import ARCH, lines_of, started, waited_for
 
 TRAINING = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "16", "-w", "1")
 LONG = ("--epochs", "500")

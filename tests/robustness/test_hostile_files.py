@@ -46,12 +46,10 @@ from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
 from mgq.weights.unpickler import read_state
 from tests.conftest import Mgq, the_error
+from tests.fakes import imagenet_files, weight_files
 from tests.robustness.fuzz import readers
 from tests.robustness.fuzz.worker import TOO_MUCH, outcome
-from tests.unit.data import test_imagenet
-from tests.unit.weights import test_pickles
 
-ROOT = Path(__file__).parents[2]
 SOON = 20.0
 """Seconds that are no hang on any machine; most files are refused in milliseconds."""
 
@@ -149,22 +147,22 @@ def test_a_name_that_runs_code_stays_a_name_in_every_form(
     form: str, name: tuple[str, str], mgq: Mgq, tmp_path: Path
 ) -> None:
     asked = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in name) + b"\x93"
-    call = test_pickles.Raw(asked + test_pickles.code(("touch ran",)) + b"R")
+    call = weight_files.Raw(asked + weight_files.code(("touch ran",)) + b"R")
     root: dict[str, object] = {"state_dict": {"w": call}}
-    forge = test_pickles.Forge()
-    data = {"pickle": test_pickles.pickled, "zip": forge.zip, "legacy": forge.legacy}[form](root)  # type: ignore[operator]
+    forge = weight_files.Forge()
+    data = {"pickle": weight_files.pickled, "zip": forge.zip, "legacy": forge.legacy}[form](root)  # type: ignore[operator]
     error = the_error(mgq("infer", "-c", written(tmp_path / "evil.pth", data)))
     assert "evil.pth would run code" in error and name[1] in error
     assert not (tmp_path / "ran").exists()
 
 
 def test_zip_bombs_are_refused(tmp_path: Path) -> None:
-    forge = test_pickles.Forge()
+    forge = weight_files.Forge()
     root = {"w": forge.tensor(np.zeros(2**20, np.float32))}
-    entries = {"w/data.pkl": test_pickles.pickled(root), "w/data/100": bytes(2**22)}
-    packed = test_pickles.zipped(entries, zipfile.ZIP_DEFLATED)
+    entries = {"w/data.pkl": weight_files.pickled(root), "w/data/100": bytes(2**22)}
+    packed = weight_files.zipped(entries, zipfile.ZIP_DEFLATED)
     refusal(read_state, written(tmp_path / "packed.pth", packed), "packed.pth", "compressed")
-    many = test_pickles.zipped({f"w/{i}": b"" for i in range(20_100)})
+    many = weight_files.zipped({f"w/{i}": b"" for i in range(20_100)})
     refusal(read_state, written(tmp_path / "many.pth", many), "many.pth", "entries")
 
 
@@ -506,7 +504,7 @@ def test_a_chain_of_a_thousand_extended_headers_is_no_traceback(
     folder.mkdir()
     written(folder / imagenet_archives.TRAIN_ARCHIVE, block * 3_000 + bytes(1024))
     with pytest.raises(InputError, match=r"img_train\.tar is damaged"):
-        unpack_split(folder, "train", md5=test_imagenet.sums(folder))
+        unpack_split(folder, "train", md5=imagenet_files.sums(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

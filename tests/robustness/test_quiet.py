@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import classifier_of, one_line_about
+from tests.fakes.places import ROOT
 
 KINDS = ("kind 3", "kind 7")
 
@@ -46,7 +47,7 @@ def damaged(folder: Path) -> Path:
 
 def commanded(*arguments: str | Path, where: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mgq", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=where, capture_output=True, text=True, env=environment, check=False)
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.fakes.places import ROOT
 from tests.robustness.fuzz.readers import READERS, reader_called
 from tests.robustness.fuzz.worker import TOO_MUCH, is_fault, kept_input
 
-ROOT = Path(__file__).parents[3]
 HANG = 30.0
 """Seconds without a word from a worker. Reading takes milliseconds, but a busy machine may stand still for a while."""
 START = 120.0

@@ -88,9 +88,9 @@ def _read_state(path: Path) -> object:
 
 
 def _pickles() -> Sequence[bytes]:
-    from tests.unit.weights import test_pickles
+    from tests.fakes import weight_files
 
-    return [test_pickles.small_megengine(), test_pickles.pickled(test_pickles.SMALL["head.bias"].tolist())]
+    return [weight_files.small_megengine(), weight_files.pickled(weight_files.SMALL["head.bias"].tolist())]
 
 
 def _pickle_from_nothing(rng: random.Random) -> bytes:
@@ -107,44 +107,44 @@ def _pickle_from_nothing(rng: random.Random) -> bytes:
 
 
 def _zips() -> Sequence[bytes]:
-    from tests.unit.weights import test_pickles
+    from tests.fakes import weight_files
 
-    return [test_pickles.small_zip()]
+    return [weight_files.small_zip()]
 
 
 def _zip_from_nothing(rng: random.Random, beside: bool = False) -> bytes:
     """A whole zip archive around a damaged pickle, which may have more in it than weights."""
     import zipfile
 
-    from tests.unit.weights import test_other_programs, test_pickles
+    from tests.fakes import foreign_values, weight_files
 
-    forge = test_pickles.Forge()
-    whole: dict[str, object] = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    forge = weight_files.Forge()
+    whole: dict[str, object] = {name: forge.tensor(array) for name, array in weight_files.SMALL.items()}
     if beside:
-        whole = {"state_dict": whole, "state_dict_ema": whole, **test_other_programs.BESIDE}
-    data = damaged(test_pickles.pickled(whole), rng, _PICKLE_TOKENS, [test_pickles.small_megengine()])
+        whole = {"state_dict": whole, "state_dict_ema": whole, **foreign_values.BESIDE}
+    data = damaged(weight_files.pickled(whole), rng, _PICKLE_TOKENS, [weight_files.small_megengine()])
     entries = {"w/data.pkl": data, **{f"w/data/{key}": raw for key, (_, raw) in forge.storages.items()}}
-    return test_pickles.zipped(entries, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+    return weight_files.zipped(entries, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
 
 
 def _legacies() -> Sequence[bytes]:
-    from tests.unit.weights import test_pickles
+    from tests.fakes import weight_files
 
-    return [test_pickles.small_legacy()]
+    return [weight_files.small_legacy()]
 
 
 @cache
 def _of_other_programs() -> Sequence[bytes]:
     """Two networks and all that programs leave beside them, in both formats of PyTorch and in a plain pickle."""
-    from tests.unit.weights import test_other_programs, test_pickles
+    from tests.fakes import foreign_values, weight_files
 
     found: list[bytes] = []
-    for write in (test_pickles.Forge.zip, test_pickles.Forge.legacy):
-        forge = test_pickles.Forge()
-        small = {name: forge.tensor(array) for name, array in test_pickles.SMALL.items()}
+    for write in (weight_files.Forge.zip, weight_files.Forge.legacy):
+        forge = weight_files.Forge()
+        small = {name: forge.tensor(array) for name, array in weight_files.SMALL.items()}
         pair = {"state_dict": small, "state_dict_ema": {f"module.{name}": tensor for name, tensor in small.items()}}
-        found.append(write(forge, {**pair, **test_other_programs.BESIDE}))
-    return [*found, test_pickles.pickled({"net": {}, "args": test_other_programs.BESIDE, "a": {"b": {"c": [1]}}})]
+        found.append(write(forge, {**pair, **foreign_values.BESIDE}))
+    return [*found, weight_files.pickled({"net": {}, "args": foreign_values.BESIDE, "a": {"b": {"c": [1]}}})]
 
 
 def _read_of_other_programs(path: Path) -> object:
@@ -184,9 +184,9 @@ def safetensors_file(header: bytes, data: bytes) -> bytes:
 def _safetensors() -> Sequence[bytes]:
     from safetensors.numpy import save
 
-    from tests.unit.weights import test_pickles
+    from tests.fakes import weight_files
 
-    return [test_pickles.small_safetensors(), save(test_pickles.SMALL, {"mgq": json.dumps(_INFO)})]
+    return [weight_files.small_safetensors(), save(weight_files.SMALL, {"mgq": json.dumps(_INFO)})]
 
 
 def _safetensors_from_nothing(rng: random.Random) -> bytes:
@@ -462,13 +462,13 @@ def _image(suffix: str, share: float, tokens: Sequence[bytes], **more: Any) -> R
 
 @cache
 def _tars() -> Sequence[bytes]:
-    from tests.unit.data import test_imagenet
+    from tests.fakes import imagenet_files
 
-    members = test_imagenet.train_members()
+    members = imagenet_files.train_members()
     sparse = tarfile.TarInfo("n01440764.tar")
     sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10"}
     long = tarfile.TarInfo("n" * 300)
-    return [test_imagenet.inner_tar(part) for part in (members, members[:1], [(sparse, b"x" * 600)], [(long, b"")])]
+    return [imagenet_files.inner_tar(part) for part in (members, members[:1], [(sparse, b"x" * 600)], [(long, b"")])]
 
 
 def tar_sealed(data: bytes) -> bytes:
@@ -483,7 +483,7 @@ def tar_sealed(data: bytes) -> bytes:
 
 def _tar_from_nothing(rng: random.Random) -> bytes:
     """A tar with members of any kind under any name."""
-    from tests.unit.data import test_imagenet
+    from tests.fakes import imagenet_files
 
     names = (
         "../out.JPEG",
@@ -500,10 +500,10 @@ def _tar_from_nothing(rng: random.Random) -> bytes:
         info = tarfile.TarInfo(rng.choice(names))
         info.type, info.linkname = rng.choice(kinds), rng.choice(("/etc/passwd", "../..", "n01440764"))
         members.append((info, b"data"))
-    inner = test_imagenet.inner_tar(members)
+    inner = imagenet_files.inner_tar(members)
     if rng.random() < 0.6:
         return inner
-    return test_imagenet.inner_tar([("n01440764.tar", tar_sealed(damaged(inner, rng, (), [inner])))])
+    return imagenet_files.inner_tar([("n01440764.tar", tar_sealed(damaged(inner, rng, (), [inner])))])
 
 
 def _read_tar(path: Path) -> object:
@@ -540,7 +540,7 @@ def _graphs() -> Sequence[bytes]:
     from mgq.export.megengine.writer import cast_input, graph_of
     from mgq.quantization.modes import Mode
     from tests.conftest import smooth_images
-    from tests.unit.runtime.test_runtime import SIZE, in_memory
+    from tests.fakes.runtime_network import SIZE, in_memory
 
     about = {"arch": "resnet18", "mode": "quantized", "classes": [str(i) for i in range(7)], "image_size": SIZE}
     about |= {"options": {}, "recipe": {}}

@@ -12,9 +12,7 @@ import pytest
 from mgq.data import imagenet_archives
 from mgq.data.datasets import (
     KEPT,
-    Dataset,
     ImageFolder,
-    Selection,
     calibration_folder,
     evaluation_folder,
     measuring_folder,
@@ -26,27 +24,11 @@ from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.events import Progress
-from tests.unit.data import test_imagenet
+from tests.fakes import imagenet_files
+from tests.fakes.photo_folders import listed, make
 
 WNIDS = [entry.wnid for entry in imagenet_classes()]
 NAMES = tuple(entry.name for entry in imagenet_classes())
-
-
-def make(root: Path, *names: str) -> Path:
-    """Empty files: no picture is opened here."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def listed(images: Dataset) -> list[tuple[str, int]]:
-    """The path of each picture in its folder, and its label."""
-    whole = images.source if isinstance(images, Selection) else images
-    assert images.labels is not None and isinstance(whole, ImageFolder)
-    paths = [os.path.relpath(str(images.image(i)), whole.folder) for i in range(len(images))]
-    return list(zip(paths, images.labels.tolist(), strict=True))
 
 
 def refusal(caught: pytest.ExceptionInfo[InputError]) -> str:
@@ -186,13 +168,13 @@ def test_imagenets_val_may_not_have_classes_that_train_lacks(tmp_path: Path) -> 
 
 
 def test_original_archives_are_unpacked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wnids = sorted({test_imagenet.BY_ID[number] for number in test_imagenet.TRUTH})
-    test_imagenet.tar(tmp_path / imagenet_archives.TRAIN_ARCHIVE, test_imagenet.train_members(wnids))
-    test_imagenet.tar(tmp_path / imagenet_archives.VAL_ARCHIVE, test_imagenet.val_members())
-    test_imagenet.devkit(tmp_path / imagenet_archives.DEVKIT)
-    monkeypatch.setattr(imagenet_archives, "MD5", test_imagenet.sums(tmp_path))
+    wnids = sorted({imagenet_files.BY_ID[number] for number in imagenet_files.TRUTH})
+    imagenet_files.tar(tmp_path / imagenet_archives.TRAIN_ARCHIVE, imagenet_files.train_members(wnids))
+    imagenet_files.tar(tmp_path / imagenet_archives.VAL_ARCHIVE, imagenet_files.val_members())
+    imagenet_files.devkit(tmp_path / imagenet_archives.DEVKIT)
+    monkeypatch.setattr(imagenet_archives, "MD5", imagenet_files.sums(tmp_path))
     val = evaluation_folder(tmp_path)
-    expected = sorted(WNIDS.index(test_imagenet.BY_ID[number]) for number in test_imagenet.TRUTH)
+    expected = sorted(WNIDS.index(imagenet_files.BY_ID[number]) for number in imagenet_files.TRUTH)
     assert [label for _, label in listed(val)] == expected
     assert not (tmp_path / "train").exists()
     train, _ = training_folders(tmp_path)

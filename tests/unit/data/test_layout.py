@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mgq.data.augmentation import EvalTransform
 from mgq.data.datasets import (
     Dataset,
     calibration_folder,
@@ -24,8 +25,9 @@ from mgq.data.image_sources import expand
 from mgq.data.loader import Loader
 from mgq.errors import InputError
 from tests.conftest import one_line_about
-from tests.unit.data.test_datasets import listed, make
-from tests.unit.data.test_loader import AS_IT_IS
+from tests.fakes.photo_folders import listed, make
+
+AS_IT_IS = EvalTransform(8, 8)
 
 CLASSES = ("cat", "dog")
 

@@ -24,8 +24,8 @@ from mgq.data.loader import NO_LABEL, Batch, Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.machine import usable_cores
+from tests.fakes.places import ROOT
 
-ROOT = Path(__file__).parents[3]
 AS_IT_IS = EvalTransform(8, 8)
 IMAGES = 46
 

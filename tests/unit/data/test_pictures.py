@@ -24,6 +24,7 @@ from mgq.data import decoding
 from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError, printable
+from tests.fakes.places import ROOT
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -675,7 +676,7 @@ def test_the_bundled_cat_is_a_image_from_any_folder(tmp_path: Path, monkeypatch:
 
 
 def test_the_cat_of_the_readme_is_the_bundled_one() -> None:
-    link = Path(__file__).parents[3] / "assets" / "cat.jpg"
+    link = ROOT / "assets" / "cat.jpg"
     if not link.parent.is_dir():
         pytest.skip("the tests run outside a clone, without assets/")
     assert link.read_bytes() == bundled_cat().read_bytes()

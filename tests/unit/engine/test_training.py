@@ -24,20 +24,9 @@ from mgq.events import Callbacks, Progress
 from mgq.quantization.modes import Mode
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import one_line_about, smooth_images
+from tests.fakes.training_options import ARCH, SMALL, small_request, stopping_after
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
-ARCH = "shufflenet_v1_x0_5_g3"
-SMALL = {"image_size": 32, "batch_size": 8, "synthetic_train": 40, "synthetic_val": 20, "epochs": 2}
-
-
-def small_request(save: Path, arch: str = ARCH, **changes: Any) -> TrainOptions:
-    return TrainOptions(arch=arch, save=save, changes={**SMALL, **changes}, workers=1)
-
-
-def stopping_after(number: int) -> Callbacks:
-    """Asks to stop when it was asked that often."""
-    asked = iter(range(10**9))
-    return Callbacks(should_stop=lambda: next(asked) + 1 >= number)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mgq.engine.runs.training_state import TrainingState, read_training_state, w
 from mgq.errors import InputError
 from mgq.weights.checkpoint import TRAINING_KEY, write_tensors
 from tests.conftest import one_line_about
-from tests.unit.io.test_atomic import ROOT
+from tests.fakes.places import ROOT
 
 STATE = TrainingState({"w": np.arange(4, dtype=np.float32), "mask": np.array([True, False])}, {"epoch": 3})
 

@@ -19,12 +19,10 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from mgq.engine.classifier.dump import source_of
-from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
 from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
-from mgq.export.native.cpu import LEVELS, Level, get_level
+from mgq.export.native.cpu import Level, get_level
 from mgq.export.native.emit.driver import emit_module
 from mgq.export.native.library import Library
 from mgq.export.native.linker import write_library
@@ -34,46 +32,17 @@ from mgq.export.native.reference import integers_of, run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.machine import usable_cores
 from mgq.ptq.calibrate import calibrate_network
-from mgq.ptq.quantize import quantize
 from mgq.quantization.float_layers import keep_in_float
-from mgq.quantization.modes import Mode
-from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from mgq.quantization.targets import MEGENGINE, ONNX
 from mgq.runtime import native
 from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
 from mgq.runtime.registry import choose_backend
 from mgq.zoo.registry import spec_of
+from tests.fakes.native_programs import BEST, HERE, PORTABLE, Images, model_for, noise, program_for
+from tests.fakes.places import ROOT
 
 FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
-HERE = [level for level in LEVELS if level.runs_here()]
-BEST, PORTABLE = HERE[0], LEVELS[-1]
-Images = npt.NDArray[np.uint8]
-
-
-def noise(size: int, count: int = 1, seed: int = 0) -> Images:
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8)
-
-
-@cache
-def model_for(arch: str, size: int, target: Target = ONNX, classes: int = 1000) -> Any:
-    """An ONNX model with random weights, calibrated on noise."""
-    if classes == 1000:
-        fake = source_of(make_random_classifier(arch, Mode.QAT, image_size=size, target=target))
-    else:
-        megengine.random.seed(3)
-        network = spec_of(arch).build(classes)
-        network.eval()
-        pixels = noise(size)
-        _, ranges = calibrate_network(
-            network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
-        )
-        fake = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
-    return model_of(plain_graph(fake, size), size, None, {"arch": arch})
-
-
-@cache
-def program_for(arch: str, size: int = 64, classes: int = 1000) -> Program:
-    return read_program(model_for(arch, size, ONNX, classes))
 
 
 def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
@@ -402,7 +371,7 @@ def test_a_shared_library_gives_the_bits_of_the_reference(tmp_path: Path, level:
 
 def example(number: int = 0) -> str:
     """A C program of the documents."""
-    text = (Path(__file__).parents[3] / "docs" / "guides" / "native-library.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "native-library.md").read_text(encoding="utf-8")
     return text.split("```c\n")[number + 1].partition("```")[0]
 
 

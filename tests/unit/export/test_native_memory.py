@@ -29,7 +29,7 @@ from mgq.export.native.packing import Constants
 from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Program
 from mgq.export.native.reference import run_reference
-from tests.unit.export.test_native import HERE, PORTABLE, Images, noise, program_for
+from tests.fakes.native_programs import HERE, PORTABLE, Images, noise, program_for
 
 PAGE = mmap.PAGESIZE
 SIZE = 96

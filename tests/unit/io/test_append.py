@@ -8,7 +8,7 @@ import pytest
 
 from mgq.errors import InputError
 from mgq.io.append import append_whole, drop_torn_line
-from tests.unit.io.test_atomic import run_on_small_disk, the_line
+from tests.fakes.small_disk import run_on_small_disk, the_line
 
 
 def test_pieces_follow_each_other(tmp_path: Path) -> None:

@@ -21,32 +21,8 @@ from mgq.io.atomic import (
     write_bytes_atomically,
     write_text_atomically,
 )
-
-ROOT = Path(__file__).parents[3]
-NO_MOUNT = 77
-
-
-def the_line(caught: pytest.ExceptionInfo[MgqError]) -> str:
-    """The message, which must be one line."""
-    message = str(caught.value)
-    assert message
-    assert message.isprintable()
-    return message
-
-
-def run_on_small_disk(folder: Path, script: str, options: str = "size=64k") -> str:
-    """What ``script`` prints, run with ``folder`` as a disk of its own that nobody else sees."""
-    unshare = ["unshare", "-m" if os.geteuid() == 0 else "-rm"]
-    shell = f'mount -t tmpfs -o "$1" none "$2" || exit {NO_MOUNT}; exec "$3" -c "$4" "$2"'
-    command = [*unshare, "sh", "-c", shell, "sh", options, str(folder), sys.executable, script]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no unshare to make a small disk with")
-    if done.returncode == NO_MOUNT or "unshare failed" in done.stderr:
-        pytest.skip(f"mounting a small disk is not allowed here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.fakes.places import ROOT
+from tests.fakes.small_disk import run_on_small_disk, the_line
 
 
 def test_a_new_file_holds_what_was_written(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import QUALITIES
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, smooth_images, the_error
-from tests.unit.ptq.test_equalization import network_of, with_true_statistics
+from tests.fakes.places import ROOT
+from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(8, seed=4)
 SHUFFLE = "shufflenet_v1_x0_5_g3"
@@ -123,7 +124,7 @@ class TestMaxDrop:
 
     def test_it_needs_labels(self, mgq: Mgq, tmp_path: Path) -> None:
         classifier_of(SHUFFLE).write_checkpoint(tmp_path / "own.safetensors")
-        cat = Path(__file__).parents[3] / "assets" / "cat.jpg"
+        cat = ROOT / "assets" / "cat.jpg"
         said = mgq("calibrate", cat, "-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs", "--max-drop", "0.5")
         assert one_line_about(the_error(said), "--max-drop", "-d FOLDER")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import megengine
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +22,9 @@ from mgq.ptq.equalization import (
 from mgq.ptq.gptq import round_weights
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from mgq.zoo.registry import spec_of
-from tests.conftest import logits_of, smooth_images
+from tests.conftest import logits_of
+from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
 
-IMAGES = smooth_images(8)
 NETWORKS: tuple[tuple[str, dict[str, object]], ...] = (
     ("resnet18", {}),
     ("mobilenet_v2", {}),
@@ -34,30 +32,6 @@ NETWORKS: tuple[tuple[str, dict[str, object]], ...] = (
     ("shufflenet_v1_x0_5_g3", {}),
     ("efficientnet_lite0", {}),
 )
-
-
-def network_of(arch: str, **options: object) -> M.Module:
-    """Random weights, no two channels of a layer alike: some are ten times as large as others."""
-    megengine.random.seed(3)
-    network = spec_of(arch).build(10, **options)
-    rng = np.random.default_rng(0)
-    for module in network.modules():
-        if isinstance(module, M.BatchNorm2d):
-            shape = module.weight.numpy().shape
-            module.weight[...] = Tensor(np.exp(rng.normal(-0.5, 0.6, shape)).astype(np.float32))
-            module.bias[...] = Tensor(rng.normal(0, 0.5, shape).astype(np.float32))
-    network.eval()
-    return network
-
-
-def with_true_statistics(network: M.Module) -> None:
-    """Let batch norms know what they see, as after a training."""
-    for module in network.modules():
-        if isinstance(module, M.BatchNorm2d):
-            module.momentum = 0.0
-            module.training = True
-    logits_of(network, IMAGES)
-    network.eval()
 
 
 @pytest.mark.parametrize(("arch", "options"), NETWORKS, ids=str)

@@ -33,7 +33,7 @@ from mgq.ptq.steps import (
 )
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import classifier_of, smooth_images
-from tests.unit.ptq.test_equalization import network_of, with_true_statistics
+from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(24, seed=3)
 UNSEEN = smooth_images(16, seed=11)

@@ -27,7 +27,7 @@ from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
-from tests.unit.ptq.test_calibration import IMAGES, net
+from tests.fakes.small_network import IMAGES, net
 
 Array = npt.NDArray[np.float32]
 

@@ -18,10 +18,10 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.engine.calibration.analysis import Analysis, AnalyzedImages, in_decibels, in_points, load_images
+from mgq.engine.calibration.analysis import in_decibels, in_points, load_images
 from mgq.engine.classifier.open import make_random_classifier
 from mgq.ptq.range_measurement import as_input
-from mgq.ptq.sensitivity import Effect, Sensitivity, Survey, effect_of, find_analyzed_layers, sensitivity_of
+from mgq.ptq.sensitivity import Effect, Survey, effect_of, find_analyzed_layers, sensitivity_of
 from mgq.quantization.activation_ranges import (
     apply_ranges,
     find_quantized_layers,
@@ -45,8 +45,8 @@ from tests.conftest import (
     values_of,
     write_images,
 )
+from tests.fakes.analyses import ARCH, analysis_of
 
-ARCH = "resnet18"
 SMALL = "shufflenet_v1_x0_5_g3"
 LAYER = "layer2.0.conv_bn_relu1"
 
@@ -210,11 +210,6 @@ def test_broken_images_are_left_out_with_their_labels(made: Path) -> None:
 
 
 # ---- the page ----
-
-
-def analysis_of(found: Sensitivity, origin: str = "made-up weights", corrected: bool = False) -> Analysis:
-    images = AnalyzedImages("made-up pictures", smooth_images(1), None)
-    return Analysis(replace(classifier_of(ARCH, Mode.QAT), origin=origin), images, found, corrected)
 
 
 def test_the_page_is_complete_in_itself_and_names_every_layer() -> None:

@@ -14,8 +14,8 @@ from mgq.ptq.sensitivity import sensitivity_of
 from mgq.reports.analysis_page import page_of
 from mgq.reports.report import report
 from tests.conftest import smooth_images, trio_of
-from tests.unit.reports.test_analysis import analysis_of
-from tests.unit.reports.test_report import make_run
+from tests.fakes.analyses import analysis_of
+from tests.fakes.finished_runs import make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

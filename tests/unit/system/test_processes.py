@@ -18,9 +18,9 @@ import pytest
 
 from mgq.errors import FailureError, InputError
 from mgq.system.processes import Channel, Task, run_in_processes
+from tests.fakes.places import ROOT
 
 PREPARED = "MGQ_TEST_PREPARED"
-ROOT = Path(__file__).parents[3]
 
 
 def prepare() -> None:

@@ -21,12 +21,12 @@ from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, identify_checkpoint, spec_of, specs
 from mgq.zoo.weight_loading import fetch_published_weights, find_published_checkpoint, read_weights
 from tests.conftest import CLASSES, Mgq, logits_of, one_line_about, the_error
-from tests.unit.io.test_download import Shelf, shelf  # noqa: F401
-from tests.unit.zoo.test_adapters import assert_equal_logits, made_up, plain_mobilenet, resnet_names
-from tests.unit.zoo.test_timm_names import as_pth
+from tests.fakes.download_server import Shelf
+from tests.fakes.places import ROOT
+from tests.fakes.pytorch_networks import as_pth, assert_equal_logits, made_up, plain_mobilenet, resnet_names
 
 TORCHVISION = [(spec, c) for spec in specs().values() for c in spec.checkpoints if c.publisher == "torchvision"]
-REAL = Path(__file__).parents[4] / "shared" / "weights" / "mobilenet_v2-b0353104.pth"
+REAL = ROOT.parent / "shared" / "weights" / "mobilenet_v2-b0353104.pth"
 # Of torchvision 0.29's weight enumerations: file, version, acc@1, size of the shorter side, size in MiB.
 PUBLISHED = {
     "resnet18": {("resnet18-f37072fd.pth", "v1", 69.758, 256, 44.661)},
@@ -106,7 +106,7 @@ class TestVersions:
 
 
 @pytest.fixture
-def offered(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelSpec:  # noqa: F811
+def offered(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelSpec:
     """ResNet18 with one published checkpoint, a real file on a server of this machine; the cache is empty."""
     monkeypatch.setenv("MGQ_CACHE", str(tmp_path / "cache"))
     shelf.content = as_pth(made_up(resnet_names(18, CLASSES)), tmp_path / "made.pth").read_bytes()
@@ -124,7 +124,7 @@ class TestDownload:
     def test_what_comes_is_checked_by_the_hash_in_its_name_and_keeps_its_crop(
         self,
         offered: ModelSpec,
-        shelf: Shelf,  # noqa: F811
+        shelf: Shelf,
     ) -> None:
         weights = fetch_published_weights(offered, "normal", version="v2")
         assert (weights.arch, weights.classes) == ("resnet18", CLASSES)
@@ -136,7 +136,7 @@ class TestDownload:
     def test_another_file_under_that_name_is_refused(
         self,
         offered: ModelSpec,
-        shelf: Shelf,  # noqa: F811
+        shelf: Shelf,
         tmp_path: Path,
     ) -> None:
         shelf.content = shelf.content[:-1] + b"!"
@@ -157,7 +157,7 @@ class TestDownload:
     def test_the_file_given_by_hand_is_known_by_its_hash(
         self,
         offered: ModelSpec,
-        shelf: Shelf,  # noqa: F811
+        shelf: Shelf,
         tmp_path: Path,
     ) -> None:
         path = tmp_path / offered.checkpoints[0].source.name

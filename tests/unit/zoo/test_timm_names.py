@@ -31,9 +31,7 @@ from mgq.weights.preprocessing import Preprocessing
 from mgq.zoo.weight_hints import hints_of
 from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, State, logits_of, one_line_about
-from tests.unit.engine.test_training import small_request, stopping_after
-from tests.unit.weights.test_pickles import Forge
-from tests.unit.zoo.test_adapters import (
+from tests.fakes.pytorch_networks import (
     IMAGENET,
     LITE,
     LITES,
@@ -42,6 +40,7 @@ from tests.unit.zoo.test_adapters import (
     Pixels,
     Plain,
     Shapes,
+    as_pth,
     assert_equal_logits,
     bn_names,
     conv_names,
@@ -53,6 +52,8 @@ from tests.unit.zoo.test_adapters import (
     resnet_names,
     tensorflow_same,
 )
+from tests.fakes.training_options import small_request, stopping_after
+from tests.fakes.weight_files import Forge
 
 HALF = ((127.5,) * 3, (127.5,) * 3)
 # kernel, stride, expansion, channels, repeats
@@ -161,12 +162,6 @@ def as_safetensors(state: State, path: Path) -> Path:
     return path
 
 
-def as_pth(state: State, path: Path) -> Path:
-    forge = Forge()
-    path.write_bytes(forge.zip({name: forge.tensor(np.ascontiguousarray(value)) for name, value in state.items()}))
-    return path
-
-
 def trained(path: Path, state: State, **beside: object) -> Path:
     """A checkpoint as timm's ``train.py`` leaves it: the weights, and what is known of them ``beside``."""
     forge = Forge()
@@ -212,7 +207,7 @@ class TestLogits:
     def test_resnet_is_normalized_as_its_recipe_was(
         self, name: str, normalization: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("tests.unit.zoo.test_adapters.IMAGENET", normalization)
+        monkeypatch.setattr("tests.fakes.pytorch_networks.IMAGENET", normalization)
         depth = int(name[6:8])
         state, images = made_up(resnet_names(depth, CLASSES)), random_images(64)
         weights = read_weights(as_safetensors(state, tmp_path / f"{name}.safetensors"))

@@ -29,6 +29,7 @@ from mgq.quantization.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, scale_channels, without_initialization
 from mgq.zoo.registry import create_model, spec_of, specs
 from tests.conftest import CLASSES, FAMILIES, Trio, blank, filled, logits_of, one_line_about, smooth_images, trio_of
+from tests.fakes.places import ROOT
 
 # The public example's checkpoints: number of entries, and SHA-256 of the sorted compact JSON of {name: shape}.
 CHECKPOINT_NAMES = {
@@ -47,7 +48,7 @@ CHECKPOINT_NAMES = {
     ("shufflenet_v1_x2_0_g3", "normal"): (261, "87af2cbd6db25df3134a31edc3434d98479e5008dbbd58037caef26f59e5391c"),
     ("shufflenet_v1_x2_0_g3", "qat"): (641, "e0221a0cf08eb3d74d49d7c2c9118de89e554352c160ff31f9c8723fbafafe27"),
 }
-OTHERS_NAMES = Path(__file__).parents[4] / "shared" / "checkpoints" / "names.json"
+OTHERS_NAMES = ROOT.parent / "shared" / "checkpoints" / "names.json"
 
 
 @dataclass(frozen=True)
