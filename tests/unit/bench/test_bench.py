@@ -30,13 +30,14 @@ from mgq.bench.cases import (
 )
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, make_settings
 from mgq.bench.statistics import interquartile_range, measure_speed, measure_speedup, median_time
-from mgq.bench.suite import BenchmarkBackend, BenchmarkSuite, NetworkJob, cat_batch
+from mgq.bench.suite import BenchmarkSuite, NetworkJob, cat_batch
 from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, find_group, markdown, three_digits
 from mgq.bench.workers import InProcessWorker, SideBySide
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX
+from mgq.runtime.registry import COMPARED, Backend
 from mgq.system.environment import Machine, cpu_features, cpu_model, saturates, this_machine
 
 MS = 1_000_000
@@ -454,17 +455,14 @@ def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -
         built.append(f"{network} {precision.value} {'onnx' if target is ONNX else 'megengine'}")
         return FakeClassifier(built[-1])
 
-    def start(job: NetworkJob, threads: int) -> LoadedWorker:
+    def start(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
         return LoadedWorker(present(FakeRuntime("a", threads=threads)), job.classifier.origin)
 
     monkeypatch.setattr(engines_module, "open_for_benchmark", fake)
     monkeypatch.setattr(BenchmarkSuite, "macs", 10**9)
-    engines = {
-        name: BenchmarkBackend(start, ONNX if name in ("ONNX Runtime", "OpenVINO") else MEGENGINE) for name in names
-    }
-    return BenchmarkSuite(
-        "resnet18", settings, replace(MACHINE, features=("AVX2", "FMA")), Path("folder"), engines
-    ), built
+    backends = [backend for backend in COMPARED if backend.name in names]
+    machine = replace(MACHINE, features=("AVX2", "FMA"))
+    return BenchmarkSuite("resnet18", settings, machine, Path("folder"), backends, start), built
 
 
 @dataclass(frozen=True)
@@ -500,12 +498,10 @@ def test_with_int8_alone_one_engine_runs_float_as_the_yardstick(monkeypatch: pyt
 
 def test_an_engine_that_computes_in_int8_alone_has_no_row_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     taking_part, _ = field_of(monkeypatch, Settings(threads=(1,)), "OpenVINO", "native")
-    backends = {**taking_part.backends, "native": replace(taking_part.backends["native"], precisions=(INT8,))}
     for settings in (Settings(threads=(1,)), make_settings(precisions=[INT8], threads=["1"])):
-        found = replace(taking_part, backends=backends, settings=settings).cases()
+        found = replace(taking_part, settings=settings).cases()
         rows = [(one.precision, one.engine) for one in found if not one.is_peak]
         assert rows == [(FP32, "OpenVINO"), (INT8, "OpenVINO"), (INT8, "native")]
-    assert engines_module.BENCHMARK_BACKENDS["native"].precisions == (INT8,)
 
 
 def test_self_tests_take_part_where_the_processor_has_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:

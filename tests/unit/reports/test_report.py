@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgq.bench.cases import LoadedWorker
-from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, NetworkJob
 from mgq.data.datasets import evaluation_folder
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
-from mgq.errors import InputError
 from mgq.quantization.modes import Mode
-from mgq.quantization.targets import ONNX
 from mgq.reports.finished_run import find_run
 from mgq.reports.report import Report, report
 from mgq.reports.run_predictions import FLOAT, INT8, Measurements, choose_changes
+from mgq.runtime.registry import get_backend
 from tests.conftest import (
     SIZE,
     Mgq,
@@ -163,10 +160,8 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
 
 
 def test_engines_are_measured_and_one_that_is_missing_says_why(run: Path, tmp_path: Path) -> None:
-    def missing(job: NetworkJob, threads: int) -> LoadedWorker:
-        raise InputError("it is not here: pip install it")
-
-    engines = {"ONNX Runtime": BENCHMARK_BACKENDS["ONNX Runtime"], "Nothing": BenchmarkBackend(missing, ONNX)}
+    missing = replace(get_backend("onnxruntime"), name="Nothing", package="no_such_package", mend="pip install it")
+    engines = [get_backend("onnxruntime"), missing]
     written = report(run, engines=engines, limit=6, output=tmp_path / "engines.html")
     assert written.engines is not None and written.engines.images == 6
     rows = {(row.engine, row.what): row for row in written.engines.rows}
@@ -176,7 +171,7 @@ def test_engines_are_measured_and_one_that_is_missing_says_why(run: Path, tmp_pa
         assert rows["Nothing", what].speed is None
     float_row = rows["ONNX Runtime", FLOAT]
     assert float_row.same == 100.0 and float_row.top1 == pytest.approx(found_in(written).found[FLOAT].top1)
-    assert "it is not here: pip install it" in words_of(written)
+    assert "Nothing is not installed: pip install it" in words_of(written)
 
 
 # ---- the command ----
