@@ -168,6 +168,12 @@ def short_shufflenet() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def short_shufflenet_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``short_shufflenet``, for one test alone."""
+    monkeypatch.setattr(shufflenet_v1, "REPEATS", ONE_UNIT_A_STAGE)
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def trio(request: pytest.FixtureRequest) -> Trio:
     """Each family's smallest network in its three modes."""

@@ -11,7 +11,7 @@ import cv2
 import pytest
 
 from mgq.io.download import sha256_of
-from tests.conftest import Mgq, one_line_about, smooth_images, the_error, write_images
+from tests.conftest import Mgq, classifier_of, one_line_about, smooth_images, the_error, write_images
 from tests.fakes.commands import ARCH, lines_of, started, waited_for
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -81,21 +81,29 @@ def test_calibrate_measures_on_images_that_it_did_not_use(mgq: Mgq, tmp_path: Pa
     assert body["arch"] == "efficientnet_lite0" and body["pictures"] == 4 and body["comparison"]["images"] == 2
 
 
-def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path) -> None:
+@pytest.fixture
+def small_network(tmp_path: Path) -> Path:
+    """A checkpoint of a network that takes no time, with classes called ``kind 0`` and so on."""
+    path = tmp_path / "small.safetensors"
+    classifier_of(ARCH).write_checkpoint(path)
+    return path
+
+
+def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path, small_network: Path) -> None:
     (tmp_path / "set").mkdir()
-    for name in ("n01440764", "n02123045"):
+    for name in ("kind 0", "kind 1"):
         write_images(tmp_path / "set" / name, 3)
     for _ in range(2):
-        said = mgq("calibrate", "-d", "set", "--quality", "fast")
+        said = mgq("calibrate", "-c", small_network, "-d", "set", "--quality", "fast")
         assert said.code == 0, said
     assert "all 6 labelled pictures are calibrated on: give a smaller --images" in said.err
-    for name in ("efficientnet_lite0.calibration", "efficientnet_lite0.calibration.1"):
+    for name in (f"{ARCH}.calibration", f"{ARCH}.calibration.1"):
         assert (tmp_path / "runs" / name / "checkpoint.safetensors").is_file()
 
 
-def test_unlabelled_images_calibrate_without_a_table(mgq: Mgq, tmp_path: Path) -> None:
+def test_unlabelled_images_calibrate_without_a_table(mgq: Mgq, tmp_path: Path, small_network: Path) -> None:
     write_images(tmp_path / "set", 3)
-    said = mgq("calibrate", "-d", "set", "--quality", "fast")
+    said = mgq("calibrate", "-c", small_network, "-d", "set", "--quality", "fast")
     assert said.code == 0 and "top-1" not in said.out and "accuracy was not measured" in said.err
 
 
@@ -191,6 +199,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert (run / "last.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_several_moments_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = started("train", tmp_path, *OPTIONS, "-s", "whole")
     assert whole.wait(120) == 0

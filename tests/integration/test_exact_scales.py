@@ -104,7 +104,14 @@ def is_tie_free(ratio: float, largest: int = 8191) -> bool:
     return found.denominator % 2 == 1 and abs(float(found) / ratio - 1) < 1e-6
 
 
-@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda n: "-".join(map(str, FAMILIES[n])))
+def name_of(number: int) -> str:
+    return "-".join(map(str, FAMILIES[number]))
+
+
+RESNET, *OTHERS = range(len(FAMILIES))
+
+
+@pytest.mark.parametrize("number", [pytest.param(RESNET, marks=pytest.mark.slow), *OTHERS], ids=name_of)
 class TestOneTruth:
     def test_logits_are_the_same_to_the_bit_everywhere(self, number: int, tmp_path: Path) -> None:
         network = calibrated(number)

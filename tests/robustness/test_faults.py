@@ -100,6 +100,7 @@ def catches_sigterm(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     first = started("train", tmp_path, *TRAINING, *LONG)
     last = tmp_path / "runs" / f"{ARCH}.normal" / "last.safetensors"
@@ -162,6 +163,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, words: tuple[s
         closed.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_whatever_the_folder_and_the_workers(tmp_path: Path) -> None:
     files = []
     for name, workers in (("one", "1"), ("two", "2")):

@@ -394,6 +394,7 @@ def test_steps_follow_stock_steps_through_odd_batches() -> None:
         np.testing.assert_allclose(fast[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
 def test_a_thousand_steps_do_not_leak(mode: Mode) -> None:
     network, batch = small_network(mode, 2), normal(16, 3, 24, 24)

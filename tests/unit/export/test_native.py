@@ -42,7 +42,12 @@ from mgq.zoo.registry import spec_of
 from tests.fakes.native_programs import BEST, HERE, PORTABLE, Images, model_for, noise, program_for
 from tests.fakes.places import ROOT
 
-FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+FAMILIES = ("resnet18", slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
 
 
 def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
@@ -76,7 +81,7 @@ def test_every_layer_of_every_kernel_is_the_reference_to_the_bit(arch: str, leve
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize("size", (32, 96, 160, 224))
+@pytest.mark.parametrize("size", (slow(32), 96, slow(160), 224))
 def test_layers_run_row_by_row_give_the_same_bits_at_every_size(arch: str, size: int) -> None:
     program = program_for(arch, size)
     images = noise(size, 1, size)
@@ -92,7 +97,13 @@ def test_rows_that_fill_no_vector_are_right(level: Level) -> None:
 
 @pytest.mark.parametrize(
     "arch",
-    ("shufflenet_v1_x0_5_g3", "shufflenet_v1_x1_0_g3", "shufflenet_v1_x2_0_g3", "shufflenet_v1_x1_5_g8", "resnet34"),
+    (
+        "shufflenet_v1_x0_5_g3",
+        slow("shufflenet_v1_x1_0_g3"),
+        slow("shufflenet_v1_x2_0_g3"),
+        "shufflenet_v1_x1_5_g8",
+        slow("resnet34"),
+    ),
 )
 def test_groups_of_any_number_and_width_give_the_same_bits(arch: str) -> None:
     try:

@@ -42,6 +42,7 @@ from tests.conftest import (
 )
 from tests.fakes.small_network import IMAGES, net
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
 SHUFFLE = "shufflenet_v1_x0_5_g3"
 LAYERS = {"first", "second", "third", "add"}
 

@@ -141,13 +141,14 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
 
 def test_steps_work_alone_and_in_order() -> None:
     """Each is a function from a network, and pictures, to another: nearer to float, the one before it left as it is."""
-    network = network_of("resnet18")
+    network = network_of("mobilenet_v2")
     wanted, pixels = logits_of(network, IMAGES), as_input(IMAGES)
 
     def noise(found: M.Module) -> float:
         return float(np.square(logits_of(found, IMAGES) - wanted).mean())
 
-    plain, _ = calibrate_network(network, [IMAGES], "", "", {}, "mse", correct_bias=False, weight_rounding="nearest")
+    bare = {"correct_bias": False, "weight_rounding": "nearest"}
+    plain, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", **bare)
     once = round_weights(plain, pixels)
     twice = correct_biases(once, pixels)
     noises = [noise(found) for found in (plain, once, twice)]

@@ -517,6 +517,7 @@ class TestQuantize:
         with pytest.raises(InputError, match="'int4'"):
             mgq.quantize(small(), IMAGES, mode="int4")
 
+    @pytest.mark.usefixtures("short_shufflenet_here")
     def test_a_network_of_the_zoo_is_quantized_in_one_call(self) -> None:
         network = trio_of(SHUFFLE).normal
         quantized = mgq.quantize(network, smooth_images(4))
