@@ -147,8 +147,9 @@ def test_steps_work_alone_and_in_order() -> None:
     def noise(found: M.Module) -> float:
         return float(np.square(logits_of(found, IMAGES) - wanted).mean())
 
-    bare = {"correct_bias": False, "weight_rounding": "nearest"}
-    plain, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", **bare)
+    plain = calibrate_network(network, [IMAGES], "", "", {}, "min-max", correct_bias=False, weight_rounding="nearest")[
+        0
+    ]
     once = round_weights(plain, pixels)
     twice = correct_biases(once, pixels)
     noises = [noise(found) for found in (plain, once, twice)]

@@ -13,7 +13,16 @@ from mgq.bench.settings import Precision, Settings
 from mgq.bench.suite import BenchmarkSuite, computes_in
 from mgq.errors import InputError
 from mgq.runtime import registry
-from mgq.runtime.registry import BACKENDS, COMPARED, backend_names, choose_backend, get_backend, list_packages
+from mgq.runtime.registry import (
+    BACKENDS,
+    COMPARED,
+    EAGER,
+    TRACED,
+    backend_names,
+    choose_backend,
+    get_backend,
+    list_packages,
+)
 from mgq.system.environment import this_machine
 
 NEW = replace(
@@ -52,14 +61,9 @@ def test_a_record_has_a_row_in_the_benchmark(monkeypatch: pytest.MonkeyPatch, tm
         rows[0].load()
 
 
-def test_what_is_compared_and_in_which_order() -> None:
-    assert [backend.name for backend in COMPARED] == [
-        "MegEngine eager",
-        "MegEngine traced",
-        "MegEngine Lite",
-        "ONNX Runtime",
-        "OpenVINO",
-        "native",
-    ]
-    assert [backend.name for backend in COMPARED if not computes_in(backend, Precision.FP32)] == ["native"]
-    assert len({backend.key for backend in (*BACKENDS, *COMPARED)}) == len(COMPARED) + 1
+def test_megengine_comes_first_and_the_fastest_last_in_the_benchmark() -> None:
+    of_files = [backend for backend in reversed(BACKENDS) if backend.compared]
+    assert list(COMPARED) == [EAGER, TRACED, *of_files]
+    native = get_backend("native")
+    assert computes_in(native, Precision.INT8) and not computes_in(native, Precision.FP32)
+    assert len({backend.key for backend in (*BACKENDS, *COMPARED)}) == len({*BACKENDS, *COMPARED})
