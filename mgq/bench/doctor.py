@@ -1,4 +1,4 @@
-"""Is all there that mgq needs on this machine? One check after the other; none of them can stop the others.
+"""Checks whether this machine has what mgq needs. Every check runs, whatever the others find.
 
 What might crash where it is broken, such as an engine, is loaded in a process of its own.
 """
@@ -301,7 +301,7 @@ def weights(save: Path) -> str:
     found = {name: weights_at_hand(spec, save) for name, spec in specs().items()}
     words = [f"{name} ({', '.join(places)})" for name, places in found.items() if places]
     if not words:
-        raise LackingError("none at hand")
+        raise LackingError("none found")
     return ", ".join(words)
 
 

@@ -187,7 +187,7 @@ class BenchmarkSuite:
 
 
 def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:
-    """``network`` with the weights that are at hand, else with random ones, which serve speed as well.
+    """``network`` with weights of this machine, else with random ones, which are as good for speed.
 
     An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
     ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.

@@ -51,7 +51,7 @@ class GivenJob(NetworkJob):
 @dataclass(frozen=True)
 class Row:
     """The network ``what`` in one engine. ``problem`` says why there is no speed. ``top1`` and ``same``, its answers
-    that are MegEngine's, are percent; None where no pictures were at hand. ``rounds`` are times in nanoseconds."""
+    that are MegEngine's, are percent; None where there were no pictures. ``rounds`` are times in nanoseconds."""
 
     what: str
     engine: str

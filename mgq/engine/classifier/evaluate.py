@@ -1,4 +1,4 @@
-"""Evaluation: how often a network is right on labelled pictures, where it errs, and how fast it answers."""
+"""Evaluates a network on labelled images: accuracy, confusions and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a file of weights can be read, found out before anything slow is done for it."""
+"""Checks that a file of weights can be read, before anything slow starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on, as its folder tells."""
+"""Records what the bits of a run depend on, in its folder."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class TestWhereWeightsComeFrom:
         monkeypatch.setattr(PackagedWeights, "path", only_lite0)
         with pytest.raises(InputError) as error:
             open_classifier(arch, save=tmp_path)
-        assert one_line_about(str(error.value), f"no weights for {arch} at hand", *ways)
+        assert one_line_about(str(error.value), f"no weights for {arch} found", *ways)
 
     def test_published_ones_are_downloaded_only_where_asked_for_or_there_already(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -466,7 +466,7 @@ def test_a_damaged_file_that_cannot_be_replaced_is_told_of_and_kept(shelf: Shelf
     shelf.moods.extend([says(403)])
     with pytest.raises(FailureError) as caught:
         download(shelf.source(), tmp_path, patience=QUICK)
-    assert "the one at hand is damaged: 23 bytes, expected 200000" in the_line(caught)
+    assert "the cached one is damaged: 23 bytes, expected 200000" in the_line(caught)
     assert path.exists()
 
 
