@@ -90,8 +90,8 @@ def bench(
 ) -> None:
     """Measure pictures a second in every engine.
 
-    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where none
-    are at hand.
+    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where there
+    are none.
 
     \b
     Examples:

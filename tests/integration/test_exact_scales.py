@@ -108,10 +108,11 @@ def name_of(number: int) -> str:
     return "-".join(map(str, FAMILIES[number]))
 
 
-RESNET, *OTHERS = range(len(FAMILIES))
+RESNET, SHUFFLE, MOBILE, *OTHERS = range(len(FAMILIES))
+NUMBERS = [SHUFFLE, MOBILE, *(pytest.param(number, marks=pytest.mark.slow) for number in (RESNET, *OTHERS))]
 
 
-@pytest.mark.parametrize("number", [pytest.param(RESNET, marks=pytest.mark.slow), *OTHERS], ids=name_of)
+@pytest.mark.parametrize("number", NUMBERS, ids=name_of)
 class TestOneTruth:
     def test_logits_are_the_same_to_the_bit_everywhere(self, number: int, tmp_path: Path) -> None:
         network = calibrated(number)
@@ -178,7 +179,9 @@ def test_every_integer_of_larger_networks_is_the_same(
     np.testing.assert_allclose(logits_of(network, IMAGES), native, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("target", [ONNX, ONNX_AVX2], ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    "target", [pytest.param(ONNX, marks=pytest.mark.slow), ONNX_AVX2], ids=lambda target: target.name
+)
 def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer(
     target: Target, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
     "words",
     [
         ("train", *TRAINING, "--epochs", "1", "-s", "disk"),
-        ("calibrate", "-a", "efficientnet_lite0", "--data-free", "-s", "disk"),
+        pytest.param(("calibrate", "-a", "efficientnet_lite0", "--data-free", "-s", "disk"), marks=pytest.mark.slow),
         ("dump", "-o", "disk/cat.megengine"),
         ("dump", "--format", "onnx", "--check", "none", "-o", "disk/cat.onnx"),
     ],

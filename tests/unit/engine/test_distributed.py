@@ -106,6 +106,7 @@ def requested(save: Path, **words: Any) -> Any:
 
 
 @pytest.mark.usefixtures("on_two")
+@pytest.mark.slow
 def test_train_and_qat_on_two_devices(tmp_path: Path) -> None:
     remarks: list[str] = []
     trained = training_run.train(requested(tmp_path), Callbacks(on_message=remarks.append))
@@ -119,6 +120,7 @@ def test_train_and_qat_on_two_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_two")
+@pytest.mark.slow
 def test_a_training_on_two_devices_stops_and_goes_on(tmp_path: Path) -> None:
     epochs: list[str] = []
     callbacks = Callbacks(on_message=epochs.append, should_stop=lambda: any("epoch 1/2" in line for line in epochs))

@@ -338,6 +338,7 @@ class TestCalibration:
             "versions": versions(),
         }
 
+    @pytest.mark.usefixtures("short_shufflenet_here")
     def test_ranges_of_rounded_weights_are_theirs_alone(self, run: Run, tmp_path: Path) -> None:
         found = calibrate(classifier_of(SHUFFLE), run.sources, 10)
         path = found.write(tmp_path)

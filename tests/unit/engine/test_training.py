@@ -120,7 +120,7 @@ def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_pat
     assert epochs_in(outcome) == [1, 2]
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4])
+@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (3, 4))])
 def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, moment: int) -> None:
     outcomes = []
     for name in ("undisturbed", "stopped"):
