@@ -51,6 +51,9 @@ KNOWS_NOTHING_OF = {
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
 }
 """Rooms that stand before and are still no business of a room's."""
+ENGINE = (("distributed",), ("classifier",), ("runs",), ("calibration", "training"))
+"""The rooms inside the engine, from the foot to the roof. The last two use each other: a training may begin with a
+calibration, and a calibration may use the images of a training."""
 SAY_NOTHING = {
     "base",
     "calls",
@@ -124,6 +127,18 @@ def test_a_room_imports_only_rooms_before_it(room: str) -> None:
     for path in files_of(room):
         wrong = imported_rooms(path) - may
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_rooms_of_the_engine_import_only_those_below() -> None:
+    folders = {path.name for path in (ROOT / "engine").iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert folders == {name for level in ENGINE for name in level}
+    may: set[str] = set()
+    for level in ENGINE:
+        may |= set(level)
+        for path in (path for name in level for path in (ROOT / "engine" / name).rglob("*.py")):
+            parts = [name.split(".") for name in names_imported(path) if name.startswith("mgq.engine.")]
+            wrong = {found[2] for found in parts} - may
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_every_room_is_known() -> None:

@@ -16,6 +16,7 @@ import tomli
 import tomli_w
 from msgspec import Meta
 
+from mgq.data import SYNTHETIC as SYNTHETIC
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.io.limited_io import text_of
 from mgq.io.records import bounds_of, types_of, value_of
@@ -23,8 +24,6 @@ from mgq.quantization.option_names import OBSERVERS, TARGETS
 from mgq.weights.checkpoint import check_size
 from mgq.zoo.registry import spec_for
 
-SYNTHETIC = "synthetic"
-"""What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
 IMAGENET_IMAGES = 300_000
 """From this many pictures on, a set gets the recipe for ImageNet."""
