@@ -121,12 +121,27 @@ def rare(model: Model) -> str:
     return model.conv(model.add("Relu", padded), 8, 8, 2)
 
 
+def keras(model: Model) -> str:
+    """MobileNetV2 as Keras has it: zeros below and to the right alone, ReLU6, and one behind a gate."""
+
+    def limited(source: str) -> str:
+        return model.add("Clip", model.norm(source, 8), model.constant(0.0), model.constant(6.0))
+
+    sides = model.constant([0, 0, 0, 0, 0, 0, 1, 1], np.int64)
+    stem = limited(model.conv(model.add("Pad", "image", sides, mode="constant"), 3, 8, strides=[2, 2]))
+    deep = limited(model.conv(stem, 8, 8, group=8, auto_pad="SAME_UPPER", strides=[2, 2]))
+    total = model.add("Add", model.norm(model.conv(deep, 8, 8, 1), 8), deep)
+    gate = model.add("Sigmoid", model.conv(model.add("GlobalAveragePool", total), 8, 8, 1))
+    return limited(model.conv(model.add("Mul", total, gate), 8, 8, 1))
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
     "old_swishes": old_swishes,
     "branches": branches,
     "rare": rare,
+    "keras": keras,
 }
 """Each ends in 8 channels."""
 

@@ -18,7 +18,7 @@ from mgq.engine.calibration.calibration_run import calibrate
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
 from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, CalibrationConfig, get_preset
+from mgq.ptq.presets import PRESETS, UP_TO_CEILINGS, CalibrationConfig, get_preset
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import (
     Draft,
@@ -130,6 +130,19 @@ class TestSearch:
         )
         assert found.best.steps == ("ranges by min-max", good.name)
 
+    def test_the_quick_finish_is_kept_where_the_others_harm(self) -> None:
+        preset = replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(),), touches=())
+        network = trained_like(SHUFFLE, {})
+        found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
+        assert preset.preview is not None
+        assert found.best.steps == ("ranges by min-max", preset.preview.name)
+
+    def test_a_network_without_ceilings_is_not_equalized_up_to_them(self) -> None:
+        preset = replace(PRESETS["balanced"], grids=((RangesBySeen(),), UP_TO_CEILINGS), finishes=(), touches=())
+        network = trained_like(SHUFFLE, {})
+        found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
+        assert [trial.steps[0] for trial in found.trials] == ["ranges by min-max"]
+
     def test_the_float_network_stays_as_it_is(self) -> None:
         network = trained_like(SHUFFLE, {})
         before = logits_of(network, UNSEEN)
@@ -227,6 +240,15 @@ class TestReactions:
         reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) < 10
+
+    def test_headroom_lets_ranges_reach_beyond_what_was_seen(self) -> None:
+        """Where rounding costs little, nothing that was seen is clipped, and images that are stronger are not, too."""
+        rng = np.random.default_rng(0)
+        values, gradients = rng.uniform(0, 1, (2, 8, 4, 6, 6)).astype(np.float32)
+        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction.add(values, gradients)
+        assert reaction.best_limit(127.5) <= reaction.largest
+        assert reaction.largest < reaction.best_limit(127.5, headroom=True) <= 1.25 * reaction.largest
 
     def test_reactions_of_channels_made_larger_are_those_measured_again(self) -> None:
         """Equalized channels need no second look at the images."""
