@@ -165,6 +165,12 @@ def formats() -> Iterable[str]:
     return SUFFIXES
 
 
+def forms() -> Iterable[str]:
+    from mgq.quantization.option_names import ENGINE_FORMS
+
+    return ENGINE_FORMS
+
+
 def inputs() -> Iterable[str]:
     from mgq.export.formats import INPUTS
 
@@ -198,6 +204,7 @@ OBSERVER = Named("observer", observers)
 QUALITY = Named("quality", qualities)
 ENGINE = Named("engine", engines)
 FORMAT = Named("format", formats)
+FORM = Named("engine", forms)
 INPUT = Named("input", inputs)
 CPU = Named("cpu", cpus)
 SCHEDULE = Named("schedule", schedules)
