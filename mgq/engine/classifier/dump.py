@@ -87,8 +87,9 @@ def dump_classifier(
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
     ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` and
     ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for
-    processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs. Raises InputError for
-    another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
+
+    Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:

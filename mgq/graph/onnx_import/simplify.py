@@ -392,7 +392,9 @@ def move_before_transpose(draft: NetworkDraft) -> bool:
 
 def transposed(value: Array, places: Array) -> Array:
     """``value``, which is broadcast to as many axes as there are ``places``, with its axes in their order."""
-    return value if value.size == 1 else value.reshape((1,) * (len(places) - value.ndim) + value.shape).transpose(places)
+    if value.size == 1:
+        return value
+    return value.reshape((1,) * (len(places) - value.ndim) + value.shape).transpose(places)
 
 
 def move_activation_before_reshape(draft: NetworkDraft) -> bool:
