@@ -89,7 +89,8 @@ def dump_classifier(
     ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for
     processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
 
-    Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left
+    under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:
