@@ -120,6 +120,18 @@ def measure_file(normal: Classifier, dumped: Dump, images: Images) -> Deployment
     return Deployment(dumped.path, beside.size, dumped.size, len(images), usable_cores(), rows)
 
 
+def write_candidates(normal: Classifier, int8: Classifier, folder: Path) -> list[Path]:
+    """A float file in ``folder``, the int8 one for any engine, and those in the form for an engine that is installed.
+
+    Raises as the dump does.
+    """
+    name = normal.spec.name
+    floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
+    integers = dump_classifier(int8, folder / f"{name}.int8.onnx", batch=None).path
+    forms = [form for engine in list_backends(integers) for form in own_form(int8, integers, engine.key)]
+    return [floats, integers, *forms]
+
+
 def own_form(int8: Classifier, path: Path, engine: str) -> list[Path]:
     """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
     if engine not in FORMS:
