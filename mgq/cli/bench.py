@@ -102,7 +102,6 @@ def bench(
       mgq bench --int8
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
       mgq bench network.onnx network.so
-      mgq bench -c model.onnx
       mgq bench --train
     """
     if int8 and fp32:
