@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.predict import infer as infer
     from mgq.ptq.quantize import quantize as quantize
     from mgq.reports.report import report as report
+    from mgq.zoo.own_networks import register as register
     from mgq.zoo.registry import create_model as create_model
     from mgq.zoo.weight_loading import load_weights as load_weights
 
@@ -60,6 +61,7 @@ WHERE = {
     "evaluate": "mgq.api",
     "analyze": "mgq.engine.calibration.analysis",
     "report": "mgq.reports.report",
+    "register": "mgq.zoo.own_networks",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "load_weights",
     "qat",
     "quantize",
+    "register",
     "report",
     "train",
 ]

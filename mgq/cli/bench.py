@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 
 from mgq.cli.help_layout import OWN
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
+from mgq.cli.shared_options import RUNS, CheckpointFile, Save, prepare_megengine
 from mgq.errors import FailureError, InputError
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ def bench(
             "-a", "--arch", click_type=ARCH, help="Architecture, may be repeated; by default those of the example."
         ),
     ] = None,
+    checkpoint: CheckpointFile = None,
+    save: Save = RUNS,
     int8: Annotated[
         bool, typer.Option("--int8", help="int8 in every engine; float32 in the fastest one, to compare.")
     ] = False,
@@ -117,10 +121,14 @@ def bench(
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
     rounds = ROUNDS if rounds is None else rounds
     batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
-    settings = make_settings(
-        arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [], files or []
-    )
-    report = run_benchmark(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
+    with contextlib.ExitStack() as stack:
+        if checkpoint is not None or is_own(arch):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mgq-bench-")))
+            files, arch = [*(files or []), *files_of(arch, checkpoint, save, folder)], None
+        settings = make_settings(
+            arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [], files or []
+        )
+        report = run_benchmark(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
     if json_file == STDOUT:
         sys.stdout.write(report.to_json())
     elif as_markdown:
@@ -133,6 +141,41 @@ def bench(
         show(report, out)
     if not any(row.speed for row in report.rows):
         raise typer.Exit(FailureError.exit_code)
+
+
+def is_own(arch: list[str] | None) -> bool:
+    """Whether ``arch`` is one network of the user's own. Raises InputError where it is among others."""
+    from mgq.zoo.registry import spec_of
+
+    own = [name for name in arch or [] if spec_of(name).is_own]
+    if own and len(arch or []) > 1:
+        raise InputError(f"{own[0]} is measured by its files: give it alone")
+    return bool(own)
+
+
+def files_of(arch: list[str] | None, checkpoint: Path | None, save: Path, folder: Path) -> list[Path]:
+    """Files in ``folder`` of the network that ``arch`` or ``checkpoint`` names: float, and int8 where it is calibrated.
+
+    Raises InputError where it is not.
+    """
+    from mgq.cli.console import note
+    from mgq.errors import printable
+
+    if arch and len(arch) > 1:
+        raise InputError("-c is one network: give one -a, or leave it out")
+    name = arch[0] if arch else None
+    checkpoint = prepare_megengine(checkpoint, deployed=False, save=save)
+    from mgq.engine.classifier.deployment import write_candidates
+    from mgq.engine.classifier.open import find_newest_run, open_classifier
+    from mgq.quantization.modes import Mode
+
+    normal = open_classifier(name, checkpoint, Mode.NORMAL, save)
+    int8 = find_newest_run(normal.spec, Mode.QUANTIZED, save)
+    if int8 is None:
+        said = f"-c {printable(checkpoint)}" if checkpoint is not None else "-a FILE.py:FUNCTION"
+        raise InputError(f"{normal.spec.name} is not calibrated: `mgq calibrate {said} -d PHOTOS --target onnx` first")
+    note(f"int8 from {printable(int8)}")
+    return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
 
 
 def bench_training(

@@ -34,37 +34,6 @@ if TYPE_CHECKING:
     from mgq.engine.calibration.calibrate_options import CalibrateOptions
     from mgq.engine.calibration.calibration_job import CalibrationResult
     from mgq.engine.calibration.mixed_precision import MixedPrecisionResult
-    from mgq.engine.classifier.deployment import Deployment
-
-
-def show_deployment(deployment: Deployment) -> None:
-    """The int8 file beside a float one, in each engine here; where it is slower, and what to do then."""
-    from rich import box
-    from rich.table import Table
-
-    from mgq.cli.console import note, say, show_table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("engine", no_wrap=True)
-    for heading in ("float ms", "int8 ms", "faster", "same answer", "logits"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in deployment.rows:
-        floats, faster = ("", "") if row.float_ms is None else (f"{row.float_ms:.2f}", f"{row.speedup:.2f}x")
-        cells = (floats, f"{row.int8_ms:.2f}", faster, f"{row.same:.1f} %", f"{row.snr:.1f} dB")
-        table.add_row(f"{row.engine} {row.version}", *cells)
-    show_table(table)
-    cores = "core" if deployment.threads == 1 else "cores"
-    say(
-        f"one picture at a time on {deployment.threads} {cores}, {deployment.images} pictures compared; "
-        f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
-    )
-    if deployment.slower:
-        engines = " and ".join(deployment.slower)
-        note(f"int8 is slower than float in {engines}: run the float file there (`mgq dump -m normal`)")
-    if deployment.rows and len(deployment.slower) == len(deployment.rows):
-        note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
-    else:
-        say(f"int8 file: {deployment.path}")
 
 
 def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> str:
@@ -230,5 +199,7 @@ def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> No
     elif result.why_not:
         note(f"accuracy was not measured: {result.why_not}")
     if result.deployment is not None:
+        from mgq.cli.deployment_table import show_deployment
+
         show_deployment(result.deployment)
     say(f"checkpoint: {result.checkpoint}" + (f"\nranges: {options.ranges_file}" if options.ranges_file else ""))

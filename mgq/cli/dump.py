@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORMAT, INPUT, Named
+from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
 from mgq.cli.shared_options import (
     RUNS,
     Arch,
@@ -87,6 +87,12 @@ def dump(
             "--cpu", click_type=CPU, help="Processors a native library is for.", show_default="native, this machine's"
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--for", click_type=FORM, help="The engine that an .onnx file is for: any, openvino or onnxruntime."
+        ),
+    ] = "any",
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False,
@@ -120,13 +126,15 @@ def dump(
         classifier = open_for_target(
             lambda target: open_network(replace(options, target=target), mode, on_progress), output, kind, target
         )
-    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu)
+    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu, engine)
     images = find_images(classifier, data) if data is not None and check != "none" else None
     dumped = write_file(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
         show_parity(classifier, dumped, images, check == "layers", out)
     if mode == "quantized" and dumped.format != "native":
         show_float_size(classifier, dumped, wanted, out)
+    if mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and check != "none":
+        show_speed(classifier, dumped, images)
 
 
 class Wanted(NamedTuple):
@@ -138,6 +146,7 @@ class Wanted(NamedTuple):
     batch: int | None = 1
     tune: bool = False
     cpu: str | None = None
+    engine: str = "any"
 
 
 def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
@@ -153,7 +162,9 @@ def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
         if kind != "onnx":
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
-    dumped = dump_classifier(classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu)
+    dumped = dump_classifier(
+        classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu, wanted.engine
+    )
     size = classifier.image_size
     batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
     say(
@@ -248,6 +259,17 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Cons
         size = dump_classifier(to_float(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
         to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
+
+
+def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None) -> None:
+    """The int8 file of an imported network beside float in each engine: whether it is worth anything."""
+    from mgq.cli.deployment_table import show_deployment
+    from mgq.engine.classifier.deployment import measure_file
+    from mgq.engine.classifier.open import to_float
+    from mgq.engine.classifier.parity import make_views
+
+    found = measure_file(to_float(classifier), dumped, make_views(classifier) if images is None else images)
+    show_deployment(found)
 
 
 def megabytes(size: int) -> str:

@@ -36,6 +36,20 @@ class Named(click.ParamType[str]):
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
+class ArchName(Named):
+    """The name of an architecture, or ``FILE.py:FUNCTION``: that file is run, and its network known by the function."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if ".py:" in str(value):
+            from mgq.system.megengine_start import import_megengine
+
+            import_megengine()
+            from mgq.zoo.own_networks import register_from_file
+
+            return register_from_file(str(value)).name
+        return super().convert(value, param, ctx)
+
+
 class Number(click.ParamType[float]):
     """A finite number within ``bounds``, whole if ``kind`` is int."""
 
@@ -165,6 +179,12 @@ def formats() -> Iterable[str]:
     return SUFFIXES
 
 
+def forms() -> Iterable[str]:
+    from mgq.quantization.option_names import ENGINE_FORMS
+
+    return ENGINE_FORMS
+
+
 def inputs() -> Iterable[str]:
     from mgq.export.formats import INPUTS
 
@@ -189,7 +209,7 @@ def loads() -> Iterable[str]:
     return [load.value for load in Load]
 
 
-ARCH = Named("architecture", archs, "`mgq models` lists them all")
+ARCH = ArchName("architecture", archs, "`mgq models` lists them all")
 PRETRAINED = Named("version of pretrained weights", versions, "`mgq models` lists them")
 MODE = Named("mode", modes)
 TARGET = Named("target", targets)
@@ -198,6 +218,7 @@ OBSERVER = Named("observer", observers)
 QUALITY = Named("quality", qualities)
 ENGINE = Named("engine", engines)
 FORMAT = Named("format", formats)
+FORM = Named("engine", forms)
 INPUT = Named("input", inputs)
 CPU = Named("cpu", cpus)
 SCHEDULE = Named("schedule", schedules)

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from mgq.events import OnProgress
 
 Arch = Annotated[
-    str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
+    str | None,
+    typer.Option(
+        "-a", "--arch", click_type=ARCH, help="Architecture, see `mgq models`; or FILE.py:FUNCTION, which is run."
+    ),
 ]
 CheckpointFile = Annotated[
     Path | None,

@@ -52,7 +52,10 @@ class TrainingCommand:
     """What the fake-quantized network of the result is."""
 
     arch: Annotated[
-        str | None, typer.Option("-a", "--arch", click_type=ARCH, help="Architecture; `mgq models` lists them.")
+        str | None,
+        typer.Option(
+            "-a", "--arch", click_type=ARCH, help="Architecture, see `mgq models`; or FILE.py:FUNCTION, which is run."
+        ),
     ] = None
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Folder with train/ and val/, or ImageNet's archives.")

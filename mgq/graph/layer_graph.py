@@ -43,6 +43,7 @@ from mgq.zoo.layers import ConvBnRelu6
 
 Array = npt.NDArray[np.float32]
 Integers = npt.NDArray[Any]
+PIXEL_ZERO, UINT8_MAX = 128, 255
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class QuantParams:
     scale: float
     qmin: int = -128
     qmax: int = 127
+
+    @property
+    def zero_point(self) -> int:
+        """That of uint8: what lies below 0 lies below it."""
+        if self.qmin >= 0:
+            return 0
+        return -self.qmin if self.qmax - self.qmin == UINT8_MAX else PIXEL_ZERO
 
     def refined(self) -> QuantParams:
         """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""

@@ -17,6 +17,8 @@ class Mode(str, Enum):
 
 TARGETS = MEGENGINE, ONNX, ONNX_AVX2 = ("megengine", "onnx", "onnx-avx2")
 """What int8 is for; :mod:`mgq.quantization.targets` says what that means."""
+ENGINE_FORMS = ANY_ENGINE, FOR_OPENVINO, FOR_ONNXRUNTIME = ("any", "openvino", "onnxruntime")
+"""The engines that an ONNX file may be for; :mod:`mgq.graph.engine_forms` says what that means."""
 METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
     "min-max",
     "ema",

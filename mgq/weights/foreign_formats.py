@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-_TIMED = "`mgq bench --against model.onnx` times it; int8 is made of the zoo's networks, from their PyTorch weights"
+_TAKEN = "`mgq calibrate -c model.onnx -d PHOTOS` takes it"
+_FED = f"{_TAKEN}, with --preprocess as Keras fed it"
 TORCHSCRIPT = (
     "is a TorchScript archive, which is a program: write its weights with "
-    'torch.save(torch.jit.load("FILE", "cpu").state_dict(), "weights.pth")'
+    'torch.save(torch.jit.load("FILE", "cpu").state_dict(), "weights.pth"), or export ONNX'
 )
 EXPORTED = (
     "is a program that torch.export or torch.package wrote: write the weights of the network it was made of with "
     'torch.save(model.state_dict(), "weights.pth")'
 )
 NUMPY = "is an archive of numpy arrays: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), PATH)"
-KERAS = f"is a Keras model: as ONNX (python -m tf2onnx.convert --keras FILE --output model.onnx) {_TIMED}"
+KERAS = f"is a Keras model: as ONNX (python -m tf2onnx.convert --keras FILE --output model.onnx) {_FED}"
 HDF5 = KERAS.replace("a Keras model", "an HDF5 file, as Keras writes them")
-TFLITE = f"is a TensorFlow Lite file: as ONNX (python -m tf2onnx.convert --tflite FILE --output model.onnx) {_TIMED}"
-TENSORFLOW = "is TensorFlow's: as ONNX (python -m tf2onnx.convert --saved-model FOLDER --output model.onnx) " + _TIMED
+TFLITE = f"is a TensorFlow Lite file: as ONNX (python -m tf2onnx.convert --tflite FILE --output model.onnx) {_FED}"
+TENSORFLOW = "is TensorFlow's: as ONNX (python -m tf2onnx.convert --saved-model FOLDER --output model.onnx) " + _FED
 ONNX = "is an ONNX file: let its name end in .onnx"
 SAVED_MODEL = "saved_model.pb"
 WHOLE_MODEL = (
     "save the state dict where the model was written, torch.save(model.state_dict(), 'weights.pth'), or "
     "an ONNX file, torch.onnx.export(model, x, 'model.onnx')"
 )
-WHOLE_YOLO = f"it is ultralytics': as ONNX (yolo export model=FILE format=onnx) {_TIMED}"
+WHOLE_YOLO = f"it is ultralytics': as ONNX (yolo export model=FILE format=onnx) {_TAKEN}"
 _ENDINGS = {".pb": TENSORFLOW, ".index": TENSORFLOW, ".meta": TENSORFLOW, ".keras": KERAS, ".tflite": TFLITE}
 
 

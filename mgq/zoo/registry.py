@@ -38,7 +38,8 @@ class Published:
 class ModelSpec:
     """One architecture.
 
-    ``builder`` and ``adapter`` are ``module:function`` names within ``mgq.zoo``; ``fixed`` are the builder's
+    ``builder`` and ``adapter`` are ``module:function`` names within ``mgq.zoo``, ``builder`` also a function of the
+    user's own (:func:`mgq.zoo.own_networks.register`); ``fixed`` are the builder's
     arguments that the name stands for, ``options`` those a user may change, with their defaults. ``head`` is the
     name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
@@ -50,7 +51,7 @@ class ModelSpec:
     """
 
     name: str
-    builder: str
+    builder: str | Callable[..., M.Module]
     head: str
     marker: str
     parameters: int
@@ -86,7 +87,14 @@ class ModelSpec:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
         refuse_without_megengine()
         set_library_defaults()
-        return import_when_called(self.builder)(**self.fixed, **{**self.options, **options}, classes=classes)
+        builder = import_when_called(self.builder) if isinstance(self.builder, str) else self.builder
+        network: M.Module = builder(**self.fixed, **{**self.options, **options}, classes=classes)
+        return network
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user registered it."""
+        return not isinstance(self.builder, str)
 
     @property
     def is_described(self) -> bool:

@@ -135,6 +135,36 @@ def keras(model: Model) -> str:
     return limited(model.conv(model.add("Mul", total, gate), 8, 8, 1))
 
 
+def swishes(model: Model) -> str:
+    """EfficientNet's and MobileNetV3's: activations right behind convolutions, each also a depthwise one."""
+    first = model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])
+    silu = model.add("Mul", first, model.add("Sigmoid", first))
+    second = model.conv(silu, 8, 8, group=8, pads=[1] * 4)
+    limited = model.add("Clip", model.add("Add", second, model.constant(3.0)), model.constant(0.0), model.constant(6.0))
+    hard = model.add("Div", model.add("Mul", second, limited), model.constant(6.0))
+    return model.add("Add", model.conv(hard, 8, 8, 1), silu)
+
+
+def channels_last(model: Model) -> str:
+    """ConvNeXt's: layer norm and linear layers with channels last, scaled behind them; and a scale alone."""
+    stem = model.add("Mul", plain(model), model.constant(np.linspace(0.5, 2, 8).reshape(8, 1, 1)))
+    spatial = model.conv(stem, 8, 8, group=8, pads=[1] * 4)
+    squares = model.add("Transpose", spatial, perm=[0, 2, 3, 1])
+    mean = model.add("ReduceMean", squares, axes=[-1])
+    moved = model.add("Sub", squares, mean)
+    variance = model.add("ReduceMean", model.add("Mul", moved, moved), axes=[-1])
+    deviation = model.add("Sqrt", model.add("Add", variance, model.constant(1e-6)))
+    normal = model.add("Div", moved, deviation)
+    normal = model.add("Mul", normal, model.constant(np.linspace(0.5, 1.5, 8)))
+    normal = model.add("Add", normal, model.constant(np.linspace(-0.5, 0.5, 8)))
+    wide = model.add("Add", model.add("MatMul", normal, model.weights(8, 16)), model.constant(np.linspace(0, 1, 16)))
+    share = model.add("Add", model.add("Erf", model.add("Div", wide, model.constant(np.sqrt(2)))), model.constant(1.0))
+    active = model.add("Mul", model.add("Mul", wide, share), model.constant(0.5))
+    narrow = model.add("MatMul", active, model.weights(16, 8))
+    scaled = model.add("Mul", narrow, model.constant(np.linspace(0.2, 0.4, 8)))
+    return model.add("Add", model.add("Transpose", scaled, perm=[0, 3, 1, 2]), stem)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -142,6 +172,8 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "branches": branches,
     "rare": rare,
     "keras": keras,
+    "swishes": swishes,
+    "channels_last": channels_last,
 }
 """Each ends in 8 channels."""
 

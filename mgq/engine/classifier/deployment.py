@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.dump import Dump, dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.parity import list_backends
+from mgq.export.onnx.writer import plain_graph
+from mgq.graph.engine_forms import FORMS, in_form_for
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
@@ -33,8 +35,10 @@ Images = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class EngineRow:
-    """Both files in one engine: milliseconds for a picture, the middle of all turns; what int8 answers to the pictures,
-    in percent of them as float does, and its logits against float's in dB. An engine for int8 alone has no float."""
+    """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8
+    answers to the pictures, in percent of them as float does, and its logits against float's in dB.
+
+    An engine for int8 alone has no float. ``path`` is the int8 file."""
 
     engine: str
     version: str
@@ -42,6 +46,7 @@ class EngineRow:
     int8_ms: float
     same: float
     snr: float
+    path: Path
 
     @property
     def speedup(self) -> float | None:
@@ -54,7 +59,7 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The int8 file, both sizes in bytes, the pictures compared, and what each engine makes of them."""
+    """The int8 file for any engine, both sizes in bytes, the pictures compared, and what each engine makes of them."""
 
     path: Path
     float_bytes: int
@@ -68,23 +73,84 @@ class Deployment:
         """The engines in which int8 is slower than float."""
         return tuple(row.engine for row in self.rows if row.is_slower)
 
+    @property
+    def is_worthless(self) -> bool:
+        """Whether int8 is slower than float in every engine here."""
+        return bool(self.rows) and len(self.slower) == len(self.rows)
+
+    @property
+    def files(self) -> dict[Path, list[str]]:
+        """The int8 files, that for any engine first -> the engines for which they are the fastest."""
+        found: dict[Path, list[str]] = {self.path: []}
+        for row in self.rows:
+            found.setdefault(row.path, []).append(row.engine)
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        rows = [{**vars(row), "speedup": row.speedup} for row in self.rows]
+        rows = [{**vars(row), "path": str(row.path), "speedup": row.speedup} for row in self.rows]
         return {**vars(self), "path": str(self.path), "rows": rows}
 
 
 def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images) -> Deployment:
     """Write the int8 network to the ``.onnx`` file ``path``, and measure it beside a float file of ``normal``.
 
+    Where an engine runs another form of it sooner, that lies in a file beside it, whose name has the engine's in it.
     ``images``: uint8 (N, 3, H, W), as the networks see them. Raises as the dump does.
     """
-    dumped = dump_classifier(convert(int8, Mode.QUANTIZED), path, batch=None)
+    int8 = convert(int8, Mode.QUANTIZED)
+    dumped = dump_classifier(int8, path, batch=None)
     with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
         beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
-        threads = usable_cores()
         exact = normal_logits(normal, images)
-        rows = tuple(engine_row(engine, beside.path, path, exact, images) for engine in list_backends(path))
-    return Deployment(path, beside.size, dumped.size, len(images), threads, rows)
+        rows = tuple(
+            engine_row(engine, beside.path, [path, *own_form(int8, path, engine.key)], exact, images)
+            for engine in list_backends(path)
+        )
+    drop_slower_forms(path, rows)
+    return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
+
+
+def measure_file(normal: Classifier, dumped: Dump, images: Images) -> Deployment:
+    """An int8 file that is there already beside a float one of ``normal``. Raises as the dump does."""
+    with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
+        beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
+        exact = normal_logits(normal, images)
+        engines = list_backends(dumped.path)
+        rows = tuple(engine_row(engine, beside.path, [dumped.path], exact, images) for engine in engines)
+    return Deployment(dumped.path, beside.size, dumped.size, len(images), usable_cores(), rows)
+
+
+def write_candidates(normal: Classifier, int8: Classifier, folder: Path) -> list[Path]:
+    """A float file in ``folder``, the int8 one for any engine, and those in the form for an engine that is installed.
+
+    Raises as the dump does.
+    """
+    name = normal.spec.name
+    floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
+    integers = dump_classifier(int8, folder / f"{name}.int8.onnx", batch=None).path
+    forms = [form for engine in list_backends(integers) for form in own_form(int8, integers, engine.key)]
+    return [floats, integers, *forms]
+
+
+def own_form(int8: Classifier, path: Path, engine: str) -> list[Path]:
+    """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
+    if engine not in FORMS:
+        return []
+    beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
+    graph = plain_graph(source_of(int8), int8.image_size)
+    if in_form_for(graph, engine) is graph:
+        beside.unlink(missing_ok=True)  # of another network that lay here
+        return []
+    return [dump_classifier(int8, beside, batch=None, engine=engine).path]
+
+
+def drop_slower_forms(path: Path, rows: Sequence[EngineRow]) -> None:
+    """Take away the files beside ``path`` that are the fastest nowhere."""
+    kept = {row.path for row in rows}
+    for engine in FORMS:
+        beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
+        if beside not in kept:
+            beside.unlink(missing_ok=True)
 
 
 def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]:
@@ -92,18 +158,25 @@ def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]
 
 
 def engine_row(
-    engine: Backend, floats: Path, integers: Path, exact: npt.NDArray[np.float64], images: Images
+    engine: Backend, floats: Path, integers: Sequence[Path], exact: npt.NDArray[np.float64], images: Images
 ) -> EngineRow:
-    """Both files in ``engine``, int8 alone where it does not run float; ``exact`` are the logits of float."""
+    """The fastest of the files ``integers`` in ``engine`` beside ``floats``, or alone where it does not run float.
+
+    ``exact`` are the logits of float.
+    """
     threads = usable_cores()
-    int8 = engine.load(integers, threads)
-    found = in_batches(int8, images).astype(np.float64)
-    same = float((exact.argmax(1) == found.argmax(1)).mean() * 100)
-    runtimes: list[BatchRuntime] = [int8]
+    candidates = [engine.load(path, threads) for path in integers]
+    runtimes: list[BatchRuntime] = [*candidates]
     if engine.reads(floats):
         runtimes.append(engine.load(floats, threads))
-    int8_ms, *float_ms = milliseconds(runtimes, images[:1])
-    return EngineRow(int8.name, int8.version, float_ms[0] if float_ms else None, int8_ms, same, snr_of(found, exact))
+    taken = milliseconds(runtimes, images[:1])
+    int8_ms = min(taken[: len(candidates)])
+    place = taken.index(int8_ms)
+    float_ms = taken[-1] if len(runtimes) > len(candidates) else None
+    int8 = candidates[place]
+    found = in_batches(int8, images).astype(np.float64)
+    same = float((exact.argmax(1) == found.argmax(1)).mean() * 100)
+    return EngineRow(int8.name, int8.version, float_ms, int8_ms, same, snr_of(found, exact), integers[place])
 
 
 def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]:

@@ -21,6 +21,7 @@ from mgq.export.megengine.writer import write_megengine
 from mgq.export.onnx.writer import model_of, plain_graph, write_onnx
 from mgq.io.atomic import atomic_write, ensure_writable_folder
 from mgq.quantization.modes import Mode, parse_mode
+from mgq.quantization.option_names import ANY_ENGINE
 from mgq.quantization.targets import MEGENGINE, ONNX
 
 
@@ -78,15 +79,18 @@ def dump_classifier(
     kind: str | None = None,
     rewrites: Sequence[str] = (),
     cpu: str | None = None,
+    engine: str = ANY_ENGINE,
 ) -> Dump:
     """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
 
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
-    ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` are as in
-    :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for processors of the
-    kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs. Raises InputError for
-    another input type or a batch below 1, FailureError where the check fails; nothing is left under ``path`` then.
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` and
+    ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for
+    processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
+
+    Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left
+    under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
     if input_type not in INPUTS:
@@ -98,10 +102,12 @@ def dump_classifier(
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
     if cpu is not None and kind != "native":
         raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
+    if engine != ANY_ENGINE and kind != "onnx":
+        raise InputError("--for is for ONNX files: pass --format onnx, or leave it out")
     if kind == "native":
         return dump_native(classifier, path, input_type, cpu)
     if kind == "onnx":
-        return dump_onnx(classifier, path, input_type, batch, rewrites)
+        return dump_onnx(classifier, path, input_type, batch, rewrites, engine)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     report = write_megengine(
@@ -117,7 +123,9 @@ def dump_classifier(
     return Dump(path, kind, report.size, checked)
 
 
-def dump_onnx(classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str]) -> Dump:
+def dump_onnx(
+    classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str], engine: str
+) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
     report = write_onnx(
@@ -125,8 +133,9 @@ def dump_onnx(classifier: Classifier, path: Path, input_type: str, batch: int | 
         path,
         image_size=classifier.image_size,
         batch=batch,
-        provenance=provenance_of(classifier),
+        provenance={**provenance_of(classifier), **({} if engine == ANY_ENGINE else {"engine": engine})},
         rewrites=rewrites,
+        engine=engine,
     )
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
 

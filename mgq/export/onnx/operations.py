@@ -27,7 +27,7 @@ def write_operation(node: Operation, sources: list[str], parts: Parts) -> str:
     if node.kind in PLAIN:
         operator, names = PLAIN[node.kind]
         attributes = {theirs: value_of(node.options[ours]) for theirs, ours in names.items() if ours in node.options}
-        constants = [parts.constant(f"{node.output}/{name}", value) for name, value in node.constants.items()]
+        constants = [parts.constant(f"{node.output}.{name}", value) for name, value in node.constants.items()]
         return parts.add(operator, [*sources, *constants], f"{node.output}/{operator}", **attributes)
     return COMPOSED[node.kind](node, sources, parts)
 
@@ -77,7 +77,7 @@ PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 def write_affine(node: Operation, sources: list[str], parts: Parts) -> str:
     name = node.output
-    scale, shift = (parts.constant(f"{name}/{part}", node.constants[part]) for part in ("scale", "shift"))
+    scale, shift = (parts.constant(f"{name}.{part}", node.constants[part]) for part in ("scale", "shift"))
     scaled = parts.add("Mul", [*sources, scale], f"{name}/scaled")
     return parts.add("Add", [scaled, shift], f"{name}/shifted")
 
@@ -114,7 +114,7 @@ def write_pow(node: Operation, sources: list[str], parts: Parts) -> str:
 
 
 def write_layer_norm(node: Operation, sources: list[str], parts: Parts) -> str:
-    constants = [parts.constant(f"{node.output}/{name}", value) for name, value in node.constants.items()]
+    constants = [parts.constant(f"{node.output}.{name}", value) for name, value in node.constants.items()]
     epsilon = node.options["eps"]
     return parts.add("LayerNormalization", [*sources, *constants], f"{node.output}/norm", axis=-1, epsilon=epsilon)
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from mgq.errors import FailureError
 from mgq.export.onnx.onnx_file import METADATA, import_package
 from mgq.export.onnx.operations import MOVES, pads_of, write_operation
+from mgq.graph.engine_forms import in_form_for
 from mgq.graph.layer_graph import (
     Add,
     Convolution,
@@ -39,12 +40,12 @@ from mgq.graph.rewrites import REWRITES, without_shuffles
 from mgq.io.atomic import atomic_write
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.quantization.half_to_even import bias_steps
+from mgq.quantization.option_names import ANY_ENGINE
 
 OPSET = 17
 IR_VERSION = 8
 """The oldest that has the opset: the more engines read it."""
 INPUT, OUTPUT = "data", "logits"
-PIXEL_ZERO, UINT8_MAX = 128, 255
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,20 @@ def write_onnx(
     batch: int | None,
     provenance: Mapping[str, Any],
     rewrites: Sequence[str] = (),
+    engine: str = ANY_ENGINE,
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
 
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
-    logits. ``rewrites`` are names of :data:`mgq.graph.rewrites.REWRITES`. ``provenance`` lies as JSON in its metadata.
+    logits. ``rewrites`` are names of :data:`mgq.graph.rewrites.REWRITES`, ``engine`` is that of
+    :data:`mgq.graph.engine_forms.FORMS` which is to run the file soonest. ``provenance`` lies as JSON in its metadata.
     ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
     be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
     """
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
+    graph = in_form_for(graph, engine)
     onnx = import_package("onnx")
     model = model_of(graph, image_size, batch, provenance)
     try:
@@ -167,7 +171,8 @@ class Writer:
         return output
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
-        self.constants[name] = value
+        known = self.constants.setdefault(name, value)
+        assert known is value or np.array_equal(known, value), f"two constants are called {name}"
         return name
 
     def float_of(self, tensor: str) -> str:
@@ -182,7 +187,7 @@ class Writer:
             value = self.add(
                 "Cast", [self.integers[tensor]], f"{tensor}/cast", to=import_package("onnx").TensorProto.FLOAT
             )
-            zero_point = zero_point_of(self.graph.grids[tensor])
+            zero_point = self.graph.grids[tensor].zero_point
             if zero_point:
                 zero = self.constant(f"{tensor}/zero", np.array(zero_point, np.float32))
                 value = self.add("Sub", [value, zero], f"{tensor}/counts")
@@ -190,7 +195,7 @@ class Writer:
         return self.counts[tensor]
 
     def grid_constants(self, tensor: str, grid: QuantParams) -> list[str]:
-        zero_point = zero_point_of(grid)
+        zero_point = grid.zero_point
         return [
             self.constant(f"{tensor}/scale", np.array(grid.scale, np.float32)),
             self.constant(f"{tensor}/zero_point", np.array(zero_point, np.uint8)),
@@ -206,20 +211,28 @@ class Writer:
             self.floats[node.output] = value
             return
         quantized = self.add("QuantizeLinear", [value, *self.grid_constants(node.output, grid)], f"{node.output}/q")
-        qmin, qmax = (limit + zero_point_of(grid) for limit in (grid.qmin, grid.qmax))
+        qmin, qmax = (limit + grid.zero_point for limit in (grid.qmin, grid.qmax))
         if (qmin, qmax) != (0, 255):
-            limits = [
-                self.constant(f"{node.output}/{name}", np.array(limit, np.uint8))
-                for name, limit in (("lowest", qmin), ("highest", qmax))
-            ]
-            quantized = self.add("Clip", [quantized, *limits], f"{node.output}/clipped")
+            quantized = self.limited(node.output, quantized, qmin, qmax)
         self.integers[node.output] = quantized
+
+    def limited(self, name: str, integers: str, lowest: int, highest: int) -> str:
+        """``integers`` within limits, uint8."""
+        limits = [
+            self.constant(f"{name}/{what}", np.array(limit, np.uint8))
+            for what, limit in (("lowest", lowest), ("highest", highest))
+        ]
+        return self.add("Clip", [integers, *limits], f"{name}/clipped")
 
     def move(self, node: Node, operator: str, more: list[str], **attributes: Any) -> None:
         """An operator that only moves or chooses values: it is done with the integers where there are any."""
         (source,) = node.inputs
         table = self.integers if source in self.graph.grids else self.floats
-        table[node.output] = self.add(operator, [table[source], *more], f"{node.output}/{operator}", **attributes)
+        value = self.add(operator, [table[source], *more], f"{node.output}/{operator}", **attributes)
+        if table is self.floats:
+            self.finish(node, value)
+        else:
+            table[node.output] = value
 
     def parameters(self, node: Weighted) -> list[str]:
         """Names of the weights of ``node`` as floats, and of its bias where it has one."""
@@ -324,10 +337,12 @@ class Writer:
         self.move(node, "Transpose", [], perm=list(node.axes))
 
     def write_operation(self, node: Operation) -> None:
-        if not node.moves:
+        if not node.moves and node.kind != "limit":
             self.finish(node, write_operation(node, [self.float_of(source) for source in node.inputs], self))
         elif node.kind == "pad":
             self.write_pad(node)
+        elif node.kind == "limit":
+            self.write_limit(node)
         else:
             table = self.integers if node.inputs[0] in self.graph.grids else self.floats
             operator, sources, attributes = MOVES[node.kind](node, table[node.inputs[0]], self)
@@ -340,13 +355,11 @@ class Writer:
             filling: npt.NDArray[Any] = np.array(value, np.float32)
         else:
             steps = int(np.clip(np.rint(value / grid.scale), grid.qmin, grid.qmax))
-            filling = np.array(steps + zero_point_of(grid), np.uint8)
+            filling = np.array(steps + grid.zero_point, np.uint8)
         pads = self.constant(f"{node.output}/pads", np.array(pads_of(node), np.int64))
         self.move(node, "Pad", [pads, self.constant(f"{node.output}/value", filling)])
 
-
-def zero_point_of(grid: QuantParams) -> int:
-    """That of uint8: what lies below 0 on ``grid`` lies below it."""
-    if grid.qmin >= 0:
-        return 0
-    return -grid.qmin if grid.qmax - grid.qmin == UINT8_MAX else PIXEL_ZERO
+    def write_limit(self, node: Operation) -> None:
+        """Integers within limits, which from there on lie on another grid."""
+        options, source = node.options, self.integers[node.inputs[0]]
+        self.integers[node.output] = self.limited(node.output, source, options["low"], options["high"])

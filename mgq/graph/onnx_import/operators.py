@@ -181,13 +181,17 @@ def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
 
 
 def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
-    """(N, ..., C) by (O, C): as a 1x1 convolution of (N, C, positions, 1)."""
+    """(N, ..., C) by (O, C): as a 1x1 convolution, of a picture whose channels come last as it is."""
     shape, draft = op.shape(), op.scope.draft
-    positions = math.prod(shape[1:-1])
-    flat = draft.add("reshape", [op.layer()], "", {"shape": [positions, 1, shape[-1]]})
+    flat = op.layer()
+    if len(shape) != 4:
+        flat = draft.add("reshape", [flat], "", {"shape": [math.prod(shape[1:-1]), 1, shape[-1]]})
     first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
     kernels = weight[:, :, None, None]
     done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, None, 1))
+    if len(shape) == 4:
+        op.make("transpose", [done], axes=[0, 2, 3, 1])
+        return
     last = draft.add("transpose", [done], "", {"axes": [0, 2, 3, 1]})
     op.make("reshape", [last], shape=[*shape[1:-1], len(weight)])
 

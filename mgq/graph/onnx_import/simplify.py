@@ -14,7 +14,7 @@ from mgq.graph.onnx_import.draft import (
     convolution_options,
     convolution_tensors,
 )
-from mgq.zoo.blueprint import INPUT, LayerPlan
+from mgq.zoo.blueprint import ACTIVATIONS, INPUT, LayerPlan
 
 Array = npt.NDArray[Any]
 Rule = Callable[[NetworkDraft], bool]
@@ -153,6 +153,66 @@ def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, float]:
         if scaled is not None and scaled.inputs == (one,) and is_affine(draft, scaled.name, math.sqrt(0.5), 0):
             return "gelu", 2
     return "", 1
+
+
+def join_layer_norm(draft: NetworkDraft) -> bool:
+    """What is centred, divided by its deviation along the last axis, is a layer norm."""
+    for plan in layers(draft, "div"):
+        epsilon = deviation_of(draft, *plan.inputs)
+        centred = source_of(draft, plan.inputs[0], "sub")
+        if epsilon is None or centred is None or not is_mean(draft, centred.inputs[1], centred.inputs[0]):
+            continue
+        size = draft.shape(plan.name)[-1]
+        tensors = {"scale": np.ones(size), "shift": np.zeros(size)}
+        shapes = {name: [size] for name in tensors}
+        options = {"eps": epsilon, "constants": shapes}
+        draft.take_over(draft.insert_before(plan, "layer_norm", [centred.inputs[0]], options, tensors), plan)
+        return True
+    return False
+
+
+def deviation_of(draft: NetworkDraft, centred: str, name: str) -> float | None:
+    """What is added to the variance of ``centred`` along the last axis, the root of which is ``name``; None where that
+    is something else."""
+    root = source_of(draft, name, "sqrt")
+    variance = source_of(draft, root.inputs[0], "affine") if root is not None else None
+    mean = draft.plan(variance.inputs[0]) if variance is not None else None
+    if variance is None or mean is None or not is_mean(draft, mean.name, mean.inputs[0]):
+        return None
+    squares = draft.plan(mean.inputs[0])
+    if squares is None or set(squares.inputs) != {centred}:
+        return None
+    is_square = squares.kind == "mul" or (squares.kind == "pow" and squares.options["power"] == 2)
+    scale, shift = affine(draft, variance.name) or (np.zeros(()), np.zeros(()))
+    return float(shift.ravel()[0]) if is_square and shift.size == 1 and (scale == 1).all() else None
+
+
+def is_mean(draft: NetworkDraft, name: str, source: str) -> bool:
+    """Whether ``name`` is the mean of ``source`` along the last axis."""
+    plan = source_of(draft, name, "mean")
+    last = len(draft.shape(source)) - 1
+    return plan is not None and plan.inputs == (source,) and list(plan.options["axes"]) == [last]
+
+
+def join_affine_into_layer_norm(draft: NetworkDraft) -> bool:
+    """A scale and shift along the last axis behind a layer norm are its own."""
+    for plan in layers(draft, "affine"):
+        before = source_of(draft, plan.inputs[0], "layer_norm")
+        if before is None or not draft.is_read_once(before.name):
+            continue
+        scale, shift = affine(draft, plan.name) or (np.ones(()), np.zeros(()))
+        size = draft.shape(plan.name)[-1]
+        if any(part.size not in (1, size) or part.shape[-1:] not in ((), (1,), (size,)) for part in (scale, shift)):
+            continue
+        own = draft.tensors_of(before.name)
+        tensors = {
+            "scale": own["scale"] * scale.ravel(),
+            "shift": own.get("shift", np.zeros(size)) * scale.ravel() + shift.ravel(),
+        }
+        draft.set_tensors(before.name, tensors)
+        draft.absorb(before, plan, before.having(constants={name: [size] for name in tensors}))
+        return True
+    return False
 
 
 def join_affines(draft: NetworkDraft) -> bool:
@@ -310,6 +370,33 @@ def join_transposes(draft: NetworkDraft) -> bool:
     return False
 
 
+def move_before_transpose(draft: NetworkDraft) -> bool:
+    """What is done to each number, and to each channel, behind a transposition goes before it, to the convolution."""
+    for plan in layers(draft, "affine", *ACTIVATIONS):
+        before = source_of(draft, plan.inputs[0], "transpose")
+        inner = draft.plan(before.inputs[0]) if before is not None else None
+        if before is None or inner is None or inner.kind != "conv":
+            continue
+        if not draft.is_read_once(before.name) or not draft.is_read_once(inner.name) or before.options["axes"][0] != 0:
+            continue
+        places = np.argsort([axis - 1 for axis in before.options["axes"][1:]])
+        tensors = {name: transposed(value, places) for name, value in draft.tensors_of(plan.name).items()}
+        options = {name: value for name, value in plan.options.items() if name != "constants"}
+        moved = draft.insert_before(before, plan.kind, [inner.name], options, tensors)
+        draft.replace(before, before.reading([moved]))
+        draft.take_over(before.name, plan)
+        draft.remove(plan)
+        return True
+    return False
+
+
+def transposed(value: Array, places: Array) -> Array:
+    """``value``, which is broadcast to as many axes as there are ``places``, with its axes in their order."""
+    if value.size == 1:
+        return value
+    return value.reshape((1,) * (len(places) - value.ndim) + value.shape).transpose(places)
+
+
 def move_activation_before_reshape(draft: NetworkDraft) -> bool:
     """An activation behind a reshape goes before it, to the convolution that it belongs to."""
     for plan in layers(draft, "relu", "clip"):
@@ -360,6 +447,8 @@ RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
     join_swish,
     move_scale_behind_product,
+    join_layer_norm,
+    join_affine_into_layer_norm,
     join_affines,
     join_affine_into_weights,
     join_pad,
@@ -367,6 +456,7 @@ RULES: tuple[Rule, ...] = (
     make_convolution_of_linear,
     join_reshapes,
     join_transposes,
+    move_before_transpose,
     move_activation_before_reshape,
     make_convolution_of_affine,
     mark_gates,

@@ -1,0 +1,40 @@
+"""An int8 file beside a float one, in each engine: as a table, with what to do where it is slower."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from mgq.cli.console import note, say, show_table
+
+if TYPE_CHECKING:
+    from mgq.engine.classifier.deployment import Deployment
+
+
+def show_deployment(deployment: Deployment) -> None:
+    """The int8 file beside a float one, in each engine here; where it is slower, and what to do then."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    for heading in ("float ms", "int8 ms", "faster", "same answer", "logits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in deployment.rows:
+        floats, faster = ("", "") if row.float_ms is None else (f"{row.float_ms:.2f}", f"{row.speedup:.2f}x")
+        cells = (floats, f"{row.int8_ms:.2f}", faster, f"{row.same:.1f} %", f"{row.snr:.1f} dB")
+        table.add_row(f"{row.engine} {row.version}", *cells)
+    show_table(table)
+    cores = "core" if deployment.threads == 1 else "cores"
+    say(
+        f"one picture at a time on {deployment.threads} {cores}, {deployment.images} pictures compared; "
+        f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
+    )
+    if deployment.slower:
+        slower = " and ".join(deployment.slower)
+        note(f"int8 is slower than float in {slower}: run the float file there (`mgq dump -m normal`)")
+    if deployment.is_worthless:
+        note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
+        return
+    for path, engines in deployment.files.items():
+        its = f", the fastest in {' and '.join(engines)}" if len(deployment.files) > 1 and engines else ""
+        say(f"int8 file: {path}{its}")

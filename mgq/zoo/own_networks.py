@@ -1,0 +1,135 @@
+"""Networks of the user's own, written in Python: registered by a name, and checked first."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.errors import InputError, printable
+from mgq.machine import refuse_without_megengine, set_library_defaults
+from mgq.zoo.registry import ModelSpec, specs
+
+if TYPE_CHECKING:
+    import megengine.module as M
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+TRIED, COMMON_SIZE = 3, 224
+"""Classes of the network that is built to be looked at, and a size of pictures that it has to take beside its own."""
+
+
+def register(name: str, builder: Callable[..., M.Module], image_size: int = 224) -> ModelSpec:
+    """Let every verb know the network that ``builder(classes=N)`` gives, as the architecture ``name``, in this process.
+
+    It takes float32 (N, 3, H, W), BGR pixels minus 128, and returns float32 logits (N, classes). Int8 begins at its
+    ``QuantStub``. ``image_size``: pixels on a side, a multiple of 32. It is built once and run on zeros. Raises
+    InputError for a name that is taken or cannot be one of a folder, and for what does not keep to this.
+    """
+    known = specs().get(name)
+    if not NAME.fullmatch(name) or name.endswith("."):
+        raise InputError(f"'{printable(name)[:80]}' is no name for a network: use letters, digits, '_', '-' and '.'")
+    if known is not None and not known.is_own:
+        raise InputError(f"{name} is the name of a network of mgq's own: choose another")
+    if image_size < 32 or image_size % 32:
+        raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
+    refuse_without_megengine()
+    set_library_defaults()
+    network = built(name, builder)
+    refuse_other_answers(name, network, image_size)
+    parameters = sum(int(np.prod(value.shape)) for value in network.parameters())
+    spec = ModelSpec(name, builder, head_of(network), "", parameters, 0, image_size=image_size)
+    specs()[name] = spec
+    return spec
+
+
+def built(name: str, builder: Callable[..., M.Module]) -> M.Module:
+    """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
+    import megengine.module as M
+
+    if not callable(builder):
+        raise InputError(f"{name} is no function: give one that takes the number of classes and returns a network")
+    try:
+        network = builder(classes=TRIED)
+    except Exception as error:
+        raise InputError(f"{name}(classes={TRIED}) fails: {one_line(error)}") from error
+    if not isinstance(network, M.Module):
+        raise InputError(f"{name} gives a {type(network).__name__}: let it return a megengine.module.Module")
+    if not any(isinstance(module, M.QuantStub) for module in network.modules()):
+        raise InputError(f"{name} has no QuantStub: pass its input through one, where int8 begins")
+    return network
+
+
+def refuse_other_answers(name: str, network: M.Module, image_size: int) -> None:
+    """Raises InputError where ``network`` does not answer pictures of several sizes with one finite number for each
+    class, or cannot be traced, as calibration and every file need it."""
+    network.eval()
+    for size in dict.fromkeys((image_size, COMMON_SIZE)):
+        found = answer_of(name, network, size)
+        if found.shape != (1, TRIED):
+            said = "x".join(map(str, found.shape))
+            raise InputError(
+                f"{name}(classes={TRIED}) answers one picture with {said} numbers, not with 1x{TRIED} logits"
+            )
+        if not np.isfinite(found).all():
+            raise InputError(f"{name} answers with NaN or infinite numbers: initialize its weights")
+
+
+def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
+    """What ``network`` answers to black, traced. Raises InputError where it fails."""
+    from megengine import Tensor
+    from megengine.traced_module import trace_module
+
+    picture = Tensor(np.zeros((1, 3, size, size), np.float32))
+    try:
+        found = np.asarray(network(picture).numpy())
+    except Exception as error:
+        raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {one_line(error)}") from error
+    try:
+        trace_module(network, picture)
+    except Exception as error:
+        raise InputError(
+            f"{name} cannot be traced ({one_line(error)}): let nothing in it depend on numbers, and take "
+            "mgq.zoo.layers.global_average for the mean of a picture"
+        ) from error
+    return found
+
+
+def head_of(network: M.Module) -> str:
+    """The name of the weight whose first axis counts the classes; empty where there is no such linear layer."""
+    import megengine.module as M
+
+    heads = [
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, M.Linear) and module.out_features == TRIED
+    ]
+    return heads[-1] if heads else ""
+
+
+def register_from_file(said: str) -> ModelSpec:
+    """Run the Python file that ``said``, ``file.py:function``, names, and register its function by its own name.
+
+    Raises InputError where the file cannot be run or has no such function, and as :func:`register` does. A number
+    ``IMAGE_SIZE`` in the file is the size of its pictures.
+    """
+    place, _, function = said.rpartition(":")
+    path = Path(place)
+    if not path.is_file():
+        raise InputError(f"there is no file {printable(place)[:200]}: check the path")
+    try:
+        found: dict[str, Any] = runpy.run_path(str(path), run_name=path.stem)
+    except Exception as error:
+        raise InputError(f"{printable(place)[:200]} fails: {one_line(error)}") from error
+    if function not in found:
+        raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
+    size = found.get("IMAGE_SIZE", 224)
+    return register(function, found[function], size if isinstance(size, int) else 224)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {printable(str(error).strip().partition(chr(10))[0])[:200]}"

@@ -1,0 +1,32 @@
+"""``mgq bench`` of networks that are none of the zoo's: by their files, float beside int8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.conftest import Mgq, the_error
+from tests.fakes.foreign_models import write
+
+
+def test_an_imported_network_is_to_be_calibrated_before_it_is_measured(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx")
+    assert "mgq calibrate -c" in the_error(mgq("bench", "-c", path))
+
+
+@pytest.mark.slow
+def test_an_imported_network_is_measured_in_float_and_in_int8(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx", "swishes")
+    random = np.random.default_rng(0)
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), random.integers(0, 256, (40, 40, 3), np.uint8))
+    calibrated = mgq("calibrate", *sorted(tmp_path.glob("*.png")), "-c", path, "--quality", "fast")
+    assert calibrated.code == 0, calibrated
+    said = mgq("bench", "-c", path, "--rounds", "1", "--threads", "1", "--json", "-")
+    assert said.code == 0, said
+    files = {Path(file).name for file in json.loads(said.out)["settings"]["files"]}
+    assert {"model.float.onnx", "model.int8.onnx", "model.int8.openvino.onnx"} <= files

@@ -1,0 +1,109 @@
+"""The form in which an engine gets a graph: the same answers, in operators that the engine has int8 kernels for."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from mgq.engine.classifier.import_wish import ImportWish
+from mgq.engine.classifier.onnx_import import import_classifier
+from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.graph.engine_forms import FORMS, in_form_for
+from mgq.graph.layer_graph import Graph
+from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.quantize import quantize
+from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import TO_NEAREST
+from mgq.quantization.targets import ONNX
+from mgq.runtime.registry import load
+from tests.fakes.foreign_models import BODIES, write
+
+ENGINES = ("openvino", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def graph_of_body(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("bodies")
+
+    @cache
+    def made(body: str) -> tuple[Graph, Any]:
+        images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+        path = write(folder / f"{body}.onnx", body)
+        network = import_classifier(path, ImportWish(preprocess="torch"), "")[0].network
+        _, ranges = calibrate_network(
+            network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
+        )
+        wanted = network(onnx_input(images)).numpy()
+        simulated = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
+        return plain_graph(simulated, 0), (images, wanted)
+
+    return made
+
+
+def onnx_input(images: Any) -> Any:
+    from megengine import Tensor
+
+    return Tensor(images.astype(np.float32) - 128)
+
+
+def saved(graph: Graph, path: Path) -> Any:
+    model = model_of(graph, 0, None, {})
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return model
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("body", BODIES)
+def test_int8_in_the_form_for_an_engine_answers_nearly_as_float(
+    tmp_path: Path, graph_of_body: Any, body: str, engine: str
+) -> None:
+    graph, (images, wanted) = graph_of_body(body)
+    saved(in_form_for(graph, engine), tmp_path / "int8.onnx")
+    found = load(tmp_path / "int8.onnx", engine).run(images)
+    assert 10 * np.log10((wanted**2).sum() / ((found - wanted) ** 2).sum()) > 20
+
+
+def test_for_openvino_nothing_is_rounded_between_a_convolution_and_its_activation(
+    tmp_path: Path, graph_of_body: Any
+) -> None:
+    model = saved(in_form_for(graph_of_body("swishes")[0], "openvino"), tmp_path / "int8.onnx")
+    readers = {name: node.op_type for node in model.graph.node for name in node.input}
+    behind = [readers[node.output[0]] for node in model.graph.node if node.op_type == "Conv"]
+    assert sorted(set(behind) - {"Mul", "Sigmoid"}) == ["HardSwish", "QuantizeLinear"]
+    assert behind.count("QuantizeLinear") == 1  # behind the one that no activation follows
+
+
+def test_for_onnx_runtime_every_gate_is_made_of_integers(tmp_path: Path, graph_of_body: Any) -> None:
+    model = saved(in_form_for(graph_of_body("swishes")[0], "onnxruntime"), tmp_path / "int8.onnx")
+    operators = {node.op_type for node in model.graph.node}
+    assert "HardSwish" not in operators
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    read = {name: node.op_type for node in model.graph.node for name in node.input}
+    for node in model.graph.node:
+        if node.op_type in ("Sigmoid", "Mul"):
+            assert {made[name] for name in node.input} == {"DequantizeLinear"}
+            assert read[node.output[0]] == "QuantizeLinear"
+
+
+def test_a_graph_without_swishes_is_the_same_for_every_engine(graph_of_body: Any) -> None:
+    graph = graph_of_body("plain")[0]
+    assert all(in_form_for(graph, engine) is graph for engine in FORMS)
+
+
+def test_for_openvino_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any) -> None:
+    model = saved(in_form_for(graph_of_body("channels_last")[0], "openvino"), tmp_path / "int8.onnx")
+    read = {name: node.op_type for node in model.graph.node for name in node.input}
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    assert read[norm.output[0]] == "Transpose"
+
+
+def test_linear_layers_with_channels_last_are_convolutions_without_transpositions(graph_of_body: Any) -> None:
+    kinds = [type(node).__name__ for node in graph_of_body("channels_last")[0].nodes]
+    assert kinds.count("Transpose") == 2  # around the layer norm alone
+    assert kinds.count("Convolution") > 5

@@ -1,0 +1,100 @@
+"""Networks of the user's own: known to every verb once registered, refused in one line where they cannot be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mgq
+from mgq.data.transforms import to_batch
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.open import make_random_classifier
+from mgq.errors import InputError
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import ONNX
+from mgq.runtime.registry import load
+from mgq.zoo.own_networks import register_from_file
+from mgq.zoo.registry import specs
+from tests.conftest import Mgq, the_error
+
+GUIDE = Path(mgq.__file__).parents[1] / "docs" / "guides" / "your-network.md"
+EXAMPLE = re.search(r"```python title=\"tiny_net.py\"\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What a test registers is unknown to the next."""
+    known = dict(specs())
+    yield
+    specs().clear()
+    specs().update(known)
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """The network of the guide, in a file."""
+    assert EXAMPLE is not None
+    path = tmp_path / "tiny_net.py"
+    path.write_text(EXAMPLE[1], encoding="utf-8")
+    return path
+
+
+def changed(path: Path, old: str, new: str) -> str:
+    """``path`` with ``new`` in place of ``old``: what -a names."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return f"{path}:tiny"
+
+
+def test_the_network_of_the_guide_becomes_an_int8_file(example: Path, tmp_path: Path) -> None:
+    spec = register_from_file(f"{example}:tiny")
+    assert (spec.name, spec.image_size, spec.head) == ("tiny", 64, "fc.weight")
+    int8 = make_random_classifier("tiny", Mode.QUANTIZED, image_size=64, target=ONNX)
+    dump_classifier(int8, tmp_path / "tiny.onnx", batch=None)
+    images = to_batch([np.full((64, 64, 3), 200, np.uint8)])
+    assert np.allclose(load(tmp_path / "tiny.onnx").run(images), int8.logits(images), atol=1e-4)
+
+
+def test_a_registered_network_is_built_by_its_name(example: Path) -> None:
+    register_from_file(f"{example}:tiny")
+    assert mgq.create_model("tiny", classes=7).fc.out_features == 7
+
+
+def test_a_name_of_the_zoo_cannot_be_taken() -> None:
+    for name, said in (("resnet18", "network of mgq's own"), ("a/b", "no name for a network")):
+        with pytest.raises(InputError, match=said):
+            mgq.register(name, lambda classes: None)
+
+
+WRONG = {
+    "no stub": ("M.QuantStub()", "M.Identity()", "has no QuantStub"),
+    "other answers": ("M.Linear(32, classes)", "M.Linear(32, 5)", "with 1x5 numbers, not with 1x3 logits"),
+    "fails": ("x = self.stem(", "x = self.trunk(", "cannot run a picture of 1x3x64x64"),
+    "no module": ("return Tiny(classes)", "return 3", "gives a int"),
+    "no argument": ("def tiny(classes)", "def tiny(number)", "tiny(classes=3) fails: TypeError"),
+    "untraceable": (
+        "global_average(self.dequant(x))",
+        "M.pooling.avg_pool2d(self.dequant(x), x.shape[2:]).reshape(-1, 32)",
+        "cannot be traced",
+    ),
+    "no function": ("def tiny(", "def small(", "has no function tiny"),
+    "broken file": ("import megengine.module as M", "import nowhere", "ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_classifier_is_refused(example: Path, what: str) -> None:
+    old, new, said = WRONG[what]
+    with pytest.raises(InputError, match=re.escape(said)):
+        register_from_file(changed(example, old, new))
+
+
+def test_a_file_named_on_the_command_line_is_run(example: Path, tmp_path: Path, mgq: Mgq) -> None:
+    said = mgq("dump", "-a", f"{example}:tiny", "-m", "normal")
+    assert "no weights for tiny at hand" in the_error(said)
+    assert "there is no file" in the_error(mgq("dump", "-a", f"{tmp_path}/none.py:tiny"))
