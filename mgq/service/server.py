@@ -60,11 +60,8 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(service: Service, listening: socket.socket, on_ready: Callable[[str], None]) -> None:
-    """Answer on ``listening`` until SIGTERM or SIGINT: then nothing more is accepted, and what runs is finished.
-
-    ``on_ready`` is told the address once requests are answered. Raises FailureError where the server cannot start.
-    """
+def make_server(service: Service, on_ready: Callable[[], None]) -> Server:
+    """What answers for ``service`` on the sockets that it is given, and calls ``on_ready`` when it does."""
     config = uvicorn.Config(
         service.app,
         http=Connection,
@@ -79,7 +76,15 @@ def serve(service: Service, listening: socket.socket, on_ready: Callable[[str], 
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=stop_seconds(service),
     )
-    server = Server(config, service, lambda: on_ready(address_of(listening)))
+    return Server(config, service, on_ready)
+
+
+def serve(service: Service, listening: socket.socket, on_ready: Callable[[str], None]) -> None:
+    """Answer on ``listening`` until SIGTERM or SIGINT: then nothing more is accepted, and what runs is finished.
+
+    ``on_ready`` is told the address once requests are answered. Raises FailureError where the server cannot start.
+    """
+    server = make_server(service, lambda: on_ready(address_of(listening)))
     with signals_to(server):
         asyncio.run(server.serve([listening]))
     if not server.started:
