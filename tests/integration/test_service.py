@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -449,3 +451,78 @@ def test_a_port_in_use_is_told_in_a_line(deployed: Path, mgq: Mgq) -> None:
 )
 def test_what_cannot_be_served_is_told_in_a_line(mgq: Mgq, words: list[str], parts: list[str]) -> None:
     assert one_line_about(the_error(mgq("serve", *words)), *parts)
+
+
+# ---- the page ----
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+DROP = """([text, name]) => {
+  const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+  const moved = new DataTransfer();
+  moved.items.add(new File([bytes], name, {type: 'image/png'}));
+  const event = new DragEvent('drop', {dataTransfer: moved, bubbles: true, cancelable: true});
+  document.getElementById('drop').dispatchEvent(event);
+}"""
+
+
+@pytest.fixture
+def tab(tmp_path: Path) -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium to look at the page with: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, args=ARGUMENTS.split(), headless=True
+        )
+        yield context.new_page()
+        context.close()
+
+
+def test_the_page_shows_what_is_in_pictures_that_are_chosen_or_dropped(
+    tab: Any, answering: tuple[str, Service], deployed: Path, tmp_path: Path
+) -> None:
+    from playwright.sync_api import expect
+
+    address, _ = answering
+    complaints: list[str] = []
+    asked: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.set_viewport_size({"width": 800, "height": 900})
+    tab.goto(f"{address}/")
+    expect(tab.locator("#network")).to_contain_text(ARCH)
+    assert complaints == [], complaints
+    bad = tmp_path / "<b>no picture.png"
+    bad.write_bytes(b"rubbish")
+    first, second = photos(deployed)[:2]
+    wanted = expected(open_file(deployed / "any.onnx", "onnxruntime"), [first, second])
+    tab.set_input_files("#files", [first, bad])
+    expect(tab.locator("article")).to_have_count(2)
+    articles = tab.locator("article")
+    assert "is not a picture" in articles.nth(0).inner_text() and bad.name in articles.nth(0).inner_text()
+    assert [row.split("\t")[0] for row in articles.nth(1).locator("tr").all_inner_texts()] == [
+        guess["class"] for guess in wanted[0]
+    ]
+    tab.evaluate(DROP, [base64.b64encode(second.read_bytes()).decode(), second.name])
+    expect(tab.locator("article")).to_have_count(3)
+    assert f"{wanted[1][0]['probability'] * 100:.1f} %" in articles.nth(0).inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
+    shot = tmp_path / "page.png"
+    tab.screenshot(path=shot)
+    assert shot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_why_there_is_no_answer(tab: Any, deployed: Path, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(3000))
+    classifier = open_file(deployed / "any.onnx", "onnxruntime")
+    with served(classifier, Limits(body_bytes=2000)) as (address, _):
+        tab.goto(f"{address}/")
+        tab.set_input_files("#files", large)
+        expect(tab.locator("#state")).to_contain_text("MB in one request")
