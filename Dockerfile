@@ -1,19 +1,18 @@
-# The deployment side alone: ONNX Runtime and no MegEngine.
-#   docker build -t mgq .
-#   docker run -p 8000:8000 -v "$PWD":/data mgq serve -c /data/net.onnx --host 0.0.0.0
-FROM python:3.13-slim AS build
+# The deployment side alone: ONNX Runtime, no MegEngine. docs/guides/serve.md says how it is used, and what it weighs.
+FROM python:3.13-slim-trixie AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY mgq mgq
-RUN python -m venv /opt/mgq && /opt/mgq/bin/python -m pip install --no-cache-dir --no-compile '.[serve]'
-COPY mgq/service/slim.py slim.py
-RUN /opt/mgq/bin/python slim.py /opt/mgq
+RUN python -m pip install --no-cache-dir --no-compile --target /opt/mgq '.[serve]'
+# What no deployed file needs: tests of packages, ONNX Runtime's tools, and its copy for programs in C.
+RUN rm -rf /opt/mgq/bin /opt/mgq/onnx/backend/test /opt/mgq/onnxruntime/transformers /opt/mgq/onnxruntime/tools
+RUN rm -rf /opt/mgq/onnxruntime/quantization /opt/mgq/onnxruntime/datasets /opt/mgq/onnxruntime/capi/libonnxruntime.so*
+RUN find /opt/mgq -type d '(' -name tests -o -name __pycache__ ')' -prune -exec rm -rf '{}' +
 
-FROM python:3.13-slim
+# Python 3.13 of Debian 13 without a shell or a package manager.
+FROM gcr.io/distroless/python3-debian13:nonroot
 COPY --from=build /opt/mgq /opt/mgq
-RUN useradd --create-home mgq
-USER mgq
-ENV PATH=/opt/mgq/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+ENV PYTHONPATH=/opt/mgq PYTHONDONTWRITEBYTECODE=1 MGQ_CACHE=/tmp/mgq
 EXPOSE 8000
-ENTRYPOINT ["mgq"]
+ENTRYPOINT ["/usr/bin/python3", "-m", "mgq"]
 CMD ["doctor"]
