@@ -50,7 +50,7 @@ KNOWS_NOTHING_OF = {
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
     # It runs where networks are deployed: classifiers are all that it knows.
     "service": {
-        *("deprecation", "events", "system", "io", "weights", "zoo", "quantization", "graph", "cpu_kernels", "ptq"),
+        *("deprecation", "system", "io", "weights", "zoo", "quantization", "graph", "cpu_kernels", "ptq"),
         *("export", "runtime", "bench", "reports"),
     },
 }

@@ -72,7 +72,7 @@ def serve(
     with progress() as on_progress:
         network = open_network(options, "quantized", on_progress, kept=True, threads=threads)
     note(f"{network.spec.name}, {network.origin}")
-    service = Service(network, limits_of(batch, wait, max_body, max_requests, timeout))
+    service = Service(network, limits_of(batch, wait, max_body, max_requests, timeout), note)
     serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
     note("stopped: every request that had come is answered")
 

@@ -23,6 +23,7 @@ from mgq.data.transforms import to_batch
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.predict import Prediction, best_scores, check_topk, describe_network
 from mgq.errors import InputError, printable
+from mgq.events import OnMessage, log_message
 from mgq.machine import usable_cores
 from mgq.service.batching import Batcher
 from mgq.service.figures import KIND, Figures
@@ -42,11 +43,12 @@ log = logging.getLogger("mgq")
 class Service:
     """One network behind HTTP; ``app`` is the program that a server runs.
 
-    Where it is ``stopping``, what comes is still answered, and connections close behind it.
+    ``on_message`` is told of requests that failed and whose sender is not to blame. Where it is ``stopping``, what comes
+    is still answered, and connections close behind it.
     """
 
-    def __init__(self, classifier: Classifier, limits: Limits) -> None:
-        self.classifier, self.limits = classifier, limits
+    def __init__(self, classifier: Classifier, limits: Limits, on_message: OnMessage = log_message) -> None:
+        self.classifier, self.limits, self.on_message = classifier, limits, on_message
         self.figures = Figures()
         self.decoders = ThreadPoolExecutor(usable_cores(), "decoder")
         self.batcher = Batcher(self.run_network, group_size(classifier, limits), limits.gather_s)
@@ -103,8 +105,9 @@ class Service:
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception as error:
-            log.exception("a request failed")
             line = f"unexpected {type(error).__name__}: {printable(error)[:300]}"
+            self.on_message(f"a request failed: {line}")
+            log.debug("a request failed", exc_info=True)
             response = JSONResponse({"error": line}, 500)
         self.figures.requests.labels(str(response.status_code)).inc()
         self.figures.seconds.observe(time.perf_counter() - start)

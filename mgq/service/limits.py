@@ -13,7 +13,7 @@ class Limits:
     among them; more are told to come again. ``body_s``: seconds for a whole upload; ``answer_s``: for what follows it.
     ``batch``: pictures that run together; ``gather_s``: seconds that the first of them waits for others.
 
-    The uploads held in memory are at most ``requests * body_bytes``.
+    The uploads held in memory are at most ``requests * body_bytes``, and twice that while they are read.
     """
 
     body_bytes: int = 20 * MEGA

@@ -33,6 +33,7 @@ from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import convert
 from mgq.engine.classifier.predict import predict
+from mgq.events import OnMessage, log_message
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
@@ -64,9 +65,11 @@ def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @contextlib.contextmanager
-def served(classifier: Classifier, limits: Limits | None = None) -> Iterator[tuple[str, Service]]:
+def served(
+    classifier: Classifier, limits: Limits | None = None, on_message: OnMessage = log_message
+) -> Iterator[tuple[str, Service]]:
     """A service in a thread of this process, and its address."""
-    service = Service(classifier, limits or Limits())
+    service = Service(classifier, limits or Limits(), on_message)
     listening = open_socket("127.0.0.1", 0)
     ready = threading.Event()
     server = make_server(service, ready.set)
@@ -326,6 +329,26 @@ def test_an_answer_that_takes_too_long_is_given_up(held: tuple[Classifier, threa
         free.set()
         wait_until(lambda: service.busy == 0)
         assert requests.post(f"{address}/predict", photos(deployed)[0].read_bytes()).status_code == 200
+
+
+def test_a_failure_of_the_engine_is_told_to_both_sides_and_the_service_lives(
+    held: tuple[Classifier, threading.Event], deployed: Path
+) -> None:
+    classifier, free = held
+    free.set()
+    content = photos(deployed)[0].read_bytes()
+    told: list[str] = []
+
+    def fail(_: object) -> None:
+        raise RuntimeError("out of order\nfor now")
+
+    with served(classifier, on_message=told.append) as (address, _):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classifier.network.runtime, "run", fail)
+            failed = requests.post(f"{address}/predict", content, timeout=PATIENCE_S)
+        assert failed.status_code == 500 and one_line_about(failed.json()["error"], "RuntimeError", "out of order")
+        assert len(told) == 1 and one_line_about(told[0], "out of order")
+        assert requests.post(f"{address}/predict", content, timeout=PATIENCE_S).status_code == 200
 
 
 def test_too_many_pictures_are_refused(deployed: Path) -> None:
