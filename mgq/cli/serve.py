@@ -32,7 +32,10 @@ def serve(
         int | None,
         typer.Option("--fd", click_type=AT_LEAST_NONE, metavar="NUMBER", help="An inherited socket that listens."),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", click_type=COUNT, help="Pictures that run together.")] = 16,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
+    ] = None,
     wait: Annotated[
         float, typer.Option("--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Time to gather them.")
     ] = 2.0,
@@ -77,7 +80,7 @@ def serve(
     note("stopped: every request that had come is answered")
 
 
-def limits_of(batch: int, wait: float, max_body: float, max_requests: int, timeout: float) -> Limits:
+def limits_of(batch: int | None, wait: float, max_body: float, max_requests: int, timeout: float) -> Limits:
     from mgq.service.limits import MEGA, Limits
 
     return Limits(

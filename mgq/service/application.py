@@ -32,6 +32,10 @@ from mgq.service.upload import RefusalError, Upload, read_uploads
 
 PAGE = Path(__file__).with_name("page.html")
 RETRY_S = "1"
+BATCH = 16
+"""Pictures that run together, where nothing else is said."""
+ONE_BY_ONE = ("native", "native library")
+"""Engines that spread one picture over all cores: a batch makes clients wait, and gains nothing."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -43,8 +47,8 @@ log = logging.getLogger("mgq")
 class Service:
     """One network behind HTTP; ``app`` is the program that a server runs.
 
-    ``on_message`` is told of requests that failed and whose sender is not to blame. Where it is ``stopping``, what comes
-    is still answered, and connections close behind it.
+    ``on_message`` is told of requests that failed and whose sender is not to blame. Where it is ``stopping``, what
+    comes is still answered, and connections close behind it.
     """
 
     def __init__(self, classifier: Classifier, limits: Limits, on_message: OnMessage = log_message) -> None:
@@ -188,6 +192,8 @@ class Service:
 
 
 def group_size(classifier: Classifier, limits: Limits) -> int:
-    """How many pictures run together: one, where the file takes one at a time."""
+    """How many pictures run together: one, where the file takes one at a time, or the engine is no faster with more."""
     runtime = getattr(classifier.network, "runtime", None)
-    return 1 if runtime is not None and runtime.batch == 1 else limits.batch
+    if runtime is not None and runtime.batch == 1:
+        return 1
+    return limits.batch or (1 if runtime is not None and runtime.name in ONE_BY_ONE else BATCH)

@@ -74,7 +74,7 @@ def main() -> None:
     for engine in ENGINES:
         for name, clients, words in (
             (f"{engine}, one client", 1, ()),
-            (f"{engine}, batches of 16", CLIENTS, ()),
+            (f"{engine}, up to 16 together", CLIENTS, ("--batch", "16")),
             (f"{engine}, one by one", CLIENTS, ("--batch", "1")),
         ):
             with service(descriptor, engine, *words):

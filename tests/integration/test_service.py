@@ -118,7 +118,7 @@ def test_many_clients_get_the_answers_of_infer_whatever_runs_together(deployed: 
     classifier = open_file(deployed / file, "onnxruntime" if file.endswith(".onnx") else "auto")
     paths = photos(deployed)
     wanted = expected(classifier, paths)
-    with served(classifier, Limits(gather_s=0.02)) as (address, service), ThreadPoolExecutor(8) as clients:
+    with served(classifier, Limits(gather_s=0.02, batch=16)) as (address, service), ThreadPoolExecutor(8) as clients:
 
         def ask(number: int) -> Any:
             return requests.post(f"{address}/predict", paths[number % 6].read_bytes(), timeout=PATIENCE_S).json()
@@ -191,6 +191,14 @@ def test_health_metrics_and_other_paths(answering: tuple[str, Service]) -> None:
     missing = requests.get(f"{address}/nothing", timeout=PATIENCE_S)
     assert missing.status_code == 404 and "POST /predict" in missing.json()["error"]
     assert requests.get(f"{address}/predict", timeout=PATIENCE_S).status_code == 405
+
+
+def test_pictures_run_one_by_one_where_more_at_a_time_gain_nothing(deployed: Path) -> None:
+    sizes = {
+        engine: Service(open_file(deployed / "any.onnx", engine), Limits()).batcher.most
+        for engine in ("native", "onnxruntime", "openvino")
+    }
+    assert sizes == {"native": 1, "onnxruntime": 16, "openvino": 16}
 
 
 # ---- limits ----
