@@ -11,8 +11,8 @@ MEGA = 1_000_000
 class Limits:
     """``body_bytes``: of one request. ``pictures``: in one request. ``requests``: in work at a time, the uploads
     among them; more are told to come again. ``body_s``: seconds for a whole upload; ``answer_s``: for what follows it.
-    ``batch``: pictures that run together, by default what suits the engine; ``gather_s``: seconds that the first of them
-    waits for others.
+    ``batch``: pictures that run together, by default what suits the engine; ``gather_s``: seconds that the first of
+    them waits for others.
 
     The uploads held in memory are at most ``requests * body_bytes``, and twice that while they are read.
     """
