@@ -78,7 +78,6 @@ def test_the_steps_of_the_dockerfile_leave_a_small_folder_that_answers(tmp_path:
             pytest.skip(f"nothing can be installed here, off line perhaps: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, done.stderr
     size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 1e6
-    print(f"{size:.1f} MB")
     assert size + BASE_MB < MOST_MB, size
     cat = expand([str(bundled_cat())])
     config = CalibrationConfig(target=ONNX, weight_rounding="nearest")
