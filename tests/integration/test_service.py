@@ -284,6 +284,7 @@ def test_a_connection_that_brings_no_request_is_closed(
 class Held:
     """A network that waits until it is let go."""
 
+    name = "held"
     batch: int | None = None
 
     def __init__(self, runtime: Any) -> None:
