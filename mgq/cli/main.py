@@ -35,6 +35,7 @@ VERBS = {
     "dump": "dump:dump",
     "bench": "bench:bench",
     "report": "report:report",
+    "serve": "serve:serve",
     "models": "models:models",
     "doctor": "doctor:doctor",
 }

@@ -225,6 +225,7 @@ SCHEDULE = Named("schedule", schedules)
 LOAD = Named("load", loads)
 
 COUNT = Number(int, Bounds(1))
+PORT = Number(int, Bounds(0, 65535))
 AT_LEAST_NONE = Number(int, Bounds(0))
 SHARE = Number(float, Bounds(0, 1))
 AT_LEAST_ZERO = Number(float, Bounds(0))
