@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
 """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+
+Thing = TypeVar("Thing")
 
 BATCH = 8
 """Pictures at a time: with 32, float EfficientNet-Lite0 was measured at half the speed."""
@@ -139,18 +141,45 @@ class Evaluation:
         ]
 
 
+class Group(Protocol):
+    """Processes that measure together: this is part ``share[0]`` of ``share[1]``."""
+
+    @property
+    def share(self) -> tuple[int, int]: ...
+
+    def gather(self, thing: Thing) -> list[Thing]: ...
+
+
 def evaluate_loader(
-    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = log_progress
+    logits: Network,
+    loader: Loader,
+    what: str = "evaluate",
+    on_progress: OnProgress = log_progress,
+    group: Group | None = None,
 ) -> Evaluation:
     """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
 
-    The loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
+    With a ``group`` its processes deal out the batches, and all come to the same result, which is that of one. The
+    loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
     labels, or labels that the network has no output for; FailureError where an output is not a finite number.
     """
+    if group is not None and group.share[1] > 1:
+        return _evaluate_together(logits, loader, what, on_progress, group)
     tally = _Tally(loader, what, on_progress)
     for answers in _answers(logits, loader):
         tally.add(answers)
     return tally.evaluation()
+
+
+def _evaluate_together(logits: Network, loader: Loader, what: str, on_progress: OnProgress, group: Group) -> Evaluation:
+    part, of = group.share
+    tally = _Tally(loader, what, lambda event: on_progress(event._replace(done=min(event.done * of, event.total or 0))))
+    with _Deal(loader, part, of, loader.workers) as own:
+        for answers in _answers(logits, own):
+            tally.add(answers)
+    tally.merge(group.gather(tally.found))
+    _Deal(loader, 0, 1).refuse_too_many(tally.problems)
+    return tally.evaluation(of)
 
 
 # ---- a classifier on a dataset ----
@@ -285,6 +314,15 @@ def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
     yield _Answers(np.zeros((0, len(loader.dataset.classes)), np.float32), none, none, dict(loader.problems))
 
 
+class _Found(NamedTuple):
+    """What one process found: see :class:`_Tally`."""
+
+    meter: Meter
+    losses: list[float]
+    parts: list[npt.NDArray[np.int64]]
+    problems: dict[int, str]
+
+
 class _Tally:
     """Puts answers together, in whatever order they come: every sum in it is the same in any order."""
 
@@ -299,6 +337,18 @@ class _Tally:
         self.start = time.perf_counter()
         if loader.dataset.labels is None:
             raise InputError(f"{loader.dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
+
+    @property
+    def found(self) -> _Found:
+        """All that counts of it, to be sent to other processes."""
+        return _Found(self.meter, self.losses, self.parts, self.problems)
+
+    def merge(self, parts: Sequence[_Found]) -> None:
+        """Have what all ``parts`` found, this one's among them."""
+        self.meter = Meter.summed([part.meter for part in parts])
+        self.losses = [loss for part in parts for loss in part.losses]
+        self.parts = [numbers for part in parts for numbers in part.parts]
+        self.problems = {index: line for part in parts for index, line in part.problems.items()}
 
     def restart_clock(self) -> None:
         self.start = time.perf_counter()
@@ -353,13 +403,14 @@ class _Tally:
 class _Deal(Loader):
     """Every ``of``-th batch of ``whole`` from number ``part`` on: the same pictures together as there."""
 
-    def __init__(self, whole: Loader, part: int, of: int) -> None:
+    def __init__(self, whole: Loader, part: int, of: int, workers: int | None = None) -> None:
         self.part, self.of = part, of
+        shared = max(1, whole.workers // of) if whole.workers else 0
         super().__init__(
             whole.dataset,
             whole.transform,
             whole.batch_size,
-            workers=max(1, whole.workers // of) if whole.workers else 0,
+            workers=shared if workers is None else workers,
             broken="drop",
             max_bad=whole.max_bad,
         )
@@ -370,7 +421,7 @@ class _Deal(Loader):
     def order(self, epoch: int) -> Labels:
         everything = super().order(epoch)
         starts = range(self.part * self.batch_size, len(everything), self.of * self.batch_size)
-        return np.concatenate([everything[start : start + self.batch_size] for start in starts])
+        return np.concatenate([everything[:0], *(everything[start : start + self.batch_size] for start in starts)])
 
     def refuse_too_many(self, problems: Mapping[int, str]) -> None:
         """Raise InputError if ``problems`` of all parts together are more than ``max_bad`` allows."""
