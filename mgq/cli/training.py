@@ -186,8 +186,9 @@ class TrainingCommand:
             try:
                 result = start(train_options, Callbacks(on_progress, note, should_stop))
             except StoppedError as stopped:
-                command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(self.save))}"
-                note(f"{stopped}, go on with\n  {command}")
+                jobs = "" if self.jobs is None else f" --jobs {self.jobs}"
+                note(f"{stopped}, go on with")
+                note(f"  mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(self.save))}{jobs}")
                 raise typer.Exit(stopped.exit_code) from None
             except training_run.ElsewhereError as done:
                 note(str(done))

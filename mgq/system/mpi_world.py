@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.machine import usable_cores
 
 RANK_AND_SIZE = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
@@ -25,6 +25,8 @@ FOLDER_VARIABLE = "MGQ_JOBS_FOLDER"
 TERMINAL_VARIABLE = "MGQ_JOBS_TERMINAL"
 LEADER = "leader"
 """A file in the folder of `--jobs`: the process that takes signals."""
+OWN_CODES = {0, 1, 2, 130}
+"""Those of `mgq` itself."""
 MEND = "pip install 'mgq[mpi]'"
 LAUNCHERS = ("mpiexec", "mpirun")
 
@@ -63,7 +65,8 @@ def find_launcher() -> str | None:
 def run_jobs(jobs: int, words: Sequence[str]) -> int:
     """Run ``mgq words`` as ``jobs`` processes of this machine; the exit code.
 
-    Raises InputError for more processes than cores, and where there is no MPI.
+    Raises InputError for more processes than cores, and where there is no MPI; FailureError where the launcher itself
+    ends them, or is ended.
     """
     if jobs > usable_cores():
         raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
@@ -76,7 +79,13 @@ def run_jobs(jobs: int, words: Sequence[str]) -> int:
         child = subprocess.Popen(
             command, env=_environment(jobs, folder), stdin=subprocess.DEVNULL, start_new_session=True
         )
-        return _wait(child, Path(folder) / LEADER)
+        code = _wait(child, Path(folder) / LEADER)
+    if code not in OWN_CODES:
+        raise FailureError(
+            f"{launcher} ended the {jobs} processes with code {code}: one was killed from outside; "
+            "`--resume` goes on from the state last saved"
+        )
+    return code
 
 
 def _environment(jobs: int, folder: str) -> dict[str, str]:

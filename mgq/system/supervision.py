@@ -36,6 +36,7 @@ SILENCE_S = 10.0
 """After so long without a sign another rank is taken to be lost."""
 PATIENCE_S = 8.0
 """What is to end has so long until it is ended."""
+LAUNCHER_NAMES = ("mpiexec", "mpirun", "prterun", "orterun")
 _TICK_S = 0.2
 _CONNECT_S = 3.0
 _SAME_SIGNAL_S = 1.0
@@ -120,6 +121,7 @@ class _Supervisor:
         self.verdict: _Verdict | None = None
         self.told: str | None = None  # what the worker itself said of its failure
         self.code: int | None = None  # of the worker, once it has ended
+        self.is_cut = False  # a machine is gone without a word
         self.beaten = self.signalled = 0.0
         self.progress: dict[str, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -275,6 +277,8 @@ class _Supervisor:
             say(self.verdict.line)
         code = self.code if self.verdict is None else self.verdict.code
         self.end_others(code)
+        if self.is_cut:
+            end_launcher()
         return code
 
     def look_for_lost(self) -> None:
@@ -282,6 +286,7 @@ class _Supervisor:
             if link.closed:
                 return self.judge(1, f"{self.name_of(rank)} was ended, its supervisor with it; {RESUME}")
             if time.monotonic() - link.heard > SILENCE_S:
+                self.is_cut = True
                 return self.judge(1, f"{self.name_of(rank)} gave no sign for {SILENCE_S:.0f} s; {RESUME}")
         return None
 
@@ -326,6 +331,15 @@ class _Supervisor:
 def end_of(code: int) -> str:
     """How a worker ended: goes after its name."""
     return f" was killed by {signal.Signals(-code).name}; {RESUME}" if code < 0 else f" ended with code {code}"
+
+
+def end_launcher() -> None:
+    """Ask the launcher above this process to end: it would wait for ever for a machine that is gone."""
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            if parent.name().startswith(LAUNCHER_NAMES):
+                return parent.terminate()
+    return None
 
 
 def say(line: str) -> None:
