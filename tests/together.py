@@ -1,10 +1,11 @@
-"""A short training as one process, or as one of several that MPI starts: ``python -m tests.together FOLDER WORDS``.
+"""A training as one process or several that MPI starts: ``python -m tests.together FOLDER MODE WORDS``.
 
-``WORDS`` is JSON: the mode and what the recipe is to have. The weights are in the run's state afterwards.
+``WORDS`` is JSON: what is asked for, and ``stop_after`` which line. The weights are in the run's state afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -32,7 +33,8 @@ def short_networks() -> None:
 
 def prepare() -> None:
     prepare_process()
-    short_networks()
+    if "data" not in json.loads(sys.argv[3]):
+        short_networks()
 
 
 def join(world: World, words: list[str]) -> Any:
@@ -53,12 +55,19 @@ def train(folder: Path, mode: str, words: dict[str, Any]) -> None:
 
     from mgq.api import make_train_options
     from mgq.engine.training import training_run
-    from mgq.events import NO_CALLBACKS
+    from mgq.engine.training.trainer import StoppedError
+    from mgq.events import Callbacks
 
-    options = replace(make_train_options({**SMALL, **words, "save": folder}), prepare=prepare)
+    stop_after = words.pop("stop_after", None)
+    said: list[str] = []
+    callbacks = Callbacks(on_message=said.append, should_stop=lambda: any(str(stop_after) in line for line in said))
+    small = {} if words.keys() & {"resume", "data"} else SMALL
+    options = replace(make_train_options({**small, **words, "save": folder}), prepare=prepare)
     # What comes after the training is not of interest here.
     training_run.finish_run = training_run.train_on_all_devices  # type: ignore[assignment]
-    (training_run.qat if mode == "qat" else training_run.train)(options, NO_CALLBACKS)
+    with contextlib.suppress(StoppedError):
+        (training_run.qat if mode == "qat" else training_run.train)(options, callbacks)
+    sys.stdout.write("\n".join(said))
 
 
 def main() -> None:

@@ -338,8 +338,10 @@ def end_launcher() -> None:
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             if parent.name().startswith(LAUNCHER_NAMES):
-                return parent.terminate()
-    return None
+                for ask in (parent.terminate, parent.terminate, parent.kill):  # it takes the first as one to pass on
+                    ask()
+                    time.sleep(_TICK_S)
+                return
 
 
 def say(line: str) -> None:
