@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
+from mgq.engine.distributed.team import Team, current_team, send_work
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
@@ -199,12 +200,19 @@ def evaluate(
     """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
 
     With several ``jobs`` the batches are dealt out to as many processes of one CPU core each, and the result is the
-    same to the bit, but for the time. ``workers`` are threads that decode, of all jobs together. ``prepare`` is
+    same to the bit, but for the time; the same is so for processes that MPI has started. ``workers`` are threads that
+    decode, of all jobs together. ``prepare`` is
     called in each process before it loads MegEngine. Pictures that cannot be read are left out and named.
 
     Raises InputError for classes that the network does not have, more jobs than cores, or more broken pictures than
     the share ``max_bad``; FailureError where a process dies or an output is not finite.
     """
+    team = current_team()
+    if team is not None:
+        if jobs > 1:
+            raise InputError(f"--jobs {jobs} starts processes by itself: leave it out where MPI starts mgq")
+        with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
+            return _evaluate_in_team(team, classifier, loader, prepare, on_progress)
     if not 1 <= jobs <= usable_cores():
         raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
@@ -450,19 +458,89 @@ class _Work:
         import cv2
 
         cv2.setNumThreads(1)
-        if self.engine is not None:
-            classifier = open_file(self.checkpoint, self.engine, threads=1)
-        else:
-            from mgq.engine.classifier.open import open_classifier
-
-            classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
-        whole = Loader(
-            self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
-        )
-        with _Deal(whole, self.part, self.of) as loader:
+        classifier = self.opened()
+        with _Deal(self.loader(), self.part, self.of) as loader:
             channel.wait_for_all()
             for answers in _answers(classifier.logits, loader):
                 channel.send(answers)
+
+    def opened(self) -> Classifier:
+        if self.engine is not None:
+            return open_file(self.checkpoint, self.engine, threads=1)
+        from mgq.engine.classifier.open import open_classifier
+
+        return open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
+
+    def loader(self) -> Loader:
+        return Loader(
+            self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
+        )
+
+
+def _work_of(classifier: Classifier, loader: Loader, folder: Path) -> _Work:
+    """What another process needs to do all of it; files that it reads may be written to ``folder``."""
+    engine: str | None = None
+    if classifier.file is not None:
+        checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
+    elif classifier.made_from is not None:
+        source, engine = classifier.made_from
+        checkpoint = write_for_backend(source, engine, folder)
+    else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
+        checkpoint = folder / "checkpoint.safetensors"
+        classifier.write_checkpoint(checkpoint)
+    return _Work(
+        checkpoint,
+        engine,
+        classifier.mode,
+        classifier.image_size,
+        loader.dataset,
+        loader.transform,
+        loader.batch_size,
+        loader.workers,
+        loader.max_bad,
+        part=0,
+        of=1,
+    )
+
+
+@dataclass(frozen=True)
+class _InTeam:
+    """The processes that MPI has started, as a group that measures together."""
+
+    team: Team
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.team.rank, self.team.size
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        return self.team.gather(thing)
+
+
+@dataclass(frozen=True)
+class _TeamWork:
+    """The same for a process that may be on another machine: with the file's ``content``."""
+
+    work: _Work
+    content: bytes
+
+    def __call__(self, team: Team) -> None:
+        with TemporaryDirectory(prefix="mgq-") as folder:
+            own = Path(folder) / self.work.checkpoint.name
+            own.write_bytes(self.content)
+            work = replace(self.work, checkpoint=own)
+            classifier = work.opened()
+            with work.loader() as loader:
+                evaluate_loader(classifier.logits, loader, group=_InTeam(team))
+
+
+def _evaluate_in_team(
+    team: Team, classifier: Classifier, loader: Loader, prepare: Callable[[], None], on_progress: OnProgress
+) -> Evaluation:
+    with TemporaryDirectory(prefix="mgq-") as folder:
+        work = _work_of(classifier, loader, Path(folder))
+        send_work(team, _TeamWork(work, work.checkpoint.read_bytes()), prepare)
+    return evaluate_loader(classifier.logits, loader, on_progress=on_progress, group=_InTeam(team))
 
 
 def _evaluate_in_processes(
@@ -471,31 +549,8 @@ def _evaluate_in_processes(
     tally = _Tally(loader, "evaluate", on_progress)
     whole = _Deal(loader, 0, 1)
     with TemporaryDirectory(prefix="mgq-") as folder:
-        engine: str | None = None
-        if classifier.file is not None:
-            checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
-        elif classifier.made_from is not None:
-            source, engine = classifier.made_from
-            checkpoint = write_for_backend(source, engine, Path(folder))
-        else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
-            checkpoint = Path(folder) / "checkpoint.safetensors"
-            classifier.write_checkpoint(checkpoint)
-        tasks: list[Task] = [
-            _Work(
-                checkpoint,
-                engine,
-                classifier.mode,
-                classifier.image_size,
-                loader.dataset,
-                loader.transform,
-                loader.batch_size,
-                loader.workers,
-                loader.max_bad,
-                part,
-                jobs,
-            )
-            for part in range(jobs)
-        ]
+        work = _work_of(classifier, loader, Path(folder))
+        tasks: list[Task] = [replace(work, part=part, of=jobs) for part in range(jobs)]
         with closing(run_in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
             for message in messages:
                 if message is None:

@@ -11,7 +11,7 @@ from typing import Any
 import megengine as mge
 import megengine.module as M
 import numpy as np
-from megengine.module.batchnorm import _BatchNorm
+from megengine import Tensor
 from megengine.quantization.observer import MinMaxObserver
 
 from mgq.cpu_kernels.fake_quantization import set_value
@@ -58,9 +58,7 @@ class MpiGroup(ProcessGroup):
     def gather(self, thing: Thing) -> list[Thing]:
         return self.team.gather(thing)
 
-    def average_running_statistics(self, network: M.Module) -> None:
-        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        tensors = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    def average(self, tensors: list[Tensor]) -> None:
         self.replace(tensors, lambda array: self.reduced(array, "SUM") / np.float32(self.world_size))
 
     def merge_ranges(self, network: M.Module) -> None:

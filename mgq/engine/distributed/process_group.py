@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import megengine as mge
 import megengine.module as M
+from megengine import Tensor
 
 from mgq.engine.distributed.team import current_team
 from mgq.errors import InputError
@@ -77,8 +78,8 @@ class ProcessGroup:
         """What all processes have for ``thing``, by rank, on all."""
         return [thing]
 
-    def average_running_statistics(self, network: M.Module) -> None:
-        """Give all the mean of the statistics that batch norms in training state have collected."""
+    def average(self, tensors: list[Tensor]) -> None:
+        """Give all the mean of what they have for each of ``tensors``, float32."""
 
     def merge_ranges(self, network: M.Module) -> None:
         """Let observers of activations know what those of all processes have seen."""

@@ -102,9 +102,14 @@ class Team:
     def share(self, thing: Any) -> Any:
         """The first rank's ``thing``, on all: it can be pickled."""
         data = pickle.dumps(thing) if self.rank == 0 else b""
-        length = np.array([len(data)], np.int64)
-        self.wait(self.comm.Ibcast(length))
-        found = bytearray(data) if self.rank == 0 else bytearray(int(length[0]))
+        short = np.zeros(_SHORT, np.uint8)  # its length, and what is short itself
+        short[:_COUNT] = np.frombuffer(len(data).to_bytes(_COUNT, "little"), np.uint8)
+        short[_COUNT : _COUNT + len(data)] = np.frombuffer(data[: _SHORT - _COUNT], np.uint8)
+        self.wait(self.comm.Ibcast(short))
+        length = int.from_bytes(short[:_COUNT].tobytes(), "little")
+        if length <= _SHORT - _COUNT:
+            return thing if self.rank == 0 else pickle.loads(short[_COUNT:].tobytes())
+        found = bytearray(data) if self.rank == 0 else bytearray(length)
         for start in range(0, len(found), _LONGEST_MESSAGE):
             self.wait(self.comm.Ibcast(memoryview(found)[start : start + _LONGEST_MESSAGE]))
         return thing if self.rank == 0 else pickle.loads(found)
@@ -120,6 +125,7 @@ class Team:
         return [pickle.loads(memoryview(found)[a:b]) for a, b in pairwise(starts)]
 
 
+_SHORT, _COUNT = 256, 8
 _LONGEST_MESSAGE = 1 << 26  # MPI counts in 32 bits
 
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import megengine as mge
 import megengine.module as M
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor, amp
 from megengine.autodiff import GradManager
+from megengine.module.batchnorm import _BatchNorm
 from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
@@ -108,6 +109,7 @@ class Trainer:
         self.epoch = 0
         self.step_in_epoch = 0
         self.meter = Meter()
+        self.statistics: list[Tensor] = []  # those that training changes
         self.unsaid: list[str] = []  # lines of another process than the first
         self.best: dict[str, float] = {}
         self.start: dict[str, float] = {}  # of a ``qat`` network: calibrated, not trained
@@ -227,8 +229,10 @@ class Trainer:
             self.step_in_epoch += 1
             self.seconds = time.monotonic() - started
             self.report()
-            self.stop_if_asked()
-            if self.step_in_epoch < len(self.train) and self.group.from_first(self.is_save_due()):
+            stops, is_due = self.group.from_first((self.callbacks.should_stop(), self.is_save_due()))
+            if stops:
+                self.stop()
+            if is_due and self.step_in_epoch < len(self.train):
                 self.save()
 
     def is_save_due(self) -> bool:
@@ -242,6 +246,7 @@ class Trainer:
                 if isinstance(module, M.BatchNorm2d) and not name.startswith(head_of(self.recipe)):
                     module.eval()
         self.phase = None  # train() has undone it
+        self.statistics = running_statistics(self.network)
 
     def enter_phase(self) -> None:
         """Put a ``qat`` network into the phase that the recipe has for this step."""
@@ -249,6 +254,7 @@ class Trainer:
         if self.phase is not wanted:
             self.phase = wanted
             set_phase(self.network, wanted)
+            self.statistics = running_statistics(self.network)
 
     def step(self, batch: Batch) -> None:
         if self.recipe.mode == "qat":
@@ -271,7 +277,7 @@ class Trainer:
             group["lr"] = self.learning_rate * group["lr_factor"]
         self.optimizer.step().clear_grad()
         if not self.recipe.sync_bn:
-            self.group.average_running_statistics(self.network)
+            self.group.average(self.statistics)
         if self.average is not None:
             self.average.update(self.network)
         self.meter.add(value, logits.numpy().astype(np.float32), batch.labels)
@@ -485,8 +491,10 @@ class Trainer:
             self.callbacks.on_message(line)
 
     def stop_if_asked(self, keep: bool = True) -> None:
-        if not self.group.from_first(self.callbacks.should_stop()):
-            return
+        if self.group.from_first(self.callbacks.should_stop()):
+            self.stop(keep)
+
+    def stop(self, keep: bool = True) -> NoReturn:
         if keep:
             self.save()
         step = f", step {self.step_in_epoch} of {len(self.train)}" if self.step_in_epoch else ""
@@ -510,6 +518,12 @@ def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
     """The state that a checkpoint holds: that of a ``qat`` network in the form that every verb loads."""
     state: dict[str, npt.NDArray[Any]] = (plain_qat(network) if mode == "qat" else network).state_dict()
     return state
+
+
+def running_statistics(network: M.Module) -> list[Tensor]:
+    """Means and variances of the batch norms in training state."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
 
 
 def select_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
