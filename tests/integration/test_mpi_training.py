@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(
     find_launcher() is None or find_spec("mpi4py") is None, reason="needs MPI: pip install 'mgq[mpi]'"
 )
 Weights = Mapping[str, npt.NDArray[Any]]
-TWO_EPOCHS = {"epochs": 2, "val_every": 2, "sync_bn": True, "from_scratch": True}
-OF_ONE = {"batch_size": 16, "lr": 0.02}
-OF_EACH = {"batch_size": 8, "lr": 0.01}
+TWO_EPOCHS: dict[str, Any] = {"epochs": 2, "val_every": 2, "sync_bn": True, "from_scratch": True}
+OF_ONE: dict[str, Any] = {"batch_size": 16, "lr": 0.02}
+OF_EACH: dict[str, Any] = {"batch_size": 8, "lr": 0.01}
 ROUNDING = 1e-5
 
 
