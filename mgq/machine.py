@@ -23,11 +23,9 @@ PACKAGES = {
     "oneDNN": "onednn-cpu-gomp",
     "numba": "numba",
     "ONNX": "onnx",
-    "ONNX Runtime": "onnxruntime",
-    "OpenVINO": "openvino",
     "llvmlite": "llvmlite",
 }
-"""What the numbers depend on, besides Python: what the world calls it, and what pip does."""
+"""What the numbers depend on, besides Python and backends: what the world calls it, and what pip does."""
 OTHER_PACKAGES = {
     "opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 }

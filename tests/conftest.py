@@ -38,7 +38,7 @@ from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of  # noqa: E402
 from mgq.zoo.weight_loading import fingerprint  # noqa: E402
-from tests.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
+from tests.fakes.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
 State = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -166,6 +166,12 @@ def short_shufflenet() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shufflenet_v1, "REPEATS", ONE_UNIT_A_STAGE)
         yield
+
+
+@pytest.fixture
+def short_shufflenet_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``short_shufflenet``, for one test alone."""
+    monkeypatch.setattr(shufflenet_v1, "REPEATS", ONE_UNIT_A_STAGE)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

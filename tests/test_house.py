@@ -1,4 +1,4 @@
-"""The walls of the house: which room may know of which, and that no module is named or tied so that it says nothing."""
+"""The walls of the house: which room may import which, what modules may be called, and where tests lie."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
 import mgq
 
 ROOT = Path(mgq.__file__).parent
+TESTS = Path(__file__).parent
 ROOMS = (
     "deprecation",
     "errors",
@@ -49,6 +51,9 @@ KNOWS_NOTHING_OF = {
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
 }
 """Rooms that stand before and are still no business of a room's."""
+ENGINE = (("distributed",), ("classifier",), ("runs",), ("calibration", "training"))
+"""The rooms inside the engine, from the foot to the roof. The last two use each other: a training may begin with a
+calibration, and a calibration may use the images of a training."""
 SAY_NOTHING = {
     "base",
     "calls",
@@ -94,17 +99,17 @@ def nodes_for_types_alone(tree: ast.Module) -> set[ast.AST]:
     return {node for block in blocks for statement in block.body for node in ast.walk(statement)}
 
 
-def names_imported(path: Path, types_too: bool = True) -> Iterator[str]:
-    """What of mgq the module at ``path`` imports, anywhere in it: ``mgq.room.module.name``."""
+def names_imported(path: Path, types_too: bool = True, package: str = "mgq") -> Iterator[str]:
+    """What of ``package`` the module at ``path`` imports, anywhere in it: ``mgq.room.module.name``."""
     tree = tree_of(path)
     left_out = set() if types_too else nodes_for_types_alone(tree)
     for node in ast.walk(tree):
         if node in left_out:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mgq":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             yield from (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names if name.name.split(".")[0] == "mgq")
+            yield from (name.name for name in node.names if name.name.split(".")[0] == package)
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -122,6 +127,18 @@ def test_a_room_imports_only_rooms_before_it(room: str) -> None:
     for path in files_of(room):
         wrong = imported_rooms(path) - may
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_rooms_of_the_engine_import_only_those_below() -> None:
+    folders = {path.name for path in (ROOT / "engine").iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert folders == {name for level in ENGINE for name in level}
+    may: set[str] = set()
+    for level in ENGINE:
+        may |= set(level)
+        for path in (path for name in level for path in (ROOT / "engine" / name).rglob("*.py")):
+            parts = [name.split(".") for name in names_imported(path) if name.startswith("mgq.engine.")]
+            wrong = {found[2] for found in parts} - may
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_every_room_is_known() -> None:
@@ -180,3 +197,34 @@ def test_only_the_command_line_prints() -> None:
 def called_names(path: Path) -> set[str]:
     calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+# ---- tests ----
+
+TEST_FOLDERS = {"unit", "cli", "integration", "robustness", "benchmarks", "fakes"}
+
+
+def test_tests_lie_in_folders_that_mirror_the_rooms() -> None:
+    assert {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.rglob("*.py"))} == TEST_FOLDERS
+    assert [path.name for path in TESTS.glob("test_*.py")] == ["test_house.py"]
+    rooms = {path.name for path in (TESTS / "unit").iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert rooms <= set(ROOMS)
+
+
+def test_every_test_is_found_and_no_fake_is_one() -> None:
+    for path in TESTS.rglob("*.py"):
+        assert (path.parent / "__init__.py").exists(), path
+        tests = {node.name for node in tree_of(path).body if is_test(node)}
+        assert not tests or path.name.startswith("test_"), f"pytest finds no {tests} in {path}"
+
+
+def is_test(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.ClassDef]:
+    return isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.startswith(("test_", "Test"))
+
+
+def test_no_test_module_imports_another() -> None:
+    for path in TESTS.rglob("*.py"):
+        own = ".".join(path.relative_to(TESTS.parent).with_suffix("").parts)
+        for name in names_imported(path, package="tests"):
+            modules_of_tests = [part for part in name.split(".")[1:] if part.startswith("test_")]
+            assert not modules_of_tests or name.startswith(own), f"{path} imports {name}: put it into tests/fakes"

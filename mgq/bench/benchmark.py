@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mgq.bench.benchmark_report import Report, make_peaks, make_rows
 from mgq.bench.cases import CaseResult, run_cases
@@ -15,10 +14,8 @@ from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Precision, Settings
 from mgq.engine.classifier.classifier import versions
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.runtime.registry import COMPARED, Backend
 from mgq.system.environment import Machine, saturates, this_machine
-
-if TYPE_CHECKING:
-    from mgq.bench.suite import BenchmarkBackend
 
 IMAGE = "the bundled photograph of a cat"
 SHIFTED = ", shifted sideways from picture to picture"
@@ -27,7 +24,7 @@ SHIFTED = ", shifted sideways from picture to picture"
 def benchmark(
     settings: Settings | None = None,
     on_progress: OnProgress = log_progress,
-    engines: Mapping[str, BenchmarkBackend] | None = None,
+    engines: Sequence[Backend] = COMPARED,
 ) -> Report:
     """Measure how fast every network of ``settings`` is in every engine of ``engines``, all of them by default.
 
@@ -47,12 +44,10 @@ def benchmark(
             if network == FILES:
                 entries += run_cases(file_cases(settings, machine), settings.rounds, settings.seed, told)
                 continue
-            from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkSuite
+            from mgq.bench.suite import BenchmarkSuite
 
-            field = BenchmarkSuite(
-                network, settings, machine, Path(folder), BENCHMARK_BACKENDS if engines is None else engines
-            )
-            entries += run_cases(field.cases(), settings.rounds, settings.seed, told, field.references())
+            suite = BenchmarkSuite(network, settings, machine, Path(folder), engines)
+            entries += run_cases(suite.cases(), settings.rounds, settings.seed, told, suite.references())
     image = IMAGE + (SHIFTED if settings.batch > 1 else "")
     notes = list_notes(machine, settings)
     rows = make_rows(entries, settings)

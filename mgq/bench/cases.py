@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark, whether they all do the same work, and their times, taken in turns."""
+"""Runs the cases of a benchmark in turns, and checks that all of them compute the same."""
 
 from __future__ import annotations
 

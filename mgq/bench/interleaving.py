@@ -1,4 +1,4 @@
-"""Turns: the way of measuring times on a machine that slows down and speeds up."""
+"""Measures times in turns, because the machine slows down and speeds up."""
 
 from __future__ import annotations
 

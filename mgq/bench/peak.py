@@ -1,4 +1,4 @@
-"""The most that this processor's cores can multiply and add: loops that touch registers alone, compiled on the spot.
+"""Measures the peak of this processor: multiply-add loops that use registers only, compiled when they are needed.
 
 Each loop keeps enough independent sums in registers to hide the latency of the widest instruction that the processor
 has for the work, and reads no memory, so that its rate is the ceiling of every kernel that uses the instruction.

@@ -1,4 +1,4 @@
-"""From the raw times of a contest to the few numbers that are shown.
+"""Computes the figures that are shown from the raw times of a benchmark.
 
 A contestant's times are kept by round: ``rounds[r][i]`` is the i-th single run of round r in nanoseconds.
 Quantiles interpolate linearly between the sorted values (type 7 of Hyndman and Fan, 1996: numpy's default).

@@ -1,12 +1,11 @@
-"""The engines that take part: the files that they read are written here, and each is given to a process of its own."""
+"""The backends on networks of the zoo: writes the files that they read, and starts each in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, References
@@ -24,10 +23,9 @@ from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
 from mgq.graph.layer_graph import graph_of, macs_of
 from mgq.quantization.modes import Mode
-from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from mgq.quantization.targets import MEGENGINE, ONNX, Target, get_target
 from mgq.runtime.protocol import Runtime
-from mgq.runtime.registry import BACKENDS as FILE_ENGINES
-from mgq.runtime.registry import get_backend
+from mgq.runtime.registry import BACKENDS, TRACED, Backend
 from mgq.system.environment import Machine
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import is_cached
@@ -38,9 +36,9 @@ SIMULATED = "MegEngine's simulation"
 
 @dataclass(frozen=True)
 class NetworkJob:
-    """What an engine is to run: one network in one precision, written for ``target``.
+    """What a backend is to run: one network in one precision, written for ``target``.
 
-    Files come into ``folder``, once for all who ask; the network is built when first asked for.
+    Each file is written into ``folder`` once, when it is first asked for; so is the network built.
     """
 
     network: str
@@ -70,80 +68,61 @@ class NetworkJob:
         return path
 
     @cached_property
-    def megengine(self) -> Path:
-        return self.dumped("megengine")
+    def _written(self) -> dict[str, Path]:
+        return {}
 
-    @cached_property
-    def onnx(self) -> Path:
-        return self.dumped("onnx")
-
-    def dumped(self, kind: str) -> Path:
-        path = self.file(SUFFIXES[kind])
-        dump_classifier(self.classifier, path, batch=self.settings.batch, kind=kind)
-        return path
-
-
-Start: TypeAlias = Callable[[NetworkJob, int], LoadedWorker]
-"""Gets an engine going with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
+    def deployed(self, suffix: str) -> Path:
+        """The network as a file of the format that ends in ``suffix``."""
+        if suffix not in self._written:
+            path = self.file(suffix)
+            kind = next(kind for kind, its in SUFFIXES.items() if its == suffix)
+            dump_classifier(self.classifier, path, batch=self.settings.batch, kind=kind)
+            self._written[suffix] = path
+        return self._written[suffix]
 
 
-def start_in_megengine(traced: bool, job: NetworkJob, threads: int) -> LoadedWorker:
+Start: TypeAlias = Callable[[Backend, NetworkJob, int], LoadedWorker]
+"""Starts a backend with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
+
+
+def start_backend(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
+    return (start_on_file if backend.suffix else start_in_memory)(backend, job, threads)
+
+
+def start_in_memory(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
+    """MegEngine itself, on a network that is built from a checkpoint."""
     if threads > 1:
-        name = "traced" if traced else "eager"
-        raise FailureError(f"MegEngine {name} computes on one thread; for {threads}, use MegEngine Lite")
+        raise FailureError(f"{backend.name} computes on one thread; for {threads}, use MegEngine Lite")
     mode = Mode.NORMAL if job.precision is Precision.FP32 else Mode.QUANTIZED
-    load = FromCheckpoint(traced, job.checkpoint, mode.value, job.settings.image_size)
+    load = FromCheckpoint(backend is TRACED, job.checkpoint, mode.value, job.settings.image_size)
     return LoadedWorker(start_job_worker(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
 
 
-def start_in_backend(key: str, job: NetworkJob, threads: int) -> LoadedWorker:
-    """An engine that reads a file."""
-    engine = get_backend(key)
-    engine.refuse_missing()
-    path = job.megengine if engine.suffix == ".megengine" else job.onnx
-    return LoadedWorker(
-        start_job_worker(FromFile(key, path), job, threads, engine.package), job.classifier.origin, path.stat().st_size
-    )
+def start_on_file(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
+    backend.refuse_missing()
+    path = job.deployed(backend.suffix)
+    worker = start_job_worker(FromFile(backend.key, path), job, threads, backend.package)
+    return LoadedWorker(worker, job.classifier.origin, path.stat().st_size)
 
 
 def start_job_worker(load: Callable[[int], Runtime], job: NetworkJob, threads: int, *imports: str) -> SubprocessWorker:
     return start_worker(f"{job.network} {job.precision.value}", load, threads, job.settings, *imports)
 
 
-@dataclass(frozen=True)
-class BenchmarkBackend:
-    """An engine that takes part: how it starts, what its int8 networks are quantized for, and in what it computes."""
-
-    start: Start
-    target: Target
-    rounds_otherwise: bool = False
-    precisions: tuple[Precision, ...] = tuple(Precision)
-
-
-# In the order of the table. The first one that runs a network is the reference for the answers of the others.
-BENCHMARK_BACKENDS: Mapping[str, BenchmarkBackend] = MappingProxyType(
-    {
-        "MegEngine eager": BenchmarkBackend(partial(start_in_megengine, False), MEGENGINE),
-        "MegEngine traced": BenchmarkBackend(partial(start_in_megengine, True), MEGENGINE),
-        "MegEngine Lite": BenchmarkBackend(partial(start_in_backend, "lite"), MEGENGINE),
-        "ONNX Runtime": BenchmarkBackend(partial(start_in_backend, "onnxruntime"), ONNX, rounds_otherwise=True),
-        "OpenVINO": BenchmarkBackend(partial(start_in_backend, "openvino"), ONNX, rounds_otherwise=True),
-        "native": BenchmarkBackend(
-            partial(start_in_backend, "native"), ONNX, rounds_otherwise=True, precisions=(Precision.INT8,)
-        ),
-    }
-)
+def computes_in(backend: Backend, precision: Precision) -> bool:
+    return precision is Precision.INT8 or not backend.int8_only
 
 
 @dataclass(frozen=True)
 class BenchmarkSuite:
-    """All that take part in the contest of one network; ``jobs`` are what its engines run."""
+    """All cases of one network; ``jobs`` are what its backends run, each started by ``start``."""
 
     network: str
     settings: Settings
     machine: Machine
     folder: Path
-    backends: Mapping[str, BenchmarkBackend]
+    backends: Sequence[Backend]
+    start: Start = start_backend
 
     @cached_property
     def jobs(self) -> dict[tuple[Precision, Target], NetworkJob]:
@@ -154,8 +133,8 @@ class BenchmarkSuite:
             for target in ((MEGENGINE, ONNX) if precision is Precision.INT8 else (MEGENGINE,))
         }
 
-    def job(self, precision: Precision, backend: BenchmarkBackend) -> NetworkJob:
-        return self.jobs[precision, backend.target if precision is Precision.INT8 else MEGENGINE]
+    def job(self, precision: Precision, backend: Backend) -> NetworkJob:
+        return self.jobs[precision, get_target(backend.target) if precision is Precision.INT8 else MEGENGINE]
 
     @cached_property
     def macs(self) -> int:
@@ -168,40 +147,38 @@ class BenchmarkSuite:
         found: list[BenchmarkCase] = []
         for threads in self.settings.threads:
             for precision in self.settings.precisions:
-                found += [self.case(precision, name, threads) for name in self.taking_part(precision, threads)]
+                found += [self.case(precision, backend, threads) for backend in self.select(precision, threads)]
             found += rivals(self.network, self.settings, threads)
             found += peaks(self.network, self.settings, self.machine, threads)
         return found
 
-    def taking_part(self, precision: Precision, threads: int) -> list[str]:
-        """Engines of one thread are no row where more are asked for besides; as a yardstick, the fastest one is."""
-        names = [name for name, backend in self.backends.items() if precision in backend.precisions]
+    def select(self, precision: Precision, threads: int) -> list[Backend]:
+        """Backends of one thread have a row for the fewest threads alone; the yardstick is the fastest backend."""
+        able = [backend for backend in self.backends if computes_in(backend, precision)]
         if self.settings.yardstick and precision is Precision.FP32:
-            there = [engine.name for engine in FILE_ENGINES if engine.is_installed and engine.name in names]
-            return there[:1] or names[:1]
-        single = ("MegEngine eager", "MegEngine traced")
-        return [name for name in names if threads == min(self.settings.threads) or name not in single]
+            there = [backend for backend in BACKENDS if backend.is_installed and backend in able]
+            return there[:1] or able[:1]
+        return [backend for backend in able if threads == min(self.settings.threads) or not backend.one_thread]
 
-    def case(self, precision: Precision, name: str, threads: int) -> BenchmarkCase:
-        backend = self.backends[name]
+    def case(self, precision: Precision, backend: Backend, threads: int) -> BenchmarkCase:
         job = self.job(precision, backend)
         is_int8 = precision is Precision.INT8
         return BenchmarkCase(
             network=self.network,
             precision=precision,
-            engine=name,
-            load=partial(backend.start, job, threads),
+            engine=backend.name,
+            load=partial(self.start, backend, job, threads),
             rounds_otherwise=is_int8 and backend.rounds_otherwise,
             threads=threads,
             answers=job.answers,
-            target=backend.target.name if is_int8 else "",
+            target=backend.target if is_int8 else "",
             macs=self.macs,
         )
 
     def references(self) -> References:
         """Whose answers count where MegEngine itself cannot run the int8 network: its simulation's."""
         found: References = {}
-        if any(backend.target is ONNX for backend in self.backends.values()):
+        if any(backend.target == ONNX.name for backend in self.backends):
             job = self.jobs.get((Precision.INT8, ONNX))
             if job is not None:
                 images = cat_batch(self.settings.batch, self.settings.image_size)
@@ -210,7 +187,7 @@ class BenchmarkSuite:
 
 
 def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:
-    """``network`` with the weights that are at hand, else with random ones, which serve speed as well.
+    """``network`` with weights of this machine, else with random ones, which are as good for speed.
 
     An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
     ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.

@@ -1,4 +1,4 @@
-"""How fast a training step is here: MegEngine's own kernels and the fast gradients, taken in turns."""
+"""Measures training steps in turns, with MegEngine's own kernels and with the fast ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What players' processes are told to load. Reading this imports no MegEngine: other engines' processes stay small."""
+"""Loads a network in a worker's process. It imports no MegEngine: other backends' processes stay small."""
 
 from __future__ import annotations
 

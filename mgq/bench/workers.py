@@ -1,4 +1,4 @@
-"""Those who take turns in a contest: an engine with a network, here or in a process of its own."""
+"""Workers of a benchmark: a backend with a network, in this process or in one of its own."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def bench(
         ),
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="int8 in every engine, float32 in the fastest alone, to compare.")
+        bool, typer.Option("--int8", help="int8 in every engine; float32 in the fastest one, to compare.")
     ] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Only float32 networks.")] = False,
-    training: Annotated[bool, typer.Option("--train", help="Training steps instead, stock kernels and fast.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Float32 networks only.")] = False,
+    training: Annotated[bool, typer.Option("--train", help="Training steps: stock and fast kernels.")] = False,
     threads: Annotated[
         list[str] | None,
         typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all"),
@@ -56,14 +56,14 @@ def bench(
     ] = "latency",
     against: Annotated[
         list[Path] | None,
-        typer.Option("--against", metavar="FILE.onnx", help="Another ONNX model as rows; may be repeated."),
+        typer.Option("--against", metavar="FILE.onnx", help="Another ONNX model to measure; may be repeated."),
     ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
             "--rounds",
             click_type=COUNT,
-            help="In each round every row has a turn of about 1/8 s.",
+            help="Rounds; in each, every row runs for about 1/8 s.",
             show_default="10; with --train 3",
         ),
     ] = None,
@@ -90,8 +90,8 @@ def bench(
 ) -> None:
     """Measure pictures a second in every engine.
 
-    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where none
-    are at hand.
+    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where there
+    are none.
 
     \b
     Examples:

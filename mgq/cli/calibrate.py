@@ -92,36 +92,34 @@ def calibrate(
     ] = 256,
     quality: Annotated[
         str,
-        typer.Option("--quality", click_type=QUALITY, help="fast or balanced: how much is tried."),
+        typer.Option("--quality", click_type=QUALITY, help="fast or balanced: how many candidates are tried."),
     ] = "balanced",
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
             click_type=METHOD,
-            help="Ranges by one way alone: logits, min-max, ema, histogram, mse or easyquant.",
+            help="Use one range method: logits, min-max, ema, histogram, mse or easyquant.",
             show_default="by quality",
         ),
     ] = None,
     data_free: Annotated[
-        bool, typer.Option("--data-free", help="Look at no pictures: believe the batch norms.")
+        bool, typer.Option("--data-free", help="Use no pictures, only batch-norm statistics.")
     ] = False,
     correct_bias: Annotated[
         bool,
-        typer.Option("--bias-correction/--no-bias-correction", help="Take what int8 shifts on average out of biases."),
+        typer.Option("--bias-correction/--no-bias-correction", help="Correct biases for the mean shift of int8."),
     ] = True,
     nearest: Annotated[
         bool,
-        typer.Option(
-            "--nearest", help="Round weights to the nearest integer, not so that errors make up for each other."
-        ),
+        typer.Option("--nearest", help="Round weights to the nearest integer instead of by GPTQ."),
     ] = False,
     max_drop: Annotated[
         float | None,
         typer.Option(
             "--max-drop",
             click_type=AT_LEAST_ZERO,
-            help="Keep weights of layers in float until int8 loses no more points of top-1.",
+            help="Keep layers in float until int8 loses no more points of top-1.",
         ),
     ] = None,
     target: TargetName = None,
@@ -152,8 +150,8 @@ def calibrate(
     """Make a float network ready for int8, without training.
 
     Ranges are measured on pictures, channels equalized, weights rounded so that errors make up for each other, biases
-    corrected. Without any pictures at hand, all comes from the batch norms. Writes a checkpoint that is ready for int8
-    to <save>/<arch>.calibration, with the ranges as text beside it. Where there are labelled pictures besides, it
+    corrected. Without any pictures, ranges come from the batch norms. Writes a checkpoint that is ready for int8
+    to <save>/<arch>.calibration, with the ranges as text beside it. Where there are more labelled pictures, it
     compares float, fake-quantized and int8 on them (--limit so many).
 
     \b

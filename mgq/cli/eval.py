@@ -96,7 +96,7 @@ def evaluate(
             "-n",
             "--ngpus",
             click_type=AT_LEAST_NONE,
-            help="Taken for the example's sake: one device is used; see --jobs.",
+            help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1,
 ) -> None:
@@ -185,7 +185,7 @@ def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Clas
     from mgq.cli.console import note
 
     if options.checkpoint is None and not options.pretrained and has_only_float_run(options.arch, options.save):
-        note("the run at hand is a float one: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
+        note("the newest run is float: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return open_network(options, "normal", on_progress)
     try:
         return open_network(options, "quantized", on_progress, kept=True)

@@ -18,7 +18,7 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, PACKAGES, debugging, hush_decoders, package_version, set_library_defaults
+from mgq.machine import DEBUG_VARIABLE, debugging, hush_decoders, package_version, set_library_defaults
 from mgq.system.mpi_world import World, find_world
 
 INTERRUPTED = 130
@@ -45,7 +45,9 @@ COMPLETION_VARIABLE = "_MGQ_COMPLETE"
 
 def show_version(wanted: bool) -> None:
     if wanted:
-        for name, package in PACKAGES.items():
+        from mgq.runtime.registry import list_packages
+
+        for name, package in list_packages().items():
             typer.echo(f"{name} {package_version(package) or 'not installed'}")
         typer.echo(f"Python {sys.version.split()[0]}")
         raise typer.Exit

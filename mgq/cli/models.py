@@ -20,7 +20,7 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
     """List the zoo: size, cost, accuracy, weights.
 
     Parameters, multiply-accumulates at 224x224, and the weights: their ImageNet top-1 as their publishers state it, and
-    whether they are at hand. --pretrained takes the first of several, a name behind it another.
+    whether they are on this machine. --pretrained takes the first of several, a name behind it another.
 
     \b
     Examples:

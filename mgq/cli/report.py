@@ -28,9 +28,7 @@ def report(
         Path | None, typer.Option("-o", "--output", help="The page to write.", show_default="report.html in the run")
     ] = None,
     limit: Limit = None,
-    images: Annotated[
-        int, typer.Option("--pictures", help="Pictures shown of those that int8 answers otherwise.")
-    ] = 24,
+    images: Annotated[int, typer.Option("--pictures", help="Pictures shown whose answer int8 changes.")] = 24,
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
     save: Save = RUNS,
     as_json: AsJson = False,

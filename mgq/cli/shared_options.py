@@ -64,13 +64,13 @@ Workers = Annotated[
     typer.Option("-w", "--workers", click_type=AT_LEAST_NONE, help="Threads that decode pictures; one a core."),
 ]
 Jobs = Annotated[int, typer.Option("--jobs", click_type=COUNT, help="Processes that share the pictures; same result.")]
-Limit = Annotated[int | None, typer.Option("--limit", click_type=COUNT, help="Take so many pictures, evenly spread.")]
+Limit = Annotated[int | None, typer.Option("--limit", click_type=COUNT, help="Use this many pictures, evenly spread.")]
 MaxBad = Annotated[
-    float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is put up with.")
+    float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is accepted.")
 ]
 ReportFreq = Annotated[
     int | None,
-    typer.Option("--report-freq", click_type=COUNT, help="A plain line every so many batches, instead of a bar."),
+    typer.Option("--report-freq", click_type=COUNT, help="Print a line every this many batches instead of a bar."),
 ]
 TargetName = Annotated[
     str | None,

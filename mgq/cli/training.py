@@ -63,22 +63,20 @@ class TrainingCommand:
     ] = None
     save: Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")] = RUNS
     checkpoint: Annotated[
-        Path | None, typer.Option("-c", "--checkpoint", help="Weights to begin with; any that mgq reads.")
+        Path | None, typer.Option("-c", "--checkpoint", help="Weights to start from; any that mgq reads.")
     ] = None
     key: Annotated[str | None, typer.Option("--key", help=KEY_HELP)] = None
     pretrained: Annotated[
         str | None,
         typer.Option(
-            "--pretrained", click_type=PRETRAINED, help="Begin with the zoo's weights; downloads published ones."
+            "--pretrained", click_type=PRETRAINED, help="Start from the zoo's weights; downloads published ones."
         ),
     ] = None
     recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file, such as recipe.toml of any run.")] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the bit.")] = (
-        False
-    )
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run, to the bit.")] = False
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", click_type=OfRecipe(int, "epochs"), help="How often every picture is seen."),
+        typer.Option("--epochs", click_type=OfRecipe(int, "epochs"), help="Passes over the pictures."),
     ] = None
     batch_size: Annotated[
         int | None,
@@ -99,20 +97,18 @@ class TrainingCommand:
         typer.Option(
             "--label-smoothing",
             click_type=OfRecipe(float, "label_smoothing"),
-            help="Share of a label that goes to all classes.",
+            help="Label smoothing: share of a label given to all classes.",
         ),
     ] = None
     image_size: Annotated[
         int | None, typer.Option("--image-size", click_type=PIXELS, help="Pixels on a side, a multiple of 32.")
     ] = None
     limit: Annotated[
-        int | None, typer.Option("--limit", click_type=COUNT, help="So many pictures of each set, evenly spread.")
+        int | None, typer.Option("--limit", click_type=COUNT, help="Use this many pictures of each set, evenly spread.")
     ] = None
     val_every: Annotated[
         int | None,
-        typer.Option(
-            "--val-every", click_type=OfRecipe(int, "val_every"), help="Epochs from one measurement to the next."
-        ),
+        typer.Option("--val-every", click_type=OfRecipe(int, "val_every"), help="Epochs between two measurements."),
     ] = None
     ema: Annotated[
         float | None,
@@ -120,7 +116,7 @@ class TrainingCommand:
             "--ema", click_type=OfRecipe(float, "ema"), help="Keep averaged weights, with this decay (0.999)."
         ),
     ] = None
-    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier alone.")] = False
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier only.")] = False
     amp: Annotated[bool, typer.Option("--amp", help="Mixed float16, on GPUs.")] = False
     seed: Annotated[
         int | None,
@@ -155,10 +151,10 @@ class TrainingCommand:
         ),
     ] = None
     max_bad: Annotated[
-        float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is put up with.")
+        float, typer.Option("--max-bad", click_type=SHARE, help="Share of broken pictures that is accepted.")
     ] = 0.01
     report_every: Annotated[
-        int, typer.Option("--report-freq", click_type=AT_LEAST_NONE, help="A line every so many steps.")
+        int, typer.Option("--report-freq", click_type=AT_LEAST_NONE, help="Print a line every this many steps.")
     ] = 0
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
@@ -243,8 +239,8 @@ class Train(TrainingCommand):
             help="relu or relu6 (mobilenet_v2).",
         ),
     ] = None
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with random weights.")] = False
-    new_head: Annotated[bool, typer.Option("--new-head", help="Begin with a new classifier for these classes.")] = False
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False
+    new_head: Annotated[bool, typer.Option("--new-head", help="Start with a new classifier for these classes.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +275,7 @@ class Qat(TrainingCommand):
         bool | None,
         typer.Option(
             "--distill/--no-distill",
-            help="Learn from the float network's answers, too; by default where it is at hand.",
+            help="Learn from the float network's answers, too; default if there is one.",
         ),
     ] = None
 

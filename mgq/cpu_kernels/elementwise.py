@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -177,3 +178,41 @@ def clamp_below(array: Array, ceiling: float) -> Mask | None:
         return numba_loops.hold(elements[piece], np.float32(ceiling), marks[piece])
 
     return below if sum(in_pieces(hold, elements.size, LONG_PIECE)) else None
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """(sums + ``before``) * ``factors`` + ``after``, each float32 (C,), held between ``low`` and ``high``."""
+
+    before: Array
+    factors: Array
+    after: Array
+    low: np.float32
+    high: np.float32
+
+    @classmethod
+    def of_values(cls, channels: int) -> Requantization:
+        """Of what stands for itself."""
+        zeros = np.zeros(channels, np.float32)
+        return cls(zeros, zeros + np.float32(1), zeros, np.float32(-np.inf), np.float32(np.inf))
+
+
+def requantize(
+    sums: Array, work: Requantization, scale: np.float32, qmin: np.float32, qmax: np.float32, even: bool
+) -> Array:
+    """How many times ``scale``, from ``qmin`` to ``qmax``, what ``work`` makes of ``sums`` (N, C, H, W) is.
+
+    Halves are rounded to ``even``, or away from zero.
+    """
+    steps = empty(sums.shape)
+    rows = sums.shape[0] * sums.shape[1]
+    source, counts = rows_of(sums, rows), rows_of(steps, rows)
+    each = [np.tile(values, sums.shape[0]) for values in (work.before, work.factors, work.after)]
+    limits, inverse = (work.low, work.high), np.float32(1) / scale
+
+    def run(part: slice) -> None:
+        own = (values[part] for values in each)
+        numba_loops.requantize(source[part], *own, limits, inverse, qmin, qmax, even, counts[part])
+
+    in_rows(run, source, LONG_PIECE)
+    return steps

@@ -19,6 +19,8 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 # would also round up its lower neighbour.
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 ZERO, ONE = np.float32(0), np.float32(1)
+# Beside it float32 has no fractions: what is added to it is rounded, halves to even.
+SHIFT = np.float32(1.5 * 2**23)
 
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
@@ -136,3 +138,31 @@ def add_to_histograms(
                 weight = weights[row, i]
                 squares[row, at] += weight * weight
                 sums[row, at // share] += weight
+
+
+@make_compiler()
+def requantize(
+    sums: Any,
+    before: Any,
+    factors: Any,
+    after: Any,
+    limits: Any,
+    inverse: Any,
+    qmin: Any,
+    qmax: Any,
+    even: Any,
+    steps: Any,
+) -> None:
+    """Put (``sums`` + ``before``) * ``factors`` + ``after``, held between the two ``limits``, on a grid.
+
+    ``sums`` and ``steps``: float32 (rows, elements); ``before``, ``factors`` and ``after``: float32 (rows,). To
+    ``steps`` goes how many times 1 / ``inverse`` it is, ``qmin`` to ``qmax``. Halves are rounded to ``even``, or away
+    from zero.
+    """
+    low, high = limits
+    for row in range(sums.shape[0]):
+        first, factor, last = before[row], factors[row], after[row]
+        for i in range(sums.shape[1]):
+            value = min(max((sums[row, i] + first) * factor + last, low), high) * inverse
+            value = min(max(value, qmin), qmax)
+            steps[row, i] = (value + SHIFT) - SHIFT if even else np.trunc(value + np.copysign(ALMOST_HALF, value))

@@ -1,4 +1,4 @@
-"""What makes a crop of a picture, for training and for evaluation, and where its randomness comes from.
+"""Crops images for training and for evaluation, with reproducible randomness.
 
 Every random choice is a function of (seed, epoch, picture) alone, so it does not matter which thread makes it,
 or whether the pictures before it were made in this process.

@@ -1,4 +1,4 @@
-"""From a picture file to pixels: what any program would show, or one line that says why not.
+"""Decodes image files to the pixels that other programs show, or says in one line why not.
 
 Size, orientation and completeness are read from the file's own structure first. A picture that is
 absurdly large or cut short is refused before a decoder sees it: decoders allocate whatever size a header

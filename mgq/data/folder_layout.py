@@ -1,4 +1,4 @@
-"""Which folders hold what: a set's splits, or its classes. What could be read in two ways is refused.
+"""Decides whether folders are splits or classes. What could be read in two ways is refused.
 
 ``training`` and ``validation``, ``Train`` and ``Val``, ``train_set`` and the like are splits and never classes. A
 folder that has nothing but one folder in it, as archives leave them, stands for what is in that.

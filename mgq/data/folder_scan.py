@@ -1,4 +1,4 @@
-"""What lies in a folder: folders, pictures by suffix or content, and what is neither, which is counted and named."""
+"""Lists a folder: folders, images by suffix or content, and other files, which are counted and named."""
 
 from __future__ import annotations
 

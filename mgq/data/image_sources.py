@@ -1,4 +1,4 @@
-"""From what a user writes on the command line to pictures that can be read one by one."""
+"""Turns arguments of the command line into images that can be read one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of pictures, decoded ahead in threads, the same whatever the number of threads.
+"""Loads batches of images, decoded ahead in threads. The number of threads does not change them.
 
 Threads, because reading, decoding and resizing happen outside Python's lock: two did as much as two processes,
 and they need no copies, no pickling and no clean-up, and start at once.

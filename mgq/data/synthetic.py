@@ -1,6 +1,6 @@
 """A set of drawn pictures that needs no files: ten classes of shapes and patterns, made as they are asked for.
 
-It is for trying things out where no photos are at hand. What a network reaches on it says nothing about photos, so
+It is for trying things out without photos. What a network reaches on it says nothing about photos, so
 the set is called synthetic wherever it is named.
 """
 

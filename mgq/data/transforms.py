@@ -1,4 +1,4 @@
-"""From pixels to what a network reads when it is evaluated: resized, cropped, stacked."""
+"""Resizes, crops and stacks images for evaluation."""
 
 from __future__ import annotations
 

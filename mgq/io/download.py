@@ -387,7 +387,7 @@ class _Transfer:
 
     def _no_download_error(self, reason: str) -> FailureError:
         if self.path.exists():
-            reason += f"; the one at hand is damaged: {_fault(self.path, self.source)}"
+            reason += f"; the cached one is damaged: {_fault(self.path, self.source)}"
         url = printable(self.source.url)
         return FailureError(
             f"could not download {printable(self.source.name)} from {_host(url)} ({reason}): get {url} "

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine.quantization.quantize import disable_observer, enable_fake_quant
 
+from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
 from mgq.ptq.bias_correction import BiasCorrection
@@ -162,9 +163,10 @@ def find_best_network(
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    found = find_best(
-        network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
-    )
+    with fast_simulation():
+        found = find_best(
+            network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
+        )
     draft = found.draft
     assert draft.watched is not None
     own = draft.network is not network or draft.rounded

@@ -16,6 +16,7 @@ from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
+from mgq.zoo.blueprint_layers import BlueprintLayer
 from mgq.zoo.blueprint_network import sample_of
 from mgq.zoo.layers import forward_hooks
 
@@ -67,6 +68,10 @@ class Survey:
             rectified = str(module.method).upper().endswith("RELU")
             floor = 0.0 if rectified else -np.inf
             self.note(output, Interval(np.maximum(low, floor), np.maximum(high, floor)))
+        elif isinstance(module, BlueprintLayer) and intervals[0] is not None:
+            found = bound_of(module, intervals[0])
+            if found is not None:
+                self.note(output, found)
 
     def through(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
         """What the outputs of a convolution with batch norm can be; what cannot matter in it becomes 0."""
@@ -96,6 +101,16 @@ class Survey:
         return Interval(lowest, highest)
 
 
+def bound_of(layer: BlueprintLayer, inputs: Interval) -> Interval | None:
+    """What ``layer`` of an imported network gives at least and at most, where that is simple; else None."""
+    if layer.kind == "pad" and "channels" not in layer.options:
+        value = float(layer.options["value"])
+        return Interval(np.minimum(inputs.low, value), np.maximum(inputs.high, value))
+    if layer.kind in ("max_pool", "avg_pool", "global_max", "global_avg"):
+        return inputs.with_padding()
+    return None
+
+
 def clear_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Module, dict[str, int]]:
     """A copy of ``network`` (mode ``normal``), or itself, without weights that can never matter, and what was found.
 
@@ -108,7 +123,10 @@ def clear_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Mo
 
 
 def highest_values(network: M.Module) -> dict[str, Values]:
-    """Layer -> what each channel of it can be at most, before a ReLU6, whatever the picture shows: float64 (C,)."""
+    """Layer -> what each channel of it can be at most, before a ReLU6, whatever the picture shows: float64 (C,).
+
+    A layer is missing where no bound is known of what it reads.
+    """
     return survey_channels(deepcopy(network)).highest
 
 
@@ -120,7 +138,7 @@ def survey_channels(network: M.Module) -> Survey:
     image = sample_of(network, 64)  # only shapes of intervals follow from the picture: a small one serves
     channels = image._tuple_shape[1]
     survey.note(image, Interval(np.full(channels, DARKEST), np.full(channels, BRIGHTEST)))
-    kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise)
+    kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise, BlueprintLayer)
     try:
         with forward_hooks((module, survey.see) for module in network.modules() if isinstance(module, kinds)):
             network(image)

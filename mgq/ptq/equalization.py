@@ -249,7 +249,7 @@ def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None 
     if clipped:
         highest = highest_values(network)
         for node in clipped:
-            slots, most = sets.of[node.output], np.maximum(highest[node.output], 1e-6)
+            slots, most = sets.of[node.output], np.maximum(highest.get(node.output, np.inf), 1e-6)
             if seen is not None:
                 most = np.clip(seen[node.output].highest * HEADROOM, 1e-6, most)
             ceiling = node.activation.high

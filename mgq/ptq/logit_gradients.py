@@ -38,6 +38,8 @@ FEW_BINS = 32
 """The same where images are kept apart."""
 LIMITS = np.geomspace(0.06, 1.0, 36)
 """Limits that are tried for a tensor, in terms of its largest absolute value."""
+HEADROOM_SHARE, HEADROOM = 0.1, 1.25
+"""Part of the images that are thought to be so many times as strong, where ranges leave room for others."""
 CHANNEL_LIMITS = np.geomspace(1 / 64, 1.0, 49)
 """The same for each channel, in terms of its own."""
 
@@ -91,9 +93,20 @@ class Reaction:
         steps: Values = (np.arange(bins) + 0.5) / bins
         return self.lowest[:, None] + steps * (self.highest - self.lowest)[:, None]
 
-    def noises(self, limits: Values, half: float) -> Values:
+    def noises(self, limits: Values, half: float, headroom: bool = False) -> Values:
         """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ``half``
-        steps.
+        steps. With ``headroom`` as if some of the images were stronger (:data:`HEADROOM`)."""
+        clipping = self.clipping(limits)
+        if headroom:
+            others = self.clipping(limits / HEADROOM) * HEADROOM**2
+            clipping = (1 - HEADROOM_SHARE) * clipping + HEADROOM_SHARE * others
+        magnitudes = np.abs(self.centres(BINS))
+        kept = np.array([self.squares[magnitudes <= limit].sum() for limit in limits])
+        noises: Values = clipping + kept * np.square(limits / half) / 12
+        return noises
+
+    def clipping(self, limits: Values) -> Values:
+        """The part of it that clipping causes at each of ``limits``.
 
         Rounding errors are independent of each other. Those of clipping add up in a tensor, or make up for each other;
         the larger estimate counts.
@@ -102,26 +115,22 @@ class Reaction:
         signs, coarse = np.sign(few), np.abs(few)
         clipped = np.stack([(signs * np.maximum(coarse - limit, 0)).ravel() for limit in limits], axis=1)
         pulls = np.stack([pull.ravel() for pull in self.pulls]) if self.pulls else np.zeros((1, few.size))
-        together = np.square(pulls @ clipped).sum(axis=0)
-        found = []
-        for limit, sum_of_errors in zip(limits, together, strict=True):
-            beyond = np.maximum(magnitudes - limit, 0)
-            alone = float((self.squares * beyond**2).sum())
-            rounding = float(self.squares[beyond == 0].sum()) * (limit / half) ** 2 / 12
-            found.append(max(alone, float(sum_of_errors)) + rounding)
-        return np.array(found)
+        together: Values = np.square(pulls @ clipped).sum(axis=0)
+        alone = np.array([(self.squares * np.maximum(magnitudes - limit, 0) ** 2).sum() for limit in limits])
+        return np.maximum(alone, together)
 
-    def best_range(self, half: float) -> tuple[float, float]:
-        """The values seen, as far as the best limit lets them."""
-        limit, lowest, highest = self.best_limit(half), float(self.lowest.min()), float(self.highest.max())
+    def best_range(self, half: float, headroom: bool = False) -> tuple[float, float]:
+        """The values seen, as far as the best limit lets them; it may be beyond them with ``headroom``."""
+        limit = self.best_limit(half, headroom)
+        lowest, highest = float(self.lowest.min()), float(self.highest.max())
         if highest >= -lowest:
             return max(lowest, -limit), limit
         return -limit, min(highest, limit)
 
-    def best_limit(self, half: float) -> float:
+    def best_limit(self, half: float, headroom: bool = False) -> float:
         """The limit of least noise; ``half`` is limit / step."""
-        limits = self.largest * LIMITS
-        return float(limits[int(self.noises(limits, half).argmin())])
+        limits = self.largest * LIMITS * (HEADROOM if headroom else 1.0)
+        return float(limits[int(self.noises(limits, half, headroom).argmin())])
 
     def channel_limits(self, half: float) -> Values:
         """(C,): the limit of least noise of each channel, if it had a grid of its own."""

@@ -8,7 +8,7 @@ touches. What wins is what gives the logits nearest to float's on the images hel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import megengine.module as M
@@ -42,10 +42,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """``handicap``: dB by which it has to be better than others."""
+    """``base``: the draft that it was made of, without the quick finish. ``handicap``: dB by which it has to be better
+    than others."""
 
     draft: Draft
     trial: Trial
+    base: Draft
     handicap: float = 0.0
 
 
@@ -120,31 +122,31 @@ def find_best(
     exact = logits_of(network, held)
     tried: list[Candidate] = []
 
-    def judge(steps: Sequence[str], draft: Draft, judged: Draft) -> Candidate:
-        assert judged.watched is not None
-        candidate = Candidate(draft, Trial(tuple(steps), snr_of(logits_of(judged.watched, held), exact)))
-        tried.append(candidate)
+    def judge(steps: Sequence[str], draft: Draft, base: Draft, handicap: float = 0.0) -> Candidate:
+        assert draft.watched is not None
+        trial = Trial(tuple(steps), snr_of(logits_of(draft.watched, held), exact))
+        tried.append(Candidate(draft, trial, base, handicap))
         total = len(preset.grids) + len(preset.finishes) + len(preset.touches)
         on_progress(Progress("calibrate: candidates", len(tried), total, "tried"))
-        return candidate
+        return tried[-1]
 
     reached: dict[tuple[Step, ...], Draft] = {(): draft_of(fit)}
+    quick = [preset.preview] if preset.preview else []
     grids = []
     for steps in preset.grids:
         try:
-            draft = apply_steps(steps, reached)
-        except FailureError:  # a network that is not of the zoo, and cannot be followed
+            base = apply_steps(steps, reached)
+        except FailureError:  # a network that is not of the zoo, and cannot be followed, or has no ceilings
             continue
-        # Judged with biases corrected in a hurry, as all will be in the end.
-        judged = draft if preset.preview is None else preset.preview.apply(draft)
-        candidate = judge([step.name for step in steps], draft, judged)
-        grids.append(replace(candidate, handicap=WITHOUT_IMAGES if draft.method == BATCH_NORMS else 0.0))
+        draft = preset.preview.apply(base) if preset.preview else base
+        handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
+        grids.append(judge([step.name for step in (*steps, *quick)], draft, base, handicap))
     best = best_of(grids)
-    finished = []
+    begun = best.trial.steps[: len(best.trial.steps) - len(quick)]
+    grid = best.base
     for step in preset.finishes:
-        draft = step.apply(best.draft)
-        finished.append(judge((*best.trial.steps, step.name), draft, draft))
-    best = best_of(finished or [best])
+        draft = step.apply(grid)
+        best = best_of([best, judge((*begun, step.name), draft, draft)])
     for step in preset.touches:
         draft = step.apply(best.draft)
         best = best_of([best, judge((*best.trial.steps, step.name), draft, draft)])

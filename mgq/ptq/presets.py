@@ -35,8 +35,9 @@ PREVIEWED = 16
 
 @dataclass(frozen=True)
 class Preset:
-    """``grids``: candidates for equalization and ranges, each a list of steps. ``finishes``: what is tried on the best
-    of them, ``touches`` on what is best then. ``preview``: what stands for the finish while grids are compared."""
+    """``grids``: candidates for equalization and ranges, each a list of steps. ``preview``: a quick finish, with which
+    they are compared. ``finishes``: what is tried instead of it on the best of them, ``touches`` on what is best then.
+    """
 
     grids: tuple[tuple[Step, ...], ...]
     finishes: tuple[Step, ...]
@@ -49,14 +50,15 @@ PLAIN = (RangesBySeen(),)
 BY_LOGITS = (CLEAR, RangesByLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
 EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
+WITH_HEADROOM = (CLEAR, Equalize(), RangesByLogits(headroom=True))
 UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
 
 DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
     FAST: Preset((PLAIN, BY_LOGITS, DATA_FREE), (CorrectBias(),), PREVIEW, (CorrectLogits(),)),
     BALANCED: Preset(
-        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, UP_TO_CEILINGS),
-        (CorrectBias(), RoundWeights(), RoundWeights(refit=True)),
+        (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, WITH_HEADROOM, UP_TO_CEILINGS),
+        (RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
         (CorrectLogits(),),
     ),

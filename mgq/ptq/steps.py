@@ -46,6 +46,7 @@ from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quantization.targets import Target
+from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
 LAYERWISE_IMAGES = 64
@@ -142,10 +143,10 @@ def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reacti
     return measure_reactions(network, names, in_batches(few))
 
 
-def ranges_by_logits(watched: M.Module, reactions: Reactions) -> dict[str, Range]:
+def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = False) -> dict[str, Range]:
     """The range of each layer of ``watched`` for which rounding and clipping change the logits least."""
     layers = find_quantized_layers(watched)
-    return {name: reaction.best_range(quant_levels(layers[name])) for name, reaction in reactions.items()}
+    return {name: reaction.best_range(quant_levels(layers[name]), headroom) for name, reaction in reactions.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -179,7 +180,8 @@ class Equalize:
     """Channels are scaled so that int8 makes the least noise (:mod:`mgq.ptq.equalization`).
 
     By what the pictures and the gradients of the logits tell, or, with ``data_free``, by the batch norms alone. A
-    network that is not of the zoo, and cannot be followed, stays as it is.
+    network that is not of the zoo, and cannot be followed, stays as it is. ``to_ceilings`` is for networks with ReLU6:
+    FailureError is raised for others.
     """
 
     to_ceilings: bool = False
@@ -192,6 +194,8 @@ class Equalize:
         return "channels equalized up to the ceilings seen" if self.to_ceilings else "channels equalized"
 
     def apply(self, draft: Draft) -> Draft:
+        if self.to_ceilings and not any(isinstance(module, ConvBnRelu6) for module in draft.network.modules()):
+            raise FailureError("no layer of the network has a ceiling")
         with contextlib.suppress(FailureError):
             if self.data_free:
                 return draft.rewritten(equalize_channels(draft.network, None, draft.target)[0])
@@ -209,15 +213,23 @@ class Equalize:
 
 @dataclass(frozen=True)
 class RangesByLogits:
-    """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`)."""
+    """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`).
 
-    name: str = "ranges by the logits"
+    With ``headroom`` they leave room for images that are stronger than those seen. Of a network that was trained on the
+    images seen, others clip more: one of 83 made half of the noise.
+    """
+
+    headroom: bool = False
+
+    @property
+    def name(self) -> str:
+        return "ranges by the logits with headroom" if self.headroom else "ranges by the logits"
 
     def apply(self, draft: Draft) -> Draft:
         watched = draft.prepared()
         # What gives nothing but 0 on these images has no reaction, but needs a range.
         ranges = {name: (0.0, 0.0) for name in find_quantized_layers(watched) if runs(watched, name)}
-        ranges |= ranges_by_logits(watched, draft.reactions)
+        ranges |= ranges_by_logits(watched, draft.reactions, self.headroom)
         return draft.with_ranges(watched, ranges, LOGITS)
 
 

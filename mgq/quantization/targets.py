@@ -1,4 +1,4 @@
-"""What the int8 network will run on, and so what fake quantization must imitate."""
+"""The table of targets: what the int8 network runs on, and so what fake quantization must imitate."""
 
 from __future__ import annotations
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from mgq.bench.cases import BenchmarkCase, CaseResult, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
-from mgq.bench.suite import BENCHMARK_BACKENDS, BenchmarkBackend, NetworkJob
+from mgq.bench.suite import NetworkJob, computes_in, start_backend
 from mgq.data.datasets import pick_evenly
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.evaluate import Evaluation
@@ -28,16 +27,14 @@ from mgq.machine import usable_cores
 from mgq.quantization.targets import MEGENGINE
 from mgq.reports.run_predictions import FLOAT, INT8, Measurements, Networks, crops_at
 from mgq.runtime.protocol import in_batches
-from mgq.runtime.registry import BACKENDS as FILE_ENGINES
+from mgq.runtime.registry import COMPARED, TRACED, Backend
 
 ROUNDS = 5
 IMAGES = 200
 """On so many pictures at most the engines' answers are counted."""
 PRECISIONS = {FLOAT: Precision.FP32, INT8: Precision.INT8}
 # MegEngine as mgq itself runs it, and all engines that read a file.
-SHOWN: Mapping[str, BenchmarkBackend] = MappingProxyType(
-    {name: backend for name, backend in BENCHMARK_BACKENDS.items() if name != "MegEngine traced"}
-)
+SHOWN = tuple(backend for backend in COMPARED if backend is not TRACED)
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class GivenJob(NetworkJob):
 @dataclass(frozen=True)
 class Row:
     """The network ``what`` in one engine. ``problem`` says why there is no speed. ``top1`` and ``same``, its answers
-    that are MegEngine's, are percent; None where no pictures were at hand. ``rounds`` are times in nanoseconds."""
+    that are MegEngine's, are percent; None where there were no pictures. ``rounds`` are times in nanoseconds."""
 
     what: str
     engine: str
@@ -101,7 +98,7 @@ def compare_backends(
     networks: Networks,
     found: Measurements | None,
     on_progress: OnProgress,
-    engines: Mapping[str, BenchmarkBackend] = SHOWN,
+    engines: Sequence[Backend] = SHOWN,
     rounds: int = ROUNDS,
 ) -> BackendComparison:
     """Float and int8 in each of ``engines``: times are taken one picture at a time on one thread, in shuffled turns of
@@ -116,10 +113,10 @@ def compare_backends(
             if what in PRECISIONS
         }
         cases = [
-            make_case(job, name, backend)
+            make_case(job, backend)
             for job in jobs.values()
-            for name, backend in engines.items()
-            if job.precision in backend.precisions
+            for backend in engines
+            if computes_in(backend, job.precision)
         ]
         entries = run_cases(cases, rounds, on_progress=on_progress)
         rows: list[Row] = []
@@ -127,27 +124,29 @@ def compare_backends(
             row = row_of(entry)
             if found is not None and crops is not None and row.problem is None:
                 on_progress(Progress("answers of engines", len(rows), len(entries), "engines"))
-                row = add_agreement(row, jobs[row.what], found.found[row.what], crops, indices)
+                backend = next(backend for backend in engines if backend.name == row.engine)
+                row = add_agreement(row, backend, jobs[row.what], found.found[row.what], crops, indices)
             rows.append(row)
         on_progress(Progress("answers of engines", len(entries), len(entries), "engines"))
     return BackendComparison(tuple(rows), len(indices))
 
 
-def make_case(job: GivenJob, name: str, backend: BenchmarkBackend) -> BenchmarkCase:
+def make_case(job: GivenJob, backend: Backend) -> BenchmarkCase:
     return BenchmarkCase(
         network=job.network,
         precision=job.precision,
-        engine=name,
-        load=partial(start_case, job, name, backend),
+        engine=backend.name,
+        load=partial(start_case, job, backend),
         answers=None,  # they are counted on the pictures
         target=job.target.name,
     )
 
 
-def start_case(job: GivenJob, name: str, backend: BenchmarkBackend) -> LoadedWorker:
-    if name.startswith("MegEngine") and job.precision is Precision.INT8 and job.target is not MEGENGINE:
+def start_case(job: GivenJob, backend: Backend) -> LoadedWorker:
+    of_megengine = backend.target == MEGENGINE.name
+    if of_megengine and job.precision is Precision.INT8 and job.target is not MEGENGINE:
         raise FailureError(f"MegEngine cannot run what was quantized for the target {job.target.name}")
-    return backend.start(job, 1)
+    return start_backend(backend, job, 1)
 
 
 def row_of(entry: CaseResult) -> Row:
@@ -167,18 +166,21 @@ def select_crops(classifier: Classifier, found: Measurements) -> tuple[npt.NDArr
 
 
 def add_agreement(
-    row: Row, job: GivenJob, evaluation: Evaluation, crops: npt.NDArray[np.uint8], indices: Sequence[int]
+    row: Row,
+    backend: Backend,
+    job: GivenJob,
+    evaluation: Evaluation,
+    crops: npt.NDArray[np.uint8],
+    indices: Sequence[int],
 ) -> Row:
-    """``row`` with what its engine answers to ``crops``, whose numbers are ``indices``; MegEngine's are known."""
+    """``row`` with what its ``backend`` answers to ``crops``, whose numbers are ``indices``; MegEngine's are known."""
     places = np.searchsorted(evaluation.indices, indices)
     labels, known = evaluation.labels[places], evaluation.predictions[places]
-    engine = next((engine for engine in FILE_ENGINES if engine.name == row.engine), None)
     try:
-        if engine is None:
-            answers = known
-        else:
-            path = job.megengine if engine.suffix == ".megengine" else job.onnx
-            answers = in_batches(engine.load(path, usable_cores()), crops).argmax(1)
+        answers = known
+        if backend.suffix:
+            runtime = backend.load(job.deployed(backend.suffix), usable_cores())
+            answers = in_batches(runtime, crops).argmax(1)
     except MgqError as error:
         return replace(row, problem=str(error), rounds=())
     return replace(row, top1=100 * float((answers == labels).mean()), same=100 * float((answers == known).mean()))

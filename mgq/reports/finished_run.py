@@ -182,7 +182,7 @@ def find_float_weights(run: Run) -> tuple[Weights | None, str]:
         return packaged, ""
     path = path_in(origin, run)
     if path is None:
-        return None, f"the float network that it began with ({origin}) is not at hand: give it with -c FILE"
+        return None, f"the float network that it started from ({origin}) is missing: give it with -c FILE"
     if path.stat().st_mtime > run.checkpoint.stat().st_mtime:
         return None, f"{path} has been trained anew since: calibrate again, or give the float network with -c FILE"
     return read_weights(path, spec_of(run.weights.arch), key=parse_key(origin.partition(" (")[2])), ""
@@ -196,7 +196,7 @@ def path_in(origin: str, run: Run) -> Path | None:
 
 
 def float_metrics(run: Run) -> list[Metrics]:
-    """Those of the float training that a ``qat`` run or a calibration goes on from; none where it is not at hand."""
+    """Those of the float training that a ``qat`` run or a calibration continues; empty where it is missing."""
     if run.kind == "normal":
         return []
     start = run.path / FLOAT_START

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mgq.bench.suite import BenchmarkBackend
 from mgq.data.datasets import subset
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.classifier.open import versions
@@ -23,6 +22,7 @@ from mgq.reports.finished_run import Run, find_float_weights, find_run, float_me
 from mgq.reports.html import check_page_path
 from mgq.reports.report_page import page_of
 from mgq.reports.run_predictions import SHOWN, Measurements, Networks, measure_networks, networks_of
+from mgq.runtime.registry import Backend
 from mgq.system.environment import Machine, this_machine
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
@@ -93,7 +93,7 @@ def report(
     output: str | Path | None = None,
     limit: int | None = None,
     images: int = SHOWN,
-    engines: bool | Mapping[str, BenchmarkBackend] = True,
+    engines: bool | Sequence[Backend] = True,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
 ) -> Report:

@@ -1,4 +1,4 @@
-"""What a run's networks answer to labelled pictures, and which answers int8 changed."""
+"""Measures a run's networks on labelled images, and finds the answers that int8 changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Networks:
 
 
 def networks_of(run: Run, normal: Weights | None) -> Networks:
-    """``normal`` is the float network that the run began with, where it is at hand."""
+    """``normal`` is the float network that the run began with, if there is one."""
     found: dict[str, Classifier] = {}
     if normal is not None:
         found[FLOAT] = classifier_from(normal, Mode.NORMAL)

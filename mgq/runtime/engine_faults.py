@@ -1,4 +1,4 @@
-"""Faults of engines that are known, by version: what they would answer wrongly they are not given.
+"""Known faults of backends, by version. They are not given files that they would run wrongly.
 
 ONNX Runtime 1.21 to 1.23 give wrong integers in convolutions on processors with AMX, in grouped ones above all (its
 issue 26324).

@@ -1,4 +1,4 @@
-"""The engines by name: what each reads, and how it is got."""
+"""The backends: one record each, which ``infer``, ``bench``, ``doctor``, ``report`` and ``--version`` read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.errors import InputError, no_such, printable
-from mgq.machine import MEGENGINE_MEND
+from mgq.machine import MEGENGINE_MEND, PACKAGES
+from mgq.quantization.option_names import MEGENGINE, ONNX
 
 if TYPE_CHECKING:
     from mgq.runtime.protocol import FileRuntime
@@ -18,30 +19,52 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An engine that runs files. ``key`` is its name on the command line, ``suffix`` that of its files.
+def refuse_to_load(path: Path, threads: int) -> FileRuntime:
+    raise InputError(f"no file is run here: give {printable(path)} to a backend that reads files")
 
-    ``load`` takes a path and a number of threads; it imports the engine's ``package``. ``suits``: whether the engine is
-    the choice for a file of its kind where nobody names one; ``reads``: whether it runs such a file at all. To ask
-    either compiles nothing. ``shows_layers``: whether it gives more outputs than logits. ``starts_soon``: whether it is
-    the choice where no more than a few pictures are asked about, which takes less than to start the others.
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What runs networks. ``key`` is its name on the command line, ``name`` the one that is shown.
+
+    ``package`` is the module that it imports, ``distribution`` what pip calls it, ``mend`` how to get it, ``probe`` a
+    program that ends well where it works. ``target`` is what its int8 networks are quantized for.
+
+    ``suffix`` is that of its files; empty where it runs networks in memory. ``load`` takes a path and a number of
+    threads, and imports the package. ``suits``: whether the backend is the choice for a file of its kind where nobody
+    names one. ``reads``: whether it runs such a file at all. To ask either compiles nothing. ``shows_layers``: whether
+    it gives more outputs than logits. ``starts_soon``: whether it is the choice for a few images, because the others
+    take longer to start.
+
+    ``int8_only`` and ``one_thread`` are its limits. ``compared``: whether ``bench`` measures it on networks of the zoo;
+    a file that it reads is measured in any case.
     """
 
     key: str
     name: str
     package: str
     suffix: str
-    load: Callable[[Path, int], FileRuntime]
+    distribution: str
+    target: str = ONNX
+    load: Callable[[Path, int], FileRuntime] = refuse_to_load
     mend: str = "pip install 'mgq[deploy]'"
+    probe: str = ""
     suits: Callable[[Path], bool] = lambda path: True
     reads: Callable[[Path], bool] = lambda path: True
     shows_layers: bool = True
     starts_soon: bool = False
+    int8_only: bool = False
+    one_thread: bool = False
+    compared: bool = True
 
     @property
     def is_installed(self) -> bool:
         return find_spec(self.package) is not None
+
+    @property
+    def rounds_otherwise(self) -> bool:
+        """Whether its int8 answers may differ from MegEngine's in the last step: it rounds ties to even."""
+        return self.target != MEGENGINE
 
     def refuse_missing(self) -> None:
         """Raises InputError, which says how to get it, where it is not installed."""
@@ -100,30 +123,83 @@ def can_run_native(path: Path) -> bool:
 
 BACKENDS = (
     Backend(
-        "native",
-        "native",
-        "llvmlite",
-        ".onnx",
-        open_in_native,
+        key="native",
+        name="native",
+        package="llvmlite",
+        suffix=".onnx",
+        distribution="llvmlite",
+        load=open_in_native,
         mend="pip install 'mgq[native]'",
         suits=is_for_native,
         reads=can_run_native,
         shows_layers=False,
+        int8_only=True,
     ),
-    Backend("openvino", "OpenVINO", "openvino", ".onnx", open_in_openvino),
     Backend(
-        "onnxruntime",
-        "ONNX Runtime",
-        "onnxruntime",
-        ".onnx",
-        open_in_onnxruntime,
+        key="openvino",
+        name="OpenVINO",
+        package="openvino",
+        suffix=".onnx",
+        distribution="openvino",
+        load=open_in_openvino,
+        probe="import openvino; openvino.Core().available_devices",
+    ),
+    Backend(
+        key="onnxruntime",
+        name="ONNX Runtime",
+        package="onnxruntime",
+        suffix=".onnx",
+        distribution="onnxruntime",
+        load=open_in_onnxruntime,
         suits=suits_onnxruntime,
         starts_soon=True,
     ),
-    Backend("library", "native library", "ctypes", ".so", open_library, shows_layers=False),
-    Backend("lite", "MegEngine Lite", "megenginelite", ".megengine", open_in_lite, mend=MEGENGINE_MEND),
+    Backend(
+        key="library",
+        name="native library",
+        package="ctypes",
+        suffix=".so",
+        distribution="mgq",
+        load=open_library,
+        shows_layers=False,
+        int8_only=True,
+        compared=False,  # the same kernels as in the native backend
+    ),
+    Backend(
+        key="lite",
+        name="MegEngine Lite",
+        package="megenginelite",
+        suffix=".megengine",
+        distribution="megengine",
+        target=MEGENGINE,
+        load=open_in_lite,
+        mend=MEGENGINE_MEND,
+    ),
 )
-"""Where they read the same files the faster comes first: it is chosen where it suits them, unless another is named."""
+"""Those that run files. Where they read the same ones the faster comes first: it is chosen where it suits them, unless
+another is named."""
+TRACED, EAGER = (
+    Backend(
+        key=key,
+        name=f"MegEngine {key}",
+        package="megengine",
+        suffix="",
+        distribution="megengine",
+        target=MEGENGINE,
+        mend=MEGENGINE_MEND,
+        one_thread=True,
+    )
+    for key in ("traced", "eager")
+)
+COMPARED = tuple(backend for backend in reversed((*BACKENDS, TRACED, EAGER)) if backend.compared)
+"""Those that ``bench`` measures, in the order of its table. The first that runs a network is the reference for the
+answers of the others."""
+
+
+def list_packages() -> dict[str, str]:
+    """What numbers depend on besides Python, backends included: shown name -> what pip calls it."""
+    known = set(PACKAGES.values())
+    return {**PACKAGES, **{its.name: its.distribution for its in reversed(BACKENDS) if its.distribution not in known}}
 
 
 def backend_names() -> tuple[str, ...]:

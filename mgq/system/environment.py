@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark depend on, as far as the machine tells."""
+"""Describes the machine that figures were measured on."""
 
 from __future__ import annotations
 

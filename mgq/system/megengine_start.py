@@ -8,6 +8,9 @@ from types import ModuleType
 
 from mgq.machine import hush_decoders, mute_stderr, refuse_without_megengine, set_library_defaults
 
+NEVER = 1 << 60
+"""Bytes that no tensor has."""
+
 
 def import_megengine() -> None:
     """Import MegEngine; but for debugging without what its library says while it looks for a GPU.
@@ -28,6 +31,9 @@ def import_megengine() -> None:
     with mute_stderr():
         import megengine
 
+        # MegEngine lists large tensors that it could drop and compute again, even while it is not to drop any. Two of
+        # its threads change the list, one without a lock: now and then a run ended in "got wrong candidate index".
+        megengine.dtr.evictee_minimum_size = NEVER
         (megengine.tensor([0.0]) + 1).numpy()
         megengine.is_cuda_available()
 

@@ -1,4 +1,4 @@
-"""Whether numbers can be weights: a NaN or an infinity makes every answer that it reaches one."""
+"""Refuses weights with NaN or infinities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the tensors in a file are the network: wrappers put prefixes before names, and counters beside weights."""
+"""Removes the prefixes and counters that wrappers add to a network's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the networks in a file of weights is meant: several programs keep more than one in a file."""
+"""Chooses one of several networks in a file of weights."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The public MegEngine example trains it with ReLU, its authors and torchvision wi
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import megengine.module as M
 from megengine import Tensor
@@ -97,6 +98,15 @@ TIMM_LAYERS = {
     "bn2": "features.18.bn",
     "classifier": "classifier.1",
 }
+
+
+def imagenet_recipe(mode: str, epochs: int | None = None) -> dict[str, Any]:
+    """The public example's (MegEngine/Models, official/quantization). Families without one of their own take it, too:
+    the example trains ShuffleNetV1 by it, and has no EfficientNet-Lite."""
+    shared = {"schedule": "linear", "weight_decay": 4e-5, "jitter": 0.4}
+    if mode == "qat":
+        return {**shared, "epochs": epochs or 30, "batch_size": 32, "lr": 0.0015625}
+    return {**shared, "epochs": epochs or 240, "batch_size": 128, "lr": 0.0625}
 
 
 def from_pytorch(state: State, hints: Hints = NO_HINTS) -> Adapted | None:

@@ -1,4 +1,4 @@
-"""Whether a network computes with finite numbers: what overflows inside of it may be hidden by the next ReLU."""
+"""Checks that a network computes with finite numbers: the next ReLU may hide an overflow."""
 
 from __future__ import annotations
 

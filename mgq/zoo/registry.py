@@ -43,9 +43,10 @@ class ModelSpec:
     name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
     has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
     (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
-    default options. ``image_size`` and ``preprocessing`` are how its pictures are resized and cropped where its weights
-    do not say otherwise; ``only_size`` is the height and width where no others can be. ``checkpoints`` are the
-    published ones, those that ``--pretrained`` takes first.
+    default options. ``recipe`` is a ``module:function``, too: it takes a mode and a number of epochs, or None, and
+    returns what a training on ImageNet depends on. ``image_size`` and ``preprocessing`` are how its pictures are
+    resized and cropped where its weights do not say otherwise; ``only_size`` is the height and width where no others
+    can be. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     option_reader: str | None = None
+    recipe: str = "mobilenet_v2:imagenet_recipe"
     image_size: int = 224
     preprocessing: Preprocessing = COMMON_PREPROCESSING
     published: Published | None = None
@@ -113,6 +115,10 @@ class ModelSpec:
         except (KeyError, IndexError, ValueError):  # of names and shapes that only begin as that layout does
             return None
         return result
+
+    def imagenet_recipe(self, mode: str, epochs: int | None = None) -> dict[str, Any]:
+        """What a training on ImageNet depends on, by the names that a recipe has; a new dictionary."""
+        return dict(import_when_called(self.recipe)(mode, epochs))
 
     def read_options(self, state: State) -> Mapping[str, Any]:
         """The options of the builder that the shapes in ``state`` (under our names) tell."""
@@ -175,6 +181,7 @@ def resnet(depth: int, parameters: int, macs: int, *checkpoints: PublishedCheckp
         name=f"resnet{depth}",
         builder=f"resnet:resnet{depth}",
         adapter="resnet:from_torchvision",
+        recipe="resnet:imagenet_recipe",
         head="fc.weight",
         marker="layer1.0.conv_bn_relu1.conv.weight",
         parameters=parameters,

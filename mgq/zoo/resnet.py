@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import megengine.module as M
 from megengine import Tensor
@@ -92,6 +93,17 @@ def resnet34(classes: int = 1000) -> ResNet:
 
 def resnet50(classes: int = 1000) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), classes)
+
+
+def imagenet_recipe(mode: str, epochs: int | None = None) -> dict[str, Any]:
+    """The public example's (MegEngine/Models, official/quantization); ``epochs`` shift its milestones."""
+    shared = {"batch_size": 32, "schedule": "step", "weight_decay": 1e-4, "decay_all": True}
+    if mode == "qat":
+        epochs = epochs or 12
+        return {**shared, "epochs": epochs, "lr": 0.000125, "milestones": (epochs / 2,)}
+    epochs = epochs or 90
+    milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
+    return {**shared, "epochs": epochs, "lr": 0.0125, "milestones": milestones}
 
 
 def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:

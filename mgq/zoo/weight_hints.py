@@ -1,4 +1,4 @@
-"""What a file of PyTorch weights is known by besides its tensors: its ``arch``, its name, its folder, its config.json.
+"""Reads what describes a file of PyTorch weights besides its tensors: its ``arch``, name, folder and config.json.
 
 Normalization, padding and crop are not in a state dict. timm's files tell them by the model's name with its training's
 tag (``resnet18.a1_in1k``), which its ``train.py`` keeps in the file as ``arch``, or by the ``config.json`` that lies

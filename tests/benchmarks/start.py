@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fakes.places import ROOT
+
 ROUNDS = 15
-CAT = Path(__file__).parents[2] / "assets" / "cat.jpg"
+CAT = ROOT / "assets" / "cat.jpg"
 MGQ = str(Path(sys.executable).with_name("mgq"))
 LEAST = """
 import sys

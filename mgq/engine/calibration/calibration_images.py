@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgq.data import SYNTHETIC
 from mgq.data.datasets import (
     Dataset,
     ImageFolder,
@@ -24,7 +25,6 @@ from mgq.engine.calibration.calibration_run import list_sources, spread_evenly
 from mgq.engine.classifier.evaluate import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import read_crops
-from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.training_sets import read_sets
 from mgq.errors import InputError
 from mgq.events import Callbacks, OnMessage, OnProgress, log_message, log_progress

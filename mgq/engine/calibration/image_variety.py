@@ -1,4 +1,4 @@
-"""Whether the pictures of a calibration can stand for others: how many come, differ, are blank."""
+"""Checks whether the images of a calibration are enough: how many there are, how many differ, how many are blank."""
 
 from __future__ import annotations
 

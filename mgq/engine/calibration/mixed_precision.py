@@ -1,4 +1,4 @@
-"""As much int8 as an accuracy allows: the fewest layers whose weights stay float32."""
+"""Searches for the fewest layers that must stay float32 to keep an accuracy."""
 
 from __future__ import annotations
 

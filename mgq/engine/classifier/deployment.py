@@ -1,4 +1,4 @@
-"""What int8 is worth here: the float and the int8 file of one network side by side, in each engine."""
+"""Compares the float and the int8 file of one network on this machine, in each backend."""
 
 from __future__ import annotations
 

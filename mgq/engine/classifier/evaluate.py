@@ -1,4 +1,4 @@
-"""Evaluation: how often a network is right on labelled pictures, where it errs, and how fast it answers."""
+"""Evaluates a network on labelled images: accuracy, confusions and speed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mgq.data import SYNTHETIC
 from mgq.data.augmentation import EvalTransform, Transform
 from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
 from mgq.data.loader import Loader
@@ -23,7 +24,6 @@ from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.distributed.team import Team, current_team, send_work
-from mgq.engine.training.recipe import SYNTHETIC
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores

@@ -1,10 +1,11 @@
-"""Whether a file of weights can be read, found out before anything slow is done for it."""
+"""Checks that a file of weights can be read, before anything slow starts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mgq.errors import InputError, printable
+from mgq.export.formats import format_of
 
 
 def validate_file(path: Path, key: str | None = None) -> None:
@@ -14,7 +15,7 @@ def validate_file(path: Path, key: str | None = None) -> None:
     has no network called ``key``.
     """
     suffix = path.suffix.lower()
-    if key is not None and suffix in (".onnx", ".megengine", ".so"):
+    if key is not None and format_of(path) is not None:
         raise InputError(f"{printable(path)} is a finished file with one network: leave out --key")
     if suffix == ".onnx":
         from mgq.export.onnx.onnx_file import read_onnx

@@ -1,4 +1,4 @@
-"""How right a network is: cross entropy and top-k, as running means that can be kept and taken up again exactly."""
+"""Cross entropy and top-k accuracy as running means that can be saved and resumed exactly."""
 
 from __future__ import annotations
 

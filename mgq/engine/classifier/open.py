@@ -98,7 +98,7 @@ def find_weights(
         return packaged
     if pretrained or is_cached(spec, mode.value):
         return fetch_published_weights(spec, mode.value, on_progress, version)
-    raise InputError(f"no weights for {spec.name} at hand: {list_ways_to_weights(spec)}")
+    raise InputError(f"no weights for {spec.name} found: {list_ways_to_weights(spec)}")
 
 
 def list_ways_to_weights(spec: ModelSpec) -> str:

@@ -1,4 +1,4 @@
-"""Whether engines answer as MegEngine does: proved on pictures, logits by logits and layer by layer."""
+"""Compares backends with MegEngine on images, by logits and layer by layer."""
 
 from __future__ import annotations
 

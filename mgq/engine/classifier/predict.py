@@ -1,4 +1,4 @@
-"""From pictures to answers: decode ahead in threads, run in batches, one answer a picture."""
+"""Classifies images: decodes ahead in threads, runs in batches, gives one answer per image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which run serves a verb that was told of none. Reading it imports no MegEngine."""
+"""Finds the run that a command uses when none is named. Importing it imports no MegEngine."""
 
 from __future__ import annotations
 

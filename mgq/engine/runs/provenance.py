@@ -1,4 +1,4 @@
-"""What the bits of a run depend on, as its folder tells."""
+"""Records what the bits of a run depend on, in its folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mgq.data.image_sources import Source
 from mgq.engine.classifier.open import versions
 from mgq.io.atomic import write_text_atomically
 from mgq.io.limited_io import object_in
-from mgq.machine import PACKAGES, package_version, usable_cores
+from mgq.machine import package_version, usable_cores
+from mgq.runtime.registry import list_packages
 from mgq.system.environment import this_machine
 
 ENVIRONMENT = "environment.json"
@@ -31,7 +32,7 @@ def this_process(workers: int | None = None) -> dict[str, Any]:
         "command": command_line(),
         "versions": {
             **versions(),
-            **{name: found for name in (*PACKAGES.values(), *BENEATH) if (found := package_version(name))},
+            **{name: found for name in (*list_packages().values(), *BENEATH) if (found := package_version(name))},
         },
         "cpu": machine.cpu,
         "instructions": list(machine.features),

@@ -1,4 +1,4 @@
-"""All that a training needs to go on to the bit, in one file under one checksum.
+"""Saves and loads the state of a training, so that it resumes to the bit: one file under one checksum.
 
 The file is a safetensors file. Its metadata holds JSON with everything but the tensors, and the SHA-256 of that JSON
 and of every tensor's name, dtype, shape and bytes. safetensors itself tells a file that was cut short, not one whose

@@ -1,4 +1,4 @@
-"""The convolution that sees pixels, and how fast its weights may change."""
+"""Finds the first convolution and the factor of its learning rate."""
 
 from __future__ import annotations
 

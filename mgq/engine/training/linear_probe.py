@@ -1,4 +1,4 @@
-"""A new classifier that is right from the start: solved on what trained weights make of the pictures.
+"""Solves for a new classifier on the features of trained weights, before training starts.
 
 A random classifier sends large, aimless gradients through the weights below it before it has learnt anything, and so
 spoils what they know. Solving it first and training everything afterwards keeps that (Kumar et al. 2022,

@@ -1,4 +1,4 @@
-"""What a training minimises."""
+"""Losses of training: cross entropy with label smoothing, distillation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The recipe of a training run: every number that it depends on, with defaults that fit the data.
 
-ImageNet's are those of the public MegEngine quantization example. A smaller set of pictures gets a recipe that
-scales with its size, the drawn pictures one that is done in minutes on two cores.
+ImageNet's are in the families' files in the zoo. A smaller set of pictures gets a recipe that scales with its size, the
+drawn pictures one that is done in minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import tomli
 import tomli_w
 from msgspec import Meta
 
+from mgq.data import SYNTHETIC as SYNTHETIC
 from mgq.errors import InputError, naming, nearest, no_such, printable
 from mgq.io.limited_io import text_of
 from mgq.io.records import bounds_of, types_of, value_of
 from mgq.quantization.option_names import OBSERVERS, TARGETS
 from mgq.weights.checkpoint import check_size
+from mgq.zoo.registry import spec_for
 
-SYNTHETIC = "synthetic"
-"""What ``data`` says for the drawn pictures that need no files."""
 SCHEDULES = ("cosine", "linear", "step")
 IMAGENET_IMAGES = 300_000
-"""From this many pictures on, a set gets the public example's recipes for ImageNet."""
+"""From this many pictures on, a set gets the recipe for ImageNet."""
 CLASSIFIER_IMAGES = 5_000
 COMPRESSIONS = ("none", "fp16")
 CHOICES = {"schedule": SCHEDULES, "observer": OBSERVERS, "target": TARGETS, "compress": COMPRESSIONS}
@@ -247,33 +247,12 @@ def base(task: Task, **values: Any) -> Recipe:
     )
 
 
-def is_resnet(task: Task) -> bool:
-    return task.arch.startswith("resnet")
-
-
 def example_recipe(task: Task, epochs: int | None) -> Recipe:
-    """The public example's recipe for ImageNet; EfficientNet-Lite, which it has not, is trained as MobileNetV2.
-
-    Source of the figures: MegEngine/Models, official/quantization.
-    """
-    resnet = is_resnet(task)
+    """The recipe for ImageNet that lives with the network's family."""
+    values = spec_for(task.arch, task.options).imagenet_recipe(task.mode, epochs)
     if task.mode == "qat":
-        epochs = epochs or (12 if resnet else 30)
-        schedule: dict[str, Any] = {"schedule": "step", "milestones": (epochs / 2,)} if resnet else LINEAR
-        lr = 0.000125 if resnet else 0.0015625
-        values = {"batch_size": 32, "lr": lr, "distill": DISTILLED, **qat_phases(epochs, task.images, 32), **schedule}
-    elif resnet:
-        epochs = epochs or 90
-        milestones = tuple(epochs * share for share in (1 / 3, 2 / 3, 8 / 9))
-        values = {"batch_size": 32, "lr": 0.0125, "schedule": "step", "milestones": milestones}
-    else:
-        epochs = epochs or 240
-        values = {"batch_size": 128, "lr": 0.0625, **LINEAR}
-    decay = {"weight_decay": 1e-4, "decay_all": True} if resnet else {"weight_decay": 4e-5, "jitter": 0.4}
-    return base(task, epochs=epochs, **values, **decay)
-
-
-LINEAR = {"schedule": "linear"}
+        values |= {"distill": DISTILLED, **qat_phases(values["epochs"], task.images, values["batch_size"])}
+    return base(task, **values)
 
 
 EMA = 0.98

@@ -140,7 +140,7 @@ def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> Tra
         raise InputError(f"--nnodes needs float weights of {spec.name} on every machine: give them, -c CHECKPOINT")
     if given is None:
         refuse_impossible(spec, changes)
-        callbacks.on_message(f"no float weights of {spec.name} at hand: training some first, into {train_options.save}")
+        callbacks.on_message(f"no float weights of {spec.name} found: training some first, into {train_options.save}")
         first = make_float_job(make_float_options(train_options, spec, changes), callbacks)
         with create_run(first, callbacks) as run:
             train_on_all_devices(first, run, cluster, callbacks)

@@ -1,0 +1,161 @@
+"""The documents: links lead somewhere, commands exist, the reference is complete, the examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mgq.cli.main import verbs
+from mgq.engine.training.recipe import Recipe
+from mgq.zoo.registry import specs
+from tests.fakes.places import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+EXAMPLES = DOCS / "examples"
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`(mgq [^`]+)`")
+
+
+def names_of(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a page in ``language``."""
+    return [match[3] for match in BLOCK.finditer(text) if match[2] == language]
+
+
+def commands_in(text: str) -> Iterator[list[str]]:
+    """The words of every ``mgq`` command in a page's shell blocks and in its code spans."""
+    lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    spans = [span for span in CODE.findall(BLOCK.sub("", text)) if "..." not in span]
+    for command in (part for line in [*lines, *spans] for part in line.split("&&")):
+        words = shlex.split(command, comments=True)
+        if "mgq" in words:
+            yield words[words.index("mgq") + 1 :]
+
+
+def anchor(heading: str) -> str:
+    """The anchor that MkDocs and GitHub give to a heading."""
+    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """The program that writes the generated parts of the pages."""
+    spec = importlib.util.spec_from_file_location("docs_reference", DOCS / "hooks" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_a_page_and_no_manual() -> None:
+    assert (ROOT / "README.md").stat().st_size < 10_000
+
+
+def test_the_readme_has_the_test_command_that_ci_runs() -> None:
+    assert "<!-- tests -->\n```sh\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target, fragment in LINK.findall(page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if fragment and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page.name} links to {target}#{fragment}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_commands_have_verbs_and_options_that_exist(page: Path) -> None:
+    known = verbs()
+    for words in commands_in(page.read_text(encoding="utf-8")):
+        while words and words[0].startswith("-"):
+            assert words.pop(0) in ("--debug", "--version", "--help", "--install-completion"), words
+        if not words or words[0] == "VERB":
+            continue
+        assert words[0] in known, f"{page.name}: mgq {words[0]}"
+        flags = {f for option in known[words[0]].params for f in (*option.opts, *option.secondary_opts)}
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= flags | {"--help", "-h"}, f"{page.name}: mgq {' '.join(words)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_python_in_the_pages_is_python(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8"), "python"):
+        indent = len(block) - len(block.lstrip(" "))
+        compile("\n".join(line[indent:] for line in block.splitlines()), str(page), "exec")
+
+
+@pytest.mark.skipif(not (ROOT / "mgq" / "ptq").is_dir(), reason="the modules are not in their rooms yet")
+@pytest.mark.parametrize("page", sorted((DOCS / "contributing").glob("*.md")), ids=lambda page: page.name)
+def test_files_that_contributors_are_sent_to_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:mgq|tests|docs)/[^`<>\s]*)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert str(page.relative_to(DOCS)) in navigation
+
+
+def test_the_reference_names_every_verb_and_option(reference: ModuleType) -> None:
+    text = reference.command_line()
+    for name, command in verbs().items():
+        section = text.partition(f"## mgq {name}\n")[2].partition("\n## ")[0]
+        missing = [
+            flag for option in command.params for flag in option.opts if flag.startswith("-") and flag not in section
+        ]
+        assert not missing, name
+
+
+def test_the_reference_names_every_key_of_a_recipe_and_every_network(reference: ModuleType) -> None:
+    keys, networks = reference.recipe_keys(), reference.zoo()
+    assert all(f"| `{field.name}` |" in keys for field in fields(Recipe))
+    assert all(f"| `{name}` |" in networks for name in specs())
+
+
+def test_every_mark_in_the_pages_is_replaced(reference: ModuleType) -> None:
+    for page in DOCS.rglob("*.md"):
+        assert "<!-- generated" not in reference.on_page_markdown(page.read_text(encoding="utf-8"))
+
+
+def run_example(code: list[str], folder: Path) -> str:
+    """What a program prints; it runs in ``folder`` and must not fail."""
+    done = subprocess.run([sys.executable, *code], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(folder.iterdir()), "an example leaves nothing behind"
+    return done.stdout
+
+
+def test_the_example_runs_its_file_without_mgq(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert "cat.jpg: tiger cat" in run_example([str(EXAMPLES / "deploy_without_mgq.py")], tmp_path)
+
+
+def test_the_example_trains_and_measures(tmp_path: Path) -> None:
+    said = run_example([str(EXAMPLES / "train_and_measure.py")], tmp_path)
+    assert re.search(r"^int8: top-1 [\d.]+ % ± [\d.]+, 32 images$", said, re.MULTILINE)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    notebook = json.loads((EXAMPLES / "quantize_your_network.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    said = run_example(["-c", "\n\n".join(cells)], tmp_path)
+    found = re.search(r"^([\d.]+) dB, same answer on", said, re.MULTILINE)
+    assert found is not None and float(found[1]) > 15

@@ -1,0 +1,524 @@
+"""Fast training steps on a CPU against MegEngine's own: results, gradients, state; and what they leave alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import megengine as mge
+import megengine.module as M
+import megengine.module.conv as conv_module
+import megengine.module.qat as Q
+import numpy as np
+import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
+import pytest
+from megengine import Tensor
+from megengine.autodiff import GradManager
+from megengine.optimizer import SGD
+from megengine.quantization import LSQ
+from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
+
+from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, onednn
+from mgq.cpu_kernels.autograd_functions import (
+    Convolution,
+    FakeQuantizedConvolution,
+    FoldedConvolution,
+    NormalizedConvolution,
+)
+from mgq.cpu_kernels.elementwise import PIECE, add_to_histograms, apply_mask, clamp_below, extremes, in_pieces
+from mgq.cpu_kernels.fake_quantization import quantizer_of
+from mgq.errors import FailureError
+from mgq.machine import usable_cores
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat import freeze_batch_norm
+from mgq.quantization.relu6 import QatConvBnRelu6
+from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.registry import specs
+from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_images, values_of
+
+Array = npt.NDArray[np.float32]
+
+TOLERANCE = 1e-5
+FUSED = (M.ConvBn2d, M.ConvBnRelu2d, ConvBnRelu6, Q.ConvBn2d, Q.ConvBnRelu2d, QatConvBnRelu6)
+KINDS = {"bn": M.ConvBn2d, "bn relu": M.ConvBnRelu2d, "bn relu6": ConvBnRelu6}
+
+
+class Shape(NamedTuple):
+    """A convolution of the zoo: square ``kernel``, one ``stride`` and ``padding`` for both axes."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+
+    def input_size(self) -> int:
+        """Of maps that give an output of 3x3."""
+        return max(3, 2 * self.stride + self.kernel - 2 * self.padding)
+
+
+class Outcome(NamedTuple):
+    output: Array
+    gradients: dict[str, Array]
+    state: dict[str, Array]
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def relative(found: Array, expected: Array) -> float:
+    """Norm of the difference over the norm of ``expected``."""
+    return float(np.linalg.norm(np.ravel(found - expected)) / (np.linalg.norm(np.ravel(expected)) + 1e-30))
+
+
+def whole(gradients: dict[str, Array]) -> Array:
+    return np.concatenate([gradients[name].ravel() for name in sorted(gradients)])
+
+
+def stepped(module: M.Module, source: Array, d_output: Array | None, fast: bool, wants_source: bool = True) -> Outcome:
+    """A copy of ``module`` run on ``source`` and back from ``d_output``: output, all gradients, the state it is in."""
+    module = copy.deepcopy(module)
+    x = Tensor(source)
+    x.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(0.03)))
+    manager = GradManager().attach([*module.parameters(), *([x] if wants_source else [])])
+    with fast_gradients() if fast else contextlib.nullcontext(), manager:
+        output = module(x)
+        manager.backward(output, Tensor(normal(*output.shape, seed=1) if d_output is None else d_output))
+    gradients = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    if wants_source:
+        gradients["source"] = x.grad.numpy()
+    return Outcome(output.numpy(), gradients, values_of(module))
+
+
+def assert_alike(fast: Outcome, stock: Outcome, about: object = "", tolerance: float = TOLERANCE) -> None:
+    assert relative(fast.output, stock.output) < tolerance, about
+    assert fast.gradients.keys() == stock.gradients.keys(), about
+    assert relative(whole(fast.gradients), whole(stock.gradients)) < tolerance, about
+    assert fast.state.keys() == stock.state.keys(), about
+    for name, value in stock.state.items():
+        assert fast.state[name].shape == value.shape, (about, name)
+        np.testing.assert_allclose(fast.state[name], value, rtol=1e-4, atol=1e-6, err_msg=f"{about} {name}")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Filled with the fast functions that were called."""
+    calls: list[type] = []
+    for kind in (Convolution, NormalizedConvolution):
+        stock = kind.forward
+
+        def forward(self: Any, *inputs: Tensor, stock: Callable[..., Tensor] = stock) -> Tensor:
+            calls.append(type(self))
+            return stock(self, *inputs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return calls
+
+
+# ---- every layer of the zoo ----
+
+
+def zoo_convolutions() -> list[Shape]:
+    """Of all architectures, none twice."""
+    found = set()
+    for arch in specs():
+        for module in blank(arch).modules():
+            if isinstance(module, M.Conv2d):
+                sizes = (module.kernel_size[0], module.stride[0], module.padding[0])
+                found.add(Shape(module.in_channels, module.out_channels, *sizes, module.groups))
+    return sorted(found)
+
+
+def test_every_convolution_of_the_zoo_has_the_stock_gradients(used: list[type]) -> None:
+    shapes = zoo_convolutions()
+    assert len(shapes) > 100
+    for shape in shapes:
+        module = M.Conv2d(*shape[:5], groups=shape.groups, bias=False)
+        source = normal(2, shape.in_channels, shape.input_size(), shape.input_size())
+        assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
+    assert used == [Convolution] * len(shapes)
+
+
+def fused_module(kind: str, qat: bool, shape: Shape) -> M.Module:
+    module = KINDS[kind](*shape[:5], groups=shape.groups, bias=False)
+    module.bn.weight[...] = np.random.default_rng(2).uniform(0.5, 2, module.bn.weight.shape).astype(np.float32)
+    module.bn.bias[...] = normal(*module.bn.bias.shape, seed=3)
+    module.bn.running_var[...] = np.random.default_rng(4).uniform(0.5, 2, module.bn.weight.shape).astype(np.float32)
+    if qat:
+        module = to_mode(M.Sequential(module), Mode.QAT)
+    module.train()
+    return module
+
+
+SHAPES = (
+    Shape(3, 24, 3, 2, 1, 1),
+    Shape(16, 40, 1, 1, 0, 1),
+    Shape(24, 24, 3, 2, 1, 24),
+    Shape(24, 24, 7, 2, 3, 24),
+    Shape(16, 16, 5, 1, 2, 16),
+    Shape(30, 60, 1, 1, 0, 3),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_float_layers_are_stock_in_output_gradients_and_state(kind: str, used: list[type]) -> None:
+    for shape in SHAPES:
+        module, source = fused_module(kind, False, shape), normal(3, shape.in_channels, 5, 5)
+        assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
+    assert used == [NormalizedConvolution] * len(SHAPES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_norm_in_eval_mode_within_a_training_network_has_the_gradients_of_its_formula(
+    kind: str, used: list[type]
+) -> None:
+    """MegEngine's own gradient of the scale reads memory that nothing was written to, and is wrong now and then."""
+    for shape in SHAPES:
+        module, source = fused_module(kind, False, shape), normal(3, shape.in_channels, 5, 5)
+        module.bn.eval()
+        fast = stepped(module, source, None, True)
+        assert_alike(fast, by_fixed_statistics(module, kind, source), shape)
+    assert used == [NormalizedConvolution] * len(SHAPES)
+
+
+def by_fixed_statistics(module: M.Module, kind: str, source: Array) -> Outcome:
+    """What :func:`stepped` gives, by MegEngine's convolution and the formula of batch norm with given statistics."""
+    bn = module.bn
+    factor = 1 / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
+    normal_values = (module.conv(Tensor(source)).numpy() - bn.running_mean.numpy()) * factor
+    output = normal_values * bn.weight.numpy() + bn.bias.numpy()
+    d_output = normal(*output.shape, seed=1)
+    if kind != "bn":
+        d_output *= (output > 0) & ((output < 6) | (kind == "bn relu"))
+        output = np.clip(output, 0, 6 if kind == "bn relu6" else None)
+    conv = stepped(module.conv, source, d_output * bn.weight.numpy() * factor, False)
+    gradients = {
+        "source": conv.gradients["source"],
+        "conv.weight": conv.gradients["weight"],
+        "bn.weight": (d_output * normal_values).sum((0, 2, 3)).reshape(bn.weight.shape),
+        "bn.bias": d_output.sum((0, 2, 3)).reshape(bn.bias.shape),
+    }
+    return Outcome(output, gradients, values_of(module))
+
+
+@pytest.mark.parametrize("frozen_norm", [False, True], ids=["training statistics", "frozen batch norm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_fake_quantized_layers_are_stock_in_output_gradients_and_state(
+    kind: str, frozen_norm: bool, used: list[type]
+) -> None:
+    for shape in SHAPES:
+        module, source = fused_module(kind, True, shape), normal(3, shape.in_channels, 5, 5)
+        if frozen_norm:
+            freeze_batch_norm(module)
+        d_output = steady_gradient(next(part for part in module.modules() if isinstance(part, FUSED)), source)
+        fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
+        # A value that lies between two steps may be rounded either way.
+        far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
+        assert far.mean() < 1e-3, shape
+        assert_alike(fast._replace(output=np.where(far, stock.output, fast.output)), stock, shape)
+    assert used == [FoldedConvolution if frozen_norm else FakeQuantizedConvolution] * len(SHAPES)
+
+
+def steady_gradient(module: M.Module, source: Array) -> Array:
+    """Noise for an output's gradient; 0 where rounding decides if it passes: near 0, near 6, at the largest value."""
+    module = copy.deepcopy(module)
+    x = Tensor(source)
+    x.qparams.update(create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(0.03)))
+    if isinstance(module, Q.QATModule):
+        before = module.calc_conv_bn_qat(x).numpy()
+    else:
+        before = module.bn(module.conv(x)).numpy()
+    after = np.minimum(before, 6) if isinstance(module, ConvBnRelu6 | QatConvBnRelu6) else before
+    margin = 1e-4 * np.abs(after).max()
+    unsteady = (np.abs(before) < margin) | (np.abs(before - 6) < margin) | (after > after.max() - margin)
+    return np.where(unsteady, np.float32(0), normal(*before.shape, seed=1))
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mode: Mode, used: list[type]) -> None:
+    """Each on what it is given within the network: rounding in one, which may flip ReLUs later, is not carried on."""
+    network = filled(blank(arch))
+    network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
+    network.train()
+    sources = layer_inputs(network, smooth_images(4, 32, 32).astype(np.float32) - 128)
+    difference = size = 0.0
+    for module, source in sources:
+        d_output = steady_gradient(module, source)
+        fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
+        assert fast.gradients.keys() == stock.gradients.keys()
+        found, expected = whole(fast.gradients), whole(stock.gradients)
+        difference += float(np.sum((found - expected) ** 2))
+        size += float(np.sum(expected**2))
+        for name, value in stock.state.items():
+            np.testing.assert_allclose(fast.state[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert np.sqrt(difference / size) < TOLERANCE
+    expected_kind = NormalizedConvolution if mode is Mode.NORMAL else FakeQuantizedConvolution
+    assert used == [expected_kind] * len(sources)
+
+
+def layer_inputs(network: M.Module, images: Array) -> list[tuple[M.Module, Array]]:
+    """The fused layers of ``network``, no two alike in kind and shape, and what each is given for ``images``."""
+    found: dict[Any, tuple[M.Module, Array]] = {}
+
+    def note(module: M.Module, inputs: tuple[Tensor, ...]) -> None:
+        conv = module.conv
+        key = (type(module), conv.weight.shape, conv.stride, inputs[0].shape)
+        found.setdefault(key, (module, inputs[0].numpy()))
+
+    state = copy.deepcopy(network)
+    hooks = [module.register_forward_pre_hook(note) for module in state.modules() if isinstance(module, FUSED)]
+    state(Tensor(images))
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+# ---- element by element ----
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, 9 * PIECE * usable_cores() + 5])
+def test_pieces_cover_everything_once_and_in_order(size: int) -> None:
+    pieces = in_pieces(lambda piece: (piece.start, piece.stop), size)
+    assert [element for start, stop in pieces for element in range(start, stop)] == list(range(size))
+
+
+def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
+    array = 100 * normal(9 * PIECE * usable_cores() + 5)
+    array[:8] = [0.5, -0.5, 1.5, 2.5, 0.49999997, 127.5, -128.5, np.nextafter(np.float32(1.5), np.float32(0))]
+    for scale in (1.0, 0.37):
+        qparams = create_qparams(QuantMode.SYMMERTIC, "qint8", scale=Tensor(scale))
+        x = Tensor(array)
+        manager = GradManager().attach([x])
+        with manager:
+            expected = fake_quant_tensor(x, qparams)
+            manager.backward(expected, Tensor(np.ones_like(array)))
+        found = quantizer_of(qparams)
+        assert found is not None
+        output, passes = found.applied(array)
+        assert passes is not None
+        np.testing.assert_array_equal(output, expected.numpy())
+        np.testing.assert_array_equal(passes, x.grad.numpy() != 0)
+        np.testing.assert_array_equal(apply_mask(array, passes), array * passes)
+
+
+def test_a_ceiling_holds_large_arrays_below_it() -> None:
+    array = normal(9 * PIECE * usable_cores() + 5)
+    held = array.copy()
+    below = clamp_below(held, 1.0)
+    np.testing.assert_array_equal(held, np.minimum(array, 1))
+    assert below is not None
+    np.testing.assert_array_equal(below, array < 1)
+    assert clamp_below(held, 2.0) is None
+    assert list(extremes(array)) == [array.min(), array.max()]
+
+
+# ---- whole steps ----
+
+
+def small_network(mode: Mode, depth: int = 3) -> M.Module:
+    mge.random.seed(1)
+    layers = [
+        M.ConvBnRelu2d(3, 16, 3, 2, 1, bias=False),
+        ConvBnRelu6(16, 16, 3, 1, 1, groups=16, bias=False),
+        M.Conv2d(16, 8, 1),
+    ]
+    network = M.Sequential(*layers[:depth])
+    network = network if mode is Mode.NORMAL else to_mode(network, Mode.QAT)
+    network.train()
+    return network
+
+
+def trained(network: M.Module, batches: list[Array]) -> M.Module:
+    """``network`` after one step of SGD on each of ``batches``."""
+    manager = GradManager().attach(network.parameters())
+    optimizer = SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    for batch in batches:
+        with manager:
+            loss = (network(Tensor(batch)) ** 2).mean()
+            manager.backward(loss)
+        optimizer.step().clear_grad()
+    return network
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_network_differs_from_stock_by_no_more_than_rounding_does(arch: str) -> None:
+    """Rounding flips ReLUs at 0 and a deep network amplifies it: stock with its weights shaken by 1e-6 is the mark."""
+    network = filled(blank(arch))
+    network.train()
+    for module in network.modules():
+        if isinstance(module, M.Dropout):
+            module.drop_prob = 0.0
+    images = smooth_images(8).astype(np.float32) - 128
+    d_output = normal(8, 10, seed=1) / 80
+    stock, fast = (stepped(network, images, d_output, fast, wants_source=False) for fast in (False, True))
+    shaken = [stepped(shaken_by_rounding(network, seed), images, d_output, False, False) for seed in (1, 2)]
+    mark = max(relative(whole(other.gradients), whole(stock.gradients)) for other in shaken)
+    assert relative(whole(fast.gradients), whole(stock.gradients)) < 10 * mark
+    mark = max(relative(other.output, stock.output) for other in shaken)
+    assert relative(fast.output, stock.output) < 10 * mark < 0.1
+
+
+def shaken_by_rounding(network: M.Module, seed: int) -> M.Module:
+    network = copy.deepcopy(network)
+    for number, parameter in enumerate(network.parameters()):
+        factor = 1 + 1e-6 * normal(*parameter.shape, seed=1000 * seed + number)
+        parameter._reset(Tensor(parameter.numpy() * factor.astype(np.float32)))
+    return network
+
+
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+def test_the_same_steps_give_the_same_bits(mode: Mode) -> None:
+    batches = [normal(size, 3, 16, 16, seed=size) for size in (8, 8, 5)]
+    network = small_network(mode)
+    with fast_gradients():
+        one, other = (values_of(trained(copy.deepcopy(network), batches)) for _ in range(2))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    before = values_of(network)
+    assert any(not np.array_equal(one[name], before[name]) for name in one)
+
+
+def test_steps_follow_stock_steps_through_odd_batches() -> None:
+    batches = [normal(size, 3, 15, 17, seed=size) for size in (8, 3, 1, 8)]
+    network = small_network(Mode.NORMAL)
+    stock = values_of(trained(copy.deepcopy(network), batches))
+    with fast_gradients():
+        fast = values_of(trained(network, batches))
+    for name, value in stock.items():
+        np.testing.assert_allclose(fast[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
+def test_a_thousand_steps_do_not_leak(mode: Mode) -> None:
+    network, batch = small_network(mode, 2), normal(16, 3, 24, 24)
+
+    def memory_after(steps: int) -> int:
+        trained(network, [batch] * steps)
+        mge._full_sync()
+        gc.collect()
+        return int(psutil.Process().memory_info().rss)
+
+    with fast_gradients():
+        before = memory_after(200)
+        after = memory_after(800)
+    # One activation kept a step would be 800 times 0.15 MB.
+    assert after - before < 20e6
+
+
+# ---- what is left alone ----
+
+
+@pytest.mark.parametrize("batch, size", [(1, 3), (2, 1)])
+def test_maps_of_one_pixel_and_batches_of_one(batch: int, size: int) -> None:
+    for qat in (False, True):
+        module = fused_module("bn relu", qat, Shape(8, 16, 1, 1, 0, 1))
+        source = normal(batch, 8, size, size)
+        fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+        # Two values a channel nearly cancel when they are normalized.
+        assert_alike(fast, stock, tolerance=1e-4)
+
+
+def test_a_frozen_batch_norm_is_stock_after_a_fast_convolution(used: list[type]) -> None:
+    module = fused_module("bn relu", False, Shape(8, 16, 3, 1, 1, 1))
+    module.bn.freeze = True
+    source = normal(2, 8, 6, 6)
+    fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+    assert_alike(fast, stock)
+    assert used == [Convolution]
+
+
+def test_dilation_and_forward_without_gradients_are_stock(used: list[type]) -> None:
+    dilated, plain = M.Conv2d(4, 8, 3, dilation=2), M.Conv2d(4, 8, 3)
+    source = normal(2, 4, 8, 8)
+    assert_alike(stepped(dilated, source, None, True), stepped(dilated, source, None, False))
+    expected = plain(Tensor(source)).numpy()
+    with fast_gradients():
+        assert np.array_equal(plain(Tensor(source)).numpy(), expected)
+    assert used == []
+
+
+def test_traced_code_is_stock(used: list[type]) -> None:
+    module = M.Conv2d(4, 8, 3)
+    source = Tensor(normal(2, 4, 8, 8))
+    manager = GradManager().attach(module.parameters())
+
+    @mge.jit.trace(symbolic=True)  # type: ignore[untyped-decorator]
+    def step(x: Tensor) -> Tensor:
+        with manager:
+            loss = (module(x) ** 2).mean()
+            manager.backward(loss)
+        return loss
+
+    with fast_gradients():
+        step(source)
+    assert used == []
+
+
+def test_an_unknown_fake_quantization_keeps_its_own_code_and_gets_fast_convolutions(used: list[type]) -> None:
+    module = fused_module("bn relu", True, Shape(8, 16, 3, 1, 1, 1))
+    inner = next(part for part in module.modules() if isinstance(part, Q.ConvBnRelu2d))
+    source = normal(2, 8, 6, 6)
+    module(Tensor(source))
+    for name in ("weight", "act"):
+        quantizer = LSQ(dtype=getattr(inner, f"{name}_observer").dtype)
+        quantizer.set_qparams(getattr(inner, f"{name}_observer").get_qparams())
+        setattr(inner, f"{name}_fake_quant", quantizer)
+    fast, stock = (stepped(module, source, None, fast) for fast in (True, False))
+    assert fast.gradients.keys() == stock.gradients.keys()
+    # LSQ's step sizes have gradients that a single rounding the other way changes.
+    for name in ("source", *(n for n in stock.gradients if n.endswith("conv.weight"))):
+        assert relative(fast.gradients[name], stock.gradients[name]) < 1e-3, name
+    assert used == [Convolution]
+
+
+@pytest.fixture
+def stock_functions() -> Iterator[tuple[Any, ...]]:
+    yield conv_module.conv2d, M.ConvBn2d.forward, Q.ConvBnRelu2d.forward, Q.QATModule._apply_fakequant_with_observer
+
+
+def test_everything_is_put_back_even_after_an_error(stock_functions: tuple[Any, ...]) -> None:
+    with pytest.raises(KeyError), fast_gradients():
+        with fast_gradients():
+            assert fast_gradients_enabled()
+        assert fast_gradients_enabled()
+        assert conv_module.conv2d is not stock_functions[0]
+        raise KeyError
+    assert not fast_gradients_enabled()
+    now = (conv_module.conv2d, M.ConvBn2d.forward, Q.ConvBnRelu2d.forward, Q.QATModule._apply_fakequant_with_observer)
+    assert now == stock_functions
+
+
+def test_a_missing_onednn_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "PACKAGE", "no-such-package")
+    # Past the cache: what is loaded stays, as the programs made so far belong to it.
+    monkeypatch.setattr(onednn, "library", onednn.library.__wrapped__)
+    with pytest.raises(FailureError) as caught, fast_gradients():
+        pass
+    assert one_line_about(str(caught.value), "oneDNN", "no-such-package")
+    assert not fast_gradients_enabled()
+
+
+def test_histograms_are_numpys() -> None:
+    """Each row has bins of its own; values at the ends, of 0 and of rows without a width fall where they should."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 5000)).astype(np.float32)
+    values[0, :1000], values[2] = 0, 7.0
+    weights = rng.normal(size=values.shape).astype(np.float32)
+    lowest, highest = values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    squares, sums = np.zeros((3, 64)), np.zeros((3, 16), np.float32)
+    add_to_histograms(values, weights, lowest, highest, squares, sums)
+    assert squares[2, 0] == pytest.approx(np.square(weights[2], dtype=np.float64).sum(), rel=1e-5)
+    for row in (0, 1):
+        counted = values[row] != 0
+        ends = (lowest[row], highest[row])
+        for bins, found, wanted in ((64, squares, weights**2), (16, sums, weights)):
+            expected, _ = np.histogram(values[row][counted], bins, ends, weights=wanted[row][counted])
+            # A value next to the edge of a bin may be on the other side of it in float32.
+            assert np.abs(found[row] - expected).sum() < 0.01 * np.abs(wanted[row]).sum()

@@ -1,0 +1,385 @@
+"""ONNX classifiers of other programs: imported, equal in float, int8 that engines run, one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import mgq.graph.onnx_import.operators as operators
+from mgq.data.transforms import to_batch
+from mgq.engine.classifier.import_wish import ImportWish
+from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint
+from mgq.engine.classifier.open import Classifier, classifier_from, convert
+from mgq.errors import FailureError, InputError
+from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.equalization import equalize_channels
+from mgq.ptq.presets import CalibrationConfig
+from mgq.quantization.modes import Mode
+from mgq.quantization.targets import ONNX
+from mgq.zoo.weight_loading import read_weights
+from tests.conftest import Mgq, the_error
+from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
+
+RAW = ImportWish(preprocess="raw")
+LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
+
+
+def classifier_in(path: Path, wish: ImportWish = RAW) -> Classifier:
+    return import_classifier(path, wish, "")[0]
+
+
+def pixels(number: int = 4, height: int = 32, width: int = 32, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Smooth made-up images, uint8 (N, 3, H, W)."""
+    random = np.random.default_rng(seed)
+    noise = random.integers(0, 256, (number, height, width, 3), np.uint8)
+    crops = [np.asarray(cv2.GaussianBlur(image, (0, 0), 2), np.uint8) for image in noise]
+    return np.clip((to_batch(crops).astype(np.float32) - 128) * 5 + 128, 0, 255).astype(np.uint8)
+
+
+def answers_of(path: Path, fed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    result: npt.NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: fed})[0]
+    return result
+
+
+def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("body", BODIES)
+def test_an_imported_network_answers_as_the_file_does(tmp_path: Path, body: str, opset: int) -> None:
+    if body == "squeeze_and_excite" and opset < 14:
+        pytest.skip("HardSwish came with opset 14")
+    path = write(tmp_path / "model.onnx", body, opset)
+    images = pixels()
+    found = classifier_in(path).logits(images)
+    # raw: RGB pixels as they are, which is what the file is fed here.
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32))
+    assert difference(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_int8_of_an_imported_network_answers_nearly_as_float(tmp_path: Path, body: str) -> None:
+    classifier = classifier_in(write(tmp_path / "model.onnx", body))
+    images = pixels(24)
+    preset = CalibrationConfig("fast", target=ONNX).make_preset()
+    found, _ = find_best_network(classifier.network, images, "model", "", preset, ONNX)
+    assert found.best.snr > 15
+    qat = classifier_with(classifier, found.network)
+    int8 = convert(qat, Mode.QUANTIZED).logits(images)
+    assert difference(int8, qat.logits(images)) < 0.1
+
+
+def classifier_with(classifier: Classifier, network: Any) -> Classifier:
+    from dataclasses import replace
+
+    return replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_equalization_leaves_the_answers_of_an_imported_network(tmp_path: Path, body: str) -> None:
+    classifier = classifier_in(write(tmp_path / "model.onnx", body))
+    images = pixels(8)
+    network, factors = equalize_channels(classifier.network, images, ONNX)
+    found = classifier_with(classifier, network).logits(images)
+    assert difference(found, classifier.logits(images)) < 1e-4
+    assert factors
+
+
+def test_activations_that_are_spelled_out_become_one_layer(tmp_path: Path) -> None:
+    classifier = classifier_in(write(tmp_path / "model.onnx", "old_swishes"))
+    kinds = [plan.kind for plan in classifier.network.blueprint.layers]
+    assert {"silu", "hard_swish", "gelu"} <= set(kinds)
+    assert not {"affine", "erf", "sigmoid", "mul"} & set(kinds)
+
+
+def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
+    with_softmax, without = (write(tmp_path / f"{s}.onnx", softmax=s) for s in (True, False))
+    images = pixels()
+    assert np.allclose(classifier_in(with_softmax).logits(images), classifier_in(without).logits(images), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
+def test_the_classifiers_in_the_package_of_onnx_are_imported(path: Path) -> None:
+    classifier = classifier_in(path)  # which compares it with ONNX Runtime
+    assert len(classifier.classes) == 1000
+
+
+# ---- the input ----
+
+
+def test_the_preprocessing_is_folded_into_the_first_layer(tmp_path: Path) -> None:
+    model = Model()
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    images = pixels()
+    rgb = images[:, ::-1].astype(np.float32)
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    fed = {
+        "torch": (rgb / 255 - mean) / std,
+        "tf": rgb / 127.5 - 1,
+        "caffe": images - np.array([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1),
+        "raw": rgb,
+    }
+    for name, batch in fed.items():
+        found = classifier_in(path, ImportWish(preprocess=name)).logits(images)
+        assert difference(found, answers_of(path, batch.astype(np.float32))) < 1e-4, name
+    own = ImportWish(mean=(0.5,), std=(0.25,), order="bgr")
+    wanted = answers_of(path, ((images / 255 - 0.5) / 0.25).astype(np.float32))
+    assert difference(classifier_in(path, own).logits(images), wanted) < 1e-4
+
+
+def test_what_stands_around_a_image_is_black_where_zero_was(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx")
+    black = np.zeros((1, 3, 32, 32), np.uint8)
+    # Zeros of float and pixels of 0 differ by float32's rounding of a large shift.
+    assert difference(classifier_in(path).logits(black), answers_of(path, black.astype(np.float32))) < 1e-3
+
+
+def test_grey_networks_see_the_grey_of_a_image(tmp_path: Path) -> None:
+    model = Model(("N", 1, 32, 32))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 1, 8)), 8))
+    grey = np.repeat(pixels(2)[:, :1], 3, axis=1)
+    wanted = answers_of(path, grey[:, :1].astype(np.float32))
+    assert difference(classifier_in(path).logits(grey), wanted) < 1e-4
+
+
+def test_channels_may_come_last(tmp_path: Path) -> None:
+    model = Model(("N", 32, 32, 3))
+    first = model.add("Transpose", "image", perm=[0, 3, 1, 2])
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv(first, 3, 8)), 8))
+    classifier = classifier_in(path)
+    images = pixels()
+    wanted = answers_of(path, np.ascontiguousarray(images[:, ::-1].transpose(0, 2, 3, 1), np.float32))
+    assert difference(classifier.logits(images), wanted) < 1e-4
+    assert not any(plan.kind == "transpose" for plan in classifier.network.blueprint.layers)
+
+
+def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
+    model = Model(("N", 3, 16, 48))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    classifier = classifier_in(path)
+    crop = classifier.crop(np.zeros((100, 200, 3), np.uint8))
+    assert crop.shape == (16, 48, 3)
+    assert classifier.logits(to_batch([crop])).shape == (1, CLASSES)
+
+
+# ---- names of classes ----
+
+
+def test_class_names_come_from_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx")
+    names = [f"kind {i}" for i in range(CLASSES)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    (tmp_path / "names.json").write_text(json.dumps({str(i): name for i, name in enumerate(names)}))
+    for file in ("names.txt", "names.json"):
+        assert classifier_in(path, ImportWish(labels=tmp_path / file)).classes == tuple(names)
+    (tmp_path / "names.txt").write_text("only\ntwo")
+    with pytest.raises(InputError, match="2 names for a network of 10 classes"):
+        classifier_in(path, ImportWish(labels=tmp_path / "names.txt"))
+
+
+def test_the_background_comes_first_of_1001_classes(tmp_path: Path) -> None:
+    model = Model()
+    flat = model.add("Flatten", model.add("GlobalAveragePool", model.conv("image", 3, 8)))
+    output = model.add("Gemm", flat, model.weights(1001, 8), model.constant(np.zeros(1001)), transB=1)
+    classes = classifier_in(model.save(tmp_path / "model.onnx", output)).classes
+    assert len(classes) == 1001
+    assert classes[:2] == ("background", "tench")
+
+
+# ---- kept ----
+
+
+def test_a_checkpoint_of_an_imported_network_builds_it_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", "squeeze_and_excite")
+    told: list[str] = []
+    kept = imported_checkpoint(path, tmp_path / "runs", RAW, told.append)
+    images = pixels()
+    again = classifier_from(read_weights(kept), Mode.NORMAL)
+    assert (again.logits(images) == classifier_in(path).logits(images)).all()
+    assert again.spec.name == "model"
+    assert imported_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
+    assert told[-1].startswith("imported before")
+
+
+def test_a_file_called_as_a_network_of_the_zoo_does_not_take_its_place(tmp_path: Path) -> None:
+    assert classifier_in(write(tmp_path / "resnet18.onnx")).spec.name == "resnet18-onnx"
+
+
+# ---- what is refused ----
+
+
+def quantized(model: Model) -> Any:
+    zero = model.constant(128, np.uint8)
+    steps = model.add("QuantizeLinear", "image", model.constant(0.1), zero)
+    back = model.add("DequantizeLinear", steps, model.constant(0.1), zero)
+    return model.proto(model.classify(model.conv(back, 3, 8), 8))
+
+
+def two_inputs(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1, 3, 32, 32]))
+    return proto
+
+
+def open_height(model: Model) -> Any:
+    model.shape = ("N", 3, None, None)
+    return model.proto(model.classify(model.conv("image", 3, 8), 8))
+
+
+def half_weights(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    tensor = proto.graph.initializer[0]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return proto
+
+
+def feature_map(model: Model) -> Any:
+    return model.proto(model.conv("image", 3, 8), rank=4)
+
+
+def token_model(model: Model) -> Any:
+    model.shape = ("N", 128)
+    return model.proto(model.add("MatMul", "image", model.weights(128, 10)))
+
+
+def unknown_operator(model: Model) -> Any:
+    first = model.conv("image", 3, 8)
+    return model.proto(model.classify(model.add("Mish", first), 8))
+
+
+def old_opset(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.opset_import[0].version = 6
+    return proto
+
+
+def outside(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret.bin")
+    return proto
+
+
+def not_numbers(model: Model) -> Any:
+    weight = model.constant(np.full((8, 3, 3, 3), np.nan))
+    return model.proto(model.classify(model.add("Conv", "image", weight), 8))
+
+
+REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "quantized": (quantized, "quantized already"),
+    "two inputs": (two_inputs, "has 2 inputs"),
+    "open height": (open_height, "--size"),
+    "float16": (half_weights, "weights in float16"),
+    "feature map": (feature_map, "1x8x30x30"),
+    "tokens": (token_model, "not pictures"),
+    "operator": (unknown_operator, "Mish 'n1' (opset 18)"),
+    "opset": (old_opset, "opset 6"),
+    "outside": (outside, "outside of its folder"),
+    "nan": (not_numbers, "NaN"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_float_classifier_is_refused_in_one_line(tmp_path: Path, mgq: Mgq, what: str) -> None:
+    make, said = REFUSED[what]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make(Model(opset=18)).SerializeToString())
+    runs = tmp_path / "runs"
+    assert said in the_error(mgq("calibrate", "-c", path, "--data-free", "-s", runs))
+    assert not runs.exists()
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx")
+    path.write_bytes(path.read_bytes()[:-700])
+    assert "cut off" in the_error(mgq("calibrate", "-c", path, "--data-free"))
+
+
+def test_a_file_of_more_than_2_gb_is_not_read(tmp_path: Path, mgq: Mgq) -> None:
+    path = tmp_path / "model.onnx"
+    with path.open("wb") as file:
+        file.truncate(1 << 31)
+    assert "larger than 2 GB" in the_error(mgq("calibrate", "-c", path, "--data-free"))
+
+
+def test_data_in_a_file_of_its_folder_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx")
+    images = pixels()
+    wanted = classifier_in(path).logits(images)
+    options = {"save_as_external_data": True, "location": "model.data", "size_threshold": 0}
+    onnx.save_model(onnx.load(str(path)), str(path), **options)
+    assert (tmp_path / "model.data").is_file()
+    assert (classifier_in(path).logits(images) == wanted).all()
+    (tmp_path / "model.data").write_bytes(b"short")
+    with pytest.raises(InputError, match="too short"):
+        classifier_in(path)
+
+
+def test_a_layer_that_answers_otherwise_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "model.onnx", "rare")
+    monkeypatch.setitem(operators.READERS, "Tanh", operators.READERS["Sigmoid"])
+    tanh = next(node for node in onnx.load(str(path)).graph.node if node.op_type == "Tanh")
+    with pytest.raises(FailureError, match=f"its tensor '{tanh.output[0]}'"):
+        classifier_in(path)
+
+
+# ---- the command line ----
+
+
+def test_calibrate_makes_an_int8_file_of_an_onnx_file(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx", "squeeze_and_excite")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(pixels(12, 40, 40)):
+        cv2.imwrite(str(photos / f"{i}.png"), image.transpose(1, 2, 0))
+    shown = mgq("calibrate", photos, "-c", path, "--quality", "fast", "--preprocess", "raw")
+    assert shown.code == 0, shown
+    int8 = tmp_path / "runs" / "model.calibration" / "model.int8.onnx"
+    assert f"int8 file: {int8.relative_to(tmp_path)}" in shown.out or "not done" in shown.err
+    assert "input as raw" in shown.err
+    session = onnxruntime.InferenceSession(str(int8), providers=["CPUExecutionProvider"])
+    images = pixels(8, seed=3)
+    found = session.run(None, {session.get_inputs()[0].name: images})[0]
+    assert difference(found, answers_of(path, images[:, ::-1].astype(np.float32))) < 0.3
+    told = mgq("infer", photos / "0.png", "-c", path, "-m", "normal")
+    assert told.code == 0, told
+    assert "imported before" in told.err
+
+
+def test_a_float_dump_of_an_imported_network_is_onnx(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx")
+    said = mgq("dump", "-c", path, "-m", "normal", "--check", "none")
+    assert said.code == 0, said
+    assert (tmp_path / "model.normal.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_an_imported_network_is_trained_for_int8(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx", "squeeze_and_excite")
+    for part in ("train", "val"):
+        for number, image in enumerate(pixels(2 * CLASSES, 40, 40)):
+            file = tmp_path / "data" / part / f"kind{number % CLASSES}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), image.transpose(1, 2, 0))
+    said = mgq("qat", "-c", path, "-d", tmp_path / "data", "--epochs", "1")
+    assert said.code == 0, said
+    assert "trained with quantization" in said.out
+
+
+def test_words_for_foreign_files_are_refused_for_others(tmp_path: Path, mgq: Mgq) -> None:
+    assert "for ONNX files of others" in the_error(mgq("calibrate", "--preprocess", "tf", "--data-free"))

@@ -1,0 +1,296 @@
+"""Candidates of post-training quantization: judged on images held back, and never worse than a simpler one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import megengine.module as M
+import numpy as np
+import numpy.typing as npt
+import pytest
+from megengine import Tensor
+
+from mgq.cli.analyze import calibration_lines
+from mgq.engine.calibration.analysis import calibration_of
+from mgq.engine.calibration.calibration_run import calibrate
+from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
+from mgq.ptq.logit_gradients import Reaction, measure_reactions
+from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
+from mgq.ptq.presets import PRESETS, CalibrationConfig, get_preset
+from mgq.ptq.range_measurement import as_input
+from mgq.ptq.steps import (
+    Draft,
+    Equalize,
+    Images,
+    RangesByLogits,
+    RangesBySeen,
+    RoundWeights,
+    Step,
+    in_batches,
+    logits_of,
+)
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from tests.conftest import classifier_of, smooth_images
+from tests.fakes.uneven_networks import network_of, with_true_statistics
+
+IMAGES = smooth_images(24, seed=3)
+UNSEEN = smooth_images(16, seed=11)
+SHUFFLE = "shufflenet_v1_x0_5_g3"
+CASES = [("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
+CASES += [(SHUFFLE, {}, "balanced", ONNX), (SHUFFLE, {}, "balanced", MEGENGINE)]
+NAMES = ["mobilenet", "shufflenet", "per-layer"]
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
+
+
+def trained_like(arch: str, options: dict[str, object]) -> M.Module:
+    """A network whose batch norms have the statistics of the images, as in a trained one."""
+    network = network_of(arch, **options)
+    with_true_statistics(network)
+    network.eval()
+    return network
+
+
+@dataclass(frozen=True)
+class Harm:
+    """A step that makes everything worse: ranges a hundredth of what they should be."""
+
+    name: str = "harm"
+
+    def apply(self, draft: Draft) -> Draft:
+        done = RangesBySeen().apply(draft)
+        narrow = {name: (low / 100, high / 100) for name, (low, high) in done.activations.items()}
+        return draft.with_ranges(draft.prepared(), narrow, "harm")
+
+
+class TestHeldBack:
+    def test_a_fifth_is_held_back_and_never_fitted_to(self) -> None:
+        images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+        fit, held = split(images)
+        assert len(held) == 20 and len(fit) == 80
+        assert not set(held.ravel().tolist()) & set(fit.ravel().tolist())
+
+    @pytest.mark.parametrize("number", [1, 2, FEWEST - 1])
+    def test_of_too_few_none_are_held_back(self, number: int) -> None:
+        fit, held = split(IMAGES[:number])
+        assert len(fit) == len(held) == number
+
+    def test_of_some_at_least_eight_are_held_back(self) -> None:
+        fit, held = split(IMAGES[:FEWEST])
+        assert (len(fit), len(held)) == (FEWEST - 8, 8)
+
+
+class TestSearch:
+    @pytest.mark.parametrize(("arch", "options", "quality", "target"), CASES, ids=NAMES)
+    def test_no_candidate_is_better_than_what_is_kept(
+        self, arch: str, options: dict[str, object], quality: str, target: Target
+    ) -> None:
+        network = trained_like(arch, options)
+        found, _ = find_best_network(network, IMAGES, arch, "", get_preset(quality), target)
+        _, held = split(IMAGES)
+        finished = [trial for trial in found.trials if len(trial.steps) == len(found.best.steps)]
+        assert found.best.snr >= max(trial.snr for trial in finished) - 0.1
+        assert found.held_back and found.judged_on == len(held)
+        # What was measured is what is handed out.
+        assert snr_of(logits_of(found.network, held), logits_of(network, held)) == pytest.approx(
+            found.best.snr, abs=1e-6
+        )
+
+    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images_on_images_held_back(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        fast, balanced = (
+            find_best_network(network, IMAGES, "", "", get_preset(quality), ONNX)[0].best.snr
+            for quality in ("fast", "balanced")
+        )
+        fit, held = split(IMAGES)
+        exact = logits_of(network, held)
+        free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], held), exact)
+        plain = RangesBySeen().apply(Draft(network, fit, ONNX))
+        assert plain.watched is not None
+        assert balanced >= fast - 0.2
+        assert fast >= max(free, snr_of(logits_of(plain.watched, held), exact)) - 1.0
+
+    def test_a_step_that_harms_is_left_out_and_named(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesBySeen(),)))
+        found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
+        assert "harm" not in found.best.steps
+        assert "left out, as it did not help: harm" in found.summary()
+        assert "\n" not in found.summary()
+
+    def test_a_finish_that_harms_is_left_out(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        good: Step = PRESETS["fast"].finishes[0]
+        found = find_best(
+            network,
+            IMAGES,
+            replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(), good)),
+            lambda fit: Draft(network, fit, ONNX),
+        )
+        assert found.best.steps == ("ranges by min-max", good.name)
+
+    def test_the_float_network_stays_as_it_is(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        before = logits_of(network, UNSEEN)
+        find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
+        assert np.array_equal(logits_of(network, UNSEEN), before)
+
+
+ODD: dict[str, Images] = {
+    "one": IMAGES[:1],
+    "two": IMAGES[:2],
+    "black": np.zeros((20, *IMAGES.shape[1:]), np.uint8),
+    "alike": np.repeat(IMAGES[:1], 20, axis=0),
+}
+
+
+class TestOddInput:
+    @pytest.mark.parametrize("kind", ODD)
+    def test_odd_images_give_a_sound_network(self, kind: str) -> None:
+        network = trained_like(SHUFFLE, {})
+        found, ranges = find_best_network(network, ODD[kind], "", "", get_preset("balanced"), ONNX)
+        assert np.isfinite(logits_of(found.network, UNSEEN)).all()
+        assert all(np.isfinite(limit) for limits in ranges.ranges.values() for limit in limits)
+
+    def test_a_network_whose_logits_are_constant_is_calibrated(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        head = network.classifier[0] if hasattr(network.classifier, "__getitem__") else network.classifier
+        head.weight[...] = Tensor(np.zeros_like(head.weight.numpy()))
+        found, _ = find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
+        assert np.isfinite(logits_of(found.network, UNSEEN)).all()
+
+    def test_a_layer_that_gives_nothing_but_0_has_a_range(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        layer = network.features[1].branch_main_1[0]
+        for parameter in (layer.bn.weight, layer.bn.bias):
+            parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
+        draft = RangesByLogits().apply(Draft(network, IMAGES[:8], ONNX))
+        assert draft.watched is not None
+        assert "features.1.branch_main_1.0" not in draft.reactions
+        assert draft.activations["features.1.branch_main_1.0"] == (0.0, 0.0)
+        assert np.isfinite(logits_of(draft.watched, UNSEEN)).all()
+
+    def test_dead_channels_and_variances_near_zero_are_sound(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        bn = next(module for module in network.modules() if isinstance(module, M.BatchNorm2d))
+        for parameter, value in ((bn.weight, 0.0), (bn.running_var, 1e-12)):
+            changed = parameter.numpy().copy()
+            changed[:, :2] = value
+            parameter[...] = Tensor(changed)
+        found, _ = find_best_network(network, IMAGES[:16], "", "", get_preset("balanced"), ONNX)
+        assert found.best.snr > 10
+
+
+class TestSignalToNoise:
+    def test_equal_logits_have_no_noise(self) -> None:
+        logits = np.ones((2, 3), np.float64)
+        assert snr_of(logits, logits) == NO_NOISE
+
+    def test_it_is_the_ratio_of_energies(self) -> None:
+        exact: npt.NDArray[np.float64] = np.full((4, 5), 10.0)
+        assert snr_of(exact + 1, exact) == pytest.approx(20)
+
+    def test_logits_that_are_not_finite_are_the_worst(self) -> None:
+        exact = np.ones((1, 2))
+        assert snr_of(exact * np.nan, exact) == -NO_NOISE
+
+
+def on_grid(limit: float, _: M.Module, __: object, output: Tensor) -> Tensor:
+    """What an int8 grid up to ``limit`` makes of the output of a layer."""
+    step = limit / 127.5
+    return Tensor((np.clip(np.rint(output.numpy() / step), -128, 127) * step).astype(np.float32))
+
+
+class TestReactions:
+    def test_the_noise_of_a_grid_is_foretold(self) -> None:
+        """The estimate, made of gradients alone, beside the change of the logits that the grid really makes."""
+        network = trained_like(SHUFFLE, {})
+        draft = Draft(network, IMAGES, ONNX)
+        exact = logits_of(network, IMAGES)
+        name = "features.1.branch_main_2.0"
+        reaction = draft.reactions[name]
+        modules = dict(network.named_modules())
+        for limit in (reaction.largest, 0.6 * reaction.largest):
+            hook = modules[name].register_forward_hook(functools.partial(on_grid, limit))
+            try:
+                real = float(np.square(logits_of(network, IMAGES) - exact).sum())
+            finally:
+                hook.remove()
+            assert 0.25 < reaction.noises(np.array([limit]), 127.5).item() / real < 4
+
+    def test_values_that_matter_to_no_logit_may_be_clipped(self) -> None:
+        rng = np.random.default_rng(0)
+        values = rng.normal(0, 1, (8, 4, 6, 6)).astype(np.float32)
+        gradients = rng.normal(0, 1, values.shape).astype(np.float32)
+        values[:, 0, 0, 0], gradients[:, 0, 0, 0] = 50.0, 0.0
+        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction.add(values, gradients)
+        assert reaction.best_limit(127.5) < 10
+
+    def test_reactions_of_channels_made_larger_are_those_measured_again(self) -> None:
+        """Equalized channels need no second look at the images."""
+        draft = Draft(trained_like(SHUFFLE, {}), IMAGES[:16], ONNX)
+        foretold = Equalize().apply(draft)
+        again = replace(foretold, measured=None)
+        assert foretold.reactions.keys() == again.reactions.keys()
+        for name, reaction in again.reactions.items():
+            half = 127.5
+            assert foretold.reactions[name].best_limit(half) == pytest.approx(reaction.best_limit(half), rel=0.1), name
+
+    def test_layers_that_give_nothing_are_left_out(self) -> None:
+        network = trained_like("mobilenet_v2", {})
+        bn = network.features[0].bn
+        for parameter in (bn.weight, bn.bias):
+            parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
+        found = measure_reactions(network, ["features.0", "features.1.conv.0"], in_batches(IMAGES[:8]))
+        assert "features.0" not in found
+
+
+def test_ranges_by_logits_do_not_need_a_network_of_the_zoo() -> None:
+    class Net(M.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant = M.QuantStub(), M.DequantStub()
+            self.first = M.ConvBnRelu2d(3, 8, 3, 2, 1)
+            self.head = M.Linear(8, 4)
+            self.head.disable_quantize()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.dequant(self.first(self.quant(x))).mean(axis=(2, 3)))
+
+    network = Net()
+    network.eval()
+    done = RoundWeights().apply(RangesByLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
+    assert done.watched is not None
+    exact: npt.NDArray[np.float64] = logits_of(network, IMAGES[:8])
+    assert snr_of(logits_of(done.watched, IMAGES[:8]), exact) > 15
+    assert as_input(IMAGES[:1]).dtype == np.float32
+
+
+class Drawn:
+    """A data set in memory."""
+
+    name = "drawn"
+    classes = ("a", "b")
+    labels = None
+
+    def __len__(self) -> int:
+        return 20
+
+    def image(self, index: int) -> Images:
+        return np.ascontiguousarray(smooth_images(1, 80, 96, index)[0].transpose(1, 2, 0))
+
+
+def test_analysis_tells_what_calibration_tried_of_just_these_weights(tmp_path: Path) -> None:
+    made = calibrate(classifier_of(SHUFFLE), Drawn(), 20, config=CalibrationConfig("fast", target=ONNX))
+    made.write(tmp_path)
+    assert made.found is not None
+    found = calibration_of(made.classifier, [], tmp_path)
+    assert found["steps"] == list(made.found.best.steps)
+    first, *rest = calibration_lines(found)
+    assert "8 pictures held back" in first and len(rest) == len(found["tried"])
+    assert sum(line.endswith("(kept)") for line in rest) == 1
+    decibels = [float(line.split()[0]) for line in rest]
+    assert decibels == sorted(decibels, reverse=True)
+    assert calibration_of(classifier_of(SHUFFLE), [], tmp_path) == {}
