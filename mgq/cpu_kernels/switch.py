@@ -28,6 +28,8 @@ from mgq.cpu_kernels.autograd_functions import (
 from mgq.cpu_kernels.elementwise import extremes
 from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, set_value, update_observer
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
+from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
+from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
 from mgq.cpu_kernels.tensor_exchange import Array, values
 from mgq.machine import keep_freed_memory
 from mgq.quantization.activations import RELU6
@@ -106,6 +108,7 @@ def fast_gradients() -> Iterator[None]:
 def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.module.conv, "conv2d", fast_conv2d)
     yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
+    yield Replacement(M.BatchNorm2d, "forward", shared_batch_norm)
     yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
     for module, qat_module, relu, ceiling in (
         (M.ConvBn2d, Q.ConvBn2d, False, None),
@@ -236,6 +239,7 @@ def fusable(module: M.Module, source: Tensor) -> Geometry | None:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.compute_mode == "default"
+        and not (bn.training and exchange_of_batch_norm() is not None)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
         and on_cpu(source, conv.weight)
