@@ -40,6 +40,8 @@ CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
+POLLER = "CompNodeSync"
+"""What MegEngine calls its thread that polls."""
 ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 ONEDNN_EXACT = "AVX512_CORE_VNNI"
 
@@ -132,6 +134,19 @@ def prefer_fast_kernels() -> None:
         return
     if b"AuthenticAMD" in start and b" avx2 " in start:
         os.environ[MKL_VARIABLE] = MKL_AVX2
+
+
+def calm_poller() -> None:
+    """Give MegEngine's thread that polls what no other thread wants of the processor.
+
+    It wakes some ten thousand times a second whatever there is to do, and pushed the thread that computes aside each
+    time: a training step on one core took 1.4 times as long. Nothing waits for it but memory that is given back. Does
+    nothing before MegEngine has made its first tensor, and where the system knows no such threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for task in Path("/proc/self/task").iterdir():
+            if (task / "comm").read_text().strip() == POLLER:
+                os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def keep_freed_memory() -> None:
