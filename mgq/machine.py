@@ -41,7 +41,8 @@ MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
 POLLER = "CompNodeSync"
-"""What MegEngine calls its thread that polls."""
+HELPERS = ("worker", "cpu")
+"""What MegEngine calls its thread that polls; how the names of those begin that work for others."""
 ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 ONEDNN_EXACT = "AVX512_CORE_VNNI"
 
@@ -136,17 +137,21 @@ def prefer_fast_kernels() -> None:
         os.environ[MKL_VARIABLE] = MKL_AVX2
 
 
-def calm_poller() -> None:
-    """Give MegEngine's thread that polls what no other thread wants of the processor.
+def calm_threads() -> None:
+    """Let none of MegEngine's threads push the one that computes aside.
 
-    It wakes some ten thousand times a second whatever there is to do, and pushed the thread that computes aside each
-    time: a training step on one core took 1.4 times as long. Nothing waits for it but memory that is given back. Does
-    nothing before MegEngine has made its first tensor, and where the system knows no such threads.
+    One of them polls: it wakes some ten thousand times a second whatever there is to do, and a training step on one
+    core took 1.4 times as long. It gets what no other thread wants of the processor; nothing waits for it. Those that
+    work for others get their share as before, but wait until the core is free instead of breaking in. Does nothing
+    before MegEngine has made its first tensor, and where the system knows no such threads.
     """
     with contextlib.suppress(OSError, AttributeError):
         for task in Path("/proc/self/task").iterdir():
-            if (task / "comm").read_text().strip() == POLLER:
+            name = (task / "comm").read_text().strip()
+            if name == POLLER:
                 os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
+            elif name.startswith(HELPERS):
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def keep_freed_memory() -> None:

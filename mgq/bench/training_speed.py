@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import megengine as mge
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import GradManager
@@ -153,8 +154,7 @@ class Stepper:
                 loss = cross_entropy(self.network(self.images()), Tensor(self.labels), 0.1)
                 self.manager.backward(loss)
             self.optimizer.step().clear_grad()
-            for parameter in self.network.parameters():
-                parameter.numpy()
+            mge._full_sync()
             return float(loss.numpy().item())
 
 

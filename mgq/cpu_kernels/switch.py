@@ -43,7 +43,7 @@ from mgq.cpu_kernels.feature_maps import (
 )
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.tensor_exchange import Array, values
-from mgq.machine import calm_poller, keep_freed_memory
+from mgq.machine import calm_threads, keep_freed_memory
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo import shufflenet_v1
@@ -78,7 +78,7 @@ def enable_fast_gradients() -> None:
     onednn.library()
     keep_freed_memory()
     Tensor(0.0).numpy()  # MegEngine starts its threads with its first tensor
-    calm_poller()
+    calm_threads()
     for owner, name, fast in replacements():
         stock = getattr(owner, name)
         _replaced.append((owner, name, stock))
