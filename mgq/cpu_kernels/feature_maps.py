@@ -177,7 +177,8 @@ class Sum(MapFunction):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         self.to = [source.gradient for source in self.sources]
-        added = channels_last.add(*(source.array for source in self.sources), relu=self.relu)
+        first, second = self.sources
+        added = channels_last.add(first.array, second.array, self.relu)
         del self.sources
         self.output = added if self.relu else None
         return self.emit(added, a.device)

@@ -211,3 +211,15 @@ def shuffle(source: Any, target: Any, groups: Any) -> None:
         for group in range(groups):
             for i in range(long):
                 target[row, group * long + i] = source[row, i * groups + group]
+
+
+@make_compiler()
+def descend(
+    value: Any, speed: Any, gradient: Any, new_value: Any, new_speed: Any, rate: Any, momentum: Any, decay: Any
+) -> None:
+    """A step of gradient descent: float32, all arrays (N,). Rounded after every operation, as MegEngine does."""
+    for i in range(value.size):
+        slope = gradient[i] + value[i] * decay if decay != ZERO else gradient[i]
+        moving = speed[i] * momentum + slope
+        new_speed[i] = moving
+        new_value[i] = value[i] - rate * moving

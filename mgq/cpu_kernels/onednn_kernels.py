@@ -74,9 +74,7 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(PROGRAMS_KEPT)
-def geometry(
-    source: Shape, weights: Shape, stride: Pair, padding: Pair, channels_last: bool = False
-) -> Geometry:
+def geometry(source: Shape, weights: Shape, stride: Pair, padding: Pair, channels_last: bool = False) -> Geometry:
     channels = weights[0] if len(weights) == 4 else weights[0] * weights[1]
     sizes = zip(source[2:], weights[-2:], stride, padding, strict=True)
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
@@ -184,8 +182,9 @@ class _Gradients:
         self.arrays: dict[str, Array] = {} if self.d_source is None else {"d_source": self.d_source}
         if _Convolution.of(geometry).needs_windows:
             height, width = geometry.padding
-            margins = ((height, height), (width, width))
-            margins = ((0, 0), *margins, (0, 0)) if geometry.channels_last else ((0, 0), (0, 0), *margins)
+            around = ((height, height), (width, width))
+            still = (0, 0)
+            margins = (still, *around, still) if geometry.channels_last else (still, still, *around)
             self.arrays["padded"] = np.pad(source, margins)
             channels = geometry.weights[0]
             self.arrays |= {name: empty((channels, 1, 1, WINDOW, WINDOW)) for name, *_ in _windows(geometry)}

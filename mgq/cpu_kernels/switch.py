@@ -16,6 +16,7 @@ import numpy as np
 from megengine import Tensor, amp
 from megengine.core._imperative_rt.core2 import is_tracing_module
 from megengine.jit.tracing import is_tracing
+from megengine.optimizer import SGD
 
 from mgq.cpu_kernels import onednn
 from mgq.cpu_kernels.autograd_functions import (
@@ -27,7 +28,7 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.channels_last import Pool
-from mgq.cpu_kernels.elementwise import extremes
+from mgq.cpu_kernels.elementwise import descended, extremes
 from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, set_value, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
@@ -129,6 +130,7 @@ def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.functional, "avg_pool2d", fast_avg_pool2d)
     yield Replacement(M.Identity, "forward", fast_identity)
     yield Replacement(shufflenet_v1, "channel_shuffle", fast_channel_shuffle)
+    yield Replacement(SGD, "_updates", fast_updates)
     for network in MAPPED_NETWORKS:
         yield Replacement(network, "forward", fast_network)
 
@@ -192,7 +194,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
         def forward(self: M.Module, inp: Tensor | FeatureMap) -> Tensor | FeatureMap:
             found = fusable(self, inp)
             if found is None:
-                return stock(self, plain(inp))
+                return as_before(inp, stock(self, plain(inp)))
             return normalize(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
@@ -211,7 +213,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             )
             found = fusable(self, inp) if known else None
             if found is None:
-                return stock(self, plain(inp))
+                return as_before(inp, stock(self, plain(inp)))
             arguments = arguments_of(self, found, relu, ceiling, inp)
             function = (
                 FakeQuantizedConvolution(self, *arguments)
@@ -225,6 +227,11 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
         return forward
 
     return fast
+
+
+def as_before(source: Tensor | FeatureMap, result: Tensor) -> Tensor | FeatureMap:
+    """``result`` of MegEngine's own code, as a feature map where its ``source`` was one."""
+    return of_tensor(result) if isinstance(source, FeatureMap) else result
 
 
 def arguments_of(
@@ -268,9 +275,7 @@ def elements_a_channel(geometry: Geometry) -> int:
     return batch * height * width
 
 
-def normalize(
-    module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap
-) -> Tensor | FeatureMap:
+def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
     """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
     bn = module.bn
     run = function.mapped if isinstance(source, FeatureMap) else function
@@ -373,6 +378,32 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     )
 
 
+def fast_updates(stock: Stock) -> Stock:
+    def updates(self: SGD, param_group: dict[str, Any]) -> None:
+        trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
+        if self.nesterov or not param_group["momentum"] or not trained or not on_cpu(*trained):
+            stock(self, param_group)
+            return
+        velocities = [self._state[parameter]["momentum_buffer"] for parameter in trained]
+        numbers = (param_group[name] for name in ("lr", "momentum", "weight_decay"))
+        descend(trained, velocities, *map(np.float32, numbers))
+
+    return updates
+
+
+def descend(
+    parameters: list[Tensor], velocities: list[Tensor], rate: np.float32, momentum: np.float32, decay: np.float32
+) -> None:
+    """One step of stochastic gradient descent, to the bit as MegEngine's, in one pass over each array."""
+    device, number = parameters[0].device, len(parameters)
+    arrays = values(*parameters, *velocities, *(parameter.grad for parameter in parameters))
+    each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
+    for parameter, velocity, value, speed, gradient in each:
+        new_value, new_speed = descended(value, speed, gradient, rate, momentum, decay)
+        parameter._reset(Tensor(new_value, device=device))
+        velocity._reset(Tensor(new_speed, device=device))
+
+
 def parts_of(module: M.Module) -> Iterator[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
     yield module
@@ -387,7 +418,8 @@ def fast_quantization(stock: Stock) -> Stock:
     ) -> Tensor | FeatureMap:
         if isinstance(target, FeatureMap) and is_plain(fake_quant) and is_known(observer):
             return quantized_map(target, observer)
-        target = plain(target)
+        if isinstance(target, FeatureMap):
+            return of_tensor(apply_fakequant_with_observer(self, plain(target), fake_quant, observer))
         if not is_plain(fake_quant) or observer is None or not on_cpu(target):
             return stock(self, target, fake_quant, observer)
         if is_known(observer):
