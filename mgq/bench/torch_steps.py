@@ -138,13 +138,18 @@ def prepared(network: Any, mode: str, images: Any) -> Any:
     return prepare_qat_fx(network, get_default_qat_qconfig_mapping("x86"), (images,)).train()
 
 
+def tell(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     order = json.loads(sys.stdin.readline())
     torch.set_num_threads(order["threads"])
     torch.manual_seed(0)
     network = network_of(order["arch"], order["classes"])
     if network is None:
-        print(json.dumps({"problem": "there is no PyTorch form of it here"}), flush=True)
+        tell({"problem": "there is no PyTorch form of it here"})
         return
     size = order["image_size"]
     images = torch.randint(-128, 128, (order["batch"], 3, size, size)).float()
@@ -153,7 +158,7 @@ def main() -> None:
     try:
         network = prepared(network, order["mode"], images)
     except (ImportError, AttributeError) as error:
-        print(json.dumps({"problem": f"this PyTorch has no FX quantization: {error}"}), flush=True)
+        tell({"problem": f"this PyTorch has no FX quantization: {error}"})
         return
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
@@ -164,7 +169,7 @@ def main() -> None:
         optimizer.step()
         loss.item()
 
-    print(json.dumps({"version": torch.__version__}), flush=True)
+    tell({"version": torch.__version__})
     for line in sys.stdin:
         times = []
         processor = time.process_time_ns()
@@ -172,7 +177,7 @@ def main() -> None:
             start = time.perf_counter_ns()
             step()
             times.append(time.perf_counter_ns() - start)
-        print(json.dumps({"times": times, "processor": time.process_time_ns() - processor}), flush=True)
+        tell({"times": times, "processor": time.process_time_ns() - processor})
 
 
 if __name__ == "__main__":
