@@ -109,7 +109,6 @@ def bench(
       mgq bench --int8
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
       mgq bench network.onnx network.so
-      mgq bench --train
       mgq bench --train --no-stock --against torch
     """
     if int8 and fp32:
