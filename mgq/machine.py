@@ -141,16 +141,14 @@ def calm_threads() -> None:
     """Let none of MegEngine's threads push the one that computes aside.
 
     One of them polls: it wakes some ten thousand times a second whatever there is to do, and a training step on one
-    core took 1.4 times as long. It gets what no other thread wants of the processor; nothing waits for it. Those that
-    work for others get their share as before, but wait until the core is free instead of breaking in. Does nothing
+    core took 1.4 times as long. Others work for the one that computes. They get their share as before, but wait until
+    the core is free instead of breaking in. (With no share at all, what the poller gives back piled up.) Does nothing
     before MegEngine has made its first tensor, and where the system knows no such threads.
     """
     with contextlib.suppress(OSError, AttributeError):
         for task in Path("/proc/self/task").iterdir():
             name = (task / "comm").read_text().strip()
-            if name == POLLER:
-                os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
-            elif name.startswith(HELPERS):
+            if name == POLLER or name.startswith(HELPERS):
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
