@@ -216,3 +216,17 @@ def requantize(
 
     in_rows(run, source, LONG_PIECE)
     return steps
+
+
+def descended(
+    value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
+) -> tuple[Array, Array]:
+    """A parameter's new value and speed after a step of gradient descent with momentum and weight decay."""
+    new_value, new_speed = empty(value.shape), empty(value.shape)
+    old, was, by, now, then = (a.reshape(-1) for a in (value, speed, gradient, new_value, new_speed))
+
+    def run(piece: slice) -> None:
+        numba_loops.descend(old[piece], was[piece], by[piece], now[piece], then[piece], rate, momentum, decay)
+
+    in_pieces(run, value.size, LONG_PIECE)
+    return new_value, new_speed

@@ -54,6 +54,7 @@ from mgq.ptq.equalization import equalize_channels
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
+from mgq.system.graphics_cards import graphics_cards, refuse_unfit
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.foreign_states import State
 from mgq.zoo.layers import without_initialization
@@ -190,6 +191,8 @@ def make_float_options(train_options: TrainOptions, spec: ModelSpec, changes: Ma
 def find_cluster(train_options: TrainOptions) -> Cluster:
     """Where to train. With several GPUs this process keeps off them: those that it starts could not use them."""
     cluster = check_cluster(train_options.devices, train_options.nodes, train_options.node, train_options.master)
+    if gpus() and train_options.devices != 0:
+        refuse_unfit(graphics_cards()[: cluster.devices or None])
     if gpus() and (train_options.devices == 0 or cluster.world > 1):
         mge.set_default_device("cpux")
     return cluster
