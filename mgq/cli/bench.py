@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mgq.bench.benchmark_report import Report, Row
     from mgq.bench.settings import Settings
-    from mgq.bench.training_speed import TrainingReport
+    from mgq.bench.training_speed import TrainingReport, TrainingSettings
 
 STDOUT = "-"
 
@@ -122,8 +122,24 @@ def bench(
     if training:
         if files or int8 or fp32 or plot is not None or load != "latency":
             raise InputError("--train measures float and qat: leave out files, --int8, --fp32, --mode and --plot")
-        choice = (arch or [], rounds, batch, image_size, threads or [], stock, against or [], torch_python)
-        bench_training(choice, json_file, as_markdown)
+        if checkpoint is not None:
+            raise InputError("--train measures networks with random weights: leave out -c")
+
+        def training_settings() -> TrainingSettings:
+            from mgq.bench.training_speed import make_training_settings
+
+            return make_training_settings(
+                arch or [],
+                rounds,
+                batch,
+                image_size,
+                threads=threads or [],
+                stock=stock,
+                against=against or [],
+                python=torch_python,
+            )
+
+        bench_training(training_settings, json_file, as_markdown)
         return
     if torch_python is not None or not stock:
         raise InputError("--torch-python and --no-stock belong to --train")
@@ -189,16 +205,16 @@ def files_of(arch: list[str] | None, checkpoint: Path | None, save: Path, folder
     return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
 
 
-def bench_training(choice: tuple[Any, ...], json_file: str | None, as_markdown: bool) -> None:
-    """``mgq bench --train``; ``choice`` is what :func:`make_training_settings` takes."""
+def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:
+    """``mgq bench --train``. ``settings_of`` needs MegEngine."""
     from mgq.cli.console import out, progress
     from mgq.io.atomic import atomic_write
     from mgq.system.megengine_start import import_megengine
 
     import_megengine()
-    from mgq.bench.training_speed import make_training_settings, training_benchmark, training_markdown
+    from mgq.bench.training_speed import training_benchmark, training_markdown
 
-    settings = make_training_settings(*choice)
+    settings = settings_of()
     with contextlib.ExitStack() as stack:
         file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_write(Path(str(json_file))))
         with progress() as on_progress:

@@ -211,8 +211,8 @@ def requantize(
     limits, inverse = (work.low, work.high), np.float32(1) / scale
 
     def run(part: slice) -> None:
-        own = (values[part] for values in each)
-        numba_loops.requantize(source[part], *own, limits, inverse, qmin, qmax, even, counts[part])
+        before, factors, after = (values[part] for values in each)
+        numba_loops.requantize(source[part], before, factors, after, limits, inverse, qmin, qmax, even, counts[part])
 
     in_rows(run, source, LONG_PIECE)
     return steps
