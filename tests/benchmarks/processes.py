@@ -23,7 +23,14 @@ def images_per_second(processes: int, **words: Any) -> float:
     launcher = find_launcher()
     assert launcher is not None
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.together", folder, "normal", json.dumps({**WORDS, **words})]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fakes.training_together",
+            folder,
+            "normal",
+            json.dumps({**WORDS, **words}),
+        ]
         start = [launcher, "-n", str(processes)] if processes > 1 else ["taskset", "-c", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*start, *command], check=True, stdout=subprocess.DEVNULL, env=environment)

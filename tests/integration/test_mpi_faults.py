@@ -15,7 +15,7 @@ import pytest
 
 from mgq.system.mpi_world import find_launcher
 from mgq.system.supervision import WORKER_VARIABLE
-from tests.hosts import two_hosts
+from tests.fakes.network_hosts import two_hosts
 
 pytestmark = pytest.mark.skipif(
     find_launcher() is None or find_spec("mpi4py") is None, reason="needs MPI: pip install 'mgq[mpi]'"
@@ -93,6 +93,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_line(rank: int, tmp_path: Path)
     assert f"rank {rank} on " in errors[0] and "killed by SIGKILL" in errors[0] and "--resume" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_ends_all_with_one_line(tmp_path: Path) -> None:
     with two_hosts(tmp_path) as hosts:
         start = mpirun(

@@ -30,7 +30,7 @@ ROUNDING = 1e-5
 
 def train(folder: Path, processes: int, mode: str = "normal", **words: Any) -> str:
     """Train as that many processes into ``folder``; what they said."""
-    command = [sys.executable, "-m", "tests.together", str(folder), mode, json.dumps(words)]
+    command = [sys.executable, "-m", "tests.fakes.training_together", str(folder), mode, json.dumps(words)]
     if processes > 1:
         launcher = find_launcher()
         assert launcher is not None
@@ -56,6 +56,7 @@ def has_same_bits(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_go_on_to_the_bit(tmp_path: Path) -> None:
     one, two, stopped, fewer = (tmp_path / name for name in ("one", "two", "stopped", "fewer"))
     train(one, 1, **TWO_EPOCHS, **OF_ONE)
@@ -73,6 +74,7 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_bit(tmp_path: Path) 
     assert 0 < distance(weights(fewer), weights(two)) < ROUNDING
 
 
+@pytest.mark.slow
 def test_two_processes_learn_for_int8_what_one_does(tmp_path: Path) -> None:
     train(tmp_path, 1, from_scratch=True, **OF_ONE)
     (run,) = tmp_path.glob("*.normal")

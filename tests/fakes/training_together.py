@@ -1,4 +1,4 @@
-"""A training as one process or several that MPI starts: ``python -m tests.together FOLDER MODE WORDS``.
+"""A training as one process or several that MPI starts: ``python -m tests.fakes.training_together FOLDER MODE WORDS``.
 
 ``WORDS`` is JSON: what is asked for, and ``stop_after`` which line. The weights are in the run's state afterwards.
 """
