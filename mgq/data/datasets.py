@@ -13,9 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.decoding import Pixels
+from mgq.data.decoding import Pixels, read_image
 from mgq.data.folder_layout import Layout, Role, class_folders, has_images, is_empty, join_names, layout_of, list_folder
 from mgq.data.folder_scan import EMPTY_CLASS, OUTSIDE, Tally
+from mgq.data.image_sources import Source
 from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
@@ -439,3 +440,24 @@ def _images_below(folder: Path, prefix: str, tally: Tally) -> _Paths:
                 waiting.append((here / entry.name, f"{path}{entry.name}/"))
     found.sort()
     return _Paths(b"".join(found), np.array([len(path) for path in found], np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource(Source):
+    """One picture of a dataset, opened or made when it is read."""
+
+    dataset: Dataset
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"picture {self.index} of {self.dataset.name}"
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        image = self.dataset.image(self.index)
+        return read_image(image) if isinstance(image, Path) else image
+
+
+def list_sources(dataset: Dataset) -> list[Source]:
+    """The pictures of ``dataset`` in their order."""
+    return [DatasetSource(dataset=dataset, index=i) for i in range(len(dataset))]

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mgq.bench.cases import BenchmarkCase, CaseResult, LoadedWorker, run_cases
+from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
-from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
 from mgq.bench.suite import NetworkJob, computes_in, start_backend
-from mgq.data.datasets import pick_evenly
-from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.evaluate import Evaluation
-from mgq.engine.classifier.metrics import standard_error
 from mgq.engine.classifier.open import Classifier
-from mgq.errors import FailureError, MgqError
-from mgq.events import OnProgress, Progress
-from mgq.machine import usable_cores
+from mgq.errors import FailureError
+from mgq.events import OnProgress
 from mgq.quantization.targets import MEGENGINE
-from mgq.reports.run_predictions import FLOAT, INT8, Measurements, Networks, crops_at
-from mgq.runtime.protocol import in_batches
+from mgq.reports.engine_rows import PRECISIONS, ROUNDS, BackendComparison, Row, collect_rows, select_crops, with_answers
+from mgq.reports.measurements import Measurements
+from mgq.reports.run_predictions import Networks
 from mgq.runtime.registry import COMPARED, TRACED, Backend
 
-ROUNDS = 5
-IMAGES = 200
-"""On so many pictures at most the engines' answers are counted."""
-PRECISIONS = {FLOAT: Precision.FP32, INT8: Precision.INT8}
 # MegEngine as mgq itself runs it, and all engines that read a file.
 SHOWN = tuple(backend for backend in COMPARED if backend is not TRACED)
 
@@ -46,52 +37,6 @@ class GivenJob(NetworkJob):
     @cached_property
     def classifier(self) -> Classifier:
         return self.given
-
-
-@dataclass(frozen=True)
-class Row:
-    """The network ``what`` in one engine. ``problem`` says why there is no speed. ``top1`` and ``same``, its answers
-    that are MegEngine's, are percent; None where there were no pictures. ``rounds`` are times in nanoseconds."""
-
-    what: str
-    engine: str
-    version: str = ""
-    file_bytes: int | None = None
-    rounds: Rounds = ()
-    problem: str | None = None
-    top1: float | None = None
-    same: float | None = None
-
-    @property
-    def speed(self) -> Speed | None:
-        return measure_speed(self.rounds, 1) if self.rounds else None
-
-    def to_json(self) -> dict[str, Any]:
-        body = {name: value for name, value in asdict(self).items() if name != "rounds"}
-        return {**body, "speed": asdict(self.speed) if self.speed else None}
-
-
-@dataclass(frozen=True)
-class BackendComparison:
-    """All rows; ``images`` is on how many the answers were counted."""
-
-    rows: tuple[Row, ...]
-    images: int
-
-    def fastest(self, what: str) -> Row | None:
-        timed = [row for row in self.rows if row.what == what and row.rounds]
-        return max(timed, key=lambda row: row.speed.fps if row.speed else 0.0, default=None)
-
-    @property
-    def gain(self) -> Speedup | None:
-        """The fastest int8 beside the fastest float, each in its engine."""
-        one, other = self.fastest(INT8), self.fastest(FLOAT)
-        return measure_speedup(one.rounds, other.rounds) if one is not None and other is not None else None
-
-    @property
-    def error(self) -> float:
-        """The standard error of an accuracy of those of the rows, in points: the largest."""
-        return max((standard_error(row.top1, self.images) for row in self.rows if row.top1 is not None), default=0.0)
 
 
 def compare_backends(
@@ -119,16 +64,14 @@ def compare_backends(
             if computes_in(backend, job.precision)
         ]
         entries = run_cases(cases, rounds, on_progress=on_progress)
-        rows: list[Row] = []
-        for entry in entries:
-            row = row_of(entry)
-            if found is not None and crops is not None and row.problem is None:
-                on_progress(Progress("answers of engines", len(rows), len(entries), "engines"))
-                backend = next(backend for backend in engines if backend.name == row.engine)
-                row = add_agreement(row, backend, jobs[row.what], found.found[row.what], crops, indices)
-            rows.append(row)
-        on_progress(Progress("answers of engines", len(entries), len(entries), "engines"))
-    return BackendComparison(tuple(rows), len(indices))
+
+        def add(row: Row) -> Row:
+            assert found is not None and crops is not None
+            backend = next(backend for backend in engines if backend.name == row.engine)
+            return add_agreement(row, backend, jobs[row.what], found.found[row.what], crops, indices)
+
+        rows = collect_rows(entries, add if crops is not None else None, on_progress)
+    return BackendComparison(rows, len(indices))
 
 
 def make_case(job: GivenJob, backend: Backend) -> BenchmarkCase:
@@ -149,22 +92,6 @@ def start_case(job: GivenJob, backend: Backend) -> LoadedWorker:
     return start_backend(backend, job, 1)
 
 
-def row_of(entry: CaseResult) -> Row:
-    case = entry.case
-    what = next(name for name, precision in PRECISIONS.items() if precision is case.precision)
-    if entry.loaded is None or entry.problem is not None:
-        return Row(what, case.engine, problem=entry.problem)
-    return Row(what, case.engine, entry.worker.version, entry.loaded.file_bytes, entry.rounds)
-
-
-def select_crops(classifier: Classifier, found: Measurements) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """uint8 (N, 3, S, S): pictures that were measured, evenly spread; and their numbers in the dataset."""
-    all_of_them = found.last.indices
-    indices: list[int] = all_of_them[pick_evenly(len(all_of_them), IMAGES)].tolist()
-    crops: Sequence[Pixels] = crops_at(classifier, found.dataset, indices)
-    return to_batch(crops), indices
-
-
 def add_agreement(
     row: Row,
     backend: Backend,
@@ -174,13 +101,5 @@ def add_agreement(
     indices: Sequence[int],
 ) -> Row:
     """``row`` with what its ``backend`` answers to ``crops``, whose numbers are ``indices``; MegEngine's are known."""
-    places = np.searchsorted(evaluation.indices, indices)
-    labels, known = evaluation.labels[places], evaluation.predictions[places]
-    try:
-        answers = known
-        if backend.suffix:
-            runtime = backend.load(job.deployed(backend.suffix), usable_cores())
-            answers = in_batches(runtime, crops).argmax(1)
-    except MgqError as error:
-        return replace(row, problem=str(error), rounds=())
-    return replace(row, top1=100 * float((answers == labels).mean()), same=100 * float((answers == known).mean()))
+    file = (lambda: job.deployed(backend.suffix)) if backend.suffix else None
+    return with_answers(row, backend, file, evaluation, crops, indices)

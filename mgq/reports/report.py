@@ -1,87 +1,22 @@
-"""``mgq report`` as a call: a run, measured anew and laid out on one page that opens off line."""
+"""``mgq report`` as a call: one page about a run or a deployed file. Reading it imports no MegEngine."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mgq.data.datasets import subset
 from mgq.deprecation import accept_old_keywords
-from mgq.engine.classifier.open import versions
-from mgq.engine.runs.run_folder import Metrics
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.events import OnProgress, log_progress
-from mgq.io.atomic import write_text_atomically
-from mgq.reports.backend_comparison import SHOWN as ENGINES
-from mgq.reports.backend_comparison import BackendComparison, compare_backends
-from mgq.reports.finished_run import Run, find_float_weights, find_run, float_metrics, images_of
-from mgq.reports.html import check_page_path
-from mgq.reports.report_page import page_of
-from mgq.reports.run_predictions import SHOWN, Measurements, Networks, measure_networks, networks_of
-from mgq.runtime.registry import Backend
-from mgq.system.environment import Machine, this_machine
-from mgq.zoo.registry import spec_of
-from mgq.zoo.weight_loading import Weights, read_weights
+from mgq.export.formats import format_of
+from mgq.machine import refuse_without_megengine
+from mgq.reports.measurements import SHOWN
+from mgq.runtime.registry import BACKENDS, Backend
 
-PAGE = "report.html"
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """All that the page shows of ``run``.
-
-    ``found`` is None where there were no pictures, ``engines`` where they were not wanted. ``missing`` has a line for
-    everything that is not there, with the mend. ``float_metrics`` are those of the float training before. ``command``
-    makes the report again, ``page`` is where it is written.
-    """
-
-    run: Run
-    networks: Networks
-    found: Measurements | None
-    engines: BackendComparison | None
-    float_metrics: list[Metrics]
-    missing: tuple[str, ...]
-    machine: Machine
-    versions: Mapping[str, str]
-    made: datetime
-    command: str
-    page: Path
-
-    def summary(self) -> list[str]:
-        """The result in a few lines."""
-        lines = [f"{self.run.path}: {self.run.weights.arch}, {self.run.kind}"]
-        if self.found is not None:
-            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.dataset.name}"
-            tops = ", ".join(f"{name} {one.top1:.1f} %" for name, one in self.found.found.items())
-            lines.append(f"top-1 on {self.found.images} {kind}: {tops} (± {self.found.last.top1_error:.1f})")
-            if self.found.pair is not None:
-                counts = {verdict: len(group) for verdict, group in self.found.groups.items()}
-                told = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
-                lines.append(f"int8 changed {sum(counts.values())} answers: {told}")
-        return lines
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: percent, nats, bytes, pictures a second."""
-        found, compared = self.found, self.engines
-        return {
-            "run": str(self.run.path),
-            "arch": self.run.weights.arch,
-            "kind": self.run.kind,
-            "page": str(self.page),
-            "images": found.images if found else 0,
-            "accuracy": {
-                name: {"top1": one.top1, "top5": one.top5, "loss": one.loss}
-                for name, one in (found.found.items() if found else ())
-            },
-            "changed": {verdict: len(group) for verdict, group in found.groups.items()} if found else {},
-            "engines": [row.to_json() for row in compared.rows] if compared else [],
-            "missing": list(self.missing),
-            "versions": dict(self.versions),
-        }
+if TYPE_CHECKING:
+    from mgq.reports.file_report import FileReport
+    from mgq.reports.run_report import Report
 
 
 @accept_old_keywords(pictures="images")
@@ -96,75 +31,58 @@ def report(
     engines: bool | Sequence[Backend] = True,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
-) -> Report:
-    """Measure a run anew and write the HTML page about it, as ``mgq report`` does; where it is, is ``.page``.
+) -> Report | FileReport:
+    """Measure a run or a deployed file anew and write the HTML page about it, as ``mgq report`` does; where it is, is
+    ``.page``.
 
-    ``run`` is the folder of a run, or its name under ``save``; by default the newest one there. The networks are
-    measured on the labelled pictures in ``data``, by default on those that the run was measured on, or on ``limit`` of
-    them, evenly spread. ``checkpoint`` holds the float network to compare with where the run does not know it any more;
-    ``key`` chooses one of several in it.
-    ``images`` is how many of those that int8 answers otherwise are shown. ``engines``: whether other engines are
-    measured, too, or which. ``output`` is by default ``report.html`` in the run's folder.
+    ``run`` is the folder of a run, or its name under ``save``; by default the newest one there. It may be a deployed
+    file, too: that needs no MegEngine. The networks are measured on the labelled pictures in ``data``, by default on
+    those that the run was measured on, or on ``limit`` of them, evenly spread. ``checkpoint`` holds the float network
+    to compare with where the run does not know it any more; ``key`` chooses one of several in it. ``images`` is how
+    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``engines``:
+    whether engines are compared, too, or which. ``output`` is by default ``report.html`` in the run's folder, and
+    ``FILE.report.html`` beside a file.
 
-    Raises InputError where there is no such run, the page cannot be written, ``data`` is no labelled set, or its
-    classes are not the network's. Pictures that the run knows of and that are gone cost their parts of the page alone.
+    Raises InputError where there is no such run or file, the page cannot be written, ``data`` is no labelled set, or
+    its classes are not the network's; for a run where MegEngine is not installed.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit} is too small: give at least 1")
     if images < 0:
         raise InputError(f"--pictures {images} is not possible: give 0 or more")
-    machine = this_machine()  # as it is before the work begins
-    its = find_run(run, Path(save))
-    page = check_page_path(Path(output) if output is not None else its.path / PAGE, "--output")
-    normal, why_not = find_float_network(its, checkpoint, key)
-    networks = networks_of(its, normal)
-    missing = [f"float32: {why_not}"] if why_not else []
-    if not its.is_int8:
-        arch = shlex.quote(its.weights.arch)
-        missing.append(f"int8: this run made a float network; `mgq qat -a {arch}` or `mgq calibrate -a {arch}` goes on")
-    found = None
-    try:
-        labelled, left_out = images_of(its, Path(data) if data is not None else None, on_progress)
-    except InputError as error:
-        if data is not None:
-            raise
-        missing.append(f"accuracy, changed answers, confusions: {error}")
-    else:
-        labelled = subset(labelled, limit) if limit is not None else labelled
-        found = measure_networks(networks, labelled, left_out, images, on_progress)
-    compared = None
-    if engines is not False:
-        compared = compare_backends(networks, found, on_progress, ENGINES if engines is True else engines)
-    result = Report(
-        run=its,
-        networks=networks,
-        found=found,
-        engines=compared,
-        float_metrics=float_metrics(its),
-        missing=tuple(missing),
-        machine=machine,
-        versions=versions(),
-        made=datetime.now().astimezone(),
-        command=command_of(its, data, checkpoint, key, limit),
-        page=page,
-    )
-    write_text_atomically(page, page_of(result))
-    return result
+    place = Path(output) if output is not None else None
+    file = find_file(run, checkpoint, key)
+    if file is not None:
+        from mgq.reports.file_report import report_file
+
+        shown = BACKENDS if engines is True else engines or ()
+        return report_file(file, Path(data) if data is not None else None, place, limit, images, shown, on_progress)
+    refuse_without_megengine()
+    from mgq.reports.run_report import report_run
+
+    return report_run(run, data, checkpoint, save, place, limit, images, engines, on_progress, key)
 
 
-def find_float_network(run: Run, checkpoint: str | Path | None, key: str | None) -> tuple[Weights | None, str]:
-    """The float network of ``checkpoint``, else what the run knows of; or why there is none."""
-    if checkpoint is None:
-        return find_float_weights(run)
-    weights = read_weights(Path(checkpoint), spec_of(run.weights.arch), key=key)
-    if weights.classes != run.weights.classes:
-        raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
-    return weights, ""
+def find_file(run: str | Path | None, checkpoint: str | Path | None = None, key: str | None = None) -> Path | None:
+    """The deployed file that these words name, ``checkpoint`` only without a ``run``; None where they name none.
 
+    Raises InputError where it cannot be read, another program wrote it, or words are said that belong to a run.
+    """
+    named = run if run is not None else checkpoint
+    path = Path(named) if named is not None else None
+    if path is None or format_of(path) is None or path.is_dir():
+        return None
+    if path.suffix.lower() == ".onnx":
+        from mgq.export.onnx.foreign_file import is_foreign
 
-def command_of(
-    run: Run, data: str | Path | None, checkpoint: str | Path | None, key: str | None, limit: int | None
-) -> str:
-    options = {"-d": data, "-c": checkpoint, "--key": key, "--limit": limit}
-    said = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["mgq", "report", str(run.path), *said])
+        if is_foreign(path):
+            if run is None:
+                return None  # it is a float network to compare a run with
+            raise InputError(
+                f"{printable(path)} was written by another program: `mgq calibrate -c {printable(path)} -d PHOTOS` "
+                "makes an int8 file and a run of it"
+            )
+    for option, value in (("-c", checkpoint if run is not None else None), ("--key", key)):
+        if value is not None:
+            raise InputError(f"{printable(path)} is a finished file: leave out {option}")
+    return path

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import three_digits
 from mgq.engine.classifier.evaluate import ClassResult, Evaluation
-from mgq.engine.runs.run_folder import Metrics
-from mgq.reports.backend_comparison import ROUNDS, BackendComparison, Row
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
+from mgq.reports.engine_rows import ROUNDS, BackendComparison, Row
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Table, render
-from mgq.reports.run_predictions import FLOAT, INT8, SIMULATED, VERDICTS, Measurements, Networks
+from mgq.reports.measurements import FLOAT, INT8, SIMULATED, VERDICTS, Measurements
+from mgq.system.environment import Machine
 
 if TYPE_CHECKING:
-    from mgq.reports.report import Report
+    from mgq.engine.runs.run_folder import Metrics
+    from mgq.reports.run_predictions import Networks
+    from mgq.reports.run_report import Report
 
 MATRIX = 20
 """More classes have a list of confusions instead of a matrix."""
@@ -123,16 +126,24 @@ def facts_of(report: Report) -> Iterator[tuple[str, object]]:
         yield "mode", info.mode
     yield "weights", info.origin
     if found is not None:
-        left = f"; {found.left_out}" if found.left_out else ""
-        yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
-        problems = found.last.problems
-        if problems:
-            yield "left out", f"{len(problems)} pictures that could not be read, the first: {problems[0]}"
+        yield from measured_on(found)
     yield "network of", f"{run.finished:%Y-%m-%d %H:%M}"
-    yield "measured", f"{report.made:%Y-%m-%d %H:%M %Z}"
+    yield from conditions_of(report.made, machine, report.versions)
+
+
+def measured_on(found: Measurements) -> Iterator[tuple[str, str]]:
+    left = f"; {found.left_out}" if found.left_out else ""
+    yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
+    problems = found.last.problems
+    if problems:
+        yield "left out", f"{len(problems)} pictures that could not be read, the first: {problems[0]}"
+
+
+def conditions_of(made: datetime, machine: Machine, versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield "measured", f"{made:%Y-%m-%d %H:%M %Z}"
     busy = f"; busy at the start (load {machine.load[0]:.1f}), so take its speeds with care" if machine.busy else ""
     yield "machine", f"{machine.cpu}, {machine.usable_cores} cores; {machine.system}{busy}"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def percent(value: float) -> str:
@@ -324,9 +335,17 @@ def classes(found: Measurements) -> dict[str, Any]:
 # ---- engines and files ----
 
 
-def engines(compared: BackendComparison) -> Table:
+def engines(compared: BackendComparison, reference: str = "MegEngine") -> Table:
     counted = compared.images > 0
-    heads = ["engine", "network", "file", *(["top-1", "as MegEngine"] if counted else []), "pictures/s", "spread", "ms"]
+    heads = [
+        "engine",
+        "network",
+        "file",
+        *(["top-1", f"as {reference}"] if counted else []),
+        "pictures/s",
+        "spread",
+        "ms",
+    ]
     rows = [[f"{row.engine} {row.version}".strip(), row.what, *cells_of(row, counted)] for row in compared.rows]
     label = f"one picture at a time on one thread; answers to {compared.images:,} pictures" if counted else "speed"
     return Table(label, heads, rows, names=2)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.datasets import Dataset, calibration_folder, subset
+from mgq.data.datasets import Dataset, calibration_folder, list_sources, subset
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords
-from mgq.engine.calibration.calibration_run import RANGES_FILE, list_sources, spread_evenly
+from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly
 from mgq.engine.classifier.evaluate import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
 from mgq.engine.classifier.open import (

@@ -16,12 +16,13 @@ from mgq.data.datasets import (
     calibration_folder,
     evaluation_folder,
     is_unsplit,
+    list_sources,
     subset,
     without_subset,
 )
 from mgq.data.image_sources import Source, expand
 from mgq.data.transforms import to_batch
-from mgq.engine.calibration.calibration_run import list_sources, spread_evenly
+from mgq.engine.calibration.calibration_run import spread_evenly
 from mgq.engine.classifier.evaluate import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import read_crops

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.data.datasets import Dataset, pick_evenly, subset
-from mgq.data.decoding import read_image
+from mgq.data.datasets import Dataset, list_sources, pick_evenly, subset
 from mgq.data.image_sources import Source
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.image_variety import Likeness
@@ -233,24 +232,3 @@ def estimate_seconds(classifier: Classifier, images: int, preset: str, method: s
 def spread_evenly(sources: Sequence[Source], number: int) -> list[Source]:
     """``number`` of ``sources`` (or all, where there are fewer), evenly spread."""
     return [sources[i] for i in pick_evenly(len(sources), number)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSource(Source):
-    """One picture of a dataset, opened or made when it is read."""
-
-    dataset: Dataset
-    index: int
-
-    @property
-    def name(self) -> str:
-        return f"picture {self.index} of {self.dataset.name}"
-
-    def read(self) -> npt.NDArray[np.uint8]:
-        image = self.dataset.image(self.index)
-        return read_image(image) if isinstance(image, Path) else image
-
-
-def list_sources(dataset: Dataset) -> list[Source]:
-    """The pictures of ``dataset`` in their order."""
-    return [DatasetSource(dataset=dataset, index=i) for i in range(len(dataset))]

@@ -142,6 +142,12 @@ class Evaluation:
         ]
 
 
+def agreement(one: Evaluation, other: Evaluation) -> float:
+    """Percent of equal answers to the pictures that both have answered."""
+    shared, here, there = np.intersect1d(one.indices, other.indices, return_indices=True)
+    return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
+
+
 class Group(Protocol):
     """Processes that measure together: this is part ``share[0]`` of ``share[1]``."""
 

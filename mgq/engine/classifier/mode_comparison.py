@@ -10,7 +10,7 @@ import megengine.module as M
 import numpy as np
 
 from mgq.data.datasets import Dataset
-from mgq.engine.classifier.evaluate import Evaluation, batch_for, evaluate
+from mgq.engine.classifier.evaluate import Evaluation, agreement, batch_for, evaluate
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.runtime_module import RuntimeModule
 from mgq.events import Callbacks, OnProgress, Progress
@@ -59,12 +59,6 @@ class Comparison:
             "normal_bytes": self.normal_bytes,
             "quantized_bytes": self.quantized_bytes,
         }
-
-
-def agreement(one: Evaluation, other: Evaluation) -> float:
-    """Percent of equal answers to the pictures that both have answered."""
-    shared, here, there = np.intersect1d(one.indices, other.indices, return_indices=True)
-    return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
 
 
 def compare_modes(

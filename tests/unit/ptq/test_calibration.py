@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
+from mgq.data.datasets import list_sources
 from mgq.data.synthetic import SyntheticImages
-from mgq.engine.calibration.calibration_run import calibrate, list_sources
+from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import InputError
 from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measure_ranges
 from mgq.ptq.easyquant import SampledConvolution, cosine

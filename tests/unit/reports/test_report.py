@@ -19,8 +19,10 @@ from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
 from mgq.reports.finished_run import find_run
-from mgq.reports.report import Report, report
-from mgq.reports.run_predictions import FLOAT, INT8, Measurements, choose_changes
+from mgq.reports.measurements import FLOAT, INT8, Measurements
+from mgq.reports.run_predictions import choose_changes
+from mgq.reports.run_report import Report
+from mgq.reports.run_report import report_run as report
 from mgq.runtime.registry import get_backend
 from tests.conftest import (
     SIZE,
