@@ -34,7 +34,8 @@ PRECISIONS = {FLOAT: Precision.FP32, INT8: Precision.INT8}
 @dataclass(frozen=True)
 class Row:
     """The network ``what`` in one engine. ``problem`` says why there is no speed. ``top1`` and ``same``, its answers
-    that are MegEngine's, are percent; None where there were no pictures. ``rounds`` are times in nanoseconds."""
+    that are MegEngine's, are percent; None where there were no pictures. ``rounds`` are times in nanoseconds, of
+    ``batch`` pictures each."""
 
     what: str
     engine: str
@@ -44,10 +45,11 @@ class Row:
     problem: str | None = None
     top1: float | None = None
     same: float | None = None
+    batch: int = 1
 
     @property
     def speed(self) -> Speed | None:
-        return measure_speed(self.rounds, 1) if self.rounds else None
+        return measure_speed(self.rounds, self.batch) if self.rounds else None
 
     def to_json(self) -> dict[str, Any]:
         body = {name: value for name, value in asdict(self).items() if name != "rounds"}
@@ -56,10 +58,11 @@ class Row:
 
 @dataclass(frozen=True)
 class BackendComparison:
-    """All rows; ``images`` is on how many the answers were counted."""
+    """All rows; ``images`` is on how many the answers were counted, ``batch`` how many pictures a run took."""
 
     rows: tuple[Row, ...]
     images: int
+    batch: int = 1
 
     def fastest(self, what: str) -> Row | None:
         timed = [row for row in self.rows if row.what == what and row.rounds]

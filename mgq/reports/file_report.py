@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -223,7 +223,8 @@ def compare_engines(
 ) -> BackendComparison:
     """The file in each of ``engines`` that is installed and reads it, as :func:`mgq.bench.cases.run_cases` does."""
     what, arch = precision_of(classifier), classifier.spec.name
-    settings = Settings((arch,), threads=(1,), rounds=rounds, image_size=classifier.image_size)
+    batch = classifier.network.runtime.batch or 1
+    settings = Settings((arch,), threads=(1,), rounds=rounds, batch=batch, image_size=classifier.image_size)
     reading = [one for one in engines if one.suffix == path.suffix.lower() and one.is_installed and one.reads(path)]
     cases = [
         BenchmarkCase(arch, PRECISIONS[what], one.name, partial(start_file, one, path, settings, 1), answers=None)
@@ -238,7 +239,8 @@ def compare_engines(
         return with_answers(row, backend, None if is_known else lambda: path, found.last, crops, indices)
 
     entries = run_cases(cases, rounds, on_progress=on_progress)
-    return BackendComparison(collect_rows(entries, add if crops is not None else None, on_progress), len(indices))
+    rows = collect_rows(entries, add if crops is not None else None, on_progress)
+    return BackendComparison(tuple(replace(row, batch=batch) for row in rows), len(indices), batch)
 
 
 def command_of(path: Path, data: Path | None, limit: int | None) -> str:

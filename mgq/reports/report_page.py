@@ -347,7 +347,8 @@ def engines(compared: BackendComparison, reference: str = "MegEngine") -> Table:
         "ms",
     ]
     rows = [[f"{row.engine} {row.version}".strip(), row.what, *cells_of(row, counted)] for row in compared.rows]
-    label = f"one picture at a time on one thread; answers to {compared.images:,} pictures" if counted else "speed"
+    timed = f"{'one picture' if compared.batch == 1 else f'{compared.batch} pictures'} at a time on one thread"
+    label = f"{timed}; answers to {compared.images:,} pictures" if counted else timed
     return Table(label, heads, rows, names=2)
 
 

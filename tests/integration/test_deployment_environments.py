@@ -143,6 +143,9 @@ def test_a_later_python_runs_deployed_files_and_says_what_it_cannot(mgq_there: P
     assert measured.returncode == 0 and json.loads(measured.stdout)["images"] == 8, measured.stderr
     timed = said_there(mgq_there, deployed, "bench", *files, "--threads", "1", "--rounds", "1", "--json", "-")
     assert timed.returncode == 0 and all(row["speed"] for row in json.loads(timed.stdout)["rows"]), timed.stderr
+    for name in files:
+        told = said_there(mgq_there, deployed, "report", name, "-d", "val", "--no-engines", "--json")
+        assert told.returncode == 0 and json.loads(told.stdout)["images"] == 8, told.stderr
     assert said_there(mgq_there, deployed, "doctor").returncode == 0
     assert said_there(mgq_there, deployed, "models").returncode == 0
     refused = said_there(mgq_there, deployed, "train", "-d", "val")

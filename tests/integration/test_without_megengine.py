@@ -106,6 +106,21 @@ def test_bench_measures_files_in_every_engine(deployed: Path) -> None:
     assert all(row["speed"] and row["problem"] is None for row in rows), rows
 
 
+@pytest.mark.parametrize("file", ["net.onnx", "net.so"])
+def test_report_writes_a_page_about_a_file(deployed: Path, tmp_path: Path, file: str) -> None:
+    if not (deployed / file).exists():
+        pytest.skip("there is no linker here: the native file was not linked")
+    done = without_megengine(deployed, "report", file, "-d", "val", "-o", str(tmp_path / "page.html"), "--json")
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["arch"] == ARCH and body["kind"] == "int8" and body["images"] == 8
+    engines = {row["engine"] for row in body["engines"] if row["speed"] and row["top1"] is not None}
+    assert engines >= ({"OpenVINO", "ONNX Runtime"} if file == "net.onnx" else {"native library"})
+    page = (tmp_path / "page.html").read_text()
+    for part in (ARCH, file, body["sha256"], "made-up weights", "Accuracy", "Engines", "training curves: only the run"):
+        assert part in page
+
+
 @pytest.mark.parametrize("words", [["models"], ["--version"], ["--help"], ["infer", "--help"], ["train", "--help"]])
 def test_what_only_tells_something_works(deployed: Path, words: list[str]) -> None:
     done = without_megengine(deployed, *words)
@@ -122,6 +137,9 @@ def test_python_calls_answer(deployed: Path) -> None:
     code = BLOCKED + (
         "import mgq\n"
         "print(len(mgq.infer(['val'], checkpoint='net.onnx')), mgq.evaluate('val', checkpoint='net.onnx').images)\n"
+        "print(mgq.report('net.onnx', engines=False).page)\n"
+        "try:\n    mgq.report()\n"
+        "except mgq.InputError as error:\n    print(error)\n"
         "try:\n    mgq.train(arch='resnet18')\n"
         "except mgq.InputError as error:\n    print(error)\n"
         "try:\n    mgq.create_model('resnet18')\n"
@@ -131,7 +149,8 @@ def test_python_calls_answer(deployed: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "8 8"
-    assert len(lines) == 3 and all(one_line_about(line, "MegEngine", "3.10", "mgq[megengine]") for line in lines[1:])
+    assert lines[1] == "net.onnx.report.html" and (deployed / lines[1]).is_file()
+    assert len(lines) == 5 and all(one_line_about(line, "MegEngine", "3.10", "mgq[megengine]") for line in lines[2:])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +166,7 @@ def test_python_calls_answer(deployed: Path) -> None:
         ["analyze", "-a", "resnet18"],
         ["bench", "-a", "resnet18"],
         ["report"],
+        ["report", "some.qat"],
     ],
 )
 def test_what_needs_megengine_says_what_to_run_instead(deployed: Path, words: list[str]) -> None:
@@ -157,9 +177,11 @@ def test_what_needs_megengine_says_what_to_run_instead(deployed: Path, words: li
 
 def test_a_megengine_file_says_so_too(deployed: Path, calibrated: Classifier, tmp_path: Path) -> None:
     dump_classifier(classifier_of(ARCH, Mode.QUANTIZED), tmp_path / "net.megengine")
-    done = without_megengine(tmp_path, "infer", "-c", "net.megengine")
-    assert done.returncode == 2
-    assert one_line_about(done.stderr.strip(), "MegEngine", "uv run --python 3.10 mgq", "mgq[megengine]"), done.stderr
+    for words in (["infer", "-c", "net.megengine"], ["report", "net.megengine"]):
+        done = without_megengine(tmp_path, *words)
+        assert done.returncode == 2
+        said = done.stderr.strip()
+        assert one_line_about(said, "MegEngine", "uv run --python 3.10 mgq", "mgq[megengine]"), said
 
 
 def test_the_built_in_network_answers_from_the_file_that_is_kept(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from mgq.engine.classifier.dump import dump_classifier
 from mgq.ptq.sensitivity import sensitivity_of
 from mgq.reports.analysis_page import page_of
 from mgq.reports.report import report
-from tests.conftest import smooth_images, trio_of
+from tests.conftest import classifier_of, smooth_images, trio_of, write_images
 from tests.fakes.analyses import analysis_of
 from tests.fakes.finished_runs import make_run
 
@@ -118,19 +119,24 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium to look at pages with: apt-get install chromium")
     root = tmp_path_factory.mktemp("pages")
+    (root / "val").mkdir()
     found = sensitivity_of(trio_of(ARCH).qat, smooth_images(2), np.array([1, 2]))
     analysis = root / "analysis.html"
     analysis.write_text(page_of(analysis_of(found)), encoding="utf-8")
-    return {"report": report(make_run(root), engines=False).page, "analysis": analysis}
+    dump_classifier(classifier_of(ARCH), root / "net.onnx", batch=None)
+    for number in range(2):
+        write_images(root / "val" / f"kind {number}", 4)
+    file = report(root / "net.onnx", root, engines=False, output=root / "file.html").page
+    return {"report": report(make_run(root), engines=False).page, "file report": file, "analysis": analysis}
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["report", "analysis"])
+@pytest.mark.parametrize("name", ["report", "file report", "analysis"])
 def test_a_page_is_whole_in_a_browser_and_fits_its_width(
     browser: Watched, pages: dict[str, Path], name: str, size: str
 ) -> None:
     seen = browser.seen(pages[name], size)
-    assert seen["title"].endswith(name) and seen["lang"] == "en"
+    assert seen["title"].endswith(name.split()[-1]) and seen["lang"] == "en"
     assert seen["overflow"] <= 0, seen
     assert seen["broken"] == 0 and seen["flat"] == 0 and seen["scopeless"] == 0 and not seen["stranger"], seen
     if name == "report":
@@ -140,7 +146,7 @@ def test_a_page_is_whole_in_a_browser_and_fits_its_width(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["report", "analysis"])
+@pytest.mark.parametrize("name", ["report", "file report", "analysis"])
 def test_words_stand_out_in_the_light_and_in_the_dark(
     browser: Watched, pages: dict[str, Path], name: str, scheme: str
 ) -> None:
