@@ -16,8 +16,8 @@ The verbs of the command line as Python calls::
     mgq.analyze("flowers").found.worst(3)                  # the layers that int8 disturbs most
 
 Importing mgq imports no MegEngine and changes nothing in the environment. ``infer``, ``evaluate`` and ``report``
-need no MegEngine for deployed files; the first of the other calls imports it. What a call has to say besides its result goes to its
-callbacks or, where there are none, to the logger ``mgq``.
+need no MegEngine for deployed files; the first of the other calls imports it. What a call has to say besides its
+result goes to its callbacks or, where there are none, to the logger ``mgq``.
 """
 
 from __future__ import annotations
