@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
     RUNS,
@@ -99,6 +100,7 @@ def evaluate(
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Measure accuracy on labelled pictures.
 
@@ -115,11 +117,12 @@ def evaluate(
     from mgq.cli.console import note, progress
 
     refuse_more_than_cores(jobs)
+    wish = imported.wish()
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
-        checkpoint = take_checkpoint(checkpoint, key=key, save=save)
+        checkpoint = take_checkpoint(checkpoint, key=key, save=save, wish=wish)
         options = NetworkOptions(
             arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
         ).with_newest_run(mode)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def report(
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
     save: Save = RUNS,
     as_json: AsJson = False,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Write one HTML page about a run.
 
@@ -46,7 +48,7 @@ def report(
     """
     from mgq.cli.console import progress
 
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
     from mgq.reports import report as reports
 
     with progress() as on_progress:
