@@ -147,6 +147,9 @@ def evaluate(
             prepare=preparation_for(classifier),
             on_progress=on_progress,
         )
+        advice = advice_for(classifier, dataset, result)
+    if advice is not None:
+        note(advice)
     for problem in result.problems:
         note(problem)
     if result.problems:
@@ -174,6 +177,15 @@ def preparation_for(classifier: Classifier) -> Callable[[], None]:
 
     of_others = classifier.file is not None and format_of(classifier.file[0]) != MEGENGINE
     return hush_decoders if of_others else prepare_process
+
+
+def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> str | None:
+    """What another input contract would give an imported network that is hardly ever right."""
+    if not classifier.spec.is_described or classifier.file is not None:
+        return None  # and MegEngine need not be here
+    from mgq.engine.classifier.input_advice import advise_on_input
+
+    return advise_on_input(classifier, dataset, result)
 
 
 def find_data(folder: Path, on_progress: OnProgress) -> Dataset:

@@ -76,6 +76,11 @@ def plain(model: Model) -> str:
     return model.add("Relu", model.conv(total, 8, 8, group=8, pads=[1] * 4, strides=[2, 2]))
 
 
+def padless(model: Model) -> str:
+    """Nothing stands around the picture."""
+    return model.add("Relu", model.conv("image", 3, 8))
+
+
 def squeeze_and_excite(model: Model) -> str:
     """MobileNetV3's: hard swish, and a gate of 1x1 convolutions."""
     stem = model.add("HardSwish", plain(model))
@@ -207,6 +212,7 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "channels_last": channels_last,
     "keras_without_gate": keras_without_gate,
     "pools": pools,
+    "padless": padless,
 }
 """Each ends in 8 channels."""
 

@@ -117,8 +117,8 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     fold_contract(draft, contract)
     network = network_of(draft.blueprint(), draft)
     classes = names_for(network.blueprint.classes, wish.labels)
-    source = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
-    source["wish"] = wish_words(wish)
+    source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
+    source |= {"wish": wish_words(wish), "channels": file.image[0]}
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = described_spec(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"
