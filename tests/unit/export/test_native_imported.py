@@ -21,8 +21,8 @@ from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
-from tests.fakes.foreign_models import write
-from tests.fakes.native_programs import HERE, noise
+from tests.fakes.foreign_models import BODIES, write
+from tests.fakes.native_programs import BEST, HERE, noise
 
 COVERED = ("plain", "keras_without_gate", "pools")
 
@@ -57,6 +57,19 @@ def test_the_integers_of_imported_networks_answer_as_onnx_runtime(tmp_path: Path
     wanted = runtime.InferenceSession(model.SerializeToString(), options).run(None, {"data": images})[0]
     found = run_reference(read_program(model), images)[0]
     assert np.abs(found - wanted).max() <= 0.02 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("body", sorted(set(BODIES) - set(COVERED)))
+def test_no_imported_network_gets_other_bits(tmp_path: Path, body: str) -> None:
+    """What has no kernel is refused; what is not refused is right."""
+    images = noise(32, 1, 7)
+    try:
+        program = read_program(int8_model(tmp_path, body))
+        found = Library(compile_program(program, BEST), program.classes).run(images)
+    except InputError as error:
+        assert "native engine does not run" in str(error)
+    else:
+        assert np.array_equal(found, run_reference(program, images)[0])
 
 
 def windows_in(program: Program) -> list[tuple[int, int, int, int]]:
