@@ -33,6 +33,7 @@ ROOMS = (
     "engine",
     "bench",
     "reports",
+    "service",
     "api",
     "cli",
 )
@@ -49,6 +50,11 @@ KNOWS_NOTHING_OF = {
     "ptq": {"system", "io", "weights", "data"},
     "export": {"system", "data", "zoo", "cpu_kernels", "ptq"},
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
+    # It runs where networks are deployed: classifiers are all that it knows.
+    "service": {
+        *("deprecation", "system", "io", "weights", "zoo", "quantization", "graph", "cpu_kernels", "ptq"),
+        *("export", "runtime", "bench", "reports"),
+    },
 }
 """Rooms that stand before and are still no business of a room's."""
 ENGINE = (("distributed",), ("classifier",), ("runs",), ("calibration", "training"))

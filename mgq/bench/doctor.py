@@ -24,6 +24,7 @@ from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package
 from mgq.runtime.engine_faults import fault_of_onnxruntime
 from mgq.runtime.registry import BACKENDS, Backend
 from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
+from mgq.system.graphics_cards import RANGE, graphics_cards
 
 PATIENCE_S = 180
 LEAST_MEMORY = 1_000_000_000
@@ -123,6 +124,7 @@ def list_checks(save: Path) -> tuple[Check, ...]:
         Check("OpenCV", partial(check_package, "opencv-python", IMAGE), again + "opencv-python", essential=True),
         Check("processor", processor, "pass --target onnx-avx2 to `mgq calibrate` or `mgq qat` for ONNX"),
         Check("cores", cores),
+        Check("graphics cards", cards, "train on the processor: mgq train -n 0"),
         Check("memory", memory, "end other programs, or take a smaller --batch-size"),
         Check("ONNX", partial(check_package, "onnx", "import onnx"), deploy, essential=not trains_here()),
         *(check_backend(backend) for backend in reversed(BACKENDS) if backend.compared),
@@ -162,6 +164,7 @@ object_of("define void @nothing() { ret void }", get_level(NATIVE))
 """
 NUMBA = "import numba; assert numba.njit(lambda x: x + 1)(1) == 2"
 PEAK = """
+from mgq.system.graphics_cards import RANGE, graphics_cards
 from mgq.system.environment import this_machine
 from mgq.bench.peak import compile_loop, find_instruction
 from mgq.bench.settings import Precision
@@ -239,6 +242,15 @@ def processor() -> str:
     if not DOT_PRODUCTS.isdisjoint(machine.features):
         return f"{about}; int8 at full speed and without saturation"
     raise LackingError(f"{about}; without VNNI sums of int8 products may saturate in ONNX engines")
+
+
+def cards() -> str:
+    """The graphics cards that MegEngine can train on. Raises LackingError where one is too new, or too old."""
+    found = graphics_cards()
+    unfit = [str(card) for card in found if not card.fits]
+    if unfit and trains_here():
+        raise LackingError(f"{', '.join(unfit)}: {RANGE}")
+    return ", ".join(map(str, found)) or f"none of NVIDIA's: training on the processor; {RANGE}"
 
 
 def cores() -> str:

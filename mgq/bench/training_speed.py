@@ -1,28 +1,33 @@
-"""Measures training steps in turns, with MegEngine's own kernels and with the fast ones."""
+"""Measures training steps in turns: with MegEngine's own kernels, with the fast ones and in PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
+import megengine as mge
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 
 from mgq.bench.interleaving import take_turns
-from mgq.bench.settings import EXAMPLE_NETWORKS, pluralize
+from mgq.bench.settings import EXAMPLE_NETWORKS, parse_threads, pluralize
 from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
 from mgq.bench.tables import markdown_list, markdown_table, three_digits
+from mgq.bench.torch_peer import TorchProcess, torch_python
 from mgq.bench.workers import Clock, without_garbage_collection
 from mgq.cpu_kernels import fast_gradients
 from mgq.engine.classifier.open import versions
 from mgq.engine.training.losses import cross_entropy
-from mgq.errors import InputError
+from mgq.errors import InputError, MgqError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
@@ -32,38 +37,46 @@ from mgq.weights.checkpoint import check_size
 from mgq.zoo.registry import create_model, spec_of
 
 FORMAT = "mgq bench --train 1"
-STOCK, FAST = "MegEngine", "mgq"
+STOCK, FAST, TORCH = "MegEngine", "mgq", "PyTorch"
 MODES = (Mode.NORMAL, Mode.QAT)
 CLASSES = 10
 TURN_NS = 1_500_000_000
 """About how long a turn lasts, in nanoseconds; one step, where that is longer."""
 MOST_STEPS = 20
 WARM_UP_STEPS = 2
-COLUMNS = ("mode", "kernels", "pictures/s", "IQR", "ms a step", "times MegEngine", "qat/float")
+COLUMNS = ("mode", "kernels", "pictures/s", "IQR", "cores", "/MegEngine", "/PyTorch", "qat/float")
 LEGEND = (
     "A step: forward, label-smoothed cross entropy, backward, SGD with momentum, on drawn noise in memory, with random "
-    "weights. pictures/s: median over rounds, and the interquartile range (IQR) of the rounds. times MegEngine, "
-    "qat/float: median over rounds of the ratio within a round."
+    "weights. pictures/s: median over rounds, and the interquartile range (IQR) of the rounds. cores: processor time "
+    "over wall time. /MegEngine, /PyTorch (channels last; QAT by FX), qat/float: median over rounds of the ratio of "
+    "speeds within a round."
 )
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Which networks, and how: ``batch`` pictures of ``image_size`` pixels a side, so many ``rounds`` of turns."""
+    """Which networks, and how: ``batch`` pictures of ``image_size`` pixels a side, so many ``rounds`` of turns.
+
+    On ``threads`` cores. ``stock``: MegEngine's own kernels take part; ``torch``, a Python with PyTorch: that does.
+    """
 
     networks: tuple[str, ...] = EXAMPLE_NETWORKS
     rounds: int = 3
     batch: int = 32
     image_size: int = 64
     seed: int = 0
+    threads: int = 1
+    stock: bool = True
+    torch: str | None = None
 
 
 @dataclass(frozen=True)
 class TrainingRow:
     """One network in one mode by one set of kernels.
 
-    ``speedup`` is over MegEngine's own kernels, on the rows of the fast ones; ``of_float`` over the float network by
-    the same kernels, on rows of mode ``qat``. ``rounds_ns`` are the single steps in nanoseconds, by round.
+    ``speedup`` is over MegEngine's own kernels and ``of_torch`` over PyTorch, on the rows of the fast ones;
+    ``of_float`` over the float network by the same kernels, on rows of mode ``qat``. ``cores``: processor time over
+    wall time. ``rounds_ns`` are the single steps in nanoseconds, by round.
     """
 
     network: str
@@ -71,7 +84,9 @@ class TrainingRow:
     kernels: str
     speed: Speed
     speedup: Speedup | None
+    of_torch: Speedup | None
     of_float: Speedup | None
+    cores: float
     rounds_ns: Rounds
 
 
@@ -83,6 +98,7 @@ class TrainingReport:
     machine: Machine
     versions: Mapping[str, str]
     rows: tuple[TrainingRow, ...]
+    problems: tuple[str, ...] = ()
 
     def rows_of(self, network: str) -> tuple[TrainingRow, ...]:
         return tuple(row for row in self.rows if row.network == network)
@@ -92,16 +108,20 @@ class TrainingReport:
         machine, settings = self.machine, self.settings
         size = settings.image_size
         return [
-            ("CPU", f"{machine.cpu}; {pluralize(machine.usable_cores, 'core')} in use"),
+            ("CPU", f"{machine.cpu}; every row on the same {pluralize(settings.threads, 'core')}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
             ("step", f"batch {settings.batch} of {size}x{size} pixels, {pluralize(settings.rounds, 'round')} of turns"),
             ("load at start", ", ".join(f"{load:.2f}" for load in machine.load)),
         ]
 
     def remarks(self) -> list[str]:
+        problems = list(self.problems)
         if not self.machine.busy:
-            return []
-        return ["the machine was busy at the start: compare rows of this run with each other, not with other runs"]
+            return problems
+        return [
+            *problems,
+            "the machine was busy at the start: compare rows of this run with each other, not with other runs",
+        ]
 
     def to_json(self) -> str:
         """Everything, with every sample."""
@@ -109,17 +129,47 @@ class TrainingReport:
 
 
 def make_training_settings(
-    networks: Sequence[str], rounds: int | None, batch: int | None, image_size: int | None
+    networks: Sequence[str],
+    rounds: int | None,
+    batch: int | None,
+    image_size: int | None,
+    threads: Sequence[str] = (),
+    stock: bool = True,
+    against: Sequence[Path] = (),
+    python: Path | None = None,
 ) -> TrainingSettings:
-    """Checked settings; None means the default. Raises InputError for what cannot be."""
+    """Checked settings; None means the default. ``against`` names PyTorch, if anything; ``python`` may have it.
+
+    Raises InputError for what cannot be.
+    """
     default = TrainingSettings()
     names = tuple(dict.fromkeys(spec_of(name).name for name in networks)) or default.networks
     given = {"rounds": rounds, "batch": batch, "image_size": image_size}
-    settings = replace(default, networks=names, **{name: value for name, value in given.items() if value is not None})
+    numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = replace(default, networks=names, **numbers)
     if min(settings.rounds, settings.batch) < 1:
         raise InputError("--rounds and --batch count from 1: give at least 1")
     check_size(settings.image_size)
-    return settings
+    on = parse_threads(threads or ["1"])
+    if len(on) > 1:
+        raise InputError("--train measures on one number of threads: give --threads once")
+    if any(str(peer) != "torch" for peer in against):
+        raise InputError("--train compares with PyTorch alone: --against torch")
+    torch = torch_python(python) if against or python is not None else None
+    return replace(settings, threads=on[0], stock=stock, torch=torch)
+
+
+class Contestant(Protocol):
+    """Who takes turns at training one network in one mode."""
+
+    arch: str
+    mode: Mode
+    kernels: str
+
+    def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
+        """The times of so many steps, and the processor's time in all of them: nanoseconds."""
+
+    def close(self) -> None: ...
 
 
 class Stepper:
@@ -153,57 +203,154 @@ class Stepper:
                 loss = cross_entropy(self.network(self.images()), Tensor(self.labels), 0.1)
                 self.manager.backward(loss)
             self.optimizer.step().clear_grad()
-            for parameter in self.network.parameters():
-                parameter.numpy()
+            mge._full_sync()
             return float(loss.numpy().item())
+
+    def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
+        times, processor = [], time.process_time_ns()
+        with without_garbage_collection():
+            for _ in range(number):
+                start = clock()
+                self.step()
+                times.append(clock() - start)
+        return tuple(times), time.process_time_ns() - processor
+
+    def close(self) -> None:
+        pass
+
+
+class TorchStepper:
+    """The same in PyTorch. Raises an MgqError where it cannot."""
+
+    kernels = TORCH
+
+    def __init__(self, arch: str, mode: Mode, settings: TrainingSettings) -> None:
+        self.arch, self.mode = arch, mode
+        assert settings.torch is not None
+        named = {"arch": arch, "mode": mode.value, "classes": CLASSES}
+        numbers = {"batch": settings.batch, "image_size": settings.image_size, "threads": settings.threads}
+        self.process = TorchProcess(settings.torch, {**named, **numbers})
+
+    def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
+        return self.process.steps(number)
+
+    def close(self) -> None:
+        self.process.close()
+
+
+@dataclass
+class Entry:
+    """A contestant, and what its turns took so far: wall and processor time in nanoseconds."""
+
+    contestant: Contestant
+    wall_ns: int = 0
+    processor_ns: int = 0
+
+    @property
+    def cores(self) -> float:
+        return self.processor_ns / max(self.wall_ns, 1)
+
+    def turn(self, clock: Clock, number: int) -> tuple[int, ...]:
+        start = time.perf_counter_ns()
+        times, processor = self.contestant.steps(number, clock)
+        self.wall_ns += time.perf_counter_ns() - start
+        self.processor_ns += processor
+        return times
+
+
+@contextlib.contextmanager
+def on_cores(number: int) -> Iterator[None]:
+    """Within it, this process and those it starts run on the last ``number`` of its cores, as other benchmarks do."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    place_threads(set(sorted(before)[-number:]))
+    try:
+        yield
+    finally:
+        place_threads(before)
+
+
+def place_threads(cores: set[int]) -> None:
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(task.name), cores)
+
+
+def contestants(arch: str, settings: TrainingSettings, problems: list[str]) -> list[Contestant]:
+    """All that train ``arch``. Why PyTorch does not, where it should, is added to ``problems``."""
+    found: list[Contestant] = []
+    for mode in MODES:
+        found += [Stepper(arch, mode, kernels, settings) for kernels in ((STOCK, FAST) if settings.stock else (FAST,))]
+        if settings.torch is not None:
+            try:
+                found.append(TorchStepper(arch, mode, settings))
+            except MgqError as error:
+                problems.append(f"{arch}, {mode.value}, PyTorch: {error}")
+    return found
 
 
 def training_benchmark(
     settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = log_progress
 ) -> TrainingReport:
-    """Measure the steps of every network of ``settings`` in both modes, by MegEngine's kernels and by the fast ones.
+    """Measure the steps of every network of ``settings`` in both modes, by MegEngine's kernels, the fast ones, PyTorch.
 
-    One network at a time, so that memory holds four at most; within a round its four rows take shuffled turns.
-    Raises FailureError where oneDNN is missing.
+    One network at a time, so that memory holds six at most; within a round its rows take shuffled turns, on the same
+    cores. Raises FailureError where oneDNN is missing.
     """
     machine = this_machine()
+    with on_cores(settings.threads):
+        return measured(settings, machine, clock, on_progress)
+
+
+def measured(settings: TrainingSettings, machine: Machine, clock: Clock, on_progress: OnProgress) -> TrainingReport:
     rows: list[TrainingRow] = []
+    problems: list[str] = []
+    known = dict(versions())
     for place, arch in enumerate(settings.networks):
-        steppers = [Stepper(arch, mode, kernels, settings) for mode in MODES for kernels in (STOCK, FAST)]
+        entries = [Entry(contestant) for contestant in contestants(arch, settings, problems)]
+        for entry in entries:
+            if isinstance(entry.contestant, TorchStepper):
+                known["torch"] = entry.contestant.process.version
 
         def told(done: int, total: int, before: int = place) -> None:
             whole = total * len(settings.networks)
             on_progress(Progress("measure", before * total + done, whole, "turns"))
 
-        turns = [partial(turn, stepper, clock) for stepper in steppers]
-        times = take_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
-        rows += make_training_rows(steppers, times, settings.batch)
-    return TrainingReport(settings, machine, versions(), tuple(rows))
+        turns = [partial(entry.turn, clock) for entry in entries]
+        try:
+            times = take_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
+        finally:
+            for entry in entries:
+                entry.contestant.close()
+        rows += make_training_rows(entries, times, settings.batch)
+    return TrainingReport(settings, machine, known, tuple(rows), tuple(problems))
 
 
-def turn(stepper: Stepper, clock: Clock, steps: int) -> tuple[int, ...]:
-    times = []
-    with without_garbage_collection():
-        for _ in range(steps):
-            start = clock()
-            stepper.step()
-            times.append(clock() - start)
-    return tuple(times)
+def make_training_rows(entries: Sequence[Entry], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
+    found = {
+        (entry.contestant.mode, entry.contestant.kernels): times for entry, times in zip(entries, rounds, strict=True)
+    }
 
+    def over(times: Rounds, mode: Mode, kernels: str) -> Speedup | None:
+        base = found.get((mode, kernels))
+        return None if base is None else measure_speedup(times, base)
 
-def make_training_rows(steppers: Sequence[Stepper], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
-    found = {(stepper.mode, stepper.kernels): times for stepper, times in zip(steppers, rounds, strict=True)}
     return [
         TrainingRow(
             network=stepper.arch,
             mode=stepper.mode.value,
             kernels=stepper.kernels,
             speed=measure_speed(times, batch),
-            speedup=measure_speedup(times, found[stepper.mode, STOCK]) if stepper.kernels == FAST else None,
-            of_float=measure_speedup(times, found[Mode.NORMAL, stepper.kernels]) if stepper.mode is Mode.QAT else None,
+            speedup=over(times, stepper.mode, STOCK) if stepper.kernels == FAST else None,
+            of_torch=over(times, stepper.mode, TORCH) if stepper.kernels == FAST else None,
+            of_float=over(times, Mode.NORMAL, stepper.kernels) if stepper.mode is Mode.QAT else None,
+            cores=entry.cores,
             rounds_ns=times,
         )
-        for stepper, times in zip(steppers, rounds, strict=True)
+        for entry, times in zip(entries, rounds, strict=True)
+        for stepper in (entry.contestant,)
     ]
 
 
@@ -214,8 +361,9 @@ def cells(row: TrainingRow) -> tuple[str, ...]:
         row.kernels,
         three_digits(row.speed.fps),
         three_digits(row.speed.fps_iqr),
-        three_digits(row.speed.p50_ms),
+        f"{row.cores:.2f}",
         f"{row.speedup.median:.1f}x" if row.speedup else "-",
+        f"{row.of_torch.median:.2f}x" if row.of_torch else "-",
         f"{row.of_float.median:.2f}x" if row.of_float else "-",
     )
 

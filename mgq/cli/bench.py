@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mgq.bench.benchmark_report import Report, Row
     from mgq.bench.settings import Settings
-    from mgq.bench.training_speed import TrainingReport
+    from mgq.bench.training_speed import TrainingReport, TrainingSettings
     from mgq.engine.classifier.import_wish import ImportWish
 
 STDOUT = "-"
@@ -49,7 +49,7 @@ def bench(
     training: Annotated[bool, typer.Option("--train", help="Training steps: stock and fast kernels.")] = False,
     threads: Annotated[
         list[str] | None,
-        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all"),
+        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all; with --train 1"),
     ] = None,
     load: Annotated[
         str,
@@ -62,8 +62,19 @@ def bench(
     ] = "latency",
     against: Annotated[
         list[Path] | None,
-        typer.Option("--against", metavar="FILE.onnx", help="Another ONNX model to measure; may be repeated."),
+        typer.Option(
+            "--against", metavar="FILE.onnx", help="Another ONNX model as rows; may be repeated. With --train: torch."
+        ),
     ] = None,
+    torch_python: Annotated[
+        Path | None,
+        typer.Option(
+            "--torch-python", metavar="PYTHON", help="With --train: a Python with PyTorch, which becomes rows."
+        ),
+    ] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock/--no-stock", help="With --train: MegEngine's own kernels, which are slow, too.")
+    ] = True,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -105,26 +116,41 @@ def bench(
       mgq bench --int8
       mgq bench -a resnet18 --int8 --against other.onnx --plot speed.png
       mgq bench network.onnx network.so
-      mgq bench --train
+      mgq bench --train --no-stock --against torch
     """
     if int8 and fp32:
         raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
     if as_markdown and json_file == STDOUT:
         raise InputError("--markdown and --json - both want standard output: give --json a file")
-    if training:
-        refuse_wish(imported.wish())
-        if files or int8 or fp32 or threads or against or plot is not None or load != "latency":
-            raise InputError(
-                "--train measures float and qat on all cores: leave out files, --int8, --fp32, --threads, --mode, "
-                "--against and --plot"
-            )
-        bench_training(arch or [], rounds, batch, image_size, json_file, as_markdown)
-        return
-    from mgq.bench.settings import ROUNDS, Precision, make_settings
-
     wish = imported.wish()
     if checkpoint is None:
         refuse_wish(wish)
+    if training:
+        if files or int8 or fp32 or plot is not None or load != "latency":
+            raise InputError("--train measures float and qat: leave out files, --int8, --fp32, --mode and --plot")
+        if checkpoint is not None:
+            raise InputError("--train measures networks with random weights: leave out -c")
+
+        def training_settings() -> TrainingSettings:
+            from mgq.bench.training_speed import make_training_settings
+
+            return make_training_settings(
+                arch or [],
+                rounds,
+                batch,
+                image_size,
+                threads=threads or [],
+                stock=stock,
+                against=against or [],
+                python=torch_python,
+            )
+
+        bench_training(training_settings, json_file, as_markdown)
+        return
+    if torch_python is not None or not stock:
+        raise InputError("--torch-python and --no-stock belong to --train")
+    from mgq.bench.settings import ROUNDS, Precision, make_settings
+
     precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
     rounds = ROUNDS if rounds is None else rounds
     batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
@@ -189,23 +215,16 @@ def files_of(
     return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
 
 
-def bench_training(
-    arch: list[str],
-    rounds: int | None,
-    batch: int | None,
-    image_size: int | None,
-    json_file: str | None,
-    as_markdown: bool,
-) -> None:
-    """``mgq bench --train``."""
+def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:
+    """``mgq bench --train``. ``settings_of`` needs MegEngine."""
     from mgq.cli.console import out, progress
     from mgq.io.atomic import atomic_write
     from mgq.system.megengine_start import import_megengine
 
     import_megengine()
-    from mgq.bench.training_speed import make_training_settings, training_benchmark, training_markdown
+    from mgq.bench.training_speed import training_benchmark, training_markdown
 
-    settings = make_training_settings(arch, rounds, batch, image_size)
+    settings = settings_of()
     with contextlib.ExitStack() as stack:
         file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_write(Path(str(json_file))))
         with progress() as on_progress:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -200,26 +200,13 @@ def table_of(answer: Prediction) -> Table:
 
 def show_json(classifier: Classifier, found: Iterator[Prediction]) -> int:
     """Print one JSON document, an entry a picture as it comes; the number of pictures without an answer."""
-    head = {
-        "arch": classifier.spec.name,
-        "mode": classifier.mode.value,
-        "weights": classifier.origin,
-        "image_size": classifier.image_size,
-    }
+    from mgq.engine.classifier.predict import describe_network
+
+    head = describe_network(classifier)
     sys.stdout.write(json.dumps(head)[:-1] + ', "answers": [')
     failed = 0
     for number, answer in enumerate(found):
         failed += answer.error is not None
-        sys.stdout.write(("," if number else "") + "\n" + json.dumps(entry_of(answer)))
+        sys.stdout.write(("," if number else "") + "\n" + json.dumps(answer.to_json()))
     sys.stdout.write(f'\n], "failed": {failed}}}\n')
     return failed
-
-
-def entry_of(answer: Prediction) -> dict[str, Any]:
-    if answer.error is not None:
-        return {"picture": answer.image, "error": answer.error}
-    guesses = [
-        {"index": guess.index, "class": guess.name, "probability": round(guess.probability, 6)}
-        for guess in answer.scores
-    ]
-    return {"picture": answer.image, "guesses": guesses, "milliseconds": round(answer.milliseconds, 3)}

@@ -20,6 +20,7 @@ from mgq.cli.help_layout import Verb
 from mgq.cli.import_options import spread_import_options
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, debugging, hush_decoders, package_version, set_library_defaults
+from mgq.system.mpi_world import World, find_world
 
 INTERRUPTED = 130
 
@@ -36,6 +37,7 @@ VERBS = {
     "dump": "dump:dump",
     "bench": "bench:bench",
     "report": "report:report",
+    "serve": "serve:serve",
     "models": "models:models",
     "doctor": "doctor:doctor",
 }
@@ -94,6 +96,12 @@ def run() -> None:
     # A polite kill ends a command as Ctrl-C does: what is half written is taken away.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    world = find_world()
+    sys.exit(run_alone() if world is None else run_among(world, asked_for(sys.argv[1:])))
+
+
+def run_alone() -> int:
+    """Do what the command line says, by this process; the exit code."""
     try:
         code = app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()
@@ -115,9 +123,22 @@ def run() -> None:
         if debugging():
             raise
         if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
-            sys.exit(report_failure("which shell this is cannot be told: type it in the shell that is to complete", 2))
+            return report_failure("which shell this is cannot be told: type it in the shell that is to complete", 2)
         code = report_failure(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+SHARED = {"train", "qat", "eval"}
+"""The verbs whose work several processes share that MPI has started."""
+
+
+def run_among(world: World, names: Iterable[str]) -> int:
+    """The same by one of the processes that MPI has started: together, or by the first alone."""
+    from mgq.cli import ranks
+
+    if not set(names) <= SHARED:
+        return ranks.work_alone(world, run_alone)
+    return ranks.work_together(world, run_alone)
 
 
 def usage_line(error: ClickException) -> str:

@@ -203,6 +203,12 @@ def schedules() -> Iterable[str]:
     return SCHEDULES
 
 
+def compressions() -> Iterable[str]:
+    from mgq.engine.training.recipe import COMPRESSIONS
+
+    return COMPRESSIONS
+
+
 def loads() -> Iterable[str]:
     from mgq.bench.settings import Load
 
@@ -223,8 +229,10 @@ INPUT = Named("input", inputs)
 CPU = Named("cpu", cpus)
 SCHEDULE = Named("schedule", schedules)
 LOAD = Named("load", loads)
+COMPRESSION = Named("compression", compressions)
 
 COUNT = Number(int, Bounds(1))
+PORT = Number(int, Bounds(0, 65535))
 AT_LEAST_NONE = Number(int, Bounds(0))
 SHARE = Number(float, Bounds(0, 1))
 AT_LEAST_ZERO = Number(float, Bounds(0))

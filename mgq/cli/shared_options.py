@@ -198,10 +198,15 @@ class NetworkOptions:
 
 
 def open_network(
-    options: NetworkOptions, mode: str, on_progress: OnProgress, few: bool = False, kept: bool = False
+    options: NetworkOptions,
+    mode: str,
+    on_progress: OnProgress,
+    few: bool = False,
+    kept: bool = False,
+    threads: int | None = None,
 ) -> Classifier:
     """The network that ``options`` choose, in ``mode``; behind :func:`take_checkpoint`. It imports MegEngine if that
-    runs it. ``few`` and ``kept`` are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
+    runs it. Other words are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
     from mgq.engine.classifier.network_choice import choose_network
     from mgq.quantization.option_names import parse_mode
     from mgq.system.megengine_start import import_megengine
@@ -222,4 +227,5 @@ def open_network(
         start_megengine=import_megengine,
         few=few,
         kept=kept,
+        threads=threads,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
+    COMPRESSION,
     COUNT,
     FACTOR,
     FOLDER,
@@ -34,6 +36,8 @@ from mgq.cli.option_types import (
     OfRecipe,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
+from mgq.errors import InputError
+from mgq.system.mpi_world import JOBS_VARIABLE, find_world, run_jobs
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.mode_comparison import Comparison
     from mgq.engine.training.training_run import TrainResult
 
-SHOWN_OR_READ = ("as_json", "imported")
+SHOWN_OR_READ = ("as_json", "imported", "jobs")
 """Fields of a command that training itself knows nothing of."""
 
 
@@ -134,6 +138,19 @@ class TrainingCommand:
         int, typer.Option("--node-rank", click_type=AT_LEAST_NONE, help="Which of them this is, from 0.")
     ] = 0
     master: Annotated[str | None, typer.Option("--master", help="HOST:PORT of machine 0.")] = None
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", click_type=COUNT, help="Processes on this machine that train together, by MPI."),
+    ] = None
+    sync_bn: Annotated[
+        bool, typer.Option("--sync-bn", help="Batch norms see the pictures of all processes, not of their own alone.")
+    ] = False
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            "--compress", click_type=COMPRESSION, help="How gradients travel: none, or fp16 in half the bytes."
+        ),
+    ] = None
     workers: Annotated[
         int | None,
         typer.Option(
@@ -155,6 +172,7 @@ class TrainingCommand:
         from mgq.cli.console import note, progress, say, show_table
         from mgq.engine.training.recipe import read_changes
 
+        start_jobs(self.jobs)
         if self.recipe is not None:
             read_changes(self.recipe)  # where it is none, nothing else needs to be loaded
         checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, self.imported.wish())
@@ -172,8 +190,9 @@ class TrainingCommand:
             try:
                 result = start(train_options, Callbacks(on_progress, note, should_stop))
             except StoppedError as stopped:
-                command = f"mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(self.save))}"
-                note(f"{stopped}, go on with\n  {command}")
+                jobs = "" if self.jobs is None else f" --jobs {self.jobs}"
+                note(f"{stopped}, go on with")
+                note(f"  mgq {stopped.verb} --resume -a {stopped.arch} -s {shlex.quote(str(self.save))}{jobs}")
                 raise typer.Exit(stopped.exit_code) from None
             except training_run.ElsewhereError as done:
                 note(str(done))
@@ -265,6 +284,19 @@ class Qat(TrainingCommand):
             help="Learn from the float network's answers, too; default if there is one.",
         ),
     ] = None
+
+
+def start_jobs(jobs: int | None) -> None:
+    """Where several processes are asked for: have them do it, and end as they do.
+
+    Raises InputError where they cannot be started, or MPI has started this one already.
+    """
+    if jobs is None:
+        return
+    if find_world() is None and jobs > 1:
+        raise typer.Exit(run_jobs(jobs, sys.argv[1:]))
+    if find_world() is not None and os.environ.get(JOBS_VARIABLE) != str(jobs):
+        raise InputError(f"--jobs {jobs} starts processes by itself: leave it out where MPI starts mgq")
 
 
 @contextlib.contextmanager

@@ -8,20 +8,16 @@ import megengine.module.qat as Q
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import Function
-from megengine.core._imperative_rt.core2 import apply, get_grad_key
+from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import Elemwise
 from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.cpu_kernels import onednn_kernels
 from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, mask_rows
 from mgq.cpu_kernels.fake_quantization import Quantizer, quantizer_of, update_observer
+from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
-from mgq.cpu_kernels.tensor_exchange import Array, tensors, values
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether a gradient with respect to one of ``tensors`` is being recorded."""
-    return get_grad_key(tensors) is not None
+from mgq.cpu_kernels.tensor_exchange import Array, read, tensors, values
 
 
 class Convolution(Function):  # type: ignore[misc]
@@ -43,11 +39,12 @@ class Convolution(Function):  # type: ignore[misc]
         return tensors(gradients, d_output.device)
 
 
-class NormalizedConvolution(Function):  # type: ignore[misc]
+class NormalizedConvolution(MapFunction):
     """(source, weights, scale, shift) -> output of a convolution, batch norm and maybe ReLU.
 
     With a ``ceiling`` the output is held at or below it. ``mean`` and ``variance`` (biased) of each channel, float32
-    (C,), are those to use where ``norm`` is fixed, else those found once it was called.
+    (C,), are those to use where ``norm`` is fixed, else those found once it was called. Where ``geometry`` has channels
+    last, source and output are feature maps, see :meth:`mapped`.
     """
 
     def __init__(
@@ -66,10 +63,30 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
         self.ceiling = ceiling
         self.wants_source = wants_source
 
+    def mapped(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
+        source, *_ = inputs
+        assert isinstance(source, FeatureMap)
+        self.source, self.to = source.array, source.gradient
+        return super().mapped(*inputs)
+
     def forward(self, source: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if self.geometry.channels_last:
+            return self.forward_mapped(source.device, *read(weights, scale, shift))
         output = self.computed(*values(source, weights, scale, shift))
         self.saved = source, weights, scale
         return Tensor(output, device=source.device)
+
+    def forward_mapped(self, device: Any, weights: Array, scale: Array, shift: Array) -> Tensor:
+        output = self.computed(self.source, weights, scale, shift)
+        self.read = self.source, weights, scale
+        del self.source
+        return self.emit(output, device)
+
+    def backward_mapped(self, token: Tensor) -> list[Tensor | None]:
+        d_source, *gradients = self.gradients(*self.read, self.gradient.take())
+        del self.read
+        self.to.add(d_source)
+        return [token if self.wants_source else None, *tensors(gradients, token.device)]
 
     def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         return self.normalized(source, weights, scale, shift)
@@ -82,6 +99,8 @@ class NormalizedConvolution(Function):  # type: ignore[misc]
         return output
 
     def backward(self, d_output: Tensor) -> list[Tensor | None]:
+        if self.geometry.channels_last:
+            return self.backward_mapped(d_output)
         arrays = values(*self.saved, d_output)
         del self.saved
         return tensors(self.gradients(*arrays), d_output.device)

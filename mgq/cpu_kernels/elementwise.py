@@ -211,8 +211,22 @@ def requantize(
     limits, inverse = (work.low, work.high), np.float32(1) / scale
 
     def run(part: slice) -> None:
-        own = (values[part] for values in each)
-        numba_loops.requantize(source[part], *own, limits, inverse, qmin, qmax, even, counts[part])
+        before, factors, after = (values[part] for values in each)
+        numba_loops.requantize(source[part], before, factors, after, limits, inverse, qmin, qmax, even, counts[part])
 
     in_rows(run, source, LONG_PIECE)
     return steps
+
+
+def descended(
+    value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
+) -> tuple[Array, Array]:
+    """A parameter's new value and speed after a step of gradient descent with momentum and weight decay."""
+    new_value, new_speed = empty(value.shape), empty(value.shape)
+    old, was, by, now, then = (a.reshape(-1) for a in (value, speed, gradient, new_value, new_speed))
+
+    def run(piece: slice) -> None:
+        numba_loops.descend(old[piece], was[piece], by[piece], now[piece], then[piece], rate, momentum, decay)
+
+    in_pieces(run, value.size, LONG_PIECE)
+    return new_value, new_speed

@@ -13,6 +13,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver, Mi
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
+from mgq.cpu_kernels.statistics_exchange import widest
 from mgq.cpu_kernels.tensor_exchange import Array
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
@@ -67,7 +68,10 @@ def is_known(observer: Any) -> bool:
 def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
     """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
     if observer.enabled:
-        qmin, qmax = np.split(extremes(), 2)
+        found = extremes()
+        if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
+            found = widest(found)
+        qmin, qmax = np.split(found, 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()
             set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * qmin)

@@ -166,3 +166,90 @@ def requantize(
             value = min(max((sums[row, i] + first) * factor + last, low), high) * inverse
             value = min(max(value, qmin), qmax)
             steps[row, i] = (value + SHIFT) - SHIFT if even else np.trunc(value + np.copysign(ALMOST_HALF, value))
+
+
+@make_compiler()
+def add(a: Any, b: Any, target: Any) -> None:
+    """Write the sum of ``a`` and ``b`` to ``target``: float32 (N,)."""
+    for i in range(a.size):
+        target[i] = a[i] + b[i]
+
+
+@make_compiler()
+def add_relu(a: Any, b: Any, target: Any) -> None:
+    """Write max(a + b, 0) to ``target``: float32 (N,)."""
+    for i in range(a.size):
+        target[i] = max(a[i] + b[i], ZERO)
+
+
+@make_compiler()
+def where_positive(chosen: Any, source: Any, target: Any) -> None:
+    """Write ``source`` where ``chosen`` is above 0, else 0, to ``target``: float32 (N,)."""
+    for i in range(source.size):
+        target[i] = source[i] if chosen[i] > ZERO else ZERO
+
+
+@make_compiler()
+def max_pool(
+    source: Any, output: Any, height: Any, width: Any, step: Any, step_across: Any, top: Any, left: Any
+) -> None:
+    """Write the largest values of windows of ``source``, float32 (N, H, W, C), to ``output`` (N, OH, OW, C)."""
+    for n in range(output.shape[0]):
+        for row in range(output.shape[1]):
+            for column in range(output.shape[2]):
+                largest = output[n, row, column]
+                largest[:] = -np.inf
+                for y in range(max(row * step - top, 0), min(row * step - top + height, source.shape[1])):
+                    first = max(column * step_across - left, 0)
+                    for x in range(first, min(column * step_across - left + width, source.shape[2])):
+                        seen = source[n, y, x]
+                        for c in range(seen.size):
+                            largest[c] = max(largest[c], seen[c])
+
+
+@make_compiler()
+def max_pool_gradient(
+    source: Any,
+    output: Any,
+    d_output: Any,
+    d_source: Any,
+    height: Any,
+    width: Any,
+    step: Any,
+    step_across: Any,
+    top: Any,
+    left: Any,
+) -> None:
+    """Add ``d_output`` to ``d_source`` wherever ``source`` is as large as the ``output`` of its window."""
+    for n in range(output.shape[0]):
+        for row in range(output.shape[1]):
+            for column in range(output.shape[2]):
+                largest, gradient = output[n, row, column], d_output[n, row, column]
+                for y in range(max(row * step - top, 0), min(row * step - top + height, source.shape[1])):
+                    first = max(column * step_across - left, 0)
+                    for x in range(first, min(column * step_across - left + width, source.shape[2])):
+                        seen, target = source[n, y, x], d_source[n, y, x]
+                        for c in range(seen.size):
+                            target[c] += gradient[c] if seen[c] == largest[c] else ZERO
+
+
+@make_compiler()
+def shuffle(source: Any, target: Any, groups: Any) -> None:
+    """Write each row of ``source`` (rows, C), seen as a (C / groups, groups) table, to ``target``, transposed."""
+    long = source.shape[1] // groups
+    for row in range(source.shape[0]):
+        for group in range(groups):
+            for i in range(long):
+                target[row, group * long + i] = source[row, i * groups + group]
+
+
+@make_compiler()
+def descend(
+    value: Any, speed: Any, gradient: Any, new_value: Any, new_speed: Any, rate: Any, momentum: Any, decay: Any
+) -> None:
+    """A step of gradient descent: float32, all arrays (N,). Rounded after every operation, as MegEngine does."""
+    for i in range(value.size):
+        slope = gradient[i] + value[i] * decay if decay != ZERO else gradient[i]
+        moving = speed[i] * momentum + slope
+        new_speed[i] = moving
+        new_value[i] = value[i] - rate * moving

@@ -199,6 +199,16 @@ def plain(shape: Shape) -> Layout:
     return layout(shape, PLAIN_LAYOUT[len(shape)])
 
 
+def channels_last(shape: Shape) -> Layout:
+    """That of a C-contiguous numpy array (N, H, W, C) whose ``shape`` is given as (N, C, H, W)."""
+    lib, made = library(), c_void_p()
+    _, channels, height, width = shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    create = lib.c.dnnl_memory_desc_create_with_strides
+    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, dims(strides)), f"an array {shape}")
+    return Layout(made, _Owned("memory_desc", made))
+
+
 def open_layout(shape: Shape) -> Layout:
     """One that the primitive may choose."""
     return layout(shape, ANY_LAYOUT)

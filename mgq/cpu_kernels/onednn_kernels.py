@@ -33,6 +33,7 @@ from mgq.cpu_kernels.onednn import (
     Query,
     Shape,
     allocate_aligned,
+    channels_last,
     dims,
     layout,
     library,
@@ -50,21 +51,34 @@ WINDOW = 3
 
 class Geometry(NamedTuple):
     """A convolution without dilation: ``source`` (N, C, H, W), ``weights`` (O, C, KH, KW) or, in groups,
-    (G, O / G, C / G, KH, KW), ``stride`` and symmetric ``padding`` (height, width), ``output`` (N, O, OH, OW)."""
+    (G, O / G, C / G, KH, KW), ``stride`` and symmetric ``padding`` (height, width), ``output`` (N, O, OH, OW).
+
+    With ``channels_last`` the arrays of source, output and their gradients are (N, H, W, C).
+    """
 
     source: Shape
     weights: Shape
     stride: Pair
     padding: Pair
     output: Shape
+    channels_last: bool = False
+
+    def empty(self, shape: Shape) -> Array:
+        """An uninitialized array for a source or an output of ``shape`` (N, C, H, W)."""
+        batch, channels, height, width = shape
+        return empty((batch, height, width, channels) if self.channels_last else shape)
+
+    def feature(self, program: Program, name: str, shape: Shape) -> Memory:
+        """A source or an output of ``shape`` (N, C, H, W), an array of the caller of ``program``."""
+        return program.kept(name, channels_last(shape)) if self.channels_last else program.array(name, shape)
 
 
 @lru_cache(PROGRAMS_KEPT)
-def geometry(source: Shape, weights: Shape, stride: Pair, padding: Pair) -> Geometry:
+def geometry(source: Shape, weights: Shape, stride: Pair, padding: Pair, channels_last: bool = False) -> Geometry:
     channels = weights[0] if len(weights) == 4 else weights[0] * weights[1]
     sizes = zip(source[2:], weights[-2:], stride, padding, strict=True)
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
-    return Geometry(source, weights, stride, padding, (source[0], channels, height, width))
+    return Geometry(source, weights, stride, padding, (source[0], channels, height, width), channels_last)
 
 
 class Norm(NamedTuple):
@@ -87,7 +101,7 @@ class Statistics(NamedTuple):
 
 
 def convolution(geometry: Geometry, source: Array, weights: Array) -> Array:
-    output = empty(geometry.output)
+    output = geometry.empty(geometry.output)
     _forward(geometry).run(source=source, weights=weights, output=output)
     return output
 
@@ -118,7 +132,7 @@ def normalized_convolution(
     program = _norm_forward(geometry, norm)
     names: tuple[str, ...] = ("convolved", "workspace")
     kept = {name: allocate_aligned(program.sizes[name]) for name in names if name in program.sizes}
-    output = empty(geometry.output)
+    output = geometry.empty(geometry.output)
     program.run(
         source=source,
         weights=weights,
@@ -164,11 +178,14 @@ class _Gradients:
 
     def __init__(self, geometry: Geometry, source: Array, wants_source: bool) -> None:
         self.geometry = geometry
-        self.d_source = empty(geometry.source) if wants_source else None
+        self.d_source = geometry.empty(geometry.source) if wants_source else None
         self.arrays: dict[str, Array] = {} if self.d_source is None else {"d_source": self.d_source}
         if _Convolution.of(geometry).needs_windows:
             height, width = geometry.padding
-            self.arrays["padded"] = np.pad(source, ((0, 0), (0, 0), (height, height), (width, width)))
+            around = ((height, height), (width, width))
+            still = (0, 0)
+            margins = (still, *around, still) if geometry.channels_last else (still, still, *around)
+            self.arrays["padded"] = np.pad(source, margins)
             channels = geometry.weights[0]
             self.arrays |= {name: empty((channels, 1, 1, WINDOW, WINDOW)) for name, *_ in _windows(geometry)}
         else:
@@ -189,9 +206,10 @@ class _Convolution:
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self._source = open_layout(geometry.source)
+        placed = channels_last if geometry.channels_last else open_layout
+        self._source = placed(geometry.source)
         self._weights = open_layout(geometry.weights)
-        self._output = open_layout(geometry.output)
+        self._output = placed(geometry.output)
         self._numbers = dims(geometry.stride), dims((0, 0)), dims(geometry.padding), dims(geometry.padding)
 
     @staticmethod
@@ -274,7 +292,7 @@ def _add_windows(program: Program, geometry: Geometry, d_output: Memory) -> None
     padded = tuple(n + 2 * p for n, p in zip(geometry.source[2:], geometry.padding, strict=True))
     whole = (*geometry.source[:2], *padded)
     # Into blocks once, as the windows overlap; and taking them out of a plain array is 20 times slower.
-    source = program.brought(program.array("padded", whole), layout(whole, BLOCKS_OF_16))
+    source = program.brought(geometry.feature(program, "padded", whole), layout(whole, BLOCKS_OF_16))
     seen = tuple((n - 1) * s + WINDOW for n, s in zip(geometry.output[2:], geometry.stride, strict=True))
     shape = (*geometry.source[:2], *seen)
     weights = (*geometry.weights[:3], WINDOW, WINDOW)
@@ -291,7 +309,7 @@ def _add_windows(program: Program, geometry: Geometry, d_output: Memory) -> None
 
 def _add_convolution(program: Program, convolution: _Convolution, output: Memory) -> None:
     forward = convolution.forward
-    source = program.array("source", convolution.geometry.source)
+    source = convolution.geometry.feature(program, "source", convolution.geometry.source)
     weights = program.array("weights", convolution.geometry.weights)
     computed = program.landing(output, forward.layout(Query.OUTPUT))
     program.execute(
@@ -311,7 +329,7 @@ def _add_gradients(program: Program, convolution: _Convolution, d_output: Memory
     if wants_source:
         to_source = convolution.to_source
         d_output = program.brought(d_output, to_source.layout(Query.D_OUTPUT))
-        d_source = program.array("d_source", geometry.source)
+        d_source = geometry.feature(program, "d_source", geometry.source)
         computed = program.landing(d_source, to_source.layout(Query.D_SOURCE))
         weights = program.array("weights", geometry.weights)
         program.execute(
@@ -327,7 +345,7 @@ def _add_gradients(program: Program, convolution: _Convolution, d_output: Memory
         _add_windows(program, geometry, d_output)
         return
     to_weights = convolution.to_weights
-    source = program.array("source", geometry.source)
+    source = geometry.feature(program, "source", geometry.source)
     d_weights = program.array("d_weights", geometry.weights)
     computed = program.landing(d_weights, to_weights.layout(Query.D_WEIGHTS))
     program.execute(
@@ -344,14 +362,14 @@ def _add_gradients(program: Program, convolution: _Convolution, d_output: Memory
 @lru_cache(PROGRAMS_KEPT)
 def _forward(geometry: Geometry) -> Program:
     program = Program()
-    _add_convolution(program, _Convolution.of(geometry), program.array("output", geometry.output))
+    _add_convolution(program, _Convolution.of(geometry), geometry.feature(program, "output", geometry.output))
     return program
 
 
 @lru_cache(PROGRAMS_KEPT)
 def _backward(geometry: Geometry, wants_source: bool) -> Program:
     program = Program()
-    d_output = program.array("d_output", geometry.output)
+    d_output = geometry.feature(program, "d_output", geometry.output)
     _add_gradients(program, _Convolution.of(geometry), d_output, wants_source)
     return program
 
@@ -407,7 +425,7 @@ def _norm_forward(geometry: Geometry, norm: Norm) -> Program:
     _add_convolution(program, _Convolution.of(geometry), convolved)
     batch_norm = _batch_norm(array, norm)
     channels = (geometry.output[1],)
-    output = program.array("output", geometry.output)
+    output = geometry.feature(program, "output", geometry.output)
     computed = program.landing(output, array)
     arguments = {
         Arg.SOURCE: convolved,
@@ -435,7 +453,7 @@ def _norm_backward(geometry: Geometry, norm: Norm, wants_source: bool) -> Progra
         Arg.MEAN: program.array("mean", channels),
         Arg.VARIANCE: program.array("variance", channels),
         Arg.SCALE: program.array("scale", channels),
-        Arg.D_OUTPUT: program.brought(program.array("d_output", geometry.output), array),
+        Arg.D_OUTPUT: program.brought(geometry.feature(program, "d_output", geometry.output), array),
         Arg.D_SOURCE: d_convolved,
         Arg.D_SCALE: program.array("d_scale", channels),
         Arg.D_SHIFT: program.array("d_shift", channels),

@@ -15,8 +15,9 @@ import numpy as np
 from megengine import Tensor
 from megengine.quantization import FakeQuantize
 
-from mgq.cpu_kernels.autograd_functions import needs_gradient
-from mgq.cpu_kernels.elementwise import Requantization, requantize
+from mgq.cpu_kernels import elementwise
+from mgq.cpu_kernels.elementwise import Requantization
+from mgq.cpu_kernels.feature_maps import needs_gradient
 from mgq.cpu_kernels.switch import Replacement, Stock, on_cpu, replaced
 from mgq.cpu_kernels.tensor_exchange import values
 from mgq.quantization.batch_norm_folding import activation_of
@@ -73,7 +74,7 @@ def is_served(layer: ExactSums, inp: Tensor) -> bool:
 
 
 def is_large(tensor: Tensor) -> bool:
-    return math.prod(tensor._tuple_shape) >= LARGE
+    return bool(math.prod(tensor._tuple_shape) >= LARGE)
 
 
 def convolve(layer: Any, inp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: Any) 
     (array,) = values(source)
     levels = np.float32(quantizer.qmin), np.float32(quantizer.qmax)
     steps = Tensor(
-        requantize(array, work, scale, *levels, isinstance(quantizer, EvenFakeQuantize)), device=source.device
+        elementwise.requantize(array, work, scale, *levels, isinstance(quantizer, EvenFakeQuantize)),
+        device=source.device,
     )
     result = steps * qparams.scale
     result.steps = steps

@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import megengine.functional
 import megengine.module as M
 import megengine.module.conv
 import megengine.module.elemwise
+import megengine.module.pooling
 import megengine.module.qat as Q
 import numpy as np
 from megengine import Tensor, amp
 from megengine.core._imperative_rt.core2 import is_tracing_module
 from megengine.jit.tracing import is_tracing
+from megengine.optimizer import SGD
 
 from mgq.cpu_kernels import onednn
 from mgq.cpu_kernels.autograd_functions import (
@@ -23,18 +26,40 @@ from mgq.cpu_kernels.autograd_functions import (
     FakeQuantizedConvolution,
     FoldedConvolution,
     NormalizedConvolution,
-    needs_gradient,
 )
-from mgq.cpu_kernels.elementwise import extremes
+from mgq.cpu_kernels.channels_last import Pool
+from mgq.cpu_kernels.elementwise import descended, extremes
 from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, set_value, update_observer
+from mgq.cpu_kernels.feature_maps import (
+    FeatureMap,
+    GlobalAverage,
+    MaxPool,
+    QuantizedMap,
+    Shuffle,
+    Sum,
+    needs_gradient,
+    of_tensor,
+    plain,
+    token_of,
+)
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
+from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
+from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
 from mgq.cpu_kernels.tensor_exchange import Array, values
-from mgq.machine import keep_freed_memory
+from mgq.machine import calm_threads, keep_freed_memory
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
+from mgq.zoo import shufflenet_v1
+from mgq.zoo.efficientnet_lite import EfficientNetLite
 from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.mobilenet_v2 import MobileNetV2
+from mgq.zoo.resnet import ResNet
+from mgq.zoo.shufflenet_v1 import ShuffleNetV1
 
 Stock = Callable[..., Any]
+
+MAPPED_NETWORKS = (ResNet, MobileNetV2, ShuffleNetV1, EfficientNetLite)
+"""Networks whose layers hand on feature maps: all that they do between the first layer and the average knows them."""
 
 
 class Replacement(NamedTuple):
@@ -55,6 +80,8 @@ def enable_fast_gradients() -> None:
         return
     onednn.library()
     keep_freed_memory()
+    Tensor(0.0).numpy()  # MegEngine starts its threads with its first tensor
+    calm_threads()
     for owner, name, fast in replacements():
         stock = getattr(owner, name)
         _replaced.append((owner, name, stock))
@@ -106,6 +133,7 @@ def fast_gradients() -> Iterator[None]:
 def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.module.conv, "conv2d", fast_conv2d)
     yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
+    yield Replacement(M.BatchNorm2d, "forward", shared_batch_norm)
     yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
     for module, qat_module, relu, ceiling in (
         (M.ConvBn2d, Q.ConvBn2d, False, None),
@@ -114,23 +142,31 @@ def replacements() -> Iterator[Replacement]:
     ):
         yield Replacement(module, "forward", fast_conv_bn(relu, ceiling))
         yield Replacement(qat_module, "forward", fast_qat_conv_bn(relu, ceiling))
+    yield Replacement(megengine.module.pooling, "max_pool2d", fast_max_pool2d)
+    yield Replacement(megengine.functional, "avg_pool2d", fast_avg_pool2d)
+    yield Replacement(M.Identity, "forward", fast_identity)
+    yield Replacement(shufflenet_v1, "channel_shuffle", fast_channel_shuffle)
+    yield Replacement(SGD, "_updates", fast_updates)
+    for network in MAPPED_NETWORKS:
+        yield Replacement(network, "forward", fast_network)
 
 
-def on_cpu(*tensors: Tensor) -> bool:
-    """Whether ``tensors`` are float32 in CPU memory and are being computed with, not traced."""
+def on_cpu(*inputs: Tensor | FeatureMap) -> bool:
+    """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced."""
     if is_tracing() or is_tracing_module() or amp.enabled:
         return False
     return all(
         t.dtype == np.float32 and t.device.physical_locator[0] == "cpu" and t.format in ("default", "nchw")
-        for t in tensors
+        for t in map(token_of, inputs)
     )
 
 
-def geometry_of(source: Tensor, weights: Tensor, stride: Any, padding: Any) -> Geometry | None:
+def geometry_of(source: Tensor | FeatureMap, weights: Tensor, stride: Any, padding: Any) -> Geometry | None:
     """The convolution of these as oneDNN takes it; None for one that yields nothing."""
     if source.ndim != 4:
         return None
-    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding))
+    is_map = isinstance(source, FeatureMap)
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding), is_map)
     return found if min((*found.source, *found.output)) > 0 else None
 
 
@@ -171,10 +207,10 @@ def fast_conv2d(stock: Stock) -> Stock:
 
 def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
     def fast(stock: Stock) -> Stock:
-        def forward(self: M.Module, inp: Tensor) -> Tensor:
+        def forward(self: M.Module, inp: Tensor | FeatureMap) -> Tensor | FeatureMap:
             found = fusable(self, inp)
             if found is None:
-                return stock(self, inp)
+                return as_before(inp, stock(self, plain(inp)))
             return normalize(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
@@ -184,7 +220,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
 
 def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
     def fast(stock: Stock) -> Stock:
-        def forward(self: Q.QATModule, inp: Tensor) -> Tensor:
+        def forward(self: Q.QATModule, inp: Tensor | FeatureMap) -> Tensor | FeatureMap:
             known = (
                 is_known(self.weight_observer)
                 and is_known(self.act_observer)
@@ -193,7 +229,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             )
             found = fusable(self, inp) if known else None
             if found is None:
-                return stock(self, inp)
+                return as_before(inp, stock(self, plain(inp)))
             arguments = arguments_of(self, found, relu, ceiling, inp)
             function = (
                 FakeQuantizedConvolution(self, *arguments)
@@ -209,8 +245,13 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
     return fast
 
 
+def as_before(source: Tensor | FeatureMap, result: Tensor) -> Tensor | FeatureMap:
+    """``result`` of MegEngine's own code, as a feature map where its ``source`` was one."""
+    return of_tensor(result) if isinstance(source, FeatureMap) else result
+
+
 def arguments_of(
-    module: M.Module, geometry: Geometry, relu: bool, ceiling: float | None, source: Tensor
+    module: M.Module, geometry: Geometry, relu: bool, ceiling: float | None, source: Tensor | FeatureMap
 ) -> tuple[Geometry, Norm, float | None, bool, Array, Array]:
     """What a :class:`NormalizedConvolution` of ``module`` takes. Batch norm in eval mode has its statistics fixed."""
     bn = module.bn
@@ -222,7 +263,7 @@ def arguments_of(
     return geometry, Norm(bn.eps, relu, fixed), ceiling, needs_gradient(source), mean, variance
 
 
-def fusable(module: M.Module, source: Tensor) -> Geometry | None:
+def fusable(module: M.Module, source: Tensor | FeatureMap) -> Geometry | None:
     """The geometry of ``module``, a convolution ``conv`` and a batch norm ``bn``, if it is trained and plain."""
     conv, bn = module.conv, module.bn
     plainly = (
@@ -236,6 +277,7 @@ def fusable(module: M.Module, source: Tensor) -> Geometry | None:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.compute_mode == "default"
+        and not (bn.training and exchange_of_batch_norm() is not None)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
         and on_cpu(source, conv.weight)
@@ -250,10 +292,11 @@ def elements_a_channel(geometry: Geometry) -> int:
     return batch * height * width
 
 
-def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor) -> Tensor:
+def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
     """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
     bn = module.bn
-    output = function(source, module.conv.weight, bn.weight, bn.bias)
+    run = function.mapped if isinstance(source, FeatureMap) else function
+    output = run(source, module.conv.weight, bn.weight, bn.bias)
     if function.norm.fixed:
         return output
     elements = elements_a_channel(function.geometry)
@@ -266,7 +309,11 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor)
 
 
 def fast_elemwise(stock: Stock) -> Stock:
-    def elemwise(*inputs: Tensor, mode: Any) -> Tensor:
+    def elemwise(*inputs: Tensor | FeatureMap, mode: Any) -> Tensor | FeatureMap:
+        added = sum_of(*inputs, mode=str(mode).upper())
+        if added is not None:
+            return added
+        inputs = tuple(map(plain, inputs))
         if (
             str(mode).upper() == "FUSE_ADD_RELU"
             and needs_gradient(*inputs)
@@ -279,8 +326,117 @@ def fast_elemwise(stock: Stock) -> Stock:
     return elemwise
 
 
+def sum_of(*inputs: Tensor | FeatureMap, mode: str) -> FeatureMap | None:
+    """The sum of two feature maps of the same shape; None of others."""
+    if mode not in ("ADD", "FUSE_ADD_RELU") or len(inputs) != 2:
+        return None
+    a, b = inputs
+    if not isinstance(a, FeatureMap) or not isinstance(b, FeatureMap) or a._tuple_shape != b._tuple_shape:
+        return None
+    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").mapped(a, b)
+
+
+def fast_identity(stock: Stock) -> Stock:
+    def forward(self: M.Identity, x: Tensor | FeatureMap) -> Tensor | FeatureMap:
+        return x if isinstance(x, FeatureMap) else stock(self, x)
+
+    return forward
+
+
+def fast_max_pool2d(stock: Stock) -> Stock:
+    def max_pool2d(inp: Tensor | FeatureMap, kernel_size: Any, stride: Any = None, padding: Any = 0) -> Any:
+        if not isinstance(inp, FeatureMap):
+            return stock(inp, kernel_size, stride, padding)
+        pool = Pool(pair_of(kernel_size), pair_of(stride or kernel_size), pair_of(padding))
+        return MaxPool(inp, pool).mapped(inp)
+
+    return max_pool2d
+
+
+def fast_avg_pool2d(stock: Stock) -> Stock:
+    def avg_pool2d(inp: Tensor | FeatureMap, kernel_size: Any, *options: Any, **named: Any) -> Tensor:
+        whole = isinstance(inp, FeatureMap) and pair_of(kernel_size) == inp._tuple_shape[2:]
+        if whole and not options and not named:
+            return GlobalAverage(inp)(inp.token)
+        return stock(plain(inp), kernel_size, *options, **named)
+
+    return avg_pool2d
+
+
+def fast_channel_shuffle(stock: Stock) -> Stock:
+    def channel_shuffle(x: Tensor | FeatureMap, groups: int) -> Tensor | FeatureMap:
+        if not isinstance(x, FeatureMap):
+            return stock(x, groups)
+        shuffled = Shuffle(x, groups).mapped(x)
+        if x._qparams is not None:
+            shuffled.qparams.update(x.qparams)
+        return shuffled
+
+    return channel_shuffle
+
+
+def fast_network(stock: Stock) -> Stock:
+    def forward(self: M.Module, x: Tensor) -> Tensor:
+        return stock(self, of_tensor(x) if hands_on_maps(self, x) else x)
+
+    return forward
+
+
+def hands_on_maps(network: M.Module, images: Tensor) -> bool:
+    """Whether all convolutions of ``network`` are trained, on a CPU, and nobody looks in between the layers."""
+    if images.ndim != 4 or not on_cpu(images) or needs_gradient(images):
+        return False
+    return all(
+        not part._forward_hooks
+        and not part._forward_pre_hooks
+        and type(part).__module__.startswith(("megengine.", "mgq."))
+        and (not isinstance(part, M.Conv2d) or needs_gradient(part.weight))
+        for part in parts_of(network)
+    )
+
+
+def fast_updates(stock: Stock) -> Stock:
+    def updates(self: SGD, param_group: dict[str, Any]) -> None:
+        trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
+        if self.nesterov or not param_group["momentum"] or not trained or not on_cpu(*trained):
+            stock(self, param_group)
+            return
+        velocities = [self._state[parameter]["momentum_buffer"] for parameter in trained]
+        numbers = (param_group[name] for name in ("lr", "momentum", "weight_decay"))
+        descend(trained, velocities, *map(np.float32, numbers))
+
+    return updates
+
+
+def descend(
+    parameters: list[Tensor], velocities: list[Tensor], rate: np.float32, momentum: np.float32, decay: np.float32
+) -> None:
+    """One step of stochastic gradient descent, to the bit as MegEngine's, in one pass over each array."""
+    device, number = parameters[0].device, len(parameters)
+    arrays = values(*parameters, *velocities, *(parameter.grad for parameter in parameters))
+    each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
+    for parameter, velocity, value, speed, gradient in each:
+        new_value, new_speed = descended(value, speed, gradient, rate, momentum, decay)
+        parameter._reset(Tensor(new_value, device=device))
+        velocity._reset(Tensor(new_speed, device=device))
+
+
+def parts_of(module: M.Module) -> Iterator[M.Module]:
+    """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
+    yield module
+    for value in vars(module).values():
+        if isinstance(value, M.Module):
+            yield from parts_of(value)
+
+
 def fast_quantization(stock: Stock) -> Stock:
-    def apply_fakequant_with_observer(self: Q.QATModule, target: Tensor, fake_quant: Any, observer: Any) -> Tensor:
+    def apply_fakequant_with_observer(
+        self: Q.QATModule, target: Tensor | FeatureMap, fake_quant: Any, observer: Any
+    ) -> Tensor | FeatureMap:
+        if isinstance(target, FeatureMap) and is_plain(fake_quant) and is_known(observer):
+            return quantized_map(target, observer)
+        if isinstance(target, FeatureMap):
+            return of_tensor(apply_fakequant_with_observer(self, plain(target), fake_quant, observer))
         if not is_plain(fake_quant) or observer is None or not on_cpu(target):
             return stock(self, target, fake_quant, observer)
         if is_known(observer):
@@ -296,3 +452,13 @@ def fast_quantization(stock: Stock) -> Stock:
         return output
 
     return apply_fakequant_with_observer
+
+
+def quantized_map(source: FeatureMap, observer: Any) -> FeatureMap:
+    """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
+    qparams = update_observer(observer, lambda: extremes(source.array))
+    quantizer = quantizer_of(qparams)
+    assert quantizer is not None
+    output = QuantizedMap(source, quantizer).mapped(source)
+    output.qparams.update(qparams)
+    return output

@@ -28,4 +28,9 @@ def values(*tensors: Tensor) -> list[Array]:
     MegEngine computes in a thread of its own, and DLPack does not wait for it: so this does.
     """
     mge._full_sync()
+    return read(*tensors)
+
+
+def read(*tensors: Tensor) -> list[Array]:
+    """The same of tensors that nothing computes any more: parameters, once :func:`values` was called after a step."""
     return [np.ascontiguousarray(np.from_dlpack(tensor)) for tensor in tensors]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -15,10 +14,10 @@ from multiprocessing import connection, resource_tracker
 from typing import Any, Protocol
 
 from mgq.errors import FailureError, InputError, MgqError
+from mgq.system.parent_death import end_with_parent
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _JOIN_S = 5.0
-_SET_PARENT_DEATH_SIGNAL = 1  # as prctl.h has it
 
 
 class Channel(Protocol):
@@ -255,14 +254,8 @@ class _Channel:
             yield self.pipe.recv()
 
 
-def _end_with_parent() -> None:
-    """Be killed when the process that started this one ends, even while this is paused; on Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
-
-
 def _run(pipe: connection.Connection, prepare: Callable[[], None], task: bytes) -> None:
-    _end_with_parent()
+    end_with_parent()
     # Without the one that started it, which reads and answers, there is nobody to work for.
     with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
         try:

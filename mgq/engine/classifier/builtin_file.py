@@ -32,9 +32,9 @@ class BuiltinFile:
 
     path: Path
 
-    def opened(self, engine: str = AUTO, few: bool = False) -> Classifier:
+    def opened(self, engine: str = AUTO, few: bool = False, threads: int | None = None) -> Classifier:
         """It as a classifier, which says where its weights are from, and not where it is kept."""
-        found = open_file(self.path, engine, few=few)
+        found = open_file(self.path, engine, threads, few=few)
         runtime = found.network.runtime
         return replace(found, origin=f"{runtime.about['origin']}; in {runtime.name} {runtime.version}")
 

@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
+from mgq.engine.distributed.team import Team, current_team, send_work
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
@@ -31,6 +32,8 @@ from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
 """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
+
+Thing = TypeVar("Thing")
 
 BATCH = 8
 """Pictures at a time: with 32, float EfficientNet-Lite0 was measured at half the speed."""
@@ -139,18 +142,45 @@ class Evaluation:
         ]
 
 
+class Group(Protocol):
+    """Processes that measure together: this is part ``share[0]`` of ``share[1]``."""
+
+    @property
+    def share(self) -> tuple[int, int]: ...
+
+    def gather(self, thing: Thing) -> list[Thing]: ...
+
+
 def evaluate_loader(
-    logits: Network, loader: Loader, what: str = "evaluate", on_progress: OnProgress = log_progress
+    logits: Network,
+    loader: Loader,
+    what: str = "evaluate",
+    on_progress: OnProgress = log_progress,
+    group: Group | None = None,
 ) -> Evaluation:
     """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
 
-    The loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
+    With a ``group`` its processes deal out the batches, and all come to the same result, which is that of one. The
+    loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
     labels, or labels that the network has no output for; FailureError where an output is not a finite number.
     """
+    if group is not None and group.share[1] > 1:
+        return _evaluate_together(logits, loader, what, on_progress, group)
     tally = _Tally(loader, what, on_progress)
     for answers in _answers(logits, loader):
         tally.add(answers)
     return tally.evaluation()
+
+
+def _evaluate_together(logits: Network, loader: Loader, what: str, on_progress: OnProgress, group: Group) -> Evaluation:
+    part, of = group.share
+    tally = _Tally(loader, what, lambda event: on_progress(event._replace(done=min(event.done * of, event.total or 0))))
+    with _Deal(loader, part, of, loader.workers) as own:
+        for answers in _answers(logits, own):
+            tally.add(answers)
+    tally.merge(group.gather(tally.found))
+    _Deal(loader, 0, 1).refuse_too_many(tally.problems)
+    return tally.evaluation(of)
 
 
 # ---- a classifier on a dataset ----
@@ -170,12 +200,19 @@ def evaluate(
     """Measure ``classifier`` on the labelled pictures of ``dataset``, whose classes are matched by name.
 
     With several ``jobs`` the batches are dealt out to as many processes of one CPU core each, and the result is the
-    same to the bit, but for the time. ``workers`` are threads that decode, of all jobs together. ``prepare`` is
+    same to the bit, but for the time; the same is so for processes that MPI has started. ``workers`` are threads that
+    decode, of all jobs together. ``prepare`` is
     called in each process before it loads MegEngine. Pictures that cannot be read are left out and named.
 
     Raises InputError for classes that the network does not have, more jobs than cores, or more broken pictures than
     the share ``max_bad``; FailureError where a process dies or an output is not finite.
     """
+    team = current_team()
+    if team is not None:
+        if jobs > 1:
+            raise InputError(f"--jobs {jobs} starts processes by itself: leave it out where MPI starts mgq")
+        with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
+            return _evaluate_in_team(team, classifier, loader, prepare, on_progress)
     if not 1 <= jobs <= usable_cores():
         raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
@@ -285,6 +322,15 @@ def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
     yield _Answers(np.zeros((0, len(loader.dataset.classes)), np.float32), none, none, dict(loader.problems))
 
 
+class _Found(NamedTuple):
+    """What one process found: see :class:`_Tally`."""
+
+    meter: Meter
+    losses: list[float]
+    parts: list[npt.NDArray[np.int64]]
+    problems: dict[int, str]
+
+
 class _Tally:
     """Puts answers together, in whatever order they come: every sum in it is the same in any order."""
 
@@ -299,6 +345,18 @@ class _Tally:
         self.start = time.perf_counter()
         if loader.dataset.labels is None:
             raise InputError(f"{loader.dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
+
+    @property
+    def found(self) -> _Found:
+        """All that counts of it, to be sent to other processes."""
+        return _Found(self.meter, self.losses, self.parts, self.problems)
+
+    def merge(self, parts: Sequence[_Found]) -> None:
+        """Have what all ``parts`` found, this one's among them."""
+        self.meter = Meter.summed([part.meter for part in parts])
+        self.losses = [loss for part in parts for loss in part.losses]
+        self.parts = [numbers for part in parts for numbers in part.parts]
+        self.problems = {index: line for part in parts for index, line in part.problems.items()}
 
     def restart_clock(self) -> None:
         self.start = time.perf_counter()
@@ -353,13 +411,14 @@ class _Tally:
 class _Deal(Loader):
     """Every ``of``-th batch of ``whole`` from number ``part`` on: the same pictures together as there."""
 
-    def __init__(self, whole: Loader, part: int, of: int) -> None:
+    def __init__(self, whole: Loader, part: int, of: int, workers: int | None = None) -> None:
         self.part, self.of = part, of
+        shared = max(1, whole.workers // of) if whole.workers else 0
         super().__init__(
             whole.dataset,
             whole.transform,
             whole.batch_size,
-            workers=max(1, whole.workers // of) if whole.workers else 0,
+            workers=shared if workers is None else workers,
             broken="drop",
             max_bad=whole.max_bad,
         )
@@ -370,7 +429,7 @@ class _Deal(Loader):
     def order(self, epoch: int) -> Labels:
         everything = super().order(epoch)
         starts = range(self.part * self.batch_size, len(everything), self.of * self.batch_size)
-        return np.concatenate([everything[start : start + self.batch_size] for start in starts])
+        return np.concatenate([everything[:0], *(everything[start : start + self.batch_size] for start in starts)])
 
     def refuse_too_many(self, problems: Mapping[int, str]) -> None:
         """Raise InputError if ``problems`` of all parts together are more than ``max_bad`` allows."""
@@ -399,19 +458,89 @@ class _Work:
         import cv2
 
         cv2.setNumThreads(1)
-        if self.engine is not None:
-            classifier = open_file(self.checkpoint, self.engine, threads=1)
-        else:
-            from mgq.engine.classifier.open import open_classifier
-
-            classifier = open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
-        whole = Loader(
-            self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
-        )
-        with _Deal(whole, self.part, self.of) as loader:
+        classifier = self.opened()
+        with _Deal(self.loader(), self.part, self.of) as loader:
             channel.wait_for_all()
             for answers in _answers(classifier.logits, loader):
                 channel.send(answers)
+
+    def opened(self) -> Classifier:
+        if self.engine is not None:
+            return open_file(self.checkpoint, self.engine, threads=1)
+        from mgq.engine.classifier.open import open_classifier
+
+        return open_classifier(checkpoint=self.checkpoint, mode=self.mode, image_size=self.image_size)
+
+    def loader(self) -> Loader:
+        return Loader(
+            self.dataset, self.transform, self.batch_size, workers=self.workers, broken="drop", max_bad=self.max_bad
+        )
+
+
+def _work_of(classifier: Classifier, loader: Loader, folder: Path) -> _Work:
+    """What another process needs to do all of it; files that it reads may be written to ``folder``."""
+    engine: str | None = None
+    if classifier.file is not None:
+        checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
+    elif classifier.made_from is not None:
+        source, engine = classifier.made_from
+        checkpoint = write_for_backend(source, engine, folder)
+    else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
+        checkpoint = folder / "checkpoint.safetensors"
+        classifier.write_checkpoint(checkpoint)
+    return _Work(
+        checkpoint,
+        engine,
+        classifier.mode,
+        classifier.image_size,
+        loader.dataset,
+        loader.transform,
+        loader.batch_size,
+        loader.workers,
+        loader.max_bad,
+        part=0,
+        of=1,
+    )
+
+
+@dataclass(frozen=True)
+class _InTeam:
+    """The processes that MPI has started, as a group that measures together."""
+
+    team: Team
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.team.rank, self.team.size
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        return self.team.gather(thing)
+
+
+@dataclass(frozen=True)
+class _TeamWork:
+    """The same for a process that may be on another machine: with the file's ``content``."""
+
+    work: _Work
+    content: bytes
+
+    def __call__(self, team: Team) -> None:
+        with TemporaryDirectory(prefix="mgq-") as folder:
+            own = Path(folder) / self.work.checkpoint.name
+            own.write_bytes(self.content)
+            work = replace(self.work, checkpoint=own)
+            classifier = work.opened()
+            with work.loader() as loader:
+                evaluate_loader(classifier.logits, loader, group=_InTeam(team))
+
+
+def _evaluate_in_team(
+    team: Team, classifier: Classifier, loader: Loader, prepare: Callable[[], None], on_progress: OnProgress
+) -> Evaluation:
+    with TemporaryDirectory(prefix="mgq-") as folder:
+        work = _work_of(classifier, loader, Path(folder))
+        send_work(team, _TeamWork(work, work.checkpoint.read_bytes()), prepare)
+    return evaluate_loader(classifier.logits, loader, on_progress=on_progress, group=_InTeam(team))
 
 
 def _evaluate_in_processes(
@@ -420,31 +549,8 @@ def _evaluate_in_processes(
     tally = _Tally(loader, "evaluate", on_progress)
     whole = _Deal(loader, 0, 1)
     with TemporaryDirectory(prefix="mgq-") as folder:
-        engine: str | None = None
-        if classifier.file is not None:
-            checkpoint, engine = classifier.file[0].absolute(), classifier.file[1]
-        elif classifier.made_from is not None:
-            source, engine = classifier.made_from
-            checkpoint = write_for_backend(source, engine, Path(folder))
-        else:  # a copy, so that all have the weights that this process has, whatever becomes of the file they came from
-            checkpoint = Path(folder) / "checkpoint.safetensors"
-            classifier.write_checkpoint(checkpoint)
-        tasks: list[Task] = [
-            _Work(
-                checkpoint,
-                engine,
-                classifier.mode,
-                classifier.image_size,
-                loader.dataset,
-                loader.transform,
-                loader.batch_size,
-                loader.workers,
-                loader.max_bad,
-                part,
-                jobs,
-            )
-            for part in range(jobs)
-        ]
+        work = _work_of(classifier, loader, Path(folder))
+        tasks: list[Task] = [replace(work, part=part, of=jobs) for part in range(jobs)]
         with closing(run_in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
             for message in messages:
                 if message is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,13 @@ class Meter:
             "correct1": self.correct1,
             "correct5": self.correct5,
         }
+
+    @classmethod
+    def summed(cls, parts: Sequence[Meter]) -> Meter:
+        """What ``parts`` have counted together."""
+        counts = zip(*(part.state().values() for part in parts), strict=True)
+        images, loss_sum, correct1, correct5 = (sum(count) for count in counts)
+        return cls(int(images), float(loss_sum), int(correct1), int(correct5))
 
     @classmethod
     def from_state(cls, state: Mapping[str, int | float]) -> Meter:

@@ -38,25 +38,27 @@ def choose_network(
     start_megengine: Callable[[], None] = refuse_without_megengine,
     few: bool = False,
     kept: bool = False,
+    threads: int | None = None,
 ) -> Classifier:
     """The network that these words mean, ready to run.
 
     ``checkpoint`` may be a deployed file, which ``engine`` runs. Without any words that say otherwise it is the
     built-in network. ``start_megengine`` is called before MegEngine is imported.
     ``few``: no more than a few pictures will be asked about, so that an engine is chosen that starts soon. ``kept``:
-    the built-in network may come from the file that is kept of it, which cannot be written again. Other words as for
+    the built-in network may come from the file that is kept of it, which cannot be written again. ``threads``: of a
+    file's engine, by default one a core. Other words as for
     :func:`mgq.engine.classifier.open.open_classifier`, which raises what this one does.
     """
     if checkpoint is not None and format_of(checkpoint):
         if key is not None:
             raise InputError(f"{printable(checkpoint)} is a finished file with one network: leave out --key")
         said = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
-        return finished(checkpoint, mode, engine, arch, said, start_megengine, few)
+        return finished(checkpoint, mode, engine, arch, said, start_megengine, few, threads)
     plain = (checkpoint, ranges, width, image_size, key)
     if mode is Mode.QUANTIZED and kept and not any(plain) and target != MEGENGINE and reads_onnx(engine):
         file = builtin_file(arch, save, pretrained, start_megengine, on_progress)
         if file is not None:
-            return file.opened(engine or AUTO, few)
+            return file.opened(engine or AUTO, few, threads)
     start_megengine()
     from mgq.engine.classifier.open import open_classifier
     from mgq.quantization.activation_ranges import read_ranges
@@ -65,7 +67,7 @@ def choose_network(
     found = read_ranges(ranges) if ranges else None
     words = (arch, checkpoint, mode, save, pretrained or False, found, builder, image_size, on_progress, target, key)
     classifier = open_classifier(*words)
-    return classifier if engine is None else attach_backend(classifier, engine)
+    return classifier if engine is None else attach_backend(classifier, engine, threads)
 
 
 def finished(
@@ -76,6 +78,7 @@ def finished(
     said: dict[str, Any],
     start_megengine: Callable[[], None],
     few: bool,
+    threads: int | None,
 ) -> Classifier:
     """The network in a deployed file, for which nothing of what was ``said`` can be chosen any more."""
     for option, value in said.items():
@@ -83,7 +86,7 @@ def finished(
             raise InputError(f"{printable(path)} is a finished file: leave out {option}")
     if format_of(path) == MEGENGINE:
         start_megengine()
-    found = open_file(path, engine or AUTO, arch=arch, few=few)
+    found = open_file(path, engine or AUTO, threads, arch, few)
     if mode is Mode.NORMAL and found.mode is not Mode.NORMAL:
         raise InputError(f"{printable(path)} is int8: leave out -m {mode.value}, or give a float checkpoint")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,16 @@ class Prediction:
     milliseconds: float = 0.0
     error: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in documents: the error, or the guesses and the time."""
+        if self.error is not None:
+            return {"picture": self.image, "error": self.error}
+        guesses = [
+            {"index": score.index, "class": score.name, "probability": round(score.probability, 6)}
+            for score in self.scores
+        ]
+        return {"picture": self.image, "guesses": guesses, "milliseconds": round(self.milliseconds, 3)}
+
     @property
     def picture(self) -> str:
         """The old name of ``image``."""
@@ -78,10 +88,7 @@ def predict(
     A picture that cannot be read gives an answer with an ``error``; the others are answered all the same. Memory
     does not grow with the number of pictures. Raises InputError for a ``topk`` that the network cannot give.
     """
-    classes = len(classifier.classes)
-    topk = min(SHOWN, classes) if topk is None else topk
-    if not 1 <= topk <= classes:
-        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
+    topk = check_topk(classifier, topk)
     for group in group_items(read_crops(classifier, sources), batch):
         crops = [crop for _, crop in group if isinstance(crop, np.ndarray)]
         start = time.perf_counter()
@@ -93,6 +100,25 @@ def predict(
                 yield Prediction(name, error=str(crop))
             else:
                 yield Prediction(name, best_scores(next(logits), classifier.classes, topk), milliseconds)
+
+
+def describe_network(classifier: Classifier) -> dict[str, Any]:
+    """What a document of answers says of the network, as plain values."""
+    return {
+        "arch": classifier.spec.name,
+        "mode": classifier.mode.value,
+        "weights": classifier.origin,
+        "image_size": classifier.image_size,
+    }
+
+
+def check_topk(classifier: Classifier, topk: int | None) -> int:
+    """``topk``, or the usual number. Raises InputError where the network has fewer classes, and for less than 1."""
+    classes = len(classifier.classes)
+    topk = min(SHOWN, classes) if topk is None else topk
+    if not 1 <= topk <= classes:
+        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
+    return topk
 
 
 def best_scores(logits: npt.NDArray[np.float32], classes: Sequence[str], topk: int) -> tuple[ClassScore, ...]:

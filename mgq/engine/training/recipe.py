@@ -28,6 +28,8 @@ SCHEDULES = ("cosine", "linear", "step")
 IMAGENET_IMAGES = 300_000
 """From this many pictures on, a set gets the recipe for ImageNet."""
 CLASSIFIER_IMAGES = 5_000
+COMPRESSIONS = ("none", "fp16")
+CHOICES = {"schedule": SCHEDULES, "observer": OBSERVERS, "target": TARGETS, "compress": COMPRESSIONS}
 MOST_BYTES = 1 << 16
 """Of a recipe file; the longest has some 2 KiB."""
 DISTILLED = 0.5
@@ -51,6 +53,9 @@ class Recipe:
     device; several multiply both. ``stem_lr`` is the factor of the learning rate for the weights that see pixels.
     ``milestones``, ``warmup``, ``freeze_observers`` and ``freeze_batch_norm`` count epochs and may be fractions.
     ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms, biases).
+
+    On several processes ``sync_bn`` has batch norms take their statistics of all processes' pictures together, and
+    ``compress`` says how gradients travel: ``none``, or ``fp16`` in half the bytes.
 
     ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own); with
     ``keep_batch_norm`` batch norms normalize by the statistics that they began with. ``crop_scale`` is the least share
@@ -90,6 +95,8 @@ class Recipe:
     freeze_backbone: bool = False
     classifier_pictures: Images = 0
     amp: bool = False
+    sync_bn: bool = False
+    compress: str = "none"
     val_every: Epochs = 1
     limit: Images = 0
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
@@ -110,7 +117,7 @@ class Recipe:
         """Raises InputError for a value that cannot be, by its name on the command line."""
         for name, bounds in bounds_of(Recipe).items():
             bounds.refuse_beyond(option(name), getattr(self, name))
-        for name, known in (("schedule", SCHEDULES), ("observer", OBSERVERS), ("target", TARGETS)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise no_such(name, getattr(self, name), known)
         check_size(self.image_size)

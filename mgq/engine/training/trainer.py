@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import megengine as mge
 import megengine.module as M
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor, amp
 from megengine.autodiff import GradManager
+from megengine.module.batchnorm import _BatchNorm
 from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
@@ -108,13 +109,17 @@ class Trainer:
         self.epoch = 0
         self.step_in_epoch = 0
         self.meter = Meter()
+        self.statistics: list[Tensor] = []  # those that training changes
+        self.unsaid: list[str] = []  # lines of another process than the first
         self.best: dict[str, float] = {}
         self.start: dict[str, float] = {}  # of a ``qat`` network: calibrated, not trained
         self.seconds = 0.0  # within this epoch, before now
         self.phase: Phase | None = None
         self.average = ModelEma(network, recipe.ema) if recipe.ema else None
         self.parameters = select_parameters(recipe, network)
-        self.manager = GradManager().attach(list(self.parameters.values()), callbacks=self.group.gradient_callbacks())
+        self.manager = GradManager().attach(
+            list(self.parameters.values()), callbacks=self.group.gradient_callbacks(recipe.compress)
+        )
         self.optimizer = sgd(recipe, self.parameters)
         self.scaler = amp.GradScaler() if recipe.amp else None
         self._saved_at = self._reported_at = self._drawn_at = time.monotonic()
@@ -130,6 +135,7 @@ class Trainer:
             if self.recipe.mode == "qat" and not self.recipe.calibrate:
                 self.measure_calibrated()
             self.observe()
+            self.group.broadcast(self.network)  # other processors may have rounded otherwise
             if self.average is not None:
                 self.average = ModelEma(self.network, self.recipe.ema)
             if self.recipe.mode == "qat" and self.recipe.calibrate:
@@ -165,6 +171,7 @@ class Trainer:
         total = min(self.recipe.observe_batches, len(self.train))
         for number, batch in enumerate(self.train.batches(0), 1):
             self.network(pixels_of(batch.images)).numpy()  # waits, or all batches would lie in memory at once
+            self.group.merge_ranges(self.network)
             self.callbacks.on_progress(Progress("observe ranges", number, total, "batches"))
             self.stop_if_asked(keep=False)
             if number == total:
@@ -216,13 +223,20 @@ class Trainer:
         for batch in self.train.batches(self.epoch, self.step_in_epoch):
             for problem in batch.problems:
                 self.send_message(problem)
+            if not self.group.is_first:
+                self.unsaid += batch.problems
             self.step(batch)
             self.step_in_epoch += 1
             self.seconds = time.monotonic() - started
             self.report()
-            self.stop_if_asked()
-            if time.monotonic() - self._saved_at > SAVE_SECONDS and self.step_in_epoch < len(self.train):
+            stops, is_due = self.group.from_first((self.callbacks.should_stop(), self.is_save_due()))
+            if stops:
+                self.stop()
+            if is_due and self.step_in_epoch < len(self.train):
                 self.save()
+
+    def is_save_due(self) -> bool:
+        return time.monotonic() - self._saved_at > SAVE_SECONDS
 
     def prepare_network(self) -> None:
         """Set the network to learn; what the recipe keeps still by now, is."""
@@ -232,6 +246,7 @@ class Trainer:
                 if isinstance(module, M.BatchNorm2d) and not name.startswith(head_of(self.recipe)):
                     module.eval()
         self.phase = None  # train() has undone it
+        self.statistics = running_statistics(self.network)
 
     def enter_phase(self) -> None:
         """Put a ``qat`` network into the phase that the recipe has for this step."""
@@ -239,6 +254,7 @@ class Trainer:
         if self.phase is not wanted:
             self.phase = wanted
             set_phase(self.network, wanted)
+            self.statistics = running_statistics(self.network)
 
     def step(self, batch: Batch) -> None:
         if self.recipe.mode == "qat":
@@ -246,7 +262,7 @@ class Trainer:
         # Dropout draws from MegEngine's own generator, which cannot be kept: so it starts anew at every step.
         mge.random.seed(step_seed(self.recipe.seed, self.steps_done, self.group.rank))
         images, labels = pixels_of(batch.images), Tensor(batch.labels.astype(np.int32))
-        with self.manager:
+        with self.group.exchanging(self.recipe.sync_bn), self.manager:
             with amp.autocast(enabled=self.recipe.amp):
                 logits = self.network(images)
                 loss = self.loss(logits, labels, images)
@@ -260,6 +276,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_factor"]
         self.optimizer.step().clear_grad()
+        if not self.recipe.sync_bn:
+            self.group.average(self.statistics)
         if self.average is not None:
             self.average.update(self.network)
         self.meter.add(value, logits.numpy().astype(np.float32), batch.labels)
@@ -296,13 +314,15 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Measure, keep what is best, note the figures, keep the state: in this order, so that a kill in between
         leaves a state from which all of it is done again."""
+        meters = self.group.gather(self.meter)
+        meter, share = Meter.summed(meters), len(meters) / self.group.world_size
         entry: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.steps_done,
             "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
-            "loss": self.meter.loss,
-            "top1": self.meter.top1,
-            "images_per_second": self.meter.images * self.group.world_size / max(self.seconds, 1e-9),
+            "loss": meter.loss,
+            "top1": meter.top1,
+            "images_per_second": meter.images / share / max(self.seconds, 1e-9),
             "seconds": self.seconds,
         }
         if self.phase is not None:
@@ -310,6 +330,10 @@ class Trainer:
         if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
             found = self.measure(self.epoch + 1)
             entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
+        for lines in self.group.gather(self.unsaid)[1:]:
+            for line in lines:
+                self.send_message(line)
+        self.unsaid.clear()
         if self.group.is_first:
             self.run.add_metrics(entry)
         self.send_message(line_of(entry, self.recipe.epochs))
@@ -343,7 +367,7 @@ class Trainer:
             answer: npt.NDArray[np.float32] = network(pixels_of(images)).numpy()
             return answer
 
-        return evaluate_loader(logits, self.val, "validate", self.callbacks.on_progress)
+        return evaluate_loader(logits, self.val, "validate", self.callbacks.on_progress, self.group)
 
     def int8_runtime(self, network: M.Module) -> BatchRuntime | None:
         """A ``qat`` network as real int8 in its target's engine: what counts in the end, and several times as fast.
@@ -375,8 +399,8 @@ class Trainer:
 
     # ---- what is kept ----
 
-    def state(self) -> TrainingState:
-        """All that this training needs to go on to the bit."""
+    def state(self, meter: Meter | None = None) -> TrainingState:
+        """All that this training needs to go on to the bit; ``meter``: that of all processes."""
         tensors: dict[str, npt.NDArray[Any]] = {}
         for name, value in self.network.state_dict().items():
             tensors[f"network.{name}"] = value
@@ -386,7 +410,7 @@ class Trainer:
             "prepared": self.prepared,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
-            "meter": self.meter.state(),
+            "meter": (meter or self.meter).state(),
             "best": self.best,
             "start": self.start,
             "seconds": self.seconds,
@@ -425,7 +449,8 @@ class Trainer:
         self.prepared = state.progress.get("prepared", True)
         self.epoch = state.progress["epoch"]
         self.step_in_epoch = state.progress["step_in_epoch"]
-        self.meter = Meter.from_state(state.progress["meter"])
+        if self.group.is_first:
+            self.meter = Meter.from_state(state.progress["meter"])
         self.best = dict(state.progress["best"])
         self.start = dict(state.progress.get("start", {}))
         self.seconds = state.progress["seconds"]
@@ -435,8 +460,9 @@ class Trainer:
             self.scaler.scale_factor = state.progress["scale"]
 
     def save(self) -> None:
+        meter = Meter.summed(self.group.gather(self.meter))
         if self.group.is_first:
-            self.run.write_state(self.state())
+            self.run.write_state(self.state(meter))
         self._saved_at = time.monotonic()
 
     # ---- what is told ----
@@ -448,7 +474,9 @@ class Trainer:
             self._reported_at = now
             done = self.step_in_epoch * self.train.batch_size * self.group.world_size
             total = len(self.train) * self.train.batch_size * self.group.world_size
-            detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %"
+            self.group.note_progress(self.step_in_epoch, self.seconds)
+            ranks = self.group.describe()
+            detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %{ranks and ', '}{ranks}"
             what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
             self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
         if self.report_every and self.step_in_epoch % self.report_every == 0:
@@ -463,8 +491,10 @@ class Trainer:
             self.callbacks.on_message(line)
 
     def stop_if_asked(self, keep: bool = True) -> None:
-        if not self.callbacks.should_stop():
-            return
+        if self.group.from_first(self.callbacks.should_stop()):
+            self.stop(keep)
+
+    def stop(self, keep: bool = True) -> NoReturn:
         if keep:
             self.save()
         step = f", step {self.step_in_epoch} of {len(self.train)}" if self.step_in_epoch else ""
@@ -488,6 +518,12 @@ def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
     """The state that a checkpoint holds: that of a ``qat`` network in the form that every verb loads."""
     state: dict[str, npt.NDArray[Any]] = (plain_qat(network) if mode == "qat" else network).state_dict()
     return state
+
+
+def running_statistics(network: M.Module) -> list[Tensor]:
+    """Means and variances of the batch norms in training state."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
 
 
 def select_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:

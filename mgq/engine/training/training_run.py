@@ -21,13 +21,13 @@ from mgq.engine.classifier.evaluate import match_classes
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.open import Classifier, find_newest, open_classifier, versions
+from mgq.engine.distributed.launch import launch
 from mgq.engine.distributed.process_group import (
     Cluster,
     EndedError,
     ProcessGroup,
     check_cluster,
     gpus,
-    launch,
     on_processor,
 )
 from mgq.engine.runs.provenance import listing_of, this_process
@@ -54,7 +54,9 @@ from mgq.ptq.equalization import equalize_channels
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
+from mgq.system.graphics_cards import graphics_cards, refuse_unfit
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.weights.foreign_states import State
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import fingerprint, float_part, load_state, read_weights
@@ -189,6 +191,8 @@ def make_float_options(train_options: TrainOptions, spec: ModelSpec, changes: Ma
 def find_cluster(train_options: TrainOptions) -> Cluster:
     """Where to train. With several GPUs this process keeps off them: those that it starts could not use them."""
     cluster = check_cluster(train_options.devices, train_options.nodes, train_options.node, train_options.master)
+    if gpus() and train_options.devices != 0:
+        refuse_unfit(graphics_cards()[: cluster.devices or None])
     if gpus() and (train_options.devices == 0 or cluster.world > 1):
         mge.set_default_device("cpux")
     return cluster
@@ -287,18 +291,37 @@ def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callba
         state = run.read_state()
         recipe = restore_recipe(state.recipe, str(run.last))
         refuse_changed_options(train_options, recipe, run.path)
-        if cluster.world != recipe.devices:
-            raise InputError(
-                f"{printable(run.path)} was begun on {recipe.devices} devices, not {cluster.world}: give it the same"
-            )
+        note = other_number_of_processes(recipe, cluster, run)
         info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
         run.note_environment(processes=[this_process(train_options.workers)])
         sets = read_sets(recipe.data, None, plain(recipe), callbacks)
         sets = Sets(*(match_classes(dataset, info.classes) for dataset in (sets.train, sets.val)))
         callbacks.on_message(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
-        job = TrainJob(recipe, sets, InitialWeights(None, info.origin, recipe.options), info, train_options, state)
+        if note:
+            callbacks.on_message(note)
+        begun = float_start_of(run, recipe) if recipe.mode == "qat" else None
+        job = TrainJob(recipe, sets, InitialWeights(begun, info.origin, recipe.options), info, train_options, state)
         return finish_run(job, run, cluster, callbacks)
+
+
+def other_number_of_processes(recipe: Recipe, cluster: Cluster, run: RunFolder) -> str:
+    """What to say where a run goes on with another number of processes than it began with; nothing where not.
+
+    Raises InputError on GPUs, and where its pictures of a step cannot be shared equally.
+    """
+    if cluster.world == recipe.devices:
+        return ""
+    path, pictures = printable(run.path), recipe.batch_size * recipe.devices
+    if not on_processor() or cluster.nodes > 1:
+        raise InputError(f"{path} was begun on {recipe.devices} devices, not {cluster.world}: give it the same")
+    if pictures % cluster.world:
+        raise InputError(
+            f"{path} takes {pictures} pictures a step, which {cluster.world} processes cannot share equally: "
+            f"give it {recipe.devices}, with which it began"
+        )
+    alike = "equal up to rounding" if recipe.sync_bn else "equal up to rounding, but for what batch norms see at once"
+    return f"begun with {recipe.devices} processes, going on with {cluster.world}: the same pictures a step, {alike}"
 
 
 def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
@@ -386,11 +409,17 @@ class ElsewhereError(MgqError):
 def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
     """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
     recipe = job.recipe
+    refuse_other_pictures(job, group)
     network = first_network(job)
-    teacher = teacher_of(recipe, run) if recipe.mode == "qat" else None
+    teacher = teacher_of(job) if recipe.mode == "qat" else None
     train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
     examples = examples_of(job)
-    with training_kernels(callbacks), train_loader, val_loader, examples or contextlib.nullcontext():
+    with (
+        training_kernels(callbacks, recipe.sync_bn and group.world_size > 1),
+        train_loader,
+        val_loader,
+        examples or contextlib.nullcontext(),
+    ):
         trainer = Trainer(
             recipe,
             network,
@@ -444,21 +473,45 @@ def examples_of(job: TrainJob) -> Loader | None:
     return make_measuring_loader(recipe, few, job.train_options, job.info.preprocessing)
 
 
-def teacher_of(recipe: Recipe, run: RunFolder) -> M.Module:
+def teacher_of(job: TrainJob) -> M.Module:
     """The float network that a ``qat`` run began from."""
-    network = read_weights(run.path / FLOAT_START, spec_of(recipe.arch)).network
+    assert job.initial.state is not None
+    with without_initialization():
+        network = spec_of(job.recipe.arch).build(job.recipe.classes, **job.recipe.options)
+    load_state(network, job.initial.state, job.initial.origin)
     network.eval()
     return network
 
 
+def float_start_of(run: RunFolder, recipe: Recipe) -> State:
+    """The weights that :func:`teacher_of` takes, as a ``qat`` run keeps them."""
+    return float_part(read_weights(run.path / FLOAT_START, spec_of(recipe.arch)).state)
+
+
+def refuse_other_pictures(job: TrainJob, group: ProcessGroup) -> None:
+    """Raises InputError, which names the rank, where a process finds other pictures than the first."""
+    if group.share[1] == 1:
+        return
+    first, *others = group.gather([listing_of(images) for images in (job.sets.train, job.sets.val)])
+    for rank, found in enumerate(others, 1):
+        if found != first:
+            where = f"rank {rank} finds other pictures in {printable(job.recipe.data)} than rank 0"
+            raise InputError(f"{where}: all machines need the same files there")
+
+
 @contextlib.contextmanager
-def training_kernels(callbacks: Callbacks) -> Iterator[None]:
-    """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing."""
+def training_kernels(callbacks: Callbacks, sync_bn: bool = False) -> Iterator[None]:
+    """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing.
+
+    Raises FailureError where it is missing and ``sync_bn`` needs it.
+    """
     with contextlib.ExitStack() as stack:
         if on_processor():
             try:
                 stack.enter_context(fast_gradients())
             except FailureError as error:
+                if sync_bn:
+                    raise
                 callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
         yield
 

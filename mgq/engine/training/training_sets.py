@@ -60,7 +60,8 @@ def make_loaders(
     train_loader = Loader(
         sets.train,
         train_transform,
-        recipe.batch_size,
+        # As many pictures a step as the run began with, whatever the number of processes is now.
+        recipe.batch_size * recipe.devices // group.world_size,
         shuffle=True,
         seed=recipe.seed,
         workers=request.workers,

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mgq.bench import torch_peer
 from mgq.bench.training_speed import (
     FAST,
     STOCK,
+    TORCH,
     Stepper,
     TrainingReport,
     TrainingSettings,
     make_training_settings,
+    on_cores,
     training_benchmark,
     training_markdown,
 )
 from mgq.errors import InputError
+from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
 from tests.conftest import Mgq, the_error
 
@@ -36,6 +42,7 @@ def report() -> TrainingReport:
 def test_both_kernels_and_modes_have_a_row(report: TrainingReport) -> None:
     rows = [(row.network, row.mode, row.kernels) for row in report.rows]
     assert rows == [(ARCH, mode, kernels) for mode in ("normal", "qat") for kernels in (STOCK, FAST)]
+    assert all(0 < row.cores < 1.5 for row in report.rows)
     assert all(len(row.rounds_ns) == 2 for row in report.rows)
 
 
@@ -53,6 +60,53 @@ def test_the_report_says_its_conditions_and_keeps_all_samples(report: TrainingRe
     assert body["rows"][0]["rounds_ns"][0] == [10**9]
     text = training_markdown(report)
     assert "batch 2 of 32x32 pixels" in text and "random weights" in text and text.count(ARCH) == 4
+
+
+def fake_torch(folder: Path, answers: str) -> Path:
+    """A Python, as far as the benchmark asks, that has a PyTorch."""
+    program = folder / "python"
+    script = f"""#!/bin/sh
+if [ "$1" = -c ]; then echo 2.0; exit 0; fi
+read order; {answers}
+while read steps; do echo '{{"times": [2000000000, 2000000000], "processor": 3000000000}}'; done
+"""
+    program.write_text(script, encoding="utf-8")
+    program.chmod(0o755)
+    return program
+
+
+def test_pytorch_is_a_row_and_a_ratio(tmp_path: Path) -> None:
+    python = fake_torch(tmp_path, """echo '{"version": "2.0"}'""")
+    settings = make_training_settings([ARCH], 2, 2, 32, stock=False, against=[Path("torch")], python=python)
+    ticks = itertools.count(step=10**9)
+    found = training_benchmark(settings, clock=lambda: next(ticks))
+    assert [row.kernels for row in found.rows] == [FAST, TORCH] * 2
+    ours, theirs = found.rows[:2]
+    assert theirs.speed.fps == pytest.approx(1.0)
+    assert ours.of_torch is not None and ours.of_torch.median == pytest.approx(2)
+    assert found.versions["torch"] == "2.0"
+
+
+def test_a_network_that_pytorch_lacks_is_one_remark(tmp_path: Path) -> None:
+    python = fake_torch(tmp_path, """echo '{"problem": "no such network"}'""")
+    settings = make_training_settings([ARCH], 1, 2, 32, stock=False, against=[Path("torch")], python=python)
+    found = training_benchmark(settings)
+    assert [row.kernels for row in found.rows] == [FAST] * 2
+    assert found.remarks()[0] == f"{ARCH}, normal, PyTorch: no such network"
+
+
+def test_a_missing_pytorch_is_one_line_that_says_how_to_get_it(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_peer, "find_spec", lambda name: None)
+    assert "--torch-python" in the_error(mgq("bench", "--train", "--against", "torch"))
+    assert "does not run" in the_error(mgq("bench", "--train", "--torch-python", "/nowhere/python"))
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_rows_run_on_the_cores_that_they_name() -> None:
+    before = os.sched_getaffinity(0)
+    with on_cores(1):
+        assert os.sched_getaffinity(0) == {max(before)}
+    assert os.sched_getaffinity(0) == before
 
 
 def test_both_kernels_take_the_same_step() -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import pytest
-from megengine import Tensor
+from megengine import Parameter, Tensor
 from megengine.autodiff import GradManager
 from megengine.optimizer import SGD
 from megengine.quantization import LSQ
 from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
-from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, onednn
+from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, feature_maps, onednn, switch
 from mgq.cpu_kernels.autograd_functions import (
     Convolution,
     FakeQuantizedConvolution,
@@ -172,6 +172,34 @@ def test_fused_float_layers_are_stock_in_output_gradients_and_state(kind: str, u
         module, source = fused_module(kind, False, shape), normal(3, shape.in_channels, 5, 5)
         assert_alike(stepped(module, source, None, True), stepped(module, source, None, False), shape)
     assert used == [NormalizedConvolution] * len(SHAPES)
+
+
+class Mapped(M.Module):  # type: ignore[misc]
+    """A layer that is given a feature map, where training is fast."""
+
+    def __init__(self, layer: M.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not fast_gradients_enabled():
+            return self.layer(x)
+        output = self.layer(feature_maps.of_tensor(x))
+        assert isinstance(output, feature_maps.FeatureMap)
+        return output.plain()
+
+
+@pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_feature_maps_are_stock_in_output_gradients_and_state(kind: str, qat: bool) -> None:
+    for shape in SHAPES:
+        layer, source = fused_module(kind, qat, shape), normal(3, shape.in_channels, 5, 5)
+        d_output = steady_gradient(next(part for part in layer.modules() if isinstance(part, FUSED)), source)
+        module = Mapped(layer)
+        fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
+        far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
+        assert far.mean() < 1e-3, shape
+        assert_alike(fast._replace(output=np.where(far, stock.output, fast.output)), stock, shape)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -522,3 +550,71 @@ def test_histograms_are_numpys() -> None:
             expected, _ = np.histogram(values[row][counted], bins, ends, weights=wanted[row][counted])
             # A value next to the edge of a bin may be on the other side of it in float32.
             assert np.abs(found[row] - expected).sum() < 0.01 * np.abs(wanted[row]).sum()
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies between the layers cost as much as their convolutions: only the input is turned."""
+    turned: list[Tensor] = []
+
+    def of_tensor(tensor: Tensor) -> feature_maps.FeatureMap:
+        turned.append(tensor)
+        return feature_maps.of_tensor(tensor)
+
+    monkeypatch.setattr(switch, "of_tensor", of_tensor)
+    network = blank(arch)
+    network.train()
+    manager = GradManager().attach(network.parameters())
+    with fast_gradients(), manager:
+        manager.backward(network(Tensor(normal(2, 3, 32, 32))).sum())
+    assert len(turned) == 1 and all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_steps_of_descent_are_those_of_megengine_to_the_bit(decay: float) -> None:
+    states = []
+    for fast in (True, False):
+        parameters = [Parameter(normal(3, 5, seed=1)), Parameter(normal(40000, seed=2))]
+        optimizer = SGD(parameters, lr=0.03, momentum=0.9, weight_decay=decay)
+        with fast_gradients() if fast else contextlib.nullcontext():
+            for step in range(3):
+                for place, parameter in enumerate(parameters):
+                    parameter.grad = Tensor(normal(*parameter.shape, seed=10 * step + place))
+                optimizer.step()
+        states.append(
+            [p.numpy() for p in parameters] + [optimizer._state[p]["momentum_buffer"].numpy() for p in parameters]
+        )
+    for found, expected in zip(*states, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 0)])
+def test_pooled_feature_maps_and_their_gradients_are_those_of_megengine(size: int, stride: int, padding: int) -> None:
+    """Of several largest values in a window each gets the whole gradient."""
+    source = Tensor(np.random.default_rng(0).integers(0, 3, (2, 5, 9, 9)).astype(np.float32))
+    results = []
+    for fast in (True, False):
+        manager = GradManager().attach([source])
+        with fast_gradients(), manager:
+            read = feature_maps.of_tensor(source) if fast else source
+            output = feature_maps.plain(M.MaxPool2d(size, stride, padding)(read))
+            manager.backward(output, Tensor(normal(*output.shape)))
+        results.append((output.numpy(), source.grad.numpy()))
+        source.grad = None
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_whose_layers_are_watched_gives_its_watchers_tensors() -> None:
+    network = blank(FAMILIES[0])
+    network.train()
+    seen: list[object] = []
+    handles = [
+        m.register_forward_hook(lambda _m, _i, o: seen.append(o)) for m in network.modules() if isinstance(m, FUSED)
+    ]
+    manager = GradManager().attach(network.parameters())
+    with fast_gradients(), manager:
+        manager.backward(network(Tensor(normal(2, 3, 32, 32))).sum())
+    for handle in handles:
+        handle.remove()
+    assert len(seen) > 5 and all(isinstance(output, Tensor) for output in seen)

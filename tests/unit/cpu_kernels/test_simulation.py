@@ -12,7 +12,7 @@ import pytest
 from megengine import Tensor
 from megengine.autodiff import GradManager
 
-from mgq.cpu_kernels import simulation
+from mgq.cpu_kernels import elementwise, simulation
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import Draft, ExactScales, RangesBySeen
@@ -49,8 +49,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(sums.size)
         return stock(sums, *rest)
 
-    stock = simulation.requantize
-    monkeypatch.setattr(simulation, "requantize", requantize)
+    stock = elementwise.requantize
+    monkeypatch.setattr(elementwise, "requantize", requantize)
     monkeypatch.setattr(simulation, "LARGE", 0)
     return found
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from mgq.api import make_train_options
-from mgq.engine.distributed.process_group import Cluster, EndedError, ProcessGroup, launch
+from mgq.engine.distributed.launch import launch
+from mgq.engine.distributed.process_group import Cluster, EndedError, ProcessGroup
 from mgq.engine.training import train_options, training_run
 from mgq.engine.training.trainer import StoppedError
 from mgq.errors import FailureError, InputError

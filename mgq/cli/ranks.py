@@ -1,0 +1,100 @@
+"""What a process does that MPI has started among others: start the rank, be it, or leave the work to the first."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
+
+from mgq.cli.console import note, print_error
+from mgq.errors import FailureError, InputError, MgqError
+from mgq.machine import debugging
+from mgq.system.mpi_world import MEND, World, leave_world, take_terminal
+
+if TYPE_CHECKING:
+    from mgq.system.supervision import Link
+
+LAST_WAIT_S = 60.0
+"""Longer than supervisors need to end all."""
+
+
+def work_alone(world: World, work: Callable[[], int]) -> int:
+    """The first process does ``work`` and says so; the others have nothing to do. The exit code."""
+    if world.rank:
+        return 0
+    leave_world()
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if verb:
+        note(f"mgq {verb} works in one process: the other {world.size - 1} that were started have nothing to do")
+    return work()
+
+
+def work_together(world: World, work: Callable[[], int]) -> int:
+    """The first process does ``work``, the others their part of what it sends them. The exit code."""
+    from mgq.system.supervision import link_to_supervisor, supervise
+
+    link = link_to_supervisor()
+    if link is not None:
+        be_rank(world, link, work)
+    if find_spec("mpi4py") is None:
+        if world.rank == 0:
+            print_error(f"started {world.size} times by MPI, and mpi4py is not installed: {MEND}")
+        return InputError.exit_code
+    return supervise(world, sys.argv[1:])
+
+
+def be_rank(world: World, link: Link, work: Callable[[], int]) -> NoReturn:
+    """Be the process that computes, and end as all do."""
+    try:
+        if world.rank == 0:
+            end_process(lead(world, link, work))
+        follow(world, link)
+        end_process(0)
+    except BaseException:  # in debug mode alone
+        traceback.print_exc()
+        end_process(FailureError.exit_code)
+
+
+def lead(world: World, link: Link, work: Callable[[], int]) -> int:
+    from mgq.engine.distributed.team import join_team, leave_team
+
+    take_terminal()
+    try:
+        join_team(world, link, sys.argv[1:])
+    except MgqError as error:
+        print_error(str(error))
+        return error.exit_code
+    code = work()
+    if code == 0:
+        leave_team()
+    return code
+
+
+def follow(world: World, link: Link) -> None:
+    from mgq.engine.distributed.team import join_team, leave_team, serve
+
+    failure: MgqError
+    try:
+        serve(join_team(world, link, sys.argv[1:]))
+        leave_team()
+        return
+    except MgqError as error:
+        failure = error
+    except Exception as error:
+        if debugging():
+            traceback.print_exc()
+        failure = FailureError(f"unexpected {type(error).__name__}: {error}")
+    named = str(failure).startswith("rank ")  # as where all find the same
+    link.send(failed=str(failure), named=named, code=failure.exit_code)
+    time.sleep(LAST_WAIT_S)
+
+
+def end_process(code: int) -> NoReturn:
+    """At once: MPI would wait for those that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,115 @@
+"""``mgq serve``: a network that answers over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
+from mgq.cli.shared_options import Arch, EngineName, NetworkOptions, open_network, take_checkpoint
+
+if TYPE_CHECKING:
+    from mgq.service.limits import Limits
+
+SERVED = (".onnx", ".so")
+
+
+def serve(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("-c", "--checkpoint", help="An .onnx or .so file of `mgq dump`.", show_default="the built-in one"),
+    ] = None,
+    arch: Arch = None,
+    engine: EngineName = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", click_type=COUNT, help="Of the engine.", show_default="one a core")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", click_type=PORT, help="0 takes a free one.")] = 8000,
+    descriptor: Annotated[
+        int | None,
+        typer.Option("--fd", click_type=AT_LEAST_NONE, metavar="NUMBER", help="An inherited socket that listens."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option("--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Time to gather them.")
+    ] = 2.0,
+    max_body: Annotated[
+        float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="The most in one request.")
+    ] = 20.0,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", click_type=COUNT, help="In work at a time; others get 503.")
+    ] = 32,
+    timeout: Annotated[
+        float, typer.Option("--timeout", click_type=FACTOR, metavar="S", help="For an upload, and for its answer.")
+    ] = 30.0,
+) -> None:
+    """Answer over HTTP what is in pictures.
+
+    POST /predict takes one picture as the body, or several as a form. GET / is
+    a page to drop a picture on; there are /health and /metrics, too. SIGTERM
+    and Ctrl-C end it when what runs is answered.
+
+    \b
+    Examples:
+      mgq serve
+      mgq serve -c net.onnx --port 8080
+      mgq serve -c net.so --host 0.0.0.0 --max-requests 64
+    """
+    refuse_others(checkpoint)
+    take_checkpoint(checkpoint)
+    import_server()
+    from mgq.cli.console import note, progress, say
+    from mgq.quantization.option_names import ONNX
+    from mgq.service.application import Service
+    from mgq.service.server import open_socket, serve, take_socket
+
+    listening = open_socket(host, port) if descriptor is None else take_socket(descriptor)
+    target = ONNX if checkpoint is None else None  # that file cannot be kept where a disk is full: it is made anew
+    options = NetworkOptions(arch, checkpoint, engine=engine, target=target)
+    with progress() as on_progress:
+        network = open_network(options, "quantized", on_progress, kept=True, threads=threads)
+    note(f"{network.spec.name}, {network.origin}")
+    service = Service(network, limits_of(batch, wait, max_body, max_requests, timeout), note)
+    serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
+    note("stopped: every request that had come is answered")
+
+
+def limits_of(batch: int | None, wait: float, max_body: float, max_requests: int, timeout: float) -> Limits:
+    from mgq.service.limits import MEGA, Limits
+
+    return Limits(
+        body_bytes=int(max_body * MEGA),
+        requests=max_requests,
+        body_s=timeout,
+        answer_s=timeout,
+        batch=batch,
+        gather_s=wait / 1000,
+    )
+
+
+def refuse_others(checkpoint: Path | None) -> None:
+    """Raises InputError for a file that is not one of those that are served."""
+    from mgq.errors import InputError, printable
+
+    if checkpoint is not None and checkpoint.suffix.lower() not in SERVED:
+        raise InputError(
+            f"{printable(checkpoint)} is not served: write an {SERVED[0]} or {SERVED[1]} file by `mgq dump`"
+        )
+
+
+def import_server() -> None:
+    """Raises InputError where the packages of the extra are not installed."""
+    from importlib.util import find_spec
+
+    from mgq.errors import InputError
+
+    packages = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
+    missing = next((package for package in packages if find_spec(package) is None), None)
+    if missing is not None:
+        raise InputError(f"{missing} is not installed, which serving needs: pip install 'mgq[serve]'")

@@ -1,0 +1,144 @@
+"""One process for each share of the cores, on one machine or many, which exchange gradients by MPI."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import megengine as mge
+import megengine.module as M
+import numpy as np
+from megengine import Tensor
+from megengine.quantization.observer import MinMaxObserver
+
+from mgq.cpu_kernels.fake_quantization import set_value
+from mgq.cpu_kernels.statistics_exchange import Sums, exchanging
+from mgq.cpu_kernels.tensor_exchange import Array
+from mgq.engine.distributed.gradient_average import GradientAverage
+from mgq.engine.distributed.process_group import ProcessGroup, Result, Thing, Work
+from mgq.engine.distributed.team import Team, current_team, send_work
+from mgq.errors import FailureError, MgqError
+from mgq.events import NO_CALLBACKS, Callbacks
+from mgq.quantization.qat import CurrentRangeObserver
+
+FEW_RANKS = 8
+"""So many are told of one by one."""
+
+
+@dataclass(frozen=True)
+class MpiGroup(ProcessGroup):
+    """Processes on processors. Network, optimizer and running statistics are the same to the bit on all of them."""
+
+    @property
+    def team(self) -> Team:
+        team = current_team()
+        assert team is not None
+        return team
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.rank, self.world_size
+
+    def gradient_callbacks(self, compress: str = "none") -> list[Any]:
+        return [GradientAverage(self.team, compress)]
+
+    def broadcast(self, network: M.Module) -> None:
+        found = self.team.share([tensor.numpy() for tensor in network.tensors()] if self.is_first else None)
+        if not self.is_first:
+            for tensor, value in zip(network.tensors(), found, strict=True):
+                tensor[...] = value
+
+    def from_first(self, thing: Thing) -> Thing:
+        found: Thing = self.team.share(thing)
+        return found
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        return self.team.gather(thing)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        self.replace(tensors, lambda array: self.reduced(array, "SUM") / np.float32(self.world_size))
+
+    def merge_ranges(self, network: M.Module) -> None:
+        observers = [m for m in network.modules() if isinstance(m, MinMaxObserver) and m.enabled]
+        seen = [observer for observer in observers if not isinstance(observer, CurrentRangeObserver)]
+        self.replace([observer.min_val for observer in seen], lambda array: self.reduced(array, "MIN"))
+        self.replace([observer.max_val for observer in seen], lambda array: self.reduced(array, "MAX"))
+
+    def replace(self, tensors: list[Any], exchange: Callable[[Array], Array]) -> None:
+        """Give ``tensors`` what ``exchange`` makes of all their values together, float32 (N,)."""
+        if not tensors:
+            return
+        values = [tensor.numpy() for tensor in tensors]
+        found = exchange(np.concatenate([value.reshape(-1) for value in values]).astype(np.float32))
+        ends = np.cumsum([value.size for value in values])
+        for tensor, value, end in zip(tensors, values, ends, strict=True):
+            set_value(tensor, found[end - value.size : end].reshape(value.shape))
+
+    def exchanging(self, batch_norm: bool) -> contextlib.AbstractContextManager[None]:
+        return exchanging(self, batch_norm)
+
+    def widest(self, extremes: Array) -> Array:
+        smallest, largest = extremes.reshape(-1)
+        found: Array = self.reduced(np.array([-smallest, largest], np.float32), "MAX")
+        found[0] = -found[0]
+        return found
+
+    def summed(self, values: Sums) -> Sums:
+        found: Sums = self.reduced(values, "SUM")
+        return found
+
+    def reduced(self, array: Any, operation: str) -> Any:
+        """``array`` with those of all processes, by an operation that MPI calls so."""
+        from mpi4py import MPI
+
+        found = np.array(array)
+        self.team.wait(self.team.comm.Iallreduce(MPI.IN_PLACE, found, getattr(MPI, operation)))
+        return found
+
+    def note_progress(self, steps: int, seconds: float) -> None:
+        before, before_seconds, before_waited = self.team.noted
+        self.team.noted = steps, seconds, self.team.waited
+        if steps > before:
+            busy = seconds - before_seconds - (self.team.waited - before_waited)
+            self.team.tell(progress=[steps, busy / (steps - before)])
+
+    def describe(self) -> str:
+        found = sorted(self.team.progress.items())
+        if not found:
+            return ""
+        if len(found) <= FEW_RANKS:
+            steps = " ".join(f"{done:.0f}" for _, (done, _) in found)
+            times = " ".join(f"{1000 * seconds:.0f}" for _, (_, seconds) in found)
+            return f"steps of ranks {steps}, ms a step {times}"
+        rank, (_, longest) = max(found, key=lambda item: item[1][1])
+        least = min(done for _, (done, _) in found)
+        return f"{len(found)} ranks, step {least:.0f}, longest {1000 * longest:.0f} ms on {self.team.name_of(rank)}"
+
+
+def launch_by_mpi(work: Work[Result], callbacks: Callbacks, prepare: Callable[[], None]) -> Result:
+    """What ``work`` returns in this process, the first of its team, while all others do it, too."""
+    team = current_team()
+    assert team is not None
+    send_work(team, partial(take_part, work), prepare)
+    with naming_rank(team):
+        return work(MpiGroup(team.rank, team.size), callbacks)
+
+
+def take_part(work: Work[Any], team: Team) -> None:
+    """Do ``work`` as another process than the first, which nobody watches."""
+    mge.set_default_device("cpux")
+    work(MpiGroup(team.rank, team.size), NO_CALLBACKS)
+
+
+@contextlib.contextmanager
+def naming_rank(team: Team) -> Iterator[None]:
+    """Within it an error names this process; one that came from another names that already."""
+    try:
+        yield
+    except MgqError as error:
+        if isinstance(error, FailureError) and not str(error).startswith("rank "):
+            raise FailureError(f"{team.name_of(team.rank)}: {error}") from error
+        raise

@@ -1,0 +1,1 @@
+"""A network that answers over HTTP."""

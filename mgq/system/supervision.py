@@ -1,0 +1,357 @@
+"""A small process beside each rank, which watches over it and over the other ranks' watchers by plain TCP.
+
+MPI itself does not say reliably that a rank is gone: a launcher kills everything without a word, or waits for ever. So
+what a launcher starts is a supervisor, and that starts the worker that computes. The first rank's supervisor is the
+hub: all others are connected to it. A worker that dies is seen at once by its own, a machine that vanishes by its
+silence. The hub has the first rank's worker say what happened, in one line, and ends all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from mgq.errors import printable
+from mgq.system.mpi_world import World, note_leader
+from mgq.system.parent_death import end_with_parent
+
+WORKER_VARIABLE = "MGQ_WORKER"
+"""The descriptor over which a worker and its supervisor talk: where it is set, this process is a worker."""
+BEAT_S = 1.0
+SILENCE_S = 10.0
+"""After so long without a sign another rank is taken to be lost."""
+PATIENCE_S = 8.0
+"""What is to end has so long until it is ended."""
+LAUNCHER_NAMES = ("mpiexec", "mpirun", "prterun", "orterun")
+_TICK_S = 0.2
+_CONNECT_S = 3.0
+_SAME_SIGNAL_S = 1.0
+_LONGEST = 1 << 20
+
+RESUME = "`--resume` goes on from the state last saved"
+
+
+class Link:
+    """A socket over which JSON objects go, one a line. It is ``closed`` once the other side is gone."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.closed = False
+        self.heard = time.monotonic()
+        self._rest = b""
+
+    def fileno(self) -> int:
+        return self.end.fileno()
+
+    def send(self, **message: Any) -> None:
+        try:
+            self.end.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.closed = True
+
+    def read(self) -> list[dict[str, Any]]:
+        """What has come; call it when there is something to read."""
+        try:
+            data = self.end.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            self.closed = True
+        self.heard = time.monotonic()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:
+            self.closed = True
+        try:
+            found = [json.loads(line) for line in lines]
+        except ValueError:  # somebody else's
+            self.closed = True
+            return []
+        return [message for message in found if isinstance(message, dict)]
+
+
+def link_to_supervisor() -> Link | None:
+    """In a worker, its link; None elsewhere. It is there once."""
+    descriptor = os.environ.pop(WORKER_VARIABLE, "")
+    if not descriptor:
+        return None
+    end_with_parent()
+    return Link(socket.socket(fileno=int(descriptor)))
+
+
+def supervise(world: World, words: Sequence[str]) -> int:
+    """Run ``mgq words`` as one rank of ``world``, and watch over it and the others; the exit code of all."""
+    return _Supervisor(world, words).run()
+
+
+@dataclass
+class _Verdict:
+    """Why all are to end: the exit code, and the line that says so (None where it was said)."""
+
+    code: int
+    line: str | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_old(self) -> bool:
+        return time.monotonic() - self.since > PATIENCE_S
+
+
+class _Supervisor:
+    def __init__(self, world: World, words: Sequence[str]) -> None:
+        self.world = world
+        self.is_hub = world.rank == 0
+        self.hosts: list[str] = []
+        self.hub: Link | None = None
+        self.peers: dict[int, Link] = {}
+        self.strangers: list[Link] = []
+        self.verdict: _Verdict | None = None
+        self.told: str | None = None  # what the worker itself said of its failure
+        self.code: int | None = None  # of the worker, once it has ended
+        self.is_cut = False  # a machine is gone without a word
+        self.beaten = self.signalled = 0.0
+        self.progress: dict[str, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.forward)
+        self.listener = self.token = None
+        ours, theirs = socket.socketpair()
+        self.worker = Link(ours)
+        if self.is_hub:
+            note_leader()
+            self.listener = socket.create_server(("", 0), backlog=1024)
+            self.token = secrets.token_hex(16)
+            self.worker.send(hub=[own_addresses(), self.listener.getsockname()[1], self.token])
+        theirs.set_inheritable(True)
+        # Descriptors stay open, as the launcher talks to the worker by one of them.
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "mgq", *words],
+            env={**os.environ, WORKER_VARIABLE: str(theirs.fileno())},
+            close_fds=False,
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def forward(self, number: int, _: FrameType | None) -> None:
+        """A signal is the first rank's. One key press may come from the terminal and from the launcher, too."""
+        now = time.monotonic()
+        if self.is_hub and now - self.signalled > _SAME_SIGNAL_S:
+            self.signalled = now
+            self.child.send_signal(number)
+
+    # ---- the loop ----
+
+    def run(self) -> int:
+        try:
+            while (code := self.step()) is None:
+                pass
+            return code
+        finally:
+            self.child.kill()
+            self.child.wait()
+
+    def step(self) -> int | None:
+        """Wait a moment for what comes, and take it; the exit code once all is over."""
+        for link in self.readable():
+            if isinstance(link, socket.socket):
+                self.strangers.append(Link(link.accept()[0]))
+                continue
+            for message in link.read():
+                self.take(link, message)
+        self.beat()
+        if self.code is None:
+            self.code = self.child.poll()
+        return self.next_of_hub() if self.is_hub else self.next_of_others()
+
+    def readable(self) -> list[Any]:
+        with selectors.DefaultSelector() as selector:
+            links = [self.worker, self.hub, *self.peers.values(), *self.strangers]
+            for link in links:
+                if link is not None and not link.closed:
+                    selector.register(link, selectors.EVENT_READ)
+            if self.listener is not None:
+                selector.register(self.listener, selectors.EVENT_READ)
+            return [key.fileobj for key, _ in selector.select(_TICK_S)]
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self.beaten < BEAT_S:
+            return
+        self.beaten = now
+        if self.hub is not None:
+            self.hub.send(progress=self.progress.get(str(self.world.rank)))
+        for link in self.peers.values():
+            link.send()
+        if self.is_hub and self.progress:
+            self.worker.send(ranks=self.progress)
+
+    def take(self, link: Link, message: dict[str, Any]) -> None:
+        if link in self.strangers:
+            self.admit(link, message)
+        elif link is self.worker:
+            self.take_of_worker(message)
+        elif link is self.hub:
+            if "end" in message:
+                self.verdict = _Verdict(int(message["end"]))
+        else:
+            rank = next(rank for rank, peer in self.peers.items() if peer is link)
+            if message.get("progress"):
+                self.progress[str(rank)] = message["progress"]
+            if "done" in message:
+                del self.peers[rank]
+            if "failed" in message:
+                self.judge(int(message["code"]), message["failed"])
+
+    def admit(self, link: Link, message: dict[str, Any]) -> None:
+        self.strangers.remove(link)
+        rank = message.get("rank")
+        if message.get("token") == self.token and isinstance(rank, int) and 0 < rank < self.world.size:
+            self.peers[rank] = link
+        else:
+            link.end.close()
+
+    def take_of_worker(self, message: dict[str, Any]) -> None:
+        if "hosts" in message:
+            self.hosts = message["hosts"]
+        if "join" in message:
+            self.connect(*message["join"])
+        if "progress" in message:
+            self.progress[str(self.world.rank)] = message["progress"]
+        if "failed" in message:
+            self.told = str(message["failed"])
+            named = self.told if message["named"] else f"{self.name_of(self.world.rank)}: {self.told}"
+            self.report(named, int(message["code"]))
+
+    def connect(self, addresses: list[str], port: int, token: str) -> None:
+        for address in addresses:
+            with contextlib.suppress(OSError):
+                self.hub = Link(socket.create_connection((address, port), _CONNECT_S))
+                self.hub.send(token=token, rank=self.world.rank)
+                return
+        where = f"{self.name_of(0)}, port {port} of {', '.join(addresses)}"
+        self.report(f"{self.name_of(self.world.rank)} cannot reach {where}", 1)
+
+    # ---- how it ends ----
+
+    def name_of(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank]}" if rank < len(self.hosts) else f"rank {rank}"
+
+    def report(self, line: str, code: int) -> None:
+        """Another rank than the first tells the hub what became of it; without a hub it says so itself."""
+        if self.hub is not None and not self.hub.closed:
+            self.hub.send(failed=line, code=code)
+        else:
+            self.judge(code, line)
+
+    def judge(self, code: int, line: str | None) -> None:
+        """All are to end: the first reason counts."""
+        if self.verdict is None:
+            self.verdict = _Verdict(code, line)
+            if self.is_hub:
+                self.worker.send(end=line, code=code)
+
+    def next_of_hub(self) -> int | None:
+        if self.verdict is None and self.code is None:
+            self.look_for_lost()
+        if self.code is None:
+            if self.verdict is None or not self.verdict.is_old:
+                return None
+            self.child.kill()  # it hangs: then this says it
+            self.child.wait()
+            self.code = -signal.SIGKILL
+        if self.verdict is None and self.code < 0:
+            self.verdict = _Verdict(1, f"{self.name_of(0)}{end_of(self.code)}")
+        if self.code < 0 and self.verdict is not None and self.verdict.line is not None:
+            say(self.verdict.line)
+        code = self.code if self.verdict is None else self.verdict.code
+        self.end_others(code)
+        if self.is_cut:
+            end_launcher()
+        return code
+
+    def look_for_lost(self) -> None:
+        for rank, link in self.peers.items():
+            if link.closed:
+                return self.judge(1, f"{self.name_of(rank)} was ended, its supervisor with it; {RESUME}")
+            if time.monotonic() - link.heard > SILENCE_S:
+                self.is_cut = True
+                return self.judge(1, f"{self.name_of(rank)} gave no sign for {SILENCE_S:.0f} s; {RESUME}")
+        return None
+
+    def end_others(self, code: int) -> None:
+        """Have all others end, and give them the time to."""
+        for link in self.peers.values():
+            link.send(end=code)
+        until = time.monotonic() + PATIENCE_S / 2
+        while time.monotonic() < until and any(not link.closed for link in self.peers.values()):
+            for link in self.readable():
+                if isinstance(link, Link):
+                    for message in link.read():
+                        if "done" in message:
+                            link.closed = True
+
+    def next_of_others(self) -> int | None:
+        if self.verdict is not None and self.code != 0:
+            if self.verdict.line is not None:
+                say(self.verdict.line)
+            return self.verdict.code
+        if self.code == 0:
+            if self.hub is not None:
+                self.hub.send(done=True)
+            return 0
+        if self.hub is not None and (self.hub.closed or time.monotonic() - self.hub.heard > SILENCE_S):
+            if self.speaks_without_hub():
+                cause = "was ended" if self.hub.closed else f"gave no sign for {SILENCE_S:.0f} s"
+                say(f"{self.name_of(0)} {cause}; {RESUME}")
+            return 1
+        if self.code is not None and self.told is None:
+            self.told = f"{self.name_of(self.world.rank)}{end_of(self.code)}"
+            self.report(self.told, 1)
+        return None
+
+    def speaks_without_hub(self) -> bool:
+        """Whether this is the first rank that is left: one is enough to tell of it."""
+        assert self.hub is not None
+        left = [r for r in range(1, self.world.size) if self.hub.closed or self.hosts[r] != self.hosts[0]]
+        return self.world.rank == min(left, default=1)
+
+
+def end_of(code: int) -> str:
+    """How a worker ended: goes after its name."""
+    return f" was killed by {signal.Signals(-code).name}; {RESUME}" if code < 0 else f" ended with code {code}"
+
+
+def end_launcher() -> None:
+    """Ask the launcher above this process to end: it would wait for ever for a machine that is gone."""
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            if parent.name().startswith(LAUNCHER_NAMES):
+                for ask in (parent.terminate, parent.terminate, parent.kill):  # it takes the first as one to pass on
+                    ask()
+                    time.sleep(_TICK_S)
+                return
+
+
+def say(line: str) -> None:
+    """The one line of an error, where no worker is left to say it."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"error: {printable(line)}\n")
+        sys.stderr.flush()
+
+
+def own_addresses() -> list[str]:
+    """Where other machines, and processes of this one, may reach this machine."""
+    found = [a.address for links in psutil.net_if_addrs().values() for a in links if a.family == socket.AF_INET]
+    return sorted(found, key=lambda address: address.startswith("127."))

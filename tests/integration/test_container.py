@@ -1,0 +1,90 @@
+"""The Dockerfile's steps, run one by one in an empty folder: what they leave is small enough, and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mgq.data.decoding import bundled_cat
+from mgq.data.image_sources import expand
+from mgq.engine.calibration import calibration_run
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.open import convert
+from mgq.ptq.presets import CalibrationConfig
+from mgq.quantization.option_names import Mode
+from mgq.quantization.targets import ONNX
+from tests.conftest import classifier_of
+
+ROOT = Path(__file__).parents[2]
+PLACE = "/opt/mgq"
+BASE_MB = 55
+"""What the base image has at the most, by published figures (about 50): it is not at hand here."""
+MOST_MB = 350
+PATIENCE_S = 600
+
+
+def dockerfile() -> str:
+    return (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def python_of_the_image() -> str | None:
+    """A Python of the version that the Dockerfile names."""
+    version = re.findall(r"^FROM python:(3\.\d+)-slim", dockerfile(), re.MULTILINE)[0]
+    folders = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin"))
+    return str(folders[-1] / "python") if folders else shutil.which(f"python{version}")
+
+
+def run(command: Sequence[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    return subprocess.run(
+        command, cwd=folder, env={**environment, **variables}, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+
+def test_only_what_is_needed_goes_to_the_daemon() -> None:
+    copied = [word for line in re.findall(r"^COPY (?!--)(.*)$", dockerfile(), re.MULTILINE) for word in line.split()]
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    sources = {word for word in copied if (ROOT / word).exists() and word != "./"}
+    assert "*" in sent and sources == {line[1:] for line in sent if line.startswith("!")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("short_shufflenet")
+def test_the_steps_of_the_dockerfile_leave_a_small_folder_that_answers(tmp_path: Path) -> None:
+    python = python_of_the_image()
+    if python is None:
+        pytest.skip("the Python of the image is not installed here")
+    source, place = tmp_path / "source", tmp_path / "place"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "mgq", source / "mgq", ignore=shutil.ignore_patterns("__pycache__"))
+    assert run([python, "-m", "venv", str(tmp_path / "venv")], tmp_path).returncode == 0
+    there = tmp_path / "venv" / "bin"
+    steps = re.findall(r"^RUN (.*)$", dockerfile(), re.MULTILINE)
+    assert len(steps) > 2
+    for step in steps:
+        command = ["sh", "-ec", step.replace(PLACE, str(place))]
+        done = run(command, source, PATH=f"{there}:{os.environ['PATH']}")
+        if done.returncode and "pip install" in step:
+            pytest.skip(f"nothing can be installed here, off line perhaps: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+    size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 1e6
+    assert size + BASE_MB < MOST_MB, size
+    cat = expand([str(bundled_cat())])
+    config = CalibrationConfig(target=ONNX, weight_rounding="nearest")
+    found = calibration_run.calibrate(classifier_of("shufflenet_v1_x0_5_g3"), cat, 1, config=config).classifier
+    dump_classifier(convert(found, Mode.QUANTIZED), tmp_path / "net.onnx", batch=None)
+    variables = {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "MGQ_CACHE": str(tmp_path / "cache")}
+    words = [str(there / "python"), "-m", "mgq"]
+    said = run([*words, "infer", "-c", "net.onnx", str(bundled_cat()), "--json"], tmp_path, **variables)
+    assert said.returncode == 0 and json.loads(said.stdout)["failed"] == 0, said.stderr
+    assert run([*words, "serve", "-c", "net.onnx", "--fd", "999"], tmp_path, **variables).stderr.count("no socket") == 1

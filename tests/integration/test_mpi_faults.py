@@ -1,0 +1,154 @@
+"""Whatever happens to one of several processes, all end soon, with one line that names it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from mgq.system.mpi_world import find_launcher
+from mgq.system.supervision import WORKER_VARIABLE
+from tests.fakes.network_hosts import two_hosts
+
+pytestmark = pytest.mark.skipif(
+    find_launcher() is None or find_spec("mpi4py") is None, reason="needs MPI: pip install 'mgq[mpi]'"
+)
+ENDS_WITHIN_S = 30
+TRAIN = ["-a", "shufflenet_v1_x0_5_g3", "--image-size", "32", "--epochs", "90", "--limit", "512", "--report-freq", "1"]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + ENDS_WITHIN_S
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def mgq(*words: str) -> list[str]:
+    return [sys.executable, "-m", "mgq", *words]
+
+
+def mpirun(*words: str) -> list[str]:
+    launcher = find_launcher()
+    assert launcher is not None
+    return [launcher, *words]
+
+
+class Run:
+    """A command whose output goes to a file."""
+
+    def __init__(self, command: Sequence[str], folder: Path, **environment: str) -> None:
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        until = time.monotonic() + 120
+        while text not in self.output:
+            assert self.process.poll() is None and time.monotonic() < until, self.output
+            time.sleep(0.1)
+
+    def worker(self, rank: int) -> psutil.Process:
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            environment = process.environ()
+            if WORKER_VARIABLE in environment and str(rank) == environment.get(
+                "PMI_RANK", environment.get("OMPI_COMM_WORLD_RANK")
+            ):
+                return process
+        raise AssertionError(f"no rank {rank} in {self.output}")
+
+    def end(self) -> tuple[int, list[str]]:
+        """The exit code, and the lines of errors; nothing of it may be left afterwards."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        try:
+            code = self.process.wait(ENDS_WITHIN_S)
+        finally:
+            for process in family:
+                if process.is_running():
+                    process.kill()
+            self.process.kill()
+        return code, [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_all_with_one_line(rank: int, tmp_path: Path) -> None:
+    run = Run(mgq("train", *TRAIN, "--jobs", "2", "-s", str(tmp_path)), tmp_path)
+    run.wait_for("step 2/")
+    run.worker(rank).kill()
+    code, errors = run.end()
+    assert code == 1 and len(errors) == 1, run.output
+    assert f"rank {rank} on " in errors[0] and "killed by SIGKILL" in errors[0] and "--resume" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_ends_all_with_one_line(tmp_path: Path) -> None:
+    with two_hosts(tmp_path) as hosts:
+        start = mpirun(
+            *("-launcher", "ssh", "-launcher-exec", str(hosts.login), "-localhost", hosts.addresses[0]),
+            *("-hosts", ",".join(hosts.addresses), "-n", "2"),
+        )
+        run = Run(hosts.on_first(*start, *mgq("train", *TRAIN, "-s", str(tmp_path))), tmp_path)
+        run.wait_for("step 2/")
+        assert any("mgq" in command for command in hosts.commands_on_second())
+        hosts.cut()
+        code, errors = run.end()
+        assert code != 0 and len(errors) == 1, run.output  # of the launcher, which does not pass on what its ranks have
+        wait_until(lambda: not any("mgq" in command for command in hosts.commands_on_second()))
+        assert f"rank 1 on {hosts.names[1]} gave no sign" in errors[0]
+
+
+def test_ranks_that_were_given_different_options_say_so(tmp_path: Path) -> None:
+    one, other = (mgq("train", "-s", str(tmp_path), "--lr", lr) for lr in ("1", "2"))
+    run = Run(mpirun("-n", "1", *one, ":", "-n", "1", *other), tmp_path)
+    code, errors = run.end()
+    assert code == 2 and len(errors) == 1 and "rank 1 on " in errors[0] and "--lr 2" in errors[0], run.output
+
+
+def test_ranks_of_different_versions_say_so(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nfind = m.version\n"
+        "m.version = lambda name: '0.0' if name == 'mgq' else find(name)\n"
+    )
+    command = mgq("train", "-s", str(tmp_path))
+    run = Run(mpirun("-n", "1", *command, ":", "-n", "1", "env", f"PYTHONPATH={other}", *command), tmp_path)
+    code, errors = run.end()
+    assert code == 2 and len(errors) == 1 and "rank 1 on " in errors[0] and "has mgq 0.0" in errors[0], run.output
+
+
+def test_wrong_words_are_said_once(tmp_path: Path) -> None:
+    run = Run(mpirun("-n", "2", *mgq("train", "--lr", "x")), tmp_path)
+    code, errors = run.end()
+    assert code == 2 and len(errors) == 1, run.output
+
+
+def test_a_verb_that_is_not_shared_works_once(tmp_path: Path) -> None:
+    run = Run(mpirun("-n", "2", *mgq("models")), tmp_path)
+    code, _ = run.end()
+    assert code == 0 and run.output.count("works in one process") == 1, run.output
+
+
+def test_without_mpi_jobs_names_the_extra(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'mpi4py' else find(n, *a)\n"
+    )
+    run = Run(mgq("train", "--jobs", "2"), tmp_path, PYTHONPATH=str(hidden))
+    code, errors = run.end()
+    assert code == 2 and errors == ["error: --jobs needs MPI, which is not installed: pip install 'mgq[mpi]'"]
