@@ -20,6 +20,7 @@ from mgq.bench.cases import Agreement
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
+from mgq.cli.import_options import spread_import_options
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, log_progress
 from mgq.system.environment import Machine
@@ -34,7 +35,7 @@ MACHINE = Machine(
 BOTH = tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(bench)
+app.command()(spread_import_options(bench))
 
 
 def row(
