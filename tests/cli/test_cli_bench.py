@@ -123,7 +123,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Setti
     assert "choose latency, throughput" in refused("--mode", "fast")
     assert "there is no such file" in refused("--against", str(tmp_path / "none.onnx"))
     assert "let it end in .png or .svg" in refused("--plot", str(tmp_path / "plot.gif"))
-    assert refused("--train", "--against", "a.onnx").startswith("--train measures float and qat")
+    assert refused("--train", "--against", "a.onnx").startswith("--train compares with PyTorch alone")
     assert "give the name of a file" in refused("--json", str(tmp_path))
     assert "folder does not exist" in refused("--json", str(tmp_path / "none" / "bench.json"))
     assert asked == []
