@@ -36,7 +36,7 @@ from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  #
 from mgq.quantization.modes import Mode, to_mode  # noqa: E402
 from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
-from mgq.zoo.registry import create_model, spec_of  # noqa: E402
+from mgq.zoo.registry import create_model, spec_of, specs  # noqa: E402
 from mgq.zoo.weight_loading import fingerprint  # noqa: E402
 from tests.fakes.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
@@ -264,6 +264,15 @@ def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
         (folder / name).symlink_to(kept_files / name)
     monkeypatch.setenv("MGQ_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What a test registers, an imported file included, is unknown to the next."""
+    known = dict(specs())
+    yield
+    specs().clear()
+    specs().update(known)
 
 
 @pytest.fixture

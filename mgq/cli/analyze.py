@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
     RUNS,
@@ -50,6 +51,7 @@ def analyze(
     save: Save = RUNS,
     pretrained: Pretrained = None,
     as_json: AsJson = False,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Show where the error of int8 comes from, layer by layer.
 
@@ -70,7 +72,7 @@ def analyze(
     if files and data is not None:
         raise InputError("pictures were named, and a folder by -d: give one of them")
     refuse_hopeless(expand(files or [], note))
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
     from mgq.engine.calibration import analysis
     from mgq.reports.analysis_page import write_page
     from mgq.reports.html import check_page_path

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.help_layout import OWN
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
-from mgq.cli.shared_options import RUNS, CheckpointFile, Save, prepare_megengine
+from mgq.cli.shared_options import RUNS, CheckpointFile, Save, prepare_megengine, refuse_wish
 from mgq.errors import FailureError, InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mgq.bench.benchmark_report import Report, Row
     from mgq.bench.settings import Settings
     from mgq.bench.training_speed import TrainingReport, TrainingSettings
+    from mgq.engine.classifier.import_wish import ImportWish
 
 STDOUT = "-"
 
@@ -102,6 +104,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
     ] = None,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Measure pictures a second in every engine.
 
@@ -119,6 +122,9 @@ def bench(
         raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
     if as_markdown and json_file == STDOUT:
         raise InputError("--markdown and --json - both want standard output: give --json a file")
+    wish = imported.wish()
+    if checkpoint is None:
+        refuse_wish(wish)
     if training:
         if files or int8 or fp32 or plot is not None or load != "latency":
             raise InputError("--train measures float and qat: leave out files, --int8, --fp32, --mode and --plot")
@@ -151,7 +157,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         if checkpoint is not None or is_own(arch):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mgq-bench-")))
-            files, arch = [*(files or []), *files_of(arch, checkpoint, save, folder)], None
+            files, arch = [*(files or []), *files_of(arch, checkpoint, save, folder, wish)], None
         settings = make_settings(
             arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [], files or []
         )
@@ -180,7 +186,9 @@ def is_own(arch: list[str] | None) -> bool:
     return bool(own)
 
 
-def files_of(arch: list[str] | None, checkpoint: Path | None, save: Path, folder: Path) -> list[Path]:
+def files_of(
+    arch: list[str] | None, checkpoint: Path | None, save: Path, folder: Path, wish: ImportWish | None = None
+) -> list[Path]:
     """Files in ``folder`` of the network that ``arch`` or ``checkpoint`` names: float, and int8 where it is calibrated.
 
     Raises InputError where it is not.
@@ -191,8 +199,9 @@ def files_of(arch: list[str] | None, checkpoint: Path | None, save: Path, folder
     if arch and len(arch) > 1:
         raise InputError("-c is one network: give one -a, or leave it out")
     name = arch[0] if arch else None
-    checkpoint = prepare_megengine(checkpoint, deployed=False, save=save)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, save=save, wish=wish)
     from mgq.engine.classifier.deployment import write_candidates
+    from mgq.engine.classifier.onnx_import import refuse_other_import
     from mgq.engine.classifier.open import find_newest_run, open_classifier
     from mgq.quantization.modes import Mode
 
@@ -201,6 +210,7 @@ def files_of(arch: list[str] | None, checkpoint: Path | None, save: Path, folder
     if int8 is None:
         said = f"-c {printable(checkpoint)}" if checkpoint is not None else "-a FILE.py:FUNCTION"
         raise InputError(f"{normal.spec.name} is not calibrated: `mgq calibrate {said} -d PHOTOS --target onnx` first")
+    refuse_other_import(int8, normal)
     note(f"int8 from {printable(int8)}")
     return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
 

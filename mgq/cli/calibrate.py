@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.help_layout import OUTPUT
-from mgq.cli.import_options import Labels, Mean, Order, Preprocess, Size, Std, make_wish
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
     RUNS,
@@ -109,12 +109,7 @@ def calibrate(
     width: Width = None,
     image_size: ImageSize = None,
     as_json: AsJson = False,
-    preprocess: Preprocess = None,
-    mean: Mean = None,
-    std: Std = None,
-    rgb: Order = None,
-    size: Size = None,
-    labels: Labels = None,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Make a float network ready for int8, without training.
 
@@ -161,7 +156,7 @@ def calibrate(
     )
     options.refuse_contradictions()
     refuse_hopeless(expand(files or [], note))
-    wish = make_wish(preprocess, mean, std, rgb, size, labels)
+    wish = imported.wish()
     checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
     options = replace(options, checkpoint=checkpoint)
     with progress() as on_progress:

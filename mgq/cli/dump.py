@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
 from mgq.cli.shared_options import (
     RUNS,
@@ -101,6 +102,7 @@ def dump(
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Write the network as a file to deploy, which takes raw pixels.
 
@@ -117,7 +119,7 @@ def dump(
     """
     from mgq.cli.console import out, progress
 
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
     from mgq.engine.classifier.dump import open_for_target
 
     with progress() as on_progress:

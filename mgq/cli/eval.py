@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
     RUNS,
@@ -99,6 +100,7 @@ def evaluate(
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Measure accuracy on labelled pictures.
 
@@ -115,11 +117,12 @@ def evaluate(
     from mgq.cli.console import note, progress
 
     refuse_more_than_cores(jobs)
+    wish = imported.wish()
     if devices > 1:
         note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
     with progress(report_freq) as on_progress:
         dataset = find_data(data, on_progress) if data is not None else None
-        checkpoint = take_checkpoint(checkpoint, key=key, save=save)
+        checkpoint = take_checkpoint(checkpoint, key=key, save=save, wish=wish)
         options = NetworkOptions(
             arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
         ).with_newest_run(mode)
@@ -144,6 +147,9 @@ def evaluate(
             prepare=preparation_for(classifier),
             on_progress=on_progress,
         )
+        advice = advice_for(classifier, dataset, result)
+    if advice is not None:
+        note(advice)
     for problem in result.problems:
         note(problem)
     if result.problems:
@@ -171,6 +177,15 @@ def preparation_for(classifier: Classifier) -> Callable[[], None]:
 
     of_others = classifier.file is not None and format_of(classifier.file[0]) != MEGENGINE
     return hush_decoders if of_others else prepare_process
+
+
+def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> str | None:
+    """What another input contract would give an imported network that is hardly ever right."""
+    if not classifier.spec.is_described or classifier.file is not None:
+        return None  # and MegEngine need not be here
+    from mgq.engine.classifier.input_advice import advise_on_input
+
+    return advise_on_input(classifier, dataset, result)
 
 
 def find_data(folder: Path, on_progress: OnProgress) -> Dataset:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,19 +46,48 @@ Labels = Annotated[
 ]
 
 
-def make_wish(
-    preprocess: str | None,
-    mean: str | None,
-    std: str | None,
-    rgb: bool | None,
-    size: str | None,
-    labels: Path | None,
-) -> ImportWish | None:
-    """The options together; None where none is given. Raises InputError for what cannot be."""
-    if all(value is None for value in (preprocess, mean, std, rgb, size, labels)):
-        return None
-    order = None if rgb is None else "rgb" if rgb else "bgr"
-    return ImportWish(preprocess, numbers_in(mean, "--mean"), numbers_in(std, "--std"), order, size_in(size), labels)
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """The options together, for each verb that takes a float ONNX file."""
+
+    preprocess: Preprocess = None
+    mean: Mean = None
+    std: Std = None
+    rgb: Order = None
+    size: Size = None
+    labels: Labels = None
+
+    def wish(self) -> ImportWish:
+        """What they say. Raises InputError for what cannot be."""
+        order = None if self.rgb is None else "rgb" if self.rgb else "bgr"
+        mean, std = numbers_in(self.mean, "--mean"), numbers_in(self.std, "--std")
+        return ImportWish(self.preprocess, mean, std, order, size_in(self.size), self.labels)
+
+
+NONE_GIVEN = ImportOptions()
+PARAMETER = "imported"
+
+
+def spread_import_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """``verb``; where it has a parameter ``imported``, the fields of :class:`ImportOptions` are options of it instead.
+
+    The command line knows plain options alone.
+    """
+    own = inspect.signature(verb, eval_str=True).parameters
+    if PARAMETER not in own:
+        return verb
+    shared = inspect.signature(ImportOptions, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> Any:
+        imported = ImportOptions(**{name: given.pop(name) for name in shared})
+        return verb(**given, **{PARAMETER: imported})
+
+    entries = [entry for name, entry in own.items() if name != PARAMETER] + list(shared.values())
+    typed = [entry.replace(kind=entry.KEYWORD_ONLY) for entry in entries]
+    command.__annotations__ = {entry.name: entry.annotation for entry in typed}
+    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    return command
 
 
 def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
     RUNS,
@@ -67,6 +68,7 @@ def infer(
     ranges: Ranges = None,
     width: Width = None,
     image_size: ImageSize = None,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Classify pictures with the int8 network (or another mode).
 
@@ -85,7 +87,7 @@ def infer(
     sources = expand([*(image or []), *(files or [])] or [str(bundled_cat())], note)
     if not as_json:  # which tells of broken pictures in its document
         refuse_hopeless(sources)
-    checkpoint = take_checkpoint(checkpoint, not write, key, save)
+    checkpoint = take_checkpoint(checkpoint, not write, key, save, imported.wish())
     with progress() as on_progress:
         from mgq.engine.classifier.predict import FEW, predict
 

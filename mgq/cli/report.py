@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def report(
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
     save: Save = RUNS,
     as_json: AsJson = False,
+    imported: ImportOptions = NONE_GIVEN,
 ) -> None:
     """Write one HTML page about a run or a deployed file.
 
@@ -58,9 +60,9 @@ def report(
 
     file = reports.find_file(run, checkpoint, key)
     if file is None:
-        checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save)
+        checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
     else:
-        prepare_file(file)
+        prepare_file(file, imported)
 
     with progress() as on_progress:
         written = reports.report(run, data, checkpoint, save, output, limit, images, engines, on_progress, key)
@@ -70,12 +72,13 @@ def report(
         show_report(written)
 
 
-def prepare_file(file: Path) -> None:
-    """Import MegEngine, quietly, where it runs the deployed ``file``."""
+def prepare_file(file: Path, imported: ImportOptions) -> None:
+    """Import MegEngine, quietly, where it runs the deployed ``file``. Raises InputError for options of other files."""
     from mgq.export.formats import format_of
     from mgq.quantization.option_names import MEGENGINE
     from mgq.system.megengine_start import import_megengine
 
+    take_checkpoint(file, wish=imported.wish())
     if format_of(file) == MEGENGINE:
         import_megengine()
 

@@ -133,8 +133,7 @@ def take_checkpoint(
         from mgq.engine.classifier.onnx_import import imported_checkpoint
 
         return imported_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
-    if wish is not None and not wish.is_open:
-        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
+    refuse_wish(wish)
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
     if checkpoint is None and key is not None:
@@ -142,6 +141,14 @@ def take_checkpoint(
     if checkpoint is not None:
         validate_file(checkpoint, key)
     return checkpoint
+
+
+def refuse_wish(wish: ImportWish | None) -> None:
+    """Raise InputError where anything is said of an ONNX file of another program, and there is none."""
+    from mgq.errors import InputError
+
+    if wish is not None and not wish.is_open:
+        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
 
 
 def prepare_megengine(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
     from mgq.engine.classifier.mode_comparison import Comparison
     from mgq.engine.training.training_run import TrainResult
+
+SHOWN_OR_READ = ("as_json", "imported", "jobs")
+"""Fields of a command that training itself knows nothing of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,7 @@ class TrainingCommand:
     ] = 0
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
+    imported: ImportOptions = NONE_GIVEN
 
     def run(self) -> None:
         """Do what is asked for and show what comes of it; when stopped, say how to go on."""
@@ -170,7 +175,7 @@ class TrainingCommand:
         start_jobs(self.jobs)
         if self.recipe is not None:
             read_changes(self.recipe)  # where it is none, nothing else needs to be loaded
-        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save)
+        checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, self.imported.wish())
         from mgq.api import make_train_options
         from mgq.engine.training import training_run
         from mgq.engine.training.trainer import StoppedError
@@ -200,9 +205,7 @@ class TrainingCommand:
 
     def given(self) -> dict[str, Any]:
         """The options by name. A flag that was not given leaves what a recipe file says."""
-        values = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("as_json", "jobs")
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHOWN_OR_READ}
         return {name: value for name, value in values.items() if value is not False or name == "distill"}
 
 

@@ -97,14 +97,17 @@ def disable_fast_gradients() -> None:
 @contextlib.contextmanager
 def replaced(*replacements: Replacement) -> Iterator[None]:
     """Within it, fast versions stand for these, also for those that stand there already."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
     try:
         for owner, name, fast in replacements:
             setattr(owner, name, fast(getattr(owner, name)))
         yield
     finally:
-        for owner, name, stock in reversed(before):
-            setattr(owner, name, stock)
+        for owner, name, own in reversed(before):
+            if own is None:  # inherited: what stands for the base's must be found again
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
 
 
 def fast_gradients_enabled() -> bool:

@@ -41,7 +41,7 @@ from mgq.quantization.activation_ranges import (
     runs,
     set_range,
 )
-from mgq.quantization.batch_norm_folding import fold_batch_norms
+from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
@@ -145,8 +145,11 @@ def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reacti
 
 def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = False) -> dict[str, Range]:
     """The range of each layer of ``watched`` for which rounding and clipping change the logits least."""
-    layers = find_quantized_layers(watched)
-    return {name: reaction.best_range(quant_levels(layers[name]), headroom) for name, reaction in reactions.items()}
+    layers, found = find_quantized_layers(watched), {}
+    for name, reaction in reactions.items():
+        low, high = reaction.best_range(quant_levels(layers[name]), headroom)
+        found[name] = low, min(high, activation_of(layers[name]).high)
+    return found
 
 
 def switch_on(watched: M.Module) -> None:
@@ -295,7 +298,8 @@ class CorrectBias:
 
     @property
     def name(self) -> str:
-        return "biases corrected for rounded weights" if self.of_weights else "biases corrected"
+        quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {self.images} images"
+        return "biases corrected" + (" for rounded weights" if self.of_weights else "") + quickly
 
     def apply(self, draft: Draft) -> Draft:
         correction = BiasCorrection(self.of_weights)

@@ -20,6 +20,7 @@ from mgq.bench.cases import Agreement
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import bench
+from mgq.cli.import_options import spread_import_options
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, log_progress
 from mgq.system.environment import Machine
@@ -34,7 +35,7 @@ MACHINE = Machine(
 BOTH = tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(bench)
+app.command()(spread_import_options(bench))
 
 
 def row(
@@ -122,7 +123,7 @@ def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Setti
     assert "choose latency, throughput" in refused("--mode", "fast")
     assert "there is no such file" in refused("--against", str(tmp_path / "none.onnx"))
     assert "let it end in .png or .svg" in refused("--plot", str(tmp_path / "plot.gif"))
-    assert refused("--train", "--against", "a.onnx").startswith("--train measures float and qat")
+    assert refused("--train", "--against", "a.onnx").startswith("--train compares with PyTorch alone")
     assert "give the name of a file" in refused("--json", str(tmp_path))
     assert "folder does not exist" in refused("--json", str(tmp_path / "none" / "bench.json"))
     assert asked == []

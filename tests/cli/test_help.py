@@ -44,7 +44,7 @@ def test_help_says_what_a_verb_does_with_examples_that_parse(mgq: Mgq, verb: str
 
 def test_many_options_stand_in_groups_each_once(mgq: Mgq) -> None:
     titles = re.findall(r"^(\w+):$", mgq("train", "--help").out, re.MULTILINE)
-    assert titles == ["Network", "Pictures", "Options", "Devices", "Output"]
+    assert titles == ["Network", "Pictures", "Import", "Options", "Devices", "Output"]
     for name, verb in verbs().items():
         said = mgq(name, "--help").out
         for parameter in verb.params:

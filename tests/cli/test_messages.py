@@ -38,7 +38,7 @@ WRONG = [
     ("models resnet18", "resnet18", "mgq models --help"),
     ("--nonsense", "--nonsense", "mgq --help"),
     ("infer --debug", "--debug", "before the verb"),
-    ("infer --jobs 2", "--jobs", "one of `mgq eval`"),
+    ("infer --jobs 2", "--jobs", "one of `mgq train`"),
     ("eval --epochs 3", "--epochs", "one of `mgq train`"),
     ("train --observer ema", "--observer", "one of `mgq qat`"),
     ("qat --from-scratch", "--from-scratch", "one of `mgq train`"),

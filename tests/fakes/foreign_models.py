@@ -76,6 +76,11 @@ def plain(model: Model) -> str:
     return model.add("Relu", model.conv(total, 8, 8, group=8, pads=[1] * 4, strides=[2, 2]))
 
 
+def padless(model: Model) -> str:
+    """Nothing stands around the picture."""
+    return model.add("Relu", model.conv("image", 3, 8))
+
+
 def squeeze_and_excite(model: Model) -> str:
     """MobileNetV3's: hard swish, and a gate of 1x1 convolutions."""
     stem = model.add("HardSwish", plain(model))
@@ -165,6 +170,37 @@ def channels_last(model: Model) -> str:
     return model.add("Add", model.add("Transpose", scaled, perm=[0, 3, 1, 2]), stem)
 
 
+def keras_without_gate(model: Model) -> str:
+    """MobileNetV2 as Keras has it: ReLU6, and zeros below and to the right alone, also of depthwise convolutions."""
+
+    def limited(source: str) -> str:
+        return model.add("Clip", model.norm(source, 8), model.constant(0.0), model.constant(6.0))
+
+    def padded(source: str) -> str:
+        return model.add("Pad", source, model.constant([0, 0, 0, 0, 0, 0, 1, 1], np.int64), mode="constant")
+
+    stem = limited(model.conv(padded("image"), 3, 8, strides=[2, 2]))
+    wide = limited(model.conv(stem, 8, 8, 1))
+    deep = limited(model.conv(padded(wide), 8, 8, group=8, strides=[2, 2]))
+    narrow = model.norm(model.conv(deep, 8, 8, 1), 8)
+    again = limited(model.conv(narrow, 8, 8, 1))
+    deeper = limited(model.conv(again, 8, 8, group=8, pads=[1] * 4))
+    total = model.add("Add", model.norm(model.conv(deeper, 8, 8, 1), 8), narrow)
+    return limited(model.conv(total, 8, 8, 1))
+
+
+def pools(model: Model) -> str:
+    """ResNet's stem, where zeros are also around a max pool, a shortcut, and an average of some pixels."""
+    sides = model.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+    stem = model.add("Relu", model.norm(model.conv("image", 3, 8, pads=[1] * 4), 8))
+    pooled = model.add("MaxPool", model.add("Pad", stem, sides, mode="constant"), kernel_shape=[3, 3], strides=[2, 2])
+    branch = model.add("Relu", model.norm(model.conv(pooled, 8, 8, pads=[1] * 4, strides=[2, 2]), 8))
+    branch = model.norm(model.conv(branch, 8, 8, pads=[1] * 4), 8)
+    total = model.add("Relu", model.add("Add", branch, model.norm(model.conv(pooled, 8, 8, 1, strides=[2, 2]), 8)))
+    last = model.add("Relu", model.conv(total, 8, 8, 1))
+    return model.add("AveragePool", last, kernel_shape=[2, 2], strides=[2, 2])
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -174,6 +210,9 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "keras": keras,
     "swishes": swishes,
     "channels_last": channels_last,
+    "keras_without_gate": keras_without_gate,
+    "pools": pools,
+    "padless": padless,
 }
 """Each ends in 8 channels."""
 

@@ -16,6 +16,7 @@ from mgq.engine.calibration.calibration_run import Calibration, calibrate, calib
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
 from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError
@@ -108,6 +109,10 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     comparison = mixed.comparison if mixed else None
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
+    if labelled is not None and comparison is not None:
+        advice = advise_on_input(classifier, labelled, comparison.normal)
+        if advice is not None:
+            callbacks.on_message(advice)
     deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent)
     origin = classifier.origin
     return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, origin, deployment)

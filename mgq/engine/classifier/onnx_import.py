@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,26 @@ def source_in(checkpoint: Path) -> dict[str, Any]:
     """What ``checkpoint`` says of the file that it was imported from; nothing where it is damaged."""
     try:
         info = info_of(read_state(checkpoint).metadata, printable(checkpoint))
-        found = json.loads(str(info.options[SOURCE])) if info is not None else {}
-    except (InputError, KeyError, ValueError):
+    except InputError:
+        return {}
+    return source_among(info.options) if info is not None else {}
+
+
+def source_among(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the ``options`` of a network; nothing where it was not imported."""
+    try:
+        found = json.loads(str(options[SOURCE]))
+    except (KeyError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def refuse_other_import(int8: Path, normal: Classifier) -> None:
+    """Raise InputError where the checkpoint ``int8`` is not of the file that ``normal`` is of, or was fed otherwise."""
+    its, wanted = source_in(int8), source_among(normal.options)
+    if any(its.get(key) != wanted.get(key) for key in ("sha256", "input")):
+        had, has = (f"{printable(source.get('file'))}, fed as {source.get('input')}" for source in (its, wanted))
+        raise InputError(f"{printable(int8)} was made from {had}, not from {has}: run `mgq calibrate` again with -c")
 
 
 def name_for(path: Path) -> str:
@@ -101,8 +117,8 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     fold_contract(draft, contract)
     network = network_of(draft.blueprint(), draft)
     classes = names_for(network.blueprint.classes, wish.labels)
-    source = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
-    source["wish"] = wish_words(wish)
+    source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
+    source |= {"wish": wish_words(wish), "channels": file.image[0]}
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = described_spec(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"

@@ -56,6 +56,8 @@ def arrange(makers: Array, readers: Array) -> Lanes:
 class Storage:
     """A tensor in memory: ``layout`` as in :mod:`mgq.export.native.emit.rows`, ``pad`` pixels at each side.
 
+    In layout D ``pad`` is left of a row and ``right`` behind it.
+
     ``ring``: how many rows are kept at a time, a power of 2; None for all. ``fill`` is what the border holds.
     ``spare`` more groups of four pixels are readable behind a row. ``own``: each thread has one, with what it needs.
     """
@@ -70,6 +72,7 @@ class Storage:
     ring: int | None = None
     spare: int = 0
     own: bool = False
+    right: int = 0
     offset: int = field(default=0)
 
     @property
@@ -81,8 +84,8 @@ class Storage:
     def row_bytes(self) -> int:
         if self.layout == "P":
             return (self.width + 2 * self.pad) * self.step
-        pad = self.pad if self.layout == "D" else 0
-        return (ceil((self.width + 2 * pad) / 4) + self.spare) * self.step
+        around = self.pad + self.right if self.layout == "D" else 0
+        return (ceil((self.width + around) / 4) + self.spare) * self.step
 
     @property
     def rows(self) -> int:

@@ -199,11 +199,14 @@ class Planner:
         for name in (self.program.input, *(step.target for step in self.steps if not isinstance(step.layer, Linear))):
             tensor = self.program.tensors[name]
             layout, pad, spare, pooled = self.layout_of(name)
+            self.refuse_layout(name, layout)
             lanes = 4 if name == first.name else plan.lanes[name].count
             if name == first.name and (layout != "P" or first.channels > 4):
                 raise make_refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
             result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare)
+            if layout == "D":
+                result[name].right = max(layer.padding[3] for layer in self.depthwise_readers(name))
         result[first.name].own = True
         for group in plan.groups:
             for step, following in pairwise(group):
@@ -221,7 +224,8 @@ class Planner:
         tensor = self.program.tensors[name]
         for step in self.steps:
             if step.added is not None and self.stored[step.added] == name:
-                wanted.add(self.layout_of(step.target)[0])
+                target = self.layout_of(step.target)[0]
+                wanted.add("P" if target == "D" else target)  # no summand is read in layout D
             if self.stored[step.source] != name:
                 continue
             layer = step.layer
@@ -231,8 +235,6 @@ class Planner:
             if isinstance(layer, Conv) and layer.is_depthwise:
                 wanted.add("D")
                 spare = max(spare, spare_quads(layer, tensor.width))
-                if len(set(layer.padding[:2])) > 1:
-                    raise make_refusal("a depthwise convolution with unequal padding")
             elif isinstance(layer, MaxPool):
                 wanted.add("P")
                 pooled = True
@@ -245,7 +247,12 @@ class Planner:
         if "D" in wanted:
             if wanted != {"D"}:
                 raise make_refusal("a depthwise convolution whose input another layer reads, too")
-            return "D", pad, spare, False
+            lefts = {layer.padding[1] for layer in self.depthwise_readers(name)}
+            if len(lefts) > 1:
+                raise make_refusal("depthwise convolutions of unlike padding that read the same")
+            return "D", lefts.pop(), spare, False
+        if isinstance(self.maker_of(name), Mean):
+            wanted.add("P")  # the only layout that a mean is written in
         if "P" in wanted:
             if "mean" in wanted:
                 raise make_refusal("an average whose input a convolution reads, too")
@@ -253,6 +260,21 @@ class Planner:
                 raise make_refusal("a pooling whose input another layer reads, too")
             return "P", pad, 0, pooled
         return "A", 0, 0, False
+
+    def maker_of(self, name: str) -> Layer | None:
+        return next((step.layer for step in self.steps if step.target == name), None)
+
+    def depthwise_readers(self, name: str) -> list[Conv]:
+        layers = [step.layer for step in self.steps if self.stored[step.source] == name]
+        return [layer for layer in layers if isinstance(layer, Conv) and layer.is_depthwise]
+
+    def refuse_layout(self, name: str, layout: str) -> None:
+        """Raise InputError where what makes the tensor ``name`` has no kernel that writes ``layout``."""
+        maker = self.maker_of(name)
+        if isinstance(maker, Conv) and maker.is_depthwise and layout != "A":
+            raise make_refusal(f"the depthwise convolution {name}, which neither a 1x1 convolution nor a mean reads")
+        if layout == "D" and not isinstance(maker, Conv):
+            raise make_refusal("a depthwise convolution without a dense one in front")
 
     def place(self, plan: Plan) -> None:
         """Offsets in the work area: tensors that are never needed at the same time share their place."""
@@ -306,7 +328,7 @@ def spare_quads(layer: Conv, width: int) -> int:
     size, stride = layer.weight.shape[3], layer.stride[1]
     outputs = (width + left + right - size) // stride + 1
     read = (-(-outputs // 4) - 1) * stride + quads_read(size, stride)
-    return max(0, read - -(-(width + 2 * max(layer.padding)) // 4))
+    return max(0, read - -(-(width + left + right) // 4))
 
 
 def check_square(layer: Conv | MaxPool) -> None:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 
 Array = npt.NDArray[Any]
+Padding = tuple[int, int, int, int]
+"""Top, left, bottom, right."""
 PIXEL_ZERO = 128
 
 
@@ -125,7 +127,8 @@ def read_program(model: Any) -> Program:
 
 def make_refusal(what: str) -> InputError:
     return InputError(
-        f"the native engine does not run {what}: pass --engine openvino, or dump an .onnx file for OpenVINO"
+        f"the native engine does not run {what}: pass --engine openvino, or dump an .onnx file for OpenVINO or "
+        "ONNX Runtime"
     )
 
 
@@ -151,6 +154,7 @@ class Reader:
         self.layers: list[Layer] = []
         self.same_as: dict[str, str] = {}
         self.moved: dict[str, tuple[str, Array]] = {}  # reshaped tensors -> source, and where its channels are now
+        self.padded: dict[str, tuple[str, Padding]] = {}  # with a border of zeros: source, border
         self.classes = 0
 
     def program(self) -> Program:
@@ -162,6 +166,8 @@ class Reader:
             raise make_refusal("a file whose input is not uint8 (N, 3, S, S)")
         if min(shape[1:]) < 1:
             raise make_refusal("a file whose image size is open")
+        if shape[2] != shape[3]:
+            raise make_refusal("pictures that are no squares")
         self.tensors[source.name] = Tensor(source.name, shape[1], shape[2], shape[3], 1.0, PIXEL_ZERO)
         for node in self.graph.node:
             attributes = {a.name: get_attribute_value(a) for a in node.attribute}
@@ -191,7 +197,36 @@ class Reader:
         if name not in self.values:
             raise make_refusal(f"{printable(name)} in float")
         integers, grid = self.values[name]
+        if integers in self.padded:
+            raise make_refusal(f"the Pad {printable(integers)} in front of what is no window")
         return self.tensor(integers), grid
+
+    def window_input(self, name: str, attributes: dict[str, Any]) -> tuple[Tensor, ScaleAndZero, Padding]:
+        """What a convolution or an average reads, and its padding, with that of a Pad in front of it."""
+        if name not in self.values:
+            raise make_refusal(f"{printable(name)} in float")
+        integers, grid = self.values[name]
+        tensor, padding = self.behind_pad(integers, attributes)
+        return tensor, grid, padding
+
+    def behind_pad(self, name: str, attributes: dict[str, Any]) -> tuple[Tensor, Padding]:
+        if attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+            raise make_refusal(f"a window over {printable(name)} that hangs over its border")
+        if any(step != 1 for step in attributes.get("dilations", ())):
+            raise make_refusal("a window with dilation")
+        own = attributes.get("pads", (0, 0, 0, 0))
+        source, around = self.padded.get(self.name(name), (self.name(name), (0, 0, 0, 0)))
+        top, left, bottom, right = (int(one) + other for one, other in zip(own, around, strict=True))
+        return self.tensors[source], (top, left, bottom, right)
+
+    def read_pad(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
+        """A border of what stands for 0.0: the window behind it reads beyond the image instead."""
+        source = self.tensor(inputs[0])
+        pads = [int(side) for side in self.constants[inputs[1]]]
+        filling = int(self.constants[inputs[2]])
+        if len(pads) != 8 or any(pads[i] for i in (0, 1, 4, 5)) or min(pads) < 0 or filling != source.zero:
+            raise make_refusal(f"the Pad {printable(output)} with other than zeros around the image")
+        self.padded[output] = source.name, (pads[2], pads[3], pads[6], pads[7])
 
     def read_dequantizelinear(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, scale, *zero = inputs
@@ -200,6 +235,8 @@ class Reader:
             self.weights[output] = self.constants[source], scales
             return
         integers = self.name(source)
+        if integers not in self.tensors and integers not in self.padded:
+            raise make_refusal(f"a layer behind {printable(source)}, which is no image")
         self.values[output] = integers, ScaleAndZero(scales, int(self.constants[zero[0]]))
         if integers == self.graph.input[0].name and float(scales) != 1.0:
             raise make_refusal("pixels with a scale other than 1")
@@ -242,14 +279,13 @@ class Reader:
         return weight, bias.astype(np.int32), sums
 
     def read_conv(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
-        source, grid = self.float_input(inputs[0])
+        source, grid, padding = self.window_input(inputs[0], attributes)
         weight, bias, scales = self.integers_of(inputs[1:], grid)
         stride = tuple(attributes.get("strides", (1, 1)))
-        padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
-        if tuple(attributes.get("dilations", (1, 1))) != (1, 1):
-            raise make_refusal("a convolution with dilation")
         shape = len(weight), *positions(source, weight.shape[2:], stride, padding)
         groups = attributes.get("group", 1)
+        if groups == len(weight) > 1:
+            weight, padding = widen(weight, stride, padding)
 
         def finish(name: str, to: ScaleAndZero) -> None:
             multiplier = multiplier_of(scales, float(to.scale))
@@ -268,11 +304,32 @@ class Reader:
         self.pending[output] = finish
 
     def read_maxpool(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
-        source = self.tensor(inputs[0])
+        source, padding = self.behind_pad(inputs[0], attributes)
+        if self.name(inputs[0]) in self.padded and source.zero:
+            raise make_refusal(f"a Pad of zeros in front of the MaxPool {printable(output)}")
         kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes["strides"])
-        padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
         height, width = positions(source, kernel, stride, padding)
         self.follow(MaxPool((source.name,), output, kernel, stride, padding), source, (source.channels, height, width))
+
+    def read_averagepool(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        """The mean of all of the image; else a depthwise convolution whose weights are 1."""
+        source, grid, padding = self.window_input(inputs[0], attributes)
+        kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes.get("strides", (1, 1)))
+        if any(padding) and not attributes.get("count_include_pad"):
+            raise make_refusal(f"the AveragePool {printable(output)}, which leaves its border out")
+        if kernel == (source.height, source.width) and not any(padding):
+            self.read_globalaveragepool(inputs, output, {})
+            return
+        count, channels = kernel[0] * kernel[1], source.channels
+        weight, bias = np.ones((channels, 1, *kernel), np.int8), np.zeros(channels, np.int32)
+        shape = channels, *positions(source, kernel, stride, padding)
+        weight, padding = widen(weight, stride, padding)
+
+        def finish(name: str, to: ScaleAndZero) -> None:
+            multiplier = multiplier_of(np.full(channels, float(grid.scale) / count), float(to.scale))
+            self.make(Conv((source.name,), name, weight, bias, multiplier, stride, padding, channels), shape, to)
+
+        self.pending[output] = finish
 
     def follow(self, layer: Layer, source: Tensor, shape: tuple[int, int, int]) -> None:
         """``layer`` makes values of its source's grid."""
@@ -290,7 +347,8 @@ class Reader:
         self.pending[output] = finish
 
     def read_flatten(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
-        self.same_as[output] = self.name(inputs[0])
+        source, places = self.places(inputs[0])
+        self.move(source, output, places.ravel())
 
     def read_reshape(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, places = self.places(inputs[0])
@@ -313,6 +371,9 @@ class Reader:
         tensor = self.tensors[source]
         shape = tensor.channels, tensor.height, tensor.width
         self.moved[output] = source, places
+        if places.size == tensor.channels and (places.ravel() == np.arange(places.size)).all():
+            self.same_as[output] = source  # one number a channel, in another shape
+            return
         if places.shape != shape:
             return
         order = places[:, 0, 0] // (tensor.height * tensor.width)
@@ -323,8 +384,31 @@ class Reader:
     def read_gemm(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
         source, grid = self.float_input(inputs[0])
         weight, bias, scales = self.integers_of(inputs[1:], grid)
+        if weight.shape[1] != source.channels or source.height * source.width != 1:
+            raise make_refusal(f"the Gemm {printable(output)} of a whole map")
+        if output != self.graph.output[0].name:
+
+            def finish(name: str, to: ScaleAndZero) -> None:
+                multiplier, window = np.broadcast_to(multiplier_of(scales, float(to.scale)), len(weight)), (0, 0, 0, 0)
+                wide = weight[:, :, None, None]
+                self.make(
+                    Conv((source.name,), name, wide, bias, multiplier, (1, 1), window, 1), (len(weight), 1, 1), to
+                )
+
+            self.pending[output] = finish
+            return
         self.classes = len(weight)
         self.layers.append(Linear((source.name,), output, weight, bias, multiplier_of(scales, 1.0)))
+
+
+def widen(weight: Array, stride: Any, padding: Padding) -> tuple[Array, Padding]:
+    """Depthwise ``weight`` with zeros below and to the right, and so much more padding, so that windows overlap.
+
+    The sums stay what they are. The kernels go on with what they have read.
+    """
+    down, across = (max(0, step + 1 - size) for step, size in zip(stride, weight.shape[2:], strict=True))
+    top, left, bottom, right = padding
+    return np.pad(weight, ((0, 0), (0, 0), (0, down), (0, across))), (top, left, bottom + down, right + across)
 
 
 def positions(source: Tensor, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from mgq.cpu_kernels import elementwise, simulation
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import Draft, ExactScales, RangesBySeen
+from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d
+from mgq.quantization.half_to_even import EvenFakeQuantize
+from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import MEGENGINE, ONNX, ONNX_AVX2, Target
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of, smooth_images
@@ -82,3 +85,14 @@ def test_gradients_are_megengines(calls: list[int]) -> None:
         found.append(pixels.grad.numpy())
     assert not calls
     assert np.array_equal(*found)
+
+
+def test_training_for_int8_finds_its_own_fast_layers_afterwards() -> None:
+    """A method that was inherited is inherited again: what is put into the base class later must be found."""
+    before = {
+        owner: dict(vars(owner)) for owner in (ExactConvBn2d, ExactConvBnRelu2d, QatConvBnRelu6, EvenFakeQuantize)
+    }
+    with pytest.raises(KeyError), fast_simulation():
+        raise KeyError
+    for owner, own in before.items():
+        assert dict(vars(owner)) == own

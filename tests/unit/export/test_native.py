@@ -349,7 +349,9 @@ def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go
     keep_in_float(fake, ["layer2.0.conv_bn_relu1"])
     path = tmp_path / "mixed.onnx"
     onnx.save(model_of(plain_graph(fake, 32), 32, 1, {}), str(path))
-    with pytest.raises(InputError, match=r"in float: pass --engine openvino, or .* OpenVINO$") as refused:
+    with pytest.raises(
+        InputError, match=r"in float: pass --engine openvino, or .* OpenVINO or ONNX Runtime$"
+    ) as refused:
         NativeRuntime(path)
     assert "\n" not in str(refused.value)
     assert choose_backend(path).key == "openvino"

@@ -16,9 +16,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import mgq.graph.onnx_import.operators as operators
+from mgq.cli.main import verbs
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint
+from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint, refuse_other_import, source_in
 from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import find_best_network
@@ -381,5 +382,45 @@ def test_an_imported_network_is_trained_for_int8(tmp_path: Path, mgq: Mgq) -> No
     assert "trained with quantization" in said.out
 
 
-def test_words_for_foreign_files_are_refused_for_others(tmp_path: Path, mgq: Mgq) -> None:
-    assert "for ONNX files of others" in the_error(mgq("calibrate", "--preprocess", "tf", "--data-free"))
+TAKERS = ("calibrate", "qat", "eval", "analyze", "dump", "bench", "report", "infer")
+"""The verbs that take an ONNX file of another program."""
+
+
+@pytest.mark.parametrize("verb", TAKERS)
+def test_each_verb_that_takes_a_foreign_file_takes_words_on_it(verb: str) -> None:
+    flags = {flag for parameter in verbs()[verb].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    assert {"--preprocess", "--mean", "--std", "--rgb", "--bgr", "--size", "--labels"} <= flags
+
+
+@pytest.mark.parametrize("verb", TAKERS)
+def test_words_for_foreign_files_are_refused_for_others(mgq: Mgq, verb: str) -> None:
+    assert "for ONNX files of others" in the_error(mgq(verb, "--preprocess", "tf"))
+
+
+@pytest.mark.parametrize("verb", TAKERS)
+def test_each_verb_imports_a_file_as_it_is_told_now(tmp_path: Path, mgq: Mgq, verb: str) -> None:
+    path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
+    known = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
+    options = ["-m", "normal"] if verb in ("infer", "eval", "dump") else []
+    said = mgq(verb, "-c", path, "-s", runs, "--preprocess", "caffe", *options)  # most want more, but import it first
+    assert "input as caffe" in said.err, said
+    assert source_in(known)["wish"]["preprocess"] == "caffe"
+
+
+def test_infer_answers_as_the_file_was_fed(tmp_path: Path, mgq: Mgq) -> None:
+    path, photo = write(tmp_path / "model.onnx"), tmp_path / "photo.png"
+    image = pixels(1)
+    cv2.imwrite(str(photo), image[0].transpose(1, 2, 0))
+    (tmp_path / "names.txt").write_text("\n".join(f"kind{i}" for i in range(CLASSES)))
+    wanted = answers_of(path, (image.astype(np.float32) - 100) / 50)[0]
+    words = ["--mean", "100", "--std", "50", "--bgr", "--labels", "names.txt"]
+    said = mgq("infer", photo, "-c", path, "-m", "normal", "--json", *words)
+    found = json.loads(said.out)[0] if said.out.startswith("[") else json.loads(said.out)
+    assert f"kind{int(wanted.argmax())}" in json.dumps(found), said
+
+
+def test_bench_measures_no_int8_of_another_import(tmp_path: Path) -> None:
+    path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
+    int8 = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
+    with pytest.raises(InputError, match=r"fed as tf .*fed as raw"):
+        refuse_other_import(int8, classifier_in(path))

@@ -119,6 +119,7 @@ def test_what_does_not_go_with_a_file_is_refused(place: Path, mgq: Mgq, tmp_path
     file = str(place / "net.onnx")
     assert one_line_about(the_error(mgq("report", file, "-c", file)), "finished file", "-c")
     assert one_line_about(the_error(mgq("report", file, "--key", "ema")), "finished file", "--key")
+    assert one_line_about(the_error(mgq("report", file, "--mean", "0,0,0", "--std", "1,1,1")), "--mean", "ONNX files")
     assert one_line_about(the_error(mgq("report", "gone.onnx")), "gone.onnx")
     assert one_line_about(the_error(mgq("report", file, "-d", "gone")), "gone")
     assert one_line_about(the_error(mgq("report", file, "-o", ".")), "folder")

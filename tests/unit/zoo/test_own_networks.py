@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +17,10 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.own_networks import register_from_file
-from mgq.zoo.registry import specs
 from tests.conftest import Mgq, the_error
 
 GUIDE = Path(mgq.__file__).parents[1] / "docs" / "guides" / "your-network.md"
 EXAMPLE = re.search(r"```python title=\"tiny_net.py\"\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """What a test registers is unknown to the next."""
-    known = dict(specs())
-    yield
-    specs().clear()
-    specs().update(known)
 
 
 @pytest.fixture
@@ -96,5 +85,5 @@ def test_what_is_no_classifier_is_refused(example: Path, what: str) -> None:
 
 def test_a_file_named_on_the_command_line_is_run(example: Path, tmp_path: Path, mgq: Mgq) -> None:
     said = mgq("dump", "-a", f"{example}:tiny", "-m", "normal")
-    assert "no weights for tiny at hand" in the_error(said)
+    assert "no weights for tiny found" in the_error(said)
     assert "there is no file" in the_error(mgq("dump", "-a", f"{tmp_path}/none.py:tiny"))

@@ -242,7 +242,7 @@ class Driver:
                 if following:
                     begin = code.larger(code.number("sub", whole[0], first), 0)
                     end = code.larger(code.number("sub", whole[1], first), count, "slt")
-                    self.whole_tiles(code, group, tile, (begin, end), place)
+                    self.whole_tiles(code, group, tile, (begin, end), place, summands)
                 else:
                     self.rows_of_tiles(code, step, tile, count, summands)
                 place += count * vectors
@@ -263,13 +263,13 @@ class Driver:
 
         code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
 
-    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, span: Span, place: int) -> None:
+    def whole_tiles(self, code: Code, group: list[Step], tile: Tile, span: Span, place: int, summands: int) -> None:
         """Some tiles of a run that begins with vector ``place``, and the same channels of the depthwise step behind."""
         step, depthwise = group
         height, vectors = self.storage(step.target).height, tile[2]
 
         def rows(i: Value) -> None:
-            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, 0))
+            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
         code.between(*span, rows)
         ends = [code.number("add", code.number("mul", end, vectors), place) for end in span]
@@ -381,6 +381,7 @@ class Driver:
             range_of(self.program.tensors[step.target]),
             self.residual(step),
             tiles.limit,
+            target.right if target.layout == "D" else 0,
         )
         name = self.kernel(key, partial(emit_row, self.isa, key))
         packed, vector = self.tile_values(code, tiles, first, index)

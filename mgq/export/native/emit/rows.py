@@ -38,7 +38,8 @@ class Residual:
 class RowKernel:
     """``step``: from one output pixel to the next in the source, in pixels for layout A and in bytes for P.
 
-    ``limit``: the scaled sums may be beyond int32. ``pad``: pixels left of the image in layout D.
+    ``limit``: the scaled sums may be beyond int32. ``pad`` and ``right``: pixels left of the image
+    and behind it in layout D.
     """
 
     width: int
@@ -50,6 +51,7 @@ class RowKernel:
     to: Range | None = None
     residual: Residual | None = None
     limit: bool = False
+    right: int = 0
 
 
 def emit_row(isa: Portable, kernel: RowKernel, name: str) -> Code:
@@ -80,7 +82,7 @@ def tiles_of(kernel: RowKernel, isa: Portable) -> list[tuple[int, list[Quad]]]:
         by_quads = kernel.source == "A" or (kernel.residual is not None and kernel.residual.layout == "A")
         return list(spans(kernel.width, max(4, most // 4 * 4) if by_quads else most))
     pad = kernel.pad if kernel.target == "D" else 0
-    count = ceil((kernel.width + 2 * pad) / 4)
+    count = ceil((kernel.width + pad + (kernel.right if kernel.target == "D" else 0)) / 4)
     quads = [
         tuple(x if 0 <= x < kernel.width else None for x in range(4 * q - pad, 4 * q - pad + 4)) for q in range(count)
     ]

@@ -1,0 +1,112 @@
+"""Which input contract gives an imported network more right answers, where it has hardly any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from megengine import Tensor
+
+from mgq.data.datasets import Dataset, subset
+from mgq.engine.classifier.classifier import Classifier
+from mgq.engine.classifier.evaluate import Evaluation, evaluation_loader
+from mgq.engine.classifier.onnx_import import source_among
+from mgq.engine.classifier.open import to_float
+from mgq.quantization.modes import Mode
+from mgq.zoo.input_contract import CONTRACTS, InputContract, contract_called
+
+PICTURES = 64
+FEWEST = 8
+CLEARLY = 2.0
+"""Standard errors."""
+COLORS = 3
+
+
+def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation) -> str | None:
+    """A line where ``classifier`` was imported and ``found``, its answers to ``dataset``, are at the level of chance.
+
+    It names what gives more on some of the pictures, or says that nothing does. None where all is well, and where it
+    cannot be told: grey pictures, few of them or of one class, deployed files.
+    """
+    had = contract_of(classifier)
+    if had is None or found.images < FEWEST or not is_chance(found):
+        return None
+    normal = to_float(classifier) if classifier.fake_quantized is not None else classifier
+    known = {words_for(other): other for other in candidates()}
+    shares = measure(normal, subset(dataset, PICTURES), had, known)
+    pictures = f"{min(PICTURES, found.images)} of the pictures"
+    best = max(shares, key=lambda words: shares[words])
+    if shares[best] <= chance_of(found) + CLEARLY * found.top1_error:
+        return (
+            f"top-1 is at the level of chance, and no --preprocess gives more on {pictures}: are the names of the "
+            "classes in the order of the outputs (--labels)?"
+        )
+    return (
+        f"top-1 is at the level of chance with the input as {had.said()}: on {pictures} {best} gives "
+        f"{shares[best]:.1f} %; pass it with -c FILE.onnx"
+    )
+
+
+def contract_of(classifier: Classifier) -> InputContract | None:
+    """What the file of an imported network with colors is taken to have been fed."""
+    source = source_among(classifier.options)
+    wish = source.get("wish")
+    is_here = classifier.file is None and (classifier.mode is Mode.NORMAL or classifier.fake_quantized is not None)
+    if not is_here or not isinstance(wish, dict) or source.get("channels", COLORS) != COLORS:
+        return None
+    return contract_called(wish.get("preprocess"), wish.get("mean"), wish.get("std"), wish.get("order"))
+
+
+def chance_of(found: Evaluation) -> float:
+    """Percent of right answers by guessing among the classes of which there were pictures."""
+    return 100 / len(np.unique(found.labels))
+
+
+def is_chance(found: Evaluation) -> bool:
+    return len(np.unique(found.labels)) > 1 and found.top1 <= chance_of(found) + CLEARLY * found.top1_error
+
+
+def candidates() -> Iterator[InputContract]:
+    for contract in CONTRACTS.values():
+        yield contract
+        yield replace(contract, order="bgr" if contract.order == "rgb" else "rgb")
+
+
+def words_for(contract: InputContract) -> str:
+    """The options that say ``contract``."""
+    is_usual = contract.order == CONTRACTS[contract.name].order
+    return f"--preprocess {contract.name}" + ("" if is_usual else f" --{contract.order}")
+
+
+def measure(
+    classifier: Classifier, dataset: Dataset, had: InputContract, known: dict[str, InputContract]
+) -> dict[str, float]:
+    """Percent of right answers of the float ``classifier``, whose input is folded as ``had``, with each contract."""
+    right, images = dict.fromkeys(known, 0), 0
+    with closing(evaluation_loader(classifier, dataset, max_bad=1.0)) as loader:
+        for batch in loader:
+            images += len(batch.labels)
+            for words, other in known.items():
+                answers = logits_fed(classifier, batch.images, had, other).argmax(1)
+                right[words] += int((answers == batch.labels).sum())
+    return {words: 100 * count / max(images, 1) for words, count in right.items()}
+
+
+def logits_fed(
+    classifier: Classifier, images: npt.NDArray[np.uint8], had: InputContract, other: InputContract
+) -> npt.NDArray[np.float32]:
+    """Logits (N, classes) to ``images``, uint8 (N, 3, H, W) in BGR, as if ``other`` had been folded in, not ``had``.
+
+    It is exact but around pictures. Pixels are changed so that the file's own input is what ``other`` makes of them.
+    """
+    weight, shift = other.matrix(COLORS)
+    own, own_shift = had.matrix(COLORS)
+    change = np.linalg.inv(own)
+    moved = change @ (shift - own_shift)
+    pixels = images.astype(np.float64) - 128
+    fed = np.einsum("ck,nkhw->nchw", change @ weight, pixels) + moved[:, None, None]
+    result: npt.NDArray[np.float32] = classifier.network(Tensor(fed.astype(np.float32))).numpy()
+    return result
