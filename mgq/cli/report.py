@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.import_options import NONE_GIVEN, ImportOptions
-from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine
+from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine, take_checkpoint
 
 if TYPE_CHECKING:
     from mgq.reports.file_report import FileReport
