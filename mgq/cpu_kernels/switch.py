@@ -420,8 +420,9 @@ def descend(
     each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
     for parameter, velocity, value, speed, gradient in each:
         new_value, new_speed = descended(value, speed, gradient, rate, momentum, decay)
-        parameter._reset(Tensor(new_value, device=device))
-        velocity._reset(Tensor(new_speed, device=device))
+        shape = parameter._tuple_shape  # of a single number the array is (1,)
+        parameter._reset(Tensor(new_value.reshape(shape), device=device))
+        velocity._reset(Tensor(new_speed.reshape(shape), device=device))
 
 
 def parts_of(module: M.Module) -> Iterator[M.Module]:

@@ -574,7 +574,7 @@ def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(arch: str, mon
 def test_steps_of_descent_are_those_of_megengine_to_the_bit(decay: float) -> None:
     states = []
     for fast in (True, False):
-        parameters = [Parameter(normal(3, 5, seed=1)), Parameter(normal(40000, seed=2))]
+        parameters = [Parameter(normal(3, 5, seed=1)), Parameter(normal(40000, seed=2)), Parameter(np.float32(0.7))]
         optimizer = SGD(parameters, lr=0.03, momentum=0.9, weight_decay=decay)
         with fast_gradients() if fast else contextlib.nullcontext():
             for step in range(3):
@@ -585,6 +585,7 @@ def test_steps_of_descent_are_those_of_megengine_to_the_bit(decay: float) -> Non
             [p.numpy() for p in parameters] + [optimizer._state[p]["momentum_buffer"].numpy() for p in parameters]
         )
     for found, expected in zip(*states, strict=True):
+        assert found.shape == expected.shape
         np.testing.assert_array_equal(found, expected)
 
 
