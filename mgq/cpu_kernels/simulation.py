@@ -21,7 +21,7 @@ from mgq.cpu_kernels.feature_maps import needs_gradient
 from mgq.cpu_kernels.switch import Replacement, Stock, on_cpu, replaced
 from mgq.cpu_kernels.tensor_exchange import values
 from mgq.quantization.batch_norm_folding import activation_of
-from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d, ExactSums, integers
+from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d, ExactSums, counts_of
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ChannelFakeQuantize
@@ -79,12 +79,9 @@ def is_large(tensor: Tensor) -> bool:
 
 def convolve(layer: Any, inp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What ``layer`` gives, with ``steps`` of it: see :func:`mgq.quantization.exact_fake_quant.convolve_integers`."""
-    conv, scales = layer.conv, weight.qparams.scale
-    factors = inp.qparams.scale * scales
-    if scales.size > 1:
-        scales = scales.reshape(*weight._tuple_shape[: weight.ndim - 3], 1, 1, 1)
-    offset = integers(bias, bias.qparams.scale)
-    sums = conv.calc_conv(integers(inp, inp.qparams.scale), integers(weight, scales), None)
+    conv, factors = layer.conv, inp.qparams.scale * weight.qparams.scale
+    *counts, offset = counts_of(inp, weight, bias)
+    sums = conv.calc_conv(*counts, None)
     outputs = sums._tuple_shape[1]
     before = after = np.zeros(outputs, np.float32)
     if conv.groups == conv.in_channels:
@@ -104,9 +101,8 @@ def channel_values(tensor: Tensor, channels: int) -> Any:
 
 def fast_rounding(stock: Stock) -> Stock:
     def fake_quant_forward(self: EvenFakeQuantize, inp: Tensor, qparams: Any = None) -> Tensor:
-        if self.training or qparams is None or inp.ndim != 4 or not is_large(inp) or not on_cpu(inp):
-            return stock(self, inp, qparams)
-        if needs_gradient(inp):
+        served = not self.training and qparams is not None and inp.ndim == 4 and is_large(inp) and on_cpu(inp)
+        if not served or needs_gradient(inp):
             return stock(self, inp, qparams)
         return on_grid(Requantization.of_values(inp._tuple_shape[1]), inp, self, qparams)
 

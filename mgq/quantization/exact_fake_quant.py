@@ -119,14 +119,18 @@ QAT_TO_QUANTIZED = {ExactConvBn2d: QD.ConvBn2d, ExactConvBnRelu2d: QD.ConvBnRelu
 def convolve_integers(conv: M.Conv2d, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution of three fake-quantized tensors whose ``qparams`` have scales, float32 (N, C, H, W)."""
     step = source.qparams.scale * weight.qparams.scale
-    scales = weight.qparams.scale
-    if scales.size > 1:  # one an output, in the shape of the bias
-        scales = scales.reshape(*weight._tuple_shape[: weight.ndim - 3], 1, 1, 1)
-    counts = integers(source, source.qparams.scale), integers(weight, scales)
-    offset = integers(bias, bias.qparams.scale)
+    *counts, offset = counts_of(source, weight, bias)
     if conv.groups == conv.in_channels:  # MegEngine's depthwise kernels start from the bias
         return conv.calc_conv(*counts, offset) * step
     return conv.calc_conv(*counts, None) * step + offset * step  # others scale sum and bias one by one
+
+
+def counts_of(source: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The integers of a convolution's three fake-quantized tensors, float32."""
+    scales = weight.qparams.scale
+    if scales.size > 1:  # one an output, in the shape of the bias
+        scales = scales.reshape(*weight._tuple_shape[: weight.ndim - 3], 1, 1, 1)
+    return integers(source, source.qparams.scale), integers(weight, scales), integers(bias, bias.qparams.scale)
 
 
 def integers(values: Tensor, scales: Tensor) -> Tensor:
