@@ -121,7 +121,7 @@ def calibrate(
     \b
     Examples:
       mgq calibrate photos/
-      mgq calibrate -d flowers --quality best
+      mgq calibrate -d flowers --quality fast
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
     """
