@@ -35,12 +35,12 @@ _GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
 class Verb(typer.core.TyperCommand):
     """A verb of ``mgq``, with its many options in groups; ``--pretrained`` stands alone or has a version behind it.
 
-    A verb is a function, or a class whose fields are its options and whose method ``run`` does it.
+    A verb is a function, or a class whose fields are its options and whose method ``execute`` does it.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         made = super().invoke(ctx)
-        return made.run() if hasattr(made, "run") else made
+        return made.execute() if hasattr(made, "execute") else made
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, with_versions(args))

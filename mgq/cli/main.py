@@ -28,20 +28,20 @@ INTERRUPTED = 130
 typer.core.HAS_RICH = False
 
 VERBS = {
-    "train": "training:Train",
-    "qat": "training:Qat",
-    "calibrate": "calibrate:calibrate",
-    "eval": "eval:evaluate",
-    "infer": "infer:infer",
-    "analyze": "analyze:analyze",
-    "dump": "dump:dump",
-    "bench": "bench:bench",
-    "report": "report:report",
-    "serve": "serve:serve",
+    "train": "training:TrainCommand",
+    "qat": "training:QatCommand",
+    "calibrate": "calibrate:CalibrateCommand",
+    "eval": "eval:EvalCommand",
+    "infer": "infer:InferCommand",
+    "analyze": "analyze:AnalyzeCommand",
+    "dump": "dump:DumpCommand",
+    "bench": "bench:BenchCommand",
+    "report": "report:ReportCommand",
+    "serve": "serve:ServeCommand",
     "models": "models:models",
     "doctor": "doctor:doctor",
 }
-"""Where each verb is: a module of this package, and a function in it."""
+"""Where each verb is: a module of this package, and a class or function in it."""
 COMPLETION_VARIABLE = "_MGQ_COMPLETE"
 
 

@@ -167,7 +167,7 @@ class TrainingCommand:
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
     imported: ImportOptions = NONE_GIVEN
 
-    def run(self) -> None:
+    def execute(self) -> None:
         """Do what is asked for and show what comes of it; when stopped, say how to go on."""
         from mgq.cli.console import note, progress, say, show_table
         from mgq.engine.training.recipe import read_changes
@@ -210,7 +210,7 @@ class TrainingCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(TrainingCommand):
+class TrainCommand(TrainingCommand):
     """Train a float network.
 
     Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
@@ -250,7 +250,7 @@ class Train(TrainingCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(TrainingCommand):
+class QatCommand(TrainingCommand):
     """Train on with fake quantization, for int8.
 
     It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
