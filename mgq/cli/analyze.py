@@ -1,4 +1,4 @@
-"""``mgq analyze``: where does the error of int8 come from?"""
+"""``mgq analyze``: shows which layers the error of int8 comes from."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class AnalyzeCommand:
 
 
 def show_analysis(found: Analysis, worst: int, page: Path) -> None:
-    """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
+    """Print the conditions, the figures of the whole network, the worst layers and the page's path. Fits 80 columns."""
     from mgq.cli.console import out, say, show_table
     from mgq.engine.calibration.analysis import in_decibels, in_points
 
@@ -139,7 +139,7 @@ def show_analysis(found: Analysis, worst: int, page: Path) -> None:
 
 
 def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
-    """What each candidate of the calibration gave, the best first; nothing where that is not known."""
+    """One line for each candidate of the calibration, the best first; none where the checkpoint does not say."""
     if not calibration.get("tried"):
         return []
     kind = "held back" if calibration["held_back"] else "that it was fitted to"

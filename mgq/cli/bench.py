@@ -1,4 +1,4 @@
-"""``mgq bench``: how fast is it here?"""
+"""``mgq bench``: measures how fast networks run, or train, on this machine."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ STDOUT = "-"
 class BenchCommand:
     """Measure pictures a second in every engine.
 
-    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where there
-    are none.
+    Each row is a process of its own, pinned to its cores; rows take turns in random order. Networks without
+    weights run with random ones.
 
     \b
     Examples:
@@ -284,7 +284,10 @@ def show_training(report: TrainingReport, console: Console) -> None:
 
 
 def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
-    """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
+    """Run the benchmark; write the report to ``json_file`` and draw it to ``plot`` if given.
+
+    Raises InputError before the first measurement where these cannot be written, or a file cannot be read.
+    """
     from mgq.bench.file_cases import deployed_file
     from mgq.bench.plot import check_plot_path, write_plot
     from mgq.cli.console import progress
@@ -339,7 +342,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def show_rows(rows: tuple[Row, ...], console: Console) -> None:
-    """The rows of one network, with a line above those of the same precision on as many threads."""
+    """Draw the rows of one network, with a heading for each precision and number of threads."""
     from rich.text import Text
 
     from mgq.bench.tables import COLUMNS, cells, groups
@@ -365,7 +368,7 @@ def plain_table(
     widths: Sequence[int] | None = None,
     header: bool = True,
 ) -> Table:
-    """A table without lines whose first ``left`` columns are aligned left; ``widths`` are the least ones."""
+    """A table without lines whose first ``left`` columns are aligned left; ``widths`` are minimum widths."""
     from rich.table import Table
 
     table = Table(box=None, show_header=header, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")

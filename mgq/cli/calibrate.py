@@ -1,4 +1,4 @@
-"""``mgq calibrate``: activation ranges from a few hundred pictures, for int8 without training."""
+"""``mgq calibrate``: post-training quantization, from a few hundred pictures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> str:
-    """What is kept in float, what that costs, and whether it is enough."""
+    """Which layers keep float weights, what that costs in speed, and whether the wanted accuracy is reached."""
     drop = mixed.comparison.drop
     reached = f"drop {drop:.1f}, at most {max_drop:g} wanted"
     if not mixed.float_layers:
@@ -52,10 +52,10 @@ def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> st
 class CalibrateCommand:
     """Make a float network ready for int8, without training.
 
-    Ranges are measured on pictures, channels equalized, weights rounded so that errors make up for each other, biases
-    corrected. Without any pictures, ranges come from the batch norms. Writes a checkpoint that is ready for int8
-    to <save>/<arch>.calibration, with the ranges as text beside it. Where there are more labelled pictures, it
-    compares float, fake-quantized and int8 on them (--limit so many).
+    Ranges are measured on pictures, channels equalized, weights rounded by GPTQ, biases corrected. Without any
+    pictures, ranges come from the batch norms. Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration,
+    with the ranges as text beside it. Where there are more labelled pictures, it compares float, fake-quantized and
+    int8 on them, on --limit at most.
 
     \b
     Examples:
@@ -147,7 +147,7 @@ class CalibrateCommand:
             show_calibration(result, options)
 
     def options(self) -> CalibrateOptions:
-        """The same for the Python call."""
+        """The options as the Python call takes them."""
         from mgq.engine.calibration.calibrate_options import CalibrateOptions
         from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 
@@ -178,7 +178,7 @@ class CalibrateCommand:
 
 
 def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> None:
-    """Print what was calibrated, what it costs in accuracy, and where it lies."""
+    """Print what was calibrated, what it costs in accuracy, and where the files are."""
     from mgq.cli.console import note, say, show_table
 
     found = result.calibration

@@ -1,4 +1,4 @@
-"""``mgq dump``: the network as a file to deploy."""
+"""``mgq dump``: writes the network as a file to deploy."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 class DumpCommand:
     """Write the network as a file to deploy, which takes raw pixels.
 
-    A .megengine file is for MegEngine and MegEngine Lite: it is loaded again and must answer to the bit as the network
-    in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture. A native .so
-    is the network as machine code, with a C header beside it: it needs no engine at all.
+    A .megengine file is for MegEngine and MegEngine Lite: it is loaded, and must give the network's answers to the
+    bit. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture. A native .so is
+    the network as machine code, with a C header beside it: it needs no engine at all.
 
     \b
     Examples:
@@ -271,7 +271,7 @@ def target_of(classifier: Classifier) -> str:
 
 
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
-    """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
+    """Print the sizes of the int8 and of the float32 file; the latter is written to a temporary folder."""
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float
     from mgq.export.formats import SUFFIXES
@@ -285,7 +285,7 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Cons
 
 
 def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None) -> None:
-    """The int8 file of an imported network beside float in each engine: whether it is worth anything."""
+    """Compare the speed of an imported network in int8 and in float32, in each engine."""
     from mgq.cli.deployment_table import show_deployment
     from mgq.engine.classifier.deployment import measure_file
     from mgq.engine.classifier.open import to_float

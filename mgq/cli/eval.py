@@ -1,4 +1,4 @@
-"""``mgq eval``: how often is it right?"""
+"""``mgq eval``: measures accuracy on labelled images."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ CONFUSED = 5
 class EvalCommand:
     """Measure accuracy on labelled pictures.
 
-    Top-1, top-5, loss, and what is confused with what. Without -d it takes the pictures that the checkpoint was
-    measured on when it was trained. The classes of the folders are matched with those of the network by name;
-    ImageNet's may be called by their wnids.
+    Prints top-1, top-5, loss and the most confused classes. Without -d it takes the pictures that the checkpoint was
+    measured on when it was trained. Folders are matched with the network's classes by name; for ImageNet, WordNet ids
+    are names, too.
 
     \b
     Examples:
@@ -203,7 +203,7 @@ def preparation_for(classifier: Classifier) -> Callable[[], None]:
 
 
 def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> str | None:
-    """What another input contract would give an imported network that is hardly ever right."""
+    """Advice for an imported network with hardly any right answer: the preprocessing that gives more. None without."""
     if not classifier.spec.is_described or classifier.file is not None:
         return None  # and MegEngine need not be here
     from mgq.engine.classifier.input_advice import advise_on_input
@@ -259,7 +259,7 @@ def facts_of(
     batch_size: int,
     workers: int | None,
 ) -> dict[str, Any]:
-    """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
+    """The result and its conditions as JSON knows them: None instead of NaN and infinity."""
     from mgq.engine.classifier.classifier import versions
     from mgq.machine import usable_cores
     from mgq.system.environment import this_machine
@@ -296,7 +296,7 @@ def finite(value: float) -> float | None:
 
 
 def show_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
-    """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
+    """Print one JSON document: the facts, every class with images, and ``confused`` pairs of classes (None: all)."""
     classes = [
         {
             "index": entry.index,

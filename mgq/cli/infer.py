@@ -1,4 +1,4 @@
-"""``mgq infer``: what is in a picture?"""
+"""``mgq infer``: classifies images."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ def write_network(classifier: Classifier) -> None:
 
 
 def start_predictions(found: Iterator[Prediction]) -> Iterator[Prediction]:
-    """``found`` with the first already there: what makes all answers impossible is told of before anything is shown."""
+    """``found``, with the first answer computed already: an error that concerns all images comes before any output."""
     first = next(found)
     return chain([first], found)
 
 
 def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProgress) -> Iterator[Prediction]:
-    """``found``, each told to ``on_progress``; a single picture needs no bar."""
+    """``found``, with a progress report for each answer; none for a single image."""
     from mgq.events import Progress
 
     for done, answer in enumerate(found, 1):
@@ -154,7 +154,7 @@ def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProg
 
 
 def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
-    """Print a table for each answer, an error line for each picture without one; the number of those."""
+    """Print a table for each answer, and an error line for each image without one; return the number of errors."""
     from mgq.cli.console import is_pipe, print_error, say, show_table
 
     failed = shown = 0
@@ -180,9 +180,9 @@ def headline(classifier: Classifier) -> str:
 
 
 def plain_table(answer: Prediction, width: int) -> str | None:
-    """:func:`table_of` as text of at most ``width`` columns; None where that takes more than to put lines together.
+    """:func:`table_of` as text of at most ``width`` columns, for pipes; None where it needs folding or non-ASCII text.
 
-    It is what a pipe gets: to import what draws tables takes longer than to run the network.
+    It saves the import of rich, which takes longer than to run the network.
     """
     from mgq.errors import printable
 
@@ -224,7 +224,7 @@ def table_of(answer: Prediction) -> Table:
 
 
 def show_json(classifier: Classifier, found: Iterator[Prediction]) -> int:
-    """Print one JSON document, an entry a picture as it comes; the number of pictures without an answer."""
+    """Print one JSON document, an entry for each image as it is classified; return the number of errors."""
     from mgq.engine.classifier.predict import describe_network
 
     head = describe_network(classifier)

@@ -1,4 +1,4 @@
-"""``mgq report``: a run, or a deployed file, on one page that opens off line."""
+"""``mgq report``: writes an HTML page about a run or a deployed file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mgq serve``: a network that answers over HTTP."""
+"""``mgq serve``: serves a network over HTTP."""
 
 from __future__ import annotations
 
