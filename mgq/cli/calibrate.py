@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.help_layout import OUTPUT
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions, KeepInput
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
     RUNS,
@@ -108,6 +108,7 @@ def calibrate(
     pretrained: Pretrained = None,
     width: Width = None,
     image_size: ImageSize = None,
+    keep_input: KeepInput = False,
     as_json: AsJson = False,
     imported: ImportOptions = NONE_GIVEN,
 ) -> None:
@@ -153,6 +154,7 @@ def calibrate(
         pretrained=pretrained or False,
         width=width,
         image_size=image_size,
+        keep_input=keep_input,
     )
     options.refuse_contradictions()
     refuse_hopeless(expand(files or [], note))

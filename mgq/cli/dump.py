@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import NONE_GIVEN, ImportOptions, KeepInput
 from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
 from mgq.cli.shared_options import (
     RUNS,
@@ -97,6 +97,7 @@ def dump(
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False,
+    keep_input: KeepInput = False,
     save: Save = RUNS,
     pretrained: Pretrained = None,
     ranges: Ranges = None,
@@ -128,7 +129,7 @@ def dump(
         classifier = open_for_target(
             lambda target: open_network(replace(options, target=target), mode, on_progress), output, kind, target
         )
-    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu, engine)
+    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu, engine, keep_input)
     images = find_images(classifier, data) if data is not None and check != "none" else None
     dumped = write_file(classifier, wanted, out)
     if dumped.format == "onnx" and check != "none":
@@ -149,6 +150,7 @@ class Wanted(NamedTuple):
     tune: bool = False
     cpu: str | None = None
     engine: str = "any"
+    keep_input: bool = False
 
 
 def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
@@ -165,12 +167,21 @@ def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
     dumped = dump_classifier(
-        classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu, wanted.engine
+        classifier,
+        path,
+        wanted.input_type,
+        wanted.batch,
+        kind,
+        rewrites,
+        wanted.cpu,
+        wanted.engine,
+        wanted.keep_input,
     )
-    size = classifier.image_size
+    height, width = classifier.spec.only_size or (classifier.image_size,) * 2
     batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
+    takes = dumped.takes or f"{wanted.input_type} ({batch}, 3, {height}, {width}) BGR"
     say(
-        f"{dumped.path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({batch}, 3, {size}, {size}) BGR, "
+        f"{dumped.path}: {megabytes(dumped.size)}, takes {takes}, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )

@@ -44,6 +44,10 @@ Labels = Annotated[
     Path | None,
     typer.Option("--labels", help="Names of its classes: one a line, or a list in JSON."),
 ]
+KeepInput = Annotated[
+    bool,
+    typer.Option("--keep-input", help="The int8 file takes the float input that the ONNX file took, not uint8 pixels."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
