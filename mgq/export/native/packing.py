@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.native.emit.isa import Portable
-from mgq.export.native.emit.windows import patterns
+from mgq.export.native.emit.windows import tap_table
 from mgq.export.native.layout import LANES, Lanes, Storage
 from mgq.export.native.program import Conv, Linear
 
@@ -109,7 +109,8 @@ def pack_tiles(
         lanes = slice(vector * LANES, (vector + count) * LANES)
         offsets, words = words_of(used[lanes], weights.shape[2:], source)
         packed = pack_words(weights[lanes], words)
-        segments = segments_of(offsets, 16 if source.layout == "A" else 4)
+        packed = packed.reshape(-1, 4 * LANES)[:, list(isa.weight_order(source.layout))]
+        segments = segments_of(offsets, 16 * source.unit if source.layout == "A" else 4)
         place = constants.add(np.array(segments, np.int32))
         rows.append((place, len(segments), constants.add(packed), vector))
         vector += count
@@ -127,7 +128,7 @@ def words_of(used: Array, kernel: Sequence[int], source: Storage) -> tuple[list[
     """Where each word of four channels lies from the pixel on, and its row, column and number."""
     read = np.flatnonzero(used.any(0).reshape(-1, 4).any(1))
     if source.layout == "A":
-        return [16 * int(word) for word in read], [(0, 0, int(word)) for word in read]
+        return [16 * source.unit * int(word) for word in read], [(0, 0, int(word)) for word in read]
     words = [(row, column, int(word)) for row in range(kernel[0]) for column in range(kernel[1]) for word in read]
     return [row * source.row_bytes + column * source.step + 4 * word for row, column, word in words], words
 
@@ -151,17 +152,18 @@ def segments_of(offsets: list[int], step: int) -> list[tuple[int, int]]:
     return result
 
 
-def pack_depthwise(constants: Constants, layer: Conv, target: Lanes, zero: int) -> tuple[int, int, int, bool]:
+def pack_depthwise(
+    constants: Constants, isa: Portable, layer: Conv, target: Lanes, zero: int
+) -> tuple[int, int, int, bool]:
     """Offsets of weights, biases and multipliers, and whether scaled sums may overflow."""
     size = layer.weight.shape[2]
     whole = np.zeros((target.count, size, size), np.int8)
     whole[target.places] = layer.weight[:, 0]
-    taps = patterns(size, layer.stride[0])
-    packed = np.zeros((target.vectors, size, len(taps), LANES, 4), np.int8)
-    for i, first in enumerate(taps):
-        for byte in range(4):
-            if 0 <= first + byte < size:
-                packed[:, :, i, :, byte] = whole[:, :, first + byte].reshape(-1, LANES, size).transpose(0, 2, 1)
+    taps = tap_table(isa, size, layer.stride[0])
+    packed = np.zeros((target.vectors, size, *taps.shape[:1], LANES, *taps.shape[1:]), np.int8)
+    for (i, place), tap in np.ndenumerate(taps):
+        if 0 <= tap < size:
+            packed[:, :, i, :, place] = whole[:, :, tap].reshape(-1, LANES, size).transpose(0, 2, 1)
     bias = fold_zero_point(layer, zero)
     return (
         constants.add(packed),

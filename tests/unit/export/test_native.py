@@ -52,7 +52,7 @@ FAMILIES = ("resnet18", slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2
 
 def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
     """How many integers of each tensor that is in memory differ from the reference; logits too."""
-    plan: Plan = make_plan(program, keep=True)
+    plan: Plan = make_plan(program, keep=True, unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
     library = Library(Compiled(object_of(module.text, level), module.constants, module.work), program.classes)
     wanted, tensors = run_reference(program, images)

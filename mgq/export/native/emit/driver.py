@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from mgq.export.native.emit.code import Code, Value
+from mgq.export.native.emit.code import Code, Value, constant
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
-from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.isa import SHORTS, Portable, Range
 from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
 from mgq.export.native.emit.team import ANSWER, PREPARE, Team
 from mgq.export.native.emit.windows import (
@@ -127,8 +127,16 @@ class Driver:
 
     def borders(self, code: Code) -> None:
         """What stands for the rows above and below an image."""
-        for i, value in enumerate((0, 128)):
-            self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
+        self.fill(code, "%own", 0, self.plan.border)
+        if self.isa.unit == 1:
+            self.fill(code, code.at("%own", self.plan.border), 128, self.plan.border)
+            return
+
+        def wide(index: Value) -> None:
+            place = code.at("%own", code.number("add", code.number("shl", index, 6), self.plan.border))
+            code.store(SHORTS, constant("i16", 128, 32), place, 64)
+
+        code.each(self.plan.border // 64, wide)
 
     def read_pixels(self, code: Code, group: list[Step], span: Span | None = None) -> None:
         """The rows ``span`` of the image, or all of them, where ``group`` is the one that reads it."""
@@ -329,7 +337,7 @@ class Driver:
         source = self.program.tensors[step.source]
         lanes = self.plan.lanes[step.target]
         if isinstance(layer, Conv) and layer.is_depthwise:
-            self.depthwise[id(step)] = pack_depthwise(self.constants, layer, lanes, source.zero)
+            self.depthwise[id(step)] = pack_depthwise(self.constants, self.isa, layer, lanes, source.zero)
             return
         places = self.plan.lanes[step.source].places, lanes
         self.tiles[id(step)] = pack_tiles(
@@ -385,10 +393,9 @@ class Driver:
         )
         name = self.kernel(key, partial(emit_row, self.isa, key))
         packed, vector = self.tile_values(code, tiles, first, index)
-        wide, narrow = code.number("shl", vector, 6), code.number("shl", vector, 4)
 
         def behind(pointer: Value, layout: str) -> Value:
-            return code.at(pointer, narrow if layout == "P" else wide)
+            return code.at(pointer, code.number("mul", vector, 16 if layout == "P" else 64 * self.isa.unit))
 
         residual = "null"
         if other is not None:
@@ -452,8 +459,9 @@ class Driver:
         count = str(target.lanes // LANES)
         if channels is not None:
             first, count = channels
-            wide, weighed = code.number("shl", first, 6), code.number("mul", first, weight_bytes(size, layer.stride[0]))
-            moves = [*[wide] * size, weighed, wide, wide, wide]
+            wide, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
+            weighed = code.number("mul", first, weight_bytes(self.isa, size, layer.stride[0]))
+            moves = [*[values] * size, weighed, wide, wide, values]
             pointers = [code.at(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
         numbers = str(source.step), str(target.step), count
         arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
@@ -462,7 +470,7 @@ class Driver:
     def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
         source, target = self.storage(step.source), self.storage(step.target)
         key = PoolKernel(window_of(layer), layer.stride[0], target.width, source.lanes, target.layout)
-        name = self.kernel(key, partial(emit_pool, key))
+        name = self.kernel(key, partial(emit_pool, self.isa, key))
         pointers = [*self.window_rows(code, step, y, -layer.padding[1] * source.step), *["null"] * 3]
         pointers.append(self.row(code, target, y))
         numbers = source.step, target.step, target.lanes // 16
@@ -483,7 +491,7 @@ class Driver:
 
         def vector(index: Value) -> None:
             pointers = [
-                code.at(self.address(code, source), code.number("shl", index, 6)),
+                code.at(self.address(code, source), code.number("mul", index, 64 * self.isa.unit)),
                 code.at("%constants", bias),
                 code.at("%constants", factors),
                 code.at(self.address(code, target), code.number("shl", index, 4)),
