@@ -16,6 +16,8 @@ from mgq.export.native.program import Conv, Linear
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 64
+ENTRY = 20
+"""Bytes of a tile in the table."""
 OVERFLOW = 2.0**30
 """Scaled sums below it are safe from int32's end."""
 
@@ -41,10 +43,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``vectors`` of outputs of each tile, offset of the table of tiles, of biases and of multipliers.
+    """``vectors`` of outputs of each tile, offset of the table of tiles, of biases and of multipliers; ``most`` bytes
+    of weights a tile.
 
-    A tile in the table is four int32: offset of its segments, their count, offset of its weights, its first vector. A
-    segment is two: bytes from the source's pixel, and how many words of four channels follow one another there.
+    A tile in the table is five int32: offset of its segments, their count, offset of its weights, its first vector, and
+    how many times 32 bytes its weights are. A segment is two: bytes from the source's pixel, and how many words of four
+    channels follow one another there.
     """
 
     vectors: tuple[int, ...]
@@ -52,6 +56,7 @@ class Tiles:
     bias: int
     factors: int
     limit: bool
+    most: int
 
     def runs(self) -> list[tuple[int, int, int]]:
         """First tile, count and vectors of those alike that follow one another."""
@@ -112,11 +117,13 @@ def pack_tiles(
         packed = packed.reshape(-1, 4 * LANES)[:, list(isa.weight_order(source.layout))]
         segments = segments_of(offsets, 16 * source.unit if source.layout == "A" else 4)
         place = constants.add(np.array(segments, np.int32))
-        rows.append((place, len(segments), constants.add(packed), vector))
+        rows.append((place, len(segments), constants.add(packed), vector, packed.nbytes // 32))
         vector += count
     table = constants.add(np.array(rows, np.int32))
     factors = constants.add(target.spread(layer.multiplier, np.float32))
-    return Tiles(tuple(tiles), table, constants.add(target.spread(bias, np.int32)), factors, may_overflow(layer, bias))
+    most = 32 * max(row[-1] for row in rows)
+    starts = constants.add(target.spread(bias, np.int32))
+    return Tiles(tuple(tiles), table, starts, factors, may_overflow(layer, bias), most)
 
 
 def widest_tiles(vectors: int, widest: int) -> list[int]:

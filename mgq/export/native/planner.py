@@ -208,7 +208,9 @@ class Planner:
             if name == first.name and (layout != "P" or first.channels > 4):
                 raise make_refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
-            result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare, unit=self.unit)
+            result[name] = Storage(
+                name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare, unit=self.unit
+            )
             if layout == "D":
                 result[name].right = max(layer.padding[3] for layer in self.depthwise_readers(name))
         result[first.name].own = True

@@ -11,7 +11,7 @@ import numpy as np
 from mgq.export.native.emit.code import Code, Value, constant
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
 from mgq.export.native.emit.isa import SHORTS, Portable, Range
-from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
+from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row, emit_widen
 from mgq.export.native.emit.team import ANSWER, PREPARE, Team
 from mgq.export.native.emit.windows import (
     DepthwiseKernel,
@@ -21,8 +21,8 @@ from mgq.export.native.emit.windows import (
     weight_bytes,
 )
 from mgq.export.native.layout import LANES, Storage
-from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
-from mgq.export.native.planner import BY_ROWS, Plan, Step, window_of
+from mgq.export.native.packing import ENTRY, Constants, Tiles, pack_depthwise, pack_tiles
+from mgq.export.native.planner import BY_ROWS, Plan, Step, up, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
 ARGUMENTS = (
@@ -33,6 +33,8 @@ ARGUMENTS = (
 of layers is to be computed."""
 
 
+WIDENED_PIXELS = 16
+"""On smaller maps weights are widened where they are read."""
 Span = tuple[Value, Value]
 """The first, and the first behind."""
 Tile = tuple[Tiles, int, int]
@@ -68,11 +70,14 @@ class Driver:
         self.functions: list[Code] = []
         self.tiles: dict[int, Tiles] = {}
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
+        self.widened: dict[int, tuple[int, int]] = {}  # step -> where its wide weights are, and bytes from tile to tile
+        self.room = 0
 
     def module(self, attributes: str, linkage: str) -> Module:
         for i, group in enumerate(self.plan.groups):
             self.function(f"group{i}", partial(self.emit_group, group=group))
-        team = Team([code.name for code in self.functions], self.plan.size, self.pixels, self.program.classes)
+        size = self.plan.size + up(self.room)
+        team = Team([code.name for code in self.functions], size, self.pixels, self.program.classes)
         self.function(ANSWER, self.answer)
         prepare = Code(PREPARE, (("i8*", "own"),))
         self.borders(prepare)
@@ -81,7 +86,7 @@ class Driver:
         declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
         written = (code.text(attributes) for code in everything)
         text = "\n".join([*sorted(declared), *written, team.text(attributes, linkage)])
-        return Module(text, self.constants.content(), self.plan.size)
+        return Module(text, self.constants.content(), size)
 
     def function(self, name: str, emit: Callable[[Code], None]) -> None:
         code = Code(name, ARGUMENTS)
@@ -199,6 +204,7 @@ class Driver:
             return
         for step in group:
             self.pack(step)
+        self.reserve_wide(code, group)
         if self.storage(group[-1].target).height < BY_ROWS and not self.is_by_row(group):
             self.read_pixels(code, group)
             self.emit_by_channels(code, group)
@@ -210,6 +216,47 @@ class Driver:
             return
         for step, span in zip(group, spans[1:], strict=True):
             self.emit_span(code, step, span)
+
+    # Weights of as many bytes as values
+
+    def reserve_wide(self, code: Code, group: list[Step]) -> None:
+        """Room for the widened weights of ``group``: of one tile at a time, or, where each tile is gone through once a
+        row, of all tiles, which are widened here."""
+        by_row, place = self.is_by_row(group), 0
+        for step in group:
+            target = self.storage(step.target)
+            tiles = self.tiles.get(id(step))
+            if self.isa.unit == 1 or tiles is None or target.height * target.width < WIDENED_PIXELS:
+                continue
+            size = self.isa.unit * tiles.most
+            self.widened[id(step)] = self.plan.size + place, size if by_row else 0
+            self.room = max(self.room, place + size * (len(tiles.vectors) if by_row else 1))
+            if by_row:
+                place += size * len(tiles.vectors)
+                self.widen_all(code, step, tiles)
+
+    def widen_all(self, code: Code, step: Step, tiles: Tiles) -> None:
+        for first, count, vectors in tiles.runs():
+            tile = tiles, first, vectors
+            code.each(count, partial(self.widen, code, step, tile))
+
+    def widen(self, code: Code, step: Step, tile: Tile, index: Value) -> None:
+        """The weights of tile number ``index`` behind the first of its kind, where they are kept wide."""
+        if id(step) in self.widened:
+            tiles, first, _ = tile
+            name = self.kernel("widen", partial(emit_widen, self.isa))
+            entry = self.entry(code, tiles, first, index)
+            source, count = (code.load_offset(code.at(entry, place)) for place in (8, 16))
+            target = self.wide_place(code, step, first, index)
+            code.call("void", name, ("i8*", code.at("%constants", source)), ("i8*", target), ("i64", count))
+
+    def wide_place(self, code: Code, step: Step, first: int, index: Value) -> Value:
+        place, size = self.widened[id(step)]
+        return code.at(code.at("%own", place + size * first), code.number("mul", index, size) if size else 0)
+
+    def entry(self, code: Code, tiles: Tiles, first: int, index: Value) -> Value:
+        """Tile number ``index`` behind ``first`` in the table."""
+        return code.at("%constants", code.number("add", code.number("mul", index, ENTRY), tiles.table + ENTRY * first))
 
     def is_by_row(self, group: list[Step]) -> bool:
         """Whether each row goes through all steps before the next one comes."""
@@ -235,6 +282,7 @@ class Driver:
             tile = self.tiles[id(step)], first, vectors
 
             def rows(i: Value, tile: Tile = tile) -> None:
+                self.widen(code, step, tile, i)
                 code.between(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
             code.each(count, rows)
@@ -277,6 +325,7 @@ class Driver:
         height, vectors = self.storage(step.target).height, tile[2]
 
         def rows(i: Value) -> None:
+            self.widen(code, step, tile, i)
             code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
         code.between(*span, rows)
@@ -289,6 +338,7 @@ class Driver:
         begin, end = self.share_of(code, count * height)
 
         def rows(i: Value) -> None:
+            self.widen(code, step, tile, i)
             before = code.number("mul", i, height)
             top = code.larger(code.number("sub", begin, before), 0)
             bottom = code.larger(code.number("sub", end, before), height, "slt")
@@ -390,6 +440,7 @@ class Driver:
             self.residual(step),
             tiles.limit,
             target.right if target.layout == "D" else 0,
+            id(step) in self.widened,
         )
         name = self.kernel(key, partial(emit_row, self.isa, key))
         packed, vector = self.tile_values(code, tiles, first, index)
@@ -397,6 +448,8 @@ class Driver:
         def behind(pointer: Value, layout: str) -> Value:
             return code.at(pointer, code.number("mul", vector, 16 if layout == "P" else 64 * self.isa.unit))
 
+        if key.wide:
+            packed["weights"] = self.wide_place(code, step, first, index)
         residual = "null"
         if other is not None:
             residual = behind(self.row(code, other, y), other.layout)
@@ -414,7 +467,7 @@ class Driver:
 
     def tile_values(self, code: Code, tiles: Tiles, first: int, index: Value) -> tuple[dict[str, Value], Value]:
         """What a kernel is given of tile number ``index`` behind ``first``, and the tile's first vector."""
-        entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
+        entry = self.entry(code, tiles, first, index)
         segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
         wide = code.number("shl", vector, 6)
         places = {

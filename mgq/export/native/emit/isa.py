@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant, float_text
 
-SHORTS, HALF = "<32 x i16>", "<16 x i16>"
+SHORTS, HALF, EIGHT = "<32 x i16>", "<16 x i16>", "<8 x i32>"
 MAGIC = 12582912.0
 """1.5 * 2**23: a float32 below 2**22 plus this has the value, rounded half to even, in its lowest bits."""
 MAGIC_BITS = 0x4B400000
@@ -63,6 +63,10 @@ class Portable:
         """What ``dot`` wants of the 64 weights at ``pointer``."""
         return self.prepare(code, code.load(INTS, pointer, 64), True)
 
+    def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        """The same of weights that were widened to ``unit`` bytes each."""
+        return self.weights(code, pointer)
+
     def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
         """What ``dot`` wants of the four values at ``pointer``, for all outputs alike."""
         return self.prepare(code, code.broadcast(pointer), False)
@@ -86,11 +90,12 @@ class Portable:
         value = code.value(f"sitofp {INTS} {total} to {FLOATS}")
         return code.value(f"fmul {FLOATS} {value}, {factor}")
 
-    def limited(self, code: Code, value: Value, low: float, high: float) -> Value:
+    def limited(self, code: Code, value: Value, low: float, high: float, count: int = 16) -> Value:
+        kind = f"<{count} x float>"
         for comparison, limit in (("olt", high), ("ogt", low)):
-            bound = constant("float", float_text(limit), 16)
-            is_within = code.value(f"fcmp {comparison} {FLOATS} {value}, {bound}")
-            value = code.value(f"select <16 x i1> {is_within}, {FLOATS} {value}, {FLOATS} {bound}")
+            bound = constant("float", float_text(limit), count)
+            is_within = code.value(f"fcmp {comparison} {kind} {value}, {bound}")
+            value = code.value(f"select <{count} x i1> {is_within}, {kind} {value}, {kind} {bound}")
         return value
 
     def rounded(self, code: Code, value: Value) -> Value:
@@ -194,11 +199,8 @@ class Halved(Saturating):
     most: ClassVar[Mapping[int, int]] = {1: 4, 2: 2, 4: 1}
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        parts = [
-            code.call("<8 x i32>", "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", half))
-            for half in halves(code, FLOATS, value, 8)
-        ]
-        return join_vectors(code, "<8 x i32>", parts, 8)
+        parts = [rounded_half(code, half) for half in halves(code, FLOATS, value, 8)]
+        return join_vectors(code, EIGHT, parts, 8)
 
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
         name = "llvm.x86.avx2.packsswb" if to.zero else "llvm.x86.avx2.packuswb"
@@ -211,11 +213,16 @@ class Halved(Saturating):
         """For 8 channels and the other 8: the first two pixels and the other two as 16-bit integers, four channels of
         one after those of the other."""
         split = [halves(code, INTS, value, 8) for value in four]
-        name = "llvm.x86.avx2.packssdw"
-        return [
-            [code.call(HALF, name, *(("<8 x i32>", split[i + j][side]) for j in (0, 1))) for i in (0, 2)]
-            for side in (0, 1)
-        ]
+        return [packed_pairs(code, [value[side] for value in split]) for side in (0, 1)]
+
+
+def rounded_half(code: Code, value: Value) -> Value:
+    return code.call(EIGHT, "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", value))
+
+
+def packed_pairs(code: Code, four: list[Value]) -> list[Value]:
+    """Four pixels of eight integers as two pairs, 16-bit integers."""
+    return [code.call(HALF, "llvm.x86.avx2.packssdw", (EIGHT, four[i]), (EIGHT, four[i + 1])) for i in (0, 2)]
 
 
 class Avx2(Halved):
@@ -232,6 +239,9 @@ class Avx2(Halved):
 
     def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
         return self.widened(code, pointer), self.widened(code, code.at(pointer, 32))
+
+    def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        return tuple(code.load(SHORTS, code.at(pointer, place), 64) for place in (0, 64))
 
     def widened(self, code: Code, pointer: Value) -> Value:
         """32 signed bytes as SHORTS."""
@@ -252,26 +262,39 @@ class Avx2(Halved):
         for value, weight in zip(values, weights, strict=True):
             pairs = zip(halves(code, SHORTS, value, 16), halves(code, SHORTS, weight, 16), strict=True)
             parts = [self.products(code, x, w) for x, w in pairs]
-            total = code.value(f"add {INTS} {total}, {join_vectors(code, '<8 x i32>', parts, 8)}")
+            total = code.value(f"add {INTS} {total}, {join_vectors(code, EIGHT, parts, 8)}")
         return total
 
     def products(self, code: Code, values: Value, weights: Value) -> Value:
         """Sums of two products, 8 times."""
-        return code.call("<8 x i32>", "llvm.x86.avx2.pmadd.wd", (HALF, values), (HALF, weights))
+        return code.call(EIGHT, "llvm.x86.avx2.pmadd.wd", (HALF, values), (HALF, weights))
 
     def put(self, code: Code, four: list[Value], to: Range, layout: str, pointer: Value) -> None:
         for side, pairs in enumerate(self.packed_halves(code, four)):
-            first, second = (self.within(code, pair, to) for pair in pairs)
             if layout == "A":
-                for word in (0, 1):
-                    order = [8 * word + 16 * pair + i for pair in (0, 1) for i in range(8)]
-                    place = code.at(pointer, 64 * side + 32 * word)
-                    code.store(HALF, code.shuffle(HALF, first, second, order), place, 32)
+                self.put_words(code, pairs, to, code.at(pointer, 64 * side))
                 continue
-            for number, pair in enumerate((first, second)):
+            for number, pair in enumerate(pairs):
                 order = [8 * lane + 4 * pixel + i for lane in (0, 1) for i in range(4) for pixel in (0, 1)]
                 place = code.at(pointer, 64 * number + 32 * side)
-                code.store(HALF, code.shuffle(HALF, pair, "undef", order), place, 32)
+                code.store(HALF, code.shuffle(HALF, self.within(code, pair, to), "undef", order), place, 32)
+
+    def put_words(self, code: Code, pairs: list[Value], to: Range, pointer: Value) -> None:
+        """Store eight channels of four pixels, given as by ``packed_pairs``, in layout A."""
+        first, second = (self.within(code, pair, to) for pair in pairs)
+        for word in (0, 1):
+            order = [8 * word + 16 * pair + i for pair in (0, 1) for i in range(8)]
+            code.store(HALF, code.shuffle(HALF, first, second, order), code.at(pointer, 32 * word), 32)
+
+    def put_eight(self, code: Code, totals: list[Value], factor: Value, to: Range, limit: bool, pointer: Value) -> None:
+        """Scale, round and store four pixels of eight sums, in layout A."""
+        kind, integers = "<8 x float>", []
+        for total in totals:
+            value = code.value(f"fmul {kind} {code.value(f'sitofp {EIGHT} {total} to {kind}')}, {factor}")
+            if limit:
+                value = self.limited(code, value, to.low - to.zero, to.high - to.zero, 8)
+            integers.append(rounded_half(code, value))
+        self.put_words(code, packed_pairs(code, integers), to, pointer)
 
     def within(self, code: Code, value: Value, to: Range) -> Value:
         """16-bit integers that saturated around 0, moved to the zero point and limited."""
@@ -303,7 +326,7 @@ class AvxVnni(Halved):
     def dot(self, code: Code, total: Value, values: tuple[Value, ...], weights: tuple[Value, ...]) -> Value:
         split = [halves(code, INTS, value, 8) for value in (total, values[0], weights[0])]
         parts = [
-            code.call("<8 x i32>", "llvm.x86.avx512.vpdpbusd.256", *(("<8 x i32>", part[side]) for part in split))
+            code.call(EIGHT, "llvm.x86.avx512.vpdpbusd.256", *((EIGHT, part[side]) for part in split))
             for side in (0, 1)
         ]
-        return join_vectors(code, "<8 x i32>", parts, 8)
+        return join_vectors(code, EIGHT, parts, 8)

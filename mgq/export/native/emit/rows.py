@@ -34,7 +34,7 @@ class RowKernel:
     """``step``: from one output pixel to the next in the source, in pixels for layout A and in bytes for P.
 
     ``limit``: the scaled sums may be beyond int32. ``pad`` and ``right``: pixels left of the image
-    and behind it in layout D.
+    and behind it in layout D. ``wide``: the weights were widened.
     """
 
     width: int
@@ -47,6 +47,22 @@ class RowKernel:
     residual: Residual | None = None
     limit: bool = False
     right: int = 0
+    wide: bool = False
+
+
+def emit_widen(isa: Portable, name: str) -> Code:
+    """``count`` times 32 weights from one place to another, widened to the unit of ``isa``."""
+    code = Code(name, (("i8*", "source"), ("i8*", "target"), ("i64", "count")))
+    kind = f"<32 x i{8 * isa.unit}>"
+
+    def some(_: Value, values: list[Value]) -> list[Value]:
+        source, target = values
+        narrow = code.load("<32 x i8>", source, 32)
+        code.store(kind, code.value(f"sext <32 x i8> {narrow} to {kind}"), target, 64)
+        return [code.at(source, 32), code.at(target, 32 * isa.unit)]
+
+    code.repeat("%count", [("i8*", "%source"), ("i8*", "%target")], some)
+    return code
 
 
 def emit_row(isa: Portable, kernel: RowKernel, name: str) -> Code:
@@ -150,6 +166,7 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
     biases = [code.load(INTS, code.at("%bias", 64 * vector), 64) for vector in range(kernel.vectors)]
     places = {x: divmod(x * kernel.step, 4) if kernel.source == "A" else (0, 0) for x in pixels}
     advance = 16 * isa.unit if kernel.source == "A" else 4
+    size, read = (64 * isa.unit, isa.wide_weights) if kernel.wide else (64, isa.weights)
 
     def segment(index: Value, values: list[Value]) -> list[Value]:
         entry = code.at("%segments", code.number("shl", index, 3))
@@ -160,7 +177,7 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
 
         def word(_: Value, values: list[Value]) -> list[Value]:
             weights, distance, *totals = values
-            prepared = [isa.weights(code, code.at(weights, 64 * vector)) for vector in range(kernel.vectors)]
+            prepared = [read(code, code.at(weights, size * vector)) for vector in range(kernel.vectors)]
             bases = {quad: code.at(pointer, distance) for quad, pointer in pointers.items()}
             results = []
             for i, x in enumerate(pixels):
@@ -170,7 +187,7 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
                 for vector in range(kernel.vectors):
                     total = totals[i * kernel.vectors + vector]
                     results.append(isa.dot(code, total, four, prepared[vector]))
-            return [code.at(weights, 64 * kernel.vectors), code.number("add", distance, advance), *results]
+            return [code.at(weights, size * kernel.vectors), code.number("add", distance, advance), *results]
 
         weights, *totals = values
         kinds = [("i8*", weights), ("i64", "0"), *((INTS, total) for total in totals)]

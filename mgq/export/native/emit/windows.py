@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.native.emit.code import FLOATS, INTS, Code, Value, constant
-from mgq.export.native.emit.isa import HALF, NOTHING, SHORTS, Avx2, Portable, Range, halves, join_vectors
+from mgq.export.native.emit.isa import EIGHT, HALF, NOTHING, SHORTS, Avx2, Portable, Range, halves
 from mgq.export.native.emit.rows import store_quad
 
 
@@ -175,7 +175,7 @@ def emit_pairs(
         for i, tap in enumerate(taps)
     }
     start, factor, target = parameters
-    starts = halves(code, INTS, start, 8)
+    starts, factors = halves(code, INTS, start, 8), halves(code, FLOATS, factor, 8)
 
     def total(side: int, output: int, rows: list[Value]) -> Value:
         first, phase, count = pairs_of(kernel.size, kernel.stride, output)
@@ -186,19 +186,19 @@ def emit_pairs(
                 place = code.at(row, code.number("mul", "%source_step", quad) if quad else 0)
                 read = code.load(HALF, code.at(place, 64 * half + 32 * side), 32)
                 products = isa.products(code, read, prepared[number, phase, pair][side])
-                result = code.value(f"add <8 x i32> {result}, {products}")
+                result = code.value(f"add {EIGHT} {result}, {products}")
         return result
 
-    def quad(_: Value, values: list[Value]) -> list[Value]:
-        target, *rows = values
-        parts = [[total(side, output, rows) for output in range(4)] for side in (0, 1)]
-        totals = [join_vectors(code, "<8 x i32>", list(both), 8) for both in zip(*parts, strict=True)]
-        scaled = [isa.scaled(code, total, factor) for total in totals]
-        store_quad(isa, code, scaled, kernel.to, kernel.limit, "A", target, (0, (0, 1, 2, 3)), 0)
-        ahead = code.number("mul", "%source_step", kernel.stride)
-        return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+    for side in (0, 1):
 
-    code.repeat(ceil(kernel.width / 4), [("i8*", target), *(("i8*", row) for row in rows)], quad)
+        def quad(_: Value, values: list[Value], side: int = side) -> list[Value]:
+            target, *rows = values
+            totals = [total(side, output, rows) for output in range(4)]
+            isa.put_eight(code, totals, factors[side], kernel.to, kernel.limit, code.at(target, 64 * side))
+            ahead = code.number("mul", "%source_step", kernel.stride)
+            return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+
+        code.repeat(ceil(kernel.width / 4), [("i8*", target), *(("i8*", row) for row in rows)], quad)
 
 
 def total_of_row(
