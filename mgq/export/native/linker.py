@@ -52,7 +52,7 @@ def write_library(program: Program, path: Path, level: Level, about: Mapping[str
             temporary.write_bytes(code)
     with atomic_write(header) as temporary:
         temporary.write_text(HEADER, encoding="utf-8")
-    return SharedLibrary(target, header, target.stat().st_size, Path(command[0]).name if command else None)
+    return SharedLibrary(target, header, target.stat().st_size, name_of(command) if command else None)
 
 
 def facts_of(program: Program, about: Mapping[str, Any]) -> Facts:
@@ -75,6 +75,12 @@ def link_command() -> list[str] | None:
     return None
 
 
+def name_of(command: list[str]) -> str:
+    """What links, in a few words: ``cc``, or ``ziglang cc``."""
+    words = command if command[0] != sys.executable else [word for word in command[1:] if word != "-m"]
+    return " ".join(Path(word).name for word in words if not word.startswith("-"))
+
+
 def link(command: list[str], code: bytes, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mgq-link-") as folder:
         source, result = Path(folder) / "network.o", Path(folder) / "network.so"
@@ -83,5 +89,5 @@ def link(command: list[str], code: bytes, path: Path) -> None:
         done = subprocess.run(whole, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-            raise FailureError(f"{Path(command[0]).name} cannot link the library: {printable(lines[-1])[:300]}")
+            raise FailureError(f"{name_of(command)} cannot link the library: {printable(lines[-1])[:300]}")
         shutil.copyfile(result, path)

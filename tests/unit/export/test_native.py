@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import Level, get_level
@@ -321,6 +324,39 @@ def test_a_cache_of_another_user_is_not_used(folder: Path, file: Path, monkeypat
     assert entry.stat().st_mtime_ns == before
 
 
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize(("owner", "mode"), [(0, 0o755), (0, 0o777), (NOBODY, 0o500)])
+def test_another_user_neither_runs_nor_changes_what_is_not_its_own(
+    file: Path, monkeypatch: pytest.MonkeyPatch, owner: int, mode: int
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        shared, cache = Path(place), Path(place, "cache")
+        shared.chmod(0o755)
+        network = Path(shutil.copy(file, shared))
+        monkeypatch.setenv("MGQ_NATIVE_CACHE", str(cache))
+        wanted = NativeRuntime(network).run(noise(32))
+        if owner:
+            (entry,) = cache.iterdir()
+            entry.unlink()
+        os.chown(cache, owner, owner)
+        cache.chmod(mode)
+        before = {entry: entry.stat().st_mtime_ns for entry in cache.iterdir()}
+        made: list[int] = []
+        genuine = native.compile_file
+        monkeypatch.setattr(native, "compile_file", lambda *given: (made.append(1), genuine(*given))[1])
+        child = os.fork()
+        if not child:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os._exit(0 if np.array_equal(NativeRuntime(network).run(noise(32)), wanted) and made else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert {entry: entry.stat().st_mtime_ns for entry in cache.iterdir()} == before
+
+
 def test_without_a_place_for_the_cache_it_still_runs(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +476,24 @@ def test_without_a_linker_the_object_file_is_written(tmp_path: Path, monkeypatch
     assert made.linked_by is None
     assert made.path.name == "net.o"
     assert made.path.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang (pip install 'mgq[native]')")
+def test_ziglang_links_where_the_system_has_no_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program, images = program_for("mobilenet_v2", 32), noise(32)
+    made = write_library(program, tmp_path / "net.so", BEST, {})
+    assert made.linked_by == "ziglang cc"
+    assert np.array_equal(LibraryRuntime(made.path).run(images), run_reference(program, images)[0])
+
+
+def test_a_linker_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-m", "no_such_linker", "-shared"]
+    monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: words)
+    with pytest.raises(FailureError, match="no_such_linker cannot link the library: .*No module named"):
+        write_library(program_for("mobilenet_v2", 32), tmp_path / "net.so", BEST, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
