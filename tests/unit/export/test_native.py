@@ -91,6 +91,30 @@ def test_layers_run_row_by_row_give_the_same_bits_at_every_size(arch: str, size:
     assert np.array_equal(logits_in(program, BEST, images), run_reference(program, images)[0])
 
 
+def wide_program(arch: str, height: int, width: int) -> Program:
+    """Of pictures that are no squares."""
+    model = onnx.ModelProto()
+    model.CopyFrom(model_for(arch, 64))
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    axes[2].dim_value, axes[3].dim_value = height, width
+    return read_program(model)
+
+
+@pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
+@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), ("resnet18", 96, 64)])
+def test_pictures_that_are_no_squares_give_the_same_bits(arch: str, height: int, width: int, level: Level) -> None:
+    program = wide_program(arch, height, width)
+    images = np.random.default_rng(3).integers(0, 256, (2, 3, height, width), np.uint8)
+    assert not any(differing(program, level, images).values())
+    assert np.array_equal(logits_in(program, level, images), run_reference(program, images)[0])
+
+
+def test_a_shared_library_of_pictures_that_are_no_squares_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a library of pictures that are no squares: pass --engine native"):
+        write_library(wide_program("mobilenet_v2", 64, 96), tmp_path / "net.so", BEST, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
 def test_rows_that_fill_no_vector_are_right(level: Level) -> None:
     program = program_for("mobilenet_v2", 224)
@@ -491,7 +515,7 @@ def test_ziglang_links_where_the_system_has_no_linker(tmp_path: Path, monkeypatc
 def test_a_linker_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [sys.executable, "-m", "no_such_linker", "-shared"]
     monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: words)
-    with pytest.raises(FailureError, match="no_such_linker cannot link the library: .*No module named"):
+    with pytest.raises(FailureError, match=r"no_such_linker cannot link the library: .*No module named"):
         write_library(program_for("mobilenet_v2", 32), tmp_path / "net.so", BEST, {})
     assert list(tmp_path.iterdir()) == []
 
