@@ -204,12 +204,12 @@ def native() -> str:
 
 def linker() -> str:
     """What links shared libraries."""
-    from mgq.export.native.linker import link_command
+    from mgq.export.native.linker import link_command, name_of
 
     command = link_command()
     if command is None:
         raise LackingError("none: `mgq dump --format native` writes object files")
-    return " ".join(part for part in command if not part.startswith("-") and part != sys.executable)
+    return name_of(command)
 
 
 # ---- the machine ----

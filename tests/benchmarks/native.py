@@ -168,7 +168,7 @@ def layers(path: Path, rounds: int) -> None:
 
     pinned(1)
     level = get_level(NATIVE)
-    plan = make_plan(program_of(read_onnx(path)))
+    plan = make_plan(program_of(read_onnx(path)), unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
     text = module.text.replace("define internal void @step(", "define void @step(")
     library = Library(Compiled(object_of(text, level), module.constants, module.work), plan.program.classes)

@@ -40,7 +40,8 @@ def llvm() -> Any:
 
 def module_for(program: Program, level: Level, keep: bool = False, linkage: str = "") -> Module:
     """``keep``: every tensor stays readable in the work area, for tests. Raises InputError as ``make_plan`` does."""
-    return emit_module(make_plan(program, keep), level.isa(), ATTRIBUTES, linkage)
+    isa = level.isa()
+    return emit_module(make_plan(program, keep, isa.unit), isa, ATTRIBUTES, linkage)
 
 
 def compile_program(program: Program, level: Level, keep: bool = False) -> Compiled:

@@ -60,6 +60,7 @@ class Storage:
 
     ``ring``: how many rows are kept at a time, a power of 2; None for all. ``fill`` is what the border holds.
     ``spare`` more groups of four pixels are readable behind a row. ``own``: each thread has one, with what it needs.
+    ``unit``: bytes of a value in layouts A and D.
     """
 
     name: str
@@ -73,12 +74,13 @@ class Storage:
     spare: int = 0
     own: bool = False
     right: int = 0
+    unit: int = 1
     offset: int = field(default=0)
 
     @property
     def step(self) -> int:
         """Bytes from four pixels to the next four, in layout P from pixel to pixel."""
-        return self.lanes * (1 if self.layout == "P" else 4)
+        return self.lanes * (1 if self.layout == "P" else 4 * self.unit)
 
     @property
     def row_bytes(self) -> int:
@@ -109,8 +111,13 @@ class Storage:
         if self.layout == "P":
             pixels = part.reshape(self.rows, -1, self.lanes)[self.pad :, self.pad :].transpose(2, 0, 1)
         else:
-            order = (0, 1, 2, 4, 3) if self.layout == "A" else (0, 1, 2, 3, 4)
-            quads = part.reshape(self.rows, -1, self.lanes // 4, 4, 4).transpose(order)
-            pixels = quads.transpose(2, 3, 0, 1, 4).reshape(self.lanes, self.rows, -1)
+            values = part if self.unit == 1 else np.frombuffer(part.tobytes(), np.uint16)
+            if self.layout == "D" and self.unit > 1:
+                pairs = values.reshape(self.rows, -1, self.lanes // LANES, 2, LANES, 2)
+                pixels = pairs.transpose(2, 4, 0, 1, 3, 5).reshape(self.lanes, self.rows, -1)
+            else:
+                order = (0, 1, 2, 4, 3) if self.layout == "A" else (0, 1, 2, 3, 4)
+                quads = values.reshape(self.rows, -1, self.lanes // 4, 4, 4).transpose(order)
+                pixels = quads.transpose(2, 3, 0, 1, 4).reshape(self.lanes, self.rows, -1)
             pixels = pixels[:, :, self.pad if self.layout == "D" else 0 :]
         return np.asarray(pixels[lanes.places, : self.height, : self.width])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgq.errors import FailureError, printable
+from mgq.errors import FailureError, InputError, printable
 from mgq.export.native.compiler import module_for, object_of
 from mgq.export.native.cpu import Level
 from mgq.export.native.emit.interface import HEADER, Facts, interface_text
@@ -40,6 +40,7 @@ def write_library(program: Program, path: Path, level: Level, about: Mapping[str
     Without a linker the object file is written, under the suffix ``.o``. Raises FailureError where linking fails,
     InputError for a network that the engine does not run; nothing is left at ``path`` then.
     """
+    refuse_other_than_squares(program)
     facts = facts_of(program, about)
     code = object_of(interface_text(module_for(program, level, linkage="internal"), level, facts), level, shared=True)
     command = link_command()
@@ -52,7 +53,16 @@ def write_library(program: Program, path: Path, level: Level, about: Mapping[str
             temporary.write_bytes(code)
     with atomic_write(header) as temporary:
         temporary.write_text(HEADER, encoding="utf-8")
-    return SharedLibrary(target, header, target.stat().st_size, Path(command[0]).name if command else None)
+    return SharedLibrary(target, header, target.stat().st_size, name_of(command) if command else None)
+
+
+def refuse_other_than_squares(program: Program) -> None:
+    """The functions of a library say one size of its pictures. Raises InputError."""
+    tensor = program.tensors[program.input]
+    if tensor.height != tensor.width:
+        raise InputError(
+            "mgq does not write a library of pictures that are no squares: pass --engine native with the .onnx file"
+        )
 
 
 def facts_of(program: Program, about: Mapping[str, Any]) -> Facts:
@@ -75,6 +85,12 @@ def link_command() -> list[str] | None:
     return None
 
 
+def name_of(command: list[str]) -> str:
+    """What links, in a few words: ``cc``, or ``ziglang cc``."""
+    words = command if command[0] != sys.executable else [word for word in command[1:] if word != "-m"]
+    return " ".join(Path(word).name for word in words if not word.startswith("-"))
+
+
 def link(command: list[str], code: bytes, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mgq-link-") as folder:
         source, result = Path(folder) / "network.o", Path(folder) / "network.so"
@@ -83,5 +99,5 @@ def link(command: list[str], code: bytes, path: Path) -> None:
         done = subprocess.run(whole, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-            raise FailureError(f"{Path(command[0]).name} cannot link the library: {printable(lines[-1])[:300]}")
+            raise FailureError(f"{name_of(command)} cannot link the library: {printable(lines[-1])[:300]}")
         shutil.copyfile(result, path)

@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.native.emit.isa import Portable
-from mgq.export.native.emit.windows import patterns
+from mgq.export.native.emit.windows import tap_table
 from mgq.export.native.layout import LANES, Lanes, Storage
 from mgq.export.native.program import Conv, Linear
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 64
+ENTRY = 20
+"""Bytes of a tile in the table."""
 OVERFLOW = 2.0**30
 """Scaled sums below it are safe from int32's end."""
 
@@ -41,10 +43,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``vectors`` of outputs of each tile, offset of the table of tiles, of biases and of multipliers.
+    """``vectors`` of outputs of each tile, offset of the table of tiles, of biases and of multipliers; ``most`` bytes
+    of weights a tile.
 
-    A tile in the table is four int32: offset of its segments, their count, offset of its weights, its first vector. A
-    segment is two: bytes from the source's pixel, and how many words of four channels follow one another there.
+    A tile in the table is five int32: offset of its segments, their count, offset of its weights, its first vector, and
+    how many times 32 bytes its weights are. A segment is two: bytes from the source's pixel, and how many words of four
+    channels follow one another there.
     """
 
     vectors: tuple[int, ...]
@@ -52,6 +56,7 @@ class Tiles:
     bias: int
     factors: int
     limit: bool
+    most: int
 
     def runs(self) -> list[tuple[int, int, int]]:
         """First tile, count and vectors of those alike that follow one another."""
@@ -109,13 +114,16 @@ def pack_tiles(
         lanes = slice(vector * LANES, (vector + count) * LANES)
         offsets, words = words_of(used[lanes], weights.shape[2:], source)
         packed = pack_words(weights[lanes], words)
-        segments = segments_of(offsets, 16 if source.layout == "A" else 4)
+        packed = packed.reshape(-1, 4 * LANES)[:, list(isa.weight_order(source.layout))]
+        segments = segments_of(offsets, 16 * source.unit if source.layout == "A" else 4)
         place = constants.add(np.array(segments, np.int32))
-        rows.append((place, len(segments), constants.add(packed), vector))
+        rows.append((place, len(segments), constants.add(packed), vector, packed.nbytes // 32))
         vector += count
     table = constants.add(np.array(rows, np.int32))
     factors = constants.add(target.spread(layer.multiplier, np.float32))
-    return Tiles(tuple(tiles), table, constants.add(target.spread(bias, np.int32)), factors, may_overflow(layer, bias))
+    most = 32 * max(row[-1] for row in rows)
+    starts = constants.add(target.spread(bias, np.int32))
+    return Tiles(tuple(tiles), table, starts, factors, may_overflow(layer, bias), most)
 
 
 def widest_tiles(vectors: int, widest: int) -> list[int]:
@@ -127,7 +135,7 @@ def words_of(used: Array, kernel: Sequence[int], source: Storage) -> tuple[list[
     """Where each word of four channels lies from the pixel on, and its row, column and number."""
     read = np.flatnonzero(used.any(0).reshape(-1, 4).any(1))
     if source.layout == "A":
-        return [16 * int(word) for word in read], [(0, 0, int(word)) for word in read]
+        return [16 * source.unit * int(word) for word in read], [(0, 0, int(word)) for word in read]
     words = [(row, column, int(word)) for row in range(kernel[0]) for column in range(kernel[1]) for word in read]
     return [row * source.row_bytes + column * source.step + 4 * word for row, column, word in words], words
 
@@ -151,17 +159,18 @@ def segments_of(offsets: list[int], step: int) -> list[tuple[int, int]]:
     return result
 
 
-def pack_depthwise(constants: Constants, layer: Conv, target: Lanes, zero: int) -> tuple[int, int, int, bool]:
+def pack_depthwise(
+    constants: Constants, isa: Portable, layer: Conv, target: Lanes, zero: int
+) -> tuple[int, int, int, bool]:
     """Offsets of weights, biases and multipliers, and whether scaled sums may overflow."""
     size = layer.weight.shape[2]
     whole = np.zeros((target.count, size, size), np.int8)
     whole[target.places] = layer.weight[:, 0]
-    taps = patterns(size, layer.stride[0])
-    packed = np.zeros((target.vectors, size, len(taps), LANES, 4), np.int8)
-    for i, first in enumerate(taps):
-        for byte in range(4):
-            if 0 <= first + byte < size:
-                packed[:, :, i, :, byte] = whole[:, :, first + byte].reshape(-1, LANES, size).transpose(0, 2, 1)
+    taps = tap_table(isa, size, layer.stride[0])
+    packed = np.zeros((target.vectors, size, *taps.shape[:1], LANES, *taps.shape[1:]), np.int8)
+    for (i, place), tap in np.ndenumerate(taps):
+        if 0 <= tap < size:
+            packed[:, :, i, :, place] = whole[:, :, tap].reshape(-1, LANES, size).transpose(0, 2, 1)
     bias = fold_zero_point(layer, zero)
     return (
         constants.add(packed),

@@ -70,15 +70,19 @@ class Plan:
     size: int = 0
 
 
-def make_plan(program: Program, keep: bool = False) -> Plan:
-    """``keep``: every tensor stays in the work area, for tests. Raises InputError for layers that no kernel runs."""
-    return Planner(program, keep).plan()
+def make_plan(program: Program, keep: bool = False, unit: int = 1) -> Plan:
+    """``unit`` are the bytes of a value in layouts A and D, ``keep``: every tensor stays in the work area, for tests.
+
+    Raises InputError for layers that no kernel runs.
+    """
+    return Planner(program, keep, unit).plan()
 
 
 class Planner:
-    def __init__(self, program: Program, keep: bool) -> None:
+    def __init__(self, program: Program, keep: bool, unit: int) -> None:
         self.program = program
         self.keep = keep
+        self.unit = unit
         self.stored: dict[str, str] = {program.input: program.input}  # tensor -> the one that is in memory for it
         self.families: dict[str, tuple[Family, Array]] = {}
         self.steps: list[Step] = []
@@ -204,7 +208,9 @@ class Planner:
             if name == first.name and (layout != "P" or first.channels > 4):
                 raise make_refusal("a network that does not begin with a convolution")
             fill = 0 if pooled else tensor.zero
-            result[name] = Storage(name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare)
+            result[name] = Storage(
+                name, layout, lanes, tensor.height, tensor.width, pad, fill, spare=spare, unit=self.unit
+            )
             if layout == "D":
                 result[name].right = max(layer.padding[3] for layer in self.depthwise_readers(name))
         result[first.name].own = True
@@ -279,7 +285,7 @@ class Planner:
     def place(self, plan: Plan) -> None:
         """Offsets in the work area: tensors that are never needed at the same time share their place."""
         windows = [s for s in plan.storages.values() if s.layout == "D" or s.fill == 0]
-        plan.border = max([s.row_bytes for s in windows], default=0) + 64
+        plan.border = -(-max([s.row_bytes for s in windows], default=0) // 64) * 64 + 64
         start = up(2 * plan.border)
         spans = {self.program.input: [0, 0]}
         for i, group in enumerate(plan.groups):

@@ -101,7 +101,7 @@ class Shuffle(Layer):
 
 @dataclass(frozen=True)
 class Program:
-    """``layers`` in the order in which they run, from pixels ``input``, uint8 (N, 3, S, S) in BGR, to float logits."""
+    """``layers`` in the order in which they run, from pixels ``input``, uint8 (N, 3, H, W) in BGR, to float logits."""
 
     layers: tuple[Layer, ...]
     tensors: Mapping[str, Tensor]
@@ -166,8 +166,6 @@ class Reader:
             raise make_refusal("a file whose input is not uint8 (N, 3, S, S)")
         if min(shape[1:]) < 1:
             raise make_refusal("a file whose image size is open")
-        if shape[2] != shape[3]:
-            raise make_refusal("pictures that are no squares")
         self.tensors[source.name] = Tensor(source.name, shape[1], shape[2], shape[3], 1.0, PIXEL_ZERO)
         for node in self.graph.node:
             attributes = {a.name: get_attribute_value(a) for a in node.attribute}

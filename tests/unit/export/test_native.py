@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.export.native import cache as cache_module
 from mgq.export.native.compiler import Compiled, compile_program, object_of
 from mgq.export.native.cpu import Level, get_level
@@ -52,7 +55,7 @@ FAMILIES = ("resnet18", slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2
 
 def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
     """How many integers of each tensor that is in memory differ from the reference; logits too."""
-    plan: Plan = make_plan(program, keep=True)
+    plan: Plan = make_plan(program, keep=True, unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
     library = Library(Compiled(object_of(module.text, level), module.constants, module.work), program.classes)
     wanted, tensors = run_reference(program, images)
@@ -86,6 +89,30 @@ def test_layers_run_row_by_row_give_the_same_bits_at_every_size(arch: str, size:
     program = program_for(arch, size)
     images = noise(size, 1, size)
     assert np.array_equal(logits_in(program, BEST, images), run_reference(program, images)[0])
+
+
+def wide_program(arch: str, height: int, width: int) -> Program:
+    """Of pictures that are no squares."""
+    model = onnx.ModelProto()
+    model.CopyFrom(model_for(arch, 64))
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    axes[2].dim_value, axes[3].dim_value = height, width
+    return read_program(model)
+
+
+@pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
+@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), ("resnet18", 96, 64)])
+def test_pictures_that_are_no_squares_give_the_same_bits(arch: str, height: int, width: int, level: Level) -> None:
+    program = wide_program(arch, height, width)
+    images = np.random.default_rng(3).integers(0, 256, (2, 3, height, width), np.uint8)
+    assert not any(differing(program, level, images).values())
+    assert np.array_equal(logits_in(program, level, images), run_reference(program, images)[0])
+
+
+def test_a_shared_library_of_pictures_that_are_no_squares_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a library of pictures that are no squares: pass --engine native"):
+        write_library(wide_program("mobilenet_v2", 64, 96), tmp_path / "net.so", BEST, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
@@ -321,6 +348,44 @@ def test_a_cache_of_another_user_is_not_used(folder: Path, file: Path, monkeypat
     assert entry.stat().st_mtime_ns == before
 
 
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize(("owner", "mode"), [(0, 0o755), (0, 0o777), (NOBODY, 0o500)])
+def test_another_user_neither_runs_nor_changes_what_is_not_its_own(
+    file: Path, monkeypatch: pytest.MonkeyPatch, owner: int, mode: int
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        shared, cache = Path(place), Path(place, "cache")
+        shared.chmod(0o755)
+        network = Path(shutil.copy(file, shared))
+        monkeypatch.setenv("MGQ_NATIVE_CACHE", str(cache))
+        wanted = NativeRuntime(network).run(noise(32))
+        if owner:
+            (entry,) = cache.iterdir()
+            entry.unlink()
+        os.chown(cache, owner, owner)
+        cache.chmod(mode)
+        before = {entry: entry.stat().st_mtime_ns for entry in cache.iterdir()}
+        made: list[int] = []
+        genuine = native.compile_file
+
+        def counted(*given: Any) -> Any:
+            made.append(1)
+            return genuine(*given)
+
+        monkeypatch.setattr(native, "compile_file", counted)
+        child = os.fork()
+        if not child:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os._exit(0 if np.array_equal(NativeRuntime(network).run(noise(32)), wanted) and made else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert {entry: entry.stat().st_mtime_ns for entry in cache.iterdir()} == before
+
+
 def test_without_a_place_for_the_cache_it_still_runs(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +505,24 @@ def test_without_a_linker_the_object_file_is_written(tmp_path: Path, monkeypatch
     assert made.linked_by is None
     assert made.path.name == "net.o"
     assert made.path.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang (pip install 'mgq[native]')")
+def test_ziglang_links_where_the_system_has_no_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program, images = program_for("mobilenet_v2", 32), noise(32)
+    made = write_library(program, tmp_path / "net.so", BEST, {})
+    assert made.linked_by == "ziglang cc"
+    assert np.array_equal(LibraryRuntime(made.path).run(images), run_reference(program, images)[0])
+
+
+def test_a_linker_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-m", "no_such_linker", "-shared"]
+    monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: words)
+    with pytest.raises(FailureError, match=r"no_such_linker cannot link the library: .*No module named"):
+        write_library(program_for("mobilenet_v2", 32), tmp_path / "net.so", BEST, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")

@@ -78,7 +78,7 @@ def spread(plan: Plan) -> list[int]:
 def guarded_module(program: Program, level: Level, keep: bool = False) -> tuple[Module, list[int], list[int]]:
     """The network with its tensors and constants apart, and the pages behind those and these."""
     guards.clear()
-    plan = make_plan(program, keep)
+    plan = make_plan(program, keep, level.isa().unit)
     pages = spread(plan)
     return emit_module(plan, level.isa(), "nounwind"), pages, list(guards)
 

@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 
-from mgq.export.native.emit.code import Code, Value
+from mgq.export.native.emit.code import Code, Value, constant
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
-from mgq.export.native.emit.isa import Portable, Range
-from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row
+from mgq.export.native.emit.isa import SHORTS, Portable, Range
+from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row, emit_widen
 from mgq.export.native.emit.team import ANSWER, PREPARE, Team
 from mgq.export.native.emit.windows import (
     DepthwiseKernel,
@@ -21,8 +21,8 @@ from mgq.export.native.emit.windows import (
     weight_bytes,
 )
 from mgq.export.native.layout import LANES, Storage
-from mgq.export.native.packing import Constants, Tiles, pack_depthwise, pack_tiles
-from mgq.export.native.planner import BY_ROWS, Plan, Step, window_of
+from mgq.export.native.packing import ENTRY, Constants, Tiles, pack_depthwise, pack_tiles
+from mgq.export.native.planner import BY_ROWS, Plan, Step, up, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
 ARGUMENTS = (
@@ -33,6 +33,8 @@ ARGUMENTS = (
 of layers is to be computed."""
 
 
+WIDENED_PIXELS = 16
+"""On smaller maps weights are widened where they are read."""
 Span = tuple[Value, Value]
 """The first, and the first behind."""
 Tile = tuple[Tiles, int, int]
@@ -68,11 +70,14 @@ class Driver:
         self.functions: list[Code] = []
         self.tiles: dict[int, Tiles] = {}
         self.depthwise: dict[int, tuple[int, int, int, bool]] = {}
+        self.widened: dict[int, tuple[int, int]] = {}  # step -> where its wide weights are, and bytes from tile to tile
+        self.room = 0
 
     def module(self, attributes: str, linkage: str) -> Module:
         for i, group in enumerate(self.plan.groups):
             self.function(f"group{i}", partial(self.emit_group, group=group))
-        team = Team([code.name for code in self.functions], self.plan.size, self.pixels, self.program.classes)
+        size = self.plan.size + up(self.room)
+        team = Team([code.name for code in self.functions], size, self.pixels, self.program.classes)
         self.function(ANSWER, self.answer)
         prepare = Code(PREPARE, (("i8*", "own"),))
         self.borders(prepare)
@@ -81,7 +86,7 @@ class Driver:
         declared = {line for code in everything for line in code.declared if not any(name in line for name in own)}
         written = (code.text(attributes) for code in everything)
         text = "\n".join([*sorted(declared), *written, team.text(attributes, linkage)])
-        return Module(text, self.constants.content(), self.plan.size)
+        return Module(text, self.constants.content(), size)
 
     def function(self, name: str, emit: Callable[[Code], None]) -> None:
         code = Code(name, ARGUMENTS)
@@ -127,8 +132,16 @@ class Driver:
 
     def borders(self, code: Code) -> None:
         """What stands for the rows above and below an image."""
-        for i, value in enumerate((0, 128)):
-            self.fill(code, code.at("%own", i * self.plan.border), value, self.plan.border)
+        self.fill(code, "%own", 0, self.plan.border)
+        if self.isa.unit == 1:
+            self.fill(code, code.at("%own", self.plan.border), 128, self.plan.border)
+            return
+
+        def wide(index: Value) -> None:
+            place = code.at("%own", code.number("add", code.number("shl", index, 6), self.plan.border))
+            code.store(SHORTS, constant("i16", 128, 32), place, 64)
+
+        code.each(self.plan.border // 64, wide)
 
     def read_pixels(self, code: Code, group: list[Step], span: Span | None = None) -> None:
         """The rows ``span`` of the image, or all of them, where ``group`` is the one that reads it."""
@@ -191,6 +204,7 @@ class Driver:
             return
         for step in group:
             self.pack(step)
+        self.reserve_wide(code, group)
         if self.storage(group[-1].target).height < BY_ROWS and not self.is_by_row(group):
             self.read_pixels(code, group)
             self.emit_by_channels(code, group)
@@ -202,6 +216,47 @@ class Driver:
             return
         for step, span in zip(group, spans[1:], strict=True):
             self.emit_span(code, step, span)
+
+    # Weights of as many bytes as values
+
+    def reserve_wide(self, code: Code, group: list[Step]) -> None:
+        """Room for the widened weights of ``group``: of one tile at a time, or, where each tile is gone through once a
+        row, of all tiles, which are widened here."""
+        by_row, place = self.is_by_row(group), 0
+        for step in group:
+            target = self.storage(step.target)
+            tiles = self.tiles.get(id(step))
+            if self.isa.unit == 1 or tiles is None or target.height * target.width < WIDENED_PIXELS:
+                continue
+            size = self.isa.unit * tiles.most
+            self.widened[id(step)] = self.plan.size + place, size if by_row else 0
+            self.room = max(self.room, place + size * (len(tiles.vectors) if by_row else 1))
+            if by_row:
+                place += size * len(tiles.vectors)
+                self.widen_all(code, step, tiles)
+
+    def widen_all(self, code: Code, step: Step, tiles: Tiles) -> None:
+        for first, count, vectors in tiles.runs():
+            tile = tiles, first, vectors
+            code.each(count, partial(self.widen, code, step, tile))
+
+    def widen(self, code: Code, step: Step, tile: Tile, index: Value) -> None:
+        """The weights of tile number ``index`` behind the first of its kind, where they are kept wide."""
+        if id(step) in self.widened:
+            tiles, first, _ = tile
+            name = self.kernel("widen", partial(emit_widen, self.isa))
+            entry = self.entry(code, tiles, first, index)
+            source, count = (code.load_offset(code.at(entry, place)) for place in (8, 16))
+            target = self.wide_place(code, step, first, index)
+            code.call("void", name, ("i8*", code.at("%constants", source)), ("i8*", target), ("i64", count))
+
+    def wide_place(self, code: Code, step: Step, first: int, index: Value) -> Value:
+        place, size = self.widened[id(step)]
+        return code.at(code.at("%own", place + size * first), code.number("mul", index, size) if size else 0)
+
+    def entry(self, code: Code, tiles: Tiles, first: int, index: Value) -> Value:
+        """Tile number ``index`` behind ``first`` in the table."""
+        return code.at("%constants", code.number("add", code.number("mul", index, ENTRY), tiles.table + ENTRY * first))
 
     def is_by_row(self, group: list[Step]) -> bool:
         """Whether each row goes through all steps before the next one comes."""
@@ -227,6 +282,7 @@ class Driver:
             tile = self.tiles[id(step)], first, vectors
 
             def rows(i: Value, tile: Tile = tile) -> None:
+                self.widen(code, step, tile, i)
                 code.between(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
             code.each(count, rows)
@@ -269,6 +325,7 @@ class Driver:
         height, vectors = self.storage(step.target).height, tile[2]
 
         def rows(i: Value) -> None:
+            self.widen(code, step, tile, i)
             code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
         code.between(*span, rows)
@@ -281,6 +338,7 @@ class Driver:
         begin, end = self.share_of(code, count * height)
 
         def rows(i: Value) -> None:
+            self.widen(code, step, tile, i)
             before = code.number("mul", i, height)
             top = code.larger(code.number("sub", begin, before), 0)
             bottom = code.larger(code.number("sub", end, before), height, "slt")
@@ -329,7 +387,7 @@ class Driver:
         source = self.program.tensors[step.source]
         lanes = self.plan.lanes[step.target]
         if isinstance(layer, Conv) and layer.is_depthwise:
-            self.depthwise[id(step)] = pack_depthwise(self.constants, layer, lanes, source.zero)
+            self.depthwise[id(step)] = pack_depthwise(self.constants, self.isa, layer, lanes, source.zero)
             return
         places = self.plan.lanes[step.source].places, lanes
         self.tiles[id(step)] = pack_tiles(
@@ -382,14 +440,16 @@ class Driver:
             self.residual(step),
             tiles.limit,
             target.right if target.layout == "D" else 0,
+            id(step) in self.widened,
         )
         name = self.kernel(key, partial(emit_row, self.isa, key))
         packed, vector = self.tile_values(code, tiles, first, index)
-        wide, narrow = code.number("shl", vector, 6), code.number("shl", vector, 4)
 
         def behind(pointer: Value, layout: str) -> Value:
-            return code.at(pointer, narrow if layout == "P" else wide)
+            return code.at(pointer, code.number("mul", vector, 16 if layout == "P" else 64 * self.isa.unit))
 
+        if key.wide:
+            packed["weights"] = self.wide_place(code, step, first, index)
         residual = "null"
         if other is not None:
             residual = behind(self.row(code, other, y), other.layout)
@@ -407,7 +467,7 @@ class Driver:
 
     def tile_values(self, code: Code, tiles: Tiles, first: int, index: Value) -> tuple[dict[str, Value], Value]:
         """What a kernel is given of tile number ``index`` behind ``first``, and the tile's first vector."""
-        entry = code.at("%constants", code.number("add", code.number("shl", index, 4), tiles.table + 16 * first))
+        entry = self.entry(code, tiles, first, index)
         segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
         wide = code.number("shl", vector, 6)
         places = {
@@ -452,8 +512,9 @@ class Driver:
         count = str(target.lanes // LANES)
         if channels is not None:
             first, count = channels
-            wide, weighed = code.number("shl", first, 6), code.number("mul", first, weight_bytes(size, layer.stride[0]))
-            moves = [*[wide] * size, weighed, wide, wide, wide]
+            wide, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
+            weighed = code.number("mul", first, weight_bytes(self.isa, size, layer.stride[0]))
+            moves = [*[values] * size, weighed, wide, wide, values]
             pointers = [code.at(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
         numbers = str(source.step), str(target.step), count
         arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
@@ -462,7 +523,7 @@ class Driver:
     def pool_row(self, code: Code, step: Step, layer: MaxPool, y: Value) -> None:
         source, target = self.storage(step.source), self.storage(step.target)
         key = PoolKernel(window_of(layer), layer.stride[0], target.width, source.lanes, target.layout)
-        name = self.kernel(key, partial(emit_pool, key))
+        name = self.kernel(key, partial(emit_pool, self.isa, key))
         pointers = [*self.window_rows(code, step, y, -layer.padding[1] * source.step), *["null"] * 3]
         pointers.append(self.row(code, target, y))
         numbers = source.step, target.step, target.lanes // 16
@@ -483,7 +544,7 @@ class Driver:
 
         def vector(index: Value) -> None:
             pointers = [
-                code.at(self.address(code, source), code.number("shl", index, 6)),
+                code.at(self.address(code, source), code.number("mul", index, 64 * self.isa.unit)),
                 code.at("%constants", bias),
                 code.at("%constants", factors),
                 code.at(self.address(code, target), code.number("shl", index, 4)),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant
+from mgq.export.native.emit.code import FLOATS, INTS, Code, Value, constant
 from mgq.export.native.emit.isa import Portable, Range
-from mgq.export.native.emit.rows import TO_D, store_quad
+from mgq.export.native.emit.rows import store_quad
 
 POINTERS = tuple(("i8*", name) for name in ("source", "target"))
 
@@ -68,10 +68,8 @@ def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
 
     def add(count: int, values: list[Value]) -> list[Value]:
         pointer, total = values
-        four = code.shuffle(BYTES, code.load(BYTES, pointer, 64), "undef", TO_D)
-        ones = constant("i32", sum(1 << 8 * i for i in range(count)), 16)
-        read = isa.prepare(code, code.as_type(four, BYTES, INTS), False)
-        total = isa.dot(code, total, read, isa.prepare(code, code.value(f"add {INTS} {ones}, {NONE}"), True))
+        for number in range(count):
+            total = code.value(f"add {INTS} {total}, {isa.pixel(code, pointer, number)}")
         return [code.at(pointer, "%source_step"), total]
 
     start = [("i8*", "%source"), (INTS, code.load(INTS, "%bias", 64))]
@@ -80,6 +78,3 @@ def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
     one = (0, (0, None, None, None))
     store_quad(isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", "%target", one, 0)
     return code
-
-
-NONE = constant("i32", 0, 16)

@@ -5,16 +5,21 @@ All give the same bits. Vectors are 64 bytes wide for every processor; LLVM spli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant, float_text
 
-SHORTS = "<32 x i16>"
+SHORTS, HALF, EIGHT = "<32 x i16>", "<16 x i16>", "<8 x i32>"
 MAGIC = 12582912.0
 """1.5 * 2**23: a float32 below 2**22 plus this has the value, rounded half to even, in its lowest bits."""
 MAGIC_BITS = 0x4B400000
+TO_D = [16 * part + 4 * pixel + channel for part in range(4) for channel in range(4) for pixel in range(4)]
+"""From layout A to D, and back, within 64 bytes."""
+TO_P = [4 * part + pixel for pixel in range(4) for part in range(4)]
+"""From layout A to P, and back, as 16 words."""
+NOTHING = "zeroinitializer"
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,28 @@ class Portable:
     """Pixels a tile, by its vectors of outputs."""
     widest = 4
     """Vectors of a classifier's outputs a tile."""
+    unit = 1
+    """Bytes of a value in layouts A and D. In layout P it is one byte."""
 
     def splits(self, vectors: int) -> list[int]:
         """``vectors`` of outputs as tiles."""
         return [1] * vectors
+
+    def weight_order(self, layout: str) -> Sequence[int]:
+        """Which of 64 weights, four inputs for each of 16 outputs, come first for a source in ``layout``."""
+        return range(64)
+
+    def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        """What ``dot`` wants of the 64 weights at ``pointer``."""
+        return self.prepare(code, code.load(INTS, pointer, 64), True)
+
+    def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        """The same of weights that were widened to ``unit`` bytes each."""
+        return self.weights(code, pointer)
+
+    def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
+        """What ``dot`` wants of the four values at ``pointer``, for all outputs alike."""
+        return self.prepare(code, code.broadcast(pointer), False)
 
     def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
         """What ``dot`` wants of 64 bytes, INTS."""
@@ -67,11 +90,12 @@ class Portable:
         value = code.value(f"sitofp {INTS} {total} to {FLOATS}")
         return code.value(f"fmul {FLOATS} {value}, {factor}")
 
-    def limited(self, code: Code, value: Value, low: float, high: float) -> Value:
+    def limited(self, code: Code, value: Value, low: float, high: float, count: int = 16) -> Value:
+        kind = f"<{count} x float>"
         for comparison, limit in (("olt", high), ("ogt", low)):
-            bound = constant("float", float_text(limit), 16)
-            is_within = code.value(f"fcmp {comparison} {FLOATS} {value}, {bound}")
-            value = code.value(f"select <16 x i1> {is_within}, {FLOATS} {value}, {FLOATS} {bound}")
+            bound = constant("float", float_text(limit), count)
+            is_within = code.value(f"fcmp {comparison} {kind} {value}, {bound}")
+            value = code.value(f"select <{count} x i1> {is_within}, {kind} {value}, {kind} {bound}")
         return value
 
     def rounded(self, code: Code, value: Value) -> Value:
@@ -98,6 +122,25 @@ class Portable:
         if to.zero:
             result = code.value(f"xor {BYTES} {result}, {constant('i8', -128, 64)}")
         return result
+
+    def put(self, code: Code, four: list[Value], to: Range, layout: str, pointer: Value) -> None:
+        """Store four pixels of 16 integers at ``pointer``, in layout A or D."""
+        packed = self.packed(code, four, to)
+        if layout == "D":
+            packed = code.shuffle(BYTES, packed, "undef", TO_D)
+        code.store(BYTES, packed, pointer, 64)
+
+    def put_bytes(self, code: Code, four: list[Value], pointer: Value) -> None:
+        """Store four pixels of 16 bytes at ``pointer``, in layout A."""
+        pairs = [join_vectors(code, "<16 x i8>", four[i : i + 2], 16) for i in (0, 2)]
+        words = code.as_type(join_vectors(code, "<32 x i8>", pairs, 32), BYTES, INTS)
+        code.store(INTS, code.shuffle(INTS, words, "undef", TO_P), pointer, 64)
+
+    def pixel(self, code: Code, pointer: Value, number: int) -> Value:
+        """The 16 values of pixel ``number`` of the four at ``pointer``, in layout A, as INTS."""
+        four = code.load(BYTES, pointer, 64)
+        order = [16 * part + 4 * number + i if b == 0 else 64 for part in range(4) for i in range(4) for b in range(4)]
+        return code.as_type(code.shuffle(BYTES, four, NOTHING, order), BYTES, INTS)
 
 
 class Saturating(Portable):
@@ -150,56 +193,129 @@ class Avx512Vnni(Saturating):
         return self.finished(code, code.call(BYTES, name, (SHORTS, shorts[0]), (SHORTS, shorts[1])), to)
 
 
-class Avx2(Saturating):
-    """256-bit vectors; products by ``vpmaddwd``, which does not saturate."""
+class Halved(Saturating):
+    """256-bit vectors."""
 
-    name = "avx2"
     most: ClassVar[Mapping[int, int]] = {1: 4, 2: 2, 4: 1}
 
-    def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
-        """Bytes 0 and 2, and bytes 1 and 3, as 16-bit integers."""
-        words = code.as_type(values, INTS, SHORTS)
-        shift, eight = "ashr" if signed else "lshr", constant("i16", 8, 32)
-        if signed:
-            low = code.value(f"ashr {SHORTS} {code.value(f'shl {SHORTS} {words}, {eight}')}, {eight}")
-        else:
-            low = code.value(f"and {SHORTS} {words}, {constant('i16', 255, 32)}")
-        return low, code.value(f"{shift} {SHORTS} {words}, {eight}")
-
-    def dot(self, code: Code, total: Value, values: tuple[Value, ...], weights: tuple[Value, ...]) -> Value:
-        name = "llvm.x86.avx2.pmadd.wd"
-        for value, weight in zip(values, weights, strict=True):
-            pairs = zip(halves(code, SHORTS, value, 16), halves(code, SHORTS, weight, 16), strict=True)
-            parts = [code.call("<8 x i32>", name, ("<16 x i16>", x), ("<16 x i16>", w)) for x, w in pairs]
-            total = code.value(f"add {INTS} {total}, {join_vectors(code, '<8 x i32>', parts, 8)}")
-        return total
-
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        parts = [
-            code.call("<8 x i32>", "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", half))
-            for half in halves(code, FLOATS, value, 8)
-        ]
-        return join_vectors(code, "<8 x i32>", parts, 8)
+        parts = [rounded_half(code, half) for half in halves(code, FLOATS, value, 8)]
+        return join_vectors(code, EIGHT, parts, 8)
 
     def packed(self, code: Code, four: list[Value], to: Range) -> Value:
-        split = [halves(code, INTS, value, 8) for value in four]
         name = "llvm.x86.avx2.packsswb" if to.zero else "llvm.x86.avx2.packuswb"
-        parts = []
-        for side in (0, 1):
-            shorts = [
-                code.call(
-                    "<16 x i16>",
-                    "llvm.x86.avx2.packssdw",
-                    ("<8 x i32>", split[i][side]),
-                    ("<8 x i32>", split[i + 1][side]),
-                )
-                for i in (0, 2)
-            ]
-            parts.append(code.call("<32 x i8>", name, ("<16 x i16>", shorts[0]), ("<16 x i16>", shorts[1])))
+        parts = [
+            code.call("<32 x i8>", name, *((HALF, pair) for pair in side)) for side in self.packed_halves(code, four)
+        ]
         return self.finished(code, join_vectors(code, "<32 x i8>", parts, 32), to)
 
+    def packed_halves(self, code: Code, four: list[Value]) -> list[list[Value]]:
+        """For 8 channels and the other 8: the first two pixels and the other two as 16-bit integers, four channels of
+        one after those of the other."""
+        split = [halves(code, INTS, value, 8) for value in four]
+        return [packed_pairs(code, [value[side] for value in split]) for side in (0, 1)]
 
-class AvxVnni(Avx2):
+
+def rounded_half(code: Code, value: Value) -> Value:
+    return code.call(EIGHT, "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", value))
+
+
+def packed_pairs(code: Code, four: list[Value]) -> list[Value]:
+    """Four pixels of eight integers as two pairs, 16-bit integers."""
+    return [code.call(HALF, "llvm.x86.avx2.packssdw", (EIGHT, four[i]), (EIGHT, four[i + 1])) for i in (0, 2)]
+
+
+class Avx2(Halved):
+    """Products by ``vpmaddwd``, which does not saturate: of 16-bit integers, as which layouts A and D hold values, so
+    that each is widened once and not where it is read. Layout D has pairs of pixels, 16 channels of each."""
+
+    name = "avx2"
+    unit = 2
+
+    def weight_order(self, layout: str) -> Sequence[int]:
+        """Pairs of inputs: what lies together in layout A, and what ``prepare`` makes of bytes."""
+        pairs = ((0, 1), (2, 3)) if layout == "A" else ((0, 2), (1, 3))
+        return [4 * output + i for pair in pairs for output in range(16) for i in pair]
+
+    def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        return self.widened(code, pointer), self.widened(code, code.at(pointer, 32))
+
+    def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
+        return tuple(code.load(SHORTS, code.at(pointer, place), 64) for place in (0, 64))
+
+    def widened(self, code: Code, pointer: Value) -> Value:
+        """32 signed bytes as SHORTS."""
+        return code.value(f"sext <32 x i8> {code.load('<32 x i8>', pointer, 32)} to {SHORTS}")
+
+    def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
+        if layout != "A":
+            return self.prepare(code, code.broadcast(pointer), False)
+        return tuple(code.as_type(code.broadcast(code.at(pointer, place)), INTS, SHORTS) for place in (0, 4))
+
+    def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
+        """Unsigned bytes 0 and 2, and bytes 1 and 3, as 16-bit integers."""
+        words = code.as_type(values, INTS, SHORTS)
+        low = code.value(f"and {SHORTS} {words}, {constant('i16', 255, 32)}")
+        return low, code.value(f"lshr {SHORTS} {words}, {constant('i16', 8, 32)}")
+
+    def dot(self, code: Code, total: Value, values: tuple[Value, ...], weights: tuple[Value, ...]) -> Value:
+        for value, weight in zip(values, weights, strict=True):
+            pairs = zip(halves(code, SHORTS, value, 16), halves(code, SHORTS, weight, 16), strict=True)
+            parts = [self.products(code, x, w) for x, w in pairs]
+            total = code.value(f"add {INTS} {total}, {join_vectors(code, EIGHT, parts, 8)}")
+        return total
+
+    def products(self, code: Code, values: Value, weights: Value) -> Value:
+        """Sums of two products, 8 times."""
+        return code.call(EIGHT, "llvm.x86.avx2.pmadd.wd", (HALF, values), (HALF, weights))
+
+    def put(self, code: Code, four: list[Value], to: Range, layout: str, pointer: Value) -> None:
+        for side, pairs in enumerate(self.packed_halves(code, four)):
+            if layout == "A":
+                self.put_words(code, pairs, to, code.at(pointer, 64 * side))
+                continue
+            for number, pair in enumerate(pairs):
+                order = [8 * lane + 4 * pixel + i for lane in (0, 1) for i in range(4) for pixel in (0, 1)]
+                place = code.at(pointer, 64 * number + 32 * side)
+                code.store(HALF, code.shuffle(HALF, self.within(code, pair, to), "undef", order), place, 32)
+
+    def put_words(self, code: Code, pairs: list[Value], to: Range, pointer: Value) -> None:
+        """Store eight channels of four pixels, given as by ``packed_pairs``, in layout A."""
+        first, second = (self.within(code, pair, to) for pair in pairs)
+        for word in (0, 1):
+            order = [8 * word + 16 * pair + i for pair in (0, 1) for i in range(8)]
+            code.store(HALF, code.shuffle(HALF, first, second, order), code.at(pointer, 32 * word), 32)
+
+    def put_eight(self, code: Code, totals: list[Value], factor: Value, to: Range, limit: bool, pointer: Value) -> None:
+        """Scale, round and store four pixels of eight sums, in layout A."""
+        kind, integers = "<8 x float>", []
+        for total in totals:
+            value = code.value(f"fmul {kind} {code.value(f'sitofp {EIGHT} {total} to {kind}')}, {factor}")
+            if limit:
+                value = self.limited(code, value, to.low - to.zero, to.high - to.zero, 8)
+            integers.append(rounded_half(code, value))
+        self.put_words(code, packed_pairs(code, integers), to, pointer)
+
+    def within(self, code: Code, value: Value, to: Range) -> Value:
+        """16-bit integers that saturated around 0, moved to the zero point and limited."""
+        if to.zero:
+            value = code.call(HALF, "llvm.sadd.sat.v16i16", (HALF, value), (HALF, constant("i16", to.zero, 16)))
+        for name, limit in (("smax", to.low), ("smin", to.high)):
+            value = code.call(HALF, f"llvm.{name}.v16i16", (HALF, value), (HALF, constant("i16", limit, 16)))
+        return value
+
+    def put_bytes(self, code: Code, four: list[Value], pointer: Value) -> None:
+        wide = [code.value(f"zext <16 x i8> {value} to {INTS}") for value in four]
+        self.put(code, wide, Range(0), "A", pointer)
+
+    def pixel(self, code: Code, pointer: Value, number: int) -> Value:
+        kinds = [f"<{count} x i16>" for count in (4, 8)]
+        words = [code.load(kinds[0], code.at(pointer, 32 * word + 8 * number), 8) for word in range(4)]
+        pairs = [join_vectors(code, kinds[0], words[i : i + 2], 4) for i in (0, 2)]
+        return code.value(f"zext {HALF} {join_vectors(code, kinds[1], pairs, 8)} to {INTS}")
+
+
+class AvxVnni(Halved):
     """256-bit vectors and the dot product of four bytes."""
 
     name = "avx-vnni"
@@ -210,7 +326,7 @@ class AvxVnni(Avx2):
     def dot(self, code: Code, total: Value, values: tuple[Value, ...], weights: tuple[Value, ...]) -> Value:
         split = [halves(code, INTS, value, 8) for value in (total, values[0], weights[0])]
         parts = [
-            code.call("<8 x i32>", "llvm.x86.avx512.vpdpbusd.256", *(("<8 x i32>", part[side]) for part in split))
+            code.call(EIGHT, "llvm.x86.avx512.vpdpbusd.256", *((EIGHT, part[side]) for part in split))
             for side in (0, 1)
         ]
-        return join_vectors(code, "<8 x i32>", parts, 8)
+        return join_vectors(code, EIGHT, parts, 8)

@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant, float_text
-from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.isa import NOTHING, TO_P, Portable, Range
 
 Quad = tuple[int | None, ...]
-NOTHING = "zeroinitializer"
 PARAMETERS = (
     *(("i8*", name) for name in ("source", "segments", "weights", "bias", "factors", "target", "residual", "sum")),
     *(("i64", name) for name in ("count", "source_step", "target_step", "residual_step")),
 )
-TO_D = [16 * part + 4 * pixel + channel for part in range(4) for channel in range(4) for pixel in range(4)]
-"""From layout A to D, and back, within 64 bytes."""
-TO_P = [4 * part + pixel for pixel in range(4) for part in range(4)]
-"""From layout A to P, and back, as 16 words."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class RowKernel:
     """``step``: from one output pixel to the next in the source, in pixels for layout A and in bytes for P.
 
     ``limit``: the scaled sums may be beyond int32. ``pad`` and ``right``: pixels left of the image
-    and behind it in layout D.
+    and behind it in layout D. ``wide``: the weights were widened.
     """
 
     width: int
@@ -52,6 +47,22 @@ class RowKernel:
     residual: Residual | None = None
     limit: bool = False
     right: int = 0
+    wide: bool = False
+
+
+def emit_widen(isa: Portable, name: str) -> Code:
+    """``count`` times 32 weights from one place to another, widened to the unit of ``isa``."""
+    code = Code(name, (("i8*", "source"), ("i8*", "target"), ("i64", "count")))
+    kind = f"<32 x i{8 * isa.unit}>"
+
+    def some(_: Value, values: list[Value]) -> list[Value]:
+        source, target = values
+        narrow = code.load("<32 x i8>", source, 32)
+        code.store(kind, code.value(f"sext <32 x i8> {narrow} to {kind}"), target, 64)
+        return [code.at(source, 32), code.at(target, 32 * isa.unit)]
+
+    code.repeat("%count", [("i8*", "%source"), ("i8*", "%target")], some)
+    return code
 
 
 def emit_row(isa: Portable, kernel: RowKernel, name: str) -> Code:
@@ -154,7 +165,8 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
     keys = [(x, vector) for x in pixels for vector in range(kernel.vectors)]
     biases = [code.load(INTS, code.at("%bias", 64 * vector), 64) for vector in range(kernel.vectors)]
     places = {x: divmod(x * kernel.step, 4) if kernel.source == "A" else (0, 0) for x in pixels}
-    advance = 16 if kernel.source == "A" else 4
+    advance = 16 * isa.unit if kernel.source == "A" else 4
+    size, read = (64 * isa.unit, isa.wide_weights) if kernel.wide else (64, isa.weights)
 
     def segment(index: Value, values: list[Value]) -> list[Value]:
         entry = code.at("%segments", code.number("shl", index, 3))
@@ -165,20 +177,17 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
 
         def word(_: Value, values: list[Value]) -> list[Value]:
             weights, distance, *totals = values
-            prepared = [
-                isa.prepare(code, code.load(INTS, code.at(weights, 64 * vector), 64), True)
-                for vector in range(kernel.vectors)
-            ]
+            prepared = [read(code, code.at(weights, size * vector)) for vector in range(kernel.vectors)]
             bases = {quad: code.at(pointer, distance) for quad, pointer in pointers.items()}
             results = []
             for i, x in enumerate(pixels):
                 quad, pixel = places[x]
-                within = 4 * pixel if kernel.source == "A" else x * kernel.step
-                four = isa.prepare(code, code.broadcast(code.at(bases[quad], within)), False)
+                within = 4 * isa.unit * pixel if kernel.source == "A" else x * kernel.step
+                four = isa.inputs(code, code.at(bases[quad], within), kernel.source)
                 for vector in range(kernel.vectors):
                     total = totals[i * kernel.vectors + vector]
                     results.append(isa.dot(code, total, four, prepared[vector]))
-            return [code.at(weights, 64 * kernel.vectors), code.number("add", distance, advance), *results]
+            return [code.at(weights, size * kernel.vectors), code.number("add", distance, advance), *results]
 
         weights, *totals = values
         kinds = [("i8*", weights), ("i64", "0"), *((INTS, total) for total in totals)]
@@ -211,7 +220,7 @@ def finish_quad(
         return
     assert kernel.to is not None
     if kernel.residual is not None:
-        others = residual_of(kernel.residual, code, residual, (j, quad), vector)
+        others = residual_of(isa, kernel.residual, code, residual, (j, quad), vector)
         values = [
             None if mine is None else sum_values(isa, kernel.residual, code, mine, other)
             for mine, other in zip(values, others, strict=True)
@@ -234,13 +243,11 @@ def store_quad(
     if limit:
         values = [v and isa.limited(code, v, to.low - to.zero, to.high - to.zero) for v in values]
     integers = [NOTHING if value is None else isa.integers(code, value, to) for value in values]
-    packed = isa.packed(code, integers, to)
     if layout in "AD":
-        if layout == "D":
-            packed = code.shuffle(BYTES, packed, "undef", TO_D)
         row = code.at(target, code.number("mul", "%target_step", j) if j else 0)
-        code.store(BYTES, packed, code.at(row, 64 * vector), 64)
+        isa.put(code, integers, to, layout, code.at(row, 64 * isa.unit * vector))
         return
+    packed = isa.packed(code, integers, to)
     words = code.shuffle(INTS, code.as_type(packed, BYTES, INTS), "undef", TO_P)
     for i, x in enumerate(quad):
         if x is not None:
@@ -249,20 +256,21 @@ def store_quad(
             code.store("<4 x i32>", pixel, code.at(row, 16 * vector), 16)
 
 
-def residual_of(residual: Residual, code: Code, pointer: Value, place: tuple[int, Quad], vector: int) -> list[Value]:
+def residual_of(
+    isa: Portable, residual: Residual, code: Code, pointer: Value, place: tuple[int, Quad], vector: int
+) -> list[Value]:
     """The other summands of a quad without their zero point, FLOATS."""
     j, quad = place
     results = []
     if residual.layout == "A":
         row = code.at(pointer, code.number("mul", "%residual_step", j) if j else 0)
-        four = code.load(BYTES, code.at(row, 64 * vector), 64)
+        four = code.at(row, 64 * isa.unit * vector)
     for i, x in enumerate(quad):
         if x is None:
             results.append(NOTHING)
             continue
         if residual.layout == "A":
-            order = [16 * part + 4 * i + k if b == 0 else 64 for part in range(4) for k in range(4) for b in range(4)]
-            integers = code.as_type(code.shuffle(BYTES, four, NOTHING, order), BYTES, INTS)
+            integers = isa.pixel(code, four, i)
         else:
             row = code.at(pointer, code.number("mul", "%residual_step", x) if x else 0)
             integers = code.value(f"zext <16 x i8> {code.load('<16 x i8>', code.at(row, 16 * vector), 16)} to {INTS}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
-from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant
-from mgq.export.native.emit.isa import Portable, Range
-from mgq.export.native.emit.rows import TO_P, store_quad
+import numpy as np
+import numpy.typing as npt
+
+from mgq.export.native.emit.code import FLOATS, INTS, Code, Value, constant
+from mgq.export.native.emit.isa import EIGHT, HALF, NOTHING, SHORTS, Avx2, Portable, Range, halves
+from mgq.export.native.emit.rows import store_quad
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,30 @@ def patterns(size: int, stride: int) -> list[int]:
     return sorted({tap for output in pieces(size, stride) for _, _, tap in output})
 
 
-def weight_bytes(size: int, stride: int) -> int:
+def pairs_of(size: int, stride: int, output: int) -> tuple[int, int, int]:
+    """For one of four outputs: the first pair of pixels that it reads, where in that it begins, and how many it
+    reads."""
+    first, phase = divmod(output * stride, 2)
+    return first, phase, ceil((phase + size) / 2)
+
+
+def pair_taps(size: int, stride: int) -> list[tuple[int, int]]:
+    """Where in a pair a window begins, and the number of the pair: one vector of weights a row each."""
+    found = {pairs_of(size, stride, output)[1:] for output in range(4)}
+    return [(phase, pair) for phase, count in sorted(found) for pair in range(count)]
+
+
+def tap_table(isa: Portable, size: int, stride: int) -> npt.NDArray[Any]:
+    """For each vector of weights of a row, the taps of a channel, one behind the other; others than 0 to ``size`` - 1
+    are none."""
+    if isinstance(isa, Avx2):
+        return np.array([[2 * pair - phase, 2 * pair - phase + 1] for phase, pair in pair_taps(size, stride)])
+    return np.array([range(first, first + 4) for first in patterns(size, stride)])
+
+
+def weight_bytes(isa: Portable, size: int, stride: int) -> int:
     """Bytes of the weights of 16 channels."""
-    return 64 * len(patterns(size, stride)) * size
+    return int(16 * tap_table(isa, size, stride).size * size)
 
 
 def quads_read(size: int, stride: int) -> int:
@@ -73,21 +98,18 @@ def quads_read(size: int, stride: int) -> int:
 
 def emit_depthwise(isa: Portable, kernel: DepthwiseKernel, name: str) -> Code:
     code = Code(name, row_parameters(kernel.size))
-    taps = patterns(kernel.size, kernel.stride)
-    width = weight_bytes(kernel.size, kernel.stride)
+    width = weight_bytes(isa, kernel.size, kernel.stride)
     pointers = ["%weights", "%bias", "%factors", "%target", *(f"%row{i}" for i in range(kernel.size))]
 
     def vector(_: Value, values: list[Value]) -> list[Value]:
         weights, bias, factors, target, *rows = values
-        prepared = {
-            (row, tap): isa.prepare(code, code.load(INTS, code.at(weights, 64 * (row * len(taps) + i)), 64), True)
-            for row in range(kernel.size)
-            for i, tap in enumerate(taps)
-        }
         start = code.load(INTS, bias, 64)
         factor = code.load(FLOATS, factors, 64)
-        emit_quads(isa, kernel, code, prepared, (start, factor, target), rows)
-        moves = (width, 64, 64, 64, *(64 for _ in rows))
+        if isinstance(isa, Avx2):
+            emit_pairs(isa, kernel, code, weights, (start, factor, target), rows)
+        else:
+            emit_quads(isa, kernel, code, weights, (start, factor, target), rows)
+        moves = (width, 64, 64, *(64 * isa.unit for _ in (target, *rows)))
         return [code.at(pointer, move) for pointer, move in zip(values, moves, strict=True)]
 
     code.repeat("%vectors", [("i8*", pointer) for pointer in pointers], vector)
@@ -98,11 +120,17 @@ def emit_quads(
     isa: Portable,
     kernel: DepthwiseKernel,
     code: Code,
-    prepared: dict[tuple[int, int], tuple[Value, ...]],
+    weights: Value,
     parameters: tuple[Value, Value, Value],
     rows: list[Value],
 ) -> None:
     """All quads of a row for 16 channels."""
+    taps = patterns(kernel.size, kernel.stride)
+    prepared = {
+        (row, tap): isa.weights(code, code.at(weights, 64 * (row * len(taps) + i)))
+        for row in range(kernel.size)
+        for i, tap in enumerate(taps)
+    }
     start, factor, target = parameters
     count = quads_read(kernel.size, kernel.stride)
     firsts = [code.load(INTS, row, 64) for row in rows]
@@ -131,6 +159,48 @@ def emit_quads(
     code.repeat(ceil(kernel.width / 4), kinds, quad)
 
 
+def emit_pairs(
+    isa: Avx2,
+    kernel: DepthwiseKernel,
+    code: Code,
+    weights: Value,
+    parameters: tuple[Value, Value, Value],
+    rows: list[Value],
+) -> None:
+    """All quads of a row for 16 channels, of pairs of pixels: eight channels first, so that registers suffice."""
+    taps = pair_taps(kernel.size, kernel.stride)
+    prepared = {
+        (row, *tap): halves(code, SHORTS, isa.widened(code, code.at(weights, 32 * (row * len(taps) + i))), 16)
+        for row in range(kernel.size)
+        for i, tap in enumerate(taps)
+    }
+    start, factor, target = parameters
+    starts, factors = halves(code, INTS, start, 8), halves(code, FLOATS, factor, 8)
+
+    def total(side: int, output: int, rows: list[Value]) -> Value:
+        first, phase, count = pairs_of(kernel.size, kernel.stride, output)
+        result = starts[side]
+        for number, row in enumerate(rows):
+            for pair in range(count):
+                quad, half = divmod(first + pair, 2)
+                place = code.at(row, code.number("mul", "%source_step", quad) if quad else 0)
+                read = code.load(HALF, code.at(place, 64 * half + 32 * side), 32)
+                products = isa.products(code, read, prepared[number, phase, pair][side])
+                result = code.value(f"add {EIGHT} {result}, {products}")
+        return result
+
+    for side in (0, 1):
+
+        def quad(_: Value, values: list[Value], side: int = side) -> list[Value]:
+            target, *rows = values
+            totals = [total(side, output, rows) for output in range(4)]
+            isa.put_eight(code, totals, factors[side], kernel.to, kernel.limit, code.at(target, 64 * side))
+            ahead = code.number("mul", "%source_step", kernel.stride)
+            return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+
+        code.repeat(ceil(kernel.width / 4), [("i8*", target), *(("i8*", row) for row in rows)], quad)
+
+
 def total_of_row(
     isa: Portable,
     code: Code,
@@ -149,24 +219,21 @@ def total_of_row(
     return total
 
 
-def emit_pool(kernel: PoolKernel, name: str) -> Code:
+def emit_pool(isa: Portable, kernel: PoolKernel, name: str) -> Code:
     code = Code(name, row_parameters(kernel.size))
 
     def vector(index: Value, _: list[Value]) -> list[Value]:
         offset = code.number("shl", index, 4)
         rows = [code.at(f"%row{i}", offset) for i in range(kernel.size)]
         unit = 4 if kernel.target == "A" else 1
-        target = code.at("%target", code.number("mul", index, 64 if kernel.target == "A" else 16))
+        target = code.at("%target", code.number("mul", index, 64 * isa.unit if kernel.target == "A" else 16))
 
         def pixels(count: int, target: Value, rows: list[Value]) -> None:
             found = [largest(kernel, code, rows, x) for x in range(count)]
             if kernel.target == "P":
                 code.store("<16 x i8>", found[0], target, 16)
                 return
-            found += ["undef"] * (4 - count)
-            pairs = [code.shuffle("<16 x i8>", found[i], found[i + 1], range(32)) for i in (0, 2)]
-            four = code.as_type(code.shuffle("<32 x i8>", pairs[0], pairs[1], range(64)), BYTES, INTS)
-            code.store(INTS, code.shuffle(INTS, four, "undef", TO_P), target, 64)
+            isa.put_bytes(code, found + [NOTHING] * (4 - count), target)
 
         def step(_: Value, values: list[Value]) -> list[Value]:
             target, *rows = values
