@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.datasets import subset
+from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
 from mgq.errors import InputError
@@ -147,6 +148,7 @@ def find_float_network(run: Run, checkpoint: str | Path | None, key: str | None)
     weights = read_weights(Path(checkpoint), spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
         raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
+    refuse_other_import(run.checkpoint, weights.options)
     return weights, ""
 
 

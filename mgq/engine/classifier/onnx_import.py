@@ -101,9 +101,10 @@ def source_among(options: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_other_import(int8: Path, normal: Classifier) -> None:
-    """Raise InputError where the checkpoint ``int8`` is not of the file that ``normal`` is of, or was fed otherwise."""
-    its, wanted = source_in(int8), source_among(normal.options)
+def refuse_other_import(int8: Path, options: Mapping[str, Any]) -> None:
+    """Raise InputError where the checkpoint ``int8`` is not of the file that a float network with ``options`` is of, or
+    was fed otherwise."""
+    its, wanted = source_in(int8), source_among(options)
     if any(its.get(key) != wanted.get(key) for key in ("sha256", "input")):
         had, has = (f"{printable(source.get('file'))}, fed as {source.get('input')}" for source in (its, wanted))
         raise InputError(f"{printable(int8)} was made from {had}, not from {has}: run `mgq calibrate` again with -c")

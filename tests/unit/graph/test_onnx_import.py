@@ -423,4 +423,4 @@ def test_bench_measures_no_int8_of_another_import(tmp_path: Path) -> None:
     path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
     int8 = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
     with pytest.raises(InputError, match=r"fed as tf .*fed as raw"):
-        refuse_other_import(int8, classifier_in(path))
+        refuse_other_import(int8, classifier_in(path).options)
