@@ -63,7 +63,7 @@ def in_openvino(path: Path) -> Run:
 
     core = import_package("openvino").Core()
     request = core.compile_model(core.read_model(str(path)), "CPU", settings_for(1)).create_infer_request()
-    return lambda fed: request.infer({0: fed}, share_inputs=True, share_outputs=False)[0]  # type: ignore[no-any-return]
+    return lambda fed: request.infer({0: fed}, share_inputs=True, share_outputs=False)[0]
 
 
 def in_onnxruntime(path: Path) -> Run:
@@ -75,7 +75,7 @@ def in_onnxruntime(path: Path) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda fed: session.run(None, {name: fed})[0]  # type: ignore[no-any-return]
+    return lambda fed: session.run(None, {name: fed})[0]
 
 
 ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}

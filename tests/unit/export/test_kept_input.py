@@ -35,11 +35,11 @@ def last(model: Model) -> str:
 
 
 def as_torch(images: Pixels) -> Fed:
-    return ((images[:, ::-1] - MEAN) / STD).astype(np.float32)
+    return np.asarray((images[:, ::-1] - MEAN) / STD, np.float32)
 
 
 def as_caffe(images: Pixels) -> Fed:
-    return (images - np.array([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1)).astype(np.float32)
+    return np.asarray(images - np.array([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1), np.float32)
 
 
 def as_tf_last(images: Pixels) -> Fed:
