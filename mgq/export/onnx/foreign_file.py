@@ -142,7 +142,8 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
         raise InputError(f"takes {channels} channels: a classifier of pictures takes 3, or 1 of grey")
     if size is not None:
         if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
-            raise InputError(f"takes {height}x{width} pixels, not {size[0]}x{size[1]}: leave --size out")
+            own = "x".join(str(axis or "any") for axis in (height, width))
+            raise InputError(f"takes {own} pixels, not {size[0]}x{size[1]}: leave --size out, or let it fit")
         height, width = size
     if height is None or width is None:
         raise InputError("leaves the height or width of its pictures open: say it by --size 224, or --size 48x192")

@@ -57,6 +57,14 @@ def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("opset", [7, 22])
+def test_the_oldest_and_the_newest_opset_are_imported(tmp_path: Path, opset: int) -> None:
+    path = write(tmp_path / "model.onnx", "plain", opset)
+    classifier, remarks = import_classifier(path, RAW, "")
+    assert f"layers of opset {opset}, float answers as ONNX Runtime's" in remarks[0]
+    assert classifier.logits(pixels()).shape == (4, CLASSES)
+
+
 @pytest.mark.parametrize("opset", [11, 17])
 @pytest.mark.parametrize("body", BODIES)
 def test_an_imported_network_answers_as_the_file_does(tmp_path: Path, body: str, opset: int) -> None:
@@ -240,6 +248,29 @@ def open_height(model: Model) -> Any:
     return model.proto(model.classify(model.conv("image", 3, 8), 8))
 
 
+def open_height_alone(model: Model) -> Any:
+    """``--size`` of another width than the file's."""
+    model.shape = ("N", 3, None, 64)
+    return model.proto(model.classify(model.conv("image", 3, 8), 8))
+
+
+def detector(model: Model) -> Any:
+    boxes = model.add("Reshape", model.conv("image", 3, 84), model.constant([0, 84, -1], np.int64))
+    return model.proto(model.add("Transpose", boxes, perm=[0, 2, 1]), rank=3)
+
+
+def two_outputs(model: Model) -> Any:
+    first = model.conv("image", 3, 8)
+    proto = model.proto(model.classify(first, 8))
+    proto.graph.output.append(helper.make_tensor_value_info(first, TensorProto.FLOAT, [None] * 4))
+    return proto
+
+
+def many_at_once(model: Model) -> Any:
+    model.shape = (4, 3, 32, 32)
+    return model.proto(model.classify(model.conv("image", 3, 8), 8))
+
+
 def half_weights(model: Model) -> Any:
     proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
     tensor = proto.graph.initializer[0]
@@ -285,6 +316,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
     "open height": (open_height, "--size"),
+    "detector": (detector, "1x900x84"),
+    "two outputs": (two_outputs, "has 2 outputs"),
+    "four at once": (many_at_once, "takes 4 pictures at once"),
     "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
@@ -303,6 +337,12 @@ def test_what_is_no_float_classifier_is_refused_in_one_line(tmp_path: Path, mgq:
     runs = tmp_path / "runs"
     assert said in the_error(mgq("calibrate", "-c", path, "--data-free", "-s", runs))
     assert not runs.exists()
+
+
+def test_a_size_that_the_file_does_not_take_is_refused(tmp_path: Path, mgq: Mgq) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(open_height_alone(Model()).SerializeToString())
+    assert "takes anyx64 pixels, not 32x32" in the_error(mgq("calibrate", "-c", path, "--data-free", "--size", "32"))
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, mgq: Mgq) -> None:
