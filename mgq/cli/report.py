@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.import_options import NONE_GIVEN, ImportOptions
-from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine, take_checkpoint
+from mgq.cli.shared_options import (
+    RUNS,
+    Arch,
+    AsJson,
+    KeyName,
+    LabelledData,
+    Limit,
+    Save,
+    prepare_megengine,
+    take_checkpoint,
+)
 
 if TYPE_CHECKING:
     from mgq.reports.file_report import FileReport
@@ -23,6 +33,7 @@ def report(
         typer.Argument(help="Folder of a run, or its name; or a deployed file.", show_default="the newest run"),
     ] = None,
     data: LabelledData = None,
+    arch: Arch = None,
     checkpoint: Annotated[
         Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
     ] = None,
@@ -65,7 +76,7 @@ def report(
         prepare_file(file, imported)
 
     with progress() as on_progress:
-        written = reports.report(run, data, checkpoint, save, output, limit, images, engines, on_progress, key)
+        written = reports.report(run, data, checkpoint, save, output, limit, images, engines, on_progress, key, arch)
     if as_json:
         sys.stdout.write(json.dumps(written.to_json()) + "\n")
     else:

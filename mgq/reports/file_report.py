@@ -146,12 +146,13 @@ def report_file(
     images: int,
     engines: Sequence[Backend],
     on_progress: OnProgress,
+    arch: str | None = None,
 ) -> FileReport:
     """Measure the deployed file at ``path`` and write the page about it; other words are as for
     :func:`mgq.reports.report.report`. MegEngine is imported where it runs the file alone."""
     machine = this_machine()  # as it is before the work begins
     page = check_page_path(output if output is not None else path.with_name(f"{path.name}.report.html"), "--output")
-    classifier = choose_network(checkpoint=path)
+    classifier = choose_network(arch, checkpoint=path)
     missing = [LEFT_TO_RUNS]
     found = None
     try:

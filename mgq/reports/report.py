@@ -31,6 +31,7 @@ def report(
     engines: bool | Sequence[Backend] = True,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
+    arch: str | None = None,
 ) -> Report | FileReport:
     """Measure a run or a deployed file anew and write the HTML page about it, as ``mgq report`` does; where it is, is
     ``.page``.
@@ -39,7 +40,8 @@ def report(
     file, too: that needs no MegEngine. The networks are measured on the labelled pictures in ``data``, by default on
     those that the run was measured on, or on ``limit`` of them, evenly spread. ``checkpoint`` holds the float network
     to compare with where the run does not know it any more; ``key`` chooses one of several in it. ``images`` is how
-    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``engines``:
+    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``arch``
+    is the architecture that the run or the file has to be of. ``engines``:
     whether engines are compared, too, or which. ``output`` is by default ``report.html`` in the run's folder, and
     ``FILE.report.html`` beside a file.
 
@@ -56,11 +58,13 @@ def report(
         from mgq.reports.file_report import report_file
 
         shown = BACKENDS if engines is True else engines or ()
-        return report_file(file, Path(data) if data is not None else None, place, limit, images, shown, on_progress)
+        return report_file(
+            file, Path(data) if data is not None else None, place, limit, images, shown, on_progress, arch
+        )
     refuse_without_megengine()
     from mgq.reports.run_report import report_run
 
-    return report_run(run, data, checkpoint, save, place, limit, images, engines, on_progress, key)
+    return report_run(run, data, checkpoint, save, place, limit, images, engines, on_progress, key, arch)
 
 
 def find_file(run: str | Path | None, checkpoint: str | Path | None = None, key: str | None = None) -> Path | None:

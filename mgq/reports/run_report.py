@@ -13,7 +13,7 @@ from mgq.data.datasets import subset
 from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
@@ -97,6 +97,7 @@ def report_run(
     engines: bool | Sequence[Backend] = True,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
+    arch: str | None = None,
 ) -> Report:
     """Measure a run anew and write the page about it: words are as for :func:`mgq.reports.report.report`.
 
@@ -104,6 +105,8 @@ def report_run(
     """
     machine = this_machine()  # as it is before the work begins
     its = find_run(run, Path(save))
+    if arch is not None and arch != its.weights.arch:
+        raise InputError(f"{printable(its.path)} is a run of {its.weights.arch}, not of {arch}; leave out -a")
     page = check_page_path(Path(output) if output is not None else its.path / PAGE, "--output")
     normal, why_not = find_float_network(its, checkpoint, key)
     networks = networks_of(its, normal)
