@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,15 @@ from onnx import TensorProto, helper, numpy_helper
 import mgq.graph.onnx_import.operators as operators
 from mgq.cli.main import verbs
 from mgq.data.transforms import to_batch
+from mgq.engine.classifier.evaluate import evaluation_data, evaluation_loader
 from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint, refuse_other_import, source_in
+from mgq.engine.classifier.onnx_import import (
+    import_classifier,
+    imported_checkpoint,
+    kept_input,
+    refuse_other_import,
+    source_in,
+)
 from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import find_best_network
@@ -175,6 +185,26 @@ def test_channels_may_come_last(tmp_path: Path) -> None:
     assert not any(plan.kind == "transpose" for plan in classifier.network.blueprint.layers)
 
 
+def test_axes_of_minus_one_are_open(tmp_path: Path) -> None:
+    model = Model((-1, 3, -1, -1))  # as Paddle's exporter says it
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    with pytest.raises(InputError, match="--size 224"):
+        classifier_in(path)
+    classifier, _ = import_classifier(path, ImportWish(preprocess="raw", size=(16, 48)), "")
+    assert classifier.logits(pixels(2, 16, 48)).shape == (2, CLASSES)
+    assert kept_input(classifier).shape == (None, 3, 16, 48)
+
+
+def test_the_text_direction_classifier_of_rapidocr_is_imported() -> None:
+    package = importlib.util.find_spec("rapidocr_onnxruntime")
+    if package is None or package.origin is None:
+        pytest.skip("the wheel of rapidocr_onnxruntime, which holds the file, is not installed")
+    path = Path(package.origin).parent / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx"
+    classifier, remarks = import_classifier(path, ImportWish(preprocess="tf", order="bgr", size=(48, 192)), "")
+    assert "float answers as ONNX Runtime's" in remarks[0]
+    assert len(classifier.classes) == 2
+
+
 def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
     model = Model(("N", 3, 16, 48))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
@@ -182,6 +212,24 @@ def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
     crop = classifier.crop(np.zeros((100, 200, 3), np.uint8))
     assert crop.shape == (16, 48, 3)
     assert classifier.logits(to_batch([crop])).shape == (1, CLASSES)
+
+
+def test_images_that_are_no_squares_are_measured_whole(tmp_path: Path, mgq: Mgq) -> None:
+    model = Model(("N", 3, 16, 48))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    images = pixels(4, 16, 48)
+    for part, kind in itertools.product(("train", "val"), range(CLASSES)):
+        file = tmp_path / "photos" / part / f"kind{kind}" / "0.png"
+        file.parent.mkdir(parents=True)
+        cv2.imwrite(str(file), images[kind % 4].transpose(1, 2, 0))
+    classifier = classifier_in(path)
+    named = replace(classifier, classes=tuple(f"kind{kind}" for kind in range(CLASSES)))
+    (batch,) = evaluation_loader(named, evaluation_data(tmp_path / "photos", {}, 16), CLASSES)
+    assert (batch.images == images[np.arange(CLASSES) % 4]).all()
+    said = mgq("calibrate", "-c", path, "-d", tmp_path / "photos", "--preprocess", "raw", "--quality", "fast")
+    assert said.code == 0, said
+    trained = mgq("qat", "-c", path, "-d", tmp_path / "photos", "--preprocess", "raw", "--epochs", "1")
+    assert "trainings square ones" in the_error(trained)
 
 
 # ---- names of classes ----
