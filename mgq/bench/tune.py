@@ -68,7 +68,11 @@ def measure_forms(
 
 
 def load_form(path: Path, key: str, settings: Settings, package: str) -> LoadedWorker:
-    return LoadedWorker(start_worker(path.stem, FromFile(key, path), 1, settings, package), "", path.stat().st_size)
+    return LoadedWorker(
+        start_worker(path.stem, FromFile(key, path), 1, settings, package, stretched=stretched_to(path)),
+        "",
+        path.stat().st_size,
+    )
 
 
 def list_applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:
