@@ -12,7 +12,7 @@ from pathlib import Path
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, measure_speedup
-from mgq.bench.suite import start_worker
+from mgq.bench.suite import start_worker, stretched_to
 from mgq.bench.worker_loaders import FromFile
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier
