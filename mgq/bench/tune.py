@@ -10,9 +10,10 @@ from itertools import combinations
 from pathlib import Path
 
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
+from mgq.bench.file_cases import stretched_to
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, measure_speedup
-from mgq.bench.suite import start_worker, stretched_to
+from mgq.bench.suite import start_worker
 from mgq.bench.worker_loaders import FromFile
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier
