@@ -16,7 +16,7 @@ from mgq.bench.settings import FILES, Load, Precision, Settings
 from mgq.bench.worker_loaders import FromFile, Peak
 from mgq.bench.workers import Batch, SubprocessWorker, WorkerConfig
 from mgq.data.decoding import bundled_cat, read_image
-from mgq.data.transforms import eval_crop, to_batch
+from mgq.data.transforms import eval_crop, eval_resize, to_batch
 from mgq.errors import InputError, printable
 from mgq.export.formats import SUFFIXES
 from mgq.export.onnx.onnx_file import read_onnx
@@ -29,13 +29,18 @@ PEAK = "self-test"
 
 
 def start_worker(
-    what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
+    what: str,
+    load: Callable[[int], Runtime],
+    threads: int,
+    settings: Settings,
+    *imports: str,
+    stretched: tuple[int, int] | None = None,
 ) -> SubprocessWorker:
     """A worker in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
     cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
     copies = threads if settings.load is Load.THROUGHPUT else 1
     seat = WorkerConfig(load, threads // copies, copies, cores, imports)
-    return SubprocessWorker(what, seat, cat_batch(settings.batch, settings.image_size))
+    return SubprocessWorker(what, seat, cat_batch(settings.batch, settings.image_size, stretched))
 
 
 @cache
@@ -45,10 +50,12 @@ def precision_of(path: Path) -> Precision:
 
 
 @cache
-def cat_batch(batch: int, image_size: int) -> Batch:
-    """uint8 (batch, 3, image_size, image_size), BGR: the bundled cat, no two pictures alike."""
-    crop = eval_crop(read_image(bundled_cat()), image_size)
-    return to_batch([np.roll(crop, number * image_size // batch, axis=1) for number in range(batch)])
+def cat_batch(batch: int, image_size: int, stretched: tuple[int, int] | None = None) -> Batch:
+    """uint8 (batch, 3, image_size, image_size), or of the height and width ``stretched``, BGR: the bundled cat, no two
+    pictures alike."""
+    cat = read_image(bundled_cat())
+    crop = eval_crop(cat, image_size) if stretched is None else eval_resize(cat, stretched)
+    return to_batch([np.roll(crop, number * crop.shape[1] // batch, axis=1) for number in range(batch)])
 
 
 # ---- files that mgq did not write, beside networks of the zoo ----
@@ -72,9 +79,24 @@ def rivals(network: str, settings: Settings, threads: int) -> list[BenchmarkCase
     ]
 
 
+def stretched_to(path: Path) -> tuple[int, int] | None:
+    """Height and width of the pictures that ``path`` takes, where they are no squares."""
+    if path.suffix.lower() != SUFFIXES["onnx"]:
+        return None
+    height, width = read_onnx(path).shape[2:]
+    return None if height is None or width is None or height == width else (height, width)
+
+
 def start_file(engine: Backend, path: Path, settings: Settings, threads: int) -> LoadedWorker:
     engine.refuse_missing()
-    worker = start_worker(path.name, FromFile(engine.key, path.absolute()), threads, settings, engine.package)
+    worker = start_worker(
+        path.name,
+        FromFile(engine.key, path.absolute()),
+        threads,
+        settings,
+        engine.package,
+        stretched=stretched_to(path),
+    )
     return LoadedWorker(worker, str(path), path.stat().st_size)
 
 

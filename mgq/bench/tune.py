@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
+from mgq.bench.file_cases import stretched_to
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, measure_speedup
 from mgq.bench.suite import start_worker
@@ -68,7 +69,11 @@ def measure_forms(
 
 
 def load_form(path: Path, key: str, settings: Settings, package: str) -> LoadedWorker:
-    return LoadedWorker(start_worker(path.stem, FromFile(key, path), 1, settings, package), "", path.stat().st_size)
+    return LoadedWorker(
+        start_worker(path.stem, FromFile(key, path), 1, settings, package, stretched=stretched_to(path)),
+        "",
+        path.stat().st_size,
+    )
 
 
 def list_applicable(classifier: Classifier) -> Iterator[tuple[str, ...]]:

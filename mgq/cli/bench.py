@@ -234,7 +234,7 @@ def files_of(
     if int8 is None:
         said = f"-c {printable(checkpoint)}" if checkpoint is not None else "-a FILE.py:FUNCTION"
         raise InputError(f"{normal.spec.name} is not calibrated: `mgq calibrate {said} -d PHOTOS --target onnx` first")
-    refuse_other_import(int8, normal)
+    refuse_other_import(int8, normal.options)
     note(f"int8 from {printable(int8)}")
     return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
 

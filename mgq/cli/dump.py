@@ -141,8 +141,16 @@ class DumpCommand(ImportOptions):
 
     def wanted(self) -> Wanted:
         """What the file is to be."""
-        batch = self.batch or None
-        return Wanted(self.output, self.kind, self.input_type, batch, self.tune, self.cpu, self.engine, self.keep_input)
+        return Wanted(
+            output=self.output,
+            kind=self.kind,
+            input_type=self.input_type,
+            batch=self.batch or None,
+            tune=self.tune,
+            cpu=self.cpu,
+            engine=self.engine,
+            keep_input=self.keep_input,
+        )
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
         """The network to write; ``checkpoint`` is where its weights are by now."""

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.import_options import ImportOptions
-from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine, take_checkpoint
+from mgq.cli.shared_options import (
+    RUNS,
+    Arch,
+    AsJson,
+    KeyName,
+    LabelledData,
+    Limit,
+    Save,
+    prepare_megengine,
+    take_checkpoint,
+)
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.import_wish import ImportWish
@@ -40,6 +50,7 @@ class ReportCommand(ImportOptions):
         typer.Argument(help="Folder of a run, or its name; or a deployed file.", show_default="the newest run"),
     ] = None
     data: LabelledData = None
+    arch: Arch = None
     checkpoint: Annotated[
         Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
     ] = None
@@ -74,6 +85,7 @@ class ReportCommand(ImportOptions):
             images=self.images,
             engines=self.engines,
             key=self.key,
+            arch=self.arch,
         )
         file = options.find_file()
         if file is None:

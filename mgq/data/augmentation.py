@@ -58,13 +58,13 @@ class Draw(NamedTuple):
 
 
 class Transform(Protocol):
-    """From a picture to a crop, uint8 (size, size, 3), BGR. Called from several threads at once.
+    """From a picture to a crop, uint8 (*shape, 3), BGR. Called from several threads at once.
 
     ``image`` is a file, or pixels, uint8 (H, W, 3) in BGR order. Raises InputError for a file that cannot be read.
     """
 
     @property
-    def size(self) -> int: ...
+    def shape(self) -> tuple[int, int]: ...
     def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels: ...
 
 
@@ -85,6 +85,11 @@ class EvalTransform:
     def __post_init__(self) -> None:
         # Here and not at the first picture, where it would count as a fault of that.
         eval_crop(np.zeros((1, 1, 3), np.uint8), self.size, self.resize, self.interpolation)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.stretched_to or (self.size, self.size)
 
     def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels:
         pixels = read_image(image) if isinstance(image, Path) else image
@@ -126,6 +131,11 @@ class TrainTransform:
             raise InputError(f"flip probability {self.flip} is not possible: give 0 to 1")
         if not 0 <= self.jitter <= 1:
             raise InputError(f"colour jitter {self.jitter} is not possible: give 0 to 1")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.size, self.size
 
     def __call__(self, image: Path | Pixels, draw: Draw) -> Pixels:
         chance = generator(draw.seed, Stream.CROP, draw.epoch, draw.number).random(_CHANCES).tolist()

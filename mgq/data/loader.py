@@ -169,8 +169,7 @@ class Loader:
                     part.cancel()
 
     def _begun(self, wanted: Indices, epoch: int) -> _Pending:
-        size = self.transform.size
-        images = np.empty((len(wanted), 3, size, size), np.uint8)
+        images = np.empty((len(wanted), 3, *self.transform.shape), np.uint8)
         indices = wanted.copy()
         parts = []
         for first in range(0, len(wanted), _PART):

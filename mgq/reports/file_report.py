@@ -144,7 +144,7 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
     where it runs the file alone."""
     machine = this_machine()  # as it is before the work begins
     page = check_page_path(options.output or path.with_name(f"{path.name}.report.html"), "--output")
-    classifier = choose_network(checkpoint=path)
+    classifier = choose_network(options.arch, checkpoint=path)
     missing = [LEFT_TO_RUNS]
     found = None
     try:

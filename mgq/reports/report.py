@@ -30,6 +30,7 @@ def report(
     engines: bool | Sequence[Backend] = True,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
+    arch: str | None = None,
 ) -> Report | FileReport:
     """Measure a run or a deployed file anew and write the HTML page about it, as ``mgq report`` does; where it is, is
     ``.page``.
@@ -38,7 +39,8 @@ def report(
     file, too: that needs no MegEngine. The networks are measured on the labelled pictures in ``data``, by default on
     those that the run was measured on, or on ``limit`` of them, evenly spread. ``checkpoint`` holds the float network
     to compare with where the run does not know it any more; ``key`` chooses one of several in it. ``images`` is how
-    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``engines``:
+    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``arch``
+    is the architecture that the run or the file has to be of. ``engines``:
     whether engines are compared, too, or which. ``output`` is by default ``report.html`` in the run's folder, and
     ``FILE.report.html`` beside a file.
 
@@ -55,6 +57,7 @@ def report(
         images=images,
         engines=engines,
         key=key,
+        arch=arch,
     )
     return write_report(options, on_progress)
 

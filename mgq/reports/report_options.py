@@ -28,6 +28,7 @@ class ReportOptions:
     images: int = SHOWN
     engines: bool | Sequence[Backend] = True
     key: str | None = None
+    arch: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.datasets import subset
+from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
 from mgq.engine.runs.run_folder import Metrics
-from mgq.errors import InputError
+from mgq.errors import InputError, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
@@ -92,6 +93,8 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
     """
     machine = this_machine()  # as it is before the work begins
     run = find_run(options.run, options.save)
+    if options.arch not in (None, run.weights.arch):
+        raise InputError(f"{printable(run.path)} is a run of {run.weights.arch}, not of {options.arch}; leave out -a")
     page = check_page_path(options.output or run.path / PAGE, "--output")
     normal, why_not = find_float_network(run, options.checkpoint, options.key)
     networks = networks_of(run, normal)
@@ -137,6 +140,7 @@ def find_float_network(run: Run, checkpoint: Path | None, key: str | None) -> tu
     weights = read_weights(checkpoint, spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
         raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
+    refuse_other_import(run.checkpoint, weights.options)
     return weights, ""
 
 

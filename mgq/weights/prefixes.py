@@ -21,8 +21,13 @@ _FEWEST = 20
 """No network of the zoo has fewer tensors: what has is not looked at as one."""
 _SHOWN = 3
 _UNSAID = "num_batches_tracked"
-_COUNTED = ("total_ops", "total_params")
-"""What the profiler thop leaves in every layer: one number each."""
+_COUNTED = {
+    *("total_ops", "total_params"),  # the profiler thop leaves them in every layer
+    *("decay", "n_averaged", "num_updates", "updates", "step", "steps", "initted"),  # who averages weights
+}
+"""Names of single numbers that no layer computes with."""
+_HEADS = ("fc", "classifier", "classifier.0", "classifier.1", "_fc")
+"""What classifiers are called at the end of networks of the zoo, in all layouts."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,13 @@ class Part:
     said: tuple[str, ...] = ()
 
 
-def network_part(state: State, holds: Judge, fits: Judge) -> Part:
+def network_part(state: State, holds: Judge, ends: Judge, fits: Judge) -> Part:
     """The network in ``state``: without counters and without the longest prefix of all names that makes it one.
 
-    ``holds`` tells whether a state has the names of a network of the zoo, ``fits`` whether it is one, no tensor missing
-    and none too many. Where names have no common prefix that helps, the only part that fits is taken. What has no
-    network in it is returned as it is, for the strict loading to say what is wrong. Raises InputError where several
+    ``holds`` tells whether a state has the names of a network of the zoo, ``ends`` whether its classifier, too,
+    ``fits`` whether it is one, no tensor missing and none too many. Where names have no common prefix that helps, the
+    only part that fits is taken, or the only linear layer is taken for the classifier, whatever it is called. What has
+    no network in it is returned as it is, for the strict loading to say what is wrong. Raises InputError where several
     parts fit, or where what is left out would change the answers.
     """
     weights = {name: value for name, value in state.items() if not is_counter(name, value)}
@@ -46,7 +52,9 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
     for prefix in common_prefixes(weights):
         found = without(prefix, weights)
         if holds(found):
-            return Part(found, (*strip_prefix(prefix), *left_out(counters)))
+            said = (*strip_prefix(prefix), *left_out(counters))
+            renamed = None if ends(found) else with_known_head(found, fits)
+            return Part(found, said) if renamed is None else Part(renamed.state, (*said, *renamed.said))
     parts = {prefix: found for prefix, found in sorted(groups(weights).items()) if holds(found) and fits(found)}
     if len(parts) > 1:
         names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
@@ -56,12 +64,34 @@ def network_part(state: State, holds: Judge, fits: Judge) -> Part:
         rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         refuse_other_normalization(rest)
         return Part(found, (*strip_prefix(prefix), *left_out([*rest, *counters])))
-    return Part(weights)
+    renamed = with_known_head(weights, fits)
+    return Part(weights) if renamed is None else Part(renamed.state, (*renamed.said, *left_out(counters)))
+
+
+def with_known_head(state: State, fits: Judge) -> Part | None:
+    """``state`` with its only linear layer called as the classifier of a network that fits then; None without one.
+
+    The other names may share a prefix that the classifier's lack.
+    """
+    linear = [
+        name.removesuffix(".weight") for name, value in state.items() if name.endswith("weight") and value.ndim == 2
+    ]
+    if len(linear) != 1:
+        return None
+    (head,) = linear
+    own = {part: state[name] for part in ("weight", "bias") if (name := f"{head}.{part}") in state}
+    body = {name: value for name, value in state.items() if name.rpartition(".")[0] != head}
+    for prefix in common_prefixes(body):
+        for known in _HEADS:
+            found = {**without(prefix, body), **{f"{known}.{part}": value for part, value in own.items()}}
+            if fits(found):
+                return Part(found, (*strip_prefix(prefix), f"the head '{printable(head)[:80]}' as '{known}'"))
+    return None
 
 
 def is_counter(name: str, value: npt.NDArray[Any]) -> bool:
     """Whether ``value`` counts or looks something up: weights and statistics are no whole numbers."""
-    return value.dtype.kind in "iub" or (value.size == 1 and name.endswith(_COUNTED))
+    return value.dtype.kind in "iub" or (value.size == 1 and name.rpartition(".")[2] in _COUNTED)
 
 
 def common_prefixes(names: Iterable[str]) -> Iterator[str]:

@@ -16,9 +16,9 @@ _USUAL = ("state_dict", "model", "model_state_dict", "net")
 """Names under which one network is expected, so that they need no mention."""
 _PREFERENCES = (
     ("state_dict_ema", {"state_dict"}),  # timm
-    ("model_ema", {"model"}),  # torchvision's reference scripts, timm
+    ("model_ema", {*_USUAL}),  # torchvision's reference scripts, timm: beside "model"
     ("params_ema", {"params"}),  # BasicSR
-    ("ema", {"model"}),  # ultralytics, RT-DETR
+    ("ema", {*_USUAL}),  # ultralytics, RT-DETR: beside "model"
     ("state_dict", {"ema_state_dict"}),  # mmengine, which swaps them: the averages are in state_dict
     ("state_dict", {"current_model_state"}),  # Lightning's WeightAveraging, as well
 )

@@ -360,7 +360,9 @@ def spec_of(name: str) -> ModelSpec:
     known = specs()
     if name in known:
         return known[name]
-    raise no_such("architecture", name, known, "`mgq models` lists them all")
+    raise no_such(
+        "architecture", name, known, "`mgq models` lists them all, and one of your own needs -a FILE.py:FUNCTION"
+    )
 
 
 def identify_checkpoint(path: Path) -> PublishedCheckpoint | None:

@@ -108,11 +108,16 @@ def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
     def holds(state: State) -> bool:
         return any(may_hold(spec, state) for spec in specs().values())
 
+    def ends(state: State) -> bool:
+        return any(
+            spec.head in state_under_our_names(spec, state) for spec in specs().values() if may_hold(spec, state)
+        )
+
     def fits(state: State) -> bool:
         return any(may_hold(spec, state) and misfits(spec, state) == 0 for spec in known)
 
     try:
-        return network_part(tensors, holds, fits)
+        return network_part(tensors, holds, ends, fits)
     except InputError as error:
         raise InputError(f"{name} {error}") from None
 
@@ -129,6 +134,11 @@ def misfits(spec: ModelSpec, state: State) -> int:
         name in found and squeeze_shape(found[name]) == squeeze_shape(shape) for name, shape in expected.items()
     )
     return len(expected) + len(found) - 2 * shared
+
+
+def state_under_our_names(spec: ModelSpec, state: State) -> State:
+    adapted = spec.adapted(state)
+    return adapted.state if adapted else state
 
 
 def may_hold(spec: ModelSpec, state: State) -> bool:

@@ -1,8 +1,9 @@
 """Other quantizers, each behind one function: ``python tests/benchmarks/peers.py PEER FLOAT PIXELS FILE``.
 
 FLOAT is mgq's float ONNX file, batch 1; PIXELS an ``.npy`` file of uint8 (N, 3, S, S), what the network sees of the
-pictures that calibrate; FILE what is to be written. Beside the peer this needs numpy and onnx alone, so that a peer can
-live in an environment of its own, whatever versions it asks for.
+pictures that calibrate, or any other float file and the float32 (N, ...) that it is fed; FILE what is to be written.
+Beside the peer this needs numpy and onnx alone, so that a peer can live in an environment of its own, whatever versions
+it asks for.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def written_with_float_input(source: Path, beside: Path) -> Path:
 
 
 def feeds(path: Path, pixels: Pixels) -> list[Feed]:
-    """``pixels`` one by one as the file ``path`` takes them: as they are, or minus 128 in float32."""
+    """``pixels`` one by one as the file ``path`` takes them: as they are, or minus 128 in float32; float32 as it is."""
     import onnx
 
     entry = onnx.load(str(path)).graph.input[0]
-    is_float = entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    is_float = entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and pixels.dtype == np.uint8
     return [{entry.name: image[None].astype(np.float32) - PIXEL_ZERO if is_float else image[None]} for image in pixels]
 
 

@@ -18,6 +18,19 @@ def test_an_imported_network_is_to_be_calibrated_before_it_is_measured(tmp_path:
     assert "mgq calibrate -c" in the_error(mgq("bench", "-c", path))
 
 
+def test_report_compares_int8_with_no_other_import(tmp_path: Path, mgq: Mgq) -> None:
+    path = write(tmp_path / "model.onnx")
+    random = np.random.default_rng(0)
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), random.integers(0, 256, (40, 40, 3), np.uint8))
+    calibrated = mgq("calibrate", *sorted(tmp_path.glob("*.png")), "-c", path, "--quality", "fast")
+    assert calibrated.code == 0, calibrated
+    said = mgq("report", "-c", path, "--preprocess", "tf", "--no-engines")
+    assert "fed as torch" in said.err, said
+    assert the_error(said).endswith("run `mgq calibrate` again with -c")
+    assert mgq("report", "-c", path, "--preprocess", "torch", "--no-engines").code == 0
+
+
 @pytest.mark.slow
 def test_an_imported_network_is_measured_in_float_and_in_int8(tmp_path: Path, mgq: Mgq) -> None:
     path = write(tmp_path / "model.onnx", "swishes")

@@ -75,8 +75,6 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     """
     options.refuse_contradictions()
     classifier = open_float_network(options, callbacks)
-    if options.keep_input:
-        kept_input(classifier)  # which refuses where there is none
     if options.target is None and classifier.spec.is_described:
         options = replace(options, target=ONNX.name)  # MegEngine has no int8 for imported networks
     found = find_images_nearby(
@@ -140,7 +138,7 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
     arch = options.arch
     if not (arch or options.checkpoint or options.pretrained):
         arch = find_newest_arch(options.save, Mode.NORMAL)
-    return open_classifier(
+    classifier = open_classifier(
         arch=arch,
         checkpoint=options.checkpoint,
         mode=Mode.NORMAL,
@@ -151,6 +149,9 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
         on_progress=callbacks.on_progress,
         key=options.key,
     )
+    if options.keep_input:
+        kept_input(classifier)  # which refuses where there is none
+    return classifier
 
 
 def count_images(options: CalibrateOptions) -> int:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import megengine.module as M
+import numpy as np
+import numpy.typing as npt
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
@@ -89,10 +91,10 @@ def dump_classifier(
 
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
-    ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` and
-    ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. With ``keep_input`` it takes what the imported ONNX
-    file took, and so many pictures. A native library takes any number of images, is for
-    processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any; ``rewrites`` and ``engine`` are as in
+    :func:`mgq.export.onnx.writer.write_onnx`, and with ``keep_input`` it takes what the imported ONNX file took. A
+    native library takes any number of images, is for processors of the kind ``cpu`` (see
+    :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
 
     Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left
     under ``path`` then.
@@ -102,21 +104,21 @@ def dump_classifier(
         raise no_such("input", input_type, INPUTS)
     if batch is not None and batch < 1:
         raise InputError(f"a batch holds at least 1 picture, not {batch}")
+    refuse_words_of_other_formats(kind, cpu, engine, keep_input)
     ensure_writable_folder(path.absolute().parent)
     cat = classifier.crop(read_image(bundled_cat()))
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
-    if cpu is not None and kind != "native":
-        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
-    if engine != ANY_ENGINE and kind != "onnx":
-        raise InputError("--for is for ONNX files: pass --format onnx, or leave it out")
-    if keep_input and kind != "onnx":
-        raise InputError("--keep-input is for ONNX files: pass --format onnx, or leave it out")
     if kind == "native":
         return dump_native(classifier, path, input_type, cpu)
     if kind == "onnx":
         return dump_onnx(classifier, path, input_type, batch, rewrites, engine, keep_input)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
+    return dump_megengine(classifier, path, input_type, batch, cat)
+
+
+def dump_megengine(classifier: Classifier, path: Path, input_type: str, batch: int, cat: npt.NDArray[np.uint8]) -> Dump:
+    """A file for MegEngine, checked on ``cat``, a crop (S, S, 3)."""
     report = write_megengine(
         classifier.network,
         path,
@@ -127,7 +129,15 @@ def dump_classifier(
         check=to_batch([cat] * batch),
     )
     checked = f"loaded again in {report.exact_in}, it answers to the bit as the network in memory"
-    return Dump(path, kind, report.size, checked)
+    return Dump(path, "megengine", report.size, checked)
+
+
+def refuse_words_of_other_formats(kind: str, cpu: str | None, engine: str, keep_input: bool) -> None:
+    if cpu is not None and kind != "native":
+        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
+    for option, is_given in (("--for", engine != ANY_ENGINE), ("--keep-input", keep_input)):
+        if is_given and kind != "onnx":
+            raise InputError(f"{option} is for ONNX files: pass --format onnx, or leave it out")
 
 
 def dump_onnx(

@@ -451,7 +451,7 @@ class _Work:
     checkpoint: Path
     engine: str | None  # that of a deployed file
     mode: Mode
-    image_size: int
+    image_size: int | None
     dataset: Dataset
     transform: Transform
     batch_size: int
@@ -498,7 +498,7 @@ def _work_of(classifier: Classifier, loader: Loader, folder: Path) -> _Work:
         checkpoint,
         engine,
         classifier.mode,
-        classifier.image_size,
+        None if classifier.spec.only_size else classifier.image_size,
         loader.dataset,
         loader.transform,
         loader.batch_size,

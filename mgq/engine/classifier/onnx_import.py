@@ -41,6 +41,8 @@ from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
 EQUAL = 1e-4
 """Of the largest number in a tensor: by so much float answers may differ from ONNX Runtime's."""
 BACKGROUND = 1001
+NEWEST_COMPARED = 21
+"""The newest opset of ONNX Runtime 1.20. The next, the newest that is imported, is the same but for bfloat16."""
 LONGEST_NAMES = 1 << 22
 CHECKPOINT = "checkpoint.safetensors"
 ENTRY = "entry"
@@ -101,9 +103,10 @@ def source_among(options: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_other_import(int8: Path, normal: Classifier) -> None:
-    """Raise InputError where the checkpoint ``int8`` is not of the file that ``normal`` is of, or was fed otherwise."""
-    its, wanted = source_in(int8), source_among(normal.options)
+def refuse_other_import(int8: Path, options: Mapping[str, Any]) -> None:
+    """Raise InputError where the checkpoint ``int8`` is not of the file that a float network with ``options`` is of, or
+    was fed otherwise."""
+    its, wanted = source_in(int8), source_among(options)
     if any(its.get(key) != wanted.get(key) for key in ("sha256", "input")):
         had, has = (f"{printable(source.get('file'))}, fed as {source.get('input')}" for source in (its, wanted))
         raise InputError(f"{printable(int8)} was made from {had}, not from {has}: run `mgq calibrate` again with -c")
@@ -231,6 +234,8 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
     onnx, runtime = import_package("onnx"), import_package("onnxruntime")
     model = onnx.ModelProto()
     model.CopyFrom(file.model)
+    for entry in model.opset_import:
+        entry.version = min(entry.version, NEWEST_COMPARED)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)

@@ -211,6 +211,11 @@ def make_job(
     changes: Mapping[str, Any],
 ) -> TrainJob:
     """A run with its whole recipe. Raises InputError where recipe and pictures do not go together."""
+    if spec.only_size is not None and spec.only_size[0] != spec.only_size[1]:
+        height, width = spec.only_size
+        raise InputError(
+            f"{spec.name} takes pictures of {height}x{width}, and trainings square ones: `mgq calibrate` it"
+        )
     classes = initial.classes or name_classes(sets.train.classes, changes.get("classes"))
     default_size = initial.image_size or (SYNTHETIC_SIZE if data == SYNTHETIC else spec.image_size)
     task = Task(

@@ -133,8 +133,8 @@ def entry_nodes(onnx: Any, kept: FloatInput, pixels: str) -> tuple[list[Any], di
     places = [0, 0, 0] if kept.image[0] == 1 else [2, 1, 0] if kept.order == "rgb" else [0, 1, 2]
     if places != [0, 1, 2]:
         steps.append(("Gather", {"places": np.array(places, np.int64)}, {"axis": 1}))
-    grid = {"scale": np.array(1, np.float32), "zero_point": np.array(PIXEL_ZERO, np.uint8)}
-    steps.append(("QuantizeLinear", {**grid}, {}))
+    grid: dict[str, Array] = {"scale": np.array(1, np.float32), "zero_point": np.array(PIXEL_ZERO, np.uint8)}
+    steps.append(("QuantizeLinear", grid, {}))
     nodes, constants, source = [], {}, kept.name
     for number, (operator, own, attributes) in enumerate(steps):
         named = {f"mgq/input/{name}": value for name, value in own.items()}

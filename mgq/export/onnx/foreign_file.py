@@ -117,9 +117,14 @@ def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile
         raise InputError(f"has {len(model.graph.output)} outputs: a classifier has one; export it without the others")
     constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
     del model.graph.initializer[:]
-    any_number = not inputs[0].type.tensor_type.shape.dim[0].dim_value
+    any_number = size_of(inputs[0].type.tensor_type.shape.dim[0]) is None
     output = model.graph.output[0].name
     return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, any_number, output)
+
+
+def size_of(axis: Any) -> int | None:
+    """None where ``axis`` is open; some exporters say -1 then."""
+    return int(axis.dim_value) if axis.dim_value > 0 else None
 
 
 def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:
@@ -129,7 +134,7 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
         raise InputError(f"takes {HALVES[kind.elem_type]}: export it in float32")
     if kind.elem_type != FLOAT:
         raise InputError("does not take float32 pictures: give a float classifier, its preprocessing left out")
-    axes = [axis.dim_value or None for axis in kind.shape.dim]
+    axes = [size_of(axis) for axis in kind.shape.dim]
     if len(axes) != 4:
         raise InputError(f"takes {len(axes)} axes, not pictures (N, C, H, W): give a classifier of pictures")
     if axes[0] not in (None, 1):
@@ -142,7 +147,8 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
         raise InputError(f"takes {channels} channels: a classifier of pictures takes 3, or 1 of grey")
     if size is not None:
         if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
-            raise InputError(f"takes {height}x{width} pixels, not {size[0]}x{size[1]}: leave --size out")
+            own = "x".join(str(axis or "any") for axis in (height, width))
+            raise InputError(f"takes {own} pixels, not {size[0]}x{size[1]}: leave --size out, or let it fit")
         height, width = size
     if height is None or width is None:
         raise InputError("leaves the height or width of its pictures open: say it by --size 224, or --size 48x192")

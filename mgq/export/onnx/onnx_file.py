@@ -146,8 +146,13 @@ def parse_onnx(path: Path, content: bytes) -> OnnxFile:
     if len(answer) != 2 or shape[0] not in (None, answer[0]):
         raise InputError(f"{name} does not answer with one number for each class: give a classifier of pictures")
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
+    quantized = any(is_of_integers(node, inputs[0].name) for node in model.graph.node)
     return OnnxFile(path, content, inputs[0].name, kind, shape, output, about, quantized, answer[1])
+
+
+def is_of_integers(node: Any, pixels: str) -> bool:
+    """Whether ``node`` is one of a quantized network: to take ``pixels`` for floats is what float networks do, too."""
+    return node.op_type in INTEGER_OPERATORS and not (node.op_type == "DequantizeLinear" and node.input[0] == pixels)
 
 
 def read_metadata(about: str | None) -> dict[str, Any]:

@@ -155,8 +155,8 @@ def _read_of_other_programs(path: Path) -> object:
         return "stem.weight" in state
 
     if path.stat().st_size % 2:
-        return network_part(read_state(path, key="state_dict").tensors, holds, holds)
-    return network_part(read_state(path).tensors, holds, holds)
+        return network_part(read_state(path, key="state_dict").tensors, holds, holds, holds)
+    return network_part(read_state(path).tensors, holds, holds, holds)
 
 
 _INFO = {

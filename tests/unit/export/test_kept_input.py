@@ -15,17 +15,14 @@ import pytest
 
 from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.onnx_import import import_classifier, kept_input
-from mgq.engine.classifier.open import Classifier, make_random_classifier, quantize_with_ranges
+from mgq.engine.classifier.onnx_import import kept_input
+from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
 from mgq.export.onnx.onnx_file import METADATA, read_onnx
-from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import TO_NEAREST
-from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import can_run_native, load
 from tests.conftest import Mgq, the_error
+from tests.fakes.foreign_int8 import grey_noise, int8_of
 from tests.fakes.foreign_models import Model, write
 
 Pixels = npt.NDArray[np.uint8]
@@ -38,11 +35,11 @@ def last(model: Model) -> str:
 
 
 def as_torch(images: Pixels) -> Fed:
-    return ((images[:, ::-1] - MEAN) / STD).astype(np.float32)
+    return np.asarray((images[:, ::-1] - MEAN) / STD, np.float32)
 
 
 def as_caffe(images: Pixels) -> Fed:
-    return (images - np.array([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1)).astype(np.float32)
+    return np.asarray(images - np.array([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1), np.float32)
 
 
 def as_tf_last(images: Pixels) -> Fed:
@@ -62,24 +59,8 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def int8_of(path: Path, preprocess: str) -> Classifier:
-    """The network in ``path`` in int8, its ranges told from made-up pictures."""
-    classifier, _ = import_classifier(path, ImportWish(preprocess=preprocess), "")
-    images = pixels(4, *(classifier.spec.only_size or (32, 32)))
-    _, ranges = calibrate_network(
-        classifier.network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
-    )
-    return quantize_with_ranges(classifier, ranges, Mode.QUANTIZED)
-
-
-def pixels(number: int, height: int, width: int) -> Pixels:
-    """Grey noise: all channels are the same, so that networks for grey pictures see no colours mixed."""
-    noise = np.random.default_rng(3).integers(0, 256, (number, 1, height, width), np.uint8)
-    return np.repeat(noise, 3, axis=1)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_that_keeps_its_input_answers_as_the_one_that_takes_pixels(tmp_path: Path, layout: str) -> None:
+def test_a_file_that_keeps_its_input_answers_as_the_one_that_takes_grey_noise(tmp_path: Path, layout: str) -> None:
     shape, entry, preprocess, fed = LAYOUTS[layout]
     model = Model(shape)
     channels = shape[3] if layout == "channels last" else shape[1]
@@ -94,7 +75,7 @@ def test_a_file_that_keeps_its_input_answers_as_the_one_that_takes_pixels(tmp_pa
     assert (has.name, has.type) == (wanted.name, "tensor(float)")
     assert has.shape == list(shape)
     assert session.get_outputs()[0].name == onnx.load(str(path)).graph.output[0].name
-    images = pixels(3, *(int8.spec.only_size or (32, 32)))
+    images = grey_noise(3, *(int8.spec.only_size or (32, 32)))
     one_by_one = [session.run(None, {"image": fed(image[None])})[0] for image in images]
     for engine in ("onnxruntime", "openvino"):
         answers = load(plain, engine).run(images)
@@ -115,7 +96,7 @@ def test_names_of_the_file_may_be_those_of_tensors_in_between(tmp_path: Path) ->
     proto.graph.input[0].name = taken
     onnx.save(proto, str(path))
     kept = dump_classifier(int8_of(path, "torch"), tmp_path / "kept.onnx", keep_input=True).path
-    image = pixels(1, 32, 32)
+    image = grey_noise(1, 32, 32)
     assert (load(kept, "onnxruntime").run(image) == load(other, "onnxruntime").run(image)).all()
 
 
@@ -144,7 +125,7 @@ def test_calibrate_keeps_the_input_and_other_verbs_run_the_file(tmp_path: Path, 
     path = write(tmp_path / "model.onnx")
     photos = tmp_path / "photos"
     photos.mkdir()
-    for number, image in enumerate(pixels(6, 40, 40)):
+    for number, image in enumerate(grey_noise(6, 40, 40)):
         cv2.imwrite(str(photos / f"{number}.png"), image.transpose(1, 2, 0))
     said = mgq("calibrate", photos, "-c", path, "--quality", "fast", "--keep-input")
     assert said.code == 0, said

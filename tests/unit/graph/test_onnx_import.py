@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,15 @@ from onnx import TensorProto, helper, numpy_helper
 import mgq.graph.onnx_import.operators as operators
 from mgq.cli.main import verbs
 from mgq.data.transforms import to_batch
+from mgq.engine.classifier.evaluate import evaluation_data, evaluation_loader
 from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.onnx_import import import_classifier, imported_checkpoint, refuse_other_import, source_in
+from mgq.engine.classifier.onnx_import import (
+    import_classifier,
+    imported_checkpoint,
+    kept_input,
+    refuse_other_import,
+    source_in,
+)
 from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.errors import FailureError, InputError
 from mgq.ptq.calibrate import find_best_network
@@ -55,6 +65,14 @@ def answers_of(path: Path, fed: npt.NDArray[np.float32]) -> npt.NDArray[np.float
 
 def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("opset", [7, 22])
+def test_the_oldest_and_the_newest_opset_are_imported(tmp_path: Path, opset: int) -> None:
+    path = write(tmp_path / "model.onnx", "plain", opset)
+    classifier, remarks = import_classifier(path, RAW, "")
+    assert f"layers of opset {opset}, float answers as ONNX Runtime's" in remarks[0]
+    assert classifier.logits(pixels()).shape == (4, CLASSES)
 
 
 @pytest.mark.parametrize("opset", [11, 17])
@@ -167,6 +185,26 @@ def test_channels_may_come_last(tmp_path: Path) -> None:
     assert not any(plan.kind == "transpose" for plan in classifier.network.blueprint.layers)
 
 
+def test_axes_of_minus_one_are_open(tmp_path: Path) -> None:
+    model = Model((-1, 3, -1, -1))  # as Paddle's exporter says it
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    with pytest.raises(InputError, match="--size 224"):
+        classifier_in(path)
+    classifier, _ = import_classifier(path, ImportWish(preprocess="raw", size=(16, 48)), "")
+    assert classifier.logits(pixels(2, 16, 48)).shape == (2, CLASSES)
+    assert kept_input(classifier).shape == (None, 3, 16, 48)
+
+
+def test_the_text_direction_classifier_of_rapidocr_is_imported() -> None:
+    package = importlib.util.find_spec("rapidocr_onnxruntime")
+    if package is None or package.origin is None:
+        pytest.skip("the wheel of rapidocr_onnxruntime, which holds the file, is not installed")
+    path = Path(package.origin).parent / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx"
+    classifier, remarks = import_classifier(path, ImportWish(preprocess="tf", order="bgr", size=(48, 192)), "")
+    assert "float answers as ONNX Runtime's" in remarks[0]
+    assert len(classifier.classes) == 2
+
+
 def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
     model = Model(("N", 3, 16, 48))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
@@ -174,6 +212,24 @@ def test_images_that_are_no_squares_are_resized_whole(tmp_path: Path) -> None:
     crop = classifier.crop(np.zeros((100, 200, 3), np.uint8))
     assert crop.shape == (16, 48, 3)
     assert classifier.logits(to_batch([crop])).shape == (1, CLASSES)
+
+
+def test_images_that_are_no_squares_are_measured_whole(tmp_path: Path, mgq: Mgq) -> None:
+    model = Model(("N", 3, 16, 48))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv("image", 3, 8)), 8))
+    images = pixels(4, 16, 48)
+    for part, kind in itertools.product(("train", "val"), range(CLASSES)):
+        file = tmp_path / "photos" / part / f"kind{kind}" / "0.png"
+        file.parent.mkdir(parents=True)
+        cv2.imwrite(str(file), images[kind % 4].transpose(1, 2, 0))
+    classifier = classifier_in(path)
+    named = replace(classifier, classes=tuple(f"kind{kind}" for kind in range(CLASSES)))
+    (batch,) = evaluation_loader(named, evaluation_data(tmp_path / "photos", {}, 16), CLASSES)
+    assert (batch.images == images[np.arange(CLASSES) % 4]).all()
+    said = mgq("calibrate", "-c", path, "-d", tmp_path / "photos", "--preprocess", "raw", "--quality", "fast")
+    assert said.code == 0, said
+    trained = mgq("qat", "-c", path, "-d", tmp_path / "photos", "--preprocess", "raw", "--epochs", "1")
+    assert "trainings square ones" in the_error(trained)
 
 
 # ---- names of classes ----
@@ -240,6 +296,29 @@ def open_height(model: Model) -> Any:
     return model.proto(model.classify(model.conv("image", 3, 8), 8))
 
 
+def open_height_alone(model: Model) -> Any:
+    """``--size`` of another width than the file's."""
+    model.shape = ("N", 3, None, 64)
+    return model.proto(model.classify(model.conv("image", 3, 8), 8))
+
+
+def detector(model: Model) -> Any:
+    boxes = model.add("Reshape", model.conv("image", 3, 84), model.constant([0, 84, -1], np.int64))
+    return model.proto(model.add("Transpose", boxes, perm=[0, 2, 1]), rank=3)
+
+
+def two_outputs(model: Model) -> Any:
+    first = model.conv("image", 3, 8)
+    proto = model.proto(model.classify(first, 8))
+    proto.graph.output.append(helper.make_tensor_value_info(first, TensorProto.FLOAT, [None] * 4))
+    return proto
+
+
+def many_at_once(model: Model) -> Any:
+    model.shape = (4, 3, 32, 32)
+    return model.proto(model.classify(model.conv("image", 3, 8), 8))
+
+
 def half_weights(model: Model) -> Any:
     proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
     tensor = proto.graph.initializer[0]
@@ -285,6 +364,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
     "open height": (open_height, "--size"),
+    "detector": (detector, "1x900x84"),
+    "two outputs": (two_outputs, "has 2 outputs"),
+    "four at once": (many_at_once, "takes 4 pictures at once"),
     "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
@@ -303,6 +385,12 @@ def test_what_is_no_float_classifier_is_refused_in_one_line(tmp_path: Path, mgq:
     runs = tmp_path / "runs"
     assert said in the_error(mgq("calibrate", "-c", path, "--data-free", "-s", runs))
     assert not runs.exists()
+
+
+def test_a_size_that_the_file_does_not_take_is_refused(tmp_path: Path, mgq: Mgq) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(open_height_alone(Model()).SerializeToString())
+    assert "takes anyx64 pixels, not 32x32" in the_error(mgq("calibrate", "-c", path, "--data-free", "--size", "32"))
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, mgq: Mgq) -> None:
@@ -423,4 +511,4 @@ def test_bench_measures_no_int8_of_another_import(tmp_path: Path) -> None:
     path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
     int8 = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
     with pytest.raises(InputError, match=r"fed as tf .*fed as raw"):
-        refuse_other_import(int8, classifier_in(path))
+        refuse_other_import(int8, classifier_in(path).options)

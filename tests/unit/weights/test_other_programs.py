@@ -295,6 +295,53 @@ class TestSeveralNetworks:
         assert "'student' and 'teacher'" in refusal(path)
 
 
+class TestHeadsOfOtherNames:
+    @pytest.mark.parametrize("head", ["head", "fc", "head.fc", "classifier.0"])
+    def test_the_only_linear_layer_is_the_classifier(self, head: str, good: State, tmp_path: Path) -> None:
+        renamed = {name.replace("classifier.1", head): value for name, value in good.items()}
+        weights = read_weights(written(tmp_path / "w.pth", renamed))
+        assert is_network(weights, good)
+        assert f"the head '{head}' as 'classifier.1'" in weights.origin
+
+    @pytest.mark.parametrize("outer", ["", "module."])
+    def test_it_may_stand_beside_the_backbone(self, outer: str, good: State, tmp_path: Path) -> None:
+        body = {name: value for name, value in good.items() if not name.startswith("classifier")}
+        head = {f"head.{part}": good[f"classifier.1.{part}"] for part in ("weight", "bias")}
+        weights = read_weights(written(tmp_path / "w.pth", prefixed(outer, {**prefixed("backbone.", body), **head})))
+        assert is_network(weights, good)
+        assert f"without the prefix '{outer}backbone.', the head '{outer}head' as 'classifier.1'" in weights.origin
+
+    def test_one_that_does_not_fit_is_named(self, good: State, tmp_path: Path) -> None:
+        renamed = {name.replace("classifier.1", "head"): value for name, value in good.items()}
+        renamed["head.weight"] = renamed["head.weight"][:, 1:]
+        assert one_line_about(refusal(written(tmp_path / "w.pth", renamed)), "does not fit", "head.weight")
+
+
+@pytest.mark.parametrize("averaged", ["model_ema", "ema"])
+@pytest.mark.parametrize("left", ["state_dict", "model", "model_state_dict", "net"])
+def test_averaged_weights_are_taken_beside_the_last_ones(
+    averaged: str, left: str, good: State, other: State, tmp_path: Path
+) -> None:
+    weights = read_weights(written(tmp_path / "w.pth", {left: other, averaged: good, "epoch": 1}))
+    assert is_network(weights, good)
+    assert f"network '{averaged}', not '{left}'" in weights.origin
+
+
+def test_counters_of_averaging_are_left_out(good: State, tmp_path: Path) -> None:
+    extra = {"n_averaged": np.array(7), "num_updates": np.array(5.0, np.float32), "decay": np.array(0.9, np.float32)}
+    weights = read_weights(written(tmp_path / "w.pth", {**prefixed("module.", good), **extra}))
+    assert is_network(weights, good)
+    assert "leaving out n_averaged, num_updates, decay" in weights.origin
+
+
+@pytest.mark.parametrize("first", ["backbone.", "module.", "model.", "_orig_mod.", "net."])
+@pytest.mark.parametrize("second", ["", "module.", "backbone."])
+def test_prefixes_are_taken_off_one_in_the_other_too(first: str, second: str, good: State, tmp_path: Path) -> None:
+    weights = read_weights(written(tmp_path / "w.pth", prefixed(first + second, good)))
+    assert is_network(weights, good)
+    assert f"without the prefix '{first}{second}'" in weights.origin
+
+
 class TestKeyOfTheCommand:
     @pytest.fixture
     def pair(self, good: State, other: State, tmp_path: Path) -> Path:

@@ -17,6 +17,7 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.own_networks import register_from_file
+from mgq.zoo.registry import specs
 from tests.conftest import Mgq, the_error
 
 GUIDE = Path(mgq.__file__).parents[1] / "docs" / "guides" / "your-network.md"
@@ -81,6 +82,17 @@ def test_what_is_no_classifier_is_refused(example: Path, what: str) -> None:
     old, new, said = WRONG[what]
     with pytest.raises(InputError, match=re.escape(said)):
         register_from_file(changed(example, old, new))
+
+
+def test_report_takes_a_network_of_ones_own(example: Path, tmp_path: Path, mgq: Mgq) -> None:
+    said = mgq("report", tmp_path / "tiny.calibration", "-a", f"{example}:tiny")
+    assert "there is no run" in the_error(said)
+    file = example.with_name("tiny.onnx")
+    dump_classifier(make_random_classifier(register_from_file(f"{example}:tiny").name, Mode.NORMAL), file, kind="onnx")
+    reported = mgq("report", file, "-a", f"{example}:tiny", "--no-engines")
+    assert reported.code == 0, reported
+    specs().pop("tiny")
+    assert "needs -a FILE.py:FUNCTION" in the_error(mgq("report", file, "--no-engines"))
 
 
 def test_a_file_named_on_the_command_line_is_run(example: Path, tmp_path: Path, mgq: Mgq) -> None:

@@ -1,0 +1,30 @@
+"""What is said of an int8 file beside a float one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mgq.cli.deployment_table import show_deployment
+from mgq.engine.classifier.deployment import Deployment, EngineRow
+
+
+def measured(*speedups: float) -> Deployment:
+    path = Path("model.int8.onnx")
+    rows = [EngineRow(f"engine {n}", "1", 1.0, 1 / speedup, 100.0, 30.0, path) for n, speedup in enumerate(speedups)]
+    return Deployment(path, 4000, 1000, 8, 1, tuple(rows))
+
+
+def test_a_file_that_is_slower_than_float_everywhere_is_not_called_done(capsys: pytest.CaptureFixture[str]) -> None:
+    show_deployment(measured(0.9, 0.8))
+    said = capsys.readouterr()
+    assert "not done: model.int8.onnx is slower than float in every engine here" in said.err
+    assert "int8 file:" not in said.out
+
+
+def test_one_that_is_slower_in_an_engine_is_told_with_the_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    show_deployment(measured(0.9, 2.0))
+    said = capsys.readouterr()
+    assert "slower than float in engine 0: run the float file there (`mgq dump -m normal`)" in said.err
+    assert "int8 file: model.int8.onnx" in said.out and "not done" not in said.err
