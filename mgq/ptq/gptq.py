@@ -20,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
-from scipy.linalg import cholesky, solve
-from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.observers import Range
@@ -164,6 +162,8 @@ def refit_weights(weights: Array, seen: Array, exact: Array) -> Array:
 
     As nearly as least squares come, with a penalty on the change.
     """
+    from scipy.linalg import solve
+
     missing = covariances(seen, exact - seen) @ weights.transpose(0, 2, 1)
     penalized = damp_covariance(covariances(seen, seen), RIDGE)
     change = [solve(*sides, assume_a="pos", overwrite_a=True) for sides in zip(penalized, missing, strict=True)]
@@ -227,6 +227,9 @@ def factor_of_inverse(matrix: Values) -> Values:
 
     Backwards, ``matrix`` is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
     """
+    from scipy.linalg import cholesky
+    from scipy.linalg.lapack import dtrtri
+
     lower = cholesky(matrix[::-1, ::-1], lower=True)
     inverse, _ = dtrtri(lower, lower=1)
     result: Values = np.tril(inverse)[::-1, ::-1]
