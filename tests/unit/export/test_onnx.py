@@ -43,9 +43,9 @@ from mgq.quantization.targets import (
 from mgq.quantization.targets import TARGETS as TARGETS_BY_NAME
 from mgq.runtime.registry import AUTO, BACKENDS, Backend, choose_backend, load
 from mgq.zoo.registry import spec_of
-from tests.conftest import logits_of
+from tests.conftest import logits_of, slow
 
-FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
+FAMILIES = (slow("resnet18"), slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", slow("efficientnet_lite0"))
 TARGETS = (MEGENGINE, ONNX)
 SIZE = 64
 Images = npt.NDArray[np.uint8]
