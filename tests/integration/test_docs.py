@@ -159,3 +159,12 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     said = run_example(["-c", "\n\n".join(cells)], tmp_path)
     found = re.search(r"^([\d.]+) dB, same answer on", said, re.MULTILINE)
     assert found is not None and float(found[1]) > 15
+
+
+def test_the_chinese_readme_has_the_figures_and_links_of_the_english_one() -> None:
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8").partition("\n## ")[2] for name in ("README.md", "README.zh.md")
+    )
+    assert [target for target, _ in LINK.findall(chinese)] == [target for target, _ in LINK.findall(english)]
+    figures = re.compile(r"(?<=\| )[\d.]+(?: ± [\d.]+)?(?: \([\d.-]+\))?(?= \|)")
+    assert figures.findall(chinese) == figures.findall(english)
