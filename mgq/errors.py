@@ -25,7 +25,7 @@ class FailureError(MgqError):
 
 
 @contextlib.contextmanager
-def naming(thing: str) -> Iterator[None]:
+def name_in_errors(thing: str) -> Iterator[None]:
     """Within it the line of an InputError begins with ``thing``, such as a file that says something impossible."""
     try:
         yield

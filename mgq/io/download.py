@@ -18,9 +18,9 @@ from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
+    explain_write_errors,
     put_in_place,
     write_text_atomically,
-    writing,
 )
 from mgq.io.locks import hold_lock
 from mgq.io.private_cache import CACHE_VARIABLE
@@ -203,7 +203,7 @@ class _Transfer:
             raise self._wrong_file_error(str(error)) from error
         except _RefusalError as error:
             raise self._no_download_error(str(error)) from error
-        with writing(self.path, _OTHER_CACHE):
+        with explain_write_errors(self.path, _OTHER_CACHE):
             put_in_place(self.part, self.path)
             self.origin.unlink(missing_ok=True)
             drop_abandoned(self.origin)
@@ -309,14 +309,14 @@ class _Transfer:
         length = _content_length(response)
         total = self.source.size if self.source.size or length is None else offset + length
         self.on_progress(Progress(what, done, total, "B"))
-        with writing(self.part, _OTHER_CACHE):
+        with explain_write_errors(self.part, _OTHER_CACHE):
             # Unbuffered, so that the file holds all that a process had received when it was killed.
             file = self.part.open("ab", buffering=0)
         with file:
             for chunk in self._chunks(response):
                 done += len(chunk)
                 self._check_size(done, whole=False)
-                with writing(self.part, _OTHER_CACHE):
+                with explain_write_errors(self.part, _OTHER_CACHE):
                     _write_all(file, chunk)
                 self.on_progress(Progress(what, done, total, "B"))
         if total is not None and done < total:
@@ -376,7 +376,7 @@ class _Transfer:
         return all(mark.get(name, value) == value for name, value in _mark_of(response).items())
 
     def _discard(self) -> None:
-        with writing(self.part, _OTHER_CACHE):
+        with explain_write_errors(self.part, _OTHER_CACHE):
             self.part.unlink(missing_ok=True)
             self.origin.unlink(missing_ok=True)
 

@@ -199,12 +199,12 @@ def wrong_answers(classifier: Classifier, found: Measurements, most: int) -> lis
         logits = classifier.logits(to_batch([crop]))[0]
         scores = {score.index: score for score in best_scores(logits, classifier.classes, len(classifier.classes))}
         # Classes that are numbers to the network have the names of the pictures' folders.
-        truth, answer = (named(scores[int(number[place])], one.classes) for number in (one.labels, one.predictions))
+        truth, answer = (rename(scores[int(number[place])], one.classes) for number in (one.labels, one.predictions))
         shown.append(WrongAnswer(name_of(found.dataset, index), truth, answer, *thumbnail_of(crop)))
     return shown
 
 
-def named(score: ClassScore, classes: Sequence[str]) -> ClassScore:
+def rename(score: ClassScore, classes: Sequence[str]) -> ClassScore:
     return ClassScore(score.index, classes[score.index], score.probability)
 
 

@@ -22,7 +22,7 @@ from mgq.engine.runs.tensorboard import EventsFile
 from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.io.append import append_whole, drop_torn_line
-from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, write_text_atomically, writing
+from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, explain_write_errors, write_text_atomically
 from mgq.io.limited_io import bytes_of
 from mgq.io.locks import take_lock
 
@@ -156,7 +156,7 @@ class RunFolder:
 
     def keep_metrics(self, epochs: int) -> None:
         """Drop the metrics of all epochs after the first ``epochs``, those that a resumed run is to do again."""
-        with writing(self.path / METRICS):
+        with explain_write_errors(self.path / METRICS):
             lines = _lines(self.path / METRICS)
         kept = [line for line in lines if (entry := _entry(line)) is not None and entry["epoch"] <= epochs]
         if kept != lines:
@@ -231,7 +231,7 @@ def _write_strictly(value: Any) -> Any:
 def _move_aside(path: Path) -> Path | None:
     """Where what was at ``path`` lies now; None where there was nothing whole."""
     drop_abandoned_in(path)
-    with writing(path, _ELSEWHERE):
+    with explain_write_errors(path, _ELSEWHERE):
         if not path.is_dir() or not any(path.iterdir()):
             return None
         kept = next(other for i in count(1) if not os.path.lexists(other := path.with_name(f"{path.name}.{i}")))

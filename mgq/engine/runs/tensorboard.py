@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgq.io.append import append_whole
-from mgq.io.atomic import writing
+from mgq.io.atomic import explain_write_errors
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event
@@ -38,7 +38,7 @@ class EventsFile:
         # TensorBoard reads a folder's files by name, so the name begins with the time.
         now = time.time_ns()
         self.path = folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-        with writing(self.path):
+        with explain_write_errors(self.path):
             folder.mkdir(exist_ok=True)
         self._write(_event(file_version="brain.Event:2"))
 
