@@ -1,4 +1,4 @@
-"""``calibrate`` as one call: from what a user asked for to a checkpoint for int8, and what it costs in accuracy."""
+"""Runs ``mgq calibrate``: from its options to a checkpoint for int8 and its accuracy beside float."""
 
 from __future__ import annotations
 
@@ -147,12 +147,12 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
 
 
 def count_images(options: CalibrateOptions) -> int:
-    """How many images are looked at, where there are as many."""
+    """The most images that are used."""
     return count_images_used(options.method, options.images) if options.method else options.images
 
 
 def refuse_unwritable_folders(options: CalibrateOptions) -> None:
-    """Found out before the work, which takes minutes."""
+    """Raises InputError where results could not be written, before the work, which takes minutes."""
     ensure_writable_folder(options.save)
     if options.ranges_file is not None:
         ensure_writable_folder(options.ranges_file.absolute().parent)
@@ -161,7 +161,7 @@ def refuse_unwritable_folders(options: CalibrateOptions) -> None:
 def announce(
     classifier: Classifier, sources: Sequence[Source] | Dataset, options: CalibrateOptions, callbacks: Callbacks
 ) -> None:
-    """Say how long it will take."""
+    """Report the number of images and the estimated time."""
     number = min(count_images(options), len(sources))
     seconds = estimate_seconds(classifier, number, options.preset, options.method)
     if options.preset == BEST:

@@ -1,4 +1,4 @@
-"""Deployed files as classifiers, and classifiers by way of a file in the engine of one's choice."""
+"""Opens deployed files as classifiers, and runs a classifier in another engine by way of a temporary file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FileNetwork:
 
 @dataclass(frozen=True)
 class DeployedInfo:
-    """What a deployed file says of its network, and what of that is needed to run it."""
+    """The metadata of a deployed file that are needed to run it."""
 
     arch: str
     mode: str

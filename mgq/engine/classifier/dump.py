@@ -1,4 +1,4 @@
-"""A network as a file to deploy, with what is known of it inside."""
+"""Writes a network as a file to deploy, with its metadata inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network that a verb's words mean: a deployed file, the built-in one, or a network that MegEngine runs.
+"""Opens the network that a command's options choose: a deployed file, the built-in one, or one that MegEngine runs.
 
 MegEngine is imported for the last alone.
 """

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: ``<save>/<arch>.<mode>/`` with everything that was learned and how."""
+"""The folder of a run, ``<save>/<arch>.<mode>/``: checkpoint, state, recipe, log and metrics."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, save: Path, arch: str, mode: str, tensorboard: bool = False) -> RunFolder:
-        """The run that is there, to go on with it from :meth:`read_state`.
+        """Open an existing run, to resume it from :meth:`read_state`.
 
         Raises InputError where there is none, where it saved no state yet, where another process is at work in it,
         or it cannot be written.
@@ -111,7 +111,7 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """Where the state lies that the run can go on from."""
+        """The file of the state that the run can be resumed from."""
         return self.path / LAST
 
     def write_recipe(self, text: str) -> None:
@@ -171,7 +171,7 @@ class RunFolder:
         return write_curves(self.path / CURVES, metrics, title, marks)
 
     def close(self) -> None:
-        """Let others have the folder. To be called once all is written; again, it does nothing."""
+        """Release the lock of the folder. To be called when all is written; a second call does nothing."""
         if self._lock is not None:
             self._lock.release()
 
@@ -185,7 +185,7 @@ class RunFolder:
         self.close()
 
     def _mend(self) -> None:
-        """Take away what a killed process left half written."""
+        """Delete what a killed process left half written."""
         drop_abandoned_in(self.path)
         for name in (LOG, METRICS):
             drop_torn_line(self.path / name)
