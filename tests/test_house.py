@@ -160,8 +160,10 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     known = modules()
+    # The package's face names for types what it imports when it is asked for, and rooms ask it for the version.
     imports = {
-        name: {module_of(i, known) for i in names_imported(path, types_too=False)} for name, path in known.items()
+        name: {module_of(i, known) for i in names_imported(path, types_too=name != "mgq")}
+        for name, path in known.items()
     }
     left = {name: wanted - {name} for name, wanted in imports.items()}
     # Take away what imports nothing that is left, and what nothing that is left imports: circles stay.

@@ -14,8 +14,7 @@ from mgq.cli.import_options import NONE_GIVEN, ImportOptions
 from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine, take_checkpoint
 
 if TYPE_CHECKING:
-    from mgq.reports.file_report import FileReport
-    from mgq.reports.run_report import Report
+    from mgq.reports.contents import FileReport, Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from mgq.reports.report_page import (
 )
 
 if TYPE_CHECKING:
-    from mgq.reports.file_report import FileReport
+    from mgq.reports.contents import FileReport
 
 
 def page_of(report: FileReport) -> str:

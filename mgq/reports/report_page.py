@@ -19,8 +19,8 @@ from mgq.system.environment import Machine
 
 if TYPE_CHECKING:
     from mgq.engine.runs.run_folder import Metrics
+    from mgq.reports.contents import Report
     from mgq.reports.run_predictions import Networks
-    from mgq.reports.run_report import Report
 
 MATRIX = 20
 """More classes have a list of confusions instead of a matrix."""

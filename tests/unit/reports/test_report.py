@@ -18,11 +18,12 @@ from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
+from mgq.reports.contents import Report
 from mgq.reports.finished_run import find_run
 from mgq.reports.measurements import FLOAT, INT8, Measurements
 from mgq.reports.report_options import ReportOptions
 from mgq.reports.run_predictions import choose_changes
-from mgq.reports.run_report import Report, report_run
+from mgq.reports.run_report import report_run
 from mgq.runtime.registry import get_backend
 from tests.conftest import (
     SIZE,
