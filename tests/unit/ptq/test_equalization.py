@@ -60,6 +60,7 @@ def test_int8_is_nearer_to_float(arch: str) -> None:
     assert noise(equalize_channels(network, IMAGES)[0]) < 0.8 * noise(network)
 
 
+@pytest.mark.slow
 def test_a_channel_that_can_reach_the_ceiling_keeps_its_size() -> None:
     network = network_of("mobilenet_v2", activation="relu6")
     found, _ = equalize_channels(network, IMAGES)
