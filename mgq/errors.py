@@ -48,7 +48,7 @@ def printable(thing: object) -> str:
 
 
 LONGEST_SHOWN = 80
-"""Of a name that nobody knows, so many characters are looked at."""
+"""The most characters of an unknown name that are compared with known ones."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) from its original archives: checked, unpacked once, sorted into class folders.
+"""Unpacks ImageNet (ILSVRC 2012) from its original archives: checked, and sorted into class folders.
 
 The archives are those of image-net.org. The training archive holds one tar a class. The validation archive is
 flat, and the development kit says which class each of its pictures shows.

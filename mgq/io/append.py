@@ -1,4 +1,4 @@
-"""Files that grow by whole pieces."""
+"""Appends to files in whole pieces."""
 
 from __future__ import annotations
 

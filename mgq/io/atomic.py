@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whenever the machine stops."""
+"""Writes files atomically: whenever the machine stops, a file is the old one or the new one, whole."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def drop_abandoned(path: Path) -> None:
-    """Take away what processes that are no more left half written beside ``path``. Raises nothing."""
+    """Delete half-written files beside ``path`` whose processes have ended. Raises nothing."""
     _drop_ownerless(path.parent, f".{glob.escape(path.name)}.*.part")
 
 
 def drop_abandoned_in(folder: Path) -> None:
-    """Take away what processes that are no more left half written in ``folder``. Raises nothing."""
+    """Delete half-written files in ``folder`` whose processes have ended. Raises nothing."""
     _drop_ownerless(folder, ".*.part")
 
 

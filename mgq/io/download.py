@@ -1,4 +1,4 @@
-"""Files from the network: whole and verified, or not there."""
+"""Downloads files: a file is whole and verified, or it is not there."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Source:
 
     ``name`` is the file's name in the cache folder, ``size`` is in bytes, ``sha256`` is 64 hexadecimal digits
     and ``sha256_prefix`` the first few of them, where no more is published. Where none of the three is known, the
-    length that the server states is all that tells a whole file from half of one, and a server must state it.
+    server must state the length: nothing else shows whether a file is complete.
     Raises InputError for values that cannot be.
     """
 
@@ -403,7 +403,7 @@ class _Transfer:
 
 
 def boot_id() -> str:
-    """What tells one run of this machine from the next. Only a process that died leaves a part whole so far."""
+    """An id of this boot of the machine: a part is resumed only within the boot that wrote it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -468,7 +468,7 @@ def _range_headers(offset: int, mark: dict[str, str] | None) -> dict[str, str]:
 
 
 def _mark_of(response: requests.Response) -> dict[str, str]:
-    """What tells this version of the file from others. A weak ETag does not do so to the byte."""
+    """The identifier of this version of the file. A weak ETag is none: it does not promise equal bytes."""
     mark = {name: _header(response, name) for name in ("ETag", "Last-Modified")}
     return {name: value for name, value in mark.items() if value and not value.startswith("W/")}
 

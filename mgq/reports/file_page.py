@@ -1,4 +1,4 @@
-"""A report on a deployed file as one HTML page that needs nothing else. Reading it imports no MegEngine."""
+"""Makes the HTML page of a report on a deployed file. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployed file, measured anew and laid out on one page that opens off line. Reading it imports no MegEngine."""
+"""Measures a deployed file and writes the page about it. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 

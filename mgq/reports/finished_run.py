@@ -1,4 +1,4 @@
-"""A finished run as it lies on the disk: what it made, what it began with, and what it noted on the way."""
+"""Reads a finished run from its folder: network, recipe, metrics, and the weights that it began with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else."""
+"""Makes the HTML page of a report on a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MATRIX = 20
 CONFUSIONS = 15
 LISTED_CLASSES = 120
 IMAGES_A_CLASS = 5
-"""With fewer than so many pictures a class (the median) its accuracy says little, and is left out."""
+"""The least median of images a class for which the accuracy of single classes is shown."""
 NONE = "-"
 WHAT = {
     "normal": "trained in float32",

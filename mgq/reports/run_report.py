@@ -1,4 +1,4 @@
-"""A run, measured anew and laid out on one page that opens off line."""
+"""Measures a run and writes the page about it."""
 
 from __future__ import annotations
 

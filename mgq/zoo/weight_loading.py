@@ -1,4 +1,4 @@
-"""Where weights come from: a file of any known kind, or the zoo's pretrained ones; and their strict loading."""
+"""Finds weights, in a file of any known kind or among the zoo's pretrained ones, and loads them strictly."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def read_weights(
 ) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
-    Without ``spec`` the architecture is told from the names and shapes. Of several networks in the file ``key``
+    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key``
     chooses one; what was taken, and what was taken off its names, is in the origin. Raises InputError where the file is
     unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
     message names what differs.
