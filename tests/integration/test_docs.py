@@ -148,11 +148,13 @@ def test_the_example_runs_its_file_without_mgq(tmp_path: Path) -> None:
     assert "cat.jpg: tiger cat" in run_example([str(EXAMPLES / "deploy_without_mgq.py")], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_measures(tmp_path: Path) -> None:
     said = run_example([str(EXAMPLES / "train_and_measure.py")], tmp_path)
     assert re.search(r"^int8: top-1 [\d.]+ % ± [\d.]+, 32 images$", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = json.loads((EXAMPLES / "quantize_your_network.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
