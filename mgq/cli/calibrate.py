@@ -60,7 +60,7 @@ class CalibrateCommand:
     \b
     Examples:
       mgq calibrate photos/
-      mgq calibrate -d flowers --quality best
+      mgq calibrate -d flowers --quality fast
       mgq calibrate -a efficientnet_lite0 --data-free
       mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
     """
