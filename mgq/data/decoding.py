@@ -282,7 +282,7 @@ def _jpeg_facts(data: bytes) -> JpegFacts:
     if scans > 1:  # all coefficients are kept until the last scan, and each goes through all of them
         _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
         if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
-            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it anew")
+            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it again")
     return JpegFacts(*size, orientation)
 
 

@@ -54,7 +54,7 @@ class LibraryRuntime:
         self.version: str = self.functions["mgq_cpu"]().decode()
         if not self.functions["mgq_runs_here"]():
             raise InputError(
-                f"{printable(path)} is for {self.version} processors, and this is none: dump it with --cpu native"
+                f"{printable(path)} is for {self.version} processors, which this one is not: dump it with --cpu native"
             )
         self.classes: int = self.functions["mgq_classes"]()
         size: int = self.functions["mgq_image_size"]()

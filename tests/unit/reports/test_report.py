@@ -157,7 +157,7 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
     assert found_in(written).pair is not None and len(written.float_metrics) == 2
     later = written.run.checkpoint.stat().st_mtime + 60
     os.utime(origin, (later, later))
-    assert "trained anew since" in words_of(report(run, engines=False))
+    assert "trained again since" in words_of(report(run, engines=False))
     assert written.run.command == "mgq calibrate"
     write_environment(run, {"processes": [{"command": "mgq calibrate -d 'my set'"}]})
     assert report(run, engines=False).run.command == "mgq calibrate -d 'my set'"
