@@ -1,4 +1,4 @@
-"""What the channels of a float network look like: measured on pictures, or expected of its batch norms."""
+"""Statistics of the channels of a float network: measured on images, or expected from its batch norms."""
 
 from __future__ import annotations
 

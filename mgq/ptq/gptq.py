@@ -1,4 +1,4 @@
-"""Rounding that makes up for itself, after GPTQ (Frantar et al. 2022, arXiv:2210.17323).
+"""Rounds weights so that the errors of an output cancel, after GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 
 Weights are rounded one input at a time, and what the output loses by it is given to the inputs not rounded yet, as far
 as these vary together on real pictures. So many weights that are rounded the wrong way, seen alone, add up to an output
@@ -45,7 +45,7 @@ On EfficientNet-Lite0, 100 pictures, the logits of 400 others came within 17.5 d
 at 1 and 19.5 at 3."""
 BLOCK = 128
 SMALL_KERNEL, TRIALS, WIDEST = 64, 24, 1.35
-"""For kernels of so many weights at most so many scales are tried, the last of them so many times the least."""
+"""The most weights of a kernel for which several scales are tried, how many, and the largest over the least."""
 SWEEPS = 2
 """How often each weight may move after it was rounded."""
 

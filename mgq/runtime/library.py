@@ -1,4 +1,4 @@
-"""A shared library that ``mgq dump --format native`` has written, named by the user: its code runs in this process."""
+"""Runs a shared library of ``mgq dump --format native`` that the user has named: its code runs in this process."""
 
 from __future__ import annotations
 

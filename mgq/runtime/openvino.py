@@ -57,7 +57,7 @@ class OpenVino(OfOnnxFile):
 
 
 def settings_for(threads: int) -> dict[str, Any]:
-    """How OpenVINO is told to run: one picture after the other, on so many threads."""
+    """OpenVINO's settings: one image after the other, on ``threads`` threads."""
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
