@@ -97,7 +97,7 @@ def test_rows_that_fill_no_vector_are_right(level: Level) -> None:
         "shufflenet_v1_x0_5_g3",
         slow("shufflenet_v1_x1_0_g3"),
         slow("shufflenet_v1_x2_0_g3"),
-        "shufflenet_v1_x1_5_g8",
+        slow("shufflenet_v1_x1_5_g8"),
         slow("resnet34"),
     ),
 )
@@ -112,7 +112,7 @@ def test_groups_of_any_number_and_width_give_the_same_bits(arch: str) -> None:
         assert np.array_equal(logits_in(program, level, images), run_reference(program, images)[0])
 
 
-@pytest.mark.parametrize("classes", (2, 17, 1000))
+@pytest.mark.parametrize("classes", (slow(2), 17, slow(1000)))
 def test_any_number_of_classes(classes: int) -> None:
     program = program_for("mobilenet_v2", 32, classes)
     images = noise(32, 1)

@@ -151,7 +151,7 @@ def test_a_layer_that_an_engine_merges_with_its_reader_is_shown(engine: Backend,
     assert max(entry.largest for entry in found) <= 1
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("arch", [slow("resnet18"), "mobilenet_v2"])
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_logits_are_near_those_of_fake_quantization(arch: str, target: Target, engine: str, folder: Path) -> None:
@@ -242,7 +242,7 @@ class TestTarget:
         wanted = np.abs(weight).max(1) / 127
         assert (scales[:, 0] > 0.99 * wanted).all() and (scales[:, 0] < 1.13 * wanted).all()
 
-    @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+    @pytest.mark.parametrize("rounding", ["nearest", slow("gptq")])
     def test_without_vnni_weights_stay_where_no_sum_saturates(self, rounding: str, tmp_path: Path) -> None:
         arch = "shufflenet_v1_x0_5_g3"
         network = calibrate_network(
