@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
     RUNS,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeCommand:
+class AnalyzeCommand(ImportOptions):
     """Show where the error of int8 comes from, layer by layer.
 
     Each layer is quantized alone, all others in float, and the answers are compared with float: the worst layers come
@@ -66,7 +66,6 @@ class AnalyzeCommand:
     save: Save = RUNS
     pretrained: Pretrained = None
     as_json: AsJson = False
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Analyze, write the page, and print the table or the JSON."""
@@ -78,7 +77,7 @@ class AnalyzeCommand:
             raise InputError("pictures were named, and a folder by -d: give one of them")
         refuse_hopeless(expand(self.files or [], note))
         checkpoint = prepare_megengine(
-            self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.imported.wish()
+            self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.import_wish()
         )
         from mgq.engine.calibration import analysis
         from mgq.reports.analysis_page import write_page

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.help_layout import OWN
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
 from mgq.cli.shared_options import RUNS, CheckpointFile, Save, prepare_megengine, refuse_wish
 from mgq.errors import FailureError, InputError
@@ -31,7 +31,7 @@ STDOUT = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchCommand:
+class BenchCommand(ImportOptions):
     """Measure pictures a second in every engine.
 
     Each row is a process of its own, pinned to its cores; rows take turns in random order. Networks without
@@ -121,7 +121,6 @@ class BenchCommand:
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
     ] = None
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Measure, and write and print the report. The exit code is 1 where nothing could be measured."""
@@ -129,7 +128,7 @@ class BenchCommand:
             raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
         if self.as_markdown and self.json_file == STDOUT:
             raise InputError("--markdown and --json - both want standard output: give --json a file")
-        wish = self.imported.wish()
+        wish = self.import_wish()
         if self.checkpoint is None:
             refuse_wish(wish)
         if self.training:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.help_layout import OUTPUT
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions, KeepInput
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
     RUNS,
@@ -49,7 +49,7 @@ def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> st
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateCommand:
+class CalibrateCommand(ImportOptions):
     """Make a float network ready for int8, without training.
 
     Ranges are measured on pictures, channels equalized, weights rounded by GPTQ, biases corrected. Without any
@@ -122,8 +122,8 @@ class CalibrateCommand:
     pretrained: Pretrained = None
     width: Width = None
     image_size: ImageSize = None
+    keep_input: KeepInput = False
     as_json: AsJson = False
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Calibrate, and print what came of it."""
@@ -133,7 +133,7 @@ class CalibrateCommand:
         options = self.options()
         options.refuse_contradictions()
         refuse_hopeless(expand(self.files or [], note))
-        wish = self.imported.wish()
+        wish = self.import_wish()
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
         options = replace(options, checkpoint=checkpoint)
         with progress() as on_progress:
@@ -174,6 +174,7 @@ class CalibrateCommand:
             pretrained=self.pretrained or False,
             width=self.width,
             image_size=self.image_size,
+            keep_input=self.keep_input,
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions, KeepInput
 from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
 from mgq.cli.shared_options import (
     RUNS,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpCommand:
+class DumpCommand(ImportOptions):
     """Write the network as a file to deploy, which takes raw pixels.
 
     A .megengine file is for MegEngine and MegEngine Lite: it is loaded, and must give the network's answers to the
@@ -111,22 +111,22 @@ class DumpCommand:
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False
+    keep_input: KeepInput = False
     save: Save = RUNS
     pretrained: Pretrained = None
     ranges: Ranges = None
     width: Width = None
     image_size: ImageSize = None
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Write the file, compare it with MegEngine, and say what was found."""
         from mgq.cli.console import out, progress
 
-        wish = self.imported.wish()
+        wish = self.import_wish()
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
         with progress() as on_progress:
             classifier = self.open(checkpoint, on_progress)
-        wanted = Wanted(self.output, self.kind, self.input_type, self.batch or None, self.tune, self.cpu, self.engine)
+        wanted = self.wanted()
         compared = self.check != "none"
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
@@ -136,6 +136,11 @@ class DumpCommand:
             show_float_size(classifier, dumped, wanted, out)
         if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
             show_speed(classifier, dumped, images)
+
+    def wanted(self) -> Wanted:
+        """What the file is to be."""
+        batch = self.batch or None
+        return Wanted(self.output, self.kind, self.input_type, batch, self.tune, self.cpu, self.engine, self.keep_input)
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
         """The network to write; ``checkpoint`` is where its weights are by now."""
@@ -168,6 +173,7 @@ class Wanted(NamedTuple):
     tune: bool = False
     cpu: str | None = None
     engine: str = "any"
+    keep_input: bool = False
 
 
 def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
@@ -184,12 +190,21 @@ def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
     dumped = dump_classifier(
-        classifier, path, wanted.input_type, wanted.batch, kind, rewrites, wanted.cpu, wanted.engine
+        classifier,
+        path,
+        wanted.input_type,
+        wanted.batch,
+        kind,
+        rewrites,
+        wanted.cpu,
+        wanted.engine,
+        wanted.keep_input,
     )
-    size = classifier.image_size
+    height, width = classifier.spec.only_size or (classifier.image_size,) * 2
     batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
+    takes = dumped.takes or f"{wanted.input_type} ({batch}, 3, {height}, {width}) BGR"
     say(
-        f"{dumped.path}: {megabytes(dumped.size)}, takes {wanted.input_type} ({batch}, 3, {size}, {size}) BGR, "
+        f"{dumped.path}: {megabytes(dumped.size)}, takes {takes}, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
     RUNS,
@@ -53,7 +53,7 @@ CONFUSED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand:
+class EvalCommand(ImportOptions):
     """Measure accuracy on labelled pictures.
 
     Prints top-1, top-5, loss and the most confused classes. Without -d it takes the pictures that the checkpoint was
@@ -115,14 +115,13 @@ class EvalCommand:
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Measure, then print the tables or the JSON."""
         from mgq.cli.console import note, progress
 
         refuse_more_than_cores(self.jobs)
-        wish = self.imported.wish()
+        wish = self.import_wish()
         if self.devices > 1:
             note(f"-n {self.devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
         with progress(self.report_freq) as on_progress:

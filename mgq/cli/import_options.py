@@ -1,13 +1,8 @@
 """Options that describe an ONNX file of another program: its preprocessing, size and labels."""
 
-from __future__ import annotations
-
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,11 +39,18 @@ Labels = Annotated[
     Path | None,
     typer.Option("--labels", help="Names of its classes: one a line, or a list in JSON."),
 ]
+KeepInput = Annotated[
+    bool,
+    typer.Option("--keep-input", help="The int8 file takes the float input that the ONNX file took, not uint8 pixels."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """The options together, for each verb that takes a float ONNX file."""
+    """The options together: each verb that takes a float ONNX file inherits them.
+
+    Their annotations are values here, not text, so that a verb's own module need not know their names.
+    """
 
     preprocess: Preprocess = None
     mean: Mean = None
@@ -57,37 +59,11 @@ class ImportOptions:
     size: Size = None
     labels: Labels = None
 
-    def wish(self) -> ImportWish:
+    def import_wish(self) -> ImportWish:
         """The options as one value. Raises InputError for numbers and sizes that are none."""
         order = None if self.rgb is None else "rgb" if self.rgb else "bgr"
         mean, std = numbers_in(self.mean, "--mean"), numbers_in(self.std, "--std")
         return ImportWish(self.preprocess, mean, std, order, size_in(self.size), self.labels)
-
-
-NONE_GIVEN = ImportOptions()
-PARAMETER = "imported"
-
-
-def spread_import_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """``verb``; where it has a parameter ``imported``, the fields of :class:`ImportOptions` are options of it instead.
-
-    Typer knows plain options alone.
-    """
-    own = inspect.signature(verb, eval_str=True).parameters
-    if PARAMETER not in own:
-        return verb
-    shared = inspect.signature(ImportOptions, eval_str=True).parameters
-
-    @functools.wraps(verb)
-    def command(**given: Any) -> Any:
-        imported = ImportOptions(**{name: given.pop(name) for name in shared})
-        return verb(**given, **{PARAMETER: imported})
-
-    entries = [entry for name, entry in own.items() if name != PARAMETER] + list(shared.values())
-    typed = [entry.replace(kind=entry.KEYWORD_ONLY) for entry in entries]
-    command.__annotations__ = {entry.name: entry.annotation for entry in typed}
-    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
-    return command
 
 
 def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
     RUNS,
@@ -49,7 +49,7 @@ PROBABILITY = "probability"
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferCommand:
+class InferCommand(ImportOptions):
     """Classify pictures with the int8 network (or another mode).
 
     Without a picture it takes the bundled cat.
@@ -85,7 +85,6 @@ class InferCommand:
     ranges: Ranges = None
     width: Width = None
     image_size: ImageSize = None
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""
@@ -96,7 +95,7 @@ class InferCommand:
         sources = expand([*(self.image or []), *(self.files or [])] or [str(bundled_cat())], note)
         if not self.as_json:  # which tells of broken pictures in its document
             refuse_hopeless(sources)
-        checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, self.imported.wish())
+        checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, self.import_wish())
         with progress() as on_progress:
             from mgq.engine.classifier.predict import FEW, predict
 

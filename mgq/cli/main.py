@@ -18,7 +18,6 @@ from click import Command, Group
 from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, NoSuchOption
 
 from mgq.cli.help_layout import Verb
-from mgq.cli.import_options import spread_import_options
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, debugging, hush_decoders, package_version, set_library_defaults
 from mgq.system.mpi_world import World, find_world
@@ -79,7 +78,7 @@ def app_with(names: Iterable[str]) -> typer.Typer:
     for name in names:
         module, _, function = VERBS[name].partition(":")
         verb: Callable[..., Any] = getattr(importlib.import_module(f"mgq.cli.{module}"), function)
-        app.command(name, cls=Verb)(spread_import_options(verb))
+        app.command(name, cls=Verb)(verb)
     return app
 
 

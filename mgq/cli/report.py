@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.shared_options import RUNS, AsJson, KeyName, LabelledData, Limit, Save, prepare_megengine, take_checkpoint
 
 if TYPE_CHECKING:
+    from mgq.engine.classifier.import_wish import ImportWish
     from mgq.reports.contents import FileReport, Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportCommand:
+class ReportCommand(ImportOptions):
     """Write one HTML page about a run or a deployed file.
 
     It shows accuracy, training, changed answers and engines. The networks are measured anew, on the pictures that the
@@ -55,7 +56,6 @@ class ReportCommand:
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True
     save: Save = RUNS
     as_json: AsJson = False
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Write the page and say where it is."""
@@ -76,11 +76,11 @@ class ReportCommand:
         )
         file = options.find_file()
         if file is None:
-            wish = self.imported.wish()
+            wish = self.import_wish()
             checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
             options = replace(options, checkpoint=checkpoint)
         else:
-            prepare_file(file, self.imported)
+            prepare_file(file, self.import_wish())
         with progress() as on_progress:
             written = write_report(options, on_progress)
         if self.as_json:
@@ -89,13 +89,13 @@ class ReportCommand:
             show_report(written)
 
 
-def prepare_file(file: Path, imported: ImportOptions) -> None:
+def prepare_file(file: Path, wish: ImportWish) -> None:
     """Import MegEngine, quietly, where it runs the deployed ``file``. Raises InputError for options of other files."""
     from mgq.export.formats import format_of
     from mgq.quantization.option_names import MEGENGINE
     from mgq.system.megengine_start import import_megengine
 
-    take_checkpoint(file, wish=imported.wish())
+    take_checkpoint(file, wish=wish)
     if format_of(file) == MEGENGINE:
         import_megengine()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from mgq.cli.import_options import NONE_GIVEN, ImportOptions
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.mode_comparison import Comparison
     from mgq.engine.training.training_run import TrainResult
 
-SHOWN_OR_READ = ("as_json", "imported", "jobs")
+SHOWN_OR_READ = {"as_json", "jobs", *(field.name for field in fields(ImportOptions))}
 """Fields of a command that are no options of training itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingCommand:
+class TrainingCommand(ImportOptions):
     """The options that ``train`` and ``qat`` share."""
 
     mode: ClassVar[Literal["train", "qat"]]
@@ -162,7 +162,6 @@ class TrainingCommand:
     ] = 0
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
-    imported: ImportOptions = NONE_GIVEN
 
     def execute(self) -> None:
         """Train and show the result; where the training was stopped, say how to resume it."""
@@ -172,7 +171,7 @@ class TrainingCommand:
         start_jobs(self.jobs)
         if self.recipe is not None:
             read_changes(self.recipe)  # where it is none, nothing else needs to be loaded
-        checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, self.imported.wish())
+        checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, self.import_wish())
         from mgq.api import make_train_options
         from mgq.engine.training import training_run
         from mgq.engine.training.trainer import StoppedError

@@ -59,14 +59,7 @@ class OnnxRuntime(OfOnnxFile):
     def _answers(self, names: list[str], batch: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         self.file.refuse_other_shape(batch.shape)
         try:
-            found: list[npt.NDArray[Any]] = self.session.run(
-                names, {self.file.input: prepare_batch(batch, self.file.type)}
-            )
+            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: self.file.fed(batch)})
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
         return found
-
-
-def prepare_batch(batch: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
-    """``batch`` as a file takes it whose input has ONNX's type ``kind``: pixels, or these minus 128 in float32."""
-    return batch if kind == "uint8" else batch.astype(np.float32) - 128

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from mgq.export.onnx.onnx_file import import_package, read_onnx
 from mgq.machine import mute_stderr, set_library_defaults
-from mgq.runtime.onnxruntime import prepare_batch
 from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
 
@@ -51,7 +50,7 @@ class OpenVino(OfOnnxFile):
     def _answers(self, batch: npt.NDArray[np.uint8]) -> Any:
         self.file.refuse_other_shape(batch.shape)
         try:
-            return self.request.infer({0: prepare_batch(batch, self.file.type)}, share_inputs=True, share_outputs=False)
+            return self.request.infer({0: self.file.fed(batch)}, share_inputs=True, share_outputs=False)
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
 

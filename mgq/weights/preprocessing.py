@@ -7,6 +7,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
+GREY_OF_BGR = (0.114, 0.587, 0.299)
+"""ITU-R BT.601, as Pillow and OpenCV do it."""
 INTERPOLATIONS = ("bilinear", "bicubic")
 MOST_RESIZE = 8.0
 

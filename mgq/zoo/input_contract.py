@@ -9,11 +9,9 @@ import numpy.typing as npt
 
 from mgq.errors import InputError, no_such
 from mgq.weights.foreign_states import HALF_RGB, IMAGENET_RGB
+from mgq.weights.preprocessing import GREY_OF_BGR
 
 Values = npt.NDArray[np.float64]
-
-GREY_OF_BGR = (0.114, 0.587, 0.299)
-"""ITU-R BT.601, as Pillow and OpenCV do it."""
 
 
 @dataclass(frozen=True)

@@ -215,13 +215,13 @@ def places_of(classes: Sequence[str]) -> dict[str, int]:
 def in_openvino(path: Path, pixels: Pixels) -> Logits:
     """The logits of a file for OpenVINO, ``.onnx`` or ``.xml``, with a batch of 1: float32 (N, classes)."""
     from mgq.export.onnx.onnx_file import import_package
-    from mgq.runtime.onnxruntime import prepare_batch
     from mgq.runtime.openvino import settings_for
 
     core = import_package("openvino").Core()
     network = core.compile_model(core.read_model(str(path)), "CPU", settings_for(1))
-    kind = "uint8" if network.input(0).get_element_type().get_type_name() == "u8" else "float"
-    return np.concatenate([network([prepare_batch(image[None], kind)])[0].copy() for image in pixels])
+    takes_pixels = network.input(0).get_element_type().get_type_name() == "u8"
+    fed = [image[None] if takes_pixels else image[None].astype(np.float32) - peers.PIXEL_ZERO for image in pixels]
+    return np.concatenate([network([image])[0].copy() for image in fed])
 
 
 def in_onnxruntime(path: Path, pixels: Pixels) -> Logits:

@@ -21,7 +21,6 @@ from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settin
 from mgq.bench.statistics import Speed, Speedup
 from mgq.cli.bench import BenchCommand
 from mgq.cli.help_layout import Verb
-from mgq.cli.import_options import spread_import_options
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, log_progress
 from mgq.system.environment import Machine
@@ -36,7 +35,7 @@ MACHINE = Machine(
 BOTH = tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 app = typer.Typer(pretty_exceptions_enable=False)
-app.command(cls=Verb)(spread_import_options(BenchCommand))
+app.command(cls=Verb)(BenchCommand)
 
 
 def row(

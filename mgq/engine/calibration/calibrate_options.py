@@ -18,7 +18,8 @@ class CalibrateOptions:
     that the weights were trained on, and without these, or with ``data_free``, what the batch norms say. ``preset`` is
     how much is tried; ``method`` fixes how ranges are chosen. ``max_drop``: weights of layers stay float32 until int8
     loses no more points of top-1. ``limit`` labelled images at most show the accuracy. ``ranges_file``: ranges for the
-    float weights are written to it, too. ``pretrained`` is True or the version of the zoo's weights.
+    float weights are written to it, too. ``pretrained`` is True or the version of the zoo's weights. ``keep_input``:
+    the int8 file of an imported network takes the float input that the imported file took.
     """
 
     files: Sequence[str] = ()
@@ -43,6 +44,7 @@ class CalibrateOptions:
     pretrained: bool | str = False
     width: float | None = None
     image_size: int | None = None
+    keep_input: bool = False
 
     @property
     def rounding(self) -> str:

@@ -18,6 +18,7 @@ from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
+from mgq.engine.classifier.onnx_import import kept_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError
 from mgq.events import NO_CALLBACKS, Callbacks, duration
@@ -74,6 +75,8 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     """
     options.refuse_contradictions()
     classifier = open_float_network(options, callbacks)
+    if options.keep_input:
+        kept_input(classifier)  # which refuses where there is none
     if options.target is None and classifier.spec.is_described:
         options = replace(options, target=ONNX.name)  # MegEngine has no int8 for imported networks
     found = find_images_nearby(
@@ -86,8 +89,7 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     )
     refuse_unwritable_folders(options)
     labelled = found.labelled
-    if options.limit and labelled is not None:
-        labelled = subset(labelled, options.limit)
+    labelled = subset(labelled, options.limit) if options.limit and labelled is not None else labelled
     mixed: MixedPrecisionResult | None = None
     if options.data_free or found.sources is None:
         callbacks.on_message(WITHOUT_IMAGES + ("" if options.data_free else MEND))
@@ -109,23 +111,35 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     comparison = mixed.comparison if mixed else None
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
+    report_advice(classifier, labelled, comparison, callbacks)
+    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent, options)
+    return CalibrationResult(
+        result, checkpoint, comparison, mixed, found.name, found.why_not, classifier.origin, deployment
+    )
+
+
+def report_advice(
+    classifier: Classifier, labelled: Dataset | None, comparison: Comparison | None, callbacks: Callbacks
+) -> None:
+    """Send the advice of :func:`advise_on_input` as a message, where there is any."""
     if labelled is not None and comparison is not None:
         advice = advise_on_input(classifier, labelled, comparison.normal)
         if advice is not None:
             callbacks.on_message(advice)
-    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent)
-    origin = classifier.origin
-    return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, origin, deployment)
 
 
 def deploy_imported(
-    classifier: Classifier, result: Calibration, images: Sequence[Source] | Dataset | None, folder: Path
+    classifier: Classifier,
+    result: Calibration,
+    images: Sequence[Source] | Dataset | None,
+    folder: Path,
+    options: CalibrateOptions,
 ) -> Deployment | None:
     """An int8 file of an imported network in ``folder``, measured; None of others, and without ``images``."""
     if images is None or not classifier.spec.is_described:
         return None
     file = folder / f"{classifier.spec.name}.int8.onnx"
-    return deploy(classifier, result.classifier, file, read_some_crops(classifier, images))
+    return deploy(classifier, result.classifier, file, read_some_crops(classifier, images), options.keep_input)
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:

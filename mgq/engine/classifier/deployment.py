@@ -91,19 +91,20 @@ class Deployment:
         return {**vars(self), "path": str(self.path), "rows": rows}
 
 
-def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images) -> Deployment:
+def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images, keep_input: bool = False) -> Deployment:
     """Write the int8 network to the ``.onnx`` file ``path``, and measure it beside a float file of ``normal``.
 
     Where an engine runs another form of it sooner, that lies in a file beside it, whose name has the engine's in it.
-    ``images``: uint8 (N, 3, H, W), as the networks see them. Raises as the dump does.
+    ``images``: uint8 (N, 3, H, W), as the networks see them. ``keep_input`` is as for the dump.
+    Raises as that does.
     """
     int8 = convert(int8, Mode.QUANTIZED)
-    dumped = dump_classifier(int8, path, batch=None)
+    dumped = dump_classifier(int8, path, batch=None, keep_input=keep_input)
     with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
         beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
         exact = normal_logits(normal, images)
         rows = tuple(
-            engine_row(engine, beside.path, [path, *own_form(int8, path, engine.key)], exact, images)
+            engine_row(engine, beside.path, [path, *own_form(int8, path, engine.key, keep_input)], exact, images)
             for engine in list_backends(path)
         )
     drop_slower_forms(path, rows)
@@ -132,7 +133,7 @@ def write_candidates(normal: Classifier, int8: Classifier, folder: Path) -> list
     return [floats, integers, *forms]
 
 
-def own_form(int8: Classifier, path: Path, engine: str) -> list[Path]:
+def own_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:
     """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
     if engine not in FORMS:
         return []
@@ -141,7 +142,7 @@ def own_form(int8: Classifier, path: Path, engine: str) -> list[Path]:
     if in_form_for(graph, engine) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []
-    return [dump_classifier(int8, beside, batch=None, engine=engine).path]
+    return [dump_classifier(int8, beside, batch=None, engine=engine, keep_input=keep_input).path]
 
 
 def drop_slower_forms(path: Path, rows: Sequence[EngineRow]) -> None:

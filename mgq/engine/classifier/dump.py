@@ -14,6 +14,7 @@ import megengine.module as M
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
+from mgq.engine.classifier.onnx_import import kept_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import FailureError, InputError, no_such, printable
 from mgq.export.formats import INPUTS, SUFFIXES, format_of
@@ -27,12 +28,14 @@ from mgq.quantization.targets import MEGENGINE, ONNX
 
 @dataclass(frozen=True)
 class Dump:
-    """A file that was written: its format, its bytes, and in a sentence how far it was checked."""
+    """A file that was written: its format, its bytes, and in a sentence how far it was checked. ``takes``: what it is
+    fed, where that is the input of an imported file."""
 
     path: Path
     format: str
     size: int
     checked: str
+    takes: str = ""
 
 
 def format_for(classifier: Classifier, path: Path | None = None, wanted: str | None = None) -> str:
@@ -80,13 +83,15 @@ def dump_classifier(
     rewrites: Sequence[str] = (),
     cpu: str | None = None,
     engine: str = ANY_ENGINE,
+    keep_input: bool = False,
 ) -> Dump:
     """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
 
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
     ``.onnx`` file by ONNX's own checker; its batch may be None, for any, and ``rewrites`` and
-    ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. A native library takes any number of images, is for
+    ``engine`` are as in :func:`mgq.export.onnx.writer.write_onnx`. With ``keep_input`` it takes what the imported ONNX
+    file took, and so many pictures. A native library takes any number of images, is for
     processors of the kind ``cpu`` (see :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
 
     Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left
@@ -100,14 +105,11 @@ def dump_classifier(
     ensure_writable_folder(path.absolute().parent)
     cat = classifier.crop(read_image(bundled_cat()))
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
-    if cpu is not None and kind != "native":
-        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
-    if engine != ANY_ENGINE and kind != "onnx":
-        raise InputError("--for is for ONNX files: pass --format onnx, or leave it out")
+    refuse_other_format(kind, cpu, engine, keep_input)
     if kind == "native":
         return dump_native(classifier, path, input_type, cpu)
     if kind == "onnx":
-        return dump_onnx(classifier, path, input_type, batch, rewrites, engine)
+        return dump_onnx(classifier, path, input_type, batch, rewrites, engine, keep_input)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     report = write_megengine(
@@ -123,21 +125,40 @@ def dump_classifier(
     return Dump(path, kind, report.size, checked)
 
 
+def refuse_other_format(kind: str, cpu: str | None, engine: str, keep_input: bool) -> None:
+    """Raises InputError for options of another format than ``kind``."""
+    if cpu is not None and kind != "native":
+        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
+    for option, given in (("--for", engine != ANY_ENGINE), ("--keep-input", keep_input)):
+        if given and kind != "onnx":
+            raise InputError(f"{option} is for ONNX files: pass --format onnx, or leave it out")
+
+
 def dump_onnx(
-    classifier: Classifier, path: Path, input_type: str, batch: int | None, rewrites: Sequence[str], engine: str
+    classifier: Classifier,
+    path: Path,
+    input_type: str,
+    batch: int | None,
+    rewrites: Sequence[str],
+    engine: str,
+    keep_input: bool,
 ) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
+    kept = kept_input(classifier) if keep_input else None
+    if kept is not None and classifier.mode is Mode.NORMAL:
+        raise InputError("--keep-input is for int8: the float file with its input is the one that was imported")
     report = write_onnx(
         source_of(classifier),
         path,
         image_size=classifier.image_size,
-        batch=batch,
+        batch=kept.shape[0] if kept else batch,
         provenance={**provenance_of(classifier), **({} if engine == ANY_ENGINE else {"engine": engine})},
         rewrites=rewrites,
         engine=engine,
+        kept=kept,
     )
-    return Dump(path, "onnx", report.size, "ONNX's checker accepts it")
+    return Dump(path, "onnx", report.size, "ONNX's checker accepts it", kept.said() if kept else "")
 
 
 def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
@@ -191,13 +212,15 @@ def dump(
     mode: Mode | str = Mode.QUANTIZED,
     input_type: str = "uint8",
     batch: int | None = 1,
+    keep_input: bool = False,
     **choice: Any,
 ) -> Path:
     """Write the network that ``mgq dump`` would to ``path``, an ``.onnx``, ``.megengine`` or ``.so`` file; returns
     the path.
 
-    Without ``arch`` and ``checkpoint`` it is the network of the newest run that can serve ``mode``. ``choice`` are
-    further arguments of :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises as that and
+    ``keep_input``: see :func:`dump_classifier`. Without ``arch`` and ``checkpoint`` it is the network of the newest run
+    that can serve ``mode``. ``choice`` are further arguments of
+    :func:`mgq.engine.classifier.open.open_classifier`, such as ``ranges``. Raises as that and
     :func:`dump_classifier` do.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
@@ -211,5 +234,5 @@ def dump(
         )
 
     classifier = open_for_target(open_for, Path(path), None, target)
-    dump_classifier(classifier, Path(path), input_type, batch)
+    dump_classifier(classifier, Path(path), input_type, batch, keep_input=keep_input)
     return Path(path)

@@ -18,6 +18,7 @@ from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnMessage, log_message
+from mgq.export.onnx.float_input import FloatInput
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
 from mgq.export.onnx.onnx_file import import_package
 from mgq.graph.onnx_import.draft import NetworkDraft
@@ -26,6 +27,7 @@ from mgq.graph.onnx_import.reader import read_network
 from mgq.io.atomic import ensure_writable_folder
 from mgq.io.download import sha256_of
 from mgq.io.limited_io import text_of
+from mgq.io.records import record_of
 from mgq.machine import mute_stderr
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import info_of
@@ -41,6 +43,8 @@ EQUAL = 1e-4
 BACKGROUND = 1001
 LONGEST_NAMES = 1 << 22
 CHECKPOINT = "checkpoint.safetensors"
+ENTRY = "entry"
+"""The key of what is known of a file's float input."""
 
 Array = npt.NDArray[np.float32]
 
@@ -57,7 +61,11 @@ def imported_checkpoint(
     known = save / f"{name_for(path)}.imported" / CHECKPOINT
     if known.is_file():
         source = source_in(known)
-        if source.get("sha256") == digest and (wish.is_open or source.get("wish") == wish_words(wish)):
+        if (
+            ENTRY in source
+            and source.get("sha256") == digest
+            and (wish.is_open or source.get("wish") == wish_words(wish))
+        ):
             on_message(f"imported before: {known} ({source.get('input', '')})")
             return known
     classifier, remarks = import_classifier(path, wish, digest)
@@ -118,12 +126,31 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     network = network_of(draft.blueprint(), draft)
     classes = names_for(network.blueprint.classes, wish.labels)
     source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
-    source |= {"wish": wish_words(wish), "channels": file.image[0]}
+    source |= {"wish": wish_words(wish), "channels": file.image[0], ENTRY: asdict(entry_of(file, draft, contract))}
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = described_spec(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"
     classifier = Classifier(network, None, spec, Mode.NORMAL, classes, spec.image_size, origin, options)
     return classifier, remarks_on(file, draft, contract, wish, difference)
+
+
+def entry_of(file: ForeignFile, draft: NetworkDraft, contract: InputContract) -> FloatInput:
+    """The float input of ``file``, and its answer's name where that is logits already."""
+    shape = (None if file.any_number else 1, *file.shape[1:])
+    is_whole = draft.sources[draft.output] == file.output
+    output = file.output if is_whole else "logits"
+    return FloatInput(file.input, shape, file.channels_last, contract.order, contract.mean, contract.std, output)
+
+
+def kept_input(classifier: Classifier) -> FloatInput:
+    """The float input of the file that ``classifier`` was imported from. Raises InputError where it was not."""
+    source = source_among(classifier.options)
+    if not source:
+        raise InputError("--keep-input is for int8 of imported ONNX files: leave it out")
+    try:
+        return record_of(FloatInput, source.get(ENTRY))
+    except ValueError:
+        raise InputError("this import says nothing of the file's input: calibrate again with -c model.onnx") from None
 
 
 def remarks_on(

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.export.onnx.float_input import PIXEL_ZERO
 
 Array = npt.NDArray[Any]
 Padding = tuple[int, int, int, int]
 """Top, left, bottom, right."""
-PIXEL_ZERO = 128
 
 
 @dataclass(frozen=True)

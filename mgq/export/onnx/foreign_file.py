@@ -31,7 +31,8 @@ QUANTIZED = INTEGER_OPERATORS | {"MatMulInteger", "QLinearAdd", "DynamicQuantize
 @dataclass(frozen=True)
 class ForeignFile:
     """A model without functions. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
-    (1, H, W, C) where ``channels_last``. ``constants``: name -> value, of all weights."""
+    (1, H, W, C) where ``channels_last``; ``any_number`` of pictures may be given at once, or one. ``constants``: name
+    -> value, of all weights. ``output`` is the answer's name."""
 
     path: Path
     model: Any = field(repr=False)
@@ -40,6 +41,8 @@ class ForeignFile:
     channels_last: bool
     opset: int
     constants: dict[str, Array] = field(repr=False)
+    any_number: bool
+    output: str
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -114,7 +117,9 @@ def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile
         raise InputError(f"has {len(model.graph.output)} outputs: a classifier has one; export it without the others")
     constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
     del model.graph.initializer[:]
-    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants)
+    any_number = not inputs[0].type.tensor_type.shape.dim[0].dim_value
+    output = model.graph.output[0].name
+    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, any_number, output)
 
 
 def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:

@@ -6,11 +6,15 @@ import hashlib
 import importlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mgq.errors import InputError, printable
+from mgq.export.onnx.float_input import PIXEL_ZERO, FloatInput, float_input_in
 from mgq.io.limited_io import bytes_of, object_in
 from mgq.io.private_cache import cache_folder, read_private, write_private
 from mgq.machine import mute_stderr
@@ -26,9 +30,10 @@ METADATA = "mgq"
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) has None where any will
-    do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is what mgq wrote into it, empty in others.
-    ``quantized``: whether there are integers to compute with. ``classes`` is how many numbers an answer has.
+    """What is known of an ONNX file: ``input`` and ``output`` are names, ``shape`` (N, 3, H, W) is that of the pictures
+    it is run on, with None where any will do, ``type`` is that of ONNX, such as ``uint8`` or ``float``. ``about`` is
+    what mgq wrote into it, empty in others. ``quantized``: whether there are integers to compute with. ``classes`` is
+    how many numbers an answer has.
     """
 
     path: Path
@@ -40,6 +45,18 @@ class OnnxFile:
     about: dict[str, Any] = field(repr=False)
     quantized: bool = False
     classes: int = 0
+
+    @cached_property
+    def kept_input(self) -> FloatInput | None:
+        """What it is fed, where it has the float input of the file that its network was imported from."""
+        return float_input_in(self.about) if self.type == "float" else None
+
+    def fed(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+        """``batch``, pixels (N, 3, H, W) in BGR, as the file takes it: so, minus 128 in float32, or as it says."""
+        if self.type == "uint8":
+            return batch
+        kept = self.kept_input
+        return batch.astype(np.float32) - PIXEL_ZERO if kept is None else kept.fed(batch)
 
     def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
         """Raises InputError where a batch of ``shape`` does not fit."""
@@ -86,7 +103,7 @@ def place_of(content: bytes) -> Path:
 @cache
 def own_code() -> str:
     """A hash of the code that checks files."""
-    sources = (Path(__file__).with_name(name).read_bytes() for name in ("guard.py", "onnx_file.py"))
+    sources = (Path(__file__).with_name(name).read_bytes() for name in ("guard.py", "onnx_file.py", "float_input.py"))
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
@@ -118,16 +135,19 @@ def parse_onnx(path: Path, content: bytes) -> OnnxFile:
         raise InputError(f"{name} does not take one batch of pictures and give an answer: give a classifier")
     tensor = inputs[0].type.tensor_type
     shape = tuple(int(axis.dim_value) or None for axis in tensor.shape.dim)
+    about = read_metadata(next((entry.value for entry in model.metadata_props if entry.key == METADATA), None))
+    kept = float_input_in(about)
+    if kept is not None and kept.name == inputs[0].name and kept.shape == shape:
+        shape = (shape[0], 3, *kept.image[1:])
     if len(shape) != 4 or shape[1] not in (3, None):
         raise InputError(f"{name} does not take pictures (N, 3, H, W): give a classifier of pictures")
     output = model.graph.output[0].name
     answer = answers[output]
     if len(answer) != 2 or shape[0] not in (None, answer[0]):
         raise InputError(f"{name} does not answer with one number for each class: give a classifier of pictures")
-    about = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
     quantized = any(node.op_type in INTEGER_OPERATORS for node in model.graph.node)
-    return OnnxFile(path, content, inputs[0].name, kind, shape, output, read_metadata(about), quantized, answer[1])
+    return OnnxFile(path, content, inputs[0].name, kind, shape, output, about, quantized, answer[1])
 
 
 def read_metadata(about: str | None) -> dict[str, Any]:

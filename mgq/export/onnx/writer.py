@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import FailureError
+from mgq.export.onnx.float_input import FloatInput, write_entry
 from mgq.export.onnx.onnx_file import METADATA, import_package
 from mgq.export.onnx.operations import MOVES, pads_of, write_operation
 from mgq.graph.engine_forms import in_form_for
@@ -66,21 +67,23 @@ def write_onnx(
     provenance: Mapping[str, Any],
     rewrites: Sequence[str] = (),
     engine: str = ANY_ENGINE,
+    kept: FloatInput | None = None,
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
 
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
-    logits. ``rewrites`` are names of :data:`mgq.graph.rewrites.REWRITES`, ``engine`` is that of
-    :data:`mgq.graph.engine_forms.FORMS` which is to run the file soonest. ``provenance`` lies as JSON in its metadata.
-    ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError where a layer cannot
-    be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
+    logits; with ``kept`` it takes, and calls its answer, what that says. ``rewrites`` are names of
+    :data:`mgq.graph.rewrites.REWRITES`, ``engine`` is that of :data:`mgq.graph.engine_forms.FORMS` which is to run the
+    file soonest. ``provenance`` lies as JSON in its metadata. ONNX's own checker has to accept the file, shapes of all
+    tensors included. Raises FailureError where a layer cannot be exported, InputError where ONNX is not installed;
+    nothing is left at ``path`` then.
     """
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
     graph = in_form_for(graph, engine)
     onnx = import_package("onnx")
-    model = model_of(graph, image_size, batch, provenance)
+    model = model_of(graph, image_size, batch, provenance, kept)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -97,7 +100,9 @@ def plain_graph(network: M.Module, image_size: int) -> Graph:
     return without_shuffles(graph_of(network, image_size), most=0)
 
 
-def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any]) -> Any:
+def model_of(
+    graph: Graph, image_size: int, batch: int | None, provenance: Mapping[str, Any], kept: FloatInput | None = None
+) -> Any:
     """``graph`` as an ONNX model."""
     onnx = import_package("onnx")
     helper, types = onnx.helper, onnx.TensorProto
@@ -118,7 +123,9 @@ def model_of(graph: Graph, image_size: int, batch: int | None, provenance: Mappi
     )
     entry = model.metadata_props.add()
     entry.key = METADATA
-    entry.value = json.dumps({**provenance, "input": input_of(shape)}, sort_keys=True)
+    entry.value = json.dumps({**provenance, "input": kept.to_json() if kept else input_of(shape)}, sort_keys=True)
+    if kept is not None:
+        write_entry(model, kept)
     return model
 
 
