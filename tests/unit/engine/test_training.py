@@ -96,6 +96,7 @@ def test_equal_seeds_give_equal_weights_and_others_other_ones(undisturbed: Train
     assert other.checkpoint.read_bytes() != undisturbed.checkpoint.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
     first = train(small_request(tmp_path, epochs=1))
     content = first.checkpoint.read_bytes()
