@@ -25,7 +25,7 @@ class FailureError(MgqError):
 
 
 @contextlib.contextmanager
-def naming(thing: str) -> Iterator[None]:
+def name_in_errors(thing: str) -> Iterator[None]:
     """Within it the line of an InputError begins with ``thing``, such as a file that says something impossible."""
     try:
         yield
@@ -48,7 +48,7 @@ def printable(thing: object) -> str:
 
 
 LONGEST_SHOWN = 80
-"""Of a name that nobody knows, so many characters are looked at."""
+"""The most characters of an unknown name that are compared with known ones."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""How long work reports its progress without knowing who watches: to callbacks or, without them, to the log."""
+"""Callbacks by which long work reports progress and messages; without them they go to the log."""
 
 from __future__ import annotations
 

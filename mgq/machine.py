@@ -1,4 +1,4 @@
-"""What MegEngine should know of the machine before it starts."""
+"""Facts about the machine, and settings of libraries that must be made before MegEngine starts."""
 
 from __future__ import annotations
 

@@ -48,6 +48,15 @@ SIZE = 64
 FAMILIES = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
 
 
+def slow(*values: object) -> Any:
+    """A case of a parametrized test that is left out unless it is asked for."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+EACH_FAMILY = (slow("resnet18"), "mobilenet_v2", "shufflenet_v1_x0_5_g3", slow("efficientnet_lite0"))
+"""All families; quick tests see the two with grouped and depthwise convolutions, shuffles and sums."""
+
+
 def random_state(shapes: Shapes, seed: int = 0) -> State:
     """Weights that keep a deep network's activations in bounds, told by the last part of their names.
 
@@ -174,7 +183,7 @@ def short_shufflenet_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shufflenet_v1, "REPEATS", ONE_UNIT_A_STAGE)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=EACH_FAMILY)
 def trio(request: pytest.FixtureRequest) -> Trio:
     """Each family's smallest network in its three modes."""
     return trio_of(request.param)

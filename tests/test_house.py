@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytest
+import tomli
+from packaging.requirements import Requirement
 
 import mgq
 
@@ -160,8 +162,10 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     known = modules()
+    # The package's face names for types what it imports when it is asked for, and rooms ask it for the version.
     imports = {
-        name: {module_of(i, known) for i in names_imported(path, types_too=False)} for name, path in known.items()
+        name: {module_of(i, known) for i in names_imported(path, types_too=name != "mgq")}
+        for name, path in known.items()
     }
     left = {name: wanted - {name} for name, wanted in imports.items()}
     # Take away what imports nothing that is left, and what nothing that is left imports: circles stay.
@@ -215,6 +219,23 @@ def test_no_function_is_longer_than_a_screen() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1 if node.end_lineno is not None else 0
                 assert lines <= MOST_LINES, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
+# ---- dependencies ----
+
+
+def test_dependencies_are_ranges_and_the_tested_versions_are_pinned_for_uv() -> None:
+    found = tomli.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    project = found["project"]
+    listed = [Requirement(line) for group in project["optional-dependencies"].values() for line in group]
+    listed += [Requirement(line) for line in project["dependencies"]]
+    ranges = [entry for entry in listed if entry.name != "mgq"]
+    assert all(clause.operator != "==" for entry in ranges for clause in entry.specifier), "pins belong to [tool.uv]"
+    pins = {pin.name: pin.specifier for pin in map(Requirement, found["tool"]["uv"]["constraint-dependencies"])}
+    assert all(clause.operator == "==" for pin in pins.values() for clause in pin)
+    for name, pin in pins.items():
+        version = next(iter(pin)).version
+        assert any(entry.name == name and version in entry.specifier for entry in ranges), name
 
 
 # ---- tests ----

@@ -158,7 +158,7 @@ TYPES = {
             "mgq.engine.classifier.mode_comparison.Comparison",
             "mgq.engine.calibration.analysis.Analysis",
         ),
-        *("mgq.reports.report.Report", "mgq.zoo.weight_loading.Weights"),
+        *("mgq.reports.contents.Report", "mgq.zoo.weight_loading.Weights"),
     ),
     "Options of training": ("mgq.engine.training.train_options.TrainOptions",),
     "Progress": ("mgq.events.Callbacks", "mgq.events.Progress"),

@@ -127,7 +127,7 @@ def network_of(arch: str, classes: int) -> Any:
     return None
 
 
-def prepared(network: Any, mode: str, images: Any) -> Any:
+def prepare_network(network: Any, mode: str, images: Any) -> Any:
     """``network`` in training, for mode ``qat`` fake-quantized by PyTorch's FX."""
     network = network.to(memory_format=torch.channels_last).train()
     if mode == "normal":
@@ -156,7 +156,7 @@ def main() -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, order["classes"], (order["batch"],))
     try:
-        network = prepared(network, order["mode"], images)
+        network = prepare_network(network, order["mode"], images)
     except (ImportError, AttributeError) as error:
         tell({"problem": f"this PyTorch has no FX quantization: {error}"})
         return

@@ -159,7 +159,7 @@ def make_training_settings(
     return replace(settings, threads=on[0], stock=stock, torch=torch)
 
 
-class Contestant(Protocol):
+class TrainingCase(Protocol):
     """One network in one mode, trained by one set of kernels: what takes turns."""
 
     arch: str
@@ -240,9 +240,9 @@ class TorchStepper:
 
 @dataclass
 class Entry:
-    """A contestant, and what its turns took so far: wall and processor time in nanoseconds."""
+    """A case, and what its turns took so far: wall and processor time in nanoseconds."""
 
-    contestant: Contestant
+    case: TrainingCase
     wall_ns: int = 0
     processor_ns: int = 0
 
@@ -252,7 +252,7 @@ class Entry:
 
     def turn(self, clock: Clock, number: int) -> tuple[int, ...]:
         start = time.perf_counter_ns()
-        times, processor = self.contestant.steps(number, clock)
+        times, processor = self.case.steps(number, clock)
         self.wall_ns += time.perf_counter_ns() - start
         self.processor_ns += processor
         return times
@@ -278,9 +278,9 @@ def place_threads(cores: set[int]) -> None:
             os.sched_setaffinity(int(task.name), cores)
 
 
-def contestants(arch: str, settings: TrainingSettings, problems: list[str]) -> list[Contestant]:
-    """All contestants of ``arch``. Where PyTorch is wanted and fails, the reason is added to ``problems``."""
-    found: list[Contestant] = []
+def make_cases(arch: str, settings: TrainingSettings, problems: list[str]) -> list[TrainingCase]:
+    """All cases of ``arch``. Where PyTorch is wanted and fails, the reason is added to ``problems``."""
+    found: list[TrainingCase] = []
     for mode in MODES:
         found += [Stepper(arch, mode, kernels, settings) for kernels in ((STOCK, FAST) if settings.stock else (FAST,))]
         if settings.torch is not None:
@@ -301,18 +301,20 @@ def training_benchmark(
     """
     machine = this_machine()
     with on_cores(settings.threads):
-        return measured(settings, machine, clock, on_progress)
+        return measure_steps(settings, machine, clock, on_progress)
 
 
-def measured(settings: TrainingSettings, machine: Machine, clock: Clock, on_progress: OnProgress) -> TrainingReport:
+def measure_steps(
+    settings: TrainingSettings, machine: Machine, clock: Clock, on_progress: OnProgress
+) -> TrainingReport:
     rows: list[TrainingRow] = []
     problems: list[str] = []
     known = dict(versions())
     for place, arch in enumerate(settings.networks):
-        entries = [Entry(contestant) for contestant in contestants(arch, settings, problems)]
+        entries = [Entry(case) for case in make_cases(arch, settings, problems)]
         for entry in entries:
-            if isinstance(entry.contestant, TorchStepper):
-                known["torch"] = entry.contestant.process.version
+            if isinstance(entry.case, TorchStepper):
+                known["torch"] = entry.case.process.version
 
         def told(done: int, total: int, before: int = place) -> None:
             whole = total * len(settings.networks)
@@ -323,15 +325,13 @@ def measured(settings: TrainingSettings, machine: Machine, clock: Clock, on_prog
             times = take_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
         finally:
             for entry in entries:
-                entry.contestant.close()
+                entry.case.close()
         rows += make_training_rows(entries, times, settings.batch)
     return TrainingReport(settings, machine, known, tuple(rows), tuple(problems))
 
 
 def make_training_rows(entries: Sequence[Entry], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
-    found = {
-        (entry.contestant.mode, entry.contestant.kernels): times for entry, times in zip(entries, rounds, strict=True)
-    }
+    found = {(entry.case.mode, entry.case.kernels): times for entry, times in zip(entries, rounds, strict=True)}
 
     def over(times: Rounds, mode: Mode, kernels: str) -> Speedup | None:
         base = found.get((mode, kernels))
@@ -350,7 +350,7 @@ def make_training_rows(entries: Sequence[Entry], rounds: Sequence[Rounds], batch
             rounds_ns=times,
         )
         for entry, times in zip(entries, rounds, strict=True)
-        for stepper in (entry.contestant,)
+        for stepper in (entry.case,)
     ]
 
 

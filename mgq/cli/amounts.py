@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def counted(amount: float, unit: str) -> str:
+def format_amount(amount: float, unit: str) -> str:
     """``amount`` of ``unit``, bytes as kB and MB."""
     if unit == "B":
         from rich.filesize import decimal

@@ -64,7 +64,9 @@ class BenchCommand(ImportOptions):
     training: Annotated[bool, typer.Option("--train", help="Training steps: stock and fast kernels.")] = False
     threads: Annotated[
         list[str] | None,
-        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all; with --train 1"),
+        typer.Option(
+            "--threads", help="Threads: a number or all; may be repeated.", show_default="1 and all; with --train 1"
+        ),
     ] = None
     load: Annotated[
         str,
@@ -100,7 +102,7 @@ class BenchCommand(ImportOptions):
         ),
     ] = None
     batch: Annotated[
-        int | None, typer.Option("--batch", click_type=COUNT, help="Pictures a run.", show_default="1; with --train 32")
+        int | None, typer.Option("--batch", click_type=COUNT, help="Batch size.", show_default="1; with --train 32")
     ] = None
     image_size: Annotated[
         int | None,

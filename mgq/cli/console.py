@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mgq.cli.amounts import counted
+from mgq.cli.amounts import format_amount
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
 
@@ -171,9 +171,9 @@ def plain_lines(every: int | None = None) -> OnProgress:
 
 
 def line_of(event: Progress) -> str:
-    amount = counted(event.done, event.unit)
+    amount = format_amount(event.done, event.unit)
     if event.total is not None:
-        amount += f" of {counted(event.total, event.unit)}"
+        amount += f" of {format_amount(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
 

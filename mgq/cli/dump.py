@@ -95,9 +95,7 @@ class DumpCommand(ImportOptions):
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
     ] = None
-    batch: Annotated[
-        int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Pictures a run; 0 for any number, in ONNX.")
-    ] = 1
+    batch: Annotated[int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Batch size; 0 for any, in ONNX.")] = 1
     cpu: Annotated[
         str | None,
         typer.Option(

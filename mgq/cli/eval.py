@@ -87,7 +87,7 @@ class EvalCommand(ImportOptions):
     workers: Workers = None
     jobs: Jobs = 1
     limit: Limit = None
-    batch_size: Annotated[int, typer.Option("--batch-size", click_type=COUNT, help="Pictures at once.")] = BATCH
+    batch_size: Annotated[int, typer.Option("--batch-size", click_type=COUNT, help="Batch size.")] = BATCH
     per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False
     confused: Annotated[
         int | None,

@@ -15,25 +15,25 @@ Preprocess = Annotated[
     typer.Option(
         "--preprocess",
         metavar="torch|tf|caffe|raw",
-        help="What it was fed: ImageNet's mean and std, -1 to 1, BGR minus the mean, or pixels as they are.",
+        help="Its preprocessing: ImageNet's mean and std, -1 to 1, BGR minus the mean, or raw pixels.",
         show_default="torch",
     ),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option("--mean", metavar="R,G,B", help="Taken off pixels, of 255 or of 1."),
+    typer.Option("--mean", metavar="R,G,B", help="Mean of its preprocessing, for pixels up to 255 or up to 1."),
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it, of 255 or of 1."),
+    typer.Option("--std", metavar="R,G,B", help="Standard deviation, for pixels up to 255 or up to 1."),
 ]
 Order = Annotated[
     bool | None,
-    typer.Option("--rgb/--bgr", help="The order of its channels.", show_default=False),
+    typer.Option("--rgb/--bgr", help="Order of its channels.", show_default=False),
 ]
 Size = Annotated[
     str | None,
-    typer.Option("--size", metavar="HxW", help="Pixels, where the file leaves them open: 224, 48x192."),
+    typer.Option("--size", metavar="HxW", help="Input size, where the file leaves it open: 224, 48x192."),
 ]
 Labels = Annotated[
     Path | None,

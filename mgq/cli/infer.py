@@ -69,7 +69,9 @@ class InferCommand(ImportOptions):
     mode: ModeName = "quantized"
     topk: Annotated[
         int | None,
-        typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.", show_default="5, or all of fewer"),
+        typer.Option(
+            "--topk", click_type=COUNT, help="Classes shown for each picture.", show_default="5, or all of fewer"
+        ),
     ] = None
     write: Annotated[
         bool,

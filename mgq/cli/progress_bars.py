@@ -11,7 +11,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from mgq.cli.amounts import counted
+from mgq.cli.amounts import format_amount
 from mgq.events import OnProgress, Progress
 
 
@@ -20,8 +20,8 @@ class AmountColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields["unit"])
-        total = "?" if task.total is None else counted(task.total, unit)
-        return Text(f"{counted(task.completed, unit)}/{total}")
+        total = "?" if task.total is None else format_amount(task.total, unit)
+        return Text(f"{format_amount(task.completed, unit)}/{total}")
 
 
 class RateColumn(ProgressColumn):

@@ -25,8 +25,7 @@ from mgq.cli.shared_options import (
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.import_wish import ImportWish
-    from mgq.reports.file_report import FileReport
-    from mgq.reports.run_report import Report
+    from mgq.reports.contents import FileReport, Report
 
 
 @dataclass(frozen=True, kw_only=True)

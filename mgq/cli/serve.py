@@ -39,10 +39,11 @@ class ServeCommand:
     arch: Arch = None
     engine: EngineName = None
     threads: Annotated[
-        int | None, typer.Option("--threads", click_type=COUNT, help="Of the engine.", show_default="one a core")
+        int | None,
+        typer.Option("--threads", click_type=COUNT, help="Threads of the engine.", show_default="one a core"),
     ] = None
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option("--port", click_type=PORT, help="0 takes a free one.")] = 8000
+    port: Annotated[int, typer.Option("--port", click_type=PORT, help="Port to listen on; 0 takes a free one.")] = 8000
     descriptor: Annotated[
         int | None,
         typer.Option("--fd", click_type=AT_LEAST_NONE, metavar="NUMBER", help="An inherited socket that listens."),
@@ -52,16 +53,20 @@ class ServeCommand:
         typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
     ] = None
     wait: Annotated[
-        float, typer.Option("--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Time to gather them.")
+        float,
+        typer.Option(
+            "--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Longest wait for pictures to run together."
+        ),
     ] = 2.0
-    max_body: Annotated[
-        float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="The most in one request.")
-    ] = 20.0
+    max_body: Annotated[float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="Largest request.")] = (
+        20.0
+    )
     max_requests: Annotated[
-        int, typer.Option("--max-requests", click_type=COUNT, help="In work at a time; others get 503.")
+        int, typer.Option("--max-requests", click_type=COUNT, help="Requests at a time; more get status 503.")
     ] = 32
     timeout: Annotated[
-        float, typer.Option("--timeout", click_type=FACTOR, metavar="S", help="For an upload, and for its answer.")
+        float,
+        typer.Option("--timeout", click_type=FACTOR, metavar="S", help="Limit for an upload, and for its answer."),
     ] = 30.0
 
     def execute(self) -> None:

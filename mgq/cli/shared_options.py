@@ -49,7 +49,7 @@ Pretrained = Annotated[
     typer.Option(
         "--pretrained",
         click_type=PRETRAINED,
-        help="The zoo's weights, not a run's; a name behind it picks one of several; downloads published ones.",
+        help="The zoo's weights, not a run's; a version behind it picks one of several; downloads published ones.",
         show_default=False,
     ),
 ]
@@ -89,7 +89,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         click_type=ENGINE,
-        help="What runs it: native, openvino, onnxruntime, lite, or auto, the fastest.",
+        help="Engine that runs it: native, openvino, onnxruntime, lite, or auto, the fastest.",
         show_default=False,
     ),
 ]

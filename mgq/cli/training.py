@@ -84,7 +84,7 @@ class TrainingCommand(ImportOptions):
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", click_type=OfRecipe(int, "batch_size"), help="Pictures a step, on each device."),
+        typer.Option("--batch-size", click_type=OfRecipe(int, "batch_size"), help="Batch size on each device."),
     ] = None
     lr: Annotated[
         float | None,
@@ -132,7 +132,7 @@ class TrainingCommand(ImportOptions):
     ] = None
     nodes: Annotated[int, typer.Option("--nnodes", click_type=COUNT, help="Machines that train together.")] = 1
     node: Annotated[
-        int, typer.Option("--node-rank", click_type=AT_LEAST_NONE, help="Which of them this is, from 0.")
+        int, typer.Option("--node-rank", click_type=AT_LEAST_NONE, help="The number of this machine, from 0.")
     ] = 0
     master: Annotated[str | None, typer.Option("--master", help="HOST:PORT of machine 0.")] = None
     jobs: Annotated[
@@ -263,7 +263,8 @@ class QatCommand(TrainingCommand):
     simulated = "fake-quantized"
 
     observer: Annotated[
-        str | None, typer.Option("--observer", click_type=OBSERVER, help="What gives scales: ema, min-max, lsq or tqt.")
+        str | None,
+        typer.Option("--observer", click_type=OBSERVER, help="How scales are found: ema, min-max, lsq or tqt."),
     ] = None
     target: Annotated[
         str | None,

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import numpy as np
-
-with warnings.catch_warnings():
-    # MegEngine has the processor flush subnormal numbers to 0, which numpy finds strange when it is asked for limits.
-    warnings.simplefilter("ignore", UserWarning)
-    import numba
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -24,16 +20,38 @@ SHIFT = np.float32(1.5 * 2**23)
 
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
-    """The loop as machine code that frees Python's lock; kept on disk where a folder can be written to."""
+    """The loop as machine code that frees Python's lock, by numba with ``options``."""
 
     def compile_loop(loop: Loop) -> Loop:
-        try:
-            result: Loop = numba.njit(nogil=True, error_model="numpy", cache=True, **options)(loop)
-        except RuntimeError:  # nowhere to keep it
-            result = numba.njit(nogil=True, error_model="numpy", **options)(loop)
-        return result
+        return cast(Loop, CompiledLoop(loop, options))
 
     return compile_loop
+
+
+class CompiledLoop:
+    """A loop that is compiled when it is first called. numba is imported then: most commands need none of it.
+
+    The machine code is kept on disk where a folder can be written to.
+    """
+
+    def __init__(self, loop: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self.loop, self.options = loop, options
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compiled(*arguments)
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        with warnings.catch_warnings():
+            # MegEngine has the processor flush subnormal numbers to 0, of which numpy warns when asked for limits.
+            warnings.simplefilter("ignore", UserWarning)
+            import numba
+        options = {"nogil": True, "error_model": "numpy", **self.options}
+        try:
+            result: Callable[..., Any] = numba.njit(cache=True, **options)(self.loop)
+        except RuntimeError:  # nowhere to keep it
+            result = numba.njit(**options)(self.loop)
+        return result
 
 
 @make_compiler()

@@ -1,4 +1,4 @@
-"""Sets of pictures: what the loader reads from, and folders of classes as such a set."""
+"""Datasets: the protocol that the loader reads from, and folders of classes as a dataset."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Selection:
 
 
 def subset(dataset: Dataset, number: int) -> Dataset:
-    """``number`` pictures of ``dataset``, evenly spread, with their labels; all where there are not so many.
+    """``number`` pictures of ``dataset``, evenly spread, with their labels; all where there are fewer.
 
     Of drawn pictures it is the first ones: their classes come in turn, and even steps would meet some only.
 
@@ -129,7 +129,7 @@ def without_subset(dataset: Dataset, number: int) -> Dataset:
 
 
 def pick_evenly(total: int, number: int) -> npt.NDArray[np.int64]:
-    """``number`` indices below ``total``, evenly spread, int64 (number,); all of them where there are not so many."""
+    """``number`` indices below ``total``, evenly spread, int64 (number,); all of them where there are fewer."""
     number = min(number, total)
     return np.arange(number) * total // max(1, number)
 
@@ -143,7 +143,7 @@ def _select(dataset: Dataset, chosen: npt.NDArray[np.int64], part: str = "") -> 
 
 
 KEPT = 5
-"""Of a folder without ``train`` and ``val``, one picture in so many is kept to measure on."""
+"""In a folder without ``train`` and ``val``, one image of this many is held out to measure on."""
 
 
 LEAST_TO_TRAIN = 2
@@ -235,7 +235,7 @@ def evaluation_folder(
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val`` it is ``test``. One class is
     enough. A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
     the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
-    ``on_message`` is told what was taken for what, where that is not plain, and what was left out.
+    ``on_message`` gets a line where folders could be read in several ways, and for what was left out.
 
     Raises InputError where there are no class folders, one without pictures, or folders that can be read in two ways.
     """

@@ -100,7 +100,7 @@ HEAD_BYTES = 4096
 def begins_as_image(head: bytes) -> bool:
     """Whether a file that begins with ``head``, of ``HEAD_BYTES`` or the whole of it, is of a kind that is read.
 
-    A TGA, which begins with nothing that tells it from other files, is not recognized.
+    A TGA is not recognized: it has no signature.
     """
     return any(is_mine(head) for is_mine, _ in _FORMATS if is_mine is not _is_tga)
 
@@ -203,7 +203,7 @@ _MOST_SCANNED = 1_500_000_000  # pixels, in all scans together
 
 
 class JpegFacts(NamedTuple):
-    """What a JPEG says of itself that would be decoded; pixels as they are stored, not yet turned."""
+    """Facts from the headers of the JPEG that would be decoded; width and height before its orientation is applied."""
 
     width: int
     height: int
@@ -282,7 +282,7 @@ def _jpeg_facts(data: bytes) -> JpegFacts:
     if scans > 1:  # all coefficients are kept until the last scan, and each goes through all of them
         _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
         if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
-            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it anew")
+            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it again")
     return JpegFacts(*size, orientation)
 
 
@@ -549,7 +549,7 @@ def _tiff_fields(tiff: bytes) -> Iterator[_Field]:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """The orientation, 1 to 8, that an EXIF block tells; 1 where it tells none or is malformed."""
+    """The orientation, 1 to 8, that an EXIF block tells; 1 where it has none or is malformed."""
     try:
         for field in _tiff_fields(tiff):
             if field.tag == _ORIENTATION:

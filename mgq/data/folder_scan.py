@@ -179,7 +179,7 @@ _HIDDEN = frozenset(
 
 
 def _entry_of(entry: os.DirEntry[str]) -> Entry:
-    """A broken link with a picture's suffix counts as one, since its loss should be told; a pipe does not."""
+    """A broken link with an image's suffix counts as an image, so that it is reported; a pipe does not."""
     is_link = entry.is_symlink()
     if is_folder(Path(entry.path)) if is_link else entry.is_dir():
         return Entry(entry.name, True, False)

@@ -1,4 +1,4 @@
-"""The sizes that AVIF and JPEG 2000 files claim, wherever they claim them, found before a decoder sees the file.
+"""Reads the sizes that AVIF and JPEG 2000 files claim, before a decoder sees the file.
 
 Both keep what they hold in boxes: a length, a name, a content. What a box says of the picture's size need not be what
 the compressed picture itself says, and a decoder makes room for that. So both are read.

@@ -62,7 +62,7 @@ def expand(arguments: Sequence[str], on_message: OnMessage = log_message) -> lis
     - a file, tried whatever its suffix;
     - a folder, searched with all below it for pictures, known by one of ``IMAGE_SUFFIXES`` or, where a suffix says
       nothing, by content, in the order of their names. What is hidden or left by other programs is passed over, what
-      is no picture left out, and ``on_message`` is told of both. Links are followed, and no folder is entered twice;
+      is no picture left out, and ``on_message`` gets both. Links are followed, and no folder is entered twice;
     - a pattern with ``*``, ``?``, ``[...]`` or ``**`` (any folders): the files and folders that match it;
     - ``-``: the bytes of one picture on standard input.
 
@@ -139,7 +139,7 @@ def _exists(path: Path) -> bool:
 
 
 def _in_folder(top: Path, tally: Tally) -> Iterator[Source]:
-    """The pictures in and below a folder; a folder that cannot be searched is told of in its place."""
+    """The images in and below a folder, and a problem in the place of each folder that cannot be searched."""
     entered: set[tuple[int, int]] = set()
     waiting = [(top, True)]  # Not recursion: folders may be nested deeper than Python's stack.
     while waiting:

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) from its original archives: checked, unpacked once, sorted into class folders.
+"""Unpacks ImageNet (ILSVRC 2012) from its original archives: checked, and sorted into class folders.
 
 The archives are those of image-net.org. The training archive holds one tar a class. The validation archive is
 flat, and the development kit says which class each of its pictures shows.
@@ -28,7 +28,7 @@ from mgq.data.decoding import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, log_progress
-from mgq.io.atomic import ensure_writable_folder, write_text_atomically, writing
+from mgq.io.atomic import ensure_writable_folder, explain_write_errors, write_text_atomically
 from mgq.io.locks import hold_lock
 
 Split: TypeAlias = Literal["train", "val"]
@@ -234,7 +234,7 @@ def _keep(path: Path, member: tarfile.TarInfo, file: IO[bytes], archive: Path) -
     if _size(path) == member.size:
         return
     data = file.read()  # All of it: tarfile raises an error where the archive ends before.
-    with writing(path):
+    with explain_write_errors(path):
         path.write_bytes(data)
 
 
@@ -246,7 +246,7 @@ def _size(path: Path) -> int:
 
 
 def _make_folder(folder: Path) -> Path:
-    with writing(folder):
+    with explain_write_errors(folder):
         folder.mkdir(exist_ok=True)
     return folder
 
@@ -299,7 +299,7 @@ def _md5(archive: Path, on_progress: OnProgress) -> str:
 
 
 def _finish(part: Path, target: Path) -> None:
-    with writing(target):
+    with explain_write_errors(target):
         for note in part.glob(".*.json"):
             note.unlink()
         # Once for all files: a sync of each would take hours, and a name must not outlive what it names.

@@ -1,4 +1,4 @@
-"""The 1,000 classes of ImageNet (ILSVRC 2012): their WordNet ids and their names."""
+"""Names the 1,000 classes of ImageNet (ILSVRC 2012), and their WordNet ids."""
 
 from __future__ import annotations
 

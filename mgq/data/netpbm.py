@@ -1,4 +1,4 @@
-"""The Netpbm family, PBM, PGM, PPM and PAM: a header in words, and samples as bytes or as words.
+"""Reads the Netpbm formats, PBM, PGM, PPM and PAM: a header in words, and samples as bytes or as words.
 
 Read here and not by Pillow, which takes a step of Python for each sample of some of them, nor by OpenCV, which leaves
 samples of odd depths as they are. Source: the manual pages of Netpbm, ``pbm(5)`` to ``pam(5)``.

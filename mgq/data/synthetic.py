@@ -1,4 +1,4 @@
-"""A set of drawn pictures that needs no files: ten classes of shapes and patterns, made as they are asked for.
+"""Draws a dataset that needs no files: ten classes of shapes and patterns, each image made when it is read.
 
 It is for trying things out without photos. What a network reaches on it says nothing about photos, so
 the set is called synthetic wherever it is named.

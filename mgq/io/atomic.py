@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whenever the machine stops."""
+"""Writes files atomically: whenever the machine stops, a file is the old one or the new one, whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_error(path: Path, error: OSError, mend: str = _ELSEWHERE) -> MgqError:
 
 
 @contextlib.contextmanager
-def writing(path: Path, mend: str = _ELSEWHERE) -> Iterator[None]:
+def explain_write_errors(path: Path, mend: str = _ELSEWHERE) -> Iterator[None]:
     """Turns an OSError inside into :func:`write_error` of ``path``. Wrap file operations alone in it."""
     try:
         yield
@@ -80,7 +80,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     old_mode = _mode_to_keep(path, target)
     temporary = _temporary_beside(target)
     try:
-        with writing(path):
+        with explain_write_errors(path):
             drop_abandoned(target)
             _make_empty(temporary)
             mode = stat.S_IMODE(temporary.stat().st_mode) if old_mode is None else old_mode
@@ -90,7 +90,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             if _says_disk_full(error):
                 raise _full_disk(path) from error
             raise
-        with writing(path):
+        with explain_write_errors(path):
             # After the block, for a writer may have put a file of its own there. Some filesystems refuse
             # every chmod, so only where it changes something.
             if stat.S_IMODE(temporary.stat().st_mode) != mode:
@@ -125,12 +125,12 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def drop_abandoned(path: Path) -> None:
-    """Take away what processes that are no more left half written beside ``path``. Raises nothing."""
+    """Delete half-written files beside ``path`` whose processes have ended. Raises nothing."""
     _drop_ownerless(path.parent, f".{glob.escape(path.name)}.*.part")
 
 
 def drop_abandoned_in(folder: Path) -> None:
-    """Take away what processes that are no more left half written in ``folder``. Raises nothing."""
+    """Delete half-written files in ``folder`` whose processes have ended. Raises nothing."""
     _drop_ownerless(folder, ".*.part")
 
 
@@ -176,7 +176,7 @@ def ensure_writable_folder(path: Path, mend: str = "choose another folder") -> P
 
 def _mode_to_keep(path: Path, target: Path) -> int | None:
     """The permission bits of the file that is to be replaced, None where there is none."""
-    with writing(path):
+    with explain_write_errors(path):
         try:
             mode = target.stat().st_mode
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Numbers that must lie between two others, and the line for one that does not."""
+"""Checks numbers against bounds, and words the error for one outside them."""
 
 from __future__ import annotations
 

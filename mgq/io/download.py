@@ -1,4 +1,4 @@
-"""Files from the network: whole and verified, or not there."""
+"""Downloads files: a file is whole and verified, or it is not there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mgq.events import OnProgress, Progress, log_progress
 from mgq.io.atomic import (
     drop_abandoned,
     ensure_writable_folder,
+    explain_write_errors,
     put_in_place,
     write_text_atomically,
-    writing,
 )
 from mgq.io.locks import hold_lock
 from mgq.io.private_cache import CACHE_VARIABLE
@@ -43,7 +43,7 @@ class Source:
 
     ``name`` is the file's name in the cache folder, ``size`` is in bytes, ``sha256`` is 64 hexadecimal digits
     and ``sha256_prefix`` the first few of them, where no more is published. Where none of the three is known, the
-    length that the server states is all that tells a whole file from half of one, and a server must state it.
+    server must state the length: nothing else shows whether a file is complete.
     Raises InputError for values that cannot be.
     """
 
@@ -203,7 +203,7 @@ class _Transfer:
             raise self._wrong_file_error(str(error)) from error
         except _RefusalError as error:
             raise self._no_download_error(str(error)) from error
-        with writing(self.path, _OTHER_CACHE):
+        with explain_write_errors(self.path, _OTHER_CACHE):
             put_in_place(self.part, self.path)
             self.origin.unlink(missing_ok=True)
             drop_abandoned(self.origin)
@@ -309,14 +309,14 @@ class _Transfer:
         length = _content_length(response)
         total = self.source.size if self.source.size or length is None else offset + length
         self.on_progress(Progress(what, done, total, "B"))
-        with writing(self.part, _OTHER_CACHE):
+        with explain_write_errors(self.part, _OTHER_CACHE):
             # Unbuffered, so that the file holds all that a process had received when it was killed.
             file = self.part.open("ab", buffering=0)
         with file:
             for chunk in self._chunks(response):
                 done += len(chunk)
                 self._check_size(done, whole=False)
-                with writing(self.part, _OTHER_CACHE):
+                with explain_write_errors(self.part, _OTHER_CACHE):
                     _write_all(file, chunk)
                 self.on_progress(Progress(what, done, total, "B"))
         if total is not None and done < total:
@@ -376,7 +376,7 @@ class _Transfer:
         return all(mark.get(name, value) == value for name, value in _mark_of(response).items())
 
     def _discard(self) -> None:
-        with writing(self.part, _OTHER_CACHE):
+        with explain_write_errors(self.part, _OTHER_CACHE):
             self.part.unlink(missing_ok=True)
             self.origin.unlink(missing_ok=True)
 
@@ -403,7 +403,7 @@ class _Transfer:
 
 
 def boot_id() -> str:
-    """What tells one run of this machine from the next. Only a process that died leaves a part whole so far."""
+    """An id of this boot of the machine: a part is resumed only within the boot that wrote it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -468,7 +468,7 @@ def _range_headers(offset: int, mark: dict[str, str] | None) -> dict[str, str]:
 
 
 def _mark_of(response: requests.Response) -> dict[str, str]:
-    """What tells this version of the file from others. A weak ETag does not do so to the byte."""
+    """The identifier of this version of the file. A weak ETag is none: it does not promise equal bytes."""
     mark = {name: _header(response, name) for name in ("ETag", "Last-Modified")}
     return {name: value for name, value in mark.items() if value and not value.startswith("W/")}
 

@@ -1,4 +1,4 @@
-"""Reading a whole file that may be of any length and kind."""
+"""Reads whole files up to a limit, whatever their length and kind."""
 
 from __future__ import annotations
 

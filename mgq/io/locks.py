@@ -1,4 +1,4 @@
-"""Locks of files and folders, so that one process at a time writes them.
+"""Locks files and folders, so that one process at a time writes them.
 
 The system lets go of a lock when its process ends, however it ends. A lock is a file beside what it guards, which may
 be renamed, and stays there: to remove it would let two processes hold it.

@@ -1,7 +1,7 @@
-"""What was found out once, kept in the user's cache: entries that are this user's alone, and whole.
+"""Keeps results in the user's cache, in entries that only this user can have written.
 
-What is read from here is believed, so an entry that somebody else could have written, or that is damaged, does not
-count: it is found out again. What cannot be written is not kept.
+Results are trusted, so an entry that somebody else could have written, or that is damaged, is ignored and made
+again. What cannot be written is not kept.
 """
 
 from __future__ import annotations

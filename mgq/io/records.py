@@ -1,4 +1,4 @@
-"""Plain data from JSON or TOML as a record: checked against the types and bounds that its class declares.
+"""Makes records of plain data from JSON or TOML, checked against the types and bounds that the class declares.
 
 A class is a dataclass. It says what bounds a number once, as ``Annotated[int, Meta(ge=1)]``: readers, options of the
 command line and errors take it from there.

@@ -1,4 +1,4 @@
-"""What the channels of a float network look like: measured on pictures, or expected of its batch norms."""
+"""Statistics of the channels of a float network: measured on images, or expected from its batch norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
-from scipy.special import ndtr
 
 from mgq.errors import FailureError
 from mgq.graph.layer_graph import (
@@ -197,6 +196,8 @@ def rectify(mean: Values, variance: Values, activation: Activation) -> Moments:
 
 def censor(mean: Values, deviation: Values, at: float) -> tuple[Values, Values]:
     """Mean and mean square of max(x - ``at``, 0) for a normally distributed x."""
+    from scipy.special import ndtr  # most commands need none of scipy, which takes as long to import as MegEngine
+
     z = (mean - at) / deviation
     density, below = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi), ndtr(z)
     first: Values = (mean - at) * below + deviation * density

@@ -1,4 +1,4 @@
-"""Quantization without a single picture (Nagel et al. 2019, arXiv:1906.04721): all is taken from the batch norms.
+"""Quantization without images (Nagel et al. 2019, arXiv:1906.04721): ranges and biases follow from the batch norms.
 
 They know mean and deviation of each channel on the pictures that the network was trained on. From these follow ranges,
 and how far rounded weights shift the mean of an output: that is taken out of the bias.

@@ -1,4 +1,4 @@
-"""Channels that are 0 whatever the picture shows: what they are made of, and what reads them, may be 0, too.
+"""Finds channels that are 0 for every image, and sets the weights that make and that read them to 0.
 
 It is exact, and matters with one scale a layer: weights that no number ever meets can be the largest ones of theirs.
 """

@@ -1,4 +1,4 @@
-"""EasyQuant (Wu et al. 2020, arXiv:2006.16669): scales that let each layer's int8 output point where float's does.
+"""EasyQuant (Wu et al. 2020, arXiv:2006.16669): scales by the cosine similarity of int8 and float outputs of a layer.
 
 Layer by layer, in the order in which they run, the scale of the weights and the scale of the output are chosen in turn
 for the largest cosine similarity of the float output and the fake-quantized one, whose input comes from the layers

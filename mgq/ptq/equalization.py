@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
-from scipy.optimize import minimize
 
 from mgq.graph.layer_graph import (
     Add,
@@ -314,6 +313,8 @@ class Problem:
 
     def solved(self, bounds: tuple[Values, Values]) -> Values:
         """The factors with the least noise, (number,)."""
+        from scipy.optimize import minimize
+
         logs = np.zeros(self.number)
         for _ in range(ROUNDS):
             found = minimize(

@@ -1,4 +1,4 @@
-"""Scales with which no rounding meets a tie: every engine gives the same integers then.
+"""Chooses scales with which no value lies half way between two integers: every engine gives the same ones then.
 
 A single step that one engine rounds up and another down re-draws all rounding behind it, until 1 answer in 30 is
 another. Engines differ where a value is half way between two integers, or so near to it that float32, in whatever order

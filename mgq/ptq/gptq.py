@@ -1,4 +1,4 @@
-"""Rounding that makes up for itself, after GPTQ (Frantar et al. 2022, arXiv:2210.17323).
+"""Rounds weights so that the errors of an output cancel, after GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 
 Weights are rounded one input at a time, and what the output loses by it is given to the inputs not rounded yet, as far
 as these vary together on real pictures. So many weights that are rounded the wrong way, seen alone, add up to an output
@@ -20,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
-from scipy.linalg import cholesky, solve
-from scipy.linalg.lapack import dtrtri
 
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.observers import Range
@@ -47,7 +45,7 @@ On EfficientNet-Lite0, 100 pictures, the logits of 400 others came within 17.5 d
 at 1 and 19.5 at 3."""
 BLOCK = 128
 SMALL_KERNEL, TRIALS, WIDEST = 64, 24, 1.35
-"""For kernels of so many weights at most so many scales are tried, the last of them so many times the least."""
+"""The most weights of a kernel for which several scales are tried, how many, and the largest over the least."""
 SWEEPS = 2
 """How often each weight may move after it was rounded."""
 
@@ -164,6 +162,8 @@ def refit_weights(weights: Array, seen: Array, exact: Array) -> Array:
 
     As nearly as least squares come, with a penalty on the change.
     """
+    from scipy.linalg import solve
+
     missing = covariances(seen, exact - seen) @ weights.transpose(0, 2, 1)
     penalized = damp_covariance(covariances(seen, seen), RIDGE)
     change = [solve(*sides, assume_a="pos", overwrite_a=True) for sides in zip(penalized, missing, strict=True)]
@@ -227,6 +227,9 @@ def factor_of_inverse(matrix: Values) -> Values:
 
     Backwards, ``matrix`` is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
     """
+    from scipy.linalg import cholesky
+    from scipy.linalg.lapack import dtrtri
+
     lower = cholesky(matrix[::-1, ::-1], lower=True)
     inverse, _ = dtrtri(lower, lower=1)
     result: Values = np.tril(inverse)[::-1, ::-1]

@@ -1,4 +1,4 @@
-"""A network layer by layer: what each lets the next see once it is int8, and beside it what it answers in float."""
+"""Visits the layers of a network in order: each with the inputs that int8 layers give it, and beside it in float."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What errors behind each layer do to the logits, to first order, measured by gradients.
+"""Measures by gradients what errors behind each layer do to the logits, to first order.
 
 Rounding and clipping are judged by what they change in the end, not by how large they are: a clipped outlier where no
 later layer cares for it costs nothing, a small shift that all of them pass on costs much. The gradient of a random

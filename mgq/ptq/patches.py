@@ -1,4 +1,4 @@
-"""What a convolution reads for some of its outputs: enough to judge it by, and little work."""
+"""Gathers what a convolution reads for a sample of its output positions."""
 
 from __future__ import annotations
 

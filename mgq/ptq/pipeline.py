@@ -1,4 +1,4 @@
-"""Post-training quantization that keeps what helps: steps are tried, and judged on images held back from them.
+"""Runs post-training quantization: tries steps, and keeps those that help on images held back from them.
 
 A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
 grids (equalization and ranges) are compared first, then, on the best of them, ways to round the weights, and last

@@ -1,4 +1,4 @@
-"""Quantization in one call: a float network and pictures in, an int8 network out."""
+"""Quantizes in one call: a float network and images in, an int8 network out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Range estimators put behind the layers of a network while pictures run through it."""
+"""Measures ranges: puts an estimator behind each layer of a network while images run through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of post-training quantization: each makes a better draft of the int8 network of one, or a worse one.
+"""The steps of post-training quantization: each turns a draft of the int8 network into another one.
 
 A step has a name and one method. Which of them help is not known beforehand; :mod:`mgq.ptq.pipeline` tries them.
 """

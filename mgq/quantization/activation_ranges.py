@@ -1,4 +1,4 @@
-"""Activation ranges: what calibration finds, as a small text file that says where it comes from."""
+"""Activation ranges, the result of a calibration, as a small text file with its provenance."""
 
 from __future__ import annotations
 

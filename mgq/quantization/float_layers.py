@@ -1,4 +1,4 @@
-"""Mixed precision: single layers of an int8 network whose weights stay float32.
+"""Keeps the weights of single layers of an int8 network in float32 (mixed precision).
 
 What such a layer reads and gives is int8 as ever, so that its neighbours stay as they are: the integers become floats,
 are convolved with the float weights, and the result is rounded to the grid of the output.

@@ -1,4 +1,4 @@
-"""Layers of imported networks under fake quantization: computed in float, the result put on a grid."""
+"""Fake quantization of layers of imported networks: computed in float, the result rounded to a grid."""
 
 from __future__ import annotations
 

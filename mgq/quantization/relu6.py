@@ -1,4 +1,4 @@
-"""ReLU6 kept through quantization without an operator of its own.
+"""Quantizes ReLU6 without an operator of its own.
 
 In float and fake quantization the clamp at 6 is computed. In int8 it is the saturation of the output type: the range
 observed behind a ReLU6 never exceeds 6, so the largest int8 value stands for at most 6.

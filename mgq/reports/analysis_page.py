@@ -1,4 +1,4 @@
-"""An analysis as one HTML page that needs nothing else."""
+"""Makes the HTML page of an analysis."""
 
 from __future__ import annotations
 

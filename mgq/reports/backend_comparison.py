@@ -1,4 +1,4 @@
-"""A run's networks in every engine: the size of the file, the answers to the same pictures, and the speed."""
+"""Compares a run's networks in every engine: file size, answers to the same images, and speed."""
 
 from __future__ import annotations
 

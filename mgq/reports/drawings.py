@@ -1,4 +1,4 @@
-"""Drawings on pages, as lists of shapes in pixels: the course of a training, a matrix of confusions, bars."""
+"""Draws training curves, confusion matrices and bars as lists of shapes in pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mgq.reports.html import GREY, RULE
 WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 34.0
 DOTS = 60
-"""Up to so many values every one has a dot."""
+"""Curves of at most this many values have a dot for each."""
 STRONGEST = 0.7
 """How opaque the darkest cell of a matrix is: black or white figures stay readable on it."""
 RIGHT_RGB, WRONG_RGB = "0 114 178", "213 94 0"

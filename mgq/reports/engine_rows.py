@@ -1,4 +1,4 @@
-"""Networks in engines as a page shows them: rows with sizes, answers and speeds. Reading it imports no MegEngine."""
+"""Rows of networks in engines: sizes, answers and speeds. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mgq.runtime.registry import Backend
 
 ROUNDS = 5
 IMAGES = 200
-"""On so many pictures at most the engines' answers are counted."""
+"""The most images on which the engines' answers are compared."""
 PRECISIONS = {FLOAT: Precision.FP32, INT8: Precision.INT8}
 
 

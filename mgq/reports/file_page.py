@@ -1,4 +1,4 @@
-"""A report on a deployed file as one HTML page that needs nothing else. Reading it imports no MegEngine."""
+"""Makes the HTML page of a report on a deployed file. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mgq.reports.report_page import (
 )
 
 if TYPE_CHECKING:
-    from mgq.reports.file_report import FileReport
+    from mgq.reports.contents import FileReport
 
 
 def page_of(report: FileReport) -> str:

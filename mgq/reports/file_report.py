@@ -1,14 +1,13 @@
-"""A deployed file, measured anew and laid out on one page that opens off line. Reading it imports no MegEngine."""
+"""Measures a deployed file and writes the page about it. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mgq.bench.cases import BenchmarkCase, run_cases
 from mgq.bench.file_cases import start_file
@@ -23,7 +22,7 @@ from mgq.errors import InputError
 from mgq.events import OnProgress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
-from mgq.quantization.option_names import Mode
+from mgq.reports.contents import FileReport, WrongAnswer, precision_of
 from mgq.reports.engine_rows import (
     PRECISIONS,
     ROUNDS,
@@ -35,108 +34,15 @@ from mgq.reports.engine_rows import (
 )
 from mgq.reports.file_page import page_of
 from mgq.reports.html import check_page_path
-from mgq.reports.measurements import FLOAT, INT8, Measurements, crops_at, name_of, thumbnail_of
+from mgq.reports.measurements import Measurements, crops_at, name_of, thumbnail_of
 from mgq.reports.report_options import ReportOptions
-from mgq.runtime.protocol import FileRuntime
 from mgq.runtime.registry import BACKENDS, Backend
-from mgq.system.environment import Machine, this_machine
+from mgq.system.environment import this_machine
 
 LEFT_TO_RUNS = (
     "float32 beside it, the error of each layer, training curves: only the run that made the file knows them, and "
     "`mgq report RUN` shows them where MegEngine is installed"
 )
-
-
-@dataclass(frozen=True)
-class WrongAnswer:
-    """A picture that the network takes for something else. ``truth`` has the probability that its own class got;
-    ``thumbnail`` is what the network saw of it, a JPEG of ``side`` pixels on a side."""
-
-    name: str
-    truth: ClassScore
-    answer: ClassScore
-    thumbnail: bytes
-    side: int
-
-
-@dataclass(frozen=True, eq=False)
-class FileReport:
-    """All that the page shows of the deployed file at ``path``.
-
-    ``found`` is None where there were no pictures, ``engines`` where they were not wanted. ``missing`` has a line for
-    everything that is not there, with the mend. ``command`` makes the report again, ``page`` is where it is written.
-    """
-
-    path: Path
-    classifier: Classifier
-    sha256: str
-    found: Measurements | None
-    wrong: tuple[WrongAnswer, ...]
-    engines: BackendComparison | None
-    missing: tuple[str, ...]
-    machine: Machine
-    versions: Mapping[str, str]
-    made: datetime
-    command: str
-    page: Path
-
-    @property
-    def what(self) -> str:
-        return precision_of(self.classifier)
-
-    @property
-    def runtime(self) -> FileRuntime:
-        """The engine that the accuracy was measured in, with the file."""
-        found: FileRuntime = self.classifier.network.runtime
-        return found
-
-    @property
-    def engine(self) -> str:
-        return f"{self.runtime.name} {self.runtime.version}".strip()
-
-    @property
-    def file_bytes(self) -> int:
-        size: int = self.classifier.network.size
-        return size
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """What the file says of itself, but for the names of its classes."""
-        return {name: value for name, value in self.runtime.about.items() if name != "classes"}
-
-    def summary(self) -> list[str]:
-        """The result in a few lines."""
-        lines = [f"{self.path}: {self.classifier.spec.name}, {self.what}, in {self.engine}"]
-        if self.found is not None:
-            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.dataset.name}"
-            one = self.found.last
-            lines.append(f"top-1 on {self.found.images} {kind}: {one.top1:.1f} % ± {one.top1_error:.1f}")
-        best = self.engines.fastest(self.what) if self.engines is not None else None
-        if best is not None and best.speed is not None:
-            lines.append(f"fastest on one thread: {best.engine}, {best.speed.fps:.1f} pictures/s")
-        return lines
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: percent, nats, bytes, pictures a second."""
-        found, compared = self.found, self.engines
-        return {
-            "file": str(self.path),
-            "file_bytes": self.file_bytes,
-            "sha256": self.sha256,
-            "arch": self.classifier.spec.name,
-            "kind": self.what,
-            "engine": self.engine,
-            "page": str(self.page),
-            "images": found.images if found else 0,
-            "accuracy": {
-                name: {"top1": one.top1, "top5": one.top5, "loss": one.loss}
-                for name, one in (found.found.items() if found else ())
-            },
-            "engines": [row.to_json() for row in compared.rows] if compared else [],
-            "missing": list(self.missing),
-            "about": dict(self.about),
-            "versions": dict(self.versions),
-        }
 
 
 def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> FileReport:
@@ -175,10 +81,6 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
     return result
 
 
-def precision_of(classifier: Classifier) -> str:
-    return FLOAT if classifier.mode is Mode.NORMAL else INT8
-
-
 def measure_file(classifier: Classifier, dataset: Dataset, on_progress: OnProgress) -> Measurements:
     labelled = match_classes(dataset, classifier.classes)
     found = evaluate(classifier, labelled, batch_size=batch_for(classifier.image_size), on_progress=on_progress)
@@ -199,12 +101,12 @@ def wrong_answers(classifier: Classifier, found: Measurements, most: int) -> lis
         logits = classifier.logits(to_batch([crop]))[0]
         scores = {score.index: score for score in best_scores(logits, classifier.classes, len(classifier.classes))}
         # Classes that are numbers to the network have the names of the pictures' folders.
-        truth, answer = (named(scores[int(number[place])], one.classes) for number in (one.labels, one.predictions))
+        truth, answer = (rename(scores[int(number[place])], one.classes) for number in (one.labels, one.predictions))
         shown.append(WrongAnswer(name_of(found.dataset, index), truth, answer, *thumbnail_of(crop)))
     return shown
 
 
-def named(score: ClassScore, classes: Sequence[str]) -> ClassScore:
+def rename(score: ClassScore, classes: Sequence[str]) -> ClassScore:
     return ClassScore(score.index, classes[score.index], score.probability)
 
 

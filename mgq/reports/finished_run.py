@@ -1,4 +1,4 @@
-"""A finished run as it lies on the disk: what it made, what it began with, and what it noted on the way."""
+"""Reads a finished run from its folder: network, recipe, metrics, and the weights that it began with."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def find_float_weights(run: Run) -> tuple[Weights | None, str]:
     if path is None:
         return None, f"the float network that it started from ({origin}) is missing: give it with -c FILE"
     if path.stat().st_mtime > run.checkpoint.stat().st_mtime:
-        return None, f"{path} has been trained anew since: calibrate again, or give the float network with -c FILE"
+        return None, f"{path} has been trained again since: calibrate again, or give the float network with -c FILE"
     return read_weights(path, spec_of(run.weights.arch), key=parse_key(origin.partition(" (")[2])), ""
 
 

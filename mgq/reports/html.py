@@ -1,4 +1,4 @@
-"""How mgq's HTML pages are made: from templates, every text of which is escaped.
+"""Makes HTML pages from templates; all text is escaped.
 
 The templates lie in ``templates/``. Modules beside this one make what they show, as plain values.
 """

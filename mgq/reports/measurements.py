@@ -1,4 +1,4 @@
-"""What networks answered to labelled images: figures, and the images that a page shows.
+"""Holds what networks answered to labelled images: figures, and the images that a page shows.
 
 Reading it imports no MegEngine.
 """
@@ -24,7 +24,7 @@ from mgq.engine.classifier.predict import ClassScore, best_scores, read_crops
 FLOAT, SIMULATED, INT8 = "float32", "fake-quantized", "int8"
 THUMBNAIL, QUALITY = 160, 80
 SHOWN = 24
-"""Pictures with changed answers that the page shows, unless it is told otherwise."""
+"""The default number of images with changed answers on a page."""
 VERDICTS = ("int8 was right", "float was right", "neither was right")
 
 

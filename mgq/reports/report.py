@@ -14,8 +14,7 @@ from mgq.reports.report_options import ReportOptions
 from mgq.runtime.registry import Backend
 
 if TYPE_CHECKING:
-    from mgq.reports.file_report import FileReport
-    from mgq.reports.run_report import Report
+    from mgq.reports.contents import FileReport, Report
 
 
 @accept_old_keywords(pictures="images")

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else."""
+"""Makes the HTML page of a report on a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mgq.system.environment import Machine
 
 if TYPE_CHECKING:
     from mgq.engine.runs.run_folder import Metrics
+    from mgq.reports.contents import Report
     from mgq.reports.run_predictions import Networks
-    from mgq.reports.run_report import Report
 
 MATRIX = 20
 """More classes have a list of confusions instead of a matrix."""
 CONFUSIONS = 15
 LISTED_CLASSES = 120
 IMAGES_A_CLASS = 5
-"""With fewer than so many pictures a class (the median) its accuracy says little, and is left out."""
+"""The least median of images a class for which the accuracy of single classes is shown."""
 NONE = "-"
 WHAT = {
     "normal": "trained in float32",

@@ -1,4 +1,4 @@
-"""A shared library that ``mgq dump --format native`` has written, named by the user: its code runs in this process."""
+"""Runs a shared library of ``mgq dump --format native`` that the user has named: its code runs in this process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LibraryRuntime:
         self.version: str = self.functions["mgq_cpu"]().decode()
         if not self.functions["mgq_runs_here"]():
             raise InputError(
-                f"{printable(path)} is for {self.version} processors, and this is none: dump it with --cpu native"
+                f"{printable(path)} is for {self.version} processors, which this one is not: dump it with --cpu native"
             )
         self.classes: int = self.functions["mgq_classes"]()
         size: int = self.functions["mgq_image_size"]()

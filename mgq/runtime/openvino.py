@@ -44,7 +44,8 @@ class OpenVino(OfOnnxFile):
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         """All that the file gives for ``batch``, by name."""
         answers = self._answers(batch)
-        return {output.get_any_name(): answers[output] for output in self.network.outputs}
+        # A tensor that equals another, such as one that is quantized to the grid that it has, shares its output.
+        return {name: answers[output] for output in self.network.outputs for name in output.get_names()}
 
     def _answers(self, batch: npt.NDArray[np.uint8]) -> Any:
         self.file.refuse_other_shape(batch.shape)
@@ -55,7 +56,7 @@ class OpenVino(OfOnnxFile):
 
 
 def settings_for(threads: int) -> dict[str, Any]:
-    """How OpenVINO is told to run: one picture after the other, on so many threads."""
+    """OpenVINO's settings: one image after the other, on ``threads`` threads."""
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,

@@ -1,4 +1,4 @@
-"""What every engine that runs a deployed network looks like from outside."""
+"""Protocols of the engines that run deployed networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an MPI launcher started this process, and how to start one."""
+"""Finds out whether an MPI launcher started this process, and starts one."""
 
 from __future__ import annotations
 

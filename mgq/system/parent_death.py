@@ -1,4 +1,4 @@
-"""Processes that are never left behind."""
+"""Ends a process when its parent dies."""
 
 from __future__ import annotations
 

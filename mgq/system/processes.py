@@ -1,4 +1,4 @@
-"""Work in several processes of this machine: started clean, watched, and never left behind."""
+"""Runs work in several processes of this machine: started clean, watched, and ended with their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small process beside each rank, which watches over it and over the other ranks' watchers by plain TCP.
+"""Supervises the ranks of an MPI job: a small process beside each rank, connected to the others by plain TCP.
 
 MPI itself does not say reliably that a rank is gone: a launcher kills everything without a word, or waits for ever. So
 what a launcher starts is a supervisor, and that starts the worker that computes. The first rank's supervisor is the

@@ -51,7 +51,7 @@ class CheckpointInfo:
 
 
 def check_size(pixels: int) -> int:
-    """``pixels`` if a network can take a picture of so many on a side. Raises InputError that names the nearest."""
+    """``pixels`` if a network can take images of that size. Raises InputError that names the nearest size."""
     if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
         return pixels
     near = min(MOST_PIXELS, max(PIXELS_STEP, round(pixels / PIXELS_STEP) * PIXELS_STEP))

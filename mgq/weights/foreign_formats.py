@@ -1,4 +1,4 @@
-"""Files that other programs write and that hold no state dict: what they are, and the line that exports one."""
+"""Identifies files of other programs that hold no state dict, and says how to export one."""
 
 from __future__ import annotations
 

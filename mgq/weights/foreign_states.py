@@ -1,4 +1,4 @@
-"""What the adapters of foreign weights share: renamed states, and input normalization folded into the stem."""
+"""Helpers of the adapters of foreign weights: rename states, fold input normalization into the stem."""
 
 from __future__ import annotations
 

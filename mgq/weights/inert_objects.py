@@ -1,4 +1,4 @@
-"""Names that programs leave beside the weights in a checkpoint: read past, never looked up, imported or called.
+"""Lists names that programs leave beside the weights in a checkpoint: they are skipped, never imported or called.
 
 A value made of such a name is one :class:`Inert` object, whatever its arguments and state. A mapping stays a mapping,
 because weights may be in it. The list is closed: a name that is not in it is for :mod:`mgq.weights.unpickler` to

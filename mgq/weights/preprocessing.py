@@ -1,4 +1,4 @@
-"""How pictures are prepared for certain weights: it travels with them, in registries and checkpoints."""
+"""Describes how images are prepared for certain weights; registries and checkpoints keep it with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From bytes to arrays: dtypes, and PyTorch's storages, strided tensors, zip archives and older stream.
+"""Turns bytes into arrays: dtypes, and PyTorch's storages, strided tensors, zip archives and older stream.
 
 Nothing here reads a pickle or knows a Python object that a file could ask for: see :mod:`mgq.weights.unpickler`.
 Whatever a file claims (sizes, strides, offsets, compression) is checked against the bytes that are there.

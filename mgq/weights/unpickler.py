@@ -1,4 +1,4 @@
-"""Weights out of foreign files (MegEngine, PyTorch, safetensors), read without running anything in them.
+"""Reads weights from foreign files (MegEngine, PyTorch, safetensors) without running anything in them.
 
 A pickle is a program for a small stack machine. The machine of the standard library is too able for files
 of unknown origin, even when it may look up no dangerous name: an index in the file makes it reserve

@@ -1,4 +1,4 @@
-"""Networks that are described by data: a list of layers, which travels with the weights in a checkpoint.
+"""Describes networks as data: a list of layers, which is stored with the weights in a checkpoint.
 
 It is what an imported classifier becomes. Reading it imports no MegEngine.
 """

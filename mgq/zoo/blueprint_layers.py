@@ -1,4 +1,4 @@
-"""The layers of networks that are described by data: one module for each, in float."""
+"""Float modules for the layers of a blueprint."""
 
 from __future__ import annotations
 

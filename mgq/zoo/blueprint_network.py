@@ -1,4 +1,4 @@
-"""A network built from its blueprint: a module for each layer, run in order."""
+"""Builds a network from its blueprint: a module for each layer, run in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Watch = Callable[[str, Tensor], None]
 
 
 class BlueprintNetwork(M.Module):  # type: ignore[misc]
-    """``forward``: float32 (N, C, H, W), pixels minus 128 in BGR unless told otherwise -> float32 (N, classes)."""
+    """``forward``: float32 (N, C, H, W), pixels minus 128 in BGR by default -> float32 (N, classes)."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()

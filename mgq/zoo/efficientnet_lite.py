@@ -210,7 +210,7 @@ def bottom_right(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def changes_size(state: State, block: int) -> bool:
-    """Whether ``block`` has stride 2: the first block of a stage that has it, told by its output channels."""
+    """Whether ``block`` has stride 2: the first block of a stage that has it, known by its output channels."""
     outputs: list[int] = []
     while f"_blocks.{len(outputs)}._project_conv.weight" in state:
         outputs.append(state[f"_blocks.{len(outputs)}._project_conv.weight"].shape[0])

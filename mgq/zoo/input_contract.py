@@ -1,4 +1,4 @@
-"""What foreign networks were fed: the order of channels, what is taken off pixels, and by what they are divided."""
+"""Describes the input of foreign networks: order of channels, mean and standard deviation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few layers that several families share."""
+"""Layers that several families share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of the user's own, written in Python: registered by a name, and checked first."""
+"""Registers networks of the user's own, written in Python, after checking them."""
 
 from __future__ import annotations
 

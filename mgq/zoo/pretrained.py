@@ -1,4 +1,4 @@
-"""Pretrained weights that the zoo knows of: inside pip packages, or published at an address."""
+"""Describes the pretrained weights of the zoo: those in pip packages, and those published at an address."""
 
 from __future__ import annotations
 

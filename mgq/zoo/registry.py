@@ -42,7 +42,7 @@ class ModelSpec:
     user's own (:func:`mgq.zoo.own_networks.register`); ``fixed`` are the builder's
     arguments that the name stands for, ``options`` those a user may change, with their defaults. ``head`` is the
     name of the classifier's weight, whose first axis counts the classes; ``marker`` a name that only this family
-    has. ``adapter`` takes a PyTorch state, ``option_reader`` one of ours. ``parameters`` and ``macs``
+    has. ``adapter`` takes a PyTorch state, ``option_reader`` a state of mgq. ``parameters`` and ``macs``
     (multiply-accumulates of convolutions and classifier for one 224x224 picture) hold for 1,000 classes and the
     default options. ``recipe`` is a ``module:function``, too: it takes a mode and a number of epochs, or None, and
     returns what a training on ImageNet depends on. ``image_size`` and ``preprocessing`` are how its pictures are
@@ -108,7 +108,7 @@ class ModelSpec:
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The names by which ``--pretrained`` tells its published weights apart; the default comes first."""
+        """The names of its published weights, as ``--pretrained`` takes them; the default comes first."""
         return tuple(dict.fromkeys(found.version for found in self.checkpoints))
 
     def adapted(self, state: State, hints: Hints | None = None) -> Adapted | None:

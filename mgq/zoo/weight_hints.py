@@ -1,8 +1,8 @@
 """Reads what describes a file of PyTorch weights besides its tensors: its ``arch``, name, folder and config.json.
 
-Normalization, padding and crop are not in a state dict. timm's files tell them by the model's name with its training's
-tag (``resnet18.a1_in1k``), which its ``train.py`` keeps in the file as ``arch``, or by the ``config.json`` that lies
-beside every ``model.safetensors`` of a hub.
+Normalization, padding and crop are not in a state dict. In timm's files they follow from the model's name with its
+training's tag (``resnet18.a1_in1k``), which its ``train.py`` keeps in the file as ``arch``, or from the ``config.json``
+that lies beside every ``model.safetensors`` of a hub.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where weights come from: a file of any known kind, or the zoo's pretrained ones; and their strict loading."""
+"""Finds weights, in a file of any known kind or among the zoo's pretrained ones, and loads them strictly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, naming, printable
+from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
@@ -77,7 +77,7 @@ def read_weights(
 ) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
-    Without ``spec`` the architecture is told from the names and shapes. Of several networks in the file ``key``
+    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key``
     chooses one; what was taken, and what was taken off its names, is in the origin. Raises InputError where the file is
     unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
     message names what differs.
@@ -149,7 +149,7 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
     """The weights in an mgq checkpoint, which says itself what it is."""
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
-    with naming(name):
+    with name_in_errors(name):
         spec = spec_for(info.arch, info.options)
     network = build_network(spec, state, len(info.classes), info.options, name)
     origin = f"{name} ({printable(info.origin)[:200]})"
@@ -186,9 +186,9 @@ def mode_in(state: State) -> str:
 def build_network(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
     """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
     refuse_more_classes(spec, state, classes, name)
-    with without_initialization(), naming(name):
+    with without_initialization(), name_in_errors(name):
         network = spec.build(classes, **options)
-    differences = differing(float_part(state), network.state_dict())
+    differences = describe_differences(float_part(state), network.state_dict())
     if differences:
         raise InputError(f"{name} does not fit {spec.name}: {differences}{family_hint(spec, state)}")
     load_state(network, float_part(state), name)
@@ -210,10 +210,10 @@ def family_hint(spec: ModelSpec, state: State) -> str:
     return f"; its names are those of {others[0]}, pass -a" if others and spec.marker not in state else ""
 
 
-def differing(state: State, expected: State) -> str:
+def describe_differences(state: State, expected: State) -> str:
     """What keeps ``state`` from loading strictly into ``expected``, in words: '' if nothing does."""
 
-    def listed(names: list[str], of: State) -> str:
+    def list_names(names: list[str], of: State) -> str:
         shown = ", ".join(f"{printable(name)[:80]} {tuple(of[name].shape)}" for name in names[:SHOWN])
         return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
@@ -222,13 +222,13 @@ def differing(state: State, expected: State) -> str:
     shapes = [name for name in expected if name in state and not same_shape(state[name], expected[name])]
     parts = []
     if missing:
-        parts.append(f"it lacks {listed(missing, expected)}")
+        parts.append(f"it lacks {list_names(missing, expected)}")
     if unknown:
-        parts.append(f"it has {listed(unknown, state)}")
+        parts.append(f"it has {list_names(unknown, state)}")
     if shapes:
         first = shapes[0]
         wanted = tuple(expected[first].shape)
-        parts.append(f"{listed(shapes, state)} should be {wanted}" + (" (the first)" if shapes[1:] else ""))
+        parts.append(f"{list_names(shapes, state)} should be {wanted}" + (" (the first)" if shapes[1:] else ""))
     return "; ".join(parts)
 
 
@@ -258,7 +258,7 @@ def load_state(network: M.Module, state: State, what: str) -> None:
     scales = {name: value for name, value in state.items() if name in quantizers}
     state = {name: value for name, value in state.items() if name not in scales}
     expected = {name: value for name, value in network.state_dict().items() if name not in quantizers}
-    differences = differing(state, expected)
+    differences = describe_differences(state, expected)
     if differences:
         raise InputError(f"{what} does not fit the network: {differences}")
     for name, value in scales.items():
@@ -311,7 +311,7 @@ def spec_of_network(state: State) -> ModelSpec:
         if spec.marker in state and spec.head in state:
             with without_initialization():
                 same = spec.build(state[spec.head].shape[0], **spec.read_options(state))
-            if not differing(float_part(state), same.state_dict()):
+            if not describe_differences(float_part(state), same.state_dict()):
                 return spec
     raise InputError("the network is not one of the zoo; make it by create_model")
 

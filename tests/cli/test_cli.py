@@ -151,7 +151,7 @@ def test_dump_prints_both_sizes(mgq: Mgq, tmp_path: Path) -> None:
 
 
 def test_calibrated_ranges_serve_infer(mgq: Mgq, tmp_path: Path) -> None:
-    said = mgq("calibrate", bundled_cat(), "--ranges", "r.json", "--about", "one cat")
+    said = mgq("calibrate", bundled_cat(), "--ranges", "r.json", "--about", "one cat", "--quality", "fast")
     assert said.code == 0
     assert json.loads((tmp_path / "r.json").read_text())["provenance"]["pictures"] == "one cat"
     run_of = json.loads(mgq("infer", "--json").out)

@@ -237,6 +237,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
     return done.stdout, json.loads((folder / "bench.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, Any]]) -> None:
     rows = real[1]["rows"]
     assert [(r["precision"], r["engine"]) for r in rows] == [
@@ -258,6 +259,7 @@ def test_all_engines_do_the_same_work_and_are_timed(real: tuple[str, dict[str, A
         assert r["weights"] == "random weights (speed only)"
 
 
+@pytest.mark.slow
 def test_the_file_of_int8_is_smaller(real: tuple[str, dict[str, Any]]) -> None:
     for engine in ENGINES[2:]:
         sizes = {r["precision"]: r["file_bytes"] for r in real[1]["rows"] if r["engine"] == engine}
@@ -265,6 +267,7 @@ def test_the_file_of_int8_is_smaller(real: tuple[str, dict[str, Any]]) -> None:
     assert all(r["file_bytes"] is None for r in real[1]["rows"] if r["engine"] in ENGINES[:2])
 
 
+@pytest.mark.slow
 def test_conditions_are_recorded_with_the_samples(real: tuple[str, dict[str, Any]]) -> None:
     text, body = real
     assert (body["settings"]["batch"], body["settings"]["image_size"]) == (2, 64)

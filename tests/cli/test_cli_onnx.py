@@ -55,7 +55,7 @@ def calibrated(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_calibrate_takes_a_target(mgq: Mgq, float_checkpoint: Path, images: Path) -> None:
-    said = mgq("calibrate", images / "val", "-c", float_checkpoint, "--target", "onnx", "--json")
+    said = mgq("calibrate", images / "val", "-c", float_checkpoint, "--target", "onnx", "--quality", "fast", "--json")
     assert said.code == 0, said.err
     body = json.loads(said.out)
     assert body["target"] == "onnx" and open_classifier(checkpoint=Path(body["checkpoint"])).target is ONNX

@@ -63,7 +63,7 @@ def test_calibrate_and_dump_give_the_same_bits_again(mgq: Mgq, recipe: Path, tmp
     assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
     made = []
     for workers in ("1", "2"):
-        assert mgq("calibrate", "--images", "8", "-w", workers, *FLOAT).code == 0
+        assert mgq("calibrate", "--images", "8", "--quality", "fast", "-w", workers, *FLOAT).code == 0
         files = [tmp_path / "runs" / f"{ARCH}.calibration" / "checkpoint.safetensors"]
         for form in ("megengine", "onnx"):
             files.append(tmp_path / f"net.{form}")
@@ -94,7 +94,7 @@ def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path, small_network:
     for name in ("kind 0", "kind 1"):
         write_images(tmp_path / "set" / name, 3)
     for _ in range(2):
-        said = mgq("calibrate", "-c", small_network, "-d", "set", "--quality", "fast")
+        said = mgq("calibrate", "-c", small_network, "-d", "set", "--method", "min-max", "--nearest")
         assert said.code == 0, said
     assert "all 6 labelled pictures are calibrated on: give a smaller --images" in said.err
     for name in (f"{ARCH}.calibration", f"{ARCH}.calibration.1"):
@@ -103,7 +103,7 @@ def test_an_earlier_calibration_is_kept(mgq: Mgq, tmp_path: Path, small_network:
 
 def test_unlabelled_images_calibrate_without_a_table(mgq: Mgq, tmp_path: Path, small_network: Path) -> None:
     write_images(tmp_path / "set", 3)
-    said = mgq("calibrate", "-c", small_network, "-d", "set", "--quality", "fast")
+    said = mgq("calibrate", "-c", small_network, "-d", "set", "--method", "min-max", "--nearest")
     assert said.code == 0 and "top-1" not in said.out and "accuracy was not measured" in said.err
 
 

@@ -148,14 +148,25 @@ def test_the_example_runs_its_file_without_mgq(tmp_path: Path) -> None:
     assert "cat.jpg: tiger cat" in run_example([str(EXAMPLES / "deploy_without_mgq.py")], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_measures(tmp_path: Path) -> None:
     said = run_example([str(EXAMPLES / "train_and_measure.py")], tmp_path)
     assert re.search(r"^int8: top-1 [\d.]+ % ± [\d.]+, 32 images$", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = json.loads((EXAMPLES / "quantize_your_network.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     said = run_example(["-c", "\n\n".join(cells)], tmp_path)
     found = re.search(r"^([\d.]+) dB, same answer on", said, re.MULTILINE)
     assert found is not None and float(found[1]) > 15
+
+
+def test_the_chinese_readme_has_the_figures_and_links_of_the_english_one() -> None:
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8").partition("\n## ")[2] for name in ("README.md", "README.zh.md")
+    )
+    assert [target for target, _ in LINK.findall(chinese)] == [target for target, _ in LINK.findall(english)]
+    figures = re.compile(r"(?<=\| )[\d.]+(?: ± [\d.]+)?(?: \([\d.-]+\))?(?= \|)")
+    assert figures.findall(chinese) == figures.findall(english)

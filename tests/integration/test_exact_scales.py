@@ -45,7 +45,7 @@ from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Targe
 from mgq.runtime.registry import BACKENDS, Backend, load
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
-from tests.conftest import logits_of, smooth_images
+from tests.conftest import logits_of, slow, smooth_images
 
 SIZE = 64
 IMAGES = smooth_images(2, SIZE, SIZE)
@@ -109,7 +109,7 @@ def name_of(number: int) -> str:
 
 
 RESNET, SHUFFLE, MOBILE, *OTHERS = range(len(FAMILIES))
-NUMBERS = [SHUFFLE, MOBILE, *(pytest.param(number, marks=pytest.mark.slow) for number in (RESNET, *OTHERS))]
+NUMBERS = [MOBILE, *(slow(number) for number in (SHUFFLE, RESNET, *OTHERS))]
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=name_of)
@@ -226,6 +226,7 @@ def test_exact_scales_are_what_they_were_when_set_again() -> None:
         np.testing.assert_allclose(value, state[name], rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_other_onnx_target_is_as_exact(tmp_path: Path) -> None:
     network = calibrated(2, ONNX_AVX2)
     path = written(network, tmp_path)

@@ -15,6 +15,7 @@ import pytest
 
 from mgq.system.mpi_world import find_launcher
 from mgq.system.supervision import WORKER_VARIABLE
+from tests.conftest import slow
 from tests.fakes.network_hosts import two_hosts
 
 pytestmark = pytest.mark.skipif(
@@ -83,7 +84,7 @@ class Run:
         return code, [line for line in self.output.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_rank_that_is_killed_ends_all_with_one_line(rank: int, tmp_path: Path) -> None:
     run = Run(mgq("train", *TRAIN, "--jobs", "2", "-s", str(tmp_path)), tmp_path)
     run.wait_for("step 2/")

@@ -127,6 +127,7 @@ def test_what_only_tells_something_works(deployed: Path, words: list[str]) -> No
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_looks_at_the_rest(deployed: Path) -> None:
     done = without_megengine(deployed, "doctor", "--json")
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}

@@ -45,7 +45,7 @@ from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
 from mgq.weights.unpickler import read_state
-from tests.conftest import Mgq, the_error
+from tests.conftest import Mgq, slow, the_error
 from tests.fakes import imagenet_files, weight_files
 from tests.robustness.fuzz import readers
 from tests.robustness.fuzz.worker import TOO_MUCH, outcome
@@ -360,7 +360,7 @@ def test_metrics_of_other_kinds_are_left_out(tmp_path: Path) -> None:
 # ---- pictures ----
 
 
-@pytest.mark.parametrize("kind", [b"IDAT", None], ids=["empty", "unknown"])
+@pytest.mark.parametrize("kind", [slow(b"IDAT"), None], ids=["empty", "unknown"])
 def test_a_million_empty_chunks_take_no_more_memory_than_the_file(kind: bytes | None, tmp_path: Path) -> None:
     data = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     first = data.index(b"IDAT") - 4

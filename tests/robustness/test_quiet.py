@@ -71,6 +71,7 @@ def test_what_libraries_print_of_damaged_images_is_one_line_of_ours_or_none(tmp_
     assert said.stderr.strip() == "2 of 4 pictures could not be read"
 
 
+@pytest.mark.slow
 def test_processes_that_help_are_as_quiet(tmp_path: Path, checkpoint: Path) -> None:
     folder = damaged(tmp_path / "all")
     for kind in KINDS:

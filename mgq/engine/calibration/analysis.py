@@ -1,4 +1,4 @@
-"""``mgq analyze`` as a call: which network, which pictures, and what quantization does to each layer of it."""
+"""``mgq analyze`` as a call: measures what quantization does to each layer of a network."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Analysis:
 
     @property
     def remarks(self) -> list[str]:
-        """What the reader of the numbers should know besides."""
+        """Remarks on the conditions, one line each."""
         remarks = [self.images.remark] if self.images.remark else []
         if self.corrected:
             remarks.append("single layers go without the bias corrections that all layers together have")
@@ -124,7 +124,7 @@ def plain_layer(layer: LayerSensitivity) -> dict[str, Any]:
 
 
 def plain_values(values: Values | None) -> dict[str, Any] | None:
-    """But for histogram and single channels, which are many."""
+    """The fields as plain data, without histograms and single channels."""
     if values is None:
         return None
     numbers = {name: finite(getattr(values, name)) for name in ("snr", "low", "high", "limit", "clipped")}
@@ -136,7 +136,7 @@ def plain(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def finite(value: float | None) -> float | None:
-    """None for what JSON has no number for."""
+    """``value``, or None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -193,7 +193,7 @@ def analyze(
 def calibration_of(classifier: Classifier, folders: Sequence[Path], save: Path) -> Mapping[str, Any]:
     """What the calibration that made ``classifier``, mode ``qat``, tried and kept; empty where that is not known.
 
-    It is told by the ranges in one of ``folders`` or in the run of the network, if they are of just these weights.
+    It is read from the ranges in one of ``folders`` or in the network's run, if they belong to just these weights.
     """
     own = fingerprint(classifier.network.state_dict())
     for folder in (*folders, save / f"{classifier.spec.name}.calibration"):
@@ -213,7 +213,7 @@ def open_with_corrections(
     on_progress: OnProgress,
     key: str | None = None,
 ) -> tuple[Classifier, Mapping[str, Sequence[float]]]:
-    """The network in mode ``qat``, and what its biases hold besides those of the float weights."""
+    """The network in mode ``qat``, and the corrections in its biases, by layer."""
     spec = spec_of(arch) if arch is not None else None
     weights = find_weights(spec, checkpoint, Mode.QAT, save, pretrained, on_progress, key)
     if weights.mode == Mode.QAT.value:

@@ -1,4 +1,4 @@
-"""What a calibration is asked for; checked before anything heavy is loaded."""
+"""The options of a calibration, checked before anything heavy is imported."""
 
 from __future__ import annotations
 

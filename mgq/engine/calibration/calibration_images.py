@@ -1,4 +1,4 @@
-"""The pictures of a calibration: to measure ranges on, and labelled ones to show what int8 costs."""
+"""Finds the images of a calibration: those to measure ranges on, and labelled ones to measure accuracy on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``calibrate`` as one call: from what a user asked for to a checkpoint for int8, and what it costs in accuracy."""
+"""Runs ``mgq calibrate``: from its options to a checkpoint for int8 and its accuracy beside float."""
 
 from __future__ import annotations
 
@@ -87,8 +87,7 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     )
     refuse_unwritable_folders(options)
     labelled = found.labelled
-    if options.limit and labelled is not None:
-        labelled = subset(labelled, options.limit)
+    labelled = subset(labelled, options.limit) if options.limit and labelled is not None else labelled
     mixed: MixedPrecisionResult | None = None
     if options.data_free or found.sources is None:
         callbacks.on_message(WITHOUT_IMAGES + ("" if options.data_free else MEND))
@@ -110,13 +109,21 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     comparison = mixed.comparison if mixed else None
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
+    report_advice(classifier, labelled, comparison, callbacks)
+    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent, options)
+    return CalibrationResult(
+        result, checkpoint, comparison, mixed, found.name, found.why_not, classifier.origin, deployment
+    )
+
+
+def report_advice(
+    classifier: Classifier, labelled: Dataset | None, comparison: Comparison | None, callbacks: Callbacks
+) -> None:
+    """Send the advice of :func:`advise_on_input` as a message, where there is any."""
     if labelled is not None and comparison is not None:
         advice = advise_on_input(classifier, labelled, comparison.normal)
         if advice is not None:
             callbacks.on_message(advice)
-    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent, options)
-    origin = classifier.origin
-    return CalibrationResult(result, checkpoint, comparison, mixed, found.name, found.why_not, origin, deployment)
 
 
 def deploy_imported(
@@ -155,12 +162,12 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
 
 
 def count_images(options: CalibrateOptions) -> int:
-    """How many images are looked at, where there are as many."""
+    """The most images that are used."""
     return count_images_used(options.method, options.images) if options.method else options.images
 
 
 def refuse_unwritable_folders(options: CalibrateOptions) -> None:
-    """Found out before the work, which takes minutes."""
+    """Raises InputError where results could not be written, before the work, which takes minutes."""
     ensure_writable_folder(options.save)
     if options.ranges_file is not None:
         ensure_writable_folder(options.ranges_file.absolute().parent)
@@ -169,7 +176,7 @@ def refuse_unwritable_folders(options: CalibrateOptions) -> None:
 def announce(
     classifier: Classifier, sources: Sequence[Source] | Dataset, options: CalibrateOptions, callbacks: Callbacks
 ) -> None:
-    """Say how long it will take."""
+    """Report the number of images and the estimated time."""
     number = min(count_images(options), len(sources))
     seconds = estimate_seconds(classifier, number, options.preset, options.method)
     if options.preset == BEST:

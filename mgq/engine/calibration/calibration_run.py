@@ -1,4 +1,4 @@
-"""Calibration as a run: pictures in, a checkpoint that is ready for int8 out."""
+"""Calibrates a classifier on images, and writes the checkpoint that is ready for int8."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found: the ranges, the network in ``qat`` mode that has them, the pictures left out."""
+    """The result of a calibration: ranges, the network in ``qat`` mode that has them, and the images left out."""
 
     ranges: ActivationRanges
     classifier: Classifier
@@ -166,7 +166,7 @@ def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> C
 
 
 def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
-    """What every kind of calibration has to say of itself."""
+    """The provenance that every kind of calibration records."""
     return {
         "weights": classifier.origin,
         "image_size": classifier.image_size,
@@ -176,7 +176,7 @@ def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, An
 
 
 class CalibrationImages:
-    """The pictures of a calibration, as batches of what the network sees of them: as often as they are wanted."""
+    """The images of a calibration as batches of crops; they can be read several times."""
 
     def __init__(
         self,
@@ -213,11 +213,11 @@ class CalibrationImages:
         self.on_message = None  # they are the same pictures the next time
 
     def first(self, number: int) -> npt.NDArray[np.uint8]:
-        """uint8 (N, 3, H, W): so many of them."""
+        """The first ``number`` images: uint8 (N, 3, H, W)."""
         return CalibrationImages(self.classifier, self.sources[:number], log_progress, None).all()
 
     def all(self) -> npt.NDArray[np.uint8]:
-        """uint8 (N, 3, H, W): those that can be read. Raises InputError without any."""
+        """All images that can be read: uint8 (N, 3, H, W). Raises InputError where there are none."""
         batches = list(self.batches())
         self.refuse_none()
         return np.concatenate(batches)

@@ -13,7 +13,7 @@ _MEND = "give 100 or so that are like those it will see"
 
 
 class Likeness:
-    """Counts pictures as they come."""
+    """Counts images, and those that differ, as they are read."""
 
     def __init__(self) -> None:
         self.count = self.blank = 0

@@ -46,10 +46,10 @@ def rank_layers(normal: Classifier, target: Target) -> list[str]:
 def search_float_layers(
     max_drop: float, ranking: list[str], calibrate: Calibrate, compare: Compare
 ) -> MixedPrecisionResult:
-    """The mixture with the fewest layers in float32 that loses at most ``max_drop`` points of top-1.
+    """The network with the fewest float32 layers that loses at most ``max_drop`` points of top-1.
 
     Layers are kept in the order of the ``ranking``: twice as many from try to try, then by bisection. Where not even
-    all of them are enough, it is the mixture that loses least.
+    all of them are enough, it is the one that loses least.
     """
     tried: dict[int, MixedPrecisionResult] = {}
 

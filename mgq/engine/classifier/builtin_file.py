@@ -28,12 +28,12 @@ RANGES = Path(option_names.__file__).parent / "default_ranges"
 
 @dataclass(frozen=True)
 class BuiltinFile:
-    """An ``.onnx`` file in the cache, which is whole."""
+    """The ``.onnx`` file of a network in the cache; it is complete."""
 
     path: Path
 
     def opened(self, engine: str = AUTO, few: bool = False, threads: int | None = None) -> Classifier:
-        """It as a classifier, which says where its weights are from, and not where it is kept."""
+        """The file as a classifier. Its origin is that of the weights, not the path in the cache."""
         found = open_file(self.path, engine, threads, few=few)
         runtime = found.network.runtime
         return replace(found, origin=f"{runtime.about['origin']}; in {runtime.name} {runtime.version}")
@@ -73,7 +73,7 @@ def builtin_file(
 
 
 def version_key(weights: str, ranges: Path) -> str:
-    """What the content of the file follows from: mgq's version, the hash of the weights, the ranges."""
+    """The versions that the file depends on: mgq's, the hash of the weights, the ranges."""
     parts = (mgq.__version__, weights, hashlib.sha256(ranges.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -97,7 +97,7 @@ def kept(name: str) -> Path | None:
 
 
 def written(spec: ModelSpec, name: str, on_progress: OnProgress) -> Path | None:
-    """The file, written anew; None where the cache cannot hold it."""
+    """Write the file to the cache; None where it cannot be written."""
     from mgq.engine.classifier.dump import source_of
     from mgq.engine.classifier.open import open_classifier
     from mgq.export.onnx.writer import write_onnx

@@ -1,4 +1,4 @@
-"""A network that is ready to run, and what is known of it. Reading it imports no MegEngine."""
+"""Defines ``Classifier``: a network that is ready to run, with its metadata. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Classifier:
 
     @property
     def stretched_to(self) -> tuple[int, int] | None:
-        """Height and width that pictures are resized to as they are, where they are no squares."""
+        """Height and width that images are resized to without a crop, for networks whose input is no square."""
         size = self.spec.only_size
         return size if size is not None and size[0] != size[1] else None
 
@@ -107,7 +107,7 @@ class Classifier:
 
 @cache
 def versions() -> dict[str, str]:
-    """What the numbers depend on: versions of mgq, MegEngine where it is there, numpy and Python."""
+    """The versions of mgq, numpy and Python, and of MegEngine where it is installed."""
     packages = {name: version for name in ("mgq", "megengine", "numpy") if (version := package_version(name))}
     return {**packages, "python": ".".join(map(str, sys.version_info[:3]))}
 

@@ -1,4 +1,4 @@
-"""Deployed files as classifiers, and classifiers by way of a file in the engine of one's choice."""
+"""Opens deployed files as classifiers, and runs a classifier in another engine by way of a temporary file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgq.engine.classifier.classifier import Classifier
-from mgq.errors import InputError, naming, printable
+from mgq.errors import InputError, name_in_errors, printable
 from mgq.export.formats import SUFFIXES
 from mgq.io.records import record_of
 from mgq.machine import usable_cores
@@ -30,7 +30,7 @@ class FileNetwork:
 
 @dataclass(frozen=True)
 class DeployedInfo:
-    """What a deployed file says of its network, and what of that is needed to run it."""
+    """The metadata of a deployed file that are needed to run it."""
 
     arch: str
     mode: str
@@ -54,7 +54,7 @@ def open_file(
     runtime = engine.load(path, threads or usable_cores())
     try:
         about = record_of(DeployedInfo, runtime.about, others=True)
-        with naming(printable(path)):
+        with name_in_errors(printable(path)):
             spec, mode = spec_for(about.arch, about.options), Mode(about.mode)
     except ValueError:
         raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None

@@ -146,7 +146,7 @@ def own_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False
 
 
 def drop_slower_forms(path: Path, rows: Sequence[EngineRow]) -> None:
-    """Take away the files beside ``path`` that are the fastest nowhere."""
+    """Delete the files beside ``path`` that are the fastest in no engine."""
     kept = {row.path for row in rows}
     for engine in FORMS:
         beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
@@ -181,7 +181,7 @@ def engine_row(
 
 
 def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]:
-    """For each of ``runtimes`` the middle of what a picture takes; they have their turns one after the other."""
+    """The median time of each of ``runtimes`` for an image, in milliseconds; they run in turns."""
     for runtime in runtimes:
         for _ in range(WARM_UP):
             runtime.run(image)

@@ -1,4 +1,4 @@
-"""A network as a file to deploy, with what is known of it inside."""
+"""Writes a network as a file to deploy, with its metadata inside."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
 
 
 def open_for_target(
-    opening: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
+    open_for: Callable[[str | None], Classifier], path: Path | None, kind: str | None, target: str | None
 ) -> Classifier:
-    """What ``opening`` gives for ``target``. Where that is open, and an ONNX file or a native library is wanted, the
+    """What ``open_for`` gives for ``target``. Where that is open, and an ONNX file or a native library is wanted, the
     target onnx is tried first: ranges that come with float weights may be there for it, too."""
     if target is None and {"onnx", "native"} & {kind, format_of(path)}:
         with contextlib.suppress(InputError):
-            return opening(ONNX.name)
-    return opening(target)
+            return open_for(ONNX.name)
+    return open_for(target)
 
 
 def dump_classifier(
@@ -234,11 +234,11 @@ def dump(
         arch = find_newest_arch(Path(choice.get("save", "runs")), mode)
     target = choice.pop("target", None)
 
-    def opening(target: str | None) -> Classifier:
+    def open_for(target: str | None) -> Classifier:
         return open_classifier(
             arch, Path(checkpoint) if checkpoint is not None else None, mode, target=target, **choice
         )
 
-    classifier = open_for_target(opening, Path(path), None, target)
+    classifier = open_for_target(open_for, Path(path), None, target)
     dump_classifier(classifier, Path(path), input_type, batch, keep_input=keep_input)
     return Path(path)

@@ -164,9 +164,9 @@ def evaluate_loader(
     on_progress: OnProgress = log_progress,
     group: Group | None = None,
 ) -> Evaluation:
-    """What the network ``logits`` makes of the pictures of ``loader``, whose labels number its outputs.
+    """Evaluate the network ``logits`` on the images of ``loader``, whose labels are indices of its outputs.
 
-    With a ``group`` its processes deal out the batches, and all come to the same result, which is that of one. The
+    With a ``group`` its processes share the batches, and all get the result that one process would. The
     loader should leave broken pictures out (``broken="drop"``). Raises InputError where the pictures have no
     labels, or labels that the network has no output for; FailureError where an output is not a finite number.
     """
@@ -235,7 +235,7 @@ def evaluation_loader(
     workers: int | None = None,
     max_bad: float = 0.01,
 ) -> Loader:
-    """``dataset`` as ``classifier`` is measured on it: its size, its preprocessing, its classes, in order."""
+    """A loader of ``dataset`` for ``classifier``: with its image size, its preprocessing and its classes, in order."""
     size, how = classifier.image_size, classifier.preprocessing
     transform = EvalTransform(size, how.shorter_side(size), how.interpolation, classifier.stretched_to)
     data = match_classes(dataset, classifier.classes)
@@ -338,7 +338,7 @@ class _Found(NamedTuple):
 
 
 class _Tally:
-    """Puts answers together, in whatever order they come: every sum in it is the same in any order."""
+    """Accumulates answers; its sums are the same to the bit in any order."""
 
     def __init__(self, loader: Loader, what: str, on_progress: OnProgress) -> None:
         self.loader = loader
@@ -354,11 +354,11 @@ class _Tally:
 
     @property
     def found(self) -> _Found:
-        """All that counts of it, to be sent to other processes."""
+        """The accumulated values, to be sent to other processes."""
         return _Found(self.meter, self.losses, self.parts, self.problems)
 
     def merge(self, parts: Sequence[_Found]) -> None:
-        """Have what all ``parts`` found, this one's among them."""
+        """Take over what all ``parts`` found, this process's own included."""
         self.meter = Meter.summed([part.meter for part in parts])
         self.losses = [loss for part in parts for loss in part.losses]
         self.parts = [numbers for part in parts for numbers in part.parts]

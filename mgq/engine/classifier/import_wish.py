@@ -1,4 +1,4 @@
-"""What the user says of an ONNX file of another program. Reading it imports no MegEngine."""
+"""Options for the import of an ONNX file of another program. Importing this imports no MegEngine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ImportWish:
-    """What is said of a foreign file: None where it is left to be told from the file, or is the default.
+    """Options for the import of a foreign file. None: the default, or what the file itself says.
 
     ``preprocess`` names a contract of :data:`mgq.zoo.input_contract.CONTRACTS`, which ``mean``, ``std``
     and the ``order`` of the channels, ``rgb`` or ``bgr``, change. ``size``: height and width, where the file leaves
@@ -24,7 +24,7 @@ class ImportWish:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing is said."""
+        """Whether all options are left open."""
         return self == ImportWish()
 
 

@@ -1,4 +1,4 @@
-"""Which input contract gives an imported network more right answers, where it has hardly any."""
+"""Finds the preprocessing with which an imported network has more right answers, where it has hardly any."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation)
     """A line where ``classifier`` was imported and ``found``, its answers to ``dataset``, are at the level of chance.
 
     It names what gives more on some of the pictures, or says that nothing does. None where all is well, and where it
-    cannot be told: grey pictures, few of them or of one class, deployed files.
+    cannot be decided: grey images, few of them or of one class, deployed files.
     """
     had = contract_of(classifier)
     if had is None or found.images < FEWEST or not is_chance(found):
@@ -51,7 +51,7 @@ def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation)
 
 
 def contract_of(classifier: Classifier) -> InputContract | None:
-    """What the file of an imported network with colors is taken to have been fed."""
+    """The input contract that an imported color network was opened with."""
     source = source_among(classifier.options)
     wish = source.get("wish")
     is_here = classifier.file is None and (classifier.mode is Mode.NORMAL or classifier.fake_quantized is not None)
@@ -76,7 +76,7 @@ def candidates() -> Iterator[InputContract]:
 
 
 def words_for(contract: InputContract) -> str:
-    """The options that say ``contract``."""
+    """The command-line options that mean ``contract``."""
     is_usual = contract.order == CONTRACTS[contract.name].order
     return f"--preprocess {contract.name}" + ("" if is_usual else f" --{contract.order}")
 

@@ -19,7 +19,7 @@ TOP = 5
 
 
 def refuse_not_finite(logits: Logits) -> None:
-    """Raises FailureError where one of ``logits`` is NaN or infinite: no answer can be told from them."""
+    """Raises FailureError where one of ``logits`` is NaN or infinite: they give no answer."""
     if not np.isfinite(logits).all():
         raise FailureError("the network's answers are not finite numbers: its weights are damaged, take others")
 

@@ -1,4 +1,4 @@
-"""One network in its three modes side by side: what int8 costs in accuracy, and saves in size."""
+"""Compares the three modes of a network: what int8 costs in accuracy, and saves in size."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def compare_modes(
 
 
 def name_progress(what: str, on_progress: OnProgress) -> OnProgress:
-    """``on_progress``, told of ``evaluate WHAT``."""
+    """``on_progress`` with the label ``evaluate WHAT``."""
 
     def listener(event: Progress) -> None:
         on_progress(event._replace(what=f"evaluate {what}"))

@@ -1,4 +1,4 @@
-"""The network that a verb's words mean: a deployed file, the built-in one, or a network that MegEngine runs.
+"""Opens the network that a command's options choose: a deployed file, the built-in one, or one that MegEngine runs.
 
 MegEngine is imported for the last alone.
 """
@@ -53,7 +53,7 @@ def choose_network(
         if key is not None:
             raise InputError(f"{printable(checkpoint)} is a finished file with one network: leave out --key")
         said = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
-        return finished(checkpoint, mode, engine, arch, said, start_megengine, few, threads)
+        return open_finished_file(checkpoint, mode, engine, arch, said, start_megengine, few, threads)
     plain = (checkpoint, ranges, width, image_size, key)
     if mode is Mode.QUANTIZED and kept and not any(plain) and target != MEGENGINE and reads_onnx(engine):
         file = builtin_file(arch, save, pretrained, start_megengine, on_progress)
@@ -70,7 +70,7 @@ def choose_network(
     return classifier if engine is None else attach_backend(classifier, engine, threads)
 
 
-def finished(
+def open_finished_file(
     path: Path,
     mode: Mode,
     engine: str | None,

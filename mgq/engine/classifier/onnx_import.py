@@ -1,4 +1,4 @@
-"""An ONNX file of another program as a classifier of ours: imported, checked against the file, kept as a checkpoint."""
+"""Imports an ONNX file of another program as a classifier: checks it against the file, and keeps a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a name, a checkpoint and a mode to a network that is ready to run, with what is known of it."""
+"""Opens a classifier from an architecture's name, a checkpoint and a mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An int8 network that MegEngine itself cannot run, in an engine that can."""
+"""Runs an int8 network that MegEngine cannot run in an engine that can, behind the interface of a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The course of a training as one picture."""
+"""Draws the curves of a training as one image."""
 
 from __future__ import annotations
 

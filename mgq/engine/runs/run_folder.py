@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: ``<save>/<arch>.<mode>/`` with everything that was learned and how."""
+"""The folder of a run, ``<save>/<arch>.<mode>/``: checkpoint, state, recipe, log and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mgq.engine.runs.tensorboard import EventsFile
 from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.io.append import append_whole, drop_torn_line
-from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, write_text_atomically, writing
+from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, explain_write_errors, write_text_atomically
 from mgq.io.limited_io import bytes_of
 from mgq.io.locks import take_lock
 
@@ -83,7 +83,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, save: Path, arch: str, mode: str, tensorboard: bool = False) -> RunFolder:
-        """The run that is there, to go on with it from :meth:`read_state`.
+        """Open an existing run, to resume it from :meth:`read_state`.
 
         Raises InputError where there is none, where it saved no state yet, where another process is at work in it,
         or it cannot be written.
@@ -111,7 +111,7 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """Where the state lies that the run can go on from."""
+        """The file of the state that the run can be resumed from."""
         return self.path / LAST
 
     def write_recipe(self, text: str) -> None:
@@ -156,7 +156,7 @@ class RunFolder:
 
     def keep_metrics(self, epochs: int) -> None:
         """Drop the metrics of all epochs after the first ``epochs``, those that a resumed run is to do again."""
-        with writing(self.path / METRICS):
+        with explain_write_errors(self.path / METRICS):
             lines = _lines(self.path / METRICS)
         kept = [line for line in lines if (entry := _entry(line)) is not None and entry["epoch"] <= epochs]
         if kept != lines:
@@ -171,7 +171,7 @@ class RunFolder:
         return write_curves(self.path / CURVES, metrics, title, marks)
 
     def close(self) -> None:
-        """Let others have the folder. To be called once all is written; again, it does nothing."""
+        """Release the lock of the folder. To be called when all is written; a second call does nothing."""
         if self._lock is not None:
             self._lock.release()
 
@@ -185,7 +185,7 @@ class RunFolder:
         self.close()
 
     def _mend(self) -> None:
-        """Take away what a killed process left half written."""
+        """Delete what a killed process left half written."""
         drop_abandoned_in(self.path)
         for name in (LOG, METRICS):
             drop_torn_line(self.path / name)
@@ -231,7 +231,7 @@ def _write_strictly(value: Any) -> Any:
 def _move_aside(path: Path) -> Path | None:
     """Where what was at ``path`` lies now; None where there was nothing whole."""
     drop_abandoned_in(path)
-    with writing(path, _ELSEWHERE):
+    with explain_write_errors(path, _ELSEWHERE):
         if not path.is_dir() or not any(path.iterdir()):
             return None
         kept = next(other for i in count(1) if not os.path.lexists(other := path.with_name(f"{path.name}.{i}")))

@@ -1,4 +1,4 @@
-"""The metrics of a run for TensorBoard.
+"""Writes the metrics of a run for TensorBoard.
 
 tensorboardX's own ``SummaryWriter`` hands events to a thread through a short queue. When that thread dies of a full
 disk, the training waits on the queue for ever; and a killed process loses what is in it. So records are appended here,
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgq.io.append import append_whole
-from mgq.io.atomic import writing
+from mgq.io.atomic import explain_write_errors
 
 if TYPE_CHECKING:
     from tensorboardX.proto.event_pb2 import Event
@@ -32,13 +32,16 @@ TAGS = {
 
 
 class EventsFile:
-    """One file of scalars in ``folder``, on the disk after every :meth:`add`. Methods raise as ``writing`` does."""
+    """One file of scalars in ``folder``, on the disk after every :meth:`add`.
+
+    Methods raise as :func:`mgq.io.atomic.explain_write_errors` does.
+    """
 
     def __init__(self, folder: Path) -> None:
         # TensorBoard reads a folder's files by name, so the name begins with the time.
         now = time.time_ns()
         self.path = folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-        with writing(self.path):
+        with explain_write_errors(self.path):
             folder.mkdir(exist_ok=True)
         self._write(_event(file_version="brain.Event:2"))
 
@@ -79,7 +82,7 @@ class EventsFile:
 
 
 def step_of(entry: Mapping[str, Any]) -> int:
-    """Where ``entry`` stands on the axis: its step, else its epoch."""
+    """The position of ``entry`` on the x axis: its step, else its epoch."""
     return int(entry.get("step", entry["epoch"]))
 
 

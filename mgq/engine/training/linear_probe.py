@@ -11,7 +11,6 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
-from scipy.optimize import minimize
 
 from mgq.data.loader import Loader
 from mgq.events import OnProgress, Progress, log_progress
@@ -81,6 +80,8 @@ def solve_softmax_regression(
         slope = (np.exp(logs) - wanted) / number
         d_bias = slope.sum(axis=0) if with_bias else np.zeros(classes)
         return loss, np.concatenate([(slope.T @ scaled + DECAY * weight).ravel(), d_bias])
+
+    from scipy.optimize import minimize
 
     start = np.zeros((width + 1) * classes)
     found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS}).x

@@ -17,7 +17,7 @@ import tomli_w
 from msgspec import Meta
 
 from mgq.data import SYNTHETIC as SYNTHETIC
-from mgq.errors import InputError, naming, nearest, no_such, printable
+from mgq.errors import InputError, name_in_errors, nearest, no_such, printable
 from mgq.io.limited_io import text_of
 from mgq.io.records import bounds_of, types_of, value_of
 from mgq.quantization.option_names import OBSERVERS, TARGETS
@@ -175,7 +175,7 @@ def restore_recipe(body: Mapping[str, Any], name: str) -> Recipe:
     """The recipe that a checkpoint or a run kept. Raises InputError where it is damaged or of another version."""
     try:
         changes = check_changes(body, name)
-        with naming(name):
+        with name_in_errors(name):
             return Recipe(**changes)
     except TypeError:
         raise InputError(f"{name} holds no whole recipe; it was written by another version of mgq") from None

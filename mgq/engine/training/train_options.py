@@ -101,5 +101,5 @@ def refuse_changed_options(train_options: TrainOptions, recipe: Recipe, path: Pa
             given = f"{value!r}" if isinstance(value, str) else value
             raise InputError(
                 f"{path} was begun with {option(name)} {has}, not {given}: leave the option out to resume, "
-                "or leave out --resume to start anew"
+                "or leave out --resume to start again"
             )

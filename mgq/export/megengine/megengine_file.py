@@ -4,8 +4,8 @@ MegEngine's loaders, the C++ ones too, read the graph from the start and ignore 
 
     graph | JSON, UTF-8 | length of the JSON, 8 bytes little endian | SHA-256 of all before it | b"mgqfile1"
 
-Native loaders trust what they read, and anybody can compute a checksum: it tells damage. What a stranger may have put
-into the graph is told by :mod:`mgq.export.megengine.graph_guard` before such a loader sees it.
+Native loaders trust what they read. The checksum finds damage, but anybody can compute one. What a stranger may have
+put into the graph is found by :mod:`mgq.export.megengine.graph_guard` before such a loader sees it.
 """
 
 from __future__ import annotations

@@ -74,10 +74,10 @@ def read_onnx(path: Path) -> OnnxFile:
     """Raises InputError where ``path`` is missing or no whole ONNX file, is no classifier of pictures, holds more than
     one needs (see :mod:`mgq.export.onnx.guard`), or where the package that reads it is not installed."""
     content = read_content(path)
-    return checked_before(path, content) or checked_now(path, content)
+    return find_earlier_check(path, content) or check_now(path, content)
 
 
-def checked_now(path: Path, content: bytes) -> OnnxFile:
+def check_now(path: Path, content: bytes) -> OnnxFile:
     """The same, remembered: the check takes longer than to run the network on a few pictures."""
     found = parse_onnx(path, content)
     facts = {name: getattr(found, name) for name in FACTS}
@@ -85,7 +85,7 @@ def checked_now(path: Path, content: bytes) -> OnnxFile:
     return found
 
 
-def checked_before(path: Path, content: bytes) -> OnnxFile | None:
+def find_earlier_check(path: Path, content: bytes) -> OnnxFile | None:
     """What this code found in a file of the same ``content``; None where it has seen none."""
     known_facts = read_private(place_of(content))
     if known_facts is None:

@@ -38,7 +38,7 @@ from mgq.quantization.qat import freeze_batch_norm
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.registry import specs
-from tests.conftest import FAMILIES, blank, filled, one_line_about, smooth_images, values_of
+from tests.conftest import EACH_FAMILY, FAMILIES, blank, filled, one_line_about, smooth_images, values_of
 
 Array = npt.NDArray[np.float32]
 
@@ -269,7 +269,7 @@ def steady_gradient(module: M.Module, source: Array) -> Array:
 
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_all_layers_of_a_network_together_have_the_stock_gradient(arch: str, mode: Mode, used: list[type]) -> None:
     """Each on what it is given within the network: rounding in one, which may flip ReLUs later, is not carried on."""
     network = filled(blank(arch))
@@ -375,7 +375,7 @@ def trained(network: M.Module, batches: list[Array]) -> M.Module:
     return network
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_a_network_differs_from_stock_by_no_more_than_rounding_does(arch: str) -> None:
     """Rounding flips ReLUs at 0 and a deep network amplifies it: stock with its weights shaken by 1e-6 is the mark."""
     network = filled(blank(arch))
@@ -552,7 +552,7 @@ def test_histograms_are_numpys() -> None:
             assert np.abs(found[row] - expected).sum() < 0.01 * np.abs(wanted[row]).sum()
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies between the layers cost as much as their convolutions: only the input is turned."""
     turned: list[Tensor] = []

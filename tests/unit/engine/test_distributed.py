@@ -46,6 +46,7 @@ def test_one_device_works_in_this_process() -> None:
     assert launch(Cluster(), ranked, NO_CALLBACKS) == (0, 1, os.getpid())
 
 
+@pytest.mark.slow
 def test_the_first_process_of_each_machine_speaks_and_answers() -> None:
     """Two machines of two devices each, which meet at the first."""
     with socket.socket() as free:

@@ -270,6 +270,7 @@ quietly = import_megengine
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one_to_the_bit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     drawn = SyntheticImages(70, size=64, split="val")
     root = folder_of_classes(tmp_path / "set", drawn.classes, 7)

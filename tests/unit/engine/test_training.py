@@ -23,7 +23,7 @@ from mgq.errors import InputError
 from mgq.events import Callbacks, Progress
 from mgq.quantization.modes import Mode
 from mgq.zoo.weight_loading import read_weights
-from tests.conftest import one_line_about, smooth_images
+from tests.conftest import one_line_about, slow, smooth_images
 from tests.fakes.training_options import ARCH, SMALL, small_request, stopping_after
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -96,6 +96,7 @@ def test_equal_seeds_give_equal_weights_and_others_other_ones(undisturbed: Train
     assert other.checkpoint.read_bytes() != undisturbed.checkpoint.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
     first = train(small_request(tmp_path, epochs=1))
     content = first.checkpoint.read_bytes()
@@ -108,7 +109,7 @@ def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
 # ---- interrupted and resumed ----
 
 
-@pytest.mark.parametrize("moment", [1, 5, 8])
+@pytest.mark.parametrize("moment", [slow(1), 5, slow(8)])
 def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_path: Path, moment: int) -> None:
     request = small_request(tmp_path)
     with pytest.raises(StoppedError) as stopped:
@@ -120,7 +121,7 @@ def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_pat
     assert epochs_in(outcome) == [1, 2]
 
 
-@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (3, 4))])
+@pytest.mark.parametrize("moment", [1, slow(3), slow(4)])
 def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, moment: int) -> None:
     outcomes = []
     for name in ("undisturbed", "stopped"):
@@ -133,7 +134,7 @@ def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, mome
     assert outcomes[0].checkpoint.read_bytes() == outcomes[1].checkpoint.read_bytes()
 
 
-@pytest.mark.parametrize("observer", ["ema", "lsq"])
+@pytest.mark.parametrize("observer", ["ema", slow("lsq")])
 def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
     undisturbed: TrainResult, tmp_path: Path, observer: str
 ) -> None:
@@ -161,7 +162,7 @@ def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
     assert shifted and not any(np.abs(state[n] - before[n]).max() for n in before if n.endswith("running_mean"))
 
 
-@pytest.mark.parametrize("moment", [3, 9])
+@pytest.mark.parametrize("moment", [slow(3), 9])
 def test_a_stopped_qat_goes_on_to_the_bit(
     undisturbed: TrainResult, undisturbed_qat: TrainResult, tmp_path: Path, moment: int
 ) -> None:
@@ -172,7 +173,7 @@ def test_a_stopped_qat_goes_on_to_the_bit(
     assert outcome.checkpoint.read_bytes() == undisturbed_qat.checkpoint.read_bytes()
 
 
-@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"observer": "lsq"}, {"observer": "tqt"}])
+@pytest.mark.parametrize("changes", [slow({"ema": 0.9}), {"observer": "lsq"}, slow({"observer": "tqt"})])
 def test_averages_and_learned_scales_go_on_to_the_bit(
     undisturbed: TrainResult, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,14 @@ from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.modes import Mode
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime
+from tests.conftest import EACH_FAMILY
 
 SIZE = 64
-ARCHS = ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[tuple[str, Mode], Classifier]:
-    return {
-        (arch, mode): make_random_classifier(arch, mode, image_size=SIZE)
-        for arch in ARCHS
-        for mode in (Mode.NORMAL, Mode.QUANTIZED)
-    }
+@cache
+def made(arch: str, mode: Mode) -> Classifier:
+    return make_random_classifier(arch, mode, image_size=SIZE)
 
 
 def cats(classifier: Classifier, number: int = 1) -> npt.NDArray[np.uint8]:
@@ -42,11 +39,9 @@ def cats(classifier: Classifier, number: int = 1) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QUANTIZED])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_file_answers_as_the_network_in_memory(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, arch: str, mode: Mode
-) -> None:
-    classifier = made[arch, mode]
+@pytest.mark.parametrize("arch", EACH_FAMILY)
+def test_a_file_answers_as_the_network_in_memory(tmp_path: Path, arch: str, mode: Mode) -> None:
+    classifier = made(arch, mode)
     path = tmp_path / "net.megengine"
     report = dump_classifier(classifier, path)
     assert report.size == path.stat().st_size
@@ -62,10 +57,8 @@ def test_a_file_answers_as_the_network_in_memory(
 
 @pytest.mark.parametrize("input_type", ["uint8", "int8", "float32"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_input_type_and_batch_gives_the_same(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, input_type: str, batch: int
-) -> None:
-    classifier = made["resnet18", Mode.QUANTIZED]
+def test_every_input_type_and_batch_gives_the_same(tmp_path: Path, input_type: str, batch: int) -> None:
+    classifier = made("mobilenet_v2", Mode.QUANTIZED)
     path = tmp_path / "net.megengine"
     dump_classifier(classifier, path, input_type, batch)
     runtime = LiteRuntime(path)
@@ -74,8 +67,8 @@ def test_every_input_type_and_batch_gives_the_same(
     np.testing.assert_allclose(runtime.run(images), classifier.logits(images), rtol=1e-4, atol=1e-3)
 
 
-def test_the_file_says_what_it_is_in_plain_data(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
-    classifier = made["mobilenet_v2", Mode.QUANTIZED]
+def test_the_file_says_what_it_is_in_plain_data(tmp_path: Path) -> None:
+    classifier = made("mobilenet_v2", Mode.QUANTIZED)
     path = tmp_path / "net.megengine"
     dump_classifier(classifier, path)
     about = read_megengine_file(path).about
@@ -86,23 +79,21 @@ def test_the_file_says_what_it_is_in_plain_data(made: dict[tuple[str, Mode], Cla
     assert b"cpickle" not in path.read_bytes() and json.dumps(about)
 
 
-def test_an_int8_file_is_a_quarter_of_the_float_one(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
+def test_an_int8_file_is_a_quarter_of_the_float_one(tmp_path: Path) -> None:
     sizes = {
-        mode: dump_classifier(made["resnet18", mode], tmp_path / f"{mode.value}.megengine").size
+        mode: dump_classifier(made("resnet18", mode), tmp_path / f"{mode.value}.megengine").size
         for mode in (Mode.NORMAL, Mode.QUANTIZED)
     }
     assert sizes[Mode.QUANTIZED] < 0.3 * sizes[Mode.NORMAL]
 
 
-def test_a_file_that_answers_otherwise_is_not_left_behind(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.megengine"
     path.write_bytes(b"older")
     for name in ("run_in_lite", "run_in_megengine"):
         monkeypatch.setattr(writer, name, off_by_one_bit(getattr(writer, name)))
     with pytest.raises(FailureError, match="differs from the network in memory"):
-        dump_classifier(made["resnet18", Mode.QUANTIZED], path)
+        dump_classifier(made("mobilenet_v2", Mode.QUANTIZED), path)
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
 
 
@@ -112,27 +103,27 @@ def off_by_one_bit(run: Callable[..., npt.NDArray[np.float32]]) -> Callable[...,
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QUANTIZED])
 def test_where_lite_rounds_otherwise_megengine_itself_has_to_give_the_bits(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
     monkeypatch.setattr(writer, "run_in_lite", off_by_one_bit(writer.run_in_lite))
     assert (
         "loaded again in MegEngine, it"
-        in dump_classifier(made["mobilenet_v2", mode], tmp_path / "net.megengine").checked
+        in dump_classifier(made("mobilenet_v2", mode), tmp_path / "net.megengine").checked
     )
 
 
 def test_a_file_that_lite_answers_wrongly_is_refused_whatever_megengine_says(
-    made: dict[tuple[str, Mode], Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_answer = writer.run_in_lite
     monkeypatch.setattr(writer, "run_in_lite", lambda *arguments: true_answer(*arguments) * np.float32(1.001))
     with pytest.raises(FailureError):
-        dump_classifier(made["mobilenet_v2", Mode.NORMAL], tmp_path / "net.megengine")
+        dump_classifier(made("mobilenet_v2", Mode.NORMAL), tmp_path / "net.megengine")
 
 
-def test_damaged_files_never_reach_the_native_loader(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
+def test_damaged_files_never_reach_the_native_loader(tmp_path: Path) -> None:
     path = tmp_path / "net.megengine"
-    dump_classifier(made["shufflenet_v1_x0_5_g3", Mode.QUANTIZED], path)
+    dump_classifier(made("shufflenet_v1_x0_5_g3", Mode.QUANTIZED), path)
     whole = path.read_bytes()
     damaged = tmp_path / "damaged.megengine"
     cut = [whole[: len(whole) * i // 20] for i in range(20)]
@@ -144,9 +135,9 @@ def test_damaged_files_never_reach_the_native_loader(made: dict[tuple[str, Mode]
         assert "\n" not in str(caught.value)
 
 
-def test_wrong_use_of_a_file_is_refused(made: dict[tuple[str, Mode], Classifier], tmp_path: Path) -> None:
+def test_wrong_use_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.megengine"
-    dump_classifier(made["shufflenet_v1_x0_5_g3", Mode.QUANTIZED], path)
+    dump_classifier(made("shufflenet_v1_x0_5_g3", Mode.QUANTIZED), path)
     with pytest.raises(InputError, match="shape"):
         LiteRuntime(path).run(np.zeros((1, 3, 32, 32), np.uint8))
     with pytest.raises(InputError, match="threads"):
@@ -154,12 +145,12 @@ def test_wrong_use_of_a_file_is_refused(made: dict[tuple[str, Mode], Classifier]
     with pytest.raises(InputError, match=r"none\.megengine"):
         LiteRuntime(tmp_path / "none.megengine")
     with pytest.raises(FailureError, match="one thread"):
-        EagerRuntime(made["resnet18", Mode.NORMAL].network, threads=2)
+        EagerRuntime(made("mobilenet_v2", Mode.NORMAL).network, threads=2)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_folding_batch_norms_changes_rounding_alone(made: dict[tuple[str, Mode], Classifier], arch: str) -> None:
-    classifier = made[arch, Mode.NORMAL]
+@pytest.mark.parametrize("arch", EACH_FAMILY)
+def test_folding_batch_norms_changes_rounding_alone(arch: str) -> None:
+    classifier = made(arch, Mode.NORMAL)
     before = classifier.logits(cats(classifier))
     network = fold_batch_norms(classifier.network)
     after = EagerRuntime(network).run(cats(classifier))

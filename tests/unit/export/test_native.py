@@ -42,15 +42,11 @@ from mgq.runtime.library import LibraryRuntime
 from mgq.runtime.native import NativeRuntime
 from mgq.runtime.registry import choose_backend
 from mgq.zoo.registry import spec_of
+from tests.conftest import slow
 from tests.fakes.native_programs import BEST, HERE, PORTABLE, Images, model_for, noise, program_for
 from tests.fakes.places import ROOT
 
-
-def slow(*values: object) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-FAMILIES = ("resnet18", slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
+FAMILIES = (slow("resnet18"), slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", slow("efficientnet_lite0"))
 
 
 def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
@@ -84,7 +80,7 @@ def test_every_layer_of_every_kernel_is_the_reference_to_the_bit(arch: str, leve
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize("size", (slow(32), 96, slow(160), 224))
+@pytest.mark.parametrize("size", (slow(32), slow(96), slow(160), 224))
 def test_layers_run_row_by_row_give_the_same_bits_at_every_size(arch: str, size: int) -> None:
     program = program_for(arch, size)
     images = noise(size, 1, size)
@@ -128,7 +124,7 @@ def test_rows_that_fill_no_vector_are_right(level: Level) -> None:
         "shufflenet_v1_x0_5_g3",
         slow("shufflenet_v1_x1_0_g3"),
         slow("shufflenet_v1_x2_0_g3"),
-        "shufflenet_v1_x1_5_g8",
+        slow("shufflenet_v1_x1_5_g8"),
         slow("resnet34"),
     ),
 )
@@ -143,7 +139,7 @@ def test_groups_of_any_number_and_width_give_the_same_bits(arch: str) -> None:
         assert np.array_equal(logits_in(program, level, images), run_reference(program, images)[0])
 
 
-@pytest.mark.parametrize("classes", (2, 17, 1000))
+@pytest.mark.parametrize("classes", (slow(2), 17, slow(1000)))
 def test_any_number_of_classes(classes: int) -> None:
     program = program_for("mobilenet_v2", 32, classes)
     images = noise(32, 1)

@@ -29,12 +29,13 @@ from mgq.export.native.packing import Constants
 from mgq.export.native.planner import Plan, make_plan
 from mgq.export.native.program import Program
 from mgq.export.native.reference import run_reference
+from tests.conftest import slow
 from tests.fakes.native_programs import HERE, PORTABLE, Images, noise, program_for
 
 PAGE = mmap.PAGESIZE
 SIZE = 96
 """Maps of 48, 24, 12, 6 and 3 pixels: rows that fill no vector, too."""
-ARCHS = ("mobilenet_v2", "shufflenet_v1_x1_5_g3", "resnet18", "efficientnet_lite0")
+ARCHS = ("mobilenet_v2", "shufflenet_v1_x1_5_g3", slow("resnet18"), slow("efficientnet_lite0"))
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -42,10 +42,11 @@ from mgq.quantization.targets import (
 )
 from mgq.quantization.targets import TARGETS as TARGETS_BY_NAME
 from mgq.runtime.registry import AUTO, BACKENDS, Backend, choose_backend, load
+from mgq.zoo.layers import global_average
 from mgq.zoo.registry import spec_of
-from tests.conftest import logits_of
+from tests.conftest import logits_of, slow
 
-FAMILIES = ("resnet18", "resnet50", "shufflenet_v1_x1_5_g3", "mobilenet_v2", "efficientnet_lite0")
+FAMILIES = (slow("resnet18"), slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", slow("efficientnet_lite0"))
 TARGETS = (MEGENGINE, ONNX)
 SIZE = 64
 Images = npt.NDArray[np.uint8]
@@ -119,7 +120,38 @@ def test_given_the_same_integers_each_layer_gives_those_of_fake_quantization(
     assert sum(entry.share * entry.values for entry in found) <= 1e-3 * values
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+class Branch(M.Module):  # type: ignore[misc]
+    """A convolution that is read by another one and by the sum of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = M.QuantStub(), M.DequantStub()
+        self.stem = M.ConvBnRelu2d(3, 16, 3, 2, 1, bias=False)
+        self.branch = M.ConvBn2d(16, 16, 3, 1, 1, bias=False)
+        self.add = M.Elemwise("FUSE_ADD_RELU")
+        self.fc = M.Linear(16, 5)
+        self.fc.disable_quantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(self.quant(x))
+        return self.fc(self.dequant(global_average(self.add(self.branch(stem), stem))))
+
+
+@pytest.mark.parametrize("engine", SHOWING, ids=lambda engine: engine.key)
+def test_a_layer_that_an_engine_merges_with_its_reader_is_shown(engine: Backend, tmp_path: Path) -> None:
+    """OpenVINO gives one tensor for two names where a sum takes its summand's integers as they are."""
+    megengine.random.seed(7)
+    network = Branch()
+    network.eval()
+    quantized = calibrate_network(network, [IMAGES], "", "", {}, target=ONNX)[0]
+    path = tmp_path / "branch.onnx"
+    write_onnx(quantized, path, image_size=SIZE, batch=1, provenance={"arch": "branch"})
+    found = measure_layer_parity(engine, path, quantized, IMAGES[:2])
+    assert [entry.layer for entry in found] == ["stem", "branch", "add"]
+    assert max(entry.largest for entry in found) <= 1
+
+
+@pytest.mark.parametrize("arch", [slow("resnet18"), "mobilenet_v2"])
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_logits_are_near_those_of_fake_quantization(arch: str, target: Target, engine: str, folder: Path) -> None:
@@ -210,7 +242,7 @@ class TestTarget:
         wanted = np.abs(weight).max(1) / 127
         assert (scales[:, 0] > 0.99 * wanted).all() and (scales[:, 0] < 1.13 * wanted).all()
 
-    @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+    @pytest.mark.parametrize("rounding", ["nearest", slow("gptq")])
     def test_without_vnni_weights_stay_where_no_sum_saturates(self, rounding: str, tmp_path: Path) -> None:
         arch = "shufflenet_v1_x0_5_g3"
         network = calibrate_network(

@@ -20,6 +20,7 @@ from mgq.graph.rewrites import REWRITES, dense, in_blocks, stem_on_half_the_grid
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.registry import BACKENDS
+from tests.conftest import slow
 
 SIZE = 64
 SHUFFLENET = "shufflenet_v1_x0_5_g3"
@@ -39,9 +40,9 @@ def convolutions(found: Graph) -> list[Any]:
 @pytest.mark.parametrize(
     ("arch", "rewrites"),
     [
-        (SHUFFLENET, ("shuffles",)),
-        (SHUFFLENET, ("stem",)),
-        ("resnet18", ("stem",)),
+        slow(SHUFFLENET, ("shuffles",)),
+        slow(SHUFFLENET, ("stem",)),
+        slow("resnet18", ("stem",)),
         ("efficientnet_lite0", ("stem",)),
         (SHUFFLENET, ("shuffles", "stem")),
     ],

@@ -92,6 +92,7 @@ class TestEachMethod:
     def test_no_images_are_no_ranges(self, method: str) -> None:
         assert measure_ranges(net(), [], "net", "", {}, method).ranges == {}
 
+    @pytest.mark.usefixtures("short_shufflenet_here")
     def test_a_run_says_by_which_method(self, method: str, tmp_path: Path) -> None:
         own = replace(classifier_of(SHUFFLE), network=to_mode(trio_of(SHUFFLE).normal, Mode.NORMAL))
         found = calibrate(own, list_sources(Images()), 3, config=CalibrationConfig(method=method))
@@ -132,6 +133,7 @@ class TestMethods:
     def test_the_default_is_one_of_them(self) -> None:
         assert DEFAULT_METHOD in METHODS
 
+    @pytest.mark.usefixtures("short_shufflenet_here")
     def test_no_more_images_are_read_than_are_looked_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mgq.ptq.calibrate.MOST_LAYERWISE_IMAGES", 2)
         for method, used in (("easyquant", 2), ("min-max", 4)):
@@ -139,6 +141,7 @@ class TestMethods:
             found = calibrate(own, Images(), 4, config=CalibrationConfig(method=method))
             assert found.used == found.ranges.provenance["images"] == used
 
+    @pytest.mark.usefixtures("short_shufflenet_here")
     def test_a_data_set_is_as_good_as_files(self) -> None:
         found = []
         for sources in (Images(), list_sources(Images())):

@@ -128,6 +128,7 @@ class TestMaxDrop:
         said = mgq("calibrate", cat, "-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs", "--max-drop", "0.5")
         assert one_line_about(the_error(said), "--max-drop", "-d FOLDER")
 
+    @pytest.mark.slow
     def test_the_command_tells_what_it_kept(self, mgq: Mgq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import cv2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import megengine.module as M
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +24,15 @@ from mgq.ptq.equalization import (
 from mgq.ptq.gptq import round_weights
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from tests.conftest import logits_of
+from tests.conftest import logits_of, slow
 from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
 
-NETWORKS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("resnet18", {}),
-    ("mobilenet_v2", {}),
+NETWORKS: tuple[Any, ...] = (
+    slow("resnet18", {}),
+    slow("mobilenet_v2", {}),
     ("mobilenet_v2", {"activation": "relu6"}),
     ("shufflenet_v1_x0_5_g3", {}),
-    ("efficientnet_lite0", {}),
+    slow("efficientnet_lite0", {}),
 )
 
 
@@ -46,7 +48,7 @@ def test_the_float_network_answers_as_before(
     assert max(float(of_tensor.max()) for of_tensor in factors.values()) > 1.2, "nothing was equalized"
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3"])
+@pytest.mark.parametrize("arch", [slow("resnet18"), slow("mobilenet_v2"), "shufflenet_v1_x0_5_g3"])
 def test_int8_is_nearer_to_float(arch: str) -> None:
     network = network_of(arch)
     wanted = logits_of(network, IMAGES)
@@ -58,6 +60,7 @@ def test_int8_is_nearer_to_float(arch: str) -> None:
     assert noise(equalize_channels(network, IMAGES)[0]) < 0.8 * noise(network)
 
 
+@pytest.mark.slow
 def test_a_channel_that_can_reach_the_ceiling_keeps_its_size() -> None:
     network = network_of("mobilenet_v2", activation="relu6")
     found, _ = equalize_channels(network, IMAGES)
@@ -139,6 +142,7 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
     assert similarity > 0.95
 
 
+@pytest.mark.slow
 def test_steps_work_alone_and_in_order() -> None:
     """Each is a function from a network, and pictures, to another: nearer to float, the one before it left as it is."""
     network = network_of("mobilenet_v2")

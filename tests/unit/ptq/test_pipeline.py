@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import megengine.module as M
 import numpy as np
@@ -35,13 +36,13 @@ from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.activations import RELU6
 from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from tests.conftest import classifier_of, smooth_images
+from tests.conftest import classifier_of, slow, smooth_images
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(24, seed=3)
 UNSEEN = smooth_images(16, seed=11)
 SHUFFLE = "shufflenet_v1_x0_5_g3"
-CASES = [("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
+CASES: list[Any] = [slow("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
 CASES += [(SHUFFLE, {}, "balanced", ONNX), (SHUFFLE, {}, "balanced", MEGENGINE)]
 NAMES = ["mobilenet", "shufflenet", "per-layer"]
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
@@ -100,6 +101,7 @@ class TestSearch:
             found.best.snr, abs=1e-6
         )
 
+    @pytest.mark.slow
     def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images_on_images_held_back(self) -> None:
         network = trained_like(SHUFFLE, {})
         fast, balanced = (
@@ -162,7 +164,7 @@ ODD: dict[str, Images] = {
 
 
 class TestOddInput:
-    @pytest.mark.parametrize("kind", ODD)
+    @pytest.mark.parametrize("kind", ["one", slow("two"), "black", slow("alike")])
     def test_odd_images_give_a_sound_network(self, kind: str) -> None:
         network = trained_like(SHUFFLE, {})
         found, ranges = find_best_network(network, ODD[kind], "", "", get_preset("balanced"), ONNX)

@@ -150,6 +150,7 @@ def test_the_grid_of_a_calibrated_network_is_found_again_from_its_weights() -> N
         np.testing.assert_allclose(steps, np.rint(steps), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_int8_of_a_network_of_the_zoo_follows_its_simulation() -> None:
     network = trio_of("efficientnet_lite0").normal
     images = np.random.default_rng(0).integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)

@@ -16,12 +16,13 @@ from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, to_mode
 from mgq.zoo.registry import spec_of, specs
-from tests.conftest import logits_of, smooth_images
+from tests.conftest import logits_of, slow, smooth_images
 
 IMAGES = smooth_images(4)
 LARGE = {"resnet34", "resnet50", "efficientnet_lite1", "efficientnet_lite2"}
-NETWORKS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in specs() if name not in LARGE]
-NETWORKS.append(("mobilenet_v2", {"activation": "relu6"}))
+QUICK = ("mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0")
+NETWORKS = [(name, {}) if name in QUICK else slow(name, {}) for name in specs() if name not in LARGE]
+NETWORKS.append(slow("mobilenet_v2", {"activation": "relu6"}))
 
 
 def pair_of(arch: str, **options: Any) -> tuple[M.Module, M.Module]:

@@ -47,7 +47,7 @@ from mgq.runtime.registry import BACKENDS
 from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import (
-    FAMILIES,
+    EACH_FAMILY,
     SIZE,
     classifier_of,
     logits_of,
@@ -97,7 +97,7 @@ def quantized_weights_alone(network: M.Module) -> M.Module:
     return network
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_with_all_convolutions_kept_weights_are_those_of_float(arch: str) -> None:
     trio = trio_of(arch)
     wanted = logits_of(trio.normal, IMAGES)
@@ -117,7 +117,7 @@ def test_with_all_convolutions_kept_answers_are_nearer_to_float(arch: str) -> No
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_kept_layers_are_known_and_so_is_the_target(arch: str, target: Target) -> None:
     network = to_mode(trio_of(arch).normal, Mode.QAT, target)
@@ -166,7 +166,7 @@ def test_a_kept_layer_is_trained_in_float(observer: str) -> None:
     assert list_float_layers(plain_qat(network)) == tuple(names)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_a_mixed_int8_network_runs_its_kept_layers_in_float(arch: str) -> None:
     classifier = mixed_classifier(arch)
     kept = [name for name, module in classifier.network.named_modules() if isinstance(module, FloatWeights)]
@@ -200,7 +200,7 @@ def steps_between(fake: M.Module, names: list[str]) -> list[tuple[float, float]]
     return found
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 def test_a_megengine_file_of_it_answers_as_the_network_in_memory(arch: str, tmp_path: Path) -> None:
     classifier = mixed_classifier(arch)
     path = tmp_path / "net.megengine"
@@ -217,7 +217,7 @@ def test_a_megengine_file_of_it_answers_as_the_network_in_memory(arch: str, tmp_
     assert dumped.size - full.size > 2.5 * sum(fold_weight(layer).numpy().size for layer in kept)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 @pytest.mark.parametrize("target", [MEGENGINE, ONNX], ids=lambda target: target.name)
 def test_an_onnx_file_of_it_gives_each_layer_the_integers_of_fake_quantization(
     arch: str, target: Target, tmp_path: Path
@@ -259,7 +259,7 @@ def quantized_head_size(network: M.Module) -> int:
     return next(int(np.prod(module.weight.shape)) for module in network.modules() if isinstance(module, M.Linear))
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EACH_FAMILY)
 @pytest.mark.parametrize("mode", [Mode.QAT, Mode.QUANTIZED])
 def test_a_checkpoint_brings_the_same_network_back_to_the_bit(arch: str, mode: Mode, tmp_path: Path) -> None:
     classifier = mixed_classifier(arch, mode)

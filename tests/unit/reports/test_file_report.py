@@ -14,7 +14,7 @@ from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.network_choice import choose_network
 from mgq.quantization.modes import Mode
-from mgq.reports.file_report import FileReport
+from mgq.reports.contents import FileReport
 from mgq.reports.report import report
 from mgq.runtime.registry import get_backend
 from tests.conftest import Mgq, Read, classifier_of, one_line_about, the_error, write_images

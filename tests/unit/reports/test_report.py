@@ -18,11 +18,12 @@ from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
+from mgq.reports.contents import Report
 from mgq.reports.finished_run import find_run
 from mgq.reports.measurements import FLOAT, INT8, Measurements
 from mgq.reports.report_options import ReportOptions
 from mgq.reports.run_predictions import choose_changes
-from mgq.reports.run_report import Report, report_run
+from mgq.reports.run_report import report_run
 from mgq.runtime.registry import get_backend
 from tests.conftest import (
     SIZE,
@@ -156,7 +157,7 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
     assert found_in(written).pair is not None and len(written.float_metrics) == 2
     later = written.run.checkpoint.stat().st_mtime + 60
     os.utime(origin, (later, later))
-    assert "trained anew since" in words_of(report(run, engines=False))
+    assert "trained again since" in words_of(report(run, engines=False))
     assert written.run.command == "mgq calibrate"
     write_environment(run, {"processes": [{"command": "mgq calibrate -d 'my set'"}]})
     assert report(run, engines=False).run.command == "mgq calibrate -d 'my set'"

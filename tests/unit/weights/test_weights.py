@@ -28,7 +28,7 @@ from mgq.zoo.mobilenet_v2 import options_of
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import (
-    differing,
+    describe_differences,
     fetch_published_weights,
     find_published_checkpoint,
     fingerprint,
@@ -217,8 +217,8 @@ class TestMisfits:
 
     def test_a_transposed_weight_is_a_wrong_shape(self, state: State) -> None:
         head = "classifier.0.weight"
-        assert differing({**state, head: state[head].T}, state) == f"{head} (480, 10) should be (10, 480)"
-        assert differing(state, state) == ""
+        assert describe_differences({**state, head: state[head].T}, state) == f"{head} (480, 10) should be (10, 480)"
+        assert describe_differences(state, state) == ""
 
     def test_an_mgq_checkpoint_contradicts_another_architecture(self, tmp_path: Path) -> None:
         path = tmp_path / "c.safetensors"

@@ -385,6 +385,7 @@ class TestPreprocessing:
         dump_classifier(replace(classifier, preprocessing=expected), tmp_path / "net.onnx", batch=None)
         assert open_file(tmp_path / "net.onnx").preprocessing == expected
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("short_shufflenet_here")
     def test_it_goes_into_a_run_that_begins_with_these_weights(self, tmp_path: Path) -> None:
         expected = Preprocessing(1 / 0.95, "bicubic")

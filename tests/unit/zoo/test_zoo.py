@@ -28,7 +28,7 @@ from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, scale_channels, without_initialization
 from mgq.zoo.registry import create_model, spec_of, specs
-from tests.conftest import CLASSES, FAMILIES, Trio, blank, filled, logits_of, one_line_about, smooth_images, trio_of
+from tests.conftest import CLASSES, EACH_FAMILY, Trio, blank, filled, logits_of, one_line_about, smooth_images, trio_of
 from tests.fakes.places import ROOT
 
 # The public example's checkpoints: number of entries, and SHA-256 of the sorted compact JSON of {name: shape}.
@@ -210,7 +210,7 @@ class TestSizes:
             assert np.isfinite(logits).all()
             assert np.ptp(logits, axis=0).max() > 0  # the picture matters
 
-    @pytest.mark.parametrize("arch", FAMILIES)
+    @pytest.mark.parametrize("arch", EACH_FAMILY)
     def test_any_number_of_classes_comes_out(self, arch: str) -> None:
         # The tests above have 10 of them.
         network = blank(arch, classes=2)
