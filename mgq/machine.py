@@ -39,6 +39,7 @@ MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
 POLLER = "CompNodeSync"
+PATIENCE_NS = 5_000_000
 HELPERS = ("worker", "cpu")
 """What MegEngine calls its thread that polls; how the names of those begin that work for others."""
 ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
@@ -150,6 +151,31 @@ def calm_threads() -> None:
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
+@contextlib.contextmanager
+def patient_threads() -> Iterator[None]:
+    """Threads that start within it may be woken later than they ask for: their naps end together with other things.
+
+    MegEngine's thread that polls takes naps of some ten microseconds for as long as the program runs, and each
+    interrupts what computes. Does nothing where the system knows no such thing.
+    """
+    before = _prctl(_GET_TIMER_SLACK, 0)
+    if before > 0:
+        _prctl(_SET_TIMER_SLACK, PATIENCE_NS)
+    try:
+        yield
+    finally:
+        if before > 0:
+            _prctl(_SET_TIMER_SLACK, before)
+
+
+def _prctl(what: int, value: int) -> int:
+    """What the kernel answers; -1 where it is none that knows such calls."""
+    try:
+        return int(ctypes.CDLL(None).prctl(what, ctypes.c_ulong(value), 0, 0, 0))
+    except (OSError, AttributeError, TypeError):
+        return -1
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next allocation, from here on.
 
@@ -164,6 +190,8 @@ def keep_freed_memory() -> None:
 
 # Parameters of mallopt, as malloc.h has them.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# What prctl is asked for, as the kernel has it.
+_SET_TIMER_SLACK, _GET_TIMER_SLACK = 29, 30
 
 
 def debugging() -> bool:

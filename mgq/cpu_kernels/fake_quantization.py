@@ -92,4 +92,4 @@ def set_value(tensor: Tensor, value: Array) -> None:
     """Give ``tensor`` a new value of the same shape."""
     old = tensor.numpy()
     if not np.array_equal(old, value):
-        tensor._reset(Tensor(value.astype(np.float32).reshape(old.shape), device=tensor.device))
+        tensor._reset(Tensor(value.astype(np.float32, copy=False).reshape(old.shape), device=tensor.device))

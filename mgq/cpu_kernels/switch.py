@@ -29,7 +29,7 @@ from mgq.cpu_kernels.autograd_functions import (
 )
 from mgq.cpu_kernels.channels_last import Pool
 from mgq.cpu_kernels.elementwise import descended, extremes
-from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, set_value, update_observer
+from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
     GlobalAverage,
@@ -307,7 +307,8 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor 
     unbiased = function.variance * np.float32(elements / (elements - 1))
     for running, now in ((bn.running_mean, function.mean), (bn.running_var, unbiased)):
         old = running.numpy()
-        set_value(running, old * keep + now.reshape(old.shape) * (ONE - keep))
+        found = old * keep + now.reshape(old.shape) * (ONE - keep)
+        running._reset(Tensor(found, device=running.device))
     return output
 
 

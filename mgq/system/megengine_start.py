@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import ModuleType
 
-from mgq.machine import hush_decoders, mute_stderr, refuse_without_megengine, set_library_defaults
+from mgq.machine import hush_decoders, mute_stderr, patient_threads, refuse_without_megengine, set_library_defaults
 
 NEVER = 1 << 60
 """Bytes that no tensor has."""
@@ -28,7 +28,7 @@ def import_megengine() -> None:
 
     # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
     np.finfo(np.float32), np.finfo(np.float64)
-    with mute_stderr():
+    with mute_stderr(), patient_threads():
         import megengine
 
         # MegEngine lists large tensors that it could drop and compute again, even while it is not to drop any. Two of

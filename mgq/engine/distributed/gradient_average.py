@@ -6,6 +6,7 @@ full bucket begins at once. What the optimizer gets in the end are the averages.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Average(Future):  # type: ignore[misc]
     def get(self) -> Tensor:
         self.owner.finish(self.bucket)
         assert self.bucket.flat is not None
-        size = int(np.prod(self.shape, dtype=np.int64))
+        size = math.prod(self.shape)
         return Tensor(self.bucket.flat[self.start : self.start + size].reshape(self.shape), device=self.device)
 
 
@@ -143,7 +144,7 @@ class GradientAverage:
     def __call__(self, _: Tensor, gradient: Tensor) -> Average:
         future = Average(self, self.open, self.size, gradient)
         self.open.gradients.append(gradient)
-        self.size += int(np.prod(gradient._tuple_shape, dtype=np.int64))
+        self.size += math.prod(gradient._tuple_shape)
         self.advance()
         if 4 * self.size >= BUCKET_BYTES:
             self.send()
@@ -176,13 +177,10 @@ class GradientAverage:
         if bucket.done:
             return
         started = time.monotonic()
-        sleep = 20e-6
+        self.advance()
         while not bucket.done:
-            self.team.check()
+            self.team.rest(started)
             self.advance()
-            if not bucket.done:
-                time.sleep(sleep)
-                sleep = min(2 * sleep, 1e-3)
         self.team.waited += time.monotonic() - started
 
 
@@ -190,6 +188,6 @@ def bounds(gradients: list[Tensor]) -> Iterator[tuple[int, int]]:
     """Where in a bucket each gradient lies."""
     start = 0
     for gradient in gradients:
-        end = start + int(np.prod(gradient._tuple_shape, dtype=np.int64))
+        end = start + math.prod(gradient._tuple_shape)
         yield start, end
         start = end

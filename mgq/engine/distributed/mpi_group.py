@@ -16,13 +16,14 @@ from megengine.quantization.observer import MinMaxObserver
 
 from mgq.cpu_kernels.fake_quantization import set_value
 from mgq.cpu_kernels.statistics_exchange import Sums, exchanging
-from mgq.cpu_kernels.tensor_exchange import Array
-from mgq.engine.distributed.gradient_average import GradientAverage
+from mgq.cpu_kernels.tensor_exchange import Array, values
+from mgq.engine.distributed.gradient_average import GradientAverage, bounds
 from mgq.engine.distributed.process_group import ProcessGroup, Result, Thing, Work
 from mgq.engine.distributed.team import Team, current_team, send_work
 from mgq.errors import FailureError, MgqError
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.quantization.qat import CurrentRangeObserver
+from mgq.system.processes import do_nothing
 
 FEW_RANKS = 8
 """So many are told of one by one."""
@@ -58,8 +59,21 @@ class MpiGroup(ProcessGroup):
     def gather(self, thing: Thing) -> list[Thing]:
         return self.team.gather(thing)
 
-    def average(self, tensors: list[Tensor]) -> None:
-        self.replace(tensors, lambda array: self.reduced(array, "SUM") / np.float32(self.world_size))
+    def begin_average(self, tensors: list[Tensor]) -> Callable[[], None]:
+        from mpi4py import MPI
+
+        if not tensors:
+            return do_nothing
+        flat = np.concatenate([value.reshape(-1) for value in values(*tensors)])
+        request = self.team.comm.Iallreduce(MPI.IN_PLACE, flat, MPI.SUM)
+
+        def finish() -> None:
+            self.team.wait(request)
+            np.divide(flat, np.float32(self.world_size), out=flat)
+            for tensor, (start, end) in zip(tensors, bounds(tensors), strict=True):
+                tensor._reset(Tensor(flat[start:end].reshape(tensor._tuple_shape), device=tensor.device))
+
+        return finish
 
     def merge_ranges(self, network: M.Module) -> None:
         observers = [m for m in network.modules() if isinstance(m, MinMaxObserver) and m.enabled]
@@ -71,10 +85,10 @@ class MpiGroup(ProcessGroup):
         """Give ``tensors`` what ``exchange`` makes of all their values together, float32 (N,)."""
         if not tensors:
             return
-        values = [tensor.numpy() for tensor in tensors]
-        found = exchange(np.concatenate([value.reshape(-1) for value in values]).astype(np.float32))
-        ends = np.cumsum([value.size for value in values])
-        for tensor, value, end in zip(tensors, values, ends, strict=True):
+        before = [tensor.numpy() for tensor in tensors]
+        found = exchange(np.concatenate([value.reshape(-1) for value in before]).astype(np.float32))
+        ends = np.cumsum([value.size for value in before])
+        for tensor, value, end in zip(tensors, before, ends, strict=True):
             set_value(tensor, found[end - value.size : end].reshape(value.shape))
 
     def exchanging(self, batch_norm: bool) -> contextlib.AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from megengine import Tensor
 from mgq.engine.distributed.team import current_team
 from mgq.errors import InputError
 from mgq.events import Callbacks
+from mgq.system.processes import do_nothing
 
 Result = TypeVar("Result")
 Thing = TypeVar("Thing")
@@ -78,8 +79,9 @@ class ProcessGroup:
         """What all processes have for ``thing``, by rank, on all."""
         return [thing]
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Give all the mean of what they have for each of ``tensors``, float32."""
+    def begin_average(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Begin to exchange ``tensors``, float32; what this returns gives all of them the means of all processes."""
+        return do_nothing
 
     def merge_ranges(self, network: M.Module) -> None:
         """Let observers of activations know what those of all processes have seen."""

@@ -266,6 +266,7 @@ class Trainer:
             with amp.autocast(enabled=self.recipe.amp):
                 logits = self.network(images)
                 loss = self.loss(logits, labels, images)
+            finish_average = self.group.begin_average([] if self.recipe.sync_bn else self.statistics)
             if self.scaler is None:
                 self.manager.backward(loss)
             else:
@@ -276,8 +277,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_factor"]
         self.optimizer.step().clear_grad()
-        if not self.recipe.sync_bn:
-            self.group.average(self.statistics)
+        finish_average()
         if self.average is not None:
             self.average.update(self.network)
         self.meter.add(value, logits.numpy().astype(np.float32), batch.labels)

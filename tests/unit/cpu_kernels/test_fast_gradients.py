@@ -246,9 +246,9 @@ def test_fused_fake_quantized_layers_are_stock_in_output_gradients_and_state(
             freeze_batch_norm(module)
         d_output = steady_gradient(next(part for part in module.modules() if isinstance(part, FUSED)), source)
         fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
-        # A value that lies between two steps may be rounded either way.
+        # A value that lies between two steps may be rounded either way: one, or a thousandth of them.
         far = np.abs(fast.output - stock.output) > 1e-5 * np.abs(stock.output).max()
-        assert far.mean() < 1e-3, shape
+        assert far.sum() <= max(1, far.size // 1000), shape
         assert_alike(fast._replace(output=np.where(far, stock.output, fast.output)), stock, shape)
     assert used == [FoldedConvolution if frozen_norm else FakeQuantizedConvolution] * len(SHAPES)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 from megengine.core import get_option
 
+from mgq.machine import PATIENCE_NS, patient_threads
 from mgq.system.megengine_start import NEVER, import_megengine
 
 
@@ -11,3 +17,18 @@ def test_no_tensor_is_ever_listed_to_be_dropped() -> None:
     """Two threads of MegEngine change that list, one of them without a lock."""
     import_megengine()
     assert get_option("dtr_evictee_minimum_size") == NEVER
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets threads nap longer")
+def test_threads_of_megengine_nap_long_and_this_one_as_before() -> None:
+    before = slack_ns()
+    with patient_threads():
+        assert slack_ns() == PATIENCE_NS
+        assert ThreadPoolExecutor(1).submit(slack_ns).result() == PATIENCE_NS
+    assert slack_ns() == before
+
+
+def slack_ns() -> int:
+    """How much later than it asks for this thread may be woken."""
+    of_slack = 30  # as prctl.h has it
+    return int(ctypes.CDLL(None).prctl(of_slack, 0, 0, 0, 0))
