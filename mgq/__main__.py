@@ -1,5 +1,5 @@
 """``python -m mgq``."""
 
-from mgq.cli.main import run
+from mgq.cli.main import run_and_leave
 
-run()
+run_and_leave()

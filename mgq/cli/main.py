@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -114,6 +115,38 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_and_leave() -> None:
+    """The installed command: :func:`run`, and where that can be, an end without taking the process apart.
+
+    What the system takes back anyway, numpy's and OpenCV's objects above all, took longer than to run the network.
+    """
+    try:
+        run()
+    except SystemExit as end:
+        if asked_for(sys.argv[1:]) == [LEAVES_AT_ONCE] and not needs_farewell():
+            leave(end)
+        raise
+
+
+LEAVES_AT_ONCE = "infer"
+"""The verb that is over in no time. It has no child, and no file open, when it ends."""
+
+
+def needs_farewell() -> bool:
+    """Whether somebody waits for this process to end in order: a thread that works on, or other processes of MPI."""
+    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+    return find_world() is not None or not all(thread.daemon for thread in others)
+
+
+def leave(end: SystemExit) -> None:
+    """Exit with the code of ``end``, after what is registered with :mod:`atexit`; return where output is stuck."""
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
 
 
 def run_alone() -> int:

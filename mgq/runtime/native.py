@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,11 @@ from mgq.export.native.cache import Entry, key_of, read_entry, write_entry
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
-from mgq.export.native.program import Program, read_program
 from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
 from mgq.runtime.protocol import OfOnnxFile, check_threads
+
+if TYPE_CHECKING:
+    from mgq.export.native.program import Program
 
 
 class NativeRuntime(OfOnnxFile):
@@ -75,6 +77,8 @@ def can_run(path: Path) -> bool:
 
 
 def program_of(file: OnnxFile) -> Program:
+    from mgq.export.native.program import read_program
+
     model = import_package("onnx").load_from_string(file.content)
     if len(model.graph.output) > 1:
         raise InputError(f"the native engine gives logits alone, and {printable(file.path)} has more outputs")

@@ -196,6 +196,35 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_the_command_runs_what_is_registered_for_its_end(tmp_path: Path) -> None:
+    """It leaves without taking the process apart, and still says all that it has to say."""
+    code = (
+        "import atexit, sys; sys.argv = ['mgq', 'infer', sys.argv[1]]\n"
+        "atexit.register(print, 'farewell')\n"
+        "class Last:\n    def __del__(self): print('taken apart')\n"
+        "kept = Last()\n"
+        "from mgq.cli.main import run_and_leave\n"
+        "run_and_leave()\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run([*command, str(bundled_cat())], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "tabby" in done.stdout, done.stderr
+    assert done.stdout.endswith("farewell\n")
+    failed = subprocess.run([*command, "none.jpg"], capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2 and "none.jpg" in failed.stderr and failed.stdout == "farewell\n"
+
+
+def test_the_command_waits_for_a_thread_that_works_on(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading, time; sys.argv = ['mgq', 'infer', 'none.jpg']\n"
+        "threading.Thread(target=lambda: (time.sleep(0.5), print('done'))).start()\n"
+        "from mgq.cli.main import run_and_leave\n"
+        "run_and_leave()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "done\n"
+
+
 def test_sigterm_interrupts_a_command_and_ends_the_program_that_called_it(
     mgq: Mgq, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,9 +42,9 @@ def cache_folder() -> Path:
 @cache
 def own_code() -> str:
     """A hash of the code that compiles networks, and of LLVM's version."""
-    from importlib.metadata import version
+    import llvmlite  # its version alone; LLVM comes with what it has inside
 
-    digest = hashlib.sha256(version("llvmlite").encode())
+    digest = hashlib.sha256(llvmlite.__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

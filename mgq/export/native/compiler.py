@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgq.export.native.cpu import Level
-from mgq.export.native.emit.driver import Module, emit_module
-from mgq.export.native.planner import make_plan
-from mgq.export.native.program import Program
+
+if TYPE_CHECKING:
+    from mgq.export.native.emit.driver import Module
+    from mgq.export.native.program import Program
 
 ATTRIBUTES = "nounwind"
 OPTIMIZATION = 3
@@ -40,6 +41,9 @@ def llvm() -> Any:
 
 def module_for(program: Program, level: Level, keep: bool = False, linkage: str = "") -> Module:
     """``keep``: every tensor stays readable in the work area, for tests. Raises InputError as ``make_plan`` does."""
+    from mgq.export.native.emit.driver import emit_module  # what was compiled before needs none of it
+    from mgq.export.native.planner import make_plan
+
     isa = level.isa()
     return emit_module(make_plan(program, keep, isa.unit), isa, ATTRIBUTES, linkage)
 
