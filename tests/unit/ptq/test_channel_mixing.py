@@ -16,8 +16,9 @@ from mgq.ptq.channel_mixing import (
     mix_channels,
 )
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Values
+from mgq.ptq.equalization import statistics_of_images
 from mgq.ptq.logit_gradients import Pairs
-from mgq.ptq.steps import Draft, Equalize, MixChannels, statistics_of_images
+from mgq.ptq.steps import Draft, Equalize, MixChannels
 from mgq.quantization.targets import ONNX
 from tests.conftest import logits_of
 from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
@@ -38,8 +39,7 @@ def mixed(draft: Draft) -> Draft:
 def related(channels: int, seed: int) -> Values:
     """Mean products of channels of which some are large, and some vary together."""
     made = np.random.default_rng(seed).standard_normal((channels, channels)) * np.geomspace(1, 10, channels)[:, None]
-    found: Values = made @ made.T
-    return found
+    return np.asarray(made @ made.T, np.float64)
 
 
 def noise_of(mixing: Values, pairs: Pairs) -> float:
