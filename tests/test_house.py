@@ -205,6 +205,18 @@ def called_names(path: Path) -> set[str]:
     return {function.id for function in calls if isinstance(function, ast.Name)}
 
 
+MOST_LINES = 50
+"""Of a function, with its signature and its docstring: what is longer has parts with names."""
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1 if node.end_lineno is not None else 0
+                assert lines <= MOST_LINES, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
 # ---- tests ----
 
 TEST_FOLDERS = {"unit", "cli", "integration", "robustness", "benchmarks", "fakes"}

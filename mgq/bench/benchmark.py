@@ -1,4 +1,4 @@
-"""The whole benchmark: from settings to a report."""
+"""Runs a whole benchmark: from settings to a report."""
 
 from __future__ import annotations
 

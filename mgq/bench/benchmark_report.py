@@ -20,7 +20,7 @@ FORMAT = "mgq bench 2"
 
 @dataclass(frozen=True)
 class Row:
-    """One network in one precision in one engine on so many threads.
+    """One network in one precision in one engine on ``threads`` threads.
 
     A row without a ``speed`` has a ``problem`` that says why. ``speedup`` is int8 over fp32 in the same engine on as
     many threads, or where that was not measured over the fastest fp32; on int8 rows where both ran. ``share`` is that
@@ -86,7 +86,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times faster ``one`` row was than ``other``: the best of each kind on so many threads."""
+    """How many times faster ``one`` row was than ``other``: the best of each kind on the same number of threads."""
 
     one: Row
     other: Row

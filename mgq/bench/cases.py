@@ -17,7 +17,7 @@ from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 
 TURN_NS = 125_000_000
-"""About how long a contestant's turn in a round lasts, in nanoseconds."""
+"""About how long the turn of a case in a round lasts, in nanoseconds."""
 MOST_RUNS = 50
 """The most single runs of a turn, so that fast networks do not fill the memory and the report."""
 WARM_UP_RUNS = 3
@@ -26,7 +26,7 @@ ALIKE = 0.95
 
 
 class LoadedWorker(NamedTuple):
-    """A player with a network: where the weights come from, and the bytes of the file that its engine reads."""
+    """A worker with a network: where the weights come from, and the bytes of the file that its engine reads."""
 
     worker: Worker
     weights: str
@@ -37,7 +37,7 @@ class LoadedWorker(NamedTuple):
 class BenchmarkCase:
     """One row of the table: a network in one precision in one engine on so many threads.
 
-    ``load`` gives a player, who may still be getting ready. It raises an MgqError, whose line says why and how to
+    ``load`` starts a worker, which may not be ready yet. It raises an MgqError, whose line says why and how to
     mend it, where the engine is not there or cannot run the network. Those with the same ``answers`` have to give the
     same; None: it is compared with nobody. ``rounds_otherwise``: its int8 is not MegEngine's to the bit. ``target`` is
     what an int8 network was quantized for, ``file`` the name of a file that is not mgq's. ``macs``: what one picture
@@ -85,7 +85,7 @@ class Agreement:
 
 @dataclass
 class CaseResult:
-    """A contestant and what became of it: ``problem`` says why it has no times, ``rounds`` holds them.
+    """A case and its result: ``problem`` says why it has no times, ``rounds`` holds them.
 
     ``peak_memory`` is in bytes, of the process that ran it.
     """
@@ -173,7 +173,7 @@ def start_case(entry: CaseResult) -> None:
 
 
 def await_worker(entry: CaseResult) -> None:
-    """Wait until the player of ``entry`` is ready, if it has begun; it has to have the threads that were asked for."""
+    """Wait until the worker of ``entry`` is ready; it must have the threads that were asked for."""
     if entry.problem is not None:
         return
     worker, wanted = entry.worker, entry.case.threads

@@ -1,6 +1,6 @@
 """Checks whether this machine has what mgq needs. Every check runs, whatever the others find.
 
-What might crash where it is broken, such as an engine, is loaded in a process of its own.
+Engines, which may crash, are loaded in processes of their own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_DISK = 1_000_000_000
 
 
 class State(str, Enum):
-    """``fine``; ``lacking``: something that mgq can do without; ``broken``: the main job cannot be done."""
+    """``fine``; ``lacking``: something optional is missing; ``broken``: images cannot be classified."""
 
     FINE = "fine"
     LACKING = "lacking"
@@ -57,7 +57,7 @@ class Diagnosis:
 
     @property
     def works(self) -> bool:
-        """Whether the main job can be done: pictures can be read and classified."""
+        """Whether images can be read and classified."""
         return all(finding.state is not State.BROKEN for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Diagnosis:
 
 
 class LackingError(Exception):
-    """What a check raises for a thing that is not as it should be: what, and the mend."""
+    """Raised by a check that fails: what is wrong, and the mend."""
 
     def __init__(self, found: str, mend: str = "") -> None:
         super().__init__(found)
@@ -74,7 +74,7 @@ class LackingError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """``look`` returns what it found. ``mend`` is for what it raises, unless that brings one of its own."""
+    """``look`` returns what it found. ``mend`` is shown for an error without a mend of its own."""
 
     name: str
     look: Callable[[], str]
@@ -98,14 +98,14 @@ OF_MEGENGINE = ("MegEngine Lite", "training: oneDNN", "training: numba")
 
 
 def examine(save: Path) -> Diagnosis:
-    """All checks, where runs are in ``save``; some seconds, several at the same time."""
+    """Run all checks, several at the same time; it takes some seconds. ``save`` is the folder of the runs."""
     wanted = [check for check in list_checks(save) if trains_here() or check.name not in OF_MEGENGINE]
     with ThreadPoolExecutor(usable_cores()) as pool:
         return Diagnosis(tuple(pool.map(Check.finding, wanted)))
 
 
 def trains_here() -> bool:
-    """Whether MegEngine is to be expected: it has no wheel for a later Python, where deployed files run alone."""
+    """Whether MegEngine should be installed: it has wheels for Python 3.10; later ones run deployed files only."""
     return sys.version_info[:2] == MEGENGINE_PYTHON or has_megengine()
 
 
@@ -298,7 +298,7 @@ def check_runs(save: Path) -> str:
 
 
 def refuse_unwritable(folder: Path) -> Path:
-    """``folder``, or what is there of its parents. Raises LackingError where nothing can be written; makes nothing."""
+    """Raises LackingError where ``folder``, or its nearest parent that exists, cannot be written. Creates nothing."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not place.is_dir():
         raise LackingError(f"{printable(place)} is a file, not a folder")

@@ -31,7 +31,7 @@ PEAK = "self-test"
 def start_worker(
     what: str, load: Callable[[int], Runtime], threads: int, settings: Settings, *imports: str
 ) -> SubprocessWorker:
-    """A player in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
+    """A worker in a process of its own, on the last ``threads`` cores: the first ones serve the system's interrupts."""
     cores = tuple(sorted(os.sched_getaffinity(0))[-threads:])
     copies = threads if settings.load is Load.THROUGHPUT else 1
     seat = WorkerConfig(load, threads // copies, copies, cores, imports)
@@ -40,7 +40,7 @@ def start_worker(
 
 @cache
 def precision_of(path: Path) -> Precision:
-    """What an ONNX file computes with. Raises InputError where it is none that an engine could read."""
+    """The precision of an ONNX file. Raises InputError where no engine could read it."""
     return Precision.INT8 if read_onnx(path).quantized else Precision.FP32
 
 
@@ -55,7 +55,7 @@ def cat_batch(batch: int, image_size: int) -> Batch:
 
 
 def rivals(network: str, settings: Settings, threads: int) -> list[BenchmarkCase]:
-    """Files that mgq did not write, in every engine that reads them; compared with nobody's answers."""
+    """Files of other programs, in every engine that reads them; their answers are not compared."""
     return [
         BenchmarkCase(
             network=network,

@@ -9,14 +9,14 @@ from typing import TypeAlias
 from mgq.bench.statistics import Rounds
 
 Turn: TypeAlias = Callable[[int], tuple[int, ...]]
-"""So many single runs -> the times of each in nanoseconds; none, where it cannot run."""
+"""Number of single runs -> the time of each in nanoseconds; none where it cannot run."""
 
 
 def take_turns(
     turns: Sequence[Turn],
     rounds: int,
     seed: int,
-    told: Callable[[int, int], None],
+    on_turn: Callable[[int, int], None],
     turn_ns: int,
     warm_up: int,
     most: int,
@@ -24,8 +24,8 @@ def take_turns(
     """The times of all ``turns``, one tuple a round.
 
     In every round each has one turn, in an order that is shuffled anew, so that what disturbs one disturbs all alike.
-    A warm-up of so many runs, which is not counted, tells how many single runs fill a turn of about ``turn_ns``,
-    ``most`` at most; the number stays the same in all rounds. ``told`` hears of the turns done and their total.
+    From ``warm_up`` runs that are not counted follows how many runs fill a turn of about ``turn_ns``, ``most`` at most;
+    the number is the same in all rounds. ``on_turn`` is called with the number of turns done and their total.
     """
     order = random.Random(seed)
     repeats = [0] * len(turns)
@@ -36,9 +36,9 @@ def take_turns(
     total = rounds * len(turns)
     for number in range(rounds):
         for place, index in enumerate(shuffle_order(len(turns), order)):
-            told(number * len(turns) + place, total)
+            on_turn(number * len(turns) + place, total)
             times[index].append(turns[index](repeats[index]))
-    told(total, total)
+    on_turn(total, total)
     return [tuple(found) for found in times]
 
 

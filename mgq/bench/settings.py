@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked before anything heavy is loaded."""
+"""Settings of a benchmark, checked before anything heavy is imported."""
 
 from __future__ import annotations
 

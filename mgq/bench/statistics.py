@@ -1,6 +1,6 @@
 """Computes the figures that are shown from the raw times of a benchmark.
 
-A contestant's times are kept by round: ``rounds[r][i]`` is the i-th single run of round r in nanoseconds.
+The times of a case are kept by round: ``rounds[r][i]`` is the i-th single run of round r in nanoseconds.
 Quantiles interpolate linearly between the sorted values (type 7 of Hyndman and Fan, 1996: numpy's default).
 """
 
@@ -22,7 +22,7 @@ INTERVAL = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one contestant was.
+    """How fast one case was.
 
     ``fps`` is the median over rounds of pictures a second, ``fps_iqr`` the interquartile range of the same
     values. The milliseconds are quantiles over all single runs of all rounds; ``runs`` counts them.
@@ -38,7 +38,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster one contestant was than another: median over rounds, and its confidence interval.
+    """How many times faster one case was than another: median over rounds, and its confidence interval.
 
     ``low`` to ``high`` holds the true median with a probability of 95 %, as far as the rounds are alike: percentiles
     of the medians of ``RESAMPLES`` bootstrap samples of the rounds (Efron, 1979). None of one round alone.

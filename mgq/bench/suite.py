@@ -1,4 +1,4 @@
-"""The backends on networks of the zoo: writes the files that they read, and starts each in a process of its own."""
+"""Runs networks of the zoo in all backends: writes the files that they read, starts each in a process of its own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class NetworkJob:
 
     @property
     def answers(self) -> str:
-        """The name of what all who run it have to answer alike."""
+        """A name: all backends that run a job of this name must give the same answers."""
         return f"{self.network} {self.precision.value} {self.target.name}"
 
     def file(self, suffix: str) -> Path:
@@ -82,7 +82,7 @@ class NetworkJob:
 
 
 Start: TypeAlias = Callable[[Backend, NetworkJob, int], LoadedWorker]
-"""Starts a backend with a job on so many threads. Raises an MgqError where it cannot: the reason and the mend."""
+"""Starts a backend with a job on a number of threads. Raises an MgqError where it cannot: the reason and the mend."""
 
 
 def start_backend(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
@@ -138,7 +138,7 @@ class BenchmarkSuite:
 
     @cached_property
     def macs(self) -> int:
-        """What one picture takes to multiply and add."""
+        """Multiply-accumulates for one image."""
         classifier = next(iter(self.jobs.values())).classifier
         return macs_of(graph_of(source_of(classifier), classifier.image_size))
 
@@ -176,7 +176,7 @@ class BenchmarkSuite:
         )
 
     def references(self) -> References:
-        """Whose answers count where MegEngine itself cannot run the int8 network: its simulation's."""
+        """The answers to compare with where MegEngine cannot run the int8 network: those of its simulation."""
         found: References = {}
         if any(backend.target == ONNX.name for backend in self.backends):
             job = self.jobs.get((Precision.INT8, ONNX))
@@ -187,7 +187,7 @@ class BenchmarkSuite:
 
 
 def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:
-    """``network`` with weights of this machine, else with random ones, which are as good for speed.
+    """``network`` with weights of this machine, else with random ones.
 
     An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
     ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.
@@ -208,6 +208,6 @@ def open_for_benchmark(network: str, precision: Precision, target: Target) -> Cl
 
 
 def has_weights(spec: ModelSpec, mode: Mode) -> bool:
-    """Whether there are weights for ``mode`` on this machine, however good: no download."""
+    """Whether there are weights for ``mode`` on this machine, without a download."""
     packaged = spec.packaged is not None and spec.packaged.path() is not None
     return packaged or find_newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)

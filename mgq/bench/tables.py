@@ -1,4 +1,4 @@
-"""A benchmark's report as the texts of table cells, and as a Markdown document."""
+"""Formats a benchmark's report: texts of table cells, and a Markdown document."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class TorchProcess:
         return found
 
     def steps(self, number: int) -> tuple[tuple[int, ...], int]:
-        """The times of so many steps, and the processor's time in all of them: nanoseconds."""
+        """Run ``number`` steps: the time of each, and the processor time of all, in nanoseconds."""
         answer = self.ask(str(number))
         return tuple(answer["times"]), int(answer["processor"])
 

@@ -99,7 +99,7 @@ class Classifier(nn.Module):  # type: ignore[misc]
 
 
 def network_of(arch: str, classes: int) -> Any:
-    """None for an architecture that has no PyTorch form here."""
+    """The network in PyTorch; None for an architecture without a PyTorch form here."""
     shuffle = re.fullmatch(r"shufflenet_v1_x(\d_\d)_g(\d)", arch)
     if arch in RESNETS:
         layers, width = [conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64

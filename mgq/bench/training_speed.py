@@ -55,7 +55,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Which networks, and how: ``batch`` pictures of ``image_size`` pixels a side, so many ``rounds`` of turns.
+    """Which networks, and how: ``batch`` pictures of ``image_size`` pixels a side, ``rounds`` of turns.
 
     On ``threads`` cores. ``stock``: MegEngine's own kernels take part; ``torch``, a Python with PyTorch: that does.
     """
@@ -160,14 +160,14 @@ def make_training_settings(
 
 
 class Contestant(Protocol):
-    """Who takes turns at training one network in one mode."""
+    """One network in one mode, trained by one set of kernels: what takes turns."""
 
     arch: str
     mode: Mode
     kernels: str
 
     def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
-        """The times of so many steps, and the processor's time in all of them: nanoseconds."""
+        """Run ``number`` steps: the time of each, and the processor time of all, in nanoseconds."""
 
     def close(self) -> None: ...
 
@@ -279,7 +279,7 @@ def place_threads(cores: set[int]) -> None:
 
 
 def contestants(arch: str, settings: TrainingSettings, problems: list[str]) -> list[Contestant]:
-    """All that train ``arch``. Why PyTorch does not, where it should, is added to ``problems``."""
+    """All contestants of ``arch``. Where PyTorch is wanted and fails, the reason is added to ``problems``."""
     found: list[Contestant] = []
     for mode in MODES:
         found += [Stepper(arch, mode, kernels, settings) for kernels in ((STOCK, FAST) if settings.stock else (FAST,))]

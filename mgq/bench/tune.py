@@ -39,8 +39,9 @@ def measure_forms(
 ) -> list[Form]:
     """Every combination of rewrites that change the network, beside none, in the fastest installed engine for files.
 
-    The native engine is not asked: its own layout leaves nothing to rewrite. One thread, interleaved rounds. Answers
-    have to be those of the plain file. Raises FailureError where an engine fails, InputError where none is installed.
+    The native engine is not asked: its own layout leaves nothing to rewrite. One thread, interleaved rounds. The
+    answers must be those of the plain file. Raises FailureError where an engine fails, InputError where none is
+    installed.
     """
     settings = Settings(batch=batch, image_size=classifier.image_size, rounds=rounds)
     with tempfile.TemporaryDirectory(prefix="mgq-tune-") as folder:

@@ -32,7 +32,7 @@ STATUS = Path("/proc/self/status")
 
 
 class Worker(Protocol):
-    """Who takes turns. All may raise an MgqError, whose line says what went wrong."""
+    """What takes turns in a benchmark. Every method may raise an MgqError, whose line says what went wrong."""
 
     name: str
     version: str
@@ -40,10 +40,10 @@ class Worker(Protocol):
     macs: int | None
 
     def wait_until_ready(self) -> None:
-        """Before this, the others may not be called, and what it says of itself may be open."""
+        """To be called before all other methods; before it, name and version may be unknown."""
 
     def logits(self) -> Logits:
-        """float32 (N, classes) for the pictures of the contest."""
+        """float32 (N, classes) for the images of the benchmark."""
 
     def turn(self, repeats: int) -> tuple[int, ...]:
         """The times of ``repeats`` single runs in nanoseconds, after one that is not counted."""
@@ -116,7 +116,7 @@ class SideBySide(InProcessWorker):
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """No garbage collection inside, which would fall into the time of whoever happens to run."""
+    """Turns off garbage collection inside: it would be counted in the time of the worker that happens to run."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -131,7 +131,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Where a player sits: ``load``, which is pickled, gives a runtime on so many threads there.
+    """How a worker's process is set up: ``load``, which is pickled, makes the runtime there.
 
     ``copies`` run side by side, each on ``threads`` threads; ``cores`` are all that the process may run on. ``imports``
     are modules to be loaded before that, on any core.
@@ -146,7 +146,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """What a player in a process of its own says of itself when it is ready."""
+    """What a worker in a process of its own reports when it is ready."""
 
     name: str
     version: str
@@ -156,7 +156,7 @@ class WorkerReady:
 
 @dataclass(frozen=True)
 class WorkerMain:
-    """The work of a player's process: load, greet, and answer until the pipe ends."""
+    """The main loop of a worker's process: load, report :class:`WorkerReady`, and answer until the pipe is closed."""
 
     seat: WorkerConfig
     batch: Batch
@@ -195,7 +195,7 @@ def most_memory() -> int | None:
 
 
 class SubprocessWorker:
-    """A player in a process of its own, which begins to load at once and is paused between its turns."""
+    """A worker in a process of its own, which begins to load at once and is paused between its turns."""
 
     def __init__(self, what: str, seat: WorkerConfig, batch: Batch) -> None:
         self.process = Answering(WorkerMain(seat, batch), what, seat.threads)

@@ -1,4 +1,4 @@
-"""Amounts as they are shown."""
+"""Formats amounts with their units for progress bars."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""``mgq analyze``: where does the error of int8 come from?"""
+"""``mgq analyze``: shows which layers the error of int8 comes from."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,27 +33,8 @@ if TYPE_CHECKING:
     from mgq.ptq.sensitivity import LayerSensitivity, Values
 
 
-def analyze(
-    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
-    data: Annotated[
-        Path | None, typer.Option("-d", "--data", help="Folder of pictures; labelled ones show top-1, too.")
-    ] = None,
-    arch: Arch = None,
-    checkpoint: CheckpointFile = None,
-    key: KeyName = None,
-    images: Annotated[
-        int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
-    ] = 32,
-    worst: Annotated[int, typer.Option("--worst", click_type=COUNT, metavar="N", help="Layers in the table.")] = 10,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="The page to write.", show_default="<arch>.analysis.html")
-    ] = None,
-    target: TargetName = None,
-    save: Save = RUNS,
-    pretrained: Pretrained = None,
-    as_json: AsJson = False,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeCommand:
     """Show where the error of int8 comes from, layer by layer.
 
     Each layer is quantized alone, all others in float, and the answers are compared with float: the worst layers come
@@ -65,45 +47,70 @@ def analyze(
       mgq analyze -a efficientnet_lite0 --pretrained -d imagenet
       mgq analyze photos/ --html report.html --worst 20
     """
-    from mgq.cli.console import note, progress
-    from mgq.data.image_sources import expand, refuse_hopeless
-    from mgq.errors import InputError
 
-    if files and data is not None:
-        raise InputError("pictures were named, and a folder by -d: give one of them")
-    refuse_hopeless(expand(files or [], note))
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
-    from mgq.engine.calibration import analysis
-    from mgq.reports.analysis_page import write_page
-    from mgq.reports.html import check_page_path
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Folder of pictures; labelled ones show top-1, too.")
+    ] = None
+    arch: Arch = None
+    checkpoint: CheckpointFile = None
+    key: KeyName = None
+    images: Annotated[
+        int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
+    ] = 32
+    worst: Annotated[int, typer.Option("--worst", click_type=COUNT, metavar="N", help="Layers in the table.")] = 10
+    html: Annotated[
+        Path | None, typer.Option("--html", help="The page to write.", show_default="<arch>.analysis.html")
+    ] = None
+    target: TargetName = None
+    save: Save = RUNS
+    pretrained: Pretrained = None
+    as_json: AsJson = False
+    imported: ImportOptions = NONE_GIVEN
 
-    check_page_path(html or Path("analysis.html"))
-    with progress() as on_progress:
-        found = analysis.analyze(
-            data=data,
-            files=files or [],
-            arch=arch,
-            checkpoint=checkpoint,
-            save=save,
-            pretrained=pretrained or False,
-            target=target,
-            images=images,
-            on_progress=on_progress,
-            on_message=note,
-            key=key,
+    def execute(self) -> None:
+        """Analyze, write the page, and print the table or the JSON."""
+        from mgq.cli.console import note, progress
+        from mgq.data.image_sources import expand, refuse_hopeless
+        from mgq.errors import InputError
+
+        if self.files and self.data is not None:
+            raise InputError("pictures were named, and a folder by -d: give one of them")
+        refuse_hopeless(expand(self.files or [], note))
+        checkpoint = prepare_megengine(
+            self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.imported.wish()
         )
-    for remark in [*found.remarks, *found.images.problems]:
-        note(remark)
-    page = html or Path(f"{found.classifier.spec.name}.analysis.html")
-    write_page(found, page)
-    if as_json:
-        sys.stdout.write(json.dumps({**found.to_json(), "page": str(page)}) + "\n")
-    else:
-        show_analysis(found, worst, page)
+        from mgq.engine.calibration import analysis
+        from mgq.reports.analysis_page import write_page
+        from mgq.reports.html import check_page_path
+
+        check_page_path(self.html or Path("analysis.html"))
+        with progress() as on_progress:
+            found = analysis.analyze(
+                data=self.data,
+                files=self.files or [],
+                arch=self.arch,
+                checkpoint=checkpoint,
+                save=self.save,
+                pretrained=self.pretrained or False,
+                target=self.target,
+                images=self.images,
+                on_progress=on_progress,
+                on_message=note,
+                key=self.key,
+            )
+        for remark in [*found.remarks, *found.images.problems]:
+            note(remark)
+        page = self.html or Path(f"{found.classifier.spec.name}.analysis.html")
+        write_page(found, page)
+        if self.as_json:
+            sys.stdout.write(json.dumps({**found.to_json(), "page": str(page)}) + "\n")
+        else:
+            show_analysis(found, self.worst, page)
 
 
 def show_analysis(found: Analysis, worst: int, page: Path) -> None:
-    """Print what was measured, the whole, the worst layers, and where the page is. Fits 80 columns."""
+    """Print the conditions, the figures of the whole network, the worst layers and the page's path. Fits 80 columns."""
     from mgq.cli.console import out, say, show_table
     from mgq.engine.calibration.analysis import in_decibels, in_points
 
@@ -132,7 +139,7 @@ def show_analysis(found: Analysis, worst: int, page: Path) -> None:
 
 
 def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
-    """What each candidate of the calibration gave, the best first; nothing where that is not known."""
+    """One line for each candidate of the calibration, the best first; none where the checkpoint does not say."""
     if not calibration.get("tried"):
         return []
     kind = "held back" if calibration["held_back"] else "that it was fitted to"

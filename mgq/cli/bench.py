@@ -1,4 +1,4 @@
-"""``mgq bench``: how fast is it here?"""
+"""``mgq bench``: measures how fast networks run, or train, on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,87 +30,12 @@ if TYPE_CHECKING:
 STDOUT = "-"
 
 
-def bench(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Deployed files, .onnx and native, to measure instead of networks of the zoo."),
-    ] = None,
-    arch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-a", "--arch", click_type=ARCH, help="Architecture, may be repeated; by default those of the example."
-        ),
-    ] = None,
-    checkpoint: CheckpointFile = None,
-    save: Save = RUNS,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="int8 in every engine; float32 in the fastest one, to compare.")
-    ] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Float32 networks only.")] = False,
-    training: Annotated[bool, typer.Option("--train", help="Training steps: stock and fast kernels.")] = False,
-    threads: Annotated[
-        list[str] | None,
-        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all; with --train 1"),
-    ] = None,
-    load: Annotated[
-        str,
-        typer.Option(
-            "--mode",
-            click_type=LOAD,
-            rich_help_panel=OWN,
-            help="latency: one run at a time; throughput: one a thread, side by side.",
-        ),
-    ] = "latency",
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--against", metavar="FILE.onnx", help="Another ONNX model as rows; may be repeated. With --train: torch."
-        ),
-    ] = None,
-    torch_python: Annotated[
-        Path | None,
-        typer.Option(
-            "--torch-python", metavar="PYTHON", help="With --train: a Python with PyTorch, which becomes rows."
-        ),
-    ] = None,
-    stock: Annotated[
-        bool, typer.Option("--stock/--no-stock", help="With --train: MegEngine's own kernels, which are slow, too.")
-    ] = True,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            "--rounds",
-            click_type=COUNT,
-            help="Rounds; in each, every row runs for about 1/8 s.",
-            show_default="10; with --train 3",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", click_type=COUNT, help="Pictures a run.", show_default="1; with --train 32")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size",
-            click_type=PIXELS,
-            help="Pixels on a side, a multiple of 32.",
-            show_default="224; with --train 64",
-        ),
-    ] = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write all samples and conditions; - is standard output."),
-    ] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
-    ] = None,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
     """Measure pictures a second in every engine.
 
-    Each row is a process of its own, pinned to its cores; they take shuffled turns. Random weights serve where there
-    are none.
+    Each row is a process of its own, pinned to its cores; rows take turns in random order. Networks without
+    weights run with random ones.
 
     \b
     Examples:
@@ -118,76 +44,175 @@ def bench(
       mgq bench network.onnx network.so
       mgq bench --train --no-stock --against torch
     """
-    if int8 and fp32:
-        raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
-    if as_markdown and json_file == STDOUT:
-        raise InputError("--markdown and --json - both want standard output: give --json a file")
-    wish = imported.wish()
-    if checkpoint is None:
-        refuse_wish(wish)
-    if training:
-        if files or int8 or fp32 or plot is not None or load != "latency":
+
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Deployed files, .onnx and native, to measure instead of networks of the zoo."),
+    ] = None
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-a", "--arch", click_type=ARCH, help="Architecture, may be repeated; by default those of the example."
+        ),
+    ] = None
+    checkpoint: CheckpointFile = None
+    save: Save = RUNS
+    int8: Annotated[
+        bool, typer.Option("--int8", help="int8 in every engine; float32 in the fastest one, to compare.")
+    ] = False
+    fp32: Annotated[bool, typer.Option("--fp32", help="Float32 networks only.")] = False
+    training: Annotated[bool, typer.Option("--train", help="Training steps: stock and fast kernels.")] = False
+    threads: Annotated[
+        list[str] | None,
+        typer.Option("--threads", help="A number or all; may be repeated.", show_default="1 and all; with --train 1"),
+    ] = None
+    load: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            click_type=LOAD,
+            rich_help_panel=OWN,
+            help="latency: one run at a time; throughput: one a thread, side by side.",
+        ),
+    ] = "latency"
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against", metavar="FILE.onnx", help="Another ONNX model as rows; may be repeated. With --train: torch."
+        ),
+    ] = None
+    torch_python: Annotated[
+        Path | None,
+        typer.Option(
+            "--torch-python", metavar="PYTHON", help="With --train: a Python with PyTorch, which becomes rows."
+        ),
+    ] = None
+    stock: Annotated[
+        bool, typer.Option("--stock/--no-stock", help="With --train: MegEngine's own kernels, which are slow, too.")
+    ] = True
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds",
+            click_type=COUNT,
+            help="Rounds; in each, every row runs for about 1/8 s.",
+            show_default="10; with --train 3",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None, typer.Option("--batch", click_type=COUNT, help="Pictures a run.", show_default="1; with --train 32")
+    ] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            click_type=PIXELS,
+            help="Pixels on a side, a multiple of 32.",
+            show_default="224; with --train 64",
+        ),
+    ] = None
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write all samples and conditions; - is standard output."),
+    ] = None
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown document.")] = False
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
+    ] = None
+    imported: ImportOptions = NONE_GIVEN
+
+    def execute(self) -> None:
+        """Measure, and write and print the report. The exit code is 1 where nothing could be measured."""
+        if self.int8 and self.fp32:
+            raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
+        if self.as_markdown and self.json_file == STDOUT:
+            raise InputError("--markdown and --json - both want standard output: give --json a file")
+        wish = self.imported.wish()
+        if self.checkpoint is None:
+            refuse_wish(wish)
+        if self.training:
+            self.refuse_inference_options()
+            bench_training(self.training_settings, self.json_file, self.as_markdown)
+            return
+        if self.torch_python is not None or not self.stock:
+            raise InputError("--torch-python and --no-stock belong to --train")
+        self.show(self.measure(wish))
+
+    def refuse_inference_options(self) -> None:
+        """Raise InputError for options that ``--train`` does not know."""
+        if self.files or self.int8 or self.fp32 or self.plot is not None or self.load != "latency":
             raise InputError("--train measures float and qat: leave out files, --int8, --fp32, --mode and --plot")
-        if checkpoint is not None:
+        if self.checkpoint is not None:
             raise InputError("--train measures networks with random weights: leave out -c")
 
-        def training_settings() -> TrainingSettings:
-            from mgq.bench.training_speed import make_training_settings
+    def training_settings(self) -> TrainingSettings:
+        """What ``--train`` measures. It needs MegEngine."""
+        from mgq.bench.training_speed import make_training_settings
 
-            return make_training_settings(
-                arch or [],
-                rounds,
-                batch,
-                image_size,
-                threads=threads or [],
-                stock=stock,
-                against=against or [],
-                python=torch_python,
-            )
-
-        bench_training(training_settings, json_file, as_markdown)
-        return
-    if torch_python is not None or not stock:
-        raise InputError("--torch-python and --no-stock belong to --train")
-    from mgq.bench.settings import ROUNDS, Precision, make_settings
-
-    precisions = [Precision.INT8] if int8 else [Precision.FP32] if fp32 else []
-    rounds = ROUNDS if rounds is None else rounds
-    batch, image_size = (1 if batch is None else batch), (224 if image_size is None else image_size)
-    with contextlib.ExitStack() as stack:
-        if checkpoint is not None or is_own(arch):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mgq-bench-")))
-            files, arch = [*(files or []), *files_of(arch, checkpoint, save, folder, wish)], None
-        settings = make_settings(
-            arch or [], precisions, threads or [], rounds, batch, image_size, load, against or [], files or []
+        return make_training_settings(
+            self.arch or [],
+            self.rounds,
+            self.batch,
+            self.image_size,
+            threads=self.threads or [],
+            stock=self.stock,
+            against=self.against or [],
+            python=self.torch_python,
         )
-        report = run_benchmark(settings, None if json_file in (None, STDOUT) else Path(str(json_file)), plot)
-    if json_file == STDOUT:
-        sys.stdout.write(report.to_json())
-    elif as_markdown:
-        from mgq.bench.tables import markdown
 
-        sys.stdout.write(markdown(report))
-    else:
+    def measure(self, wish: ImportWish) -> Report:
+        """The report on inference; a network of the user's own is written to files first."""
+        arch, files = self.arch or [], self.files or []
+        with contextlib.ExitStack() as stack:
+            if self.checkpoint is not None or is_own(arch):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mgq-bench-")))
+                arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish)]
+            json_file = None if self.json_file in (None, STDOUT) else Path(str(self.json_file))
+            return run_benchmark(self.settings(arch, files), json_file, self.plot)
+
+    def settings(self, arch: list[str], files: list[Path]) -> Settings:
+        """What is measured: networks of the zoo, or ``files``."""
+        from mgq.bench.settings import ROUNDS, Precision, make_settings
+
+        return make_settings(
+            networks=arch,
+            precisions=[Precision.INT8] if self.int8 else [Precision.FP32] if self.fp32 else [],
+            threads=self.threads or [],
+            rounds=ROUNDS if self.rounds is None else self.rounds,
+            batch=1 if self.batch is None else self.batch,
+            image_size=224 if self.image_size is None else self.image_size,
+            load=self.load,
+            against=self.against or [],
+            files=files,
+        )
+
+    def show(self, report: Report) -> None:
+        """Print the report as asked for."""
+        from mgq.bench.tables import markdown
         from mgq.cli.console import out
 
-        show(report, out)
-    if not any(row.speed for row in report.rows):
-        raise typer.Exit(FailureError.exit_code)
+        if self.json_file == STDOUT:
+            sys.stdout.write(report.to_json())
+        elif self.as_markdown:
+            sys.stdout.write(markdown(report))
+        else:
+            show(report, out)
+        if not any(row.speed for row in report.rows):
+            raise typer.Exit(FailureError.exit_code)
 
 
-def is_own(arch: list[str] | None) -> bool:
+def is_own(arch: list[str]) -> bool:
     """Whether ``arch`` is one network of the user's own. Raises InputError where it is among others."""
     from mgq.zoo.registry import spec_of
 
-    own = [name for name in arch or [] if spec_of(name).is_own]
-    if own and len(arch or []) > 1:
+    own = [name for name in arch if spec_of(name).is_own]
+    if own and len(arch) > 1:
         raise InputError(f"{own[0]} is measured by its files: give it alone")
     return bool(own)
 
 
 def files_of(
-    arch: list[str] | None, checkpoint: Path | None, save: Path, folder: Path, wish: ImportWish | None = None
+    arch: list[str], checkpoint: Path | None, save: Path, folder: Path, wish: ImportWish | None = None
 ) -> list[Path]:
     """Files in ``folder`` of the network that ``arch`` or ``checkpoint`` names: float, and int8 where it is calibrated.
 
@@ -196,7 +221,7 @@ def files_of(
     from mgq.cli.console import note
     from mgq.errors import printable
 
-    if arch and len(arch) > 1:
+    if len(arch) > 1:
         raise InputError("-c is one network: give one -a, or leave it out")
     name = arch[0] if arch else None
     checkpoint = prepare_megengine(checkpoint, deployed=False, save=save, wish=wish)
@@ -259,7 +284,10 @@ def show_training(report: TrainingReport, console: Console) -> None:
 
 
 def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
-    """The report, written to ``json_file`` and drawn to ``plot`` if given: wrong places are told of at once."""
+    """Run the benchmark; write the report to ``json_file`` and draw it to ``plot`` if given.
+
+    Raises InputError before the first measurement where these cannot be written, or a file cannot be read.
+    """
     from mgq.bench.file_cases import deployed_file
     from mgq.bench.plot import check_plot_path, write_plot
     from mgq.cli.console import progress
@@ -314,7 +342,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def show_rows(rows: tuple[Row, ...], console: Console) -> None:
-    """The rows of one network, with a line above those of the same precision on as many threads."""
+    """Draw the rows of one network, with a heading for each precision and number of threads."""
     from rich.text import Text
 
     from mgq.bench.tables import COLUMNS, cells, groups
@@ -340,7 +368,7 @@ def plain_table(
     widths: Sequence[int] | None = None,
     header: bool = True,
 ) -> Table:
-    """A table without lines whose first ``left`` columns are aligned left; ``widths`` are the least ones."""
+    """A table without lines whose first ``left`` columns are aligned left; ``widths`` are minimum widths."""
     from rich.table import Table
 
     table = Table(box=None, show_header=header, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")

@@ -1,10 +1,10 @@
-"""``mgq calibrate``: activation ranges from a few hundred pictures, for int8 without training."""
+"""``mgq calibrate``: post-training quantization, from a few hundred pictures."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> str:
-    """What is kept in float, what that costs, and whether it is enough."""
+    """Which layers keep float weights, what that costs in speed, and whether the wanted accuracy is reached."""
     drop = mixed.comparison.drop
     reached = f"drop {drop:.1f}, at most {max_drop:g} wanted"
     if not mixed.float_layers:
@@ -48,21 +48,37 @@ def describe_mixed_precision(mixed: MixedPrecisionResult, max_drop: float) -> st
     return f"{reached}; {layers}\n{cost}{short}"
 
 
-def calibrate(
-    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class CalibrateCommand:
+    """Make a float network ready for int8, without training.
+
+    Ranges are measured on pictures, channels equalized, weights rounded by GPTQ, biases corrected. Without any
+    pictures, ranges come from the batch norms. Writes a checkpoint that is ready for int8 to <save>/<arch>.calibration,
+    with the ranges as text beside it. Where there are more labelled pictures, it compares float, fake-quantized and
+    int8 on them, on --limit at most.
+
+    \b
+    Examples:
+      mgq calibrate photos/
+      mgq calibrate -d flowers --quality fast
+      mgq calibrate -a efficientnet_lite0 --data-free
+      mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
+    """
+
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs.")] = None
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Folder of pictures; its train/ where it has one.")
-    ] = None,
-    arch: Arch = None,
-    checkpoint: CheckpointFile = None,
-    key: KeyName = None,
+    ] = None
+    arch: Arch = None
+    checkpoint: CheckpointFile = None
+    key: KeyName = None
     images: Annotated[
         int, typer.Option("--images", click_type=COUNT, help="Pictures used, spread evenly over all.")
-    ] = 256,
+    ] = 256
     quality: Annotated[
         str,
         typer.Option("--quality", click_type=QUALITY, help="fast or balanced: how many candidates are tried."),
-    ] = "balanced",
+    ] = "balanced"
     method: Annotated[
         str | None,
         typer.Option(
@@ -71,18 +87,16 @@ def calibrate(
             help="Use one range method: logits, min-max, ema, histogram, mse or easyquant.",
             show_default="by quality",
         ),
-    ] = None,
-    data_free: Annotated[
-        bool, typer.Option("--data-free", help="Use no pictures, only batch-norm statistics.")
-    ] = False,
+    ] = None
+    data_free: Annotated[bool, typer.Option("--data-free", help="Use no pictures, only batch-norm statistics.")] = False
     correct_bias: Annotated[
         bool,
         typer.Option("--bias-correction/--no-bias-correction", help="Correct biases for the mean shift of int8."),
-    ] = True,
+    ] = True
     nearest: Annotated[
         bool,
         typer.Option("--nearest", help="Round weights to the nearest integer instead of by GPTQ."),
-    ] = False,
+    ] = False
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -90,12 +104,12 @@ def calibrate(
             click_type=AT_LEAST_ZERO,
             help="Keep layers in float until int8 loses no more points of top-1.",
         ),
-    ] = None,
-    target: TargetName = None,
-    save: Save = RUNS,
-    limit: Limit = None,
-    workers: Workers = None,
-    max_bad: MaxBad = 0.01,
+    ] = None
+    target: TargetName = None
+    save: Save = RUNS
+    limit: Limit = None
+    workers: Workers = None
+    max_bad: MaxBad = 0.01
     ranges_file: Annotated[
         Path | None,
         typer.Option(
@@ -103,75 +117,68 @@ def calibrate(
             rich_help_panel=OUTPUT,
             help="Write ranges for the float weights to this text file, too; implies --nearest.",
         ),
-    ] = None,
-    about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = "",
-    pretrained: Pretrained = None,
-    width: Width = None,
-    image_size: ImageSize = None,
-    as_json: AsJson = False,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
-    """Make a float network ready for int8, without training.
+    ] = None
+    about: Annotated[str, typer.Option("--about", help="What the pictures are; kept in the ranges.")] = ""
+    pretrained: Pretrained = None
+    width: Width = None
+    image_size: ImageSize = None
+    as_json: AsJson = False
+    imported: ImportOptions = NONE_GIVEN
 
-    Ranges are measured on pictures, channels equalized, weights rounded so that errors make up for each other, biases
-    corrected. Without any pictures, ranges come from the batch norms. Writes a checkpoint that is ready for int8
-    to <save>/<arch>.calibration, with the ranges as text beside it. Where there are more labelled pictures, it
-    compares float, fake-quantized and int8 on them (--limit so many).
+    def execute(self) -> None:
+        """Calibrate, and print what came of it."""
+        from mgq.cli.console import note, progress
+        from mgq.data.image_sources import expand, refuse_hopeless
 
-    \b
-    Examples:
-      mgq calibrate photos/
-      mgq calibrate -d flowers --quality best
-      mgq calibrate -a efficientnet_lite0 --data-free
-      mgq calibrate -c model.onnx -d photos --preprocess tf --labels names.txt
-    """
-    from mgq.cli.console import note, progress
-    from mgq.data.image_sources import expand, refuse_hopeless
-    from mgq.engine.calibration.calibrate_options import CalibrateOptions
-    from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
+        options = self.options()
+        options.refuse_contradictions()
+        refuse_hopeless(expand(self.files or [], note))
+        wish = self.imported.wish()
+        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
+        options = replace(options, checkpoint=checkpoint)
+        with progress() as on_progress:
+            from mgq.engine.calibration.calibration_job import run_calibration
+            from mgq.events import Callbacks
 
-    options = CalibrateOptions(
-        files=files or [],
-        data=data,
-        arch=arch,
-        checkpoint=checkpoint,
-        key=key,
-        images=images,
-        preset=quality,
-        method=method,
-        data_free=data_free,
-        correct_bias=correct_bias,
-        weight_rounding=TO_NEAREST if nearest else BY_GPTQ,
-        max_drop=max_drop,
-        target=target,
-        save=save,
-        limit=limit,
-        workers=workers,
-        max_bad=max_bad,
-        ranges_file=ranges_file,
-        about=about,
-        pretrained=pretrained or False,
-        width=width,
-        image_size=image_size,
-    )
-    options.refuse_contradictions()
-    refuse_hopeless(expand(files or [], note))
-    wish = imported.wish()
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
-    options = replace(options, checkpoint=checkpoint)
-    with progress() as on_progress:
-        from mgq.engine.calibration.calibration_job import run_calibration
-        from mgq.events import Callbacks
+            result = run_calibration(options, Callbacks(on_progress, note))
+        if self.as_json:
+            sys.stdout.write(json.dumps(result.to_json()) + "\n")
+        else:
+            show_calibration(result, options)
 
-        result = run_calibration(options, Callbacks(on_progress, note))
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_json()) + "\n")
-    else:
-        show_calibration(result, options)
+    def options(self) -> CalibrateOptions:
+        """The options as the Python call takes them."""
+        from mgq.engine.calibration.calibrate_options import CalibrateOptions
+        from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
+
+        return CalibrateOptions(
+            files=self.files or [],
+            data=self.data,
+            arch=self.arch,
+            checkpoint=self.checkpoint,
+            key=self.key,
+            images=self.images,
+            preset=self.quality,
+            method=self.method,
+            data_free=self.data_free,
+            correct_bias=self.correct_bias,
+            weight_rounding=TO_NEAREST if self.nearest else BY_GPTQ,
+            max_drop=self.max_drop,
+            target=self.target,
+            save=self.save,
+            limit=self.limit,
+            workers=self.workers,
+            max_bad=self.max_bad,
+            ranges_file=self.ranges_file,
+            about=self.about,
+            pretrained=self.pretrained or False,
+            width=self.width,
+            image_size=self.image_size,
+        )
 
 
 def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> None:
-    """Print what was calibrated, what it costs in accuracy, and where it lies."""
+    """Print what was calibrated, what it costs in accuracy, and where the files are."""
     from mgq.cli.console import note, say, show_table
 
     found = result.calibration

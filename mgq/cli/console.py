@@ -1,4 +1,4 @@
-"""All that the command line draws: progress, remarks, errors. No other room prints."""
+"""Prints results, progress, remarks and errors. No other package of mgq prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An int8 file beside a float one, in each engine: as a table, with what to do where it is slower."""
+"""Shows an int8 file beside the float one in each engine, with advice where it is slower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_deployment(deployment: Deployment) -> None:
-    """The int8 file beside a float one, in each engine here; where it is slower, and what to do then."""
+    """Print speed and size of the int8 and the float file in each engine, and advice where int8 is slower."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     for heading in ("float ms", "int8 ms", "faster", "same answer", "logits"):

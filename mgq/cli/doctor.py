@@ -1,4 +1,4 @@
-"""``mgq doctor``: is all there that mgq needs?"""
+"""``mgq doctor``: checks the machine and the installed packages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SIGNS = {"fine": ("ok", "green"), "lacking": ("!", "yellow"), "broken": ("error"
 def doctor(as_json: AsJson = False, save: Save = RUNS) -> None:
     """Check this machine and what is installed.
 
-    Says how to mend what is wrong. Exit code 0 where pictures can be classified, 1 where they cannot. Marked "!": what
-    mgq can do without.
+    Says how to mend what is wrong. Exit code 0 where pictures can be classified, 1 where they cannot. "!" marks
+    what is missing but not required.
 
     \b
     Examples:

@@ -1,10 +1,10 @@
-"""``mgq dump``: the network as a file to deploy."""
+"""``mgq dump``: writes the network as a file to deploy."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -41,74 +41,16 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.dump import Dump
     from mgq.engine.classifier.open import Classifier
     from mgq.engine.classifier.parity import LayerParity
+    from mgq.events import OnProgress
 
 
-def dump(
-    arch: Arch = None,
-    checkpoint: CheckpointFile = None,
-    key: KeyName = None,
-    mode: ModeName = "quantized",
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine, .onnx or .so by default."),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            click_type=FORMAT,
-            help="megengine, onnx or native.",
-            show_default="as the file is called, else as the target",
-        ),
-    ] = None,
-    target: TargetName = None,
-    input_type: Annotated[
-        str,
-        typer.Option(
-            "--input", click_type=INPUT, help="What the file takes: uint8 pixels; for MegEngine also int8, float32."
-        ),
-    ] = "uint8",
-    check: Annotated[
-        str,
-        typer.Option(
-            "--check",
-            click_type=Named("check", lambda: CHECKS),
-            help="How an .onnx file is compared with MegEngine: logits, layers or none.",
-        ),
-    ] = "logits",
-    data: Annotated[
-        Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
-    ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Pictures a run; 0 for any number, in ONNX.")
-    ] = 1,
-    cpu: Annotated[
-        str | None,
-        typer.Option(
-            "--cpu", click_type=CPU, help="Processors a native library is for.", show_default="native, this machine's"
-        ),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--for", click_type=FORM, help="The engine that an .onnx file is for: any, openvino or onnxruntime."
-        ),
-    ] = "any",
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
-    ] = False,
-    save: Save = RUNS,
-    pretrained: Pretrained = None,
-    ranges: Ranges = None,
-    width: Width = None,
-    image_size: ImageSize = None,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DumpCommand:
     """Write the network as a file to deploy, which takes raw pixels.
 
-    A .megengine file is for MegEngine and MegEngine Lite: it is loaded again and must answer to the bit as the network
-    in memory. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture. A native .so
-    is the network as machine code, with a C header beside it: it needs no engine at all.
+    A .megengine file is for MegEngine and MegEngine Lite: it is loaded, and must give the network's answers to the
+    bit. An .onnx file is for ONNX Runtime and OpenVINO, and is compared with MegEngine on a picture. A native .so is
+    the network as machine code, with a C header beside it: it needs no engine at all.
 
     \b
     Examples:
@@ -117,26 +59,105 @@ def dump(
       mgq dump --format native --cpu avx2
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
-    from mgq.cli.console import out, progress
 
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
-    from mgq.engine.classifier.dump import open_for_target
+    arch: Arch = None
+    checkpoint: CheckpointFile = None
+    key: KeyName = None
+    mode: ModeName = "quantized"
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; <arch>.<mode>.megengine, .onnx or .so by default."),
+    ] = None
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            click_type=FORMAT,
+            help="megengine, onnx or native.",
+            show_default="as the file is called, else as the target",
+        ),
+    ] = None
+    target: TargetName = None
+    input_type: Annotated[
+        str,
+        typer.Option(
+            "--input", click_type=INPUT, help="What the file takes: uint8 pixels; for MegEngine also int8, float32."
+        ),
+    ] = "uint8"
+    check: Annotated[
+        str,
+        typer.Option(
+            "--check",
+            click_type=Named("check", lambda: CHECKS),
+            help="How an .onnx file is compared with MegEngine: logits, layers or none.",
+        ),
+    ] = "logits"
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
+    ] = None
+    batch: Annotated[
+        int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Pictures a run; 0 for any number, in ONNX.")
+    ] = 1
+    cpu: Annotated[
+        str | None,
+        typer.Option(
+            "--cpu", click_type=CPU, help="Processors a native library is for.", show_default="native, this machine's"
+        ),
+    ] = None
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--for", click_type=FORM, help="The engine that an .onnx file is for: any, openvino or onnxruntime."
+        ),
+    ] = "any"
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
+    ] = False
+    save: Save = RUNS
+    pretrained: Pretrained = None
+    ranges: Ranges = None
+    width: Width = None
+    image_size: ImageSize = None
+    imported: ImportOptions = NONE_GIVEN
 
-    with progress() as on_progress:
-        options = NetworkOptions(arch, checkpoint, key, save, pretrained, ranges, width, image_size)
-        options = options.with_newest_run(mode)
-        classifier = open_for_target(
-            lambda target: open_network(replace(options, target=target), mode, on_progress), output, kind, target
-        )
-    wanted = Wanted(output, kind, input_type, batch or None, tune, cpu, engine)
-    images = find_images(classifier, data) if data is not None and check != "none" else None
-    dumped = write_file(classifier, wanted, out)
-    if dumped.format == "onnx" and check != "none":
-        show_parity(classifier, dumped, images, check == "layers", out)
-    if mode == "quantized" and dumped.format != "native":
-        show_float_size(classifier, dumped, wanted, out)
-    if mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and check != "none":
-        show_speed(classifier, dumped, images)
+    def execute(self) -> None:
+        """Write the file, compare it with MegEngine, and say what was found."""
+        from mgq.cli.console import out, progress
+
+        wish = self.imported.wish()
+        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
+        with progress() as on_progress:
+            classifier = self.open(checkpoint, on_progress)
+        wanted = Wanted(self.output, self.kind, self.input_type, self.batch or None, self.tune, self.cpu, self.engine)
+        compared = self.check != "none"
+        images = find_images(classifier, self.data) if self.data is not None and compared else None
+        dumped = write_file(classifier, wanted, out)
+        if dumped.format == "onnx" and compared:
+            show_parity(classifier, dumped, images, self.check == "layers", out)
+        if self.mode == "quantized" and dumped.format != "native":
+            show_float_size(classifier, dumped, wanted, out)
+        if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
+            show_speed(classifier, dumped, images)
+
+    def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
+        """The network to write; ``checkpoint`` is where its weights are by now."""
+        from mgq.engine.classifier.dump import open_for_target
+
+        options = NetworkOptions(
+            arch=self.arch,
+            checkpoint=checkpoint,
+            key=self.key,
+            save=self.save,
+            pretrained=self.pretrained,
+            ranges=self.ranges,
+            width=self.width,
+            image_size=self.image_size,
+        ).with_newest_run(self.mode)
+
+        def open_for(target: str | None) -> Classifier:
+            return open_network(replace(options, target=target), self.mode, on_progress)
+
+        return open_for_target(open_for, self.output, self.kind, self.target)
 
 
 class Wanted(NamedTuple):
@@ -250,7 +271,7 @@ def target_of(classifier: Classifier) -> str:
 
 
 def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
-    """Write the float32 network beside, in a temporary folder, to say what int8 saves."""
+    """Print the sizes of the int8 and of the float32 file; the latter is written to a temporary folder."""
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float
     from mgq.export.formats import SUFFIXES
@@ -264,7 +285,7 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Cons
 
 
 def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None) -> None:
-    """The int8 file of an imported network beside float in each engine: whether it is worth anything."""
+    """Compare the speed of an imported network in int8 and in float32, in each engine."""
     from mgq.cli.deployment_table import show_deployment
     from mgq.engine.classifier.deployment import measure_file
     from mgq.engine.classifier.open import to_float

@@ -1,4 +1,4 @@
-"""``mgq eval``: how often is it right?"""
+"""``mgq eval``: measures accuracy on labelled images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,11 +52,25 @@ BATCH = 8
 CONFUSED = 5
 
 
-def evaluate(
-    data: LabelledData = None,
-    arch: Arch = None,
-    checkpoint: CheckpointFile = None,
-    key: KeyName = None,
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Measure accuracy on labelled pictures.
+
+    Prints top-1, top-5, loss and the most confused classes. Without -d it takes the pictures that the checkpoint was
+    measured on when it was trained. Folders are matched with the network's classes by name; for ImageNet, WordNet ids
+    are names, too.
+
+    \b
+    Examples:
+      mgq eval -d imagenet -m normal
+      mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
+      mgq eval -d imagenet --limit 1000 --jobs 4 --json
+    """
+
+    data: LabelledData = None
+    arch: Arch = None
+    checkpoint: CheckpointFile = None
+    key: KeyName = None
     mode: Annotated[
         str | None,
         typer.Option(
@@ -65,15 +80,15 @@ def evaluate(
             help="normal (float32), qat (fake-quantized) or quantized (int8).",
             show_default="quantized where the weights can serve it, else normal",
         ),
-    ] = None,
-    target: TargetName = None,
-    engine: EngineName = None,
-    save: Save = RUNS,
-    workers: Workers = None,
-    jobs: Jobs = 1,
-    limit: Limit = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", click_type=COUNT, help="Pictures at once.")] = BATCH,
-    per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False,
+    ] = None
+    target: TargetName = None
+    engine: EngineName = None
+    save: Save = RUNS
+    workers: Workers = None
+    jobs: Jobs = 1
+    limit: Limit = None
+    batch_size: Annotated[int, typer.Option("--batch-size", click_type=COUNT, help="Pictures at once.")] = BATCH
+    per_class: Annotated[bool, typer.Option("--per-class", help="A table of all classes.")] = False
     confused: Annotated[
         int | None,
         typer.Option(
@@ -83,14 +98,14 @@ def evaluate(
             help="Show the K most confused pairs of classes.",
             show_default="5 repeated ones",
         ),
-    ] = None,
-    as_json: AsJson = False,
-    report_freq: ReportFreq = None,
-    max_bad: MaxBad = 0.01,
-    pretrained: Pretrained = None,
-    ranges: Ranges = None,
-    width: Width = None,
-    image_size: ImageSize = None,
+    ] = None
+    as_json: AsJson = False
+    report_freq: ReportFreq = None
+    max_bad: MaxBad = 0.01
+    pretrained: Pretrained = None
+    ranges: Ranges = None
+    width: Width = None
+    image_size: ImageSize = None
     devices: Annotated[
         int,
         typer.Option(
@@ -99,66 +114,74 @@ def evaluate(
             click_type=AT_LEAST_NONE,
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
-    ] = 1,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
-    """Measure accuracy on labelled pictures.
+    ] = 1
+    imported: ImportOptions = NONE_GIVEN
 
-    Top-1, top-5, loss, and what is confused with what. Without -d it takes the pictures that the checkpoint was
-    measured on when it was trained. The classes of the folders are matched with those of the network by name;
-    ImageNet's may be called by their wnids.
+    def execute(self) -> None:
+        """Measure, then print the tables or the JSON."""
+        from mgq.cli.console import note, progress
 
-    \b
-    Examples:
-      mgq eval -d imagenet -m normal
-      mgq eval -d flowers -c runs/resnet18.qat/checkpoint.safetensors --per-class
-      mgq eval -d imagenet --limit 1000 --jobs 4 --json
-    """
-    from mgq.cli.console import note, progress
+        refuse_more_than_cores(self.jobs)
+        wish = self.imported.wish()
+        if self.devices > 1:
+            note(f"-n {self.devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
+        with progress(self.report_freq) as on_progress:
+            dataset = find_data(self.data, on_progress) if self.data is not None else None
+            checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish)
+            classifier = self.open(checkpoint, on_progress)
+            from mgq.data.datasets import is_unsplit, subset
+            from mgq.engine.classifier.evaluate import evaluation_data
 
-    refuse_more_than_cores(jobs)
-    wish = imported.wish()
-    if devices > 1:
-        note(f"-n {devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
-    with progress(report_freq) as on_progress:
-        dataset = find_data(data, on_progress) if data is not None else None
-        checkpoint = take_checkpoint(checkpoint, key=key, save=save, wish=wish)
+            if dataset is None or (self.data is not None and is_unsplit(self.data)):
+                dataset = evaluation_data(self.data, classifier.recipe, classifier.image_size, on_progress)
+            total = len(dataset)
+            dataset = dataset if self.limit is None else subset(dataset, self.limit)
+            result = self.measure(classifier, dataset, on_progress)
+            advice = advice_for(classifier, dataset, result)
+        if advice is not None:
+            note(advice)
+        for problem in result.problems:
+            note(problem)
+        if result.problems:
+            note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
+        facts = facts_of(classifier, dataset, total, result, self.batch_size, self.workers)
+        if self.as_json:
+            show_json(result, facts, self.confused)
+        else:
+            show_evaluation(classifier, result, facts, self.per_class, self.confused)
+
+    def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
+        """The network that the options choose; ``checkpoint`` is where its weights are by now."""
         options = NetworkOptions(
-            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
-        ).with_newest_run(mode)
-        classifier = (
-            open_network(options, mode, on_progress, kept=True) if mode else open_int8_or_float(options, on_progress)
-        )
-        from mgq.data.datasets import is_unsplit, subset
+            arch=self.arch,
+            checkpoint=checkpoint,
+            key=self.key,
+            save=self.save,
+            pretrained=self.pretrained,
+            ranges=self.ranges,
+            width=self.width,
+            image_size=self.image_size,
+            target=self.target,
+            engine=self.engine,
+        ).with_newest_run(self.mode)
+        if self.mode:
+            return open_network(options, self.mode, on_progress, kept=True)
+        return open_int8_or_float(options, on_progress)
+
+    def measure(self, classifier: Classifier, dataset: Dataset, on_progress: OnProgress) -> Evaluation:
+        """Accuracy on all of ``dataset``."""
         from mgq.engine.classifier import evaluate as evaluation
 
-        if dataset is None or (data is not None and is_unsplit(data)):
-            dataset = evaluation.evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
-        total = len(dataset)
-        if limit is not None:
-            dataset = subset(dataset, limit)
-        result = evaluation.evaluate(
+        return evaluation.evaluate(
             classifier,
             dataset,
-            jobs=jobs,
-            batch_size=batch_size,
-            workers=workers,
-            max_bad=max_bad,
+            jobs=self.jobs,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            max_bad=self.max_bad,
             prepare=preparation_for(classifier),
             on_progress=on_progress,
         )
-        advice = advice_for(classifier, dataset, result)
-    if advice is not None:
-        note(advice)
-    for problem in result.problems:
-        note(problem)
-    if result.problems:
-        note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
-    facts = facts_of(classifier, dataset, total, result, batch_size, workers)
-    if as_json:
-        show_json(result, facts, confused)
-    else:
-        show_evaluation(classifier, result, facts, per_class, confused)
 
 
 def refuse_more_than_cores(jobs: int) -> None:
@@ -180,7 +203,7 @@ def preparation_for(classifier: Classifier) -> Callable[[], None]:
 
 
 def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> str | None:
-    """What another input contract would give an imported network that is hardly ever right."""
+    """Advice for an imported network with hardly any right answer: the preprocessing that gives more. None without."""
     if not classifier.spec.is_described or classifier.file is not None:
         return None  # and MegEngine need not be here
     from mgq.engine.classifier.input_advice import advise_on_input
@@ -236,7 +259,7 @@ def facts_of(
     batch_size: int,
     workers: int | None,
 ) -> dict[str, Any]:
-    """The result in plain numbers, with all that it depends on; no number that JSON does not have."""
+    """The result and its conditions as JSON knows them: None instead of NaN and infinity."""
     from mgq.engine.classifier.classifier import versions
     from mgq.machine import usable_cores
     from mgq.system.environment import this_machine
@@ -273,7 +296,7 @@ def finite(value: float) -> float | None:
 
 
 def show_json(result: Evaluation, facts: dict[str, Any], confused: int | None) -> None:
-    """Print one JSON document: the facts, every class with pictures, the confused pairs (all unless told)."""
+    """Print one JSON document: the facts, every class with images, and ``confused`` pairs of classes (None: all)."""
     classes = [
         {
             "index": entry.index,

@@ -1,4 +1,4 @@
-"""How a verb's help is laid out: many options in groups, the most wanted first."""
+"""Lays out the help of a verb: many options are shown in groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("--confused", "--report-freq", "--tensorboard", "--about"),
     ),
 }
-"""Which long options belong together, in this order, whatever the verb; the others are among its own.
+"""Which long options belong together, in this order, whatever the verb; all others belong to the verb's own group.
 
 An option's ``rich_help_panel`` says otherwise."""
 PRETRAINED_FLAG = "--pretrained"
@@ -33,14 +33,14 @@ _GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
 
 
 class Verb(typer.core.TyperCommand):
-    """A verb of ``mgq``, with its many options in groups; ``--pretrained`` stands alone or has a version behind it.
+    """A verb of ``mgq``, with its many options in groups; ``--pretrained`` takes an optional version.
 
-    A verb is a function, or a class whose fields are its options and whose method ``run`` does it.
+    A verb is a function, or a class whose fields are its options and whose method ``execute`` does it.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         made = super().invoke(ctx)
-        return made.run() if hasattr(made, "run") else made
+        return made.execute() if hasattr(made, "execute") else made
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, with_versions(args))
@@ -62,7 +62,7 @@ class Verb(typer.core.TyperCommand):
 
 
 def with_versions(args: list[str]) -> list[str]:
-    """``args`` with ``--pretrained`` and the version behind it as one; what is no version is left for the verb."""
+    """``args`` with ``--pretrained VERSION`` as one word; what is no known version stays an argument of the verb."""
     if PRETRAINED_FLAG not in args:
         return args
     from mgq.cli.option_types import versions

@@ -1,4 +1,4 @@
-"""What is said of an ONNX file that another program wrote."""
+"""Options that describe an ONNX file of another program: its preprocessing, size and labels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ImportOptions:
     labels: Labels = None
 
     def wish(self) -> ImportWish:
-        """What they say. Raises InputError for what cannot be."""
+        """The options as one value. Raises InputError for numbers and sizes that are none."""
         order = None if self.rgb is None else "rgb" if self.rgb else "bgr"
         mean, std = numbers_in(self.mean, "--mean"), numbers_in(self.std, "--std")
         return ImportWish(self.preprocess, mean, std, order, size_in(self.size), self.labels)
@@ -71,7 +71,7 @@ PARAMETER = "imported"
 def spread_import_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """``verb``; where it has a parameter ``imported``, the fields of :class:`ImportOptions` are options of it instead.
 
-    The command line knows plain options alone.
+    Typer knows plain options alone.
     """
     own = inspect.signature(verb, eval_str=True).parameters
     if PARAMETER not in own:

@@ -1,10 +1,11 @@
-"""``mgq infer``: what is in a picture?"""
+"""``mgq infer``: classifies images."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,8 @@ from mgq.cli.shared_options import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
     from mgq.engine.classifier.classifier import Classifier
@@ -45,31 +48,8 @@ NARROWEST_CLASS = 30
 PROBABILITY = "probability"
 
 
-def infer(
-    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
-    image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None,
-    arch: Arch = None,
-    checkpoint: CheckpointFile = None,
-    key: KeyName = None,
-    mode: ModeName = "quantized",
-    topk: Annotated[
-        int | None,
-        typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.", show_default="5, or all of fewer"),
-    ] = None,
-    write: Annotated[
-        bool,
-        typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
-    ] = False,
-    as_json: AsJson = False,
-    target: TargetName = None,
-    engine: EngineName = None,
-    save: Save = RUNS,
-    pretrained: Pretrained = None,
-    ranges: Ranges = None,
-    width: Width = None,
-    image_size: ImageSize = None,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class InferCommand:
     """Classify pictures with the int8 network (or another mode).
 
     Without a picture it takes the bundled cat.
@@ -80,46 +60,91 @@ def infer(
       mgq infer photos/ --json
       mgq infer -m normal cat.jpg --dump
     """
-    from mgq.cli.console import note, progress
-    from mgq.data.decoding import bundled_cat
-    from mgq.data.image_sources import expand, refuse_hopeless
 
-    sources = expand([*(image or []), *(files or [])] or [str(bundled_cat())], note)
-    if not as_json:  # which tells of broken pictures in its document
-        refuse_hopeless(sources)
-    checkpoint = take_checkpoint(checkpoint, not write, key, save, imported.wish())
-    with progress() as on_progress:
-        from mgq.engine.classifier.predict import FEW, predict
+    files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None
+    image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None
+    arch: Arch = None
+    checkpoint: CheckpointFile = None
+    key: KeyName = None
+    mode: ModeName = "quantized"
+    topk: Annotated[
+        int | None,
+        typer.Option("--topk", click_type=COUNT, help="Classes shown a picture.", show_default="5, or all of fewer"),
+    ] = None
+    write: Annotated[
+        bool,
+        typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
+    ] = False
+    as_json: AsJson = False
+    target: TargetName = None
+    engine: EngineName = None
+    save: Save = RUNS
+    pretrained: Pretrained = None
+    ranges: Ranges = None
+    width: Width = None
+    image_size: ImageSize = None
+    imported: ImportOptions = NONE_GIVEN
 
-        options = NetworkOptions(
-            arch, checkpoint, key, save, pretrained, ranges, width, image_size, target=target, engine=engine
+    def execute(self) -> None:
+        """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""
+        from mgq.cli.console import note, progress
+        from mgq.data.decoding import bundled_cat
+        from mgq.data.image_sources import expand, refuse_hopeless
+
+        sources = expand([*(self.image or []), *(self.files or [])] or [str(bundled_cat())], note)
+        if not self.as_json:  # which tells of broken pictures in its document
+            refuse_hopeless(sources)
+        checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, self.imported.wish())
+        with progress() as on_progress:
+            from mgq.engine.classifier.predict import FEW, predict
+
+            few = len(sources) <= FEW
+            classifier = open_network(self.network(checkpoint), self.mode, on_progress, few, kept=not self.write)
+            answers = predict(classifier, sources, self.topk)
+            found = start_predictions(report_progress(answers, len(sources), on_progress))
+            failed = show_json(classifier, found) if self.as_json else show_tables(classifier, found)
+        if failed and len(sources) > 1:
+            note(f"{failed} of {len(sources)} pictures could not be read")
+        if self.write:
+            write_network(classifier)
+        if failed:
+            raise typer.Exit(2)
+
+    def network(self, checkpoint: Path | None) -> NetworkOptions:
+        """What chooses the network; ``checkpoint`` is where its weights are by now."""
+        return NetworkOptions(
+            arch=self.arch,
+            checkpoint=checkpoint,
+            key=self.key,
+            save=self.save,
+            pretrained=self.pretrained,
+            ranges=self.ranges,
+            width=self.width,
+            image_size=self.image_size,
+            target=self.target,
+            engine=self.engine,
         )
 
-        classifier = open_network(options, mode, on_progress, len(sources) <= FEW, kept=not write)
-        found = start_predictions(report_progress(predict(classifier, sources, topk), len(sources), on_progress))
-        failed = show_json(classifier, found) if as_json else show_tables(classifier, found)
-    if failed and len(sources) > 1:
-        note(f"{failed} of {len(sources)} pictures could not be read")
-    if write:
-        from mgq.cli.console import err
-        from mgq.cli.dump import Wanted, write_file
 
-        source = classifier.made_from[0] if classifier.made_from is not None else classifier
-        path = write_file(source, Wanted(), to=err).path
-        source.write_checkpoint(path.with_suffix(".safetensors"))
-        note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
-    if failed:
-        raise typer.Exit(2)
+def write_network(classifier: Classifier) -> None:
+    """Write the network as ``mgq dump`` does, and its checkpoint; say where."""
+    from mgq.cli.console import err, note
+    from mgq.cli.dump import Wanted, write_file
+
+    source = classifier.made_from[0] if classifier.made_from is not None else classifier
+    path = write_file(source, Wanted(), to=err).path
+    source.write_checkpoint(path.with_suffix(".safetensors"))
+    note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
 
 
 def start_predictions(found: Iterator[Prediction]) -> Iterator[Prediction]:
-    """``found`` with the first already there: what makes all answers impossible is told of before anything is shown."""
+    """``found``, with the first answer computed already: an error that concerns all images comes before any output."""
     first = next(found)
     return chain([first], found)
 
 
 def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProgress) -> Iterator[Prediction]:
-    """``found``, each told to ``on_progress``; a single picture needs no bar."""
+    """``found``, with a progress report for each answer; none for a single image."""
     from mgq.events import Progress
 
     for done, answer in enumerate(found, 1):
@@ -129,7 +154,7 @@ def report_progress(found: Iterator[Prediction], total: int, on_progress: OnProg
 
 
 def show_tables(classifier: Classifier, found: Iterator[Prediction]) -> int:
-    """Print a table for each answer, an error line for each picture without one; the number of those."""
+    """Print a table for each answer, and an error line for each image without one; return the number of errors."""
     from mgq.cli.console import is_pipe, print_error, say, show_table
 
     failed = shown = 0
@@ -155,9 +180,9 @@ def headline(classifier: Classifier) -> str:
 
 
 def plain_table(answer: Prediction, width: int) -> str | None:
-    """:func:`table_of` as text of at most ``width`` columns; None where that takes more than to put lines together.
+    """:func:`table_of` as text of at most ``width`` columns, for pipes; None where it needs folding or non-ASCII text.
 
-    It is what a pipe gets: to import what draws tables takes longer than to run the network.
+    It saves the import of rich, which takes longer than to run the network.
     """
     from mgq.errors import printable
 
@@ -199,7 +224,7 @@ def table_of(answer: Prediction) -> Table:
 
 
 def show_json(classifier: Classifier, found: Iterator[Prediction]) -> int:
-    """Print one JSON document, an entry a picture as it comes; the number of pictures without an answer."""
+    """Print one JSON document, an entry for each image as it is classified; return the number of errors."""
     from mgq.engine.classifier.predict import describe_network
 
     head = describe_network(classifier)

@@ -1,14 +1,15 @@
-"""The ``mgq`` command: its verbs, and how every one of them fails."""
+"""The ``mgq`` command: finds the verb, runs it, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -28,20 +29,20 @@ INTERRUPTED = 130
 typer.core.HAS_RICH = False
 
 VERBS = {
-    "train": "training:Train",
-    "qat": "training:Qat",
-    "calibrate": "calibrate:calibrate",
-    "eval": "eval:evaluate",
-    "infer": "infer:infer",
-    "analyze": "analyze:analyze",
-    "dump": "dump:dump",
-    "bench": "bench:bench",
-    "report": "report:report",
-    "serve": "serve:serve",
+    "train": "training:TrainCommand",
+    "qat": "training:QatCommand",
+    "calibrate": "calibrate:CalibrateCommand",
+    "eval": "eval:EvalCommand",
+    "infer": "infer:InferCommand",
+    "analyze": "analyze:AnalyzeCommand",
+    "dump": "dump:DumpCommand",
+    "bench": "bench:BenchCommand",
+    "report": "report:ReportCommand",
+    "serve": "serve:ServeCommand",
     "models": "models:models",
     "doctor": "doctor:doctor",
 }
-"""Where each verb is: a module of this package, and a function in it."""
+"""Where each verb is: a module of this package, and a class or function in it."""
 COMPLETION_VARIABLE = "_MGQ_COMPLETE"
 
 
@@ -66,7 +67,7 @@ def options(
 
 
 def app_with(names: Iterable[str]) -> typer.Typer:
-    """The command with the verbs ``names``: those that are not asked for cost nothing."""
+    """The command with the verbs ``names``. Only their modules are imported."""
     app = typer.Typer(
         name="mgq",
         help="From a float32 image classifier to an int8 network at the speed of the machine.",
@@ -83,7 +84,7 @@ def app_with(names: Iterable[str]) -> typer.Typer:
 
 
 def asked_for(words: list[str]) -> Iterable[str]:
-    """The verb that ``words`` begin with; all of them for a shell's completion, help, and what is no verb."""
+    """The verb that ``words`` begin with; all verbs for completion, for help, and where there is no such verb."""
     first = next((word for word in words if not word.startswith("-")), "")
     return [first] if first in VERBS and COMPLETION_VARIABLE not in os.environ else VERBS
 
@@ -93,15 +94,31 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
-    # A polite kill ends a command as Ctrl-C does: what is half written is taken away.
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     world = find_world()
-    sys.exit(run_alone() if world is None else run_among(world, asked_for(sys.argv[1:])))
+    with sigterm_as_interrupt():
+        code = run_alone() if world is None else run_among(world, asked_for(sys.argv[1:]))
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is half written is taken away.
+
+    Afterwards it does again what it did before: a program that calls :func:`run` can be ended.
+    """
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_alone() -> int:
-    """Do what the command line says, by this process; the exit code."""
+    """Run the command line in this process; return the exit code."""
     try:
         code = app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
         sys.stdout.flush()
@@ -123,7 +140,7 @@ def run_alone() -> int:
         if debugging():
             raise
         if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
-            return report_failure("which shell this is cannot be told: type it in the shell that is to complete", 2)
+            return report_failure("the shell was not recognized: run this in the shell that is to complete", 2)
         code = report_failure(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
     return code if isinstance(code, int) else 0
 
@@ -133,7 +150,7 @@ SHARED = {"train", "qat", "eval"}
 
 
 def run_among(world: World, names: Iterable[str]) -> int:
-    """The same by one of the processes that MPI has started: together, or by the first alone."""
+    """As :func:`run_alone`, in one of the processes of an MPI job: together with the others, or in the first alone."""
     from mgq.cli import ranks
 
     if not set(names) <= SHARED:
@@ -165,7 +182,7 @@ def verbs() -> Mapping[str, Command]:
 
 
 def hint_for(error: NoSuchOption) -> str:
-    """Where an option belongs that a verb does not have, or which of its own it may be a slip of."""
+    """For an option that the verb does not have: the verb that has it, or the most similar option."""
     flag = error.option_name
     if flag in ("--debug", "--version"):
         return f": it comes before the verb, as in `mgq {flag}`"

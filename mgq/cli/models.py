@@ -1,4 +1,4 @@
-"""``mgq models``: the zoo as a table."""
+"""``mgq models``: lists the zoo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
     """List the zoo: size, cost, accuracy, weights.
 
     Parameters, multiply-accumulates at 224x224, and the weights: their ImageNet top-1 as their publishers state it, and
-    whether they are on this machine. --pretrained takes the first of several, a name behind it another.
+    whether they are on this machine. --pretrained takes the first version, --pretrained NAME another one.
 
     \b
     Examples:
@@ -101,7 +101,7 @@ def weights_elsewhere(spec: ModelSpec) -> list[str]:
 
 
 def way_to(version: str, versions: Sequence[str]) -> str:
-    """The option that takes ``version`` of ``versions``, whose first is the default."""
+    """The option that selects ``version`` of ``versions``; the first one is the default."""
     return "--pretrained" if version == versions[0] else f"--pretrained {version}"
 
 
@@ -143,7 +143,7 @@ class Row:
 
 
 def rows_of(entry: Mapping[str, Any]) -> list[Row]:
-    """A row for all that has no version (runs, packages), with the first published version, and one for each other."""
+    """One row for runs, packages and the first published version, and one for each other version."""
     found: dict[str | None, list[dict[str, Any]]] = {}
     for weights in entry["weights"]:
         found.setdefault(weights["version"], []).append(weights)

@@ -1,4 +1,4 @@
-"""What options may say: each kind of value refuses what cannot be before anything heavy is loaded, and completes."""
+"""Types of option values: each checks its value before anything heavy is imported, and completes it in the shell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME_METAVAR = {"architecture": "arch", "version of pretrained weights": "versio
 
 
 class Named(click.ParamType[str]):
-    """One of the names that ``names`` gives, of a ``kind`` of things; ``listed`` says what lists them if they are many.
+    """One of the names that ``names`` returns. ``kind`` is what they name, ``listed`` the command that lists them.
 
     They are asked for only when a value is read or completed.
     """

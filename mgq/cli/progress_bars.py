@@ -1,4 +1,4 @@
-"""Bars of progress, as a terminal shows them."""
+"""Progress bars for terminals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RateColumn(ProgressColumn):
 
 @contextlib.contextmanager
 def bars(to: Console) -> Iterator[OnProgress]:
-    """A listener that draws a bar for each kind of work that it is told of."""
+    """A progress callback that draws a bar for each kind of work."""
     columns = (TextColumn("{task.description}"), BarColumn(24), AmountColumn(), RateColumn(), TimeRemainingColumn())
     detail = TextColumn("{task.fields[detail]}", markup=False)
     with RichProgress(*columns, detail, console=to, transient=True) as display:

@@ -1,4 +1,4 @@
-"""What a process does that MPI has started among others: start the rank, be it, or leave the work to the first."""
+"""Runs a verb in the processes of an MPI job: all of them train together, or the first works alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_WAIT_S = 60.0
 
 
 def work_alone(world: World, work: Callable[[], int]) -> int:
-    """The first process does ``work`` and says so; the others have nothing to do. The exit code."""
+    """The first process does ``work``; the others end. Returns the exit code."""
     if world.rank:
         return 0
     leave_world()
@@ -34,7 +34,7 @@ def work_alone(world: World, work: Callable[[], int]) -> int:
 
 
 def work_together(world: World, work: Callable[[], int]) -> int:
-    """The first process does ``work``, the others their part of what it sends them. The exit code."""
+    """The first process does ``work``; the others compute their share of it. Returns the exit code."""
     from mgq.system.supervision import link_to_supervisor, supervise
 
     link = link_to_supervisor()
@@ -48,7 +48,7 @@ def work_together(world: World, work: Callable[[], int]) -> int:
 
 
 def be_rank(world: World, link: Link, work: Callable[[], int]) -> NoReturn:
-    """Be the process that computes, and end as all do."""
+    """Run as the worker of this rank; end with the exit code of the whole job."""
     try:
         if world.rank == 0:
             end_process(lead(world, link, work))
@@ -94,7 +94,7 @@ def follow(world: World, link: Link) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """At once: MPI would wait for those that are gone."""
+    """End this process at once: MPI's own exit would wait for ranks that have gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,9 +1,10 @@
-"""``mgq report``: a run, or a deployed file, on one page that opens off line."""
+"""``mgq report``: writes an HTML page about a run or a deployed file."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,31 +18,8 @@ if TYPE_CHECKING:
     from mgq.reports.run_report import Report
 
 
-def report(
-    run: Annotated[
-        str | None,
-        typer.Argument(help="Folder of a run, or its name; or a deployed file.", show_default="the newest run"),
-    ] = None,
-    data: LabelledData = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
-    ] = None,
-    key: KeyName = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="The page to write.", show_default="report.html in the run; FILE.report.html"
-        ),
-    ] = None,
-    limit: Limit = None,
-    images: Annotated[
-        int, typer.Option("--pictures", help="Pictures shown whose answer int8 changes; of a file, wrong ones.")
-    ] = 24,
-    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True,
-    save: Save = RUNS,
-    as_json: AsJson = False,
-    imported: ImportOptions = NONE_GIVEN,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
     """Write one HTML page about a run or a deployed file.
 
     It shows accuracy, training, changed answers and engines. The networks are measured anew, on the pictures that the
@@ -55,21 +33,61 @@ def report(
       mgq report efficientnet_lite0.calibration --limit 200 --no-engines
       mgq report network.onnx -d photos
     """
-    from mgq.cli.console import progress
-    from mgq.reports import report as reports
 
-    file = reports.find_file(run, checkpoint, key)
-    if file is None:
-        checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=imported.wish())
-    else:
-        prepare_file(file, imported)
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a run, or its name; or a deployed file.", show_default="the newest run"),
+    ] = None
+    data: LabelledData = None
+    checkpoint: Annotated[
+        Path | None, typer.Option("-c", "--checkpoint", help="The float network to compare with, if it was moved.")
+    ] = None
+    key: KeyName = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The page to write.", show_default="report.html in the run; FILE.report.html"
+        ),
+    ] = None
+    limit: Limit = None
+    images: Annotated[
+        int, typer.Option("--pictures", help="Pictures shown whose answer int8 changes; of a file, wrong ones.")
+    ] = 24
+    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Measure the installed engines, too.")] = True
+    save: Save = RUNS
+    as_json: AsJson = False
+    imported: ImportOptions = NONE_GIVEN
 
-    with progress() as on_progress:
-        written = reports.report(run, data, checkpoint, save, output, limit, images, engines, on_progress, key)
-    if as_json:
-        sys.stdout.write(json.dumps(written.to_json()) + "\n")
-    else:
-        show_report(written)
+    def execute(self) -> None:
+        """Write the page and say where it is."""
+        from mgq.cli.console import progress
+        from mgq.reports.report import write_report
+        from mgq.reports.report_options import ReportOptions
+
+        options = ReportOptions(
+            run=self.run,
+            data=self.data,
+            checkpoint=self.checkpoint,
+            save=self.save,
+            output=self.output,
+            limit=self.limit,
+            images=self.images,
+            engines=self.engines,
+            key=self.key,
+        )
+        file = options.find_file()
+        if file is None:
+            wish = self.imported.wish()
+            checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
+            options = replace(options, checkpoint=checkpoint)
+        else:
+            prepare_file(file, self.imported)
+        with progress() as on_progress:
+            written = write_report(options, on_progress)
+        if self.as_json:
+            sys.stdout.write(json.dumps(written.to_json()) + "\n")
+        else:
+            show_report(written)
 
 
 def prepare_file(file: Path, imported: ImportOptions) -> None:

@@ -1,7 +1,8 @@
-"""``mgq serve``: a network that answers over HTTP."""
+"""``mgq serve``: serves a network over HTTP."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,39 +17,8 @@ if TYPE_CHECKING:
 SERVED = (".onnx", ".so")
 
 
-def serve(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option("-c", "--checkpoint", help="An .onnx or .so file of `mgq dump`.", show_default="the built-in one"),
-    ] = None,
-    arch: Arch = None,
-    engine: EngineName = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", click_type=COUNT, help="Of the engine.", show_default="one a core")
-    ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", click_type=PORT, help="0 takes a free one.")] = 8000,
-    descriptor: Annotated[
-        int | None,
-        typer.Option("--fd", click_type=AT_LEAST_NONE, metavar="NUMBER", help="An inherited socket that listens."),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
-    ] = None,
-    wait: Annotated[
-        float, typer.Option("--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Time to gather them.")
-    ] = 2.0,
-    max_body: Annotated[
-        float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="The most in one request.")
-    ] = 20.0,
-    max_requests: Annotated[
-        int, typer.Option("--max-requests", click_type=COUNT, help="In work at a time; others get 503.")
-    ] = 32,
-    timeout: Annotated[
-        float, typer.Option("--timeout", click_type=FACTOR, metavar="S", help="For an upload, and for its answer.")
-    ] = 30.0,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServeCommand:
     """Answer over HTTP what is in pictures.
 
     POST /predict takes one picture as the body, or several as a form. GET / is
@@ -61,36 +31,72 @@ def serve(
       mgq serve -c net.onnx --port 8080
       mgq serve -c net.so --host 0.0.0.0 --max-requests 64
     """
-    refuse_others(checkpoint)
-    take_checkpoint(checkpoint)
-    import_server()
-    from mgq.cli.console import note, progress, say
-    from mgq.quantization.option_names import ONNX
-    from mgq.service.application import Service
-    from mgq.service.server import open_socket, serve, take_socket
 
-    listening = open_socket(host, port) if descriptor is None else take_socket(descriptor)
-    target = ONNX if checkpoint is None else None  # that file cannot be kept where a disk is full: it is made anew
-    options = NetworkOptions(arch, checkpoint, engine=engine, target=target)
-    with progress() as on_progress:
-        network = open_network(options, "quantized", on_progress, kept=True, threads=threads)
-    note(f"{network.spec.name}, {network.origin}")
-    service = Service(network, limits_of(batch, wait, max_body, max_requests, timeout), note)
-    serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
-    note("stopped: every request that had come is answered")
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("-c", "--checkpoint", help="An .onnx or .so file of `mgq dump`.", show_default="the built-in one"),
+    ] = None
+    arch: Arch = None
+    engine: EngineName = None
+    threads: Annotated[
+        int | None, typer.Option("--threads", click_type=COUNT, help="Of the engine.", show_default="one a core")
+    ] = None
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option("--port", click_type=PORT, help="0 takes a free one.")] = 8000
+    descriptor: Annotated[
+        int | None,
+        typer.Option("--fd", click_type=AT_LEAST_NONE, metavar="NUMBER", help="An inherited socket that listens."),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
+    ] = None
+    wait: Annotated[
+        float, typer.Option("--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Time to gather them.")
+    ] = 2.0
+    max_body: Annotated[
+        float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="The most in one request.")
+    ] = 20.0
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", click_type=COUNT, help="In work at a time; others get 503.")
+    ] = 32
+    timeout: Annotated[
+        float, typer.Option("--timeout", click_type=FACTOR, metavar="S", help="For an upload, and for its answer.")
+    ] = 30.0
 
+    def execute(self) -> None:
+        """Open the socket, then the network, and answer until the end."""
+        refuse_others(self.checkpoint)
+        take_checkpoint(self.checkpoint)
+        import_server()
+        from mgq.cli.console import note, progress, say
+        from mgq.quantization.option_names import ONNX
+        from mgq.service.application import Service
+        from mgq.service.server import open_socket, serve, take_socket
 
-def limits_of(batch: int | None, wait: float, max_body: float, max_requests: int, timeout: float) -> Limits:
-    from mgq.service.limits import MEGA, Limits
+        listening = open_socket(self.host, self.port) if self.descriptor is None else take_socket(self.descriptor)
+        # The built-in network's file cannot be kept where a disk is full: it is made anew.
+        target = ONNX if self.checkpoint is None else None
+        options = NetworkOptions(self.arch, self.checkpoint, engine=self.engine, target=target)
+        with progress() as on_progress:
+            network = open_network(options, "quantized", on_progress, kept=True, threads=self.threads)
+        note(f"{network.spec.name}, {network.origin}")
+        service = Service(network, self.limits(), note)
+        serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
+        note("stopped: every request that had come is answered")
 
-    return Limits(
-        body_bytes=int(max_body * MEGA),
-        requests=max_requests,
-        body_s=timeout,
-        answer_s=timeout,
-        batch=batch,
-        gather_s=wait / 1000,
-    )
+    def limits(self) -> Limits:
+        """What one client may ask of the service."""
+        from mgq.service.limits import MEGA, Limits
+
+        return Limits(
+            body_bytes=int(self.max_body * MEGA),
+            requests=self.max_requests,
+            body_s=self.timeout,
+            answer_s=self.timeout,
+            batch=self.batch,
+            gather_s=self.wait / 1000,
+        )
 
 
 def refuse_others(checkpoint: Path | None) -> None:

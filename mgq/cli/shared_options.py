@@ -1,4 +1,4 @@
-"""The options that several verbs share, said once."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def take_checkpoint(
 
 
 def refuse_wish(wish: ImportWish | None) -> None:
-    """Raise InputError where anything is said of an ONNX file of another program, and there is none."""
+    """Raise InputError where import options are given and -c is no ONNX file of another program."""
     from mgq.errors import InputError
 
     if wish is not None and not wish.is_open:
@@ -158,7 +158,7 @@ def prepare_megengine(
     save: Path | None = None,
     wish: ImportWish | None = None,
 ) -> Path | None:
-    """The same, and import MegEngine, quietly unless in debug mode."""
+    """As :func:`take_checkpoint`; then import MegEngine, quietly unless in debug mode."""
     from mgq.system.megengine_start import import_megengine
 
     taken = take_checkpoint(checkpoint, deployed, key, save, wish)

@@ -1,7 +1,4 @@
-"""``mgq train`` and ``mgq qat``: their options, each said once, and how they show what comes of it.
-
-A command is an object: its fields are its options, and its method ``run`` does it.
-"""
+"""``mgq train`` and ``mgq qat``: their options, and how their results are shown."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ if TYPE_CHECKING:
     from mgq.engine.training.training_run import TrainResult
 
 SHOWN_OR_READ = ("as_json", "imported", "jobs")
-"""Fields of a command that training itself knows nothing of."""
+"""Fields of a command that are no options of training itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,7 @@ class TrainingCommand:
 
     mode: ClassVar[Literal["train", "qat"]]
     simulated: ClassVar[str]
-    """What the fake-quantized network of the result is."""
+    """How the table names the fake-quantized network of the result."""
 
     arch: Annotated[
         str | None,
@@ -167,8 +164,8 @@ class TrainingCommand:
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
     imported: ImportOptions = NONE_GIVEN
 
-    def run(self) -> None:
-        """Do what is asked for and show what comes of it; when stopped, say how to go on."""
+    def execute(self) -> None:
+        """Train and show the result; where the training was stopped, say how to resume it."""
         from mgq.cli.console import note, progress, say, show_table
         from mgq.engine.training.recipe import read_changes
 
@@ -204,13 +201,13 @@ class TrainingCommand:
         say(describe_result(result))
 
     def given(self) -> dict[str, Any]:
-        """The options by name. A flag that was not given leaves what a recipe file says."""
+        """The options by name. A flag that was not given does not override the recipe file."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHOWN_OR_READ}
         return {name: value for name, value in values.items() if value is not False or name == "distill"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(TrainingCommand):
+class TrainCommand(TrainingCommand):
     """Train a float network.
 
     Without -d it learns drawn pictures, which need no files. It begins with the zoo's weights where they are installed,
@@ -250,7 +247,7 @@ class Train(TrainingCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(TrainingCommand):
+class QatCommand(TrainingCommand):
     """Train on with fake quantization, for int8.
 
     It begins with the newest float run, and trains one first where there is none. Writes <save>/<arch>.qat, and
@@ -287,7 +284,7 @@ class Qat(TrainingCommand):
 
 
 def start_jobs(jobs: int | None) -> None:
-    """Where several processes are asked for: have them do it, and end as they do.
+    """With ``--jobs``: start the processes, wait for them and exit as they do.
 
     Raises InputError where they cannot be started, or MPI has started this one already.
     """
@@ -301,7 +298,7 @@ def start_jobs(jobs: int | None) -> None:
 
 @contextlib.contextmanager
 def watch_for_stop() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or a polite kill has come since; a second one ends the process at once."""
+    """A function that tells whether Ctrl-C or SIGTERM has come; a second one ends the process at once."""
     asked: list[int] = []
 
     def remember(number: int, _: FrameType | None) -> None:
@@ -339,7 +336,7 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
 
 
 def describe_result(result: TrainResult) -> str:
-    """What the table leaves open: pictures, agreement, where everything lies."""
+    """The lines below the table: images, agreement, best epoch, checkpoint."""
     recipe, found = result.recipe, result.comparison
     images = "synthetic pictures" if recipe.is_synthetic else f"pictures of {recipe.data}"
     return (

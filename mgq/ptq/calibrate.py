@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import megengine.module as M
 import numpy as np
@@ -23,7 +23,7 @@ from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float
-from mgq.ptq.observers import RANGE_OBSERVERS
+from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
@@ -92,60 +92,85 @@ def calibrate_network(
     """
     check_method(method)
     compensate = check_rounding(weight_rounding) == BY_GPTQ
-    sample = Sample(LAYERWISE_IMAGES)
     if compensate and mode_of(network) is Mode.NORMAL:
         network, in_place = clear_dead_channels(network, in_place)[0], True
         if equalize:
             batches = list(batches)
-            seen = np.concatenate(batches)[:EQUALIZATION_IMAGES] if batches else None
-            if seen is not None:
-                with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be followed
-                    equalize_channels(network, seen, target, in_place=True)
+            equalize_by_images(network, batches, target)
     watched = prepare(network, target, float_layers, in_place)
-    # With a scale for each output little is to be made up for, and weights fitted to few pictures lose by it.
+    found = calibrate_layers(watched, batches, method, compensate, correct_bias)
+    return watched, ActivationRanges(
+        arch=arch,
+        observer=method,
+        weights=weights,
+        provenance=provenance,
+        ranges=found.activations,
+        weight_ranges=found.weights,
+        bias_corrections=found.corrections,
+        target=target_of(watched).name,
+    )
+
+
+class LayerRanges(NamedTuple):
+    """Ranges of activations and of weights, and corrections of biases, by the layers' names."""
+
+    activations: Mapping[str, Range]
+    weights: Mapping[str, Range]
+    corrections: Mapping[str, tuple[float, ...]]
+
+
+def equalize_by_images(network: M.Module, batches: Sequence[npt.NDArray[np.uint8]], target: Target) -> None:
+    """Scale the channels of the float ``network`` in place, by what they are in the first images; nothing without any,
+    or where the network cannot be traced."""
+    if batches:
+        with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be traced
+            equalize_channels(network, np.concatenate(batches)[:EQUALIZATION_IMAGES], target, in_place=True)
+
+
+def calibrate_layers(
+    watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], method: str, compensate: bool, correct_bias: bool
+) -> LayerRanges:
+    """Set ranges of all layers of ``watched``, then visit the layers one after the other to round their weights
+    (``compensate``) and to correct their biases. Fake quantization is on afterwards."""
+    # With a scale for each output channel GPTQ gains little, and weights fitted to few images lose by it.
     rounding = GPTQ(refit=not target_of(watched).per_channel)
-    search, correction = Search(), BiasCorrection()
+    search, correction, sample = Search(), BiasCorrection(), Sample(LAYERWISE_IMAGES)
     visitors: list[Visitor] = []
-    if method in (EASYQUANT, LOGITS):
-        for batch in batches:
-            sample.add(batch)
     if method == EASYQUANT:
+        sample.add_all(batches)
         visitors.append(search)
-    elif method == LOGITS:
-        if sample.images:
-            search.activations.update(
-                ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images)))
-            )
     else:
-        search.activations.update(
-            estimate_ranges(to_mode(watched, Mode.QAT), sample.of(batches), RANGE_OBSERVERS[method])
-        )
-    if method != EASYQUANT:
-        layers = find_quantized_layers(watched)
-        for name, found in search.activations.items():
-            set_range(layers[name].act_observer, *found)
-        if compensate and target_of(watched) is not MEGENGINE:
-            with contextlib.suppress(FailureError):
-                search.activations.update(set_exact_scales(watched))
+        search.activations.update(set_activation_ranges(watched, batches, method, sample, exact=compensate))
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.images and visitors:
         visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
-    weight_ranges = rounding.weights if compensate else search.weights
-    corrections = {} if compensate else correction.found
-    ranges = ActivationRanges(
-        arch=arch,
-        observer=method,
-        weights=weights,
-        provenance=provenance,
-        ranges=search.activations,
-        weight_ranges=weight_ranges,
-        bias_corrections=corrections,
-        target=target_of(watched).name,
-    )
-    return watched, ranges
+    if compensate:
+        return LayerRanges(search.activations, rounding.weights, {})
+    return LayerRanges(search.activations, search.weights, correction.found)
+
+
+def set_activation_ranges(
+    watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], method: str, sample: Sample, exact: bool
+) -> dict[str, Range]:
+    """Set the range of each layer by ``method``, any but ``easyquant``, and return them by name. ``sample`` is shown
+    all images. With ``exact`` the scales are those that the engines of an ONNX target compute with."""
+    found: dict[str, Range] = {}
+    if method == LOGITS:
+        sample.add_all(batches)
+        if sample.images:
+            found.update(ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images))))
+    else:
+        found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.of(batches), RANGE_OBSERVERS[method]))
+    layers = find_quantized_layers(watched)
+    for name, limits in found.items():
+        set_range(layers[name].act_observer, *limits)
+    if exact and target_of(watched) is not MEGENGINE:
+        with contextlib.suppress(FailureError):
+            found.update(set_exact_scales(watched))
+    return found
 
 
 def find_best_network(
@@ -224,6 +249,10 @@ class Sample:
             self._seen += 1
             if len(self.images) > self.number:
                 self.images, self._every = self.images[::2], self._every * 2
+
+    def add_all(self, batches: Iterable[npt.NDArray[np.uint8]]) -> None:
+        for batch in batches:
+            self.add(batch)
 
     def of(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
         """``batches`` themselves, each shown on its way."""

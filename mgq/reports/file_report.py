@@ -36,8 +36,9 @@ from mgq.reports.engine_rows import (
 from mgq.reports.file_page import page_of
 from mgq.reports.html import check_page_path
 from mgq.reports.measurements import FLOAT, INT8, Measurements, crops_at, name_of, thumbnail_of
+from mgq.reports.report_options import ReportOptions
 from mgq.runtime.protocol import FileRuntime
-from mgq.runtime.registry import Backend
+from mgq.runtime.registry import BACKENDS, Backend
 from mgq.system.environment import Machine, this_machine
 
 LEFT_TO_RUNS = (
@@ -138,42 +139,36 @@ class FileReport:
         }
 
 
-def report_file(
-    path: Path,
-    data: Path | None,
-    output: Path | None,
-    limit: int | None,
-    images: int,
-    engines: Sequence[Backend],
-    on_progress: OnProgress,
-) -> FileReport:
-    """Measure the deployed file at ``path`` and write the page about it; other words are as for
-    :func:`mgq.reports.report.report`. MegEngine is imported where it runs the file alone."""
+def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> FileReport:
+    """Measure the deployed file at ``path`` and write the page about it, as ``options`` say. MegEngine is imported
+    where it runs the file alone."""
     machine = this_machine()  # as it is before the work begins
-    page = check_page_path(output if output is not None else path.with_name(f"{path.name}.report.html"), "--output")
+    page = check_page_path(options.output or path.with_name(f"{path.name}.report.html"), "--output")
     classifier = choose_network(checkpoint=path)
     missing = [LEFT_TO_RUNS]
     found = None
     try:
-        labelled = evaluation_data(data, classifier.recipe, classifier.image_size, on_progress)
+        labelled = evaluation_data(options.data, classifier.recipe, classifier.image_size, on_progress)
     except InputError:
-        if data is not None:
+        if options.data is not None:
             raise
         missing.append("accuracy and answers: pass -d FOLDER with labelled pictures")
     else:
-        found = measure_file(classifier, labelled if limit is None else subset(labelled, limit), on_progress)
+        labelled = labelled if options.limit is None else subset(labelled, options.limit)
+        found = measure_file(classifier, labelled, on_progress)
+    engines = BACKENDS if options.engines is True else options.engines or ()
     result = FileReport(
         path=path,
         classifier=classifier,
         sha256=sha256_of(path),
         found=found,
-        wrong=() if found is None else tuple(wrong_answers(classifier, found, images)),
+        wrong=() if found is None else tuple(wrong_answers(classifier, found, options.images)),
         engines=compare_engines(path, classifier, found, on_progress, engines) if engines else None,
         missing=tuple(missing),
         machine=machine,
         versions=versions(),
         made=datetime.now().astimezone(),
-        command=command_of(path, data, limit),
+        command=command_of(path, options.data, options.limit),
         page=page,
     )
     write_text_atomically(page, page_of(result))

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.deprecation import accept_old_keywords
-from mgq.errors import InputError, printable
 from mgq.events import OnProgress, log_progress
-from mgq.export.formats import format_of
 from mgq.machine import refuse_without_megengine
 from mgq.reports.measurements import SHOWN
-from mgq.runtime.registry import BACKENDS, Backend
+from mgq.reports.report_options import ReportOptions
+from mgq.runtime.registry import Backend
 
 if TYPE_CHECKING:
     from mgq.reports.file_report import FileReport
@@ -46,43 +45,32 @@ def report(
     Raises InputError where there is no such run or file, the page cannot be written, ``data`` is no labelled set, or
     its classes are not the network's; for a run where MegEngine is not installed.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit} is too small: give at least 1")
-    if images < 0:
-        raise InputError(f"--pictures {images} is not possible: give 0 or more")
-    place = Path(output) if output is not None else None
-    file = find_file(run, checkpoint, key)
+    options = ReportOptions(
+        run=run,
+        data=as_path(data),
+        checkpoint=as_path(checkpoint),
+        save=Path(save),
+        output=as_path(output),
+        limit=limit,
+        images=images,
+        engines=engines,
+        key=key,
+    )
+    return write_report(options, on_progress)
+
+
+def write_report(options: ReportOptions, on_progress: OnProgress = log_progress) -> Report | FileReport:
+    """The same with all options in one object."""
+    file = options.find_file()
     if file is not None:
         from mgq.reports.file_report import report_file
 
-        shown = BACKENDS if engines is True else engines or ()
-        return report_file(file, Path(data) if data is not None else None, place, limit, images, shown, on_progress)
+        return report_file(file, options, on_progress)
     refuse_without_megengine()
     from mgq.reports.run_report import report_run
 
-    return report_run(run, data, checkpoint, save, place, limit, images, engines, on_progress, key)
+    return report_run(options, on_progress)
 
 
-def find_file(run: str | Path | None, checkpoint: str | Path | None = None, key: str | None = None) -> Path | None:
-    """The deployed file that these words name, ``checkpoint`` only without a ``run``; None where they name none.
-
-    Raises InputError where it cannot be read, another program wrote it, or words are said that belong to a run.
-    """
-    named = run if run is not None else checkpoint
-    path = Path(named) if named is not None else None
-    if path is None or format_of(path) is None or path.is_dir():
-        return None
-    if path.suffix.lower() == ".onnx":
-        from mgq.export.onnx.foreign_file import is_foreign
-
-        if is_foreign(path):
-            if run is None:
-                return None  # it is a float network to compare a run with
-            raise InputError(
-                f"{printable(path)} was written by another program: `mgq calibrate -c {printable(path)} -d PHOTOS` "
-                "makes an int8 file and a run of it"
-            )
-    for option, value in (("-c", checkpoint if run is not None else None), ("--key", key)):
-        if value is not None:
-            raise InputError(f"{printable(path)} is a finished file: leave out {option}")
-    return path
+def as_path(text: str | Path | None) -> Path | None:
+    return None if text is None else Path(text)

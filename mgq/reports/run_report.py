@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +20,10 @@ from mgq.reports.backend_comparison import compare_backends
 from mgq.reports.engine_rows import BackendComparison
 from mgq.reports.finished_run import Run, find_float_weights, find_run, float_metrics, images_of
 from mgq.reports.html import check_page_path
-from mgq.reports.measurements import SHOWN, Measurements
+from mgq.reports.measurements import Measurements
+from mgq.reports.report_options import ReportOptions
 from mgq.reports.report_page import page_of
 from mgq.reports.run_predictions import Networks, measure_networks, networks_of
-from mgq.runtime.registry import Backend
 from mgq.system.environment import Machine, this_machine
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
@@ -85,74 +85,63 @@ class Report:
         }
 
 
-def report_run(
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-    save: str | Path = "runs",
-    output: str | Path | None = None,
-    limit: int | None = None,
-    images: int = SHOWN,
-    engines: bool | Sequence[Backend] = True,
-    on_progress: OnProgress = log_progress,
-    key: str | None = None,
-) -> Report:
-    """Measure a run anew and write the page about it: words are as for :func:`mgq.reports.report.report`.
+def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -> Report:
+    """Measure a run anew and write the page about it, as ``options`` say.
 
-    Pictures that the run knows of and that are gone cost their parts of the page alone.
+    Images that the run knows of and that are gone cost their parts of the page alone.
     """
     machine = this_machine()  # as it is before the work begins
-    its = find_run(run, Path(save))
-    page = check_page_path(Path(output) if output is not None else its.path / PAGE, "--output")
-    normal, why_not = find_float_network(its, checkpoint, key)
-    networks = networks_of(its, normal)
+    run = find_run(options.run, options.save)
+    page = check_page_path(options.output or run.path / PAGE, "--output")
+    normal, why_not = find_float_network(run, options.checkpoint, options.key)
+    networks = networks_of(run, normal)
     missing = [f"float32: {why_not}"] if why_not else []
-    if not its.is_int8:
-        arch = shlex.quote(its.weights.arch)
+    if not run.is_int8:
+        arch = shlex.quote(run.weights.arch)
         missing.append(f"int8: this run made a float network; `mgq qat -a {arch}` or `mgq calibrate -a {arch}` goes on")
     found = None
     try:
-        labelled, left_out = images_of(its, Path(data) if data is not None else None, on_progress)
+        labelled, left_out = images_of(run, options.data, on_progress)
     except InputError as error:
-        if data is not None:
+        if options.data is not None:
             raise
         missing.append(f"accuracy, changed answers, confusions: {error}")
     else:
-        labelled = subset(labelled, limit) if limit is not None else labelled
-        found = measure_networks(networks, labelled, left_out, images, on_progress)
+        labelled = subset(labelled, options.limit) if options.limit is not None else labelled
+        found = measure_networks(networks, labelled, left_out, options.images, on_progress)
     compared = None
-    if engines is not False:
-        compared = compare_backends(networks, found, on_progress, ENGINES if engines is True else engines)
+    if options.engines is not False:
+        backends = ENGINES if options.engines is True else options.engines
+        compared = compare_backends(networks, found, on_progress, backends)
     result = Report(
-        run=its,
+        run=run,
         networks=networks,
         found=found,
         engines=compared,
-        float_metrics=float_metrics(its),
+        float_metrics=float_metrics(run),
         missing=tuple(missing),
         machine=machine,
         versions=versions(),
         made=datetime.now().astimezone(),
-        command=command_of(its, data, checkpoint, key, limit),
+        command=command_of(run, options),
         page=page,
     )
     write_text_atomically(page, page_of(result))
     return result
 
 
-def find_float_network(run: Run, checkpoint: str | Path | None, key: str | None) -> tuple[Weights | None, str]:
+def find_float_network(run: Run, checkpoint: Path | None, key: str | None) -> tuple[Weights | None, str]:
     """The float network of ``checkpoint``, else what the run knows of; or why there is none."""
     if checkpoint is None:
         return find_float_weights(run)
-    weights = read_weights(Path(checkpoint), spec_of(run.weights.arch), key=key)
+    weights = read_weights(checkpoint, spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
         raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
     return weights, ""
 
 
-def command_of(
-    run: Run, data: str | Path | None, checkpoint: str | Path | None, key: str | None, limit: int | None
-) -> str:
-    options = {"-d": data, "-c": checkpoint, "--key": key, "--limit": limit}
-    said = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+def command_of(run: Run, options: ReportOptions) -> str:
+    """The command that makes the report again."""
+    words = {"-d": options.data, "-c": options.checkpoint, "--key": options.key, "--limit": options.limit}
+    said = [word for name, value in words.items() if value is not None for word in (name, str(value))]
     return shlex.join(["mgq", "report", str(run.path), *said])

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,23 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
         f"{sys.executable} -m mgq models --json | head -c 10", shell=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stderr == ""
+
+
+def test_sigterm_interrupts_a_command_and_ends_the_program_that_called_it(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a test run that is ended goes on behind a command that says it was interrupted, with half an import."""
+    during = []
+
+    def command() -> int:
+        during.append(signal.getsignal(signal.SIGTERM))
+        return 0
+
+    monkeypatch.setattr("mgq.cli.main.run_alone", command)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert mgq("models").code == 0
+        assert during == [signal.default_int_handler]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

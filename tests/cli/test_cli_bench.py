@@ -19,7 +19,8 @@ from mgq.bench.benchmark_report import Report, Row
 from mgq.bench.cases import Agreement
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings
 from mgq.bench.statistics import Speed, Speedup
-from mgq.cli.bench import bench
+from mgq.cli.bench import BenchCommand
+from mgq.cli.help_layout import Verb
 from mgq.cli.import_options import spread_import_options
 from mgq.errors import FailureError, InputError
 from mgq.events import OnProgress, log_progress
@@ -35,7 +36,7 @@ MACHINE = Machine(
 BOTH = tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(spread_import_options(bench))
+app.command(cls=Verb)(spread_import_options(BenchCommand))
 
 
 def row(

@@ -123,10 +123,11 @@ def test_versions_name_what_matters(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -
     assert "OpenVINO not installed" in mgq("--version").out
 
 
-def test_every_option_says_what_it_is_for() -> None:
+def test_every_option_and_argument_says_what_it_is_for() -> None:
     for name, verb in verbs().items():
         for parameter in verb.params:
-            assert not isinstance(parameter, click.Option) or parameter.help, f"{name} {parameter.name}"
+            record = parameter.get_help_record(click.Context(verb))
+            assert record is None or re.match(r"\w", record[1]), f"{name} {parameter.name}"
 
 
 def test_a_locale_without_utf_8_is_no_failure() -> None:

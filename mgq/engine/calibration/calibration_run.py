@@ -89,23 +89,12 @@ def calibrate(
     blank or alike. Raises InputError where no image can be read, and for a method or preset that there is not.
     """
     preset = config.make_preset()
-    if images < 1:
-        raise InputError(f"calibration needs at least 1 picture, not {images}")
-    if len(sources) == 0:
-        raise InputError("there are no pictures to calibrate with; name some")
-    wanted = images if config.method is None else count_images_used(config.method, images)
-    few = spread_evenly(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
-    chosen = few if isinstance(few, Sequence) else list_sources(few)
-    # Those held back, and those that only some steps look at, should be of all kinds.
-    order = np.random.default_rng(0).permutation(len(chosen))
-    calibration_images = CalibrationImages(
-        classifier, [chosen[i] for i in order], callbacks.on_progress, callbacks.on_message
-    )
+    few = choose_images(sources, images, config)
+    seen = CalibrationImages(classifier, shuffle(list_of(few)), callbacks.on_progress, callbacks.on_message)
     arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
-    seen = calibration_images.all()
     found, ranges = find_best_network(
         classifier.network,
-        seen,
+        seen.all(),
         arch,
         weights,
         preset,
@@ -114,26 +103,53 @@ def calibrate(
         callbacks.on_progress,
     )
     callbacks.on_message(found.summary())
-    command = f"mgq calibrate -a {arch} --images {images}"
-    command += config.as_flags()
+    network = found.network
+    refuse_incomplete(network, ranges)
     provenance = {
         "pictures": about or "unnamed",
-        "images": calibration_images.used,
+        "images": seen.used,
         "of": len(sources),
-        "method": ranges.observer,
+        **describe_config(config, found, ranges.observer),
+        **of_all(classifier, f"mgq calibrate -a {arch} --images {images}{config.as_flags()}", config.target),
+    }
+    ranges = replace(ranges, provenance=provenance)
+    result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
+    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
+    return Calibration(ranges, result, seen.used, tuple(seen.problems), beginning, found)
+
+
+def choose_images(
+    sources: Sequence[Source] | Dataset, images: int, config: CalibrationConfig
+) -> Sequence[Source] | Dataset:
+    """The ``images`` of ``sources`` that are used, evenly spread. Raises InputError where there are none."""
+    if images < 1:
+        raise InputError(f"calibration needs at least 1 picture, not {images}")
+    if len(sources) == 0:
+        raise InputError("there are no pictures to calibrate with; name some")
+    wanted = images if config.method is None else count_images_used(config.method, images)
+    return spread_evenly(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
+
+
+def list_of(images: Sequence[Source] | Dataset) -> Sequence[Source]:
+    return images if isinstance(images, Sequence) else list_sources(images)
+
+
+def shuffle(sources: Sequence[Source]) -> list[Source]:
+    """``sources`` in another order, always the same: those held back, and those that only some steps look at, should
+    be of all kinds."""
+    return [sources[i] for i in np.random.default_rng(0).permutation(len(sources))]
+
+
+def describe_config(config: CalibrationConfig, found: SearchResult, observer: str) -> dict[str, Any]:
+    """How the ranges were made, for their provenance."""
+    return {
+        "method": observer,
         "bias_correction": config.correct_bias,
         "rounding": "compensated" if found.draft.rounded else "nearest",
         "float_layers": list(config.float_layers),
         "choice": "evenly spread over the sorted list",
         **found.to_json(),
-        **of_all(classifier, command, config.target),
     }
-    network = found.network
-    refuse_incomplete(network, ranges)
-    ranges = replace(ranges, provenance=provenance)
-    result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of(few)}
-    return Calibration(ranges, result, calibration_images.used, tuple(calibration_images.problems), beginning, found)
 
 
 def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:

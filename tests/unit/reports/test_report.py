@@ -20,9 +20,9 @@ from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
 from mgq.reports.finished_run import find_run
 from mgq.reports.measurements import FLOAT, INT8, Measurements
+from mgq.reports.report_options import ReportOptions
 from mgq.reports.run_predictions import choose_changes
-from mgq.reports.run_report import Report
-from mgq.reports.run_report import report_run as report
+from mgq.reports.run_report import Report, report_run
 from mgq.runtime.registry import get_backend
 from tests.conftest import (
     SIZE,
@@ -45,6 +45,10 @@ def run(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def written(run: Path) -> Report:
     return report(run, engines=False, output=run.parent / "whole.html")
+
+
+def report(run: Path, **words: Any) -> Report:
+    return report_run(ReportOptions(run=run, **words))
 
 
 def found_in(written: Report) -> Measurements:

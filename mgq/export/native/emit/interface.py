@@ -136,8 +136,12 @@ def as_signed(value: int) -> int:
 
 
 def runner(module: Module) -> str:
-    """What runs. What cpuid says is asked once: virtual machines take long to answer."""
-    constants = f"[{len(module.constants)} x i8]"
+    """What runs the network: ``mgq_run``, and the calls of a team of threads."""
+    return "\n".join([check_once(), align_work(), team_size(module), run_calls(module), helper_calls()])
+
+
+def check_once() -> str:
+    """``fits``: whether the processor can run the code. cpuid is asked once: virtual machines take long to answer."""
     return f"""@known = internal global i32 0
 define internal i1 @fits() {PLAIN} {{
 entry:
@@ -155,21 +159,34 @@ yes:
   ret i1 true
 no:
   ret i1 false
-}}
-define internal i8* @aligned(i8* %work) {PLAIN} {{
+}}"""
+
+
+def align_work() -> str:
+    """``aligned``: the first aligned byte of a work area."""
+    return f"""define internal i8* @aligned(i8* %work) {PLAIN} {{
   %address = ptrtoint i8* %work to i64
   %more = add i64 %address, {WORK_ALIGNMENT - 1}
   %rounded = and i64 %more, -{WORK_ALIGNMENT}
   %aligned = inttoptr i64 %rounded to i8*
   ret i8* %aligned
-}}
-define i64 @mgq_team_size(i32 %threads) {PLAIN} {{
+}}"""
+
+
+def team_size(module: Module) -> str:
+    """``mgq_team_size``: bytes of the work area of several threads."""
+    return f"""define i64 @mgq_team_size(i32 %threads) {PLAIN} {{
   %wide = zext i32 %threads to i64
   %areas = mul i64 %wide, {module.work}
   %size = add i64 %areas, {work_size(module, 0)}
   ret i64 %size
-}}
-define i32 @mgq_run(i8* %images, i64 %count, i8* %logits, i8* %work) {PLAIN} {{
+}}"""
+
+
+def run_calls(module: Module) -> str:
+    """``mgq_run`` and ``mgq_team_run``: the caller's thread computes, alone or at the head of a team."""
+    constants = f"[{len(module.constants)} x i8]"
+    return f"""define i32 @mgq_run(i8* %images, i64 %count, i8* %logits, i8* %work) {PLAIN} {{
   %done = call i32 @mgq_team_run(i8* %images, i64 %count, i8* %logits, i8* %work, i32 1)
   ret i32 %done
 }}
@@ -184,8 +201,12 @@ start:
   %data = getelementptr {constants}, {constants}* @constants, i64 0, i64 0
   call void @{LEAD}(i8* %data, i8* %images, i64 %count, i8* %logits, i8* %team, i64 %parts)
   ret i32 0
-}}
-define i32 @mgq_team_help(i8* %work, i32 %number) {PLAIN} {{
+}}"""
+
+
+def helper_calls() -> str:
+    """``mgq_team_help``, which another thread computes in, and ``mgq_team_end``, which lets it return."""
+    return f"""define i32 @mgq_team_help(i8* %work, i32 %number) {PLAIN} {{
   %good = call i1 @fits()
   br i1 %good, label %start, label %foreign
 foreign:

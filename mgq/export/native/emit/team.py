@@ -124,26 +124,13 @@ layers:
 
     def lead(self, linkage: str) -> str:
         """Open one phase after the other, and work on their pieces."""
+        parts = (lead_alone(linkage), self.announce(), lead_phases(), self.finish_phases())
+        return "\n".join(parts)
+
+    def announce(self) -> str:
+        """Part of ``lead``: write down the task for all threads, and wake those that sleep."""
         stores = "\n  ".join(f"store {kind} %{name}, {kind}* %{name}_at, align 8" for name, kind in TASKS)
-        last = "i8* %constants, i8* %work, i8* %work, i8* %image, i8* %answer, i64 0, i64 1"
-        return f"""define {linkage} void @{LEAD}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
-    i64 %threads) ATTRIBUTES {{
-entry:
-  %fit = icmp ult i64 %threads, {MOST_THREADS}
-  %parts = select i1 %fit, i64 %threads, i64 {MOST_THREADS}
-  %work = getelementptr i8, i8* %team, i64 {HEADER}
-  call void @{PREPARE}(i8* %work)
-  %single = icmp ult i64 %parts, 2
-  br i1 %single, label %head, label %tell
-head:
-  %n = phi i64 [0, %entry], [%n1, %body]
-  %more = icmp ult i64 %n, %count
-  br i1 %more, label %body, label %done
-body:
-  call void @alone(i8* %constants, i8* %work, i8* %images, i8* %logits, i64 %n)
-  %n1 = add i64 %n, 1
-  br label %head
-tell:
+        return f"""tell:
   {place("job", JOB)}
   {place("phase", PHASE, "i64")}
   {place("finished", FINISHED, "i64")}
@@ -170,35 +157,12 @@ tell:
   br i1 %wanted, label %wake, label %phased
 wake:
   {futex("woken", WAKE, str(ALL))}
-  br label %phased
-phased:
-  %index = phi i64 [0, %tell], [0, %wake], [%index1, %through]
-  %open = icmp ult i64 %index, %phases
-  br i1 %open, label %begin, label %over
-begin:
-  store atomic i64 0, i64* %finished monotonic, align 8
-  %number = add i64 %base, %index
-  store atomic i64 %number, i64* %phase seq_cst, align 8
-  br label %take
-take:
-  %taken = call i1 @take(i8* %team, i8* %work, i64 0)
-  br i1 %taken, label %take, label %wait
-wait:
-  %looks = phi i64 [0, %take], [%looked, %rests], [%looks, %yield]
-  %now = load atomic i64, i64* %finished acquire, align 8
-  %all = icmp uge i64 %now, %parts
-  br i1 %all, label %finish, label %absent
-absent:
-  %patient = icmp ult i64 %looks, {PATIENCE}
-  br i1 %patient, label %rests, label %yield
-rests:
-  {pause()}
-  %looked = add i64 %looks, 1
-  br label %wait
-yield:
-  %ignored = call i32 @sched_yield()
-  br label %wait
-finish:
+  br label %phased"""
+
+    def finish_phases(self) -> str:
+        """Part of ``lead``: where a phase ends the last group of an image, compute its logits; then the next phase."""
+        last = "i8* %constants, i8* %work, i8* %work, i8* %image, i8* %answer, i64 0, i64 1"
+        return f"""finish:
   %index1 = add i64 %index, 1
   %layered = icmp uge i64 %index, %rounds
   %done1 = sub i64 %index1, %rounds
@@ -267,6 +231,58 @@ sleep:
 done:
   ret void
 }}"""
+
+
+def lead_alone(linkage: str) -> str:
+    """The beginning of ``lead``: one thread computes all images by itself."""
+    return f"""define {linkage} void @{LEAD}(i8* %constants, i8* %images, i64 %count, i8* %logits, i8* %team,
+    i64 %threads) ATTRIBUTES {{
+entry:
+  %fit = icmp ult i64 %threads, {MOST_THREADS}
+  %parts = select i1 %fit, i64 %threads, i64 {MOST_THREADS}
+  %work = getelementptr i8, i8* %team, i64 {HEADER}
+  call void @{PREPARE}(i8* %work)
+  %single = icmp ult i64 %parts, 2
+  br i1 %single, label %head, label %tell
+head:
+  %n = phi i64 [0, %entry], [%n1, %body]
+  %more = icmp ult i64 %n, %count
+  br i1 %more, label %body, label %done
+body:
+  call void @alone(i8* %constants, i8* %work, i8* %images, i8* %logits, i64 %n)
+  %n1 = add i64 %n, 1
+  br label %head"""
+
+
+def lead_phases() -> str:
+    """Part of ``lead``: open a phase, take pieces of it, and wait until all of them are done."""
+    return f"""phased:
+  %index = phi i64 [0, %tell], [0, %wake], [%index1, %through]
+  %open = icmp ult i64 %index, %phases
+  br i1 %open, label %begin, label %over
+begin:
+  store atomic i64 0, i64* %finished monotonic, align 8
+  %number = add i64 %base, %index
+  store atomic i64 %number, i64* %phase seq_cst, align 8
+  br label %take
+take:
+  %taken = call i1 @take(i8* %team, i8* %work, i64 0)
+  br i1 %taken, label %take, label %wait
+wait:
+  %looks = phi i64 [0, %take], [%looked, %rests], [%looks, %yield]
+  %now = load atomic i64, i64* %finished acquire, align 8
+  %all = icmp uge i64 %now, %parts
+  br i1 %all, label %finish, label %absent
+absent:
+  %patient = icmp ult i64 %looks, {PATIENCE}
+  br i1 %patient, label %rests, label %yield
+rests:
+  {pause()}
+  %looked = add i64 %looks, 1
+  br label %wait
+yield:
+  %ignored = call i32 @sched_yield()
+  br label %wait"""
 
 
 def take() -> str:
