@@ -14,7 +14,7 @@ off by up to 30 dB, and chose limits far too wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import megengine.module as M
@@ -45,23 +45,55 @@ CHANNEL_LIMITS = np.geomspace(1 / 64, 1.0, 49)
 
 
 @dataclass
+class Pairs:
+    """What pairs of the channels of a tensor have in common: sums, over all positions, of the products of their values,
+    and of those of their gradients, float64 (C, C)."""
+
+    values: Values
+    gradients: Values
+
+    @classmethod
+    def of(cls, channels: int) -> Pairs:
+        """Nothing seen yet."""
+        return cls(np.zeros((channels, channels)), np.zeros((channels, channels)))
+
+    @property
+    def matters(self) -> bool:
+        """Whether there are values, and some logit depends on them."""
+        return bool(np.trace(self.values) > 0 and np.trace(self.gradients) > 0)
+
+    def add(self, values: Array, gradients: Array) -> None:
+        """Both (N, C, ...)."""
+        for sums, array in ((self.values, values), (self.gradients, gradients)):
+            rows = np.moveaxis(array, 1, 0).reshape(len(sums), -1)
+            sums += rows @ rows.T
+
+    def scaled(self, factors: Values) -> Pairs:
+        """The same where channels are ``factors`` (C,) as large."""
+        products = np.outer(factors, factors)
+        return Pairs(self.values * products, self.gradients / products)
+
+
+@dataclass
 class Reaction:
     """How the logits react to errors of one tensor, channel by channel and by its values.
 
     ``lowest`` and ``highest`` (C,): the range of each channel, cut into even bins. ``squares`` (C, BINS): sum of
     squared gradients. ``pulls``, float32 (C, FEW_BINS) for each image: sum of gradients. Values that are exactly 0 have
-    no error, and are left out.
+    no error, and are left out. ``pairs`` are known where they were asked for.
     """
 
     lowest: Values
     highest: Values
     squares: Values
     pulls: list[Array] = field(default_factory=list)
+    pairs: Pairs | None = None
 
     @classmethod
-    def between(cls, lowest: Values, highest: Values) -> Reaction:
+    def between(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
         """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
-        return cls(lowest, highest, np.zeros((len(lowest), BINS)))
+        pairs = Pairs.of(len(lowest)) if in_pairs else None
+        return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs)
 
     @property
     def reach(self) -> Values:
@@ -81,12 +113,15 @@ class Reaction:
             pull = np.zeros((channels, FEW_BINS), np.float32)
             add_to_histograms(own_values, own_gradients, self.lowest, self.highest, self.squares, pull)
             self.pulls.append(pull)
+        if self.pairs is not None:
+            self.pairs.add(values, gradients)
 
     def scaled(self, factors: Values) -> Reaction:
         """The same where channels are ``factors`` (C,), above 0, as large, and those who read them make up for it."""
         pulls = [(pull / factors[:, None]).astype(np.float32) for pull in self.pulls]
         squares = self.squares / np.square(factors)[:, None]
-        return Reaction(self.lowest * factors, self.highest * factors, squares, pulls)
+        pairs = self.pairs and self.pairs.scaled(factors)
+        return Reaction(self.lowest * factors, self.highest * factors, squares, pulls, pairs)
 
     def centres(self, bins: int) -> Values:
         """(C, ``bins``): the middle of each bin."""
@@ -170,15 +205,21 @@ class Watch(Function):  # type: ignore[misc]
         return gradient
 
 
-def measure_reactions(network: M.Module, names: Iterable[str], batches: Iterable[Array], seed: int = 0) -> Reactions:
+def measure_reactions(
+    network: M.Module, names: Iterable[str], batches: Iterable[Array], seed: int = 0, in_pairs: Collection[str] = ()
+) -> Reactions:
     """How the logits of ``network``, in evaluation state, react to errors behind each of the layers ``names``.
 
     ``batches``: float32 (N, 3, H, W), pixels minus 128; they are gone through twice. Layers that never run, or give
-    nothing but 0, are left out.
+    nothing but 0, are left out. Of those that are ``in_pairs``, channels are compared with each other, too.
     """
     batches = list(batches)
     ranges = value_ranges(network, names, batches)
-    found = {name: Reaction.between(low, high) for name, (low, high) in ranges.items() if (low < high).any()}
+    found = {
+        name: Reaction.between(low, high, name in in_pairs)
+        for name, (low, high) in ranges.items()
+        if (low < high).any()
+    }
     modules = dict(network.named_modules())
     random = np.random.default_rng(seed)
 

@@ -1,14 +1,14 @@
 """Runs post-training quantization: tries steps, and keeps those that help on images held back from them.
 
 A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
-grids (equalization and ranges) are compared first, then, on the best of them, ways to round the weights, and last
-touches. What wins is what gives the logits nearest to float's on the images held back.
+grids (equalization and ranges) are compared first, then, in the best of them, mixed channels, ways to round the
+weights, and last touches. What wins is what gives the logits nearest to float's on the images held back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import megengine.module as M
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
-from mgq.ptq.presets import Preset
+from mgq.ptq.presets import Preset, with_rewrite
 from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
@@ -42,12 +42,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """``base``: the draft that it was made of, without the quick finish. ``handicap``: dB by which it has to be better
-    than others."""
+    """``grid`` and ``finish``: the steps that made it. ``base``: what ``grid`` gave. ``handicap``: dB by which it has
+    to be better than others."""
 
     draft: Draft
     trial: Trial
     base: Draft
+    grid: tuple[Step, ...] = ()
+    finish: tuple[Step, ...] = ()
     handicap: float = 0.0
 
 
@@ -119,38 +121,59 @@ def find_best(
     ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images.
     """
     fit, held = split(images)
-    exact = logits_of(network, held)
-    tried: list[Candidate] = []
-
-    def judge(steps: Sequence[str], draft: Draft, base: Draft, handicap: float = 0.0) -> Candidate:
-        assert draft.watched is not None
-        trial = Trial(tuple(steps), snr_of(logits_of(draft.watched, held), exact))
-        tried.append(Candidate(draft, trial, base, handicap))
-        total = len(preset.grids) + len(preset.finishes) + len(preset.touches)
-        on_progress(Progress("calibrate: candidates", len(tried), total, "tried"))
-        return tried[-1]
-
-    reached: dict[tuple[Step, ...], Draft] = {(): draft_of(fit)}
-    quick = [preset.preview] if preset.preview else []
-    grids = []
-    for steps in preset.grids:
-        try:
-            base = apply_steps(steps, reached)
-        except FailureError:  # a network that is not of the zoo, and cannot be followed, or has no ceilings
-            continue
-        draft = preset.preview.apply(base) if preset.preview else base
-        handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
-        grids.append(judge([step.name for step in (*steps, *quick)], draft, base, handicap))
-    best = best_of(grids)
-    begun = best.trial.steps[: len(best.trial.steps) - len(quick)]
-    grid = best.base
+    contest = Contest(preset, held, logits_of(network, held), {(): draft_of(fit)}, on_progress)
+    best = best_of(contest.try_grids(preset.grids))
+    for rewrite in preset.rewrites:
+        best = best_of([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
+    base = best.base
     for step in preset.finishes:
-        draft = step.apply(grid)
-        best = best_of([best, judge((*begun, step.name), draft, draft)])
+        draft = step.apply(base)
+        best = best_of([best, contest.judge(best.grid, (step,), draft, draft)])
     for step in preset.touches:
         draft = step.apply(best.draft)
-        best = best_of([best, judge((*best.trial.steps, step.name), draft, draft)])
-    return SearchResult(best.draft, best.trial, tuple(each.trial for each in tried), len(held), held is not images)
+        best = best_of([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
+    trials = tuple(each.trial for each in contest.tried)
+    return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
+
+
+@dataclass
+class Contest:
+    """Candidates of ``preset``, judged on ``held``, images held back, by the ``exact`` logits of float for them.
+
+    ``reached``: what lists of steps have given. ``skipped``: how many candidates this network cannot have.
+    """
+
+    preset: Preset
+    held: Images
+    exact: npt.NDArray[np.float64]
+    reached: dict[tuple[Step, ...], Draft]
+    on_progress: OnProgress
+    skipped: int = 0
+    tried: list[Candidate] = field(default_factory=list)
+
+    def judge(self, grid: tuple[Step, ...], finish: tuple[Step, ...], draft: Draft, base: Draft) -> Candidate:
+        """``draft``, made by the steps of ``grid``, which gave ``base``, and ``finish``."""
+        assert draft.watched is not None
+        snr = snr_of(logits_of(draft.watched, self.held), self.exact)
+        trial = Trial(tuple(step.name for step in (*grid, *finish)), snr)
+        handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
+        self.tried.append(Candidate(draft, trial, base, grid, finish, handicap))
+        self.on_progress(Progress("calibrate: candidates", len(self.tried), self.preset.trials - self.skipped, "tried"))
+        return self.tried[-1]
+
+    def try_grids(self, grids: Sequence[tuple[Step, ...]]) -> list[Candidate]:
+        """Those of ``grids`` that this network can have, with the quick finish."""
+        found = []
+        quick = (self.preset.preview,) if self.preset.preview else ()
+        for grid in grids:
+            try:
+                base = apply_steps(grid, self.reached)
+            except FailureError:  # a network that cannot be followed, has no ceilings, or nothing to be mixed
+                self.skipped += 1
+                continue
+            draft = quick[0].apply(base) if quick else base
+            found.append(self.judge(grid, quick, draft, base))
+        return found
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate:

@@ -12,6 +12,7 @@ from mgq.ptq.steps import (
     Equalize,
     ExactScales,
     ExpectedRanges,
+    MixChannels,
     RangesByLogits,
     RangesBySeen,
     RoundWeights,
@@ -36,13 +37,20 @@ PREVIEWED = 16
 @dataclass(frozen=True)
 class Preset:
     """``grids``: candidates for equalization and ranges, each a list of steps. ``preview``: a quick finish, with which
-    they are compared. ``finishes``: what is tried instead of it on the best of them, ``touches`` on what is best then.
+    they are compared. ``rewrites`` are tried in the best of them, before its ranges. ``finishes``: what is tried
+    instead of the preview on the best, ``touches`` on what is best then.
     """
 
     grids: tuple[tuple[Step, ...], ...]
     finishes: tuple[Step, ...]
     preview: Step | None
     touches: tuple[Step, ...] = ()
+    rewrites: tuple[Step, ...] = ()
+
+    @property
+    def trials(self) -> int:
+        """How many candidates there are at most."""
+        return len(self.grids) + len(self.rewrites) + len(self.finishes) + len(self.touches)
 
 
 CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
@@ -61,6 +69,7 @@ PRESETS: dict[str, Preset] = {
         (RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
         (CorrectLogits(),),
+        (MixChannels(),),
     ),
 }
 PRESETS[BEST] = PRESETS[BALANCED]
@@ -117,6 +126,12 @@ class CalibrationConfig:
 DEFAULT_CONFIG = CalibrationConfig()
 
 
+def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ...], ...]:
+    """``steps`` with ``rewrite`` before their ranges, the only candidate; none where no image gives these."""
+    places = [place for place, step in enumerate(steps) if isinstance(step, RangesByLogits | RangesBySeen)]
+    return tuple((*steps[:place], rewrite, *steps[place:]) for place in places[:1])
+
+
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
     """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
 
@@ -132,12 +147,12 @@ def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
     if check_rounding(config.weight_rounding) == TO_NEAREST:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]
         kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
-        preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),))
+        preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),), rewrites=())
     if target is not MEGENGINE:
         grids = tuple((*steps, ExactScales()) for steps in preset.grids)
         finishes = (step for step in preset.finishes if not (isinstance(step, RoundWeights) and step.refit))
         preset = replace(preset, grids=grids, finishes=tuple(finishes))
     if not config.correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
-        preset = Preset(preset.grids, tuple(rounding), None)
+        preset = Preset(preset.grids, tuple(rounding), None, rewrites=preset.rewrites)
     return preset

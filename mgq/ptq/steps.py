@@ -6,7 +6,7 @@ A step has a name and one method. Which of them help is not known beforehand; :m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,8 +20,10 @@ from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError
+from mgq.graph.layer_graph import graph_of
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
-from mgq.ptq.channel_statistics import Statistics, trace_expected_statistics
+from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
+from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
 from mgq.ptq.data_free import set_expected_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
@@ -123,7 +125,7 @@ class Draft:
         """How the logits of ``network`` react to errors behind its layers."""
         if self.measured is not None:
             return self.measured
-        return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images)
+        return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images, linear_names(self.network))
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -136,11 +138,25 @@ class Draft:
         return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
 
 
-def reactions_of(network: M.Module, watched: M.Module, images: Images) -> Reactions:
-    """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes."""
+def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
+    """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes.
+
+    The channels of those ``in_pairs`` are compared with each other, too.
+    """
     names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    few = images[:: -(-len(images) // REACTION_IMAGES)]
-    return measure_reactions(network, names, in_batches(few))
+    return measure_reactions(network, names, in_batches(few_of(images)), in_pairs=in_pairs)
+
+
+def few_of(images: Images) -> Images:
+    """Those on which gradients are measured."""
+    return images[:: -(-len(images) // REACTION_IMAGES)]
+
+
+def linear_names(network: M.Module) -> set[str]:
+    """The tensors of ``network`` whose channels can be mixed; none where it cannot be followed."""
+    with contextlib.suppress(FailureError):
+        return {name for linear in find_linear_tensors(graph_of(network, IMAGE_SIZE)) for name in linear.tensors}
+    return set()
 
 
 def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = False) -> dict[str, Range]:
@@ -150,6 +166,16 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
         low, high = reaction.best_range(quant_levels(layers[name]), headroom)
         found[name] = low, min(high, activation_of(layers[name]).high)
     return found
+
+
+def zero_ranges(watched: M.Module) -> dict[str, Range]:
+    """For each layer that runs: what gives nothing but 0 has no reaction, but needs a range."""
+    return {name: (0.0, 0.0) for name in find_quantized_layers(watched) if runs(watched, name)}
+
+
+def whole_ranges(reactions: Reactions) -> dict[str, Range]:
+    """The smallest and the largest value seen behind each layer."""
+    return {name: (float(each.lowest.min()), float(each.highest.max())) for name, each in reactions.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -175,7 +201,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return draft.rewritten(clear_dead_channels(draft.network)[0])
+        return draft.rewritten(clear_dead_channels(draft.network)[0], draft.reactions)
 
 
 @dataclass(frozen=True)
@@ -215,6 +241,22 @@ class Equalize:
 
 
 @dataclass(frozen=True)
+class MixChannels:
+    """Channels of tensors without an activation are mixed, so that one grid fits them all
+    (:mod:`mgq.ptq.channel_mixing`). FailureError is raised where there are none."""
+
+    name: str = "channels mixed"
+
+    def apply(self, draft: Draft) -> Draft:
+        graph = graph_of(draft.network, IMAGE_SIZE)
+        network, mixed = mix_channels(draft.network, graph, draft.reactions)
+        if not mixed:
+            raise FailureError("no channels of the network can be mixed")
+        measured = measure_reactions(fold_batch_norms(network), mixed, in_batches(few_of(draft.images)))
+        return draft.rewritten(network, {**draft.reactions, **measured})
+
+
+@dataclass(frozen=True)
 class RangesByLogits:
     """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`).
 
@@ -230,9 +272,7 @@ class RangesByLogits:
 
     def apply(self, draft: Draft) -> Draft:
         watched = draft.prepared()
-        # What gives nothing but 0 on these images has no reaction, but needs a range.
-        ranges = {name: (0.0, 0.0) for name in find_quantized_layers(watched) if runs(watched, name)}
-        ranges |= ranges_by_logits(watched, draft.reactions, self.headroom)
+        ranges = zero_ranges(watched) | ranges_by_logits(watched, draft.reactions, self.headroom)
         return draft.with_ranges(watched, ranges, LOGITS)
 
 
@@ -265,6 +305,8 @@ class RangesBySeen:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
+        if self.method == MIN_MAX and len(draft.images) <= REACTION_IMAGES:
+            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft.reactions), self.method)
         found = estimate_ranges(deepcopy(watched), in_uint8_batches(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
