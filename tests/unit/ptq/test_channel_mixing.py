@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import megengine.module as M
 import numpy as np
 import pytest
@@ -20,12 +22,23 @@ from mgq.ptq.equalization import statistics_of_images
 from mgq.ptq.logit_gradients import Pairs
 from mgq.ptq.steps import Draft, Equalize, MixChannels
 from mgq.quantization.targets import ONNX
+from mgq.zoo import mobilenet_v2
 from tests.conftest import logits_of
 from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
+SHORT = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 1, 2))
+"""Stages of a MobileNetV2 with one sum, and with tensors that no sum shares."""
+
 
 @pytest.fixture(scope="module")
-def draft() -> Draft:
+def draft() -> Iterator[Draft]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mobilenet_v2, "STAGES", SHORT)
+        yield equalized()
+
+
+def equalized() -> Draft:
     network = network_of("mobilenet_v2", activation="relu6")
     with_true_statistics(network)
     return Equalize().apply(Draft(network, IMAGES, ONNX))
