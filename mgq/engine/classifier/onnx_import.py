@@ -205,9 +205,7 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     answer = draft.sources[draft.output]
     wanted = reference(file, sample, [answer])
     if not np.isfinite(wanted[answer]).all():
-        raise InputError(
-            f"{printable(file.path)} gives answers that are not finite numbers: export it with other weights"
-        )
+        raise InputError(f"{printable(file.path)} answers with numbers that are not finite: take other weights")
     difference = relative(found[draft.output], wanted[answer])
     if difference <= EQUAL:
         return difference
