@@ -9,14 +9,15 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from mgq.quantization.half_to_even import SHIFT
+
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 # The float32 next below a half. Added, away from zero, before truncation it rounds halves away from zero; a half itself
 # would also round up its lower neighbour.
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 ZERO, ONE = np.float32(0), np.float32(1)
-# Beside it float32 has no fractions: what is added to it is rounded, halves to even.
-SHIFT = np.float32(1.5 * 2**23)
+EVEN_SHIFT = np.float32(SHIFT)
 
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
@@ -183,7 +184,9 @@ def requantize(
         for i in range(sums.shape[1]):
             value = min(max((sums[row, i] + first) * factor + last, low), high) * inverse
             value = min(max(value, qmin), qmax)
-            steps[row, i] = (value + SHIFT) - SHIFT if even else np.trunc(value + np.copysign(ALMOST_HALF, value))
+            steps[row, i] = (
+                (value + EVEN_SHIFT) - EVEN_SHIFT if even else np.trunc(value + np.copysign(ALMOST_HALF, value))
+            )
 
 
 @make_compiler()

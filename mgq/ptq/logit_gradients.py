@@ -218,7 +218,7 @@ def measure_reactions(
     found = {
         name: Reaction.between(low, high, name in in_pairs)
         for name, (low, high) in ranges.items()
-        if (low < high).any()
+        if low.any() or high.any()
     }
     modules = dict(network.named_modules())
     random = np.random.default_rng(seed)

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, with_rewrite
-from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of
+from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, in_batches, logits_of
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in so many is held back, at least and at most so many."""
@@ -118,10 +119,11 @@ def find_best(
 ) -> SearchResult:
     """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
 
-    ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images.
+    ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images. Raises FailureError
+    where the answers of ``network`` are not finite, and the first reason where it can have none of the grids.
     """
     fit, held = split(images)
-    contest = Contest(preset, held, logits_of(network, held), {(): draft_of(fit)}, on_progress)
+    contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
     best = best_of(contest.try_grids(preset.grids))
     for rewrite in preset.rewrites:
         best = best_of([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
@@ -136,11 +138,21 @@ def find_best(
     return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
 
 
+def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
+    """Logits of ``network``, in float. Raises FailureError, which names the layer, where they are not finite."""
+    logits = logits_of(network, images)
+    if not np.isfinite(logits).all():
+        leaves = [name for name, module in network.named_modules() if name and not any(module.children())]
+        value_ranges(network, leaves, in_batches(images))
+        raise FailureError("the network's answers are not finite for these pictures: take other weights")
+    return logits
+
+
 @dataclass
 class Contest:
     """Candidates of ``preset``, judged on ``held``, images held back, by the ``exact`` logits of float for them.
 
-    ``reached``: what lists of steps have given. ``skipped``: how many candidates this network cannot have.
+    ``reached``: what lists of steps have given. ``skipped``: why this network cannot have some of the candidates.
     """
 
     preset: Preset
@@ -148,7 +160,7 @@ class Contest:
     exact: npt.NDArray[np.float64]
     reached: dict[tuple[Step, ...], Draft]
     on_progress: OnProgress
-    skipped: int = 0
+    skipped: list[FailureError] = field(default_factory=list)
     tried: list[Candidate] = field(default_factory=list)
 
     def judge(self, grid: tuple[Step, ...], finish: tuple[Step, ...], draft: Draft, base: Draft) -> Candidate:
@@ -158,21 +170,26 @@ class Contest:
         trial = Trial(tuple(step.name for step in (*grid, *finish)), snr)
         handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
         self.tried.append(Candidate(draft, trial, base, grid, finish, handicap))
-        self.on_progress(Progress("calibrate: candidates", len(self.tried), self.preset.trials - self.skipped, "tried"))
+        self.on_progress(
+            Progress("calibrate: candidates", len(self.tried), self.preset.trials - len(self.skipped), "tried")
+        )
         return self.tried[-1]
 
     def try_grids(self, grids: Sequence[tuple[Step, ...]]) -> list[Candidate]:
-        """Those of ``grids`` that this network can have, with the quick finish."""
+        """Those of ``grids`` that this network can have, with the quick finish. Raises FailureError where there is no
+        candidate yet, and none of them is one."""
         found = []
         quick = (self.preset.preview,) if self.preset.preview else ()
         for grid in grids:
             try:
                 base = apply_steps(grid, self.reached)
-            except FailureError:  # a network that cannot be followed, has no ceilings, or nothing to be mixed
-                self.skipped += 1
+            except FailureError as error:  # it cannot be followed, has no ceilings, or nothing to be mixed
+                self.skipped.append(error)
                 continue
             draft = quick[0].apply(base) if quick else base
             found.append(self.judge(grid, quick, draft, base))
+        if not self.tried and self.skipped:
+            raise self.skipped[0]
         return found
 
 

@@ -38,9 +38,9 @@ from mgq.quantization.activation_ranges import (
     add_to_bias,
     covering,
     find_quantized_layers,
+    names_that_run,
     observe_weights,
     quant_levels,
-    runs,
     set_range,
 )
 from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
@@ -170,7 +170,7 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
 
 def zero_ranges(watched: M.Module) -> dict[str, Range]:
     """For each layer that runs: what gives nothing but 0 has no reaction, but needs a range."""
-    return {name: (0.0, 0.0) for name in find_quantized_layers(watched) if runs(watched, name)}
+    return dict.fromkeys(names_that_run(watched), (0.0, 0.0))
 
 
 def whole_ranges(reactions: Reactions) -> dict[str, Range]:

@@ -132,17 +132,16 @@ def quant_levels(layer: QATModule) -> float:
 
 def refuse_incomplete(network: M.Module, found: ActivationRanges) -> None:
     """Raises InputError where a layer that runs in ``network``, a ``qat`` one of the zoo, has no range in ``found``."""
-    for name in find_quantized_layers(network):
-        if name not in found.ranges and runs(network, name):
+    for name in names_that_run(network):
+        if name not in found.ranges:
             raise InputError(f"the ranges of {found.arch} lack layer '{name}'; make them again by `mgq calibrate`")
 
 
-def runs(network: M.Module, name: str) -> bool:
-    """Whether the layer called ``name`` needs a range: the input stub does not, nor sums of no shortcut."""
-    if name == "quant":
-        return False
-    parent = dict(network.named_modules())[name.rpartition(".")[0]]
-    return not name.endswith(".add") or getattr(parent, "has_shortcut", True)
+def names_that_run(network: M.Module) -> list[str]:
+    """The layers of a ``qat`` network that need a range: the input stub does not, nor sums of no shortcut."""
+    modules = dict(network.named_modules())
+    without = {f"{name}.add".lstrip(".") for name, each in modules.items() if not getattr(each, "has_shortcut", True)}
+    return [name for name in find_quantized_layers(network) if name != "quant" and name not in without]
 
 
 def observe_weights(network: M.Module) -> None:

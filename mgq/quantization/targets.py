@@ -161,8 +161,9 @@ def least_limits(largest: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """``largest``, that of the weights of each output, but not so small that its steps were too fine to matter."""
     most = float(largest.max())
     least = max(most * SMALLEST_SCALE, SMALLEST_LARGEST)
-    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs.
-    found: npt.NDArray[np.float64] = np.where(largest > 0, np.maximum(largest, least), max(most, SMALLEST_LARGEST))
+    # Where all weights are 0 there is but the bias, which needs no finer steps than those of other outputs. Steps too
+    # fine would keep it from int32.
+    found: npt.NDArray[np.float64] = np.where(largest > 0, np.maximum(largest, least), most if most > 0 else 1.0)
     return found
 
 

@@ -235,6 +235,12 @@ def test_the_other_onnx_target_is_as_exact(tmp_path: Path) -> None:
         np.testing.assert_allclose(load(path, engine.key).run(IMAGES), wanted, rtol=1e-6, atol=2e-6)
 
 
+def test_steps_of_weights_that_are_all_0_let_the_bias_fit_into_int32() -> None:
+    scales = channel_scales(Tensor(np.zeros((4, 8), np.float32))).numpy()
+    bias = np.linspace(-3, 3, 4, dtype=np.float32).reshape(scales.shape)
+    np.testing.assert_allclose(bias_steps(bias, scales * 1e-4) * (scales * 1e-4), bias, atol=1e-5)
+
+
 def test_a_bias_of_many_steps_is_that_of_the_file(tmp_path: Path) -> None:
     network = with_ranges(float_network("resnet18", {}))
     layer = network.layer1[0].conv_bn_relu1

@@ -204,6 +204,8 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     network.run(Tensor(sample), lambda name, value: found.__setitem__(name, value.numpy()))
     answer = draft.sources[draft.output]
     wanted = reference(file, sample, [answer])
+    if not np.isfinite(wanted[answer]).all():
+        raise InputError(f"{printable(file.path)} answers with numbers that are not finite: take other weights")
     difference = relative(found[draft.output], wanted[answer])
     if difference <= EQUAL:
         return difference

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import megengine.module as M
 import numpy as np
 import pytest
 
 from mgq.errors import FailureError
+from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import graph_of
 from mgq.ptq.channel_mixing import (
     SHRINKAGE,
@@ -18,14 +22,26 @@ from mgq.ptq.channel_mixing import (
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Values
 from mgq.ptq.equalization import statistics_of_images
 from mgq.ptq.logit_gradients import Pairs
-from mgq.ptq.steps import Draft, Equalize, MixChannels
+from mgq.ptq.steps import Draft, Equalize, ExactScales, MixChannels, RangesByLogits
 from mgq.quantization.targets import ONNX
+from mgq.runtime.registry import BACKENDS, Backend, load
+from mgq.zoo import mobilenet_v2
 from tests.conftest import logits_of
 from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
 
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
+SHORT = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 1, 2))
+"""Stages of a MobileNetV2 with one sum, and with tensors that no sum shares."""
+
 
 @pytest.fixture(scope="module")
-def draft() -> Draft:
+def draft() -> Iterator[Draft]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mobilenet_v2, "STAGES", SHORT)
+        yield equalized()
+
+
+def equalized() -> Draft:
     network = network_of("mobilenet_v2", activation="relu6")
     with_true_statistics(network)
     return Equalize().apply(Draft(network, IMAGES, ONNX))
@@ -71,6 +87,16 @@ class TestNetworks:
         used = {node.output for node in graph_of(draft.network, IMAGE_SIZE).nodes}
         sums = {name for name, module in modules.items() if isinstance(module, M.Elemwise)}
         assert set(names) == plain | (sums & used)
+
+    @pytest.mark.parametrize("engine", [engine for engine in BACKENDS if engine.suffix == ".onnx"], ids=str)
+    def test_files_answer_as_the_simulation(self, mixed: Draft, engine: Backend, tmp_path: Path) -> None:
+        watched = ExactScales().apply(RangesByLogits().apply(mixed)).watched
+        assert watched is not None
+        path = tmp_path / "mixed.onnx"
+        write_onnx(watched, path, image_size=IMAGES.shape[-1], batch=len(IMAGES), provenance={})
+        wanted = logits_of(watched, IMAGES)
+        largest = float(np.abs(wanted).max())
+        np.testing.assert_allclose(load(path, engine.key).run(IMAGES), wanted, atol=2e-6 * largest)
 
     def test_batch_norms_keep_statistics_that_can_be_folded(self, mixed: Draft) -> None:
         for module in mixed.network.modules():
