@@ -11,7 +11,8 @@ RUN find /opt/mgq -type d '(' -name tests -o -name __pycache__ ')' -prune -exec 
 RUN rm -rf /opt/mgq/onnx/reference /opt/mgq/numpy/f2py
 RUN find /opt/mgq -type f '(' -name '*.pyi' -o -name '*.cc' -o -name '*.h' ')' -delete
 
-# Python 3.13 of Debian 13 without a shell or a package manager.
+# Python 3.13 of Debian 13 without a shell or a package manager. What the wheels need of the system is in it (libc6, libstdc++6,
+# libgcc-s1, zlib1g), so nothing is installed here: tests/integration/test_container.py asks every binary.
 FROM gcr.io/distroless/python3-debian13:nonroot
 COPY --from=build /opt/mgq /opt/mgq
 ENV PYTHONPATH=/opt/mgq PYTHONDONTWRITEBYTECODE=1 MGQ_CACHE=/tmp/mgq

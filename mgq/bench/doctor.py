@@ -21,7 +21,7 @@ from typing import Any
 
 from mgq.errors import MgqError, printable
 from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package_version, usable_cores
-from mgq.runtime.engine_faults import fault_of_onnxruntime
+from mgq.runtime.engine_faults import MEND, fault_of_onnxruntime
 from mgq.runtime.registry import BACKENDS, Backend
 from mgq.system.environment import DOT_PRODUCTS, cgroup_cores, cgroup_memory, free_memory, this_machine, total_memory
 from mgq.system.graphics_cards import RANGE, graphics_cards
@@ -227,7 +227,7 @@ def onnxruntime() -> str:
     version = check_package("onnxruntime", "import onnxruntime")
     fault = fault_of_onnxruntime(version)
     if fault:
-        raise LackingError(f"{version} {fault}", "pip install onnxruntime==1.20.1, or a later one than 1.23")
+        raise LackingError(f"{version} {fault}", MEND)
     return version
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -91,6 +93,7 @@ def asked_for(words: list[str]) -> Iterable[str]:
 
 def run() -> None:
     """Entry point: exit code 2 and one line for wrong use and bad input, 1 and one line for a failure."""
+    open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
@@ -98,6 +101,13 @@ def run() -> None:
     with sigterm_as_interrupt():
         code = run_alone() if world is None else run_among(world, asked_for(sys.argv[1:]))
     sys.exit(code)
+
+
+def open_what_is_closed() -> None:
+    """Where the caller closed standard output or errors (``>&-``), what is printed there goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (for the whole run)
 
 
 @contextlib.contextmanager
@@ -152,11 +162,8 @@ def leave(end: SystemExit) -> None:
 def run_alone() -> int:
     """Run the command line in this process; return the exit code."""
     try:
-        code = app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
+        code = run_verb()
         sys.stdout.flush()
-    except NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        code = 2
     except ClickException as error:
         code = report_failure(usage_line(error), 2)
     except MgqError as error:
@@ -164,17 +171,48 @@ def run_alone() -> int:
             raise
         code = report_failure(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         code = 0
     except (KeyboardInterrupt, typer.Abort):
         code = report_failure("interrupted", INTERRUPTED)
     except Exception as error:
         if debugging():
             raise
+        if why := why_output_is_stuck(error):
+            drop_output()
+            return report_failure(f"standard output cannot be written ({why}): send it elsewhere", 1)
         if type(error).__name__ == "ShellDetectionFailure":  # of typer's completion, and it says nothing itself
             return report_failure("the shell was not recognized: run this in the shell that is to complete", 2)
         code = report_failure(f"unexpected {type(error).__name__}: {error}; `mgq --debug ...` shows where", 1)
     return code if isinstance(code, int) else 0
+
+
+def run_verb() -> Any:
+    """Run what the command line asks for; return the verb's result, or 2 where only help could be given."""
+    try:
+        return app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
+    except NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return 2
+
+
+STUCK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
+"""Why standard output may take nothing. A file that is written has its own line, in :mod:`mgq.io.atomic`."""
+
+
+def why_output_is_stuck(error: Exception) -> str:
+    """Why standard output takes nothing, where ``error`` is of that kind; empty where it takes an empty line."""
+    if isinstance(error, OSError) and error.errno in STUCK and error.filename is None:
+        try:
+            print(flush=True)  # with what was not written before, if that was kept
+        except OSError as again:
+            return again.strerror or type(again).__name__
+    return ""
+
+
+def drop_output() -> None:
+    """Let what standard output does not take go nowhere, so that the end of the process can write it out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 SHARED = {"train", "qat", "eval"}

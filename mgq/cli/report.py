@@ -103,13 +103,15 @@ class ReportCommand(ImportOptions):
 
 def prepare_file(file: Path, wish: ImportWish) -> None:
     """Import MegEngine, quietly, where it runs the deployed ``file``. Raises InputError for options of other files."""
+    from mgq.errors import name_in_errors, printable
     from mgq.export.formats import format_of
     from mgq.quantization.option_names import MEGENGINE
     from mgq.system.megengine_start import import_megengine
 
     take_checkpoint(file, wish=wish)
     if format_of(file) == MEGENGINE:
-        import_megengine()
+        with name_in_errors(printable(file)):
+            import_megengine()
 
 
 def show_report(written: Report | FileReport) -> None:

@@ -120,7 +120,7 @@ def take_checkpoint(
     ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
     """
     from mgq.engine.classifier.file_validation import validate_file
-    from mgq.errors import InputError, printable
+    from mgq.errors import InputError, name_in_errors, printable
     from mgq.export.formats import format_of
 
     foreign = checkpoint if checkpoint is not None and key is None and is_onnx_of_others(checkpoint) else None
@@ -128,7 +128,8 @@ def take_checkpoint(
         from mgq.cli.console import note
         from mgq.system.megengine_start import import_megengine
 
-        import_megengine()
+        with name_in_errors(f"{printable(foreign)}, written by another program"):
+            import_megengine()
         from mgq.engine.classifier.import_wish import NO_WISH
         from mgq.engine.classifier.onnx_import import imported_checkpoint
 

@@ -11,6 +11,8 @@ import re
 from mgq.machine import package_version, processor_has
 
 FIRST_WRONG, FIRST_RIGHT = (1, 21), (1, 24)
+MEND = "pip install 'onnxruntime!=1.21.*,!=1.22.*,!=1.23.*'"
+"""Brings the newest version without the fault that there is for the Python at hand."""
 AMX_FLAG = "amx_int8"
 
 
@@ -30,3 +32,18 @@ def fault_of_onnxruntime(version: str) -> str:
 def onnxruntime_is_sound() -> bool:
     """Whether the installed ONNX Runtime has no such fault here."""
     return not processor_has(AMX_FLAG) or not fault_of_onnxruntime(package_version("onnxruntime") or "")
+
+
+TESTED = {"ONNX Runtime": ("onnxruntime", "1.20", "1.32"), "OpenVINO": ("openvino", "2025.4", "2026.4")}
+"""Name of a backend -> its package, and the oldest and the newest version with which mgq is tested."""
+
+
+def advice_for(name: str, version: str) -> str:
+    """What to do where that version of a backend refuses a file, as the end of a sentence."""
+    if name in TESTED:
+        package, oldest, newest = TESTED[name]
+        if numbers_in(version) < numbers_in(oldest):
+            return f"it is older than {oldest}, the oldest that is tested: pip install '{package}>={oldest}'"
+        if numbers_in(version) > numbers_in(newest):
+            return f"it is newer than {newest}, the newest that is tested: pip install '{package}=={newest}.*'"
+    return "pass another --engine, or write the file again by `mgq dump`"

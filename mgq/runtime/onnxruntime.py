@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mgq.errors import InputError, printable
 from mgq.export.onnx.onnx_file import import_package, read_onnx
-from mgq.runtime.engine_faults import fault_of_onnxruntime
+from mgq.runtime.engine_faults import MEND, fault_of_onnxruntime
 from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
 
 
@@ -32,7 +32,7 @@ class OnnxRuntime(OfOnnxFile):
         if fault and self.file.quantized:
             raise InputError(
                 f"{self.name} {self.version} {fault}, so {printable(path)} is not run in it: pass another --engine, "
-                "or pip install onnxruntime==1.20.1"
+                f"or {MEND}"
             )
         options = package.SessionOptions()
         options.intra_op_num_threads = threads

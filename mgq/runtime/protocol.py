@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.onnx.onnx_file import OnnxFile
 from mgq.machine import usable_cores
+from mgq.runtime.engine_faults import advice_for
 
 
 class Runtime(Protocol):
@@ -78,9 +79,12 @@ class OfOnnxFile:
 
 
 def cannot_run(runtime: Runtime, path: Path, error: Exception) -> InputError:
-    """The error for a file that ``runtime`` does not take, with the first line of what it says."""
+    """The error for a file that ``runtime`` does not take, with the first line of what it says and the mend."""
     why = printable(str(error).strip().partition("\n")[0])[:300]
-    return InputError(f"{runtime.name} {runtime.version} cannot run {printable(path)}: {why}")
+    return InputError(
+        f"{runtime.name} {runtime.version} cannot run {printable(path)} ({why}): "
+        + advice_for(runtime.name, runtime.version)
+    )
 
 
 def check_threads(threads: int) -> int:

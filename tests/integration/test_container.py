@@ -26,6 +26,16 @@ ROOT = Path(__file__).parents[2]
 PLACE = "/opt/mgq"
 BASE_MB = 55
 """What the base image has at the most, by published figures (about 50): it is not at hand here."""
+BASE_LIBRARIES = {
+    # libc6
+    *("libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "libutil.so.1"),
+    # libstdc++6, libgcc-s1, libgomp1, zlib1g
+    *("libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "libz.so.1"),
+    # what its Python brings: libbz2-1.0, libexpat1, liblzma5, libffi8, libsqlite3-0, libssl3
+    *("libbz2.so.1.0", "libexpat.so.1", "liblzma.so.5", "libffi.so.8", "libsqlite3.so.0"),
+    *("libssl.so.3", "libcrypto.so.3"),
+}
+"""Libraries that programs find in the base image, by the package lists of its source (base, cc and python3)."""
 MOST_MB = 350
 PATIENCE_S = 600
 
@@ -46,6 +56,23 @@ def run(command: Sequence[str], folder: Path, **variables: str) -> subprocess.Co
     return subprocess.run(
         command, cwd=folder, env={**environment, **variables}, capture_output=True, text=True, timeout=PATIENCE_S
     )
+
+
+def libraries_beyond(place: Path) -> dict[str, str]:
+    """The libraries that binaries under ``place`` need and that are not there: name -> one that needs it."""
+    found: dict[str, str] = {}
+    for binary in place.rglob("*.so*"):
+        said = run(["ldd", str(binary)], place).stdout
+        for name, where in re.findall(r"^\s*(\S+) => (.+?)(?: \(|$)", said, re.MULTILINE):
+            if not where.startswith(str(place)):
+                found.setdefault(name, str(binary.relative_to(place)))
+    return found
+
+
+def test_the_image_that_answers_is_the_one_whose_libraries_are_listed() -> None:
+    stages = re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)
+    assert stages[-1] == "gcr.io/distroless/python3-debian13:nonroot"
+    assert "apt-get" not in dockerfile()  # would only reach the stage that builds
 
 
 def test_only_what_is_needed_goes_to_the_daemon() -> None:
@@ -79,6 +106,8 @@ def test_the_steps_of_the_dockerfile_leave_a_small_folder_that_answers(tmp_path:
         assert done.returncode == 0, done.stderr
     size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 1e6
     assert size + BASE_MB < MOST_MB, size
+    needed = libraries_beyond(place)
+    assert "libc.so.6" in needed and not {name: needed[name] for name in needed.keys() - BASE_LIBRARIES}
     cat = expand([str(bundled_cat())])
     config = CalibrationConfig(target=ONNX, weight_rounding="nearest")
     found = calibration_run.calibrate(classifier_of("shufflenet_v1_x0_5_g3"), cat, 1, config=config).classifier

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from mgq.data.decoding import bundled_cat
 from mgq.data.image_sources import expand
@@ -182,7 +184,18 @@ def test_a_megengine_file_says_so_too(deployed: Path, calibrated: Classifier, tm
         done = without_megengine(tmp_path, *words)
         assert done.returncode == 2
         said = done.stderr.strip()
-        assert one_line_about(said, "MegEngine", "uv run --python 3.10 mgq", "mgq[megengine]"), said
+        assert one_line_about(said, "net.megengine: ", "MegEngine", "uv run --python 3.10 mgq", "mgq[megengine]"), said
+
+
+@pytest.mark.parametrize("verb", ["infer", "eval", "serve"])
+def test_a_float_file_of_another_program_is_named(tmp_path: Path, verb: str) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 4, 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "graph", values[:1], values[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "other.onnx")
+    done = without_megengine(tmp_path, verb, "-c", "other.onnx")
+    said = done.stderr.strip()
+    assert done.returncode == 2
+    assert one_line_about(said, "other.onnx, written by another program: ", "MegEngine", "mgq[megengine]"), said
 
 
 def test_the_built_in_network_answers_from_the_file_that_is_kept(

@@ -133,6 +133,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     assert not half_written(small_disk)
 
 
+def said_into(output: str, *words: str, buffered: bool = True) -> tuple[int, str]:
+    """Exit code and errors of `mgq WORDS` whose standard output a shell sends to ``output``, such as ``>/dev/full``."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = f"{shlex.join([sys.executable, '-m', 'mgq', *words])} {output}"
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [("--version",), ("--help",), (), ("models", "--json")], ids=" ".join)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], buffered: bool) -> None:
+    code, err = said_into(">/dev/full", *words, buffered=buffered)
+    assert code == 1 and err.count("\n") == 1
+    assert "standard output cannot be written (No space left on device)" in err
+
+
+def test_output_that_is_closed_is_no_failure() -> None:
+    assert said_into(">&-", "--version") == (0, "")
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -12,7 +12,7 @@ from typing import Any
 from mgq.engine.classifier.builtin_file import builtin_file
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import attach_backend, open_file
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
 from mgq.machine import refuse_without_megengine
@@ -59,7 +59,7 @@ def choose_network(
         file = builtin_file(arch, save, pretrained, start_megengine, on_progress)
         if file is not None:
             return file.opened(engine or AUTO, few, threads)
-    start_megengine()
+    start_for(checkpoint, start_megengine)
     from mgq.engine.classifier.open import open_classifier
     from mgq.quantization.activation_ranges import read_ranges
 
@@ -68,6 +68,15 @@ def choose_network(
     words = (arch, checkpoint, mode, save, pretrained or False, found, builder, image_size, on_progress, target, key)
     classifier = open_classifier(*words)
     return classifier if engine is None else attach_backend(classifier, engine, threads)
+
+
+def start_for(path: Path | None, start_megengine: Callable[[], None]) -> None:
+    """Start MegEngine, which ``path`` needs. Raises InputError, which names it, where it is not installed."""
+    if path is None:
+        start_megengine()
+        return
+    with name_in_errors(printable(path)):
+        start_megengine()
 
 
 def open_finished_file(
@@ -85,7 +94,7 @@ def open_finished_file(
         if value is not None:
             raise InputError(f"{printable(path)} is a finished file: leave out {option}")
     if format_of(path) == MEGENGINE:
-        start_megengine()
+        start_for(path, start_megengine)
     found = open_file(path, engine or AUTO, threads, arch, few)
     if mode is Mode.NORMAL and found.mode is not Mode.NORMAL:
         raise InputError(f"{printable(path)} is int8: leave out -m {mode.value}, or give a float checkpoint")
