@@ -21,12 +21,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil  # type: ignore[import-untyped]
 
 from mgq.errors import printable
-from mgq.system.mpi_world import World, note_leader
+from mgq.system.mpi_world import JOBS_VARIABLE, World, note_leader
 from mgq.system.parent_death import end_with_parent
 
 WORKER_VARIABLE = "MGQ_WORKER"
@@ -40,6 +40,7 @@ LAUNCHER_NAMES = ("mpiexec", "mpirun", "prterun", "orterun")
 _TICK_S = 0.2
 _CONNECT_S = 3.0
 _SAME_SIGNAL_S = 1.0
+_SAME_MOMENT_S = 1.0
 _LONGEST = 1 << 20
 
 RESUME = "`--resume` goes on from the state last saved"
@@ -93,8 +94,34 @@ def link_to_supervisor() -> Link | None:
 
 
 def supervise(world: World, words: Sequence[str]) -> int:
-    """Run ``mgq words`` as one rank of ``world``, and watch over it and the others; the exit code of all."""
-    return _Supervisor(world, words).run()
+    """Run ``mgq words`` as one rank of ``world``, and watch over it and the others; the exit code of all.
+
+    A launcher that loses a machine kills what it has started on the others at once. So the hub is a child of that, and
+    can still say which rank is gone. Not with `--jobs`, which says itself that its launcher has failed.
+    """
+    if world.rank or JOBS_VARIABLE in os.environ:
+        return _Supervisor(world, words).run()
+    guard, console = os.getpid(), launchers_console()
+    child = os.fork()
+    if child:
+        return stand_for(child)
+    os.setsid()
+    code = 1
+    try:
+        code = _Supervisor(world, words, guard, console).run()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def stand_for(child: int) -> int:
+    """Pass on what the launcher sends to the supervisor ``child``; its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        say(f"rank 0, its supervisor,{end_of(code)}")
+    return code if code >= 0 else 1
 
 
 @dataclass
@@ -111,8 +138,12 @@ class _Verdict:
 
 
 class _Supervisor:
-    def __init__(self, world: World, words: Sequence[str]) -> None:
+    def __init__(
+        self, world: World, words: Sequence[str], guard: int | None = None, console: TextIO | None = None
+    ) -> None:
         self.world = world
+        self.guard = guard  # the process that the launcher has started, above this one
+        self.console = console  # the launcher's, to be used once that is gone
         self.is_hub = world.rank == 0
         self.hosts: list[str] = []
         self.hub: Link | None = None
@@ -164,16 +195,19 @@ class _Supervisor:
 
     def step(self) -> int | None:
         """Wait a moment for what comes, and take it; the exit code once all is over."""
+        self.listen()
+        self.beat()
+        if self.code is None:
+            self.code = self.child.poll()
+        return self.next_of_hub() if self.is_hub else self.next_of_others()
+
+    def listen(self) -> None:
         for link in self.readable():
             if isinstance(link, socket.socket):
                 self.strangers.append(Link(link.accept()[0]))
                 continue
             for message in link.read():
                 self.take(link, message)
-        self.beat()
-        if self.code is None:
-            self.code = self.child.poll()
-        return self.next_of_hub() if self.is_hub else self.next_of_others()
 
     def readable(self) -> list[Any]:
         with selectors.DefaultSelector() as selector:
@@ -263,6 +297,8 @@ class _Supervisor:
                 self.worker.send(end=line, code=code)
 
     def next_of_hub(self) -> int | None:
+        if self.guard is not None and os.getppid() != self.guard:
+            return self.end_without_launcher()
         if self.verdict is None and self.code is None:
             self.look_for_lost()
         if self.code is None:
@@ -280,6 +316,20 @@ class _Supervisor:
         if self.is_cut:
             end_launcher()
         return code
+
+    def end_without_launcher(self) -> int:
+        """The launcher has ended what it started: say why where it would have said it."""
+        is_said = self.child.poll() is not None
+        self.child.kill()
+        until = time.monotonic() + _SAME_MOMENT_S
+        while self.verdict is None and time.monotonic() < until:
+            self.listen()
+            self.look_for_lost()
+        if not is_said:
+            reason = None if self.verdict is None else self.verdict.line
+            say(reason or f"{self.name_of(0)} was ended by the launcher; {RESUME}", self.console)
+        self.end_others(1)
+        return 1
 
     def look_for_lost(self) -> None:
         for rank, link in self.peers.items():
@@ -336,19 +386,38 @@ def end_of(code: int) -> str:
 def end_launcher() -> None:
     """Ask the launcher above this process to end: it would wait for ever for a machine that is gone."""
     with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            if parent.name().startswith(LAUNCHER_NAMES):
-                for ask in (parent.terminate, parent.terminate, parent.kill):  # it takes the first as one to pass on
-                    ask()
-                    time.sleep(_TICK_S)
-                return
+        launcher = find_running_launcher()
+        if launcher is not None:
+            for ask in (launcher.terminate, launcher.terminate, launcher.kill):  # it takes the first as one to pass on
+                ask()
+                time.sleep(_TICK_S)
 
 
-def say(line: str) -> None:
+def find_running_launcher() -> psutil.Process | None:
+    """The launcher above this process, where it is on this machine."""
+    with contextlib.suppress(psutil.Error):
+        return next((p for p in psutil.Process().parents() if p.name().startswith(LAUNCHER_NAMES)), None)
+    return None
+
+
+def launchers_console() -> TextIO | None:
+    """Where the launcher itself writes errors, which it passes on from others; None where that cannot be had."""
+    launcher = find_running_launcher()
+    if launcher is None:
+        return None
+    try:
+        end = os.open(f"/proc/{launcher.pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
+    except OSError:  # another system, or a socket
+        return None
+    return os.fdopen(end, "w")
+
+
+def say(line: str, to: TextIO | None = None) -> None:
     """The one line of an error, where no worker is left to say it."""
+    to = to or sys.stderr
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"error: {printable(line)}\n")
-        sys.stderr.flush()
+        to.write(f"error: {printable(line)}\n")
+        to.flush()
 
 
 def own_addresses() -> list[str]:

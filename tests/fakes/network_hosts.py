@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,14 +39,30 @@ class Hosts:
         """``command`` as it is run on the first machine."""
         return [str(self.login), self.addresses[0], *command]
 
-    def commands_on_second(self) -> list[str]:
-        """Those of mgq's processes there."""
-        found = subprocess.run([find("ip"), "netns", "pids", self.names[1]], check=True, capture_output=True, text=True)
+    def processes_of(self, name: str) -> list[psutil.Process]:
+        """Those that run on one machine."""
+        found = subprocess.run([find("ip"), "netns", "pids", name], check=True, capture_output=True, text=True)
         processes = []
         for pid in found.stdout.split():
             with contextlib.suppress(psutil.Error):
-                processes.append(" ".join(psutil.Process(int(pid)).cmdline()[1:3]))
+                processes.append(psutil.Process(int(pid)))
         return processes
+
+    def commands_on(self, name: str) -> list[str]:
+        """What those of one machine were started with, without the program."""
+        commands = []
+        for process in self.processes_of(name):
+            with contextlib.suppress(psutil.Error):
+                commands.append(" ".join(process.cmdline()[1:3]))
+        return commands
+
+    def kill(self, name: str) -> None:
+        """End every process of one machine at once."""
+        processes = self.processes_of(name)
+        for signal_number in (signal.SIGSTOP, signal.SIGKILL):  # first none may see that another is gone
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal_number)
 
     def cut(self) -> None:
         """Pull the cable."""

@@ -16,7 +16,7 @@ import pytest
 from mgq.system.mpi_world import find_launcher
 from mgq.system.supervision import WORKER_VARIABLE
 from tests.conftest import slow
-from tests.fakes.network_hosts import two_hosts
+from tests.fakes.network_hosts import Hosts, two_hosts
 
 pytestmark = pytest.mark.skipif(
     find_launcher() is None or find_spec("mpi4py") is None, reason="needs MPI: pip install 'mgq[mpi]'"
@@ -94,21 +94,51 @@ def test_a_rank_that_is_killed_ends_all_with_one_line(rank: int, tmp_path: Path)
     assert f"rank {rank} on " in errors[0] and "killed by SIGKILL" in errors[0] and "--resume" in errors[0]
 
 
+def run_on_two_hosts(hosts: Hosts, folder: Path) -> Run:
+    """A training with a rank on each machine, under way."""
+    start = mpirun(
+        *("-launcher", "ssh", "-launcher-exec", str(hosts.login), "-localhost", hosts.addresses[0]),
+        *("-hosts", ",".join(hosts.addresses), "-n", "2"),
+    )
+    run = Run(hosts.on_first(*start, *mgq("train", *TRAIN, "-s", str(folder))), folder)
+    run.wait_for("step 2/")
+    assert works_on(hosts, hosts.names[1])
+    return run
+
+
+def works_on(hosts: Hosts, name: str) -> bool:
+    return any("mgq" in command for command in hosts.commands_on(name))
+
+
 @pytest.mark.slow
 def test_a_machine_that_vanishes_ends_all_with_one_line(tmp_path: Path) -> None:
     with two_hosts(tmp_path) as hosts:
-        start = mpirun(
-            *("-launcher", "ssh", "-launcher-exec", str(hosts.login), "-localhost", hosts.addresses[0]),
-            *("-hosts", ",".join(hosts.addresses), "-n", "2"),
-        )
-        run = Run(hosts.on_first(*start, *mgq("train", *TRAIN, "-s", str(tmp_path))), tmp_path)
-        run.wait_for("step 2/")
-        assert any("mgq" in command for command in hosts.commands_on_second())
+        run = run_on_two_hosts(hosts, tmp_path)
         hosts.cut()
         code, errors = run.end()
         assert code != 0 and len(errors) == 1, run.output  # of the launcher, which does not pass on what its ranks have
-        wait_until(lambda: not any("mgq" in command for command in hosts.commands_on_second()))
+        wait_until(lambda: not works_on(hosts, hosts.names[1]))
         assert f"rank 1 on {hosts.names[1]} gave no sign" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_killed_ends_all_with_one_line(tmp_path: Path) -> None:
+    with two_hosts(tmp_path) as hosts:
+        run = run_on_two_hosts(hosts, tmp_path)
+        hosts.kill(hosts.names[1])
+        wait_until(lambda: "error: " in run.output)  # the launcher itself may have ended already
+        wait_until(lambda: not works_on(hosts, hosts.names[0]))
+        code, errors = run.end()
+        assert code != 0 and len(errors) == 1, run.output
+        assert f"rank 1 on {hosts.names[1]} was ended" in errors[0]
+
+
+@pytest.mark.slow
+def test_without_the_first_machine_the_others_end(tmp_path: Path) -> None:
+    with two_hosts(tmp_path) as hosts:
+        run_on_two_hosts(hosts, tmp_path)
+        hosts.kill(hosts.names[0])
+        wait_until(lambda: not works_on(hosts, hosts.names[1]))
 
 
 def test_ranks_that_were_given_different_options_say_so(tmp_path: Path) -> None:

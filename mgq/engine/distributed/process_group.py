@@ -14,6 +14,7 @@ from megengine import Tensor
 from mgq.engine.distributed.team import current_team
 from mgq.errors import InputError
 from mgq.events import Callbacks
+from mgq.system.graphics_cards import RANGE
 from mgq.system.processes import do_nothing
 
 Result = TypeVar("Result")
@@ -121,6 +122,8 @@ def check_cluster(devices: int | None, nodes: int, node: int, master: str | None
     there = gpus()
     if devices is not None and devices < 0:
         raise InputError(f"-n {devices} is not a number of GPUs: give 0 for the processor, or more")
+    if devices and not there:
+        raise InputError(f"-n {devices}: MegEngine finds no GPU here ({RANGE}): leave -n out")
     if devices is not None and devices > there:
         raise InputError(f"-n {devices} is more than the {there} GPUs that MegEngine finds here: leave -n out")
     if nodes < 1 or not 0 <= node < nodes:
