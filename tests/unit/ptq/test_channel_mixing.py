@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import megengine.module as M
@@ -88,7 +89,9 @@ class TestNetworks:
         sums = {name for name, module in modules.items() if isinstance(module, M.Elemwise)}
         assert set(names) == plain | (sums & used)
 
-    @pytest.mark.parametrize("engine", [engine for engine in BACKENDS if engine.suffix == ".onnx"], ids=str)
+    @pytest.mark.parametrize(
+        "engine", [engine for engine in BACKENDS if engine.suffix == ".onnx"], ids=attrgetter("key")
+    )
     def test_files_answer_as_the_simulation(self, mixed: Draft, engine: Backend, tmp_path: Path) -> None:
         watched = ExactScales().apply(RangesByLogits().apply(mixed)).watched
         assert watched is not None
