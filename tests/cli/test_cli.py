@@ -150,6 +150,7 @@ def test_dump_prints_both_sizes(mgq: Mgq, tmp_path: Path) -> None:
     assert "float32" in said.out and "int8" in said.out and "MB" in said.out
 
 
+@pytest.mark.slow
 def test_calibrated_ranges_serve_infer(mgq: Mgq, tmp_path: Path) -> None:
     said = mgq("calibrate", bundled_cat(), "--ranges", "r.json", "--about", "one cat", "--quality", "fast")
     assert said.code == 0

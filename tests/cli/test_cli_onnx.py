@@ -95,6 +95,7 @@ def test_installed_ranges_for_the_target_of_the_format_are_taken(
     assert f"target {target}, weights: ImageNet weights" in said.out
 
 
+@pytest.mark.slow
 def test_rewrites_are_measured_and_the_file_answers_as_before(mgq: Mgq, calibrated: Path) -> None:
     said = mgq("dump", "-c", calibrated, "--tune", "--check", "logits", "-o", "net.onnx")
     assert said.code == 0, said.err

@@ -51,6 +51,7 @@ def test_qat_as_json_begins_with_the_newest_run_and_serves_eval(mgq: Mgq, recipe
 FLOAT = ("-c", f"runs/{ARCH}.normal/checkpoint.safetensors")
 
 
+@pytest.mark.slow
 def test_calibrate_compares_the_modes_on_the_images_of_the_run(mgq: Mgq, recipe: Path) -> None:
     assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
     said = mgq("calibrate", "--images", "8", "--method", "min-max")
@@ -59,6 +60,7 @@ def test_calibrate_compares_the_modes_on_the_images_of_the_run(mgq: Mgq, recipe:
     assert body["pictures"] == 8 and body["method"] == "mse" and body["comparison"]["images"] == 5
 
 
+@pytest.mark.slow
 def test_calibrate_and_dump_give_the_same_bits_again(mgq: Mgq, recipe: Path, tmp_path: Path) -> None:
     assert mgq("train", "-a", ARCH, "--recipe", recipe, "--epochs", "1").code == 0
     made = []
@@ -72,6 +74,7 @@ def test_calibrate_and_dump_give_the_same_bits_again(mgq: Mgq, recipe: Path, tmp
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_calibrate_measures_on_images_that_it_did_not_use(mgq: Mgq, tmp_path: Path) -> None:
     for name in ("n01440764", "n02123045"):
         (tmp_path / "set").mkdir(exist_ok=True)

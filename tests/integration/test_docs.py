@@ -143,6 +143,7 @@ def run_example(code: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_runs_its_file_without_mgq(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     assert "cat.jpg: tiger cat" in run_example([str(EXAMPLES / "deploy_without_mgq.py")], tmp_path)

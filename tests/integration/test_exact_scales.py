@@ -138,6 +138,7 @@ class TestOneTruth:
         for layer in measure_layer_parity(SHOWING[0], written(network, tmp_path), network, IMAGES):
             assert layer.share == 0, layer
 
+    @pytest.mark.slow
     def test_without_images_too(self, number: int, tmp_path: Path) -> None:
         arch, options = FAMILIES[number]
         network, _ = calibrate_data_free_network(float_network(arch, options), arch, "", {}, ONNX)

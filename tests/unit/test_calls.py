@@ -37,6 +37,7 @@ def test_a_run_can_be_trained_and_measured_from_python(tmp_path: Path, monkeypat
     assert mgq.evaluate(mode="normal", limit=4).images == 4
 
 
+@pytest.mark.slow
 def test_calibrating_and_dumping_take_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mgq.train(arch=ARCH, image_size=32, batch_size=8, synthetic_train=16, synthetic_val=10, epochs=1)

@@ -135,6 +135,7 @@ def zoo_convolutions() -> list[Shape]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_every_convolution_of_the_zoo_has_the_stock_gradients(used: list[type]) -> None:
     shapes = zoo_convolutions()
     assert len(shapes) > 100

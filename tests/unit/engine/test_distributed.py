@@ -82,6 +82,7 @@ def endless(group: ProcessGroup, callbacks: Callbacks) -> None:
     signal.pause()
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_and_is_told_as_it_is() -> None:
     with pytest.raises(InputError, match=r"^these pictures cannot be: take others$"):
         launch(TWO, refusing, NO_CALLBACKS, without_gpus)

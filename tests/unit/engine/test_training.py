@@ -68,6 +68,7 @@ def test_the_checkpoint_says_what_it_is(undisturbed: TrainResult) -> None:
     assert info.metrics["top1"] == undisturbed.best["top1"] and "synthetic" in info.origin
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter((30.0, 50.0, 40.0))
 
@@ -89,6 +90,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert outcome.best["top1"] > 60 and outcome.comparison.quantized.top1 > 60  # of three classes
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_weights_and_others_other_ones(undisturbed: TrainResult, tmp_path: Path) -> None:
     again = train(small_request(tmp_path / "again"))
     assert again.checkpoint.read_bytes() == undisturbed.checkpoint.read_bytes()
@@ -121,6 +123,7 @@ def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_pat
     assert epochs_in(outcome) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, slow(3), slow(4)])
 def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, moment: int) -> None:
     outcomes = []
@@ -313,6 +316,7 @@ def test_distillation_follows_the_float_network(undisturbed: TrainResult, tmp_pa
 # ---- what training begins with ----
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_as_it_was(undisturbed: TrainResult, tmp_path: Path) -> None:
     request = small_request(tmp_path, epochs=1, freeze_backbone=True)
     outcome = train(replace(request, checkpoint=undisturbed.checkpoint))

@@ -132,6 +132,7 @@ def test_a_dense_convolution_is_the_grouped_one_with_zeros() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_forms_that_apply_are_measured_beside_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = make_random_classifier(SHUFFLENET, Mode.QAT, image_size=SIZE, target=ONNX)
     assert list(list_applicable(classifier)) == [("shuffles",), ("stem",), ("shuffles", "stem")]

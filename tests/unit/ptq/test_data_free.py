@@ -54,6 +54,7 @@ class TestDataFree:
         assert found.used == 0 and "batch norms" in found.ranges.provenance["pictures"]
         logits_of(to_mode(found.classifier.network, Mode.QUANTIZED), IMAGES)
 
+    @pytest.mark.slow
     def test_the_command_says_so_and_the_checkpoint_works(self, mgq: Mgq, tmp_path: Path) -> None:
         classifier_of(SHUFFLE).write_checkpoint(tmp_path / "own.safetensors")
         said = mgq("calibrate", "-c", tmp_path / "own.safetensors", "-s", tmp_path / "runs")

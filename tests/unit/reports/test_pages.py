@@ -130,6 +130,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"report": report(make_run(root), engines=False).page, "file report": file, "analysis": analysis}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["report", "file report", "analysis"])
 def test_a_page_is_whole_in_a_browser_and_fits_its_width(

@@ -379,6 +379,7 @@ class TestPreprocessing:
         assert again.preprocessing == expected
         assert np.array_equal(again.crop(image), classifier.crop(image))
 
+    @pytest.mark.slow
     def test_it_goes_into_a_deployed_file(self, tmp_path: Path) -> None:
         expected = Preprocessing(1 / 0.95, "bicubic")
         classifier = make_random_classifier("shufflenet_v1_x0_5_g3", Mode.QUANTIZED, image_size=32, target=ONNX)
