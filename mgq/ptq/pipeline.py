@@ -40,9 +40,10 @@ EQUAL = 0.05
 WITHOUT_IMAGES = 1.5
 """dB by which ranges that no image was looked at for have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
 with them on images held back, against 23.9, and 15.8 on those that it was not trained on: they had clipped these."""
-HEADROOM_GAIN = ROUNDING_GAIN = 1.0
-"""dB that headroom and weights rounded together are expected to gain on images that nobody has seen, beforehand.
-Images held back hardly show what headroom is for, as one of a hundred makes half of the noise by clipping."""
+BY_LOGITS_GAIN, HEADROOM_GAIN, ROUNDING_GAIN = 0.5, 1.0, 1.0
+"""dB that ranges by the logits, headroom, and weights rounded together are expected to gain on images that nobody has
+seen, beforehand. Images held back hardly show what headroom is for: one of a hundred makes half of the noise by
+clipping."""
 DOUBT = 0.7
 """dB: what is expected beforehand weighs as much as images held back whose verdict has this standard error. Five logits
 of 20 images leave 1 to 2 dB to chance, a thousand logits 0.3."""
@@ -91,7 +92,7 @@ class Candidate:
 def gain_of(step: Step) -> float:
     """dB that ``step`` is expected to gain, beside the ways to do without it."""
     if isinstance(step, RangesByLogits):
-        return HEADROOM_GAIN * step.headroom
+        return BY_LOGITS_GAIN + HEADROOM_GAIN * step.headroom
     return ROUNDING_GAIN if isinstance(step, RoundWeights) and not step.refit else 0.0
 
 
