@@ -138,7 +138,9 @@ class SearchResult:
         kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
         left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
         done = ", ".join(self.best.steps) or "nearest integers, ranges as they are"
-        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{left}"
+        most = max(trial.snr for trial in self.trials)
+        chance = f" (others up to {most:.1f}, thought to be chance)" if most > self.best.snr + EQUAL else ""
+        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
 
 
 def split(images: Images) -> tuple[Images, Images]:

@@ -295,6 +295,7 @@ class TestVerdict:
         found = find_best(network, seen, preset, lambda fit: Draft(network, fit, ONNX))
         assert "ranges by the logits with headroom" in found.best.steps
         assert found.trials[0].snr > found.trials[1].snr  # which is why it takes more than the images held back
+        assert "thought to be chance" in found.summary()
         fit, _ = split(seen)
         close = apply_steps((*BY_LOGITS, CorrectBias(images=16)), {(): Draft(network, fit, ONNX)})
         assert close.watched is not None
