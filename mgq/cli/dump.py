@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from mgq.cli.import_options import ImportOptions, KeepInput
-from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
+from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
     RUNS,
     Arch,
@@ -88,7 +88,7 @@ class DumpCommand(ImportOptions):
         str,
         typer.Option(
             "--check",
-            click_type=Named("check", lambda: CHECKS),
+            click_type=NameOption("check", lambda: CHECKS),
             help="How an .onnx file is compared with MegEngine: logits, layers or none.",
         ),
     ] = "logits"
@@ -126,7 +126,7 @@ class DumpCommand(ImportOptions):
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
         with progress() as on_progress:
             classifier = self.open(checkpoint, on_progress)
-        wanted = self.wanted()
+        wanted = self.make_file_options()
         compared = self.check != "none"
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
@@ -137,9 +137,9 @@ class DumpCommand(ImportOptions):
         if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
             show_speed(classifier, dumped, images)
 
-    def wanted(self) -> Wanted:
+    def make_file_options(self) -> FileOptions:
         """What the file is to be."""
-        return Wanted(
+        return FileOptions(
             output=self.output,
             kind=self.kind,
             input_type=self.input_type,
@@ -171,7 +171,7 @@ class DumpCommand(ImportOptions):
         return open_for_target(open_for, self.output, self.kind, self.target)
 
 
-class Wanted(NamedTuple):
+class FileOptions(NamedTuple):
     """What the file is to be: where (None: a name that says what it is), in what format, and what it takes."""
 
     output: Path | None = None
@@ -184,7 +184,7 @@ class Wanted(NamedTuple):
     keep_input: bool = False
 
 
-def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
+def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump:
     """Write the file and say so."""
     from mgq.cli.console import say
     from mgq.engine.classifier.dump import dump_classifier, format_for
@@ -291,7 +291,7 @@ def target_of(classifier: Classifier) -> str:
     return "" if classifier.fake_quantized is None else f", target {classifier.target.name}"
 
 
-def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
+def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to: Console) -> None:
     """Print the sizes of the int8 and of the float32 file; the latter is written to a temporary folder."""
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float

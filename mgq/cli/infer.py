@@ -130,10 +130,10 @@ class InferCommand(ImportOptions):
 def write_network(classifier: Classifier) -> None:
     """Write the network as ``mgq dump`` does, and its checkpoint; say where."""
     from mgq.cli.console import err, note
-    from mgq.cli.dump import Wanted, write_file
+    from mgq.cli.dump import FileOptions, write_file
 
     source = classifier.made_from[0] if classifier.made_from is not None else classifier
-    path = write_file(source, Wanted(), to=err).path
+    path = write_file(source, FileOptions(), to=err).path
     source.write_checkpoint(path.with_suffix(".safetensors"))
     note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
 

@@ -13,7 +13,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver, Mi
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
-from mgq.cpu_kernels.statistics_exchange import widest
+from mgq.cpu_kernels.statistics_exchange import merge_extremes
 from mgq.cpu_kernels.tensor_exchange import Array
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
@@ -30,11 +30,11 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def applied(self, array: Array) -> tuple[Array, Mask | None]:
+    def apply(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
         return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
 
-    def applied_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
+    def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
         clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
         return fake_quantize_rows(array, factors, divide, self.scale, self.qmin, self.qmax)
@@ -70,7 +70,7 @@ def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> 
     if observer.enabled:
         found = extremes()
         if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
-            found = widest(found)
+            found = merge_extremes(found)
         qmin, qmax = np.split(found, 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()

@@ -67,7 +67,7 @@ class FeatureMap:
             self._qparams = create_qparams()
         return self._qparams
 
-    def plain(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """As a MegEngine tensor, float32 (N, C, H, W)."""
         tensor = ToTensor(self)(self.token)
         if self._qparams is not None:
@@ -75,9 +75,9 @@ class FeatureMap:
         return tensor
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """``value`` as MegEngine's own functions take it."""
-    return value.plain() if isinstance(value, FeatureMap) else value
+    return value.to_tensor() if isinstance(value, FeatureMap) else value
 
 
 def token_of(value: Tensor | FeatureMap) -> Tensor:
@@ -88,7 +88,7 @@ def token_of(value: Tensor | FeatureMap) -> Tensor:
 def of_tensor(tensor: Tensor) -> FeatureMap:
     """A plain tensor, float32 (N, C, H, W), as a feature map with a gradient where the tensor has one."""
     (array,) = values(tensor)
-    found = FromTensor(channels_last.turned(array)).mapped(tensor)
+    found = FromTensor(channels_last.to_channels_last(array)).apply_to_maps(tensor)
     if tensor._qparams is not None:
         found.qparams.update(tensor._qparams)
     return found
@@ -100,7 +100,7 @@ class MapFunction(Function):  # type: ignore[misc]
     gradient: Gradient
     array: Array
 
-    def mapped(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
+    def apply_to_maps(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
         """Its result for ``inputs``."""
         token = self(*map(token_of, inputs))
         array = self.array
@@ -126,7 +126,7 @@ class FromTensor(MapFunction):
         return token
 
     def backward(self, token: Tensor) -> Tensor:
-        return Tensor(channels_last.turned_back(self.gradient.take()), device=token.device)
+        return Tensor(channels_last.to_channels_first(self.gradient.take()), device=token.device)
 
 
 class ToTensor(Function):  # type: ignore[misc]
@@ -138,13 +138,13 @@ class ToTensor(Function):  # type: ignore[misc]
 
     def forward(self, token: Tensor) -> Tensor:
         self.to = self.source.gradient
-        output = Tensor(channels_last.turned_back(self.source.array), device=token.device)
+        output = Tensor(channels_last.to_channels_first(self.source.array), device=token.device)
         del self.source
         return output
 
     def backward(self, d_output: Tensor) -> Tensor:
         (gradient,) = values(d_output)
-        self.to.add(channels_last.turned(gradient))
+        self.to.add(channels_last.to_channels_last(gradient))
         return Tensor(TOKEN, device=d_output.device)
 
 
@@ -186,7 +186,7 @@ class Sum(MapFunction):
     def backward(self, token: Tensor) -> tuple[Tensor, Tensor]:
         gradient = self.gradient.take()
         if self.output is not None:
-            gradient = channels_last.where_positive(self.output, gradient)
+            gradient = channels_last.mask_negative(self.output, gradient)
         del self.output
         for to in self.to:
             to.add(gradient)
@@ -240,7 +240,7 @@ class QuantizedMap(MapFunction):
 
     def forward(self, token: Tensor) -> Tensor:
         self.to = self.source.gradient
-        output, self.passes = self.quantizer.applied(self.source.array)
+        output, self.passes = self.quantizer.apply(self.source.array)
         del self.source
         return self.emit(output, token.device)
 

@@ -17,10 +17,10 @@ Sums = npt.NDArray[np.float64]
 class Exchange(Protocol):
     """What all processes know together. Every one of them asks the same in the same order."""
 
-    def widest(self, extremes: Array) -> Array:
+    def merge_extremes(self, extremes: Array) -> Array:
         """The smallest and the largest of all: float32 (2,)."""
 
-    def summed(self, values: Sums) -> Sums:
+    def add_up(self, values: Sums) -> Sums:
         """Added up: float64 (N,)."""
 
 
@@ -48,6 +48,6 @@ def exchange_of_batch_norm() -> Exchange | None:
     return _exchange if _normalizes else None
 
 
-def widest(extremes: Array) -> Array:
+def merge_extremes(extremes: Array) -> Array:
     """``extremes`` of all processes, float32 (2,); its own where it works alone."""
-    return extremes if _exchange is None else _exchange.widest(extremes)
+    return extremes if _exchange is None else _exchange.merge_extremes(extremes)

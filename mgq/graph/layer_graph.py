@@ -64,7 +64,7 @@ class QuantParams:
             return 0
         return -self.qmin if self.qmax - self.qmin == UINT8_MAX else PIXEL_ZERO
 
-    def refined(self) -> QuantParams:
+    def refine(self) -> QuantParams:
         """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
         if (self.qmin, self.qmax) == (0, 127):
             return QuantParams(self.scale / 2, 0, 255)
@@ -80,7 +80,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Weighted(Node):
+class WeightedNode(Node):
     """A convolution or a linear layer: ``weight`` float32 (O, C / groups, H, W) or (O, I), ``bias`` float32 (O,).
 
     In an int8 network ``integers`` times ``scales``, one or one for each output, is what it computes with; a layer
@@ -94,7 +94,7 @@ class Weighted(Node):
 
 
 @dataclass(frozen=True)
-class Convolution(Weighted):
+class Convolution(WeightedNode):
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
@@ -104,7 +104,7 @@ class Convolution(Weighted):
 
 
 @dataclass(frozen=True)
-class Linear(Weighted):
+class Linear(WeightedNode):
     pass
 
 
@@ -171,7 +171,7 @@ class Graph:
 def macs_of(graph: Graph) -> int:
     """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
     positions = {node.output: int(np.prod(graph.shapes[node.output][2:])) for node in graph.nodes}
-    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, Weighted))
+    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, WeightedNode))
 
 
 def graph_of(network: M.Module, image_size: int) -> Graph:
@@ -277,7 +277,7 @@ class Reader:
         bias = None if module.bias is None else np.ravel(module.bias.numpy())
         weight = module.weight.numpy()
         # Whatever the network is quantized for, a classifier behind integers is best integers, too.
-        integers, scales = in_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
+        integers, scales = quantize_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
         self.nodes.append(Linear(inputs, output, weight, bias, integers, scales))
 
     def read_convolution(self, module: Any, inputs: tuple[str, ...], output: str) -> None:
@@ -320,7 +320,7 @@ class Reader:
         elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
             self.nodes.append(GlobalAverage((source,), output))
             if source in self.grids:
-                self.grids[output] = self.grids[source].refined()
+                self.grids[output] = self.grids[source].refine()
             return
         else:
             raise FailureError(f"the function {function.__name__} of the network cannot be exported")
@@ -360,13 +360,15 @@ class BlueprintReader(Reader):
     def read_operation(self, plan: LayerPlan, module: Any) -> None:
         constants = {name: getattr(module, name).numpy() for name in getattr(module, "constants", ())}
         options = {name: value for name, value in plan.options.items() if name != "constants"}
-        self.nodes.append(self.known_node(plan) or Operation(plan.inputs, plan.name, plan.kind, options, constants))
+        self.nodes.append(
+            self.make_known_node(plan) or Operation(plan.inputs, plan.name, plan.kind, options, constants)
+        )
         if plan.kind in MOVES:
             self.pass_grid(plan.inputs[0], plan.name)
         elif isinstance(module, Q.QATModule):
             self.grids[plan.name] = find_quant_params(module)
 
-    def known_node(self, plan: LayerPlan) -> Node | None:
+    def make_known_node(self, plan: LayerPlan) -> Node | None:
         """``plan`` as one of the nodes that networks of the zoo have, too."""
         options = plan.options
         if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
@@ -410,18 +412,18 @@ def quantize_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Arra
     """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
     if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
         scales = np.ravel(module.weight_fake_quant.scales_of(Tensor(weight)).numpy())
-        return in_steps(weight, scales), scales
+        return to_steps(weight, scales), scales
     scale = np.ravel(module.weight_observer.get_qparams().scale.numpy()).astype(np.float32)
-    return in_steps(weight, scale), scale
+    return to_steps(weight, scale), scale
 
 
-def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
+def quantize_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, each output on a grid of its own, and their scales, float32 (O,)."""
     scales = np.ravel(channel_scales(Tensor(weight), levels).numpy())
-    return in_steps(weight, scales), scales
+    return to_steps(weight, scales), scales
 
 
-def in_steps(weight: Array, scales: Array) -> Integers:
+def to_steps(weight: Array, scales: Array) -> Integers:
     """``weight`` in terms of ``scales``, halves rounded away from zero as in MegEngine."""
     steps = weight / scales.reshape(-1, *(1,) * (weight.ndim - 1))
     integers: Integers = np.clip(round_in_place(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)

@@ -163,7 +163,7 @@ def set_activation_ranges(
         if sample.images:
             found.update(ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images))))
     else:
-        found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.of(batches), RANGE_OBSERVERS[method]))
+        found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.watch(batches), RANGE_OBSERVERS[method]))
     layers = find_quantized_layers(watched)
     for name, limits in found.items():
         set_range(layers[name].act_observer, *limits)
@@ -254,7 +254,7 @@ class Sample:
         for batch in batches:
             self.add(batch)
 
-    def of(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
+    def watch(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
         """``batches`` themselves, each shown on its way."""
         for batch in batches:
             self.add(batch)

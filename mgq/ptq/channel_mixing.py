@@ -105,11 +105,11 @@ def apply_mixing(modules: Mapping[str, M.Module], linear: LinearTensors, mixing:
 def mix_outputs(module: _ConvBnActivation2d, mixing: Values) -> None:
     """The batch norm goes into the weights, and gets the statistics that mixed independent channels would have."""
     bn, plain = module.bn, fold_layer(module)
-    weight, bias = plain.weight.numpy().astype(np.float64), flat(plain.bias)
+    weight, bias = plain.weight.numpy().astype(np.float64), flatten(plain.bias)
     set_values(module.conv.weight, mixing @ weight.reshape(len(weight), -1))
     if module.conv.bias is not None:
         set_values(module.conv.bias, np.zeros(len(weight)))
-    mean, variance = mixing @ flat(bn.bias), np.square(mixing) @ np.square(flat(bn.weight))
+    mean, variance = mixing @ flatten(bn.bias), np.square(mixing) @ np.square(flatten(bn.weight))
     variance = np.maximum(variance, 2 * bn.eps)
     set_values(bn.bias, mean)
     set_values(bn.weight, np.sqrt(variance))
@@ -123,7 +123,7 @@ def mix_inputs(module: M.Module, inverse: Values) -> None:
     set_values(conv.weight, np.einsum("oihw,ij->ojhw", weight, inverse))
 
 
-def flat(tensor: Tensor) -> Values:
+def flatten(tensor: Tensor) -> Values:
     found: Values = np.ravel(tensor.numpy()).astype(np.float64)
     return found
 
@@ -139,7 +139,7 @@ def find_mixing(pairs: Sequence[Pairs], seed: int = 0) -> Values | None:
     """
     if not pairs:
         return None
-    known = [(shrunk(pair.values), shrunk(pair.gradients)) for pair in pairs]
+    known = [(shrink(pair.values), shrink(pair.gradients)) for pair in pairs]
     root = power(least_noise(known), 0.5)
     sizes = [root @ values @ root for values, _ in known]
     level = level_diagonal(sum((size / np.trace(size) for size in sizes), np.zeros_like(root)), seed)
@@ -155,13 +155,13 @@ def least_noise(known: Sequence[tuple[Values, Values]]) -> Values:
         inverse = np.linalg.inv(found)
         values = sum((np.sum(inverse * gradients) * own for own, gradients in known), np.zeros_like(found))
         gradients = sum((np.sum(found * own) * gradients for own, gradients in known), np.zeros_like(found))
-        before, found = found, between(values / np.trace(values), gradients / np.trace(gradients))
+        before, found = found, solve_symmetric(values / np.trace(values), gradients / np.trace(gradients))
         if np.abs(found - before).max() < SETTLED * np.abs(found).max():
             break
     return found
 
 
-def between(values: Values, gradients: Values) -> Values:
+def solve_symmetric(values: Values, gradients: Values) -> Values:
     """The symmetric M with M @ ``values`` @ M = ``gradients``."""
     root, inverse = power(values, 0.5), power(values, -0.5)
     found: Values = inverse @ power(root @ gradients @ root, 0.5) @ inverse
@@ -176,7 +176,7 @@ def power(matrix: Values, exponent: float) -> Values:
     return found
 
 
-def shrunk(matrix: Values) -> Values:
+def shrink(matrix: Values) -> Values:
     found: Values = matrix + SHRINKAGE * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
     return found
 

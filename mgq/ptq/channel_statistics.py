@@ -57,7 +57,7 @@ class Moments:
     def mean_square(self) -> Values:
         return self.variance + self.mean**2
 
-    def moved(self, move: Callable[[Values], Values]) -> Moments:
+    def move(self, move: Callable[[Values], Values]) -> Moments:
         """The same of channels in another order."""
         return Moments(*(move(values) for values in (self.lowest, self.highest, self.mean, self.variance)))
 
@@ -213,7 +213,7 @@ def complete_statistics(graph: Graph, known: Statistics) -> Statistics:
         if is_followed(graph, node) and source in found:
             has_order = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
             move = mover(graph, node) if has_order else None  # type: ignore[arg-type]
-            found.setdefault(node.output, found[source].moved(move) if move else found[source])
+            found.setdefault(node.output, found[source].move(move) if move else found[source])
     return found
 
 

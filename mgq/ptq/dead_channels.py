@@ -59,7 +59,7 @@ class Survey:
         """A layer has run."""
         intervals = [self.known.get(id(tensor)) for tensor in inputs]
         if isinstance(module, _ConvBnActivation2d) and intervals[0] is not None:
-            self.note(output, self.through(module, intervals[0].with_padding()))
+            self.note(output, self.bound_outputs(module, intervals[0].with_padding()))
         elif isinstance(module, M.MaxPool2d | M.QuantStub | M.Identity) and intervals[0] is not None:
             self.note(output, intervals[0])
         elif isinstance(module, M.Elemwise) and all(interval is not None for interval in intervals):
@@ -73,7 +73,7 @@ class Survey:
             if found is not None:
                 self.note(output, found)
 
-    def through(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
+    def bound_outputs(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
         """What the outputs of a convolution with batch norm can be; what cannot matter in it becomes 0."""
         conv, plain = module.conv, fold_layer(module)
         weight = plain.weight.numpy().astype(np.float64)

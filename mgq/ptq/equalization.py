@@ -102,14 +102,14 @@ class Sets:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedTensor:
     """A tensor on a grid: the set of each channel, its largest value, and what its noise does, float64 (C,)."""
 
     sets: Slots
     largest: Values
     harm: Values
 
-    def informed_by(self, reaction: Reaction | None, half: float) -> Rounded:
+    def with_reactions(self, reaction: Reaction | None, half: float) -> RoundedTensor:
         """The same by what the logits tell: channels reach as far as clipping would cost more than it gains."""
         if reaction is None:
             return self
@@ -137,7 +137,7 @@ class Layer:
     logs: Values = field(default_factory=lambda: np.empty(0))
     readers: Slots = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def at(self, logs: Values) -> Layer:
+    def with_factors(self, logs: Values) -> Layer:
         """The same with the largest kernels where the logarithms of the factors are ``logs``."""
         scaled = self.kernels * np.exp(-logs[self.inputs])[:, None, :]
         few = min(LARGEST_KERNELS, scaled.shape[2])
@@ -174,8 +174,8 @@ def equalize_channels(
         statistics = predict_statistics(network, graph)
     problem = Problem.of(graph, sets, statistics, target)
     if reactions:
-        problem = problem.informed_by(reactions, graph, target)
-    of_sets = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
+        problem = problem.with_reactions(reactions, graph, target)
+    of_sets = problem.solve(limits(network, graph, sets, statistics if to_ceilings else None))
     factors = {name: of_sets[slots] for name, slots in sets.of.items()}
     modules = dict(network.named_modules())
     for node in graph.nodes:
@@ -208,7 +208,7 @@ def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str,
     problem = Problem.of(graph, sets, statistics, target)
     zeros = np.zeros(sets.number)
     names = [node.output for node in graph.nodes if isinstance(node, Convolution)]
-    layers = problem.at(zeros).layers
+    layers = problem.with_factors(zeros).layers
     return {
         name: weight_noise(layer, zeros, zeros.copy(), problem.per_channel)
         for name, layer in zip(names, layers, strict=True)
@@ -263,7 +263,7 @@ class Problem:
     """The noise of a quantized network, as a function of the logarithms of the factors of its sets of channels."""
 
     number: int
-    tensors: tuple[Rounded, ...]
+    tensors: tuple[RoundedTensor, ...]
     layers: tuple[Layer, ...]
     per_channel: bool
 
@@ -273,9 +273,9 @@ class Problem:
         tensors, layers = [], []
         for node in graph.nodes:
             if isinstance(node, Convolution | Add):
-                half = half_behind(node, target)
+                half = find_half_levels(node, target)
                 tensors.append(
-                    Rounded(
+                    RoundedTensor(
                         sets.of[node.output],
                         statistics[node.output].largest + 1e-9,
                         harm[node.output] / (12 * half**2),
@@ -295,12 +295,12 @@ class Problem:
                 )
         return cls(sets.number, tuple(tensors), tuple(layers), target.per_channel)
 
-    def informed_by(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
+    def with_reactions(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
         """The same, with the noise and the reach of channels that the gradients of the logits tell."""
         made = [node for node in graph.nodes if isinstance(node, Convolution | Add)]
         convolutions = [node for node in graph.nodes if isinstance(node, Convolution)]
         tensors = [
-            tensor.informed_by(reactions.get(node.output), half_behind(node, target))
+            tensor.with_reactions(reactions.get(node.output), find_half_levels(node, target))
             for node, tensor in zip(made, self.tensors, strict=True)
         ]
         layers = []
@@ -311,14 +311,14 @@ class Problem:
             layers.append(layer)
         return replace(self, tensors=tuple(tensors), layers=tuple(layers))
 
-    def solved(self, bounds: tuple[Values, Values]) -> Values:
+    def solve(self, bounds: tuple[Values, Values]) -> Values:
         """The factors with the least noise, (number,)."""
         from scipy.optimize import minimize
 
         logs = np.zeros(self.number)
         for _ in range(ROUNDS):
             found = minimize(
-                self.at(logs).noise,
+                self.with_factors(logs).noise,
                 logs,
                 jac=True,
                 method="L-BFGS-B",
@@ -329,9 +329,9 @@ class Problem:
         factors: Values = np.exp(logs)
         return factors
 
-    def at(self, logs: Values) -> Problem:
+    def with_factors(self, logs: Values) -> Problem:
         """The same with the kernels that matter where the logarithms of the factors are ``logs``."""
-        return replace(self, layers=tuple(layer.at(logs) for layer in self.layers))
+        return replace(self, layers=tuple(layer.with_factors(logs) for layer in self.layers))
 
     def noise(self, logs: Values) -> tuple[float, Values]:
         """The logarithm of the noise and its gradient."""
@@ -343,7 +343,7 @@ class Problem:
         return float(np.log(total)), gradient / total
 
 
-def half_behind(node: Convolution | Add, target: Target) -> float:
+def find_half_levels(node: Convolution | Add, target: Target) -> float:
     """Largest value / step of the grid behind ``node``."""
     never_negative = node.relu if isinstance(node, Add) else node.activation.low >= 0
     return UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
@@ -391,7 +391,7 @@ def kernel(node: Convolution | Linear) -> int:
     return int(np.prod(node.weight.shape[2:]))
 
 
-def tensor_noise(tensor: Rounded, logs: Values, gradient: Values) -> float:
+def tensor_noise(tensor: RoundedTensor, logs: Values, gradient: Values) -> float:
     """What a tensor's grid, as wide as its largest channel, adds; ``gradient`` is added to."""
     sets = tensor.sets
     squared_range, share = soft_maximum(np.log(tensor.largest) + logs[sets])

@@ -82,14 +82,17 @@ def settle_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float
         own = scales[node.output]
         if isinstance(node, GlobalAverage):
             most = ceiling_of(layers[sources[0]])
-            settle(sources[0], own * POSITIONS / odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most))
+            settle(
+                sources[0],
+                own * POSITIONS / find_odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most),
+            )
         elif isinstance(node, Add):
             for source in sources:
                 settle(source, own * max(1, round(SUM_PARTS * scales[source] / own)) / SUM_PARTS)
     return scales
 
 
-def odd_near(value: float, least: float) -> int:
+def find_odd_near(value: float, least: float) -> int:
     """The odd number nearest to ``value`` that is not below ``least``, and at least 1."""
     odd = max(2 * round((value - 1) / 2) + 1, 1)
     return odd if odd >= least else 2 * int(np.ceil((least - 1) / 2)) + 1

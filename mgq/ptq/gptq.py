@@ -71,9 +71,11 @@ class GPTQ:
         if not is_plain(conv) or np.prod(weight.shape[-3:]) > MOST_INPUTS:
             return
         at = self.positions_of(layer, conv)
-        seen = centred(layer.fake_inputs[0], conv, at)
+        seen = gather_centred(layer.fake_inputs[0], conv, at)
         groups = weight.reshape(conv.groups, -1, int(np.prod(weight.shape[-3:])))
-        fitted = refit_weights(groups, seen, centred(layer.in_float.inputs[0], conv, at)) if self.refit else groups
+        fitted = (
+            refit_weights(groups, seen, gather_centred(layer.in_float.inputs[0], conv, at)) if self.refit else groups
+        )
         covariance = damp_covariance(covariances(seen, seen), DAMPING)
         if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
             rounded, steps = round_channels(module.weight_fake_quant, fitted, covariance)
@@ -103,7 +105,7 @@ class GPTQ:
         return sample_positions(shape, self.positions, number)
 
 
-def centred(source: Tensor, conv: Any, at: Any) -> Array:
+def gather_centred(source: Tensor, conv: Any, at: Any) -> Array:
     """What each output of ``conv`` is made of at the positions ``at``: float32 (groups, positions, inputs), without its
     means."""
     found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)

@@ -68,7 +68,7 @@ class Pairs:
             rows = np.moveaxis(array, 1, 0).reshape(len(sums), -1)
             sums += rows @ rows.T
 
-    def scaled(self, factors: Values) -> Pairs:
+    def scale(self, factors: Values) -> Pairs:
         """The same where channels are ``factors`` (C,) as large."""
         products = np.outer(factors, factors)
         return Pairs(self.values * products, self.gradients / products)
@@ -90,7 +90,7 @@ class Reaction:
     pairs: Pairs | None = None
 
     @classmethod
-    def between(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
+    def from_bounds(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
         """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
         pairs = Pairs.of(len(lowest)) if in_pairs else None
         return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs)
@@ -116,11 +116,11 @@ class Reaction:
         if self.pairs is not None:
             self.pairs.add(values, gradients)
 
-    def scaled(self, factors: Values) -> Reaction:
+    def scale(self, factors: Values) -> Reaction:
         """The same where channels are ``factors`` (C,), above 0, as large, and those who read them make up for it."""
         pulls = [(pull / factors[:, None]).astype(np.float32) for pull in self.pulls]
         squares = self.squares / np.square(factors)[:, None]
-        pairs = self.pairs and self.pairs.scaled(factors)
+        pairs = self.pairs and self.pairs.scale(factors)
         return Reaction(self.lowest * factors, self.highest * factors, squares, pulls, pairs)
 
     def centres(self, bins: int) -> Values:
@@ -184,7 +184,7 @@ Reactions = dict[str, Reaction]
 """Name of a layer -> how the logits react to errors behind it."""
 
 
-def not_finite(layer: str) -> str:
+def describe_not_finite(layer: str) -> str:
     return f"the layer {layer} gives numbers that are not finite for these pictures: take other weights"
 
 
@@ -216,7 +216,7 @@ def measure_reactions(
     batches = list(batches)
     ranges = value_ranges(network, names, batches)
     found = {
-        name: Reaction.between(low, high, name in in_pairs)
+        name: Reaction.from_bounds(low, high, name in in_pairs)
         for name, (low, high) in ranges.items()
         if low.any() or high.any()
     }
@@ -248,7 +248,7 @@ def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Arra
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
             if not is_finite(output):
-                raise FailureError(not_finite(name))
+                raise FailureError(describe_not_finite(name))
             axes = (0, *range(2, output.ndim))
             low, high = found.get(name, (np.inf, -np.inf))
             values = output.numpy()

@@ -19,7 +19,7 @@ from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, with_rewrite
-from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, in_batches, logits_of
+from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of, split_float
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in so many is held back, at least and at most so many."""
@@ -124,16 +124,16 @@ def find_best(
     """
     fit, held = split(images)
     contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
-    best = best_of(contest.try_grids(preset.grids))
+    best = choose_best(contest.try_grids(preset.grids))
     for rewrite in preset.rewrites:
-        best = best_of([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
+        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
     base = best.base
     for step in preset.finishes:
         draft = step.apply(base)
-        best = best_of([best, contest.judge(best.grid, (step,), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (step,), draft, draft)])
     for step in preset.touches:
         draft = step.apply(best.draft)
-        best = best_of([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
     trials = tuple(each.trial for each in contest.tried)
     return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
 
@@ -143,7 +143,7 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
     logits = logits_of(network, images)
     if not np.isfinite(logits).all():
         leaves = [name for name, module in network.named_modules() if name and not any(module.children())]
-        value_ranges(network, leaves, in_batches(images))
+        value_ranges(network, leaves, split_float(images))
         raise FailureError("the network's answers are not finite for these pictures: take other weights")
     return logits
 
@@ -193,7 +193,7 @@ class Contest:
         return found
 
 
-def best_of(candidates: Sequence[Candidate]) -> Candidate:
+def choose_best(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless a later one is better by enough."""
     best = candidates[0]
     for candidate in candidates[1:]:

@@ -13,8 +13,8 @@ from mgq.ptq.steps import (
     ExactScales,
     ExpectedRanges,
     MixChannels,
-    RangesByLogits,
-    RangesBySeen,
+    RangesFromImages,
+    RangesFromLogits,
     RoundWeights,
     Step,
 )
@@ -54,12 +54,12 @@ class Preset:
 
 
 CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
-PLAIN = (RangesBySeen(),)
-BY_LOGITS = (CLEAR, RangesByLogits())
+PLAIN = (RangesFromImages(),)
+BY_LOGITS = (CLEAR, RangesFromLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
-EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
-WITH_HEADROOM = (CLEAR, Equalize(), RangesByLogits(headroom=True))
-UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+EQUALIZED = (CLEAR, Equalize(), RangesFromLogits())
+WITH_HEADROOM = (CLEAR, Equalize(), RangesFromLogits(headroom=True))
+UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesFromLogits())
 
 DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
@@ -128,7 +128,7 @@ DEFAULT_CONFIG = CalibrationConfig()
 
 def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ...], ...]:
     """``steps`` with ``rewrite`` before their ranges, the only candidate; none where no image gives these."""
-    places = [place for place, step in enumerate(steps) if isinstance(step, RangesByLogits | RangesBySeen)]
+    places = [place for place, step in enumerate(steps) if isinstance(step, RangesFromLogits | RangesFromImages)]
     return tuple((*steps[:place], rewrite, *steps[place:]) for place in places[:1])
 
 
@@ -140,9 +140,9 @@ def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
     """
     method, target = check_method(config.method), config.target
     if method is not None:
-        ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
+        ranges = RangesFromLogits() if method == LOGITS else RangesFromImages(method)
         grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
-        swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
+        swapped = (tuple(ranges if isinstance(step, RangesFromLogits) else step for step in steps) for steps in grids)
         preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
     if check_rounding(config.weight_rounding) == TO_NEAREST:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]

@@ -13,7 +13,7 @@ from megengine.quantization.observer import Observer as MegEngineObserver
 from megengine.quantization.utils import QParams
 
 from mgq.errors import FailureError
-from mgq.ptq.logit_gradients import not_finite
+from mgq.ptq.logit_gradients import describe_not_finite
 from mgq.ptq.observers import Observer, Range
 from mgq.quantization.activation_ranges import find_quantized_layers, quant_levels
 from mgq.zoo.overflow import is_finite
@@ -29,7 +29,7 @@ class RangeObserver(MegEngineObserver):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_finite(x):
-            raise FailureError(not_finite(self.layer))
+            raise FailureError(describe_not_finite(self.layer))
         self.range_observer.update(x.numpy())
         return x
 

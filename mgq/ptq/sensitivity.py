@@ -63,7 +63,7 @@ class Values:
         """The part of the range (0..1) that the median channel uses: small where a few channels set it for all."""
         return float(np.median(self.shares))
 
-    def dominating(self, number: int = 3) -> list[int]:
+    def find_dominant_channels(self, number: int = 3) -> list[int]:
         """The channels that set the range: of those beyond ``DOMINANT`` medians the largest, the first one first."""
         order = np.argsort(-np.asarray(self.shares), kind="stable")[:number]
         return [int(i) for i in order if self.shares[i] > DOMINANT * self.median_share]

@@ -36,7 +36,7 @@ from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
     add_to_bias,
-    covering,
+    extend_to_grid,
     find_quantized_layers,
     names_that_run,
     observe_weights,
@@ -60,12 +60,12 @@ BATCH_NORMS = "batch norms"
 """What stands for the method where there were no pictures."""
 
 
-def in_uint8_batches(images: Images) -> list[Images]:
+def split_uint8(images: Images) -> list[Images]:
     return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
-def in_batches(images: Images) -> list[npt.NDArray[np.float32]]:
-    return [as_input(batch) for batch in in_uint8_batches(images)]
+def split_float(images: Images) -> list[npt.NDArray[np.float32]]:
+    return [as_input(batch) for batch in split_uint8(images)]
 
 
 def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (), in_place: bool = False) -> M.Module:
@@ -104,17 +104,17 @@ class Draft:
     measured: Reactions | None = None
     answers: npt.NDArray[np.float32] | None = None
 
-    def rewritten(self, network: M.Module, measured: Reactions | None = None) -> Draft:
+    def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
         """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
         return replace(self, network=network, measured=measured)
 
-    def prepared(self) -> M.Module:
+    def prepare(self) -> M.Module:
         return prepare(self.network, self.target, self.float_layers)
 
     def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
         """``watched`` with these ranges, ready to be used."""
         layers = find_quantized_layers(watched)
-        activations = {name: covering(layers[name], *found) for name, found in activations.items()}
+        activations = {name: extend_to_grid(layers[name], *found) for name, found in activations.items()}
         for name, found in activations.items():
             set_range(layers[name].act_observer, *found)
         switch_on(watched)
@@ -125,7 +125,7 @@ class Draft:
         """How the logits of ``network`` react to errors behind its layers."""
         if self.measured is not None:
             return self.measured
-        return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images, linear_names(self.network))
+        return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -144,10 +144,10 @@ def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs:
     The channels of those ``in_pairs`` are compared with each other, too.
     """
     names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    return measure_reactions(network, names, in_batches(few_of(images)), in_pairs=in_pairs)
+    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs)
 
 
-def few_of(images: Images) -> Images:
+def select_few(images: Images) -> Images:
     """Those on which gradients are measured."""
     return images[:: -(-len(images) // REACTION_IMAGES)]
 
@@ -201,7 +201,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return draft.rewritten(clear_dead_channels(draft.network)[0], draft.reactions)
+        return draft.with_network(clear_dead_channels(draft.network)[0], draft.reactions)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Equalize:
             raise FailureError("no layer of the network has a ceiling")
         with contextlib.suppress(FailureError):
             if self.data_free:
-                return draft.rewritten(equalize_channels(draft.network, None, draft.target)[0])
+                return draft.with_network(equalize_channels(draft.network, None, draft.target)[0])
             network, factors = equalize_channels(
                 draft.network,
                 target=draft.target,
@@ -235,8 +235,8 @@ class Equalize:
                 to_ceilings=self.to_ceilings,
                 statistics=draft.statistics,
             )
-            scaled = {name: reaction.scaled(factors[name]) for name, reaction in draft.reactions.items()}
-            return draft.rewritten(network, scaled)
+            scaled = {name: reaction.scale(factors[name]) for name, reaction in draft.reactions.items()}
+            return draft.with_network(network, scaled)
         return draft
 
 
@@ -252,12 +252,12 @@ class MixChannels:
         network, mixed = mix_channels(draft.network, graph, draft.reactions)
         if not mixed:
             raise FailureError("no channels of the network can be mixed")
-        measured = measure_reactions(fold_batch_norms(network), mixed, in_batches(few_of(draft.images)))
-        return draft.rewritten(network, {**draft.reactions, **measured})
+        measured = measure_reactions(fold_batch_norms(network), mixed, split_float(select_few(draft.images)))
+        return draft.with_network(network, {**draft.reactions, **measured})
 
 
 @dataclass(frozen=True)
-class RangesByLogits:
+class RangesFromLogits:
     """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`).
 
     With ``headroom`` they leave room for images that are stronger than those seen. Of a network that was trained on the
@@ -271,7 +271,7 @@ class RangesByLogits:
         return "ranges by the logits with headroom" if self.headroom else "ranges by the logits"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = draft.prepared()
+        watched = draft.prepare()
         ranges = zero_ranges(watched) | ranges_by_logits(watched, draft.reactions, self.headroom)
         return draft.with_ranges(watched, ranges, LOGITS)
 
@@ -284,12 +284,12 @@ class ExpectedRanges:
 
     def apply(self, draft: Draft) -> Draft:
         graph, statistics = trace_expected_statistics(draft.network)
-        watched = draft.prepared()
+        watched = draft.prepare()
         return draft.with_ranges(watched, set_expected_ranges(watched, graph, statistics), BATCH_NORMS)
 
 
 @dataclass(frozen=True)
-class RangesBySeen:
+class RangesFromImages:
     """Ranges that one method of :data:`mgq.quantization.option_names.METHODS` takes from the values behind each layer
     alone."""
 
@@ -300,14 +300,14 @@ class RangesBySeen:
         return f"ranges by {self.method}"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = draft.prepared()
+        watched = draft.prepare()
         if self.method == EASYQUANT:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
         if self.method == MIN_MAX and len(draft.images) <= REACTION_IMAGES:
             return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft.reactions), self.method)
-        found = estimate_ranges(deepcopy(watched), in_uint8_batches(draft.images), RANGE_OBSERVERS[self.method])
+        found = estimate_ranges(deepcopy(watched), split_uint8(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
 
@@ -407,6 +407,6 @@ def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
     """float64 (N, classes)."""
-    found = [network(Tensor(batch)).numpy() for batch in in_batches(images)]
+    found = [network(Tensor(batch)).numpy() for batch in split_float(images)]
     logits: npt.NDArray[np.float64] = np.concatenate(found).astype(np.float64)
     return logits

@@ -117,7 +117,7 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
-def covering(layer: QATModule, low: float, high: float) -> tuple[float, float]:
+def extend_to_grid(layer: QATModule, low: float, high: float) -> tuple[float, float]:
     """``low`` and ``high``, which ``layer`` gives, or as much more as a grid that ends early below has to cover."""
     quantizer, observer = layer.act_fake_quant, layer.act_observer
     if quantizer is None or quantizer.qmin == observer.qmin:

@@ -64,13 +64,13 @@ class ExactSums(EvenBias):
     def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
         """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
         if self.counts and inp.qparams.scale is not None:
-            weight, bias = self.folded()
+            weight, bias = self.fold()
             bias = self.apply_quant_bias(bias, inp, weight)
             if bias is not None and bias.qparams.scale is not None:
                 return convolve_integers(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
         return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
 
-    def folded(self) -> tuple[Tensor, Tensor]:
+    def fold(self) -> tuple[Tensor, Tensor]:
         """Fake-quantized weight, which may know its ``steps``, and bias, with the batch norm folded in."""
         bn, quantizer = self.bn, self.weight_fake_quant  # type: ignore[attr-defined]
         if type(quantizer) not in (FakeQuantize, ChannelFakeQuantize) or not quantizer.enabled:

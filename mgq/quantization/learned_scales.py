@@ -42,11 +42,11 @@ class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[mi
         self.lowest, self.highest = SMALLEST_SCALE * self.half, math.inf if ceiling is None else ceiling
         self.per_image = per_image
         self.gain = Tensor(1.0, dtype="float32")
-        self.trained = Parameter(self.trained_for(self.half), dtype="float32")
+        self.trained = Parameter(self.to_trained(self.half), dtype="float32")
         self.initialized = Tensor(0.0, dtype="float32")
 
     @abstractmethod
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         """The value of ``trained`` that gives the range ``limit``."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[mi
             return
         self.gain[...] = Tensor(gain, dtype="float32")
         limit = float(observer.get_qparams().scale.numpy()) * self.half
-        self.trained[...] = Tensor(self.trained_for(min(max(limit, self.lowest), self.highest)), dtype="float32")
+        self.trained[...] = Tensor(self.to_trained(min(max(limit, self.lowest), self.highest)), dtype="float32")
         self.initialized[...] = Tensor(1.0, dtype="float32")
 
 
@@ -97,7 +97,7 @@ class LearnedStepSize(LearnedFakeQuantize):
     too fast. Divided by that gain it is a scale of the trained weights, as in the paper.
     """
 
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         return limit / self.half / float(self.gain.numpy())
 
     def free_limit(self) -> float:
@@ -119,7 +119,7 @@ class TrainedThreshold(LearnedFakeQuantize):
     as it is. The paper's gradient (equations 7 and 8) passes straight through that rounding and is the same.
     """
 
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         return math.log2(limit / self.half * (self.qmax + 1))
 
     def free_limit(self) -> float:
@@ -144,7 +144,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         q = self.quantizer
         scale = q.get_qparams().scale
         self.saved = inp, trained, scale
-        if not on_cpu(inp):
+        if not is_on_cpu(inp):
             return F.clip(F.round(inp / scale), q.qmin, q.qmax) * scale
         steps = round_in_place(inp.numpy() / scale.numpy())
         np.clip(steps, q.qmin, q.qmax, out=steps)
@@ -155,7 +155,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         q = self.quantizer
         inp, trained, scale = self.saved
         del self.saved
-        gradients = cpu_gradients if on_cpu(inp) else stock_gradients
+        gradients = cpu_gradients if is_on_cpu(inp) else stock_gradients
         d_input, d_scale = gradients(q, inp, scale, d_output)
         elements = inp.size / (inp._tuple_shape[0] if q.per_image else 1)
         d_trained = d_scale * q.slope(elements)
@@ -201,5 +201,5 @@ def round_in_place(array: Array) -> Array:
     return np.trunc(array, out=array)
 
 
-def on_cpu(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     return str(tensor.device.physical_locator[0]) == "cpu"

@@ -186,14 +186,14 @@ def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
     values = weight.numpy()
     kernels = tuple(range(axes_of_outputs(values.ndim), values.ndim))
     largest = np.abs(values).max(axis=kernels, keepdims=True)
-    scales = in_few_digits(least_limits(largest) / (levels + ROUNDED_AWAY))
-    wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))
+    scales = round_up(least_limits(largest) / (levels + ROUNDED_AWAY))
+    wider = round_up(scales * np.float64(1 + 2.0**-DIGITS))
     steps = values / wider
     is_wider = (np.abs(steps - np.rint(steps)) < ON_GRID).all(axis=kernels, keepdims=True) & (largest > 0)
     return Tensor(np.where(is_wider, wider, scales).astype(np.float32), device=weight.device)
 
 
-def in_few_digits(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def round_up(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """``values``, above 0, rounded up to ``DIGITS`` binary digits."""
     mantissas, exponents = np.frexp(np.asarray(values, np.float64))
     rounded: npt.NDArray[np.float64] = np.ldexp(np.ceil(mantissas * 2**DIGITS), exponents - DIGITS)

@@ -14,13 +14,13 @@ from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
 from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
-from mgq.runtime.protocol import OfOnnxFile, check_threads
+from mgq.runtime.protocol import OnnxFileRuntime, check_threads
 
 if TYPE_CHECKING:
     from mgq.export.native.program import Program
 
 
-class NativeRuntime(OfOnnxFile):
+class NativeRuntime(OnnxFileRuntime):
     """An ``.onnx`` file that mgq has written in int8. Takes and returns what :class:`mgq.runtime.protocol.Runtime`
     says.
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.onnx.onnx_file import import_package, read_onnx
 from mgq.runtime.engine_faults import MEND, fault_of_onnxruntime
-from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
+from mgq.runtime.protocol import OnnxFileRuntime, cannot_run, check_threads
 
 
-class OnnxRuntime(OfOnnxFile):
+class OnnxRuntime(OnnxFileRuntime):
     """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.protocol.Runtime` says.
 
     Raises InputError as :func:`mgq.export.onnx.onnx_file.read_onnx` does, for more threads than cores and for pictures
@@ -59,7 +59,7 @@ class OnnxRuntime(OfOnnxFile):
     def _answers(self, names: list[str], batch: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         self.file.refuse_other_shape(batch.shape)
         try:
-            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: self.file.fed(batch)})
+            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: self.file.to_input(batch)})
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
         return found

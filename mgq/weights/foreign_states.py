@@ -17,7 +17,7 @@ State = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedState:
     """Foreign weights under our names, and the options of the builder that they were trained with.
 
     ``preprocessing`` is None where it is the architecture's. ``unclear`` says what neither names, shapes nor hints

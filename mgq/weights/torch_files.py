@@ -202,7 +202,7 @@ class Storages:
             raise damaged_error()
         storage = self.by_key.get(key)
         if storage is None:
-            storage = self.by_key[key] = self.found(code, key, length)
+            storage = self.by_key[key] = self.find_storage(code, key, length)
         if (storage.code, storage.length) != (code, length):
             raise damaged_error()
         if view is None:
@@ -214,7 +214,7 @@ class Storages:
             raise damaged_error()
         return StoragePart(storage, start, size)
 
-    def found(self, code: str, key: str, length: int) -> Storage:
+    def find_storage(self, code: str, key: str, length: int) -> Storage:
         """The storage ``key`` on its first use."""
         return Storage(code, length)
 
@@ -266,7 +266,7 @@ class Archive(Storages):
         """The pickle that describes the state dict."""
         return self._content(f"{self._top}data.pkl")
 
-    def found(self, code: str, key: str, length: int) -> Storage:
+    def find_storage(self, code: str, key: str, length: int) -> Storage:
         """The storage ``key`` with its data. Raises UnreadableError when missing, or of another size."""
         storage = Storage(code, length, order=self._order)
         storage.fill(self._content(f"{self._top}data/{key}"))

@@ -46,10 +46,10 @@ class LayerPlan:
     inputs: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def reading(self, names: Iterable[str]) -> LayerPlan:
+    def with_inputs(self, names: Iterable[str]) -> LayerPlan:
         return replace(self, inputs=tuple(names))
 
-    def having(self, **options: Any) -> LayerPlan:
+    def with_options(self, **options: Any) -> LayerPlan:
         return replace(self, options={**self.options, **options})
 
 
@@ -81,7 +81,7 @@ class Blueprint:
 
         Those of layers with int8 kernels are, and what such layers read; what only leads to the answer is not.
         """
-        wanted, known = self._wanted(), {layer.name: layer for layer in self.layers}
+        wanted, known = self._list_reader_kinds(), {layer.name: layer for layer in self.layers}
         made = {
             name
             for name, layer in known.items()
@@ -92,7 +92,7 @@ class Blueprint:
     def _pays(self, layer: LayerPlan, wanted_by: set[str]) -> bool:
         return layer.kind in INTEGER or bool(wanted_by & INTEGER)
 
-    def _wanted(self) -> dict[str, set[str]]:
+    def _list_reader_kinds(self) -> dict[str, set[str]]:
         """Name of a tensor -> the kinds of the layers that read it, moved or not."""
         found: dict[str, set[str]] = {INPUT: set(), **{layer.name: set() for layer in self.layers}}
         for layer in reversed(self.layers):
@@ -105,11 +105,11 @@ class Blueprint:
         """Name of a tensor -> a bound that nothing in it is below: minus infinity where none is known."""
         low: dict[str, float] = {INPUT: -math.inf}
         for layer in self.layers:
-            low[layer.name] = least_of(layer, [low[name] for name in layer.inputs])
+            low[layer.name] = bound_below(layer, [low[name] for name in layer.inputs])
         return low
 
 
-def least_of(layer: LayerPlan, inputs: Sequence[float]) -> float:
+def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
     """A bound below what ``layer`` gives, where what it reads is not below ``inputs``."""
     kind, options = layer.kind, layer.options
     if kind in LEAST_OF:

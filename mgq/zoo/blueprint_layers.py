@@ -14,7 +14,7 @@ from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import Elemwise
 
 from mgq.zoo.blueprint import MOVES, LayerPlan
-from mgq.zoo.layers import ConvBnRelu6, on_grid_of
+from mgq.zoo.layers import ConvBnRelu6, keep_grid_of
 
 Options = Mapping[str, Any]
 LOWEST = -3e38
@@ -55,7 +55,7 @@ class Move(BlueprintLayer):
     """A layer that only moves or chooses values: they stay on the grid they are on."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return on_grid_of(inputs[0], super().forward(*inputs))
+        return keep_grid_of(inputs[0], super().forward(*inputs))
 
 
 def layer_of(plan: LayerPlan, on_grid: bool, lowest: float) -> M.Module:

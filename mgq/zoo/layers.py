@@ -60,7 +60,7 @@ def global_average(features: Tensor) -> Tensor:
     return F.flatten(F.avg_pool2d(features, (height, width)), 1)
 
 
-def on_grid_of(source: Tensor, result: Tensor) -> Tensor:
+def keep_grid_of(source: Tensor, result: Tensor) -> Tensor:
     """``result`` itself, values of ``source`` that were only moved or left out: quantized, they keep their scale."""
     if source._qparams is not None:
         result.qparams.update(source.qparams)

@@ -39,7 +39,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
         raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
     refuse_without_megengine()
     set_library_defaults()
-    network = built(name, builder)
+    network = build_network(name, builder)
     refuse_other_answers(name, network, image_size)
     parameters = sum(int(np.prod(value.shape)) for value in network.parameters())
     spec = ModelSpec(name, builder, head_of(network), "", parameters, 0, image_size=image_size)
@@ -47,7 +47,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
     return spec
 
 
-def built(name: str, builder: Callable[..., M.Module]) -> M.Module:
+def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
     import megengine.module as M
 
@@ -56,7 +56,7 @@ def built(name: str, builder: Callable[..., M.Module]) -> M.Module:
     try:
         network = builder(classes=TRIED)
     except Exception as error:
-        raise InputError(f"{name}(classes={TRIED}) fails: {one_line(error)}") from error
+        raise InputError(f"{name}(classes={TRIED}) fails: {to_one_line(error)}") from error
     if not isinstance(network, M.Module):
         raise InputError(f"{name} gives a {type(network).__name__}: let it return a megengine.module.Module")
     if not any(isinstance(module, M.QuantStub) for module in network.modules()):
@@ -88,12 +88,12 @@ def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
     try:
         found = np.asarray(network(picture).numpy())
     except Exception as error:
-        raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {one_line(error)}") from error
+        raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {to_one_line(error)}") from error
     try:
         trace_module(network, picture)
     except Exception as error:
         raise InputError(
-            f"{name} cannot be traced ({one_line(error)}): let nothing in it depend on numbers, and take "
+            f"{name} cannot be traced ({to_one_line(error)}): let nothing in it depend on numbers, and take "
             "mgq.zoo.layers.global_average for the mean of a picture"
         ) from error
     return found
@@ -124,12 +124,12 @@ def register_from_file(said: str) -> ModelSpec:
     try:
         found: dict[str, Any] = runpy.run_path(str(path), run_name=path.stem)
     except Exception as error:
-        raise InputError(f"{printable(place)[:200]} fails: {one_line(error)}") from error
+        raise InputError(f"{printable(place)[:200]} fails: {to_one_line(error)}") from error
     if function not in found:
         raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
     size = found.get("IMAGE_SIZE", 224)
     return register(function, found[function], size if isinstance(size, int) else 224)
 
 
-def one_line(error: Exception) -> str:
+def to_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(str(error).strip().partition(chr(10))[0])[:200]}"

@@ -21,7 +21,7 @@ from mgq.weights.prefixes import Part, network_part
 from mgq.weights.preprocessing import Preprocessing
 from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
-from mgq.zoo.overflow import overflowing_layer
+from mgq.zoo.overflow import find_overflowing_layer
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, spec_for, specs
 from mgq.zoo.weight_hints import hints_of
@@ -124,7 +124,7 @@ def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
 
 def misfits(spec: ModelSpec, state: State) -> int:
     """How many parameters of ``spec`` and of ``state`` have no counterpart of the same shape in the other."""
-    adapted = spec.adapted(state)
+    adapted = spec.adapt(state)
     state = float_part(adapted.state if adapted else state)
     with without_initialization():
         network = spec.build(classes_in(spec, state), **(adapted.options if adapted else spec.read_options(state)))
@@ -137,12 +137,12 @@ def misfits(spec: ModelSpec, state: State) -> int:
 
 
 def state_under_our_names(spec: ModelSpec, state: State) -> State:
-    adapted = spec.adapted(state)
+    adapted = spec.adapt(state)
     return adapted.state if adapted else state
 
 
 def may_hold(spec: ModelSpec, state: State) -> bool:
-    return spec.marker in state or spec.adapted(state) is not None
+    return spec.marker in state or spec.adapt(state) is not None
 
 
 def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
@@ -162,7 +162,7 @@ def recognize(
     spec: ModelSpec, state: State, name: str, kind: str, origin: str | None, hints: Hints = NO_HINTS
 ) -> Weights:
     """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
-    adapted = spec.adapted(state, hints)
+    adapted = spec.adapt(state, hints)
     options: Mapping[str, Any] = spec.read_options(state)
     how = hints.preprocessing
     if adapted is not None:
@@ -172,7 +172,7 @@ def recognize(
     network = build_network(spec, state, classes, options, name)
     if adapted is not None and adapted.unclear:
         raise InputError(f"{name} {adapted.unclear}")
-    layer = overflowing_layer(network)
+    layer = find_overflowing_layer(network)
     if layer is not None:
         raise InputError(f"{name} has finite weights so large that the layer {layer} overflows: take other weights")
     told = origin or f"{name} ({kind})"

@@ -18,7 +18,7 @@ from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
-from mgq.engine.classifier.onnx_import import kept_input
+from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError
 from mgq.events import NO_CALLBACKS, Callbacks, duration
@@ -157,7 +157,7 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
         key=options.key,
     )
     if options.keep_input:
-        kept_input(classifier)  # which refuses where there is none
+        find_float_input(classifier)  # which refuses where there is none
     return classifier
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mgq.export.native.compiler import Compiled
+from mgq.export.native.compiler import CompiledProgram
 from mgq.io.private_cache import read_private, write_private
 
 KEPT = 32
@@ -29,7 +29,7 @@ VARIABLE = "MGQ_NATIVE_CACHE"
 class Entry:
     """A compiled network and what is known of it: of the file that it was made from, say."""
 
-    compiled: Compiled
+    compiled: CompiledProgram
     about: Mapping[str, Any]
 
 
@@ -72,7 +72,7 @@ def parse_entry(content: bytes) -> Entry | None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         known = json.loads(head)
         about, code = int(known["about"]), int(known["code"])
-        compiled = Compiled(rest[about : about + code], rest[about + code :], int(known["work"]))
+        compiled = CompiledProgram(rest[about : about + code], rest[about + code :], int(known["work"]))
         return Entry(compiled, json.loads(rest[:about]))
     return None
 

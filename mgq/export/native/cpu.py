@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mgq.errors import InputError, no_such
-from mgq.export.native.emit.isa import Avx2, Avx512Vnni, AvxVnni, Portable
+from mgq.export.native.emit.isa import Avx2, Avx512Vnni, AvxVnni, PortableIsa
 from mgq.machine import CPU_INFO, cpuinfo_field
 
 NATIVE = "native"
@@ -35,7 +35,7 @@ class Level:
     """
 
     key: str
-    isa: Callable[[], Portable]
+    isa: Callable[[], PortableIsa]
     cpu: str
     features: str
     flags: frozenset[str]
@@ -61,7 +61,7 @@ LEVELS = (
     ),
     Level("avx-vnni", AvxVnni, "x86-64-v3", "+avxvnni", V3 | {"avx_vnni"}, (*AVX2_LEAVES, Leaf(7, 1, 0, (4,))), 6),
     Level("avx2", Avx2, "x86-64-v3", "", V3, AVX2_LEAVES, 6),
-    Level("portable", Portable, "x86-64", "", frozenset(), (), 0),
+    Level("portable", PortableIsa, "x86-64", "", frozenset(), (), 0),
 )
 """The faster first."""
 

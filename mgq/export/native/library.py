@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.export.native.compiler import Compiled, llvm
+from mgq.export.native.compiler import CompiledProgram, llvm
 from mgq.export.native.emit.team import END, HEADER, LEAD, SERVE
 from mgq.export.native.team import Bytes, Calls, Team, reserve
 
@@ -26,7 +26,7 @@ FUNCTIONS = {
 class Library:
     """A compiled network with its constants. ``threads`` share the images of a batch, and the work on what is left."""
 
-    compiled: Compiled
+    compiled: CompiledProgram
     classes: int
     threads: int = 1
 

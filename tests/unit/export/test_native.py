@@ -24,7 +24,7 @@ import pytest
 
 from mgq.errors import FailureError, InputError
 from mgq.export.native import cache as cache_module
-from mgq.export.native.compiler import Compiled, compile_program, object_of
+from mgq.export.native.compiler import CompiledProgram, compile_program, object_of
 from mgq.export.native.cpu import Level, get_level
 from mgq.export.native.emit.driver import emit_module
 from mgq.export.native.library import Library
@@ -53,7 +53,7 @@ def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
     """How many integers of each tensor that is in memory differ from the reference; logits too."""
     plan: Plan = make_plan(program, keep=True, unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
-    library = Library(Compiled(object_of(module.text, level), module.constants, module.work), program.classes)
+    library = Library(CompiledProgram(object_of(module.text, level), module.constants, module.work), program.classes)
     wanted, tensors = run_reference(program, images)
     found: dict[str, int] = {}
     for image, logits in zip(images, wanted, strict=True):
