@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.import_options import ImportOptions, KeepInput
+from mgq.cli.import_options import KeepInput
+from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
-    RUNS,
-    Arch,
-    CheckpointFile,
-    ImageSize,
-    KeyName,
     ModeName,
-    NetworkOptions,
-    Pretrained,
-    Ranges,
-    Save,
-    TargetName,
-    Width,
     open_network,
     prepare_megengine,
 )
@@ -45,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpCommand(ImportOptions):
+class DumpCommand(NetworkCommand):
     """Write the network as a file to deploy, which takes raw pixels.
 
     A .megengine file is for MegEngine and MegEngine Lite: it is loaded, and must give the network's answers to the
@@ -60,9 +50,6 @@ class DumpCommand(ImportOptions):
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
 
-    arch: Arch = None
-    checkpoint: CheckpointFile = None
-    key: KeyName = None
     mode: ModeName = "quantized"
     output: Annotated[
         Path | None,
@@ -77,7 +64,6 @@ class DumpCommand(ImportOptions):
             show_default="as the file is called, else as the target",
         ),
     ] = None
-    target: TargetName = None
     input_type: Annotated[
         str,
         typer.Option(
@@ -112,11 +98,6 @@ class DumpCommand(ImportOptions):
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False
     keep_input: KeepInput = False
-    save: Save = RUNS
-    pretrained: Pretrained = None
-    ranges: Ranges = None
-    width: Width = None
-    image_size: ImageSize = None
 
     def execute(self) -> None:
         """Write the file, compare it with MegEngine, and say what was found."""
@@ -154,16 +135,7 @@ class DumpCommand(ImportOptions):
         """The network to write; ``checkpoint`` is where its weights are by now."""
         from mgq.engine.classifier.dump import open_for_target
 
-        options = NetworkOptions(
-            arch=self.arch,
-            checkpoint=checkpoint,
-            key=self.key,
-            save=self.save,
-            pretrained=self.pretrained,
-            ranges=self.ranges,
-            width=self.width,
-            image_size=self.image_size,
-        ).with_newest_run(self.mode)
+        options = self.network_options(checkpoint).with_newest_run(self.mode)
 
         def open_for(target: str | None) -> Classifier:
             return open_network(replace(options, target=target), self.mode, on_progress)
