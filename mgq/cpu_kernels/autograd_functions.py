@@ -123,7 +123,8 @@ class NormalizedConvolution(MapFunction):
 
 
 class FakeQuantizedConvolution(NormalizedConvolution):
-    """The same in quantization-aware training of ``module``, whose observers it feeds: weights and output quantized.
+    """The same in quantization-aware training of ``module``: weights and output are fake-quantized, and its observers
+    updated.
 
     MegEngine quantizes the weights with batch norm folded in, and divides the convolution by the factor again
     (arXiv:1806.08342, section 3.2.2). Dividing the weights gives the same and is less work. ``qparams`` of the output
@@ -235,7 +236,7 @@ class AddRelu(Function):  # type: ignore[misc]
 
 
 class FakeQuantization(Function):  # type: ignore[misc]
-    """(x,) -> x as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+    """(x,) -> x, fake-quantized by ``quantizer``. The gradient passes where nothing was clipped, and is 0 elsewhere."""
 
     def __init__(self, quantizer: Quantizer, array: Array) -> None:
         super().__init__()

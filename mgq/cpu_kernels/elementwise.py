@@ -26,9 +26,9 @@ Result = TypeVar("Result")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 PIECE = 1 << 15
-"""Elements: a few float32 arrays of so many lie in the second cache together."""
+"""Elements of a piece: a few float32 arrays of this size fit into the second-level cache together."""
 LONG_PIECE = 1 << 17
-"""For a function that passes over its elements once: a call costs nothing beside the work then."""
+"""Elements of a piece for functions that pass over memory once: the call's overhead is negligible then."""
 LEAST_SPAN = 1e-30
 """What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
@@ -45,7 +45,8 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``piece`` elements that together are ``size``, in their order."""
+    """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
+    order."""
 
     def run(first: int, last: int) -> list[Result]:
         return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
@@ -62,14 +63,15 @@ def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = P
 
 
 def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``rows`` (rows, elements): as many whole rows as a piece has."""
+    """Call ``function`` with slices of ``rows`` (rows, elements), as many whole rows as fit into a piece."""
     return run_in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
 def fake_quantize(
     array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask | None]:
-    """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
+    """``array`` rounded to multiples of ``scale``, and a mask of what was not clipped; None where nothing was
+    clipped."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
     source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
 

@@ -31,7 +31,7 @@ class Quantizer:
     qmax: np.float32
 
     def apply(self, array: Array) -> tuple[Array, Mask | None]:
-        """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
+        """A quantized copy of ``array``, and a mask of what was not clipped; None where nothing was clipped."""
         return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
 
     def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
@@ -41,7 +41,7 @@ class Quantizer:
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
-    """What FakeQuantize does with ``qparams``; None where the scale is not one number."""
+    """The quantizer that equals FakeQuantize with ``qparams``; None where the scale is not one number."""
     if qparams.scale is None or qparams.scale.size != 1:
         return None
     asymmetric = qparams.mode == QuantMode.ASYMMERTIC
@@ -53,7 +53,7 @@ def quantizer_of(qparams: QParams) -> Quantizer | None:
 
 
 def is_plain(fake_quant: Any) -> bool:
-    """Whether ``fake_quant`` is one that :class:`Quantizer` can stand for, and at work."""
+    """Whether :class:`Quantizer` can replace ``fake_quant``, and it is enabled."""
     is_stock = type(fake_quant) is FakeQuantize or (type(fake_quant) is EvenFakeQuantize and fake_quant.training)
     return is_stock and bool(fake_quant.enabled)
 
@@ -66,7 +66,8 @@ def is_known(observer: Any) -> bool:
 
 
 def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
-    """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
+    """Update a known ``observer`` with the ``extremes`` of an array, unless it is disabled; return its quantization
+    parameters."""
     if observer.enabled:
         found = extremes()
         if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere

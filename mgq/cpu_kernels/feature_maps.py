@@ -1,4 +1,4 @@
-"""What flows between the fast layers of a network in training: arrays with channels last that MegEngine never sees.
+"""Feature maps: arrays with channels last that fast layers hand to each other in training, without MegEngine.
 
 A copy into MegEngine and out of it again for every layer, and the turn from its layout into oneDNN's and back, would
 cost as much as the convolutions. So a layer hands the next one a :class:`FeatureMap`. MegEngine's autograd sees only a
@@ -45,7 +45,8 @@ class Gradient:
 class FeatureMap:
     """The output of a layer: ``array``, float32 (N, H, W, C), whose shape for others is (N, C, H, W).
 
-    ``token`` stands for it in MegEngine's autograd. It is as much of a tensor as modules between the layers ask for.
+    ``token`` represents it in MegEngine's autograd. It has those attributes of a tensor that modules between the layers
+    read.
     """
 
     dtype = np.dtype(np.float32)
@@ -81,7 +82,7 @@ def to_plain(value: Any) -> Any:
 
 
 def token_of(value: Tensor | FeatureMap) -> Tensor:
-    """What stands for ``value`` in MegEngine's autograd."""
+    """The tensor that represents ``value`` in MegEngine's autograd."""
     return value.token if isinstance(value, FeatureMap) else value
 
 
@@ -232,7 +233,8 @@ class Shuffle(MapFunction):
 
 
 class QuantizedMap(MapFunction):
-    """A feature map as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+    """A feature map, fake-quantized by ``quantizer``. The gradient passes where nothing was clipped, and is 0
+    elsewhere."""
 
     def __init__(self, source: FeatureMap, quantizer: Quantizer) -> None:
         super().__init__()

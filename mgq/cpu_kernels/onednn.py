@@ -42,7 +42,7 @@ NO_BUFFER = None
 
 
 class Query:
-    """What a primitive descriptor is asked for."""
+    """Properties of a primitive descriptor."""
 
     SOURCE = 129
     D_SOURCE = 130
@@ -54,7 +54,7 @@ class Query:
 
 
 class Arg:
-    """What an array is to a primitive; ``D_`` is the gradient with respect to it."""
+    """The role of an array in a primitive; ``D_`` marks the gradient with respect to it."""
 
     SOURCE = 1
     OUTPUT = 17
@@ -195,7 +195,7 @@ def layout(shape: Shape, tag: int) -> Layout:
 
 
 def make_plain_layout(shape: Shape) -> Layout:
-    """That of a C-contiguous numpy array."""
+    """The layout of a C-contiguous numpy array of ``shape``."""
     return layout(shape, PLAIN_LAYOUT[len(shape)])
 
 
@@ -210,7 +210,7 @@ def channels_last(shape: Shape) -> Layout:
 
 
 def open_layout(shape: Shape) -> Layout:
-    """One that the primitive may choose."""
+    """A layout that the primitive chooses."""
     return layout(shape, ANY_LAYOUT)
 
 
@@ -235,7 +235,7 @@ class Descriptor(_OwnedObject):
 
 
 class Memory(_OwnedObject):
-    """A place for an array in a program; where it is, is said when the program runs."""
+    """A placeholder for an array in a program; its address is set when the program runs."""
 
     def __init__(self, layout: Layout) -> None:
         lib, made = library(), c_void_p()
@@ -297,7 +297,7 @@ class Program:
         return copy
 
     def choose_target(self, target: Memory, layout: Layout) -> Memory:
-        """Where to compute what is to be copied to ``target``: ``target`` itself if it has this layout."""
+        """The memory to write to before copying to ``target``: ``target`` itself if it has this layout."""
         return target if target.layout.equals(layout) else self.scratch(layout)
 
     def copy(self, source: Memory, target: Memory) -> None:

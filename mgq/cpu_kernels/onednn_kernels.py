@@ -1,7 +1,7 @@
 """Convolution, batch norm and their gradients on numpy arrays, by oneDNN.
 
 oneDNN's fast kernels want channels in blocks of 16 or 8; a primitive tells which when its layout is left open. Programs
-copy plain arrays into that layout and back, and what only they read they keep in it.
+copy plain arrays into that layout and back; arrays that only programs read stay in it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Norm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """By what a convolution was normalized: ``mean`` and (biased) ``variance`` (C,), and bytes for the gradients."""
+    """The statistics of a normalized convolution: ``mean`` and (biased) ``variance`` (C,), and bytes for the
+    gradients."""
 
     mean: Array
     variance: Array

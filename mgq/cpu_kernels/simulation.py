@@ -27,12 +27,12 @@ from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ChannelFakeQuantize
 
 LARGE = 1 << 17
-"""Elements of what a layer reads or gives from which on one pass is worth the calls that it takes."""
+"""The fewest elements of a layer's input or output for which one pass is worth its overhead."""
 
 
 @contextlib.contextmanager
 def fast_simulation() -> Iterator[None]:
-    """Within it, networks in mode ``qat`` that are used as int8 will be answer sooner, and as before to the bit.
+    """Inside, networks in mode ``qat`` that simulate int8 run faster, with the same bits.
 
     It serves convolutions with batch norm and sums in evaluation state, observers off, where no gradient is recorded.
     """
@@ -110,7 +110,7 @@ def fast_rounding(stock: Stock) -> Stock:
 
 
 def put_on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: Any) -> Tensor:
-    """What ``work`` makes of ``source``, float32 (N, C, H, W), on the grid of ``qparams``."""
+    """``source``, float32 (N, C, H, W), requantized by ``work`` to the grid of ``qparams``."""
     scale = np.float32(qparams.scale.numpy().item())
     (array,) = values(source)
     levels = np.float32(quantizer.qmin), np.float32(quantizer.qmax)

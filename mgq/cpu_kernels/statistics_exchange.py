@@ -15,7 +15,7 @@ Sums = npt.NDArray[np.float64]
 
 
 class Exchange(Protocol):
-    """What all processes know together. Every one of them asks the same in the same order."""
+    """An exchange of statistics among processes. All of them make the same calls in the same order."""
 
     def merge_extremes(self, extremes: Array) -> Array:
         """The smallest and the largest of all: float32 (2,)."""
@@ -44,7 +44,7 @@ def exchanging(exchange: Exchange, batch_norm: bool) -> Iterator[None]:
 
 
 def exchange_of_batch_norm() -> Exchange | None:
-    """By what batch norms in training state share their statistics; None where they do not."""
+    """The exchange that batch norms in training state use; None where they share no statistics."""
     return _exchange if _normalizes else None
 
 

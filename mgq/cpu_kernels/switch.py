@@ -1,4 +1,4 @@
-"""Which functions of MegEngine the fast ones stand for, and when."""
+"""Replaces functions of MegEngine by fast ones, where these give the same results."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ from mgq.zoo.shufflenet_v1 import ShuffleNetV1
 Stock = Callable[..., Any]
 
 MAPPED_NETWORKS = (ResNet, MobileNetV2, ShuffleNetV1, EfficientNetLite)
-"""Networks whose layers hand on feature maps: all that they do between the first layer and the average knows them."""
+"""Networks whose layers may pass feature maps to each other: all their operations up to the average support them."""
 
 
 class Replacement(NamedTuple):
-    """``owner.name``, and how its fast version is made of the stock one, which it calls where it cannot serve."""
+    """A function ``owner.name``, and how its fast version is made from the stock one, which that calls as a
+    fallback."""
 
     owner: Any
     name: str
@@ -96,7 +97,7 @@ def disable_fast_gradients() -> None:
 
 @contextlib.contextmanager
 def replaced(*replacements: Replacement) -> Iterator[None]:
-    """Within it, fast versions stand for these, also for those that stand there already."""
+    """Inside, the functions of ``replacements`` are replaced; they may be nested."""
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
     try:
         for owner, name, fast in replacements:
@@ -296,7 +297,7 @@ def elements_a_channel(geometry: Geometry) -> int:
 
 
 def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
-    """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
+    """Apply ``function`` to ``source`` with the parameters of ``module``, and update its running statistics."""
     bn = module.bn
     run = function.mapped if isinstance(source, FeatureMap) else function
     output = run(source, module.conv.weight, bn.weight, bn.bias)

@@ -2,8 +2,8 @@
 
 Layer by layer, in the order in which they run, the scale of the weights and the scale of the output are chosen in turn
 for the largest cosine similarity of the float output and the fake-quantized one, whose input comes from the layers
-quantized before. The paper tries every scale on the whole output; here it is a sample of its positions, which tells the
-same and takes seconds instead of minutes.
+quantized before. The paper tries every scale on the whole output; here it tries them on a sample of positions, which
+gives the same scales in seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in Me
 
 @dataclass
 class Search:
-    """Shown the layers of a network in turn, finds and sets their ranges: of activations and of weights, by name."""
+    """A visitor of layers that finds and sets their ranges. ``activations`` and ``weights``: layer name -> range."""
 
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     activations: dict[str, Range] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class OutputGrid:
         return cls(quant_levels(module), module.act_observer.qmin, module.act_observer.qmax)
 
     def make_quantizer(self, output: Array) -> Callable[[float], Array]:
-        """From a limit of the range to ``output`` quantized with it."""
+        """A function from a limit of the range to ``output`` quantized with that limit."""
         return lambda limit: round_to_step(output, limit / self.half, self.lowest, self.highest)
 
 
@@ -151,7 +151,7 @@ def round_to_step(values: Array, step: float, lowest: int, highest: int) -> Arra
 
 
 def find_best_limit(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> float:
-    """The limit with which what is made points most nearly in the direction of ``wanted``."""
+    """The one of ``limits`` whose result, by ``made_with``, has the largest cosine similarity with ``wanted``."""
     similarities = [cosine(wanted, made_with(float(limit))) for limit in limits]
     return float(limits[int(np.argmax(similarities))])
 

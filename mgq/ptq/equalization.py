@@ -110,7 +110,8 @@ class RoundedTensor:
     harm: Values
 
     def with_reactions(self, reaction: Reaction | None, half: float) -> RoundedTensor:
-        """The same by what the logits tell: channels reach as far as clipping would cost more than it gains."""
+        """This tensor, judged by the gradients of the logits: each channel reaches as far as clipping would cost more
+        than it gains."""
         if reaction is None:
             return self
         harm = reaction.squares.sum(axis=1) / (12 * half**2)
@@ -199,9 +200,8 @@ def statistics_of_images(network: M.Module, images: npt.NDArray[np.uint8], graph
 
 
 def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:
-    """What rounding the weights of each convolution of ``network`` (mode ``normal``) costs its answers, by name.
-
-    It is an estimate by what batch norms expect, in arbitrary units: good for an order.
+    """Estimate the noise in the answers from rounding the weights of each convolution of ``network`` (mode ``normal``),
+    by name. It follows from the batch norms and has arbitrary units: it ranks layers.
     """
     graph, statistics = trace_expected_statistics(network)
     sets = sets_of(graph)
@@ -240,7 +240,7 @@ def sets_of(graph: Graph) -> Sets:
 def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None = None) -> tuple[Values, Values]:
     """The least and the largest logarithm of the factor of each set of channels.
 
-    A channel below a ceiling keeps below it: whatever the picture shows, or on pictures like those ``seen``.
+    A channel below a ceiling stays below it: for every possible image, or, with ``seen``, for images like those.
     """
     upper = np.full(sets.number, np.log(LARGEST_FACTOR))
     lower = -upper
@@ -260,7 +260,7 @@ def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None 
 
 @dataclass(frozen=True)
 class Problem:
-    """The noise of a quantized network, as a function of the logarithms of the factors of its sets of channels."""
+    """The noise of an int8 network as a function of the logarithms of the factors of its channel sets."""
 
     number: int
     tensors: tuple[RoundedTensor, ...]
@@ -296,7 +296,7 @@ class Problem:
         return cls(sets.number, tuple(tensors), tuple(layers), target.per_channel)
 
     def with_reactions(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
-        """The same, with the noise and the reach of channels that the gradients of the logits tell."""
+        """This problem, with noise and reach of channels taken from the gradients of the logits."""
         made = [node for node in graph.nodes if isinstance(node, Convolution | Add)]
         convolutions = [node for node in graph.nodes if isinstance(node, Convolution)]
         tensors = [
@@ -357,9 +357,8 @@ def noise_of_a_weight(node: Convolution, target: Target) -> float:
 
 
 def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
-    """What noise of variance 1 in each channel of each tensor adds to the layers that read it, (C,).
-
-    In terms of the variance of what they give, and summed over all of them, those behind a shortcut included.
+    """For each tensor (C,): the noise in its readers' outputs for noise of variance 1 in a channel. It is relative to
+    the variance of these outputs, and summed over all readers, those behind a shortcut included.
     """
     found: dict[str, Values] = {node.output: np.zeros(1) for node in graph.nodes}
     found[graph.input] = np.zeros(1)
@@ -370,7 +369,7 @@ def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
 
 
 def pass_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) -> Values:
-    """The part of ``harms`` in front of ``node`` that is due to it, from what it is ``behind`` it."""
+    """The contribution of ``node`` to ``harms`` of its source, given the harm ``behind`` it."""
     if isinstance(node, Convolution | Linear):
         groups = node.groups if isinstance(node, Convolution) else 1
         squares = np.square(node.weight, dtype=np.float64).reshape(groups, -1, node.weight.shape[1], kernel(node))
@@ -392,7 +391,7 @@ def kernel(node: Convolution | Linear) -> int:
 
 
 def tensor_noise(tensor: RoundedTensor, logs: Values, gradient: Values) -> float:
-    """What a tensor's grid, as wide as its largest channel, adds; ``gradient`` is added to."""
+    """The noise of a tensor's grid, whose range is that of its largest channel. Adds to ``gradient`` in place."""
     sets = tensor.sets
     squared_range, share = soft_maximum(np.log(tensor.largest) + logs[sets])
     harm = tensor.harm * np.exp(-2 * logs[sets])
@@ -401,7 +400,7 @@ def tensor_noise(tensor: RoundedTensor, logs: Values, gradient: Values) -> float
 
 
 def weight_noise(layer: Layer, logs: Values, gradient: Values, per_channel: bool) -> float:
-    """What the grid of a layer's weights, or of each output's, adds; ``gradient`` is added to."""
+    """The noise of the grid of a layer's weights, or of each output's. Adds to ``gradient`` in place."""
     made, read = logs[layer.outputs], logs[layer.inputs]
     scaled = layer.logs + made[:, :, None] - logs[layer.readers]
     energy, harm = layer.energy * np.exp(2 * read), layer.harm * np.exp(-2 * made)
@@ -424,7 +423,7 @@ def weight_noise(layer: Layer, logs: Values, gradient: Values, per_channel: bool
 
 
 def soft_maximum(logs: Values, axis: int | None = None) -> tuple[Values, Values]:
-    """The square of the largest value of those with these ``logs``, nearly, and the part of each in its growth."""
+    """A smooth maximum of the squares of the values with these ``logs``, and its derivatives."""
     largest = logs.max(axis=axis, keepdims=True)
     parts = np.exp(SHARPNESS * (logs - largest))
     total = parts.sum(axis=axis, keepdims=True)

@@ -1,4 +1,4 @@
-"""How much time post-training quantization may take: presets, lists of candidates for :mod:`mgq.ptq.pipeline`."""
+"""Presets of post-training quantization: lists of candidates for :mod:`mgq.ptq.pipeline`, fast or thorough."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class CalibrationConfig:
     float_layers: tuple[str, ...] = ()
 
     def make_preset(self) -> Preset:
-        """What is to be tried. Raises InputError for a preset, method or rounding that there is not."""
+        """The preset to try, adapted to these options. Raises InputError for an unknown preset, method or rounding."""
         return adapt_preset(get_preset(self.preset), self)
 
     def as_flags(self) -> str:
@@ -133,10 +133,10 @@ def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ..
 
 
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
-    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
+    """``preset``, reduced to what ``config`` asks for: ranges by one ``method``, nearest rounding, uncorrected biases.
 
     For a target that engines other than MegEngine run, every candidate has exact scales, and weights, of which each
-    output has a scale of its own, are not fitted: they leave little to be made up for.
+    output has a scale of its own, are not fitted, because little error is left to correct.
     """
     method, target = check_method(config.method), config.target
     if method is not None:

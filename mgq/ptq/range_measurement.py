@@ -20,7 +20,7 @@ from mgq.zoo.overflow import is_finite
 
 
 class RangeObserver(MegEngineObserver):  # type: ignore[misc]
-    """Shows what passes behind ``layer`` to a range estimator. Raises FailureError for what is not finite."""
+    """Passes the outputs of ``layer`` to a range estimator. Raises FailureError for values that are not finite."""
 
     def __init__(self, observer: MegEngineObserver, range_observer: Observer, layer: str = "") -> None:
         super().__init__(observer.dtype)

@@ -52,12 +52,13 @@ from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
 LAYERWISE_IMAGES = 64
-"""What is done layer by layer keeps all images in memory, in float and quantized; more tell it little more."""
+"""The most images for steps that go layer by layer: they keep all in memory, in float and quantized, and gain little
+from more."""
 REACTION_IMAGES = 128
 """Images on which gradients are measured at most, evenly spread."""
 BATCH = 8
 BATCH_NORMS = "batch norms"
-"""What stands for the method where there were no pictures."""
+"""The method's name where there were no images."""
 
 
 def split_uint8(images: Images) -> list[Images]:
@@ -83,7 +84,7 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 @dataclass(frozen=True)
 class Draft:
-    """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, what became of it in ``qat``.
+    """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, the same network in mode ``qat``.
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
@@ -105,7 +106,8 @@ class Draft:
     answers: npt.NDArray[np.float32] | None = None
 
     def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
-        """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
+        """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
+        known."""
         return replace(self, network=network, measured=measured)
 
     def prepare(self) -> M.Module:
@@ -139,7 +141,7 @@ class Draft:
 
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
-    """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes.
+    """Measure how the logits of ``network`` (in float) react to errors in the tensors that ``watched`` quantizes.
 
     The channels of those ``in_pairs`` are compared with each other, too.
     """
@@ -169,7 +171,7 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
 
 
 def zero_ranges(watched: M.Module) -> dict[str, Range]:
-    """For each layer that runs: what gives nothing but 0 has no reaction, but needs a range."""
+    """A range of zeros for each layer that runs: a layer that only gives 0 has no reaction, but needs a range."""
     return dict.fromkeys(names_that_run(watched), (0.0, 0.0))
 
 
@@ -196,7 +198,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class ClearDeadChannels:
-    """Weights of channels that no picture can wake become 0 (:mod:`mgq.ptq.dead_channels`)."""
+    """Weights of channels that are 0 for every image become 0 (:mod:`mgq.ptq.dead_channels`)."""
 
     name: str = "dead channels cleared"
 
@@ -260,8 +262,8 @@ class MixChannels:
 class RangesFromLogits:
     """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`).
 
-    With ``headroom`` they leave room for images that are stronger than those seen. Of a network that was trained on the
-    images seen, others clip more: one of 83 made half of the noise.
+    With ``headroom`` they leave room for images that are stronger than those seen. Where the network was trained on the
+    images seen, other images clip more: one of 83 caused half of the noise.
     """
 
     headroom: bool = False
@@ -333,7 +335,7 @@ class ExactScales:
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """What int8 shifts on average is taken out of the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
+    """The mean shift of int8 is subtracted from the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
 
     of_weights: bool = True
     images: int = LAYERWISE_IMAGES
@@ -353,7 +355,7 @@ class CorrectBias:
 class RoundWeights:
     """Weights are rounded so that their errors make up for each other, biases corrected (:mod:`mgq.ptq.gptq`).
 
-    With ``refit`` weights are also fitted to what the int8 layers before let them see.
+    With ``refit`` weights are also fitted to the inputs that the int8 layers before give.
     """
 
     refit: bool = False
@@ -374,7 +376,7 @@ class RoundWeights:
 
 @dataclass(frozen=True)
 class CorrectLogits:
-    """The mean shift of the logits that is left, which clipping causes, is taken out of the classifier's bias.
+    """The remaining mean shift of the logits, which clipping causes, is subtracted from the classifier's bias.
 
     A network that does not end in a linear layer with a bias stays as it is.
     """
@@ -396,7 +398,7 @@ class CorrectLogits:
 
 
 def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> Draft:
-    """The same with a copy of its quantized network that was shown to ``visitors`` layer by layer."""
+    """``draft`` with a copy of its ``qat`` network, whose layers were shown to ``visitors`` one by one."""
     watched = deepcopy(draft.watched)
     assert watched is not None
     visit = visit_beside_float if beside_float else visit_layers

@@ -33,7 +33,7 @@ from mgq.service.upload import RefusalError, Upload, read_uploads
 PAGE = Path(__file__).with_name("page.html")
 RETRY_S = "1"
 BATCH = 16
-"""Pictures that run together, where nothing else is said."""
+"""Images in a batch, by default."""
 ONE_BY_ONE = ("native", "native library")
 """Engines that spread one picture over all cores: a batch makes clients wait, and gains nothing."""
 PAGE_HEADERS = {
@@ -47,8 +47,8 @@ log = logging.getLogger("mgq")
 class Service:
     """One network behind HTTP; ``app`` is the program that a server runs.
 
-    ``on_message`` is told of requests that failed and whose sender is not to blame. Where it is ``stopping``, what
-    comes is still answered, and connections close behind it.
+    ``on_message`` gets a line for each request that failed by a fault of the service. While it is ``stopping``,
+    requests are still answered, and their connections close afterwards.
     """
 
     def __init__(self, classifier: Classifier, limits: Limits, on_message: OnMessage = log_message) -> None:

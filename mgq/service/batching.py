@@ -1,4 +1,4 @@
-"""Pictures of several requests run together: the first waits a moment for others."""
+"""Dynamic batching: runs images of several requests together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BatchResult(NamedTuple):
 
 
 class PendingRequest(NamedTuple):
-    """A picture (S, S, 3) that waits for its turn, and who waits for it."""
+    """An image, uint8 (S, S, 3), in the queue, and the future that gets its result."""
 
     crop: Crop
     ran: asyncio.Future[BatchResult]
@@ -48,9 +48,9 @@ class Batcher:
         return await waiting.ran
 
     async def work(self) -> None:
-        """Until it is cancelled."""
+        """Run batches until the task is cancelled."""
         while True:
-            group = [one for one in await self.gather() if not one.ran.done()]  # done: nobody waits any more
+            group = [one for one in await self.gather() if not one.ran.done()]  # done: the request was cancelled
             if group:
                 await self.answer(group)
 

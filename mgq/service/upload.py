@@ -1,4 +1,4 @@
-"""From the body of a request to the pictures in it, of which no more is read than the limits allow."""
+"""Reads the images in the body of a request, within the limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOW = "send a picture as the body, or files of multipart/form-data, as `curl -F 
 
 
 class RefusalError(Exception):
-    """Why a request is not answered: one line, and the status of HTTP."""
+    """Raised for a request that is refused: one line, and the HTTP status."""
 
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
@@ -33,7 +33,7 @@ class Upload(NamedTuple):
 
 
 class ParserInMemory(MultiPartParser):
-    """Bodies are bounded, so nothing of them is written to a disk."""
+    """A multipart parser that keeps everything in memory: bodies are limited in size."""
 
     spool_max_size = 1 << 40
 

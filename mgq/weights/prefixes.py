@@ -18,7 +18,7 @@ Judge = Callable[[State], bool]
 
 _DEEPEST = 12
 _FEWEST = 20
-"""No network of the zoo has fewer tensors: what has is not looked at as one."""
+"""No network of the zoo has fewer tensors, so smaller states are not considered."""
 _SHOWN = 3
 _UNSAID = "num_batches_tracked"
 _COUNTED = {
@@ -41,11 +41,11 @@ class Part:
 def network_part(state: State, holds: Judge, ends: Judge, fits: Judge) -> Part:
     """The network in ``state``: without counters and without the longest prefix of all names that makes it one.
 
-    ``holds`` tells whether a state has the names of a network of the zoo, ``ends`` whether its classifier, too,
-    ``fits`` whether it is one, no tensor missing and none too many. Where names have no common prefix that helps, the
-    only part that fits is taken, or the only linear layer is taken for the classifier, whatever it is called. What has
-    no network in it is returned as it is, for the strict loading to say what is wrong. Raises InputError where several
-    parts fit, or where what is left out would change the answers.
+    ``holds``: whether a state has the names of a network of the zoo; ``ends``: whether it has its classifier, too;
+    ``fits``: whether it is one, no tensor missing and none too many. Where names have no common prefix that helps, the
+    only part that fits is taken, or the only linear layer is taken for the classifier, whatever it is called. A state
+    without a network is returned unchanged: strict loading reports what is wrong. Raises InputError where several parts
+    fit, or where what is left out would change the answers.
     """
     weights = {name: value for name, value in state.items() if not is_counter(name, value)}
     counters = [name for name in state if name not in weights and not name.endswith(_UNSAID)]

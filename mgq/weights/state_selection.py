@@ -13,7 +13,7 @@ from mgq.weights.torch_files import UnreadableError
 IsTensor = Callable[[object], bool]
 
 _USUAL = ("state_dict", "model", "model_state_dict", "net")
-"""Names under which one network is expected, so that they need no mention."""
+"""Usual keys of a single network; messages do not mention them."""
 _PREFERENCES = (
     ("state_dict_ema", {"state_dict"}),  # timm
     ("model_ema", {*_USUAL}),  # torchvision's reference scripts, timm: beside "model"
@@ -22,7 +22,7 @@ _PREFERENCES = (
     ("state_dict", {"ema_state_dict"}),  # mmengine, which swaps them: the averages are in state_dict
     ("state_dict", {"current_model_state"}),  # Lightning's WeightAveraging, as well
 )
-"""The network that the program itself takes for answers, and those beside it."""
+"""The network that each program itself infers with, and the other ones in its files."""
 _DEEPEST = 4
 _SHOWN = 8
 
@@ -37,7 +37,7 @@ class Choice:
 
     @property
     def said(self) -> str:
-        """Which network it is, in words, where a reader would want to know; '' otherwise."""
+        """Which network it is, in words; '' where the file has only one, under a usual key."""
         if not self.others and self.key in ("", *_USUAL):
             return ""
         others = " and ".join(f"'{printable(name)[:80]}'" for name in self.others[:_SHOWN])

@@ -53,11 +53,11 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class UnreadableError(Exception):
-    """Why a file is not read: the rest of a one-line sentence that begins with its name, and the mend."""
+    """Raised for a file that cannot be read: the rest of a sentence that begins with its name, and the mend."""
 
 
 class DamagedError(UnreadableError):
-    """The bytes make no sense as weights."""
+    """Raised for bytes that are damaged."""
 
 
 def damaged_error() -> DamagedError:
@@ -70,7 +70,7 @@ def damaged_error() -> DamagedError:
 
 @dataclass
 class Allowance:
-    """The bytes that may still be made of one file, so that a small file cannot ask for a large memory."""
+    """The bytes of memory that one file may still take, so that a small file cannot allocate a large memory."""
 
     left: int
 
@@ -192,7 +192,7 @@ def torch_tensor(part: object, offset: object, size: object, stride: object) -> 
 
 @dataclass
 class Storages:
-    """The storages of one file by their keys, each met once however many tensors show it."""
+    """The storages of one file by key; several tensors may share one."""
 
     by_key: dict[str, Storage] = field(default_factory=dict)
 

@@ -1,13 +1,12 @@
 """Reads weights from foreign files (MegEngine, PyTorch, safetensors) without running anything in them.
 
-A pickle is a program for a small stack machine. The machine of the standard library is too able for files
-of unknown origin, even when it may look up no dangerous name: an index in the file makes it reserve
-gigabytes, a deep tuple used as a key overflows its stack, and a state can be written into the functions that
-guard it. So a machine of our own reads pickles here. It knows only the instructions that weights need. A name
-in the file stays a name (:class:`_Name`, which cannot be called), and each name that may be "called" stands
-for one function of this module that makes an array or a container. What programs leave beside the weights (settings,
-paths, dates: :mod:`mgq.weights.inert_objects`) becomes one inert value, whatever its arguments. Any other name is
-refused. Steps and memory are limited.
+A pickle is a program for a small stack machine. The one of the standard library is unsafe for files of unknown origin,
+even when it looks up no dangerous name: an index in the file makes it reserve gigabytes, a deep tuple used as a key
+overflows its stack, and a state can be written into the functions that guard it. So this module has a stack machine of
+its own, with only the instructions that weights need. A name in the file stays a name (:class:`_Name`, which cannot be
+called), and each name that may be "called" stands for one function of this module that makes an array or a container.
+What programs leave beside the weights (settings, paths, dates: :mod:`mgq.weights.inert_objects`) becomes one inert
+value, whatever its arguments. Any other name is refused. Steps and memory are limited.
 
 Format: the opcodes of Python's ``pickletools`` for protocols 2 to 5; ``megengine.save``; ``torch.save``.
 """

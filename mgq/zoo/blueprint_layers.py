@@ -18,11 +18,11 @@ from mgq.zoo.layers import ConvBnRelu6, keep_grid_of
 
 Options = Mapping[str, Any]
 LOWEST = -3e38
-"""What stands around a picture for the largest of a window."""
+"""The padding value of max pooling."""
 
 
 class BlueprintLayer(M.Module):  # type: ignore[misc]
-    """A layer of a ``kind``. ``lowest`` is a bound that nothing it gives is below."""
+    """A layer of a ``kind``. ``lowest`` is a lower bound of its outputs."""
 
     def __init__(self, kind: str, options: Options, lowest: float) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ class Move(BlueprintLayer):
 
 
 def layer_of(plan: LayerPlan, on_grid: bool, lowest: float) -> M.Module:
-    """The module that ``plan`` describes, without weights. ``on_grid``: what it gives is int8 in an int8 network."""
+    """The module that ``plan`` describes, without weights. ``on_grid``: whether its output is int8 in an int8
+    network."""
     if plan.kind == "conv":
         return convolution_of(plan)
     options = plan.options

@@ -50,7 +50,7 @@ class InvertedResidual(M.Module):  # type: ignore[misc]
         layers.append(conv_act(hidden, hidden, 3, stride, 1, groups=hidden, bias=False))
         layers.append(M.ConvBn2d(hidden, channels, 1, bias=False))
         self.conv = M.Sequential(*layers)
-        # There in every block, used or not: the public example's QAT checkpoints hold its observer.
+        # Every block has it, used or not: the public example's QAT checkpoints hold its observer.
         self.add = M.Elemwise("ADD")
         self.has_shortcut = stride == 1 and in_channels == channels
 
@@ -85,7 +85,8 @@ class MobileNetV2(M.Module):  # type: ignore[misc]
 
 
 def mobilenet_v2(classes: int = 1000, width: float = 1.0, activation: str = "relu") -> MobileNetV2:
-    """Raises InputError for an activation that there is not."""
+    """MobileNetV2 with a ``width`` multiplier and an ``activation``, ``relu`` or ``relu6``. Raises InputError for
+    another activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise no_such("activation", str(activation), ACTIVATIONS)
     return MobileNetV2(classes, width, activation)

@@ -11,7 +11,7 @@ from megengine import Tensor
 from mgq.zoo.layers import forward_hooks
 
 _SIDE = 64
-"""Pixels of the made-up picture: two positions are left of it behind the last layer."""
+"""Pixels on a side of the noise image: the last layer sees two positions of it."""
 
 
 def find_overflowing_layer(network: M.Module) -> str | None:

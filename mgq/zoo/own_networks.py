@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 TRIED, COMMON_SIZE = 3, 224
-"""Classes of the network that is built to be looked at, and a size of pictures that it has to take beside its own."""
+"""Classes of the network that is built as a check, and a second size of images that it has to take."""
 
 
 def register(name: str, builder: Callable[..., M.Module], image_size: int = 224) -> ModelSpec:
-    """Let every verb know the network that ``builder(classes=N)`` gives, as the architecture ``name``, in this process.
+    """Register the network that ``builder(classes=N)`` returns as the architecture ``name``, in this process, for every
+    verb.
 
     It takes float32 (N, 3, H, W), BGR pixels minus 128, and returns float32 logits (N, classes). Int8 begins at its
     ``QuantStub``. ``image_size``: pixels on a side, a multiple of 32. It is built once and run on zeros. Raises
-    InputError for a name that is taken or cannot be one of a folder, and for what does not keep to this.
+    InputError for a name that is taken or cannot be one of a folder, and for a network that does not meet this
+    contract.
     """
     known = specs().get(name)
     if not NAME.fullmatch(name) or name.endswith("."):

@@ -125,7 +125,7 @@ class ModelSpec:
         return result
 
     def imagenet_recipe(self, mode: str, epochs: int | None = None) -> dict[str, Any]:
-        """What a training on ImageNet depends on, by the names that a recipe has; a new dictionary."""
+        """The recipe's values for a training on ImageNet, by field name; a new dictionary."""
         return dict(import_when_called(self.recipe)(mode, epochs))
 
     def read_options(self, state: State) -> Mapping[str, Any]:
@@ -326,7 +326,7 @@ def specs() -> dict[str, ModelSpec]:
 
 
 def register_blueprint(name: str, options: Mapping[str, Any]) -> ModelSpec:
-    """The architecture that the blueprint among ``options`` describes: known as ``name`` from now on, in this process.
+    """The architecture that the blueprint among ``options`` describes: registered as ``name`` in this process.
 
     Raises InputError where it is damaged, or the name is that of a network of the zoo.
     """

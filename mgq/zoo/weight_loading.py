@@ -77,9 +77,9 @@ def read_weights(
 ) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
-    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key``
-    chooses one; what was taken, and what was taken off its names, is in the origin. Raises InputError where the file is
-    unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
+    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key`` chooses
+    one; the origin states the choice and the prefix that was removed from the names. Raises InputError where the file
+    is unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
     message names what differs.
     """
     file = read_state(path, key)
@@ -146,7 +146,7 @@ def may_hold(spec: ModelSpec, state: State) -> bool:
 
 
 def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
-    """The weights in an mgq checkpoint, which says itself what it is."""
+    """The weights in an mgq checkpoint, whose metadata describe it."""
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with name_in_errors(name):
@@ -211,7 +211,7 @@ def family_hint(spec: ModelSpec, state: State) -> str:
 
 
 def describe_differences(state: State, expected: State) -> str:
-    """What keeps ``state`` from loading strictly into ``expected``, in words: '' if nothing does."""
+    """Why ``state`` does not load strictly into ``expected``, in words; '' if it does."""
 
     def list_names(names: list[str], of: State) -> str:
         shown = ", ".join(f"{printable(name)[:80]} {tuple(of[name].shape)}" for name in names[:SHOWN])
@@ -272,7 +272,7 @@ def load_state(network: M.Module, state: State, what: str) -> None:
 
 
 def weight_beside(name: str, state: State) -> str:
-    """The parameter that the scales called ``name`` are of."""
+    """The parameter that belongs to the scales ``name``."""
     layer = name.removesuffix(".weight_fake_quant.scales")
     return next(own for own in (f"{layer}.conv.weight", f"{layer}.weight") if own in state)
 
