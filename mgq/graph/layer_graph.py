@@ -1,6 +1,6 @@
-"""A network as a small graph of plain layers, with the grid of every tensor: for equalization and for exporters.
-
-It is read from the traced network, whose layers stay whole, so that scales and parameters are those of the layers.
+"""The intermediate representation: a network as a small graph of plain layers, with the quantization parameters of
+every tensor. Equalization and exporters use it. It is read from the traced network, whose layers are not split, so that
+scales and parameters are those of the layers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class QuantParams:
         return -self.qmin if self.qmax - self.qmin == UINT8_MAX else PIXEL_ZERO
 
     def refine(self) -> QuantParams:
-        """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
+        """The grid for means of values on this one: half the step, where uint8 has enough levels; else the same."""
         if (self.qmin, self.qmax) == (0, 127):
             return QuantParams(self.scale / 2, 0, 255)
         return self
@@ -139,7 +139,7 @@ class Transpose(Node):
 
 @dataclass(frozen=True)
 class Operation(Node):
-    """What only imported networks have: a layer of a ``kind`` with ``options`` (see :mod:`mgq.zoo.blueprint`).
+    """A layer of an imported network, of a ``kind`` with ``options`` (see :mod:`mgq.zoo.blueprint`).
 
     ``constants`` are float32, by their names.
     """
@@ -175,9 +175,8 @@ def macs_of(graph: Graph) -> int:
 
 
 def graph_of(network: M.Module, image_size: int) -> Graph:
-    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written.
-
-    One that was built from a blueprint has pictures of its own size.
+    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names a layer that is not
+    supported. A network built from a blueprint has its own image size.
     """
     if isinstance(network, BlueprintNetwork):
         return BlueprintReader(network).graph()
@@ -369,7 +368,7 @@ class BlueprintReader(Reader):
             self.grids[plan.name] = find_quant_params(module)
 
     def make_known_node(self, plan: LayerPlan) -> Node | None:
-        """``plan`` as one of the nodes that networks of the zoo have, too."""
+        """The node for ``plan`` where the zoo's networks have such a layer, too; else None."""
         options = plan.options
         if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
             kernel, stride, padding = pair(options["kernel"]), pair(options["stride"]), pair(options["pads"][:2])

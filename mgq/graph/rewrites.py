@@ -1,4 +1,4 @@
-"""Exact rewrites of a graph at export: other operations that give the same numbers, sooner on some processors.
+"""Exact rewrites of a graph at export: other operations with the same results that are faster on some processors.
 
 Which of them pay depends on how a processor's speed of multiplying compares with that of moving memory: they are for
 :mod:`mgq.bench.tune`, which measures.

@@ -1,8 +1,8 @@
 """Fake quantization whose scale is trained by gradient descent: LSQ and TQT.
 
-MegEngine has classes of these names. Its LSQ replaces its parameter whenever it is set, behind the optimizer's back,
-keeps what it needs outside of its state, and leaves the paper's gradient scale to the caller; its TQT takes scales
-that no observer can have. So these are our own, and every scale they take is one that a min-max observer gives too.
+MegEngine has classes of these names. Its LSQ replaces its parameter whenever it is set, so that the optimizer loses it,
+keeps values outside of its state, and leaves the paper's gradient scale to the caller; its TQT has scales that no
+observer can have. These classes avoid that: every scale they take is one that a min-max observer can give, too.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[misc]
     """Rounding to int8 and back in float32, with one trained number from which the scale follows.
 
-    ``trained`` is that number; it keeps its identity, so that an optimizer made early goes on to own it.
-    ``initialized`` is 1 once it was set from an observer. Where ``ceiling`` is given the range never exceeds it (behind
-    a ReLU6): a gradient that would lead beyond is dropped. ``per_image``: the first axis is the batch.
+    ``trained`` is that number; the parameter object stays the same, so that an optimizer created earlier keeps training
+    it. ``initialized`` is 1 once it was set from an observer. Where ``ceiling`` is given the range never exceeds it
+    (behind a ReLU6): a gradient that would lead beyond is dropped. ``per_image``: the first axis is the batch.
     """
 
     def __init__(self, dtype: str | QuantDtypeMeta, ceiling: float | None = None, per_image: bool = True) -> None:
@@ -93,8 +93,8 @@ class LearnedStepSize(LearnedFakeQuantize):
     """LSQ, learned step size quantization (Esser et al. 2020, arXiv:1902.08153): ``trained`` is the scale by ``gain``.
 
     The paper scales its gradient so that scale and weights move at one pace. It quantizes the weights that are trained;
-    ours have a batch norm folded in, which at the first layer makes them some 60 times smaller, and the scale as much
-    too fast. Divided by that gain it is a scale of the trained weights, as in the paper.
+    ours have a batch norm folded in, which at the first layer makes them some 60 times smaller, so its scale would move
+    too fast by the same factor. Divided by that gain it is a scale of the trained weights, as in the paper.
     """
 
     def to_trained(self, limit: float) -> float:

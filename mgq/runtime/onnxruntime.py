@@ -39,8 +39,8 @@ class OnnxRuntime(OnnxFileRuntime):
         options.inter_op_num_threads = 1
         options.execution_mode = package.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 4  # what is wrong with a file is told once, by the exception
-        # Threads that wait in a loop would take the processor from whatever runs in turn with this.
+        options.log_severity_level = 4  # errors come once, by the exception
+        # Spinning threads would take the processor from backends that run in turn with this one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = package.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])

@@ -51,8 +51,8 @@ class CheckpointInfo:
 
 
 def check_size(pixels: int) -> int:
-    """Return Return ``pixels`` if a network can take images of that size. Raises InputError that names the nearest
-    size."""
+    """Return Return Return Return ``pixels`` if a network can take images of that size. Raises InputError that names
+    the nearest size."""
     if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
         return pixels
     near = min(MOST_PIXELS, max(PIXELS_STEP, round(pixels / PIXELS_STEP) * PIXELS_STEP))

@@ -1,7 +1,5 @@
-"""As much of FlatBuffers as it takes to look into a file without trusting it.
-
-Every number that is read leads to another place in the file or nowhere: what reaches outside raises struct.error or
-ValueError. Format: "FlatBuffer Internals" of its documentation.
+"""A reader of FlatBuffers for untrusted files. Every offset is checked: one that reaches outside of the file raises
+struct.error or ValueError. Format: "FlatBuffer Internals" of its documentation.
 """
 
 from __future__ import annotations

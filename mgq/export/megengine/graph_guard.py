@@ -1,4 +1,4 @@
-"""MegEngine's serialized graphs, read without MegEngine: is this one that mgq could have written?
+"""Checks serialized graphs without MegEngine: only those that mgq could have written pass.
 
 MegEngine's loaders trust what they read. An axis too many is written over the stack, a name that is missing is read
 from address 0, a size may be anything. A checksum is no help where the file comes from a stranger. So a graph is passed

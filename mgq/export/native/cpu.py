@@ -1,4 +1,4 @@
-"""Kinds of processor that code is made for, and which of them this machine is."""
+"""Processor levels that code is compiled for, and the level of this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Level:
-    """``flags`` are what Linux calls the features that have to be there, ``leaves`` what ``cpuid`` says of them.
+    """``flags``: Linux's names of the required features, ``leaves``: their bits in ``cpuid``.
 
     ``cpu`` and ``features`` are LLVM's names. ``state``: the registers that the system has to save, as bits of XCR0.
     """
@@ -76,7 +76,7 @@ def host_flags() -> frozenset[str]:
 
 
 def cpu_names() -> tuple[str, ...]:
-    """What ``--cpu`` may say."""
+    """The values of ``--cpu``."""
     return (NATIVE, *(level.key for level in LEVELS))
 
 

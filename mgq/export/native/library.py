@@ -19,7 +19,7 @@ FUNCTIONS = {
     SERVE: (POINTER, NUMBER),
     END: (POINTER,),
 }
-"""What is called, and what that takes."""
+"""The exported functions and their argument types."""
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Library:
         return self.team.work[HEADER : HEADER + self.compiled.work]
 
     def calls(self) -> Calls:
-        """They keep alive what they need, and not this."""
+        """The functions of the library. They hold references to what they need, but not to this object."""
         engine, constants, threads = self.engine, self.constants, self.threads
         lead, serve, end = (
             ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name)) for name, kinds in FUNCTIONS.items()

@@ -19,7 +19,7 @@ ALIGNMENT = 64
 ENTRY = 20
 """Bytes of a tile in the table."""
 OVERFLOW = 2.0**30
-"""Scaled sums below it are safe from int32's end."""
+"""Scaled sums below this cannot overflow int32."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""From layers to steps: what is computed together, and where in the work area every tensor lies."""
+"""Plans the execution: which layers are computed together, and where in the work area every tensor lies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(eq=False)
 class Family:
-    """Tensors whose channels lie alike: who makes and who reads each channel."""
+    """Tensors whose channels have the same order in memory, with the steps that make and read each channel."""
 
     channels: int
     makers: Array | None = None
@@ -181,7 +181,7 @@ class Planner:
         return groups
 
     def runs_with(self, group: list[Step], step: Step) -> bool:
-        """Whether what the last of ``group`` makes for ``step`` stays in the thread that has made it."""
+        """Whether each thread reads in ``step`` only what it computed itself in the last of ``group``."""
         last, length = group[-1], len(group)
         tensor = self.program.tensors[last.target]
         if not isinstance(last.layer, Conv):

@@ -1,7 +1,7 @@
 """An int8 network as a list of integer layers, read from an ONNX file of mgq.
 
-It holds all that is computed and nothing of how: weights int8, biases int32, multipliers float32, and for every tensor
-the range of its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what each layer does with them.
+It holds what is computed, not how: weights int8, biases int32, multipliers float32, and for every tensor the range of
+its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what each layer does with them.
 """
 
 from __future__ import annotations

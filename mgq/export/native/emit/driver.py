@@ -1,4 +1,4 @@
-"""The whole program: which kernel runs on which rows, in which order."""
+"""Emits the driver of a network: which kernel runs on which rows, in which order."""
 
 from __future__ import annotations
 
@@ -220,8 +220,8 @@ class Driver:
     # Weights of as many bytes as values
 
     def reserve_wide(self, code: Code, group: list[Step]) -> None:
-        """Room for the widened weights of ``group``: of one tile at a time, or, where each tile is gone through once a
-        row, of all tiles, which are widened here."""
+        """Reserve memory for the widened weights of ``group``: of one tile at a time, or of all tiles, which are
+        widened here, where every tile is used once for each row."""
         by_row, place = self.is_by_row(group), 0
         for step in group:
             target = self.storage(step.target)

@@ -1,4 +1,4 @@
-"""What stands at both ends: pixels in planes become rows of four bytes a pixel, and positions become their mean."""
+"""Emits the first and the last kernel: pixels in planes to rows of four bytes a pixel, and the mean over positions."""
 
 from __future__ import annotations
 

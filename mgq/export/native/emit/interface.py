@@ -1,4 +1,4 @@
-"""The face of a shared library: functions of C that run the network and say what it is."""
+"""Emits the C interface of a shared library: functions that run the network and describe it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = 'nounwind "target-cpu"="x86-64" "target-features"="+sse2"'
 
 @dataclass(frozen=True)
 class Facts:
-    """What the library says of its network. ``about`` is JSON: where it came from, its classes and so on."""
+    """The description of the network in the library. ``about`` is JSON: its origin, its classes and so on."""
 
     name: str
     image_size: int

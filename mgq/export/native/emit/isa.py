@@ -1,6 +1,5 @@
-"""What the kernels ask of a processor: dot products of four bytes, rounding, and packing to bytes.
-
-All give the same bits. Vectors are 64 bytes wide for every processor; LLVM splits them where registers are narrower.
+"""Instruction sets: dot products of four bytes, rounding, and packing to bytes, for each kind of processor. All give
+the same bits. Vectors are 64 bytes wide for every processor; LLVM splits them where registers are narrower.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class PortableIsa:
         return range(64)
 
     def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
-        """What ``dot`` wants of the 64 weights at ``pointer``."""
+        """The 64 weights at ``pointer``, as operands of ``dot``."""
         return self.prepare(code, code.load(INTS, pointer, 64), True)
 
     def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
@@ -68,11 +67,11 @@ class PortableIsa:
         return self.weights(code, pointer)
 
     def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
-        """What ``dot`` wants of the four values at ``pointer``, for all outputs alike."""
+        """The four values at ``pointer``, broadcast to all outputs, as operands of ``dot``."""
         return self.prepare(code, code.broadcast(pointer), False)
 
     def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
-        """What ``dot`` wants of 64 bytes, INTS."""
+        """64 bytes, INTS, as operands of ``dot``."""
         halves = []
         for place in (0, 8, 16, 24):
             moved = code.value(f"shl {INTS} {values}, {constant('i32', 24 - place, 16)}") if place < 24 else values
@@ -144,7 +143,7 @@ class PortableIsa:
 
 
 class SaturatingIsa(PortableIsa):
-    """Processors that round, and saturate to bytes, by instructions of their own."""
+    """Processors with instructions that round, and saturate to bytes."""
 
     def requantize(self, code: Code, value: Value, to: Range) -> Value:
         limited = self.limit(code, value, to.low - to.zero, to.high - to.zero)
@@ -181,7 +180,7 @@ class Avx512Vnni(SaturatingIsa):
         return code.call(INTS, name, (INTS, total), (INTS, values[0]), (INTS, weights[0]))
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        """Saturation is left to ``pack``. What overflows int32 would come out negative: callers rule that out."""
+        """Saturation is left to ``pack``. Values that overflow int32 would become negative: callers exclude them."""
         name = "llvm.x86.avx512.mask.cvtps2dq.512"
         return code.call(INTS, name, (FLOATS, value), (INTS, "undef"), ("i16", "-1"), ("i32", "4"))
 

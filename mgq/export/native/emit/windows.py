@@ -1,4 +1,5 @@
-"""Depthwise convolutions and max pooling: each output row is made of some rows of the source, given as pointers."""
+"""Emits depthwise convolutions and max pooling: each output row is computed from some rows of the source, given as
+pointers."""
 
 from __future__ import annotations
 
