@@ -299,7 +299,7 @@ def elements_a_channel(geometry: Geometry) -> int:
 def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
     """Apply ``function`` to ``source`` with the parameters of ``module``, and update its running statistics."""
     bn = module.bn
-    run = function.mapped if isinstance(source, FeatureMap) else function
+    run = function.apply_to_maps if isinstance(source, FeatureMap) else function
     output = run(source, module.conv.weight, bn.weight, bn.bias)
     if function.norm.fixed:
         return output
