@@ -97,7 +97,7 @@ def wide_program(arch: str, height: int, width: int) -> Program:
 
 
 @pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
-@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), ("resnet18", 96, 64)])
+@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), slow("resnet18", 96, 64)])
 def test_pictures_that_are_no_squares_give_the_same_bits(arch: str, height: int, width: int, level: Level) -> None:
     program = wide_program(arch, height, width)
     images = np.random.default_rng(3).integers(0, 256, (2, 3, height, width), np.uint8)

@@ -38,7 +38,7 @@ from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.zoo.weight_loading import read_weights
-from tests.conftest import Mgq, the_error
+from tests.conftest import Mgq, slow, the_error
 from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
 
 RAW = ImportWish(preprocess="raw")
@@ -485,7 +485,7 @@ def test_words_for_foreign_files_are_refused_for_others(mgq: Mgq, verb: str) -> 
     assert "for ONNX files of others" in the_error(mgq(verb, "--preprocess", "tf"))
 
 
-@pytest.mark.parametrize("verb", TAKERS)
+@pytest.mark.parametrize("verb", [slow(verb) if verb == "qat" else verb for verb in TAKERS])
 def test_each_verb_imports_a_file_as_it_is_told_now(tmp_path: Path, mgq: Mgq, verb: str) -> None:
     path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
     known = import_checkpoint(path, runs, ImportWish(preprocess="tf"))

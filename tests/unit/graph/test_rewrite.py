@@ -43,7 +43,7 @@ def convolutions(found: Graph) -> list[Any]:
         slow(SHUFFLENET, ("shuffles",)),
         slow(SHUFFLENET, ("stem",)),
         slow("resnet18", ("stem",)),
-        ("efficientnet_lite0", ("stem",)),
+        slow("efficientnet_lite0", ("stem",)),
         (SHUFFLENET, ("shuffles", "stem")),
     ],
 )
