@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -202,6 +203,35 @@ def test_only_the_command_line_prints() -> None:
         if path.parent.name == "cli":
             continue
         assert "print" not in called_names(path), path
+
+
+COUNTED = (
+    *("batch", "class", "core", "device", "epoch", "file", "image", "input"),
+    *("layer", "name", "network", "output", "picture", "process", "thread"),
+)
+"""What messages count."""
+
+
+def test_a_message_says_one_class_and_two_classes() -> None:
+    """A number that may be 1 stands with its noun in :func:`mgq.errors.plural`; ``1 of 3 pictures`` need not."""
+    nouns = "|".join(f"{noun}e?s" for noun in COUNTED)
+    for path in ROOT.rglob("*.py"):
+        for text in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.JoinedStr)):
+            whole = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}" if is_whole_number(part) else "{..}"
+                for part in text.values
+            )
+            said = re.search(rf"(?<!\bof )(?<!\+ )\{{\}} ({nouns})\b", whole)
+            assert said is None, f"{path.relative_to(ROOT)}, line {text.lineno}: '{whole}' of one {said[1]}"
+
+
+def is_whole_number(part: ast.expr) -> bool:
+    """Whether what an f-string has here may be a count: not a rate, a length or a text that is looked up."""
+    return (
+        isinstance(part, ast.FormattedValue)
+        and (part.format_spec is None or ast.unparse(part.format_spec) == "f','")
+        and not ast.unparse(part.value).endswith((".suffix", "names"))  # texts
+    )
 
 
 def called_names(path: Path) -> set[str]:

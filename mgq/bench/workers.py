@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, plural
 from mgq.machine import mute_stderr
 from mgq.runtime.protocol import Runtime
 from mgq.system.processes import AnsweringProcess, Channel
@@ -69,7 +69,8 @@ class InProcessWorker:
         logits = self.runtime.run(self.batch)
         if logits.ndim != 2 or logits.shape[0] != self.batch.shape[0] or logits.shape[1] == 0:
             raise FailureError(
-                f"{self.name} gave no logits but an array of shape {logits.shape} for {len(self.batch)} pictures"
+                f"{self.name} gave no logits but an array of shape {logits.shape} for "
+                f"{plural(len(self.batch), 'picture')}"
             )
         return logits.copy()
 

@@ -24,7 +24,7 @@ from mgq.cli.shared_options import (
     TargetName,
     prepare_megengine,
 )
-from mgq.errors import printable
+from mgq.errors import plural, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,7 +117,9 @@ def show_analysis(found: Analysis, worst: int, page: Path) -> None:
     head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
     head += f"\npictures: {result.images} of {found.images.name}"
     say(head, style="dim")
-    whole = f"all {len(result.layers)} layers in int8: logits {format_decibels(result.whole.logit_snr, ' dB')}, "
+    whole = (
+        f"all {plural(len(result.layers), 'layer')} in int8: logits {format_decibels(result.whole.logit_snr, ' dB')}, "
+    )
     whole += f"{result.whole.same:.1f} % same answers"
     if result.float_top1 is not None:
         whole += (
@@ -144,7 +146,7 @@ def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
     if not calibration.get("tried"):
         return []
     kind = "held back" if calibration["held_back"] else "that it was fitted to"
-    lines = [f"calibration, logits on {calibration['judged_on']} pictures {kind}:"]
+    lines = [f"calibration, logits on {plural(calibration['judged_on'], 'picture')} {kind}:"]
     for trial in sorted(calibration["tried"], key=lambda trial: -float(trial["snr"])):
         kept = "  (kept)" if trial["steps"] == calibration["steps"] else ""
         lines.append(f"  {trial['snr']:6.1f} dB  {', '.join(trial['steps'])}{kept}")

@@ -18,7 +18,7 @@ from mgq.cli.shared_options import (
     open_network,
     prepare_megengine,
 )
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -256,7 +256,9 @@ def describe_parity(differences: list[LayerParity]) -> str:
     share = sum(found.share * found.values for found in differences) / values
     if far is not None:
         return f"{far.layer} is the first of {len(differences)} that differs by more than one step ({far.largest})"
-    return f"no integer of {len(differences)} layers differs by more than one step, {share:.3%} of them by one"
+    return (
+        f"no integer of {plural(len(differences), 'layer')} differs by more than one step, {share:.3%} of them by one"
+    )
 
 
 def target_of(classifier: Classifier) -> str:

@@ -27,7 +27,7 @@ from mgq.cli.shared_options import (
     open_network,
     take_checkpoint,
 )
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.export.formats import format_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ def refuse_more_than_cores(jobs: int) -> None:
     from mgq.machine import usable_cores
 
     if jobs > usable_cores():
-        raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
+        raise InputError(
+            f"--jobs {jobs} is more than the {plural(usable_cores(), 'core')} here: give 1 to {usable_cores()}"
+        )
 
 
 def preparation_for(classifier: Classifier) -> Callable[[], None]:
@@ -290,9 +292,10 @@ def show_evaluation(
     from mgq.cli.console import out, say, show_table
     from mgq.cli.infer import headline
 
-    of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
+    whole = plural(facts["pictures"], "picture", ",")
+    images = whole if facts["images"] == facts["pictures"] else f"{facts['images']:,} of {whole}"
     say(headline(classifier), style="dim")
-    say(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim")
+    say(f"data: {facts['data']}, {images}", style="dim")
     show_table(figures(result))
     if per_class:
         show_table(class_table(result))
@@ -348,12 +351,12 @@ def confusion_table(pairs: list[Confusion]) -> Table:
 
 
 def conditions(facts: dict[str, Any]) -> str:
-    processes = "1 process" if facts["jobs"] == 1 else f"{facts['jobs']} processes"
-    threads = "1 thread decodes" if facts["workers"] == 1 else f"{facts['workers']} threads decode"
+    processes = plural(facts["jobs"], "process")
+    threads = f"{plural(facts['workers'], 'thread')} decode{'s' * (facts['workers'] == 1)}"
     busy = "; the machine was busy" if facts["busy"] else ""
     version = facts["versions"].get("megengine")
     megengine = f"; MegEngine {version}" if version else ""
     return (
-        f"± one standard error. {facts['cpu']}, {facts['cores']} cores; {processes}, {threads}, batches of "
+        f"± one standard error. {facts['cpu']}, {plural(facts['cores'], 'core')}; {processes}, {threads}, batches of "
         f"{facts['batch_size']}, {facts['image_size']} pixels{megengine}{busy}"
     )

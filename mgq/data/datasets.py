@@ -20,7 +20,7 @@ from mgq.data.image_sources import Source
 from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 
 
@@ -302,7 +302,7 @@ def _describe_folders(layout: Layout, counts: Mapping[Path, int]) -> str:
         name = printable(place.relative_to(layout.root))
         if place in counts:
             as_val = ", for there is no val/" if role == "test" else ""
-            parts.append(f"{name}/ is {_USES[role]} ({counts[place]:,} pictures{as_val})")
+            parts.append(f"{name}/ is {_USES[role]} ({plural(counts[place], 'picture', ',')}{as_val})")
         else:
             parts.append(f"{name}/ is not looked at")
     return f"{printable(layout.root)}: {', '.join(parts)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mgq.data.decoding import HEAD_BYTES, begins_as_image
-from mgq.errors import printable
+from mgq.errors import plural, printable
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -89,8 +89,9 @@ class Tally:
             found.append(f"{name}: passed over what other programs left there: {_format_counts(self.passed)}")
         if self.left_out:
             number = self.left_out.total()
-            files = "1 file" if number == 1 else f"{number:,} files"
-            found.append(f"{name}: left out {files}: {_format_counts(self.left_out, with_reason=True)}")
+            found.append(
+                f"{name}: left out {plural(number, 'file', ',')}: {_format_counts(self.left_out, with_reason=True)}"
+            )
         return found
 
 

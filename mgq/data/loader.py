@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mgq.data.augmentation import Draw, Stream, Transform, generator
 from mgq.data.datasets import Dataset
 from mgq.data.decoding import Pixels
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.machine import usable_cores
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -138,7 +138,7 @@ class Loader:
             raise InputError(f"a batch of {self.batch_size} pictures is not possible: give at least 1")
         if self.drop_last and self.batch_size * self.ranks > images:
             raise InputError(
-                f"{self.dataset.name} has {images} pictures, too few for a batch of"
+                f"{self.dataset.name} has {plural(images, 'picture')}, too few for a batch of"
                 f" {self.batch_size * self.ranks}: give less"
             )
         if not 0 <= self.rank < self.ranks or (self.ranks > 1 and not self.drop_last):

@@ -19,7 +19,7 @@ from megengine import Tensor
 from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, plural
 from mgq.graph.layer_graph import graph_of
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
@@ -342,7 +342,7 @@ class CorrectBias:
 
     @property
     def name(self) -> str:
-        quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {self.images} images"
+        quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {plural(self.images, 'image')}"
         return "biases corrected" + (" for rounded weights" if self.of_weights else "") + quickly
 
     def apply(self, draft: Draft) -> Draft:

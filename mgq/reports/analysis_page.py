@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mgq.engine.calibration.analysis import Analysis, format_decibels, format_points
 from mgq.engine.classifier.open import versions
+from mgq.errors import plural
 from mgq.io.atomic import write_text_atomically
 from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
 from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape, Text
@@ -145,7 +146,7 @@ def channel_chart(values: Values) -> Drawing:
     middle = height * (1 - min(values.median_share, 1.0))
     outline = Outline(f"M0 {height:.0f}{steps}V{height:.0f}Z", GREEN)
     parts: list[Shape] = [outline, Line(0, middle, width, middle, GREY)]
-    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, f"{len(shares)} channels")]
+    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, plural(len(shares), "channel"))]
     parts.append(Text(width, height + 13, f"median {values.median_share:.0%}", "end"))
     return Drawing(width, height + 18, "largest value of each channel", parts)
 

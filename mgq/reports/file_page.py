@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mgq.bench.tables import format_three_digits
+from mgq.errors import plural
 from mgq.reports.engine_rows import ROUNDS
 from mgq.reports.html import Table, render
 from mgq.reports.measurements import INT8, Measurements
@@ -59,7 +60,7 @@ def tiles_of(report: FileReport) -> Iterator[tuple[str, str, str]]:
     if found is not None:
         yield f"top-1, {report.what}", percent(found.last.top1), f"± {found.last.top1_error:.1f} points"
         if len(found.last.classes) > 5:
-            yield f"top-5, {report.what}", percent(found.last.top5), f"on {found.images:,} pictures"
+            yield f"top-5, {report.what}", percent(found.last.top5), f"on {plural(found.images, 'picture', ',')}"
     yield "file", size_of(report.file_bytes), report.path.name
     best = report.engines.fastest(report.what) if report.engines is not None else None
     if best is not None and best.speed is not None:
@@ -72,7 +73,7 @@ def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
     how = network.preprocessing
     yield "file", str(report.path)
     yield "SHA-256", report.sha256
-    yield "architecture", f"{network.spec.name}, {len(network.classes):,} classes, {width}x{height} pixels"
+    yield "architecture", f"{network.spec.name}, {plural(len(network.classes), 'class', ',')}, {width}x{height} pixels"
     if report.what == INT8:
         layers = about.get("float_layers")
         kept = f"; weights of {', '.join(map(str, layers))} stay float32" if isinstance(layers, list) and layers else ""

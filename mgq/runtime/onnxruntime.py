@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ class OnnxRuntime(OnnxFileRuntime):
             self.session = package.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise cannot_run(self, path, error) from None
+        self.forget_content()
+
+    def forget_content(self) -> None:
+        """Let go of the file's content, which the package would keep to start again on another device."""
+        self.session.disable_fallback()
+        self.session._model_bytes = None
+        self.file = replace(self.file, content=b"")
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = self._answers([self.file.output], batch)[0]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.export.onnx.onnx_file import OnnxFile
 from mgq.machine import usable_cores
 from mgq.runtime.engine_faults import advice_for
@@ -91,7 +91,7 @@ def check_threads(threads: int) -> int:
     """Raises InputError for more threads than cores."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
-        raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
+        raise InputError(f"{plural(threads, 'thread')} on {plural(cores, 'core')} will not do; give 1 to {cores}")
     return threads
 
 

@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from mgq.errors import printable
+from mgq.errors import plural, printable
 from mgq.service.limits import MEGA, Limits
 
 UNNAMED = "the picture"
@@ -71,7 +71,7 @@ async def read_form(request: Request, limits: Limits) -> list[Upload]:
 
 def why_refused(said: str, limits: Limits) -> str:
     if said.startswith("Too many files"):
-        return f"there are more than {limits.pictures} pictures in one request: send several"
+        return f"there are more than {plural(limits.pictures, 'picture')} in one request: send several"
     if said.startswith("Too many fields"):
         return f"the form has a field that is no file: {HOW}"
     return f"the form cannot be read ({printable(said).rstrip('.')}): {HOW}"

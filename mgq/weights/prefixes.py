@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.weights.foreign_states import IMAGENET_RGB, State
 
 Judge = Callable[[State], bool]
@@ -59,7 +59,7 @@ def network_part(state: State, holds: Judge, ends: Judge, fits: Judge) -> Part:
     if len(parts) > 1:
         names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
         first = printable(next(iter(parts)))[:-1][:80]
-        raise InputError(f"has {len(parts)} networks, {names}: choose one, such as --key {first}")
+        raise InputError(f"has {plural(len(parts), 'network')}, {names}: choose one, such as --key {first}")
     for prefix, found in parts.items():
         rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         refuse_other_normalization(rest)

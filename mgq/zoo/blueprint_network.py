@@ -10,7 +10,7 @@ import numpy as np
 from megengine import Tensor
 from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.zoo.blueprint import INPUT, Blueprint, blueprint_in
 from mgq.zoo.blueprint_layers import layer_of
 
@@ -74,7 +74,7 @@ def blueprint_network(blueprint: str, classes: int, source: str = "") -> Bluepri
     del source
     found = blueprint_in(blueprint)
     if found.classes != classes:
-        raise InputError(f"the network has {found.classes} classes, not {classes}")
+        raise InputError(f"the network has {plural(found.classes, 'class')}, not {classes}")
     try:
         return BlueprintNetwork(found)
     except (KeyError, TypeError, ValueError, AssertionError, IndexError):

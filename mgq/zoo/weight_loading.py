@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, name_in_errors, printable
+from mgq.errors import InputError, name_in_errors, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
@@ -201,7 +201,8 @@ def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) 
     if not spec.is_described and classes > classes_in(spec, state):
         there = state[spec.head].shape[0] if spec.head in state and state[spec.head].size else 0
         raise InputError(
-            f"{name} does not fit {spec.name}: it has a classifier of {there} outputs for {classes} classes"
+            f"{name} does not fit {spec.name}: it has a classifier of {plural(there, 'output')} for "
+            f"{plural(classes, 'class')}"
         )
 
 

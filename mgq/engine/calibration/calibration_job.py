@@ -20,7 +20,7 @@ from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.events import NO_CALLBACKS, Callbacks, duration
 from mgq.io.atomic import ensure_writable_folder
 from mgq.ptq.calibrate import count_images_used
@@ -181,7 +181,9 @@ def announce(
     seconds = estimate_seconds(classifier, number, options.preset, options.method)
     if options.preset == BEST:
         callbacks.on_message("--quality best is balanced now, which tries as much: it will go in the next release")
-    callbacks.on_message(f"calibrating on {number} pictures, quality {options.preset}: about {duration(seconds)}")
+    callbacks.on_message(
+        f"calibrating on {plural(number, 'picture')}, quality {options.preset}: about {duration(seconds)}"
+    )
 
 
 def calibrate_on(

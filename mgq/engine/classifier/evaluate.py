@@ -24,7 +24,7 @@ from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.distributed.team import Team, current_team, send_work
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
@@ -220,7 +220,9 @@ def evaluate(
         with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
             return _evaluate_in_team(team, classifier, loader, prepare, on_progress)
     if not 1 <= jobs <= usable_cores():
-        raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
+        raise InputError(
+            f"--jobs {jobs} is not possible on {plural(usable_cores(), 'core')}: give 1 to {usable_cores()}"
+        )
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
         jobs = min(jobs, len(loader))
         if jobs > 1:
@@ -295,8 +297,9 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
         raise InputError(
-            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; "
-            f"it knows {_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
+            f"{dataset.name} has {plural(len(unknown), 'class')} that the network does not know "
+            f"({_join_names(unknown)}; it knows {_join_names(names)}): give pictures of its classes with -d, or "
+            "weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]
@@ -387,8 +390,8 @@ class _Tally:
         outputs = logits.shape[1]
         if labels.max() >= outputs or labels.min() < 0:
             raise InputError(
-                f"{self.loader.dataset.name} has {len(self.loader.dataset.classes)} classes and the network has"
-                f" {outputs} outputs: give pictures of its classes"
+                f"{self.loader.dataset.name} has {plural(len(self.loader.dataset.classes), 'class')} and the network "
+                f"has {plural(outputs, 'output')}: give pictures of its classes"
             )
         refuse_not_finite(logits)
 

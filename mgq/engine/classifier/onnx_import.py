@@ -16,7 +16,7 @@ from megengine import Tensor
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
-from mgq.errors import FailureError, InputError, printable
+from mgq.errors import FailureError, InputError, plural, printable
 from mgq.events import OnMessage, log_message
 from mgq.export.onnx.float_input import FloatInput
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
@@ -162,7 +162,7 @@ def remarks_on(
     if difference is not None:
         equal = f"float answers as ONNX Runtime's (largest difference {difference:.1e} of the largest number)"
     default = "" if not wish.is_open else ", the default: --preprocess tf, caffe or raw for others"
-    return [f"{layers} layers of opset {file.opset}, {equal}", f"input as {contract.describe()}{default}"]
+    return [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", f"input as {contract.describe()}{default}"]
 
 
 def draft_network(file: ForeignFile) -> NetworkDraft:
@@ -276,7 +276,7 @@ def names_in_file(path: Path, classes: int) -> tuple[str, ...]:
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{shown} is no list of class names: one a line, or a list in JSON") from None
     if len(found) != classes:
-        raise InputError(f"{shown} has {len(found)} names for a network of {classes} classes")
+        raise InputError(f"{shown} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}")
     if len(set(found)) != len(found):
         raise InputError(f"{shown} has a name twice")
     return found

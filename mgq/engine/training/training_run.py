@@ -45,7 +45,7 @@ from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task
 from mgq.engine.training.train_options import TrainOptions, all_changes, find_data, refuse_changed_options
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, make_measuring_loader, read_sets
-from mgq.errors import FailureError, InputError, MgqError, printable
+from mgq.errors import FailureError, InputError, MgqError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
 from mgq.io.records import record_of
@@ -162,8 +162,8 @@ def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> Tra
     )
     if given.classes != len(sets.train.classes) and initial.classes is None:
         raise InputError(
-            f"{given.origin} answers {given.classes} classes and {sets.train.name} has {len(sets.train.classes)}; "
-            f"run `mgq train -a {spec.name} -d {data}` first"
+            f"{given.origin} answers {plural(given.classes, 'class')} and {sets.train.name} has "
+            f"{len(sets.train.classes)}; run `mgq train -a {spec.name} -d {data}` first"
         )
     job = make_job(train_options, Mode.QAT, spec, data, sets, initial, changes)
     if at_hand:
@@ -285,7 +285,9 @@ def name_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
     if number is None or number == len(names):
         return names
     if number < len(names):
-        raise InputError(f"--classes {number} is fewer than the {len(names)} classes of the pictures: give no less")
+        raise InputError(
+            f"--classes {number} is fewer than the {plural(len(names), 'class')} of the pictures: give no less"
+        )
     return (*names, *(f"class {i}" for i in range(len(names), number)))
 
 
@@ -302,7 +304,9 @@ def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callba
         run.note_environment(processes=[this_process(train_options.workers)])
         sets = read_sets(recipe.data, None, to_plain(recipe), callbacks)
         sets = Sets(*(match_classes(dataset, info.classes) for dataset in (sets.train, sets.val)))
-        callbacks.on_message(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
+        callbacks.on_message(
+            f"going on with {run.path}: {plural(recipe.epochs, 'epoch')}, {state.progress['epoch']} done"
+        )
         if note:
             callbacks.on_message(note)
         begun = float_start_of(run, recipe) if recipe.mode == "qat" else None
@@ -319,14 +323,17 @@ def describe_process_change(recipe: Recipe, cluster: Cluster, run: RunFolder) ->
         return ""
     path, pictures = printable(run.path), recipe.batch_size * recipe.devices
     if not runs_on_processor() or cluster.nodes > 1:
-        raise InputError(f"{path} was begun on {recipe.devices} devices, not {cluster.world}: give it the same")
+        raise InputError(
+            f"{path} was begun on {plural(recipe.devices, 'device')}, not {cluster.world}: give it the same"
+        )
     if pictures % cluster.world:
         raise InputError(
-            f"{path} takes {pictures} pictures a step, which {cluster.world} processes cannot share equally: "
-            f"give it {recipe.devices}, with which it began"
+            f"{path} takes {plural(pictures, 'picture')} a step, which {plural(cluster.world, 'process')} cannot share "
+            f"equally: give it {recipe.devices}, with which it began"
         )
     alike = "equal up to rounding" if recipe.sync_bn else "equal up to rounding, but for what batch norms see at once"
-    return f"begun with {recipe.devices} processes, going on with {cluster.world}: the same pictures a step, {alike}"
+    begun = f"begun with {plural(recipe.devices, 'process')}, going on with {cluster.world}"
+    return f"{begun}: the same pictures a step, {alike}"
 
 
 def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
@@ -399,7 +406,7 @@ def train_on_all_devices(job: TrainJob, run: RunFolder, cluster: Cluster, callba
         figures = launch(cluster, partial(train_on_device, job, run), callbacks, job.train_options.prepare)
     except EndedError:
         saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
-        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", job.recipe) from None
+        raise StoppedError(f"stopped on {plural(cluster.devices, 'device')}; {saved}", job.recipe) from None
     if cluster.node:
         raise ElsewhereError(f"this machine has done its part: the network lies on machine 0, in {printable(run.path)}")
     return figures

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import plural
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
@@ -110,7 +111,7 @@ def read_convolution(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
     if weight.ndim != 4 or len(op.shape()) != 4:
-        raise UnknownFormError(f"convolves {weight.ndim - 2} axes: only those of pictures, 2, are imported")
+        raise UnknownFormError(f"convolves {plural(weight.ndim - 2, 'axis')}: only those of pictures, 2, are imported")
     kernel = weight.shape[2:]
     stride, dilation = list(op.read_attribute("strides", [1, 1])), list(op.read_attribute("dilations", [1, 1]))
     groups = int(op.read_attribute("group", 1))

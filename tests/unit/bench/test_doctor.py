@@ -11,6 +11,7 @@ import pytest
 from mgq.bench import doctor
 from mgq.bench.doctor import Check, Diagnosis, State, list_checks
 from mgq.export.native.cpu import get_level
+from mgq.runtime import engine_faults
 from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
@@ -46,6 +47,17 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "package_version", lambda package: None)
     finding = check_called("ONNX Runtime").run()
     assert finding.found == "not installed" and finding.mend == "pip install 'mgq[deploy]'"
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_version_with_a_known_fault_is_a_row_with_a_mend_where_it_shows(
+    monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    monkeypatch.setattr(doctor, "check_package", lambda *_: "1.23.2")
+    monkeypatch.setattr(engine_faults, "processor_has", lambda flag: amx)
+    finding = check_called("ONNX Runtime").run()
+    assert finding.state is (State.LACKING if amx else State.FINE) and finding.found.startswith("1.23.2")
+    assert ("AMX" in finding.found, finding.mend) == ((True, engine_faults.MEND) if amx else (False, ""))
 
 
 def test_the_native_engine_says_what_it_runs_and_where_it_keeps_it(
