@@ -28,7 +28,12 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The networks that are traced, as they come."""
     seen: list[Any] = []
     trace = layer_graph.trace
-    monkeypatch.setattr(layer_graph, "trace", lambda network, size: (seen.append(network), trace(network, size))[1])
+
+    def noted(network: Any, size: int) -> Any:
+        seen.append(network)
+        return trace(network, size)
+
+    monkeypatch.setattr(layer_graph, "trace", noted)
     return seen
 
 
