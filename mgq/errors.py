@@ -26,7 +26,7 @@ class FailureError(MgqError):
 
 @contextlib.contextmanager
 def name_in_errors(thing: str) -> Iterator[None]:
-    """Within it the line of an InputError begins with ``thing``, such as a file that says something impossible."""
+    """Inside, the line of an InputError begins with ``thing``, such as a file with an invalid value."""
     try:
         yield
     except InputError as error:

@@ -62,7 +62,7 @@ def report(
 
 
 def write_report(options: ReportOptions, on_progress: OnProgress = log_progress) -> Report | FileReport:
-    """The same with all options in one object."""
+    """As :func:`report`, with all options in one object."""
     file = options.find_file()
     if file is not None:
         from mgq.reports.file_report import report_file
