@@ -5,7 +5,9 @@ scales and parameters are those of the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,6 +185,34 @@ def graph_of(network: M.Module, image_size: int) -> Graph:
     return Reader(network, image_size).graph()
 
 
+_kept_traces: ContextVar[dict[Any, Any] | None] = ContextVar("kept_traces", default=None)
+
+
+@contextlib.contextmanager
+def keep_traces() -> Iterator[None]:
+    """Within it, networks that are copies of one are traced once in each mode: for a caller that changes numbers alone.
+
+    Networks count as copies where their layers have the same names and classes and their parameters the same shapes.
+    """
+    token = _kept_traces.set({})
+    try:
+        yield
+    finally:
+        _kept_traces.reset(token)
+
+
+def trace(network: M.Module, image_size: int) -> Any:
+    """MegEngine's own graph of ``network``, flat; its layers stay whole."""
+    copy = deepcopy(network)
+    copy.eval()
+    if mode_of(copy) is Mode.QAT:
+        disable_fake_quant(copy)
+        disable_observer(copy)
+    for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
+        register_as_builtin(kind)
+    return trace_module(copy, Tensor(np.zeros((1, 3, image_size, image_size), np.float32))).flatten().graph
+
+
 class Reader:
     """Reads the traced network, expression by expression."""
 
@@ -198,15 +228,7 @@ class Reader:
         self.same_as: dict[str, str] = {}  # tensors that are others unchanged
 
     def graph(self) -> Graph:
-        copy = deepcopy(self.network)
-        copy.eval()
-        if self.quantized:
-            disable_fake_quant(copy)
-            disable_observer(copy)
-        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
-            register_as_builtin(kind)
-        sample = Tensor(np.zeros((1, 3, self.image_size, self.image_size), np.float32))
-        flat = trace_module(copy, sample).flatten().graph
+        flat = self.trace()
         shapes: dict[str, tuple[int, ...]] = {}
         for expression in flat._exprs:
             self.read(expression)
@@ -216,6 +238,17 @@ class Reader:
             if getattr(node, "shape", None) is not None:
                 shapes[self.name(node)] = tuple(int(axis) for axis in node.shape)
         return Graph(tuple(self.nodes), source._name, output, self.grids, shapes)
+
+    def trace(self) -> Any:
+        """The operations of the network in MegEngine's own graph, or those of one before that is of the same layers."""
+        kept = _kept_traces.get()
+        if kept is None:
+            return trace(self.network, self.image_size)
+        shapes = tuple(tuple(value.shape) for value in self.network.parameters())
+        key = self.image_size, shapes, *((name, type(module)) for name, module in self.modules.items())
+        if key not in kept:
+            kept[key] = trace(self.network, self.image_size)
+        return kept[key]
 
     def name(self, node: Any) -> str:
         name: str = self.layers.get(node._name, node._name)

@@ -14,6 +14,7 @@ from megengine.quantization.quantize import disable_observer, enable_fake_quant
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
+from mgq.graph.layer_graph import keep_traces
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
@@ -188,7 +189,7 @@ def find_best_network(
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    with fast_simulation():
+    with fast_simulation(), keep_traces():
         found = find_best(
             network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
         )

@@ -178,7 +178,8 @@ def announce(
 ) -> None:
     """Report the number of images and the estimated time."""
     number = min(count_images(options), len(sources))
-    seconds = estimate_seconds(classifier, number, options.preset, options.method)
+    target = get_target(options.target or MEGENGINE.name)
+    seconds = estimate_seconds(classifier, number, options.preset, options.method, target)
     if options.preset == BEST:
         callbacks.on_message("--quality best is balanced now, which tries as much: it will go in the next release")
     callbacks.on_message(

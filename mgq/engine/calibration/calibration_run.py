@@ -40,7 +40,7 @@ from mgq.zoo.weight_loading import fingerprint
 
 RANGES_FILE = "ranges.json"
 TIMED = 8
-GRID_PASSES, JUDGING_PASSES = 1.5, 1.0
+GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
 LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
@@ -228,9 +228,11 @@ class CalibrationImages:
             raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
-def estimate_seconds(classifier: Classifier, images: int, preset: str, method: str | None = None) -> float:
+def estimate_seconds(
+    classifier: Classifier, images: int, preset: str, method: str | None = None, target: Target = MEGENGINE
+) -> float:
     """About how long :func:`calibrate` will take here: from one timed pass of a few made-up pictures."""
-    chosen = CalibrationConfig(preset, method).make_preset()
+    chosen = CalibrationConfig(preset, method, target=target).make_preset()
     height, width = classifier.spec.only_size or (classifier.image_size, classifier.image_size)
     batch = Tensor(np.zeros((TIMED, 3, height, width), np.float32))
     classifier.network(batch).numpy()
