@@ -175,12 +175,12 @@ def infer(
     key: str | None = None,
     engine: str | None = None,
 ) -> list[Prediction]:
-    """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
+    """Classify ``images`` (files, folders, glob patterns; by default the bundled cat) with one network.
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
     runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
-    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no
-    such network.
+    ``mode`` says otherwise. Returns one :class:`Prediction` for each image, in order. Raises InputError where there is
+    no such network.
     """
     sources = expand([str(image) for image in images] or [str(bundled_cat())])
     classifier = choose_network(
