@@ -12,27 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.import_options import ImportOptions
+from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
-    RUNS,
-    Arch,
     AsJson,
-    CheckpointFile,
     EngineName,
-    ImageSize,
     Jobs,
-    KeyName,
     LabelledData,
     Limit,
     MaxBad,
     NetworkOptions,
-    Pretrained,
-    Ranges,
     ReportFreq,
-    Save,
-    TargetName,
-    Width,
     Workers,
     open_network,
     take_checkpoint,
@@ -53,7 +43,7 @@ CONFUSED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand(ImportOptions):
+class EvalCommand(NetworkCommand):
     """Measure accuracy on labelled pictures.
 
     Prints top-1, top-5, loss and the most confused classes. Without -d it takes the pictures that the checkpoint was
@@ -68,9 +58,6 @@ class EvalCommand(ImportOptions):
     """
 
     data: LabelledData = None
-    arch: Arch = None
-    checkpoint: CheckpointFile = None
-    key: KeyName = None
     mode: Annotated[
         str | None,
         typer.Option(
@@ -81,9 +68,7 @@ class EvalCommand(ImportOptions):
             show_default="quantized where the weights can serve it, else normal",
         ),
     ] = None
-    target: TargetName = None
     engine: EngineName = None
-    save: Save = RUNS
     workers: Workers = None
     jobs: Jobs = 1
     limit: Limit = None
@@ -102,10 +87,6 @@ class EvalCommand(ImportOptions):
     as_json: AsJson = False
     report_freq: ReportFreq = None
     max_bad: MaxBad = 0.01
-    pretrained: Pretrained = None
-    ranges: Ranges = None
-    width: Width = None
-    image_size: ImageSize = None
     devices: Annotated[
         int,
         typer.Option(
@@ -151,18 +132,7 @@ class EvalCommand(ImportOptions):
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
         """The network that the options choose; ``checkpoint`` is where its weights are by now."""
-        options = NetworkOptions(
-            arch=self.arch,
-            checkpoint=checkpoint,
-            key=self.key,
-            save=self.save,
-            pretrained=self.pretrained,
-            ranges=self.ranges,
-            width=self.width,
-            image_size=self.image_size,
-            target=self.target,
-            engine=self.engine,
-        ).with_newest_run(self.mode)
+        options = self.network_options(checkpoint, self.engine).with_newest_run(self.mode)
         if self.mode:
             return open_network(options, self.mode, on_progress, kept=True)
         return open_int8_or_float(options, on_progress)

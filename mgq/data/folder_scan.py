@@ -74,13 +74,13 @@ class Tally:
         self.passed.update(other.passed)
         self.left_out.update(other.left_out)
 
-    def there(self) -> str:
+    def describe(self) -> str:
         """What there is in the place of pictures: ``3 .heic (...), 2 .txt``; nothing where there is nothing."""
         return _format_counts(self.left_out + self.passed, with_reason=True)
 
-    def instead(self) -> str:
+    def as_clause(self) -> str:
         """The same within a sentence."""
-        return f", but {self.there()}" if self.there() else ""
+        return f", but {self.describe()}" if self.describe() else ""
 
     def lines(self, name: str) -> list[str]:
         """Two lines at the most about the folder ``name``."""
@@ -131,7 +131,7 @@ def scan_folder(folder: Path, tally: Tally) -> Iterator[Entry]:
             # Most files are plain: of a set of a million pictures each microsecond here is a second.
             if _suffix(name) in _SUFFIXES and name[0] != "." and entry.is_file(follow_symlinks=False):
                 yield Entry(name, False, True)
-            elif (left := _left_by_programs(entry)) is not None:
+            elif (left := _name_leftover(entry)) is not None:
                 tally.passed[left] += 1
             elif (kind := _entry_of(entry)).is_folder or kind.is_image:
                 yield kind
@@ -158,7 +158,7 @@ def is_left_by_programs(name: str) -> bool:
     return name.startswith(".") or lower in _LEFT_FILES or lower in _LEFT_FOLDERS or lower.endswith(_LEFT_SUFFIXES)
 
 
-def _left_by_programs(entry: os.DirEntry[str]) -> str | None:
+def _name_leftover(entry: os.DirEntry[str]) -> str | None:
     """What it is called in the count, where an operating system or a tool left it; None where it counts."""
     name = entry.name
     if name.startswith("."):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mgq.bench.tables import three_digits
+from mgq.bench.tables import format_three_digits
 from mgq.errors import plural
 from mgq.reports.engine_rows import ROUNDS
 from mgq.reports.html import Table, render
@@ -17,7 +17,7 @@ from mgq.reports.report_page import (
     confusions,
     engines,
     kind_of,
-    measured_on,
+    list_conditions,
     percent,
     problems_of,
     size_of,
@@ -64,7 +64,7 @@ def tiles_of(report: FileReport) -> Iterator[tuple[str, str, str]]:
     yield "file", size_of(report.file_bytes), report.path.name
     best = report.engines.fastest(report.what) if report.engines is not None else None
     if best is not None and best.speed is not None:
-        yield f"pictures a second, {report.what}", three_digits(best.speed.fps), f"{best.engine}, 1 thread"
+        yield f"pictures a second, {report.what}", format_three_digits(best.speed.fps), f"{best.engine}, 1 thread"
 
 
 def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
@@ -90,7 +90,7 @@ def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
             f"resized to {side} pixels on the shorter side ({how.interpolation}), their middle cut out",
         )
     if report.found is not None:
-        yield from measured_on(report.found)
+        yield from list_conditions(report.found)
     yield "measured in", report.engine
     versions = about.get("versions")
     if isinstance(versions, dict) and versions:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mgq.bench.statistics import Speed, Speedup
-from mgq.bench.tables import three_digits
+from mgq.bench.tables import format_three_digits
 from mgq.engine.classifier.evaluate import ClassResult, Evaluation
 from mgq.errors import plural
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
@@ -109,7 +109,7 @@ def tiles_of(report: Report) -> Iterator[tuple[str, str, str]]:
     best = compared.fastest(INT8 if INT8 in by_name else FLOAT) if compared is not None else None
     if compared is not None and best is not None and best.speed is not None:
         gain = f", {ratio_text(compared.gain)} times float32" if compared.gain else ""
-        yield f"pictures a second, {best.what}", three_digits(best.speed.fps), f"{best.engine}, 1 thread{gain}"
+        yield f"pictures a second, {best.what}", format_three_digits(best.speed.fps), f"{best.engine}, 1 thread{gain}"
 
 
 def ratio_text(gain: Speedup) -> str:
@@ -130,12 +130,12 @@ def facts_of(report: Report) -> Iterator[tuple[str, object]]:
         yield "mode", info.mode
     yield "weights", info.origin
     if found is not None:
-        yield from measured_on(found)
+        yield from list_conditions(found)
     yield "network of", f"{run.finished:%Y-%m-%d %H:%M}"
     yield from conditions_of(report.made, machine, report.versions)
 
 
-def measured_on(found: Measurements) -> Iterator[tuple[str, str]]:
+def list_conditions(found: Measurements) -> Iterator[tuple[str, str]]:
     left = f"; {found.left_out}" if found.left_out else ""
     yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
     problems = found.last.problems
@@ -369,8 +369,8 @@ def cells_of(row: Row, counted: bool) -> list[str]:
 def speed_cells(speed: Speed | None, rounds: int) -> list[str]:
     if speed is None:
         return [NONE] * 3
-    spread = three_digits(speed.fps_iqr) if rounds > 1 else NONE
-    return [three_digits(speed.fps), spread, three_digits(speed.p50_ms)]
+    spread = format_three_digits(speed.fps_iqr) if rounds > 1 else NONE
+    return [format_three_digits(speed.fps), spread, format_three_digits(speed.p50_ms)]
 
 
 def files(report: Report) -> Table:

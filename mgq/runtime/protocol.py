@@ -56,7 +56,7 @@ class FileRuntime(BatchRuntime, Protocol):
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
 
 
-class OfOnnxFile:
+class OnnxFileRuntime:
     """What a :class:`FileRuntime` says of itself that has an ``.onnx`` file loaded."""
 
     file: OnnxFile
@@ -95,7 +95,7 @@ def check_threads(threads: int) -> int:
     return threads
 
 
-def in_batches(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def run_in_batches(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """The logits of ``images``, any number of them, in batches of the size that ``runtime`` takes."""
     if runtime.batch in (None, len(images)):
         return runtime.run(images)

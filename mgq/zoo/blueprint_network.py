@@ -32,7 +32,8 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         return self.run(inp)
 
     def run(self, inp: Tensor, watch: Watch | None = None) -> Tensor:
-        """The answer; ``watch`` is shown what each layer gives. Nothing is kept that no later layer reads."""
+        """Compute the logits; ``watch`` is called with the output of each layer. Tensors are freed after their last
+        reader."""
         found, last = {INPUT: self.quant(inp)}, self.last_readers()
         for plan in self.blueprint.layers:
             found[plan.name] = getattr(self, plan.name)(*(found[name] for name in plan.inputs))
@@ -44,7 +45,7 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         return found[self.blueprint.output]
 
     def sample(self) -> Tensor:
-        """A picture of zeros, of the only size that it takes."""
+        """An image of zeros of the only size that the network takes."""
         return Tensor(np.zeros((1, *self.blueprint.shape), np.float32))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

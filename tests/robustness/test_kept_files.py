@@ -40,13 +40,13 @@ def test_the_built_in_file_is_written_once_and_again_when_damaged_or_of_another_
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    genuine = builtin_file.written
+    genuine = builtin_file.write_file
 
     def counted(*words: object) -> Path | None:
         written.append(words)
         return genuine(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(builtin_file, "written", counted)
+    monkeypatch.setattr(builtin_file, "write_file", counted)
     first = infer()[0]
     assert infer()[0].scores == first.scores and len(written) == 1
     (path,) = kept(own_cache)

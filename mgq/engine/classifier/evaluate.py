@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mgq.data import SYNTHETIC
 from mgq.data.augmentation import EvalTransform, Transform
-from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
+from mgq.data.datasets import Dataset, Selection, evaluation_folder, validation_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import Classifier, class_names
@@ -270,7 +270,7 @@ def evaluation_data(
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return measuring_folder(Path(data), on_progress, on_message)
+    return validation_folder(Path(data), on_progress, on_message)
 
 
 def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
@@ -331,7 +331,7 @@ def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
     yield _Answers(np.zeros((0, len(loader.dataset.classes)), np.float32), none, none, dict(loader.problems))
 
 
-class _Found(NamedTuple):
+class _PartialResult(NamedTuple):
     """What one process found: see :class:`_Tally`."""
 
     meter: Meter
@@ -356,13 +356,13 @@ class _Tally:
             raise InputError(f"{loader.dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
 
     @property
-    def found(self) -> _Found:
+    def found(self) -> _PartialResult:
         """The accumulated values, to be sent to other processes."""
-        return _Found(self.meter, self.losses, self.parts, self.problems)
+        return _PartialResult(self.meter, self.losses, self.parts, self.problems)
 
-    def merge(self, parts: Sequence[_Found]) -> None:
+    def merge(self, parts: Sequence[_PartialResult]) -> None:
         """Take over what all ``parts`` found, this process's own included."""
-        self.meter = Meter.summed([part.meter for part in parts])
+        self.meter = Meter.add_up([part.meter for part in parts])
         self.losses = [loss for part in parts for loss in part.losses]
         self.parts = [numbers for part in parts for numbers in part.parts]
         self.problems = {index: line for part in parts for index, line in part.problems.items()}
@@ -443,8 +443,8 @@ class _Deal(Loader):
     def refuse_too_many(self, problems: Mapping[int, str]) -> None:
         """Raise InputError if ``problems`` of all parts together are more than ``max_bad`` allows."""
         if self._are_too_many(problems):
-            self._noted(problems)
-            raise self._too_many()
+            self._note_problems(problems)
+            raise self._too_many_error()
 
 
 @dataclass(frozen=True)
@@ -467,13 +467,13 @@ class _Work:
         import cv2
 
         cv2.setNumThreads(1)
-        classifier = self.opened()
+        classifier = self.open()
         with _Deal(self.loader(), self.part, self.of) as loader:
             channel.wait_for_all()
             for answers in _answers(classifier.logits, loader):
                 channel.send(answers)
 
-    def opened(self) -> Classifier:
+    def open(self) -> Classifier:
         if self.engine is not None:
             return open_file(self.checkpoint, self.engine, threads=1)
         from mgq.engine.classifier.open import open_classifier
@@ -538,7 +538,7 @@ class _TeamWork:
             own = Path(folder) / self.work.checkpoint.name
             own.write_bytes(self.content)
             work = replace(self.work, checkpoint=own)
-            classifier = work.opened()
+            classifier = work.open()
             with work.loader() as loader:
                 evaluate_loader(classifier.logits, loader, group=_InTeam(team))
 

@@ -106,12 +106,12 @@ def read_foreign(path: Path, size: tuple[int, int] | None = None) -> ForeignFile
     """
     model, name = model_in(path), printable(path)
     try:
-        return checked(path, model, size)
+        return check_model(path, model, size)
     except InputError as error:
         raise InputError(f"{name} {error}") from None
 
 
-def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
+def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
     opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not opsets or opsets[0] not in OPSETS:
         said = opsets[0] if opsets else "none"
