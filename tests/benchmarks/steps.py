@@ -61,15 +61,18 @@ def recipes() -> list[Recipe]:
         Recipe("alone: biases corrected", (plain, bias)),
         Recipe("alone: weights rounded together", (plain, rounding)),
     ]
-    base = {"equalized": (clear, equal), "equalized up to the ceilings": (clear, ceilings)}
     in_order = [Recipe("in order: ranges by the logits", (clear, logits))]
-    for name, before in base.items():
-        longer = [("", (*before, logits)), (", mixed", (*before, mix, logits)), (", exact", (*before, logits, exact))]
-        finished = (*before, logits, exact, rounding)
-        longer += [(", exact, rounded", finished), (", exact, rounded, logits right on average", (*finished, touch))]
-        mixed = (*before, mix, logits, exact, rounding, touch)
-        longer += [(", mixed, exact, rounded, logits right on average", mixed)]
-        in_order += [Recipe(f"in order: {name}{more}", steps) for more, steps in longer]
+    for name, way in (("equalized", equal), ("equalized up to the ceilings", ceilings)):
+        grid: tuple[Step, ...] = (clear, way, logits, exact)
+        mixed: tuple[Step, ...] = (clear, way, mix, logits, exact)
+        in_order += [
+            Recipe(f"in order: {name}", grid[:-1]),
+            Recipe(f"in order: {name}, exact", grid),
+            Recipe(f"in order: {name}, exact, rounded", (*grid, rounding)),
+            Recipe(f"in order: {name}, exact, rounded, logits right on average", (*grid, rounding, touch)),
+            Recipe(f"in order: {name}, mixed", mixed[:-1]),
+            Recipe(f"in order: {name}, mixed, exact, rounded, logits right on average", (*mixed, rounding, touch)),
+        ]
     return [*alone, *in_order]
 
 
@@ -84,10 +87,14 @@ class Comparison(NamedTuple):
         from mgq.export.onnx.writer import write_onnx
         from mgq.ptq.steps import logits_of
 
-        found = {(SIMULATION, name): logits_of(draft.watched, own.pixels) for name, own in self.images.items()}
+        watched = draft.watched
+        assert watched is not None
+        found: dict[tuple[str, str], Logits] = {
+            (SIMULATION, name): logits_of(watched, own.pixels).astype(np.float32) for name, own in self.images.items()
+        }
         with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
             path = Path(folder) / "int8.onnx"
-            write_onnx(draft.watched, path, image_size=image_size, batch=1, provenance={})
+            write_onnx(watched, path, image_size=image_size, batch=1, provenance={})
             for engine, run in ENGINES.items():
                 found |= {(engine, name): run(path, own.pixels) for name, own in self.images.items()}
         return found
