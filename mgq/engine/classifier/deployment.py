@@ -21,6 +21,7 @@ from mgq.graph.engine_forms import FORMS, in_form_for
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import ANY_ENGINE
 from mgq.runtime.protocol import BatchRuntime, in_batches
 from mgq.runtime.registry import Backend
 
@@ -138,7 +139,7 @@ def own_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False
     if engine not in FORMS:
         return []
     beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
-    graph = plain_graph(source_of(int8), int8.image_size)
+    graph = in_form_for(plain_graph(source_of(int8), int8.image_size), ANY_ENGINE)
     if in_form_for(graph, engine) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []
