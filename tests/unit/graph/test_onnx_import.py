@@ -360,6 +360,13 @@ def not_numbers(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", "image", weight), 8))
 
 
+def overflowing(model: Model) -> Any:
+    """Finite weights, with which answers are not."""
+    first = model.conv("image", 3, 8)
+    large = model.constant(np.full((8, 8, 1, 1), 3e38))
+    return model.proto(model.classify(model.add("Conv", model.add("Conv", first, large), large), 8))
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
@@ -374,6 +381,7 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "opset": (old_opset, "opset 6"),
     "outside": (outside, "outside of its folder"),
     "nan": (not_numbers, "NaN"),
+    "overflow": (overflowing, "answers with numbers that are not finite"),
 }
 
 
