@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
 from mgq.weights.checkpoint import check_size
@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def zoo_networks(self) -> tuple[str, ...]:
-        """Those of the ``networks`` of which anything was published."""
+        """Those of the ``networks`` with published figures."""
         return tuple(name for name in self.networks if name != FILES)
 
 
@@ -126,7 +126,9 @@ def parse_threads(wanted: Sequence[str]) -> tuple[int, ...]:
         if number < 1:
             raise InputError(f"--threads {number} is too few: give at least 1")
         if number > cores:
-            raise InputError(f"--threads {number} is more than this machine's {cores} cores: give {cores} or fewer")
+            raise InputError(
+                f"--threads {number} is more than this machine's {plural(cores, 'core')}: give {cores} or fewer"
+            )
         found.add(number)
     return tuple(sorted(found))
 

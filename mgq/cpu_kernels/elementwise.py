@@ -26,9 +26,9 @@ Result = TypeVar("Result")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 PIECE = 1 << 15
-"""Elements: a few float32 arrays of so many lie in the second cache together."""
+"""Elements of a piece: a few float32 arrays of this size fit into the second-level cache together."""
 LONG_PIECE = 1 << 17
-"""For a function that passes over its elements once: a call costs nothing beside the work then."""
+"""Elements of a piece for functions that pass over memory once: the call's overhead is negligible then."""
 LEAST_SPAN = 1e-30
 """What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
@@ -44,8 +44,9 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``piece`` elements that together are ``size``, in their order."""
+def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
+    """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
+    order."""
 
     def run(first: int, last: int) -> list[Result]:
         return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
@@ -61,22 +62,23 @@ def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE
     return results
 
 
-def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``rows`` (rows, elements): as many whole rows as a piece has."""
-    return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
+def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
+    """Call ``function`` with slices of ``rows`` (rows, elements), as many whole rows as fit into a piece."""
+    return run_in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
 def fake_quantize(
     array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask | None]:
-    """``array`` rounded to multiples of ``scale``, and where it was not clipped; None where it was nowhere."""
+    """``array`` rounded to multiples of ``scale``, and a mask of what was not clipped; None where nothing was
+    clipped."""
     output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
     source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
 
     def quantize(piece: slice) -> int:
         return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, qmin, qmax)
 
-    return output, passes if sum(in_pieces(quantize, source.size, LONG_PIECE)) else None
+    return output, passes if sum(run_in_pieces(quantize, source.size, LONG_PIECE)) else None
 
 
 def fake_quantize_rows(
@@ -90,7 +92,7 @@ def fake_quantize_rows(
     def quantize(part: slice) -> None:
         numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, qmin, qmax)
 
-    in_rows(quantize, source, LONG_PIECE)
+    run_in_rows(quantize, source, LONG_PIECE)
     return output, passes
 
 
@@ -117,7 +119,7 @@ def mask_rows(
             sums[part],
         )
 
-    in_rows(run, rows, LONG_PIECE)
+    run_in_rows(run, rows, LONG_PIECE)
     return sums
 
 
@@ -140,13 +142,13 @@ def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values,
         rows = values[part], weights[part], low[part], factors[part]
         numba_loops.add_to_histograms(*rows, squares[part], sums[part], share)
 
-    in_rows(run, values, LONG_PIECE)
+    run_in_rows(run, values, LONG_PIECE)
 
 
 def extremes(array: Array) -> Array:
     """(2,): the least and the largest element; NaN where there is one."""
     elements = array.reshape(-1)
-    found = np.array(in_pieces(lambda piece: (elements[piece].min(), elements[piece].max()), elements.size))
+    found = np.array(run_in_pieces(lambda piece: (elements[piece].min(), elements[piece].max()), elements.size))
     return np.array([found[:, 0].min(), found[:, 1].max()], np.float32)
 
 
@@ -156,7 +158,7 @@ def extremes_of_rows(array: Array, factors: Array) -> Array:
     A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes.
     """
     rows = rows_of(array, factors.size)
-    found = in_rows(lambda part: (rows[part].min(axis=1), rows[part].max(axis=1)), rows)
+    found = run_in_rows(lambda part: (rows[part].min(axis=1), rows[part].max(axis=1)), rows)
     lows, highs = (np.concatenate(part) * factors.reshape(-1) for part in zip(*found, strict=True))
     return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
 
@@ -165,7 +167,9 @@ def apply_mask(array: Array, mask: Mask) -> Array:
     """``array`` where ``mask`` is set, else 0."""
     result = empty(array.shape)
     elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
-    in_pieces(lambda piece: numba_loops.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE)
+    run_in_pieces(
+        lambda piece: numba_loops.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE
+    )
     return result
 
 
@@ -177,7 +181,7 @@ def clamp_below(array: Array, ceiling: float) -> Mask | None:
     def hold(piece: slice) -> int:
         return numba_loops.hold(elements[piece], np.float32(ceiling), marks[piece])
 
-    return below if sum(in_pieces(hold, elements.size, LONG_PIECE)) else None
+    return below if sum(run_in_pieces(hold, elements.size, LONG_PIECE)) else None
 
 
 @dataclass(frozen=True)
@@ -214,11 +218,11 @@ def requantize(
         before, factors, after = (values[part] for values in each)
         numba_loops.requantize(source[part], before, factors, after, limits, inverse, qmin, qmax, even, counts[part])
 
-    in_rows(run, source, LONG_PIECE)
+    run_in_rows(run, source, LONG_PIECE)
     return steps
 
 
-def descended(
+def step_parameter(
     value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
 ) -> tuple[Array, Array]:
     """A parameter's new value and speed after a step of gradient descent with momentum and weight decay."""
@@ -228,5 +232,5 @@ def descended(
     def run(piece: slice) -> None:
         numba_loops.descend(old[piece], was[piece], by[piece], now[piece], then[piece], rate, momentum, decay)
 
-    in_pieces(run, value.size, LONG_PIECE)
+    run_in_pieces(run, value.size, LONG_PIECE)
     return new_value, new_speed

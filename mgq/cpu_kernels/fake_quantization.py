@@ -13,7 +13,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver, Mi
 from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
-from mgq.cpu_kernels.statistics_exchange import widest
+from mgq.cpu_kernels.statistics_exchange import merge_extremes
 from mgq.cpu_kernels.tensor_exchange import Array
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
@@ -30,18 +30,18 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def applied(self, array: Array) -> tuple[Array, Mask | None]:
-        """``array`` quantized, in memory of its own, and where it was not clipped; None where it was nowhere."""
+    def apply(self, array: Array) -> tuple[Array, Mask | None]:
+        """A quantized copy of ``array``, and a mask of what was not clipped; None where nothing was clipped."""
         return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
 
-    def applied_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
+    def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
         clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
         return fake_quantize_rows(array, factors, divide, self.scale, self.qmin, self.qmax)
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
-    """What FakeQuantize does with ``qparams``; None where the scale is not one number."""
+    """The quantizer that equals FakeQuantize with ``qparams``; None where the scale is not one number."""
     if qparams.scale is None or qparams.scale.size != 1:
         return None
     asymmetric = qparams.mode == QuantMode.ASYMMERTIC
@@ -53,7 +53,7 @@ def quantizer_of(qparams: QParams) -> Quantizer | None:
 
 
 def is_plain(fake_quant: Any) -> bool:
-    """Whether ``fake_quant`` is one that :class:`Quantizer` can stand for, and at work."""
+    """Whether :class:`Quantizer` can replace ``fake_quant``, and it is enabled."""
     is_stock = type(fake_quant) is FakeQuantize or (type(fake_quant) is EvenFakeQuantize and fake_quant.training)
     return is_stock and bool(fake_quant.enabled)
 
@@ -66,11 +66,12 @@ def is_known(observer: Any) -> bool:
 
 
 def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
-    """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
+    """Update a known ``observer`` with the ``extremes`` of an array, unless it is disabled; return its quantization
+    parameters."""
     if observer.enabled:
         found = extremes()
         if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
-            found = widest(found)
+            found = merge_extremes(found)
         qmin, qmax = np.split(found, 2)
         if isinstance(observer, ExponentialMovingAverageObserver):
             keep = observer.runtime_momentum.numpy()

@@ -1,4 +1,4 @@
-"""Which functions of MegEngine the fast ones stand for, and when."""
+"""Replaces functions of MegEngine by fast ones, where these give the same results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.channels_last import Pool
-from mgq.cpu_kernels.elementwise import descended, extremes
+from mgq.cpu_kernels.elementwise import extremes, step_parameter
 from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
@@ -39,7 +39,7 @@ from mgq.cpu_kernels.feature_maps import (
     Sum,
     needs_gradient,
     of_tensor,
-    plain,
+    to_plain,
     token_of,
 )
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
@@ -59,11 +59,12 @@ from mgq.zoo.shufflenet_v1 import ShuffleNetV1
 Stock = Callable[..., Any]
 
 MAPPED_NETWORKS = (ResNet, MobileNetV2, ShuffleNetV1, EfficientNetLite)
-"""Networks whose layers hand on feature maps: all that they do between the first layer and the average knows them."""
+"""Networks whose layers may pass feature maps to each other: all their operations up to the average support them."""
 
 
 class Replacement(NamedTuple):
-    """``owner.name``, and how its fast version is made of the stock one, which it calls where it cannot serve."""
+    """A function ``owner.name``, and how its fast version is made from the stock one, which that calls as a
+    fallback."""
 
     owner: Any
     name: str
@@ -96,7 +97,7 @@ def disable_fast_gradients() -> None:
 
 @contextlib.contextmanager
 def replaced(*replacements: Replacement) -> Iterator[None]:
-    """Within it, fast versions stand for these, also for those that stand there already."""
+    """Inside, the functions of ``replacements`` are replaced; they may be nested."""
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
     try:
         for owner, name, fast in replacements:
@@ -154,7 +155,7 @@ def replacements() -> Iterator[Replacement]:
         yield Replacement(network, "forward", fast_network)
 
 
-def on_cpu(*inputs: Tensor | FeatureMap) -> bool:
+def are_on_cpu(*inputs: Tensor | FeatureMap) -> bool:
     """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced."""
     if is_tracing() or is_tracing_module() or amp.enabled:
         return False
@@ -194,7 +195,7 @@ def fast_conv2d(stock: Stock) -> Stock:
         found = None
         if (
             needs_gradient(inp, weight)
-            and on_cpu(inp, weight)
+            and are_on_cpu(inp, weight)
             and pair_of(dilation) == (1, 1)
             and str(conv_mode).lower() == "cross_correlation"
             and compute_mode == "default"
@@ -213,7 +214,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
         def forward(self: M.Module, inp: Tensor | FeatureMap) -> Tensor | FeatureMap:
             found = fusable(self, inp)
             if found is None:
-                return as_before(inp, stock(self, plain(inp)))
+                return as_before(inp, stock(self, to_plain(inp)))
             return normalize(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
@@ -232,7 +233,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             )
             found = fusable(self, inp) if known else None
             if found is None:
-                return as_before(inp, stock(self, plain(inp)))
+                return as_before(inp, stock(self, to_plain(inp)))
             arguments = arguments_of(self, found, relu, ceiling, inp)
             function = (
                 FakeQuantizedConvolution(self, *arguments)
@@ -283,7 +284,7 @@ def fusable(module: M.Module, source: Tensor | FeatureMap) -> Geometry | None:
         and not (bn.training and exchange_of_batch_norm() is not None)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
-        and on_cpu(source, conv.weight)
+        and are_on_cpu(source, conv.weight)
     )
     found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
     # One value alone has no unbiased variance.
@@ -296,9 +297,9 @@ def elements_a_channel(geometry: Geometry) -> int:
 
 
 def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
-    """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
+    """Apply ``function`` to ``source`` with the parameters of ``module``, and update its running statistics."""
     bn = module.bn
-    run = function.mapped if isinstance(source, FeatureMap) else function
+    run = function.apply_to_maps if isinstance(source, FeatureMap) else function
     output = run(source, module.conv.weight, bn.weight, bn.bias)
     if function.norm.fixed:
         return output
@@ -317,11 +318,11 @@ def fast_elemwise(stock: Stock) -> Stock:
         added = sum_of(*inputs, mode=str(mode).upper())
         if added is not None:
             return added
-        inputs = tuple(map(plain, inputs))
+        inputs = tuple(map(to_plain, inputs))
         if (
             str(mode).upper() == "FUSE_ADD_RELU"
             and needs_gradient(*inputs)
-            and on_cpu(*inputs)
+            and are_on_cpu(*inputs)
             and inputs[0]._tuple_shape == inputs[1]._tuple_shape
         ):
             return AddRelu()(*inputs)
@@ -337,7 +338,7 @@ def sum_of(*inputs: Tensor | FeatureMap, mode: str) -> FeatureMap | None:
     a, b = inputs
     if not isinstance(a, FeatureMap) or not isinstance(b, FeatureMap) or a._tuple_shape != b._tuple_shape:
         return None
-    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").mapped(a, b)
+    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").apply_to_maps(a, b)
 
 
 def fast_identity(stock: Stock) -> Stock:
@@ -352,7 +353,7 @@ def fast_max_pool2d(stock: Stock) -> Stock:
         if not isinstance(inp, FeatureMap):
             return stock(inp, kernel_size, stride, padding)
         pool = Pool(pair_of(kernel_size), pair_of(stride or kernel_size), pair_of(padding))
-        return MaxPool(inp, pool).mapped(inp)
+        return MaxPool(inp, pool).apply_to_maps(inp)
 
     return max_pool2d
 
@@ -362,7 +363,7 @@ def fast_avg_pool2d(stock: Stock) -> Stock:
         whole = isinstance(inp, FeatureMap) and pair_of(kernel_size) == inp._tuple_shape[2:]
         if whole and not options and not named:
             return GlobalAverage(inp)(inp.token)
-        return stock(plain(inp), kernel_size, *options, **named)
+        return stock(to_plain(inp), kernel_size, *options, **named)
 
     return avg_pool2d
 
@@ -371,7 +372,7 @@ def fast_channel_shuffle(stock: Stock) -> Stock:
     def channel_shuffle(x: Tensor | FeatureMap, groups: int) -> Tensor | FeatureMap:
         if not isinstance(x, FeatureMap):
             return stock(x, groups)
-        shuffled = Shuffle(x, groups).mapped(x)
+        shuffled = Shuffle(x, groups).apply_to_maps(x)
         if x._qparams is not None:
             shuffled.qparams.update(x.qparams)
         return shuffled
@@ -388,7 +389,7 @@ def fast_network(stock: Stock) -> Stock:
 
 def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     """Whether all convolutions of ``network`` are trained, on a CPU, and nobody looks in between the layers."""
-    if images.ndim != 4 or not on_cpu(images) or needs_gradient(images):
+    if images.ndim != 4 or not are_on_cpu(images) or needs_gradient(images):
         return False
     return all(
         not part._forward_hooks
@@ -402,7 +403,7 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
 def fast_updates(stock: Stock) -> Stock:
     def updates(self: SGD, param_group: dict[str, Any]) -> None:
         trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
-        if self.nesterov or not param_group["momentum"] or not trained or not on_cpu(*trained):
+        if self.nesterov or not param_group["momentum"] or not trained or not are_on_cpu(*trained):
             stock(self, param_group)
             return
         velocities = [self._state[parameter]["momentum_buffer"] for parameter in trained]
@@ -420,7 +421,7 @@ def descend(
     arrays = values(*parameters, *velocities, *(parameter.grad for parameter in parameters))
     each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
     for parameter, velocity, value, speed, gradient in each:
-        new_value, new_speed = descended(value, speed, gradient, rate, momentum, decay)
+        new_value, new_speed = step_parameter(value, speed, gradient, rate, momentum, decay)
         shape = parameter._tuple_shape  # of a single number the array is (1,)
         parameter._reset(Tensor(new_value.reshape(shape), device=device))
         velocity._reset(Tensor(new_speed.reshape(shape), device=device))
@@ -439,10 +440,10 @@ def fast_quantization(stock: Stock) -> Stock:
         self: Q.QATModule, target: Tensor | FeatureMap, fake_quant: Any, observer: Any
     ) -> Tensor | FeatureMap:
         if isinstance(target, FeatureMap) and is_plain(fake_quant) and is_known(observer):
-            return quantized_map(target, observer)
+            return quantize_map(target, observer)
         if isinstance(target, FeatureMap):
-            return of_tensor(apply_fakequant_with_observer(self, plain(target), fake_quant, observer))
-        if not is_plain(fake_quant) or observer is None or not on_cpu(target):
+            return of_tensor(apply_fakequant_with_observer(self, to_plain(target), fake_quant, observer))
+        if not is_plain(fake_quant) or observer is None or not are_on_cpu(target):
             return stock(self, target, fake_quant, observer)
         if is_known(observer):
             (array,) = values(target)
@@ -459,11 +460,11 @@ def fast_quantization(stock: Stock) -> Stock:
     return apply_fakequant_with_observer
 
 
-def quantized_map(source: FeatureMap, observer: Any) -> FeatureMap:
+def quantize_map(source: FeatureMap, observer: Any) -> FeatureMap:
     """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
     qparams = update_observer(observer, lambda: extremes(source.array))
     quantizer = quantizer_of(qparams)
     assert quantizer is not None
-    output = QuantizedMap(source, quantizer).mapped(source)
+    output = QuantizedMap(source, quantizer).apply_to_maps(source)
     output.qparams.update(qparams)
     return output

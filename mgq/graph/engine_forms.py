@@ -1,4 +1,4 @@
-"""A graph in the form that an engine runs fastest: which numbers are rounded between two layers, and by what operators.
+"""Adapts a graph to the int8 kernels of an engine: where values are rounded between layers, and by which operators.
 
 Engines have different int8 kernels. OpenVINO computes an activation at the end of a convolution's kernel, in float, and
 rounds once behind it. ONNX Runtime needs integers behind every convolution, and has kernels that read and give integers
@@ -16,17 +16,17 @@ from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENV
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
 
 SATURATED = 3.0
-"""Beyond it a hard swish is 0 or what it reads."""
+"""Beyond it a hard swish is 0 or the identity."""
 GATE = QuantParams(1 / UINT8_MAX, 0, UINT8_MAX)
 """Of a sigmoid: 255 steps are exactly 1."""
 
 
-def in_form_for(graph: Graph, engine: str) -> Graph:
+def adapt_to_engine(graph: Graph, engine: str) -> Graph:
     """``graph`` in the form for ``engine``, a key of ``FORMS``; the same object where it needs no other."""
     return FORMS[engine](graph)
 
 
-def rounded_before_own_joins(graph: Graph) -> Graph:
+def round_before_own_joins(graph: Graph) -> Graph:
     """``graph`` with what is only joined put on the grid of the whole beforehand: joining moves integers then.
 
     The numbers are the same. OpenVINO rounds a joined tensor outside of any kernel, in five times the time; what a
@@ -34,20 +34,20 @@ def rounded_before_own_joins(graph: Graph) -> Graph:
     one kernel, and would have more to do.
     """
     readers = readers_in(graph)
-    return rounded_before_joins(graph, lambda name: len(readers[name]) == 1)
+    return round_before_joins(graph, lambda name: len(readers[name]) == 1)
 
 
-def rounded_before_all_joins(graph: Graph) -> Graph:
+def round_before_all_joins(graph: Graph) -> Graph:
     """The same of all parts, whoever reads them besides."""
-    return rounded_before_joins(graph, lambda _: True)
+    return round_before_joins(graph, lambda _: True)
 
 
-def rounded_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph:
+def round_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph:
     """``graph`` with what is joined on the grid of the whole, where all parts that are on others are ``is_taken``."""
     nodes: list[Node] = []
     grids, shapes = dict(graph.grids), dict(graph.shapes)
     for node in graph.nodes:
-        parts = parts_on_other_grids(node, graph)
+        parts = list_parts_on_other_grids(node, graph)
         if all(map(is_taken, parts)):
             rounded = {name: Operation((name,), f"{name}/for/{node.output}", "round", {}) for name in parts}
             nodes += rounded.values()
@@ -60,7 +60,7 @@ def rounded_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph
     return replace(graph, nodes=tuple(nodes), grids=grids, shapes=shapes) if len(nodes) > len(graph.nodes) else graph
 
 
-def parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
+def list_parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
     """What ``node`` joins that lies on another grid than the whole; nothing where some of it lies on none."""
     if not isinstance(node, Operation) or node.kind != "concat":
         return ()
@@ -69,7 +69,7 @@ def parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in node.inputs if graph.grids[name] != graph.grids[node.output]))
 
 
-def activations_behind_convolutions(graph: Graph) -> Graph:
+def move_activations_behind_convolutions(graph: Graph) -> Graph:
     """``graph`` without the rounding between a convolution and the activations that alone read it."""
     readers = readers_in(graph)
     left_out = {
@@ -91,8 +91,8 @@ def readers_in(graph: Graph) -> dict[str, list[Node]]:
     return found
 
 
-def rounded_behind_transpositions(graph: Graph) -> Graph:
-    """``graph`` with what float layers give rounded only where it has been transposed.
+def round_behind_transpositions(graph: Graph) -> Graph:
+    """``graph`` with outputs of float layers rounded after their transposition instead of before it.
 
     OpenVINO runs a convolution in float that reads transposed integers with a zero point.
     """
@@ -106,11 +106,11 @@ def rounded_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    return rounded_behind_transpositions(activations_behind_convolutions(rounded_before_all_joins(graph)))
+    return round_behind_transpositions(move_activations_behind_convolutions(round_before_all_joins(graph)))
 
 
 def for_onnxruntime(graph: Graph) -> Graph:
-    return swishes_on_integers(rounded_before_own_joins(graph))
+    return swishes_on_integers(round_before_own_joins(graph))
 
 
 def is_activated(readers: list[Node]) -> bool:
@@ -154,7 +154,7 @@ def gate_of(node: Node, graph: Graph) -> tuple[Operation, QuantParams] | None:
 
 FORMS: Mapping[str, Callable[[Graph], Graph]] = MappingProxyType(
     {
-        ANY_ENGINE: rounded_before_own_joins,
+        ANY_ENGINE: round_before_own_joins,
         FOR_OPENVINO: for_openvino,
         FOR_ONNXRUNTIME: for_onnxruntime,
     }

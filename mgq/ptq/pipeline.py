@@ -2,7 +2,8 @@
 
 A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
 grids (equalization and ranges) are compared first, then, in the best of them, mixed channels, ways to round the
-weights, and last touches. What wins is what gives the logits nearest to float's on the images held back.
+weights, and last touches. What wins is what gives the logits nearest to float's on the images held back. Few images,
+or few logits, leave much of that to chance: the less sure their verdict, the more weighs what is known beforehand.
 """
 
 from __future__ import annotations
@@ -19,23 +20,42 @@ from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, with_rewrite
-from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, in_batches, logits_of
+from mgq.ptq.steps import (
+    BATCH_NORMS,
+    Draft,
+    Images,
+    RangesFromLogits,
+    RoundWeights,
+    Step,
+    logits_of,
+    split_float,
+)
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
-"""One image in so many is held back, at least and at most so many."""
+"""One image in this many is held back; the least and the most that are."""
 FEWEST = 2 * FEWEST_HELD
 """Of fewer images none are held back: candidates are judged on those that they were fitted to."""
 EQUAL = 0.05
 """dB by which a candidate with more steps has to be better."""
 WITHOUT_IMAGES = 1.5
-"""dB by which ranges that no image was looked at for have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
+"""dB by which ranges that were chosen without images have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
 with them on images held back, against 23.9, and 15.8 on those that it was not trained on: they had clipped these."""
+BY_LOGITS_GAIN, HEADROOM_GAIN, ROUNDING_GAIN = 0.5, 1.0, 1.0
+"""dB that ranges by the logits, headroom, and weights rounded together are expected to gain on images that nobody has
+seen, beforehand. Images held back hardly show what headroom is for: one of a hundred makes half of the noise by
+clipping."""
+DOUBT = 0.7
+"""dB: what is expected beforehand weighs as much as images held back whose verdict has this standard error. Five logits
+of 20 images leave 1 to 2 dB to chance, a thousand logits 0.3."""
+MOST_DOUBT = 2 * DOUBT
+"""Beyond this standard error what is expected gains no more weight."""
 NO_NOISE = 200.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a list of steps gave on the images held back: signal to noise ratio of the logits against float's, in dB."""
+    """The result of a list of steps on the images held back: signal to noise ratio of the logits against float's, in
+    dB."""
 
     steps: tuple[str, ...]
     snr: float
@@ -43,15 +63,47 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """``grid`` and ``finish``: the steps that made it. ``base``: what ``grid`` gave. ``handicap``: dB by which it has
-    to be better than others."""
+    """``grid`` and ``finish``: the steps that made it. ``base``: what ``grid`` gave. ``noise``, float64 (N,): squared
+    difference of the logits from float's, of each image held back."""
 
     draft: Draft
     trial: Trial
     base: Draft
+    noise: npt.NDArray[np.float64]
     grid: tuple[Step, ...] = ()
     finish: tuple[Step, ...] = ()
-    handicap: float = 0.0
+
+    @property
+    def handicap(self) -> float:
+        """dB by which it has to be better than others, however sure that is."""
+        return WITHOUT_IMAGES if self.base.method == BATCH_NORMS else 0.0
+
+    @property
+    def expected(self) -> float:
+        """dB that its steps are expected to gain beforehand."""
+        return sum(gain_of(step) for step in (*self.grid, *self.finish))
+
+    def lead(self, other: Candidate) -> float:
+        """dB by which it is thought to be better than ``other`` on images that nobody has seen."""
+        seen = self.trial.snr - self.handicap - (other.trial.snr - other.handicap)
+        doubt = min(doubt_between(self.noise, other.noise), MOST_DOUBT)
+        return seen + (self.expected - other.expected) * (doubt / DOUBT) ** 2
+
+
+def gain_of(step: Step) -> float:
+    """dB that ``step`` is expected to gain, beside the ways to do without it."""
+    if isinstance(step, RangesFromLogits):
+        return BY_LOGITS_GAIN + HEADROOM_GAIN * step.headroom
+    return ROUNDING_GAIN if isinstance(step, RoundWeights) and not step.refit else 0.0
+
+
+def doubt_between(noise: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Standard error, in dB, of the ratio of two noises, (N,) each, of the same images; 0 where it cannot be told."""
+    sums = noise.sum(), other.sum()
+    if len(noise) < 2 or not np.isfinite(sums).all() or min(sums) <= 0:
+        return 0.0
+    difference = noise / noise.mean() - other / other.mean()
+    return float(10 / np.log(10) * difference.std(ddof=1) / np.sqrt(len(noise)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +139,9 @@ class SearchResult:
         kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
         left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
         done = ", ".join(self.best.steps) or "nearest integers, ranges as they are"
-        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{left}"
+        most = max(trial.snr for trial in self.trials)
+        chance = f" (others up to {most:.1f}, thought to be chance)" if most > self.best.snr + EQUAL else ""
+        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
 
 
 def split(images: Images) -> tuple[Images, Images]:
@@ -101,8 +155,19 @@ def split(images: Images) -> tuple[Images, Images]:
 
 
 def snr_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
-    """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, which also stands for none."""
-    noise, signal = float(np.square(logits - exact).sum()), float(np.square(exact).sum())
+    """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, also where nothing differs."""
+    return decibels_of(noise_of(logits, exact), exact)
+
+
+def noise_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(N,): the squared difference of the ``logits`` (N, classes) of each image from the ``exact`` ones."""
+    found: npt.NDArray[np.float64] = np.square(logits - exact).sum(axis=1)
+    return found
+
+
+def decibels_of(noises: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
+    """The same as :func:`snr_of`, of the noise of each image."""
+    noise, signal = float(noises.sum()), float(np.square(exact).sum())
     if not np.isfinite(noise):
         return -NO_NOISE
     if noise == 0:
@@ -117,23 +182,24 @@ def find_best(
     draft_of: Callable[[Images], Draft],
     on_progress: OnProgress = log_progress,
 ) -> SearchResult:
-    """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
+    """Try the candidates of ``preset`` on ``network`` (mode ``normal``) with ``images``, and return the best.
 
     ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images. Raises FailureError
-    where the answers of ``network`` are not finite, and the first reason where it can have none of the grids.
+    where the answers of ``network`` are not finite, and the first candidate's error where no candidate for the grids
+    applies to it.
     """
     fit, held = split(images)
     contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
-    best = best_of(contest.try_grids(preset.grids))
+    best = choose_best(contest.try_grids(preset.grids))
     for rewrite in preset.rewrites:
-        best = best_of([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
+        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
     base = best.base
     for step in preset.finishes:
         draft = step.apply(base)
-        best = best_of([best, contest.judge(best.grid, (step,), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (step,), draft, draft)])
     for step in preset.touches:
         draft = step.apply(best.draft)
-        best = best_of([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
     trials = tuple(each.trial for each in contest.tried)
     return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
 
@@ -143,7 +209,7 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
     logits = logits_of(network, images)
     if not np.isfinite(logits).all():
         leaves = [name for name, module in network.named_modules() if name and not any(module.children())]
-        value_ranges(network, leaves, in_batches(images))
+        value_ranges(network, leaves, split_float(images))
         raise FailureError("the network's answers are not finite for these pictures: take other weights")
     return logits
 
@@ -152,7 +218,8 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
 class Contest:
     """Candidates of ``preset``, judged on ``held``, images held back, by the ``exact`` logits of float for them.
 
-    ``reached``: what lists of steps have given. ``skipped``: why this network cannot have some of the candidates.
+    ``reached``: drafts by their lists of steps. ``skipped``: the errors of candidates that do not apply to this
+    network.
     """
 
     preset: Preset
@@ -166,18 +233,17 @@ class Contest:
     def judge(self, grid: tuple[Step, ...], finish: tuple[Step, ...], draft: Draft, base: Draft) -> Candidate:
         """``draft``, made by the steps of ``grid``, which gave ``base``, and ``finish``."""
         assert draft.watched is not None
-        snr = snr_of(logits_of(draft.watched, self.held), self.exact)
-        trial = Trial(tuple(step.name for step in (*grid, *finish)), snr)
-        handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
-        self.tried.append(Candidate(draft, trial, base, grid, finish, handicap))
+        noise = noise_of(logits_of(draft.watched, self.held), self.exact)
+        trial = Trial(tuple(step.name for step in (*grid, *finish)), decibels_of(noise, self.exact))
+        self.tried.append(Candidate(draft, trial, base, noise, grid, finish))
         self.on_progress(
             Progress("calibrate: candidates", len(self.tried), self.preset.trials - len(self.skipped), "tried")
         )
         return self.tried[-1]
 
     def try_grids(self, grids: Sequence[tuple[Step, ...]]) -> list[Candidate]:
-        """Those of ``grids`` that this network can have, with the quick finish. Raises FailureError where there is no
-        candidate yet, and none of them is one."""
+        """Try those of ``grids`` that apply to this network, with the quick finish. Raises FailureError where there is
+        still no candidate afterwards."""
         found = []
         quick = (self.preset.preview,) if self.preset.preview else ()
         for grid in grids:
@@ -193,17 +259,17 @@ class Contest:
         return found
 
 
-def best_of(candidates: Sequence[Candidate]) -> Candidate:
+def choose_best(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless a later one is better by enough."""
     best = candidates[0]
     for candidate in candidates[1:]:
-        if candidate.trial.snr - candidate.handicap > best.trial.snr - best.handicap + EQUAL:
+        if candidate.lead(best) > EQUAL:
             best = candidate
     return best
 
 
 def apply_steps(steps: Sequence[Step], reached: dict[tuple[Step, ...], Draft]) -> Draft:
-    """What ``steps`` give, beginning with what others before have ``reached``, and noted there."""
+    """Apply ``steps``, beginning with the longest prefix in ``reached``; record every result there."""
     done: tuple[Step, ...] = ()
     for step in steps:
         further = (*done, step)

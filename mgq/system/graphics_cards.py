@@ -27,18 +27,21 @@ class GraphicsCard:
         return OLDEST <= self.capability <= NEWEST
 
     def __str__(self) -> str:
-        return f"{self.name} (compute capability {spelled(self.capability)})"
+        return f"{self.name} (compute capability {format_capability(self.capability)})"
 
 
-def spelled(capability: tuple[int, int]) -> str:
+def format_capability(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-RANGE = f"MegEngine 1.13.0 has kernels for compute capability {spelled(OLDEST)} to {spelled(NEWEST)}"
+RANGE = (
+    f"MegEngine 1.13.0 has kernels for compute capability {format_capability(OLDEST)} to {format_capability(NEWEST)}"
+)
 
 
 def graphics_cards() -> tuple[GraphicsCard, ...]:
-    """Those that NVIDIA's driver tells of; none where there is no driver, or it does not know their capability."""
+    """The cards that NVIDIA's driver reports; none without a driver, or where it does not report their compute
+    capability."""
     try:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

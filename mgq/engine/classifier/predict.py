@@ -19,7 +19,7 @@ from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.network_choice import choose_network
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode, parse_mode
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 BATCH = 16
 FEW = 256
-"""Up to so many pictures an engine that starts soon is done before one that is faster once it runs."""
+"""Up to this many images an engine that starts quickly is done before one that runs faster."""
 SHOWN = 5
-"""Classes of an answer, unless told otherwise or there are fewer."""
+"""Classes of an answer, by default."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in documents: the error, or the guesses and the time."""
+        """Plain data: the error, or the scores and the time."""
         if self.error is not None:
             return {"picture": self.image, "error": self.error}
         guesses = [
@@ -117,7 +117,7 @@ def check_topk(classifier: Classifier, topk: int | None) -> int:
     classes = len(classifier.classes)
     topk = min(SHOWN, classes) if topk is None else topk
     if not 1 <= topk <= classes:
-        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
+        raise InputError(f"top {topk} of {plural(classes, 'class')} is not possible: give 1 to {classes}")
     return topk
 
 
@@ -175,12 +175,12 @@ def infer(
     key: str | None = None,
     engine: str | None = None,
 ) -> list[Prediction]:
-    """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
+    """Classify ``images`` (files, folders, glob patterns; by default the bundled cat) with one network.
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
     runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
-    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no
-    such network.
+    ``mode`` says otherwise. Returns one :class:`Prediction` for each image, in order. Raises InputError where there is
+    no such network.
     """
     sources = expand([str(image) for image in images] or [str(bundled_cat())])
     classifier = choose_network(

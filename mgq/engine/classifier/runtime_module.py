@@ -16,11 +16,11 @@ from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import MEGENGINE, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
-from mgq.runtime.protocol import BatchRuntime, FileRuntime, in_batches
+from mgq.runtime.protocol import BatchRuntime, FileRuntime, run_in_batches
 from mgq.runtime.registry import load
 
 OWN_CHOICE = "xpux"
-"""The device that MegEngine computes on where it is not told."""
+"""MegEngine's default device."""
 
 
 def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
@@ -34,7 +34,7 @@ def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
 
 
 def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
-    """The same as one compiled graph, to ask for logits and then to throw away.
+    """The int8 network as one compiled graph, for short use.
 
     Raises InputError where the target's engine is not installed. MegEngine keeps every operator of a network that runs
     operator by operator, with its scales, as long as the process lives: see :mod:`mgq.quantization.int8_casts`. It does
@@ -56,7 +56,7 @@ class RuntimeModule(QuantizedModule):  # type: ignore[misc]
         self.eval()  # nothing else is possible
 
     def forward(self, inp: Tensor) -> Tensor:
-        return Tensor(in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
+        return Tensor(run_in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
 
     @classmethod
     def from_qat_module(cls, qat_module: M.Module, image_size: int) -> RuntimeModule:

@@ -26,7 +26,7 @@ from mgq.quantization.qat import CurrentRangeObserver
 from mgq.system.processes import do_nothing
 
 FEW_RANKS = 8
-"""So many are told of one by one."""
+"""Up to this many are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class MpiGroup(ProcessGroup):
     def merge_ranges(self, network: M.Module) -> None:
         observers = [m for m in network.modules() if isinstance(m, MinMaxObserver) and m.enabled]
         seen = [observer for observer in observers if not isinstance(observer, CurrentRangeObserver)]
-        self.replace([observer.min_val for observer in seen], lambda array: self.reduced(array, "MIN"))
-        self.replace([observer.max_val for observer in seen], lambda array: self.reduced(array, "MAX"))
+        self.replace([observer.min_val for observer in seen], lambda array: self.reduce(array, "MIN"))
+        self.replace([observer.max_val for observer in seen], lambda array: self.reduce(array, "MAX"))
 
     def replace(self, tensors: list[Any], exchange: Callable[[Array], Array]) -> None:
-        """Give ``tensors`` what ``exchange`` makes of all their values together, float32 (N,)."""
+        """Replace the values of ``tensors``, together float32 (N,), by the result of ``exchange``."""
         if not tensors:
             return
         before = [tensor.numpy() for tensor in tensors]
@@ -94,17 +94,17 @@ class MpiGroup(ProcessGroup):
     def exchanging(self, batch_norm: bool) -> contextlib.AbstractContextManager[None]:
         return exchanging(self, batch_norm)
 
-    def widest(self, extremes: Array) -> Array:
+    def merge_extremes(self, extremes: Array) -> Array:
         smallest, largest = extremes.reshape(-1)
-        found: Array = self.reduced(np.array([-smallest, largest], np.float32), "MAX")
+        found: Array = self.reduce(np.array([-smallest, largest], np.float32), "MAX")
         found[0] = -found[0]
         return found
 
-    def summed(self, values: Sums) -> Sums:
-        found: Sums = self.reduced(values, "SUM")
+    def add_up(self, values: Sums) -> Sums:
+        found: Sums = self.reduce(values, "SUM")
         return found
 
-    def reduced(self, array: Any, operation: str) -> Any:
+    def reduce(self, array: Any, operation: str) -> Any:
         """``array`` with those of all processes, by an operation that MPI calls so."""
         from mpi4py import MPI
 
@@ -142,14 +142,14 @@ def launch_by_mpi(work: Work[Result], callbacks: Callbacks, prepare: Callable[[]
 
 
 def take_part(work: Work[Any], team: Team) -> None:
-    """Do ``work`` as another process than the first, which nobody watches."""
+    """Do ``work`` in a process other than the first: without progress or messages."""
     mge.set_default_device("cpux")
     work(MpiGroup(team.rank, team.size), NO_CALLBACKS)
 
 
 @contextlib.contextmanager
 def naming_rank(team: Team) -> Iterator[None]:
-    """Within it an error names this process; one that came from another names that already."""
+    """Inside, errors get the name of this process; one that came from another process names that already."""
     try:
         yield
     except MgqError as error:

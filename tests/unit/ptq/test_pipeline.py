@@ -20,19 +20,31 @@ from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
-from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, UP_TO_CEILINGS, CalibrationConfig, get_preset
+from mgq.ptq.pipeline import (
+    FEWEST,
+    NO_NOISE,
+    Candidate,
+    Trial,
+    apply_steps,
+    choose_best,
+    doubt_between,
+    find_best,
+    snr_of,
+    split,
+)
+from mgq.ptq.presets import BY_LOGITS, PRESETS, UP_TO_CEILINGS, WITH_HEADROOM, CalibrationConfig, get_preset
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import (
+    CorrectBias,
     Draft,
     Equalize,
     Images,
-    RangesByLogits,
-    RangesBySeen,
+    RangesFromImages,
+    RangesFromLogits,
     RoundWeights,
     Step,
-    in_batches,
     logits_of,
+    split_float,
 )
 from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.activations import RELU6
@@ -65,9 +77,9 @@ class Harm:
     name: str = "harm"
 
     def apply(self, draft: Draft) -> Draft:
-        done = RangesBySeen().apply(draft)
+        done = RangesFromImages().apply(draft)
         narrow = {name: (low / 100, high / 100) for name, (low, high) in done.activations.items()}
-        return draft.with_ranges(draft.prepared(), narrow, "harm")
+        return draft.with_ranges(draft.prepare(), narrow, "harm")
 
 
 class TestHeldBack:
@@ -113,14 +125,14 @@ class TestSearch:
         fit, held = split(IMAGES)
         exact = logits_of(network, held)
         free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], held), exact)
-        plain = RangesBySeen().apply(Draft(network, fit, ONNX))
+        plain = RangesFromImages().apply(Draft(network, fit, ONNX))
         assert plain.watched is not None
         assert balanced >= fast - 0.2
         assert fast >= max(free, snr_of(logits_of(plain.watched, held), exact)) - 1.0
 
     def test_a_step_that_harms_is_left_out_and_named(self) -> None:
         network = trained_like(SHUFFLE, {})
-        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesBySeen(),)))
+        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesFromImages(),)))
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert "harm" not in found.best.steps
         assert "left out, as it did not help: harm" in found.summary()
@@ -132,20 +144,20 @@ class TestSearch:
         found = find_best(
             network,
             IMAGES,
-            replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(), good)),
+            replace(PRESETS["fast"], grids=((RangesFromImages(),),), finishes=(Harm(), good)),
             lambda fit: Draft(network, fit, ONNX),
         )
         assert "harm" not in found.best.steps and found.best.steps[0] == "ranges by min-max"
 
     def test_the_quick_finish_is_kept_where_the_others_harm(self) -> None:
-        preset = replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(),), touches=())
+        preset = replace(PRESETS["fast"], grids=((RangesFromImages(),),), finishes=(Harm(),), touches=())
         network = trained_like(SHUFFLE, {})
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert preset.preview is not None
         assert found.best.steps == ("ranges by min-max", preset.preview.name)
 
     def test_a_network_without_ceilings_is_not_equalized_up_to_them(self) -> None:
-        preset = replace(PRESETS["balanced"], grids=((RangesBySeen(),), UP_TO_CEILINGS), finishes=(), touches=())
+        preset = replace(PRESETS["balanced"], grids=((RangesFromImages(),), UP_TO_CEILINGS), finishes=(), touches=())
         network = trained_like(SHUFFLE, {})
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert [trial.steps[0] for trial in found.trials] == ["ranges by min-max"]
@@ -186,7 +198,7 @@ class TestOddInput:
         layer = network.features[1].branch_main_1[0]
         for parameter in (layer.bn.weight, layer.bn.bias):
             parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
-        draft = RangesByLogits().apply(Draft(network, IMAGES[:8], ONNX))
+        draft = RangesFromLogits().apply(Draft(network, IMAGES[:8], ONNX))
         assert draft.watched is not None
         assert "features.1.branch_main_1.0" not in draft.reactions
         assert draft.activations["features.1.branch_main_1.0"] == (0.0, 0.0)
@@ -226,9 +238,74 @@ class Refused:
         raise FailureError(self.name)
 
 
+def tame(images: Images, contrast: float) -> Images:
+    """``images`` with that part of their contrast."""
+    return np.clip(128 + (images.astype(np.float64) - 128) * contrast, 0, 255).astype(np.uint8)
+
+
+def judged(noise: npt.NDArray[np.float64], *steps: Step, expected: float = 1000.0) -> Candidate:
+    """A candidate of which the images held back have this noise, beside logits of the energy ``expected``."""
+    draft = Draft(M.Identity(), IMAGES, ONNX)
+    return Candidate(draft, Trial((), float(10 * np.log10(expected / noise.mean()))), draft, noise, grid=steps)
+
+
+class TestVerdict:
+    """What is kept where images held back tell candidates apart, and where they cannot."""
+
+    CLOSE, ROOMY = RangesFromLogits(), RangesFromLogits(headroom=True)
+
+    def draw(self, number: int, random: np.random.Generator) -> tuple[Candidate, Candidate]:
+        """Noise of five logits. Close ranges have 20 % less, but clip one image of 50, and nobody knows which."""
+        chance = random.lognormal(0, 1, (2, number))
+        clipped = np.where(random.random(number) < 1 / 50, 50.0, 0.0)
+        return judged(0.8 * chance[0] + clipped, self.CLOSE), judged(chance[1], self.ROOMY)
+
+    def test_of_few_logits_headroom_is_kept_unless_it_is_clearly_worse(self) -> None:
+        random = np.random.default_rng(0)
+        draws = [self.draw(20, random) for _ in range(200)]
+        roomy = np.mean([choose_best(draw) is draw[1] for draw in draws])
+        by_images_alone = np.mean([draw[1].trial.snr > draw[0].trial.snr for draw in draws])
+        assert by_images_alone < 0.6
+        assert roomy > 0.9
+
+    def test_a_sure_verdict_of_the_images_stands(self) -> None:
+        even = np.random.default_rng(0).normal(1, 0.1, (2, 20))  # of a thousand logits each image has the same noise
+        close, roomy = judged(0.9 * even[0], self.CLOSE), judged(even[1], self.ROOMY)
+        assert choose_best([close, roomy]) is close and choose_best([roomy, close]) is close
+
+    def test_what_is_much_worse_is_left_out_however_unsure(self) -> None:
+        chance = np.random.default_rng(0).lognormal(0, 2, (2, 8))
+        close, roomy = judged(chance[0], self.CLOSE), judged(30 * chance[1], self.ROOMY)
+        assert choose_best([close, roomy]) is close
+
+    def test_noise_that_is_none_or_infinite_leaves_no_doubt(self) -> None:
+        for noise in (np.zeros(4), np.full(4, np.inf), np.ones(1)):
+            assert doubt_between(noise, np.ones_like(noise)) == 0
+
+    def test_of_tame_images_headroom_is_kept_and_others_are_clipped_less(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        seen, unseen = tame(IMAGES, 0.6), tame(UNSEEN[:12], 0.8)
+        preset = replace(
+            PRESETS["balanced"],
+            grids=(BY_LOGITS, WITH_HEADROOM),
+            finishes=(),
+            rewrites=(),
+            touches=(),
+        )
+        found = find_best(network, seen, preset, lambda fit: Draft(network, fit, ONNX))
+        assert "ranges by the logits with headroom" in found.best.steps
+        assert found.trials[0].snr > found.trials[1].snr  # which is why it takes more than the images held back
+        assert "thought to be chance" in found.summary()
+        fit, _ = split(seen)
+        close = apply_steps((*BY_LOGITS, CorrectBias(images=16)), {(): Draft(network, fit, ONNX)})
+        assert close.watched is not None
+        exact = logits_of(network, unseen)
+        assert snr_of(logits_of(found.network, unseen), exact) > snr_of(logits_of(close.watched, unseen), exact) + 1
+
+
 def test_progress_counts_no_candidate_that_the_network_cannot_have() -> None:
     network, seen = trained_like(SHUFFLE, {}), list[Progress]()
-    preset = replace(PRESETS["fast"], grids=((Refused("first"),), (RangesBySeen(),)), touches=())
+    preset = replace(PRESETS["fast"], grids=((Refused("first"),), (RangesFromImages(),)), touches=())
     find_best(network, IMAGES[:2], preset, lambda fit: Draft(network, fit, ONNX), seen.append)
     assert [(each.done, each.total) for each in seen] == [(1, 2), (2, 2)]
 
@@ -275,7 +352,7 @@ class TestReactions:
         values = rng.normal(0, 1, (8, 4, 6, 6)).astype(np.float32)
         gradients = rng.normal(0, 1, values.shape).astype(np.float32)
         values[:, 0, 0, 0], gradients[:, 0, 0, 0] = 50.0, 0.0
-        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) < 10
 
@@ -283,14 +360,14 @@ class TestReactions:
         """Where rounding costs little, nothing that was seen is clipped, and images that are stronger are not, too."""
         rng = np.random.default_rng(0)
         values, gradients = rng.uniform(0, 1, (2, 8, 4, 6, 6)).astype(np.float32)
-        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) <= reaction.largest
         assert reaction.largest < reaction.best_limit(127.5, headroom=True) <= 1.25 * reaction.largest
 
     def test_behind_a_relu6_no_headroom_reaches_beyond_6(self) -> None:
         network = trained_like("mobilenet_v2", {"activation": "relu6"})
-        draft = RangesByLogits(headroom=True).apply(Draft(network, IMAGES, ONNX))
+        draft = RangesFromLogits(headroom=True).apply(Draft(network, IMAGES, ONNX))
         assert draft.watched is not None
         layers = find_quantized_layers(draft.watched)
         ends = [high for name, (_, high) in draft.activations.items() if activation_of(layers[name]) is RELU6]
@@ -311,7 +388,7 @@ class TestReactions:
         bn = network.features[0].bn
         for parameter in (bn.weight, bn.bias):
             parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
-        found = measure_reactions(network, ["features.0", "features.1.conv.0"], in_batches(IMAGES[:8]))
+        found = measure_reactions(network, ["features.0", "features.1.conv.0"], split_float(IMAGES[:8]))
         assert "features.0" not in found
 
 
@@ -329,7 +406,7 @@ def test_ranges_by_logits_do_not_need_a_network_of_the_zoo() -> None:
 
     network = Net()
     network.eval()
-    done = RoundWeights().apply(RangesByLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
+    done = RoundWeights().apply(RangesFromLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
     assert done.watched is not None
     exact: npt.NDArray[np.float64] = logits_of(network, IMAGES[:8])
     assert snr_of(logits_of(done.watched, IMAGES[:8]), exact) > 15
