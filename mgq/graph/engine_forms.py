@@ -26,8 +26,47 @@ def adapt_to_engine(graph: Graph, engine: str) -> Graph:
     return FORMS[engine](graph)
 
 
-def as_it_is(graph: Graph) -> Graph:
-    return graph
+def round_before_own_joins(graph: Graph) -> Graph:
+    """``graph`` with what is only joined put on the grid of the whole beforehand: joining moves integers then.
+
+    The numbers are the same. OpenVINO rounds a joined tensor outside of any kernel, in five times the time; what a
+    convolution made it rounds in the convolution's. A part that several layers read stays: ONNX Runtime joins grids in
+    one kernel, and would have more to do.
+    """
+    readers = readers_in(graph)
+    return round_before_joins(graph, lambda name: len(readers[name]) == 1)
+
+
+def round_before_all_joins(graph: Graph) -> Graph:
+    """The same of all parts, whoever reads them besides."""
+    return round_before_joins(graph, lambda _: True)
+
+
+def round_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph:
+    """``graph`` with what is joined on the grid of the whole, where all parts that are on others are ``is_taken``."""
+    nodes: list[Node] = []
+    grids, shapes = dict(graph.grids), dict(graph.shapes)
+    for node in graph.nodes:
+        parts = list_parts_on_other_grids(node, graph)
+        if all(map(is_taken, parts)):
+            rounded = {name: Operation((name,), f"{name}/for/{node.output}", "round", {}) for name in parts}
+            nodes += rounded.values()
+            grids |= {layer.output: grids[node.output] for layer in rounded.values()}
+            shapes |= {layer.output: shapes[name] for name, layer in rounded.items()}
+            node = replace(
+                node, inputs=tuple(rounded[name].output if name in rounded else name for name in node.inputs)
+            )
+        nodes.append(node)
+    return replace(graph, nodes=tuple(nodes), grids=grids, shapes=shapes) if len(nodes) > len(graph.nodes) else graph
+
+
+def list_parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
+    """What ``node`` joins that lies on another grid than the whole; nothing where some of it lies on none."""
+    if not isinstance(node, Operation) or node.kind != "concat":
+        return ()
+    if not {node.output, *node.inputs} <= graph.grids.keys():
+        return ()
+    return tuple(dict.fromkeys(name for name in node.inputs if graph.grids[name] != graph.grids[node.output]))
 
 
 def move_activations_behind_convolutions(graph: Graph) -> Graph:
@@ -67,7 +106,11 @@ def round_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    return round_behind_transpositions(move_activations_behind_convolutions(graph))
+    return round_behind_transpositions(move_activations_behind_convolutions(round_before_all_joins(graph)))
+
+
+def for_onnxruntime(graph: Graph) -> Graph:
+    return swishes_on_integers(round_before_own_joins(graph))
 
 
 def is_activated(readers: list[Node]) -> bool:
@@ -111,9 +154,9 @@ def gate_of(node: Node, graph: Graph) -> tuple[Operation, QuantParams] | None:
 
 FORMS: Mapping[str, Callable[[Graph], Graph]] = MappingProxyType(
     {
-        ANY_ENGINE: as_it_is,
+        ANY_ENGINE: round_before_own_joins,
         FOR_OPENVINO: for_openvino,
-        FOR_ONNXRUNTIME: swishes_on_integers,
+        FOR_ONNXRUNTIME: for_onnxruntime,
     }
 )
 """Key of an engine -> what changes a graph for it; ``any`` is no slower than float32 in each."""

@@ -7,6 +7,7 @@ such ratios are fractions with an odd denominator n, nothing is ever nearer to h
 
 - a convolution: the scale of each output's weights is the output's over the input's scale, over n;
 - a sum: both summands have scales of p / 127 of the sum's;
+- a sigmoid, hard or not: its scale is one part of an even number, so that the half that it gives of 0 is an integer;
 - a mean over positions: what is averaged has a scale of 256 / n of the mean's, for maps of up to 256 positions or an
   odd multiple of that.
 
@@ -40,6 +41,10 @@ SUM_PARTS = 127
 """Parts of a sum's scale of which those of its summands are multiples."""
 POSITIONS = 256
 """The largest power of two that the number of positions of a mean may contain."""
+NEARLY = 1e-3
+"""So near below an integer, float32 meant it."""
+GATES = ("sigmoid", "hard_sigmoid")
+"""Layers that give 1/2 of 0, which every grid has."""
 
 
 def set_exact_scales(network: M.Module) -> dict[str, Range]:
@@ -79,6 +84,8 @@ def settle_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float
         sources = [made_by.get(name, name) for name in node.inputs]
         if node.output not in scales or any(source not in scales for source in sources):
             continue
+        if isinstance(node, Operation) and node.kind in GATES:
+            settle(node.output, 0.5 / max(1, int(0.5 / scales[node.output] + NEARLY)))
         own = scales[node.output]
         if isinstance(node, GlobalAverage):
             most = ceiling_of(layers[sources[0]])

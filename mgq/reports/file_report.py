@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -74,7 +73,7 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
         machine=machine,
         versions=versions(),
         made=datetime.now().astimezone(),
-        command=command_of(path, options.data, options.limit),
+        command=options.command_for(path),
         page=page,
     )
     write_text_atomically(page, page_of(result))
@@ -138,9 +137,3 @@ def compare_engines(
     entries = run_cases(cases, rounds, on_progress=on_progress)
     rows = collect_rows(entries, add if crops is not None else None, on_progress)
     return BackendComparison(tuple(replace(row, batch=batch) for row in rows), len(indices), batch)
-
-
-def command_of(path: Path, data: Path | None, limit: int | None) -> str:
-    options = {"-d": data, "--limit": limit}
-    said = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["mgq", "report", str(path), *said])

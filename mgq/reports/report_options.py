@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from mgq.errors import InputError, printable
 from mgq.export.formats import format_of
 from mgq.reports.measurements import SHOWN
 from mgq.runtime.registry import Backend
+from mgq.zoo.registry import specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,21 @@ class ReportOptions:
             raise InputError(f"--limit {self.limit} is too small: give at least 1")
         if self.images < 0:
             raise InputError(f"--pictures {self.images} is not possible: give 0 or more")
+
+    def command_for(self, path: Path) -> str:
+        """The command that makes the page about ``path``, a run or a file, again."""
+        known = specs().get(self.arch or "")
+        words = {
+            "-a": known.typed if known is not None else self.arch,
+            "-c": self.checkpoint if path.is_dir() else None,  # a file given by -c is `path`
+            "--key": self.key,
+            "-d": self.data,
+            "--limit": self.limit,
+            "--pictures": self.images if self.images != SHOWN else None,
+            "-o": self.output,
+        }
+        said = [word for name, value in words.items() if value is not None for word in (name, str(value))]
+        return shlex.join(["mgq", "report", str(path), *said, *([] if self.engines else ["--no-engines"])])
 
     def find_file(self) -> Path | None:
         """The deployed file that ``run`` names, or ``checkpoint`` without a ``run``; None where they name none.

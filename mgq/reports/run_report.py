@@ -41,7 +41,7 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
     networks = networks_of(run, normal)
     missing = [f"float32: {why_not}"] if why_not else []
     if not run.is_int8:
-        arch = shlex.quote(run.weights.arch)
+        arch = shlex.quote(spec_of(run.weights.arch).typed)
         missing.append(f"int8: this run made a float network; `mgq qat -a {arch}` or `mgq calibrate -a {arch}` goes on")
     found = None
     try:
@@ -67,7 +67,7 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
         machine=machine,
         versions=versions(),
         made=datetime.now().astimezone(),
-        command=command_of(run, options),
+        command=options.command_for(run.path),
         page=page,
     )
     write_text_atomically(page, page_of(result))
@@ -85,10 +85,3 @@ def find_float_network(run: Run, checkpoint: Path | None, key: str | None) -> tu
         )
     refuse_other_import(run.checkpoint, weights.options)
     return weights, ""
-
-
-def command_of(run: Run, options: ReportOptions) -> str:
-    """The command that makes the report again."""
-    words = {"-d": options.data, "-c": options.checkpoint, "--key": options.key, "--limit": options.limit}
-    said = [word for name, value in words.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["mgq", "report", str(run.path), *said])

@@ -19,6 +19,9 @@ _PREFERENCES = (
     ("model_ema", {*_USUAL}),  # torchvision's reference scripts, timm: beside "model"
     ("params_ema", {"params"}),  # BasicSR
     ("ema", {*_USUAL}),  # ultralytics, RT-DETR: beside "model"
+    ("ema_state_dict", {"model", "model_state_dict", "net"}),  # but not beside "state_dict", see below
+    ("model_state_dict_ema", {"model_state_dict"}),
+    ("ema_model_state_dict", {"model_state_dict"}),
     ("state_dict", {"ema_state_dict"}),  # mmengine, which swaps them: the averages are in state_dict
     ("state_dict", {"current_model_state"}),  # Lightning's WeightAveraging, as well
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,9 @@ def register_from_file(said: str) -> ModelSpec:
     if function not in found:
         raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
     size = found.get("IMAGE_SIZE", 224)
-    return register(function, found[function], size if isinstance(size, int) else 224)
+    spec = replace(register(function, found[function], size if isinstance(size, int) else 224), place=said)
+    specs()[spec.name] = spec
+    return spec
 
 
 def to_one_line(error: Exception) -> str:

@@ -47,7 +47,8 @@ class ModelSpec:
     default options. ``recipe`` is a ``module:function``, too: it takes a mode and a number of epochs, or None, and
     returns what a training on ImageNet depends on. ``image_size`` and ``preprocessing`` are how its pictures are
     resized and cropped where its weights do not say otherwise; ``only_size`` is the height and width where no others
-    can be. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first.
+    can be. ``checkpoints`` are the published ones, those that ``--pretrained`` takes first. ``place`` is where one of
+    the user's own is written, ``file.py:function``, if it came from a file.
     """
 
     name: str
@@ -67,6 +68,12 @@ class ModelSpec:
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
     only_size: tuple[int, int] | None = None
+    place: str = ""
+
+    @property
+    def typed(self) -> str:
+        """What ``-a`` takes for it in another process."""
+        return self.place or self.name
 
     def refuse_options(self, options: Mapping[str, Any]) -> None:
         """Raises InputError for an option that it does not have, and for a width that cannot be."""

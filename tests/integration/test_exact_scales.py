@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -29,12 +30,14 @@ from mgq.graph.layer_graph import (
     Graph,
     Linear,
     MaxPool,
+    Operation,
+    QuantParams,
     Reshape,
     Transpose,
     graph_of,
 )
 from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
-from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales
+from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales, settle_scales
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, set_range
 from mgq.quantization.half_to_even import bias_steps, round_half_to_even
@@ -225,6 +228,17 @@ def test_exact_scales_are_what_they_were_when_set_again() -> None:
     assert {name: pytest.approx(limits, rel=1e-6) for name, limits in first.items()} == second
     for name, value in network.state_dict().items():
         np.testing.assert_allclose(value, state[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("scale", "parts"), [(1 / 255, 254), (1 / 268, 268), (0.0013, 768)])
+def test_half_of_a_gate_is_an_integer(scale: float, parts: int) -> None:
+    nodes = (Operation(("in",), "gate", "hard_sigmoid", {}), Operation(("gate", "in"), "out", "mul", {}))
+    graph = Graph(nodes, "in", "out", dict.fromkeys(("in", "gate", "out"), QuantParams(scale, 0, 255)), {})
+    layers: dict[str, Any] = dict.fromkeys(("in", "gate", "out"))
+    found = settle_scales(graph, layers)
+    assert found == {"in": scale, "gate": pytest.approx(1 / parts), "out": scale}
+    again = replace(graph, grids={**graph.grids, "gate": QuantParams(float(np.float32(found["gate"])), 0, 255)})
+    assert settle_scales(again, layers) == found
 
 
 @pytest.mark.slow

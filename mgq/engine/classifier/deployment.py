@@ -21,6 +21,7 @@ from mgq.graph.engine_forms import FORMS, adapt_to_engine
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import ANY_ENGINE
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.runtime.registry import Backend
 
@@ -140,7 +141,7 @@ def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: boo
     if engine not in FORMS:
         return []
     beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
-    graph = plain_graph(source_of(int8), int8.image_size)
+    graph = adapt_to_engine(plain_graph(source_of(int8), int8.image_size), ANY_ENGINE)
     if adapt_to_engine(graph, engine) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []

@@ -346,7 +346,11 @@ class Writer:
         self.move(node, "Transpose", [], perm=list(node.axes))
 
     def write_operation(self, node: Operation) -> None:
-        if not node.moves and node.kind != "limit":
+        if node.kind == "round":
+            self.finish(node, self.float_of(node.inputs[0]))
+        elif node.kind == "concat" and self.is_on_one_grid(node):
+            self.write_joined_integers(node)
+        elif not node.moves and node.kind != "limit":
             self.finish(node, write_operation(node, [self.float_of(source) for source in node.inputs], self))
         elif node.kind == "pad":
             self.write_pad(node)
@@ -356,6 +360,15 @@ class Writer:
             table = self.integers if node.inputs[0] in self.graph.grids else self.floats
             operator, sources, attributes = MOVES[node.kind](node, table[node.inputs[0]], self)
             table[node.output] = self.add(operator, sources, f"{node.output}/{operator}", **attributes)
+
+    def is_on_one_grid(self, node: Node) -> bool:
+        """Whether all that ``node`` reads lies on the grid of what it gives."""
+        grid = self.graph.grids.get(node.output)
+        return grid is not None and all(self.graph.grids.get(name) == grid for name in node.inputs)
+
+    def write_joined_integers(self, node: Operation) -> None:
+        parts = [self.integers[name] for name in node.inputs]
+        self.integers[node.output] = self.add("Concat", parts, f"{node.output}/Concat", axis=node.options["axis"])
 
     def write_pad(self, node: Operation) -> None:
         """Around integers there are integers: the value in terms of their scale."""

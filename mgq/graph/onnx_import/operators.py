@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import plural
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
@@ -108,29 +107,36 @@ def read_node(node: Any, scope: Scope) -> None:
 
 
 def read_convolution(op: Operator) -> None:
-    weight, bias = op.constant(1), op.constant(2)
+    weight, bias, draft = op.constant(1), op.constant(2), op.scope.draft
     assert weight is not None
-    if weight.ndim != 4 or len(op.shape()) != 4:
-        raise UnknownFormError(f"convolves {plural(weight.ndim - 2, 'axis')}: only those of pictures, 2, are imported")
-    kernel = weight.shape[2:]
-    stride, dilation = list(op.read_attribute("strides", [1, 1])), list(op.read_attribute("dilations", [1, 1]))
+    axes = weight.ndim - 2
+    if axes not in (1, 2) or len(op.shape()) != weight.ndim:
+        raise UnknownFormError(f"convolves {axes} axes, more than pictures have")
+    stride, dilation = list(op.read_attribute("strides", [1] * axes)), list(op.read_attribute("dilations", [1] * axes))
     groups = int(op.read_attribute("group", 1))
-    pads = pads_of(op, kernel, stride, dilation)
-    source = op.layer()
+    pads, source = pads_of(op, weight.shape[2:], stride, dilation), op.layer()
+    if axes == 1:  # as one row of a picture
+        weight, stride, dilation, pads = weight[:, :, None], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
+        source = draft.add("reshape", [source], "", {"shape": [op.shape()[1], 1, op.shape()[2]]})
     if pads[:2] != pads[2:]:
-        source = op.scope.draft.add("pad", [source], "", {"pads": pads, "value": 0.0})
+        source = draft.add("pad", [source], "", {"pads": pads, "value": 0.0})
         pads = [0, 0, 0, 0]
     options = convolution_options(weight, groups, stride=stride, padding=pads[:2], dilation=dilation)
-    op.make("conv", [source], convolution_tensors(weight, bias, groups), **options)
+    tensors = convolution_tensors(weight, bias, groups)
+    if axes == 2:
+        op.make("conv", [source], tensors, **options)
+        return
+    row = draft.add("conv", [source], "", options, tensors)
+    op.make("reshape", [row], shape=[len(weight), draft.shape(row)[-1]])
 
 
 def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Above, left, below, right: as given, or by ``auto_pad``."""
-    auto = op.read_attribute("auto_pad", "NOTSET")
+    """Before each axis, then behind each: as given, or by ``auto_pad``."""
+    auto, none = op.read_attribute("auto_pad", "NOTSET"), [0] * (2 * len(kernel))
     if auto in ("NOTSET", ""):
-        return [int(value) for value in op.read_attribute("pads", [0, 0, 0, 0])]
+        return [int(value) for value in op.read_attribute("pads", none)]
     if auto == "VALID":
-        return [0, 0, 0, 0]
+        return none
     starts, ends = [], []
     for size, extent, step, gap in zip(op.shape()[2:], kernel, stride, dilation, strict=True):
         total = max((-(-size // step) - 1) * step + (extent - 1) * gap + 1 - size, 0)

@@ -14,7 +14,7 @@ from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.graph.engine_forms import FORMS, adapt_to_engine
-from mgq.graph.layer_graph import Graph
+from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
@@ -94,6 +94,38 @@ def test_for_onnx_runtime_every_gate_is_made_of_integers(tmp_path: Path, graph_o
 def test_a_graph_without_swishes_is_the_same_for_every_engine(graph_of_body: Any) -> None:
     graph = graph_of_body("plain")[0]
     assert all(adapt_to_engine(graph, engine) is graph for engine in FORMS)
+
+
+def test_joined_tensors_are_joined_as_integers_with_the_same_answers(tmp_path: Path, graph_of_body: Any) -> None:
+    graph, (images, _) = graph_of_body("branches")
+    paths = tmp_path / "before.onnx", tmp_path / "formed.onnx"
+    before, formed = (saved(*pair) for pair in zip((graph, adapt_to_engine(graph, "any")), paths, strict=True))
+    assert kinds_behind(before, "Concat") == ["QuantizeLinear"]
+    assert kinds_behind(formed, "Concat") != ["QuantizeLinear"]
+    for engine in ENGINES:
+        plain, joined = (load(path, engine).run(images) for path in paths)
+        np.testing.assert_array_equal(joined, plain)
+
+
+def kinds_behind(model: Any, operator: str) -> list[str]:
+    made = {name for node in model.graph.node if node.op_type == operator for name in node.output}
+    return [node.op_type for node in model.graph.node if made & set(node.input)]
+
+
+@pytest.mark.parametrize(("engine", "rounded"), [("any", []), ("openvino", ["relu_1"]), ("onnxruntime", [])])
+def test_what_others_read_besides_is_rounded_for_a_join_in_openvino_alone(engine: str, rounded: list[str]) -> None:
+    nodes: tuple[Node, ...] = (
+        Operation(("pixels",), "relu_1", "relu", {}),
+        Operation(("relu_1",), "relu_2", "relu", {}),
+        Operation(("relu_1", "relu_2"), "concat_1", "concat", {"axis": 1}),
+    )
+    grids = {
+        "relu_1": QuantParams(0.5, 0, 255),
+        "relu_2": QuantParams(1.0, 0, 255),
+        "concat_1": QuantParams(1.0, 0, 255),
+    }
+    formed = adapt_to_engine(Graph(nodes, "pixels", "concat_1", grids, dict.fromkeys(grids, (1, 4, 2, 2))), engine)
+    assert [node.inputs[0] for node in formed.nodes if isinstance(node, Operation) and node.kind == "round"] == rounded
 
 
 def test_for_openvino_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any) -> None:

@@ -123,6 +123,18 @@ def test_activations_that_are_spelled_out_become_one_layer(tmp_path: Path) -> No
     assert not {"affine", "erf", "sigmoid", "mul"} & set(kinds)
 
 
+@pytest.mark.parametrize("pads", [[1, 1], [2, 0]])
+def test_a_convolution_along_one_axis_is_imported(tmp_path: Path, pads: list[int]) -> None:
+    """A gate of neighbouring channels, as ECA networks have it."""
+    model = Model()
+    stem = model.add("Relu", model.conv("image", 3, 8, pads=[1] * 4))
+    mean = model.add("Reshape", model.add("GlobalAveragePool", stem), model.constant([0, 1, 8], np.int64))
+    near = model.add("Conv", mean, model.weights(1, 1, 3), pads=pads)
+    gate = model.add("Reshape", model.add("Sigmoid", near), model.constant([0, 8, 1, 1], np.int64))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Mul", stem, gate), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
 def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
     with_softmax, without = (write(tmp_path / f"{s}.onnx", softmax=s) for s in (True, False))
     images = pixels()
@@ -360,6 +372,13 @@ def not_numbers(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", "image", weight), 8))
 
 
+def overflowing(model: Model) -> Any:
+    """Finite weights, with which answers are not."""
+    first = model.conv("image", 3, 8)
+    large = model.constant(np.full((8, 8, 1, 1), 3e38))
+    return model.proto(model.classify(model.add("Conv", model.add("Conv", first, large), large), 8))
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
@@ -374,6 +393,7 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "opset": (old_opset, "opset 6"),
     "outside": (outside, "outside of its folder"),
     "nan": (not_numbers, "NaN"),
+    "overflow": (overflowing, "answers with numbers that are not finite"),
 }
 
 

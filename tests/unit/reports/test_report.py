@@ -163,6 +163,20 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
     assert report(run, engines=False).run.command == "mgq calibrate -d 'my set'"
 
 
+def test_the_command_of_the_page_names_all_that_the_page_was_made_with(tmp_path: Path) -> None:
+    (run := tmp_path / "net.calibration").mkdir()
+    float_network, page = tmp_path / "float net.onnx", tmp_path / "page.html"
+    given = ReportOptions(
+        run="net", checkpoint=float_network, arch=ARCH, data=tmp_path, key="ema", limit=8, images=3, output=page,
+        engines=False,
+    )  # fmt: skip
+    assert given.command_for(run) == (
+        f"mgq report {run} -a {ARCH} -c '{float_network}' --key ema -d {tmp_path} --limit 8 --pictures 3 -o {page} "
+        "--no-engines"
+    )
+    assert ReportOptions(checkpoint=tmp_path / "net.onnx").command_for(tmp_path / "net.onnx").count("net.onnx") == 1
+
+
 # ---- engines ----
 
 

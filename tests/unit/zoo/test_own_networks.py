@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def test_report_takes_a_network_of_ones_own(example: Path, tmp_path: Path, mgq: 
     dump_classifier(make_random_classifier(register_from_file(f"{example}:tiny").name, Mode.NORMAL), file, kind="onnx")
     reported = mgq("report", file, "-a", f"{example}:tiny", "--no-engines")
     assert reported.code == 0, reported
+    page = html.unescape((file.parent / "tiny.onnx.report.html").read_text(encoding="utf-8"))
+    assert f"mgq report {file} -a {example}:tiny --no-engines" in page
     specs().pop("tiny")
     assert "needs -a FILE.py:FUNCTION" in the_error(mgq("report", file, "--no-engines"))
 
