@@ -7,7 +7,7 @@ Every result here is the same to the bit whatever the number of cores.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -218,15 +218,31 @@ def requantize(
     return steps
 
 
-def descended(
+def descend(
     value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
-) -> tuple[Array, Array]:
-    """A parameter's new value and speed after a step of gradient descent with momentum and weight decay."""
-    new_value, new_speed = empty(value.shape), empty(value.shape)
-    old, was, by, now, then = (a.reshape(-1) for a in (value, speed, gradient, new_value, new_speed))
+) -> Array:
+    """A parameter's new value after a step of gradient descent with momentum and weight decay; ``speed`` is changed."""
+    new_value = empty(value.shape)
+    old, moving, by, now = (a.reshape(-1) for a in (value, speed, gradient, new_value))
+    if value.size <= LONG_PIECE:
+        numba_loops.descend(old, moving, by, now, rate, momentum, decay)
+        return new_value
 
     def run(piece: slice) -> None:
-        numba_loops.descend(old[piece], was[piece], by[piece], now[piece], then[piece], rate, momentum, decay)
+        numba_loops.descend(old[piece], moving[piece], by[piece], now[piece], rate, momentum, decay)
 
     in_pieces(run, value.size, LONG_PIECE)
-    return new_value, new_speed
+    return new_value
+
+
+def moved_statistics(
+    running: Sequence[Array], mean: Array, variance: Array, keep: np.float32, unbias: np.float32
+) -> tuple[Array, Array]:
+    """Running mean and variance after a batch with this ``mean`` and (biased) ``variance``, which ``unbias`` mends.
+
+    ``keep`` is the share of what was: float32 (C,) or (1, C, 1, 1), in arrays of their own.
+    """
+    new_mean, new_variance = (empty(old.shape) for old in running)
+    flat = (a.reshape(-1) for a in (*running, mean, variance, new_mean, new_variance))
+    numba_loops.move_statistics(*flat, keep, unbias)
+    return new_mean, new_variance

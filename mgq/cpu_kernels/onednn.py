@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgq.cpu_kernels.numba_loops import address_of
 from mgq.errors import FailureError
 
 PACKAGE = "onednn-cpu-gomp"
@@ -96,6 +97,7 @@ class Library:
         # Programs share their memory objects and one scratch buffer.
         self.lock = threading.Lock()
         self._scratch = allocate_aligned(0)
+        self._scratch_address = self._scratch.ctypes.data
 
     def _version(self) -> str:
         class Version(ctypes.Structure):
@@ -126,7 +128,8 @@ class Library:
         """Address of ``size`` bytes that are free until the next program runs."""
         if self._scratch.nbytes < size:
             self._scratch = allocate_aligned(size)
-        return self._scratch.ctypes.data
+            self._scratch_address = self._scratch.ctypes.data
+        return self._scratch_address
 
 
 @cache
@@ -242,9 +245,12 @@ class Memory(_Owned):
         lib.check(lib.c.dnnl_memory_create(byref(made), layout.descriptor, lib.engine, NO_BUFFER), "a memory object")
         super().__init__("memory", made)
         self.layout = layout
+        self.address = 0
 
     def place(self, address: int) -> None:
-        library().c.dnnl_memory_set_data_handle(self.handle, address)
+        if address != self.address:
+            library().c.dnnl_memory_set_data_handle(self.handle, address)
+            self.address = address
 
 
 class Program:
@@ -257,6 +263,7 @@ class Program:
         self._windows: list[tuple[str, Memory]] = []
         self._scratch: list[tuple[Memory, int]] = []
         self._scratch_size = 0
+        self._scratch_base = 0
         self._steps: list[tuple[_Owned, ctypes.Array[_Argument], tuple[Memory, ...]]] = []
 
     def array(self, name: str, shape: Shape) -> Memory:
@@ -320,12 +327,19 @@ class Program:
             if arrays[name].nbytes != size or not arrays[name].flags.c_contiguous:
                 raise ValueError(f"array '{name}' does not fit: {arrays[name].nbytes} bytes, not {size}")
         with lib.lock:
-            for name, memory in (*self._named.items(), *self._windows):
-                memory.place(arrays[name].ctypes.data)
-            base = lib.scratch(self._scratch_size)
+            self._place(arrays, lib.scratch(self._scratch_size))
+            execute, stream = lib.c.dnnl_primitive_execute, lib.stream
+            for primitive, arguments, _ in self._steps:
+                lib.check(execute(primitive.handle, stream, len(arguments), arguments), "a step of a program")
+            lib.check(lib.c.dnnl_stream_wait(stream), "an end")
+
+    def _place(self, arrays: Mapping[str, npt.NDArray[np.float32] | Bytes], base: int) -> None:
+        addresses = {name: address_of(arrays[name]) for name in self._named}
+        for name, memory in self._named.items():
+            memory.place(addresses[name])
+        for name, memory in self._windows:
+            memory.place(addresses[name])
+        if base != self._scratch_base:
             for memory, offset in self._scratch:
                 memory.place(base + offset)
-            for primitive, arguments, _ in self._steps:
-                status = lib.c.dnnl_primitive_execute(primitive.handle, lib.stream, len(arguments), arguments)
-                lib.check(status, "a step of a program")
-            lib.check(lib.c.dnnl_stream_wait(lib.stream), "an end")
+            self._scratch_base = base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import megengine.functional
@@ -28,8 +29,8 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.channels_last import Pool
-from mgq.cpu_kernels.elementwise import descended, extremes
-from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, update_observer
+from mgq.cpu_kernels.elementwise import extremes, moved_statistics
+from mgq.cpu_kernels.fake_quantization import is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
     GlobalAverage,
@@ -42,11 +43,12 @@ from mgq.cpu_kernels.feature_maps import (
     plain,
     token_of,
 )
+from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, values
-from mgq.machine import calm_threads, keep_freed_memory
+from mgq.cpu_kernels.tensor_exchange import Array, read, values
+from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo import shufflenet_v1
@@ -80,6 +82,7 @@ def enable_fast_gradients() -> None:
         return
     onednn.library()
     keep_freed_memory()
+    use_large_pages()
     Tensor(0.0).numpy()  # MegEngine starts its threads with its first tensor
     calm_threads()
     for owner, name, fast in replacements():
@@ -92,6 +95,7 @@ def disable_fast_gradients() -> None:
     """Train as MegEngine does by itself from here on."""
     while _replaced:
         setattr(*_replaced.pop())
+    give_back_velocities()
 
 
 @contextlib.contextmanager
@@ -149,7 +153,7 @@ def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.functional, "avg_pool2d", fast_avg_pool2d)
     yield Replacement(M.Identity, "forward", fast_identity)
     yield Replacement(shufflenet_v1, "channel_shuffle", fast_channel_shuffle)
-    yield Replacement(SGD, "_updates", fast_updates)
+    yield Replacement(SGD, "_updates", lambda stock: fast_updates(stock, on_cpu))
     for network in MAPPED_NETWORKS:
         yield Replacement(network, "forward", fast_network)
 
@@ -303,12 +307,16 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor 
     if function.norm.fixed:
         return output
     elements = elements_a_channel(function.geometry)
-    keep = np.float32(bn.momentum)
-    unbiased = function.variance * np.float32(elements / (elements - 1))
-    for running, now in ((bn.running_mean, function.mean), (bn.running_var, unbiased)):
-        old = running.numpy()
-        found = old * keep + now.reshape(old.shape) * (ONE - keep)
-        running._reset(Tensor(found, device=running.device))
+    found = moved_statistics(
+        read(bn.running_mean, bn.running_var),
+        function.mean,
+        function.variance,
+        np.float32(bn.momentum),
+        np.float32(elements / (elements - 1)),
+    )
+    device = bn.running_mean.device
+    for running, value in zip((bn.running_mean, bn.running_var), found, strict=True):
+        running._reset(Tensor(value, device=device, no_cache=True))
     return output
 
 
@@ -399,39 +407,18 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     )
 
 
-def fast_updates(stock: Stock) -> Stock:
-    def updates(self: SGD, param_group: dict[str, Any]) -> None:
-        trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
-        if self.nesterov or not param_group["momentum"] or not trained or not on_cpu(*trained):
-            stock(self, param_group)
-            return
-        velocities = [self._state[parameter]["momentum_buffer"] for parameter in trained]
-        numbers = (param_group[name] for name in ("lr", "momentum", "weight_decay"))
-        descend(trained, velocities, *map(np.float32, numbers))
-
-    return updates
-
-
-def descend(
-    parameters: list[Tensor], velocities: list[Tensor], rate: np.float32, momentum: np.float32, decay: np.float32
-) -> None:
-    """One step of stochastic gradient descent, to the bit as MegEngine's, in one pass over each array."""
-    device, number = parameters[0].device, len(parameters)
-    arrays = values(*parameters, *velocities, *(parameter.grad for parameter in parameters))
-    each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
-    for parameter, velocity, value, speed, gradient in each:
-        new_value, new_speed = descended(value, speed, gradient, rate, momentum, decay)
-        shape = parameter._tuple_shape  # of a single number the array is (1,)
-        parameter._reset(Tensor(new_value.reshape(shape), device=device))
-        velocity._reset(Tensor(new_speed.reshape(shape), device=device))
-
-
 def parts_of(module: M.Module) -> Iterator[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
     yield module
     for value in vars(module).values():
-        if isinstance(value, M.Module):
+        if is_module(type(value)):
             yield from parts_of(value)
+
+
+@cache
+def is_module(kind: type) -> bool:
+    """Asked of an abstract class the question goes through Python every time."""
+    return issubclass(kind, M.Module)
 
 
 def fast_quantization(stock: Stock) -> Stock:

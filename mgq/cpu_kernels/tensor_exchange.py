@@ -19,7 +19,7 @@ def empty(shape: Shape) -> Array:
 
 
 def tensors(arrays: Iterable[Array | None], device: Any) -> list[Tensor | None]:
-    return [None if array is None else Tensor(array, device=device) for array in arrays]
+    return [None if array is None else Tensor(array, device=device, no_cache=True) for array in arrays]
 
 
 def values(*tensors: Tensor) -> list[Array]:
