@@ -25,7 +25,7 @@ class Velocity:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.array: Array = np.array(tensor.numpy(), np.float32)
+        self.array: Array = np.array(tensor.numpy(), np.float32, order="C")
         self.device = tensor.device
 
     def numpy(self) -> Array:

@@ -56,20 +56,20 @@ class CompiledLoop:
 
 
 @make_compiler()
-def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
-    """Write ``source`` rounded to multiples of ``scale`` to ``target``, and where it was not clipped to ``passes``.
+def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
+    """Round ``array`` to multiples of ``scale`` in place, and write to ``passes`` where it was not clipped.
 
-    float32, float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
+    float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
     """
     clipped = 0
-    for i in range(source.size):
-        steps = source[i] / scale
+    for i in range(array.size):
+        steps = array[i] / scale
         steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
         held = min(max(steps, qmin), qmax)
         inside = held == steps
         passes[i] = inside
         clipped += 1 - inside
-        target[i] = (held - zero_point) * scale
+        array[i] = (held - zero_point) * scale
     return clipped
 
 
@@ -291,3 +291,11 @@ def move_statistics(
 def address_of(array: Any) -> Any:
     """Where ``array`` begins in memory; numpy's own way makes objects and takes five times as long."""
     return array.ctypes.data
+
+
+@make_compiler()
+def scale_of_range(low: Any, high: Any, half: Any, least: Any) -> Any:
+    """The step for ``low`` to ``high`` in ``half`` steps a side, at least ``least``: float32, NaN of NaN."""
+    if low != low or high != high:
+        return low + high
+    return max(max(-min(ZERO, low), max(ZERO, high)) / half, least)

@@ -148,7 +148,7 @@ def library() -> Library:
 def allocate_aligned(size: int) -> Bytes:
     """``size`` uninitialized bytes that begin on a cache line."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -address_of(raw) % ALIGNMENT
     return raw[start : start + size]
 
 

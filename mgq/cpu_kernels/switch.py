@@ -30,7 +30,7 @@ from mgq.cpu_kernels.autograd_functions import (
 )
 from mgq.cpu_kernels.channels_last import Pool
 from mgq.cpu_kernels.elementwise import extremes, moved_statistics
-from mgq.cpu_kernels.fake_quantization import is_known, is_plain, quantizer_of, update_observer
+from mgq.cpu_kernels.fake_quantization import Quantizer, is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
     GlobalAverage,
@@ -47,7 +47,7 @@ from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, read, values
+from mgq.cpu_kernels.tensor_exchange import Array, put, settled, values
 from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -244,7 +244,10 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
                 else FoldedConvolution(self, inp.qparams, *arguments)
             )
             output = normalize(self, function, inp)
-            output.qparams.update(function.qparams)
+            if isinstance(output, FeatureMap):
+                output._qparams = function.qparams
+            else:
+                output.qparams.update(function.qparams)
             return output
 
         return forward
@@ -308,15 +311,14 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor 
         return output
     elements = elements_a_channel(function.geometry)
     found = moved_statistics(
-        read(bn.running_mean, bn.running_var),
+        settled(bn.running_mean, bn.running_var),
         function.mean,
         function.variance,
         np.float32(bn.momentum),
         np.float32(elements / (elements - 1)),
     )
-    device = bn.running_mean.device
     for running, value in zip((bn.running_mean, bn.running_var), found, strict=True):
-        running._reset(Tensor(value, device=device, no_cache=True))
+        put(running, value)
     return output
 
 
@@ -411,7 +413,7 @@ def parts_of(module: M.Module) -> Iterator[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
     yield module
     for value in vars(module).values():
-        if is_module(type(value)):
+        if is_module(type(value)):  # type: ignore[arg-type]
             yield from parts_of(value)
 
 
@@ -431,14 +433,16 @@ def fast_quantization(stock: Stock) -> Stock:
             return of_tensor(apply_fakequant_with_observer(self, plain(target), fake_quant, observer))
         if not is_plain(fake_quant) or observer is None or not on_cpu(target):
             return stock(self, target, fake_quant, observer)
+        quantizer: Quantizer | None
         if is_known(observer):
             (array,) = values(target)
             qparams = update_observer(observer, lambda: extremes(array))
+            quantizer = qparams.quantizer
         else:
             target = observer(target)
             qparams = observer.get_qparams()
             (array,) = values(target)
-        quantizer = quantizer_of(qparams)
+            quantizer = quantizer_of(qparams)
         output = fake_quant(target, qparams) if quantizer is None else FakeQuantization(quantizer, array)(target)
         output.qparams.update(qparams)
         return output
@@ -449,8 +453,6 @@ def fast_quantization(stock: Stock) -> Stock:
 def quantized_map(source: FeatureMap, observer: Any) -> FeatureMap:
     """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
     qparams = update_observer(observer, lambda: extremes(source.array))
-    quantizer = quantizer_of(qparams)
-    assert quantizer is not None
-    output = QuantizedMap(source, quantizer).mapped(source)
-    output.qparams.update(qparams)
+    output = QuantizedMap(source, qparams.quantizer).mapped(source)
+    output._qparams = qparams
     return output
