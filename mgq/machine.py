@@ -111,6 +111,11 @@ def processor_has(flag: str) -> bool:
         return False
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 numbers by itself."""
+    return any(map(processor_has, ("avx512_bf16", "amx_bf16")))
+
+
 def prefer_exact_kernels() -> None:
     """Keep OpenVINO's oneDNN from AMX: with it (2025.4.1 and 2026.4.1) convolutions in groups give wrong integers.
 

@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 CPU = 1
 IN_ORDER = 1
-FLOAT32 = 3
+BFLOAT16, FLOAT32 = 2, 3
 ANY_LAYOUT = 1
 PLAIN_LAYOUT = {1: 2, 4: 5, 5: 6}  # by the number of axes: a, abcd, abcde
 BLOCKS_OF_16, BLOCKS_OF_8 = 78, 102  # nChw16c, nChw8c
@@ -190,10 +190,10 @@ def dims(values: Shape) -> ctypes.Array[c_int64]:
     return (c_int64 * len(values))(*values)
 
 
-def layout(shape: Shape, tag: int) -> Layout:
+def layout(shape: Shape, tag: int, kind: int = FLOAT32) -> Layout:
     lib, made = library(), c_void_p()
     create = lib.c.dnnl_memory_desc_create_with_tag
-    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, tag), f"an array {shape}")
+    lib.check(create(byref(made), len(shape), dims(shape), kind, tag), f"an array {shape}")
     return Layout(made, _Owned("memory_desc", made))
 
 
@@ -202,19 +202,19 @@ def plain(shape: Shape) -> Layout:
     return layout(shape, PLAIN_LAYOUT[len(shape)])
 
 
-def channels_last(shape: Shape) -> Layout:
+def channels_last(shape: Shape, kind: int = FLOAT32) -> Layout:
     """That of a C-contiguous numpy array (N, H, W, C) whose ``shape`` is given as (N, C, H, W)."""
     lib, made = library(), c_void_p()
     _, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
     create = lib.c.dnnl_memory_desc_create_with_strides
-    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, dims(strides)), f"an array {shape}")
+    lib.check(create(byref(made), len(shape), dims(shape), kind, dims(strides)), f"an array {shape}")
     return Layout(made, _Owned("memory_desc", made))
 
 
-def open_layout(shape: Shape) -> Layout:
+def open_layout(shape: Shape, kind: int = FLOAT32) -> Layout:
     """One that the primitive may choose."""
-    return layout(shape, ANY_LAYOUT)
+    return layout(shape, ANY_LAYOUT, kind)
 
 
 class Descriptor(_Owned):

@@ -74,6 +74,8 @@ class Replacement(NamedTuple):
 
 # What is replaced now, with what stood there.
 _replaced: list[tuple[Any, str, Stock]] = []
+# Whether convolutions multiply in bfloat16.
+_bfloat16 = False
 
 
 def enable_fast_gradients() -> None:
@@ -119,20 +121,26 @@ def fast_gradients_enabled() -> bool:
 
 
 @contextlib.contextmanager
-def fast_gradients() -> Iterator[None]:
+def fast_gradients(bfloat16: bool = False) -> Iterator[None]:
     """Within it, training steps on a CPU are fast: results and gradients are MegEngine's up to float32 rounding.
 
     It serves the modules Conv2d, ConvBn2d, ConvBnRelu2d and the zoo's ConvBnRelu6, in float and fake-quantized, and
     ``FUSE_ADD_RELU``, MinMaxObserver, ExponentialMovingAverageObserver and FakeQuantize. Left as they are: GPUs, traced
     and float16 code, convolutions whose gradient nobody wants, and those with dilation.
 
+    With ``bfloat16`` convolutions multiply numbers that are rounded to it: to 8 bits. Their sums, and all else, stay
+    float32. Depthwise ones and those of pixels stay as they are.
+
     Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
     """
-    before = fast_gradients_enabled()
+    global _bfloat16
+    before, precision = fast_gradients_enabled(), _bfloat16
     enable_fast_gradients()
+    _bfloat16 = bfloat16
     try:
         yield
     finally:
+        _bfloat16 = precision
         if not before:
             disable_fast_gradients()
 
@@ -173,7 +181,7 @@ def geometry_of(source: Tensor | FeatureMap, weights: Tensor, stride: Any, paddi
     if source.ndim != 4:
         return None
     is_map = isinstance(source, FeatureMap)
-    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding), is_map)
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding), is_map, _bfloat16)
     return found if min((*found.source, *found.output)) > 0 else None
 
 

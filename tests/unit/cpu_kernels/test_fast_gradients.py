@@ -41,7 +41,7 @@ from mgq.cpu_kernels.elementwise import (
 from mgq.cpu_kernels.fake_quantization import quantizer_of
 from mgq.cpu_kernels.tensor_exchange import put, settled
 from mgq.errors import FailureError
-from mgq.machine import usable_cores
+from mgq.machine import has_bfloat16, usable_cores
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import freeze_batch_norm
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -208,6 +208,22 @@ def test_layers_of_feature_maps_are_stock_in_output_gradients_and_state(kind: st
         module = Mapped(layer)
         fast, stock = (stepped(module, source, d_output, fast) for fast in (True, False))
         assert_alike(rounded_alike(layer, source, fast, stock) if qat else fast, stock, shape)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
+def test_convolutions_in_bfloat16_round_what_they_multiply_and_nothing_else() -> None:
+    module, source = M.ConvBnRelu2d(32, 16, 3, padding=1, bias=False), normal(4, 32, 6, 6)
+    module.conv.weight[...] = Tensor(normal(16, 32, 3, 3, seed=3))
+    exact = stepped(module, source, None, fast=False)
+    with fast_gradients(bfloat16=True):
+        rounded = stepped(module, source, None, fast=False)
+    assert 1e-4 < relative(rounded.output, exact.output) < 1e-2
+    assert 1e-4 < relative(whole(rounded.gradients), whole(exact.gradients)) < 3e-2
+    whole_numbers = normal(4, 32, 6, 6).round()  # bfloat16 holds these, and these weights
+    module.conv.weight[...] = Tensor(normal(16, 32, 3, 3, seed=3).round())
+    with fast_gradients(bfloat16=True):
+        same = stepped(module, whole_numbers, None, fast=False)
+    assert relative(same.output, stepped(module, whole_numbers, None, fast=False).output) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)
