@@ -49,6 +49,13 @@ def printable(thing: object) -> str:
     )
 
 
+def plural(number: int, noun: str, form: str = "") -> str:
+    """``number``, written as ``form`` says, and ``noun`` as it goes with that: ``1 class``, ``2 classes``."""
+    if number != 1:
+        noun = f"{noun[:-2]}es" if noun.endswith("is") else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:{form}} {noun}"
+
+
 LONGEST_SHOWN = 80
 """The most characters of an unknown name that are compared with known ones."""
 

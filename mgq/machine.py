@@ -221,7 +221,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _SET_TIMER_SLACK, _GET_TIMER_SLACK = 29, 30
 
 
-def debugging() -> bool:
+def is_debugging() -> bool:
     """Whether tracebacks and what the libraries say are to be shown."""
     return bool(os.environ.get(DEBUG_VARIABLE))
 
@@ -233,16 +233,16 @@ def hush_decoders() -> None:
     file. That is sent to nowhere; Python's ``sys.stderr`` has a way of its own and stays. Where the C library has no
     such variable, nothing changes.
     """
-    if debugging():
+    if is_debugging():
         return
     warnings.filterwarnings("ignore", module=r"PIL\.")
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        if nowhere := _nowhere():
+        if nowhere := _open_null_file():
             ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stderr").value = nowhere
 
 
 @functools.cache
-def _nowhere() -> int | None:
+def _open_null_file() -> int | None:
     """A file of the C library that keeps nothing; None where it cannot be opened."""
     libc = ctypes.CDLL(None)
     libc.fopen.restype = ctypes.c_void_p
@@ -253,7 +253,7 @@ def _nowhere() -> int | None:
 @contextlib.contextmanager
 def mute_stderr() -> Iterator[None]:
     """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""
-    if debugging():
+    if is_debugging():
         yield
         return
     sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -204,6 +205,35 @@ def test_only_the_command_line_prints() -> None:
         assert "print" not in called_names(path), path
 
 
+COUNTED = (
+    *("batch", "class", "core", "device", "epoch", "file", "image", "input"),
+    *("layer", "name", "network", "output", "picture", "process", "thread"),
+)
+"""What messages count."""
+
+
+def test_a_message_says_one_class_and_two_classes() -> None:
+    """A number that may be 1 stands with its noun in :func:`mgq.errors.plural`; ``1 of 3 pictures`` need not."""
+    nouns = "|".join(f"{noun}e?s" for noun in COUNTED)
+    for path in ROOT.rglob("*.py"):
+        for text in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.JoinedStr)):
+            whole = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}" if is_whole_number(part) else "{..}"
+                for part in text.values
+            )
+            said = re.search(rf"(?<!\bof )(?<!\+ )\{{\}} ({nouns})\b", whole)
+            assert said is None, f"{path.relative_to(ROOT)}, line {text.lineno}: '{whole}' of one {said[1]}"
+
+
+def is_whole_number(part: ast.expr) -> bool:
+    """Whether what an f-string has here may be a count: not a rate, a length or a text that is looked up."""
+    return (
+        isinstance(part, ast.FormattedValue)
+        and (part.format_spec is None or ast.unparse(part.format_spec) == "f','")
+        and not ast.unparse(part.value).endswith((".suffix", "names"))  # texts
+    )
+
+
 def called_names(path: Path) -> set[str]:
     calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     return {function.id for function in calls if isinstance(function, ast.Name)}
@@ -219,6 +249,90 @@ def test_no_function_is_longer_than_a_screen() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1 if node.end_lineno is not None else 0
                 assert lines <= MOST_LINES, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
+# ---- names ----
+
+NO_VERBS = {
+    *("again", "another", "around", "at", "behind", "beside", "between", "beyond", "each", "elsewhere", "here"),
+    *("in", "instead", "nowhere", "on", "or", "over", "some", "there", "through", "too", "under", "up", "while"),
+    *("within", "without"),
+}
+"""Words that say neither what a function does nor what it gives."""
+IRREGULAR_PARTICIPLES = {
+    *("begun", "brought", "built", "chosen", "done", "drawn", "fed", "found", "frozen", "given", "gone", "hidden"),
+    *("kept", "known", "left", "lost", "made", "meant", "said", "seen", "sent", "shown", "shrunk", "taken", "thought"),
+    *("told", "torn", "understood", "worn", "written", "rewritten"),
+}
+NO_PARTICIPLES = {
+    *("ceiling", "clipping", "embed", "encoding", "feed", "filling", "listing", "need", "padding", "preprocessing"),
+    *("ring", "rounding", "seed", "speed", "string", "timing"),
+}
+"""Verbs and nouns that end like participles."""
+PUBLIC_NAMES = {"confused"}
+"""Of results that Python programs get: they stay."""
+
+
+def is_participle(word: str) -> bool:
+    return word not in NO_PARTICIPLES and (word.endswith(("ed", "ing")) or word in IRREGULAR_PARTICIPLES)
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a function's ``name`` is a participle or a particle, alone or before a particle: ``kept``, ``asked_for``.
+
+    A verb (``read_image``), a noun for what is computed (``cosine``, ``learned_scale``), a test (``is_empty``) and a
+    conversion (``to_batch``, ``with_ranges``, ``in_batches``) are names.
+    """
+    words = name.strip("_").split("_")
+    particles = NO_VERBS | {"as", "before", "by", "for", "from", "of", "to", "with"}
+    vague = words[0] in NO_VERBS or is_participle(words[0])
+    return vague and (len(words) == 1 or (is_participle(words[0]) and words[1] in particles))
+
+
+def plain_functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions and methods at ``path`` but properties, which are values, and context managers."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            marks = {ast.unparse(mark).split("(")[0].split(".")[-1] for mark in node.decorator_list}
+            gives = ast.unparse(node.returns) if node.returns is not None else ""
+            if not marks & {"property", "cached_property", "contextmanager"} and "AbstractContextManager" not in gives:
+                yield node
+
+
+def test_functions_are_named_for_what_they_do_or_give() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for function in plain_functions(path)
+        if says_nothing(function.name) and function.name not in PUBLIC_NAMES
+    ]
+    assert not found, "\n".join(["name these functions by a verb:", *found])
+
+
+NOUNS = {"drawing", "finding"}
+"""Of classes: a function of such a name would be a participle."""
+
+
+def test_classes_are_nouns() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                name = node.name.strip("_").lower()
+                assert name in NOUNS or not is_participle(name), f"{path.relative_to(ROOT)}: {node.name}"
+
+
+@pytest.mark.parametrize(
+    "name", ["kept", "_begun", "asked_for", "made_with", "finding", "there", "_around", "measured_on"]
+)
+def test_a_participle_or_particle_is_no_name(name: str) -> None:
+    assert says_nothing(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["read_image", "cosine", "learning_rate", "is_empty", "to_batch", "in_batches", "feed"]
+)
+def test_verbs_nouns_tests_and_conversions_are_names(name: str) -> None:
+    assert not says_nothing(name)
 
 
 # ---- dependencies ----

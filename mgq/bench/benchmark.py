@@ -13,6 +13,7 @@ from mgq.bench.file_cases import file_cases, precision_of
 from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Precision, Settings
 from mgq.engine.classifier.classifier import versions
+from mgq.errors import plural
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.runtime.registry import COMPARED, Backend
 from mgq.system.environment import Machine, saturates, this_machine
@@ -63,8 +64,8 @@ def list_notes(machine: Machine, settings: Settings) -> tuple[str, ...]:
     notes = []
     if machine.busy:
         notes.append(
-            f"the machine was busy at the start (load {machine.load[0]:.2f} on {machine.usable_cores} cores): "
-            "compare rows of this run with each other, not with other runs"
+            f"the machine was busy at the start (load {machine.load[0]:.2f} on "
+            f"{plural(machine.usable_cores, 'core')}): compare rows of this run with each other, not with other runs"
         )
     if Precision.INT8 in settings.precisions and saturates(machine.features):
         notes.append(

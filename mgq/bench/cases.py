@@ -127,12 +127,12 @@ def run_cases(
     entries = [CaseResult(case) for case in cases]
     try:
         load(entries, on_progress)
-        for entry in ready(entries):
+        for entry in select_ready(entries):
             compare(entry, known)
         measure(entries, rounds, seed, on_progress)
-        for entry in ready(entries):
+        for entry in select_ready(entries):
             compare(entry, known)
-        for entry in ready(entries):
+        for entry in select_ready(entries):
             note_memory(entry)
     finally:
         for entry in entries:
@@ -148,7 +148,7 @@ def note_memory(entry: CaseResult) -> None:
         entry.fail(error)
 
 
-def ready(entries: Sequence[CaseResult]) -> list[CaseResult]:
+def select_ready(entries: Sequence[CaseResult]) -> list[CaseResult]:
     return [entry for entry in entries if entry.problem is None]
 
 
@@ -210,7 +210,7 @@ def compare(entry: CaseResult, references: References) -> None:
         entry.problem, entry.rounds = f"{case.engine} gave {wrong}", ()
         return
     found = measure_agreement(logits, expected, reference, case.rounds_otherwise)
-    entry.agreement = worse_agreement(entry.agreement, found)
+    entry.agreement = choose_worse(entry.agreement, found)
 
 
 def measure_agreement(logits: Logits, expected: Logits, reference: str, rounds_otherwise: bool = False) -> Agreement:
@@ -226,7 +226,7 @@ def cosine(one: Logits, other: Logits) -> float:
     return float(np.vdot(one, other)) / norms if norms > 0 else 0.0
 
 
-def worse_agreement(one: Agreement | None, other: Agreement) -> Agreement:
+def choose_worse(one: Agreement | None, other: Agreement) -> Agreement:
     """The comparison with fewer same answers, then with the larger difference."""
     if one is None or one.same > other.same:
         return other
@@ -243,7 +243,7 @@ def measure(entries: Sequence[CaseResult], rounds: int, seed: int, on_progress: 
     def report(done: int, total: int) -> None:
         on_progress(Progress("measure", done, total, "turns"))
 
-    timed = ready(entries)
+    timed = select_ready(entries)
     turns = [partial(turn, entry) for entry in timed]
     for entry, times in zip(
         timed, take_turns(turns, rounds, seed, report, TURN_NS, WARM_UP_RUNS, MOST_RUNS), strict=True

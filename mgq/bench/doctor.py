@@ -81,7 +81,7 @@ class Check:
     mend: str = ""
     essential: bool = False
 
-    def finding(self) -> Finding:
+    def run(self) -> Finding:
         bad = State.BROKEN if self.essential else State.LACKING
         try:
             return Finding(self.name, State.FINE, self.look())
@@ -101,7 +101,7 @@ def examine(save: Path) -> Diagnosis:
     """Run all checks, several at the same time; it takes some seconds. ``save`` is the folder of the runs."""
     wanted = [check for check in list_checks(save) if trains_here() or check.name not in OF_MEGENGINE]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return Diagnosis(tuple(pool.map(Check.finding, wanted)))
+        return Diagnosis(tuple(pool.map(Check.run, wanted)))
 
 
 def trains_here() -> bool:
@@ -199,7 +199,7 @@ def native() -> str:
     from mgq.export.native.cpu import get_level
 
     version = check_package("llvmlite", NATIVE)
-    return f"llvmlite {version}, kernels for {get_level('native').key}, {kept(cache_folder())}"
+    return f"llvmlite {version}, kernels for {get_level('native').key}, {describe_folder(cache_folder())}"
 
 
 def linker() -> str:
@@ -278,10 +278,10 @@ def memory() -> str:
 def cache() -> str:
     from mgq.io.download import cache_folder
 
-    return kept(cache_folder())
+    return describe_folder(cache_folder())
 
 
-def kept(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """A folder of files that can be made again, and their size."""
     refuse_unwritable(folder)
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
@@ -308,9 +308,9 @@ def refuse_unwritable(folder: Path) -> Path:
 
 
 def weights(save: Path) -> str:
-    from mgq.zoo.registry import specs, weights_at_hand
+    from mgq.zoo.registry import list_local_weights, specs
 
-    found = {name: weights_at_hand(spec, save) for name, spec in specs().items()}
+    found = {name: list_local_weights(spec, save) for name, spec in specs().items()}
     words = [f"{name} ({', '.join(places)})" for name, places in found.items() if places]
     if not words:
         raise LackingError("none found")

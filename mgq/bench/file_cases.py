@@ -13,7 +13,7 @@ import numpy as np
 from mgq.bench.cases import BenchmarkCase, LoadedWorker
 from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Load, Precision, Settings
-from mgq.bench.worker_loaders import FromFile, Peak
+from mgq.bench.worker_loaders import FileLoader, Peak
 from mgq.bench.workers import Batch, SubprocessWorker, WorkerConfig
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, eval_resize, to_batch
@@ -79,7 +79,7 @@ def rivals(network: str, settings: Settings, threads: int) -> list[BenchmarkCase
     ]
 
 
-def stretched_to(path: Path) -> tuple[int, int] | None:
+def read_stretched_size(path: Path) -> tuple[int, int] | None:
     """Height and width of the pictures that ``path`` takes, where they are no squares."""
     if path.suffix.lower() != SUFFIXES["onnx"]:
         return None
@@ -91,11 +91,11 @@ def start_file(engine: Backend, path: Path, settings: Settings, threads: int) ->
     engine.refuse_missing()
     worker = start_worker(
         path.name,
-        FromFile(engine.key, path.absolute()),
+        FileLoader(engine.key, path.absolute()),
         threads,
         settings,
         engine.package,
-        stretched=stretched_to(path),
+        stretched=read_stretched_size(path),
     )
     return LoadedWorker(worker, str(path), path.stat().st_size)
 
@@ -112,7 +112,7 @@ class DeployedFile:
     image_size: int
 
 
-def deployed_file(path: Path) -> DeployedFile:
+def read_deployed_file(path: Path) -> DeployedFile:
     """Raises InputError where no engine reads ``path``, or it is damaged."""
     suffix = path.suffix.lower()
     if suffix == SUFFIXES["onnx"]:
@@ -129,7 +129,7 @@ def file_cases(settings: Settings, machine: Machine) -> list[BenchmarkCase]:
     """Each of the deployed files in every engine that reads it, which all have to answer alike, and the self-tests."""
     found: list[BenchmarkCase] = []
     for threads in settings.threads:
-        for file in map(deployed_file, settings.files):
+        for file in map(read_deployed_file, settings.files):
             its = replace(settings, image_size=file.image_size or settings.image_size)
             found += [
                 BenchmarkCase(

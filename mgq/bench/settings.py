@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
 from mgq.weights.checkpoint import check_size
@@ -126,7 +126,9 @@ def parse_threads(wanted: Sequence[str]) -> tuple[int, ...]:
         if number < 1:
             raise InputError(f"--threads {number} is too few: give at least 1")
         if number > cores:
-            raise InputError(f"--threads {number} is more than this machine's {cores} cores: give {cores} or fewer")
+            raise InputError(
+                f"--threads {number} is more than this machine's {plural(cores, 'core')}: give {cores} or fewer"
+            )
         found.add(number)
     return tuple(sorted(found))
 

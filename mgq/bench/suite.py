@@ -14,7 +14,7 @@ from mgq.bench.file_cases import peaks, rivals
 from mgq.bench.file_cases import precision_of as precision_of
 from mgq.bench.file_cases import start_worker as start_worker
 from mgq.bench.settings import Precision, Settings
-from mgq.bench.worker_loaders import FromCheckpoint, FromFile
+from mgq.bench.worker_loaders import CheckpointLoader, FileLoader
 from mgq.bench.workers import SubprocessWorker
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
@@ -71,7 +71,7 @@ class NetworkJob:
     def _written(self) -> dict[str, Path]:
         return {}
 
-    def deployed(self, suffix: str) -> Path:
+    def write_file(self, suffix: str) -> Path:
         """The network as a file of the format that ends in ``suffix``."""
         if suffix not in self._written:
             path = self.file(suffix)
@@ -94,14 +94,14 @@ def start_in_memory(backend: Backend, job: NetworkJob, threads: int) -> LoadedWo
     if threads > 1:
         raise FailureError(f"{backend.name} computes on one thread; for {threads}, use MegEngine Lite")
     mode = Mode.NORMAL if job.precision is Precision.FP32 else Mode.QUANTIZED
-    load = FromCheckpoint(backend is TRACED, job.checkpoint, mode.value, job.settings.image_size)
+    load = CheckpointLoader(backend is TRACED, job.checkpoint, mode.value, job.settings.image_size)
     return LoadedWorker(start_job_worker(load, job, threads, "mgq.runtime.megengine"), job.classifier.origin)
 
 
 def start_on_file(backend: Backend, job: NetworkJob, threads: int) -> LoadedWorker:
     backend.refuse_missing()
-    path = job.deployed(backend.suffix)
-    worker = start_job_worker(FromFile(backend.key, path), job, threads, backend.package)
+    path = job.write_file(backend.suffix)
+    worker = start_job_worker(FileLoader(backend.key, path), job, threads, backend.package)
     return LoadedWorker(worker, job.classifier.origin, path.stat().st_size)
 
 

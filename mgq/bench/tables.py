@@ -35,11 +35,11 @@ def cells(row: Row) -> tuple[str, ...]:
         return (row.engine, *[NONE] * (len(COLUMNS) - 1))
     return (
         row.engine if row.sound else f"{row.engine} {MARK}",
-        three_digits(speed.fps),
-        three_digits(speed.fps_iqr) if len(row.rounds_ns) > 1 else NONE,
-        three_digits(speed.p50_ms),
-        three_digits(speed.p90_ms),
-        three_digits(speed.p99_ms),
+        format_three_digits(speed.fps),
+        format_three_digits(speed.fps_iqr) if len(row.rounds_ns) > 1 else NONE,
+        format_three_digits(speed.p50_ms),
+        format_three_digits(speed.p90_ms),
+        format_three_digits(speed.p99_ms),
         ratio_text(row.speedup) if row.speedup else NONE,
         f"{100 * row.share:.0f}%" if row.share is not None else NONE,
         f"{row.file_bytes / 1e6:.1f}" if row.file_bytes is not None else NONE,
@@ -77,7 +77,7 @@ def comparison_text(found: Comparison) -> str:
     return f"{one} is {found.speedup.median:.3f}{interval} times as fast as {other}, {threads}"
 
 
-def three_digits(value: float) -> str:
+def format_three_digits(value: float) -> str:
     """``value`` to about three significant digits without an exponent: 0.012, 1.23, 12.3, 123, 1234."""
     decimals = 3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
@@ -92,17 +92,17 @@ def example_cells(report: Report, network: str, engines: bool = True) -> tuple[s
     return (
         network,
         NONE if top1_float is None else f"{top1_float}",
-        best_fps(report, network, Precision.FP32, engines),
+        format_best_fps(report, network, Precision.FP32, engines),
         NONE if top1_int8 is None else f"{top1_int8}",
-        best_fps(report, network, Precision.INT8, engines),
+        format_best_fps(report, network, Precision.INT8, engines),
     )
 
 
-def best_fps(report: Report, network: str, precision: Precision, engines: bool) -> str:
+def format_best_fps(report: Report, network: str, precision: Precision, engines: bool) -> str:
     row = report.best(network, precision, min(report.settings.threads))
     if row is None or row.speed is None:
         return NONE
-    return three_digits(row.speed.fps) + (f" ({row.engine})" if engines else "")
+    return format_three_digits(row.speed.fps) + (f" ({row.engine})" if engines else "")
 
 
 def list_sources(report: Report) -> list[str]:

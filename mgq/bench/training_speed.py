@@ -21,7 +21,7 @@ from megengine.optimizer import SGD
 from mgq.bench.interleaving import take_turns
 from mgq.bench.settings import EXAMPLE_NETWORKS, parse_threads, pluralize
 from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_speedup
-from mgq.bench.tables import markdown_list, markdown_table, three_digits
+from mgq.bench.tables import format_three_digits, markdown_list, markdown_table
 from mgq.bench.torch_peer import TorchProcess, torch_python
 from mgq.bench.workers import Clock, without_garbage_collection
 from mgq.cpu_kernels import fast_gradients
@@ -319,13 +319,13 @@ def measure_steps(
             if isinstance(entry.case, TorchStepper):
                 known["torch"] = entry.case.process.version
 
-        def told(done: int, total: int, before: int = place) -> None:
+        def report(done: int, total: int, before: int = place) -> None:
             whole = total * len(settings.networks)
             on_progress(Progress("measure", before * total + done, whole, "turns"))
 
         turns = [partial(entry.turn, clock) for entry in entries]
         try:
-            times = take_turns(turns, settings.rounds, settings.seed, told, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
+            times = take_turns(turns, settings.rounds, settings.seed, report, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
         finally:
             for entry in entries:
                 entry.case.close()
@@ -336,7 +336,7 @@ def measure_steps(
 def make_training_rows(entries: Sequence[Entry], rounds: Sequence[Rounds], batch: int) -> list[TrainingRow]:
     found = {(entry.case.mode, entry.case.kernels): times for entry, times in zip(entries, rounds, strict=True)}
 
-    def over(times: Rounds, mode: Mode, kernels: str) -> Speedup | None:
+    def compare(times: Rounds, mode: Mode, kernels: str) -> Speedup | None:
         base = found.get((mode, kernels))
         return None if base is None else measure_speedup(times, base)
 
@@ -346,9 +346,9 @@ def make_training_rows(entries: Sequence[Entry], rounds: Sequence[Rounds], batch
             mode=stepper.mode.value,
             kernels=stepper.kernels,
             speed=measure_speed(times, batch),
-            speedup=over(times, stepper.mode, STOCK) if stepper.kernels == FAST else None,
-            of_torch=over(times, stepper.mode, TORCH) if stepper.kernels == FAST else None,
-            of_float=over(times, Mode.NORMAL, stepper.kernels) if stepper.mode is Mode.QAT else None,
+            speedup=compare(times, stepper.mode, STOCK) if stepper.kernels == FAST else None,
+            of_torch=compare(times, stepper.mode, TORCH) if stepper.kernels == FAST else None,
+            of_float=compare(times, Mode.NORMAL, stepper.kernels) if stepper.mode is Mode.QAT else None,
             cores=entry.cores,
             rounds_ns=times,
         )
@@ -362,8 +362,8 @@ def cells(row: TrainingRow) -> tuple[str, ...]:
     return (
         row.mode,
         row.kernels,
-        three_digits(row.speed.fps),
-        three_digits(row.speed.fps_iqr),
+        format_three_digits(row.speed.fps),
+        format_three_digits(row.speed.fps_iqr),
         f"{row.cores:.2f}",
         f"{row.speedup.median:.1f}x" if row.speedup else "-",
         f"{row.of_torch.median:.2f}x" if row.of_torch else "-",

@@ -10,11 +10,11 @@ from itertools import combinations
 from pathlib import Path
 
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
-from mgq.bench.file_cases import stretched_to
+from mgq.bench.file_cases import read_stretched_size
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.statistics import Speedup, measure_speedup
 from mgq.bench.suite import start_worker
-from mgq.bench.worker_loaders import FromFile
+from mgq.bench.worker_loaders import FileLoader
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
@@ -70,7 +70,7 @@ def measure_forms(
 
 def load_form(path: Path, key: str, settings: Settings, package: str) -> LoadedWorker:
     return LoadedWorker(
-        start_worker(path.stem, FromFile(key, path), 1, settings, package, stretched=stretched_to(path)),
+        start_worker(path.stem, FileLoader(key, path), 1, settings, package, stretched=read_stretched_size(path)),
         "",
         path.stat().st_size,
     )

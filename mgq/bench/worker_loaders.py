@@ -12,7 +12,7 @@ from mgq.runtime.registry import get_backend
 
 
 @dataclass(frozen=True)
-class FromCheckpoint:
+class CheckpointLoader:
     """Loads MegEngine itself, on a network that is built from a checkpoint: in whatever process it is called."""
 
     traced: bool
@@ -30,7 +30,7 @@ class FromCheckpoint:
 
 
 @dataclass(frozen=True)
-class FromFile:
+class FileLoader:
     """Loads an engine on a file: in whatever process it is called."""
 
     engine: str

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, plural
 from mgq.machine import mute_stderr
 from mgq.runtime.protocol import Runtime
-from mgq.system.processes import Answering, Channel
+from mgq.system.processes import AnsweringProcess, Channel
 
 Batch = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -69,7 +69,8 @@ class InProcessWorker:
         logits = self.runtime.run(self.batch)
         if logits.ndim != 2 or logits.shape[0] != self.batch.shape[0] or logits.shape[1] == 0:
             raise FailureError(
-                f"{self.name} gave no logits but an array of shape {logits.shape} for {len(self.batch)} pictures"
+                f"{self.name} gave no logits but an array of shape {logits.shape} for "
+                f"{plural(len(self.batch), 'picture')}"
             )
         return logits.copy()
 
@@ -198,7 +199,7 @@ class SubprocessWorker:
     """A worker in a process of its own, which begins to load at once and is paused between its turns."""
 
     def __init__(self, what: str, seat: WorkerConfig, batch: Batch) -> None:
-        self.process = Answering(WorkerMain(seat, batch), what, seat.threads)
+        self.process = AnsweringProcess(WorkerMain(seat, batch), what, seat.threads)
         self.name, self.version = what, ""
         self.threads = seat.threads * seat.copies
         self.macs: int | None = None

@@ -24,7 +24,7 @@ from mgq.cli.shared_options import (
     TargetName,
     prepare_megengine,
 )
-from mgq.errors import printable
+from mgq.errors import plural, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,16 +111,20 @@ class AnalyzeCommand(ImportOptions):
 def show_analysis(found: Analysis, worst: int, page: Path) -> None:
     """Print the conditions, the figures of the whole network, the worst layers and the page's path. Fits 80 columns."""
     from mgq.cli.console import out, say, show_table
-    from mgq.engine.calibration.analysis import in_decibels, in_points
+    from mgq.engine.calibration.analysis import format_decibels, format_points
 
     classifier, result = found.classifier, found.found
     head = f"{classifier.spec.name}, target {classifier.target.name}\nweights: {classifier.origin}"
     head += f"\npictures: {result.images} of {found.images.name}"
     say(head, style="dim")
-    whole = f"all {len(result.layers)} layers in int8: logits {in_decibels(result.whole.logit_snr, ' dB')}, "
+    whole = (
+        f"all {plural(len(result.layers), 'layer')} in int8: logits {format_decibels(result.whole.logit_snr, ' dB')}, "
+    )
     whole += f"{result.whole.same:.1f} % same answers"
     if result.float_top1 is not None:
-        whole += f"\ntop-1 {in_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
+        whole += (
+            f"\ntop-1 {format_points(result.whole)} points, from {result.float_top1:.1f} ±{found.float_error:.1f} %"
+        )
     say(whole)
     for line in calibration_lines(found.calibration):
         say(line)
@@ -142,7 +146,7 @@ def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
     if not calibration.get("tried"):
         return []
     kind = "held back" if calibration["held_back"] else "that it was fitted to"
-    lines = [f"calibration, logits on {calibration['judged_on']} pictures {kind}:"]
+    lines = [f"calibration, logits on {plural(calibration['judged_on'], 'picture')} {kind}:"]
     for trial in sorted(calibration["tried"], key=lambda trial: -float(trial["snr"])):
         kept = "  (kept)" if trial["steps"] == calibration["steps"] else ""
         lines.append(f"  {trial['snr']:6.1f} dB  {', '.join(trial['steps'])}{kept}")
@@ -154,7 +158,7 @@ def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from mgq.engine.calibration.analysis import in_decibels, in_points
+    from mgq.engine.calibration.analysis import format_decibels, format_points
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
@@ -164,18 +168,18 @@ def table_of(layers: list[LayerSensitivity], labelled: bool) -> Table:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for layer in layers:
-        cells = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}"]
-        cells += [in_points(layer.alone)] if labelled else []
+        cells = [format_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}"]
+        cells += [format_points(layer.alone)] if labelled else []
         cells += weight_cells(layer.weights)
-        cells.append(in_decibels(layer.activations.snr if layer.activations is not None else None))
+        cells.append(format_decibels(layer.activations.snr if layer.activations is not None else None))
         table.add_row(Text(printable(layer.name)), *cells)
     return table
 
 
 def weight_cells(weights: Values | None) -> list[str]:
-    from mgq.engine.calibration.analysis import in_decibels
+    from mgq.engine.calibration.analysis import format_decibels
 
     if weights is None:
         return ["-", "-", "-"]
-    channel = str(weights.dominating(1)[0]) if weights.dominating(1) else "-"
-    return [in_decibels(weights.snr), f"{weights.median_share:.0%}", channel]
+    channel = str(weights.find_dominant_channels(1)[0]) if weights.find_dominant_channels(1) else "-"
+    return [format_decibels(weights.snr), f"{weights.median_share:.0%}", channel]

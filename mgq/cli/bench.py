@@ -289,7 +289,7 @@ def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None)
 
     Raises InputError before the first measurement where these cannot be written, or a file cannot be read.
     """
-    from mgq.bench.file_cases import deployed_file
+    from mgq.bench.file_cases import read_deployed_file
     from mgq.bench.plot import check_plot_path, write_plot
     from mgq.cli.console import progress
     from mgq.export.onnx.onnx_file import read_onnx
@@ -302,7 +302,7 @@ def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None)
         for path in settings.against:
             read_onnx(path)
         for path in settings.files:
-            deployed_file(path)
+            read_deployed_file(path)
         if not settings.files:
             import_megengine()
         from mgq.bench.benchmark import benchmark

@@ -29,6 +29,7 @@ from mgq.cli.shared_options import (
     Workers,
     prepare_megengine,
 )
+from mgq.errors import plural
 
 if TYPE_CHECKING:
     from mgq.engine.calibration.calibrate_options import CalibrateOptions
@@ -184,8 +185,9 @@ def show_calibration(result: CalibrationResult, options: CalibrateOptions) -> No
 
     found = result.calibration
     say(
-        f"{found.classifier.spec.name}: ranges of {len(found.ranges.ranges)} layers from "
-        f"{found.used or 'no'} pictures by {found.ranges.observer}, target {found.ranges.target}, "
+        f"{found.classifier.spec.name}: ranges of {plural(len(found.ranges.ranges), 'layer')} from "
+        f"{plural(found.used, 'picture') if found.used else 'no pictures'} by {found.ranges.observer}, "
+        f"target {found.ranges.target}, "
         f"weights: {result.weights}"
     )
     comparison = result.comparison

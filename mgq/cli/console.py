@@ -83,7 +83,7 @@ def show_table(table: Table, to: Console | None = None) -> None:
 
     to = to or console("out")
 
-    widths = [widest(column, table.show_header) for column in table.columns]
+    widths = [measure_width(column, table.show_header) for column in table.columns]
     whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
     lines = whole - sum(max(width, c.min_width or 0) for width, c in zip(widths, table.columns, strict=True))
     for column, width in zip(table.columns, widths, strict=True):
@@ -98,7 +98,7 @@ def show_table(table: Table, to: Console | None = None) -> None:
         say(stack_rows(table), to=to)
 
 
-def widest(column: Column, with_heading: bool) -> int:
+def measure_width(column: Column, with_heading: bool) -> int:
     """The characters of the longest line in ``column``."""
     cells = [*column.cells, column.header] if with_heading else column.cells
     return max((line.cell_len for cell in cells for line in as_text(cell).split(allow_blank=True)), default=0)

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from mgq.cli.console import note, say, show_table
+from mgq.errors import plural
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
@@ -24,9 +25,9 @@ def show_deployment(deployment: Deployment) -> None:
         cells = (floats, f"{row.int8_ms:.2f}", faster, f"{row.same:.1f} %", f"{row.snr:.1f} dB")
         table.add_row(f"{row.engine} {row.version}", *cells)
     show_table(table)
-    cores = "core" if deployment.threads == 1 else "cores"
     say(
-        f"one picture at a time on {deployment.threads} {cores}, {deployment.images} pictures compared; "
+        f"one picture at a time on {plural(deployment.threads, 'core')}, "
+        f"{plural(deployment.images, 'picture')} compared; "
         f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
     )
     if deployment.slower:

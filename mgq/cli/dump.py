@@ -10,25 +10,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from mgq.cli.import_options import ImportOptions, KeepInput
-from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, Named
+from mgq.cli.import_options import KeepInput
+from mgq.cli.network_command import NetworkCommand
+from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
-    RUNS,
-    Arch,
-    CheckpointFile,
-    ImageSize,
-    KeyName,
     ModeName,
-    NetworkOptions,
-    Pretrained,
-    Ranges,
-    Save,
-    TargetName,
-    Width,
     open_network,
     prepare_megengine,
 )
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -45,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpCommand(ImportOptions):
+class DumpCommand(NetworkCommand):
     """Write the network as a file to deploy, which takes raw pixels.
 
     A .megengine file is for MegEngine and MegEngine Lite: it is loaded, and must give the network's answers to the
@@ -60,9 +50,6 @@ class DumpCommand(ImportOptions):
       mgq dump -a resnet18 -c resnet18.safetensors -m normal -o resnet18.megengine
     """
 
-    arch: Arch = None
-    checkpoint: CheckpointFile = None
-    key: KeyName = None
     mode: ModeName = "quantized"
     output: Annotated[
         Path | None,
@@ -77,7 +64,6 @@ class DumpCommand(ImportOptions):
             show_default="as the file is called, else as the target",
         ),
     ] = None
-    target: TargetName = None
     input_type: Annotated[
         str,
         typer.Option(
@@ -88,7 +74,7 @@ class DumpCommand(ImportOptions):
         str,
         typer.Option(
             "--check",
-            click_type=Named("check", lambda: CHECKS),
+            click_type=NameOption("check", lambda: CHECKS),
             help="How an .onnx file is compared with MegEngine: logits, layers or none.",
         ),
     ] = "logits"
@@ -112,11 +98,6 @@ class DumpCommand(ImportOptions):
         bool, typer.Option("--tune", help="Measure exact rewrites of the .onnx file, and keep what is faster here.")
     ] = False
     keep_input: KeepInput = False
-    save: Save = RUNS
-    pretrained: Pretrained = None
-    ranges: Ranges = None
-    width: Width = None
-    image_size: ImageSize = None
 
     def execute(self) -> None:
         """Write the file, compare it with MegEngine, and say what was found."""
@@ -126,7 +107,7 @@ class DumpCommand(ImportOptions):
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
         with progress() as on_progress:
             classifier = self.open(checkpoint, on_progress)
-        wanted = self.wanted()
+        wanted = self.make_file_options()
         compared = self.check != "none"
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
@@ -137,9 +118,9 @@ class DumpCommand(ImportOptions):
         if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
             show_speed(classifier, dumped, images)
 
-    def wanted(self) -> Wanted:
+    def make_file_options(self) -> FileOptions:
         """What the file is to be."""
-        return Wanted(
+        return FileOptions(
             output=self.output,
             kind=self.kind,
             input_type=self.input_type,
@@ -154,16 +135,7 @@ class DumpCommand(ImportOptions):
         """The network to write; ``checkpoint`` is where its weights are by now."""
         from mgq.engine.classifier.dump import open_for_target
 
-        options = NetworkOptions(
-            arch=self.arch,
-            checkpoint=checkpoint,
-            key=self.key,
-            save=self.save,
-            pretrained=self.pretrained,
-            ranges=self.ranges,
-            width=self.width,
-            image_size=self.image_size,
-        ).with_newest_run(self.mode)
+        options = self.network_options(checkpoint).with_newest_run(self.mode)
 
         def open_for(target: str | None) -> Classifier:
             return open_network(replace(options, target=target), self.mode, on_progress)
@@ -171,7 +143,7 @@ class DumpCommand(ImportOptions):
         return open_for_target(open_for, self.output, self.kind, self.target)
 
 
-class Wanted(NamedTuple):
+class FileOptions(NamedTuple):
     """What the file is to be: where (None: a name that says what it is), in what format, and what it takes."""
 
     output: Path | None = None
@@ -184,7 +156,7 @@ class Wanted(NamedTuple):
     keep_input: bool = False
 
 
-def write_file(classifier: Classifier, wanted: Wanted, to: Console) -> Dump:
+def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump:
     """Write the file and say so."""
     from mgq.cli.console import say
     from mgq.engine.classifier.dump import dump_classifier, format_for
@@ -284,14 +256,16 @@ def describe_parity(differences: list[LayerParity]) -> str:
     share = sum(found.share * found.values for found in differences) / values
     if far is not None:
         return f"{far.layer} is the first of {len(differences)} that differs by more than one step ({far.largest})"
-    return f"no integer of {len(differences)} layers differs by more than one step, {share:.3%} of them by one"
+    return (
+        f"no integer of {plural(len(differences), 'layer')} differs by more than one step, {share:.3%} of them by one"
+    )
 
 
 def target_of(classifier: Classifier) -> str:
     return "" if classifier.fake_quantized is None else f", target {classifier.target.name}"
 
 
-def show_float_size(classifier: Classifier, int8: Dump, wanted: Wanted, to: Console) -> None:
+def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to: Console) -> None:
     """Print the sizes of the int8 and of the float32 file; the latter is written to a temporary folder."""
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float

@@ -12,32 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgq.cli.import_options import ImportOptions
+from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
-    RUNS,
-    Arch,
     AsJson,
-    CheckpointFile,
     EngineName,
-    ImageSize,
     Jobs,
-    KeyName,
     LabelledData,
     Limit,
     MaxBad,
     NetworkOptions,
-    Pretrained,
-    Ranges,
     ReportFreq,
-    Save,
-    TargetName,
-    Width,
     Workers,
     open_network,
     take_checkpoint,
 )
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.export.formats import format_of
 
 if TYPE_CHECKING:
@@ -53,7 +43,7 @@ CONFUSED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCommand(ImportOptions):
+class EvalCommand(NetworkCommand):
     """Measure accuracy on labelled pictures.
 
     Prints top-1, top-5, loss and the most confused classes. Without -d it takes the pictures that the checkpoint was
@@ -68,9 +58,6 @@ class EvalCommand(ImportOptions):
     """
 
     data: LabelledData = None
-    arch: Arch = None
-    checkpoint: CheckpointFile = None
-    key: KeyName = None
     mode: Annotated[
         str | None,
         typer.Option(
@@ -81,9 +68,7 @@ class EvalCommand(ImportOptions):
             show_default="quantized where the weights can serve it, else normal",
         ),
     ] = None
-    target: TargetName = None
     engine: EngineName = None
-    save: Save = RUNS
     workers: Workers = None
     jobs: Jobs = 1
     limit: Limit = None
@@ -102,10 +87,6 @@ class EvalCommand(ImportOptions):
     as_json: AsJson = False
     report_freq: ReportFreq = None
     max_bad: MaxBad = 0.01
-    pretrained: Pretrained = None
-    ranges: Ranges = None
-    width: Width = None
-    image_size: ImageSize = None
     devices: Annotated[
         int,
         typer.Option(
@@ -151,18 +132,7 @@ class EvalCommand(ImportOptions):
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
         """The network that the options choose; ``checkpoint`` is where its weights are by now."""
-        options = NetworkOptions(
-            arch=self.arch,
-            checkpoint=checkpoint,
-            key=self.key,
-            save=self.save,
-            pretrained=self.pretrained,
-            ranges=self.ranges,
-            width=self.width,
-            image_size=self.image_size,
-            target=self.target,
-            engine=self.engine,
-        ).with_newest_run(self.mode)
+        options = self.network_options(checkpoint, self.engine).with_newest_run(self.mode)
         if self.mode:
             return open_network(options, self.mode, on_progress, kept=True)
         return open_int8_or_float(options, on_progress)
@@ -188,7 +158,9 @@ def refuse_more_than_cores(jobs: int) -> None:
     from mgq.machine import usable_cores
 
     if jobs > usable_cores():
-        raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
+        raise InputError(
+            f"--jobs {jobs} is more than the {plural(usable_cores(), 'core')} here: give 1 to {usable_cores()}"
+        )
 
 
 def preparation_for(classifier: Classifier) -> Callable[[], None]:
@@ -320,9 +292,10 @@ def show_evaluation(
     from mgq.cli.console import out, say, show_table
     from mgq.cli.infer import headline
 
-    of = "" if facts["images"] == facts["pictures"] else f" of {facts['pictures']:,}"
+    whole = plural(facts["pictures"], "picture", ",")
+    images = whole if facts["images"] == facts["pictures"] else f"{facts['images']:,} of {whole}"
     say(headline(classifier), style="dim")
-    say(f"data: {facts['data']}, {facts['images']:,}{of} pictures", style="dim")
+    say(f"data: {facts['data']}, {images}", style="dim")
     show_table(figures(result))
     if per_class:
         show_table(class_table(result))
@@ -378,12 +351,12 @@ def confusion_table(pairs: list[Confusion]) -> Table:
 
 
 def conditions(facts: dict[str, Any]) -> str:
-    processes = "1 process" if facts["jobs"] == 1 else f"{facts['jobs']} processes"
-    threads = "1 thread decodes" if facts["workers"] == 1 else f"{facts['workers']} threads decode"
+    processes = plural(facts["jobs"], "process")
+    threads = f"{plural(facts['workers'], 'thread')} decode{'s' * (facts['workers'] == 1)}"
     busy = "; the machine was busy" if facts["busy"] else ""
     version = facts["versions"].get("megengine")
     megengine = f"; MegEngine {version}" if version else ""
     return (
-        f"± one standard error. {facts['cpu']}, {facts['cores']} cores; {processes}, {threads}, batches of "
+        f"± one standard error. {facts['cpu']}, {plural(facts['cores'], 'core')}; {processes}, {threads}, batches of "
         f"{facts['batch_size']}, {facts['image_size']} pixels{megengine}{busy}"
     )

@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 An option's ``rich_help_panel`` says otherwise."""
 PRETRAINED_FLAG = "--pretrained"
 _GROUP_OF = {flag: group for group, flags in GROUPS.items() for flag in flags}
+_PLACES = {flag: place for flags in GROUPS.values() for place, flag in enumerate(flags, 1)}
 
 
 class Verb(typer.core.TyperCommand):
@@ -48,6 +49,8 @@ class Verb(typer.core.TyperCommand):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = self.get_params(ctx)
         grouped = sum(not is_argument(parameter) for parameter in parameters) > MOST_IN_ONE_LIST
+        if grouped:
+            parameters = sorted(parameters, key=place_in_group)
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (ARGUMENTS, *GROUPS)}
         for parameter in parameters:
             record = parameter.get_help_record(ctx)
@@ -88,6 +91,13 @@ def title_of(parameter: click.Parameter, grouped: bool) -> str:
         return OWN
     own = getattr(parameter, "rich_help_panel", None)
     return str(own) if own else next((_GROUP_OF[flag] for flag in parameter.opts if flag in _GROUP_OF), OWN)
+
+
+def place_in_group(parameter: click.Parameter) -> int:
+    """Where ``parameter`` stands among those of its group; a verb's own options stay in the verb's order, first."""
+    if getattr(parameter, "rich_help_panel", None):
+        return 0
+    return next((_PLACES[flag] for flag in parameter.opts if flag in _PLACES), 0)
 
 
 def is_argument(parameter: click.Parameter) -> bool:

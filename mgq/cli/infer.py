@@ -12,30 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgq.cli.import_options import ImportOptions
+from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
-    RUNS,
-    Arch,
     AsJson,
-    CheckpointFile,
     EngineName,
-    ImageSize,
-    KeyName,
     ModeName,
-    NetworkOptions,
-    Pretrained,
-    Ranges,
-    Save,
-    TargetName,
-    Width,
     open_network,
     take_checkpoint,
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.table import Table
 
     from mgq.engine.classifier.classifier import Classifier
@@ -49,7 +36,7 @@ PROBABILITY = "probability"
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferCommand(ImportOptions):
+class InferCommand(NetworkCommand):
     """Classify pictures with the int8 network (or another mode).
 
     Without a picture it takes the bundled cat.
@@ -63,9 +50,6 @@ class InferCommand(ImportOptions):
 
     files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None
-    arch: Arch = None
-    checkpoint: CheckpointFile = None
-    key: KeyName = None
     mode: ModeName = "quantized"
     topk: Annotated[
         int | None,
@@ -78,13 +62,7 @@ class InferCommand(ImportOptions):
         typer.Option("--dump", help="Write the network as a file, as `mgq dump` does, and its checkpoint, too."),
     ] = False
     as_json: AsJson = False
-    target: TargetName = None
     engine: EngineName = None
-    save: Save = RUNS
-    pretrained: Pretrained = None
-    ranges: Ranges = None
-    width: Width = None
-    image_size: ImageSize = None
 
     def execute(self) -> None:
         """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""
@@ -100,7 +78,9 @@ class InferCommand(ImportOptions):
             from mgq.engine.classifier.predict import FEW, predict
 
             few = len(sources) <= FEW
-            classifier = open_network(self.network(checkpoint), self.mode, on_progress, few, kept=not self.write)
+            classifier = open_network(
+                self.network_options(checkpoint, self.engine), self.mode, on_progress, few, kept=not self.write
+            )
             answers = predict(classifier, sources, self.topk)
             found = start_predictions(report_progress(answers, len(sources), on_progress))
             failed = show_json(classifier, found) if self.as_json else show_tables(classifier, found)
@@ -111,29 +91,14 @@ class InferCommand(ImportOptions):
         if failed:
             raise typer.Exit(2)
 
-    def network(self, checkpoint: Path | None) -> NetworkOptions:
-        """What chooses the network; ``checkpoint`` is where its weights are by now."""
-        return NetworkOptions(
-            arch=self.arch,
-            checkpoint=checkpoint,
-            key=self.key,
-            save=self.save,
-            pretrained=self.pretrained,
-            ranges=self.ranges,
-            width=self.width,
-            image_size=self.image_size,
-            target=self.target,
-            engine=self.engine,
-        )
-
 
 def write_network(classifier: Classifier) -> None:
     """Write the network as ``mgq dump`` does, and its checkpoint; say where."""
     from mgq.cli.console import err, note
-    from mgq.cli.dump import Wanted, write_file
+    from mgq.cli.dump import FileOptions, write_file
 
     source = classifier.made_from[0] if classifier.made_from is not None else classifier
-    path = write_file(source, Wanted(), to=err).path
+    path = write_file(source, FileOptions(), to=err).path
     source.write_checkpoint(path.with_suffix(".safetensors"))
     note(f"{path.with_suffix('.safetensors')}: the weights that it can be rebuilt from")
 

@@ -22,7 +22,7 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
-from mgq.machine import DEBUG_VARIABLE, debugging, hush_decoders, package_version, set_library_defaults
+from mgq.machine import DEBUG_VARIABLE, hush_decoders, is_debugging, package_version, set_library_defaults
 from mgq.system.mpi_world import World, find_world
 
 INTERRUPTED = 130
@@ -85,7 +85,7 @@ def app_with(names: Iterable[str]) -> typer.Typer:
     return app
 
 
-def asked_for(words: list[str]) -> Iterable[str]:
+def find_verbs(words: list[str]) -> Iterable[str]:
     """The verb that ``words`` begin with; all verbs for completion, for help, and where there is no such verb."""
     first = next((word for word in words if not word.startswith("-")), "")
     return [first] if first in VERBS and COMPLETION_VARIABLE not in os.environ else VERBS
@@ -99,7 +99,7 @@ def run() -> None:
             stream.reconfigure(errors="replace")
     world = find_world()
     with sigterm_as_interrupt():
-        code = run_alone() if world is None else run_among(world, asked_for(sys.argv[1:]))
+        code = run_alone() if world is None else run_among(world, find_verbs(sys.argv[1:]))
     sys.exit(code)
 
 
@@ -135,7 +135,7 @@ def run_and_leave() -> None:
     try:
         run()
     except SystemExit as end:
-        if asked_for(sys.argv[1:]) == [LEAVES_AT_ONCE] and not needs_farewell():
+        if find_verbs(sys.argv[1:]) == [LEAVES_AT_ONCE] and not needs_farewell():
             leave(end)
         raise
 
@@ -167,7 +167,7 @@ def run_alone() -> int:
     except ClickException as error:
         code = report_failure(usage_line(error), 2)
     except MgqError as error:
-        if debugging():
+        if is_debugging():
             raise
         code = error.exit_code if error.is_said else report_failure(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
@@ -176,7 +176,7 @@ def run_alone() -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = report_failure("interrupted", INTERRUPTED)
     except Exception as error:
-        if debugging():
+        if is_debugging():
             raise
         if why := why_output_is_stuck(error):
             drop_output()
@@ -190,7 +190,7 @@ def run_alone() -> int:
 def run_verb() -> Any:
     """Run what the command line asks for; return the verb's result, or 2 where only help could be given."""
     try:
-        return app_with(asked_for(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
+        return app_with(find_verbs(sys.argv[1:]))(prog_name="mgq", standalone_mode=False)
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())
         return 2

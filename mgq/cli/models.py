@@ -37,7 +37,7 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
 
 
 def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:
-    from mgq.zoo.registry import weights_at_hand
+    from mgq.zoo.registry import list_local_weights
 
     published = spec.published
     return {
@@ -50,8 +50,8 @@ def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:
         "top1_int8": published.top1_int8 if published else None,
         "top1_source": published.source if published else None,
         "weights": [*list_packaged(spec), *list_published(spec)],
-        "weights_at_hand": weights_at_hand(spec, save),
-        "weights_elsewhere": weights_elsewhere(spec),
+        "weights_at_hand": list_local_weights(spec, save),
+        "weights_elsewhere": list_remote_weights(spec),
     }
 
 
@@ -93,7 +93,7 @@ def crop_of(spec: ModelSpec, how: Preprocessing) -> dict[str, Any]:
     return {"resize": how.shorter_side(spec.image_size), "crop": spec.image_size, "interpolation": how.interpolation}
 
 
-def weights_elsewhere(spec: ModelSpec) -> list[str]:
+def list_remote_weights(spec: ModelSpec) -> list[str]:
     ways = []
     if spec.packaged and not spec.packaged.path():
         ways.append(spec.packaged.mend())

@@ -17,7 +17,7 @@ NAME_METAVAR = {"architecture": "arch", "version of pretrained weights": "versio
 """What help calls a value whose kind has a long name."""
 
 
-class Named(click.ParamType[str]):
+class NameOption(click.ParamType[str]):
     """One of the names that ``names`` returns. ``kind`` is what they name, ``listed`` the command that lists them.
 
     They are asked for only when a value is read or completed.
@@ -36,7 +36,7 @@ class Named(click.ParamType[str]):
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
-class ArchName(Named):
+class ArchName(NameOption):
     """The name of an architecture, or ``FILE.py:FUNCTION``: that file is run, and its network known by the function."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -74,7 +74,7 @@ class Number(click.ParamType[float]):
         return number
 
 
-class OfRecipe(Number):
+class RecipeNumber(Number):
     """The number ``key`` of a recipe, which says what bounds it."""
 
     def __init__(self, kind: type[int] | type[float], key: str) -> None:
@@ -216,20 +216,20 @@ def loads() -> Iterable[str]:
 
 
 ARCH = ArchName("architecture", archs, "`mgq models` lists them all")
-PRETRAINED = Named("version of pretrained weights", versions, "`mgq models` lists them")
-MODE = Named("mode", modes)
-TARGET = Named("target", targets)
-METHOD = Named("method", methods)
-OBSERVER = Named("observer", observers)
-QUALITY = Named("quality", qualities)
-ENGINE = Named("engine", engines)
-FORMAT = Named("format", formats)
-FORM = Named("engine", forms)
-INPUT = Named("input", inputs)
-CPU = Named("cpu", cpus)
-SCHEDULE = Named("schedule", schedules)
-LOAD = Named("load", loads)
-COMPRESSION = Named("compression", compressions)
+PRETRAINED = NameOption("version of pretrained weights", versions, "`mgq models` lists them")
+MODE = NameOption("mode", modes)
+TARGET = NameOption("target", targets)
+METHOD = NameOption("method", methods)
+OBSERVER = NameOption("observer", observers)
+QUALITY = NameOption("quality", qualities)
+ENGINE = NameOption("engine", engines)
+FORMAT = NameOption("format", formats)
+FORM = NameOption("engine", forms)
+INPUT = NameOption("input", inputs)
+CPU = NameOption("cpu", cpus)
+SCHEDULE = NameOption("schedule", schedules)
+LOAD = NameOption("load", loads)
+COMPRESSION = NameOption("compression", compressions)
 
 COUNT = Number(int, Bounds(1))
 PORT = Number(int, Bounds(0, 65535))

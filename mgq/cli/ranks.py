@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mgq.cli.console import note, print_error
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import debugging
+from mgq.machine import is_debugging
 from mgq.system.mpi_world import MEND, World, leave_world, take_terminal
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def follow(world: World, link: Link) -> None:
     except MgqError as error:
         failure = error
     except Exception as error:
-        if debugging():
+        if is_debugging():
             traceback.print_exc()
         failure = FailureError(f"unexpected {type(error).__name__}: {error}")
     named = str(failure).startswith("rank ")  # as where all find the same

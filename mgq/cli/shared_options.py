@@ -131,9 +131,9 @@ def take_checkpoint(
         with name_in_errors(f"{printable(foreign)}, written by another program"):
             import_megengine()
         from mgq.engine.classifier.import_wish import NO_WISH
-        from mgq.engine.classifier.onnx_import import imported_checkpoint
+        from mgq.engine.classifier.onnx_import import import_checkpoint
 
-        return imported_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
+        return import_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
     refuse_wish(wish)
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")

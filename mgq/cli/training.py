@@ -29,8 +29,8 @@ from mgq.cli.option_types import (
     SCHEDULE,
     SHARE,
     TARGET,
-    Named,
-    OfRecipe,
+    NameOption,
+    RecipeNumber,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 from mgq.errors import InputError
@@ -80,27 +80,29 @@ class TrainingCommand(ImportOptions):
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run, to the bit.")] = False
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", click_type=OfRecipe(int, "epochs"), help="Passes over the pictures."),
+        typer.Option("--epochs", click_type=RecipeNumber(int, "epochs"), help="Passes over the pictures."),
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", click_type=OfRecipe(int, "batch_size"), help="Batch size on each device."),
+        typer.Option("--batch-size", click_type=RecipeNumber(int, "batch_size"), help="Batch size on each device."),
     ] = None
     lr: Annotated[
         float | None,
-        typer.Option("--lr", click_type=OfRecipe(float, "lr"), help="Learning rate at its highest, for one device."),
+        typer.Option(
+            "--lr", click_type=RecipeNumber(float, "lr"), help="Learning rate at its highest, for one device."
+        ),
     ] = None
     schedule: Annotated[str | None, typer.Option("--schedule", click_type=SCHEDULE, help="cosine, linear or step.")] = (
         None
     )
     weight_decay: Annotated[
-        float | None, typer.Option("--weight-decay", click_type=OfRecipe(float, "weight_decay"), help="L2 penalty.")
+        float | None, typer.Option("--weight-decay", click_type=RecipeNumber(float, "weight_decay"), help="L2 penalty.")
     ] = None
     label_smoothing: Annotated[
         float | None,
         typer.Option(
             "--label-smoothing",
-            click_type=OfRecipe(float, "label_smoothing"),
+            click_type=RecipeNumber(float, "label_smoothing"),
             help="Label smoothing: share of a label given to all classes.",
         ),
     ] = None
@@ -112,12 +114,12 @@ class TrainingCommand(ImportOptions):
     ] = None
     val_every: Annotated[
         int | None,
-        typer.Option("--val-every", click_type=OfRecipe(int, "val_every"), help="Epochs between two measurements."),
+        typer.Option("--val-every", click_type=RecipeNumber(int, "val_every"), help="Epochs between two measurements."),
     ] = None
     ema: Annotated[
         float | None,
         typer.Option(
-            "--ema", click_type=OfRecipe(float, "ema"), help="Keep averaged weights, with this decay (0.999)."
+            "--ema", click_type=RecipeNumber(float, "ema"), help="Keep averaged weights, with this decay (0.999)."
         ),
     ] = None
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier only.")] = False
@@ -125,7 +127,7 @@ class TrainingCommand(ImportOptions):
     bf16: Annotated[bool, typer.Option("--bf16", help="Convolutions in bfloat16, on processors that have it.")] = False
     seed: Annotated[
         int | None,
-        typer.Option("--seed", click_type=OfRecipe(int, "seed"), help="The same seed gives the same weights."),
+        typer.Option("--seed", click_type=RecipeNumber(int, "seed"), help="The same seed gives the same weights."),
     ] = None
     devices: Annotated[
         int | None,
@@ -180,7 +182,7 @@ class TrainingCommand(ImportOptions):
         from mgq.system.megengine_start import prepare_process
 
         train_options = replace(
-            make_train_options(replace(self, checkpoint=checkpoint).given()), prepare=prepare_process
+            make_train_options(replace(self, checkpoint=checkpoint).collect_options()), prepare=prepare_process
         )
         start = training_run.qat if self.mode == "qat" else training_run.train
         with progress() as on_progress, watch_for_stop() as should_stop:
@@ -200,7 +202,7 @@ class TrainingCommand(ImportOptions):
         show_table(table_of(result.comparison, self.simulated))
         say(describe_result(result))
 
-    def given(self) -> dict[str, Any]:
+    def collect_options(self) -> dict[str, Any]:
         """The options by name. A flag that was not given does not override the recipe file."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHOWN_OR_READ}
         return {name: value for name, value in values.items() if value is not False or name == "distill"}
@@ -227,7 +229,7 @@ class TrainCommand(TrainingCommand):
         int | None,
         typer.Option(
             "--classes",
-            click_type=OfRecipe(int, "classes"),
+            click_type=RecipeNumber(int, "classes"),
             help="Outputs of the classifier, if more than the pictures' classes.",
         ),
     ] = None
@@ -238,7 +240,7 @@ class TrainCommand(TrainingCommand):
         str | None,
         typer.Option(
             "--activation",
-            click_type=Named("activation", lambda: ("relu", "relu6")),
+            click_type=NameOption("activation", lambda: ("relu", "relu6")),
             help="relu or relu6 (mobilenet_v2).",
         ),
     ] = None
@@ -372,12 +374,12 @@ def agreements(comparison: Comparison) -> str:
 
 
 def result_to_json(result: TrainResult) -> dict[str, Any]:
-    from mgq.engine.training.recipe import plain
+    from mgq.engine.training.recipe import to_plain
 
     return {
         "checkpoint": str(result.checkpoint),
         "best": dict(result.best),
         "calibrated": dict(result.calibrated),
         "comparison": result.comparison.to_json(),
-        "recipe": plain(result.recipe),
+        "recipe": to_plain(result.recipe),
     }

@@ -1,4 +1,4 @@
-"""Training on a CPU that does not wait for MegEngine's reference kernels. See :func:`fast_gradients`."""
+"""Fast training on CPUs, in place of MegEngine's reference kernels. See :func:`fast_gradients`."""
 
 from mgq.cpu_kernels.switch import fast_gradients, fast_gradients_enabled
 

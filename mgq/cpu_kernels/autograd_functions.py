@@ -17,7 +17,7 @@ from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extre
 from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
-from mgq.cpu_kernels.tensor_exchange import Array, read, settled, tensors, values
+from mgq.cpu_kernels.tensor_exchange import Array, read, read_state, tensors, values
 
 
 class Convolution(Function):  # type: ignore[misc]
@@ -44,7 +44,7 @@ class NormalizedConvolution(MapFunction):
 
     With a ``ceiling`` the output is held at or below it. ``mean`` and ``variance`` (biased) of each channel, float32
     (C,), are those to use where ``norm`` is fixed, else those found once it was called. Where ``geometry`` has channels
-    last, source and output are feature maps, see :meth:`mapped`.
+    last, source and output are feature maps, see :meth:`apply_to_maps`.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class NormalizedConvolution(MapFunction):
         self.ceiling = ceiling
         self.wants_source = wants_source
 
-    def mapped(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
+    def apply_to_maps(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
         source, *_ = inputs
         assert isinstance(source, FeatureMap)
         self.source, self.to = source.array, source.gradient
-        return super().mapped(*inputs)
+        return super().apply_to_maps(*inputs)
 
     def forward(self, source: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         if self.geometry.channels_last:
             return self.forward_mapped(source.device, *read(weights, scale, shift))
-        output = self.computed(*values(source, weights, scale, shift))
+        output = self.compute(*values(source, weights, scale, shift))
         self.saved = source, weights, scale
         return Tensor(output, device=source.device)
 
     def forward_mapped(self, device: Any, weights: Array, scale: Array, shift: Array) -> Tensor:
-        output = self.computed(self.source, weights, scale, shift)
+        output = self.compute(self.source, weights, scale, shift)
         self.read = self.source, weights, scale
         del self.source
         return self.emit(output, device)
@@ -88,11 +88,11 @@ class NormalizedConvolution(MapFunction):
         self.to.add(d_source)
         return [token if self.wants_source else None, *tensors(gradients, token.device)]
 
-    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
-        return self.normalized(source, weights, scale, shift)
+    def compute(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        return self.normalize(source, weights, scale, shift)
 
-    def normalized(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
-        output, self.statistics = onednn_kernels.normalized_convolution(
+    def normalize(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output, self.statistics = onednn_kernels.convolve_normalized(
             self.geometry, self.norm, source, weights, scale, shift, self.mean, self.variance
         )
         self.passes = None if self.ceiling is None else clamp_below(output, self.ceiling)
@@ -108,22 +108,23 @@ class NormalizedConvolution(MapFunction):
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
-        return self.normalized_gradients(source, weights, scale, d_output)
+        return self.compute_gradients(source, weights, scale, d_output)
 
-    def normalized_gradients(
+    def compute_gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
         if self.passes is not None:
             d_output = apply_mask(d_output, self.passes)
         statistics = self.statistics
         del self.statistics, self.passes
-        return onednn_kernels.normalized_convolution_gradients(
+        return onednn_kernels.compute_normalized_gradients(
             self.geometry, self.norm, source, weights, scale, statistics, d_output, self.wants_source
         )
 
 
 class FakeQuantizedConvolution(NormalizedConvolution):
-    """The same in quantization-aware training of ``module``, whose observers it feeds: weights and output quantized.
+    """The same in quantization-aware training of ``module``: weights and output are fake-quantized, and its observers
+    updated.
 
     MegEngine quantizes the weights with batch norm folded in, and divides the convolution by the factor again
     (arXiv:1806.08342, section 3.2.2). Dividing the weights gives the same and is less work. ``qparams`` of the output
@@ -134,34 +135,34 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         super().__init__(*arguments)
         self.module = module
 
-    def computed(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
-        output = self.convolved(source, weights, scale, shift)
+    def compute(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        output = self.convolve(source, weights, scale, shift)
         self.qparams = update_observer(self.module.act_observer, lambda: extremes(output))
-        passes = self.qparams.quantizer.apply(output)
+        passes = self.qparams.quantizer.apply_in_place(output)
         if passes is not None:
             self.passes = passes if self.passes is None else self.passes & passes
         return output
 
-    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+    def convolve(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         """Before the output is quantized."""
         bn = self.module.bn
-        (variance,) = settled(bn.running_var)
+        (variance,) = read_state(bn.running_var)
         self.inverse = np.float32(1) / np.sqrt(variance + np.float32(bn.eps))
         self.factor = np.ravel(scale * self.inverse)
         self.quantize_weights(weights, divide=True)
-        return self.normalized(source, self.effective, scale, shift)
+        return self.normalize(source, self.effective, scale, shift)
 
     def quantize_weights(self, weights: Array, divide: bool) -> QParams:
         """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
         observer = self.module.weight_observer
         qparams = update_observer(observer, lambda: extremes_of_rows(weights, self.factor))
-        self.effective, self.weights_pass = qparams.quantizer.applied_to_rows(weights, self.factor, divide)
+        self.effective, self.weights_pass = qparams.quantizer.apply_to_rows(weights, self.factor, divide)
         return qparams
 
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
-        d_source, d_effective, d_scale, d_shift = self.normalized_gradients(source, self.effective, scale, d_output)
+        d_source, d_effective, d_scale, d_shift = self.compute_gradients(source, self.effective, scale, d_output)
         # With q = d_effective / factor: d_factor is the sum of passed q times weights less q times effective weights.
         d_factor = mask_rows(d_effective, self.weights_pass, weights, effective=self.effective)
         d_factor /= self.factor
@@ -185,16 +186,16 @@ class FoldedConvolution(FakeQuantizedConvolution):
         self.running_mean, self.mean = self.mean, np.zeros(channels, np.float32)
         self.running_variance, self.variance = self.variance, self.ones - np.float32(self.norm.epsilon)
 
-    def convolved(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+    def convolve(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
         self.inverse = inverse.reshape(scale.shape)
         self.factor = np.ravel(scale * self.inverse)
         qparams = self.quantize_weights(weights, divide=False)
         self.centre = self.running_mean.reshape(scale.shape) * self.inverse
-        bias = self.quantized_bias(shift - scale * self.centre, qparams)
-        return self.normalized(source, self.effective, self.ones, bias)
+        bias = self.quantize_bias(shift - scale * self.centre, qparams)
+        return self.normalize(source, self.effective, self.ones, bias)
 
-    def quantized_bias(self, bias: Array, weight_qparams: QParams) -> Array:
+    def quantize_bias(self, bias: Array, weight_qparams: QParams) -> Array:
         device = self.module.conv.weight.device
         source, weights = Tensor(0.0, device=device), Tensor(0.0, device=device)
         if self.source_qparams is None:
@@ -207,7 +208,7 @@ class FoldedConvolution(FakeQuantizedConvolution):
     def gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
-        d_source, d_quantized, _, d_bias = self.normalized_gradients(source, self.effective, self.ones, d_output)
+        d_source, d_quantized, _, d_bias = self.compute_gradients(source, self.effective, self.ones, d_output)
         d_bias = d_bias.reshape(scale.shape)
         d_factor = mask_rows(d_quantized, self.weights_pass, weights, factors=self.factor)
         d_scale = d_factor.reshape(scale.shape) * self.inverse - d_bias * self.centre
@@ -231,14 +232,14 @@ class AddRelu(Function):  # type: ignore[misc]
 
 
 class FakeQuantization(Function):  # type: ignore[misc]
-    """(x,) -> x as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+    """(x,) -> x, fake-quantized by ``quantizer``. The gradient passes where nothing was clipped, and is 0 elsewhere."""
 
     def __init__(self, quantizer: Quantizer, array: Array) -> None:
         super().__init__()
         self.quantizer, self.array = quantizer, array
 
     def forward(self, x: Tensor) -> Tensor:
-        output, self.passes = self.quantizer.applied(self.array)
+        output, self.passes = self.quantizer.apply(self.array)
         del self.array
         return Tensor(output, device=x.device)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mgq.cpu_kernels import numba_loops
-from mgq.cpu_kernels.elementwise import LONG_PIECE, in_pieces, in_rows
+from mgq.cpu_kernels.elementwise import LONG_PIECE, run_in_pieces, run_in_rows
 from mgq.cpu_kernels.tensor_exchange import Array, empty
 
 Pair = tuple[int, int]
@@ -28,12 +28,12 @@ class Pool(NamedTuple):
         return height, width
 
 
-def turned(array: Array) -> Array:
+def to_channels_last(array: Array) -> Array:
     """(N, C, H, W) -> (N, H, W, C)."""
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
 
 
-def turned_back(array: Array) -> Array:
+def to_channels_first(array: Array) -> Array:
     """(N, H, W, C) -> (N, C, H, W)."""
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 
@@ -43,11 +43,11 @@ def add(a: Array, b: Array, relu: bool = False) -> Array:
     output = empty(a.shape)
     one, other, target = a.reshape(-1), b.reshape(-1), output.reshape(-1)
     loop = numba_loops.add_relu if relu else numba_loops.add
-    in_pieces(lambda piece: loop(one[piece], other[piece], target[piece]), a.size, LONG_PIECE)
+    run_in_pieces(lambda piece: loop(one[piece], other[piece], target[piece]), a.size, LONG_PIECE)
     return output
 
 
-def where_positive(output: Array, gradient: Array) -> Array:
+def mask_negative(output: Array, gradient: Array) -> Array:
     """``gradient`` where ``output`` is above 0, else 0."""
     result = empty(gradient.shape)
     chosen, source, target = output.reshape(-1), gradient.reshape(-1), result.reshape(-1)
@@ -55,7 +55,7 @@ def where_positive(output: Array, gradient: Array) -> Array:
     def run(piece: slice) -> None:
         numba_loops.where_positive(chosen[piece], source[piece], target[piece])
 
-    in_pieces(run, gradient.size, LONG_PIECE)
+    run_in_pieces(run, gradient.size, LONG_PIECE)
     return result
 
 
@@ -63,7 +63,7 @@ def max_pool(source: Array, pool: Pool) -> Array:
     batch, height, width, channels = source.shape
     output = empty((batch, *pool.output((height, width)), channels))
     numbers = (*pool.size, *pool.stride, *pool.padding)
-    in_rows(lambda part: numba_loops.max_pool(source[part], output[part], *numbers), source.reshape(batch, -1))
+    run_in_rows(lambda part: numba_loops.max_pool(source[part], output[part], *numbers), source.reshape(batch, -1))
     return output
 
 
@@ -75,7 +75,7 @@ def max_pool_gradient(source: Array, output: Array, d_output: Array, pool: Pool)
     def run(part: slice) -> None:
         numba_loops.max_pool_gradient(source[part], output[part], d_output[part], d_source[part], *numbers)
 
-    in_rows(run, source.reshape(len(source), -1))
+    run_in_rows(run, source.reshape(len(source), -1))
     return d_source
 
 
@@ -83,5 +83,5 @@ def shuffle(source: Array, groups: int) -> Array:
     """Channels seen as a (C / groups, groups) table, transposed."""
     output = empty(source.shape)
     rows, target = source.reshape(-1, source.shape[-1]), output.reshape(-1, source.shape[-1])
-    in_rows(lambda part: numba_loops.shuffle(rows[part], target[part], groups), rows, LONG_PIECE)
+    run_in_rows(lambda part: numba_loops.shuffle(rows[part], target[part], groups), rows, LONG_PIECE)
     return output

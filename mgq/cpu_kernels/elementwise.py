@@ -26,9 +26,9 @@ Result = TypeVar("Result")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 PIECE = 1 << 15
-"""Elements: a few float32 arrays of so many lie in the second cache together."""
+"""Elements of a piece: a few float32 arrays of this size fit into the second-level cache together."""
 LONG_PIECE = 1 << 17
-"""For a function that passes over its elements once: a call costs nothing beside the work then."""
+"""Elements of a piece for functions that pass over memory once: the call's overhead is negligible then."""
 LONG_ROW = 256
 """Elements from which on numpy finds a row's extremes faster than it multiplies the row."""
 LEAST_SPAN = 1e-30
@@ -46,8 +46,9 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``piece`` elements that together are ``size``, in their order."""
+def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
+    """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
+    order."""
 
     def run(first: int, last: int) -> list[Result]:
         return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
@@ -63,9 +64,9 @@ def in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE
     return results
 
 
-def in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
-    """What ``function`` gives for slices of ``rows`` (rows, elements): as many whole rows as a piece has."""
-    return in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
+def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
+    """Call ``function`` with slices of ``rows`` (rows, elements), as many whole rows as fit into a piece."""
+    return run_in_pieces(function, len(rows), max(1, piece // max(1, rows.shape[1])))
 
 
 def fake_quantize(
@@ -78,7 +79,7 @@ def fake_quantize(
     def quantize(piece: slice) -> int:
         return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax)
 
-    return passes if sum(in_pieces(quantize, steps.size, LONG_PIECE)) else None
+    return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
 
 
 def fake_quantize_rows(
@@ -92,7 +93,7 @@ def fake_quantize_rows(
     def quantize(part: slice) -> None:
         numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, qmin, qmax)
 
-    in_rows(quantize, source, LONG_PIECE)
+    run_in_rows(quantize, source, LONG_PIECE)
     return output, passes
 
 
@@ -119,7 +120,7 @@ def mask_rows(
             sums[part],
         )
 
-    in_rows(run, rows, LONG_PIECE)
+    run_in_rows(run, rows, LONG_PIECE)
     return sums
 
 
@@ -142,13 +143,13 @@ def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values,
         rows = values[part], weights[part], low[part], factors[part]
         numba_loops.add_to_histograms(*rows, squares[part], sums[part], share)
 
-    in_rows(run, values, LONG_PIECE)
+    run_in_rows(run, values, LONG_PIECE)
 
 
 def extremes(array: Array) -> Array:
     """(2,): the least and the largest element; NaN where there is one."""
     elements = array.reshape(-1)
-    return united(in_pieces(lambda piece: least_and_largest(elements[piece]), elements.size, LONG_PIECE))
+    return merge_pieces(run_in_pieces(lambda piece: least_and_largest(elements[piece]), elements.size, LONG_PIECE))
 
 
 def extremes_of_rows(array: Array, factors: Array) -> Array:
@@ -160,21 +161,21 @@ def extremes_of_rows(array: Array, factors: Array) -> Array:
     rows, each = rows_of(array, factors.size), factors.reshape(-1, 1)
     is_long = rows.shape[1] >= LONG_ROW
 
-    def found(part: slice) -> tuple[np.float32, np.float32]:
+    def find_ends(part: slice) -> tuple[np.float32, np.float32]:
         ends = rows[part]
         if is_long:
             ends = np.stack((np.minimum.reduce(ends, axis=1), np.maximum.reduce(ends, axis=1)), axis=1)
         with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are the training's to tell of
             return least_and_largest(ends * each[part])
 
-    return united(in_rows(found, rows, LONG_PIECE if is_long else PIECE))
+    return merge_pieces(run_in_rows(find_ends, rows, LONG_PIECE if is_long else PIECE))
 
 
 def least_and_largest(values: Array) -> tuple[np.float32, np.float32]:
     return np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
 
 
-def united(found: list[tuple[np.float32, np.float32]]) -> Array:
+def merge_pieces(found: list[tuple[np.float32, np.float32]]) -> Array:
     """(2,): the extremes of all pieces from those of each."""
     if len(found) == 1:
         return np.array(found[0], np.float32)
@@ -186,7 +187,9 @@ def apply_mask(array: Array, mask: Mask) -> Array:
     """``array`` where ``mask`` is set, else 0."""
     result = empty(array.shape)
     elements, chosen, target = array.reshape(-1), mask.reshape(-1), result.reshape(-1)
-    in_pieces(lambda piece: numba_loops.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE)
+    run_in_pieces(
+        lambda piece: numba_loops.mask(elements[piece], chosen[piece], target[piece]), elements.size, LONG_PIECE
+    )
     return result
 
 
@@ -198,7 +201,7 @@ def clamp_below(array: Array, ceiling: float) -> Mask | None:
     def hold(piece: slice) -> int:
         return numba_loops.hold(elements[piece], np.float32(ceiling), marks[piece])
 
-    return below if sum(in_pieces(hold, elements.size, LONG_PIECE)) else None
+    return below if sum(run_in_pieces(hold, elements.size, LONG_PIECE)) else None
 
 
 @dataclass(frozen=True)
@@ -235,11 +238,11 @@ def requantize(
         before, factors, after = (values[part] for values in each)
         numba_loops.requantize(source[part], before, factors, after, limits, inverse, qmin, qmax, even, counts[part])
 
-    in_rows(run, source, LONG_PIECE)
+    run_in_rows(run, source, LONG_PIECE)
     return steps
 
 
-def descend(
+def step_parameter(
     value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
 ) -> Array:
     """A parameter's new value after a step of gradient descent with momentum and weight decay; ``speed`` is changed."""
@@ -252,11 +255,11 @@ def descend(
     def run(piece: slice) -> None:
         numba_loops.descend(old[piece], moving[piece], by[piece], now[piece], rate, momentum, decay)
 
-    in_pieces(run, value.size, LONG_PIECE)
+    run_in_pieces(run, value.size, LONG_PIECE)
     return new_value
 
 
-def moved_statistics(
+def move_statistics(
     running: Sequence[Array], mean: Array, variance: Array, keep: np.float32, unbias: np.float32
 ) -> tuple[Array, Array]:
     """Running mean and variance after a batch with this ``mean`` and (biased) ``variance``, which ``unbias`` mends.

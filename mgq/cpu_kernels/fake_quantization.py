@@ -14,8 +14,8 @@ from megengine.quantization.utils import QParams, QuantMode, _builtin_quant_dtyp
 
 from mgq.cpu_kernels import numba_loops
 from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
-from mgq.cpu_kernels.statistics_exchange import widest
-from mgq.cpu_kernels.tensor_exchange import Array, put, settled
+from mgq.cpu_kernels.statistics_exchange import merge_extremes
+from mgq.cpu_kernels.tensor_exchange import Array, read_state, write_state
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
 
@@ -31,23 +31,23 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def apply(self, array: Array) -> Mask | None:
+    def apply_in_place(self, array: Array) -> Mask | None:
         """Quantize ``array`` in place; where it was not clipped, None where it was nowhere."""
         return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
 
-    def applied(self, array: Array) -> tuple[Array, Mask | None]:
+    def apply(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped."""
         output = array.copy()
-        return output, self.apply(output)
+        return output, self.apply_in_place(output)
 
-    def applied_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
+    def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
         clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
         return fake_quantize_rows(array, factors, divide, self.scale, self.qmin, self.qmax)
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
-    """What FakeQuantize does with ``qparams``; None where the scale is not one number."""
+    """The quantizer that equals FakeQuantize with ``qparams``; None where the scale is not one number."""
     if qparams.scale is None or qparams.scale.size != 1:
         return None
     asymmetric = qparams.mode == QuantMode.ASYMMERTIC
@@ -59,7 +59,7 @@ def quantizer_of(qparams: QParams) -> Quantizer | None:
 
 
 def is_plain(fake_quant: Any) -> bool:
-    """Whether ``fake_quant`` is one that :class:`Quantizer` can stand for, and at work."""
+    """Whether :class:`Quantizer` can replace ``fake_quant``, and it is enabled."""
     is_stock = type(fake_quant) is FakeQuantize or (type(fake_quant) is EvenFakeQuantize and fake_quant.training)
     return is_stock and bool(fake_quant.enabled)
 
@@ -99,23 +99,23 @@ class ObservedParams(QParams):  # type: ignore[misc]
 
 def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> ObservedParams:
     """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
-    low, high = (array.reshape(-1)[0] for array in settled(observer.min_val, observer.max_val))
+    low, high = (array.reshape(-1)[0] for array in read_state(observer.min_val, observer.max_val))
     if observer.enabled:
-        low, high = widened(observer, low, high, extremes())
+        low, high = widen_range(observer, low, high, extremes())
     half = np.float32((observer.qmax - observer.qmin) / 2)
     scale = numba_loops.scale_of_range(low, high, half, np.float32(observer.scale_limit))  # a float of Python's
     return ObservedParams(observer, np.float32(scale))
 
 
-def widened(
+def widen_range(
     observer: MinMaxObserver, low: np.float32, high: np.float32, extremes: Array
 ) -> tuple[np.float32, np.float32]:
     """The range of ``observer``, ``low`` to ``high`` till now, once it has seen ``extremes``; it keeps it."""
     if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
-        extremes = widest(extremes)
+        extremes = merge_extremes(extremes)
     least, largest = extremes[0], extremes[1]
     if isinstance(observer, ExponentialMovingAverageObserver):
-        keep = settled(observer.runtime_momentum)[0].reshape(-1)[0]
+        keep = read_state(observer.runtime_momentum)[0].reshape(-1)[0]
         least, largest = low * keep + (ONE - keep) * least, high * keep + (ONE - keep) * largest
         change(observer.runtime_momentum, keep, np.float32(observer.momentum.numpy().item()))
     elif not isinstance(observer, CurrentRangeObserver):
@@ -128,10 +128,10 @@ def widened(
 def change(tensor: Tensor, old: np.float32, new: np.float32) -> None:
     """Give ``tensor``, of one number, the value ``new`` where it is not its ``old`` one."""
     if old != new:
-        put(tensor, np.array([new], np.float32))
+        write_state(tensor, np.array([new], np.float32))
 
 
 def set_value(tensor: Tensor, value: Array) -> None:
     """Give ``tensor`` a new value of the same shape."""
     if not np.array_equal(tensor.numpy(), value):
-        put(tensor, value.astype(np.float32, copy=False))
+        write_state(tensor, value.astype(np.float32, copy=False))

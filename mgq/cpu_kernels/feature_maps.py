@@ -1,4 +1,4 @@
-"""What flows between the fast layers of a network in training: arrays with channels last that MegEngine never sees.
+"""Feature maps: arrays with channels last that fast layers hand to each other in training, without MegEngine.
 
 A copy into MegEngine and out of it again for every layer, and the turn from its layout into oneDNN's and back, would
 cost as much as the convolutions. So a layer hands the next one a :class:`FeatureMap`. MegEngine's autograd sees only a
@@ -46,7 +46,8 @@ class Gradient:
 class FeatureMap:
     """The output of a layer: ``array``, float32 (N, H, W, C), whose shape for others is (N, C, H, W).
 
-    ``token`` stands for it in MegEngine's autograd. It is as much of a tensor as modules between the layers ask for.
+    ``token`` represents it in MegEngine's autograd. It has those attributes of a tensor that modules between the layers
+    read.
     """
 
     dtype = np.dtype(np.float32)
@@ -68,7 +69,7 @@ class FeatureMap:
             self._qparams = create_qparams()
         return self._qparams
 
-    def plain(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """As a MegEngine tensor, float32 (N, C, H, W)."""
         tensor = ToTensor(self)(self.token)
         if self._qparams is not None:
@@ -76,20 +77,20 @@ class FeatureMap:
         return tensor
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """``value`` as MegEngine's own functions take it."""
-    return value.plain() if isinstance(value, FeatureMap) else value
+    return value.to_tensor() if isinstance(value, FeatureMap) else value
 
 
 def token_of(value: Tensor | FeatureMap) -> Tensor:
-    """What stands for ``value`` in MegEngine's autograd."""
+    """The tensor that represents ``value`` in MegEngine's autograd."""
     return value.token if isinstance(value, FeatureMap) else value
 
 
 def of_tensor(tensor: Tensor) -> FeatureMap:
     """A plain tensor, float32 (N, C, H, W), as a feature map with a gradient where the tensor has one."""
     (array,) = values(tensor)
-    found = FromTensor(channels_last.turned(array)).mapped(tensor)
+    found = FromTensor(channels_last.to_channels_last(array)).apply_to_maps(tensor)
     if tensor._qparams is not None:
         found.qparams.update(tensor._qparams)
     return found
@@ -109,7 +110,7 @@ class MapFunction(Function):  # type: ignore[misc]
     gradient: Gradient
     array: Array
 
-    def mapped(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
+    def apply_to_maps(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
         """Its result for ``inputs``."""
         token = self(*map(token_of, inputs))
         array = self.array
@@ -135,7 +136,7 @@ class FromTensor(MapFunction):
         return token
 
     def backward(self, token: Tensor) -> Tensor:
-        return Tensor(channels_last.turned_back(self.gradient.take()), device=token.device)
+        return Tensor(channels_last.to_channels_first(self.gradient.take()), device=token.device)
 
 
 class ToTensor(Function):  # type: ignore[misc]
@@ -147,13 +148,13 @@ class ToTensor(Function):  # type: ignore[misc]
 
     def forward(self, token: Tensor) -> Tensor:
         self.to = self.source.gradient
-        output = Tensor(channels_last.turned_back(self.source.array), device=token.device)
+        output = Tensor(channels_last.to_channels_first(self.source.array), device=token.device)
         del self.source
         return output
 
     def backward(self, d_output: Tensor) -> Tensor:
         (gradient,) = values(d_output)
-        self.to.add(channels_last.turned(gradient))
+        self.to.add(channels_last.to_channels_last(gradient))
         return new_token(d_output.device)
 
 
@@ -195,7 +196,7 @@ class Sum(MapFunction):
     def backward(self, token: Tensor) -> tuple[Tensor, Tensor]:
         gradient = self.gradient.take()
         if self.output is not None:
-            gradient = channels_last.where_positive(self.output, gradient)
+            gradient = channels_last.mask_negative(self.output, gradient)
         del self.output
         for to in self.to:
             to.add(gradient)
@@ -241,7 +242,8 @@ class Shuffle(MapFunction):
 
 
 class QuantizedMap(MapFunction):
-    """A feature map as ``quantizer`` has it. The gradient passes where nothing was clipped, and is 0 elsewhere."""
+    """A feature map, fake-quantized by ``quantizer``. The gradient passes where nothing was clipped, and is 0
+    elsewhere."""
 
     def __init__(self, source: FeatureMap, quantizer: Quantizer) -> None:
         super().__init__()
@@ -249,7 +251,7 @@ class QuantizedMap(MapFunction):
 
     def forward(self, token: Tensor) -> Tensor:
         self.to = self.source.gradient
-        output, self.passes = self.quantizer.applied(self.source.array)
+        output, self.passes = self.quantizer.apply(self.source.array)
         del self.source
         return self.emit(output, token.device)
 

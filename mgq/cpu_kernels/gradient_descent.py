@@ -10,7 +10,7 @@ import numpy as np
 from megengine import Tensor
 from megengine.optimizer import SGD
 
-from mgq.cpu_kernels.elementwise import descend
+from mgq.cpu_kernels.elementwise import step_parameter
 from mgq.cpu_kernels.tensor_exchange import Array, values
 
 STATE = "momentum_buffer"
@@ -88,6 +88,6 @@ def update(
     device, number = parameters[0].device, len(parameters)
     arrays = values(*parameters, *(parameter.grad for parameter in parameters))
     for parameter, speed, value, gradient in zip(parameters, velocities, arrays, arrays[number:], strict=False):
-        moved = descend(value, speed, gradient, rate, momentum, decay)
+        moved = step_parameter(value, speed, gradient, rate, momentum, decay)
         shape = parameter._tuple_shape  # of a single number the array is (1,)
         parameter._reset(Tensor(moved.reshape(shape), device=device, no_cache=True))

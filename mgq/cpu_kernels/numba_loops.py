@@ -1,4 +1,4 @@
-"""Loops that numpy would pass over memory for again and again, compiled when they first run."""
+"""Loops compiled by numba on their first run: numpy would pass over memory several times for each."""
 
 from __future__ import annotations
 

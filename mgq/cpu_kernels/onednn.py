@@ -43,7 +43,7 @@ NO_BUFFER = None
 
 
 class Query:
-    """What a primitive descriptor is asked for."""
+    """Properties of a primitive descriptor."""
 
     SOURCE = 129
     D_SOURCE = 130
@@ -55,7 +55,7 @@ class Query:
 
 
 class Arg:
-    """What an array is to a primitive; ``D_`` is the gradient with respect to it."""
+    """The role of an array in a primitive; ``D_`` marks the gradient with respect to it."""
 
     SOURCE = 1
     OUTPUT = 17
@@ -152,7 +152,7 @@ def allocate_aligned(size: int) -> Bytes:
     return raw[start : start + size]
 
 
-class _Owned:
+class _OwnedObject:
     """A C object that is destroyed with its Python one."""
 
     def __init__(self, kind: str, handle: c_void_p) -> None:
@@ -168,7 +168,7 @@ class Layout:
     """How an array lies in memory: a oneDNN memory descriptor and the object that owns it."""
 
     descriptor: c_void_p
-    owner: _Owned
+    owner: _OwnedObject
 
     @property
     def size(self) -> int:
@@ -183,7 +183,7 @@ class Layout:
         lib, made = library(), c_void_p()
         create = lib.c.dnnl_memory_desc_create_submemory
         lib.check(create(byref(made), self.descriptor, dims(shape), dims(start)), f"a window {shape}")
-        return Layout(made, _Owned("memory_desc", made))
+        return Layout(made, _OwnedObject("memory_desc", made))
 
 
 def dims(values: Shape) -> ctypes.Array[c_int64]:
@@ -194,11 +194,11 @@ def layout(shape: Shape, tag: int, kind: int = FLOAT32) -> Layout:
     lib, made = library(), c_void_p()
     create = lib.c.dnnl_memory_desc_create_with_tag
     lib.check(create(byref(made), len(shape), dims(shape), kind, tag), f"an array {shape}")
-    return Layout(made, _Owned("memory_desc", made))
+    return Layout(made, _OwnedObject("memory_desc", made))
 
 
-def plain(shape: Shape) -> Layout:
-    """That of a C-contiguous numpy array."""
+def make_plain_layout(shape: Shape) -> Layout:
+    """The layout of a C-contiguous numpy array of ``shape``."""
     return layout(shape, PLAIN_LAYOUT[len(shape)])
 
 
@@ -209,7 +209,7 @@ def channels_last(shape: Shape, kind: int = FLOAT32) -> Layout:
     strides = (height * width * channels, 1, width * channels, channels)
     create = lib.c.dnnl_memory_desc_create_with_strides
     lib.check(create(byref(made), len(shape), dims(shape), kind, dims(strides)), f"an array {shape}")
-    return Layout(made, _Owned("memory_desc", made))
+    return Layout(made, _OwnedObject("memory_desc", made))
 
 
 def open_layout(shape: Shape, kind: int = FLOAT32) -> Layout:
@@ -217,7 +217,7 @@ def open_layout(shape: Shape, kind: int = FLOAT32) -> Layout:
     return layout(shape, ANY_LAYOUT, kind)
 
 
-class Descriptor(_Owned):
+class Descriptor(_OwnedObject):
     """What a primitive will compute, and in which layouts."""
 
     def __init__(self, operation: str, *arguments: object) -> None:
@@ -237,8 +237,8 @@ class Descriptor(_Owned):
         return (name.value or b"").decode()
 
 
-class Memory(_Owned):
-    """A place for an array in a program; where it is, is said when the program runs."""
+class Memory(_OwnedObject):
+    """A placeholder for an array in a program; its address is set when the program runs."""
 
     def __init__(self, layout: Layout) -> None:
         lib, made = library(), c_void_p()
@@ -264,13 +264,13 @@ class Program:
         self._scratch: list[tuple[Memory, int]] = []
         self._scratch_size = 0
         self._scratch_base = 0
-        self._steps: list[tuple[_Owned, ctypes.Array[_Argument], tuple[Memory, ...]]] = []
+        self._steps: list[tuple[_OwnedObject, ctypes.Array[_Argument], tuple[Memory, ...]]] = []
 
     def array(self, name: str, shape: Shape) -> Memory:
         """A plain float32 array of the caller."""
-        return self.kept(name, plain(shape))
+        return self.buffer(name, make_plain_layout(shape))
 
-    def kept(self, name: str, layout: Layout) -> Memory:
+    def buffer(self, name: str, layout: Layout) -> Memory:
         """Bytes of the caller in oneDNN's own layout, ``sizes[name]`` of them."""
         if name not in self._named:
             self._named[name] = Memory(layout)
@@ -295,7 +295,7 @@ class Program:
         self._scratch_size += -(-layout.size // ALIGNMENT) * ALIGNMENT
         return memory
 
-    def brought(self, memory: Memory, layout: Layout) -> Memory:
+    def reorder(self, memory: Memory, layout: Layout) -> Memory:
         """``memory`` in ``layout``: itself, or a copy."""
         if memory.layout.equals(layout):
             return memory
@@ -303,8 +303,8 @@ class Program:
         self.copy(memory, copy)
         return copy
 
-    def landing(self, target: Memory, layout: Layout) -> Memory:
-        """Where to compute what is to be copied to ``target``: ``target`` itself if it has this layout."""
+    def choose_target(self, target: Memory, layout: Layout) -> Memory:
+        """The memory to write to before copying to ``target``: ``target`` itself if it has this layout."""
         return target if target.layout.equals(layout) else self.scratch(layout)
 
     def copy(self, source: Memory, target: Memory) -> None:
@@ -318,7 +318,7 @@ class Program:
         lib, made = library(), c_void_p()
         lib.check(lib.c.dnnl_primitive_create(byref(made), descriptor.handle), descriptor.implementation)
         array = (_Argument * len(arguments))(*(_Argument(arg, memory.handle) for arg, memory in arguments.items()))
-        self._steps.append((_Owned("primitive", made), array, tuple(arguments.values())))
+        self._steps.append((_OwnedObject("primitive", made), array, tuple(arguments.values())))
 
     def run(self, **arrays: npt.NDArray[np.float32] | Bytes) -> None:
         """Run on ``arrays``, one for each name: C-contiguous, of the sizes that were promised."""

@@ -1,7 +1,7 @@
 """Convolution, batch norm and their gradients on numpy arrays, by oneDNN.
 
 oneDNN's fast kernels want channels in blocks of 16 or 8; a primitive tells which when its layout is left open. Programs
-copy plain arrays into that layout and back, and what only they read they keep in it.
+copy plain arrays into that layout and back; arrays that only programs read stay in it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Geometry(NamedTuple):
 
     def feature(self, program: Program, name: str, shape: Shape) -> Memory:
         """A source or an output of ``shape`` (N, C, H, W), an array of the caller of ``program``."""
-        return program.kept(name, channels_last(shape)) if self.channels_last else program.array(name, shape)
+        return program.buffer(name, channels_last(shape)) if self.channels_last else program.array(name, shape)
 
 
 @lru_cache(PROGRAMS_KEPT)
@@ -108,7 +108,8 @@ class Norm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """By what a convolution was normalized: ``mean`` and (biased) ``variance`` (C,), and bytes for the gradients."""
+    """The statistics of a normalized convolution: ``mean`` and (biased) ``variance`` (C,), and bytes for the
+    gradients."""
 
     mean: Array
     variance: Array
@@ -130,7 +131,7 @@ def convolution_gradients(
     return gradients.d_source, gradients.d_weights()
 
 
-def normalized_convolution(
+def convolve_normalized(
     geometry: Geometry,
     norm: Norm,
     source: Array,
@@ -161,7 +162,7 @@ def normalized_convolution(
     return output, Statistics(mean, variance, kept)
 
 
-def normalized_convolution_gradients(
+def compute_normalized_gradients(
     geometry: Geometry,
     norm: Norm,
     source: Array,
@@ -309,17 +310,17 @@ def _add_windows(program: Program, geometry: Geometry, d_output: Memory) -> None
     padded = tuple(n + 2 * p for n, p in zip(geometry.source[2:], geometry.padding, strict=True))
     whole = (*geometry.source[:2], *padded)
     # Into blocks once, as the windows overlap; and taking them out of a plain array is 20 times slower.
-    source = program.brought(geometry.feature(program, "padded", whole), layout(whole, BLOCKS_OF_16))
+    source = program.reorder(geometry.feature(program, "padded", whole), layout(whole, BLOCKS_OF_16))
     seen = tuple((n - 1) * s + WINDOW for n, s in zip(geometry.output[2:], geometry.stride, strict=True))
     shape = (*geometry.source[:2], *seen)
     weights = (*geometry.weights[:3], WINDOW, WINDOW)
     part = _Convolution(Geometry(shape, weights, geometry.stride, (0, 0), geometry.output)).to_weights
-    d_output = program.brought(d_output, part.layout(Query.D_OUTPUT))
+    d_output = program.reorder(d_output, part.layout(Query.D_OUTPUT))
     for name, top, left in _windows(geometry):
         d_window = program.array(name, weights)
-        computed = program.landing(d_window, part.layout(Query.D_WEIGHTS))
+        computed = program.choose_target(d_window, part.layout(Query.D_WEIGHTS))
         window = program.window(source, shape, (0, 0, top, left))
-        seen_part = program.brought(window, part.layout(Query.SOURCE))
+        seen_part = program.reorder(window, part.layout(Query.SOURCE))
         program.execute(part, {Arg.SOURCE: seen_part, Arg.D_OUTPUT: d_output, Arg.D_WEIGHTS: computed})
         program.copy(computed, d_window)
 
@@ -328,12 +329,12 @@ def _add_convolution(program: Program, convolution: _Convolution, output: Memory
     forward = convolution.forward
     source = convolution.geometry.feature(program, "source", convolution.geometry.source)
     weights = program.array("weights", convolution.geometry.weights)
-    computed = program.landing(output, forward.layout(Query.OUTPUT))
+    computed = program.choose_target(output, forward.layout(Query.OUTPUT))
     program.execute(
         forward,
         {
-            Arg.SOURCE: program.brought(source, forward.layout(Query.SOURCE)),
-            Arg.WEIGHTS: program.brought(weights, forward.layout(Query.WEIGHTS)),
+            Arg.SOURCE: program.reorder(source, forward.layout(Query.SOURCE)),
+            Arg.WEIGHTS: program.reorder(weights, forward.layout(Query.WEIGHTS)),
             Arg.OUTPUT: computed,
         },
     )
@@ -345,15 +346,15 @@ def _add_gradients(program: Program, convolution: _Convolution, d_output: Memory
     # The layout that one gradient wants is the other's too, as a rule: one copy serves both.
     if wants_source:
         to_source = convolution.to_source
-        d_output = program.brought(d_output, to_source.layout(Query.D_OUTPUT))
+        d_output = program.reorder(d_output, to_source.layout(Query.D_OUTPUT))
         d_source = geometry.feature(program, "d_source", geometry.source)
-        computed = program.landing(d_source, to_source.layout(Query.D_SOURCE))
+        computed = program.choose_target(d_source, to_source.layout(Query.D_SOURCE))
         weights = program.array("weights", geometry.weights)
         program.execute(
             to_source,
             {
                 Arg.D_OUTPUT: d_output,
-                Arg.WEIGHTS: program.brought(weights, to_source.layout(Query.WEIGHTS)),
+                Arg.WEIGHTS: program.reorder(weights, to_source.layout(Query.WEIGHTS)),
                 Arg.D_SOURCE: computed,
             },
         )
@@ -364,12 +365,12 @@ def _add_gradients(program: Program, convolution: _Convolution, d_output: Memory
     to_weights = convolution.to_weights
     source = geometry.feature(program, "source", geometry.source)
     d_weights = program.array("d_weights", geometry.weights)
-    computed = program.landing(d_weights, to_weights.layout(Query.D_WEIGHTS))
+    computed = program.choose_target(d_weights, to_weights.layout(Query.D_WEIGHTS))
     program.execute(
         to_weights,
         {
-            Arg.SOURCE: program.brought(source, to_weights.layout(Query.SOURCE)),
-            Arg.D_OUTPUT: program.brought(d_output, to_weights.layout(Query.D_OUTPUT)),
+            Arg.SOURCE: program.reorder(source, to_weights.layout(Query.SOURCE)),
+            Arg.D_OUTPUT: program.reorder(d_output, to_weights.layout(Query.D_OUTPUT)),
             Arg.D_WEIGHTS: computed,
         },
     )
@@ -438,12 +439,12 @@ def _normalizable(geometry: Geometry, norm: Norm) -> Layout:
 def _norm_forward(geometry: Geometry, norm: Norm) -> Program:
     program = Program()
     array = _normalizable(geometry, norm)
-    convolved = program.kept("convolved", array)
+    convolved = program.buffer("convolved", array)
     _add_convolution(program, _Convolution.of(geometry), convolved)
     batch_norm = _batch_norm(array, norm)
     channels = (geometry.output[1],)
     output = geometry.feature(program, "output", geometry.output)
-    computed = program.landing(output, array)
+    computed = program.choose_target(output, array)
     arguments = {
         Arg.SOURCE: convolved,
         Arg.SCALE: program.array("scale", channels),
@@ -453,7 +454,7 @@ def _norm_forward(geometry: Geometry, norm: Norm) -> Program:
         Arg.OUTPUT: computed,
     }
     if norm.relu:
-        arguments[Arg.WORKSPACE] = program.kept("workspace", batch_norm.layout(Query.WORKSPACE))
+        arguments[Arg.WORKSPACE] = program.buffer("workspace", batch_norm.layout(Query.WORKSPACE))
     program.execute(batch_norm, arguments)
     program.copy(computed, output)
     return program
@@ -466,17 +467,17 @@ def _norm_backward(geometry: Geometry, norm: Norm, wants_source: bool) -> Progra
     channels = (geometry.output[1],)
     d_convolved = program.scratch(array)
     arguments = {
-        Arg.SOURCE: program.kept("convolved", array),
+        Arg.SOURCE: program.buffer("convolved", array),
         Arg.MEAN: program.array("mean", channels),
         Arg.VARIANCE: program.array("variance", channels),
         Arg.SCALE: program.array("scale", channels),
-        Arg.D_OUTPUT: program.brought(geometry.feature(program, "d_output", geometry.output), array),
+        Arg.D_OUTPUT: program.reorder(geometry.feature(program, "d_output", geometry.output), array),
         Arg.D_SOURCE: d_convolved,
         Arg.D_SCALE: program.array("d_scale", channels),
         Arg.D_SHIFT: program.array("d_shift", channels),
     }
     if norm.relu:
-        arguments[Arg.WORKSPACE] = program.kept("workspace", _batch_norm(array, norm).layout(Query.WORKSPACE))
+        arguments[Arg.WORKSPACE] = program.buffer("workspace", _batch_norm(array, norm).layout(Query.WORKSPACE))
     program.execute(_batch_norm_gradients(array, norm), arguments)
     _add_gradients(program, _Convolution.of(geometry), d_convolved, wants_source)
     return program

@@ -51,7 +51,7 @@ class SharedBatchNorm(Function):  # type: ignore[misc]
         sums, squares = np.zeros((2, channels))
         moments(array.reshape(len(array), channels, -1), sums, squares)
         # Sums of squares around each process's own mean, and what these means add to them.
-        found = self.exchange.summed(np.concatenate([[own], sums, squares, sums**2 / own]))
+        found = self.exchange.add_up(np.concatenate([[own], sums, squares, sums**2 / own]))
         self.elements = float(found[0])
         total, within, between = found[1:].reshape(3, channels)
         self.mean = total / self.elements
@@ -75,7 +75,7 @@ class SharedBatchNorm(Function):  # type: ignore[misc]
         rows = (len(array), channels, -1)
         d_shift, d_scale = np.zeros((2, channels))
         gradient_sums(array.reshape(rows), gradient.reshape(rows), self.mean, self.inverse, d_shift, d_scale)
-        all_shift, all_scale = self.exchange.summed(np.concatenate([d_shift, d_scale])).reshape(2, channels)
+        all_shift, all_scale = self.exchange.add_up(np.concatenate([d_shift, d_scale])).reshape(2, channels)
         d_source = np.empty_like(array)
         source_gradient(
             array.reshape(rows),

@@ -18,7 +18,7 @@ from megengine.quantization import FakeQuantize
 from mgq.cpu_kernels import elementwise
 from mgq.cpu_kernels.elementwise import Requantization
 from mgq.cpu_kernels.feature_maps import needs_gradient
-from mgq.cpu_kernels.switch import Replacement, Stock, on_cpu, replaced
+from mgq.cpu_kernels.switch import Replacement, Stock, are_on_cpu, replaced
 from mgq.cpu_kernels.tensor_exchange import values
 from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d, ExactSums, counts_of
@@ -27,12 +27,12 @@ from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ChannelFakeQuantize
 
 LARGE = 1 << 17
-"""Elements of what a layer reads or gives from which on one pass is worth the calls that it takes."""
+"""The fewest elements of a layer's input or output for which one pass is worth its overhead."""
 
 
 @contextlib.contextmanager
 def fast_simulation() -> Iterator[None]:
-    """Within it, networks in mode ``qat`` that are used as int8 will be answer sooner, and as before to the bit.
+    """Inside, networks in mode ``qat`` that simulate int8 run faster, with the same bits.
 
     It serves convolutions with batch norm and sums in evaluation state, observers off, where no gradient is recorded.
     """
@@ -49,7 +49,7 @@ def fast_convolution(stock: Stock) -> Stock:
     def forward(self: Any, inp: Tensor) -> Tensor:
         if not is_served(self, inp):
             return stock(self, inp)
-        weight, bias = self.folded()
+        weight, bias = self.fold()
         bias = self.apply_quant_bias(bias, inp, weight)
         if bias is None or bias.qparams.scale is None:
             return stock(self, inp)
@@ -68,7 +68,7 @@ def is_served(layer: ExactSums, inp: Tensor) -> bool:
         and type(activations) in (FakeQuantize, EvenFakeQuantize)
         and bool(weights.enabled and activations.enabled)
         and is_large(inp)
-        and on_cpu(inp)
+        and are_on_cpu(inp)
         and not needs_gradient(inp, layer.conv.weight, layer.bn.weight, layer.bn.bias)  # type: ignore[attr-defined]
     )
 
@@ -91,7 +91,7 @@ def convolve(layer: Any, inp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     activation = activation_of(layer)
     limits = np.float32(activation.low), np.float32(activation.high)
     work = Requantization(before, channel_values(factors, outputs), after, *limits)
-    return on_grid(work, sums, layer.act_fake_quant, layer.act_observer.get_qparams())
+    return put_on_grid(work, sums, layer.act_fake_quant, layer.act_observer.get_qparams())
 
 
 def channel_values(tensor: Tensor, channels: int) -> Any:
@@ -101,16 +101,16 @@ def channel_values(tensor: Tensor, channels: int) -> Any:
 
 def fast_rounding(stock: Stock) -> Stock:
     def fake_quant_forward(self: EvenFakeQuantize, inp: Tensor, qparams: Any = None) -> Tensor:
-        served = not self.training and qparams is not None and inp.ndim == 4 and is_large(inp) and on_cpu(inp)
+        served = not self.training and qparams is not None and inp.ndim == 4 and is_large(inp) and are_on_cpu(inp)
         if not served or needs_gradient(inp):
             return stock(self, inp, qparams)
-        return on_grid(Requantization.of_values(inp._tuple_shape[1]), inp, self, qparams)
+        return put_on_grid(Requantization.of_values(inp._tuple_shape[1]), inp, self, qparams)
 
     return fake_quant_forward
 
 
-def on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: Any) -> Tensor:
-    """What ``work`` makes of ``source``, float32 (N, C, H, W), on the grid of ``qparams``."""
+def put_on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: Any) -> Tensor:
+    """``source``, float32 (N, C, H, W), requantized by ``work`` to the grid of ``qparams``."""
     scale = np.float32(qparams.scale.numpy().item())
     (array,) = values(source)
     levels = np.float32(quantizer.qmin), np.float32(quantizer.qmax)

@@ -15,12 +15,12 @@ Sums = npt.NDArray[np.float64]
 
 
 class Exchange(Protocol):
-    """What all processes know together. Every one of them asks the same in the same order."""
+    """An exchange of statistics among processes. All of them make the same calls in the same order."""
 
-    def widest(self, extremes: Array) -> Array:
+    def merge_extremes(self, extremes: Array) -> Array:
         """The smallest and the largest of all: float32 (2,)."""
 
-    def summed(self, values: Sums) -> Sums:
+    def add_up(self, values: Sums) -> Sums:
         """Added up: float64 (N,)."""
 
 
@@ -44,10 +44,10 @@ def exchanging(exchange: Exchange, batch_norm: bool) -> Iterator[None]:
 
 
 def exchange_of_batch_norm() -> Exchange | None:
-    """By what batch norms in training state share their statistics; None where they do not."""
+    """The exchange that batch norms in training state use; None where they share no statistics."""
     return _exchange if _normalizes else None
 
 
-def widest(extremes: Array) -> Array:
+def merge_extremes(extremes: Array) -> Array:
     """``extremes`` of all processes, float32 (2,); its own where it works alone."""
-    return extremes if _exchange is None else _exchange.widest(extremes)
+    return extremes if _exchange is None else _exchange.merge_extremes(extremes)

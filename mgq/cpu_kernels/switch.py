@@ -1,4 +1,4 @@
-"""Which functions of MegEngine the fast ones stand for, and when."""
+"""Replaces functions of MegEngine by fast ones, where these give the same results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.channels_last import Pool
-from mgq.cpu_kernels.elementwise import extremes, moved_statistics
+from mgq.cpu_kernels.elementwise import extremes, move_statistics
 from mgq.cpu_kernels.fake_quantization import Quantizer, is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
@@ -40,14 +40,14 @@ from mgq.cpu_kernels.feature_maps import (
     Sum,
     needs_gradient,
     of_tensor,
-    plain,
+    to_plain,
     token_of,
 )
 from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, put, settled, values
+from mgq.cpu_kernels.tensor_exchange import Array, read_state, values, write_state
 from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -61,11 +61,12 @@ from mgq.zoo.shufflenet_v1 import ShuffleNetV1
 Stock = Callable[..., Any]
 
 MAPPED_NETWORKS = (ResNet, MobileNetV2, ShuffleNetV1, EfficientNetLite)
-"""Networks whose layers hand on feature maps: all that they do between the first layer and the average knows them."""
+"""Networks whose layers may pass feature maps to each other: all their operations up to the average support them."""
 
 
 class Replacement(NamedTuple):
-    """``owner.name``, and how its fast version is made of the stock one, which it calls where it cannot serve."""
+    """A function ``owner.name``, and how its fast version is made from the stock one, which that calls as a
+    fallback."""
 
     owner: Any
     name: str
@@ -102,7 +103,7 @@ def disable_fast_gradients() -> None:
 
 @contextlib.contextmanager
 def replaced(*replacements: Replacement) -> Iterator[None]:
-    """Within it, fast versions stand for these, also for those that stand there already."""
+    """Inside, the functions of ``replacements`` are replaced; they may be nested."""
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
     try:
         for owner, name, fast in replacements:
@@ -161,12 +162,12 @@ def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.functional, "avg_pool2d", fast_avg_pool2d)
     yield Replacement(M.Identity, "forward", fast_identity)
     yield Replacement(shufflenet_v1, "channel_shuffle", fast_channel_shuffle)
-    yield Replacement(SGD, "_updates", lambda stock: fast_updates(stock, on_cpu))
+    yield Replacement(SGD, "_updates", lambda stock: fast_updates(stock, are_on_cpu))
     for network in MAPPED_NETWORKS:
         yield Replacement(network, "forward", fast_network)
 
 
-def on_cpu(*inputs: Tensor | FeatureMap) -> bool:
+def are_on_cpu(*inputs: Tensor | FeatureMap) -> bool:
     """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced."""
     if is_tracing() or is_tracing_module() or amp.enabled:
         return False
@@ -206,7 +207,7 @@ def fast_conv2d(stock: Stock) -> Stock:
         found = None
         if (
             needs_gradient(inp, weight)
-            and on_cpu(inp, weight)
+            and are_on_cpu(inp, weight)
             and pair_of(dilation) == (1, 1)
             and str(conv_mode).lower() == "cross_correlation"
             and compute_mode == "default"
@@ -225,7 +226,7 @@ def fast_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Stock]:
         def forward(self: M.Module, inp: Tensor | FeatureMap) -> Tensor | FeatureMap:
             found = fusable(self, inp)
             if found is None:
-                return as_before(inp, stock(self, plain(inp)))
+                return as_before(inp, stock(self, to_plain(inp)))
             return normalize(self, NormalizedConvolution(*arguments_of(self, found, relu, ceiling, inp)), inp)
 
         return forward
@@ -244,7 +245,7 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
             )
             found = fusable(self, inp) if known else None
             if found is None:
-                return as_before(inp, stock(self, plain(inp)))
+                return as_before(inp, stock(self, to_plain(inp)))
             arguments = arguments_of(self, found, relu, ceiling, inp)
             function = (
                 FakeQuantizedConvolution(self, *arguments)
@@ -298,7 +299,7 @@ def fusable(module: M.Module, source: Tensor | FeatureMap) -> Geometry | None:
         and not (bn.training and exchange_of_batch_norm() is not None)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
-        and on_cpu(source, conv.weight)
+        and are_on_cpu(source, conv.weight)
     )
     found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
     # One value alone has no unbiased variance.
@@ -311,22 +312,22 @@ def elements_a_channel(geometry: Geometry) -> int:
 
 
 def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
-    """What ``function`` makes of ``source`` with the parameters of ``module``, whose running statistics it updates."""
+    """Apply ``function`` to ``source`` with the parameters of ``module``, and update its running statistics."""
     bn = module.bn
-    run = function.mapped if isinstance(source, FeatureMap) else function
+    run = function.apply_to_maps if isinstance(source, FeatureMap) else function
     output = run(source, module.conv.weight, bn.weight, bn.bias)
     if function.norm.fixed:
         return output
     elements = elements_a_channel(function.geometry)
-    found = moved_statistics(
-        settled(bn.running_mean, bn.running_var),
+    found = move_statistics(
+        read_state(bn.running_mean, bn.running_var),
         function.mean,
         function.variance,
         np.float32(bn.momentum),
         np.float32(elements / (elements - 1)),
     )
     for running, value in zip((bn.running_mean, bn.running_var), found, strict=True):
-        put(running, value)
+        write_state(running, value)
     return output
 
 
@@ -335,11 +336,11 @@ def fast_elemwise(stock: Stock) -> Stock:
         added = sum_of(*inputs, mode=str(mode).upper())
         if added is not None:
             return added
-        inputs = tuple(map(plain, inputs))
+        inputs = tuple(map(to_plain, inputs))
         if (
             str(mode).upper() == "FUSE_ADD_RELU"
             and needs_gradient(*inputs)
-            and on_cpu(*inputs)
+            and are_on_cpu(*inputs)
             and inputs[0]._tuple_shape == inputs[1]._tuple_shape
         ):
             return AddRelu()(*inputs)
@@ -355,7 +356,7 @@ def sum_of(*inputs: Tensor | FeatureMap, mode: str) -> FeatureMap | None:
     a, b = inputs
     if not isinstance(a, FeatureMap) or not isinstance(b, FeatureMap) or a._tuple_shape != b._tuple_shape:
         return None
-    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").mapped(a, b)
+    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").apply_to_maps(a, b)
 
 
 def fast_identity(stock: Stock) -> Stock:
@@ -370,7 +371,7 @@ def fast_max_pool2d(stock: Stock) -> Stock:
         if not isinstance(inp, FeatureMap):
             return stock(inp, kernel_size, stride, padding)
         pool = Pool(pair_of(kernel_size), pair_of(stride or kernel_size), pair_of(padding))
-        return MaxPool(inp, pool).mapped(inp)
+        return MaxPool(inp, pool).apply_to_maps(inp)
 
     return max_pool2d
 
@@ -380,7 +381,7 @@ def fast_avg_pool2d(stock: Stock) -> Stock:
         whole = isinstance(inp, FeatureMap) and pair_of(kernel_size) == inp._tuple_shape[2:]
         if whole and not options and not named:
             return GlobalAverage(inp)(inp.token)
-        return stock(plain(inp), kernel_size, *options, **named)
+        return stock(to_plain(inp), kernel_size, *options, **named)
 
     return avg_pool2d
 
@@ -389,7 +390,7 @@ def fast_channel_shuffle(stock: Stock) -> Stock:
     def channel_shuffle(x: Tensor | FeatureMap, groups: int) -> Tensor | FeatureMap:
         if not isinstance(x, FeatureMap):
             return stock(x, groups)
-        shuffled = Shuffle(x, groups).mapped(x)
+        shuffled = Shuffle(x, groups).apply_to_maps(x)
         if x._qparams is not None:
             shuffled.qparams.update(x.qparams)
         return shuffled
@@ -406,7 +407,7 @@ def fast_network(stock: Stock) -> Stock:
 
 def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     """Whether all convolutions of ``network`` are trained, on a CPU, and nobody looks in between the layers."""
-    if images.ndim != 4 or not on_cpu(images) or needs_gradient(images):
+    if images.ndim != 4 or not are_on_cpu(images) or needs_gradient(images):
         return False
     return all(
         not part._forward_hooks
@@ -436,10 +437,10 @@ def fast_quantization(stock: Stock) -> Stock:
         self: Q.QATModule, target: Tensor | FeatureMap, fake_quant: Any, observer: Any
     ) -> Tensor | FeatureMap:
         if isinstance(target, FeatureMap) and is_plain(fake_quant) and is_known(observer):
-            return quantized_map(target, observer)
+            return quantize_map(target, observer)
         if isinstance(target, FeatureMap):
-            return of_tensor(apply_fakequant_with_observer(self, plain(target), fake_quant, observer))
-        if not is_plain(fake_quant) or observer is None or not on_cpu(target):
+            return of_tensor(apply_fakequant_with_observer(self, to_plain(target), fake_quant, observer))
+        if not is_plain(fake_quant) or observer is None or not are_on_cpu(target):
             return stock(self, target, fake_quant, observer)
         quantizer: Quantizer | None
         if is_known(observer):
@@ -458,9 +459,9 @@ def fast_quantization(stock: Stock) -> Stock:
     return apply_fakequant_with_observer
 
 
-def quantized_map(source: FeatureMap, observer: Any) -> FeatureMap:
+def quantize_map(source: FeatureMap, observer: Any) -> FeatureMap:
     """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
     qparams = update_observer(observer, lambda: extremes(source.array))
-    output = QuantizedMap(source, qparams.quantizer).mapped(source)
+    output = QuantizedMap(source, qparams.quantizer).apply_to_maps(source)
     output._qparams = qparams
     return output

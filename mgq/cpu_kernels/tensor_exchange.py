@@ -41,12 +41,12 @@ def read(*tensors: Tensor) -> list[Array]:
     return [np.ascontiguousarray(np.from_dlpack(tensor)) for tensor in tensors]
 
 
-def settled(*tensors: Tensor) -> list[Array]:
-    """The same of a layer's state: statistics and ranges. It waits only where :func:`put` has written to one since."""
+def read_state(*tensors: Tensor) -> list[Array]:
+    """The same of a layer's state: statistics and ranges. It waits only where :func:`write_state` was called since."""
     return read(*tensors) if _fresh.isdisjoint(map(id, tensors)) else values(*tensors)
 
 
-def put(tensor: Tensor, array: Array) -> None:
+def write_state(tensor: Tensor, array: Array) -> None:
     """Give ``tensor``, of a layer's state, a new value of the same size."""
     tensor._reset(Tensor(array.reshape(tensor._tuple_shape), device=tensor.device, no_cache=True))
     _fresh.add(id(tensor))

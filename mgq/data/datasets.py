@@ -20,7 +20,7 @@ from mgq.data.image_sources import Source
 from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 
 
@@ -167,7 +167,7 @@ def training_folders(
     """
     layout = layout_of(root)
     if layout.classes or (not layout.splits and has_images(layout.root)):
-        tally = _around(root, layout.root)
+        tally = _scan_around(root, layout.root)
         train, val = hold_out_validation(_label_images(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
         on_message(
             f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
@@ -175,7 +175,7 @@ def training_folders(
         )
     else:
         places = [_split(layout, role, on_progress) for role in ("train", layout.measured)]
-        tally, names = _around(root, *places), [class_folders(place) for place in places]
+        tally, names = _scan_around(root, *places), [class_folders(place) for place in places]
         _check_same_classes(layout, places, names)
         train, val = (
             _label_images(place, classes, on_progress, tally, LEAST_TO_TRAIN)
@@ -218,7 +218,7 @@ def _rank(path: Path) -> float:
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=6).digest(), "big") / 2**48
 
 
-def measuring_folder(
+def validation_folder(
     root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> Dataset:
     """What ``training_folders`` keeps of ``root`` to measure on. Raises InputError as ``evaluation_folder`` does."""
@@ -241,7 +241,7 @@ def evaluation_folder(
     """
     layout = layout_of(root)
     place = _split(layout, layout.measured, on_progress) if layout.splits else layout.root
-    tally = _around(root, place)
+    tally = _scan_around(root, place)
     found = _label_images(place, class_folders(place), on_progress, tally)
     if layout.splits and (place != root / "val" or "test" in layout.splits):
         on_message(_describe_folders(layout, {place: len(found)}))
@@ -262,13 +262,13 @@ def calibration_folder(
     place = _split(layout, role, on_progress) if layout.splits else layout.root
     folders = class_folders(place)
     if len(folders) > 1 and not has_images(place):
-        tally = _around(root, place)
+        tally = _scan_around(root, place)
         found = _label_images(place, folders, on_progress, tally)
     else:
-        tally = Tally() if place == root else _around(root, place.parent)
+        tally = Tally() if place == root else _scan_around(root, place.parent)
         paths = _images_below(place, "", tally)
         if not paths.lengths.size:
-            raise InputError(f"{printable(place)} has no pictures in it{tally.instead()}: name another folder")
+            raise InputError(f"{printable(place)} has no pictures in it{tally.as_clause()}: name another folder")
         found = _folder_of(place, (), None, [paths])
     _tell(tally, root, on_message)
     return found
@@ -281,11 +281,11 @@ def _split(layout: Layout, role: Role, on_progress: OnProgress) -> Path:
         return path
     if role in layout.splits and role != "test":
         return unpack_split(layout.root, role, on_progress)
-    mend = f"make it, with a folder of pictures for each class{_another(layout)}"
+    mend = f"make it, with a folder of pictures for each class{_describe_only_split(layout)}"
     raise InputError(f"{printable(layout.root)} has no folder {role}/: {mend}")
 
 
-def _another(layout: Layout) -> str:
+def _describe_only_split(layout: Layout) -> str:
     """What a set with one split alone may be used as."""
     only = next(iter(layout.splits.values()), None)
     return "" if only is None else f", or name {printable(only)}, to take that for the whole set"
@@ -302,13 +302,13 @@ def _describe_folders(layout: Layout, counts: Mapping[Path, int]) -> str:
         name = printable(place.relative_to(layout.root))
         if place in counts:
             as_val = ", for there is no val/" if role == "test" else ""
-            parts.append(f"{name}/ is {_USES[role]} ({counts[place]:,} pictures{as_val})")
+            parts.append(f"{name}/ is {_USES[role]} ({plural(counts[place], 'picture', ',')}{as_val})")
         else:
             parts.append(f"{name}/ is not looked at")
     return f"{printable(layout.root)}: {', '.join(parts)}"
 
 
-def _around(root: Path, *places: Path) -> Tally:
+def _scan_around(root: Path, *places: Path) -> Tally:
     """What does not count in the folders from ``root`` to ``places``, to which what lies deeper may be added."""
     tally = Tally()
     on_the_way = {above for place in places for above in (place, *place.parents) if root in (above, *above.parents)}
@@ -371,11 +371,13 @@ def _label_images(
         tally.add(mine)
         on_progress(Progress(f"list {folder.name}", done, len(folders), "classes"))
     if not kept:
-        raise InputError(f"{printable(folder)} has no pictures in its class folders{tally.instead()}: put some in each")
+        raise InputError(
+            f"{printable(folder)} has no pictures in its class folders{tally.as_clause()}: put some in each"
+        )
     if without:
         raise InputError(
             f"{printable(folder)} has no pictures in {join_names(without)}: put some in, or remove the folder (there:"
-            f" {there.there()})"
+            f" {there.describe()})"
         )
     _check_number(folder, kept, least)
     folders = kept

@@ -39,7 +39,7 @@ from mgq.data.image_headers import (
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
 from mgq.errors import InputError, printable
-from mgq.machine import debugging
+from mgq.machine import is_debugging
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -129,20 +129,20 @@ def _pixels(data: bytes) -> Pixels:
         raise _RefusalError(_TOO_HEAVY)
     plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
     if plan_of is None:
-        raise _RefusalError(_what_it_is(data))
+        raise _RefusalError(_describe_content(data))
     try:
         plan = plan_of(data)
     except (CutShortError, struct.error, IndexError) as error:
         raise _RefusalError(_CUT_SHORT) from error
     except DamagedError as error:
         raise _RefusalError(_DAMAGED) from error
-    return UPRIGHT[plan.orientation](_opaque(_eight_bits(plan.decode())))
+    return UPRIGHT[plan.orientation](_opaque(_to_eight_bits(plan.decode())))
 
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
-def _what_it_is(data: bytes) -> str:
+def _describe_content(data: bytes) -> str:
     """Why a file of no known kind is not read; what people often have in a picture's place is named."""
     start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
@@ -382,7 +382,7 @@ def _gif(data: bytes) -> _Plan:
     return _Plan(lambda: _by_pillow(data, "Gif", _COST_GIF))
 
 
-def _of_pillow(plugin: str, cost: int) -> Callable[[bytes], _Plan]:
+def _pillow_planner(plugin: str, cost: int) -> Callable[[bytes], _Plan]:
     """How to read a format whose size Pillow finds in the header, before it makes room for the picture."""
     return lambda data: _Plan(lambda: _by_pillow(data, plugin, cost))
 
@@ -410,7 +410,7 @@ def _tiff(data: bytes) -> _Plan:
         raise _RefusalError(_DAMAGED)
     if any(field.kind in _FIELD_BYTES and field.amount > _MOST_NUMBERS for field in fields):
         raise _RefusalError(_DAMAGED)
-    _admit(_COST_TIFF, tags[_TIFF_WIDTH].first(data), tags[_TIFF_HEIGHT].first(data))
+    _admit(_COST_TIFF, tags[_TIFF_WIDTH].read_first(data), tags[_TIFF_HEIGHT].read_first(data))
     if any(field.start + field.length > len(data) for field in tags.values()):
         raise _RefusalError(_CUT_SHORT)
     for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
@@ -420,7 +420,7 @@ def _tiff(data: bytes) -> _Plan:
             if max(starts[:parts] + sizes[:parts], default=0) > len(data):
                 raise _RefusalError(_CUT_SHORT)
     if all(tag in tags for tag in _TIFF_TILE_SIZE):
-        _admit(_COST_TIFF, *(tags[tag].first(data) for tag in _TIFF_TILE_SIZE))
+        _admit(_COST_TIFF, *(tags[tag].read_first(data) for tag in _TIFF_TILE_SIZE))
     return _Plan(lambda: _by_pillow(data, "Tiff", _COST_TIFF))
 
 
@@ -523,7 +523,7 @@ class _Field(NamedTuple):
     def length(self) -> int:
         return self.amount * _FIELD_BYTES.get(self.kind, 1)
 
-    def first(self, tiff: bytes) -> int:
+    def read_first(self, tiff: bytes) -> int:
         """The first of its whole numbers. Raises struct.error where it is cut off, IndexError where there is none."""
         return int(self._replace(amount=min(1, self.amount)).numbers(tiff)[0])
 
@@ -553,7 +553,7 @@ def exif_orientation(tiff: bytes) -> int:
     try:
         for field in _tiff_fields(tiff):
             if field.tag == _ORIENTATION:
-                turn = field.first(tiff)
+                turn = field.read_first(tiff)
                 return turn if turn in UPRIGHT else 1
     except (struct.error, IndexError):
         pass
@@ -594,7 +594,7 @@ _PILLOW_COMPLAINTS = (
 
 def _pillow_reader(plugin: str) -> type[ImageFile]:
     """Pillow's class for files of a kind. It is imported when the first such file comes, for most are JPEG."""
-    if not debugging():
+    if not is_debugging():
         import logging
 
         logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -615,7 +615,7 @@ def _by_pillow(data: bytes, plugin: str, cost: int, turned: bool = False) -> _Sa
             image.load()
             pixels = _by_channels(image)
             turn = image.getexif().get(_ORIENTATION, 1) if turned else 1
-            return UPRIGHT[turn](_eight_bits(pixels)) if turn in UPRIGHT else pixels
+            return UPRIGHT[turn](_to_eight_bits(pixels)) if turn in UPRIGHT else pixels
     except (*_PILLOW_COMPLAINTS, DecompressionBombError) as error:
         raise _RefusalError(_DAMAGED) from error
 
@@ -641,7 +641,7 @@ def _as_uint8(pixels: npt.NDArray[np.generic]) -> Pixels:
     return pixels.astype(np.uint8, copy=False)
 
 
-def _eight_bits(pixels: _Samples) -> Pixels:
+def _to_eight_bits(pixels: _Samples) -> Pixels:
     return _as_uint8(pixels if pixels.dtype == np.uint8 else pixels >> 8)
 
 
@@ -676,14 +676,14 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] =
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
-    (_is_bmp, _of_pillow("Bmp", _COST_BMP)),
+    (_is_bmp, _pillow_planner("Bmp", _COST_BMP)),
     (lambda data: data.startswith((b"II*\0", b"MM\0*")), _tiff),
     (is_avif, _avif),
     (lambda data: data.startswith((JP2_MARK, J2K_MARK)), _jpeg_2000),
     (begins_as_netpbm, _netpbm),
-    (lambda data: data.startswith(b"qoif"), _of_pillow("Qoi", _COST_OTHERS)),
-    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _of_pillow("Sun", _COST_OTHERS)),
-    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _of_pillow("Sgi", _COST_OTHERS)),
+    (lambda data: data.startswith(b"qoif"), _pillow_planner("Qoi", _COST_OTHERS)),
+    (lambda data: data.startswith(b"\x59\xa6\x6a\x95"), _pillow_planner("Sun", _COST_OTHERS)),
+    (lambda data: data.startswith((b"\x01\xda\0", b"\x01\xda\1")), _pillow_planner("Sgi", _COST_OTHERS)),
     (_is_pcx, _pcx),
     (_is_tga, _tga),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mgq.data.decoding import HEAD_BYTES, begins_as_image
-from mgq.errors import printable
+from mgq.errors import plural, printable
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -74,13 +74,13 @@ class Tally:
         self.passed.update(other.passed)
         self.left_out.update(other.left_out)
 
-    def there(self) -> str:
+    def describe(self) -> str:
         """What there is in the place of pictures: ``3 .heic (...), 2 .txt``; nothing where there is nothing."""
         return _format_counts(self.left_out + self.passed, with_reason=True)
 
-    def instead(self) -> str:
+    def as_clause(self) -> str:
         """The same within a sentence."""
-        return f", but {self.there()}" if self.there() else ""
+        return f", but {self.describe()}" if self.describe() else ""
 
     def lines(self, name: str) -> list[str]:
         """Two lines at the most about the folder ``name``."""
@@ -89,8 +89,9 @@ class Tally:
             found.append(f"{name}: passed over what other programs left there: {_format_counts(self.passed)}")
         if self.left_out:
             number = self.left_out.total()
-            files = "1 file" if number == 1 else f"{number:,} files"
-            found.append(f"{name}: left out {files}: {_format_counts(self.left_out, with_reason=True)}")
+            found.append(
+                f"{name}: left out {plural(number, 'file', ',')}: {_format_counts(self.left_out, with_reason=True)}"
+            )
         return found
 
 
@@ -130,7 +131,7 @@ def scan_folder(folder: Path, tally: Tally) -> Iterator[Entry]:
             # Most files are plain: of a set of a million pictures each microsecond here is a second.
             if _suffix(name) in _SUFFIXES and name[0] != "." and entry.is_file(follow_symlinks=False):
                 yield Entry(name, False, True)
-            elif (left := _left_by_programs(entry)) is not None:
+            elif (left := _name_leftover(entry)) is not None:
                 tally.passed[left] += 1
             elif (kind := _entry_of(entry)).is_folder or kind.is_image:
                 yield kind
@@ -157,7 +158,7 @@ def is_left_by_programs(name: str) -> bool:
     return name.startswith(".") or lower in _LEFT_FILES or lower in _LEFT_FOLDERS or lower.endswith(_LEFT_SUFFIXES)
 
 
-def _left_by_programs(entry: os.DirEntry[str]) -> str | None:
+def _name_leftover(entry: os.DirEntry[str]) -> str | None:
     """What it is called in the count, where an operating system or a tool left it; None where it counts."""
     name = entry.name
     if name.startswith("."):

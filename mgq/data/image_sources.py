@@ -96,29 +96,33 @@ def _sources(argument: str, tally: Tally) -> Iterator[Source]:
     if argument == "-":
         yield Source()
     elif not argument:
-        yield _nothing(argument, "an empty name was given: name a picture, a folder or a pattern")
+        yield _make_problem(argument, "an empty name was given: name a picture, a folder or a pattern")
     elif is_folder(path):
-        yield from _or_nothing(_in_folder(path, tally), argument, "has no pictures in it", "name another folder", tally)
+        yield from _require_sources(
+            _in_folder(path, tally), argument, "has no pictures in it", "name another folder", tally
+        )
     elif _exists(path) or not _is_pattern(argument):
         yield _file(path)
     else:
         found = _of_pattern(path, tally)
-        yield from _or_nothing(found, argument, "matches no picture", "check the pattern", tally)
+        yield from _require_sources(found, argument, "matches no picture", "check the pattern", tally)
 
 
 def _file(path: Path) -> Source:
     return Source(str(path))
 
 
-def _nothing(name: str, problem: str) -> Source:
+def _make_problem(name: str, problem: str) -> Source:
     return Source(name, problem)
 
 
-def _or_nothing(sources: Iterator[Source], argument: str, problem: str, mend: str, tally: Tally) -> Iterator[Source]:
+def _require_sources(
+    sources: Iterator[Source], argument: str, problem: str, mend: str, tally: Tally
+) -> Iterator[Source]:
     """``sources``, or one that tells of ``problem``, and of what there is instead, if there are none."""
     source = next(sources, None)
     if source is None:
-        yield _nothing(argument, f"{printable(argument)} {problem}{tally.instead()}: {mend}")
+        yield _make_problem(argument, f"{printable(argument)} {problem}{tally.as_clause()}: {mend}")
         return
     yield source
     yield from sources
@@ -151,7 +155,7 @@ def _in_folder(top: Path, tally: Tally) -> Iterator[Source]:
             inside = _list_folder(path, entered, tally)
         except OSError as error:
             problem = f"{printable(str(path))} cannot be searched ({error.strerror}): check its permissions"
-            yield _nothing(str(path), problem)
+            yield _make_problem(str(path), problem)
             continue
         waiting.extend((path / entry.name, entry.is_folder) for entry in reversed(inside))
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mgq.data.augmentation import Draw, Stream, Transform, generator
 from mgq.data.datasets import Dataset
 from mgq.data.decoding import Pixels
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.machine import usable_cores
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -138,7 +138,7 @@ class Loader:
             raise InputError(f"a batch of {self.batch_size} pictures is not possible: give at least 1")
         if self.drop_last and self.batch_size * self.ranks > images:
             raise InputError(
-                f"{self.dataset.name} has {images} pictures, too few for a batch of"
+                f"{self.dataset.name} has {plural(images, 'picture')}, too few for a batch of"
                 f" {self.batch_size * self.ranks}: give less"
             )
         if not 0 <= self.rank < self.ranks or (self.ranks > 1 and not self.drop_last):
@@ -154,30 +154,30 @@ class Loader:
         order = self.order(epoch)
         # Enough that all threads have work, also when batches are smaller than what a thread takes at once.
         ahead = max(_BATCHES_AHEAD, -(-_PARTS_AHEAD * self.workers * _PART // self.batch_size)) if self.workers else 0
-        waiting: deque[_Pending] = deque()
+        waiting: deque[_PendingBatch] = deque()
         try:
             for number in range(start, len(self)):
                 first = (number * self.ranks + self.rank) * self.batch_size
-                waiting.append(self._begun(order[first : first + self.batch_size], epoch))
+                waiting.append(self._start_batch(order[first : first + self.batch_size], epoch))
                 if len(waiting) > ahead:
-                    yield from self._first(waiting)
+                    yield from self._take_first(waiting)
             while waiting:
-                yield from self._first(waiting)
+                yield from self._take_first(waiting)
         finally:
             for pending in waiting:
                 for part in pending.parts:
                     part.cancel()
 
-    def _begun(self, wanted: Indices, epoch: int) -> _Pending:
+    def _start_batch(self, wanted: Indices, epoch: int) -> _PendingBatch:
         images = np.empty((len(wanted), 3, *self.transform.shape), np.uint8)
         indices = wanted.copy()
         parts = []
         for first in range(0, len(wanted), _PART):
             rows = slice(first, first + _PART)
-            parts.append(self._submitted(images[rows], indices[rows], epoch))
-        return _Pending(images, indices, parts)
+            parts.append(self._submit(images[rows], indices[rows], epoch))
+        return _PendingBatch(images, indices, parts)
 
-    def _submitted(self, images: Pixels, indices: Indices, epoch: int) -> Future[_Problems]:
+    def _submit(self, images: Pixels, indices: Indices, epoch: int) -> Future[_Problems]:
         if self.workers:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.workers, "loader")
@@ -186,13 +186,13 @@ class Loader:
         done.set_result(self._fill(images, indices, epoch))
         return done
 
-    def _first(self, waiting: deque[_Pending]) -> Iterator[Batch]:
+    def _take_first(self, waiting: deque[_PendingBatch]) -> Iterator[Batch]:
         """Take the first batch out of ``waiting`` when it is full; nothing where all its pictures were left out."""
         pending = waiting[0]
-        news = [line for part in pending.parts for line in self._noted(part.result())]
+        news = [line for part in pending.parts for line in self._note_problems(part.result())]
         waiting.popleft()
         if self._are_too_many(self._problems):
-            raise self._too_many()
+            raise self._too_many_error()
         images, indices = pending.images, pending.indices
         kept = indices != _DROPPED
         if not kept.all():
@@ -202,7 +202,7 @@ class Loader:
             labels = np.full(len(indices), NO_LABEL) if known is None else known[indices]
             yield Batch(images, labels, indices, tuple(news))
 
-    def _noted(self, problems: _Problems) -> list[str]:
+    def _note_problems(self, problems: _Problems) -> list[str]:
         """The lines of the broken pictures that were not known before."""
         news = {index: line for index, line in problems.items() if index not in self._problems}
         self._problems.update(news)
@@ -211,7 +211,7 @@ class Loader:
     def _are_too_many(self, problems: _Problems) -> bool:
         return len(problems) > self.max_bad * len(self.dataset) or len(problems) == len(self.dataset)
 
-    def _too_many(self) -> InputError:
+    def _too_many_error(self) -> InputError:
         first = "; ".join(list(self._problems.values())[:_PROBLEMS_SHOWN])
         return InputError(
             f"{len(self._problems)} of {len(self.dataset)} pictures of {self.dataset.name} cannot be read, and at most"
@@ -253,7 +253,7 @@ _Problems: TypeAlias = Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class _PendingBatch:
     """A batch that threads are filling."""
 
     images: Pixels

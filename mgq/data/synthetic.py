@@ -94,32 +94,32 @@ class _Scene(NamedTuple):
     size: int
     chance: list[float]
 
-    def between(self, which: int, low: float, high: float) -> float:
+    def draw_between(self, which: int, low: float, high: float) -> float:
         return low + self.chance[which] * (high - low)
 
     @property
     def radius(self) -> float:
-        return self.between(_SHAPE, 0.24, 0.42) * self.size
+        return self.draw_between(_SHAPE, 0.24, 0.42) * self.size
 
     @property
     def centre(self) -> tuple[float, float]:
         """Where a shape of that radius lies within the picture, or nearly."""
         margin = 0.9 * self.radius / self.size
-        x, y = (self.between(_SHAPE + i, margin, 1 - margin) * self.size for i in (1, 2))
+        x, y = (self.draw_between(_SHAPE + i, margin, 1 - margin) * self.size for i in (1, 2))
         return x, y
 
     @property
     def angle(self) -> float:
-        return self.between(_SHAPE + 3, 0, 2 * math.pi)
+        return self.draw_between(_SHAPE + 3, 0, 2 * math.pi)
 
     def proportion(self, low: float, high: float) -> float:
         """What makes one star or cross differ from the next."""
-        return self.between(_SHAPE + 4, low, high)
+        return self.draw_between(_SHAPE + 4, low, high)
 
     @property
     def period(self) -> float:
         """The length in pixels after which a pattern repeats."""
-        return self.between(_SHAPE, 0.16, 0.32) * self.size
+        return self.draw_between(_SHAPE, 0.16, 0.32) * self.size
 
 
 # ---- shapes and patterns, drawn in white on black ----
@@ -143,7 +143,7 @@ def _spot(ink: _Mask, centre: tuple[float, float], radius: float, colour: int = 
     cv2.circle(ink, (x, y), round(radius * (1 << _BITS)), (colour,), -1, cv2.LINE_AA, _BITS)
 
 
-def _around(count: int, radii: Sequence[float]) -> list[tuple[float, float]]:
+def _circle_points(count: int, radii: Sequence[float]) -> list[tuple[float, float]]:
     """Points in equal angles about the origin, at ``radii`` in turn."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
@@ -159,15 +159,15 @@ def _ring(ink: _Mask, scene: _Scene) -> None:
 
 
 def _square(ink: _Mask, scene: _Scene) -> None:
-    _polygon(ink, scene, _around(4, [1.1]))
+    _polygon(ink, scene, _circle_points(4, [1.1]))
 
 
 def _triangle(ink: _Mask, scene: _Scene) -> None:
-    _polygon(ink, scene, _around(3, [1.15]))
+    _polygon(ink, scene, _circle_points(3, [1.15]))
 
 
 def _star(ink: _Mask, scene: _Scene) -> None:
-    _polygon(ink, scene, _around(10, [1.15, scene.proportion(0.42, 0.55)]))
+    _polygon(ink, scene, _circle_points(10, [1.15, scene.proportion(0.42, 0.55)]))
 
 
 def _cross(ink: _Mask, scene: _Scene) -> None:
@@ -183,7 +183,7 @@ def _grid(scene: _Scene) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float6
     """The corners in and near the picture of a turned grid, in pixels and in cells, both (corners, 2)."""
     reach = math.ceil(0.75 * scene.size / scene.period) + 1
     places = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1.0)] * 2), -1).reshape(-1, 2)
-    middle = scene.size * np.array([scene.between(_SHAPE + i, 0.35, 0.65) for i in (1, 2)])
+    middle = scene.size * np.array([scene.draw_between(_SHAPE + i, 0.35, 0.65) for i in (1, 2)])
     corners = places @ _turn(scene) + middle
     seen = (np.abs(corners - scene.size / 2) < scene.size / 2 + scene.period).all(1)
     return corners[seen], places[seen]
@@ -203,7 +203,7 @@ def _polygons(ink: _Mask, corners: npt.NDArray[np.float64]) -> None:
 def _stripes(ink: _Mask, scene: _Scene) -> None:
     width = scene.period * scene.proportion(0.4, 0.6)
     c, s = math.cos(scene.angle), math.sin(scene.angle)
-    far, phase = scene.size, scene.between(_SHAPE + 1, 0, scene.period)
+    far, phase = scene.size, scene.draw_between(_SHAPE + 1, 0, scene.period)
     count = math.ceil(far / scene.period)
     starts = np.arange(-count, count + 1) * scene.period + phase
     x = starts[:, None] + np.array([0, 0, width, width])
@@ -222,7 +222,7 @@ _CELL = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
 def _dots(ink: _Mask, scene: _Scene) -> None:
     corners, _ = _grid(scene)
     radius = scene.period * scene.proportion(0.26, 0.36)
-    _polygons(ink, corners[:, None] + radius * np.array(_around(12 + scene.size // 16, [1])))
+    _polygons(ink, corners[:, None] + radius * np.array(_circle_points(12 + scene.size // 16, [1])))
 
 
 def _glow(ink: _Mask, scene: _Scene) -> None:
@@ -257,7 +257,7 @@ def _paint(ink: _Mask, scene: _Scene) -> _Field:
     light = _light(scene)
     cover = ink.astype(np.float32) / 255
     shade = light * (1 - 0.45 * _shadow(ink, scene))
-    clutter = _clutter(scene) * scene.between(_COLOUR + 6, -40, 40)
+    clutter = _clutter(scene) * scene.draw_between(_COLOUR + 6, -40, 40)
     # By planes, which NumPy is many times faster at than at pixels of three.
     planes = [(b + clutter) * shade * (1 - cover) + (2 - light) * cover * f for f, b in zip(front, back, strict=True)]
     return np.asarray(cv2.merge(planes), np.float32)
@@ -266,8 +266,12 @@ def _paint(ink: _Mask, scene: _Scene) -> _Field:
 def _colours(scene: _Scene) -> tuple[list[float], list[float]]:
     """Front and back, BGR in 0..255: of any two hues, but the front clearly lighter than the back."""
     tones = (
-        (scene.chance[_COLOUR], scene.between(_COLOUR + 1, 0.1, 0.65), scene.between(_COLOUR + 2, 0.82, 1.0)),
-        (scene.chance[_COLOUR + 3], scene.between(_COLOUR + 4, 0.3, 0.85), scene.between(_COLOUR + 5, 0.2, 0.5)),
+        (scene.chance[_COLOUR], scene.draw_between(_COLOUR + 1, 0.1, 0.65), scene.draw_between(_COLOUR + 2, 0.82, 1.0)),
+        (
+            scene.chance[_COLOUR + 3],
+            scene.draw_between(_COLOUR + 4, 0.3, 0.85),
+            scene.draw_between(_COLOUR + 5, 0.2, 0.5),
+        ),
     )
     light, dark = ([255 * part for part in reversed(colorsys.hsv_to_rgb(*tone))] for tone in tones)
     return light, dark
@@ -275,14 +279,14 @@ def _colours(scene: _Scene) -> tuple[list[float], list[float]]:
 
 def _light(scene: _Scene) -> _Field:
     """A factor of about 0.8 to 1.2 that grows from one side of the picture to the other."""
-    angle, strength = scene.between(_LIGHT, 0, 2 * math.pi), scene.between(_LIGHT + 1, 0.05, 0.3)
+    angle, strength = scene.draw_between(_LIGHT, 0, 2 * math.pi), scene.draw_between(_LIGHT + 1, 0.05, 0.3)
     ramp = np.linspace(-strength, strength, scene.size, dtype=np.float32)
     return np.add.outer(1 + math.sin(angle) * ramp, math.cos(angle) * ramp)
 
 
 def _shadow(ink: _Mask, scene: _Scene) -> _Field:
     """The drawing blurred and moved to the lower right, 0..1."""
-    by = max(1, round(scene.size * scene.between(_LIGHT + 2, 0.01, 0.05)))
+    by = max(1, round(scene.size * scene.draw_between(_LIGHT + 2, 0.01, 0.05)))
     moved = np.zeros(ink.shape, np.float32)
     moved[by:, by:] = _blur(ink, 1 / 16)[:-by, :-by]
     return moved
@@ -291,7 +295,7 @@ def _shadow(ink: _Mask, scene: _Scene) -> _Field:
 def _clutter(scene: _Scene) -> _Field:
     """Up to four blurred spots in the background, 0..1."""
     spots = np.zeros((scene.size, scene.size), np.uint8)
-    for number in range(int(scene.between(_CLUTTER, 0, 5))):
+    for number in range(int(scene.draw_between(_CLUTTER, 0, 5))):
         x, y, radius = scene.chance[_CLUTTER + 1 + 3 * number : _CLUTTER + 4 + 3 * number]
         _spot(spots, (x * scene.size, y * scene.size), (0.04 + 0.14 * radius) * scene.size)
     return _blur(spots, 1 / 12)

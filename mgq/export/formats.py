@@ -1,4 +1,4 @@
-"""Files to deploy: their formats, and what they may take. Reading it imports nothing else."""
+"""Formats of deployed files and their inputs. Importing this imports nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INPUTS = ("uint8", "int8", "float32")
 
 
 def format_of(path: Path | None) -> str | None:
-    """The format that ``path`` is called by, in letters of either case; None for any other name."""
+    """The format by the suffix of ``path``, upper or lower case; None for any other suffix."""
     if path is None:
         return None
     return next((name for name, suffix in SUFFIXES.items() if path.suffix.lower() == suffix), None)

@@ -1,4 +1,4 @@
-"""A graph in the form that an engine runs fastest: which numbers are rounded between two layers, and by what operators.
+"""Adapts a graph to the int8 kernels of an engine: where values are rounded between layers, and by which operators.
 
 Engines have different int8 kernels. OpenVINO computes an activation at the end of a convolution's kernel, in float, and
 rounds once behind it. ONNX Runtime needs integers behind every convolution, and has kernels that read and give integers
@@ -16,12 +16,12 @@ from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENV
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
 
 SATURATED = 3.0
-"""Beyond it a hard swish is 0 or what it reads."""
+"""Beyond it a hard swish is 0 or the identity."""
 GATE = QuantParams(1 / UINT8_MAX, 0, UINT8_MAX)
 """Of a sigmoid: 255 steps are exactly 1."""
 
 
-def in_form_for(graph: Graph, engine: str) -> Graph:
+def adapt_to_engine(graph: Graph, engine: str) -> Graph:
     """``graph`` in the form for ``engine``, a key of ``FORMS``; the same object where it needs no other."""
     return FORMS[engine](graph)
 
@@ -30,7 +30,7 @@ def as_it_is(graph: Graph) -> Graph:
     return graph
 
 
-def activations_behind_convolutions(graph: Graph) -> Graph:
+def move_activations_behind_convolutions(graph: Graph) -> Graph:
     """``graph`` without the rounding between a convolution and the activations that alone read it."""
     readers = readers_in(graph)
     left_out = {
@@ -52,8 +52,8 @@ def readers_in(graph: Graph) -> dict[str, list[Node]]:
     return found
 
 
-def rounded_behind_transpositions(graph: Graph) -> Graph:
-    """``graph`` with what float layers give rounded only where it has been transposed.
+def round_behind_transpositions(graph: Graph) -> Graph:
+    """``graph`` with outputs of float layers rounded after their transposition instead of before it.
 
     OpenVINO runs a convolution in float that reads transposed integers with a zero point.
     """
@@ -67,7 +67,7 @@ def rounded_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    return rounded_behind_transpositions(activations_behind_convolutions(graph))
+    return round_behind_transpositions(move_activations_behind_convolutions(graph))
 
 
 def is_activated(readers: list[Node]) -> bool:

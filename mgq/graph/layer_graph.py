@@ -1,11 +1,13 @@
-"""A network as a small graph of plain layers, with the grid of every tensor: for equalization and for exporters.
-
-It is read from the traced network, whose layers stay whole, so that scales and parameters are those of the layers.
+"""The intermediate representation: a network as a small graph of plain layers, with the quantization parameters of
+every tensor. Equalization and exporters use it. It is read from the traced network, whose layers are not split, so that
+scales and parameters are those of the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,8 +66,8 @@ class QuantParams:
             return 0
         return -self.qmin if self.qmax - self.qmin == UINT8_MAX else PIXEL_ZERO
 
-    def refined(self) -> QuantParams:
-        """For means of what lies on this grid: of half the step, where uint8 holds that; else the same."""
+    def refine(self) -> QuantParams:
+        """The grid for means of values on this one: half the step, where uint8 has enough levels; else the same."""
         if (self.qmin, self.qmax) == (0, 127):
             return QuantParams(self.scale / 2, 0, 255)
         return self
@@ -80,7 +82,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Weighted(Node):
+class WeightedNode(Node):
     """A convolution or a linear layer: ``weight`` float32 (O, C / groups, H, W) or (O, I), ``bias`` float32 (O,).
 
     In an int8 network ``integers`` times ``scales``, one or one for each output, is what it computes with; a layer
@@ -94,7 +96,7 @@ class Weighted(Node):
 
 
 @dataclass(frozen=True)
-class Convolution(Weighted):
+class Convolution(WeightedNode):
     stride: tuple[int, int]
     padding: tuple[int, int]
     groups: int
@@ -104,7 +106,7 @@ class Convolution(Weighted):
 
 
 @dataclass(frozen=True)
-class Linear(Weighted):
+class Linear(WeightedNode):
     pass
 
 
@@ -139,7 +141,7 @@ class Transpose(Node):
 
 @dataclass(frozen=True)
 class Operation(Node):
-    """What only imported networks have: a layer of a ``kind`` with ``options`` (see :mod:`mgq.zoo.blueprint`).
+    """A layer of an imported network, of a ``kind`` with ``options`` (see :mod:`mgq.zoo.blueprint`).
 
     ``constants`` are float32, by their names.
     """
@@ -171,17 +173,44 @@ class Graph:
 def macs_of(graph: Graph) -> int:
     """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
     positions = {node.output: int(np.prod(graph.shapes[node.output][2:])) for node in graph.nodes}
-    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, Weighted))
+    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, WeightedNode))
 
 
 def graph_of(network: M.Module, image_size: int) -> Graph:
-    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names what cannot be written.
-
-    One that was built from a blueprint has pictures of its own size.
+    """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names a layer that is not
+    supported. A network built from a blueprint has its own image size.
     """
     if isinstance(network, BlueprintNetwork):
         return BlueprintReader(network).graph()
     return Reader(network, image_size).graph()
+
+
+_kept_traces: ContextVar[dict[Any, Any] | None] = ContextVar("kept_traces", default=None)
+
+
+@contextlib.contextmanager
+def keep_traces() -> Iterator[None]:
+    """Within it, networks that are copies of one are traced once in each mode: for a caller that changes numbers alone.
+
+    Networks count as copies where their layers have the same names and classes and their parameters the same shapes.
+    """
+    token = _kept_traces.set({})
+    try:
+        yield
+    finally:
+        _kept_traces.reset(token)
+
+
+def trace(network: M.Module, image_size: int) -> Any:
+    """MegEngine's own graph of ``network``, flat; its layers stay whole."""
+    copy = deepcopy(network)
+    copy.eval()
+    if mode_of(copy) is Mode.QAT:
+        disable_fake_quant(copy)
+        disable_observer(copy)
+    for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
+        register_as_builtin(kind)
+    return trace_module(copy, Tensor(np.zeros((1, 3, image_size, image_size), np.float32))).flatten().graph
 
 
 class Reader:
@@ -199,15 +228,7 @@ class Reader:
         self.same_as: dict[str, str] = {}  # tensors that are others unchanged
 
     def graph(self) -> Graph:
-        copy = deepcopy(self.network)
-        copy.eval()
-        if self.quantized:
-            disable_fake_quant(copy)
-            disable_observer(copy)
-        for kind in (*QAT_TO_QUANTIZED, ConvBnRelu6, EvenFakeQuantize):
-            register_as_builtin(kind)
-        sample = Tensor(np.zeros((1, 3, self.image_size, self.image_size), np.float32))
-        flat = trace_module(copy, sample).flatten().graph
+        flat = self.trace()
         shapes: dict[str, tuple[int, ...]] = {}
         for expression in flat._exprs:
             self.read(expression)
@@ -217,6 +238,17 @@ class Reader:
             if getattr(node, "shape", None) is not None:
                 shapes[self.name(node)] = tuple(int(axis) for axis in node.shape)
         return Graph(tuple(self.nodes), source._name, output, self.grids, shapes)
+
+    def trace(self) -> Any:
+        """The operations of the network in MegEngine's own graph, or those of one before that is of the same layers."""
+        kept = _kept_traces.get()
+        if kept is None:
+            return trace(self.network, self.image_size)
+        shapes = tuple(tuple(value.shape) for value in self.network.parameters())
+        key = self.image_size, shapes, *((name, type(module)) for name, module in self.modules.items())
+        if key not in kept:
+            kept[key] = trace(self.network, self.image_size)
+        return kept[key]
 
     def name(self, node: Any) -> str:
         name: str = self.layers.get(node._name, node._name)
@@ -277,7 +309,7 @@ class Reader:
         bias = None if module.bias is None else np.ravel(module.bias.numpy())
         weight = module.weight.numpy()
         # Whatever the network is quantized for, a classifier behind integers is best integers, too.
-        integers, scales = in_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
+        integers, scales = quantize_channels(weight, self.levels) if inputs[0] in self.grids else (None, None)
         self.nodes.append(Linear(inputs, output, weight, bias, integers, scales))
 
     def read_convolution(self, module: Any, inputs: tuple[str, ...], output: str) -> None:
@@ -320,7 +352,7 @@ class Reader:
         elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
             self.nodes.append(GlobalAverage((source,), output))
             if source in self.grids:
-                self.grids[output] = self.grids[source].refined()
+                self.grids[output] = self.grids[source].refine()
             return
         else:
             raise FailureError(f"the function {function.__name__} of the network cannot be exported")
@@ -360,14 +392,16 @@ class BlueprintReader(Reader):
     def read_operation(self, plan: LayerPlan, module: Any) -> None:
         constants = {name: getattr(module, name).numpy() for name in getattr(module, "constants", ())}
         options = {name: value for name, value in plan.options.items() if name != "constants"}
-        self.nodes.append(self.known_node(plan) or Operation(plan.inputs, plan.name, plan.kind, options, constants))
+        self.nodes.append(
+            self.make_known_node(plan) or Operation(plan.inputs, plan.name, plan.kind, options, constants)
+        )
         if plan.kind in MOVES:
             self.pass_grid(plan.inputs[0], plan.name)
         elif isinstance(module, Q.QATModule):
             self.grids[plan.name] = find_quant_params(module)
 
-    def known_node(self, plan: LayerPlan) -> Node | None:
-        """``plan`` as one of the nodes that networks of the zoo have, too."""
+    def make_known_node(self, plan: LayerPlan) -> Node | None:
+        """The node for ``plan`` where the zoo's networks have such a layer, too; else None."""
         options = plan.options
         if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
             kernel, stride, padding = pair(options["kernel"]), pair(options["stride"]), pair(options["pads"][:2])
@@ -410,18 +444,18 @@ def quantize_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Arra
     """``weight`` (O, ...) as int8, and the scale of all or of each output, float32 (1,) or (O,)."""
     if isinstance(module.weight_fake_quant, ChannelFakeQuantize):
         scales = np.ravel(module.weight_fake_quant.scales_of(Tensor(weight)).numpy())
-        return in_steps(weight, scales), scales
+        return to_steps(weight, scales), scales
     scale = np.ravel(module.weight_observer.get_qparams().scale.numpy()).astype(np.float32)
-    return in_steps(weight, scale), scale
+    return to_steps(weight, scale), scale
 
 
-def in_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
+def quantize_channels(weight: Array, levels: int) -> tuple[Integers, Array]:
     """``weight`` (O, ...) as int8, each output on a grid of its own, and their scales, float32 (O,)."""
     scales = np.ravel(channel_scales(Tensor(weight), levels).numpy())
-    return in_steps(weight, scales), scales
+    return to_steps(weight, scales), scales
 
 
-def in_steps(weight: Array, scales: Array) -> Integers:
+def to_steps(weight: Array, scales: Array) -> Integers:
     """``weight`` in terms of ``scales``, halves rounded away from zero as in MegEngine."""
     steps = weight / scales.reshape(-1, *(1,) * (weight.ndim - 1))
     integers: Integers = np.clip(round_in_place(steps), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)

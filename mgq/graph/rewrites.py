@@ -1,4 +1,4 @@
-"""Exact rewrites of a graph at export: other operations that give the same numbers, sooner on some processors.
+"""Exact rewrites of a graph at export: other operations with the same results that are faster on some processors.
 
 Which of them pay depends on how a processor's speed of multiplying compares with that of moving memory: they are for
 :mod:`mgq.bench.tune`, which measures.
@@ -37,7 +37,7 @@ def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
             continue
         sequence, order = found
         del left[: len(sequence)]
-        convolutions = [in_order(node, order) for node in sequence if isinstance(node, Convolution)]
+        convolutions = [reorder_outputs(node, order) for node in sequence if isinstance(node, Convolution)]
         convolutions[-1] = replace(convolutions[-1], output=sequence[-1].output)
         if len(convolutions) > 1:
             # In another order it is another tensor, and is not to be taken for the layer's own output.
@@ -101,22 +101,22 @@ def cost_of(graph: Graph, nodes: list[Node]) -> float:
     return inputs * (first.groups - 1) * made / moved
 
 
-def in_order(node: Convolution, order: list[int]) -> Convolution:
+def reorder_outputs(node: Convolution, order: list[int]) -> Convolution:
     """``node`` with its outputs in ``order``: a dense one, or a depthwise one, whose inputs come in that order, too."""
     is_depthwise = node.weight.shape[1] == 1 and node.groups > 1
     groups = 1 if is_depthwise else node.groups
     scales = node.scales
     return replace(
         node,
-        weight=dense(node.weight, groups)[order],
+        weight=to_dense(node.weight, groups)[order],
         bias=None if node.bias is None else node.bias[order],
-        integers=None if node.integers is None else dense(node.integers, groups)[order],
+        integers=None if node.integers is None else to_dense(node.integers, groups)[order],
         scales=scales[order] if scales is not None and len(scales) > 1 else scales,
         groups=node.groups if is_depthwise else 1,
     )
 
 
-def dense(weight: Integers, groups: int) -> Integers:
+def to_dense(weight: Integers, groups: int) -> Integers:
     """Weights (O, C / groups, H, W) of a grouped convolution as those of a dense one, (O, C, H, W), zeros elsewhere."""
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     whole = np.zeros((weight.shape[0], inputs * groups, *weight.shape[2:]), weight.dtype)
@@ -150,8 +150,8 @@ def stem_on_half_the_grid(graph: Graph) -> Graph:
     moved = replace(
         stem,
         inputs=(depth,),
-        weight=in_blocks(stem.weight, padding, first, last),
-        integers=None if stem.integers is None else in_blocks(stem.integers, padding, first, last),
+        weight=to_blocks(stem.weight, padding, first, last),
+        integers=None if stem.integers is None else to_blocks(stem.integers, padding, first, last),
         stride=(1, 1),
         padding=(-first, -first),
         padding_end=(last, last),
@@ -167,7 +167,7 @@ def stem_on_half_the_grid(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes, grids=grids, shapes={**graph.shapes, **shapes})
 
 
-def in_blocks(weight: Integers, padding: int, first: int, last: int) -> Integers:
+def to_blocks(weight: Integers, padding: int, first: int, last: int) -> Integers:
     """Weights (O, C, K, K) at stride 2 as (O, 4 C, B, B) on blocks of 2x2, from block ``first`` to ``last``."""
     outputs, channels, size, _ = weight.shape
     blocks = np.zeros((outputs, 2, 2, channels, last - first + 1, last - first + 1), weight.dtype)

@@ -44,7 +44,7 @@ def write_error(path: Path, error: OSError, mend: str = _ELSEWHERE) -> MgqError:
     quota and a broken disk are a FailureError. The caller raises it ``from error``.
     """
     if error.errno in _FULL:
-        return _full_disk(path, mend)
+        return _full_disk_error(path, mend)
     if error.errno == errno.ENOENT:
         return InputError(f"cannot write {printable(path)}: its folder does not exist: make it, or {mend}")
     why = os.strerror(error.errno) if error.errno else printable(error)
@@ -88,7 +88,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             yield temporary
         except Exception as error:
             if _says_disk_full(error):
-                raise _full_disk(path) from error
+                raise _full_disk_error(path) from error
             raise
         with explain_write_errors(path):
             # After the block, for a writer may have put a file of its own there. Some filesystems refuse
@@ -217,6 +217,6 @@ def _says_disk_full(error: Exception) -> bool:
     return any(os.strerror(number) in text for number in _FULL) or bool(_SHORT_WRITE.fullmatch(text))
 
 
-def _full_disk(path: Path, mend: str = _ELSEWHERE) -> FailureError:
+def _full_disk_error(path: Path, mend: str = _ELSEWHERE) -> FailureError:
     why = "the disk or your quota is full"
     return FailureError(f"cannot write {printable(path)}: {why}: free some space, or {mend}")

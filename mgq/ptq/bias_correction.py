@@ -1,8 +1,9 @@
 """Bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2): int8 outputs that are right on average.
 
 Rounded weights and inputs shift the mean of a layer's output, channel by channel: most where the weights of a channel
-are few or small against the scale that they share, as in a depthwise convolution. The shift is measured on pictures and
-taken out of the bias, before the activation and layer after layer, so that each sees what those before it really give.
+are few or small against the scale that they share, as in a depthwise convolution. The shift is measured on images and
+subtracted from the bias. Layers are corrected in their order, so that each one sees the corrected outputs of those
+before it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ DIGITS = 6
 
 @dataclass
 class BiasCorrection:
-    """Shown the layers of a network in turn, corrects each; ``found`` is what was added, by the names of the layers.
+    """A visitor of layers that corrects the bias of each. ``found``: layer name -> what was added, float32 (O,).
 
-    With ``of_weights`` it corrects what rounding the weights shifts, and not what the layers before and clipping do:
-    where outliers are clipped on purpose, the mean of all positions is no measure of what is wrong at most of them.
+    With ``of_weights`` it corrects only the shift that comes from rounding the weights, not that of earlier layers and
+    of clipping: where outliers are clipped on purpose, the mean over all positions does not describe the error at most
+    of them.
     """
 
     of_weights: bool = False
     exact_weights: dict[str, Tensor] = field(default_factory=dict)
-    """Weights before they were rounded, where they are no longer in the layer, by its name."""
+    """Layer name -> weights before rounding, where the layer holds rounded ones."""
     found: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __call__(self, layer: Layer) -> None:
@@ -54,13 +56,13 @@ class BiasCorrection:
         self.found[layer.name] = correction
 
     def remember_weights(self, layer: Layer) -> None:
-        """To be shown a layer before another visitor rounds its weights."""
+        """A visitor that keeps the weights of ``layer``; it runs before the visitor that rounds them."""
         if is_convolution(layer.module):
             self.exact_weights[layer.name] = fold_weight(layer.module)
 
 
 def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
-    """A copy of ``network``, or itself, a ``qat`` one with ranges, whose outputs are right on average.
+    """Return a copy of ``network`` (mode ``qat``, with ranges), or itself, with corrected biases.
 
     ``images``: float32 (N, 3, H, W), pixels minus 128.
     """
@@ -79,7 +81,7 @@ def mean_patch(module: QATModule, source: Tensor) -> Values:
 
 
 def window_means(values: Values, conv: Any) -> Values:
-    """(C, H, W) -> (C, kernel height, width): the mean of what each weight of ``conv`` meets, zeros outside."""
+    """(C, H, W) -> (C, kernel height, width): the mean input of each weight of ``conv``, with zero padding."""
     padded = np.pad(values, ((0, 0), *((pad, pad) for pad in conv.padding)))
     (rows, columns), (down, right), gaps = output_size(conv, *values.shape[1:]), conv.stride, pair(conv.dilation)
     found = np.empty((len(values), *conv.kernel_size))

@@ -14,6 +14,7 @@ from megengine.quantization.quantize import disable_observer, enable_fake_quant
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
+from mgq.graph.layer_graph import keep_traces
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
@@ -58,8 +59,8 @@ def measure_ranges(
     ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
     batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
     ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
-    pictures, for ranges of the weights, too. With ``correct_bias`` what int8 then shifts on average is measured on at
-    most 64 pictures, to be taken out of the biases.
+    pictures, for ranges of the weights, too. With ``correct_bias`` the mean shift of int8 is measured on at most 64
+    images; it is to be subtracted from the biases.
 
     A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
     another ``method``.
@@ -83,12 +84,12 @@ def calibrate_network(
 ) -> tuple[M.Module, ActivationRanges]:
     """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measure_ranges`, and these.
 
-    With ``weight_rounding`` ``gptq`` a float network's weights that can never matter become 0
+    With ``weight_rounding`` ``gptq`` weights of a float network that cannot change any output become 0
     (:mod:`mgq.ptq.dead_channels`), its channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`,
     unless ``equalize`` is False), and the weights are rounded so that their errors make up for each other
-    (:mod:`mgq.ptq.gptq`). Then the ranges are those of these weights, biases corrected, and of no others.
-    ``target`` is what a float network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises
-    InputError for a layer that cannot.
+    (:mod:`mgq.ptq.gptq`). Then the ranges hold for these weights with corrected biases only. ``target`` is what a float
+    network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises InputError for a layer
+    that cannot.
     """
     check_method(method)
     compensate = check_rounding(weight_rounding) == BY_GPTQ
@@ -120,8 +121,8 @@ class LayerRanges(NamedTuple):
 
 
 def equalize_by_images(network: M.Module, batches: Sequence[npt.NDArray[np.uint8]], target: Target) -> None:
-    """Scale the channels of the float ``network`` in place, by what they are in the first images; nothing without any,
-    or where the network cannot be traced."""
+    """Equalize the channels of the float ``network`` in place, by the first images. Does nothing without images, or
+    where the network cannot be traced."""
     if batches:
         with contextlib.suppress(FailureError):  # a network that is not of the zoo, and cannot be traced
             equalize_channels(network, np.concatenate(batches)[:EQUALIZATION_IMAGES], target, in_place=True)
@@ -163,7 +164,7 @@ def set_activation_ranges(
         if sample.images:
             found.update(ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images))))
     else:
-        found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.of(batches), RANGE_OBSERVERS[method]))
+        found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.watch(batches), RANGE_OBSERVERS[method]))
     layers = find_quantized_layers(watched)
     for name, limits in found.items():
         set_range(layers[name].act_observer, *limits)
@@ -183,12 +184,12 @@ def find_best_network(
     float_layers: Sequence[str] = (),
     on_progress: OnProgress = log_progress,
 ) -> tuple[SearchResult, ActivationRanges]:
-    """What :func:`mgq.ptq.pipeline.find_best` makes of ``network`` (mode ``normal``), and its ranges.
+    """Run :func:`mgq.ptq.pipeline.find_best` on ``network`` (mode ``normal``); return the result and its ranges.
 
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    with fast_simulation():
+    with fast_simulation(), keep_traces():
         found = find_best(
             network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
         )
@@ -216,7 +217,7 @@ def calibrate_data_free_network(
     target: Target = MEGENGINE,
     in_place: bool = False,
 ) -> tuple[M.Module, ActivationRanges]:
-    """As :func:`calibrate_network` of a float ``network``, without a picture: by what its batch norms expect.
+    """As :func:`calibrate_network` of a float ``network``, without images, from the statistics of its batch norms.
 
     Dead channels are cleared, channels equalized, ranges set and biases corrected; weights are rounded to the nearest
     (:mod:`mgq.ptq.data_free`).
@@ -235,7 +236,7 @@ def calibrate_data_free_network(
 
 
 class Sample:
-    """At most ``number`` pictures of all that it is shown, evenly spread."""
+    """An even sample of at most ``number`` images of a stream."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -254,8 +255,8 @@ class Sample:
         for batch in batches:
             self.add(batch)
 
-    def of(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
-        """``batches`` themselves, each shown on its way."""
+    def watch(self, batches: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield ``batches`` unchanged, and sample from each one."""
         for batch in batches:
             self.add(batch)
             yield batch

@@ -1,15 +1,14 @@
-"""Channels of tensors without an activation, mixed so that one grid fits them all.
+"""Channel mixing: multiplies the channels of a tensor by a matrix, so that one scale fits them all. The output of a
+convolution without an activation (or a sum of such outputs) that only convolutions read may be multiplied by any matrix
+R if the weights of its readers are multiplied by the inverse. The answers and the graph stay the same. Equalization
+scales channels, one by one. It cannot help where the values of a channel have long tails, or where channels vary
+together. A mixture of many channels has short tails. (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, rotates the
+channels of language models in this way.)
 
-What a convolution without an activation gives, sums of it included, is only read by further convolutions, so it may be
-multiplied by any matrix R, if those who read it are multiplied by the inverse: the answers stay, and so does the graph.
-Equalization scales channels, one by one. It cannot help where the values of a channel have long tails, or where
-channels vary together. A mixture of many channels has short tails. (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456,
-turns the channels of language models so.)
-
-R = Q M^(1/2). Let S be what the values of pairs of channels have in common, their mean product, and G the same of the
-gradients of the logits. The step of the grid is as large as the mixed channels are, so its noise in the logits is
-proportional to trace(M S) trace(G inv(M)), which is least where M S M is G: what no logit cares for becomes small, and
-takes no part of the grid. The orthogonal Q makes all channels equally large.
+R = Q M^(1/2). Let S be the mean product of the values of each pair of channels, and G that of the gradients of the
+logits. The step of the grid is as large as the mixed channels are, so its noise in the logits is proportional to
+trace(M S) trace(G inv(M)), which is least where M S M = G: directions that do not change the logits become small and
+take no part of the grid. The orthogonal Q makes all channels equally large.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ Values = npt.NDArray[np.float64]
 MOST_CHANNELS = 512
 """Of more, matrices take too long."""
 SHRINKAGE = 0.1
-"""Of the mean, added to the diagonals of S and G: what few images tell is not taken too seriously. On MobileNetV2 the
-logits of unseen photos came within 24.7 dB of float's with 0.1, 24.5 with 0.01, and 24.4 with 0.001."""
+"""Of the mean, added to the diagonals of S and G as a regularization, because they come from few images. On MobileNetV2
+the logits of unseen photos came within 24.7 dB of float's with 0.1, 24.5 with 0.01, and 24.4 with 0.001."""
 ROUNDS, SETTLED = 30, 1e-6
 LEAST_EIGENVALUE = 1e-12
 """Of the largest: smaller ones are noise of float64."""
@@ -53,7 +52,8 @@ class LinearTensors:
 
 
 def find_linear_tensors(graph: Graph) -> list[LinearTensors]:
-    """What in ``graph`` can be mixed: made by convolutions without an activation, read by such with one group."""
+    """List the tensors of ``graph`` that can be mixed: convolutions without an activation give them, convolutions of
+    one group read them."""
     of, fixed = sets_of(graph).of, set(sets_of(graph).fixed.tolist())
     for node in graph.nodes:
         if isinstance(node, Convolution) and node.groups == 1:
@@ -103,13 +103,14 @@ def apply_mixing(modules: Mapping[str, M.Module], linear: LinearTensors, mixing:
 
 
 def mix_outputs(module: _ConvBnActivation2d, mixing: Values) -> None:
-    """The batch norm goes into the weights, and gets the statistics that mixed independent channels would have."""
+    """Mix the outputs of ``module``. Its batch norm is folded into the weights, and gets the statistics of a mixture of
+    independent channels."""
     bn, plain = module.bn, fold_layer(module)
-    weight, bias = plain.weight.numpy().astype(np.float64), flat(plain.bias)
+    weight, bias = plain.weight.numpy().astype(np.float64), flatten(plain.bias)
     set_values(module.conv.weight, mixing @ weight.reshape(len(weight), -1))
     if module.conv.bias is not None:
         set_values(module.conv.bias, np.zeros(len(weight)))
-    mean, variance = mixing @ flat(bn.bias), np.square(mixing) @ np.square(flat(bn.weight))
+    mean, variance = mixing @ flatten(bn.bias), np.square(mixing) @ np.square(flatten(bn.weight))
     variance = np.maximum(variance, 2 * bn.eps)
     set_values(bn.bias, mean)
     set_values(bn.weight, np.sqrt(variance))
@@ -123,7 +124,7 @@ def mix_inputs(module: M.Module, inverse: Values) -> None:
     set_values(conv.weight, np.einsum("oihw,ij->ojhw", weight, inverse))
 
 
-def flat(tensor: Tensor) -> Values:
+def flatten(tensor: Tensor) -> Values:
     found: Values = np.ravel(tensor.numpy()).astype(np.float64)
     return found
 
@@ -135,11 +136,11 @@ def set_values(tensor: Tensor, new: Values) -> None:
 def find_mixing(pairs: Sequence[Pairs], seed: int = 0) -> Values | None:
     """The matrix (C, C) for which a grid behind each of some tensors, of the same channels, makes the least noise.
 
-    None where nothing is known of them.
+    None where none of them was measured.
     """
     if not pairs:
         return None
-    known = [(shrunk(pair.values), shrunk(pair.gradients)) for pair in pairs]
+    known = [(shrink(pair.values), shrink(pair.gradients)) for pair in pairs]
     root = power(least_noise(known), 0.5)
     sizes = [root @ values @ root for values, _ in known]
     level = level_diagonal(sum((size / np.trace(size) for size in sizes), np.zeros_like(root)), seed)
@@ -155,13 +156,13 @@ def least_noise(known: Sequence[tuple[Values, Values]]) -> Values:
         inverse = np.linalg.inv(found)
         values = sum((np.sum(inverse * gradients) * own for own, gradients in known), np.zeros_like(found))
         gradients = sum((np.sum(found * own) * gradients for own, gradients in known), np.zeros_like(found))
-        before, found = found, between(values / np.trace(values), gradients / np.trace(gradients))
+        before, found = found, solve_symmetric(values / np.trace(values), gradients / np.trace(gradients))
         if np.abs(found - before).max() < SETTLED * np.abs(found).max():
             break
     return found
 
 
-def between(values: Values, gradients: Values) -> Values:
+def solve_symmetric(values: Values, gradients: Values) -> Values:
     """The symmetric M with M @ ``values`` @ M = ``gradients``."""
     root, inverse = power(values, 0.5), power(values, -0.5)
     found: Values = inverse @ power(root @ gradients @ root, 0.5) @ inverse
@@ -176,7 +177,7 @@ def power(matrix: Values, exponent: float) -> Values:
     return found
 
 
-def shrunk(matrix: Values) -> Values:
+def shrink(matrix: Values) -> Values:
     found: Values = matrix + SHRINKAGE * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
     return found
 

@@ -30,13 +30,13 @@ from mgq.zoo.layers import forward_hooks
 Values = npt.NDArray[np.float64]
 
 DEVIATIONS = 6.0
-"""So many standard deviations from its mean the output of a batch norm is expected at most."""
+"""The output of a batch norm is expected within this many standard deviations of its mean."""
 PIXEL_DEVIATION = 60.0
-"""Of pixels minus 128, as they are in photographs."""
+"""Standard deviation of pixels minus 128 in photographs."""
 POOLED = 0.25
-"""Of a channel's variance, what is left in its mean over a picture."""
+"""Variance of a channel's mean over an image / variance of the channel."""
 IMAGE_SIZE = 64
-"""Pixels on a side of the picture with which channels are followed: any will do."""
+"""Pixels on a side of the image with which the graph is traced; any size serves."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Moments:
     def mean_square(self) -> Values:
         return self.variance + self.mean**2
 
-    def moved(self, move: Callable[[Values], Values]) -> Moments:
-        """The same of channels in another order."""
+    def move(self, move: Callable[[Values], Values]) -> Moments:
+        """The moments of the channels in another order, which ``move`` makes."""
         return Moments(*(move(values) for values in (self.lowest, self.highest, self.mean, self.variance)))
 
 
@@ -67,7 +67,8 @@ Statistics = dict[str, Moments]
 
 
 def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.NDArray[np.float32]]) -> Statistics:
-    """Of what ``network``, mode ``normal`` and in evaluation state, makes of ``batches``: float32 (N, 3, H, W)."""
+    """Measure the channels of ``network`` (mode ``normal``, evaluation state) on ``batches``: float32 (N, 3, H, W),
+    pixels minus 128."""
     modules = dict(network.named_modules())
     sums: dict[str, list[Values]] = {}
 
@@ -102,13 +103,14 @@ def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.ND
 
 
 def trace_expected_statistics(network: M.Module) -> tuple[Graph, Statistics]:
-    """The graph of ``network``, mode ``normal``, and what its batch norms say of its tensors."""
+    """Trace ``network`` (mode ``normal``); return its graph and the statistics that its batch norms predict."""
     graph = graph_of(network, IMAGE_SIZE)
     return graph, predict_statistics(network, graph)
 
 
 def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
-    """Of pictures like those that ``network`` (mode ``normal``) was trained on, by its batch norms' word alone.
+    """Predict the statistics of each tensor of ``network`` (mode ``normal``) on its training images, from its batch
+    norms.
 
     A batch norm's output is taken as normally distributed, with its shift as mean and its scale as deviation; the
     addends of a sum as independent.
@@ -137,7 +139,7 @@ def predict_statistics(network: M.Module, graph: Graph) -> Statistics:
 
 
 def refuse_unknown_statistics(graph: Graph, modules: dict[str, M.Module]) -> None:
-    """Raises FailureError where the layers of ``graph``, found in ``modules``, do not say what they give."""
+    """Raise FailureError where a layer of ``graph``, found in ``modules``, has no statistics to predict from."""
     for node in graph.nodes:
         silent = isinstance(node, Convolution) and getattr(modules[node.output].bn, "freeze", False)
         if silent or isinstance(node, Operation) or not (has_weights(node) or is_followed(graph, node)):
@@ -213,12 +215,12 @@ def complete_statistics(graph: Graph, known: Statistics) -> Statistics:
         if is_followed(graph, node) and source in found:
             has_order = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
             move = mover(graph, node) if has_order else None  # type: ignore[arg-type]
-            found.setdefault(node.output, found[source].moved(move) if move else found[source])
+            found.setdefault(node.output, found[source].move(move) if move else found[source])
     return found
 
 
 def mover(graph: Graph, node: Reshape | Transpose) -> Callable[[Values], Values]:
-    """From values of the channels in front of ``node`` to those behind it, both flat."""
+    """A function from the channel values of the input of ``node`` to those of its output, both flat."""
     order = move_channels(np.arange(np.prod(graph.shapes[node.inputs[0]][1:-2], dtype=int)), graph, node)
     return lambda values: values[order]
 

@@ -1,7 +1,7 @@
 """Quantization without images (Nagel et al. 2019, arXiv:1906.04721): ranges and biases follow from the batch norms.
 
-They know mean and deviation of each channel on the pictures that the network was trained on. From these follow ranges,
-and how far rounded weights shift the mean of an output: that is taken out of the bias.
+A batch norm holds mean and deviation of each channel on the training images. They give the ranges, and the mean shift
+that rounded weights cause in an output, which is subtracted from the bias.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mgq.quantization.activation_ranges import (
 
 
 def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, float]]:
-    """Give a ``qat`` network the ranges that ``statistics`` of its float form tell; by the names of the layers."""
+    """Set the ranges of a ``qat`` network from ``statistics`` of its float form; return them by layer name."""
     pooled = {"dequant": next(node.inputs[0] for node in graph.nodes if node.output == graph.output)}
     found = {}
     for name, layer in find_quantized_layers(network).items():
@@ -35,7 +35,7 @@ def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics)
 
 
 def correct_expected_bias(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, ...]]:
-    """Take out of the biases what rounding the weights of a ``qat`` network shifts; what was added, by layer."""
+    """Correct the biases of a ``qat`` network for rounded weights; return what was added, by layer name."""
     found = {}
     layers = find_quantized_layers(network)
     for node in graph.nodes:

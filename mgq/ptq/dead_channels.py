@@ -1,6 +1,7 @@
 """Finds channels that are 0 for every image, and sets the weights that make and that read them to 0.
 
-It is exact, and matters with one scale a layer: weights that no number ever meets can be the largest ones of theirs.
+This is exact. It matters where a layer has one scale: weights of dead channels can be the largest ones, and would set
+it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
 DARKEST, BRIGHTEST = -128.0, 127.0
-"""What a pixel minus 128 can be."""
+"""The range of a pixel minus 128."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What each channel of a tensor can be at least and at most, float64 (C,)."""
+    """The lowest and the highest possible value of each channel of a tensor, float64 (C,)."""
 
     low: Values
     high: Values
 
     def with_padding(self) -> Interval:
-        """Zeros, which stand around a picture, included."""
+        """The interval, widened to include the zeros of padding."""
         return Interval(np.minimum(self.low, 0), np.maximum(self.high, 0))
 
 
@@ -56,10 +57,10 @@ class Survey:
         self.kept.append(tensor)
 
     def see(self, module: M.Module, inputs: Any, output: Tensor) -> None:
-        """A layer has run."""
+        """A hook: follow ``module``, which made ``output`` of ``inputs``."""
         intervals = [self.known.get(id(tensor)) for tensor in inputs]
         if isinstance(module, _ConvBnActivation2d) and intervals[0] is not None:
-            self.note(output, self.through(module, intervals[0].with_padding()))
+            self.note(output, self.bound_outputs(module, intervals[0].with_padding()))
         elif isinstance(module, M.MaxPool2d | M.QuantStub | M.Identity) and intervals[0] is not None:
             self.note(output, intervals[0])
         elif isinstance(module, M.Elemwise) and all(interval is not None for interval in intervals):
@@ -73,8 +74,8 @@ class Survey:
             if found is not None:
                 self.note(output, found)
 
-    def through(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
-        """What the outputs of a convolution with batch norm can be; what cannot matter in it becomes 0."""
+    def bound_outputs(self, module: _ConvBnActivation2d, inputs: Interval) -> Interval:
+        """The interval of the outputs of a convolution with batch norm. Sets its weights that cannot matter to 0."""
         conv, plain = module.conv, fold_layer(module)
         weight = plain.weight.numpy().astype(np.float64)
         own = conv.weight.numpy()
@@ -102,7 +103,7 @@ class Survey:
 
 
 def bound_of(layer: BlueprintLayer, inputs: Interval) -> Interval | None:
-    """What ``layer`` of an imported network gives at least and at most, where that is simple; else None."""
+    """The interval of the output of ``layer`` of an imported network; None where it has no simple bound."""
     if layer.kind == "pad" and "channels" not in layer.options:
         value = float(layer.options["value"])
         return Interval(np.minimum(inputs.low, value), np.maximum(inputs.high, value))
@@ -112,7 +113,8 @@ def bound_of(layer: BlueprintLayer, inputs: Interval) -> Interval | None:
 
 
 def clear_dead_channels(network: M.Module, in_place: bool = False) -> tuple[M.Module, dict[str, int]]:
-    """A copy of ``network`` (mode ``normal``), or itself, without weights that can never matter, and what was found.
+    """A copy of ``network`` (mode ``normal``), or itself, without weights that cannot matter, and the number of dead
+    channels by layer.
 
     A channel behind a ReLU is dead where the largest sum that its inputs allow, bounded layer by layer from the pixels
     on, is not positive: its own weights, and those that read it, become 0. The answers stay. The second result tells
@@ -131,7 +133,7 @@ def highest_values(network: M.Module) -> dict[str, Values]:
 
 
 def survey_channels(network: M.Module) -> Survey:
-    """What a run of ``network`` tells; it is cleared of dead channels on the way."""
+    """Run ``network`` once, clear its dead channels in place, and return the survey."""
     training = network.training
     network.eval()
     survey = Survey({id(module): name for name, module in network.named_modules()})

@@ -2,14 +2,15 @@
 
 Layer by layer, in the order in which they run, the scale of the weights and the scale of the output are chosen in turn
 for the largest cosine similarity of the float output and the fake-quantized one, whose input comes from the layers
-quantized before. The paper tries every scale on the whole output; here it is a sample of its positions, which tells the
-same and takes seconds instead of minutes.
+quantized before. The paper tries every scale on the whole output; here it tries them on a sample of positions, which
+gives the same scales in seconds instead of minutes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import megengine.module.qat as Q
@@ -40,7 +41,7 @@ FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in Me
 
 @dataclass
 class Search:
-    """Shown the layers of a network in turn, finds and sets their ranges: of activations and of weights, by name."""
+    """A visitor of layers that finds and sets their ranges. ``activations`` and ``weights``: layer name -> range."""
 
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     activations: dict[str, Range] = field(default_factory=dict)
@@ -65,13 +66,15 @@ class Search:
         if largest and is_convolution(module):
             sampled = SampledConvolution(module, layer.fake_inputs[0].numpy(), at)
             if is_float_layer(module) or isinstance(module.weight_fake_quant, ChannelFakeQuantize):
-                limit = best(tries, wanted, grid.on(sampled.with_weights(quantize_weight(module).numpy())))
+                limit = find_best_limit(
+                    tries, wanted, grid.make_quantizer(sampled.with_weights(quantize_weight(module).numpy()))
+                )
             else:
-                limit, weight_limit = in_turn(sampled, largest, tries, wanted, grid)
+                limit, weight_limit = search_in_turn(sampled, largest, tries, wanted, grid)
                 self.weights[name] = -weight_limit, weight_limit
                 set_range(module.weight_observer, *self.weights[name])
         elif largest:
-            limit = best(tries, wanted, grid.on(pick_positions(other, at)))
+            limit = find_best_limit(tries, wanted, grid.make_quantizer(pick_positions(other, at)))
         self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
         set_range(module.act_observer, *self.activations[name])
 
@@ -88,20 +91,23 @@ class OutputGrid:
     def of(cls, module: QATModule) -> OutputGrid:
         return cls(quant_levels(module), module.act_observer.qmin, module.act_observer.qmax)
 
-    def on(self, output: Array) -> Callable[[float], Array]:
-        """From a limit of the range to ``output`` quantized with it."""
+    def make_quantizer(self, output: Array) -> Callable[[float], Array]:
+        """A function from a limit of the range to ``output`` quantized with that limit."""
         return lambda limit: round_to_step(output, limit / self.half, self.lowest, self.highest)
 
 
-def in_turn(
+def search_in_turn(
     sampled: SampledConvolution, largest: float, tries: npt.NDArray[np.float64], wanted: Array, grid: OutputGrid
 ) -> tuple[float, float]:
     """The ranges of a convolution's output, whose ``largest`` value is known, and of its weights."""
     limit, largest_weight = largest, float(np.abs(sampled.weight).max())
+
+    def run(weight_limit: float, now: float) -> Array:
+        return grid.make_quantizer(sampled.output(weight_limit))(now)
+
     for _ in range(ROUNDS):
-        now = limit
-        weight_limit = best(largest_weight * FRACTIONS, wanted, lambda w: grid.on(sampled.output(w))(now))  # noqa: B023
-        limit = best(tries, wanted, grid.on(sampled.output(weight_limit)))
+        weight_limit = find_best_limit(largest_weight * FRACTIONS, wanted, partial(run, now=limit))
+        limit = find_best_limit(tries, wanted, grid.make_quantizer(sampled.output(weight_limit)))
     return limit, weight_limit
 
 
@@ -144,8 +150,8 @@ def round_to_step(values: Array, step: float, lowest: int, highest: int) -> Arra
     return result
 
 
-def best(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> float:
-    """The limit with which what is made points most nearly in the direction of ``wanted``."""
+def find_best_limit(limits: npt.NDArray[np.float64], wanted: Array, made_with: Any) -> float:
+    """The one of ``limits`` whose result, by ``made_with``, has the largest cosine similarity with ``wanted``."""
     similarities = [cosine(wanted, made_with(float(limit))) for limit in limits]
     return float(limits[int(np.argmax(similarities))])
 

@@ -102,15 +102,16 @@ class Sets:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedTensor:
     """A tensor on a grid: the set of each channel, its largest value, and what its noise does, float64 (C,)."""
 
     sets: Slots
     largest: Values
     harm: Values
 
-    def informed_by(self, reaction: Reaction | None, half: float) -> Rounded:
-        """The same by what the logits tell: channels reach as far as clipping would cost more than it gains."""
+    def with_reactions(self, reaction: Reaction | None, half: float) -> RoundedTensor:
+        """This tensor, judged by the gradients of the logits: each channel reaches as far as clipping would cost more
+        than it gains."""
         if reaction is None:
             return self
         harm = reaction.squares.sum(axis=1) / (12 * half**2)
@@ -137,7 +138,7 @@ class Layer:
     logs: Values = field(default_factory=lambda: np.empty(0))
     readers: Slots = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def at(self, logs: Values) -> Layer:
+    def with_factors(self, logs: Values) -> Layer:
         """The same with the largest kernels where the logarithms of the factors are ``logs``."""
         scaled = self.kernels * np.exp(-logs[self.inputs])[:, None, :]
         few = min(LARGEST_KERNELS, scaled.shape[2])
@@ -174,8 +175,8 @@ def equalize_channels(
         statistics = predict_statistics(network, graph)
     problem = Problem.of(graph, sets, statistics, target)
     if reactions:
-        problem = problem.informed_by(reactions, graph, target)
-    of_sets = problem.solved(limits(network, graph, sets, statistics if to_ceilings else None))
+        problem = problem.with_reactions(reactions, graph, target)
+    of_sets = problem.solve(limits(network, graph, sets, statistics if to_ceilings else None))
     factors = {name: of_sets[slots] for name, slots in sets.of.items()}
     modules = dict(network.named_modules())
     for node in graph.nodes:
@@ -199,16 +200,15 @@ def statistics_of_images(network: M.Module, images: npt.NDArray[np.uint8], graph
 
 
 def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:
-    """What rounding the weights of each convolution of ``network`` (mode ``normal``) costs its answers, by name.
-
-    It is an estimate by what batch norms expect, in arbitrary units: good for an order.
+    """Estimate the noise in the answers from rounding the weights of each convolution of ``network`` (mode ``normal``),
+    by name. It follows from the batch norms and has arbitrary units: it ranks layers.
     """
     graph, statistics = trace_expected_statistics(network)
     sets = sets_of(graph)
     problem = Problem.of(graph, sets, statistics, target)
     zeros = np.zeros(sets.number)
     names = [node.output for node in graph.nodes if isinstance(node, Convolution)]
-    layers = problem.at(zeros).layers
+    layers = problem.with_factors(zeros).layers
     return {
         name: weight_noise(layer, zeros, zeros.copy(), problem.per_channel)
         for name, layer in zip(names, layers, strict=True)
@@ -240,7 +240,7 @@ def sets_of(graph: Graph) -> Sets:
 def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None = None) -> tuple[Values, Values]:
     """The least and the largest logarithm of the factor of each set of channels.
 
-    A channel below a ceiling keeps below it: whatever the picture shows, or on pictures like those ``seen``.
+    A channel below a ceiling stays below it: for every possible image, or, with ``seen``, for images like those.
     """
     upper = np.full(sets.number, np.log(LARGEST_FACTOR))
     lower = -upper
@@ -260,10 +260,10 @@ def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None 
 
 @dataclass(frozen=True)
 class Problem:
-    """The noise of a quantized network, as a function of the logarithms of the factors of its sets of channels."""
+    """The noise of an int8 network as a function of the logarithms of the factors of its channel sets."""
 
     number: int
-    tensors: tuple[Rounded, ...]
+    tensors: tuple[RoundedTensor, ...]
     layers: tuple[Layer, ...]
     per_channel: bool
 
@@ -273,9 +273,9 @@ class Problem:
         tensors, layers = [], []
         for node in graph.nodes:
             if isinstance(node, Convolution | Add):
-                half = half_behind(node, target)
+                half = find_half_levels(node, target)
                 tensors.append(
-                    Rounded(
+                    RoundedTensor(
                         sets.of[node.output],
                         statistics[node.output].largest + 1e-9,
                         harm[node.output] / (12 * half**2),
@@ -295,12 +295,12 @@ class Problem:
                 )
         return cls(sets.number, tuple(tensors), tuple(layers), target.per_channel)
 
-    def informed_by(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
-        """The same, with the noise and the reach of channels that the gradients of the logits tell."""
+    def with_reactions(self, reactions: Reactions, graph: Graph, target: Target) -> Problem:
+        """This problem, with noise and reach of channels taken from the gradients of the logits."""
         made = [node for node in graph.nodes if isinstance(node, Convolution | Add)]
         convolutions = [node for node in graph.nodes if isinstance(node, Convolution)]
         tensors = [
-            tensor.informed_by(reactions.get(node.output), half_behind(node, target))
+            tensor.with_reactions(reactions.get(node.output), find_half_levels(node, target))
             for node, tensor in zip(made, self.tensors, strict=True)
         ]
         layers = []
@@ -311,14 +311,14 @@ class Problem:
             layers.append(layer)
         return replace(self, tensors=tuple(tensors), layers=tuple(layers))
 
-    def solved(self, bounds: tuple[Values, Values]) -> Values:
+    def solve(self, bounds: tuple[Values, Values]) -> Values:
         """The factors with the least noise, (number,)."""
         from scipy.optimize import minimize
 
         logs = np.zeros(self.number)
         for _ in range(ROUNDS):
             found = minimize(
-                self.at(logs).noise,
+                self.with_factors(logs).noise,
                 logs,
                 jac=True,
                 method="L-BFGS-B",
@@ -329,9 +329,9 @@ class Problem:
         factors: Values = np.exp(logs)
         return factors
 
-    def at(self, logs: Values) -> Problem:
+    def with_factors(self, logs: Values) -> Problem:
         """The same with the kernels that matter where the logarithms of the factors are ``logs``."""
-        return replace(self, layers=tuple(layer.at(logs) for layer in self.layers))
+        return replace(self, layers=tuple(layer.with_factors(logs) for layer in self.layers))
 
     def noise(self, logs: Values) -> tuple[float, Values]:
         """The logarithm of the noise and its gradient."""
@@ -343,7 +343,7 @@ class Problem:
         return float(np.log(total)), gradient / total
 
 
-def half_behind(node: Convolution | Add, target: Target) -> float:
+def find_half_levels(node: Convolution | Add, target: Target) -> float:
     """Largest value / step of the grid behind ``node``."""
     never_negative = node.relu if isinstance(node, Add) else node.activation.low >= 0
     return UNSIGNED_HALF if target.unsigned and never_negative else SIGNED_HALF
@@ -357,9 +357,8 @@ def noise_of_a_weight(node: Convolution, target: Target) -> float:
 
 
 def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
-    """What noise of variance 1 in each channel of each tensor adds to the layers that read it, (C,).
-
-    In terms of the variance of what they give, and summed over all of them, those behind a shortcut included.
+    """For each tensor (C,): the noise in its readers' outputs for noise of variance 1 in a channel. It is relative to
+    the variance of these outputs, and summed over all readers, those behind a shortcut included.
     """
     found: dict[str, Values] = {node.output: np.zeros(1) for node in graph.nodes}
     found[graph.input] = np.zeros(1)
@@ -370,7 +369,7 @@ def harms(graph: Graph, statistics: Statistics) -> dict[str, Values]:
 
 
 def pass_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) -> Values:
-    """The part of ``harms`` in front of ``node`` that is due to it, from what it is ``behind`` it."""
+    """The contribution of ``node`` to ``harms`` of its source, given the harm ``behind`` it."""
     if isinstance(node, Convolution | Linear):
         groups = node.groups if isinstance(node, Convolution) else 1
         squares = np.square(node.weight, dtype=np.float64).reshape(groups, -1, node.weight.shape[1], kernel(node))
@@ -391,8 +390,8 @@ def kernel(node: Convolution | Linear) -> int:
     return int(np.prod(node.weight.shape[2:]))
 
 
-def tensor_noise(tensor: Rounded, logs: Values, gradient: Values) -> float:
-    """What a tensor's grid, as wide as its largest channel, adds; ``gradient`` is added to."""
+def tensor_noise(tensor: RoundedTensor, logs: Values, gradient: Values) -> float:
+    """The noise of a tensor's grid, whose range is that of its largest channel. Adds to ``gradient`` in place."""
     sets = tensor.sets
     squared_range, share = soft_maximum(np.log(tensor.largest) + logs[sets])
     harm = tensor.harm * np.exp(-2 * logs[sets])
@@ -401,7 +400,7 @@ def tensor_noise(tensor: Rounded, logs: Values, gradient: Values) -> float:
 
 
 def weight_noise(layer: Layer, logs: Values, gradient: Values, per_channel: bool) -> float:
-    """What the grid of a layer's weights, or of each output's, adds; ``gradient`` is added to."""
+    """The noise of the grid of a layer's weights, or of each output's. Adds to ``gradient`` in place."""
     made, read = logs[layer.outputs], logs[layer.inputs]
     scaled = layer.logs + made[:, :, None] - logs[layer.readers]
     energy, harm = layer.energy * np.exp(2 * read), layer.harm * np.exp(-2 * made)
@@ -424,7 +423,7 @@ def weight_noise(layer: Layer, logs: Values, gradient: Values, per_channel: bool
 
 
 def soft_maximum(logs: Values, axis: int | None = None) -> tuple[Values, Values]:
-    """The square of the largest value of those with these ``logs``, nearly, and the part of each in its growth."""
+    """A smooth maximum of the squares of the values with these ``logs``, and its derivatives."""
     largest = logs.max(axis=axis, keepdims=True)
     parts = np.exp(SHARPNESS * (logs - largest))
     total = parts.sum(axis=axis, keepdims=True)

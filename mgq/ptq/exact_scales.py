@@ -1,9 +1,9 @@
-"""Chooses scales with which no value lies half way between two integers: every engine gives the same ones then.
+"""Chooses scales with which no value lies half way between two integers, so that every engine rounds alike.
 
-A single step that one engine rounds up and another down re-draws all rounding behind it, until 1 answer in 30 is
-another. Engines differ where a value is half way between two integers, or so near to it that float32, in whatever order
-an engine computes, does not know on which side. What is rounded here are integers times a ratio of scales. If all such
-ratios are fractions with an odd denominator n, nothing is ever nearer to half an integer than 1 / 2n:
+One value that one engine rounds up and another down changes the rounding of all layers behind it; 1 answer in 30 was
+then another. Engines differ where a value is half way between two integers, or so near to it that float32, in whatever
+order an engine computes, does not know on which side. What is rounded here are integers times a ratio of scales. If all
+such ratios are fractions with an odd denominator n, nothing is ever nearer to half an integer than 1 / 2n:
 
 - a convolution: the scale of each output's weights is the output's over the input's scale, over n;
 - a sum: both summands have scales of p / 127 of the sum's;
@@ -82,21 +82,24 @@ def settle_scales(graph: Graph, layers: dict[str, QATModule]) -> dict[str, float
         own = scales[node.output]
         if isinstance(node, GlobalAverage):
             most = ceiling_of(layers[sources[0]])
-            settle(sources[0], own * POSITIONS / odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most))
+            settle(
+                sources[0],
+                own * POSITIONS / find_odd_near(own * POSITIONS / scales[sources[0]], own * POSITIONS / most),
+            )
         elif isinstance(node, Add):
             for source in sources:
                 settle(source, own * max(1, round(SUM_PARTS * scales[source] / own)) / SUM_PARTS)
     return scales
 
 
-def odd_near(value: float, least: float) -> int:
+def find_odd_near(value: float, least: float) -> int:
     """The odd number nearest to ``value`` that is not below ``least``, and at least 1."""
     odd = max(2 * round((value - 1) / 2) + 1, 1)
     return odd if odd >= least else 2 * int(np.ceil((least - 1) / 2)) + 1
 
 
 def makers(graph: Graph) -> dict[str, str]:
-    """The tensor whose grid each of the others has: moved about, or chosen from, it is the same integers."""
+    """Tensor name -> the tensor whose grid it has: layers that only move or choose values keep the integers."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         if isinstance(node, MaxPool | Reshape | Transpose) or (isinstance(node, Operation) and node.moves):
@@ -105,7 +108,7 @@ def makers(graph: Graph) -> dict[str, str]:
 
 
 def tensor_of(graph: Graph, name: str, layer: QATModule) -> str:
-    """What the layer called ``name`` puts on a grid: its output, the pooled features or the pixels."""
+    """The tensor that the layer ``name`` quantizes: its output, the pooled features or the pixels."""
     if isinstance(layer, QuantStub):
         return graph.input
     if not isinstance(layer, QuantizedFeatures):
@@ -119,7 +122,7 @@ def ceiling_of(layer: QATModule) -> float:
 
 
 def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QATModule]) -> None:
-    """Those of each convolution between two grids: the least without ties for its weights as they are."""
+    """Fix the scales of the weights of each convolution between two grids: the least ones without ties."""
     made_by = makers(graph)
     for node in graph.nodes:
         module = layers.get(node.output)

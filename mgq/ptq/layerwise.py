@@ -20,9 +20,8 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class FloatSide:
-    """The same layer in the float network: ``inputs`` and ``output``, float32 (N, C, H, W) as a rule.
-
-    ``fake_output`` is what the layer makes in float of what the int8 layers before it let it see.
+    """The same layer in the float network: ``inputs`` and ``output``, float32 (N, C, H, W) as a rule. ``fake_output``
+    is its float output for the inputs that the int8 layers before it give.
     """
 
     inputs: Sequence[Tensor]
@@ -44,7 +43,7 @@ class Layer:
 
     @property
     def in_float(self) -> FloatSide:
-        """What :func:`visit_beside_float` shows. There is none elsewhere, and asking for it is a mistake."""
+        """The float side, which only :func:`visit_beside_float` has. Raises AssertionError elsewhere."""
         assert self.beside is not None
         return self.beside
 

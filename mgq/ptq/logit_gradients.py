@@ -1,11 +1,11 @@
 """Measures by gradients what errors behind each layer do to the logits, to first order.
 
-Rounding and clipping are judged by what they change in the end, not by how large they are: a clipped outlier where no
-later layer cares for it costs nothing, a small shift that all of them pass on costs much. The gradient of a random
-combination of the logits with respect to what a layer gives tells both. If r is random with independent entries of
-variance 1, and g is the gradient of r . logits, then (g . e)^2 is on average over r the squared change of the logits
-that an error e of the layer causes: the Gauss-Newton approximation from which BRECQ starts (Li et al. 2021,
-arXiv:2102.05426). Each image has an r of its own.
+Rounding and clipping are judged by their effect on the logits, not by their size: a clipped outlier that later layers
+ignore costs nothing, a small shift that they pass on costs much. The gradient of a random combination of the logits
+with respect to what a layer gives tells both. If r is random with independent entries of variance 1, and g is the
+gradient of r . logits, then (g . e)^2 is on average over r the squared change of the logits that an error e of the
+layer causes: the Gauss-Newton approximation from which BRECQ starts (Li et al. 2021, arXiv:2102.05426). Each image has
+an r of its own.
 
 On MobileNetV2 (ImageNet weights of torchvision) the noise that is estimated so for a layer's grid was within about 2 dB
 of what was measured in the logits, for every layer and limit tried; the signal to noise ratio in the layer itself was
@@ -39,15 +39,15 @@ FEW_BINS = 32
 LIMITS = np.geomspace(0.06, 1.0, 36)
 """Limits that are tried for a tensor, in terms of its largest absolute value."""
 HEADROOM_SHARE, HEADROOM = 0.1, 1.25
-"""Part of the images that are thought to be so many times as strong, where ranges leave room for others."""
+"""Share of the images that are assumed to be this many times as strong, where ranges leave room for others."""
 CHANNEL_LIMITS = np.geomspace(1 / 64, 1.0, 49)
 """The same for each channel, in terms of its own."""
 
 
 @dataclass
 class Pairs:
-    """What pairs of the channels of a tensor have in common: sums, over all positions, of the products of their values,
-    and of those of their gradients, float64 (C, C)."""
+    """Products of pairs of channels of a tensor, summed over all positions: of their values and of their gradients,
+    float64 (C, C)."""
 
     values: Values
     gradients: Values
@@ -59,7 +59,7 @@ class Pairs:
 
     @property
     def matters(self) -> bool:
-        """Whether there are values, and some logit depends on them."""
+        """Whether values were seen, and some logit depends on them."""
         return bool(np.trace(self.values) > 0 and np.trace(self.gradients) > 0)
 
     def add(self, values: Array, gradients: Array) -> None:
@@ -68,8 +68,8 @@ class Pairs:
             rows = np.moveaxis(array, 1, 0).reshape(len(sums), -1)
             sums += rows @ rows.T
 
-    def scaled(self, factors: Values) -> Pairs:
-        """The same where channels are ``factors`` (C,) as large."""
+    def scale(self, factors: Values) -> Pairs:
+        """The products for channels ``factors`` (C,) times as large."""
         products = np.outer(factors, factors)
         return Pairs(self.values * products, self.gradients / products)
 
@@ -90,7 +90,7 @@ class Reaction:
     pairs: Pairs | None = None
 
     @classmethod
-    def between(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
+    def from_bounds(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
         """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
         pairs = Pairs.of(len(lowest)) if in_pairs else None
         return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs)
@@ -116,11 +116,12 @@ class Reaction:
         if self.pairs is not None:
             self.pairs.add(values, gradients)
 
-    def scaled(self, factors: Values) -> Reaction:
-        """The same where channels are ``factors`` (C,), above 0, as large, and those who read them make up for it."""
+    def scale(self, factors: Values) -> Reaction:
+        """The reaction for channels ``factors`` (C,), above 0, times as large, whose readers are scaled by the
+        inverse."""
         pulls = [(pull / factors[:, None]).astype(np.float32) for pull in self.pulls]
         squares = self.squares / np.square(factors)[:, None]
-        pairs = self.pairs and self.pairs.scaled(factors)
+        pairs = self.pairs and self.pairs.scale(factors)
         return Reaction(self.lowest * factors, self.highest * factors, squares, pulls, pairs)
 
     def centres(self, bins: int) -> Values:
@@ -155,7 +156,7 @@ class Reaction:
         return np.maximum(alone, together)
 
     def best_range(self, half: float, headroom: bool = False) -> tuple[float, float]:
-        """The values seen, as far as the best limit lets them; it may be beyond them with ``headroom``."""
+        """The range of the values seen, cut at the best limit; with ``headroom`` it may be wider."""
         limit = self.best_limit(half, headroom)
         lowest, highest = float(self.lowest.min()), float(self.highest.max())
         if highest >= -lowest:
@@ -184,12 +185,12 @@ Reactions = dict[str, Reaction]
 """Name of a layer -> how the logits react to errors behind it."""
 
 
-def not_finite(layer: str) -> str:
+def describe_not_finite(layer: str) -> str:
     return f"the layer {layer} gives numbers that are not finite for these pictures: take other weights"
 
 
 class Watch(Function):  # type: ignore[misc]
-    """Passes a tensor on, and shows it with its gradient once that is known."""
+    """The identity, which hands its tensor to a callback together with the gradient once that is known."""
 
     def __init__(self, see: Callable[[Array, Array], None]) -> None:
         super().__init__()
@@ -216,7 +217,7 @@ def measure_reactions(
     batches = list(batches)
     ranges = value_ranges(network, names, batches)
     found = {
-        name: Reaction.between(low, high, name in in_pairs)
+        name: Reaction.from_bounds(low, high, name in in_pairs)
         for name, (low, high) in ranges.items()
         if low.any() or high.any()
     }
@@ -248,7 +249,7 @@ def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Arra
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
             if not is_finite(output):
-                raise FailureError(not_finite(name))
+                raise FailureError(describe_not_finite(name))
             axes = (0, *range(2, output.ndim))
             low, high = found.get(name, (np.inf, -np.inf))
             values = output.numpy()

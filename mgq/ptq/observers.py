@@ -23,14 +23,14 @@ SAMPLE = 1 << 15  # values of a layer and batch
 
 
 class Observer:
-    """Sees float32 arrays of any shape, one after the other, and then gives a range. ``half`` is range / step."""
+    """Collects float32 arrays of any shape, then estimates a range. ``half`` is range / step."""
 
     def __init__(self, half: float = HALF) -> None:
         self.half = half
         self.lowest, self.highest = math.inf, -math.inf
 
     def update(self, values: Array) -> None:
-        """Take note of ``values``, the outputs of one layer for one batch."""
+        """Collect ``values``, the outputs of one layer for one batch."""
         self.lowest = min(self.lowest, float(values.min()))
         self.highest = max(self.highest, float(values.max()))
 
@@ -137,7 +137,7 @@ class PercentileObserver(HistogramObserver):
 
 
 def rounding_errors(values: npt.NDArray[np.float64], step: float, steps: int) -> npt.NDArray[np.float64]:
-    """What integers of that ``step``, to at most ``steps``, make of absolute ``values``, minus them."""
+    """Quantized minus exact: the errors of absolute ``values`` on a grid of ``step``, at most ``steps`` steps."""
     rounded: npt.NDArray[np.float64] = np.minimum(np.rint(values / step), steps) * step
     return rounded - values
 

@@ -19,23 +19,24 @@ from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, with_rewrite
-from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, in_batches, logits_of
+from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of, split_float
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
-"""One image in so many is held back, at least and at most so many."""
+"""One image in this many is held back; the least and the most that are."""
 FEWEST = 2 * FEWEST_HELD
 """Of fewer images none are held back: candidates are judged on those that they were fitted to."""
 EQUAL = 0.05
 """dB by which a candidate with more steps has to be better."""
 WITHOUT_IMAGES = 1.5
-"""dB by which ranges that no image was looked at for have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
+"""dB by which ranges that were chosen without images have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
 with them on images held back, against 23.9, and 15.8 on those that it was not trained on: they had clipped these."""
 NO_NOISE = 200.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a list of steps gave on the images held back: signal to noise ratio of the logits against float's, in dB."""
+    """The result of a list of steps on the images held back: signal to noise ratio of the logits against float's, in
+    dB."""
 
     steps: tuple[str, ...]
     snr: float
@@ -101,7 +102,7 @@ def split(images: Images) -> tuple[Images, Images]:
 
 
 def snr_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
-    """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, which also stands for none."""
+    """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, also where nothing differs."""
     noise, signal = float(np.square(logits - exact).sum()), float(np.square(exact).sum())
     if not np.isfinite(noise):
         return -NO_NOISE
@@ -117,23 +118,24 @@ def find_best(
     draft_of: Callable[[Images], Draft],
     on_progress: OnProgress = log_progress,
 ) -> SearchResult:
-    """The best of what the candidates of ``preset`` make of ``network``, mode ``normal``, with ``images``.
+    """Try the candidates of ``preset`` on ``network`` (mode ``normal``) with ``images``, and return the best.
 
     ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images. Raises FailureError
-    where the answers of ``network`` are not finite, and the first reason where it can have none of the grids.
+    where the answers of ``network`` are not finite, and the first candidate's error where no candidate for the grids
+    applies to it.
     """
     fit, held = split(images)
     contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
-    best = best_of(contest.try_grids(preset.grids))
+    best = choose_best(contest.try_grids(preset.grids))
     for rewrite in preset.rewrites:
-        best = best_of([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
+        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
     base = best.base
     for step in preset.finishes:
         draft = step.apply(base)
-        best = best_of([best, contest.judge(best.grid, (step,), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (step,), draft, draft)])
     for step in preset.touches:
         draft = step.apply(best.draft)
-        best = best_of([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
+        best = choose_best([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
     trials = tuple(each.trial for each in contest.tried)
     return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
 
@@ -143,7 +145,7 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
     logits = logits_of(network, images)
     if not np.isfinite(logits).all():
         leaves = [name for name, module in network.named_modules() if name and not any(module.children())]
-        value_ranges(network, leaves, in_batches(images))
+        value_ranges(network, leaves, split_float(images))
         raise FailureError("the network's answers are not finite for these pictures: take other weights")
     return logits
 
@@ -152,7 +154,8 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
 class Contest:
     """Candidates of ``preset``, judged on ``held``, images held back, by the ``exact`` logits of float for them.
 
-    ``reached``: what lists of steps have given. ``skipped``: why this network cannot have some of the candidates.
+    ``reached``: drafts by their lists of steps. ``skipped``: the errors of candidates that do not apply to this
+    network.
     """
 
     preset: Preset
@@ -176,8 +179,8 @@ class Contest:
         return self.tried[-1]
 
     def try_grids(self, grids: Sequence[tuple[Step, ...]]) -> list[Candidate]:
-        """Those of ``grids`` that this network can have, with the quick finish. Raises FailureError where there is no
-        candidate yet, and none of them is one."""
+        """Try those of ``grids`` that apply to this network, with the quick finish. Raises FailureError where there is
+        still no candidate afterwards."""
         found = []
         quick = (self.preset.preview,) if self.preset.preview else ()
         for grid in grids:
@@ -193,7 +196,7 @@ class Contest:
         return found
 
 
-def best_of(candidates: Sequence[Candidate]) -> Candidate:
+def choose_best(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless a later one is better by enough."""
     best = candidates[0]
     for candidate in candidates[1:]:
@@ -203,7 +206,7 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def apply_steps(steps: Sequence[Step], reached: dict[tuple[Step, ...], Draft]) -> Draft:
-    """What ``steps`` give, beginning with what others before have ``reached``, and noted there."""
+    """Apply ``steps``, beginning with the longest prefix in ``reached``; record every result there."""
     done: tuple[Step, ...] = ()
     for step in steps:
         further = (*done, step)

@@ -1,4 +1,4 @@
-"""How much time post-training quantization may take: presets, lists of candidates for :mod:`mgq.ptq.pipeline`."""
+"""Presets of post-training quantization: lists of candidates for :mod:`mgq.ptq.pipeline`, fast or thorough."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mgq.ptq.steps import (
     ExactScales,
     ExpectedRanges,
     MixChannels,
-    RangesByLogits,
-    RangesBySeen,
+    RangesFromImages,
+    RangesFromLogits,
     RoundWeights,
     Step,
 )
@@ -54,12 +54,12 @@ class Preset:
 
 
 CLEAR, PREVIEW = ClearDeadChannels(), CorrectBias(images=PREVIEWED)
-PLAIN = (RangesBySeen(),)
-BY_LOGITS = (CLEAR, RangesByLogits())
+PLAIN = (RangesFromImages(),)
+BY_LOGITS = (CLEAR, RangesFromLogits())
 DATA_FREE = (CLEAR, Equalize(data_free=True), ExpectedRanges())
-EQUALIZED = (CLEAR, Equalize(), RangesByLogits())
-WITH_HEADROOM = (CLEAR, Equalize(), RangesByLogits(headroom=True))
-UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesByLogits())
+EQUALIZED = (CLEAR, Equalize(), RangesFromLogits())
+WITH_HEADROOM = (CLEAR, Equalize(), RangesFromLogits(headroom=True))
+UP_TO_CEILINGS = (CLEAR, Equalize(to_ceilings=True), RangesFromLogits())
 
 DEFAULT_PRESET = BALANCED
 PRESETS: dict[str, Preset] = {
@@ -113,7 +113,7 @@ class CalibrationConfig:
     float_layers: tuple[str, ...] = ()
 
     def make_preset(self) -> Preset:
-        """What is to be tried. Raises InputError for a preset, method or rounding that there is not."""
+        """The preset to try, adapted to these options. Raises InputError for an unknown preset, method or rounding."""
         return adapt_preset(get_preset(self.preset), self)
 
     def as_flags(self) -> str:
@@ -128,21 +128,21 @@ DEFAULT_CONFIG = CalibrationConfig()
 
 def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ...], ...]:
     """``steps`` with ``rewrite`` before their ranges, the only candidate; none where no image gives these."""
-    places = [place for place, step in enumerate(steps) if isinstance(step, RangesByLogits | RangesBySeen)]
+    places = [place for place, step in enumerate(steps) if isinstance(step, RangesFromLogits | RangesFromImages)]
     return tuple((*steps[:place], rewrite, *steps[place:]) for place in places[:1])
 
 
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
-    """``preset`` where no more is asked for: ranges by one ``method``, nearest rounding, biases as they are.
+    """``preset``, reduced to what ``config`` asks for: ranges by one ``method``, nearest rounding, uncorrected biases.
 
     For a target that engines other than MegEngine run, every candidate has exact scales, and weights, of which each
-    output has a scale of its own, are not fitted: they leave little to be made up for.
+    output has a scale of its own, are not fitted, because little error is left to correct.
     """
     method, target = check_method(config.method), config.target
     if method is not None:
-        ranges = RangesByLogits() if method == LOGITS else RangesBySeen(method)
+        ranges = RangesFromLogits() if method == LOGITS else RangesFromImages(method)
         grids = (*(steps for steps in preset.grids if steps != DATA_FREE and steps != PLAIN),)
-        swapped = (tuple(ranges if isinstance(step, RangesByLogits) else step for step in steps) for steps in grids)
+        swapped = (tuple(ranges if isinstance(step, RangesFromLogits) else step for step in steps) for steps in grids)
         preset = replace(preset, grids=tuple(dict.fromkeys(swapped)))
     if check_rounding(config.weight_rounding) == TO_NEAREST:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]

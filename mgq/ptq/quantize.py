@@ -30,7 +30,7 @@ def quantize(
     mode: Mode | str = Mode.QUANTIZED,
     in_place: bool = False,
 ) -> M.Module:
-    """``network`` carried to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
+    """Convert ``network`` to ``mode`` (``quantized`` is int8, ``qat`` simulates it in float32): a copy by default.
 
     A float network needs the ranges of its activations: from ``images``, uint8 (N, 3, H, W) in BGR or an iterable of
     such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them

@@ -13,14 +13,14 @@ from megengine.quantization.observer import Observer as MegEngineObserver
 from megengine.quantization.utils import QParams
 
 from mgq.errors import FailureError
-from mgq.ptq.logit_gradients import not_finite
+from mgq.ptq.logit_gradients import describe_not_finite
 from mgq.ptq.observers import Observer, Range
 from mgq.quantization.activation_ranges import find_quantized_layers, quant_levels
 from mgq.zoo.overflow import is_finite
 
 
 class RangeObserver(MegEngineObserver):  # type: ignore[misc]
-    """Shows what passes behind ``layer`` to a range estimator. Raises FailureError for what is not finite."""
+    """Passes the outputs of ``layer`` to a range estimator. Raises FailureError for values that are not finite."""
 
     def __init__(self, observer: MegEngineObserver, range_observer: Observer, layer: str = "") -> None:
         super().__init__(observer.dtype)
@@ -29,7 +29,7 @@ class RangeObserver(MegEngineObserver):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_finite(x):
-            raise FailureError(not_finite(self.layer))
+            raise FailureError(describe_not_finite(self.layer))
         self.range_observer.update(x.numpy())
         return x
 

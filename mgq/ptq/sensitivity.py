@@ -26,16 +26,16 @@ Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 BATCH = 8
-"""Pictures at a time: what all layers answer to them is kept in memory."""
+"""Images in a batch: the outputs of all layers for them are kept in memory."""
 BINS = 64
 SAMPLE = 200_000
-"""A histogram takes at most so many activations of a batch, evenly spread: more change no bar that can be seen."""
+"""The most activations of a batch in a histogram, evenly spread: more change no bar visibly."""
 DOMINANT = 2.0
 """A channel dominates if its largest value is more than so many times that of the median channel."""
 ROUNDING = 1e-6
-"""What float32 may add to the largest value that was seen, in terms of it."""
+"""Rounding error of float32 relative to the largest value seen."""
 EXACT = 100.0
-"""dB from which on values count as equal: what is left is the rounding of float32."""
+"""From this many dB on values count as equal: the rest is the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Values:
         """The part of the range (0..1) that the median channel uses: small where a few channels set it for all."""
         return float(np.median(self.shares))
 
-    def dominating(self, number: int = 3) -> list[int]:
+    def find_dominant_channels(self, number: int = 3) -> list[int]:
         """The channels that set the range: of those beyond ``DOMINANT`` medians the largest, the first one first."""
         order = np.argsort(-np.asarray(self.shares), kind="stable")[:number]
         return [int(i) for i in order if self.shares[i] > DOMINANT * self.median_share]
@@ -132,10 +132,10 @@ def sensitivity_of(
 ) -> Sensitivity:
     """Quantize each layer of ``network`` alone, then all of them, and compare with float on ``images``.
 
-    ``network`` is in mode ``qat``, in evaluation state, and has its ranges; it is left as it was. ``images`` are
-    uint8 (N, 3, H, W), BGR, ``labels`` int64 (N,), the indices of their logits. ``corrections`` are those that the
-    biases hold (layer -> float for each channel): float and single layers go without them, as they make up for the
-    errors of all layers before.
+    ``network`` is in mode ``qat``, in evaluation state, and has its ranges; it is left as it was. ``images`` are uint8
+    (N, 3, H, W), BGR, ``labels`` int64 (N,), the indices of their logits. ``corrections`` are those that the biases
+    hold (layer -> float for each channel): float and single layers run without them, because they correct errors of all
+    layers before.
     """
     parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
     layers = find_analyzed_layers(network)
@@ -310,9 +310,8 @@ def kind_of(layer: QATModule) -> str:
 
 @dataclass
 class Survey:
-    """Collects what the layers and the answers are, batch after batch.
-
-    While it works all layers are float but those that are switched on for a moment.
+    """Collects values of the layers and answers, batch after batch. Between its runs all layers are float; each run
+    switches on the layers that it measures.
     """
 
     network: M.Module
@@ -339,8 +338,8 @@ class Survey:
                     layer.set_fake_quant(True)
                     self.alone.setdefault(name, []).append(logits_of(self.network, batch))
                     layer.set_fake_quant(False)
-                    # Up to here all is float from now on, and known. As a new tensor it says nothing of a grid, to
-                    # which the next layer would round it.
+                    # From now on everything up to here is float and known. A new tensor carries no grid that the next
+                    # layer would round it to.
                     before.enter_context(name_outputs(layer, Tensor(output)))
                     yield done, len(outputs) + 1
         self.quantize_all(batch, outputs)
@@ -391,7 +390,7 @@ class Survey:
 
 
 def effect_of(exact: Array, quantized: Array, labels: Labels | None) -> Effect:
-    """What the logits ``quantized`` are beside ``exact``, both float32 (N, classes)."""
+    """Compare the logits ``quantized`` with ``exact``, both float32 (N, classes)."""
     error = (exact - quantized).ravel()
     snr = decibels(float(np.vdot(exact, exact)), float(np.vdot(error, error)))
     before, after = exact.argmax(1), quantized.argmax(1)

@@ -19,7 +19,7 @@ from megengine import Tensor
 from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, plural
 from mgq.graph.layer_graph import graph_of
 from mgq.ptq.bias_correction import DIGITS, BiasCorrection
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
@@ -36,7 +36,7 @@ from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
     add_to_bias,
-    covering,
+    extend_to_grid,
     find_quantized_layers,
     names_that_run,
     observe_weights,
@@ -52,20 +52,21 @@ from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
 LAYERWISE_IMAGES = 64
-"""What is done layer by layer keeps all images in memory, in float and quantized; more tell it little more."""
+"""The most images for steps that go layer by layer: they keep all in memory, in float and quantized, and gain little
+from more."""
 REACTION_IMAGES = 128
 """Images on which gradients are measured at most, evenly spread."""
 BATCH = 8
 BATCH_NORMS = "batch norms"
-"""What stands for the method where there were no pictures."""
+"""The method's name where there were no images."""
 
 
-def in_uint8_batches(images: Images) -> list[Images]:
+def split_uint8(images: Images) -> list[Images]:
     return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
-def in_batches(images: Images) -> list[npt.NDArray[np.float32]]:
-    return [as_input(batch) for batch in in_uint8_batches(images)]
+def split_float(images: Images) -> list[npt.NDArray[np.float32]]:
+    return [as_input(batch) for batch in split_uint8(images)]
 
 
 def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (), in_place: bool = False) -> M.Module:
@@ -83,7 +84,7 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 @dataclass(frozen=True)
 class Draft:
-    """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, what became of it in ``qat``.
+    """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, the same network in mode ``qat``.
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
@@ -104,17 +105,18 @@ class Draft:
     measured: Reactions | None = None
     answers: npt.NDArray[np.float32] | None = None
 
-    def rewritten(self, network: M.Module, measured: Reactions | None = None) -> Draft:
-        """With another float network, which answers the same. ``measured``: its reactions, where they are known."""
+    def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
+        """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
+        known."""
         return replace(self, network=network, measured=measured)
 
-    def prepared(self) -> M.Module:
+    def prepare(self) -> M.Module:
         return prepare(self.network, self.target, self.float_layers)
 
     def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
         """``watched`` with these ranges, ready to be used."""
         layers = find_quantized_layers(watched)
-        activations = {name: covering(layers[name], *found) for name, found in activations.items()}
+        activations = {name: extend_to_grid(layers[name], *found) for name, found in activations.items()}
         for name, found in activations.items():
             set_range(layers[name].act_observer, *found)
         switch_on(watched)
@@ -125,7 +127,7 @@ class Draft:
         """How the logits of ``network`` react to errors behind its layers."""
         if self.measured is not None:
             return self.measured
-        return reactions_of(fold_batch_norms(self.network), self.prepared(), self.images, linear_names(self.network))
+        return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -139,15 +141,15 @@ class Draft:
 
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
-    """How the logits of ``network``, which computes in float, react to errors behind what ``watched`` quantizes.
+    """Measure how the logits of ``network`` (in float) react to errors in the tensors that ``watched`` quantizes.
 
     The channels of those ``in_pairs`` are compared with each other, too.
     """
     names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    return measure_reactions(network, names, in_batches(few_of(images)), in_pairs=in_pairs)
+    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs)
 
 
-def few_of(images: Images) -> Images:
+def select_few(images: Images) -> Images:
     """Those on which gradients are measured."""
     return images[:: -(-len(images) // REACTION_IMAGES)]
 
@@ -169,7 +171,7 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
 
 
 def zero_ranges(watched: M.Module) -> dict[str, Range]:
-    """For each layer that runs: what gives nothing but 0 has no reaction, but needs a range."""
+    """A range of zeros for each layer that runs: a layer that only gives 0 has no reaction, but needs a range."""
     return dict.fromkeys(names_that_run(watched), (0.0, 0.0))
 
 
@@ -196,12 +198,12 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class ClearDeadChannels:
-    """Weights of channels that no picture can wake become 0 (:mod:`mgq.ptq.dead_channels`)."""
+    """Weights of channels that are 0 for every image become 0 (:mod:`mgq.ptq.dead_channels`)."""
 
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return draft.rewritten(clear_dead_channels(draft.network)[0], draft.reactions)
+        return draft.with_network(clear_dead_channels(draft.network)[0], draft.reactions)
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class Equalize:
             raise FailureError("no layer of the network has a ceiling")
         with contextlib.suppress(FailureError):
             if self.data_free:
-                return draft.rewritten(equalize_channels(draft.network, None, draft.target)[0])
+                return draft.with_network(equalize_channels(draft.network, None, draft.target)[0])
             network, factors = equalize_channels(
                 draft.network,
                 target=draft.target,
@@ -235,8 +237,8 @@ class Equalize:
                 to_ceilings=self.to_ceilings,
                 statistics=draft.statistics,
             )
-            scaled = {name: reaction.scaled(factors[name]) for name, reaction in draft.reactions.items()}
-            return draft.rewritten(network, scaled)
+            scaled = {name: reaction.scale(factors[name]) for name, reaction in draft.reactions.items()}
+            return draft.with_network(network, scaled)
         return draft
 
 
@@ -252,16 +254,16 @@ class MixChannels:
         network, mixed = mix_channels(draft.network, graph, draft.reactions)
         if not mixed:
             raise FailureError("no channels of the network can be mixed")
-        measured = measure_reactions(fold_batch_norms(network), mixed, in_batches(few_of(draft.images)))
-        return draft.rewritten(network, {**draft.reactions, **measured})
+        measured = measure_reactions(fold_batch_norms(network), mixed, split_float(select_few(draft.images)))
+        return draft.with_network(network, {**draft.reactions, **measured})
 
 
 @dataclass(frozen=True)
-class RangesByLogits:
+class RangesFromLogits:
     """Ranges for which rounding and clipping change the logits least (:mod:`mgq.ptq.logit_gradients`).
 
-    With ``headroom`` they leave room for images that are stronger than those seen. Of a network that was trained on the
-    images seen, others clip more: one of 83 made half of the noise.
+    With ``headroom`` they leave room for images that are stronger than those seen. Where the network was trained on the
+    images seen, other images clip more: one of 83 caused half of the noise.
     """
 
     headroom: bool = False
@@ -271,7 +273,7 @@ class RangesByLogits:
         return "ranges by the logits with headroom" if self.headroom else "ranges by the logits"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = draft.prepared()
+        watched = draft.prepare()
         ranges = zero_ranges(watched) | ranges_by_logits(watched, draft.reactions, self.headroom)
         return draft.with_ranges(watched, ranges, LOGITS)
 
@@ -284,12 +286,12 @@ class ExpectedRanges:
 
     def apply(self, draft: Draft) -> Draft:
         graph, statistics = trace_expected_statistics(draft.network)
-        watched = draft.prepared()
+        watched = draft.prepare()
         return draft.with_ranges(watched, set_expected_ranges(watched, graph, statistics), BATCH_NORMS)
 
 
 @dataclass(frozen=True)
-class RangesBySeen:
+class RangesFromImages:
     """Ranges that one method of :data:`mgq.quantization.option_names.METHODS` takes from the values behind each layer
     alone."""
 
@@ -300,14 +302,14 @@ class RangesBySeen:
         return f"ranges by {self.method}"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = draft.prepared()
+        watched = draft.prepare()
         if self.method == EASYQUANT:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
         if self.method == MIN_MAX and len(draft.images) <= REACTION_IMAGES:
             return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft.reactions), self.method)
-        found = estimate_ranges(deepcopy(watched), in_uint8_batches(draft.images), RANGE_OBSERVERS[self.method])
+        found = estimate_ranges(deepcopy(watched), split_uint8(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
 
@@ -333,14 +335,14 @@ class ExactScales:
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """What int8 shifts on average is taken out of the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
+    """The mean shift of int8 is subtracted from the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
 
     of_weights: bool = True
     images: int = LAYERWISE_IMAGES
 
     @property
     def name(self) -> str:
-        quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {self.images} images"
+        quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {plural(self.images, 'image')}"
         return "biases corrected" + (" for rounded weights" if self.of_weights else "") + quickly
 
     def apply(self, draft: Draft) -> Draft:
@@ -353,7 +355,7 @@ class CorrectBias:
 class RoundWeights:
     """Weights are rounded so that their errors make up for each other, biases corrected (:mod:`mgq.ptq.gptq`).
 
-    With ``refit`` weights are also fitted to what the int8 layers before let them see.
+    With ``refit`` weights are also fitted to the inputs that the int8 layers before give.
     """
 
     refit: bool = False
@@ -374,7 +376,7 @@ class RoundWeights:
 
 @dataclass(frozen=True)
 class CorrectLogits:
-    """The mean shift of the logits that is left, which clipping causes, is taken out of the classifier's bias.
+    """The remaining mean shift of the logits, which clipping causes, is subtracted from the classifier's bias.
 
     A network that does not end in a linear layer with a bias stays as it is.
     """
@@ -396,7 +398,7 @@ class CorrectLogits:
 
 
 def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> Draft:
-    """The same with a copy of its quantized network that was shown to ``visitors`` layer by layer."""
+    """``draft`` with a copy of its ``qat`` network, whose layers were shown to ``visitors`` one by one."""
     watched = deepcopy(draft.watched)
     assert watched is not None
     visit = visit_beside_float if beside_float else visit_layers
@@ -407,6 +409,6 @@ def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
     """float64 (N, classes)."""
-    found = [network(Tensor(batch)).numpy() for batch in in_batches(images)]
+    found = [network(Tensor(batch)).numpy() for batch in split_float(images)]
     logits: npt.NDArray[np.float64] = np.concatenate(found).astype(np.float64)
     return logits

@@ -23,18 +23,18 @@ from mgq.io.records import record_of
 
 FORMAT = "mgq activation ranges 1"
 MOST_BYTES = 1 << 24
-"""Of a file of ranges; that of EfficientNet-Lite0 has a hundredth of it."""
+"""The most bytes of a file of ranges; that of EfficientNet-Lite0 has a hundredth of it."""
 
 
 @dataclass(frozen=True)
 class ActivationRanges:
     """Name of a quantized layer -> smallest and largest value behind it that int8 covers, in the float network's units.
 
-    ``weight_ranges`` is the same of a layer's weights, batch norm folded in, where the method (``observer``) chose
-    them; other weights have the range of their values. ``bias_corrections`` is what int8 wants added to the bias of a
-    layer, for each of its channels. All that holds for ``target`` alone. ``weights`` is the SHA-256 of the state they
-    were measured with (:func:`mgq.zoo.weight_loading.fingerprint`): ranges fit no other weights. ``provenance`` says
-    what was seen, with which command and versions.
+    ``weight_ranges``: the same for a layer's weights, batch norm folded in, where the method (``observer``) chose them;
+    other weights have the range of their values. ``bias_corrections``: what is added to the bias of a layer, for each
+    channel. All of it holds for ``target`` only. ``weights`` is the SHA-256 of the state they were measured with
+    (:func:`mgq.zoo.weight_loading.fingerprint`): ranges fit no other weights. ``provenance``: the images seen, the
+    command and the versions.
     """
 
     arch: str
@@ -92,8 +92,8 @@ def find_quantized_layers(network: M.Module) -> dict[str, QATModule]:
 def apply_ranges(network: M.Module, found: ActivationRanges) -> None:
     """Set the observers of a float network now in mode ``qat`` from ``found``, those of other weights from the weights.
 
-    Its biases are corrected as ``found`` says: to do it twice would correct them twice. Raises InputError where
-    ``found`` has a layer that the network does not have.
+    Adds the bias corrections in ``found``, so call it once. Raises InputError where ``found`` has a layer that the
+    network does not have.
     """
     layers, modules = find_quantized_layers(network), dict(network.named_modules())
     for name, (low, high) in found.ranges.items():
@@ -117,8 +117,9 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
-def covering(layer: QATModule, low: float, high: float) -> tuple[float, float]:
-    """``low`` and ``high``, which ``layer`` gives, or as much more as a grid that ends early below has to cover."""
+def extend_to_grid(layer: QATModule, low: float, high: float) -> tuple[float, float]:
+    """The range ``low`` to ``high`` of the outputs of ``layer``, widened where its grid has fewer levels below 0 than
+    above."""
     quantizer, observer = layer.act_fake_quant, layer.act_observer
     if quantizer is None or quantizer.qmin == observer.qmin:
         return low, high
@@ -195,9 +196,8 @@ def fold_bias(module: QATModule) -> npt.NDArray[np.float32]:
 
 
 def quantize_weight(module: QATModule) -> Tensor:
-    """The weight of ``module`` as its observer has int8 cover it: float32, its batch norm folded in.
-
-    That of a layer kept in float is as it is.
+    """The fake-quantized weight of ``module``: float32, its batch norm folded in. Weights of a layer kept in float are
+    unchanged.
     """
     if is_float_layer(module):
         return fold_weight(module)
@@ -210,7 +210,8 @@ def quantize_weight(module: QATModule) -> Tensor:
 
 
 def bias_parameter(module: M.Module) -> Tensor | None:
-    """What is added to the output of a convolution, behind its batch norm where it has one; None where nothing is."""
+    """The parameter that holds the bias of a convolution: that of its batch norm, where it has one; None without a
+    bias."""
     bias: Tensor | None = module.bn.bias if hasattr(module, "bn") else getattr(module, "bias", None)
     return bias
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Activation:
-    """What lies behind a convolution or a sum: it holds values from ``low`` to ``high``."""
+    """The activation of a convolution or a sum, which clips values to ``low`` and ``high``."""
 
     name: str
     low: float

@@ -73,7 +73,7 @@ def fold_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
 
 
 def activation_of(convolution: M.Module) -> Activation:
-    """What is behind a ``convolution`` of any mode but ``quantized`` in the same layer."""
+    """The activation in the layer of ``convolution``, in any mode but ``quantized``."""
     if isinstance(convolution, ConvBnRelu6 | QatConvBnRelu6 | ConvRelu6):
         return RELU6
     return RELU if isinstance(convolution, M.ConvBnRelu2d | Q.ConvBnRelu2d | M.ConvRelu2d) else IDENTITY

@@ -1,11 +1,10 @@
-"""Fake quantization that answers as real int8 does, to the bit.
+"""Exact fake quantization: the same answers as real int8, to the bit.
 
 Fake-quantized values are integers times a scale, rounded to float32 each, and so are their products and sums: now and
-then a sum falls on the other side of a rounding threshold than the integers' own. One such step becomes many on its way
-through the layers behind, until 1 answer in 100 is another. In evaluation state a convolution here counts in the
-integers themselves, which float32 holds exactly up to 2**24, and scales the sum as the int8 kernels do. Halves go where
-the target's kernels send them: away from zero in MegEngine, to even in those of ONNX
-(:mod:`mgq.quantization.half_to_even`).
+then a sum falls on the other side of a rounding threshold than with integers. One such step becomes many in later
+layers; 1 answer in 100 was then another. In evaluation state these convolutions sum the integers themselves, which
+float32 represents exactly up to 2**24, and scale the sum as the int8 kernels do. Halves are rounded as by the target's
+kernels: away from zero in MegEngine, to even in those of ONNX (:mod:`mgq.quantization.half_to_even`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mgq.quantization.targets import ChannelFakeQuantize
 
 
 class EvenBias:
-    """What a fake-quantized layer with weights adds to MegEngine's: for ONNX, the integers that the file has."""
+    """A mixin for fake-quantized layers with weights: for ONNX targets, the bias is rounded as in the file."""
 
     def apply_quant_bias(self, target: Tensor | None, inp: Tensor, w_qat: Tensor) -> Tensor | None:
         quantizers = self.weight_fake_quant, self.act_fake_quant  # type: ignore[attr-defined]
@@ -42,7 +41,7 @@ class EvenBias:
 
 
 class ExactLinear(EvenBias, Q.Linear):  # type: ignore[misc]
-    """Fake-quantized classifier that counts in integers, as convolutions do."""
+    """Fake-quantized classifier that sums integers, as convolutions do."""
 
     def forward(self, inp: Tensor) -> Tensor:
         quantizer = self.weight_fake_quant
@@ -59,23 +58,23 @@ class ExactLinear(EvenBias, Q.Linear):  # type: ignore[misc]
 
 
 class ExactSums(EvenBias):
-    """What a fake-quantized convolution with batch norm adds to MegEngine's, ahead of it among the bases."""
+    """A mixin for fake-quantized convolutions with batch norm; it stands before MegEngine's class among the bases."""
 
     def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
         """Float32 (N, C, H, W), before the activation; in training state, or with a grid unknown, as MegEngine's."""
         if self.counts and inp.qparams.scale is not None:
-            weight, bias = self.folded()
+            weight, bias = self.fold()
             bias = self.apply_quant_bias(bias, inp, weight)
             if bias is not None and bias.qparams.scale is not None:
                 return convolve_integers(self.conv, inp, weight, bias)  # type: ignore[attr-defined]
         return super().calc_conv_bn_qat(inp, approx)  # type: ignore[misc]
 
-    def folded(self) -> tuple[Tensor, Tensor]:
+    def fold(self) -> tuple[Tensor, Tensor]:
         """Fake-quantized weight, which may know its ``steps``, and bias, with the batch norm folded in."""
         bn, quantizer = self.bn, self.weight_fake_quant  # type: ignore[attr-defined]
         if type(quantizer) not in (FakeQuantize, ChannelFakeQuantize) or not quantizer.enabled:
             return self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined,no-any-return]
-        # Integers are wanted: to make values of them, and integers of these again, takes three times as long.
+        # The integers are used directly: converting them to values and back takes three times as long.
         quantizer.disable()
         weight, bias = self.fold_weight_bias(bn.running_mean, bn.running_var)  # type: ignore[attr-defined]
         quantizer.enable()
@@ -88,7 +87,7 @@ class ExactSums(EvenBias):
 
     @property
     def counts(self) -> bool:
-        """Whether the network is used as int8 will be: nothing trained in it, nothing observed any more."""
+        """Whether the layer simulates int8: in evaluation state, with observers off."""
         return not self.training and not self.act_observer.enabled  # type: ignore[attr-defined]
 
     def apply_quant_activation(self, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Keeps the weights of single layers of an int8 network in float32 (mixed precision).
 
-What such a layer reads and gives is int8 as ever, so that its neighbours stay as they are: the integers become floats,
-are convolved with the float weights, and the result is rounded to the grid of the output.
+Such a layer still reads and gives int8, so that its neighbours do not change: the integers become floats, are convolved
+with the float weights, and the result is rounded to the grid of the output.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from mgq.quantization.batch_norm_folding import FusedConv, activation_of
 
 
 def keep_in_float(network: M.Module, names: Iterable[str]) -> None:
-    """From now on the weights and biases of the layers ``names`` of ``network``, mode ``qat``, are not quantized.
-
-    That is for good: they lose the observer and the fake quantization of their weights, and their state has none.
-    ``names`` are those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer
-    kept already stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
+    """Keep the weights and biases of the layers ``names`` of ``network`` (mode ``qat``) in float32. This cannot be
+    undone: the observer and the fake quantization of their weights are removed, from the state, too. ``names`` are
+    those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer kept already
+    stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
     """
     layers = find_quantized_layers(network)
     chosen = [find_float_layer(layers, name) for name in names]

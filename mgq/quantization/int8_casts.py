@@ -1,8 +1,8 @@
 """Casts weights to MegEngine's int8 type without an operator, which would cost memory for good.
 
-MegEngine keeps what it prepares for an operator for good, by the types that the operator sees, and every scale is
-a type of its own. A cast is worth 20 kB, a convolution 90 kB (MegEngine 1.13.0): a program that makes an int8 network
-of every epoch would grow by megabytes each time.
+MegEngine caches prepared operators by the types of their inputs and never frees them, and every scale is a type of its
+own. A cast takes 20 kB, a convolution 90 kB (MegEngine 1.13.0): a program that converts the network to int8 in every
+epoch would grow by megabytes each time.
 """
 
 from __future__ import annotations

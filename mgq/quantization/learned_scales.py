@@ -1,8 +1,8 @@
 """Fake quantization whose scale is trained by gradient descent: LSQ and TQT.
 
-MegEngine has classes of these names. Its LSQ replaces its parameter whenever it is set, behind the optimizer's back,
-keeps what it needs outside of its state, and leaves the paper's gradient scale to the caller; its TQT takes scales
-that no observer can have. So these are our own, and every scale they take is one that a min-max observer gives too.
+MegEngine has classes of these names. Its LSQ replaces its parameter whenever it is set, so that the optimizer loses it,
+keeps values outside of its state, and leaves the paper's gradient scale to the caller; its TQT has scales that no
+observer can have. These classes avoid that: every scale they take is one that a min-max observer can give, too.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[misc]
     """Rounding to int8 and back in float32, with one trained number from which the scale follows.
 
-    ``trained`` is that number; it keeps its identity, so that an optimizer made early goes on to own it.
-    ``initialized`` is 1 once it was set from an observer. Where ``ceiling`` is given the range never exceeds it (behind
-    a ReLU6): a gradient that would lead beyond is dropped. ``per_image``: the first axis is the batch.
+    ``trained`` is that number; the parameter object stays the same, so that an optimizer created earlier keeps training
+    it. ``initialized`` is 1 once it was set from an observer. Where ``ceiling`` is given the range never exceeds it
+    (behind a ReLU6): a gradient that would lead beyond is dropped. ``per_image``: the first axis is the batch.
     """
 
     def __init__(self, dtype: str | QuantDtypeMeta, ceiling: float | None = None, per_image: bool = True) -> None:
@@ -42,11 +42,11 @@ class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[mi
         self.lowest, self.highest = SMALLEST_SCALE * self.half, math.inf if ceiling is None else ceiling
         self.per_image = per_image
         self.gain = Tensor(1.0, dtype="float32")
-        self.trained = Parameter(self.trained_for(self.half), dtype="float32")
+        self.trained = Parameter(self.to_trained(self.half), dtype="float32")
         self.initialized = Tensor(0.0, dtype="float32")
 
     @abstractmethod
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         """The value of ``trained`` that gives the range ``limit``."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class LearnedFakeQuantize(_FakeQuantize, QParamsModuleMixin):  # type: ignore[mi
             return
         self.gain[...] = Tensor(gain, dtype="float32")
         limit = float(observer.get_qparams().scale.numpy()) * self.half
-        self.trained[...] = Tensor(self.trained_for(min(max(limit, self.lowest), self.highest)), dtype="float32")
+        self.trained[...] = Tensor(self.to_trained(min(max(limit, self.lowest), self.highest)), dtype="float32")
         self.initialized[...] = Tensor(1.0, dtype="float32")
 
 
@@ -93,11 +93,11 @@ class LearnedStepSize(LearnedFakeQuantize):
     """LSQ, learned step size quantization (Esser et al. 2020, arXiv:1902.08153): ``trained`` is the scale by ``gain``.
 
     The paper scales its gradient so that scale and weights move at one pace. It quantizes the weights that are trained;
-    ours have a batch norm folded in, which at the first layer makes them some 60 times smaller, and the scale as much
-    too fast. Divided by that gain it is a scale of the trained weights, as in the paper.
+    ours have a batch norm folded in, which at the first layer makes them some 60 times smaller, so its scale would move
+    too fast by the same factor. Divided by that gain it is a scale of the trained weights, as in the paper.
     """
 
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         return limit / self.half / float(self.gain.numpy())
 
     def free_limit(self) -> float:
@@ -119,7 +119,7 @@ class TrainedThreshold(LearnedFakeQuantize):
     as it is. The paper's gradient (equations 7 and 8) passes straight through that rounding and is the same.
     """
 
-    def trained_for(self, limit: float) -> float:
+    def to_trained(self, limit: float) -> float:
         return math.log2(limit / self.half * (self.qmax + 1))
 
     def free_limit(self) -> float:
@@ -144,7 +144,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         q = self.quantizer
         scale = q.get_qparams().scale
         self.saved = inp, trained, scale
-        if not on_cpu(inp):
+        if not is_on_cpu(inp):
             return F.clip(F.round(inp / scale), q.qmin, q.qmax) * scale
         steps = round_in_place(inp.numpy() / scale.numpy())
         np.clip(steps, q.qmin, q.qmax, out=steps)
@@ -155,7 +155,7 @@ class ScaleAndRound(Function):  # type: ignore[misc]
         q = self.quantizer
         inp, trained, scale = self.saved
         del self.saved
-        gradients = cpu_gradients if on_cpu(inp) else stock_gradients
+        gradients = cpu_gradients if is_on_cpu(inp) else stock_gradients
         d_input, d_scale = gradients(q, inp, scale, d_output)
         elements = inp.size / (inp._tuple_shape[0] if q.per_image else 1)
         d_trained = d_scale * q.slope(elements)
@@ -201,5 +201,5 @@ def round_in_place(array: Array) -> Array:
     return np.trunc(array, out=array)
 
 
-def on_cpu(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     return str(tensor.device.physical_locator[0]) == "cpu"

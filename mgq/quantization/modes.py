@@ -31,10 +31,9 @@ def mode_of(network: M.Module) -> Mode:
 
 
 def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place: bool = False) -> M.Module:
-    """``network`` carried forward to ``mode``, step by step: a copy, or with ``in_place`` the network itself.
-
-    A network that comes to ``qat`` has observers without ranges: train, calibrate, load a state or apply ranges
-    before it goes on to ``quantized``. Raises InputError for a step backward.
+    """Convert ``network`` to ``mode``, step by step: a copy, or with ``in_place`` the network itself. In ``qat`` its
+    observers have no ranges yet: train, calibrate, load a state or apply ranges before ``quantized``. Raises InputError
+    for a step backward.
     """
     now = mode_of(network)
     if ORDER.index(mode) < ORDER.index(now):

@@ -16,9 +16,9 @@ class Mode(str, Enum):
 
 
 TARGETS = MEGENGINE, ONNX, ONNX_AVX2 = ("megengine", "onnx", "onnx-avx2")
-"""What int8 is for; :mod:`mgq.quantization.targets` says what that means."""
+"""The targets, which :mod:`mgq.quantization.targets` describes."""
 ENGINE_FORMS = ANY_ENGINE, FOR_OPENVINO, FOR_ONNXRUNTIME = ("any", "openvino", "onnxruntime")
-"""The engines that an ONNX file may be for; :mod:`mgq.graph.engine_forms` says what that means."""
+"""The engines that an ONNX file may be written for, see :mod:`mgq.graph.engine_forms`."""
 METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
     "min-max",
     "ema",
@@ -29,11 +29,11 @@ METHODS = MIN_MAX, EMA, HISTOGRAM, MSE, EASYQUANT, LOGITS = (
 )
 """How calibration chooses ranges."""
 ROUNDINGS = BY_GPTQ, TO_NEAREST = ("gptq", "nearest")
-"""How weights are rounded: so that their errors make up for each other (:mod:`mgq.ptq.gptq`), or each by itself."""
+"""How weights are rounded: by GPTQ (:mod:`mgq.ptq.gptq`), or each to the nearest integer."""
 QUALITIES = FAST, BALANCED, BEST = ("fast", "balanced", "best")
 """Presets of post-training quantization. ``best`` is another name of ``balanced`` now."""
 OBSERVERS = ("ema", "min-max", "lsq", "tqt")
-"""What gives quantization-aware training its scales."""
+"""Sources of the scales in quantization-aware training."""
 
 
 def parse_mode(text: str) -> Mode:

@@ -1,4 +1,4 @@
-"""Quantization-aware training: which observers and fake quantization a network has, and what is on when."""
+"""Quantization-aware training: observers and fake quantization of a network, and the phases that switch them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mgq.quantization.targets import MEGENGINE, ChannelFakeQuantize, Target, tar
 
 
 class Phase(str, Enum):
-    """What is on in a ``qat`` network, in the order of a training run; each keeps what the one before it froze.
+    """The phases of quantization-aware training, in order; each keeps what the one before it froze.
 
     ``OBSERVE``: observers, in evaluation state; fake quantization off. ``QUANTIZE``: training with fake quantization
     and observers, or learned scales. ``FREEZE_BATCH_NORM``: batch norms use their running statistics and update them
@@ -64,7 +64,7 @@ class CurrentRangeObserver(MinMaxObserver):  # type: ignore[misc]
 
 
 class SwitchableSyncMinMaxObserver(SyncMinMaxObserver):  # type: ignore[misc]
-    """MegEngine's min-max observer for several devices, which by itself cannot be switched off."""
+    """MegEngine's min-max observer for several devices, with a switch, which the original lacks."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
         return super().forward(x_orig) if self.enabled else x_orig
@@ -175,7 +175,7 @@ def freeze_batch_norm(network: M.Module) -> None:
     """Normalize by the running statistics and update them no more; scale and shift are trained on.
 
     As in Krishnamoorthi 2018 (arXiv:1806.08342, section 3.2.2). A fake-quantized convolution then folds its batch norm
-    and rounds its bias as in evaluation state, so what is trained is to the letter what will be int8.
+    and rounds its bias as in evaluation state, so training sees exactly what int8 will compute.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm | _ConvBnActivation2d):
@@ -245,7 +245,7 @@ def gain_of_batch_norm(module: QATModule) -> float:
 
 
 def with_range_of(old: MinMaxObserver, kind: Kind) -> MinMaxObserver:
-    """A new observer of that ``kind`` that goes on where ``old`` is."""
+    """A new observer of that ``kind`` with the state of ``old``."""
     observer = kind()
     observer.min_val[...], observer.max_val[...] = old.min_val, old.max_val
     if isinstance(observer, ExponentialMovingAverageObserver):

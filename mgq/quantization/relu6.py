@@ -1,7 +1,7 @@
 """Quantizes ReLU6 without an operator of its own.
 
-In float and fake quantization the clamp at 6 is computed. In int8 it is the saturation of the output type: the range
-observed behind a ReLU6 never exceeds 6, so the largest int8 value stands for at most 6.
+In float and fake quantization the clamp at 6 is computed. In int8 it is the saturation of the output type: the observed
+range of a ReLU6 never exceeds 6, so the largest int8 value is at most 6.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class QuantizedConvBnRelu6(QD.ConvBnRelu2d):  # type: ignore[misc]
 
     @classmethod
     def from_qat_module(cls, qat_module: QatConvBnRelu6) -> QuantizedConvBnRelu6:
-        """Raises FailureError where the scale would let a value above 6 through."""
+        """Raises FailureError where the scale represents a value above 6."""
         quantized: QuantizedConvBnRelu6 = super().from_qat_module(qat_module)
         largest = get_scale(quantized.output_dtype) * INT8_MAX
         if largest > RELU6.high * (1 + 1e-6):

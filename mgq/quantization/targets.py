@@ -28,10 +28,10 @@ from mgq.quantization import option_names
 from mgq.quantization.half_to_even import EvenFakeQuantize
 
 UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
-"""uint8 0..255 with zero point 0, for what is never negative. To MegEngine's observers and fake quantization, which
-know symmetric grids of signed integers alone, its mirrored half seems to be there, too."""
+"""uint8 0..255 with zero point 0, for tensors that are never negative. MegEngine's observers and fake quantization only
+support symmetric grids of signed integers, so they see a grid with a mirrored half."""
 SKEWED = QuantDtypeMeta("quint8_skewed", "", "int8", -224, 224)
-"""uint8 with zero point 31, for what is hardly ever negative: behind a hard swish there is nothing below -0.375."""
+"""uint8 with zero point 31, for tensors with small negative values: a hard swish gives nothing below -0.375."""
 MOST_BELOW = 0.5
 """How far below 0 such values are at most."""
 WEIGHT_LEVELS = 127
@@ -55,11 +55,11 @@ ON_GRID = 2e-3
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table of targets: types and granularity of what runs in the end.
+    """One row of the table of targets: types and granularity of the int8 network.
 
-    ``per_channel``: weights have a scale for each output. ``unsigned``: what is behind a ReLU has 256 levels instead
-    of 128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads. ``levels``: weights
-    are so many steps at most.
+    ``per_channel``: weights have a scale for each output. ``unsigned``: outputs of a ReLU have 256 levels instead of
+    128. ``int8_head``: the classifier is quantized, too, and the pooled features that it reads. ``levels``: the largest
+    integer of a weight.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Target:
 
 
 def put_on_grid(module: QATModule, qconfig: QConfig, dtype: QuantDtypeMeta) -> None:
-    """What the layer ``module`` gives is of ``dtype`` from now on."""
+    """Quantize the output of the layer ``module`` to ``dtype``."""
     module.act_observer = qconfig.act_observer(dtype=dtype)
     module.act_fake_quant = qconfig.act_fake_quant(dtype=dtype)
 
@@ -121,7 +121,7 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
         self.last = LastScales()
 
     def fix_scales(self, scales: npt.NDArray[Any] | None) -> None:
-        """Those of the outputs from now on, (O,); None lets them follow the weights again."""
+        """Fix the ``scales`` of the outputs, (O,); with None they follow the weights again."""
         self.scales = None if scales is None else Tensor(np.asarray(scales, np.float32))
         self.unit = None if scales is None else self.unit
 
@@ -138,7 +138,7 @@ class ChannelFakeQuantize(FakeQuantize):  # type: ignore[misc]
         return apply(FakeQuant(qmin=self.qmin, qmax=self.qmax), inp, scales, F.zeros_like(scales))[0]
 
     def scales_of(self, weight: Tensor) -> Tensor:
-        """Those of ``weight``, of as many axes, of which ``get_qparams`` tells from now on."""
+        """Compute the scales of ``weight``, with as many axes, and keep them for ``get_qparams``."""
         if self.scales is None:
             scales = channel_scales(weight, self.levels)
         else:
@@ -186,14 +186,14 @@ def channel_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
     values = weight.numpy()
     kernels = tuple(range(axes_of_outputs(values.ndim), values.ndim))
     largest = np.abs(values).max(axis=kernels, keepdims=True)
-    scales = in_few_digits(least_limits(largest) / (levels + ROUNDED_AWAY))
-    wider = in_few_digits(scales * np.float64(1 + 2.0**-DIGITS))
+    scales = round_up(least_limits(largest) / (levels + ROUNDED_AWAY))
+    wider = round_up(scales * np.float64(1 + 2.0**-DIGITS))
     steps = values / wider
     is_wider = (np.abs(steps - np.rint(steps)) < ON_GRID).all(axis=kernels, keepdims=True) & (largest > 0)
     return Tensor(np.where(is_wider, wider, scales).astype(np.float32), device=weight.device)
 
 
-def in_few_digits(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def round_up(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """``values``, above 0, rounded up to ``DIGITS`` binary digits."""
     mantissas, exponents = np.frexp(np.asarray(values, np.float64))
     rounded: npt.NDArray[np.float64] = np.ldexp(np.ceil(mantissas * 2**DIGITS), exponents - DIGITS)
@@ -262,7 +262,7 @@ def get_target(name: str) -> Target:
 
 
 def target_of(network: M.Module) -> Target:
-    """What a ``qat`` network imitates."""
+    """The target that a ``qat`` network simulates."""
     levels = next((module.levels for module in network.modules() if isinstance(module, ChannelFakeQuantize)), None)
     if levels is None:
         return MEGENGINE
@@ -270,7 +270,8 @@ def target_of(network: M.Module) -> Target:
 
 
 def is_never_negative(module: M.Module) -> bool:
-    """Whether a ReLU, or what is like one, ends the layer ``module`` of a ``qat`` network."""
+    """Whether the layer ``module`` of a ``qat`` network ends in a ReLU, or another activation without negative
+    values."""
     if isinstance(module, Q.Elemwise):
         return str(module.method).upper().endswith("FUSE_ADD_RELU")
     if isinstance(module, Q.ConvBnRelu2d | Q.ConvRelu2d | QuantizedFeatures):

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mgq.engine.calibration.analysis import Analysis, in_decibels, in_points
+from mgq.engine.calibration.analysis import Analysis, format_decibels, format_points
 from mgq.engine.classifier.open import versions
+from mgq.errors import plural
 from mgq.io.atomic import write_text_atomically
 from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
 from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape, Text
@@ -50,11 +51,11 @@ def page_of(analysis: Analysis) -> str:
 
 def summary(analysis: Analysis) -> Table:
     found = analysis.found
-    rows = [("logits, all layers int8", f"{in_decibels(found.whole.logit_snr, ' dB')}")]
+    rows = [("logits, all layers int8", f"{format_decibels(found.whole.logit_snr, ' dB')}")]
     rows.append(("same answer as float", f"{found.whole.same:.1f} %"))
     if found.float_top1 is not None:
         rows.append(("top-1, float", f"{found.float_top1:.1f} % ±{analysis.float_error:.1f}"))
-        rows.append(("change of top-1", f"{in_points(found.whole)} points"))
+        rows.append(("change of top-1", f"{format_points(found.whole)} points"))
     note = "± is one standard error" if found.float_top1 is not None else "accuracy needs labelled pictures"
     return Table(f"All layers in simulated int8. {note}.", ["what", "value"], rows)
 
@@ -77,7 +78,7 @@ def alone_chart(layers: Sequence[LayerSensitivity], worst: set[str]) -> Drawing:
         y = number * height
         length = width * min(error, largest) / largest
         colour = ORANGE if layer.name in worst else BLUE
-        told = f"{error:.2g} %  ({in_decibels(layer.alone.logit_snr, ' dB')})"
+        told = f"{error:.2g} %  ({format_decibels(layer.alone.logit_snr, ' dB')})"
         parts.append(Text(left - 8, y + 11, layer.name, "end"))
         parts.append(Bar(left, y + 2, max(length, 0.5), height - 4, colour))
         parts.append(Text(left + length + 6, y + 11, told))
@@ -110,7 +111,7 @@ def noise_chart(layers: Sequence[LayerSensitivity]) -> Drawing:
         points = [(i, place(i, value)) for i, value in enumerate(found) if value is not None]
         parts.append(Curve([point for _, point in points], colour))
         for i, (x, y) in points:
-            parts.append(Dot(x, y, colour, f"{layers[i].name}, {kind}: {in_decibels(found[i], ' dB')}"))
+            parts.append(Dot(x, y, colour, f"{layers[i].name}, {kind}: {format_decibels(found[i], ' dB')}"))
         x = left + 90 * turn
         parts += [Bar(x, 4, 10, 10, colour), Text(x + 15, 13, kind)]
     parts.append(Text(left, top + height + 20, "input"))
@@ -145,7 +146,7 @@ def channel_chart(values: Values) -> Drawing:
     middle = height * (1 - min(values.median_share, 1.0))
     outline = Outline(f"M0 {height:.0f}{steps}V{height:.0f}Z", GREEN)
     parts: list[Shape] = [outline, Line(0, middle, width, middle, GREY)]
-    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, f"{len(shares)} channels")]
+    parts += [Line(0, height, width, height, GREY), Text(0, height + 13, plural(len(shares), "channel"))]
     parts.append(Text(width, height + 13, f"median {values.median_share:.0%}", "end"))
     return Drawing(width, height + 18, "largest value of each channel", parts)
 
@@ -160,18 +161,22 @@ def layer_table(analysis: Analysis) -> Table:
         heads += [f"{what}\ndB", f"{what}\nmedian", f"{what}\nchannels", f"{what}\nclipped"]
     rows = []
     for layer in analysis.found.worst():
-        cells: list[object] = [in_decibels(layer.alone.logit_snr), f"{layer.alone.same:.1f}", in_points(layer.alone)]
+        cells: list[object] = [
+            format_decibels(layer.alone.logit_snr),
+            f"{layer.alone.same:.1f}",
+            format_points(layer.alone),
+        ]
         for values in (layer.weights, layer.activations):
             cells += cells_of(values)
-        rows.append([Link(f"#layer-{places[layer.name]}", layer.name), *cells, in_decibels(layer.carried_snr)])
+        rows.append([Link(f"#layer-{places[layer.name]}", layer.name), *cells, format_decibels(layer.carried_snr)])
     return Table("all layers, the worst first", ["layer", *heads, "carried\ndB"], rows)
 
 
 def cells_of(values: Values | None) -> list[str]:
     if values is None:
         return ["-"] * 4
-    channels = ", ".join(map(str, values.dominating())) or "-"
-    return [in_decibels(values.snr), f"{values.median_share:.0%}", channels, f"{values.clipped:.2%}"]
+    channels = ", ".join(map(str, values.find_dominant_channels())) or "-"
+    return [format_decibels(values.snr), f"{values.median_share:.0%}", channels, f"{values.clipped:.2%}"]
 
 
 def figures_of(layer: LayerSensitivity) -> Iterator[tuple[Drawing, str]]:
@@ -181,7 +186,7 @@ def figures_of(layer: LayerSensitivity) -> Iterator[tuple[Drawing, str]]:
             continue
         told = f"{what}: {values.low:.4g} to {values.high:.4g}, int8 covers ±{values.limit:.4g}"
         told += ", nothing lost" if values.snr > EXACT else f", {values.snr:.1f} dB"
-        channels = values.dominating()
+        channels = values.find_dominant_channels()
         of = f"channels that set the range: {', '.join(map(str, channels))}" if channels else "no channel stands out"
         yield histogram(values), told
         yield channel_chart(values), of

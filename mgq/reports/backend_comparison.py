@@ -101,5 +101,5 @@ def add_agreement(
     indices: Sequence[int],
 ) -> Row:
     """``row`` with what its ``backend`` answers to ``crops``, whose numbers are ``indices``; MegEngine's are known."""
-    file = (lambda: job.deployed(backend.suffix)) if backend.suffix else None
+    file = (lambda: job.write_file(backend.suffix)) if backend.suffix else None
     return with_answers(row, backend, file, evaluation, crops, indices)

@@ -22,7 +22,7 @@ from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress
 from mgq.machine import usable_cores
 from mgq.reports.measurements import FLOAT, INT8, Measurements, crops_at
-from mgq.runtime.protocol import in_batches
+from mgq.runtime.protocol import run_in_batches
 from mgq.runtime.registry import Backend
 
 ROUNDS = 5
@@ -126,7 +126,7 @@ def with_answers(
     places = np.searchsorted(evaluation.indices, indices)
     labels, known = evaluation.labels[places], evaluation.predictions[places]
     try:
-        answers = known if file is None else in_batches(backend.load(file(), usable_cores()), crops).argmax(1)
+        answers = known if file is None else run_in_batches(backend.load(file(), usable_cores()), crops).argmax(1)
     except MgqError as error:
         return replace(row, problem=str(error), rounds=())
     return replace(row, top1=100 * float((answers == labels).mean()), same=100 * float((answers == known).mean()))

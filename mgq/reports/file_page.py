@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mgq.bench.tables import three_digits
+from mgq.bench.tables import format_three_digits
+from mgq.errors import plural
 from mgq.reports.engine_rows import ROUNDS
 from mgq.reports.html import Table, render
 from mgq.reports.measurements import INT8, Measurements
@@ -16,7 +17,7 @@ from mgq.reports.report_page import (
     confusions,
     engines,
     kind_of,
-    measured_on,
+    list_conditions,
     percent,
     problems_of,
     size_of,
@@ -59,11 +60,11 @@ def tiles_of(report: FileReport) -> Iterator[tuple[str, str, str]]:
     if found is not None:
         yield f"top-1, {report.what}", percent(found.last.top1), f"± {found.last.top1_error:.1f} points"
         if len(found.last.classes) > 5:
-            yield f"top-5, {report.what}", percent(found.last.top5), f"on {found.images:,} pictures"
+            yield f"top-5, {report.what}", percent(found.last.top5), f"on {plural(found.images, 'picture', ',')}"
     yield "file", size_of(report.file_bytes), report.path.name
     best = report.engines.fastest(report.what) if report.engines is not None else None
     if best is not None and best.speed is not None:
-        yield f"pictures a second, {report.what}", three_digits(best.speed.fps), f"{best.engine}, 1 thread"
+        yield f"pictures a second, {report.what}", format_three_digits(best.speed.fps), f"{best.engine}, 1 thread"
 
 
 def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
@@ -72,7 +73,7 @@ def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
     how = network.preprocessing
     yield "file", str(report.path)
     yield "SHA-256", report.sha256
-    yield "architecture", f"{network.spec.name}, {len(network.classes):,} classes, {width}x{height} pixels"
+    yield "architecture", f"{network.spec.name}, {plural(len(network.classes), 'class', ',')}, {width}x{height} pixels"
     if report.what == INT8:
         layers = about.get("float_layers")
         kept = f"; weights of {', '.join(map(str, layers))} stay float32" if isinstance(layers, list) and layers else ""
@@ -89,7 +90,7 @@ def facts_of(report: FileReport) -> Iterator[tuple[str, object]]:
             f"resized to {side} pixels on the shorter side ({how.interpolation}), their middle cut out",
         )
     if report.found is not None:
-        yield from measured_on(report.found)
+        yield from list_conditions(report.found)
     yield "measured in", report.engine
     versions = about.get("versions")
     if isinstance(versions, dict) and versions:

@@ -19,7 +19,7 @@ from mgq.engine.runs.provenance import read_environment
 from mgq.engine.runs.run_folder import LAST, METRICS, RECIPE, Metrics, read_metrics
 from mgq.engine.runs.training_state import read_training_state
 from mgq.engine.training.training_run import FLOAT_START
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.weights.checkpoint import CheckpointInfo
 from mgq.weights.state_selection import parse_key
@@ -225,4 +225,4 @@ def images_of(run: Run, data: Path | None, on_progress: OnProgress = log_progres
     alone = isinstance(images, ImageFolder) and not (images.folder.parent / "train").is_dir()
     if not (alone and isinstance(seen, int) and 0 < seen < len(images) == of):
         return images, ""
-    return without_subset(images, seen), f"{seen} pictures on which the ranges were measured are left out"
+    return without_subset(images, seen), f"left out: {plural(seen, 'picture')} on which the ranges were measured"

@@ -53,20 +53,20 @@ def templates() -> jinja2.Environment:
         loader=jinja2.PackageLoader("mgq.reports"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=shown,
+        finalize=clean_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "base64": lambda data: base64.b64encode(data).decode()}
+    environment.filters |= {"fixed": format_fixed, "base64": lambda data: base64.b64encode(data).decode()}
     return environment
 
 
-def shown(value: object) -> object:
+def clean_value(value: object) -> object:
     """``value`` as a page can have it, before it is escaped: without control characters."""
     return value if isinstance(value, Markup) else printable(value)
 
 
-def fixed(value: float, digits: int = 1) -> str:
+def format_fixed(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}"
 
 

@@ -9,8 +9,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mgq.bench.statistics import Speed, Speedup
-from mgq.bench.tables import three_digits
+from mgq.bench.tables import format_three_digits
 from mgq.engine.classifier.evaluate import ClassResult, Evaluation
+from mgq.errors import plural
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
 from mgq.reports.engine_rows import ROUNDS, BackendComparison, Row
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Table, render
@@ -98,7 +99,7 @@ def tiles_of(report: Report) -> Iterator[tuple[str, str, str]]:
                 f"{abs(drop):.1f}",
                 f"± {error:.1f} points of top-1",
             )
-            yield "same answer as float32", percent(found.same(INT8)), f"on {found.images:,} pictures"
+            yield "same answer as float32", percent(found.same(INT8)), f"on {plural(found.images, 'picture', ',')}"
     by_name = networks.by_name
     if INT8 in by_name:
         small = networks.bytes_of(INT8)
@@ -108,7 +109,7 @@ def tiles_of(report: Report) -> Iterator[tuple[str, str, str]]:
     best = compared.fastest(INT8 if INT8 in by_name else FLOAT) if compared is not None else None
     if compared is not None and best is not None and best.speed is not None:
         gain = f", {ratio_text(compared.gain)} times float32" if compared.gain else ""
-        yield f"pictures a second, {best.what}", three_digits(best.speed.fps), f"{best.engine}, 1 thread{gain}"
+        yield f"pictures a second, {best.what}", format_three_digits(best.speed.fps), f"{best.engine}, 1 thread{gain}"
 
 
 def ratio_text(gain: Speedup) -> str:
@@ -118,7 +119,10 @@ def ratio_text(gain: Speedup) -> str:
 def facts_of(report: Report) -> Iterator[tuple[str, object]]:
     run, info, machine, found = report.run, report.run.info, report.machine, report.found
     yield "run", str(run.path)
-    yield "architecture", f"{info.arch}, {len(info.classes):,} classes, {info.image_size}x{info.image_size} pixels"
+    yield (
+        "architecture",
+        f"{info.arch}, {plural(len(info.classes), 'class', ',')}, {info.image_size}x{info.image_size} pixels",
+    )
     if run.is_int8:
         kept = f"; weights of {', '.join(info.float_layers)} stay float32" if info.float_layers else ""
         yield "target", f"{info.target}, mode {info.mode}{kept}"
@@ -126,23 +130,23 @@ def facts_of(report: Report) -> Iterator[tuple[str, object]]:
         yield "mode", info.mode
     yield "weights", info.origin
     if found is not None:
-        yield from measured_on(found)
+        yield from list_conditions(found)
     yield "network of", f"{run.finished:%Y-%m-%d %H:%M}"
     yield from conditions_of(report.made, machine, report.versions)
 
 
-def measured_on(found: Measurements) -> Iterator[tuple[str, str]]:
+def list_conditions(found: Measurements) -> Iterator[tuple[str, str]]:
     left = f"; {found.left_out}" if found.left_out else ""
     yield "measured on", f"{found.images:,} of {found.dataset.name}{left}"
     problems = found.last.problems
     if problems:
-        yield "left out", f"{len(problems)} pictures that could not be read, the first: {problems[0]}"
+        yield "left out", f"{plural(len(problems), 'picture')} that could not be read, the first: {problems[0]}"
 
 
 def conditions_of(made: datetime, machine: Machine, versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     yield "measured", f"{made:%Y-%m-%d %H:%M %Z}"
     busy = f"; busy at the start (load {machine.load[0]:.1f}), so take its speeds with care" if machine.busy else ""
-    yield "machine", f"{machine.cpu}, {machine.usable_cores} cores; {machine.system}{busy}"
+    yield "machine", f"{machine.cpu}, {plural(machine.usable_cores, 'core')}; {machine.system}{busy}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
@@ -292,7 +296,7 @@ def confusions(found: Measurements) -> dict[str, HeatMap | Table | None]:
     for one in evaluation.confused(CONFUSIONS):
         counts = [f"{one.count} of {one.images}", *([before.get((one.true, one.predicted), 0)] * bool(beside))]
         rows.append([one.true, one.predicted, *counts])
-    caption = f"the most frequent confusions of {len(evaluation.classes):,} classes, in pictures"
+    caption = f"the most frequent confusions of {plural(len(evaluation.classes), 'class', ',')}, in pictures"
     heads = ["class", "taken for", what, *(["float32"] if beside else [])]
     return {"matrix": None, "confused": Table(caption, heads, rows, names=2) if rows else None}
 
@@ -347,8 +351,8 @@ def engines(compared: BackendComparison, reference: str = "MegEngine") -> Table:
         "ms",
     ]
     rows = [[f"{row.engine} {row.version}".strip(), row.what, *cells_of(row, counted)] for row in compared.rows]
-    timed = f"{'one picture' if compared.batch == 1 else f'{compared.batch} pictures'} at a time on one thread"
-    label = f"{timed}; answers to {compared.images:,} pictures" if counted else timed
+    timed = f"{plural(compared.batch, 'picture')} at a time on one thread"
+    label = f"{timed}; answers to {plural(compared.images, 'picture', ',')}" if counted else timed
     return Table(label, heads, rows, names=2)
 
 
@@ -365,8 +369,8 @@ def cells_of(row: Row, counted: bool) -> list[str]:
 def speed_cells(speed: Speed | None, rounds: int) -> list[str]:
     if speed is None:
         return [NONE] * 3
-    spread = three_digits(speed.fps_iqr) if rounds > 1 else NONE
-    return [three_digits(speed.fps), spread, three_digits(speed.p50_ms)]
+    spread = format_three_digits(speed.fps_iqr) if rounds > 1 else NONE
+    return [format_three_digits(speed.fps), spread, format_three_digits(speed.p50_ms)]
 
 
 def files(report: Report) -> Table:

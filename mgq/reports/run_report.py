@@ -9,7 +9,7 @@ from pathlib import Path
 from mgq.data.datasets import subset
 from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
@@ -80,7 +80,9 @@ def find_float_network(run: Run, checkpoint: Path | None, key: str | None) -> tu
         return find_float_weights(run)
     weights = read_weights(checkpoint, spec_of(run.weights.arch), key=key)
     if weights.classes != run.weights.classes:
-        raise InputError(f"{weights.origin} answers {weights.classes} classes and the run {run.weights.classes}")
+        raise InputError(
+            f"{weights.origin} answers {plural(weights.classes, 'class')} and the run {run.weights.classes}"
+        )
     refuse_other_import(run.checkpoint, weights.options)
     return weights, ""
 

@@ -1,4 +1,4 @@
-"""Known faults of backends, by version. They are not given files that they would run wrongly.
+"""Known faults of backends, by version. These versions are not used for files that they would run wrongly.
 
 ONNX Runtime 1.21 to 1.23 give wrong integers in convolutions on processors with AMX, in grouped ones above all (its
 issue 26324).
@@ -12,7 +12,7 @@ from mgq.machine import package_version, processor_has
 
 FIRST_WRONG, FIRST_RIGHT = (1, 21), (1, 24)
 MEND = "pip install 'onnxruntime!=1.21.*,!=1.22.*,!=1.23.*'"
-"""Brings the newest version without the fault that there is for the Python at hand."""
+"""The pip argument for the newest version without the fault, for every Python."""
 AMX_FLAG = "amx_int8"
 
 
@@ -23,7 +23,7 @@ def numbers_in(version: str) -> tuple[int, int]:
 
 
 def fault_of_onnxruntime(version: str) -> str:
-    """What is wrong with int8 in that version on this processor, as the end of a sentence; empty where nothing is."""
+    """The known fault of int8 in that version on this processor, as the end of a sentence; '' without one."""
     if FIRST_WRONG <= numbers_in(version) < FIRST_RIGHT and processor_has(AMX_FLAG):
         return "gives wrong integers in convolutions on a processor with AMX"
     return ""

@@ -14,19 +14,19 @@ from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import NATIVE, Level, get_level, refuse_foreign
 from mgq.export.native.library import Library
 from mgq.export.onnx.onnx_file import OnnxFile, import_package, parse_onnx, read_content
-from mgq.runtime.protocol import OfOnnxFile, check_threads
+from mgq.runtime.protocol import OnnxFileRuntime, check_threads
 
 if TYPE_CHECKING:
     from mgq.export.native.program import Program
 
 
-class NativeRuntime(OfOnnxFile):
+class NativeRuntime(OnnxFileRuntime):
     """An ``.onnx`` file that mgq has written in int8. Takes and returns what :class:`mgq.runtime.protocol.Runtime`
     says.
 
-    ``cpu`` is a name of :func:`mgq.export.native.cpu.cpu_names`. What was compiled once comes from the cache. Raises
-    InputError for a file that the engine does not run, for more threads than cores, for a processor that ``cpu`` does
-    not fit, and for images of another shape than the file takes.
+    ``cpu`` is a name of :func:`mgq.export.native.cpu.cpu_names`. Compiled code is cached. Raises InputError for a file
+    that the engine does not run, for more threads than cores, for a processor that ``cpu`` does not fit, and for images
+    of another shape than the file takes.
     """
 
     name = "native"
@@ -51,7 +51,7 @@ class NativeRuntime(OfOnnxFile):
 
 
 def prepare(path: Path, level: Level) -> tuple[OnnxFile, Entry]:
-    """What is known of the file at ``path``, and its machine code, from the cache where it is there."""
+    """The cache entry of the file at ``path``, with its machine code; compiled now if it is missing."""
     content = read_content(path)
     key = key_of(content, level.key)
     entry = read_entry(key)

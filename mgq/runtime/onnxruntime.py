@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.export.onnx.onnx_file import import_package, read_onnx
 from mgq.runtime.engine_faults import MEND, fault_of_onnxruntime
-from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
+from mgq.runtime.protocol import OnnxFileRuntime, cannot_run, check_threads
 
 
-class OnnxRuntime(OfOnnxFile):
+class OnnxRuntime(OnnxFileRuntime):
     """An ``.onnx`` file in ONNX Runtime. Takes and returns what :class:`mgq.runtime.protocol.Runtime` says.
 
     Raises InputError as :func:`mgq.export.onnx.onnx_file.read_onnx` does, for more threads than cores and for pictures
@@ -39,13 +40,20 @@ class OnnxRuntime(OfOnnxFile):
         options.inter_op_num_threads = 1
         options.execution_mode = package.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 4  # what is wrong with a file is told once, by the exception
-        # Threads that wait in a loop would take the processor from whatever runs in turn with this.
+        options.log_severity_level = 4  # errors come once, by the exception
+        # Spinning threads would take the processor from backends that run in turn with this one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = package.InferenceSession(self.file.content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise cannot_run(self, path, error) from None
+        self.forget_content()
+
+    def forget_content(self) -> None:
+        """Let go of the file's content, which the package would keep to start again on another device."""
+        self.session.disable_fallback()
+        self.session._model_bytes = None
+        self.file = replace(self.file, content=b"")
 
     def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = self._answers([self.file.output], batch)[0]
@@ -59,7 +67,7 @@ class OnnxRuntime(OfOnnxFile):
     def _answers(self, names: list[str], batch: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
         self.file.refuse_other_shape(batch.shape)
         try:
-            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: self.file.fed(batch)})
+            found: list[npt.NDArray[Any]] = self.session.run(names, {self.file.input: self.file.to_input(batch)})
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
         return found

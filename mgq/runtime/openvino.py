@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from mgq.export.onnx.onnx_file import import_package, read_onnx
 from mgq.machine import mute_stderr, set_library_defaults
-from mgq.runtime.protocol import OfOnnxFile, cannot_run, check_threads
+from mgq.runtime.protocol import OnnxFileRuntime, cannot_run, check_threads
 
 
-class OpenVino(OfOnnxFile):
+class OpenVino(OnnxFileRuntime):
     """An ``.onnx`` file in OpenVINO. Takes and returns what :class:`mgq.runtime.protocol.Runtime` says.
 
     Raises InputError as :func:`mgq.export.onnx.onnx_file.read_onnx` does, for more threads than cores and for pictures
@@ -50,7 +50,7 @@ class OpenVino(OfOnnxFile):
     def _answers(self, batch: npt.NDArray[np.uint8]) -> Any:
         self.file.refuse_other_shape(batch.shape)
         try:
-            return self.request.infer({0: self.file.fed(batch)}, share_inputs=True, share_outputs=False)
+            return self.request.infer({0: self.file.to_input(batch)}, share_inputs=True, share_outputs=False)
         except Exception as error:
             raise cannot_run(self, self.file.path, error) from None
 

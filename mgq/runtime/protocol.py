@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.export.onnx.onnx_file import OnnxFile
 from mgq.machine import usable_cores
 from mgq.runtime.engine_faults import advice_for
@@ -56,7 +56,7 @@ class FileRuntime(BatchRuntime, Protocol):
     def outputs(self, batch: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]: ...
 
 
-class OfOnnxFile:
+class OnnxFileRuntime:
     """What a :class:`FileRuntime` says of itself that has an ``.onnx`` file loaded."""
 
     file: OnnxFile
@@ -91,11 +91,11 @@ def check_threads(threads: int) -> int:
     """Raises InputError for more threads than cores."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
-        raise InputError(f"{threads} threads on {cores} cores will not do; give 1 to {cores}")
+        raise InputError(f"{plural(threads, 'thread')} on {plural(cores, 'core')} will not do; give 1 to {cores}")
     return threads
 
 
-def in_batches(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def run_in_batches(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """The logits of ``images``, any number of them, in batches of the size that ``runtime`` takes."""
     if runtime.batch in (None, len(images)):
         return runtime.run(images)

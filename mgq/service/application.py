@@ -33,7 +33,7 @@ from mgq.service.upload import RefusalError, Upload, read_uploads
 PAGE = Path(__file__).with_name("page.html")
 RETRY_S = "1"
 BATCH = 16
-"""Pictures that run together, where nothing else is said."""
+"""Images in a batch, by default."""
 ONE_BY_ONE = ("native", "native library")
 """Engines that spread one picture over all cores: a batch makes clients wait, and gains nothing."""
 PAGE_HEADERS = {
@@ -47,8 +47,8 @@ log = logging.getLogger("mgq")
 class Service:
     """One network behind HTTP; ``app`` is the program that a server runs.
 
-    ``on_message`` is told of requests that failed and whose sender is not to blame. Where it is ``stopping``, what
-    comes is still answered, and connections close behind it.
+    ``on_message`` gets a line for each request that failed by a fault of the service. While it is ``stopping``,
+    requests are still answered, and their connections close afterwards.
     """
 
     def __init__(self, classifier: Classifier, limits: Limits, on_message: OnMessage = log_message) -> None:
@@ -82,20 +82,20 @@ class Service:
     # ---- what is asked for ----
 
     async def page(self, _: Request) -> Response:
-        return self.closing(HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS))
+        return self.mark_last(HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS))
 
     async def health(self, _: Request) -> Response:
         state = {"status": "stopping" if self.stopping else "ok", **describe_network(self.classifier)}
-        return self.closing(JSONResponse(state, 503 if self.stopping else 200))
+        return self.mark_last(JSONResponse(state, 503 if self.stopping else 200))
 
     async def metrics(self, _: Request) -> Response:
-        return self.closing(Response(self.figures.text(), media_type=KIND))
+        return self.mark_last(Response(self.figures.text(), media_type=KIND))
 
     async def refuse_path(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = "there are POST /predict, GET /health, GET /metrics and GET /"
         line = f"{request.method} {printable(request.url.path)[:80]} is nothing that is answered: {known}"
-        return self.closing(JSONResponse({"error": line}, error.status_code, error.headers))
+        return self.mark_last(JSONResponse({"error": line}, error.status_code, error.headers))
 
     async def predict(self, request: Request) -> Response:
         start = time.perf_counter()
@@ -115,9 +115,9 @@ class Service:
             response = JSONResponse({"error": line}, 500)
         self.figures.requests.labels(str(response.status_code)).inc()
         self.figures.seconds.observe(time.perf_counter() - start)
-        return self.closing(response)
+        return self.mark_last(response)
 
-    def closing(self, response: Response) -> Response:
+    def mark_last(self, response: Response) -> Response:
         if self.stopping:
             response.headers["Connection"] = "close"
         return response

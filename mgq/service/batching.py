@@ -1,4 +1,4 @@
-"""Pictures of several requests run together: the first waits a moment for others."""
+"""Dynamic batching: runs images of several requests together."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Crop = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
 
 
-class Ran(NamedTuple):
+class BatchResult(NamedTuple):
     """Logits (classes,) of a picture, and its share of the batch's time."""
 
     logits: Logits
     milliseconds: float
 
 
-class Waiting(NamedTuple):
-    """A picture (S, S, 3) that waits for its turn, and who waits for it."""
+class PendingRequest(NamedTuple):
+    """An image, uint8 (S, S, 3), in the queue, and the future that gets its result."""
 
     crop: Crop
-    ran: asyncio.Future[Ran]
+    ran: asyncio.Future[BatchResult]
 
 
 class Batcher:
@@ -38,23 +38,23 @@ class Batcher:
 
     def __init__(self, run: Callable[[list[Crop]], Logits], most: int, gather_s: float) -> None:
         self.run, self.most, self.gather_s = run, most, gather_s
-        self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
+        self.queue: asyncio.Queue[PendingRequest] = asyncio.Queue()
         self.thread = ThreadPoolExecutor(1, "network")
 
-    async def ask(self, crop: Crop) -> Ran:
+    async def ask(self, crop: Crop) -> BatchResult:
         """The logits of ``crop``. Raises what ``run`` does."""
-        waiting = Waiting(crop, asyncio.get_running_loop().create_future())
+        waiting = PendingRequest(crop, asyncio.get_running_loop().create_future())
         self.queue.put_nowait(waiting)
         return await waiting.ran
 
     async def work(self) -> None:
-        """Until it is cancelled."""
+        """Run batches until the task is cancelled."""
         while True:
-            group = [one for one in await self.gather() if not one.ran.done()]  # done: nobody waits any more
+            group = [one for one in await self.gather() if not one.ran.done()]  # done: the request was cancelled
             if group:
                 await self.answer(group)
 
-    async def gather(self) -> list[Waiting]:
+    async def gather(self) -> list[PendingRequest]:
         group = [await self.queue.get()]
         end = time.monotonic() + self.gather_s
         while len(group) < self.most:
@@ -70,7 +70,7 @@ class Batcher:
                 break
         return group
 
-    async def answer(self, group: list[Waiting]) -> None:
+    async def answer(self, group: list[PendingRequest]) -> None:
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
         try:
@@ -83,4 +83,4 @@ class Batcher:
         milliseconds = (time.perf_counter() - start) * 1000 / len(group)
         for one, row in zip(group, logits, strict=True):
             if not one.ran.done():
-                one.ran.set_result(Ran(row, milliseconds))
+                one.ran.set_result(BatchResult(row, milliseconds))

@@ -1,4 +1,4 @@
-"""What a service counts, in Prometheus' words."""
+"""Metrics of a service, in the format of Prometheus."""
 
 from __future__ import annotations
 

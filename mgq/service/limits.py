@@ -1,4 +1,4 @@
-"""What one service takes at the most, so that no client can use up its memory, its time or its connections."""
+"""Limits of a service, so that no client can use up its memory, its time or its connections."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ MEGA = 1_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """``body_bytes``: of one request. ``pictures``: in one request. ``requests``: in work at a time, the uploads
-    among them; more are told to come again. ``body_s``: seconds for a whole upload; ``answer_s``: for what follows it.
+    """``body_bytes``: of one request. ``pictures``: in one request. ``requests``: in work at a time, uploads included;
+    more are refused with status 503. ``body_s``: seconds for a whole upload; ``answer_s``: for what follows it.
     ``batch``: pictures that run together, by default what suits the engine; ``gather_s``: seconds that the first of
     them waits for others.
 
@@ -30,6 +30,7 @@ HEAD_S = 10.0
 """Seconds for the head of a request, from the first byte on or before it, and for the rest of a body that is not
 wanted any more."""
 LAST_REQUEST_S = 1.0
-"""Where the service stops, an idle connection may begin one more request for so many seconds: it may be on its way."""
+"""While the service stops, an idle connection may still begin one request for this many seconds: it may have been
+sent."""
 CONNECTIONS = 500
-"""More connections than that are closed with an error."""
+"""The most connections; further ones are closed with an error."""

@@ -23,7 +23,7 @@ BACKLOG = 1024
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to ``host`` and ``port`` (0: one that is free), on which nobody listens yet.
+    """Bind a socket to ``host`` and ``port`` (0: any free one); it does not listen yet.
 
     Raises InputError where that cannot be, such as for a port in use.
     """
@@ -45,7 +45,8 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def take_socket(descriptor: int) -> socket.socket:
-    """The listening socket that whoever started this process holds, too. Raises InputError where it is none."""
+    """Take over the listening socket that a process manager passed as ``descriptor``. Raises InputError where it is
+    none."""
     try:
         found = socket.socket(fileno=os.dup(descriptor))
         if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -61,7 +62,7 @@ def address_of(listening: socket.socket) -> str:
 
 
 def make_server(service: Service, on_ready: Callable[[], None]) -> Server:
-    """What answers for ``service`` on the sockets that it is given, and calls ``on_ready`` when it does."""
+    """Make the HTTP server for ``service``; it calls ``on_ready`` once it answers."""
     config = uvicorn.Config(
         service.app,
         http=Connection,
@@ -82,7 +83,7 @@ def make_server(service: Service, on_ready: Callable[[], None]) -> Server:
 def serve(service: Service, listening: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Answer on ``listening`` until SIGTERM or SIGINT: then nothing more is accepted, and what runs is finished.
 
-    ``on_ready`` is told the address once requests are answered. Raises FailureError where the server cannot start.
+    ``on_ready`` gets the address once requests are answered. Raises FailureError where the server cannot start.
     """
     server = make_server(service, lambda: on_ready(address_of(listening)))
     with signals_to(server):
@@ -92,7 +93,7 @@ def serve(service: Service, listening: socket.socket, on_ready: Callable[[str], 
 
 
 def stop_seconds(service: Service) -> int:
-    """The longest that a request which runs can take."""
+    """The longest time in seconds that a running request can take."""
     return int(service.limits.body_s + service.limits.answer_s + LAST_REQUEST_S) + 1
 
 
@@ -115,7 +116,7 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def signals_to(server: uvicorn.Server) -> Iterator[None]:
-    """Within it a signal to end is a wish to stop in good order: no exception, from the first moment to the last."""
+    """Inside, a signal to end makes ``server`` stop in good order, without an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +167,7 @@ class Connection(H11Protocol):
             self.loop.call_later(LAST_REQUEST_S, self.close_idle)
 
     def look(self) -> None:
-        """Begin to count the seconds, or cease to."""
+        """Start the timeout of an idle connection, or stop it."""
         if self.answering or self.transport.is_closing():
             self.forget()
         elif self.watch is None:

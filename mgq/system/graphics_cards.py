@@ -27,14 +27,16 @@ class GraphicsCard:
         return OLDEST <= self.capability <= NEWEST
 
     def __str__(self) -> str:
-        return f"{self.name} (compute capability {spelled(self.capability)})"
+        return f"{self.name} (compute capability {format_capability(self.capability)})"
 
 
-def spelled(capability: tuple[int, int]) -> str:
+def format_capability(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-RANGE = f"MegEngine 1.13.0 has kernels for compute capability {spelled(OLDEST)} to {spelled(NEWEST)}"
+RANGE = (
+    f"MegEngine 1.13.0 has kernels for compute capability {format_capability(OLDEST)} to {format_capability(NEWEST)}"
+)
 
 
 def graphics_cards() -> tuple[GraphicsCard, ...]:

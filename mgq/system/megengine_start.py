@@ -59,7 +59,7 @@ class LocalFiles(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def unused(*_: object, **__: object) -> None:
+        def raise_error(*_: object, **__: object) -> None:
             raise RuntimeError(f"{self.__name__}.{name} is not available in the mgq command")
 
-        return unused
+        return raise_error

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mgq.errors import FailureError, InputError
+from mgq.errors import FailureError, InputError, plural
 from mgq.machine import usable_cores
 
 RANK_AND_SIZE = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
@@ -69,7 +69,9 @@ def run_jobs(jobs: int, words: Sequence[str]) -> int:
     ends them, or is ended.
     """
     if jobs > usable_cores():
-        raise InputError(f"--jobs {jobs} is more than the {usable_cores()} cores here: give 1 to {usable_cores()}")
+        raise InputError(
+            f"--jobs {jobs} is more than the {plural(usable_cores(), 'core')} here: give 1 to {usable_cores()}"
+        )
     launcher = find_launcher()
     if launcher is None or find_spec("mpi4py") is None:
         raise InputError(f"--jobs needs MPI, which is not installed: {MEND}")
@@ -82,7 +84,7 @@ def run_jobs(jobs: int, words: Sequence[str]) -> int:
         code = _wait(child, Path(folder) / LEADER)
     if code not in OWN_CODES:
         raise FailureError(
-            f"{launcher} ended the {jobs} processes with code {code}: one was killed from outside; "
+            f"{launcher} ended the {plural(jobs, 'process')} with code {code}: one was killed from outside; "
             "`--resume` goes on from the state last saved"
         )
     return code

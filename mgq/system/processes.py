@@ -30,7 +30,7 @@ class Channel(Protocol):
         """Say that everything is loaded, and wait until the other tasks have said so."""
 
     def questions(self) -> Iterator[Any]:
-        """What is asked of an :class:`Answering` process, one after the other; each is answered by ``send``."""
+        """What is asked of an :class:`AnsweringProcess` process, one after the other; each is answered by ``send``."""
 
 
 Task = Callable[[Channel], None]
@@ -63,7 +63,7 @@ def run_in_processes(
         _end(processes)
 
 
-class Answering:
+class AnsweringProcess:
     """One task in a process of its own that answers questions, and sleeps in between.
 
     It sends one message when it is ready and one for every question. Ends with ``close``.
@@ -84,7 +84,7 @@ class Answering:
             message = pipe.recv()
         except (EOFError, OSError):
             raise FailureError(f"{self.what}: its process {_end_of(self._child)}") from None
-        if isinstance(message, _Failed):
+        if isinstance(message, _TaskFailure):
             raise _error(message, self.what)
         if not isinstance(message, _Message):
             raise FailureError(f"{self.what}: its process ended early")
@@ -126,7 +126,7 @@ class _Message:
 
 
 @dataclass(frozen=True)
-class _Failed:
+class _TaskFailure:
     """How a task ended badly: exit code of the error, its line, and the traceback for who debugs."""
 
     is_input: bool
@@ -186,7 +186,7 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
                 message = pipe.recv()
             except (EOFError, OSError):
                 raise _death_error(processes[number], number, len(processes), what) from None
-            if isinstance(message, _Failed):
+            if isinstance(message, _TaskFailure):
                 raise _error(message, f"process {number + 1} of {len(processes)} of {what}")
             if isinstance(message, _Message):
                 yield message.content
@@ -216,7 +216,7 @@ def _end_of(child: _Process) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
 
 
-def _error(failed: _Failed, who: str) -> MgqError:
+def _error(failed: _TaskFailure, who: str) -> MgqError:
     kind = InputError if failed.is_input else FailureError
     line = failed.line if failed.is_own else f"{who} failed: {failed.line}"
     error = kind(line)
@@ -266,6 +266,6 @@ def _run(pipe: connection.Connection, prepare: Callable[[], None], task: bytes) 
         except Exception as error:
             own = isinstance(error, MgqError)
             line = str(error) if own else f"{type(error).__name__}: {error}"
-            pipe.send(_Failed(isinstance(error, InputError), own, line, traceback.format_exc()))
+            pipe.send(_TaskFailure(isinstance(error, InputError), own, line, traceback.format_exc()))
         else:
             pipe.send(_DONE)

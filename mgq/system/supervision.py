@@ -202,7 +202,7 @@ class _Supervisor:
         self.beat()
         if self.code is None:
             self.code = self.child.poll()
-        return self.next_of_hub() if self.is_hub else self.next_of_others()
+        return self.step_hub() if self.is_hub else self.step_member()
 
     def listen(self) -> None:
         for link in self.readable():
@@ -307,7 +307,7 @@ class _Supervisor:
             self.is_said = True
         self.judge(1, line)
 
-    def next_of_hub(self) -> int | None:
+    def step_hub(self) -> int | None:
         if self.guard is not None and os.getppid() != self.guard:
             return self.end_without_launcher()
         if self.verdict is None and self.code is None:
@@ -363,7 +363,7 @@ class _Supervisor:
                         if "done" in message:
                             link.closed = True
 
-    def next_of_others(self) -> int | None:
+    def step_member(self) -> int | None:
         if self.verdict is not None and self.code != 0:
             if self.verdict.line is not None:
                 say(self.verdict.line)

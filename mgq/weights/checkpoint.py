@@ -21,18 +21,18 @@ KEY = "mgq"
 TRAINING_KEY = "mgq training"  # of the state that a run goes on from, which is no checkpoint
 FORMAT = 1
 MOST_PIXELS = 4096
-"""On a side of what a network takes: more than any of them makes anything of, and it fits into memory."""
+"""The most pixels on a side of a network's input: larger than any network uses, and it fits into memory."""
 PIXELS_STEP = 32
-"""Every network of the zoo halves its picture five times."""
+"""Sides are multiples of this: every network of the zoo halves its input five times."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself, so that no verb has to ask again.
+    """The metadata of a checkpoint: all that a verb needs to open it without further options.
 
-    ``mode`` is the mode of the network that it stands for. The tensors of a ``quantized`` one are those of its
-    ``qat`` network, because MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the
-    names of the layers whose weights stay float32 among int8 ones. Without ``preprocessing`` it is the architecture's.
+    ``mode`` is the mode of the network. The tensors of a ``quantized`` one are those of its ``qat`` network, because
+    MegEngine's int8 layers do not hold their activation scales. ``float_layers`` are the names of the layers whose
+    weights stay float32 among int8 ones. Without ``preprocessing`` it is the architecture's.
     """
 
     arch: str
@@ -51,7 +51,8 @@ class CheckpointInfo:
 
 
 def check_size(pixels: int) -> int:
-    """``pixels`` if a network can take images of that size. Raises InputError that names the nearest size."""
+    """Return Return Return Return ``pixels`` if a network can take images of that size. Raises InputError that names
+    the nearest size."""
     if PIXELS_STEP <= pixels <= MOST_PIXELS and pixels % PIXELS_STEP == 0:
         return pixels
     near = min(MOST_PIXELS, max(PIXELS_STEP, round(pixels / PIXELS_STEP) * PIXELS_STEP))
@@ -74,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata:
 
 
 def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
-    """What the ``metadata`` of the safetensors file ``name`` says; None where it is not mgq's.
+    """Parse the ``metadata`` of the safetensors file ``name``; None where it is not mgq's.
 
     Raises InputError where it is mgq's and damaged, of a later format, or the state of a training.
     """
@@ -89,9 +90,8 @@ def info_of(metadata: Mapping[str, str], name: str) -> CheckpointInfo | None:
 
 
 def body_of(text: str, known: int, name: str) -> dict[str, Any]:
-    """What the JSON ``text`` in the file ``name`` holds besides its format, which has to be the ``known`` one.
-
-    Raises InputError for another format. Where ``text`` is damaged it raises what the JSON of it leads to.
+    """Parse the JSON ``text`` in the file ``name``; its format has to be the ``known`` one. Raises InputError for
+    another format, and ValueError, KeyError or TypeError for damaged text.
     """
     body: dict[str, Any] = json.loads(text)
     version = body.pop("format")

@@ -16,9 +16,8 @@ _MEND = "take an earlier checkpoint, or train again at a lower learning rate"
 
 
 def unsound(tensors: Mapping[str, npt.NDArray[Any]]) -> str | None:
-    """Which of ``tensors`` cannot be weights or statistics of a network, and why: the rest of a sentence.
-
-    None if all can. Zeros, tiny numbers and variances of 0 can.
+    """Name a tensor that cannot be a weight or a statistic, and why: the rest of a sentence. None if all can be. Zeros,
+    tiny numbers and variances of 0 are valid.
     """
     for name, value in tensors.items():
         why = fault_of(value, is_variance=name.endswith(VARIANCE))

@@ -17,11 +17,11 @@ State = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedState:
     """Foreign weights under our names, and the options of the builder that they were trained with.
 
-    ``preprocessing`` is None where it is the architecture's. ``unclear`` says what neither names, shapes nor hints
-    tell: weights that would be guessed at are not to be loaded.
+    ``preprocessing`` is None where it is the architecture's. ``unclear`` names a property that neither names, shapes
+    nor hints determine; such weights are refused, not guessed at.
     """
 
     state: State
@@ -33,7 +33,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class InputNormalization:
-    """What a foreign network was fed: ``(pixel - mean) / std`` of RGB, pixel in 0..255."""
+    """The input normalization of a foreign network: ``(pixel - mean) / std`` of RGB, pixel in 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -49,8 +49,8 @@ HALF_RGB = InputNormalization(mean=(127.5,) * 3, std=(127.5,) * 3)
 class Hints:
     """What is known of foreign weights besides their names and shapes.
 
-    ``model`` is the name of the network they were trained in, as its publisher has it; ``told_by`` says how it is
-    known. The others are None where they are those of the layout.
+    ``model`` is the name of the network they were trained in, as its publisher has it; ``told_by`` names the source of
+    that knowledge. The others are None where they are those of the layout.
     """
 
     model: str = ""

@@ -1,8 +1,7 @@
 """Lists names that programs leave beside the weights in a checkpoint: they are skipped, never imported or called.
 
-A value made of such a name is one :class:`Inert` object, whatever its arguments and state. A mapping stays a mapping,
-because weights may be in it. The list is closed: a name that is not in it is for :mod:`mgq.weights.unpickler` to
-refuse.
+A value made of such a name is one :class:`InertObject`, whatever its arguments and state. A mapping stays a mapping,
+because weights may be in it. The list is closed: :mod:`mgq.weights.unpickler` refuses a name that is not in it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Inert:
+class InertObject:
     """A value that a file holds and that nobody needs. ``name`` is what the file calls it, or its class."""
 
     name: str

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.weights.foreign_states import IMAGENET_RGB, State
 
 Judge = Callable[[State], bool]
 
 _DEEPEST = 12
 _FEWEST = 20
-"""No network of the zoo has fewer tensors: what has is not looked at as one."""
+"""No network of the zoo has fewer tensors, so smaller states are not considered."""
 _SHOWN = 3
 _UNSAID = "num_batches_tracked"
 _COUNTED = {
@@ -41,31 +41,31 @@ class Part:
 def network_part(state: State, holds: Judge, ends: Judge, fits: Judge) -> Part:
     """The network in ``state``: without counters and without the longest prefix of all names that makes it one.
 
-    ``holds`` tells whether a state has the names of a network of the zoo, ``ends`` whether its classifier, too,
-    ``fits`` whether it is one, no tensor missing and none too many. Where names have no common prefix that helps, the
-    only part that fits is taken, or the only linear layer is taken for the classifier, whatever it is called. What has
-    no network in it is returned as it is, for the strict loading to say what is wrong. Raises InputError where several
-    parts fit, or where what is left out would change the answers.
+    ``holds``: whether a state has the names of a network of the zoo; ``ends``: whether it has its classifier, too;
+    ``fits``: whether it is one, no tensor missing and none too many. Where names have no common prefix that helps, the
+    only part that fits is taken, or the only linear layer is taken for the classifier, whatever it is called. A state
+    without a network is returned unchanged: strict loading reports what is wrong. Raises InputError where several parts
+    fit, or where what is left out would change the answers.
     """
     weights = {name: value for name, value in state.items() if not is_counter(name, value)}
     counters = [name for name in state if name not in weights and not name.endswith(_UNSAID)]
     for prefix in common_prefixes(weights):
-        found = without(prefix, weights)
+        found = drop_prefix(prefix, weights)
         if holds(found):
-            said = (*strip_prefix(prefix), *left_out(counters))
+            said = (*strip_prefix(prefix), *describe_left_out(counters))
             renamed = None if ends(found) else with_known_head(found, fits)
             return Part(found, said) if renamed is None else Part(renamed.state, (*said, *renamed.said))
     parts = {prefix: found for prefix, found in sorted(groups(weights).items()) if holds(found) and fits(found)}
     if len(parts) > 1:
         names = " and ".join(f"'{printable(prefix)[:-1][:80]}'" for prefix in parts)
         first = printable(next(iter(parts)))[:-1][:80]
-        raise InputError(f"has {len(parts)} networks, {names}: choose one, such as --key {first}")
+        raise InputError(f"has {plural(len(parts), 'network')}, {names}: choose one, such as --key {first}")
     for prefix, found in parts.items():
         rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
         refuse_other_normalization(rest)
-        return Part(found, (*strip_prefix(prefix), *left_out([*rest, *counters])))
+        return Part(found, (*strip_prefix(prefix), *describe_left_out([*rest, *counters])))
     renamed = with_known_head(weights, fits)
-    return Part(weights) if renamed is None else Part(renamed.state, (*renamed.said, *left_out(counters)))
+    return Part(weights) if renamed is None else Part(renamed.state, (*renamed.said, *describe_left_out(counters)))
 
 
 def with_known_head(state: State, fits: Judge) -> Part | None:
@@ -83,7 +83,7 @@ def with_known_head(state: State, fits: Judge) -> Part | None:
     body = {name: value for name, value in state.items() if name.rpartition(".")[0] != head}
     for prefix in common_prefixes(body):
         for known in _HEADS:
-            found = {**without(prefix, body), **{f"{known}.{part}": value for part, value in own.items()}}
+            found = {**drop_prefix(prefix, body), **{f"{known}.{part}": value for part, value in own.items()}}
             if fits(found):
                 return Part(found, (*strip_prefix(prefix), f"the head '{printable(head)[:80]}' as '{known}'"))
     return None
@@ -103,7 +103,7 @@ def common_prefixes(names: Iterable[str]) -> Iterator[str]:
         yield "".join(f"{part}." for part in shared[:end])
 
 
-def without(prefix: str, state: State) -> State:
+def drop_prefix(prefix: str, state: State) -> State:
     return {name[len(prefix) :]: value for name, value in state.items()}
 
 
@@ -122,7 +122,7 @@ def strip_prefix(prefix: str) -> tuple[str, ...]:
     return (f"without the prefix '{printable(prefix)[:80]}'",) if prefix else ()
 
 
-def left_out(names: list[str]) -> tuple[str, ...]:
+def describe_left_out(names: list[str]) -> tuple[str, ...]:
     """A phrase about tensors that are not the network's."""
     if not names:
         return ()

@@ -13,7 +13,7 @@ from mgq.weights.torch_files import UnreadableError
 IsTensor = Callable[[object], bool]
 
 _USUAL = ("state_dict", "model", "model_state_dict", "net")
-"""Names under which one network is expected, so that they need no mention."""
+"""Usual keys of a single network; messages do not mention them."""
 _PREFERENCES = (
     ("state_dict_ema", {"state_dict"}),  # timm
     ("model_ema", {*_USUAL}),  # torchvision's reference scripts, timm: beside "model"
@@ -22,7 +22,7 @@ _PREFERENCES = (
     ("state_dict", {"ema_state_dict"}),  # mmengine, which swaps them: the averages are in state_dict
     ("state_dict", {"current_model_state"}),  # Lightning's WeightAveraging, as well
 )
-"""The network that the program itself takes for answers, and those beside it."""
+"""The network that each program itself infers with, and the other ones in its files."""
 _DEEPEST = 4
 _SHOWN = 8
 
@@ -37,7 +37,7 @@ class Choice:
 
     @property
     def said(self) -> str:
-        """Which network it is, in words, where a reader would want to know; '' otherwise."""
+        """Which network it is, in words; '' where the file has only one, under a usual key."""
         if not self.others and self.key in ("", *_USUAL):
             return ""
         others = " and ".join(f"'{printable(name)[:80]}'" for name in self.others[:_SHOWN])
@@ -115,32 +115,32 @@ def find_named(
     root: Mapping[Any, Any], key: str, networks: Mapping[str, Mapping[Any, Any]], is_tensor: IsTensor
 ) -> Choice:
     """The network called ``key``, which is dotted where it lies deeper, or begins the names of tensors."""
-    found = under(root, key.strip("."), is_tensor)
+    found = find_under(root, key.strip("."), is_tensor)
     inside = networks_in(found, is_tensor) if found is not None else {}
     if found is not None and any(map(is_tensor, found.values())):
         return Choice(found, key, tuple(name for name in networks if networks[name] is not found))
     if len(inside) == 1:
         ((name, state),) = inside.items()
         return Choice(state, f"{key}.{name}", tuple(other for other in networks if networks[other] is not state))
-    there = what_there_is(root, inside or networks, is_tensor)
+    there = describe_networks(root, inside or networks, is_tensor)
     raise UnreadableError(f"has no network '{printable(key)[:80]}': {there}")
 
 
-def under(value: Mapping[Any, Any], key: str, is_tensor: IsTensor) -> Mapping[Any, Any] | None:
+def find_under(value: Mapping[Any, Any], key: str, is_tensor: IsTensor) -> Mapping[Any, Any] | None:
     """What lies under the dotted ``key`` in ``value``; else the tensors whose names begin with it. None without any."""
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
         inner = value.get(".".join(parts[:end]))
         if type(inner) is dict:
             rest = ".".join(parts[end:])
-            return under(inner, rest, is_tensor) if rest else inner
+            return find_under(inner, rest, is_tensor) if rest else inner
     begun = {
         name[len(key) + 1 :]: leaf for name, leaf in value.items() if type(name) is str and name.startswith(f"{key}.")
     }
     return begun if any(map(is_tensor, begun.values())) else None
 
 
-def what_there_is(root: Mapping[Any, Any], networks: Iterable[str], is_tensor: IsTensor) -> str:
+def describe_networks(root: Mapping[Any, Any], networks: Iterable[str], is_tensor: IsTensor) -> str:
     """The names that ``--key`` could have, in words."""
     names = list(networks)
     if not names:

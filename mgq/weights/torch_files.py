@@ -53,11 +53,11 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class UnreadableError(Exception):
-    """Why a file is not read: the rest of a one-line sentence that begins with its name, and the mend."""
+    """Raised for a file that cannot be read: the rest of a sentence that begins with its name, and the mend."""
 
 
 class DamagedError(UnreadableError):
-    """The bytes make no sense as weights."""
+    """Raised for bytes that are damaged."""
 
 
 def damaged_error() -> DamagedError:
@@ -70,7 +70,7 @@ def damaged_error() -> DamagedError:
 
 @dataclass
 class Allowance:
-    """The bytes that may still be made of one file, so that a small file cannot ask for a large memory."""
+    """The bytes of memory that one file may still take, so that a small file cannot allocate a large memory."""
 
     left: int
 
@@ -192,7 +192,7 @@ def torch_tensor(part: object, offset: object, size: object, stride: object) -> 
 
 @dataclass
 class Storages:
-    """The storages of one file by their keys, each met once however many tensors show it."""
+    """The storages of one file by key; several tensors may share one."""
 
     by_key: dict[str, Storage] = field(default_factory=dict)
 
@@ -202,7 +202,7 @@ class Storages:
             raise damaged_error()
         storage = self.by_key.get(key)
         if storage is None:
-            storage = self.by_key[key] = self.found(code, key, length)
+            storage = self.by_key[key] = self.find_storage(code, key, length)
         if (storage.code, storage.length) != (code, length):
             raise damaged_error()
         if view is None:
@@ -214,7 +214,7 @@ class Storages:
             raise damaged_error()
         return StoragePart(storage, start, size)
 
-    def found(self, code: str, key: str, length: int) -> Storage:
+    def find_storage(self, code: str, key: str, length: int) -> Storage:
         """The storage ``key`` on its first use."""
         return Storage(code, length)
 
@@ -266,7 +266,7 @@ class Archive(Storages):
         """The pickle that describes the state dict."""
         return self._content(f"{self._top}data.pkl")
 
-    def found(self, code: str, key: str, length: int) -> Storage:
+    def find_storage(self, code: str, key: str, length: int) -> Storage:
         """The storage ``key`` with its data. Raises UnreadableError when missing, or of another size."""
         storage = Storage(code, length, order=self._order)
         storage.fill(self._content(f"{self._top}data/{key}"))

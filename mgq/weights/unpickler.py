@@ -1,13 +1,12 @@
 """Reads weights from foreign files (MegEngine, PyTorch, safetensors) without running anything in them.
 
-A pickle is a program for a small stack machine. The machine of the standard library is too able for files
-of unknown origin, even when it may look up no dangerous name: an index in the file makes it reserve
-gigabytes, a deep tuple used as a key overflows its stack, and a state can be written into the functions that
-guard it. So a machine of our own reads pickles here. It knows only the instructions that weights need. A name
-in the file stays a name (:class:`_Name`, which cannot be called), and each name that may be "called" stands
-for one function of this module that makes an array or a container. What programs leave beside the weights (settings,
-paths, dates: :mod:`mgq.weights.inert_objects`) becomes one inert value, whatever its arguments. Any other name is
-refused. Steps and memory are limited.
+A pickle is a program for a small stack machine. The one of the standard library is unsafe for files of unknown origin,
+even when it looks up no dangerous name: an index in the file makes it reserve gigabytes, a deep tuple used as a key
+overflows its stack, and a state can be written into the functions that guard it. So this module has a stack machine of
+its own, with only the instructions that weights need. A name in the file stays a name (:class:`_Name`, which cannot be
+called), and each name that may be "called" stands for one function of this module that makes an array or a container.
+What programs leave beside the weights (settings, paths, dates: :mod:`mgq.weights.inert_objects`) becomes one inert
+value, whatever its arguments. Any other name is refused. Steps and memory are limited.
 
 Format: the opcodes of Python's ``pickletools`` for protocols 2 to 5; ``megengine.save``; ``torch.save``.
 """
@@ -30,7 +29,7 @@ from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.weights.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.weights.finite_values import unsound
 from mgq.weights.foreign_formats import SAVED_MODEL, TENSORFLOW, identify_file, identify_model, identify_name
-from mgq.weights.inert_objects import OF_INERT, Inert, is_inert, is_mapping
+from mgq.weights.inert_objects import OF_INERT, InertObject, is_inert, is_mapping
 from mgq.weights.state_selection import as_mapping, choose_state
 from mgq.weights.torch_files import (
     CODES,
@@ -273,7 +272,7 @@ def _leaf(name: str, value: object, allowance: Allowance) -> Array:
 
 def _kind(value: object) -> str:
     """What a value is, in words."""
-    if isinstance(value, Inert):
+    if isinstance(value, InertObject):
         return f"a value of {value.name[:80]}"
     return _KINDS.get(type(value), "an object")
 
@@ -562,7 +561,7 @@ class _OddKey:
     value: object
 
 
-_ODD_KEYS = (int, bool, float, type(None), Inert, _Dtype, TorchTensor)
+_ODD_KEYS = (int, bool, float, type(None), InertObject, _Dtype, TorchTensor)
 
 
 def _put(mapping: dict[object, object], key: object, value: object) -> None:
@@ -575,9 +574,9 @@ def _put(mapping: dict[object, object], key: object, value: object) -> None:
         raise damaged_error()
 
 
-def _result_of(name: _Name, args: tuple[Any, ...]) -> Inert:
+def _result_of(name: _Name, args: tuple[Any, ...]) -> InertObject:
     """What one of ``OF_INERT`` makes of an inert value: that value. Raises UnreadableError where it is none."""
-    if not args or type(args[0]) is not Inert:
+    if not args or type(args[0]) is not InertObject:
         raise _wants_code(name)
     return args[0]
 
@@ -655,7 +654,7 @@ class _Machine:
         """Takes the topmost value."""
         return self._stack.pop()
 
-    def top(self) -> Any:
+    def peek(self) -> Any:
         """The topmost value, which stays."""
         return self._stack[-1]
 
@@ -691,20 +690,20 @@ class _Machine:
 
     def extend(self, values: list[Any]) -> None:
         """Adds to the topmost list."""
-        if type(self.top()) is Inert:
+        if type(self.peek()) is InertObject:
             return
-        if type(self.top()) is not list:
+        if type(self.peek()) is not list:
             raise damaged_error()
-        self.top().extend(values)
+        self.peek().extend(values)
 
     def update(self, values: list[Any]) -> None:
         """Adds keys and values, in turn, to the topmost mapping."""
-        if type(self.top()) is Inert:
+        if type(self.peek()) is InertObject:
             return
-        if type(self.top()) is not dict:
+        if type(self.peek()) is not dict:
             raise damaged_error()
         for key, value in zip(values[::2], values[1::2], strict=True):
-            _put(self.top(), key, value)
+            _put(self.peek(), key, value)
 
     def name(self, module: object, name: object) -> None:
         """Pushes a name, if weights need it or it is read past. Raises UnreadableError otherwise."""
@@ -714,7 +713,7 @@ class _Machine:
         if asked in _KNOWN or is_mapping(module, name) or str(asked) in OF_INERT:
             self.push(asked)
         elif is_inert(module, name):
-            self.push(Inert(str(asked)))
+            self.push(InertObject(str(asked)))
         else:
             raise _wants_code(asked, identify_model(bytes(self._data[:_LONGEST_PICKLE])))
 
@@ -723,7 +722,7 @@ class _Machine:
         name, args = self.pop_many(2)
         if type(args) is not tuple:
             raise damaged_error()
-        if type(name) is Inert:
+        if type(name) is InertObject:
             self.push(name)
         elif type(name) is not _Name:
             raise damaged_error()
@@ -737,14 +736,14 @@ class _Machine:
     def make_with_words(self) -> None:
         """As :meth:`make` of an inert class, whose arguments have names, too."""
         self.pop_many(1)
-        if type(self._stack[-2]) is not Inert:
+        if type(self._stack[-2]) is not InertObject:
             raise damaged_error()
         self.make({})
 
     def drop_mark(self) -> None:
         """Adds all values since the last mark to a set, which is nothing that weights need."""
         self.pop_mark()
-        if self.top() is not _SET:
+        if self.peek() is not _SET:
             raise damaged_error()
 
     def freeze_mark(self) -> None:
@@ -754,8 +753,8 @@ class _Machine:
 
     def build(self) -> None:
         """Gives the topmost object its state. A mapping drops it: there PyTorch keeps versions of layers."""
-        state, target = self.pop(), self.top()
-        if type(target) is Inert:
+        state, target = self.pop(), self.peek()
+        if type(target) is InertObject:
             return
         if isinstance(target, _Dtype | _NumpyArray | _MegTensor):
             target.set_state(state)
@@ -778,7 +777,7 @@ class _Machine:
 _U1, _U2, _U4, _U8 = struct.Struct("<B"), struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 _STOP = ord(".")
-_SET = Inert("a set")
+_SET = InertObject("a set")
 
 
 def _refuse_extension(machine: _Machine) -> None:
@@ -831,7 +830,7 @@ _STEPS: dict[int, Callable[[_Machine], object]] = {
     ord("("): lambda m: m.mark(),
     ord("0"): lambda m: m.pop(),
     ord("1"): lambda m: m.pop_mark(),
-    ord("2"): lambda m: m.push(m.top()),
+    ord("2"): lambda m: m.push(m.peek()),
     ord("q"): lambda m: m.remember(m.number(_U1)),
     ord("r"): lambda m: m.remember(m.number(_U4)),
     0x94: lambda m: m.memoize(),

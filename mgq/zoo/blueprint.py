@@ -1,6 +1,6 @@
 """Describes networks as data: a list of layers, which is stored with the weights in a checkpoint.
 
-It is what an imported classifier becomes. Reading it imports no MegEngine.
+Imported classifiers are stored so. Reading a blueprint imports no MegEngine.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from mgq.errors import InputError
 
 INPUT = "pixels"
-"""The name of what a network reads: float32 (N, C, H, W)."""
+"""The name of a network's input: float32 (N, C, H, W)."""
 MOST_LAYERS = 20_000
 MOVES = frozenset({"reshape", "transpose", "slice", "pad", "max_pool", "global_max"})
 """Kinds of layers that only move or choose values: integers stay integers, on the same grid."""
 WEIGHTED = frozenset({"conv", "linear"})
 ACTIVATIONS = frozenset({"relu", "clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "gelu", "tanh"})
 INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIVATIONS - {"gelu", "tanh"})
-"""Kinds of layers that are worth int8: what they read and give lies on grids."""
+"""Kinds of layers with int8 kernels: their inputs and outputs are quantized."""
 # fmt: off
 FLOAT = frozenset({
     "abs", "affine", "div", "erf", "exp", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow", "prelu",
@@ -31,14 +31,13 @@ FLOAT = frozenset({
 """Kinds of layers that stay in float32."""
 KINDS = MOVES | INTEGER | ACTIVATIONS | FLOAT
 LEAST_OF = {"relu": 0.0, "sigmoid": 0.0, "hard_sigmoid": 0.0, "hard_swish": -0.375, "silu": -0.2785, "gelu": -0.1701}
-"""What activations give at least."""
+"""The lowest output of each activation."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: what it does, its name, which is also that of what it gives, what it reads, and how.
-
-    ``options`` are plain data: numbers, text, and lists of them.
+    """One layer: its kind, its name, which is also the name of its output, its inputs and its options. ``options`` are
+    plain data: numbers, text, and lists of them.
     """
 
     kind: str
@@ -46,10 +45,10 @@ class LayerPlan:
     inputs: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def reading(self, names: Iterable[str]) -> LayerPlan:
+    def with_inputs(self, names: Iterable[str]) -> LayerPlan:
         return replace(self, inputs=tuple(names))
 
-    def having(self, **options: Any) -> LayerPlan:
+    def with_options(self, **options: Any) -> LayerPlan:
         return replace(self, options={**self.options, **options})
 
 
@@ -57,7 +56,7 @@ class LayerPlan:
 class Blueprint:
     """Layers in the order in which they run, from ``INPUT`` to ``output``, (N, classes).
 
-    ``shape``: channels, height and width of what is read.
+    ``shape``: channels, height and width of the input.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -77,11 +76,10 @@ class Blueprint:
         return found
 
     def on_grid(self) -> frozenset[str]:
-        """The tensors that are put on a grid of their own where they are made.
-
-        Those of layers with int8 kernels are, and what such layers read; what only leads to the answer is not.
+        """The names of the tensors that are quantized with a scale of their own: inputs and outputs of layers with int8
+        kernels, but not tensors from which only the answer is computed.
         """
-        wanted, known = self._wanted(), {layer.name: layer for layer in self.layers}
+        wanted, known = self._list_reader_kinds(), {layer.name: layer for layer in self.layers}
         made = {
             name
             for name, layer in known.items()
@@ -92,7 +90,7 @@ class Blueprint:
     def _pays(self, layer: LayerPlan, wanted_by: set[str]) -> bool:
         return layer.kind in INTEGER or bool(wanted_by & INTEGER)
 
-    def _wanted(self) -> dict[str, set[str]]:
+    def _list_reader_kinds(self) -> dict[str, set[str]]:
         """Name of a tensor -> the kinds of the layers that read it, moved or not."""
         found: dict[str, set[str]] = {INPUT: set(), **{layer.name: set() for layer in self.layers}}
         for layer in reversed(self.layers):
@@ -102,15 +100,15 @@ class Blueprint:
         return found
 
     def lowest(self) -> dict[str, float]:
-        """Name of a tensor -> a bound that nothing in it is below: minus infinity where none is known."""
+        """Name of a tensor -> a lower bound of its values: minus infinity where none is known."""
         low: dict[str, float] = {INPUT: -math.inf}
         for layer in self.layers:
-            low[layer.name] = least_of(layer, [low[name] for name in layer.inputs])
+            low[layer.name] = bound_below(layer, [low[name] for name in layer.inputs])
         return low
 
 
-def least_of(layer: LayerPlan, inputs: Sequence[float]) -> float:
-    """A bound below what ``layer`` gives, where what it reads is not below ``inputs``."""
+def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
+    """A lower bound of the outputs of ``layer``, given lower bounds of its ``inputs``."""
     kind, options = layer.kind, layer.options
     if kind in LEAST_OF:
         return LEAST_OF[kind]

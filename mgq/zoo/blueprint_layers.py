@@ -14,15 +14,15 @@ from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import Elemwise
 
 from mgq.zoo.blueprint import MOVES, LayerPlan
-from mgq.zoo.layers import ConvBnRelu6, on_grid_of
+from mgq.zoo.layers import ConvBnRelu6, keep_grid_of
 
 Options = Mapping[str, Any]
 LOWEST = -3e38
-"""What stands around a picture for the largest of a window."""
+"""The padding value of max pooling."""
 
 
 class BlueprintLayer(M.Module):  # type: ignore[misc]
-    """A layer of a ``kind``. ``lowest`` is a bound that nothing it gives is below."""
+    """A layer of a ``kind``. ``lowest`` is a lower bound of its outputs."""
 
     def __init__(self, kind: str, options: Options, lowest: float) -> None:
         super().__init__()
@@ -55,11 +55,12 @@ class Move(BlueprintLayer):
     """A layer that only moves or chooses values: they stay on the grid they are on."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return on_grid_of(inputs[0], super().forward(*inputs))
+        return keep_grid_of(inputs[0], super().forward(*inputs))
 
 
 def layer_of(plan: LayerPlan, on_grid: bool, lowest: float) -> M.Module:
-    """The module that ``plan`` describes, without weights. ``on_grid``: what it gives is int8 in an int8 network."""
+    """The module that ``plan`` describes, without weights. ``on_grid``: whether its output is int8 in an int8
+    network."""
     if plan.kind == "conv":
         return convolution_of(plan)
     options = plan.options

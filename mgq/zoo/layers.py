@@ -26,14 +26,14 @@ class ConvBnRelu6(M.ConvBnRelu2d):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def forward_hooks(hooks: Iterable[tuple[M.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Inside, each hook is shown its module, what that reads and what it gives, and may give something else."""
+    """Inside, each hook is called with its module, inputs and output; it may return another output."""
     with removed([module.register_forward_hook(hook) for module, hook in hooks]):
         yield
 
 
 @contextlib.contextmanager
 def forward_pre_hooks(hooks: Iterable[tuple[M.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Inside, each hook is shown its module and what that is about to read."""
+    """Inside, each hook is called with its module and the inputs that this is about to read."""
     with removed([module.register_forward_pre_hook(hook) for module, hook in hooks]):
         yield
 
@@ -51,8 +51,8 @@ def removed(handles: Sequence[HookHandler]) -> Iterator[None]:
 def global_average(features: Tensor) -> Tensor:
     """Mean over each whole feature map: (N, C, H, W) -> float32 (N, C), whatever H and W are.
 
-    The mean of integers is float32, as in fake quantization: rounded to their step, which is coarse beside a mean,
-    1 answer in 200 of EfficientNet-Lite0 was another.
+    The mean of integers is float32, as in fake quantization: rounded to their step, which is coarse for a mean, it
+    changed 1 answer in 200 of EfficientNet-Lite0.
     """
     height, width = features._tuple_shape[2:]
     if is_quantize(features.dtype):
@@ -60,8 +60,8 @@ def global_average(features: Tensor) -> Tensor:
     return F.flatten(F.avg_pool2d(features, (height, width)), 1)
 
 
-def on_grid_of(source: Tensor, result: Tensor) -> Tensor:
-    """``result`` itself, values of ``source`` that were only moved or left out: quantized, they keep their scale."""
+def keep_grid_of(source: Tensor, result: Tensor) -> Tensor:
+    """Return ``result``, values of ``source`` that were only moved or left out, with the scale of ``source``."""
     if source._qparams is not None:
         result.qparams.update(source.qparams)
     return result
@@ -94,9 +94,8 @@ def initialize(network: M.Module) -> None:
 
 @contextlib.contextmanager
 def without_initialization() -> Iterator[None]:
-    """Within it, new convolutions and classifiers draw no random weights: they are about to get others.
-
-    Drawing them costs more than reading a checkpoint.
+    """Within it, new convolutions and classifiers draw no random weights: weights are loaded afterwards. Drawing random
+    ones takes longer than reading a checkpoint.
     """
     kinds = (_ConvNd, M.Linear)
     drawn = [kind.reset_parameters for kind in kinds]

@@ -15,7 +15,7 @@ from mgq.errors import no_such
 from mgq.weights.foreign_states import (
     IMAGENET_RGB,
     NO_HINTS,
-    Adapted,
+    AdaptedState,
     Hints,
     State,
     fold_input,
@@ -50,7 +50,7 @@ class InvertedResidual(M.Module):  # type: ignore[misc]
         layers.append(conv_act(hidden, hidden, 3, stride, 1, groups=hidden, bias=False))
         layers.append(M.ConvBn2d(hidden, channels, 1, bias=False))
         self.conv = M.Sequential(*layers)
-        # There in every block, used or not: the public example's QAT checkpoints hold its observer.
+        # Every block has it, used or not: the public example's QAT checkpoints hold its observer.
         self.add = M.Elemwise("ADD")
         self.has_shortcut = stride == 1 and in_channels == channels
 
@@ -85,7 +85,8 @@ class MobileNetV2(M.Module):  # type: ignore[misc]
 
 
 def mobilenet_v2(classes: int = 1000, width: float = 1.0, activation: str = "relu") -> MobileNetV2:
-    """Raises InputError for an activation that there is not."""
+    """MobileNetV2 with a ``width`` multiplier and an ``activation``, ``relu`` or ``relu6``. Raises InputError for
+    another activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise no_such("activation", str(activation), ACTIVATIONS)
     return MobileNetV2(classes, width, activation)
@@ -109,12 +110,12 @@ def imagenet_recipe(mode: str, epochs: int | None = None) -> dict[str, Any]:
     return {**shared, "epochs": epochs or 240, "batch_size": 128, "lr": 0.0625}
 
 
-def from_pytorch(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+def from_pytorch(state: State, hints: Hints = NO_HINTS) -> AdaptedState | None:
     """torchvision's or timm's names of MobileNetV2 as ours; None where ``state`` has others."""
     return from_torchvision(state, hints) or from_timm(state, hints)
 
 
-def from_timm(state: State, hints: Hints) -> Adapted | None:
+def from_timm(state: State, hints: Hints) -> AdaptedState | None:
     """timm's ``mobilenetv2_*`` (``blocks.1.0.conv_pwl.weight``, ReLU6, RGB normalized) as ours."""
     if not is_timm_mobile(state, kernel=3):
         return None
@@ -123,13 +124,13 @@ def from_timm(state: State, hints: Hints) -> Adapted | None:
     return adapt_state(ours, hints.layout("timm"), hints, how)
 
 
-def adapt_state(ours: State, layout: str, hints: Hints, how: Preprocessing | None) -> Adapted:
+def adapt_state(ours: State, layout: str, hints: Hints, how: Preprocessing | None) -> AdaptedState:
     """``ours``, PyTorch weights under our names, with the input folded in; the width multiplier is read off them."""
     folded = fold_input(ours, "features.0", hints.normalization or IMAGENET_RGB)
-    return Adapted(folded, layout, {"activation": "relu6", "width": width_of(ours)}, how)
+    return AdaptedState(folded, layout, {"activation": "relu6", "width": width_of(ours)}, how)
 
 
-def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+def from_torchvision(state: State, hints: Hints = NO_HINTS) -> AdaptedState | None:
     """torchvision's MobileNetV2 names (``features.1.conv.0.0.weight``, ReLU6, RGB normalized) as ours.
 
     Returns None where ``state`` has other names.

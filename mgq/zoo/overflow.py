@@ -11,10 +11,10 @@ from megengine import Tensor
 from mgq.zoo.layers import forward_hooks
 
 _SIDE = 64
-"""Pixels of the made-up picture: two positions are left of it behind the last layer."""
+"""Pixels on a side of the noise image: the last layer sees two positions of it."""
 
 
-def overflowing_layer(network: M.Module) -> str | None:
+def find_overflowing_layer(network: M.Module) -> str | None:
     """The first layer of ``network`` whose outputs are not finite for a picture of noise; None where all are."""
     found: list[str] = []
     names = {id(module): name for name, module in network.named_modules()}

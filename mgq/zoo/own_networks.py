@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 TRIED, COMMON_SIZE = 3, 224
-"""Classes of the network that is built to be looked at, and a size of pictures that it has to take beside its own."""
+"""Classes of the network that is built as a check, and a second size of images that it has to take."""
 
 
 def register(name: str, builder: Callable[..., M.Module], image_size: int = 224) -> ModelSpec:
-    """Let every verb know the network that ``builder(classes=N)`` gives, as the architecture ``name``, in this process.
+    """Register the network that ``builder(classes=N)`` returns as the architecture ``name``, in this process, for every
+    verb.
 
     It takes float32 (N, 3, H, W), BGR pixels minus 128, and returns float32 logits (N, classes). Int8 begins at its
     ``QuantStub``. ``image_size``: pixels on a side, a multiple of 32. It is built once and run on zeros. Raises
-    InputError for a name that is taken or cannot be one of a folder, and for what does not keep to this.
+    InputError for a name that is taken or cannot be one of a folder, and for a network that does not meet this
+    contract.
     """
     known = specs().get(name)
     if not NAME.fullmatch(name) or name.endswith("."):
@@ -39,7 +41,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
         raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
     refuse_without_megengine()
     set_library_defaults()
-    network = built(name, builder)
+    network = build_network(name, builder)
     refuse_other_answers(name, network, image_size)
     parameters = sum(int(np.prod(value.shape)) for value in network.parameters())
     spec = ModelSpec(name, builder, head_of(network), "", parameters, 0, image_size=image_size)
@@ -47,7 +49,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
     return spec
 
 
-def built(name: str, builder: Callable[..., M.Module]) -> M.Module:
+def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
     import megengine.module as M
 
@@ -56,7 +58,7 @@ def built(name: str, builder: Callable[..., M.Module]) -> M.Module:
     try:
         network = builder(classes=TRIED)
     except Exception as error:
-        raise InputError(f"{name}(classes={TRIED}) fails: {one_line(error)}") from error
+        raise InputError(f"{name}(classes={TRIED}) fails: {to_one_line(error)}") from error
     if not isinstance(network, M.Module):
         raise InputError(f"{name} gives a {type(network).__name__}: let it return a megengine.module.Module")
     if not any(isinstance(module, M.QuantStub) for module in network.modules()):
@@ -88,12 +90,12 @@ def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
     try:
         found = np.asarray(network(picture).numpy())
     except Exception as error:
-        raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {one_line(error)}") from error
+        raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {to_one_line(error)}") from error
     try:
         trace_module(network, picture)
     except Exception as error:
         raise InputError(
-            f"{name} cannot be traced ({one_line(error)}): let nothing in it depend on numbers, and take "
+            f"{name} cannot be traced ({to_one_line(error)}): let nothing in it depend on numbers, and take "
             "mgq.zoo.layers.global_average for the mean of a picture"
         ) from error
     return found
@@ -124,12 +126,12 @@ def register_from_file(said: str) -> ModelSpec:
     try:
         found: dict[str, Any] = runpy.run_path(str(path), run_name=path.stem)
     except Exception as error:
-        raise InputError(f"{printable(place)[:200]} fails: {one_line(error)}") from error
+        raise InputError(f"{printable(place)[:200]} fails: {to_one_line(error)}") from error
     if function not in found:
         raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
     size = found.get("IMAGE_SIZE", 224)
     return register(function, found[function], size if isinstance(size, int) else 224)
 
 
-def one_line(error: Exception) -> str:
+def to_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(str(error).strip().partition(chr(10))[0])[:200]}"

@@ -44,10 +44,9 @@ class PackagedWeights:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """A checkpoint at a public address, in mode ``normal`` or ``qat``, and what goes with these weights.
-
-    ``version`` is the name that ``--pretrained`` knows it by, ``top1`` its ImageNet top-1 (%) as ``publisher``
-    published it: of int8 in mode ``qat``. ``licence`` is None where none is stated.
+    """A checkpoint at a public address, in mode ``normal`` or ``qat``, and its figures. ``version`` is its name for
+    ``--pretrained``, ``top1`` its ImageNet top-1 (%) as ``publisher`` published it: of int8 in mode ``qat``.
+    ``licence`` is None where none is stated.
     """
 
     mode: str

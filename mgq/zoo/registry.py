@@ -19,14 +19,14 @@ from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
 if TYPE_CHECKING:
     import megengine.module as M
 
-    from mgq.weights.foreign_states import Adapted, Hints, State
+    from mgq.weights.foreign_states import AdaptedState, Hints, State
 
 BLUEPRINT, SOURCE = "blueprint", "source"
 """Options of a network that is described by data: how it is built, and where it comes from, as JSON."""
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFigures:
     """ImageNet top-1 (%) as its authors published it; int8 is None where they gave none."""
 
     top1_float: float
@@ -63,7 +63,7 @@ class ModelSpec:
     recipe: str = "mobilenet_v2:imagenet_recipe"
     image_size: int = 224
     preprocessing: Preprocessing = COMMON_PREPROCESSING
-    published: Published | None = None
+    published: PublishedFigures | None = None
     packaged: PackagedWeights | None = None
     checkpoints: tuple[PublishedCheckpoint, ...] = field(default=())
     only_size: tuple[int, int] | None = None
@@ -111,7 +111,7 @@ class ModelSpec:
         """The names of its published weights, as ``--pretrained`` takes them; the default comes first."""
         return tuple(dict.fromkeys(found.version for found in self.checkpoints))
 
-    def adapted(self, state: State, hints: Hints | None = None) -> Adapted | None:
+    def adapt(self, state: State, hints: Hints | None = None) -> AdaptedState | None:
         """``state`` under our names when it has those of a known PyTorch layout of this network, else None.
 
         ``hints`` are what else is known of it.
@@ -119,13 +119,13 @@ class ModelSpec:
         if self.adapter is None:
             return None
         try:
-            result: Adapted | None = import_when_called(self.adapter)(state, *([hints] if hints else []))
+            result: AdaptedState | None = import_when_called(self.adapter)(state, *([hints] if hints else []))
         except (KeyError, IndexError, ValueError):  # of names and shapes that only begin as that layout does
             return None
         return result
 
     def imagenet_recipe(self, mode: str, epochs: int | None = None) -> dict[str, Any]:
-        """What a training on ImageNet depends on, by the names that a recipe has; a new dictionary."""
+        """The recipe's values for a training on ImageNet, by field name; a new dictionary."""
         return dict(import_when_called(self.recipe)(mode, epochs))
 
     def read_options(self, state: State) -> Mapping[str, Any]:
@@ -177,11 +177,11 @@ def torchvision(
     return PublishedCheckpoint("normal", source, version, top1, TORCHVISION, "BSD-3-Clause", preprocessing)
 
 
-def figures_of(checkpoints: tuple[PublishedCheckpoint, ...]) -> Published:
+def figures_of(checkpoints: tuple[PublishedCheckpoint, ...]) -> PublishedFigures:
     """What was published of the weights that ``--pretrained`` takes, float and int8, the first of each mode."""
     normal, qat = (next((c for c in checkpoints if c.mode == mode), None) for mode in ("normal", "qat"))
     assert normal is not None
-    return Published(normal.top1, qat.top1 if qat else None, normal.publisher)
+    return PublishedFigures(normal.top1, qat.top1 if qat else None, normal.publisher)
 
 
 def resnet(depth: int, parameters: int, macs: int, *checkpoints: PublishedCheckpoint) -> ModelSpec:
@@ -214,7 +214,7 @@ def shufflenet(width: str, groups: int, parameters: int, macs: int, *checkpoints
 
 
 def lite(
-    number: int, width: float, depth: float, sha256: str, published: Published, parameters: int, macs: int
+    number: int, width: float, depth: float, sha256: str, published: PublishedFigures, parameters: int, macs: int
 ) -> ModelSpec:
     return ModelSpec(
         name=f"efficientnet_lite{number}",
@@ -294,7 +294,7 @@ SPECS: tuple[ModelSpec, ...] = (
         1.0,
         1.0,
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        Published(75.1, 74.4, LITE),
+        PublishedFigures(75.1, 74.4, LITE),
         4_678_504,
         413_524_448,
     ),
@@ -303,7 +303,7 @@ SPECS: tuple[ModelSpec, ...] = (
         1.0,
         1.1,
         "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        Published(76.7, 75.9, LITE),
+        PublishedFigures(76.7, 75.9, LITE),
         5_443_176,
         530_804_576,
     ),
@@ -312,7 +312,7 @@ SPECS: tuple[ModelSpec, ...] = (
         1.1,
         1.2,
         "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        Published(77.6, 77.0, LITE),
+        PublishedFigures(77.6, 77.0, LITE),
         6_120_488,
         605_053_296,
     ),
@@ -325,8 +325,8 @@ def specs() -> dict[str, ModelSpec]:
     return {spec.name: spec for spec in SPECS}
 
 
-def described_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
-    """The architecture that the blueprint among ``options`` describes: known as ``name`` from now on, in this process.
+def register_blueprint(name: str, options: Mapping[str, Any]) -> ModelSpec:
+    """The architecture that the blueprint among ``options`` describes: registered as ``name`` in this process.
 
     Raises InputError where it is damaged, or the name is that of a network of the zoo.
     """
@@ -352,7 +352,7 @@ def described_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
 
 def spec_for(name: str, options: Mapping[str, Any]) -> ModelSpec:
     """The architecture called ``name``, or the one that its ``options`` describe. Raises InputError for neither."""
-    return described_spec(name, options) if BLUEPRINT in options else spec_of(name)
+    return register_blueprint(name, options) if BLUEPRINT in options else spec_of(name)
 
 
 def spec_of(name: str) -> ModelSpec:
@@ -375,7 +375,7 @@ def identify_checkpoint(path: Path) -> PublishedCheckpoint | None:
     return None
 
 
-def weights_at_hand(spec: ModelSpec, save: Path) -> list[str]:
+def list_local_weights(spec: ModelSpec, save: Path) -> list[str]:
     """Where weights of ``spec`` are, in words: in runs under ``save``, installed, in the cache."""
     found = [str(path.parent) for path in sorted(save.glob(f"{spec.name}.*/checkpoint.safetensors"))]
     if spec.packaged and spec.packaged.path():

@@ -8,8 +8,8 @@ from typing import Any
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.weights.foreign_states import IMAGENET_RGB, NO_HINTS, Adapted, Hints, State, fold_input, without_counters
-from mgq.zoo.layers import global_average, initialize, on_grid_of
+from mgq.weights.foreign_states import IMAGENET_RGB, NO_HINTS, AdaptedState, Hints, State, fold_input, without_counters
+from mgq.zoo.layers import global_average, initialize, keep_grid_of
 
 
 class BasicBlock(M.Module):  # type: ignore[misc]
@@ -78,7 +78,7 @@ class ResNet(M.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_bn_relu1(self.quant(x))
-        x = on_grid_of(x, self.maxpool(x))
+        x = keep_grid_of(x, self.maxpool(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.dequant(global_average(x)))
 
@@ -106,7 +106,7 @@ def imagenet_recipe(mode: str, epochs: int | None = None) -> dict[str, Any]:
     return {**shared, "epochs": epochs, "lr": 0.0125, "milestones": milestones}
 
 
-def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
+def from_torchvision(state: State, hints: Hints = NO_HINTS) -> AdaptedState | None:
     """torchvision's ResNet names (``layer1.0.conv1.weight``, RGB normalized by ImageNet's statistics) as ours.
 
     timm's are the same; ``hints`` may tell of another normalization. Returns None where ``state`` has other names.
@@ -117,15 +117,15 @@ def from_torchvision(state: State, hints: Hints = NO_HINTS) -> Adapted | None:
     ours = {rename_parameter(name, last): value for name, value in without_counters(state).items()}
     expects = hints.normalization or IMAGENET_RGB
     layout = hints.layout("torchvision")
-    return Adapted(fold_input(ours, "conv_bn_relu1", expects), layout, preprocessing=hints.preprocessing)
+    return AdaptedState(fold_input(ours, "conv_bn_relu1", expects), layout, preprocessing=hints.preprocessing)
 
 
 def rename_parameter(name: str, last: int) -> str:
     name = name.replace("downsample.0.", "downsample.conv.").replace("downsample.1.", "downsample.bn.")
 
-    def fused(match: re.Match[str]) -> str:
+    def fuse(match: re.Match[str]) -> str:
         prefix, kind, number = match[1], match[2], int(match[3])
         relu = "" if prefix and number == last else "_relu"
         return f"{prefix}conv_bn{relu}{number}.{kind}."
 
-    return re.sub(r"^((?:layer\d+\.\d+\.)?)(conv|bn)(\d)\.", fused, name)
+    return re.sub(r"^((?:layer\d+\.\d+\.)?)(conv|bn)(\d)\.", fuse, name)

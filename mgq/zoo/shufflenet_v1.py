@@ -10,7 +10,7 @@ import megengine.functional as F
 import megengine.module as M
 from megengine import Tensor
 
-from mgq.zoo.layers import global_average, initialize, on_grid_of
+from mgq.zoo.layers import global_average, initialize, keep_grid_of
 
 REPEATS = (4, 8, 4)
 # stem, then the three stages, for each width and number of groups
@@ -60,7 +60,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     batch, channels, height, width = x._tuple_shape
     table = F.reshape(x, (batch, channels // groups, groups, height, width))
     shuffled = F.reshape(F.transpose(table, (0, 2, 1, 3, 4)), (batch, channels, height, width))
-    return on_grid_of(x, shuffled)
+    return keep_grid_of(x, shuffled)
 
 
 class ShuffleNetV1(M.Module):  # type: ignore[misc]
@@ -88,7 +88,7 @@ class ShuffleNetV1(M.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first_conv(self.quant(x))
-        x = self.features(on_grid_of(x, self.maxpool(x)))
+        x = self.features(keep_grid_of(x, self.maxpool(x)))
         return self.classifier(self.dequant(global_average(x)))
 
 

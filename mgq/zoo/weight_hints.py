@@ -46,7 +46,7 @@ LITE_CROPS: Mapping[str, float] = {"0": 0.875, "1": 0.882, "2": 0.89}
 def hints_of(path: Path, arch: str | None = None) -> Hints:
     """What is known of the weights in ``path``, which itself calls its architecture ``arch``.
 
-    What the file says goes before what it is called; nothing is known where no name says anything.
+    The file's content takes precedence over its name; the hints are empty where neither is known.
     """
     published = identify_checkpoint(path)
     if published is not None:

@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, name_in_errors, printable
+from mgq.errors import InputError, name_in_errors, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
@@ -21,7 +21,7 @@ from mgq.weights.prefixes import Part, network_part
 from mgq.weights.preprocessing import Preprocessing
 from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
-from mgq.zoo.overflow import overflowing_layer
+from mgq.zoo.overflow import find_overflowing_layer
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, spec_for, specs
 from mgq.zoo.weight_hints import hints_of
@@ -77,9 +77,9 @@ def read_weights(
 ) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
-    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key``
-    chooses one; what was taken, and what was taken off its names, is in the origin. Raises InputError where the file is
-    unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
+    Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key`` chooses
+    one; the origin states the choice and the prefix that was removed from the names. Raises InputError where the file
+    is unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
     message names what differs.
     """
     file = read_state(path, key)
@@ -124,7 +124,7 @@ def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
 
 def misfits(spec: ModelSpec, state: State) -> int:
     """How many parameters of ``spec`` and of ``state`` have no counterpart of the same shape in the other."""
-    adapted = spec.adapted(state)
+    adapted = spec.adapt(state)
     state = float_part(adapted.state if adapted else state)
     with without_initialization():
         network = spec.build(classes_in(spec, state), **(adapted.options if adapted else spec.read_options(state)))
@@ -137,16 +137,16 @@ def misfits(spec: ModelSpec, state: State) -> int:
 
 
 def state_under_our_names(spec: ModelSpec, state: State) -> State:
-    adapted = spec.adapted(state)
+    adapted = spec.adapt(state)
     return adapted.state if adapted else state
 
 
 def may_hold(spec: ModelSpec, state: State) -> bool:
-    return spec.marker in state or spec.adapted(state) is not None
+    return spec.marker in state or spec.adapt(state) is not None
 
 
 def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
-    """The weights in an mgq checkpoint, which says itself what it is."""
+    """The weights in an mgq checkpoint, whose metadata describe it."""
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with name_in_errors(name):
@@ -162,7 +162,7 @@ def recognize(
     spec: ModelSpec, state: State, name: str, kind: str, origin: str | None, hints: Hints = NO_HINTS
 ) -> Weights:
     """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
-    adapted = spec.adapted(state, hints)
+    adapted = spec.adapt(state, hints)
     options: Mapping[str, Any] = spec.read_options(state)
     how = hints.preprocessing
     if adapted is not None:
@@ -172,7 +172,7 @@ def recognize(
     network = build_network(spec, state, classes, options, name)
     if adapted is not None and adapted.unclear:
         raise InputError(f"{name} {adapted.unclear}")
-    layer = overflowing_layer(network)
+    layer = find_overflowing_layer(network)
     if layer is not None:
         raise InputError(f"{name} has finite weights so large that the layer {layer} overflows: take other weights")
     told = origin or f"{name} ({kind})"
@@ -201,7 +201,8 @@ def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) 
     if not spec.is_described and classes > classes_in(spec, state):
         there = state[spec.head].shape[0] if spec.head in state and state[spec.head].size else 0
         raise InputError(
-            f"{name} does not fit {spec.name}: it has a classifier of {there} outputs for {classes} classes"
+            f"{name} does not fit {spec.name}: it has a classifier of {plural(there, 'output')} for "
+            f"{plural(classes, 'class')}"
         )
 
 
@@ -211,7 +212,7 @@ def family_hint(spec: ModelSpec, state: State) -> str:
 
 
 def describe_differences(state: State, expected: State) -> str:
-    """What keeps ``state`` from loading strictly into ``expected``, in words: '' if nothing does."""
+    """Why ``state`` does not load strictly into ``expected``, in words; '' if it does."""
 
     def list_names(names: list[str], of: State) -> str:
         shown = ", ".join(f"{printable(name)[:80]} {tuple(of[name].shape)}" for name in names[:SHOWN])
@@ -272,7 +273,7 @@ def load_state(network: M.Module, state: State, what: str) -> None:
 
 
 def weight_beside(name: str, state: State) -> str:
-    """The parameter that the scales called ``name`` are of."""
+    """The parameter that belongs to the scales ``name``."""
     layer = name.removesuffix(".weight_fake_quant.scales")
     return next(own for own in (f"{layer}.conv.weight", f"{layer}.weight") if own in state)
 

@@ -226,9 +226,9 @@ def in_openvino(path: Path, pixels: Pixels) -> Logits:
 
 def in_onnxruntime(path: Path, pixels: Pixels) -> Logits:
     from mgq.runtime.onnxruntime import OnnxRuntime
-    from mgq.runtime.protocol import in_batches
+    from mgq.runtime.protocol import run_in_batches
 
-    return in_batches(OnnxRuntime(path), pixels)
+    return run_in_batches(OnnxRuntime(path), pixels)
 
 
 ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}

@@ -83,7 +83,7 @@ ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}
 
 def contenders_of_peers(path: Path, fed: npt.NDArray[np.float32], kept: FloatInput, names: Sequence[str]) -> Any:
     """The float file ``path`` itself and what each of the peers ``names`` makes of it, in each engine that runs it."""
-    yield from (Contender("float", engine, load(path), kept.fed) for engine, load in ENGINES.items())
+    yield from (Contender("float", engine, load(path), kept.to_input) for engine, load in ENGINES.items())
     folder = Path(tempfile.mkdtemp(prefix="mgq-peers-"))
     np.save(folder / "fed.npy", fed)
     for name in names:
@@ -94,7 +94,7 @@ def contenders_of_peers(path: Path, fed: npt.NDArray[np.float32], kept: FloatInp
             print(f"{name}: {last_line(said)}", file=sys.stderr, flush=True)
             continue
         engines = {"OpenVINO": in_openvino} if made.suffix == ".xml" else ENGINES
-        yield from (Contender(name, engine, load(made), kept.fed) for engine, load in engines.items())
+        yield from (Contender(name, engine, load(made), kept.to_input) for engine, load in engines.items())
 
 
 def contenders_of_mgq(normal: Classifier, int8: Classifier, folder: Path) -> Iterator[Contender]:
@@ -130,20 +130,20 @@ def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
     from mgq.data.image_sources import expand
     from mgq.engine.calibration.calibration_run import calibrate, spread_evenly
     from mgq.engine.classifier.import_wish import ImportWish
-    from mgq.engine.classifier.onnx_import import import_classifier, kept_input
+    from mgq.engine.classifier.onnx_import import find_float_input, import_classifier
     from mgq.engine.classifier.open import convert
     from mgq.ptq.presets import CalibrationConfig
     from mgq.quantization.modes import Mode
     from mgq.quantization.targets import ONNX
 
     classifier, _ = import_classifier(path, ImportWish(labels=names_in(options.unseen)), "")
-    kept = kept_input(classifier)
+    kept = find_float_input(classifier)
     fitted = spread_evenly(expand([str(options.calibration)]), options.images)
     sets = {
         name: seen_by(classifier, spread_evenly(expand([str(getattr(options, name))]), options.limit)) for name in SETS
     }
     found = calibrate(classifier, fitted, options.images, "", CalibrationConfig(options.quality, target=ONNX))
-    fed = kept.fed(seen_by(classifier, fitted).pixels)
+    fed = kept.to_input(seen_by(classifier, fitted).pixels)
     with tempfile.TemporaryDirectory(prefix="mgq-own-") as folder:
         int8 = convert(found.classifier, Mode.QUANTIZED)
         contenders = [*contenders_of_peers(path, fed, kept, options.peers)]

@@ -156,7 +156,7 @@ def threads(path: Path, rounds: int) -> None:
 def layers(path: Path, rounds: int) -> None:
     from mgq.bench.peak import PeakLoop
     from mgq.bench.settings import Precision
-    from mgq.export.native.compiler import Compiled, object_of
+    from mgq.export.native.compiler import CompiledProgram, object_of
     from mgq.export.native.cpu import NATIVE, get_level
     from mgq.export.native.emit.driver import emit_module
     from mgq.export.native.emit.team import HEADER
@@ -171,7 +171,7 @@ def layers(path: Path, rounds: int) -> None:
     plan = make_plan(program_of(read_onnx(path)), unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
     text = module.text.replace("define internal void @step(", "define void @step(")
-    library = Library(Compiled(object_of(text, level), module.constants, module.work), plan.program.classes)
+    library = Library(CompiledProgram(object_of(text, level), module.constants, module.work), plan.program.classes)
     library.run(IMAGE)
     step = ctypes.CFUNCTYPE(None, ctypes.c_size_t, *[ctypes.c_void_p] * 5, *[ctypes.c_size_t] * 2)(
         library.engine.get_function_address("step")

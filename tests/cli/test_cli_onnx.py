@@ -16,7 +16,7 @@ from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.open import open_classifier
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.targets import ONNX
-from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, the_error
+from tests.conftest import SIZE, Mgq, classifier_of, one_line_about, slow, the_error
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -86,7 +86,7 @@ def test_without_output_the_file_is_called_after_the_target(mgq: Mgq, calibrated
     assert Path(f"{ARCH}.quantized.onnx").is_file() and not Path(f"{ARCH}.quantized.megengine").exists()
 
 
-@pytest.mark.parametrize(("options", "target"), [((), "onnx"), (("--target", "megengine"), "megengine")])
+@pytest.mark.parametrize(("options", "target"), [((), "onnx"), slow(("--target", "megengine"), "megengine")])
 def test_installed_ranges_for_the_target_of_the_format_are_taken(
     mgq: Mgq, options: tuple[str, ...], target: str
 ) -> None:

@@ -34,7 +34,7 @@ from mgq.graph.layer_graph import (
     graph_of,
 )
 from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
-from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, odd_near, scale_behind, set_exact_scales
+from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, set_range
 from mgq.quantization.half_to_even import bias_steps, round_half_to_even
@@ -312,8 +312,8 @@ class TestFixedScales:
         assert avoid_ties(np.array([1e-9, 1e-30])).tolist() == [1 / 8191] * 2
 
     def test_an_odd_number_near(self) -> None:
-        assert [odd_near(v, 0) for v in (0.2, 1.9, 2.1, 100.0, 101.2)] == [1, 1, 3, 101, 101]
-        assert odd_near(99.0, 100.0) == 101 and odd_near(99.0, 99.0) == 99
+        assert [find_odd_near(v, 0) for v in (0.2, 1.9, 2.1, 100.0, 101.2)] == [1, 1, 3, 101, 101]
+        assert find_odd_near(99.0, 100.0) == 101 and find_odd_near(99.0, 99.0) == 99
 
     def test_they_travel_with_a_checkpoint_and_without_them_weights_have_their_own(self) -> None:
         network = calibrated(2)

@@ -120,7 +120,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
         ("train", *TRAINING, "--epochs", "1", "-s", "disk"),
         pytest.param(("calibrate", "-a", "efficientnet_lite0", "--data-free", "-s", "disk"), marks=pytest.mark.slow),
         ("dump", "-o", "disk/cat.megengine"),
-        ("dump", "--format", "onnx", "--check", "none", "-o", "disk/cat.onnx"),
+        pytest.param(("dump", "--format", "onnx", "--check", "none", "-o", "disk/cat.onnx"), marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(

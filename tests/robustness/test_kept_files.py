@@ -13,12 +13,15 @@ from mgq.engine.classifier import builtin_file, network_choice
 from mgq.engine.classifier.predict import infer
 from mgq.errors import FailureError, InputError
 from mgq.export.onnx import onnx_file
+from mgq.export.onnx.foreign_file import OWN_MARK, is_foreign
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.io.private_cache import read_private, write_private
 from mgq.runtime import engine_faults
+from mgq.runtime.onnxruntime import OnnxRuntime
 from mgq.runtime.registry import choose_backend
 from mgq.system.megengine_start import import_megengine
 from tests.conftest import Mgq
+from tests.fakes.small_disk import run_on_small_disk
 
 
 def kept(folder: Path) -> list[Path]:
@@ -37,13 +40,13 @@ def test_the_built_in_file_is_written_once_and_again_when_damaged_or_of_another_
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    genuine = builtin_file.written
+    genuine = builtin_file.write_file
 
     def counted(*words: object) -> Path | None:
         written.append(words)
         return genuine(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(builtin_file, "written", counted)
+    monkeypatch.setattr(builtin_file, "write_file", counted)
     first = infer()[0]
     assert infer()[0].scores == first.scores and len(written) == 1
     (path,) = kept(own_cache)
@@ -69,6 +72,26 @@ def test_a_full_disk_for_the_cache_costs_no_answer(
     monkeypatch.setattr("mgq.io.private_cache.atomic_write", full)
     assert "cat" in infer()[0].scores[0].name
     assert not kept(own_cache)
+
+
+FIRST_INFER = """
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+os.environ["MGQ_CACHE"] = str(folder / "cache")
+os.chdir(folder)
+from mgq.engine.classifier.predict import infer
+print(infer()[0].scores[0].name)
+print([str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["size=2m", "size=2m,ro"])
+def test_a_disk_that_has_no_room_for_the_file_keeps_no_half_of_it(tmp_path: Path, disk: str) -> None:
+    """The file has 5 MB."""
+    answer, left = run_on_small_disk(tmp_path, FIRST_INFER, disk).splitlines()
+    assert "cat" in answer and left == "[]"
 
 
 def test_a_run_an_option_or_another_target_is_not_the_built_in_file(own_cache: Path, tmp_path: Path) -> None:
@@ -139,6 +162,34 @@ def test_a_file_is_checked_once_and_again_where_the_verdict_cannot_be_trusted(
     with pytest.raises(InputError):
         read_onnx(file)
     assert len(checks) == 3
+
+
+def test_infer_reads_a_file_once_and_the_engine_keeps_no_copy(
+    mgq: Mgq, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    genuine = onnx_file.read_content
+
+    def counted(path: Path) -> bytes:
+        reads.append(path)
+        return genuine(path)
+
+    monkeypatch.setattr(onnx_file, "read_content", counted)
+    assert mgq("infer", "-c", file, bundled_cat()).code == 0 and reads == [file]
+    runtime = OnnxRuntime(file)
+    assert runtime.file.content == b"" and runtime.session._model_bytes is None
+    images = np.zeros((1, 3, 224, 224), np.uint8)
+    assert (runtime.run(images) == runtime.run(images)).all()
+
+
+@pytest.mark.parametrize("place", [0, 500_000, 999_000])
+def test_a_file_of_mgq_s_is_known_wherever_its_mark_is(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(bytes(place) + OWN_MARK + bytes(1_000_000 - place))
+    assert not is_foreign(path)
+    path.write_bytes(bytes(1_000_000))
+    with pytest.raises(InputError, match="no ONNX file"):
+        is_foreign(path)
 
 
 def test_an_entry_is_read_back_or_is_none(tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ class Analysis:
             "labelled": self.images.labels is not None,
             "image_size": classifier.image_size,
             "float_top1": found.float_top1,
-            "all_layers": plain(asdict(found.whole)),
-            "layers": [plain_layer(layer) for layer in found.layers],
+            "all_layers": to_plain(asdict(found.whole)),
+            "layers": [to_plain_layer(layer) for layer in found.layers],
             "calibration": dict(self.calibration),
             "versions": versions(),
             "remarks": self.remarks,
@@ -112,26 +112,26 @@ class Analysis:
         }
 
 
-def plain_layer(layer: LayerSensitivity) -> dict[str, Any]:
+def to_plain_layer(layer: LayerSensitivity) -> dict[str, Any]:
     return {
         "layer": layer.name,
         "kind": layer.kind,
-        "alone": plain(asdict(layer.alone)),
-        "weights": plain_values(layer.weights),
-        "activations": plain_values(layer.activations),
+        "alone": to_plain(asdict(layer.alone)),
+        "weights": to_plain_values(layer.weights),
+        "activations": to_plain_values(layer.activations),
         "carried_snr": finite(layer.carried_snr),
     }
 
 
-def plain_values(values: Values | None) -> dict[str, Any] | None:
+def to_plain_values(values: Values | None) -> dict[str, Any] | None:
     """The fields as plain data, without histograms and single channels."""
     if values is None:
         return None
     numbers = {name: finite(getattr(values, name)) for name in ("snr", "low", "high", "limit", "clipped")}
-    return {**numbers, "median_share": values.median_share, "dominating": values.dominating()}
+    return {**numbers, "median_share": values.median_share, "dominating": values.find_dominant_channels()}
 
 
-def plain(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
+def to_plain(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: finite(value) for name, value in numbers.items()}
 
 
@@ -140,7 +140,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def in_decibels(value: float | None, unit: str = "") -> str:
+def format_decibels(value: float | None, unit: str = "") -> str:
     """As tables show it, ``unit`` behind a number: ``exact`` where only float32's own rounding is left, ``-`` where
     there is nothing to say."""
     if value is None:
@@ -148,7 +148,7 @@ def in_decibels(value: float | None, unit: str = "") -> str:
     return "exact" if value > EXACT else f"{value:.1f}{unit}"
 
 
-def in_points(effect: Effect) -> str:
+def format_points(effect: Effect) -> str:
     """The change of top-1 and its standard error; ``-`` without labels."""
     if effect.top1_change is None or effect.top1_error is None:
         return "-"
@@ -235,13 +235,13 @@ def load_images(
     if named:
         return read_images(classifier, ", ".join(named), spread_evenly(expand(named), images), None, "")
     if data is not None:
-        return of_dataset(classifier, *find_dataset(classifier, data, on_progress, on_message), images)
+        return describe_dataset(classifier, *find_dataset(classifier, data, on_progress, on_message), images)
     try:
         dataset = evaluation_data(None, classifier.recipe, classifier.image_size, on_progress)
     except InputError as error:
         cat = make_views(classifier)[:images]
         return AnalyzedImages("the bundled cat's views", cat, None, f"the bundled cat stands in: {error}")
-    return of_dataset(classifier, match_classes(dataset, classifier.classes), "", images)
+    return describe_dataset(classifier, match_classes(dataset, classifier.classes), "", images)
 
 
 def find_dataset(
@@ -255,7 +255,7 @@ def find_dataset(
         return calibration_folder(data, on_progress), f"accuracy was not measured: {error}"
 
 
-def of_dataset(classifier: Classifier, dataset: Dataset, remark: str, images: int) -> AnalyzedImages:
+def describe_dataset(classifier: Classifier, dataset: Dataset, remark: str, images: int) -> AnalyzedImages:
     name = dataset.name
     chosen = subset(dataset, images)
     labels = None if remark else chosen.labels

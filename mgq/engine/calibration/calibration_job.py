@@ -18,9 +18,9 @@ from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import Evaluation, evaluate
 from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
-from mgq.engine.classifier.onnx_import import kept_input
+from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.events import NO_CALLBACKS, Callbacks, duration
 from mgq.io.atomic import ensure_writable_folder
 from mgq.ptq.calibrate import count_images_used
@@ -157,7 +157,7 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
         key=options.key,
     )
     if options.keep_input:
-        kept_input(classifier)  # which refuses where there is none
+        find_float_input(classifier)  # which refuses where there is none
     return classifier
 
 
@@ -178,10 +178,13 @@ def announce(
 ) -> None:
     """Report the number of images and the estimated time."""
     number = min(count_images(options), len(sources))
-    seconds = estimate_seconds(classifier, number, options.preset, options.method)
+    target = get_target(options.target or MEGENGINE.name)
+    seconds = estimate_seconds(classifier, number, options.preset, options.method, target)
     if options.preset == BEST:
         callbacks.on_message("--quality best is balanced now, which tries as much: it will go in the next release")
-    callbacks.on_message(f"calibrating on {number} pictures, quality {options.preset}: about {duration(seconds)}")
+    callbacks.on_message(
+        f"calibrating on {plural(number, 'picture')}, quality {options.preset}: about {duration(seconds)}"
+    )
 
 
 def calibrate_on(

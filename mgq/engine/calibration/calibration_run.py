@@ -40,7 +40,7 @@ from mgq.zoo.weight_loading import fingerprint
 
 RANGES_FILE = "ranges.json"
 TIMED = 8
-GRID_PASSES, JUDGING_PASSES = 1.5, 1.0
+GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
 LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
@@ -110,7 +110,7 @@ def calibrate(
         "images": seen.used,
         "of": len(sources),
         **describe_config(config, found, ranges.observer),
-        **of_all(classifier, f"mgq calibrate -a {arch} --images {images}{config.as_flags()}", config.target),
+        **common_provenance(classifier, f"mgq calibrate -a {arch} --images {images}{config.as_flags()}", config.target),
     }
     ranges = replace(ranges, provenance=provenance)
     result = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
@@ -155,7 +155,7 @@ def describe_config(config: CalibrationConfig, found: SearchResult, observer: st
 def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> Calibration:
     """Int8 of ``classifier`` (mode ``normal``) by what its batch norms say, without a picture."""
     provenance = {"pictures": "none: expected by the batch norms", "images": 0}
-    provenance |= of_all(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
+    provenance |= common_provenance(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
     network, ranges = calibrate_data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
     refuse_incomplete(network, ranges)
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
@@ -165,7 +165,7 @@ def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> C
     return Calibration(ranges, found, 0, (), beginning)
 
 
-def of_all(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
+def common_provenance(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
     """The provenance that every kind of calibration records."""
     return {
         "weights": classifier.origin,
@@ -212,7 +212,7 @@ class CalibrationImages:
                 self.on_message(line)
         self.on_message = None  # they are the same pictures the next time
 
-    def first(self, number: int) -> npt.NDArray[np.uint8]:
+    def take(self, number: int) -> npt.NDArray[np.uint8]:
         """The first ``number`` images: uint8 (N, 3, H, W)."""
         return CalibrationImages(self.classifier, self.sources[:number], log_progress, None).all()
 
@@ -228,9 +228,11 @@ class CalibrationImages:
             raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
 
 
-def estimate_seconds(classifier: Classifier, images: int, preset: str, method: str | None = None) -> float:
+def estimate_seconds(
+    classifier: Classifier, images: int, preset: str, method: str | None = None, target: Target = MEGENGINE
+) -> float:
     """About how long :func:`calibrate` will take here: from one timed pass of a few made-up pictures."""
-    chosen = CalibrationConfig(preset, method).make_preset()
+    chosen = CalibrationConfig(preset, method, target=target).make_preset()
     height, width = classifier.spec.only_size or (classifier.image_size, classifier.image_size)
     batch = Tensor(np.zeros((TIMED, 3, height, width), np.float32))
     classifier.network(batch).numpy()

@@ -7,6 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import plural
+
 FEWEST = 16
 """Fewer different pictures than these get a warning: their ranges may not hold for others."""
 _MEND = "give 100 or so that are like those it will see"
@@ -41,7 +43,9 @@ class Likeness:
         if self.count > 1 and self.different == 1 and not self.blank:
             found.append(f"all {self.count} calibration pictures are alike to the pixel: they count as one; {_MEND}")
         elif 0 < self.different < FEWEST and self.blank < self.count:
-            images = "1 picture" if self.count == 1 else f"{self.count} pictures"
             alike = f", {self.different} of them different" if self.different < self.count else ""
-            found.append(f"calibrated on {images}{alike}: ranges of so few may not hold for others; {_MEND}")
+            found.append(
+                f"calibrated on {plural(self.count, 'picture')}{alike}: "
+                f"ranges of so few may not hold for others; {_MEND}"
+            )
         return found

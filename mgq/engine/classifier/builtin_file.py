@@ -32,7 +32,7 @@ class BuiltinFile:
 
     path: Path
 
-    def opened(self, engine: str = AUTO, few: bool = False, threads: int | None = None) -> Classifier:
+    def open(self, engine: str = AUTO, few: bool = False, threads: int | None = None) -> Classifier:
         """The file as a classifier. Its origin is that of the weights, not the path in the cache."""
         found = open_file(self.path, engine, threads, few=few)
         runtime = found.network.runtime
@@ -60,7 +60,7 @@ def builtin_file(
     if not any(engine.is_installed for engine in BACKENDS if engine.suffix == SUFFIXES["onnx"]):
         return None
     name = f"{spec.name}.{version_key(spec.packaged.sha256, ranges)}"
-    found = kept(name)
+    found = find_file(name)
     if found is not None:
         return BuiltinFile(found)
     if not has_megengine():
@@ -68,7 +68,7 @@ def builtin_file(
     if spec.packaged.path() is None:
         return None
     start_megengine()
-    found = written(spec, name, on_progress)
+    found = write_file(spec, name, on_progress)
     return None if found is None else BuiltinFile(found)
 
 
@@ -82,7 +82,7 @@ def folder() -> Path:
     return cache_folder() / "networks"
 
 
-def kept(name: str) -> Path | None:
+def find_file(name: str) -> Path | None:
     """The file ``name`` in the cache, whose name ends in the hash of its content; None without a whole one."""
     try:
         if not is_own(folder().stat()):
@@ -96,7 +96,7 @@ def kept(name: str) -> Path | None:
     return None
 
 
-def written(spec: ModelSpec, name: str, on_progress: OnProgress) -> Path | None:
+def write_file(spec: ModelSpec, name: str, on_progress: OnProgress) -> Path | None:
     """Write the file to the cache; None where it cannot be written."""
     from mgq.engine.classifier.dump import source_of
     from mgq.engine.classifier.open import open_classifier

@@ -17,7 +17,7 @@ from mgq.data.transforms import eval_crop, eval_resize
 from mgq.engine.classifier.metrics import refuse_not_finite
 from mgq.machine import package_version
 from mgq.quantization.option_names import Mode
-from mgq.runtime.protocol import BatchRuntime, in_batches
+from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.registry import ModelSpec
@@ -67,7 +67,7 @@ class Classifier:
     def logits(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 (N, 3, H, W), BGR -> float32 (N, classes). Raises FailureError where they are not finite."""
         runtime: BatchRuntime | None = getattr(self.network, "runtime", None)
-        result = answers_of_megengine(self.network, batch) if runtime is None else in_batches(runtime, batch)
+        result = run_megengine(self.network, batch) if runtime is None else run_in_batches(runtime, batch)
         refuse_not_finite(result)
         return result
 
@@ -112,7 +112,7 @@ def versions() -> dict[str, str]:
     return {**packages, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
-def answers_of_megengine(network: M.Module, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def run_megengine(network: M.Module, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
     from megengine import Tensor
 

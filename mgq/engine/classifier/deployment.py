@@ -17,11 +17,11 @@ from mgq.engine.classifier.dump import Dump, dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.parity import list_backends
 from mgq.export.onnx.writer import plain_graph
-from mgq.graph.engine_forms import FORMS, in_form_for
+from mgq.graph.engine_forms import FORMS, adapt_to_engine
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
-from mgq.runtime.protocol import BatchRuntime, in_batches
+from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.runtime.registry import Backend
 
 ROUNDS, SECONDS = 60, 3.0
@@ -104,7 +104,9 @@ def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images, kee
         beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
         exact = normal_logits(normal, images)
         rows = tuple(
-            engine_row(engine, beside.path, [path, *own_form(int8, path, engine.key, keep_input)], exact, images)
+            engine_row(
+                engine, beside.path, [path, *write_engine_form(int8, path, engine.key, keep_input)], exact, images
+            )
             for engine in list_backends(path)
         )
     drop_slower_forms(path, rows)
@@ -129,17 +131,17 @@ def write_candidates(normal: Classifier, int8: Classifier, folder: Path) -> list
     name = normal.spec.name
     floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
     integers = dump_classifier(int8, folder / f"{name}.int8.onnx", batch=None).path
-    forms = [form for engine in list_backends(integers) for form in own_form(int8, integers, engine.key)]
+    forms = [form for engine in list_backends(integers) for form in write_engine_form(int8, integers, engine.key)]
     return [floats, integers, *forms]
 
 
-def own_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:
+def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:
     """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
     if engine not in FORMS:
         return []
     beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
     graph = plain_graph(source_of(int8), int8.image_size)
-    if in_form_for(graph, engine) is graph:
+    if adapt_to_engine(graph, engine) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []
     return [dump_classifier(int8, beside, batch=None, engine=engine, keep_input=keep_input).path]
@@ -175,7 +177,7 @@ def engine_row(
     place = taken.index(int8_ms)
     float_ms = taken[-1] if len(runtimes) > len(candidates) else None
     int8 = candidates[place]
-    found = in_batches(int8, images).astype(np.float64)
+    found = run_in_batches(int8, images).astype(np.float64)
     same = float((exact.argmax(1) == found.argmax(1)).mean() * 100)
     return EngineRow(int8.name, int8.version, float_ms, int8_ms, same, snr_of(found, exact), integers[place])
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
-from mgq.engine.classifier.onnx_import import kept_input
+from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import FailureError, InputError, no_such, printable
 from mgq.export.formats import INPUTS, SUFFIXES, format_of
@@ -151,7 +151,7 @@ def dump_onnx(
 ) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
-    kept = kept_input(classifier) if keep_input else None
+    kept = find_float_input(classifier) if keep_input else None
     if kept is not None and classifier.mode is Mode.NORMAL:
         raise InputError("--keep-input is for int8: the float file with its input is the one that was imported")
     report = write_onnx(
@@ -164,7 +164,7 @@ def dump_onnx(
         engine=engine,
         kept=kept,
     )
-    return Dump(path, "onnx", report.size, "ONNX's checker accepts it", kept.said() if kept else "")
+    return Dump(path, "onnx", report.size, "ONNX's checker accepts it", kept.describe() if kept else "")
 
 
 def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:

@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from mgq.data import SYNTHETIC
 from mgq.data.augmentation import EvalTransform, Transform
-from mgq.data.datasets import Dataset, Selection, evaluation_folder, measuring_folder
+from mgq.data.datasets import Dataset, Selection, evaluation_folder, validation_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.distributed.team import Team, current_team, send_work
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
@@ -220,7 +220,9 @@ def evaluate(
         with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
             return _evaluate_in_team(team, classifier, loader, prepare, on_progress)
     if not 1 <= jobs <= usable_cores():
-        raise InputError(f"--jobs {jobs} is not possible on {usable_cores()} cores: give 1 to {usable_cores()}")
+        raise InputError(
+            f"--jobs {jobs} is not possible on {plural(usable_cores(), 'core')}: give 1 to {usable_cores()}"
+        )
     with evaluation_loader(classifier, dataset, batch_size, workers, max_bad) as loader:
         jobs = min(jobs, len(loader))
         if jobs > 1:
@@ -268,7 +270,7 @@ def evaluation_data(
         raise InputError(
             f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
         )
-    return measuring_folder(Path(data), on_progress, on_message)
+    return validation_folder(Path(data), on_progress, on_message)
 
 
 def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
@@ -295,8 +297,9 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
         raise InputError(
-            f"{dataset.name} has {len(unknown)} classes that the network does not know ({_join_names(unknown)}; "
-            f"it knows {_join_names(names)}): give pictures of its classes with -d, or weights for these with -c"
+            f"{dataset.name} has {plural(len(unknown), 'class')} that the network does not know "
+            f"({_join_names(unknown)}; it knows {_join_names(names)}): give pictures of its classes with -d, or "
+            "weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]
@@ -328,7 +331,7 @@ def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
     yield _Answers(np.zeros((0, len(loader.dataset.classes)), np.float32), none, none, dict(loader.problems))
 
 
-class _Found(NamedTuple):
+class _PartialResult(NamedTuple):
     """What one process found: see :class:`_Tally`."""
 
     meter: Meter
@@ -353,13 +356,13 @@ class _Tally:
             raise InputError(f"{loader.dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
 
     @property
-    def found(self) -> _Found:
+    def found(self) -> _PartialResult:
         """The accumulated values, to be sent to other processes."""
-        return _Found(self.meter, self.losses, self.parts, self.problems)
+        return _PartialResult(self.meter, self.losses, self.parts, self.problems)
 
-    def merge(self, parts: Sequence[_Found]) -> None:
+    def merge(self, parts: Sequence[_PartialResult]) -> None:
         """Take over what all ``parts`` found, this process's own included."""
-        self.meter = Meter.summed([part.meter for part in parts])
+        self.meter = Meter.add_up([part.meter for part in parts])
         self.losses = [loss for part in parts for loss in part.losses]
         self.parts = [numbers for part in parts for numbers in part.parts]
         self.problems = {index: line for part in parts for index, line in part.problems.items()}
@@ -387,8 +390,8 @@ class _Tally:
         outputs = logits.shape[1]
         if labels.max() >= outputs or labels.min() < 0:
             raise InputError(
-                f"{self.loader.dataset.name} has {len(self.loader.dataset.classes)} classes and the network has"
-                f" {outputs} outputs: give pictures of its classes"
+                f"{self.loader.dataset.name} has {plural(len(self.loader.dataset.classes), 'class')} and the network "
+                f"has {plural(outputs, 'output')}: give pictures of its classes"
             )
         refuse_not_finite(logits)
 
@@ -440,8 +443,8 @@ class _Deal(Loader):
     def refuse_too_many(self, problems: Mapping[int, str]) -> None:
         """Raise InputError if ``problems`` of all parts together are more than ``max_bad`` allows."""
         if self._are_too_many(problems):
-            self._noted(problems)
-            raise self._too_many()
+            self._note_problems(problems)
+            raise self._too_many_error()
 
 
 @dataclass(frozen=True)
@@ -464,13 +467,13 @@ class _Work:
         import cv2
 
         cv2.setNumThreads(1)
-        classifier = self.opened()
+        classifier = self.open()
         with _Deal(self.loader(), self.part, self.of) as loader:
             channel.wait_for_all()
             for answers in _answers(classifier.logits, loader):
                 channel.send(answers)
 
-    def opened(self) -> Classifier:
+    def open(self) -> Classifier:
         if self.engine is not None:
             return open_file(self.checkpoint, self.engine, threads=1)
         from mgq.engine.classifier.open import open_classifier
@@ -535,7 +538,7 @@ class _TeamWork:
             own = Path(folder) / self.work.checkpoint.name
             own.write_bytes(self.content)
             work = replace(self.work, checkpoint=own)
-            classifier = work.opened()
+            classifier = work.open()
             with work.loader() as loader:
                 evaluate_loader(classifier.logits, loader, group=_InTeam(team))
 

@@ -45,7 +45,7 @@ def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation)
             "classes in the order of the outputs (--labels)?"
         )
     return (
-        f"top-1 is at the level of chance with the input as {had.said()}: on {pictures} {best} gives "
+        f"top-1 is at the level of chance with the input as {had.describe()}: on {pictures} {best} gives "
         f"{shares[best]:.1f} %; pass it with -c FILE.onnx"
     )
 

@@ -90,7 +90,7 @@ class Meter:
         }
 
     @classmethod
-    def summed(cls, parts: Sequence[Meter]) -> Meter:
+    def add_up(cls, parts: Sequence[Meter]) -> Meter:
         """What ``parts`` have counted together."""
         counts = zip(*(part.state().values() for part in parts), strict=True)
         images, loss_sum, correct1, correct5 = (sum(count) for count in counts)

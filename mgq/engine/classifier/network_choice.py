@@ -58,7 +58,7 @@ def choose_network(
     if mode is Mode.QUANTIZED and kept and not any(plain) and target != MEGENGINE and reads_onnx(engine):
         file = builtin_file(arch, save, pretrained, start_megengine, on_progress)
         if file is not None:
-            return file.opened(engine or AUTO, few, threads)
+            return file.open(engine or AUTO, few, threads)
     start_for(checkpoint, start_megengine)
     from mgq.engine.classifier.open import open_classifier
     from mgq.quantization.activation_ranges import read_ranges

@@ -16,7 +16,7 @@ from megengine import Tensor
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
-from mgq.errors import FailureError, InputError, printable
+from mgq.errors import FailureError, InputError, plural, printable
 from mgq.events import OnMessage, log_message
 from mgq.export.onnx.float_input import FloatInput
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
@@ -36,7 +36,7 @@ from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.input_contract import InputContract, contract_called
 from mgq.zoo.layers import without_initialization
-from mgq.zoo.registry import BLUEPRINT, SOURCE, described_spec, specs
+from mgq.zoo.registry import BLUEPRINT, SOURCE, register_blueprint, specs
 
 EQUAL = 1e-4
 """Of the largest number in a tensor: by so much float answers may differ from ONNX Runtime's."""
@@ -51,9 +51,7 @@ ENTRY = "entry"
 Array = npt.NDArray[np.float32]
 
 
-def imported_checkpoint(
-    path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = log_message
-) -> Path:
+def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = log_message) -> Path:
     """The checkpoint of ``path``, an ONNX file of another program, under ``save``: the one that is there, or a new one.
 
     One that is there is of the same file, and of the same ``wish`` where anything is wished. Raises InputError for
@@ -128,11 +126,11 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     fold_contract(draft, contract)
     network = network_of(draft.blueprint(), draft)
     classes = names_for(network.blueprint.classes, wish.labels)
-    source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.said()}
+    source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.describe()}
     source |= {"wish": wish_words(wish), "channels": file.image[0], ENTRY: asdict(entry_of(file, draft, contract))}
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
-    spec = described_spec(name_for(path), options)
-    origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.said()})"
+    spec = register_blueprint(name_for(path), options)
+    origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.describe()})"
     classifier = Classifier(network, None, spec, Mode.NORMAL, classes, spec.image_size, origin, options)
     return classifier, remarks_on(file, draft, contract, wish, difference)
 
@@ -145,7 +143,7 @@ def entry_of(file: ForeignFile, draft: NetworkDraft, contract: InputContract) ->
     return FloatInput(file.input, shape, file.channels_last, contract.order, contract.mean, contract.std, output)
 
 
-def kept_input(classifier: Classifier) -> FloatInput:
+def find_float_input(classifier: Classifier) -> FloatInput:
     """The float input of the file that ``classifier`` was imported from. Raises InputError where it was not."""
     source = source_among(classifier.options)
     if not source:
@@ -164,7 +162,7 @@ def remarks_on(
     if difference is not None:
         equal = f"float answers as ONNX Runtime's (largest difference {difference:.1e} of the largest number)"
     default = "" if not wish.is_open else ", the default: --preprocess tf, caffe or raw for others"
-    return [f"{layers} layers of opset {file.opset}, {equal}", f"input as {contract.said()}{default}"]
+    return [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", f"input as {contract.describe()}{default}"]
 
 
 def draft_network(file: ForeignFile) -> NetworkDraft:
@@ -278,7 +276,7 @@ def names_in_file(path: Path, classes: int) -> tuple[str, ...]:
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{shown} is no list of class names: one a line, or a list in JSON") from None
     if len(found) != classes:
-        raise InputError(f"{shown} has {len(found)} names for a network of {classes} classes")
+        raise InputError(f"{shown} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}")
     if len(set(found)) != len(found):
         raise InputError(f"{shown} has a name twice")
     return found

@@ -22,7 +22,7 @@ from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, is_never_negative
-from mgq.runtime.protocol import batches_of, in_batches
+from mgq.runtime.protocol import batches_of, run_in_batches
 from mgq.runtime.registry import BACKENDS, Backend
 from mgq.zoo.layers import forward_hooks
 
@@ -90,7 +90,7 @@ def measure_parity(path: Path, images: Images, wanted: Logits) -> Iterator[Parit
     """
     for engine in list_backends(path):
         runtime = engine.load(path, 1)
-        found = in_batches(runtime, images)
+        found = run_in_batches(runtime, images)
         step = float(np.abs(wanted).max()) / STEPS
         differences = np.abs(found - wanted) / step
         same = 100 * float((found.argmax(1) == wanted.argmax(1)).mean())

@@ -19,7 +19,7 @@ from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.network_choice import choose_network
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode, parse_mode
@@ -117,7 +117,7 @@ def check_topk(classifier: Classifier, topk: int | None) -> int:
     classes = len(classifier.classes)
     topk = min(SHOWN, classes) if topk is None else topk
     if not 1 <= topk <= classes:
-        raise InputError(f"top {topk} of {classes} classes is not possible: give 1 to {classes}")
+        raise InputError(f"top {topk} of {plural(classes, 'class')} is not possible: give 1 to {classes}")
     return topk
 
 

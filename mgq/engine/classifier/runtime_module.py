@@ -16,7 +16,7 @@ from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import MEGENGINE, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
-from mgq.runtime.protocol import BatchRuntime, FileRuntime, in_batches
+from mgq.runtime.protocol import BatchRuntime, FileRuntime, run_in_batches
 from mgq.runtime.registry import load
 
 OWN_CHOICE = "xpux"
@@ -56,7 +56,7 @@ class RuntimeModule(QuantizedModule):  # type: ignore[misc]
         self.eval()  # nothing else is possible
 
     def forward(self, inp: Tensor) -> Tensor:
-        return Tensor(in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
+        return Tensor(run_in_batches(self.runtime, (inp.numpy() + 128).astype(np.uint8)))
 
     @classmethod
     def from_qat_module(cls, qat_module: M.Module, image_size: int) -> RuntimeModule:

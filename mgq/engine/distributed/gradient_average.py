@@ -57,7 +57,7 @@ class HalfExchange:
         parts = np.zeros((team.size, self.part), np.float32)
         parts.reshape(-1)[: array.size] = array
         self.received: Halves = np.empty((team.size, self.part + _SCALE), np.float16)
-        self.sent = packed(parts)
+        self.sent = pack(parts)
         self.request = team.comm.Ialltoall(as_bytes(self.sent), as_bytes(self.received))
         self.is_summed = False
 
@@ -65,10 +65,10 @@ class HalfExchange:
         if not self.team.is_done(self.request):
             return False
         if self.is_summed:
-            self.array[:] = unpacked(self.received).reshape(-1)[: self.array.size]
+            self.array[:] = unpack(self.received).reshape(-1)[: self.array.size]
             return True
         # In another communicator: exchanges have to begin in the same order everywhere within each.
-        self.sent = packed(unpacked(self.received).sum(0, keepdims=True))
+        self.sent = pack(unpack(self.received).sum(0, keepdims=True))
         self.received = np.empty_like(self.received)
         self.request = self.team.second.Iallgather(as_bytes(self.sent), as_bytes(self.received))
         self.is_summed = True
@@ -79,7 +79,7 @@ _SCALE = 2  # halves that hold one float32
 _LARGEST = np.float32(2.0**14)
 
 
-def packed(rows: Array) -> Halves:
+def pack(rows: Array) -> Halves:
     """float32 (R, N) -> float16 (R, 2 + N): each row as multiples of a power of two, which stands in front of it."""
     largest = np.abs(rows).max(1, initial=0).astype(np.float32)
     _, exponent = np.frexp(np.maximum(largest, np.float32(1e-30)))
@@ -92,8 +92,8 @@ def packed(rows: Array) -> Halves:
     return result
 
 
-def unpacked(rows: Halves) -> Array:
-    """What :func:`packed` was given, rounded."""
+def unpack(rows: Halves) -> Array:
+    """What :func:`pack` was given, rounded."""
     scale = np.ascontiguousarray(rows[:, :_SCALE]).view(np.float32)
     result: Array = rows[:, _SCALE:].astype(np.float32) * scale
     return result

@@ -16,7 +16,7 @@ from megengine.quantization.observer import MinMaxObserver
 
 from mgq.cpu_kernels.fake_quantization import set_value
 from mgq.cpu_kernels.statistics_exchange import Sums, exchanging
-from mgq.cpu_kernels.tensor_exchange import Array, put, values
+from mgq.cpu_kernels.tensor_exchange import Array, values, write_state
 from mgq.engine.distributed.gradient_average import GradientAverage, bounds
 from mgq.engine.distributed.process_group import ProcessGroup, Result, Thing, Work
 from mgq.engine.distributed.team import Team, current_team, send_work
@@ -71,15 +71,15 @@ class MpiGroup(ProcessGroup):
             self.team.wait(request)
             np.divide(flat, np.float32(self.world_size), out=flat)
             for tensor, (start, end) in zip(tensors, bounds(tensors), strict=True):
-                put(tensor, flat[start:end])
+                write_state(tensor, flat[start:end])
 
         return finish
 
     def merge_ranges(self, network: M.Module) -> None:
         observers = [m for m in network.modules() if isinstance(m, MinMaxObserver) and m.enabled]
         seen = [observer for observer in observers if not isinstance(observer, CurrentRangeObserver)]
-        self.replace([observer.min_val for observer in seen], lambda array: self.reduced(array, "MIN"))
-        self.replace([observer.max_val for observer in seen], lambda array: self.reduced(array, "MAX"))
+        self.replace([observer.min_val for observer in seen], lambda array: self.reduce(array, "MIN"))
+        self.replace([observer.max_val for observer in seen], lambda array: self.reduce(array, "MAX"))
 
     def replace(self, tensors: list[Any], exchange: Callable[[Array], Array]) -> None:
         """Give ``tensors`` what ``exchange`` makes of all their values together, float32 (N,)."""
@@ -94,17 +94,17 @@ class MpiGroup(ProcessGroup):
     def exchanging(self, batch_norm: bool) -> contextlib.AbstractContextManager[None]:
         return exchanging(self, batch_norm)
 
-    def widest(self, extremes: Array) -> Array:
+    def merge_extremes(self, extremes: Array) -> Array:
         smallest, largest = extremes.reshape(-1)
-        found: Array = self.reduced(np.array([-smallest, largest], np.float32), "MAX")
+        found: Array = self.reduce(np.array([-smallest, largest], np.float32), "MAX")
         found[0] = -found[0]
         return found
 
-    def summed(self, values: Sums) -> Sums:
-        found: Sums = self.reduced(values, "SUM")
+    def add_up(self, values: Sums) -> Sums:
+        found: Sums = self.reduce(values, "SUM")
         return found
 
-    def reduced(self, array: Any, operation: str) -> Any:
+    def reduce(self, array: Any, operation: str) -> Any:
         """``array`` with those of all processes, by an operation that MPI calls so."""
         from mpi4py import MPI
 

@@ -44,7 +44,7 @@ def launch_on_gpus(cluster: Cluster, work: Work[Result], callbacks: Callbacks, p
                 callbacks.on_progress(message)
             elif isinstance(message, str):
                 callbacks.on_message(message)
-            elif isinstance(message, _Found):
+            elif isinstance(message, _TaskResult):
                 found.append(message.result)
             if callbacks.should_stop() and not found:
                 raise EndedError
@@ -52,7 +52,7 @@ def launch_on_gpus(cluster: Cluster, work: Work[Result], callbacks: Callbacks, p
 
 
 @dataclass(frozen=True)
-class _Found:
+class _TaskResult:
     result: Any
 
 
@@ -83,4 +83,4 @@ class _Part:
         mge._full_sync()
         dist.group_barrier()
         if speaks:
-            channel.send(_Found(result))
+            channel.send(_TaskResult(result))

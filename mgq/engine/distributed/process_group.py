@@ -99,7 +99,7 @@ class ProcessGroup:
         """Let the first process's view know that ``steps`` of the epoch are behind, after ``seconds`` in it."""
 
 
-def on_processor() -> bool:
+def runs_on_processor() -> bool:
     """Whether networks run on the processor here."""
     return bool(mge.get_default_device().startswith("cpu")) or not gpus()
 

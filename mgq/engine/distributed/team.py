@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mgq.errors import FailureError, InputError, MgqError, printable
+from mgq.errors import FailureError, InputError, MgqError, plural, printable
 from mgq.machine import PACKAGES, package_version
 from mgq.system.mpi_world import MEND, World
 from mgq.system.supervision import PATIENCE_S, SILENCE_S, Link
@@ -167,8 +167,8 @@ def join_team(world: World, link: Link, words: Sequence[str]) -> Team:
     comm = MPI.COMM_WORLD
     if comm.Get_size() != world.size:
         raise InputError(
-            f"the launcher started {world.size} processes and mpi4py sees {comm.Get_size()}: it belongs to another "
-            f"MPI, take that one's mpirun, or {MEND}"
+            f"the launcher started {plural(world.size, 'process')} and mpi4py sees {comm.Get_size()}: it "
+            f"belongs to another MPI, take that one's mpirun, or {MEND}"
         )
     team = Team(comm, link)
     hub = next((m["hub"] for m in link.read() if "hub" in m), None) if team.rank == 0 else None

@@ -144,7 +144,7 @@ class RunFolder:
         after a kill between the two, ``keep_metrics`` drops what is done again.
         """
         if self._tensorboard and self._events is None:
-            self._events = EventsFile.following(self.path / EVENTS, self.metrics())
+            self._events = EventsFile.continue_after(self.path / EVENTS, self.metrics())
         line = json.dumps({name: _write_strictly(value) for name, value in entry.items()}, allow_nan=False)
         append_whole(self.path / METRICS, f"{line}\n".encode(), sync=True)
         if self._events is not None:

@@ -46,7 +46,7 @@ class EventsFile:
         self._write(_event(file_version="brain.Event:2"))
 
     @classmethod
-    def following(cls, folder: Path, earlier: Sequence[Mapping[str, Any]]) -> EventsFile:
+    def continue_after(cls, folder: Path, earlier: Sequence[Mapping[str, Any]]) -> EventsFile:
         """A new file that goes on after the entries ``earlier``, the only ones to be shown of earlier files.
 
         Where there are no earlier files, ``earlier`` is written to this one.

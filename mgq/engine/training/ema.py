@@ -38,7 +38,7 @@ class ModelEma:
             else:
                 average += share * (value - average)
 
-    def averaged(self, network: M.Module) -> M.Module:
+    def make_averaged_copy(self, network: M.Module) -> M.Module:
         """A copy of ``network`` with the averaged weights."""
         result = deepcopy(network)
         result.load_state_dict(self.values)

@@ -11,7 +11,7 @@ from mgq.engine.classifier.open import find_newest_arch, find_newest_run, list_w
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.training_sets import Sets, read_sets
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.events import Callbacks
 from mgq.quantization.modes import Mode
 from mgq.weights.foreign_states import State
@@ -95,10 +95,10 @@ def has_classes_of(weights: Weights, dataset: Dataset) -> bool:
 
 def classes_in_words(weights: Weights) -> str:
     if weights.info is None or not weights.info.classes:
-        return f"{weights.classes} classes"
+        return plural(weights.classes, "class")
     shown = ", ".join(printable(name) for name in weights.info.classes[:3])
     more = f" and {weights.classes - 3} more" if weights.classes > 3 else ""
-    return f"{weights.classes} classes ({shown}{more})"
+    return f"{plural(weights.classes, 'class')} ({shown}{more})"
 
 
 def resolve_network(train_options: TrainOptions, changes: dict[str, Any]) -> tuple[ModelSpec, Weights | None]:

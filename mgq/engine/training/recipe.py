@@ -130,14 +130,14 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as text that :func:`read_changes` reads."""
-        return tomli_w.dumps(plain(self))
+        return tomli_w.dumps(to_plain(self))
 
 
 def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def plain(recipe: Recipe) -> dict[str, Any]:
+def to_plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, as JSON and TOML have it."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.distributed.process_group import check_cluster, gpus, on_processor
+from mgq.engine.distributed.process_group import check_cluster, gpus, runs_on_processor
 from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, check_changes, option, read_changes
 from mgq.errors import InputError
 from mgq.machine import has_bfloat16
@@ -71,7 +71,7 @@ def all_changes(train_options: TrainOptions, mode: Mode) -> dict[str, Any]:
 
 def refuse_bfloat16() -> None:
     """Raises InputError where convolutions cannot be trained in bfloat16."""
-    if not on_processor():
+    if not runs_on_processor():
         raise InputError("--bf16 is for processors: leave it out, or take --amp on a GPU")
     if not has_bfloat16():
         raise InputError("--bf16 needs a processor with avx512_bf16 or amx_bf16, which this one has not: leave it out")

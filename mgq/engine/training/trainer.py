@@ -28,7 +28,7 @@ from mgq.engine.classifier.evaluate import Evaluation, evaluate_loader
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.open import versions
 from mgq.engine.classifier.runtime_module import int8_runtime
-from mgq.engine.distributed.process_group import ProcessGroup, on_processor
+from mgq.engine.distributed.process_group import ProcessGroup, runs_on_processor
 from mgq.engine.runs.curves import Mark
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
@@ -36,7 +36,7 @@ from mgq.engine.training.ema import ModelEma
 from mgq.engine.training.input_layer import find_input_layer
 from mgq.engine.training.linear_probe import fit_linear_probe
 from mgq.engine.training.losses import cross_entropy, distillation
-from mgq.engine.training.recipe import Recipe, plain
+from mgq.engine.training.recipe import Recipe, to_plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
@@ -46,7 +46,7 @@ from mgq.quantization.activation_ranges import apply_ranges, observe_weights
 from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 from mgq.quantization.qat import Phase, plain_qat, set_phase
 from mgq.quantization.targets import get_target
-from mgq.runtime.protocol import BatchRuntime, in_batches
+from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import is_observed
@@ -152,12 +152,12 @@ class Trainer:
         if self.examples is None or self.recipe.mode == "qat":
             return
 
-        def told(progress: Progress) -> None:
+        def report(progress: Progress) -> None:
             self.callbacks.on_progress(progress)
             self.stop_if_asked(keep=False)
 
         name = head_of(self.recipe).removesuffix(".")
-        fit_linear_probe(self.network, name, self.examples, self.recipe.label_smoothing, told)
+        fit_linear_probe(self.network, name, self.examples, self.recipe.label_smoothing, report)
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
@@ -204,7 +204,7 @@ class Trainer:
             weight_rounding=BY_GPTQ if thorough else TO_NEAREST,
             target=get_target(self.recipe.target),
         )
-        found = self.validated(calibrated)
+        found = self.validate(calibrated)
         self.keep_if_best(0, found, calibrated)
         self.start = figures_of(found)
 
@@ -273,7 +273,7 @@ class Trainer:
                 self.scaler.backward(self.manager, loss)
         value = float(loss.numpy().item())
         if not math.isfinite(value):
-            raise InputError(self.lost(value))
+            raise InputError(self.describe_divergence(value))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_factor"]
         self.optimizer.step().clear_grad()
@@ -302,7 +302,7 @@ class Trainer:
         """That of the step under way, taken in the middle of it."""
         return learning_rate(self.recipe, (self.steps_done + 0.5) / len(self.train))
 
-    def lost(self, value: float) -> str:
+    def describe_divergence(self, value: float) -> str:
         kept = f"{self.run.checkpoint} is the last good one" if self.best else "no checkpoint was written yet"
         return (
             f"the loss became {value} at step {self.steps_done + 1} (epoch {self.epoch + 1}): "
@@ -315,7 +315,7 @@ class Trainer:
         """Measure, keep what is best, note the figures, keep the state: in this order, so that a kill in between
         leaves a state from which all of it is done again."""
         meters = self.group.gather(self.meter)
-        meter, share = Meter.summed(meters), len(meters) / self.group.world_size
+        meter, share = Meter.add_up(meters), len(meters) / self.group.world_size
         entry: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.steps_done,
@@ -346,8 +346,8 @@ class Trainer:
 
     def measure(self, epoch: int) -> Evaluation:
         """Validate, and keep what is the best so far; ``epoch`` counts from 1, 0 is the start."""
-        network = self.measured_network()
-        found = self.validated(network)
+        network = self.choose_measured_network()
+        found = self.validate(network)
         self.keep_if_best(epoch, found, network)
         return found
 
@@ -357,13 +357,13 @@ class Trainer:
             self.best = {"epoch": epoch, **figures_of(found)}
             self.keep_best(network)
 
-    def validated(self, network: M.Module) -> Evaluation:
+    def validate(self, network: M.Module) -> Evaluation:
         network.eval()
         int8 = self.int8_runtime(network)
 
         def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
             if int8 is not None:
-                return in_batches(int8, images)
+                return run_in_batches(int8, images)
             answer: npt.NDArray[np.float32] = network(pixels_of(images)).numpy()
             return answer
 
@@ -374,13 +374,13 @@ class Trainer:
 
         None for others, on a GPU, and where the engine is not installed: there the network stands for itself.
         """
-        if self.recipe.mode == "qat" and on_processor():
+        if self.recipe.mode == "qat" and runs_on_processor():
             with contextlib.suppress(InputError):
                 return int8_runtime(plain_qat(network), self.recipe.image_size)
         return None
 
-    def measured_network(self) -> M.Module:
-        network = self.network if self.average is None else self.average.averaged(self.network)
+    def choose_measured_network(self) -> M.Module:
+        network = self.network if self.average is None else self.average.make_averaged_copy(self.network)
         observe_weights(network)  # they are one step ahead of the ranges that were seen of them
         return network
 
@@ -422,7 +422,7 @@ class Trainer:
             progress["average_steps"] = self.average.steps
         if self.scaler is not None:
             progress["scale"] = self.scaler.scale_factor
-        return TrainingState(tensors, progress, plain(self.recipe), versions())
+        return TrainingState(tensors, progress, to_plain(self.recipe), versions())
 
     def load(self, state: TrainingState) -> None:
         """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
@@ -460,7 +460,7 @@ class Trainer:
             self.scaler.scale_factor = state.progress["scale"]
 
     def save(self) -> None:
-        meter = Meter.summed(self.group.gather(self.meter))
+        meter = Meter.add_up(self.group.gather(self.meter))
         if self.group.is_first:
             self.run.write_state(self.state(meter))
         self._saved_at = time.monotonic()

@@ -28,7 +28,7 @@ from mgq.engine.distributed.process_group import (
     ProcessGroup,
     check_cluster,
     gpus,
-    on_processor,
+    runs_on_processor,
 )
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import LAST, RunFolder
@@ -41,7 +41,7 @@ from mgq.engine.training.initial_weights import (
     resolve_network,
 )
 from mgq.engine.training.input_layer import input_layer_lr_scale
-from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, plain, restore_recipe
+from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, restore_recipe, to_plain
 from mgq.engine.training.train_options import (
     TrainOptions,
     all_changes,
@@ -51,7 +51,7 @@ from mgq.engine.training.train_options import (
 )
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, make_measuring_loader, read_sets
-from mgq.errors import FailureError, InputError, MgqError, printable
+from mgq.errors import FailureError, InputError, MgqError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
 from mgq.io.records import record_of
@@ -168,8 +168,8 @@ def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> Tra
     )
     if given.classes != len(sets.train.classes) and initial.classes is None:
         raise InputError(
-            f"{given.origin} answers {given.classes} classes and {sets.train.name} has {len(sets.train.classes)}; "
-            f"run `mgq train -a {spec.name} -d {data}` first"
+            f"{given.origin} answers {plural(given.classes, 'class')} and {sets.train.name} has "
+            f"{len(sets.train.classes)}; run `mgq train -a {spec.name} -d {data}` first"
         )
     job = make_job(train_options, Mode.QAT, spec, data, sets, initial, changes)
     if at_hand:
@@ -247,7 +247,7 @@ def make_job(
         origin=f"trained on {sets.train.name}, from {initial.origin}",
         options=dict(recipe.options),
         target=recipe.target,
-        recipe=plain(recipe),
+        recipe=to_plain(recipe),
         versions=versions(),
         preprocessing=initial.preprocessing,
     )
@@ -291,7 +291,9 @@ def name_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
     if number is None or number == len(names):
         return names
     if number < len(names):
-        raise InputError(f"--classes {number} is fewer than the {len(names)} classes of the pictures: give no less")
+        raise InputError(
+            f"--classes {number} is fewer than the {plural(len(names), 'class')} of the pictures: give no less"
+        )
     return (*names, *(f"class {i}" for i in range(len(names), number)))
 
 
@@ -302,13 +304,15 @@ def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callba
         state = run.read_state()
         recipe = restore_recipe(state.recipe, str(run.last))
         refuse_changed_options(train_options, recipe, run.path)
-        note = other_number_of_processes(recipe, cluster, run)
+        note = describe_process_change(recipe, cluster, run)
         info = info_of_progress(state.progress, recipe, run.last)
         run.keep_metrics(state.progress["epoch"])
         run.note_environment(processes=[this_process(train_options.workers)])
-        sets = read_sets(recipe.data, None, plain(recipe), callbacks)
+        sets = read_sets(recipe.data, None, to_plain(recipe), callbacks)
         sets = Sets(*(match_classes(dataset, info.classes) for dataset in (sets.train, sets.val)))
-        callbacks.on_message(f"going on with {run.path}: {recipe.epochs} epochs, {state.progress['epoch']} done")
+        callbacks.on_message(
+            f"going on with {run.path}: {plural(recipe.epochs, 'epoch')}, {state.progress['epoch']} done"
+        )
         if note:
             callbacks.on_message(note)
         begun = float_start_of(run, recipe) if recipe.mode == "qat" else None
@@ -316,7 +320,7 @@ def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callba
         return finish_run(job, run, cluster, callbacks)
 
 
-def other_number_of_processes(recipe: Recipe, cluster: Cluster, run: RunFolder) -> str:
+def describe_process_change(recipe: Recipe, cluster: Cluster, run: RunFolder) -> str:
     """What to say where a run goes on with another number of processes than it began with; nothing where not.
 
     Raises InputError on GPUs, and where its pictures of a step cannot be shared equally.
@@ -324,15 +328,18 @@ def other_number_of_processes(recipe: Recipe, cluster: Cluster, run: RunFolder) 
     if cluster.world == recipe.devices:
         return ""
     path, pictures = printable(run.path), recipe.batch_size * recipe.devices
-    if not on_processor() or cluster.nodes > 1:
-        raise InputError(f"{path} was begun on {recipe.devices} devices, not {cluster.world}: give it the same")
+    if not runs_on_processor() or cluster.nodes > 1:
+        raise InputError(
+            f"{path} was begun on {plural(recipe.devices, 'device')}, not {cluster.world}: give it the same"
+        )
     if pictures % cluster.world:
         raise InputError(
-            f"{path} takes {pictures} pictures a step, which {cluster.world} processes cannot share equally: "
-            f"give it {recipe.devices}, with which it began"
+            f"{path} takes {plural(pictures, 'picture')} a step, which {plural(cluster.world, 'process')} cannot share "
+            f"equally: give it {recipe.devices}, with which it began"
         )
     alike = "equal up to rounding" if recipe.sync_bn else "equal up to rounding, but for what batch norms see at once"
-    return f"begun with {recipe.devices} processes, going on with {cluster.world}: the same pictures a step, {alike}"
+    begun = f"begun with {plural(recipe.devices, 'process')}, going on with {cluster.world}"
+    return f"{begun}: the same pictures a step, {alike}"
 
 
 def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
@@ -405,7 +412,7 @@ def train_on_all_devices(job: TrainJob, run: RunFolder, cluster: Cluster, callba
         figures = launch(cluster, partial(train_on_device, job, run), callbacks, job.train_options.prepare)
     except EndedError:
         saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
-        raise StoppedError(f"stopped on {cluster.devices} devices; {saved}", job.recipe) from None
+        raise StoppedError(f"stopped on {plural(cluster.devices, 'device')}; {saved}", job.recipe) from None
     if cluster.node:
         raise ElsewhereError(f"this machine has done its part: the network lies on machine 0, in {printable(run.path)}")
     return figures
@@ -421,7 +428,7 @@ def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callback
     """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
     recipe = job.recipe
     refuse_other_pictures(job, group)
-    network = first_network(job)
+    network = make_first_network(job)
     teacher = teacher_of(job) if recipe.mode == "qat" else None
     train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
     examples = examples_of(job)
@@ -450,7 +457,7 @@ def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callback
     return trainer.best, trainer.start
 
 
-def first_network(job: TrainJob) -> M.Module:
+def make_first_network(job: TrainJob) -> M.Module:
     """The network as the run begins with it; random parts follow from the seed."""
     recipe, initial = job.recipe, job.initial
     spec = spec_of(recipe.arch)
@@ -520,7 +527,7 @@ def training_kernels(callbacks: Callbacks, sync_bn: bool = False, bf16: bool = F
     if bf16:
         refuse_bfloat16()
     with contextlib.ExitStack() as stack:
-        if on_processor():
+        if runs_on_processor():
             try:
                 stack.enter_context(fast_gradients(bf16))
             except FailureError as error:

@@ -1,7 +1,5 @@
-"""As much of FlatBuffers as it takes to look into a file without trusting it.
-
-Every number that is read leads to another place in the file or nowhere: what reaches outside raises struct.error or
-ValueError. Format: "FlatBuffer Internals" of its documentation.
+"""A reader of FlatBuffers for untrusted files. Every offset is checked: one that reaches outside of the file raises
+struct.error or ValueError. Format: "FlatBuffer Internals" of its documentation.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class Table:
     @cached_property
     def fields(self) -> dict[int, int]:
         """Index -> where it lies, of the fields that are there."""
-        vtable = self.at - self._signed(self.at)
+        vtable = self.at - self._read_signed(self.at)
         if vtable < 0:
             raise ValueError("a table begins before the file")
         length, size = struct.unpack_from("<HH", self.data, vtable)
@@ -47,51 +45,51 @@ class Table:
         return {index: struct.unpack_from("<i", self.data, at)[0] for index, at in self.fields.items()}
 
     def table(self, index: int) -> Table | None:
-        at = self._pointed(index)
+        at = self._follow_pointer(index)
         return None if at is None else Table(self.data, at)
 
     def tables(self, index: int) -> list[Table]:
-        at = self._pointed(index)
+        at = self._follow_pointer(index)
         if at is None:
             return []
-        return [Table(self.data, place + self._unsigned(place)) for place in self._places(at, 4)]
+        return [Table(self.data, place + self._read_unsigned(place)) for place in self._places(at, 4)]
 
     def integers(self, index: int) -> tuple[int, ...]:
         """The vector of 32-bit numbers in field ``index``; empty where it is missing."""
-        at = self._pointed(index)
-        return () if at is None else tuple(self._unsigned(place) for place in self._places(at, 4))
+        at = self._follow_pointer(index)
+        return () if at is None else tuple(self._read_unsigned(place) for place in self._places(at, 4))
 
     def text(self, index: int) -> bytes | None:
         """The text in field ``index`` as UTF-8, and of a long one the beginning; None where it is missing."""
-        raw = self.raw(index)
+        raw = self.read_bytes(index)
         return None if raw is None else bytes(raw[:LONGEST_TEXT])
 
-    def raw(self, index: int) -> memoryview | None:
+    def read_bytes(self, index: int) -> memoryview | None:
         """The bytes in field ``index``; None where it is missing."""
-        at = self._pointed(index)
+        at = self._follow_pointer(index)
         if at is None:
             return None
         places = self._places(at, 1)
         return self.data[places.start : places.stop]
 
-    def _pointed(self, index: int) -> int | None:
+    def _follow_pointer(self, index: int) -> int | None:
         at = self.fields.get(index)
-        return None if at is None else at + self._unsigned(at)
+        return None if at is None else at + self._read_unsigned(at)
 
     def _places(self, at: int, width: int) -> range:
         """Where the elements of the vector at ``at`` lie. None is ever made that is longer than the file or, of other
         than bytes, than ``LONGEST_VECTOR``."""
-        start, length = at + 4, self._unsigned(at)
+        start, length = at + 4, self._read_unsigned(at)
         if width > 1 and length > LONGEST_VECTOR:
             raise ValueError("a vector longer than any is")
         if start + length * width > len(self.data):
             raise ValueError("a vector reaches outside the file")
         return range(start, start + length * width, width)
 
-    def _unsigned(self, at: int) -> int:
+    def _read_unsigned(self, at: int) -> int:
         value: int = struct.unpack_from("<I", self.data, at)[0]
         return value
 
-    def _signed(self, at: int) -> int:
+    def _read_signed(self, at: int) -> int:
         value: int = struct.unpack_from("<i", self.data, at)[0]
         return value

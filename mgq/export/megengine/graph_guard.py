@@ -1,4 +1,4 @@
-"""MegEngine's serialized graphs, read without MegEngine: is this one that mgq could have written?
+"""Checks serialized graphs without MegEngine: only those that mgq could have written pass.
 
 MegEngine's loaders trust what they read. An axis too many is written over the stack, a name that is missing is read
 from address 0, a size may be anything. A checksum is no help where the file comes from a stranger. So a graph is passed
@@ -88,7 +88,7 @@ class _Reader:
         _demand(0 < len(operators) <= _MOST_OPERATORS)
         self.data_left = len(self.graph)
         for operator in operators:
-            made = self._made(operator)
+            made = self._make_variable(operator)
             _demand(all(size > 0 for size in made.shape))
             if math.prod(made.shape) * _BYTES[made.type] > _MOST_BYTES:
                 raise ForeignGraphError(f"computes tensors of more than {_MOST_BYTES >> 20} MiB, which are not run")
@@ -116,7 +116,7 @@ class _Reader:
         names = [entry.text(0) for entry in model.tables(3)]
         _demand(len(names) == len(self.variables) and None not in names)
 
-    def _made(self, operator: Table) -> _Variable:
+    def _make_variable(self, operator: Table) -> _Variable:
         _demand(set(operator.fields) <= {0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12})
         kind = _KINDS.get(operator.text(0) or b"")
         _demand(kind is not None)
@@ -173,7 +173,7 @@ _Inputs = list[_Variable]
 
 def _constant(reader: _Reader, operator: Table, _: _Inputs) -> _Variable:
     tensor, kind, shape = reader.tensor(operator)
-    data = tensor.raw(6)
+    data = tensor.read_bytes(6)
     _demand(0 not in tensor.fields and data is not None and 1 <= len(shape) <= _MOST_AXES and kind not in (UINT8, INT8))
     assert data is not None
     _demand(len(data) == math.prod(shape) * _BYTES[kind])

@@ -1,7 +1,6 @@
-"""Compiled networks on disk, by what they were made from: the content of the file, the processor, and mgq's own code.
-
-A cache holds code, so an entry counts only where it is this user's alone, and whole. Any other is made again, and what
-cannot be written is not cached.
+"""A cache of compiled networks on disk. The key is made of the file's content, the processor and mgq's own code.
+Entries are machine code, so one is used only if it is complete and only this user can write it; otherwise it is
+compiled again. A failure to write is ignored.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mgq.export.native.compiler import Compiled
+from mgq.export.native.compiler import CompiledProgram
 from mgq.io.private_cache import read_private, write_private
 
 KEPT = 32
-"""So many entries are kept, those that were used last."""
+"""The number of entries that are kept, the last used ones."""
 VARIABLE = "MGQ_NATIVE_CACHE"
 """The folder of the cache, where it is not the user's own cache folder."""
 
@@ -29,7 +28,7 @@ VARIABLE = "MGQ_NATIVE_CACHE"
 class Entry:
     """A compiled network and what is known of it: of the file that it was made from, say."""
 
-    compiled: Compiled
+    compiled: CompiledProgram
     about: Mapping[str, Any]
 
 
@@ -42,7 +41,7 @@ def cache_folder() -> Path:
 @cache
 def own_code() -> str:
     """A hash of the code that compiles networks, and of LLVM's version."""
-    import llvmlite  # its version alone; LLVM comes with what it has inside
+    import llvmlite  # only its version: LLVM's own is part of it
 
     digest = hashlib.sha256(llvmlite.__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -72,13 +71,13 @@ def parse_entry(content: bytes) -> Entry | None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         known = json.loads(head)
         about, code = int(known["about"]), int(known["code"])
-        compiled = Compiled(rest[about : about + code], rest[about + code :], int(known["work"]))
+        compiled = CompiledProgram(rest[about : about + code], rest[about + code :], int(known["work"]))
         return Entry(compiled, json.loads(rest[:about]))
     return None
 
 
 def write_entry(key: str, entry: Entry) -> bool:
-    """Keep ``entry``; whether that could be done."""
+    """Store ``entry``; return whether it was written."""
     about = json.dumps(dict(entry.about)).encode()
     sizes = {"about": len(about), "code": len(entry.compiled.code), "work": entry.compiled.work}
     whole = b"".join((json.dumps(sizes).encode(), b"\n", about, entry.compiled.code, entry.compiled.constants))

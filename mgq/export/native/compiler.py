@@ -18,7 +18,7 @@ OPTIMIZATION = 3
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledProgram:
     """Machine code as an object file, the constants that it reads, and the bytes of a thread's work area."""
 
     code: bytes
@@ -48,10 +48,10 @@ def module_for(program: Program, level: Level, keep: bool = False, linkage: str 
     return emit_module(make_plan(program, keep, isa.unit), isa, ATTRIBUTES, linkage)
 
 
-def compile_program(program: Program, level: Level, keep: bool = False) -> Compiled:
+def compile_program(program: Program, level: Level, keep: bool = False) -> CompiledProgram:
     """``program`` for processors of ``level``, to be run by :class:`mgq.export.native.library.Library`."""
     module = module_for(program, level, keep)
-    return Compiled(object_of(module.text, level), module.constants, module.work)
+    return CompiledProgram(object_of(module.text, level), module.constants, module.work)
 
 
 def object_of(text: str, level: Level, shared: bool = False) -> bytes:

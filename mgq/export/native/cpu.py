@@ -1,4 +1,4 @@
-"""Kinds of processor that code is made for, and which of them this machine is."""
+"""Processor levels that code is compiled for, and the level of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mgq.errors import InputError, no_such
-from mgq.export.native.emit.isa import Avx2, Avx512Vnni, AvxVnni, Portable
+from mgq.export.native.emit.isa import Avx2, Avx512Vnni, AvxVnni, PortableIsa
 from mgq.machine import CPU_INFO, cpuinfo_field
 
 NATIVE = "native"
@@ -29,13 +29,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Level:
-    """``flags`` are what Linux calls the features that have to be there, ``leaves`` what ``cpuid`` says of them.
+    """``flags``: Linux's names of the required features, ``leaves``: their bits in ``cpuid``.
 
     ``cpu`` and ``features`` are LLVM's names. ``state``: the registers that the system has to save, as bits of XCR0.
     """
 
     key: str
-    isa: Callable[[], Portable]
+    isa: Callable[[], PortableIsa]
     cpu: str
     features: str
     flags: frozenset[str]
@@ -61,7 +61,7 @@ LEVELS = (
     ),
     Level("avx-vnni", AvxVnni, "x86-64-v3", "+avxvnni", V3 | {"avx_vnni"}, (*AVX2_LEAVES, Leaf(7, 1, 0, (4,))), 6),
     Level("avx2", Avx2, "x86-64-v3", "", V3, AVX2_LEAVES, 6),
-    Level("portable", Portable, "x86-64", "", frozenset(), (), 0),
+    Level("portable", PortableIsa, "x86-64", "", frozenset(), (), 0),
 )
 """The faster first."""
 
@@ -76,7 +76,7 @@ def host_flags() -> frozenset[str]:
 
 
 def cpu_names() -> tuple[str, ...]:
-    """What ``--cpu`` may say."""
+    """The values of ``--cpu``."""
     return (NATIVE, *(level.key for level in LEVELS))
 
 

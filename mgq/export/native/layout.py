@@ -1,4 +1,4 @@
-"""Where the channels and pixels of a tensor lie in memory."""
+"""Memory layouts: where the channels and pixels of a tensor lie."""
 
 from __future__ import annotations
 

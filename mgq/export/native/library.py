@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.export.native.compiler import Compiled, llvm
+from mgq.export.native.compiler import CompiledProgram, llvm
 from mgq.export.native.emit.team import END, HEADER, LEAD, SERVE
 from mgq.export.native.team import Bytes, Calls, Team, reserve
 
@@ -19,14 +19,14 @@ FUNCTIONS = {
     SERVE: (POINTER, NUMBER),
     END: (POINTER,),
 }
-"""What is called, and what that takes."""
+"""The exported functions and their argument types."""
 
 
 @dataclass(eq=False)
 class Library:
     """A compiled network with its constants. ``threads`` share the images of a batch, and the work on what is left."""
 
-    compiled: Compiled
+    compiled: CompiledProgram
     classes: int
     threads: int = 1
 
@@ -46,7 +46,7 @@ class Library:
         return self.team.work[HEADER : HEADER + self.compiled.work]
 
     def calls(self) -> Calls:
-        """They keep alive what they need, and not this."""
+        """The functions of the library. They hold references to what they need, but not to this object."""
         engine, constants, threads = self.engine, self.constants, self.threads
         lead, serve, end = (
             ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name)) for name, kinds in FUNCTIONS.items()

@@ -1,4 +1,4 @@
-"""Shared libraries: a network as one file that needs nothing but libc, and its header beside it."""
+"""Writes shared libraries: a network as one file that needs only libc, and a header beside it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_library(program: Program, path: Path, level: Level, about: Mapping[str
 
 
 def refuse_other_than_squares(program: Program) -> None:
-    """The functions of a library say one size of its pictures. Raises InputError."""
+    """Raise InputError for images that are no squares: the functions of a library state one size."""
     tensor = program.tensors[program.input]
     if tensor.height != tensor.width:
         raise InputError(
@@ -86,7 +86,7 @@ def link_command() -> list[str] | None:
 
 
 def name_of(command: list[str]) -> str:
-    """What links, in a few words: ``cc``, or ``ziglang cc``."""
+    """The linker's name: ``cc`` or ``ziglang cc``."""
     words = command if command[0] != sys.executable else [word for word in command[1:] if word != "-m"]
     return " ".join(Path(word).name for word in words if not word.startswith("-"))
 

@@ -1,4 +1,5 @@
-"""Shared libraries as files. Their code runs in the process that loads them, so none is loaded that is not named."""
+"""Recognizes shared libraries. Their code runs in the process that loads them, so only libraries that the user names
+are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from mgq.errors import InputError, printable
 
 HEAD = 20
 MACHINES = {"x86_64": 62, "aarch64": 183}
-"""What Linux calls processors, and how files of code do."""
+"""Linux's names of processors -> their numbers in ELF files."""
 AGAIN = "write it by `mgq dump --format native`"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.export.native.emit.isa import Portable
+from mgq.export.native.emit.isa import PortableIsa
 from mgq.export.native.emit.windows import tap_table
 from mgq.export.native.layout import LANES, Lanes, Storage
 from mgq.export.native.program import Conv, Linear
@@ -19,7 +19,7 @@ ALIGNMENT = 64
 ENTRY = 20
 """Bytes of a tile in the table."""
 OVERFLOW = 2.0**30
-"""Scaled sums below it are safe from int32's end."""
+"""Scaled sums below this cannot overflow int32."""
 
 
 @dataclass(eq=False)
@@ -99,7 +99,12 @@ def spread_weights(layer: Conv | Linear, source: Array, target: Lanes, lanes: in
 
 
 def pack_tiles(
-    constants: Constants, isa: Portable, layer: Conv | Linear, source: Storage, places: tuple[Array, Lanes], zero: int
+    constants: Constants,
+    isa: PortableIsa,
+    layer: Conv | Linear,
+    source: Storage,
+    places: tuple[Array, Lanes],
+    zero: int,
 ) -> Tiles:
     """``places``: the lane of each input, and the lanes of the outputs."""
     inputs, target = places
@@ -160,7 +165,7 @@ def segments_of(offsets: list[int], step: int) -> list[tuple[int, int]]:
 
 
 def pack_depthwise(
-    constants: Constants, isa: Portable, layer: Conv, target: Lanes, zero: int
+    constants: Constants, isa: PortableIsa, layer: Conv, target: Lanes, zero: int
 ) -> tuple[int, int, int, bool]:
     """Offsets of weights, biases and multipliers, and whether scaled sums may overflow."""
     size = layer.weight.shape[2]

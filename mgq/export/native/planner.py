@@ -1,4 +1,4 @@
-"""From layers to steps: what is computed together, and where in the work area every tensor lies."""
+"""Plans the execution: which layers are computed together, and where in the work area every tensor lies."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Step:
 
 @dataclass(eq=False)
 class Family:
-    """Tensors whose channels lie alike: who makes and who reads each channel."""
+    """Tensors whose channels have the same order in memory, with the steps that make and read each channel."""
 
     channels: int
     makers: Array | None = None
     readers: Array | None = None
     lanes: Lanes | None = None
 
-    def arranged(self) -> Lanes:
+    def arrange(self) -> Lanes:
         if self.lanes is None:
             nobody = np.zeros(self.channels, np.int64)
             makers = nobody if self.makers is None else self.makers
@@ -90,9 +90,9 @@ class Planner:
     def plan(self) -> Plan:
         self.read_layers()
         plan = Plan(self.program)
-        plan.groups = self.grouped()
+        plan.groups = self.group()
         for name, (family, order) in self.families.items():
-            lanes = family.arranged()
+            lanes = family.arrange()
             plan.lanes[name] = replace(lanes, places=lanes.places[order])
         plan.lanes[self.program.input] = Lanes(np.arange(self.program.tensors[self.program.input].channels), (1,))
         plan.stored = self.stored
@@ -164,7 +164,7 @@ class Planner:
 
     # Steps to groups
 
-    def grouped(self) -> list[list[Step]]:
+    def group(self) -> list[list[Step]]:
         readers: dict[str, int] = {}
         for step in self.steps:
             for name in (step.source, step.added):
@@ -181,7 +181,7 @@ class Planner:
         return groups
 
     def runs_with(self, group: list[Step], step: Step) -> bool:
-        """Whether what the last of ``group`` makes for ``step`` stays in the thread that has made it."""
+        """Whether each thread reads in ``step`` only what it computed itself in the last of ``group``."""
         last, length = group[-1], len(group)
         tensor = self.program.tensors[last.target]
         if not isinstance(last.layer, Conv):
@@ -286,7 +286,7 @@ class Planner:
         """Offsets in the work area: tensors that are never needed at the same time share their place."""
         windows = [s for s in plan.storages.values() if s.layout == "D" or s.fill == 0]
         plan.border = -(-max([s.row_bytes for s in windows], default=0) // 64) * 64 + 64
-        start = up(2 * plan.border)
+        start = round_up(2 * plan.border)
         spans = {self.program.input: [0, 0]}
         for i, group in enumerate(plan.groups):
             for step in group:
@@ -302,18 +302,18 @@ class Planner:
             offset = start
             for other, lives in sorted(placed, key=lambda item: item[0].offset):
                 overlaps = lifetime[0] <= lives[1] and lives[0] <= lifetime[1]
-                if overlaps and other.offset < offset + up(storage.size + 256):
-                    offset = max(offset, other.offset + up(other.size + 256))
+                if overlaps and other.offset < offset + round_up(storage.size + 256):
+                    offset = max(offset, other.offset + round_up(other.size + 256))
             storage.offset = offset
             placed.append((storage, lifetime))
-            plan.size = max(plan.size, offset + up(storage.size + 256))
+            plan.size = max(plan.size, offset + round_up(storage.size + 256))
 
 
 def is_large(tensor: Tensor) -> bool:
     return tensor.height * tensor.width >= FUSED_PIXELS
 
 
-def up(size: int) -> int:
+def round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

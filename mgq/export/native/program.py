@@ -1,7 +1,7 @@
 """An int8 network as a list of integer layers, read from an ONNX file of mgq.
 
-It holds all that is computed and nothing of how: weights int8, biases int32, multipliers float32, and for every tensor
-the range of its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what each layer does with them.
+It holds what is computed, not how: weights int8, biases int32, multipliers float32, and for every tensor the range of
+its uint8 values. ``docs/concepts/integer-arithmetic.md`` says what each layer does with them.
 """
 
 from __future__ import annotations
@@ -204,10 +204,10 @@ class Reader:
         if name not in self.values:
             raise make_refusal(f"{printable(name)} in float")
         integers, grid = self.values[name]
-        tensor, padding = self.behind_pad(integers, attributes)
+        tensor, padding = self.read_behind_pad(integers, attributes)
         return tensor, grid, padding
 
-    def behind_pad(self, name: str, attributes: dict[str, Any]) -> tuple[Tensor, Padding]:
+    def read_behind_pad(self, name: str, attributes: dict[str, Any]) -> tuple[Tensor, Padding]:
         if attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
             raise make_refusal(f"a window over {printable(name)} that hangs over its border")
         if any(step != 1 for step in attributes.get("dilations", ())):
@@ -302,7 +302,7 @@ class Reader:
         self.pending[output] = finish
 
     def read_maxpool(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
-        source, padding = self.behind_pad(inputs[0], attributes)
+        source, padding = self.read_behind_pad(inputs[0], attributes)
         if self.name(inputs[0]) in self.padded and source.zero:
             raise make_refusal(f"a Pad of zeros in front of the MaxPool {printable(output)}")
         kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes["strides"])

@@ -1,4 +1,4 @@
-"""The specification of the integers in numpy: what every kernel gives, to the last bit. Slow and plain."""
+"""The reference implementation of the integers in numpy, slow and plain. Every kernel gives the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads of this process that work on one network together. They sleep between two runs."""
+"""A thread pool for one network. Its threads sleep between two runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Calls:
 
 
 class Team:
-    """``threads`` that run a network of so many ``classes``. Each run is one at a time, whoever calls it."""
+    """``threads`` that run a network with logits of ``classes``. Calls of ``run`` are serialized."""
 
     def __init__(self, calls: Calls, classes: int, threads: int) -> None:
         self.calls, self.classes, self.threads = calls, classes, threads
@@ -40,7 +40,7 @@ class Team:
         self.gather()
 
     def gather(self) -> None:
-        """A work area, and those who help in it. A process that was forked has neither."""
+        """Allocate the work area and start the helper threads. A forked process has neither."""
         self.process = os.getpid()
         self.work = reserve(self.calls.size)
         address = self.work.ctypes.data

@@ -52,7 +52,7 @@ class FloatInput:
         fits = len(self.shape) == 4 and self.image[0] in (1, 3) and self.order in ("rgb", "bgr")
         return fits and bool(np.isfinite(numbers).all()) and min(self.std) > 0
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What is fed, in words."""
         shape = ", ".join("N" if axis is None else str(axis) for axis in self.shape)
         channels = "grey" if self.image[0] == 1 else self.order.upper()
@@ -64,7 +64,7 @@ class FloatInput:
         mean, std = (np.array(values)[None, :, None, None] for values in (self.mean, self.std))
         return (mean.mean(1, keepdims=True), std.mean(1, keepdims=True)) if self.image[0] == 1 else (mean, std)
 
-    def fed(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def to_input(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """What the file takes of ``batch``, pixels (N, 3, H, W) in BGR."""
         pixels = batch.astype(np.float64)
         if self.image[0] == 1:

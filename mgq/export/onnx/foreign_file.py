@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, plural, printable
 from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
 from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
 from mgq.io.limited_io import bytes_of
@@ -25,6 +26,8 @@ FLOAT = 1
 CHANNELS = (1, 3)
 OWN_MARK = b"\n\x03" + METADATA.encode()
 """How the entry of mgq's metadata begins in a file: to find it takes no time, and no parser."""
+USUAL_END = 1 << 18
+"""So many bytes at the end of a file of mgq's hold its metadata, unless the names of its classes are very long."""
 QUANTIZED = INTEGER_OPERATORS | {"MatMulInteger", "QLinearAdd", "DynamicQuantizeLinear"}
 
 
@@ -56,17 +59,26 @@ def is_foreign(path: Path) -> bool:
     """Whether ``path`` is called an ONNX file, and no file that mgq wrote. Raises InputError where it is none."""
     if path.suffix.lower() != ".onnx":
         return False
-    if OWN_MARK in read_small_file(path):
+    if has_own_mark(path):
         return False  # what else is in it is checked where it is read
     return not any(entry.key == METADATA for entry in model_in(path).metadata_props)
 
 
-def read_small_file(path: Path) -> bytes:
-    """What is in ``path``, unless it is larger than any file of mgq's; nothing where it cannot be read."""
+def has_own_mark(path: Path) -> bool:
+    """Whether ``OWN_MARK`` is in ``path``, near whose end mgq's files have it; not in what is larger than they are, or
+    cannot be read."""
     try:
-        return path.read_bytes() if path.stat().st_size <= OWN_MOST_BYTES else b""
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > OWN_MOST_BYTES:
+                return False
+            for start in (max(0, size - USUAL_END), 0):
+                file.seek(start)
+                if OWN_MARK in file.read(OWN_MOST_BYTES):
+                    return True
     except OSError:
-        return b""
+        pass
+    return False
 
 
 def model_in(path: Path) -> Any:
@@ -94,12 +106,12 @@ def read_foreign(path: Path, size: tuple[int, int] | None = None) -> ForeignFile
     """
     model, name = model_in(path), printable(path)
     try:
-        return checked(path, model, size)
+        return check_model(path, model, size)
     except InputError as error:
         raise InputError(f"{name} {error}") from None
 
 
-def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
+def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
     opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not opsets or opsets[0] not in OPSETS:
         said = opsets[0] if opsets else "none"
@@ -111,10 +123,12 @@ def checked(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile
     known = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in known]
     if len(inputs) != 1:
-        raise InputError(f"has {len(inputs)} inputs: a classifier of pictures has one")
+        raise InputError(f"has {plural(len(inputs), 'input')}: a classifier of pictures has one")
     shape, last = image_shape(inputs[0], size)
     if len(model.graph.output) != 1:
-        raise InputError(f"has {len(model.graph.output)} outputs: a classifier has one; export it without the others")
+        raise InputError(
+            f"has {plural(len(model.graph.output), 'output')}: a classifier has one; export it without the others"
+        )
     constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
     del model.graph.initializer[:]
     any_number = size_of(inputs[0].type.tensor_type.shape.dim[0]) is None
@@ -136,9 +150,9 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
         raise InputError("does not take float32 pictures: give a float classifier, its preprocessing left out")
     axes = [size_of(axis) for axis in kind.shape.dim]
     if len(axes) != 4:
-        raise InputError(f"takes {len(axes)} axes, not pictures (N, C, H, W): give a classifier of pictures")
+        raise InputError(f"takes {plural(len(axes), 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")
     if axes[0] not in (None, 1):
-        raise InputError(f"takes {axes[0]} pictures at once: export it for one, or for any number")
+        raise InputError(f"takes {plural(axes[0], 'picture')} at once: export it for one, or for any number")
     last = axes[1] not in CHANNELS and axes[3] in CHANNELS
     channels, height, width = (axes[3], axes[1], axes[2]) if last else axes[1:]
     if channels is None and not last:

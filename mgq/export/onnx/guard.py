@@ -88,18 +88,18 @@ def output_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     for node in graph.node:
         for name in node.output:
             if name and name not in shapes:
-                raise StrangeModelError(f"does not tell the size of {_short(name)} beforehand")
+                raise StrangeModelError(f"does not tell the size of {_shorten(name)} beforehand")
     return {value.name: shapes[value.name] for value in computed.output}
 
 
 def _refuse_node(node: Any) -> None:
     if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
         what = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        raise StrangeModelError(f"has an operator {_short(what)}, which no classifier of pictures needs")
+        raise StrangeModelError(f"has an operator {_shorten(what)}, which no classifier of pictures needs")
     for attribute in node.attribute:
         kind = attribute.AttributeType.Name(attribute.type)
         if attribute.ref_attr_name or not (kind in _PLAIN_ATTRIBUTES or (kind, node.op_type) == ("TENSOR", "Constant")):
-            raise StrangeModelError(f"has a {_short(node.op_type)} with {_short(attribute.name)}, which is not run")
+            raise StrangeModelError(f"has a {_shorten(node.op_type)} with {_shorten(attribute.name)}, which is not run")
         if kind == "TENSOR":
             _refuse_tensor(attribute.t)
             _refuse_numbers(attribute.t, False)
@@ -110,7 +110,7 @@ def _refuse_node(node: Any) -> None:
 
 
 def _refuse_tensor(tensor: Any) -> None:
-    name = _short(tensor.name)
+    name = _shorten(tensor.name)
     if tensor.data_location or len(tensor.external_data):
         raise StrangeModelError(f"keeps {name} in another file, which is not read: save it with all its data inside")
     if tensor.data_type not in _TYPES or tensor.HasField("segment"):
@@ -131,7 +131,7 @@ def _refuse_numbers(tensor: Any, is_variance: bool) -> None:
     values = onnx.numpy_helper.to_array(tensor)
     fault = fault_of(values, is_variance)
     if fault and not (values.size == 1 and np.isinf(values).all()):
-        raise StrangeModelError(f"has {fault} in {_short(tensor.name)}")
+        raise StrangeModelError(f"has {fault} in {_shorten(tensor.name)}")
 
 
 def _skeleton(model: Any) -> Any:
@@ -167,13 +167,13 @@ def _known_shape(value: Any) -> tuple[int, ...]:
     kind = value.type.tensor_type
     axes: Iterable[Any] = kind.shape.dim
     if kind.elem_type not in _TYPES or not kind.HasField("shape") or not all(a.HasField("dim_value") for a in axes):
-        raise StrangeModelError(f"does not tell the size of {_short(value.name)} beforehand")
+        raise StrangeModelError(f"does not tell the size of {_shorten(value.name)} beforehand")
     shape = tuple(int(axis.dim_value) for axis in axes)
     size = math.prod(shape) * _TYPES[kind.elem_type][0]
     if len(shape) > _MOST_AXES or min(shape, default=1) < 1 or size > MOST_BYTES:
-        raise StrangeModelError(f"computes {_short(value.name)} of shape {str(list(shape))[:80]}, too much to be run")
+        raise StrangeModelError(f"computes {_shorten(value.name)} of shape {str(list(shape))[:80]}, too much to be run")
     return shape
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     return f"'{printable(name[:60])}'"

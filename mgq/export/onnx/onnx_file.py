@@ -51,12 +51,12 @@ class OnnxFile:
         """What it is fed, where it has the float input of the file that its network was imported from."""
         return float_input_in(self.about) if self.type == "float" else None
 
-    def fed(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    def to_input(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
         """``batch``, pixels (N, 3, H, W) in BGR, as the file takes it: so, minus 128 in float32, or as it says."""
         if self.type == "uint8":
             return batch
         kept = self.kept_input
-        return batch.astype(np.float32) - PIXEL_ZERO if kept is None else kept.fed(batch)
+        return batch.astype(np.float32) - PIXEL_ZERO if kept is None else kept.to_input(batch)
 
     def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
         """Raises InputError where a batch of ``shape`` does not fit."""

@@ -21,7 +21,7 @@ from mgq.errors import FailureError
 from mgq.export.onnx.float_input import FloatInput, write_entry
 from mgq.export.onnx.onnx_file import METADATA, import_package
 from mgq.export.onnx.operations import MOVES, pads_of, write_operation
-from mgq.graph.engine_forms import in_form_for
+from mgq.graph.engine_forms import adapt_to_engine
 from mgq.graph.layer_graph import (
     Add,
     Convolution,
@@ -34,7 +34,7 @@ from mgq.graph.layer_graph import (
     QuantParams,
     Reshape,
     Transpose,
-    Weighted,
+    WeightedNode,
     graph_of,
 )
 from mgq.graph.rewrites import REWRITES, without_shuffles
@@ -81,7 +81,7 @@ def write_onnx(
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
-    graph = in_form_for(graph, engine)
+    graph = adapt_to_engine(graph, engine)
     onnx = import_package("onnx")
     model = model_of(graph, image_size, batch, provenance, kept)
     try:
@@ -91,7 +91,9 @@ def write_onnx(
     content = model.SerializeToString()
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-    integers = [node.integers.size for node in graph.nodes if isinstance(node, Weighted) and node.integers is not None]
+    integers = [
+        node.integers.size for node in graph.nodes if isinstance(node, WeightedNode) and node.integers is not None
+    ]
     return OnnxReport(path, len(content), sum(integers))
 
 
@@ -153,7 +155,7 @@ class Writer:
         assert grid.scale == 1.0
         self.integers[self.graph.input] = INPUT
         if self.graph.input not in self.graph.grids:
-            self.floats[self.graph.input] = self.dequantized(INPUT, self.graph.input, grid)
+            self.floats[self.graph.input] = self.dequantize(INPUT, self.graph.input, grid)
         for node in self.graph.nodes:
             self.write_node(node)
         if not any(OUTPUT in node.output for node in self.nodes):
@@ -185,7 +187,7 @@ class Writer:
     def float_of(self, tensor: str) -> str:
         """The name of ``tensor`` as floats."""
         if tensor not in self.floats:
-            self.floats[tensor] = self.dequantized(self.integers[tensor], tensor, self.graph.grids[tensor])
+            self.floats[tensor] = self.dequantize(self.integers[tensor], tensor, self.graph.grids[tensor])
         return self.floats[tensor]
 
     def counts_of(self, tensor: str) -> str:
@@ -208,7 +210,7 @@ class Writer:
             self.constant(f"{tensor}/zero_point", np.array(zero_point, np.uint8)),
         ]
 
-    def dequantized(self, integers: str, tensor: str, grid: QuantParams) -> str:
+    def dequantize(self, integers: str, tensor: str, grid: QuantParams) -> str:
         return self.add("DequantizeLinear", [integers, *self.grid_constants(tensor, grid)], f"{tensor}/float")
 
     def finish(self, node: Node, value: str) -> None:
@@ -220,10 +222,10 @@ class Writer:
         quantized = self.add("QuantizeLinear", [value, *self.grid_constants(node.output, grid)], f"{node.output}/q")
         qmin, qmax = (limit + grid.zero_point for limit in (grid.qmin, grid.qmax))
         if (qmin, qmax) != (0, 255):
-            quantized = self.limited(node.output, quantized, qmin, qmax)
+            quantized = self.limit(node.output, quantized, qmin, qmax)
         self.integers[node.output] = quantized
 
-    def limited(self, name: str, integers: str, lowest: int, highest: int) -> str:
+    def limit(self, name: str, integers: str, lowest: int, highest: int) -> str:
         """``integers`` within limits, uint8."""
         limits = [
             self.constant(f"{name}/{what}", np.array(limit, np.uint8))
@@ -241,20 +243,20 @@ class Writer:
         else:
             table[node.output] = value
 
-    def parameters(self, node: Weighted) -> list[str]:
+    def parameters(self, node: WeightedNode) -> list[str]:
         """Names of the weights of ``node`` as floats, and of its bias where it has one."""
         name = node.output
         grid = self.graph.grids.get(node.inputs[0])
         if node.integers is None or node.scales is None or grid is None:
             names = [self.constant(f"{name}/weight", node.weight)]
             return names + ([self.constant(f"{name}/bias", node.bias)] if node.bias is not None else [])
-        names = [self.dequantized_constant(f"{name}/weight", node.integers, node.scales)]
+        names = [self.dequantize_constant(f"{name}/weight", node.integers, node.scales)]
         if node.bias is not None:
             scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
-            names.append(self.dequantized_constant(f"{name}/bias", bias_steps(node.bias, scales), scales))
+            names.append(self.dequantize_constant(f"{name}/bias", bias_steps(node.bias, scales), scales))
         return names
 
-    def dequantized_constant(self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32]) -> str:
+    def dequantize_constant(self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32]) -> str:
         """One scale for all, or one for each output."""
         if scales.size == 1:
             scales = scales.reshape(())
@@ -264,7 +266,7 @@ class Writer:
         attributes = {"axis": 0} if scales.ndim else {}
         return self.add("DequantizeLinear", inputs, f"{name}/float", **attributes)
 
-    def convolved(self, node: Convolution) -> list[str]:
+    def write_convolution_inputs(self, node: Convolution) -> list[str]:
         """What a Conv reads: the source of ``node`` as floats, weights and bias.
 
         Float weights that stand between DequantizeLinear and QuantizeLinear ONNX Runtime would quantize by itself. So
@@ -279,7 +281,7 @@ class Writer:
     def write_convolution(self, node: Convolution) -> None:
         value = self.add(
             "Conv",
-            self.convolved(node),
+            self.write_convolution_inputs(node),
             f"{node.output}/sum",
             kernel_shape=list(node.weight.shape[2:]),
             strides=list(node.stride),
@@ -287,9 +289,9 @@ class Writer:
             dilations=list(node.dilation),
             group=node.groups,
         )
-        self.finish(node, self.activated(node.output, node.activation, value))
+        self.finish(node, self.activate(node.output, node.activation, value))
 
-    def activated(self, name: str, activation: Activation, value: str) -> str:
+    def activate(self, name: str, activation: Activation, value: str) -> str:
         """Behind a grid that begins at 0 the ReLU is its saturation, and there is no operator of it."""
         grid = self.graph.grids.get(name)
         if activation is RELU and grid is None:
@@ -309,7 +311,7 @@ class Writer:
 
     def write_add(self, node: Add) -> None:
         value = self.add("Add", [self.summand(tensor) for tensor in node.inputs], f"{node.output}/sum")
-        self.finish(node, self.activated(node.output, RELU if node.relu else IDENTITY, value))
+        self.finish(node, self.activate(node.output, RELU if node.relu else IDENTITY, value))
 
     def summand(self, tensor: str) -> str:
         """The name of ``tensor`` as floats for a sum: what a convolution made is put on its grid once more.
@@ -369,4 +371,4 @@ class Writer:
     def write_limit(self, node: Operation) -> None:
         """Integers within limits, which from there on lie on another grid."""
         options, source = node.options, self.integers[node.inputs[0]]
-        self.integers[node.output] = self.limited(node.output, source, options["low"], options["high"])
+        self.integers[node.output] = self.limit(node.output, source, options["low"], options["high"])

@@ -40,15 +40,15 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
     graph = onnx.helper.make_graph(
         [node],
         "constant",
-        [onnx.helper.make_tensor_value_info(n, type_of(inputs[n]), inputs[n].shape) for n in used(node)],
+        [onnx.helper.make_tensor_value_info(n, type_of(inputs[n]), inputs[n].shape) for n in list_inputs(node)],
         [onnx.helper.make_empty_tensor_value_info(name) for name in node.output if name],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    found: list[Array] = ReferenceEvaluator(model).run(None, {name: inputs[name] for name in used(node)})
+    found: list[Array] = ReferenceEvaluator(model).run(None, {name: inputs[name] for name in list_inputs(node)})
     return [np.asarray(value) for value in found]
 
 
-def used(node: Any) -> list[str]:
+def list_inputs(node: Any) -> list[str]:
     return list(dict.fromkeys(name for name in node.input if name))
 
 

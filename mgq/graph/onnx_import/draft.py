@@ -109,7 +109,7 @@ class NetworkDraft:
     def is_read_once_or_last(self, name: str) -> bool:
         return self.is_read_once(name) or (self.output == name and not self.readers(name))
 
-    def known(self, name: str) -> LayerPlan:
+    def find_layer(self, name: str) -> LayerPlan:
         found = self.plan(name)
         assert found is not None
         return found
@@ -136,7 +136,7 @@ class NetworkDraft:
     def rename_inputs(self, old: str, new: str) -> None:
         """Whatever reads ``old`` reads ``new`` from now on, the answer included."""
         self.plans = [
-            plan.reading(new if name == old else name for name in plan.inputs) if old in plan.inputs else plan
+            plan.with_inputs(new if name == old else name for name in plan.inputs) if old in plan.inputs else plan
             for plan in self.plans
         ]
         self._index = None
@@ -183,7 +183,7 @@ def convolution_tensors(weight: Array, bias: Array | None, groups: int) -> dict[
     outputs = len(weight)
     shape = (1, outputs, 1, 1)
     return {
-        "conv.weight": grouped(weight, groups),
+        "conv.weight": split_groups(weight, groups),
         "bn.weight": np.ones(shape),
         "bn.bias": np.zeros(shape) if bias is None else bias.reshape(shape),
         "bn.running_mean": np.zeros(shape),
@@ -191,12 +191,12 @@ def convolution_tensors(weight: Array, bias: Array | None, groups: int) -> dict[
     }
 
 
-def grouped(weight: Array, groups: int) -> Array:
+def split_groups(weight: Array, groups: int) -> Array:
     """Weights (O, C / groups, H, W) in MegEngine's shape."""
     return weight if groups == 1 else weight.reshape(groups, -1, *weight.shape[1:])
 
 
-def ungrouped(weight: Array) -> Array:
+def merge_groups(weight: Array) -> Array:
     return weight.reshape(-1, *weight.shape[-3:])
 
 

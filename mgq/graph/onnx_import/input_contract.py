@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.onnx_import.draft import NetworkDraft, convolution_options, convolution_tensors, grouped, ungrouped
+from mgq.graph.onnx_import.draft import (
+    NetworkDraft,
+    convolution_options,
+    convolution_tensors,
+    merge_groups,
+    split_groups,
+)
 from mgq.graph.onnx_import.simplify import simplify
 from mgq.zoo.blueprint import INPUT, LayerPlan
 from mgq.zoo.input_contract import InputContract
@@ -32,7 +38,7 @@ def fold_contract(draft: NetworkDraft, contract: InputContract) -> None:
     readers = draft.readers(INPUT)
     first = draft.insert_before(readers[0], "conv", [INPUT], options, convolution_tensors(kernels, bias, 1))
     for plan in readers:
-        draft.replace(plan, plan.reading(first if name == INPUT else name for name in plan.inputs))
+        draft.replace(plan, plan.with_inputs(first if name == INPUT else name for name in plan.inputs))
     simplify(draft)
     while join_first_convolutions(draft):
         simplify(draft)
@@ -55,11 +61,11 @@ def join_first_convolutions(draft: NetworkDraft) -> bool:
         return False
     tensors = draft.tensors_of(first.name)
     own = tensors["bn.weight"].ravel() / np.sqrt(tensors["bn.running_var"].ravel() + first.options["eps"])
-    weight = ungrouped(tensors["conv.weight"])[:, :, 0, 0].astype(np.float64) * own[:, None]
+    weight = merge_groups(tensors["conv.weight"])[:, :, 0, 0].astype(np.float64) * own[:, None]
     shift = tensors["bn.bias"].ravel() - tensors["bn.running_mean"].ravel() * own
     stand_in_for_zero(draft, conv, pads, first, filling_of(weight, shift, pads))
-    merge(draft, draft.known(conv.name), weight, shift)
-    draft.skip(draft.known(first.name))
+    merge(draft, draft.find_layer(conv.name), weight, shift)
+    draft.skip(draft.find_layer(first.name))
     return True
 
 
@@ -74,27 +80,27 @@ def stand_in_for_zero(
 ) -> None:
     """Put ``filling`` around the picture, or 0 where that is near enough."""
     if pads is not None:
-        draft.replace(pads, pads.having(value=0.0 if abs(filling) <= NEAR else filling))
+        draft.replace(pads, pads.with_options(value=0.0 if abs(filling) <= NEAR else filling))
         return
     top, left = conv.options["padding"]
     if abs(filling) <= NEAR or not (top or left):
         return
     options = {"pads": [top, left, top, left], "value": filling}
     name = draft.insert_before(conv, "pad", [first.name], options)
-    draft.replace(conv, conv.having(padding=[0, 0]).reading([name]))
+    draft.replace(conv, conv.with_options(padding=[0, 0]).with_inputs([name]))
 
 
 def merge(draft: NetworkDraft, conv: LayerPlan, weight: Values, shift: Values) -> None:
     """Let ``conv`` read pixels, of which it read ``weight`` times them plus ``shift`` so far."""
     tensors = draft.tensors_of(conv.name)
-    kernels = ungrouped(tensors["conv.weight"]).astype(np.float64)
+    kernels = merge_groups(tensors["conv.weight"]).astype(np.float64)
     constant = np.einsum("ochw,c->o", kernels, shift)
     merged = np.einsum("ochw,ck->okhw", kernels, weight)
     mean = tensors["bn.running_mean"]
     changed: dict[str, Any] = {
         **tensors,
-        "conv.weight": grouped(merged, 1),
+        "conv.weight": split_groups(merged, 1),
         "bn.running_mean": mean - constant.reshape(mean.shape),
     }
     draft.set_tensors(conv.name, changed)
-    draft.replace(conv, conv.having(inputs=weight.shape[1]))
+    draft.replace(conv, conv.with_options(inputs=weight.shape[1]))

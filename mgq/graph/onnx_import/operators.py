@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import plural
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
@@ -66,7 +67,7 @@ class Operator:
     def has(self, place: int) -> bool:
         return len(self.node.input) > place and bool(self.node.input[place])
 
-    def given(self, name: str, default: Any) -> Any:
+    def read_attribute(self, name: str, default: Any) -> Any:
         return self.attributes.get(name, default)
 
     def numbers(self, name: str, place: int, default: Any = None) -> Any:
@@ -96,7 +97,7 @@ class Operator:
         self.scope.layers[tensor] = name
         return name
 
-    def same(self, name: str) -> None:
+    def pass_through(self, name: str) -> None:
         """The output is what the layer ``name`` gives."""
         self.scope.layers[self.node.output[0]] = name
 
@@ -110,10 +111,10 @@ def read_convolution(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
     if weight.ndim != 4 or len(op.shape()) != 4:
-        raise UnknownFormError(f"convolves {weight.ndim - 2} axes: only those of pictures, 2, are imported")
+        raise UnknownFormError(f"convolves {plural(weight.ndim - 2, 'axis')}: only those of pictures, 2, are imported")
     kernel = weight.shape[2:]
-    stride, dilation = list(op.given("strides", [1, 1])), list(op.given("dilations", [1, 1]))
-    groups = int(op.given("group", 1))
+    stride, dilation = list(op.read_attribute("strides", [1, 1])), list(op.read_attribute("dilations", [1, 1]))
+    groups = int(op.read_attribute("group", 1))
     pads = pads_of(op, kernel, stride, dilation)
     source = op.layer()
     if pads[:2] != pads[2:]:
@@ -125,9 +126,9 @@ def read_convolution(op: Operator) -> None:
 
 def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Above, left, below, right: as given, or by ``auto_pad``."""
-    auto = op.given("auto_pad", "NOTSET")
+    auto = op.read_attribute("auto_pad", "NOTSET")
     if auto in ("NOTSET", ""):
-        return [int(value) for value in op.given("pads", [0, 0, 0, 0])]
+        return [int(value) for value in op.read_attribute("pads", [0, 0, 0, 0])]
     if auto == "VALID":
         return [0, 0, 0, 0]
     starts, ends = [], []
@@ -141,23 +142,25 @@ def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation
 
 def read_batch_norm(op: Operator) -> None:
     scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
-    if op.given("training_mode", 0):
+    if op.read_attribute("training_mode", 0):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
-    factor = scale / np.sqrt(variance + op.given("epsilon", 1e-5))
+    factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
     shape = (-1, *(1,) * (len(op.shape()) - 2))
     tensors = {"scale": factor.reshape(shape), "shift": (shift - mean * factor).reshape(shape)}
     name = op.make("affine", [op.layer()], tensors)
     parts = {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
-    op.scope.draft.norms[name] = (parts, float(op.given("epsilon", 1e-5)))
+    op.scope.draft.norms[name] = (parts, float(op.read_attribute("epsilon", 1e-5)))
 
 
 def read_gemm(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
-    if op.given("transA", 0) or len(op.shape()) != 2 or weight.ndim != 2:
+    if op.read_attribute("transA", 0) or len(op.shape()) != 2 or weight.ndim != 2:
         raise UnknownFormError("multiplies other matrices than features by weights")
-    weight = weight if op.given("transB", 0) else weight.T
-    add_linear(op, weight * op.given("alpha", 1.0), None if bias is None else bias * op.given("beta", 1.0))
+    weight = weight if op.read_attribute("transB", 0) else weight.T
+    add_linear(
+        op, weight * op.read_attribute("alpha", 1.0), None if bias is None else bias * op.read_attribute("beta", 1.0)
+    )
 
 
 def read_matmul(op: Operator) -> None:
@@ -245,17 +248,17 @@ def read_sum(op: Operator) -> None:
     for name in names[1:-1]:
         total = op.scope.draft.add("add", [total, name], "")
     if len(names) == 1:
-        op.same(total)
+        op.pass_through(total)
     else:
         op.make("add", [total, names[-1]])
 
 
 def read_clip(op: Operator) -> None:
     low, high = (op.numbers(name, place) for name, place in (("min", 1), ("max", 2)))
-    add_clip(op, first_of(low, -math.inf), first_of(high, math.inf))
+    add_clip(op, read_first(low, -math.inf), read_first(high, math.inf))
 
 
-def first_of(value: Any, default: float) -> float:
+def read_first(value: Any, default: float) -> float:
     if value is None:
         return default
     found = float(value[0] if isinstance(value, list) else value)
@@ -267,7 +270,7 @@ def add_clip(op: Operator, low: float, high: float) -> None:
     if low == 0 and high == math.inf:
         op.make("relu", [source])
     elif math.isinf(low) and math.isinf(high):
-        op.same(source)
+        op.pass_through(source)
     else:
         op.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
 
@@ -290,7 +293,7 @@ def read_unary(kind: str, **defaults: float) -> Callable[[Operator], None]:
     theirs = {"slope": "alpha"}
 
     def read(op: Operator) -> None:
-        options = {name: float(op.given(theirs.get(name, name), value)) for name, value in defaults.items()}
+        options = {name: float(op.read_attribute(theirs.get(name, name), value)) for name, value in defaults.items()}
         op.make(kind, [op.layer()], **options)
 
     return read
@@ -304,7 +307,7 @@ def read_prelu(op: Operator) -> None:
 
 
 def read_gelu(op: Operator) -> None:
-    if op.given("approximate", "none") != "none":
+    if op.read_attribute("approximate", "none") != "none":
         raise UnknownFormError("is approximated by tanh")
     op.make("gelu", [op.layer()])
 
@@ -317,20 +320,20 @@ def read_pow(op: Operator) -> None:
 
 
 def read_concat(op: Operator) -> None:
-    axis = op.axis(int(op.given("axis", 1)), len(op.shape()) if op.inputs[0] in op.scope.layers else 4)
+    axis = op.axis(int(op.read_attribute("axis", 1)), len(op.shape()) if op.inputs[0] in op.scope.layers else 4)
     names = [op.scope.layer(name) for name in op.inputs]
     if axis == 0:
         raise UnknownFormError("joins pictures of the batch")
     if len(names) == 1:
-        op.same(names[0])
+        op.pass_through(names[0])
     else:
         op.make("concat", names, axis=axis)
 
 
 def read_split(op: Operator) -> None:
     shape = op.shape()
-    axis = op.axis(int(op.given("axis", 0)), len(shape))
-    number = int(op.given("num_outputs", len(op.node.output)))
+    axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
+    number = int(op.read_attribute("num_outputs", len(op.node.output)))
     chunk = -(-shape[axis] // number)
     even = [min(chunk, shape[axis] - i * chunk) for i in range(number)]
     sizes = [int(size) for size in op.numbers("split", 1, even)]
@@ -360,7 +363,7 @@ def read_slice(op: Operator) -> None:
         if (first, last, step) != (0, shape[place], 1):
             parts.append((place, first, last, int(step)))
     if not parts:
-        op.same(source)
+        op.pass_through(source)
         return
     for place, first, last, step in parts[:-1]:
         options = {"axis": place, "start": first, "stop": last, "step": step}
@@ -373,7 +376,7 @@ def read_slice(op: Operator) -> None:
 def read_gather(op: Operator) -> None:
     indices, shape = op.constant(1), op.shape()
     assert indices is not None
-    axis = op.axis(int(op.given("axis", 0)), len(shape))
+    axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
     if axis == 0 or indices.ndim > 1:
         raise UnknownFormError("looks up other things than channels or positions")
     places = [int(i) % shape[axis] for i in indices.reshape(-1)]
@@ -386,19 +389,19 @@ def read_gather(op: Operator) -> None:
 
 def read_pool(kind: str) -> Callable[[Operator], None]:
     def read(op: Operator) -> None:
-        kernel = [int(size) for size in op.given("kernel_shape", [])]
-        if len(kernel) != 2 or set(op.given("dilations", [1])) != {1} or op.given("storage_order", 0):
+        kernel = [int(size) for size in op.read_attribute("kernel_shape", [])]
+        if len(kernel) != 2 or set(op.read_attribute("dilations", [1])) != {1} or op.read_attribute("storage_order", 0):
             raise UnknownFormError("pools over other windows than those of pictures, without gaps")
         if len(op.node.output) > 1:
             raise UnknownFormError("tells places, too")
-        stride = [int(size) for size in op.given("strides", [1, 1])]
+        stride = [int(size) for size in op.read_attribute("strides", [1, 1])]
         pads = pads_of(op, kernel, stride, [1, 1])
         sizes = op.shape()[2:]
-        if kernel == list(sizes) and pads == [0] * 4 and not op.given("ceil_mode", 0):
+        if kernel == list(sizes) and pads == [0] * 4 and not op.read_attribute("ceil_mode", 0):
             op.make({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], [op.layer()])
             return
-        include = {"include": bool(op.given("count_include_pad", 0))} if kind == "avg_pool" else {}
-        ceil = bool(op.given("ceil_mode", 0))
+        include = {"include": bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
+        ceil = bool(op.read_attribute("ceil_mode", 0))
         op.make(kind, [op.layer()], kernel=kernel, stride=stride, pads=pads, ceil=ceil, **include)
 
     return read
@@ -411,10 +414,10 @@ def read_mean(op: Operator) -> None:
     if 0 in places:
         raise UnknownFormError("averages over the batch")
     if not places:
-        op.same(op.layer())
+        op.pass_through(op.layer())
         return
     is_global = rank == 4 and places == [2, 3]
-    keep = bool(op.given("keepdims", 1))
+    keep = bool(op.read_attribute("keepdims", 1))
     rest = [size for i, size in enumerate(shape) if i > 0 and i not in places]
     kind, options = ("global_avg", {}) if is_global else ("mean", {"axes": places})
     if keep:
@@ -428,7 +431,7 @@ def read_softmax(kind: str) -> Callable[[Operator], None]:
     def read(op: Operator) -> None:
         shape = op.shape()
         default = -1 if op.scope.opset >= 13 else 1
-        axis = op.axis(int(op.given("axis", default)), len(shape))
+        axis = op.axis(int(op.read_attribute("axis", default)), len(shape))
         if op.scope.opset < 13 and math.prod(shape[axis + 1 :]) != 1:
             raise UnknownFormError("is taken over several axes")
         op.make(kind, [op.layer()], axis=axis)
@@ -441,7 +444,7 @@ def add_reshape(op: Operator, shape: Sequence[int]) -> None:
     if not shape or shape[0] != 1:
         raise UnknownFormError("mixes the batch with other axes")
     if tuple(shape) == op.shape():
-        op.same(op.layer())
+        op.pass_through(op.layer())
     else:
         op.make("reshape", [op.layer()], shape=[int(size) for size in shape[1:]])
 
@@ -449,7 +452,7 @@ def add_reshape(op: Operator, shape: Sequence[int]) -> None:
 def read_reshape(op: Operator) -> None:
     wanted = [int(size) for size in op.numbers("shape", 1)]
     source = op.shape()
-    if not op.given("allowzero", 0):
+    if not op.read_attribute("allowzero", 0):
         wanted = [source[i] if size == 0 else size for i, size in enumerate(wanted)]
     known = math.prod(size for size in wanted if size != -1)
     add_reshape(op, [math.prod(source) // max(known, 1) if size == -1 else size for size in wanted])
@@ -457,7 +460,7 @@ def read_reshape(op: Operator) -> None:
 
 def read_flatten(op: Operator) -> None:
     shape = op.shape()
-    axis = op.axis(int(op.given("axis", 1)), len(shape))
+    axis = op.axis(int(op.read_attribute("axis", 1)), len(shape))
     add_reshape(op, [math.prod(shape[:axis]), math.prod(shape[axis:])])
 
 
@@ -478,18 +481,18 @@ def read_unsqueeze(op: Operator) -> None:
 
 def read_transpose(op: Operator) -> None:
     rank = len(op.shape())
-    axes = [int(axis) for axis in op.given("perm", range(rank)[::-1])]
+    axes = [int(axis) for axis in op.read_attribute("perm", range(rank)[::-1])]
     if axes[0] != 0:
         raise UnknownFormError("mixes the batch with other axes")
     if axes == list(range(rank)):
-        op.same(op.layer())
+        op.pass_through(op.layer())
     else:
         op.make("transpose", [op.layer()], axes=axes)
 
 
 def read_pad(op: Operator) -> None:
     rank = len(op.shape())
-    if op.given("mode", "constant") != "constant":
+    if op.read_attribute("mode", "constant") != "constant":
         raise UnknownFormError("pads by other values than a constant")
     given = [int(size) for size in op.numbers("pads", 1)]
     axes = op.numbers("axes", 3, list(range(rank))) if op.scope.opset >= 18 else list(range(rank))
@@ -497,11 +500,11 @@ def read_pad(op: Operator) -> None:
     for place, axis in enumerate(axes):
         starts[int(axis) % rank], ends[int(axis) % rank] = given[place], given[place + len(axes)]
     if not any(starts + ends):
-        op.same(op.layer())
+        op.pass_through(op.layer())
         return
     if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
         raise UnknownFormError("pads other things than pictures, or cuts them")
-    value = first_of(op.numbers("value", 2), 0.0)
+    value = read_first(op.numbers("value", 2), 0.0)
     if starts[2:] + ends[2:] == [0] * 4 and (starts[1] or ends[1]):
         options = {"pads": [0] * 4, "channels": [starts[1], ends[1]], "value": value}
         op.make("pad", [op.layer()], **options)
@@ -513,28 +516,28 @@ def read_pad(op: Operator) -> None:
 
 def read_lrn(op: Operator) -> None:
     options = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
-    values = {name: float(op.given(name, default)) for name, default in options.items()}
-    op.make("lrn", [op.layer()], size=int(op.given("size", 1)), **values)
+    values = {name: float(op.read_attribute(name, default)) for name, default in options.items()}
+    op.make("lrn", [op.layer()], size=int(op.read_attribute("size", 1)), **values)
 
 
 def read_layer_norm(op: Operator) -> None:
     rank = len(op.shape())
-    if op.axis(int(op.given("axis", -1)), rank) != rank - 1:
+    if op.axis(int(op.read_attribute("axis", -1)), rank) != rank - 1:
         raise UnknownFormError("normalizes over more than the last axis")
     scale, shift = op.constant(1), op.constant(2)
     assert scale is not None
     tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
-    op.make("layer_norm", [op.layer()], tensors, eps=float(op.given("epsilon", 1e-5)))
+    op.make("layer_norm", [op.layer()], tensors, eps=float(op.read_attribute("epsilon", 1e-5)))
 
 
 def read_cast(op: Operator) -> None:
-    if int(op.given("to", 1)) not in (1, 11):
+    if int(op.read_attribute("to", 1)) not in (1, 11):
         raise UnknownFormError("turns layers into integers or half floats")
-    op.same(op.layer())
+    op.pass_through(op.layer())
 
 
 def read_nothing(op: Operator) -> None:
-    op.same(op.layer())
+    op.pass_through(op.layer())
 
 
 READERS: dict[str, Callable[[Operator], None]] = {

@@ -210,7 +210,7 @@ def join_affine_into_layer_norm(draft: NetworkDraft) -> bool:
             "shift": own.get("shift", np.zeros(size)) * scale.ravel() + shift.ravel(),
         }
         draft.set_tensors(before.name, tensors)
-        draft.absorb(before, plan, before.having(constants={name: [size] for name in tensors}))
+        draft.absorb(before, plan, before.with_options(constants={name: [size] for name in tensors}))
         return True
     return False
 
@@ -234,12 +234,12 @@ def join_affines(draft: NetworkDraft) -> bool:
         shapes = {name: list(value.shape) for name, value in tensors.items()}
         draft.set_tensors(before.name, tensors)
         draft.norms.pop(before.name, None)
-        draft.absorb(before, plan, before.having(constants=shapes))
+        draft.absorb(before, plan, before.with_options(constants=shapes))
         return True
     return False
 
 
-def per_channel(values: Array, channels: int, axes: int) -> Array | None:
+def to_channel_values(values: Array, channels: int, axes: int) -> Array | None:
     """``values``, which are broadcast to (channels, ...) of so many ``axes``, as (channels,); None where they differ
     within a channel."""
     if values.size == 1:
@@ -255,7 +255,7 @@ def join_affine_into_weights(draft: NetworkDraft) -> bool:
         if before is None or not draft.is_read_once(before.name) or before.kind not in ("conv", "linear"):
             continue
         shape = draft.shape(before.name)
-        scale, shift = (per_channel(v, shape[1], len(shape) - 1) for v in affine(draft, plan.name) or ())
+        scale, shift = (to_channel_values(v, shape[1], len(shape) - 1) for v in affine(draft, plan.name) or ())
         if scale is None or shift is None or before.options.get("activation"):
             continue
         changed = before
@@ -282,7 +282,7 @@ def join_norm(draft: NetworkDraft, conv: LayerPlan, plan: LayerPlan, scale: Arra
         draft.set_tensors(
             conv.name, {**tensors, **{f"bn.{name}": value.reshape(shape) for name, value in moved.items()}}
         )
-        return conv.having(normalized=True, eps=epsilon)
+        return conv.with_options(normalized=True, eps=epsilon)
     tensors["bn.weight"] = tensors["bn.weight"] * scale.reshape(shape)
     tensors["bn.bias"] = tensors["bn.bias"] * scale.reshape(shape) + shift.reshape(shape)
     draft.set_tensors(conv.name, tensors)
@@ -299,7 +299,7 @@ def join_pad(draft: NetworkDraft) -> bool:
         if (top, left) != (bottom, right):
             continue
         own = plan.options["padding"]
-        draft.replace(plan, plan.having(padding=[own[0] + top, own[1] + left]).reading(pad.inputs))
+        draft.replace(plan, plan.with_options(padding=[own[0] + top, own[1] + left]).with_inputs(pad.inputs))
         draft.remove(pad)
         return True
     return False
@@ -315,10 +315,10 @@ def join_activation(draft: NetworkDraft) -> bool:
         if not is_relu and (plan.options["low"], plan.options["high"]) != (0, 6):
             continue
         if before.kind == "conv" and not before.options["activation"]:
-            draft.absorb(before, plan, before.having(activation="relu" if is_relu else "relu6"))
+            draft.absorb(before, plan, before.with_options(activation="relu" if is_relu else "relu6"))
             return True
         if before.kind == "add" and is_relu and not before.options.get("relu"):
-            draft.absorb(before, plan, before.having(relu=True))
+            draft.absorb(before, plan, before.with_options(relu=True))
             return True
     return False
 
@@ -351,7 +351,7 @@ def join_reshapes(draft: NetworkDraft) -> bool:
             draft.skip(plan)
             return True
         if before is not None and before.kind == "reshape":
-            draft.replace(plan, plan.reading(before.inputs))
+            draft.replace(plan, plan.with_inputs(before.inputs))
             return True
     return False
 
@@ -365,7 +365,7 @@ def join_transposes(draft: NetworkDraft) -> bool:
             return True
         if before is not None and before.kind == "transpose":
             order = [before.options["axes"][axis] for axis in axes]
-            draft.replace(plan, plan.having(axes=order).reading(before.inputs))
+            draft.replace(plan, plan.with_options(axes=order).with_inputs(before.inputs))
             return True
     return False
 
@@ -380,17 +380,17 @@ def move_before_transpose(draft: NetworkDraft) -> bool:
         if not draft.is_read_once(before.name) or not draft.is_read_once(inner.name) or before.options["axes"][0] != 0:
             continue
         places = np.argsort([axis - 1 for axis in before.options["axes"][1:]])
-        tensors = {name: transposed(value, places) for name, value in draft.tensors_of(plan.name).items()}
+        tensors = {name: transpose(value, places) for name, value in draft.tensors_of(plan.name).items()}
         options = {name: value for name, value in plan.options.items() if name != "constants"}
         moved = draft.insert_before(before, plan.kind, [inner.name], options, tensors)
-        draft.replace(before, before.reading([moved]))
+        draft.replace(before, before.with_inputs([moved]))
         draft.take_over(before.name, plan)
         draft.remove(plan)
         return True
     return False
 
 
-def transposed(value: Array, places: Array) -> Array:
+def transpose(value: Array, places: Array) -> Array:
     """``value``, which is broadcast to as many axes as there are ``places``, with its axes in their order."""
     if value.size == 1:
         return value
@@ -407,7 +407,7 @@ def move_activation_before_reshape(draft: NetworkDraft) -> bool:
         if not draft.is_read_once(inner.name):
             continue
         moved = draft.insert_before(before, plan.kind, [inner.name], dict(plan.options))
-        draft.replace(before, before.reading([moved]))
+        draft.replace(before, before.with_inputs([moved]))
         draft.samples[before.name], draft.sources[before.name] = draft.samples[plan.name], draft.sources[plan.name]
         draft.skip(plan)
         return True
@@ -420,7 +420,7 @@ def make_convolution_of_affine(draft: NetworkDraft) -> bool:
         shape = draft.shape(plan.name)
         if len(shape) != 4:
             continue
-        scale, shift = (per_channel(v, shape[1], 3) for v in affine(draft, plan.name) or ())
+        scale, shift = (to_channel_values(v, shape[1], 3) for v in affine(draft, plan.name) or ())
         readers = draft.readers(plan.name)
         if scale is None or shift is None or not any(r.kind in ("relu", "conv", "clip") for r in readers):
             continue
@@ -428,7 +428,7 @@ def make_convolution_of_affine(draft: NetworkDraft) -> bool:
         weight = np.ones((channels, 1, 1, 1))
         tensors = convolution_tensors(weight, None, channels)
         conv = draft.insert_before(plan, "conv", list(plan.inputs), convolution_options(weight, channels), tensors)
-        draft.absorb(draft.known(conv), plan, join_norm(draft, draft.known(conv), plan, scale, shift))
+        draft.absorb(draft.find_layer(conv), plan, join_norm(draft, draft.find_layer(conv), plan, scale, shift))
         return True
     return False
 
@@ -438,7 +438,7 @@ def mark_gates(draft: NetworkDraft) -> bool:
     for plan in layers(draft, "mul"):
         gate = draft.plan(plan.inputs[1])
         if gate is not None and gate.kind in ("sigmoid", "hard_sigmoid") and "gate" not in plan.options:
-            draft.replace(plan, plan.having(gate=True))
+            draft.replace(plan, plan.with_options(gate=True))
             return True
     return False
 

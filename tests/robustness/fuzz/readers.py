@@ -275,9 +275,9 @@ def _states() -> Sequence[bytes]:
 
 @cache
 def _recipe() -> dict[str, Any]:
-    from mgq.engine.training.recipe import Task, make_recipe, plain
+    from mgq.engine.training.recipe import Task, make_recipe, to_plain
 
-    return plain(make_recipe(Task("resnet18", "normal", "synthetic", 2, 100, 64), {}))
+    return to_plain(make_recipe(Task("resnet18", "normal", "synthetic", 2, 100, 64), {}))
 
 
 def _state_sealed(data: bytes) -> bytes:

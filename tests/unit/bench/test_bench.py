@@ -31,7 +31,7 @@ from mgq.bench.cases import (
 from mgq.bench.settings import EXAMPLE_NETWORKS, ROUNDS, Load, Precision, Settings, make_settings
 from mgq.bench.statistics import interquartile_range, measure_speed, measure_speedup, median_time
 from mgq.bench.suite import BenchmarkSuite, NetworkJob, cat_batch
-from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, find_group, markdown, three_digits
+from mgq.bench.tables import COLUMNS, cells, comparison_text, example_cells, find_group, format_three_digits, markdown
 from mgq.bench.workers import InProcessWorker, SideBySide
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
@@ -802,7 +802,7 @@ def test_weights_are_named_once_or_by_precision(report: Report) -> None:
     [(0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (99.96, "100.0"), (123.4, "123"), (1234.5, "1234")],
 )
 def test_figures_have_about_three_digits(value: float, text: str) -> None:
-    assert three_digits(value) == text
+    assert format_three_digits(value) == text
 
 
 UNPUBLISHED = "shufflenet_v1_x1_0_g3"

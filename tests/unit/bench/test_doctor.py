@@ -11,6 +11,7 @@ import pytest
 from mgq.bench import doctor
 from mgq.bench.doctor import Check, Diagnosis, State, list_checks
 from mgq.export.native.cpu import get_level
+from mgq.runtime import engine_faults
 from mgq.system.environment import cgroup_cores, cgroup_memory
 from tests.conftest import Mgq
 
@@ -37,15 +38,26 @@ def test_a_package_that_breaks_on_import_is_a_row_with_a_mend(
 ) -> None:
     (tmp_path / "openvino.py").write_text(code)
     monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
-    finding = check_called("OpenVINO").finding()
+    finding = check_called("OpenVINO").run()
     assert finding.state is State.LACKING and said in finding.found and "mgq[deploy]" in finding.mend
     assert "\n" not in finding.found and "Traceback" not in finding.found
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "package_version", lambda package: None)
-    finding = check_called("ONNX Runtime").finding()
+    finding = check_called("ONNX Runtime").run()
     assert finding.found == "not installed" and finding.mend == "pip install 'mgq[deploy]'"
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_version_with_a_known_fault_is_a_row_with_a_mend_where_it_shows(
+    monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    monkeypatch.setattr(doctor, "check_package", lambda *_: "1.23.2")
+    monkeypatch.setattr(engine_faults, "processor_has", lambda flag: amx)
+    finding = check_called("ONNX Runtime").run()
+    assert finding.state is (State.LACKING if amx else State.FINE) and finding.found.startswith("1.23.2")
+    assert ("AMX" in finding.found, finding.mend) == ((True, engine_faults.MEND) if amx else (False, ""))
 
 
 def test_the_native_engine_says_what_it_runs_and_where_it_keeps_it(
@@ -53,20 +65,20 @@ def test_the_native_engine_says_what_it_runs_and_where_it_keeps_it(
 ) -> None:
     monkeypatch.setenv("MGQ_NATIVE_CACHE", str(tmp_path))
     (tmp_path / "one.native").write_bytes(bytes(2_000_000))
-    finding = check_called("native engine").finding()
+    finding = check_called("native engine").run()
     assert finding.state is State.FINE
     assert f"kernels for {get_level('native').key}, " in finding.found and finding.found.endswith("2.0 MB")
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("MGQ_NATIVE_CACHE", str(tmp_path / "file"))
-    assert "is a file" in check_called("native engine").finding().found
+    assert "is a file" in check_called("native engine").run().found
 
 
 def test_without_a_linker_the_row_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: None)
-    finding = check_called("linker").finding()
+    finding = check_called("linker").run()
     assert finding.state is State.LACKING and "mgq[native]" in finding.mend
     monkeypatch.setattr("mgq.export.native.linker.link_command", lambda: [sys.executable, "-m", "ziglang", "cc", "-s"])
-    assert check_called("linker").finding().found == "ziglang cc"
+    assert check_called("linker").run().found == "ziglang cc"
 
 
 def broken() -> str:
@@ -85,9 +97,9 @@ def test_only_what_the_main_job_needs_makes_it_fail(mgq: Mgq, monkeypatch: pytes
 
 def test_folders_that_cannot_be_written_to_are_told_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    finding = check_called("runs", tmp_path / "file" / "runs").finding()
+    finding = check_called("runs", tmp_path / "file" / "runs").run()
     assert finding.state is State.LACKING and "is a file" in finding.found and "--save" in finding.mend
-    assert check_called("runs", tmp_path / "a" / "b").finding().state is not State.BROKEN
+    assert check_called("runs", tmp_path / "a" / "b").run().state is not State.BROKEN
     assert not (tmp_path / "a").exists()
 
 
@@ -95,7 +107,7 @@ def test_a_processor_without_vnni_gets_the_target_for_it(monkeypatch: pytest.Mon
     for flags, state in (("avx avx2 fma", State.LACKING), ("avx2 avx_vnni", State.FINE)):
         (tmp_path / "cpuinfo").write_text(f"model name : Made Up\nflags : {flags}\n")
         monkeypatch.setattr("mgq.system.environment.CPU_INFO", tmp_path / "cpuinfo")
-        finding = check_called("processor").finding()
+        finding = check_called("processor").run()
         assert finding.state is state and "Made Up" in finding.found
         assert ("onnx-avx2" in finding.mend) == (state is State.LACKING)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mgq.bench.file_cases import cat_batch, precision_of, stretched_to
+from mgq.bench.file_cases import cat_batch, precision_of, read_stretched_size
 from mgq.bench.settings import Precision
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import to_float
@@ -28,6 +28,6 @@ def test_a_file_for_pictures_that_are_no_squares_is_fed_such(tmp_path: Path) -> 
     int8 = int8_of(path, "torch")
     kept = dump_classifier(int8, tmp_path / "kept.onnx", keep_input=True).path
     for file in (kept, dump_classifier(int8, tmp_path / "int8.onnx").path):
-        assert stretched_to(file) == (16, 48)
+        assert read_stretched_size(file) == (16, 48)
     assert cat_batch(2, 16, (16, 48)).shape == (2, 3, 16, 48)
-    assert stretched_to(tmp_path / "library.so") is None
+    assert read_stretched_size(tmp_path / "library.so") is None

@@ -36,10 +36,10 @@ from mgq.cpu_kernels.elementwise import (
     clamp_below,
     extremes,
     extremes_of_rows,
-    in_pieces,
+    run_in_pieces,
 )
 from mgq.cpu_kernels.fake_quantization import quantizer_of
-from mgq.cpu_kernels.tensor_exchange import put, settled
+from mgq.cpu_kernels.tensor_exchange import read_state, write_state
 from mgq.errors import FailureError
 from mgq.machine import has_bfloat16, usable_cores
 from mgq.quantization.modes import Mode, to_mode
@@ -196,7 +196,7 @@ class Mapped(M.Module):  # type: ignore[misc]
             return self.layer(x)
         output = self.layer(feature_maps.of_tensor(x))
         assert isinstance(output, feature_maps.FeatureMap)
-        return output.plain()
+        return output.to_tensor()
 
 
 @pytest.mark.parametrize("qat", [False, True], ids=["float", "qat"])
@@ -355,7 +355,7 @@ def layer_inputs(network: M.Module, images: Array) -> list[tuple[M.Module, Array
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, 9 * PIECE * usable_cores() + 5])
 def test_pieces_cover_everything_once_and_in_order(size: int) -> None:
-    pieces = in_pieces(lambda piece: (piece.start, piece.stop), size)
+    pieces = run_in_pieces(lambda piece: (piece.start, piece.stop), size)
     assert [element for start, stop in pieces for element in range(start, stop)] == list(range(size))
 
 
@@ -371,7 +371,7 @@ def test_fake_quantization_is_that_of_megengine_to_the_bit() -> None:
             manager.backward(expected, Tensor(np.ones_like(array)))
         found = quantizer_of(qparams)
         assert found is not None
-        output, passes = found.applied(array)
+        output, passes = found.apply(array)
         assert passes is not None
         np.testing.assert_array_equal(output, expected.numpy())
         np.testing.assert_array_equal(passes, x.grad.numpy() != 0)
@@ -666,8 +666,8 @@ def test_a_layers_state_is_read_right_just_after_it_was_written() -> None:
     state = [Tensor(np.zeros(1 << 20, np.float32)) for _ in range(3)]
     for number in range(1, 4):
         for tensor in state:
-            put(tensor, np.full(1 << 20, number, np.float32))
-        assert all((value == number).all() for value in settled(*state))
+            write_state(tensor, np.full(1 << 20, number, np.float32))
+        assert all((value == number).all() for value in read_state(*state))
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5, 300), (3, 1, 2, 2)])
@@ -688,7 +688,7 @@ def test_pooled_feature_maps_and_their_gradients_are_those_of_megengine(size: in
         manager = GradManager().attach([source])
         with fast_gradients(), manager:
             read = feature_maps.of_tensor(source) if fast else source
-            output = feature_maps.plain(M.MaxPool2d(size, stride, padding)(read))
+            output = feature_maps.to_plain(M.MaxPool2d(size, stride, padding)(read))
             manager.backward(output, Tensor(normal(*output.shape)))
         results.append((output.numpy(), source.grad.numpy()))
         source.grad = None

@@ -15,7 +15,7 @@ from megengine.autodiff import GradManager
 from mgq.cpu_kernels import elementwise, simulation
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.ptq.range_measurement import as_input
-from mgq.ptq.steps import Draft, ExactScales, RangesBySeen
+from mgq.ptq.steps import Draft, ExactScales, RangesFromImages
 from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -36,7 +36,7 @@ def quantized(arch: str, target: Target, **options: Any) -> M.Module:
     megengine.random.seed(3)
     network = spec_of(arch).build(10, **options)
     network.eval()
-    draft = RangesBySeen().apply(Draft(network, IMAGES, target))
+    draft = RangesFromImages().apply(Draft(network, IMAGES, target))
     if target is not MEGENGINE:
         draft = ExactScales().apply(draft)
     assert draft.watched is not None

@@ -15,9 +15,9 @@ from mgq.data.datasets import (
     ImageFolder,
     calibration_folder,
     evaluation_folder,
-    measuring_folder,
     subset,
     training_folders,
+    validation_folder,
     without_subset,
 )
 from mgq.data.imagenet_classes import imagenet_classes
@@ -194,7 +194,7 @@ def test_a_folder_of_classes_alone_is_split_and_no_image_is_on_both_sides(tmp_pa
     shares = np.bincount(val.labels) / 200
     assert (abs(shares - 1 / KEPT) < 0.1).all()
     assert "kept to measure on" in val.name and str(tmp_path) in val.name and train.name == str(tmp_path)
-    assert listed(measuring_folder(tmp_path)) == listed(val)
+    assert listed(validation_folder(tmp_path)) == listed(val)
 
 
 def test_a_image_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ def test_a_missing_file_among_others_fails_alone_and_only_when_read() -> None:
     assert problem(missing) == "gone.jpg does not exist: check the path"
 
 
+def test_a_file_that_vanishes_after_it_was_found_fails_alone() -> None:
+    make("a.png", "b.png", "c.png")
+    sources = expand(["."])
+    Path("b.png").unlink()
+    with pytest.raises(InputError, match=r"b\.png does not exist"):
+        sources[1].read()
+    assert sources[0].read().shape == sources[2].read().shape == (2, 3, 3)
+
+
 def test_a_file_named_twice_or_in_two_spellings_is_kept_once() -> None:
     make("in/a.jpg", "b.jpg")
     spellings = ["in/a.jpg", "./in/a.jpg", "in/../in/a.jpg", str(Path("in/a.jpg").absolute()), "in", "in/*"]

@@ -31,7 +31,7 @@ def test_a_gpu_that_megengine_does_not_find_is_one_line(monkeypatch: pytest.Monk
 def test_bfloat16_is_refused_where_it_cannot_be(
     mode: Mode, on_processor: bool, has_bfloat16: bool, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_options, "on_processor", lambda: on_processor)
+    monkeypatch.setattr(train_options, "runs_on_processor", lambda: on_processor)
     monkeypatch.setattr(train_options, "has_bfloat16", lambda: has_bfloat16)
     wanted = make_train_options({"bf16": True})
     if part:

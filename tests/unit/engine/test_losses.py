@@ -58,6 +58,6 @@ def test_averaged_weights_follow_those_of_the_network() -> None:
         average.update(network)
         keep = min(0.5, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * step
-    found = dict(average.averaged(network).named_tensors())[name].numpy()
+    found = dict(average.make_averaged_copy(network).named_tensors())[name].numpy()
     assert np.allclose(found, expected, rtol=1e-6)
     assert np.all(values[name].numpy() == 5), "the network itself stays as it was"

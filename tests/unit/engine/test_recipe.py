@@ -14,9 +14,9 @@ from mgq.engine.training.recipe import (
     Task,
     check_changes,
     make_recipe,
-    plain,
     read_changes,
     restore_recipe,
+    to_plain,
 )
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError
@@ -90,7 +90,7 @@ def test_a_recipe_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     assert restore_recipe(read_changes(path), "it") == recipe
-    assert restore_recipe(plain(recipe), "it") == recipe
+    assert restore_recipe(to_plain(recipe), "it") == recipe
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path: Path, monkeypatch: pytest
         def __init__(self, top1: float) -> None:
             self.top1, self.top5, self.loss = top1, top1, 1.0
 
-    monkeypatch.setattr(Trainer, "validated", lambda *_: Figures(next(found)))
+    monkeypatch.setattr(Trainer, "validate", lambda *_: Figures(next(found)))
     outcome = train(small_request(tmp_path, epochs=3))
     assert outcome.best["epoch"] == 2 and outcome.best["top1"] == 50
     info = read_weights(outcome.checkpoint).info

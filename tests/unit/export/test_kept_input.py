@@ -15,7 +15,7 @@ import pytest
 
 from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.onnx_import import kept_input
+from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import make_random_classifier
 from mgq.errors import InputError
 from mgq.export.onnx.onnx_file import METADATA, read_onnx
@@ -141,4 +141,4 @@ def test_keep_input_is_refused_where_there_is_none(tmp_path: Path, mgq: Mgq) -> 
     assert "is the one that was imported" in the_error(said)
     assert not (tmp_path / "model.normal.onnx").exists()
     with pytest.raises(InputError, match="imported ONNX files"):
-        kept_input(make_random_classifier("resnet18", Mode.NORMAL))
+        find_float_input(make_random_classifier("resnet18", Mode.NORMAL))

@@ -24,7 +24,7 @@ import pytest
 
 from mgq.errors import FailureError, InputError
 from mgq.export.native import cache as cache_module
-from mgq.export.native.compiler import Compiled, compile_program, object_of
+from mgq.export.native.compiler import CompiledProgram, compile_program, object_of
 from mgq.export.native.cpu import Level, get_level
 from mgq.export.native.emit.driver import emit_module
 from mgq.export.native.library import Library
@@ -53,7 +53,7 @@ def differing(program: Program, level: Level, images: Images) -> dict[str, int]:
     """How many integers of each tensor that is in memory differ from the reference; logits too."""
     plan: Plan = make_plan(program, keep=True, unit=level.isa().unit)
     module = emit_module(plan, level.isa(), "nounwind")
-    library = Library(Compiled(object_of(module.text, level), module.constants, module.work), program.classes)
+    library = Library(CompiledProgram(object_of(module.text, level), module.constants, module.work), program.classes)
     wanted, tensors = run_reference(program, images)
     found: dict[str, int] = {}
     for image, logits in zip(images, wanted, strict=True):
@@ -97,7 +97,7 @@ def wide_program(arch: str, height: int, width: int) -> Program:
 
 
 @pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
-@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), ("resnet18", 96, 64)])
+@pytest.mark.parametrize(("arch", "height", "width"), [("mobilenet_v2", 64, 160), slow("resnet18", 96, 64)])
 def test_pictures_that_are_no_squares_give_the_same_bits(arch: str, height: int, width: int, level: Level) -> None:
     program = wide_program(arch, height, width)
     images = np.random.default_rng(3).integers(0, 256, (2, 3, height, width), np.uint8)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mgq.export.native.compiler import Compiled, llvm, object_of
+from mgq.export.native.compiler import CompiledProgram, llvm, object_of
 from mgq.export.native.cpu import Level
 from mgq.export.native.emit import driver, team
 from mgq.export.native.emit.driver import Module, emit_module
@@ -117,7 +117,7 @@ def test_no_kernel_touches_what_lies_behind_its_memory(arch: str, level: Level, 
     image = noise(SIZE, 1, 3)
     wanted = run_reference(program, image)[0]
     module, pages, behind = guarded_module(program, level)
-    compiled = Compiled(object_of(module.text, level), module.constants, module.work)
+    compiled = CompiledProgram(object_of(module.text, level), module.constants, module.work)
 
     def work() -> bool:
         library = Library(compiled, 1000, 2)

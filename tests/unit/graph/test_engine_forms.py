@@ -13,7 +13,7 @@ import pytest
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.graph.engine_forms import FORMS, in_form_for
+from mgq.graph.engine_forms import FORMS, adapt_to_engine
 from mgq.graph.layer_graph import Graph
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
@@ -64,7 +64,7 @@ def test_int8_in_the_form_for_an_engine_answers_nearly_as_float(
     tmp_path: Path, graph_of_body: Any, body: str, engine: str
 ) -> None:
     graph, (images, wanted) = graph_of_body(body)
-    saved(in_form_for(graph, engine), tmp_path / "int8.onnx")
+    saved(adapt_to_engine(graph, engine), tmp_path / "int8.onnx")
     found = load(tmp_path / "int8.onnx", engine).run(images)
     assert 10 * np.log10((wanted**2).sum() / ((found - wanted) ** 2).sum()) > 20
 
@@ -72,7 +72,7 @@ def test_int8_in_the_form_for_an_engine_answers_nearly_as_float(
 def test_for_openvino_nothing_is_rounded_between_a_convolution_and_its_activation(
     tmp_path: Path, graph_of_body: Any
 ) -> None:
-    model = saved(in_form_for(graph_of_body("swishes")[0], "openvino"), tmp_path / "int8.onnx")
+    model = saved(adapt_to_engine(graph_of_body("swishes")[0], "openvino"), tmp_path / "int8.onnx")
     readers = {name: node.op_type for node in model.graph.node for name in node.input}
     behind = [readers[node.output[0]] for node in model.graph.node if node.op_type == "Conv"]
     assert sorted(set(behind) - {"Mul", "Sigmoid"}) == ["HardSwish", "QuantizeLinear"]
@@ -80,7 +80,7 @@ def test_for_openvino_nothing_is_rounded_between_a_convolution_and_its_activatio
 
 
 def test_for_onnx_runtime_every_gate_is_made_of_integers(tmp_path: Path, graph_of_body: Any) -> None:
-    model = saved(in_form_for(graph_of_body("swishes")[0], "onnxruntime"), tmp_path / "int8.onnx")
+    model = saved(adapt_to_engine(graph_of_body("swishes")[0], "onnxruntime"), tmp_path / "int8.onnx")
     operators = {node.op_type for node in model.graph.node}
     assert "HardSwish" not in operators
     made = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -93,11 +93,11 @@ def test_for_onnx_runtime_every_gate_is_made_of_integers(tmp_path: Path, graph_o
 
 def test_a_graph_without_swishes_is_the_same_for_every_engine(graph_of_body: Any) -> None:
     graph = graph_of_body("plain")[0]
-    assert all(in_form_for(graph, engine) is graph for engine in FORMS)
+    assert all(adapt_to_engine(graph, engine) is graph for engine in FORMS)
 
 
 def test_for_openvino_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any) -> None:
-    model = saved(in_form_for(graph_of_body("channels_last")[0], "openvino"), tmp_path / "int8.onnx")
+    model = saved(adapt_to_engine(graph_of_body("channels_last")[0], "openvino"), tmp_path / "int8.onnx")
     read = {name: node.op_type for node in model.graph.node for name in node.input}
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     assert read[norm.output[0]] == "Transpose"

@@ -24,9 +24,9 @@ from mgq.data.transforms import to_batch
 from mgq.engine.classifier.evaluate import evaluation_data, evaluation_loader
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import (
+    find_float_input,
+    import_checkpoint,
     import_classifier,
-    imported_checkpoint,
-    kept_input,
     refuse_other_import,
     source_in,
 )
@@ -38,7 +38,7 @@ from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.zoo.weight_loading import read_weights
-from tests.conftest import Mgq, the_error
+from tests.conftest import Mgq, slow, the_error
 from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
 
 RAW = ImportWish(preprocess="raw")
@@ -192,7 +192,7 @@ def test_axes_of_minus_one_are_open(tmp_path: Path) -> None:
         classifier_in(path)
     classifier, _ = import_classifier(path, ImportWish(preprocess="raw", size=(16, 48)), "")
     assert classifier.logits(pixels(2, 16, 48)).shape == (2, CLASSES)
-    assert kept_input(classifier).shape == (None, 3, 16, 48)
+    assert find_float_input(classifier).shape == (None, 3, 16, 48)
 
 
 def test_the_text_direction_classifier_of_rapidocr_is_imported() -> None:
@@ -262,12 +262,12 @@ def test_the_background_comes_first_of_1001_classes(tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_imported_network_builds_it_again(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx", "squeeze_and_excite")
     told: list[str] = []
-    kept = imported_checkpoint(path, tmp_path / "runs", RAW, told.append)
+    kept = import_checkpoint(path, tmp_path / "runs", RAW, told.append)
     images = pixels()
     again = classifier_from(read_weights(kept), Mode.NORMAL)
     assert (again.logits(images) == classifier_in(path).logits(images)).all()
     assert again.spec.name == "model"
-    assert imported_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
+    assert import_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
     assert told[-1].startswith("imported before")
 
 
@@ -485,10 +485,10 @@ def test_words_for_foreign_files_are_refused_for_others(mgq: Mgq, verb: str) -> 
     assert "for ONNX files of others" in the_error(mgq(verb, "--preprocess", "tf"))
 
 
-@pytest.mark.parametrize("verb", TAKERS)
+@pytest.mark.parametrize("verb", [slow(verb) if verb == "qat" else verb for verb in TAKERS])
 def test_each_verb_imports_a_file_as_it_is_told_now(tmp_path: Path, mgq: Mgq, verb: str) -> None:
     path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
-    known = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
+    known = import_checkpoint(path, runs, ImportWish(preprocess="tf"))
     options = ["-m", "normal"] if verb in ("infer", "eval", "dump") else []
     said = mgq(verb, "-c", path, "-s", runs, "--preprocess", "caffe", *options)  # most want more, but import it first
     assert "input as caffe" in said.err, said
@@ -509,6 +509,6 @@ def test_infer_answers_as_the_file_was_fed(tmp_path: Path, mgq: Mgq) -> None:
 
 def test_bench_measures_no_int8_of_another_import(tmp_path: Path) -> None:
     path, runs = write(tmp_path / "model.onnx"), tmp_path / "runs"
-    int8 = imported_checkpoint(path, runs, ImportWish(preprocess="tf"))
+    int8 = import_checkpoint(path, runs, ImportWish(preprocess="tf"))
     with pytest.raises(InputError, match=r"fed as tf .*fed as raw"):
         refuse_other_import(int8, classifier_in(path).options)

@@ -205,7 +205,7 @@ class TestEasyQuant:
 
         for number, kept in ((32, range(0, 100, 4)), (100, range(100))):
             sample = Sample(number)
-            assert sum(len(batch) for batch in sample.of(batches())) == 100
+            assert sum(len(batch) for batch in sample.watch(batches())) == 100
             assert [int(image.item()) for image in sample.images] == list(kept)
         assert Sample(3).images == []
 

@@ -23,7 +23,7 @@ from mgq.ptq.channel_mixing import (
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Values
 from mgq.ptq.equalization import statistics_of_images
 from mgq.ptq.logit_gradients import Pairs
-from mgq.ptq.steps import Draft, Equalize, ExactScales, MixChannels, RangesByLogits
+from mgq.ptq.steps import Draft, Equalize, ExactScales, MixChannels, RangesFromLogits
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import BACKENDS, Backend, load
 from mgq.zoo import mobilenet_v2
@@ -93,7 +93,7 @@ class TestNetworks:
         "engine", [engine for engine in BACKENDS if engine.suffix == ".onnx"], ids=attrgetter("key")
     )
     def test_files_answer_as_the_simulation(self, mixed: Draft, engine: Backend, tmp_path: Path) -> None:
-        watched = ExactScales().apply(RangesByLogits().apply(mixed)).watched
+        watched = ExactScales().apply(RangesFromLogits().apply(mixed)).watched
         assert watched is not None
         path = tmp_path / "mixed.onnx"
         write_onnx(watched, path, image_size=IMAGES.shape[-1], batch=len(IMAGES), provenance={})
@@ -155,8 +155,8 @@ class TestMatrices:
         np.testing.assert_allclose(pairs.values[0, 1], (values[:, 0] * values[:, 1]).sum(), rtol=1e-5)
         each = factors.astype(np.float32).reshape(1, 3, 1, 1)
         larger.add(values * each, gradients / each)
-        np.testing.assert_allclose(pairs.scaled(factors).values, larger.values, rtol=1e-5)
-        np.testing.assert_allclose(pairs.scaled(factors).gradients, larger.gradients, rtol=1e-5)
+        np.testing.assert_allclose(pairs.scale(factors).values, larger.values, rtol=1e-5)
+        np.testing.assert_allclose(pairs.scale(factors).gradients, larger.gradients, rtol=1e-5)
 
     def test_shrinkage_keeps_matrices_of_few_images_invertible(self) -> None:
         one = np.zeros((5, 5))

@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_noise(target: Target) -> None:
     problem = Problem.of(graph, sets, predict_statistics(network, graph), target)
     rng = np.random.default_rng(0)
     logs = rng.normal(0, 0.2, sets.number)
-    problem = problem.at(logs)
+    problem = problem.with_factors(logs)
     _, gradient = problem.noise(logs)
     for _ in range(3):
         way = rng.normal(0, 1, sets.number)

@@ -27,12 +27,12 @@ from mgq.ptq.steps import (
     Draft,
     Equalize,
     Images,
-    RangesByLogits,
-    RangesBySeen,
+    RangesFromImages,
+    RangesFromLogits,
     RoundWeights,
     Step,
-    in_batches,
     logits_of,
+    split_float,
 )
 from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.activations import RELU6
@@ -65,9 +65,9 @@ class Harm:
     name: str = "harm"
 
     def apply(self, draft: Draft) -> Draft:
-        done = RangesBySeen().apply(draft)
+        done = RangesFromImages().apply(draft)
         narrow = {name: (low / 100, high / 100) for name, (low, high) in done.activations.items()}
-        return draft.with_ranges(draft.prepared(), narrow, "harm")
+        return draft.with_ranges(draft.prepare(), narrow, "harm")
 
 
 class TestHeldBack:
@@ -113,14 +113,14 @@ class TestSearch:
         fit, held = split(IMAGES)
         exact = logits_of(network, held)
         free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], held), exact)
-        plain = RangesBySeen().apply(Draft(network, fit, ONNX))
+        plain = RangesFromImages().apply(Draft(network, fit, ONNX))
         assert plain.watched is not None
         assert balanced >= fast - 0.2
         assert fast >= max(free, snr_of(logits_of(plain.watched, held), exact)) - 1.0
 
     def test_a_step_that_harms_is_left_out_and_named(self) -> None:
         network = trained_like(SHUFFLE, {})
-        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesBySeen(),)))
+        preset = replace(PRESETS["fast"], grids=((Harm(),), (RangesFromImages(),)))
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert "harm" not in found.best.steps
         assert "left out, as it did not help: harm" in found.summary()
@@ -132,20 +132,20 @@ class TestSearch:
         found = find_best(
             network,
             IMAGES,
-            replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(), good)),
+            replace(PRESETS["fast"], grids=((RangesFromImages(),),), finishes=(Harm(), good)),
             lambda fit: Draft(network, fit, ONNX),
         )
         assert "harm" not in found.best.steps and found.best.steps[0] == "ranges by min-max"
 
     def test_the_quick_finish_is_kept_where_the_others_harm(self) -> None:
-        preset = replace(PRESETS["fast"], grids=((RangesBySeen(),),), finishes=(Harm(),), touches=())
+        preset = replace(PRESETS["fast"], grids=((RangesFromImages(),),), finishes=(Harm(),), touches=())
         network = trained_like(SHUFFLE, {})
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert preset.preview is not None
         assert found.best.steps == ("ranges by min-max", preset.preview.name)
 
     def test_a_network_without_ceilings_is_not_equalized_up_to_them(self) -> None:
-        preset = replace(PRESETS["balanced"], grids=((RangesBySeen(),), UP_TO_CEILINGS), finishes=(), touches=())
+        preset = replace(PRESETS["balanced"], grids=((RangesFromImages(),), UP_TO_CEILINGS), finishes=(), touches=())
         network = trained_like(SHUFFLE, {})
         found = find_best(network, IMAGES, preset, lambda fit: Draft(network, fit, ONNX))
         assert [trial.steps[0] for trial in found.trials] == ["ranges by min-max"]
@@ -186,7 +186,7 @@ class TestOddInput:
         layer = network.features[1].branch_main_1[0]
         for parameter in (layer.bn.weight, layer.bn.bias):
             parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
-        draft = RangesByLogits().apply(Draft(network, IMAGES[:8], ONNX))
+        draft = RangesFromLogits().apply(Draft(network, IMAGES[:8], ONNX))
         assert draft.watched is not None
         assert "features.1.branch_main_1.0" not in draft.reactions
         assert draft.activations["features.1.branch_main_1.0"] == (0.0, 0.0)
@@ -228,7 +228,7 @@ class Refused:
 
 def test_progress_counts_no_candidate_that_the_network_cannot_have() -> None:
     network, seen = trained_like(SHUFFLE, {}), list[Progress]()
-    preset = replace(PRESETS["fast"], grids=((Refused("first"),), (RangesBySeen(),)), touches=())
+    preset = replace(PRESETS["fast"], grids=((Refused("first"),), (RangesFromImages(),)), touches=())
     find_best(network, IMAGES[:2], preset, lambda fit: Draft(network, fit, ONNX), seen.append)
     assert [(each.done, each.total) for each in seen] == [(1, 2), (2, 2)]
 
@@ -275,7 +275,7 @@ class TestReactions:
         values = rng.normal(0, 1, (8, 4, 6, 6)).astype(np.float32)
         gradients = rng.normal(0, 1, values.shape).astype(np.float32)
         values[:, 0, 0, 0], gradients[:, 0, 0, 0] = 50.0, 0.0
-        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) < 10
 
@@ -283,14 +283,14 @@ class TestReactions:
         """Where rounding costs little, nothing that was seen is clipped, and images that are stronger are not, too."""
         rng = np.random.default_rng(0)
         values, gradients = rng.uniform(0, 1, (2, 8, 4, 6, 6)).astype(np.float32)
-        reaction = Reaction.between(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) <= reaction.largest
         assert reaction.largest < reaction.best_limit(127.5, headroom=True) <= 1.25 * reaction.largest
 
     def test_behind_a_relu6_no_headroom_reaches_beyond_6(self) -> None:
         network = trained_like("mobilenet_v2", {"activation": "relu6"})
-        draft = RangesByLogits(headroom=True).apply(Draft(network, IMAGES, ONNX))
+        draft = RangesFromLogits(headroom=True).apply(Draft(network, IMAGES, ONNX))
         assert draft.watched is not None
         layers = find_quantized_layers(draft.watched)
         ends = [high for name, (_, high) in draft.activations.items() if activation_of(layers[name]) is RELU6]
@@ -311,7 +311,7 @@ class TestReactions:
         bn = network.features[0].bn
         for parameter in (bn.weight, bn.bias):
             parameter[...] = Tensor(np.zeros_like(parameter.numpy()))
-        found = measure_reactions(network, ["features.0", "features.1.conv.0"], in_batches(IMAGES[:8]))
+        found = measure_reactions(network, ["features.0", "features.1.conv.0"], split_float(IMAGES[:8]))
         assert "features.0" not in found
 
 
@@ -329,7 +329,7 @@ def test_ranges_by_logits_do_not_need_a_network_of_the_zoo() -> None:
 
     network = Net()
     network.eval()
-    done = RoundWeights().apply(RangesByLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
+    done = RoundWeights().apply(RangesFromLogits().apply(Draft(network, IMAGES[:8], MEGENGINE)))
     assert done.watched is not None
     exact: npt.NDArray[np.float64] = logits_of(network, IMAGES[:8])
     assert snr_of(logits_of(done.watched, IMAGES[:8]), exact) > 15

@@ -399,7 +399,7 @@ def learned(
 ) -> LearnedFakeQuantize:
     quantizer = kind(dtype, **options)
     quantizer.gain[...] = Tensor(gain, dtype="float32")
-    quantizer.trained[...] = Tensor(quantizer.trained_for(scale * quantizer.half), dtype="float32")
+    quantizer.trained[...] = Tensor(quantizer.to_trained(scale * quantizer.half), dtype="float32")
     quantizer.initialized[...] = Tensor(1.0)
     return quantizer
 
@@ -480,7 +480,7 @@ class TestLearnedScales:
             learned(kind, 0.01)(Tensor(values)),
             gradients_of(learned(kind, 0.01), values, d_output),
         )
-        monkeypatch.setattr("mgq.quantization.learned_scales.on_cpu", lambda _: False)
+        monkeypatch.setattr("mgq.quantization.learned_scales.is_on_cpu", lambda _: False)
         monkeypatch.setattr("mgq.quantization.learned_scales.cpu_gradients", None)
         assert np.array_equal(learned(kind, 0.01)(Tensor(values)).numpy(), output.numpy())
         other = gradients_of(learned(kind, 0.01), values, d_output)

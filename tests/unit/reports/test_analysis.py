@@ -18,7 +18,7 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.engine.calibration.analysis import in_decibels, in_points, load_images
+from mgq.engine.calibration.analysis import format_decibels, format_points, load_images
 from mgq.engine.classifier.open import make_random_classifier
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.sensitivity import Effect, Survey, effect_of, find_analyzed_layers, sensitivity_of
@@ -144,8 +144,8 @@ def test_a_layer_with_a_huge_channel_is_named_worst_and_so_is_the_channel() -> N
     (worst,) = found.worst(1)
     assert not found.rounded_before
     assert worst.name == LAYER and worst.weights is not None and worst.activations is not None
-    assert worst.weights.dominating(1) == [5] and worst.weights.median_share < 0.05
-    assert worst.activations.dominating()[0] == 5 and worst.activations.clipped > 0
+    assert worst.weights.find_dominant_channels(1) == [5] and worst.weights.median_share < 0.05
+    assert worst.activations.find_dominant_channels()[0] == 5 and worst.activations.clipped > 0
     others = [layer.weights for layer in found.layers if layer.weights is not None and layer.name != LAYER]
     assert all(values.median_share > 0.2 for values in others)
 
@@ -170,7 +170,7 @@ def test_the_classifier_and_its_features_count_where_they_are_int8_and_channels_
     kinds = {layer.kind: layer for layer in found.layers}
     assert kinds["linear"].activations is None and kinds["linear"].carried_snr is None
     assert kinds["features"].weights is None and kinds["features"].activations is not None
-    assert all(not layer.weights.dominating() for layer in found.layers if layer.weights is not None)
+    assert all(not layer.weights.find_dominant_channels() for layer in found.layers if layer.weights is not None)
 
 
 def test_effects_are_what_their_names_say() -> None:
@@ -182,9 +182,9 @@ def test_effects_are_what_their_names_say() -> None:
     assert found.same == 75 and found.top1_change == -25
     assert found.top1_error == pytest.approx(100 * np.std([-1, 0, 0, 0], ddof=1) / 2)
     same = effect_of(exact, exact, np.arange(4))
-    assert same.logit_snr == math.inf and in_decibels(same.logit_snr) == "exact" and in_points(same) == "+0.0"
-    assert in_points(effect_of(exact, changed, None)) == "-"
-    assert in_points(Effect(20, 75, -25.0, 25.0)) == "-25.0 ±25.0"
+    assert same.logit_snr == math.inf and format_decibels(same.logit_snr) == "exact" and format_points(same) == "+0.0"
+    assert format_points(effect_of(exact, changed, None)) == "-"
+    assert format_points(Effect(20, 75, -25.0, 25.0)) == "-25.0 ±25.0"
 
 
 # ---- pictures ----

@@ -47,7 +47,7 @@ def test_one_record_is_enough_for_infer_doctor_and_version() -> None:
     assert "new" in backend_names()
     with pytest.raises(InputError, match="New is not installed: pip install new"):
         choose_backend(Path("a.onnx"), "new")
-    finding = next(check for check in list_checks(Path("runs")) if check.name == "New").finding()
+    finding = next(check for check in list_checks(Path("runs")) if check.name == "New").run()
     assert (finding.state, finding.found, finding.mend) == (State.LACKING, "not installed", "pip install new")
     assert list_packages()["New"] == "no-such-package"
 

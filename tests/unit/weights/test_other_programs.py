@@ -367,12 +367,14 @@ class TestKeyOfTheCommand:
         (tmp_path / name).touch()
         assert "leave out --key" in the_error(mgq("infer", "-c", name, "--key", "ema"))
 
+    @pytest.mark.slow
     def test_a_report_compares_with_the_network_that_was_chosen(self, pair: Path, other: State, tmp_path: Path) -> None:
         chosen = open_classifier(checkpoint=pair, mode=Mode.NORMAL, key="state_dict", image_size=32)
         calibrate_data_free(chosen).write(tmp_path / "runs")
         weights, why_not = find_float_weights(find_run(f"{MOBILE}.calibration", tmp_path / "runs"))
         assert weights is not None and is_network(weights, other), why_not
 
+    @pytest.mark.slow
     def test_qat_says_what_it_begins_with(self, mgq: Mgq, pair: Path) -> None:
         small = ("--epochs", "1", "--limit", "10", "--batch-size", "5", "--image-size", "32")
         said = mgq("qat", "-c", pair, "--key", "state_dict", *small)

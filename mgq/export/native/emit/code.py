@@ -30,7 +30,7 @@ class Code:
         head = f"define {self.linkage} void @{self.name}({parameters}) {attributes} {{\nentry:\n"
         return head + "\n".join([*self.slots, *self.lines, "  ret void", "}"])
 
-    def fresh(self) -> str:
+    def make_name(self) -> str:
         self.count += 1
         return f"v{self.count}"
 
@@ -38,7 +38,7 @@ class Code:
         self.lines.append("  " + text)
 
     def value(self, text: str) -> Value:
-        name = "%" + self.fresh()
+        name = "%" + self.make_name()
         self.emit(f"{name} = {text}")
         return name
 
@@ -46,7 +46,7 @@ class Code:
         self.lines.append(f"{label}:")
         self.label = label
 
-    def at(self, pointer: Value, offset: int | Value) -> Value:
+    def advance(self, pointer: Value, offset: int | Value) -> Value:
         """``pointer`` moved by ``offset`` bytes."""
         return pointer if offset in (0, "0") else self.value(f"getelementptr i8, i8* {pointer}, i64 {offset}")
 
@@ -91,7 +91,7 @@ class Code:
 
     def slot(self) -> Value:
         """Room for a 64-bit integer."""
-        name = "%" + self.fresh()
+        name = "%" + self.make_name()
         self.slots.append(f"  {name} = alloca i64")
         return name
 
@@ -110,11 +110,11 @@ class Code:
         """Run ``body`` at least once, ``count`` times in all; it takes and gives the ``carried`` values."""
         if count == 1:
             return list(body("0", [value for _, value in carried]))
-        before, head, after = self.label, self.fresh(), self.fresh()
+        before, head, after = self.label, self.make_name(), self.make_name()
         self.emit(f"br label %{head}")
         self.start(head)
-        index, following = "%" + self.fresh(), "%" + self.fresh()
-        names = ["%" + self.fresh() for _ in carried]
+        index, following = "%" + self.make_name(), "%" + self.make_name()
+        names = ["%" + self.make_name() for _ in carried]
         place = len(self.lines)
         results = body(index, names)
         self.emit(f"{following} = add i64 {index}, 1")
@@ -127,16 +127,16 @@ class Code:
         self.start(after)
         return list(results)
 
-    def each(self, count: int | Value, body: Callable[[Value], None]) -> None:
+    def for_each(self, count: int | Value, body: Callable[[Value], None]) -> None:
         def step(index: Value, _: list[Value]) -> list[Value]:
             body(index)
             return []
 
         self.repeat(count, [], step)
 
-    def while_below(self, slot: Value, limit: Value, body: Callable[[Value], None]) -> None:
+    def loop_while_below(self, slot: Value, limit: Value, body: Callable[[Value], None]) -> None:
         """Run ``body`` with the number in ``slot``, then count that up, while it is below ``limit``."""
-        head, inside, after = self.fresh(), self.fresh(), self.fresh()
+        head, inside, after = self.make_name(), self.make_name(), self.make_name()
         self.emit(f"br label %{head}")
         self.start(head)
         index = self.get(slot)
@@ -148,22 +148,22 @@ class Code:
         self.emit(f"br label %{head}")
         self.start(after)
 
-    def between(self, start: int | Value, end: int | Value, body: Callable[[Value], None]) -> None:
+    def for_range(self, start: int | Value, end: int | Value, body: Callable[[Value], None]) -> None:
         """Run ``body`` with every number from ``start`` to before ``end``; not at all where there is none."""
         slot = self.slot()
         self.put(slot, start)
-        self.while_below(slot, str(end), body)
+        self.loop_while_below(slot, str(end), body)
 
-    def where(self, condition: Value, body: Callable[[], None]) -> None:
+    def emit_if(self, condition: Value, body: Callable[[], None]) -> None:
         """Run ``body`` where ``condition``, an i1, holds."""
-        inside, after = self.fresh(), self.fresh()
+        inside, after = self.make_name(), self.make_name()
         self.emit(f"br i1 {condition}, label %{inside}, label %{after}")
         self.start(inside)
         body()
         self.emit(f"br label %{after}")
         self.start(after)
 
-    def larger(self, first: int | Value, second: int | Value, signed: str = "sgt") -> Value:
+    def choose_larger(self, first: int | Value, second: int | Value, signed: str = "sgt") -> Value:
         """The larger of two 64-bit integers; the smaller with ``slt``."""
         return self.choose(self.value(f"icmp {signed} i64 {first}, {second}"), "i64", str(first), str(second))
 

@@ -1,4 +1,4 @@
-"""The whole program: which kernel runs on which rows, in which order."""
+"""Emits the driver of a network: which kernel runs on which rows, in which order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mgq.export.native.emit.code import Code, Value, constant
 from mgq.export.native.emit.images import MeanKernel, emit_mean, emit_pixels
-from mgq.export.native.emit.isa import SHORTS, Portable, Range
+from mgq.export.native.emit.isa import SHORTS, PortableIsa, Range
 from mgq.export.native.emit.rows import PARAMETERS, Residual, RowKernel, emit_row, emit_widen
 from mgq.export.native.emit.team import ANSWER, PREPARE, Team
 from mgq.export.native.emit.windows import (
@@ -22,7 +22,7 @@ from mgq.export.native.emit.windows import (
 )
 from mgq.export.native.layout import LANES, Storage
 from mgq.export.native.packing import ENTRY, Constants, Tiles, pack_depthwise, pack_tiles
-from mgq.export.native.planner import BY_ROWS, Plan, Step, up, window_of
+from mgq.export.native.planner import BY_ROWS, Plan, Step, round_up, window_of
 from mgq.export.native.program import Conv, Linear, MaxPool, Mean, Tensor
 
 ARGUMENTS = (
@@ -50,7 +50,7 @@ class Module:
     work: int
 
 
-def emit_module(plan: Plan, isa: Portable, attributes: str = "", linkage: str = "") -> Module:
+def emit_module(plan: Plan, isa: PortableIsa, attributes: str = "", linkage: str = "") -> Module:
     """The whole network for ``isa``; ``attributes`` stand behind each function's head, ``linkage`` is that of what
     :mod:`mgq.export.native.emit.team` says."""
     return Driver(plan, isa).module(attributes, linkage)
@@ -61,7 +61,7 @@ def range_of(tensor: Tensor) -> Range:
 
 
 class Driver:
-    def __init__(self, plan: Plan, isa: Portable) -> None:
+    def __init__(self, plan: Plan, isa: PortableIsa) -> None:
         self.plan = plan
         self.isa = isa
         self.program = plan.program
@@ -76,7 +76,7 @@ class Driver:
     def module(self, attributes: str, linkage: str) -> Module:
         for i, group in enumerate(self.plan.groups):
             self.function(f"group{i}", partial(self.emit_group, group=group))
-        size = self.plan.size + up(self.room)
+        size = self.plan.size + round_up(self.room)
         team = Team([code.name for code in self.functions], size, self.pixels, self.program.classes)
         self.function(ANSWER, self.answer)
         prepare = Code(PREPARE, (("i8*", "own"),))
@@ -115,18 +115,18 @@ class Driver:
 
     def by_first(self, code: Code, body: Callable[[], None]) -> None:
         """``body`` in one of the parts alone."""
-        code.where(code.value("icmp eq i64 %part, 0"), body)
+        code.emit_if(code.value("icmp eq i64 %part, 0"), body)
 
     def storage(self, name: str) -> Storage:
         return self.plan.storages[self.plan.stored[name]]
 
     def address(self, code: Code, storage: Storage, offset: int = 0) -> Value:
-        return code.at(base_of(storage), storage.offset + storage.origin + offset)
+        return code.advance(base_of(storage), storage.offset + storage.origin + offset)
 
     def row(self, code: Code, storage: Storage, y: Value, offset: int = 0) -> Value:
         """The first pixel of row ``y``."""
         place = y if storage.ring is None else code.number("and", y, storage.ring - 1)
-        return code.at(self.address(code, storage, offset), code.number("mul", place, storage.row_bytes))
+        return code.advance(self.address(code, storage, offset), code.number("mul", place, storage.row_bytes))
 
     # What comes first
 
@@ -134,14 +134,14 @@ class Driver:
         """What stands for the rows above and below an image."""
         self.fill(code, "%own", 0, self.plan.border)
         if self.isa.unit == 1:
-            self.fill(code, code.at("%own", self.plan.border), 128, self.plan.border)
+            self.fill(code, code.advance("%own", self.plan.border), 128, self.plan.border)
             return
 
-        def wide(index: Value) -> None:
-            place = code.at("%own", code.number("add", code.number("shl", index, 6), self.plan.border))
+        def widen_entry(index: Value) -> None:
+            place = code.advance("%own", code.number("add", code.number("shl", index, 6), self.plan.border))
             code.store(SHORTS, constant("i16", 128, 32), place, 64)
 
-        code.each(self.plan.border // 64, wide)
+        code.for_each(self.plan.border // 64, widen_entry)
 
     def read_pixels(self, code: Code, group: list[Step], span: Span | None = None) -> None:
         """The rows ``span`` of the image, or all of them, where ``group`` is the one that reads it."""
@@ -154,10 +154,10 @@ class Driver:
         name = self.kernel(("pixels", *shape), partial(emit_pixels, *shape))
 
         def row(y: Value) -> None:
-            source = code.at("%image", code.number("mul", y, tensor.width))
+            source = code.advance("%image", code.number("mul", y, tensor.width))
             code.call("void", name, ("i8*", source), ("i8*", self.row(code, storage, y)))
 
-        code.between(*(span or ("0", str(tensor.height))), row)
+        code.for_range(*(span or ("0", str(tensor.height))), row)
 
     def fill(self, code: Code, pointer: Value, value: int, size: int | Value) -> None:
         byte = value - 256 if value > 127 else value
@@ -169,7 +169,7 @@ class Driver:
         if storage.layout != "P" or not storage.pad:
             return
         if storage.ring is not None:
-            self.fill(code, code.at(base_of(storage), storage.offset), storage.fill, storage.size)
+            self.fill(code, code.advance(base_of(storage), storage.offset), storage.fill, storage.size)
             return
         if storage.own:
             self.edges(code, storage)
@@ -177,17 +177,17 @@ class Driver:
             self.by_first(code, lambda: self.edges(code, storage))
 
     def edges(self, code: Code, storage: Storage) -> None:
-        base = code.at(base_of(storage), storage.offset)
+        base = code.advance(base_of(storage), storage.offset)
         edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
         self.fill(code, base, storage.fill, edge + side // 2)
-        self.fill(code, code.at(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
+        self.fill(code, code.advance(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
         if storage.height > 1:
-            first = code.at(base, edge + storage.row_bytes - side // 2)
+            first = code.advance(base, edge + storage.row_bytes - side // 2)
 
-            def between(y: Value) -> None:
-                self.fill(code, code.at(first, code.number("mul", y, storage.row_bytes)), storage.fill, side)
+            def fill_between(y: Value) -> None:
+                self.fill(code, code.advance(first, code.number("mul", y, storage.row_bytes)), storage.fill, side)
 
-            code.each(storage.height - 1, between)
+            code.for_each(storage.height - 1, fill_between)
 
     # Groups
 
@@ -220,8 +220,8 @@ class Driver:
     # Weights of as many bytes as values
 
     def reserve_wide(self, code: Code, group: list[Step]) -> None:
-        """Room for the widened weights of ``group``: of one tile at a time, or, where each tile is gone through once a
-        row, of all tiles, which are widened here."""
+        """Reserve memory for the widened weights of ``group``: of one tile at a time, or of all tiles, which are
+        widened here, where every tile is used once for each row."""
         by_row, place = self.is_by_row(group), 0
         for step in group:
             target = self.storage(step.target)
@@ -238,7 +238,7 @@ class Driver:
     def widen_all(self, code: Code, step: Step, tiles: Tiles) -> None:
         for first, count, vectors in tiles.runs():
             tile = tiles, first, vectors
-            code.each(count, partial(self.widen, code, step, tile))
+            code.for_each(count, partial(self.widen, code, step, tile))
 
     def widen(self, code: Code, step: Step, tile: Tile, index: Value) -> None:
         """The weights of tile number ``index`` behind the first of its kind, where they are kept wide."""
@@ -246,17 +246,19 @@ class Driver:
             tiles, first, _ = tile
             name = self.kernel("widen", partial(emit_widen, self.isa))
             entry = self.entry(code, tiles, first, index)
-            source, count = (code.load_offset(code.at(entry, place)) for place in (8, 16))
+            source, count = (code.load_offset(code.advance(entry, place)) for place in (8, 16))
             target = self.wide_place(code, step, first, index)
-            code.call("void", name, ("i8*", code.at("%constants", source)), ("i8*", target), ("i64", count))
+            code.call("void", name, ("i8*", code.advance("%constants", source)), ("i8*", target), ("i64", count))
 
     def wide_place(self, code: Code, step: Step, first: int, index: Value) -> Value:
         place, size = self.widened[id(step)]
-        return code.at(code.at("%own", place + size * first), code.number("mul", index, size) if size else 0)
+        return code.advance(code.advance("%own", place + size * first), code.number("mul", index, size) if size else 0)
 
     def entry(self, code: Code, tiles: Tiles, first: int, index: Value) -> Value:
         """Tile number ``index`` behind ``first`` in the table."""
-        return code.at("%constants", code.number("add", code.number("mul", index, ENTRY), tiles.table + ENTRY * first))
+        return code.advance(
+            "%constants", code.number("add", code.number("mul", index, ENTRY), tiles.table + ENTRY * first)
+        )
 
     def is_by_row(self, group: list[Step]) -> bool:
         """Whether each row goes through all steps before the next one comes."""
@@ -275,7 +277,7 @@ class Driver:
     def emit_span(self, code: Code, step: Step, span: Span) -> None:
         """All of the rows ``span``. Of a convolution one tile of outputs after the other: its weights stay near."""
         if not isinstance(step.layer, Conv) or step.layer.is_depthwise:
-            code.between(*span, lambda y: self.emit_row(code, step, y))
+            code.for_range(*span, lambda y: self.emit_row(code, step, y))
             return
         summands = self.summands(step)
         for first, count, vectors in self.tiles[id(step)].runs():
@@ -283,9 +285,9 @@ class Driver:
 
             def rows(i: Value, tile: Tile = tile) -> None:
                 self.widen(code, step, tile, i)
-                code.between(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
+                code.for_range(*span, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
-            code.each(count, rows)
+            code.for_each(count, rows)
 
     def emit_by_channels(self, code: Code, group: list[Step]) -> None:
         step, *following = group
@@ -296,8 +298,8 @@ class Driver:
             for first, count, vectors in self.tiles[id(step)].runs():
                 tile = self.tiles[id(step)], first, vectors
                 if following:
-                    begin = code.larger(code.number("sub", whole[0], first), 0)
-                    end = code.larger(code.number("sub", whole[1], first), count, "slt")
+                    begin = code.choose_larger(code.number("sub", whole[0], first), 0)
+                    end = code.choose_larger(code.number("sub", whole[1], first), count, "slt")
                     self.whole_tiles(code, group, tile, (begin, end), place, summands)
                 else:
                     self.rows_of_tiles(code, step, tile, count, summands)
@@ -305,7 +307,7 @@ class Driver:
         elif isinstance(layer, Conv):
             self.channels_of_depthwise(code, step, self.share_of(code, target.lanes // LANES))
         else:
-            code.between(*self.share_of(code, target.height), lambda y: self.emit_row(code, step, y))
+            code.for_range(*self.share_of(code, target.height), lambda y: self.emit_row(code, step, y))
 
     def channels_of_depthwise(self, code: Code, step: Step, span: Span) -> None:
         """All rows of some channels, by 16."""
@@ -315,9 +317,9 @@ class Driver:
 
         def rows() -> None:
             height = self.storage(step.target).height
-            code.each(height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
+            code.for_each(height, lambda y: self.depthwise_row(code, step, layer, y, (first, count)))
 
-        code.where(code.value(f"icmp sgt i64 {count}, 0"), rows)
+        code.emit_if(code.value(f"icmp sgt i64 {count}, 0"), rows)
 
     def whole_tiles(self, code: Code, group: list[Step], tile: Tile, span: Span, place: int, summands: int) -> None:
         """Some tiles of a run that begins with vector ``place``, and the same channels of the depthwise step behind."""
@@ -326,9 +328,9 @@ class Driver:
 
         def rows(i: Value) -> None:
             self.widen(code, step, tile, i)
-            code.each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
+            code.for_each(height, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
-        code.between(*span, rows)
+        code.for_range(*span, rows)
         ends = [code.number("add", code.number("mul", end, vectors), place) for end in span]
         self.channels_of_depthwise(code, depthwise, (ends[0], ends[1]))
 
@@ -340,12 +342,12 @@ class Driver:
         def rows(i: Value) -> None:
             self.widen(code, step, tile, i)
             before = code.number("mul", i, height)
-            top = code.larger(code.number("sub", begin, before), 0)
-            bottom = code.larger(code.number("sub", end, before), height, "slt")
-            code.between(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
+            top = code.choose_larger(code.number("sub", begin, before), 0)
+            bottom = code.choose_larger(code.number("sub", end, before), height, "slt")
+            code.for_range(top, bottom, lambda y: self.tile_row(code, step, tile, i, y, summands))
 
         above = code.number("add", end, height - 1)
-        code.between(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
+        code.for_range(code.number("udiv", begin, height), code.number("udiv", above, height), rows)
 
     def emit_rows(self, code: Code, group: list[Step], spans: list[Span]) -> None:
         """Each row of the last step, with what it needs of the steps before."""
@@ -359,7 +361,7 @@ class Driver:
                     produce(i - 1, self.rows_needed(code, group[i], y, self.storage(group[i - 1].target).height))
                 self.emit_row(code, group[i], y)
 
-            code.while_below(done[i], limit, body)
+            code.loop_while_below(done[i], limit, body)
 
         produce(len(group) - 1, spans[-1][1])
 
@@ -368,7 +370,7 @@ class Driver:
         layer = step.layer
         assert isinstance(layer, Conv | MaxPool)
         above = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
-        return code.larger(above, 0)
+        return code.choose_larger(above, 0)
 
     def rows_needed(self, code: Code, step: Step, y: Value, height: int) -> Value:
         """How many rows of the source have to be there for row ``y``."""
@@ -408,7 +410,7 @@ class Driver:
                 def tile(i: Value, first: int = first, vectors: int = vectors) -> None:
                     self.tile_row(code, step, (tiles, first, vectors), i, y, summands)
 
-                code.each(count, tile)
+                code.for_each(count, tile)
 
     def summands(self, step: Step) -> int:
         """The offset of the two factors of the sum, own first."""
@@ -445,20 +447,20 @@ class Driver:
         name = self.kernel(key, partial(emit_row, self.isa, key))
         packed, vector = self.tile_values(code, tiles, first, index)
 
-        def behind(pointer: Value, layout: str) -> Value:
-            return code.at(pointer, code.number("mul", vector, 16 if layout == "P" else 64 * self.isa.unit))
+        def advance(pointer: Value, layout: str) -> Value:
+            return code.advance(pointer, code.number("mul", vector, 16 if layout == "P" else 64 * self.isa.unit))
 
         if key.wide:
             packed["weights"] = self.wide_place(code, step, first, index)
         residual = "null"
         if other is not None:
-            residual = behind(self.row(code, other, y), other.layout)
+            residual = advance(self.row(code, other, y), other.layout)
         values = {
             **packed,
             "source": self.row(code, source, code.number("mul", y, stride), offset),
-            "target": behind(self.row(code, target, y), target.layout),
+            "target": advance(self.row(code, target, y), target.layout),
             "residual": residual,
-            "sum": code.at("%constants", summands),
+            "sum": code.advance("%constants", summands),
             "source_step": str(source.step),
             "target_step": str(target.step),
             "residual_step": str(other.step if other else 0),
@@ -468,15 +470,15 @@ class Driver:
     def tile_values(self, code: Code, tiles: Tiles, first: int, index: Value) -> tuple[dict[str, Value], Value]:
         """What a kernel is given of tile number ``index`` behind ``first``, and the tile's first vector."""
         entry = self.entry(code, tiles, first, index)
-        segments, count, weights, vector = (code.load_offset(code.at(entry, 4 * i)) for i in range(4))
-        wide = code.number("shl", vector, 6)
+        segments, count, weights, vector = (code.load_offset(code.advance(entry, 4 * i)) for i in range(4))
+        widen_entry = code.number("shl", vector, 6)
         places = {
             "segments": segments,
             "weights": weights,
-            "bias": code.number("add", wide, tiles.bias),
-            "factors": code.number("add", wide, tiles.factors),
+            "bias": code.number("add", widen_entry, tiles.bias),
+            "factors": code.number("add", widen_entry, tiles.factors),
         }
-        return {"count": count, **{name: code.at("%constants", place) for name, place in places.items()}}, vector
+        return {"count": count, **{name: code.advance("%constants", place) for name, place in places.items()}}, vector
 
     def residual(self, step: Step) -> Residual | None:
         if step.added is None:
@@ -489,7 +491,7 @@ class Driver:
         layer, source = step.layer, self.storage(step.source)
         assert isinstance(layer, Conv | MaxPool)
         first = code.number("sub", code.number("mul", y, layer.stride[0]), layer.padding[0])
-        outside = code.at("%own", self.plan.border if source.fill else 0)
+        outside = code.advance("%own", self.plan.border if source.fill else 0)
         rows = []
         for i in range(window_of(layer)):
             number = code.number("add", first, i)
@@ -507,15 +509,18 @@ class Driver:
         to = range_of(self.program.tensors[step.target])
         key = DepthwiseKernel(size, layer.stride[0], target.width, to, limit)
         name = self.kernel(key, partial(emit_depthwise, self.isa, key))
-        pointers = [*self.window_rows(code, step, y), *(code.at("%constants", o) for o in (weights, bias, factors))]
+        pointers = [
+            *self.window_rows(code, step, y),
+            *(code.advance("%constants", o) for o in (weights, bias, factors)),
+        ]
         pointers.append(self.row(code, target, y))
         count = str(target.lanes // LANES)
         if channels is not None:
             first, count = channels
-            wide, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
+            widen_entry, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
             weighed = code.number("mul", first, weight_bytes(self.isa, size, layer.stride[0]))
-            moves = [*[values] * size, weighed, wide, wide, values]
-            pointers = [code.at(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
+            moves = [*[values] * size, weighed, widen_entry, widen_entry, values]
+            pointers = [code.advance(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
         numbers = str(source.step), str(target.step), count
         arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
         code.call("void", name, *arguments)
@@ -544,14 +549,14 @@ class Driver:
 
         def vector(index: Value) -> None:
             pointers = [
-                code.at(self.address(code, source), code.number("mul", index, 64 * self.isa.unit)),
-                code.at("%constants", bias),
-                code.at("%constants", factors),
-                code.at(self.address(code, target), code.number("shl", index, 4)),
+                code.advance(self.address(code, source), code.number("mul", index, 64 * self.isa.unit)),
+                code.advance("%constants", bias),
+                code.advance("%constants", factors),
+                code.advance(self.address(code, target), code.number("shl", index, 4)),
             ]
             code.call("void", name, *(("i8*", p) for p in pointers), ("i64", str(source.step)))
 
-        code.between(*self.share_of(code, source.lanes // LANES), vector)
+        code.for_range(*self.share_of(code, source.lanes // LANES), vector)
 
     def emit_linear(self, code: Code, step: Step, layer: Linear) -> None:
         self.pack(step)
@@ -566,13 +571,13 @@ class Driver:
                 values = {
                     **packed,
                     "source": self.address(code, source),
-                    "target": code.at(self.address(code, target), code.number("shl", vector, 6)),
+                    "target": code.advance(self.address(code, target), code.number("shl", vector, 6)),
                     "residual": "null",
                     "sum": "null",
                 }
                 code.call("void", name, *((kind, values.get(key, "0")) for kind, key in PARAMETERS))
 
-            code.between(*self.share_of(code, count), tile)
+            code.for_range(*self.share_of(code, count), tile)
 
     def answer(self, code: Code) -> None:
         """The logits from the work area to where they are wanted."""

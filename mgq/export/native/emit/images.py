@@ -1,11 +1,11 @@
-"""What stands at both ends: pixels in planes become rows of four bytes a pixel, and positions become their mean."""
+"""Emits the first and the last kernel: pixels in planes to rows of four bytes a pixel, and the mean over positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mgq.export.native.emit.code import FLOATS, INTS, Code, Value, constant
-from mgq.export.native.emit.isa import Portable, Range
+from mgq.export.native.emit.isa import PortableIsa, Range
 from mgq.export.native.emit.rows import store_quad
 
 POINTERS = tuple(("i8*", name) for name in ("source", "target"))
@@ -40,20 +40,20 @@ def put_pixels(
 
     def step(index: Value) -> None:
         first = code.number("add", code.number("mul", index, count), start)
-        source = code.at(pointers[0], first)
+        source = code.advance(pointers[0], first)
         word = ""
         for channel in range(channels):
-            value = code.value(f"zext {narrow} {code.load(narrow, code.at(source, channel * plane))} to {wide}")
+            value = code.value(f"zext {narrow} {code.load(narrow, code.advance(source, channel * plane))} to {wide}")
             if channel:
                 value = code.value(f"shl {wide} {value}, {constant('i32', 8 * channel, count)}")
                 value = code.value(f"or {wide} {word}, {value}")
             word = value
-        code.store(wide, word, code.at(pointers[1], code.number("mul", first, 4)))
+        code.store(wide, word, code.advance(pointers[1], code.number("mul", first, 4)))
 
-    code.each(times, step)
+    code.for_each(times, step)
 
 
-def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
+def emit_mean(isa: PortableIsa, kernel: MeanKernel, name: str) -> Code:
     pointers = ("source", "bias", "factors", "target")
     code = Code(name, (*(("i8*", p) for p in pointers), ("i64", "source_step")))
     whole, rest = divmod(kernel.width, 4)
@@ -70,11 +70,11 @@ def emit_mean(isa: Portable, kernel: MeanKernel, name: str) -> Code:
         pointer, total = values
         for number in range(count):
             total = code.value(f"add {INTS} {total}, {isa.pixel(code, pointer, number)}")
-        return [code.at(pointer, "%source_step"), total]
+        return [code.advance(pointer, "%source_step"), total]
 
     start = [("i8*", "%source"), (INTS, code.load(INTS, "%bias", 64))]
     ends = code.repeat(kernel.height, start, row)
-    scaled = isa.scaled(code, ends[1], code.load(FLOATS, "%factors", 64))
+    scaled = isa.scale(code, ends[1], code.load(FLOATS, "%factors", 64))
     one = (0, (0, None, None, None))
     store_quad(isa, code, [scaled, None, None, None], kernel.to, kernel.limit, "P", "%target", one, 0)
     return code

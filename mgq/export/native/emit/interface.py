@@ -1,4 +1,4 @@
-"""The face of a shared library: functions of C that run the network and say what it is."""
+"""Emits the C interface of a shared library: functions that run the network and describe it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = 'nounwind "target-cpu"="x86-64" "target-features"="+sse2"'
 
 @dataclass(frozen=True)
 class Facts:
-    """What the library says of its network. ``about`` is JSON: where it came from, its classes and so on."""
+    """The description of the network in the library. ``about`` is JSON: its origin, its classes and so on."""
 
     name: str
     image_size: int
@@ -183,6 +183,15 @@ def team_size(module: Module) -> str:
 }}"""
 
 
+BEGIN = """  %good = call i1 @fits()
+  br i1 %good, label %start, label %foreign
+foreign:
+  ret i32 -1
+start:
+  %team = call i8* @aligned(i8* %work)"""
+"""How calls begin that run code of the library: they return -1 on a processor that cannot run it."""
+
+
 def run_calls(module: Module) -> str:
     """``mgq_run`` and ``mgq_team_run``: the caller's thread computes, alone or at the head of a team."""
     constants = f"[{len(module.constants)} x i8]"
@@ -191,12 +200,7 @@ def run_calls(module: Module) -> str:
   ret i32 %done
 }}
 define i32 @mgq_team_run(i8* %images, i64 %count, i8* %logits, i8* %work, i32 %threads) {PLAIN} {{
-  %good = call i1 @fits()
-  br i1 %good, label %start, label %foreign
-foreign:
-  ret i32 -1
-start:
-  %team = call i8* @aligned(i8* %work)
+{BEGIN}
   %parts = zext i32 %threads to i64
   %data = getelementptr {constants}, {constants}* @constants, i64 0, i64 0
   call void @{LEAD}(i8* %data, i8* %images, i64 %count, i8* %logits, i8* %team, i64 %parts)
@@ -207,12 +211,7 @@ start:
 def helper_calls() -> str:
     """``mgq_team_help``, which another thread computes in, and ``mgq_team_end``, which lets it return."""
     return f"""define i32 @mgq_team_help(i8* %work, i32 %number) {PLAIN} {{
-  %good = call i1 @fits()
-  br i1 %good, label %start, label %foreign
-foreign:
-  ret i32 -1
-start:
-  %team = call i8* @aligned(i8* %work)
+{BEGIN}
   %part = zext i32 %number to i64
   call void @{SERVE}(i8* %team, i64 %part)
   ret i32 0

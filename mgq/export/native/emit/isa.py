@@ -1,6 +1,5 @@
-"""What the kernels ask of a processor: dot products of four bytes, rounding, and packing to bytes.
-
-All give the same bits. Vectors are 64 bytes wide for every processor; LLVM splits them where registers are narrower.
+"""Instruction sets: dot products of four bytes, rounding, and packing to bytes, for each kind of processor. All give
+the same bits. Vectors are 64 bytes wide for every processor; LLVM splits them where registers are narrower.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def join_vectors(code: Code, kind: str, parts: list[Value], count: int) -> Value
     return code.shuffle(kind, parts[0], parts[1], list(range(2 * count)))
 
 
-class Portable:
+class PortableIsa:
     """Plain vectors, for any processor that LLVM compiles for."""
 
     name = "portable"
@@ -60,7 +59,7 @@ class Portable:
         return range(64)
 
     def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
-        """What ``dot`` wants of the 64 weights at ``pointer``."""
+        """The 64 weights at ``pointer``, as operands of ``dot``."""
         return self.prepare(code, code.load(INTS, pointer, 64), True)
 
     def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
@@ -68,11 +67,11 @@ class Portable:
         return self.weights(code, pointer)
 
     def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
-        """What ``dot`` wants of the four values at ``pointer``, for all outputs alike."""
+        """The four values at ``pointer``, broadcast to all outputs, as operands of ``dot``."""
         return self.prepare(code, code.broadcast(pointer), False)
 
     def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
-        """What ``dot`` wants of 64 bytes, INTS."""
+        """64 bytes, INTS, as operands of ``dot``."""
         halves = []
         for place in (0, 8, 16, 24):
             moved = code.value(f"shl {INTS} {values}, {constant('i32', 24 - place, 16)}") if place < 24 else values
@@ -86,11 +85,11 @@ class Portable:
             total = code.value(f"add {INTS} {total}, {product}")
         return total
 
-    def scaled(self, code: Code, total: Value, factor: Value) -> Value:
+    def scale(self, code: Code, total: Value, factor: Value) -> Value:
         value = code.value(f"sitofp {INTS} {total} to {FLOATS}")
         return code.value(f"fmul {FLOATS} {value}, {factor}")
 
-    def limited(self, code: Code, value: Value, low: float, high: float, count: int = 16) -> Value:
+    def limit(self, code: Code, value: Value, low: float, high: float, count: int = 16) -> Value:
         kind = f"<{count} x float>"
         for comparison, limit in (("olt", high), ("ogt", low)):
             bound = constant("float", float_text(limit), count)
@@ -98,22 +97,22 @@ class Portable:
             value = code.value(f"select <{count} x i1> {is_within}, {kind} {value}, {kind} {bound}")
         return value
 
-    def rounded(self, code: Code, value: Value) -> Value:
+    def round(self, code: Code, value: Value) -> Value:
         """Halves to even, INTS. Values beyond 2**22 have to be limited before."""
         moved = code.value(f"fadd {FLOATS} {value}, {constant('float', float_text(MAGIC), 16)}")
         bits = code.as_type(moved, FLOATS, INTS)
         return code.value(f"sub {INTS} {bits}, {constant('i32', MAGIC_BITS, 16)}")
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        """``value`` as integers that ``packed`` takes, INTS."""
-        return self.rounded(code, self.limited(code, value, to.low - to.zero, to.high - to.zero))
+        """``value`` as integers that ``pack`` takes, INTS."""
+        return self.round(code, self.limit(code, value, to.low - to.zero, to.high - to.zero))
 
-    def requantized(self, code: Code, value: Value, to: Range) -> Value:
+    def requantize(self, code: Code, value: Value, to: Range) -> Value:
         """``value``, FLOATS, rounded and limited to ``to``, without its zero point, still FLOATS."""
-        limited = self.limited(code, value, to.low - to.zero, to.high - to.zero)
-        return code.value(f"sitofp {INTS} {self.rounded(code, limited)} to {FLOATS}")
+        limited = self.limit(code, value, to.low - to.zero, to.high - to.zero)
+        return code.value(f"sitofp {INTS} {self.round(code, limited)} to {FLOATS}")
 
-    def packed(self, code: Code, four: list[Value], to: Range) -> Value:
+    def pack(self, code: Code, four: list[Value], to: Range) -> Value:
         """Four vectors of 16 integers as bytes: by four of the 16, one vector after the other."""
         narrow = [code.value(f"trunc {INTS} {value} to <16 x i8>") for value in four]
         pairs = [join_vectors(code, "<16 x i8>", narrow[i : i + 2], 16) for i in (0, 2)]
@@ -125,7 +124,7 @@ class Portable:
 
     def put(self, code: Code, four: list[Value], to: Range, layout: str, pointer: Value) -> None:
         """Store four pixels of 16 integers at ``pointer``, in layout A or D."""
-        packed = self.packed(code, four, to)
+        packed = self.pack(code, four, to)
         if layout == "D":
             packed = code.shuffle(BYTES, packed, "undef", TO_D)
         code.store(BYTES, packed, pointer, 64)
@@ -143,14 +142,14 @@ class Portable:
         return code.as_type(code.shuffle(BYTES, four, NOTHING, order), BYTES, INTS)
 
 
-class Saturating(Portable):
-    """Processors that round, and saturate to bytes, by instructions of their own."""
+class SaturatingIsa(PortableIsa):
+    """Processors with instructions that round, and saturate to bytes."""
 
-    def requantized(self, code: Code, value: Value, to: Range) -> Value:
-        limited = self.limited(code, value, to.low - to.zero, to.high - to.zero)
+    def requantize(self, code: Code, value: Value, to: Range) -> Value:
+        limited = self.limit(code, value, to.low - to.zero, to.high - to.zero)
         return code.call(FLOATS, "llvm.roundeven.v16f32", (FLOATS, limited))
 
-    def finished(self, code: Code, result: Value, to: Range) -> Value:
+    def finish(self, code: Code, result: Value, to: Range) -> Value:
         """Bytes that saturated around 0, moved to the zero point and limited."""
         if to.zero:
             result = code.value(f"xor {BYTES} {result}, {constant('i8', -128, 64)}")
@@ -161,7 +160,7 @@ class Saturating(Portable):
         return result
 
 
-class Avx512Vnni(Saturating):
+class Avx512Vnni(SaturatingIsa):
     name = "avx512-vnni"
     most: ClassVar[Mapping[int, int]] = {1: 16, 2: 14, 3: 9, 8: 1}
     widest = 8
@@ -181,51 +180,51 @@ class Avx512Vnni(Saturating):
         return code.call(INTS, name, (INTS, total), (INTS, values[0]), (INTS, weights[0]))
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        """Saturation is left to ``packed``. What overflows int32 would come out negative: callers rule that out."""
+        """Saturation is left to ``pack``. Values that overflow int32 would become negative: callers exclude them."""
         name = "llvm.x86.avx512.mask.cvtps2dq.512"
         return code.call(INTS, name, (FLOATS, value), (INTS, "undef"), ("i16", "-1"), ("i32", "4"))
 
-    def packed(self, code: Code, four: list[Value], to: Range) -> Value:
+    def pack(self, code: Code, four: list[Value], to: Range) -> Value:
         shorts = [
             code.call(SHORTS, "llvm.x86.avx512.packssdw.512", (INTS, four[i]), (INTS, four[i + 1])) for i in (0, 2)
         ]
         name = "llvm.x86.avx512.packsswb.512" if to.zero else "llvm.x86.avx512.packuswb.512"
-        return self.finished(code, code.call(BYTES, name, (SHORTS, shorts[0]), (SHORTS, shorts[1])), to)
+        return self.finish(code, code.call(BYTES, name, (SHORTS, shorts[0]), (SHORTS, shorts[1])), to)
 
 
-class Halved(Saturating):
+class HalfVectorIsa(SaturatingIsa):
     """256-bit vectors."""
 
     most: ClassVar[Mapping[int, int]] = {1: 4, 2: 2, 4: 1}
 
     def integers(self, code: Code, value: Value, to: Range) -> Value:
-        parts = [rounded_half(code, half) for half in halves(code, FLOATS, value, 8)]
+        parts = [round_half(code, half) for half in halves(code, FLOATS, value, 8)]
         return join_vectors(code, EIGHT, parts, 8)
 
-    def packed(self, code: Code, four: list[Value], to: Range) -> Value:
+    def pack(self, code: Code, four: list[Value], to: Range) -> Value:
         name = "llvm.x86.avx2.packsswb" if to.zero else "llvm.x86.avx2.packuswb"
         parts = [
-            code.call("<32 x i8>", name, *((HALF, pair) for pair in side)) for side in self.packed_halves(code, four)
+            code.call("<32 x i8>", name, *((HALF, pair) for pair in side)) for side in self.pack_halves(code, four)
         ]
-        return self.finished(code, join_vectors(code, "<32 x i8>", parts, 32), to)
+        return self.finish(code, join_vectors(code, "<32 x i8>", parts, 32), to)
 
-    def packed_halves(self, code: Code, four: list[Value]) -> list[list[Value]]:
+    def pack_halves(self, code: Code, four: list[Value]) -> list[list[Value]]:
         """For 8 channels and the other 8: the first two pixels and the other two as 16-bit integers, four channels of
         one after those of the other."""
         split = [halves(code, INTS, value, 8) for value in four]
-        return [packed_pairs(code, [value[side] for value in split]) for side in (0, 1)]
+        return [pack_pairs(code, [value[side] for value in split]) for side in (0, 1)]
 
 
-def rounded_half(code: Code, value: Value) -> Value:
+def round_half(code: Code, value: Value) -> Value:
     return code.call(EIGHT, "llvm.x86.avx.cvt.ps2dq.256", ("<8 x float>", value))
 
 
-def packed_pairs(code: Code, four: list[Value]) -> list[Value]:
+def pack_pairs(code: Code, four: list[Value]) -> list[Value]:
     """Four pixels of eight integers as two pairs, 16-bit integers."""
     return [code.call(HALF, "llvm.x86.avx2.packssdw", (EIGHT, four[i]), (EIGHT, four[i + 1])) for i in (0, 2)]
 
 
-class Avx2(Halved):
+class Avx2(HalfVectorIsa):
     """Products by ``vpmaddwd``, which does not saturate: of 16-bit integers, as which layouts A and D hold values, so
     that each is widened once and not where it is read. Layout D has pairs of pixels, 16 channels of each."""
 
@@ -238,19 +237,19 @@ class Avx2(Halved):
         return [4 * output + i for pair in pairs for output in range(16) for i in pair]
 
     def weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
-        return self.widened(code, pointer), self.widened(code, code.at(pointer, 32))
+        return self.widen(code, pointer), self.widen(code, code.advance(pointer, 32))
 
     def wide_weights(self, code: Code, pointer: Value) -> tuple[Value, ...]:
-        return tuple(code.load(SHORTS, code.at(pointer, place), 64) for place in (0, 64))
+        return tuple(code.load(SHORTS, code.advance(pointer, place), 64) for place in (0, 64))
 
-    def widened(self, code: Code, pointer: Value) -> Value:
+    def widen(self, code: Code, pointer: Value) -> Value:
         """32 signed bytes as SHORTS."""
         return code.value(f"sext <32 x i8> {code.load('<32 x i8>', pointer, 32)} to {SHORTS}")
 
     def inputs(self, code: Code, pointer: Value, layout: str) -> tuple[Value, ...]:
         if layout != "A":
             return self.prepare(code, code.broadcast(pointer), False)
-        return tuple(code.as_type(code.broadcast(code.at(pointer, place)), INTS, SHORTS) for place in (0, 4))
+        return tuple(code.as_type(code.broadcast(code.advance(pointer, place)), INTS, SHORTS) for place in (0, 4))
 
     def prepare(self, code: Code, values: Value, signed: bool) -> tuple[Value, ...]:
         """Unsigned bytes 0 and 2, and bytes 1 and 3, as 16-bit integers."""
@@ -270,21 +269,21 @@ class Avx2(Halved):
         return code.call(EIGHT, "llvm.x86.avx2.pmadd.wd", (HALF, values), (HALF, weights))
 
     def put(self, code: Code, four: list[Value], to: Range, layout: str, pointer: Value) -> None:
-        for side, pairs in enumerate(self.packed_halves(code, four)):
+        for side, pairs in enumerate(self.pack_halves(code, four)):
             if layout == "A":
-                self.put_words(code, pairs, to, code.at(pointer, 64 * side))
+                self.put_words(code, pairs, to, code.advance(pointer, 64 * side))
                 continue
             for number, pair in enumerate(pairs):
                 order = [8 * lane + 4 * pixel + i for lane in (0, 1) for i in range(4) for pixel in (0, 1)]
-                place = code.at(pointer, 64 * number + 32 * side)
-                code.store(HALF, code.shuffle(HALF, self.within(code, pair, to), "undef", order), place, 32)
+                place = code.advance(pointer, 64 * number + 32 * side)
+                code.store(HALF, code.shuffle(HALF, self.narrow(code, pair, to), "undef", order), place, 32)
 
     def put_words(self, code: Code, pairs: list[Value], to: Range, pointer: Value) -> None:
-        """Store eight channels of four pixels, given as by ``packed_pairs``, in layout A."""
-        first, second = (self.within(code, pair, to) for pair in pairs)
+        """Store eight channels of four pixels, given as by ``pack_pairs``, in layout A."""
+        first, second = (self.narrow(code, pair, to) for pair in pairs)
         for word in (0, 1):
             order = [8 * word + 16 * pair + i for pair in (0, 1) for i in range(8)]
-            code.store(HALF, code.shuffle(HALF, first, second, order), code.at(pointer, 32 * word), 32)
+            code.store(HALF, code.shuffle(HALF, first, second, order), code.advance(pointer, 32 * word), 32)
 
     def put_eight(self, code: Code, totals: list[Value], factor: Value, to: Range, limit: bool, pointer: Value) -> None:
         """Scale, round and store four pixels of eight sums, in layout A."""
@@ -292,11 +291,11 @@ class Avx2(Halved):
         for total in totals:
             value = code.value(f"fmul {kind} {code.value(f'sitofp {EIGHT} {total} to {kind}')}, {factor}")
             if limit:
-                value = self.limited(code, value, to.low - to.zero, to.high - to.zero, 8)
-            integers.append(rounded_half(code, value))
-        self.put_words(code, packed_pairs(code, integers), to, pointer)
+                value = self.limit(code, value, to.low - to.zero, to.high - to.zero, 8)
+            integers.append(round_half(code, value))
+        self.put_words(code, pack_pairs(code, integers), to, pointer)
 
-    def within(self, code: Code, value: Value, to: Range) -> Value:
+    def narrow(self, code: Code, value: Value, to: Range) -> Value:
         """16-bit integers that saturated around 0, moved to the zero point and limited."""
         if to.zero:
             value = code.call(HALF, "llvm.sadd.sat.v16i16", (HALF, value), (HALF, constant("i16", to.zero, 16)))
@@ -310,12 +309,12 @@ class Avx2(Halved):
 
     def pixel(self, code: Code, pointer: Value, number: int) -> Value:
         kinds = [f"<{count} x i16>" for count in (4, 8)]
-        words = [code.load(kinds[0], code.at(pointer, 32 * word + 8 * number), 8) for word in range(4)]
+        words = [code.load(kinds[0], code.advance(pointer, 32 * word + 8 * number), 8) for word in range(4)]
         pairs = [join_vectors(code, kinds[0], words[i : i + 2], 4) for i in (0, 2)]
         return code.value(f"zext {HALF} {join_vectors(code, kinds[1], pairs, 8)} to {INTS}")
 
 
-class AvxVnni(Halved):
+class AvxVnni(HalfVectorIsa):
     """256-bit vectors and the dot product of four bytes."""
 
     name = "avx-vnni"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mgq.export.native.emit.code import BYTES, FLOATS, INTS, Code, Value, constant, float_text
-from mgq.export.native.emit.isa import NOTHING, TO_P, Portable, Range
+from mgq.export.native.emit.isa import NOTHING, TO_P, PortableIsa, Range
 
 Quad = tuple[int | None, ...]
 PARAMETERS = (
@@ -50,22 +50,22 @@ class RowKernel:
     wide: bool = False
 
 
-def emit_widen(isa: Portable, name: str) -> Code:
+def emit_widen(isa: PortableIsa, name: str) -> Code:
     """``count`` times 32 weights from one place to another, widened to the unit of ``isa``."""
     code = Code(name, (("i8*", "source"), ("i8*", "target"), ("i64", "count")))
     kind = f"<32 x i{8 * isa.unit}>"
 
-    def some(_: Value, values: list[Value]) -> list[Value]:
+    def widen(_: Value, values: list[Value]) -> list[Value]:
         source, target = values
         narrow = code.load("<32 x i8>", source, 32)
         code.store(kind, code.value(f"sext <32 x i8> {narrow} to {kind}"), target, 64)
-        return [code.at(source, 32), code.at(target, 32 * isa.unit)]
+        return [code.advance(source, 32), code.advance(target, 32 * isa.unit)]
 
-    code.repeat("%count", [("i8*", "%source"), ("i8*", "%target")], some)
+    code.repeat("%count", [("i8*", "%source"), ("i8*", "%target")], widen)
     return code
 
 
-def emit_row(isa: Portable, kernel: RowKernel, name: str) -> Code:
+def emit_row(isa: PortableIsa, kernel: RowKernel, name: str) -> Code:
     """The function ``name`` for one row and one tile of outputs."""
     code = Code(name, PARAMETERS)
     for first, tile, same in groups(kernel, isa):
@@ -73,7 +73,7 @@ def emit_row(isa: Portable, kernel: RowKernel, name: str) -> Code:
     return code
 
 
-def groups(kernel: RowKernel, isa: Portable) -> Iterator[tuple[int, list[Quad], int]]:
+def groups(kernel: RowKernel, isa: PortableIsa) -> Iterator[tuple[int, list[Quad], int]]:
     """First pixel, tile relative to it, and how many of the same kind follow one another."""
     tiles = tiles_of(kernel, isa)
     start = 0
@@ -86,7 +86,7 @@ def groups(kernel: RowKernel, isa: Portable) -> Iterator[tuple[int, list[Quad], 
         start += same
 
 
-def tiles_of(kernel: RowKernel, isa: Portable) -> list[tuple[int, list[Quad]]]:
+def tiles_of(kernel: RowKernel, isa: PortableIsa) -> list[tuple[int, list[Quad]]]:
     """Tiles of a row: their first pixel and, relative to it, their quads."""
     most = isa.most[kernel.vectors]
     if kernel.target in "PF":
@@ -123,25 +123,25 @@ def pixels_in(tile: Sequence[Quad]) -> int:
     return sum(x is not None for quad in tile for x in quad)
 
 
-def emit_tiles(isa: Portable, kernel: RowKernel, code: Code, first: int, tile: list[Quad], same: int) -> None:
+def emit_tiles(isa: PortableIsa, kernel: RowKernel, code: Code, first: int, tile: list[Quad], same: int) -> None:
     """``same`` times ``tile``, from pixel ``first`` on."""
     by_quads = kernel.target in "AD"
     size = 4 * len(tile) if by_quads else pixels_in(tile)
 
-    def moved(pointer: Value, layout: str, step: str, count: int) -> Value:
+    def move(pointer: Value, layout: str, step: str, count: int) -> Value:
         units = count // 4 if layout in "AD" else count
-        return code.at(pointer, code.number("mul", step, units)) if units else pointer
+        return code.advance(pointer, code.number("mul", step, units)) if units else pointer
 
     def source_at(pointer: Value, count: int) -> Value:
         if kernel.source == "A":
-            return moved(pointer, "A", "%source_step", count * kernel.step)
-        return code.at(pointer, count * kernel.step)
+            return move(pointer, "A", "%source_step", count * kernel.step)
+        return code.advance(pointer, count * kernel.step)
 
     layout = kernel.residual.layout if kernel.residual else "A"
     carried = [
         ("i8*", source_at("%source", first)),
-        ("i8*", moved("%target", kernel.target, "%target_step", first)),
-        ("i8*", moved("%residual", layout, "%residual_step", first)),
+        ("i8*", move("%target", kernel.target, "%target_step", first)),
+        ("i8*", move("%residual", layout, "%residual_step", first)),
     ]
 
     def body(_: Value, values: list[Value]) -> list[Value]:
@@ -152,42 +152,46 @@ def emit_tiles(isa: Portable, kernel: RowKernel, code: Code, first: int, tile: l
                 finish_quad(isa, kernel, code, (j, quad), vector, totals, (target, residual))
         return [
             source_at(source, size),
-            moved(target, kernel.target, "%target_step", size),
-            moved(residual, layout, "%residual_step", size),
+            move(target, kernel.target, "%target_step", size),
+            move(residual, layout, "%residual_step", size),
         ]
 
     code.repeat(same, carried, body)
 
 
-def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source: Value) -> dict[tuple[int, int], Value]:
+def sums(
+    isa: PortableIsa, kernel: RowKernel, code: Code, tile: list[Quad], source: Value
+) -> dict[tuple[int, int], Value]:
     """Bias and products of all pixels of ``tile`` with all vectors, INTS."""
     pixels = [x for quad in tile for x in quad if x is not None]
     keys = [(x, vector) for x in pixels for vector in range(kernel.vectors)]
-    biases = [code.load(INTS, code.at("%bias", 64 * vector), 64) for vector in range(kernel.vectors)]
+    biases = [code.load(INTS, code.advance("%bias", 64 * vector), 64) for vector in range(kernel.vectors)]
     places = {x: divmod(x * kernel.step, 4) if kernel.source == "A" else (0, 0) for x in pixels}
     advance = 16 * isa.unit if kernel.source == "A" else 4
     size, read = (64 * isa.unit, isa.wide_weights) if kernel.wide else (64, isa.weights)
 
     def segment(index: Value, values: list[Value]) -> list[Value]:
-        entry = code.at("%segments", code.number("shl", index, 3))
-        offset, length = code.load_offset(entry), code.load_offset(code.at(entry, 4))
-        begin = code.at(source, offset)
+        entry = code.advance("%segments", code.number("shl", index, 3))
+        offset, length = code.load_offset(entry), code.load_offset(code.advance(entry, 4))
+        begin = code.advance(source, offset)
         quads = sorted({quad for quad, _ in places.values()})
-        pointers = {quad: code.at(begin, code.number("mul", "%source_step", quad) if quad else 0) for quad in quads}
+        pointers = {
+            quad: code.advance(begin, code.number("mul", "%source_step", quad) if quad else 0) for quad in quads
+        }
 
         def word(_: Value, values: list[Value]) -> list[Value]:
             weights, distance, *totals = values
-            prepared = [read(code, code.at(weights, size * vector)) for vector in range(kernel.vectors)]
-            bases = {quad: code.at(pointer, distance) for quad, pointer in pointers.items()}
+            prepared = [read(code, code.advance(weights, size * vector)) for vector in range(kernel.vectors)]
+            bases = {quad: code.advance(pointer, distance) for quad, pointer in pointers.items()}
             results = []
             for i, x in enumerate(pixels):
                 quad, pixel = places[x]
                 within = 4 * isa.unit * pixel if kernel.source == "A" else x * kernel.step
-                four = isa.inputs(code, code.at(bases[quad], within), kernel.source)
+                four = isa.inputs(code, code.advance(bases[quad], within), kernel.source)
                 for vector in range(kernel.vectors):
                     total = totals[i * kernel.vectors + vector]
                     results.append(isa.dot(code, total, four, prepared[vector]))
-            return [code.at(weights, size * kernel.vectors), code.number("add", distance, advance), *results]
+            return [code.advance(weights, size * kernel.vectors), code.number("add", distance, advance), *results]
 
         weights, *totals = values
         kinds = [("i8*", weights), ("i64", "0"), *((INTS, total) for total in totals)]
@@ -200,7 +204,7 @@ def sums(isa: Portable, kernel: RowKernel, code: Code, tile: list[Quad], source:
 
 
 def finish_quad(
-    isa: Portable,
+    isa: PortableIsa,
     kernel: RowKernel,
     code: Code,
     place: tuple[int, Quad],
@@ -211,12 +215,12 @@ def finish_quad(
     """Scale, add, round and store four pixels of 16 outputs."""
     j, quad = place
     target, residual = pointers
-    factors = code.load(FLOATS, code.at("%factors", 64 * vector), 64)
-    values = [None if x is None else isa.scaled(code, totals[x, vector], factors) for x in quad]
+    factors = code.load(FLOATS, code.advance("%factors", 64 * vector), 64)
+    values = [None if x is None else isa.scale(code, totals[x, vector], factors) for x in quad]
     if kernel.target == "F":
         for x, value in zip(quad, values, strict=True):
             if value is not None:
-                code.store(FLOATS, value, code.at(target, 64 * vector + (x or 0)))
+                code.store(FLOATS, value, code.advance(target, 64 * vector + (x or 0)))
         return
     assert kernel.to is not None
     if kernel.residual is not None:
@@ -229,7 +233,7 @@ def finish_quad(
 
 
 def store_quad(
-    isa: Portable,
+    isa: PortableIsa,
     code: Code,
     values: Sequence[Value | None],
     to: Range,
@@ -241,30 +245,30 @@ def store_quad(
 ) -> None:
     j, quad = place
     if limit:
-        values = [v and isa.limited(code, v, to.low - to.zero, to.high - to.zero) for v in values]
+        values = [v and isa.limit(code, v, to.low - to.zero, to.high - to.zero) for v in values]
     integers = [NOTHING if value is None else isa.integers(code, value, to) for value in values]
     if layout in "AD":
-        row = code.at(target, code.number("mul", "%target_step", j) if j else 0)
-        isa.put(code, integers, to, layout, code.at(row, 64 * isa.unit * vector))
+        row = code.advance(target, code.number("mul", "%target_step", j) if j else 0)
+        isa.put(code, integers, to, layout, code.advance(row, 64 * isa.unit * vector))
         return
-    packed = isa.packed(code, integers, to)
+    packed = isa.pack(code, integers, to)
     words = code.shuffle(INTS, code.as_type(packed, BYTES, INTS), "undef", TO_P)
     for i, x in enumerate(quad):
         if x is not None:
             pixel = code.shuffle(INTS, words, "undef", range(4 * i, 4 * i + 4))
-            row = code.at(target, code.number("mul", "%target_step", x) if x else 0)
-            code.store("<4 x i32>", pixel, code.at(row, 16 * vector), 16)
+            row = code.advance(target, code.number("mul", "%target_step", x) if x else 0)
+            code.store("<4 x i32>", pixel, code.advance(row, 16 * vector), 16)
 
 
 def residual_of(
-    isa: Portable, residual: Residual, code: Code, pointer: Value, place: tuple[int, Quad], vector: int
+    isa: PortableIsa, residual: Residual, code: Code, pointer: Value, place: tuple[int, Quad], vector: int
 ) -> list[Value]:
     """The other summands of a quad without their zero point, FLOATS."""
     j, quad = place
     results = []
     if residual.layout == "A":
-        row = code.at(pointer, code.number("mul", "%residual_step", j) if j else 0)
-        four = code.at(row, 64 * isa.unit * vector)
+        row = code.advance(pointer, code.number("mul", "%residual_step", j) if j else 0)
+        four = code.advance(row, 64 * isa.unit * vector)
     for i, x in enumerate(quad):
         if x is None:
             results.append(NOTHING)
@@ -272,8 +276,10 @@ def residual_of(
         if residual.layout == "A":
             integers = isa.pixel(code, four, i)
         else:
-            row = code.at(pointer, code.number("mul", "%residual_step", x) if x else 0)
-            integers = code.value(f"zext <16 x i8> {code.load('<16 x i8>', code.at(row, 16 * vector), 16)} to {INTS}")
+            row = code.advance(pointer, code.number("mul", "%residual_step", x) if x else 0)
+            integers = code.value(
+                f"zext <16 x i8> {code.load('<16 x i8>', code.advance(row, 16 * vector), 16)} to {INTS}"
+            )
         value = code.value(f"sitofp {INTS} {integers} to {FLOATS}")
         if residual.zero:
             value = code.value(f"fsub {FLOATS} {value}, {constant('float', float_text(residual.zero), 16)}")
@@ -281,10 +287,10 @@ def residual_of(
     return results
 
 
-def sum_values(isa: Portable, residual: Residual, code: Code, mine: Value, other: Value) -> Value:
+def sum_values(isa: PortableIsa, residual: Residual, code: Code, mine: Value, other: Value) -> Value:
     """Own value, put on its own grid first, and the other one, each times its factor."""
     parts = []
-    for value, place in ((isa.requantized(code, mine, residual.own), 0), (other, 64)):
-        factor = code.load(FLOATS, code.at("%sum", place), 64)
+    for value, place in ((isa.requantize(code, mine, residual.own), 0), (other, 64)):
+        factor = code.load(FLOATS, code.advance("%sum", place), 64)
         parts.append(code.value(f"fmul {FLOATS} {value}, {factor}"))
     return code.value(f"fadd {FLOATS} {parts[0]}, {parts[1]}")

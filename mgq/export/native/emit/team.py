@@ -2,9 +2,9 @@
 
 The library starts no threads: the caller's own call ``serve``. Work comes in phases: an image for each thread as long
 as there are enough, then each group of layers of each image that is left. A phase has a piece for each thread, which
-has in its cache what it has made before. Who is done looks for a piece that nobody has begun: a thread that the system
-does not let run holds up nobody, unless it stops in the middle of a piece. The thread that leads waits for the pieces
-of a phase and opens the next. Between two runs the others sleep.
+has in its cache what it has made before. A thread that is done takes a piece that nobody has begun. So a thread that
+the system suspends delays the others only if it stops in the middle of a piece. The thread that leads waits for the
+pieces of a phase and opens the next. Between two runs the others sleep.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PREPARE, ANSWER = "prepare", "answer"
-"""What each thread does once in its work area, and what the one that leads does behind the last group."""
+"""Functions: what each thread does once in its work area, and what the leading thread does after the last group."""
 LEAD, SERVE, END = "mgq_lead", "mgq_serve", "mgq_end"
 HEADER = 4096
-"""Bytes in front of the work areas, by which the threads know of one another. They begin as zeros."""
+"""Bytes before the work areas that hold the shared state of the threads. They begin as zeros."""
 JOB, PHASE, FINISHED, SLEEPERS, TASK, BEGUN = 0, 128, 256, 384, 512, 1024
 """The run's number, odd while it lasts; the phase, counted for ever; pieces done; who sleeps; the task; and for each
 piece the last phase in which it was begun."""
 MOST_THREADS = (HEADER - BEGUN) // 8
-"""More find nothing to do."""
+"""The most threads: more would have no work."""
 STOP, CLOSED = -1, 0
 """A run, and a phase, that are none."""
 PATIENCE = 8000
-"""How often a thread looks before it lets others run, or sleeps: some 20 ns each."""
+"""How often a waiting thread polls before it yields or sleeps: some 20 ns each."""
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of that system call."""
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}
@@ -352,7 +352,7 @@ def task_places() -> str:
 
 
 def futex(name: str, operation: int, value: str) -> str:
-    """One that sleeps and wakes at ``%job``. On other systems nobody sleeps: all look again."""
+    """A futex call at ``%job``, to sleep or to wake. On other systems threads do not sleep, they poll."""
     number = FUTEX.get(platform.machine())
     if number is None:
         return f"%{name} = call i32 @sched_yield()"

@@ -1,4 +1,5 @@
-"""Depthwise convolutions and max pooling: each output row is made of some rows of the source, given as pointers."""
+"""Emits depthwise convolutions and max pooling: each output row is computed from some rows of the source, given as
+pointers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.export.native.emit.code import FLOATS, INTS, Code, Value, constant
-from mgq.export.native.emit.isa import EIGHT, HALF, NOTHING, SHORTS, Avx2, Portable, Range, halves
+from mgq.export.native.emit.isa import EIGHT, HALF, NOTHING, SHORTS, Avx2, PortableIsa, Range, halves
 from mgq.export.native.emit.rows import store_quad
 
 
@@ -78,7 +79,7 @@ def pair_taps(size: int, stride: int) -> list[tuple[int, int]]:
     return [(phase, pair) for phase, count in sorted(found) for pair in range(count)]
 
 
-def tap_table(isa: Portable, size: int, stride: int) -> npt.NDArray[Any]:
+def tap_table(isa: PortableIsa, size: int, stride: int) -> npt.NDArray[Any]:
     """For each vector of weights of a row, the taps of a channel, one behind the other; others than 0 to ``size`` - 1
     are none."""
     if isinstance(isa, Avx2):
@@ -86,7 +87,7 @@ def tap_table(isa: Portable, size: int, stride: int) -> npt.NDArray[Any]:
     return np.array([range(first, first + 4) for first in patterns(size, stride)])
 
 
-def weight_bytes(isa: Portable, size: int, stride: int) -> int:
+def weight_bytes(isa: PortableIsa, size: int, stride: int) -> int:
     """Bytes of the weights of 16 channels."""
     return int(16 * tap_table(isa, size, stride).size * size)
 
@@ -96,7 +97,7 @@ def quads_read(size: int, stride: int) -> int:
     return ceil((3 * stride + size) / 4)
 
 
-def emit_depthwise(isa: Portable, kernel: DepthwiseKernel, name: str) -> Code:
+def emit_depthwise(isa: PortableIsa, kernel: DepthwiseKernel, name: str) -> Code:
     code = Code(name, row_parameters(kernel.size))
     width = weight_bytes(isa, kernel.size, kernel.stride)
     pointers = ["%weights", "%bias", "%factors", "%target", *(f"%row{i}" for i in range(kernel.size))]
@@ -110,14 +111,14 @@ def emit_depthwise(isa: Portable, kernel: DepthwiseKernel, name: str) -> Code:
         else:
             emit_quads(isa, kernel, code, weights, (start, factor, target), rows)
         moves = (width, 64, 64, *(64 * isa.unit for _ in (target, *rows)))
-        return [code.at(pointer, move) for pointer, move in zip(values, moves, strict=True)]
+        return [code.advance(pointer, move) for pointer, move in zip(values, moves, strict=True)]
 
     code.repeat("%vectors", [("i8*", pointer) for pointer in pointers], vector)
     return code
 
 
 def emit_quads(
-    isa: Portable,
+    isa: PortableIsa,
     kernel: DepthwiseKernel,
     code: Code,
     weights: Value,
@@ -127,7 +128,7 @@ def emit_quads(
     """All quads of a row for 16 channels."""
     taps = patterns(kernel.size, kernel.stride)
     prepared = {
-        (row, tap): isa.weights(code, code.at(weights, 64 * (row * len(taps) + i)))
+        (row, tap): isa.weights(code, code.advance(weights, 64 * (row * len(taps) + i)))
         for row in range(kernel.size)
         for i, tap in enumerate(taps)
     }
@@ -143,17 +144,17 @@ def emit_quads(
         for row, (pointer, known) in enumerate(zip(pointers, carried, strict=True)):
             quads = [known]
             for i in range(1, count):
-                place = code.at(pointer, code.number("mul", "%source_step", i))
+                place = code.advance(pointer, code.number("mul", "%source_step", i))
                 quads.append(code.load(INTS, place, 64))
             totals = [
                 total_of_row(isa, code, total, output, quads, row, prepared)
                 for total, output in zip(totals, pieces(kernel.size, kernel.stride), strict=True)
             ]
             following.append(quads[kernel.stride])
-            after.append(code.at(pointer, code.number("mul", "%source_step", kernel.stride)))
-        scaled = [isa.scaled(code, total, factor) for total in totals]
+            after.append(code.advance(pointer, code.number("mul", "%source_step", kernel.stride)))
+        scaled = [isa.scale(code, total, factor) for total in totals]
         store_quad(isa, code, scaled, kernel.to, kernel.limit, "A", target, (0, (0, 1, 2, 3)), 0)
-        return [code.at(target, "%target_step"), *after, *following]
+        return [code.advance(target, "%target_step"), *after, *following]
 
     kinds = [("i8*", target), *(("i8*", row) for row in rows), *((INTS, first) for first in firsts)]
     code.repeat(ceil(kernel.width / 4), kinds, quad)
@@ -170,7 +171,7 @@ def emit_pairs(
     """All quads of a row for 16 channels, of pairs of pixels: eight channels first, so that registers suffice."""
     taps = pair_taps(kernel.size, kernel.stride)
     prepared = {
-        (row, *tap): halves(code, SHORTS, isa.widened(code, code.at(weights, 32 * (row * len(taps) + i))), 16)
+        (row, *tap): halves(code, SHORTS, isa.widen(code, code.advance(weights, 32 * (row * len(taps) + i))), 16)
         for row in range(kernel.size)
         for i, tap in enumerate(taps)
     }
@@ -183,8 +184,8 @@ def emit_pairs(
         for number, row in enumerate(rows):
             for pair in range(count):
                 quad, half = divmod(first + pair, 2)
-                place = code.at(row, code.number("mul", "%source_step", quad) if quad else 0)
-                read = code.load(HALF, code.at(place, 64 * half + 32 * side), 32)
+                place = code.advance(row, code.number("mul", "%source_step", quad) if quad else 0)
+                read = code.load(HALF, code.advance(place, 64 * half + 32 * side), 32)
                 products = isa.products(code, read, prepared[number, phase, pair][side])
                 result = code.value(f"add {EIGHT} {result}, {products}")
         return result
@@ -194,15 +195,15 @@ def emit_pairs(
         def quad(_: Value, values: list[Value], side: int = side) -> list[Value]:
             target, *rows = values
             totals = [total(side, output, rows) for output in range(4)]
-            isa.put_eight(code, totals, factors[side], kernel.to, kernel.limit, code.at(target, 64 * side))
+            isa.put_eight(code, totals, factors[side], kernel.to, kernel.limit, code.advance(target, 64 * side))
             ahead = code.number("mul", "%source_step", kernel.stride)
-            return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+            return [code.advance(target, "%target_step"), *(code.advance(row, ahead) for row in rows)]
 
         code.repeat(ceil(kernel.width / 4), [("i8*", target), *(("i8*", row) for row in rows)], quad)
 
 
 def total_of_row(
-    isa: Portable,
+    isa: PortableIsa,
     code: Code,
     total: Value,
     output: list[tuple[int, bool, int]],
@@ -219,17 +220,17 @@ def total_of_row(
     return total
 
 
-def emit_pool(isa: Portable, kernel: PoolKernel, name: str) -> Code:
+def emit_pool(isa: PortableIsa, kernel: PoolKernel, name: str) -> Code:
     code = Code(name, row_parameters(kernel.size))
 
     def vector(index: Value, _: list[Value]) -> list[Value]:
         offset = code.number("shl", index, 4)
-        rows = [code.at(f"%row{i}", offset) for i in range(kernel.size)]
+        rows = [code.advance(f"%row{i}", offset) for i in range(kernel.size)]
         unit = 4 if kernel.target == "A" else 1
-        target = code.at("%target", code.number("mul", index, 64 * isa.unit if kernel.target == "A" else 16))
+        target = code.advance("%target", code.number("mul", index, 64 * isa.unit if kernel.target == "A" else 16))
 
         def pixels(count: int, target: Value, rows: list[Value]) -> None:
-            found = [largest(kernel, code, rows, x) for x in range(count)]
+            found = [emit_maximum(kernel, code, rows, x) for x in range(count)]
             if kernel.target == "P":
                 code.store("<16 x i8>", found[0], target, 16)
                 return
@@ -239,7 +240,7 @@ def emit_pool(isa: Portable, kernel: PoolKernel, name: str) -> Code:
             target, *rows = values
             pixels(unit, target, rows)
             ahead = unit * kernel.stride * kernel.lanes
-            return [code.at(target, "%target_step"), *(code.at(row, ahead) for row in rows)]
+            return [code.advance(target, "%target_step"), *(code.advance(row, ahead) for row in rows)]
 
         whole, rest = divmod(kernel.width, unit)
         values = [target, *rows]
@@ -253,11 +254,11 @@ def emit_pool(isa: Portable, kernel: PoolKernel, name: str) -> Code:
     return code
 
 
-def largest(kernel: PoolKernel, code: Code, rows: list[Value], x: int) -> Value:
+def emit_maximum(kernel: PoolKernel, code: Code, rows: list[Value], x: int) -> Value:
     found = None
     for row in rows:
         for column in range(kernel.size):
-            value = code.load("<16 x i8>", code.at(row, (x * kernel.stride + column) * kernel.lanes), 16)
+            value = code.load("<16 x i8>", code.advance(row, (x * kernel.stride + column) * kernel.lanes), 16)
             both = ("<16 x i8>", value), ("<16 x i8>", found or value)
             found = value if found is None else code.call("<16 x i8>", "llvm.umax.v16i8", *both)
     assert found is not None
