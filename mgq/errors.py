@@ -12,6 +12,8 @@ class MgqError(Exception):
     """Base of the errors whose message is one line for the user: it names the thing and the mend."""
 
     exit_code = 1
+    is_said = False
+    """Whether the line stands already where the user sees it."""
 
 
 class InputError(MgqError):

@@ -196,19 +196,22 @@ class Stepper:
     def images(self) -> Tensor:
         return Tensor(as_input(self.pixels))
 
+    def by_kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Within it steps run by the kernels of this stepper."""
+        return fast_gradients() if self.kernels == FAST else contextlib.nullcontext()
+
     def step(self) -> float:
         """The loss of one training step, which is over when it returns."""
-        with fast_gradients() if self.kernels == FAST else contextlib.nullcontext():
-            with self.manager:
-                loss = cross_entropy(self.network(self.images()), Tensor(self.labels), 0.1)
-                self.manager.backward(loss)
-            self.optimizer.step().clear_grad()
-            mge._full_sync()
-            return float(loss.numpy().item())
+        with self.manager:
+            loss = cross_entropy(self.network(self.images()), Tensor(self.labels), 0.1)
+            self.manager.backward(loss)
+        self.optimizer.step().clear_grad()
+        mge._full_sync()
+        return float(loss.numpy().item())
 
     def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
         times, processor = [], time.process_time_ns()
-        with without_garbage_collection():
+        with self.by_kernels(), without_garbage_collection():
             for _ in range(number):
                 start = clock()
                 self.step()

@@ -169,7 +169,7 @@ def run_alone() -> int:
     except MgqError as error:
         if is_debugging():
             raise
-        code = report_failure(str(error), error.exit_code)
+        code = error.exit_code if error.is_said else report_failure(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
         drop_output()
         code = 0

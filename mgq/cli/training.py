@@ -124,6 +124,7 @@ class TrainingCommand(ImportOptions):
     ] = None
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the classifier only.")] = False
     amp: Annotated[bool, typer.Option("--amp", help="Mixed float16, on GPUs.")] = False
+    bf16: Annotated[bool, typer.Option("--bf16", help="Convolutions in bfloat16, on processors that have it.")] = False
     seed: Annotated[
         int | None,
         typer.Option("--seed", click_type=RecipeNumber(int, "seed"), help="The same seed gives the same weights."),

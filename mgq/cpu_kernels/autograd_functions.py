@@ -14,10 +14,10 @@ from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.cpu_kernels import onednn_kernels
 from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, mask_rows
-from mgq.cpu_kernels.fake_quantization import Quantizer, quantizer_of, update_observer
+from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
-from mgq.cpu_kernels.tensor_exchange import Array, read, tensors, values
+from mgq.cpu_kernels.tensor_exchange import Array, read, read_state, tensors, values
 
 
 class Convolution(Function):  # type: ignore[misc]
@@ -138,7 +138,7 @@ class FakeQuantizedConvolution(NormalizedConvolution):
     def compute(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output = self.convolve(source, weights, scale, shift)
         self.qparams = update_observer(self.module.act_observer, lambda: extremes(output))
-        output, passes = quantizer(self.qparams).apply(output)
+        passes = self.qparams.quantizer.apply_in_place(output)
         if passes is not None:
             self.passes = passes if self.passes is None else self.passes & passes
         return output
@@ -146,15 +146,17 @@ class FakeQuantizedConvolution(NormalizedConvolution):
     def convolve(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         """Before the output is quantized."""
         bn = self.module.bn
-        self.inverse = np.float32(1) / np.sqrt(bn.running_var.numpy() + np.float32(bn.eps))
+        (variance,) = read_state(bn.running_var)
+        self.inverse = np.float32(1) / np.sqrt(variance + np.float32(bn.eps))
         self.factor = np.ravel(scale * self.inverse)
         self.quantize_weights(weights, divide=True)
         return self.normalize(source, self.effective, scale, shift)
 
     def quantize_weights(self, weights: Array, divide: bool) -> QParams:
         """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
-        qparams = update_observer(self.module.weight_observer, lambda: extremes_of_rows(weights, self.factor))
-        self.effective, self.weights_pass = quantizer(qparams).apply_to_rows(weights, self.factor, divide)
+        observer = self.module.weight_observer
+        qparams = update_observer(observer, lambda: extremes_of_rows(weights, self.factor))
+        self.effective, self.weights_pass = qparams.quantizer.apply_to_rows(weights, self.factor, divide)
         return qparams
 
     def gradients(
@@ -212,12 +214,6 @@ class FoldedConvolution(FakeQuantizedConvolution):
         d_scale = d_factor.reshape(scale.shape) * self.inverse - d_bias * self.centre
         del self.effective, self.weights_pass
         return d_source, d_quantized, d_scale, d_bias
-
-
-def quantizer(qparams: object) -> Quantizer:
-    found = quantizer_of(qparams)
-    assert found is not None
-    return found
 
 
 class AddRelu(Function):  # type: ignore[misc]

@@ -7,7 +7,7 @@ Every result here is the same to the bit whatever the number of cores.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,8 @@ PIECE = 1 << 15
 """Elements of a piece: a few float32 arrays of this size fit into the second-level cache together."""
 LONG_PIECE = 1 << 17
 """Elements of a piece for functions that pass over memory once: the call's overhead is negligible then."""
+LONG_ROW = 256
+"""Elements from which on numpy finds a row's extremes faster than it multiplies the row."""
 LEAST_SPAN = 1e-30
 """What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
@@ -52,9 +54,9 @@ def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = P
         return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
 
     pieces = -(-size // piece)
-    if usable_cores() == 1 or pieces < PIECES_A_CORE * usable_cores():
+    if pieces < PIECES_A_CORE or (cores := usable_cores()) == 1 or pieces < PIECES_A_CORE * cores:
         return run(0, size)
-    share = -(-pieces // usable_cores()) * piece
+    share = -(-pieces // cores) * piece
     futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
     results = run(0, share)
     for future in futures:
@@ -69,16 +71,15 @@ def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], pie
 
 def fake_quantize(
     array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
-) -> tuple[Array, Mask | None]:
-    """``array`` rounded to multiples of ``scale``, and a mask of what was not clipped; None where nothing was
-    clipped."""
-    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
-    source, target, marks = array.reshape(-1), output.reshape(-1), passes.reshape(-1)
+) -> Mask | None:
+    """Round ``array`` in place to multiples of ``scale``; where it was not clipped, None where it was nowhere."""
+    passes = np.empty(array.shape, np.bool_)
+    steps, marks = array.reshape(-1), passes.reshape(-1)
 
     def quantize(piece: slice) -> int:
-        return numba_loops.quantize(source[piece], target[piece], marks[piece], scale, zero_point, qmin, qmax)
+        return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax)
 
-    return output, passes if sum(run_in_pieces(quantize, source.size, LONG_PIECE)) else None
+    return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
 
 
 def fake_quantize_rows(
@@ -148,19 +149,38 @@ def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values,
 def extremes(array: Array) -> Array:
     """(2,): the least and the largest element; NaN where there is one."""
     elements = array.reshape(-1)
-    found = np.array(run_in_pieces(lambda piece: (elements[piece].min(), elements[piece].max()), elements.size))
-    return np.array([found[:, 0].min(), found[:, 1].max()], np.float32)
+    return merge_pieces(run_in_pieces(lambda piece: least_and_largest(elements[piece]), elements.size, LONG_PIECE))
 
 
 def extremes_of_rows(array: Array, factors: Array) -> Array:
     """The same of ``array``, seen as (factors.size, elements), with each row times its factor.
 
-    A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes.
+    A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes. numpy
+    needs a while for each row: of short ones all products are made.
     """
-    rows = rows_of(array, factors.size)
-    found = run_in_rows(lambda part: (rows[part].min(axis=1), rows[part].max(axis=1)), rows)
-    lows, highs = (np.concatenate(part) * factors.reshape(-1) for part in zip(*found, strict=True))
-    return np.array([np.minimum(lows, highs).min(), np.maximum(lows, highs).max()], np.float32)
+    rows, each = rows_of(array, factors.size), factors.reshape(-1, 1)
+    is_long = rows.shape[1] >= LONG_ROW
+
+    def find_ends(part: slice) -> tuple[np.float32, np.float32]:
+        ends = rows[part]
+        if is_long:
+            ends = np.stack((np.minimum.reduce(ends, axis=1), np.maximum.reduce(ends, axis=1)), axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are the training's to tell of
+            return least_and_largest(ends * each[part])
+
+    return merge_pieces(run_in_rows(find_ends, rows, LONG_PIECE if is_long else PIECE))
+
+
+def least_and_largest(values: Array) -> tuple[np.float32, np.float32]:
+    return np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
+
+
+def merge_pieces(found: list[tuple[np.float32, np.float32]]) -> Array:
+    """(2,): the extremes of all pieces from those of each."""
+    if len(found) == 1:
+        return np.array(found[0], np.float32)
+    lows, highs = zip(*found, strict=True)
+    return np.array([np.min(lows), np.max(highs)], np.float32)
 
 
 def apply_mask(array: Array, mask: Mask) -> Array:
@@ -224,13 +244,29 @@ def requantize(
 
 def step_parameter(
     value: Array, speed: Array, gradient: Array, rate: np.float32, momentum: np.float32, decay: np.float32
-) -> tuple[Array, Array]:
-    """A parameter's new value and speed after a step of gradient descent with momentum and weight decay."""
-    new_value, new_speed = empty(value.shape), empty(value.shape)
-    old, was, by, now, then = (a.reshape(-1) for a in (value, speed, gradient, new_value, new_speed))
+) -> Array:
+    """A parameter's new value after a step of gradient descent with momentum and weight decay; ``speed`` is changed."""
+    new_value = empty(value.shape)
+    old, moving, by, now = (a.reshape(-1) for a in (value, speed, gradient, new_value))
+    if value.size <= LONG_PIECE:
+        numba_loops.descend(old, moving, by, now, rate, momentum, decay)
+        return new_value
 
     def run(piece: slice) -> None:
-        numba_loops.descend(old[piece], was[piece], by[piece], now[piece], then[piece], rate, momentum, decay)
+        numba_loops.descend(old[piece], moving[piece], by[piece], now[piece], rate, momentum, decay)
 
     run_in_pieces(run, value.size, LONG_PIECE)
-    return new_value, new_speed
+    return new_value
+
+
+def move_statistics(
+    running: Sequence[Array], mean: Array, variance: Array, keep: np.float32, unbias: np.float32
+) -> tuple[Array, Array]:
+    """Running mean and variance after a batch with this ``mean`` and (biased) ``variance``, which ``unbias`` mends.
+
+    ``keep`` is the share of what was: float32 (C,) or (1, C, 1, 1), in arrays of their own.
+    """
+    new_mean, new_variance = (empty(old.shape) for old in running)
+    old_mean, old_variance, moved_mean, moved_variance = (a.reshape(-1) for a in (*running, new_mean, new_variance))
+    numba_loops.move_statistics(old_mean, old_variance, mean, variance, moved_mean, moved_variance, keep, unbias)
+    return new_mean, new_variance

@@ -10,11 +10,12 @@ import numpy as np
 from megengine import Tensor
 from megengine.quantization import FakeQuantize
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
-from megengine.quantization.utils import QParams, QuantMode, create_qparams
+from megengine.quantization.utils import QParams, QuantMode, _builtin_quant_dtypes
 
+from mgq.cpu_kernels import numba_loops
 from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
 from mgq.cpu_kernels.statistics_exchange import merge_extremes
-from mgq.cpu_kernels.tensor_exchange import Array
+from mgq.cpu_kernels.tensor_exchange import Array, read_state, write_state
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
 
@@ -30,9 +31,14 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def apply(self, array: Array) -> tuple[Array, Mask | None]:
-        """A quantized copy of ``array``, and a mask of what was not clipped; None where nothing was clipped."""
+    def apply_in_place(self, array: Array) -> Mask | None:
+        """Quantize ``array`` in place; where it was not clipped, None where it was nowhere."""
         return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
+
+    def apply(self, array: Array) -> tuple[Array, Mask | None]:
+        """``array`` quantized, in memory of its own, and where it was not clipped."""
+        output = array.copy()
+        return output, self.apply_in_place(output)
 
     def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
@@ -65,32 +71,67 @@ def is_known(observer: Any) -> bool:
     return bool(observer.mode == QuantMode.SYMMERTIC)
 
 
-def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> QParams:
-    """Update a known ``observer`` with the ``extremes`` of an array, unless it is disabled; return its quantization
-    parameters."""
+class ObservedParams(QParams):  # type: ignore[misc]
+    """What an observer has to say, symmetric with one ``scale``: a tensor once somebody asks for it."""
+
+    def __init__(self, observer: MinMaxObserver, scale: np.float32) -> None:
+        self.number, self.shape, self.device = scale, observer.min_val._tuple_shape, observer.min_val.device
+        self._scale: Tensor | None = None
+        # As create_qparams makes it.
+        meta = observer.dtype
+        super().__init__(observer.mode, _builtin_quant_dtypes[meta] if isinstance(meta, str) else meta, None, None)
+
+    @property
+    def scale(self) -> Tensor:
+        if self._scale is None:
+            self._scale = Tensor(np.full(self.shape, self.number), device=self.device, no_cache=True)
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: Tensor | None) -> None:
+        self._scale = scale
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What FakeQuantize does with it."""
+        return Quantizer(self.number, ZERO, np.float32(self.dtype_meta.qmin), np.float32(self.dtype_meta.qmax))
+
+
+def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> ObservedParams:
+    """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
+    low, high = (array.reshape(-1)[0] for array in read_state(observer.min_val, observer.max_val))
     if observer.enabled:
-        found = extremes()
-        if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
-            found = merge_extremes(found)
-        qmin, qmax = np.split(found, 2)
-        if isinstance(observer, ExponentialMovingAverageObserver):
-            keep = observer.runtime_momentum.numpy()
-            set_value(observer.min_val, observer.min_val.numpy() * keep + (ONE - keep) * qmin)
-            set_value(observer.max_val, observer.max_val.numpy() * keep + (ONE - keep) * qmax)
-            set_value(observer.runtime_momentum, observer.momentum.numpy())
-        elif isinstance(observer, CurrentRangeObserver):
-            set_value(observer.min_val, qmin)
-            set_value(observer.max_val, qmax)
-        else:
-            set_value(observer.min_val, np.minimum(observer.min_val.numpy(), qmin))
-            set_value(observer.max_val, np.maximum(observer.max_val.numpy(), qmax))
-    largest = np.maximum(-np.minimum(ZERO, observer.min_val.numpy()), np.maximum(ZERO, observer.max_val.numpy()))
-    scale = np.maximum(largest / np.float32((observer.qmax - observer.qmin) / 2), np.float32(observer.scale_limit))
-    return create_qparams(observer.mode, observer.dtype, scale=Tensor(scale, device=observer.min_val.device))
+        low, high = widen_range(observer, low, high, extremes())
+    half = np.float32((observer.qmax - observer.qmin) / 2)
+    scale = numba_loops.scale_of_range(low, high, half, np.float32(observer.scale_limit))  # a float of Python's
+    return ObservedParams(observer, np.float32(scale))
+
+
+def widen_range(
+    observer: MinMaxObserver, low: np.float32, high: np.float32, extremes: Array
+) -> tuple[np.float32, np.float32]:
+    """The range of ``observer``, ``low`` to ``high`` till now, once it has seen ``extremes``; it keeps it."""
+    if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
+        extremes = merge_extremes(extremes)
+    least, largest = extremes[0], extremes[1]
+    if isinstance(observer, ExponentialMovingAverageObserver):
+        keep = read_state(observer.runtime_momentum)[0].reshape(-1)[0]
+        least, largest = low * keep + (ONE - keep) * least, high * keep + (ONE - keep) * largest
+        change(observer.runtime_momentum, keep, np.float32(observer.momentum.numpy().item()))
+    elif not isinstance(observer, CurrentRangeObserver):
+        least, largest = np.minimum(low, least), np.maximum(high, largest)
+    change(observer.min_val, low, least)
+    change(observer.max_val, high, largest)
+    return least, largest
+
+
+def change(tensor: Tensor, old: np.float32, new: np.float32) -> None:
+    """Give ``tensor``, of one number, the value ``new`` where it is not its ``old`` one."""
+    if old != new:
+        write_state(tensor, np.array([new], np.float32))
 
 
 def set_value(tensor: Tensor, value: Array) -> None:
     """Give ``tensor`` a new value of the same shape."""
-    old = tensor.numpy()
-    if not np.array_equal(old, value):
-        tensor._reset(Tensor(value.astype(np.float32, copy=False).reshape(old.shape), device=tensor.device))
+    if not np.array_equal(tensor.numpy(), value):
+        write_state(tensor, value.astype(np.float32, copy=False))

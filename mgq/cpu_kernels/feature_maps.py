@@ -22,6 +22,7 @@ from mgq.cpu_kernels.fake_quantization import Quantizer
 from mgq.cpu_kernels.tensor_exchange import Array, Shape, values
 
 TOKEN = np.zeros(1, np.float32)
+_tokens: dict[str, Tensor] = {}
 
 
 class Gradient:
@@ -95,6 +96,14 @@ def of_tensor(tensor: Tensor) -> FeatureMap:
     return found
 
 
+def new_token(device: Any) -> Tensor:
+    """One number on ``device``. All are copies of one: a tensor's own memory takes ten times as long to get."""
+    name = str(device)
+    if name not in _tokens:
+        _tokens[name] = Tensor(TOKEN, device=device)
+    return Tensor(_tokens[name])
+
+
 class MapFunction(Function):  # type: ignore[misc]
     """A differentiable function that gives a feature map."""
 
@@ -111,7 +120,7 @@ class MapFunction(Function):  # type: ignore[misc]
     def emit(self, array: Array, device: Any) -> Tensor:
         """Give ``array`` as the result, and its token to MegEngine."""
         self.array, self.gradient = array, Gradient(array.shape)
-        return Tensor(TOKEN, device=device)
+        return new_token(device)
 
 
 class FromTensor(MapFunction):
@@ -146,7 +155,7 @@ class ToTensor(Function):  # type: ignore[misc]
     def backward(self, d_output: Tensor) -> Tensor:
         (gradient,) = values(d_output)
         self.to.add(channels_last.to_channels_last(gradient))
-        return Tensor(TOKEN, device=d_output.device)
+        return new_token(d_output.device)
 
 
 class GlobalAverage(Function):  # type: ignore[misc]
@@ -166,7 +175,7 @@ class GlobalAverage(Function):  # type: ignore[misc]
         batch, height, width, channels = self.shape
         share = d_output.numpy().reshape(batch, 1, 1, channels) / np.float32(height * width)
         self.to.add(np.broadcast_to(share, self.shape).copy())
-        return Tensor(TOKEN, device=d_output.device)
+        return new_token(d_output.device)
 
 
 class Sum(MapFunction):

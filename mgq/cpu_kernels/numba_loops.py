@@ -56,20 +56,20 @@ class CompiledLoop:
 
 
 @make_compiler()
-def quantize(source: Any, target: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
-    """Write ``source`` rounded to multiples of ``scale`` to ``target``, and where it was not clipped to ``passes``.
+def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
+    """Round ``array`` to multiples of ``scale`` in place, and write to ``passes`` where it was not clipped.
 
-    float32, float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
+    float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
     """
     clipped = 0
-    for i in range(source.size):
-        steps = source[i] / scale
+    for i in range(array.size):
+        steps = array[i] / scale
         steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
         held = min(max(steps, qmin), qmax)
         inside = held == steps
         passes[i] = inside
         clipped += 1 - inside
-        target[i] = (held - zero_point) * scale
+        array[i] = (held - zero_point) * scale
     return clipped
 
 
@@ -265,12 +265,37 @@ def shuffle(source: Any, target: Any, groups: Any) -> None:
 
 
 @make_compiler()
-def descend(
-    value: Any, speed: Any, gradient: Any, new_value: Any, new_speed: Any, rate: Any, momentum: Any, decay: Any
-) -> None:
-    """A step of gradient descent: float32, all arrays (N,). Rounded after every operation, as MegEngine does."""
+def descend(value: Any, speed: Any, gradient: Any, new_value: Any, rate: Any, momentum: Any, decay: Any) -> None:
+    """A step of gradient descent: float32, all arrays (N,), ``speed`` in place.
+
+    Rounded after every operation, as MegEngine does.
+    """
     for i in range(value.size):
         slope = gradient[i] + value[i] * decay if decay != ZERO else gradient[i]
         moving = speed[i] * momentum + slope
-        new_speed[i] = moving
+        speed[i] = moving
         new_value[i] = value[i] - rate * moving
+
+
+@make_compiler()
+def move_statistics(
+    old_mean: Any, old_variance: Any, mean: Any, variance: Any, new_mean: Any, new_variance: Any, keep: Any, unbias: Any
+) -> None:
+    """Running statistics: ``keep`` of the old and the rest of the batch's; all arrays float32 (C,)."""
+    for c in range(mean.size):
+        new_mean[c] = old_mean[c] * keep + mean[c] * (ONE - keep)
+        new_variance[c] = old_variance[c] * keep + variance[c] * unbias * (ONE - keep)
+
+
+@make_compiler()
+def address_of(array: Any) -> Any:
+    """Where ``array`` begins in memory; numpy's own way makes objects and takes five times as long."""
+    return array.ctypes.data
+
+
+@make_compiler()
+def scale_of_range(low: Any, high: Any, half: Any, least: Any) -> Any:
+    """The step for ``low`` to ``high`` in ``half`` steps a side, at least ``least``: float32, NaN of NaN."""
+    if low != low or high != high:
+        return low + high
+    return max(max(-min(ZERO, low), max(ZERO, high)) / half, least)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgq.cpu_kernels.numba_loops import address_of
 from mgq.errors import FailureError
 
 PACKAGE = "onednn-cpu-gomp"
@@ -30,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 CPU = 1
 IN_ORDER = 1
-FLOAT32 = 3
+BFLOAT16, FLOAT32 = 2, 3
 ANY_LAYOUT = 1
 PLAIN_LAYOUT = {1: 2, 4: 5, 5: 6}  # by the number of axes: a, abcd, abcde
 BLOCKS_OF_16, BLOCKS_OF_8 = 78, 102  # nChw16c, nChw8c
@@ -96,6 +97,7 @@ class Library:
         # Programs share their memory objects and one scratch buffer.
         self.lock = threading.Lock()
         self._scratch = allocate_aligned(0)
+        self._scratch_address = self._scratch.ctypes.data
 
     def _version(self) -> str:
         class Version(ctypes.Structure):
@@ -126,7 +128,8 @@ class Library:
         """Address of ``size`` bytes that are free until the next program runs."""
         if self._scratch.nbytes < size:
             self._scratch = allocate_aligned(size)
-        return self._scratch.ctypes.data
+            self._scratch_address = self._scratch.ctypes.data
+        return self._scratch_address
 
 
 @cache
@@ -145,7 +148,7 @@ def library() -> Library:
 def allocate_aligned(size: int) -> Bytes:
     """``size`` uninitialized bytes that begin on a cache line."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -address_of(raw) % ALIGNMENT
     return raw[start : start + size]
 
 
@@ -187,10 +190,10 @@ def dims(values: Shape) -> ctypes.Array[c_int64]:
     return (c_int64 * len(values))(*values)
 
 
-def layout(shape: Shape, tag: int) -> Layout:
+def layout(shape: Shape, tag: int, kind: int = FLOAT32) -> Layout:
     lib, made = library(), c_void_p()
     create = lib.c.dnnl_memory_desc_create_with_tag
-    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, tag), f"an array {shape}")
+    lib.check(create(byref(made), len(shape), dims(shape), kind, tag), f"an array {shape}")
     return Layout(made, _OwnedObject("memory_desc", made))
 
 
@@ -199,19 +202,19 @@ def make_plain_layout(shape: Shape) -> Layout:
     return layout(shape, PLAIN_LAYOUT[len(shape)])
 
 
-def channels_last(shape: Shape) -> Layout:
+def channels_last(shape: Shape, kind: int = FLOAT32) -> Layout:
     """That of a C-contiguous numpy array (N, H, W, C) whose ``shape`` is given as (N, C, H, W)."""
     lib, made = library(), c_void_p()
     _, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
     create = lib.c.dnnl_memory_desc_create_with_strides
-    lib.check(create(byref(made), len(shape), dims(shape), FLOAT32, dims(strides)), f"an array {shape}")
+    lib.check(create(byref(made), len(shape), dims(shape), kind, dims(strides)), f"an array {shape}")
     return Layout(made, _OwnedObject("memory_desc", made))
 
 
-def open_layout(shape: Shape) -> Layout:
-    """A layout that the primitive chooses."""
-    return layout(shape, ANY_LAYOUT)
+def open_layout(shape: Shape, kind: int = FLOAT32) -> Layout:
+    """One that the primitive may choose."""
+    return layout(shape, ANY_LAYOUT, kind)
 
 
 class Descriptor(_OwnedObject):
@@ -242,9 +245,12 @@ class Memory(_OwnedObject):
         lib.check(lib.c.dnnl_memory_create(byref(made), layout.descriptor, lib.engine, NO_BUFFER), "a memory object")
         super().__init__("memory", made)
         self.layout = layout
+        self.address = 0
 
     def place(self, address: int) -> None:
-        library().c.dnnl_memory_set_data_handle(self.handle, address)
+        if address != self.address:
+            library().c.dnnl_memory_set_data_handle(self.handle, address)
+            self.address = address
 
 
 class Program:
@@ -257,6 +263,7 @@ class Program:
         self._windows: list[tuple[str, Memory]] = []
         self._scratch: list[tuple[Memory, int]] = []
         self._scratch_size = 0
+        self._scratch_base = 0
         self._steps: list[tuple[_OwnedObject, ctypes.Array[_Argument], tuple[Memory, ...]]] = []
 
     def array(self, name: str, shape: Shape) -> Memory:
@@ -320,12 +327,19 @@ class Program:
             if arrays[name].nbytes != size or not arrays[name].flags.c_contiguous:
                 raise ValueError(f"array '{name}' does not fit: {arrays[name].nbytes} bytes, not {size}")
         with lib.lock:
-            for name, memory in (*self._named.items(), *self._windows):
-                memory.place(arrays[name].ctypes.data)
-            base = lib.scratch(self._scratch_size)
+            self._place(arrays, lib.scratch(self._scratch_size))
+            execute, stream = lib.c.dnnl_primitive_execute, lib.stream
+            for primitive, arguments, _ in self._steps:
+                lib.check(execute(primitive.handle, stream, len(arguments), arguments), "a step of a program")
+            lib.check(lib.c.dnnl_stream_wait(stream), "an end")
+
+    def _place(self, arrays: Mapping[str, npt.NDArray[np.float32] | Bytes], base: int) -> None:
+        addresses = {name: address_of(arrays[name]) for name in self._named}
+        for name, memory in self._named.items():
+            memory.place(addresses[name])
+        for name, memory in self._windows:
+            memory.place(addresses[name])
+        if base != self._scratch_base:
             for memory, offset in self._scratch:
                 memory.place(base + offset)
-            for primitive, arguments, _ in self._steps:
-                status = lib.c.dnnl_primitive_execute(primitive.handle, lib.stream, len(arguments), arguments)
-                lib.check(status, "a step of a program")
-            lib.check(lib.c.dnnl_stream_wait(lib.stream), "an end")
+            self._scratch_base = base

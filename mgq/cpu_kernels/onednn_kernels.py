@@ -16,9 +16,11 @@ import numpy as np
 
 from mgq.cpu_kernels.onednn import (
     BACKWARD,
+    BFLOAT16,
     BLOCKS_OF_8,
     BLOCKS_OF_16,
     DIRECT_CONVOLUTION,
+    FLOAT32,
     FORWARD_TRAINING,
     FUSE_RELU,
     GIVEN_STATISTICS,
@@ -47,13 +49,16 @@ Pair = tuple[int, int]
 PROGRAMS_KEPT = 1024
 # The only kernel size with a fast gradient of depthwise weights, see _add_windows.
 WINDOW = 3
+# Input channels of a group from which on bfloat16 gains: with fewer a convolution reads more than it computes.
+LEAST_BFLOAT16 = 16
 
 
 class Geometry(NamedTuple):
     """A convolution without dilation: ``source`` (N, C, H, W), ``weights`` (O, C, KH, KW) or, in groups,
     (G, O / G, C / G, KH, KW), ``stride`` and symmetric ``padding`` (height, width), ``output`` (N, O, OH, OW).
 
-    With ``channels_last`` the arrays of source, output and their gradients are (N, H, W, C).
+    With ``channels_last`` the arrays of source, output and their gradients are (N, H, W, C). With ``bfloat16`` it
+    rounds what it multiplies to that; all arrays are float32 still.
     """
 
     source: Shape
@@ -62,6 +67,7 @@ class Geometry(NamedTuple):
     padding: Pair
     output: Shape
     channels_last: bool = False
+    bfloat16: bool = False
 
     def empty(self, shape: Shape) -> Array:
         """An uninitialized array for a source or an output of ``shape`` (N, C, H, W)."""
@@ -74,11 +80,20 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(PROGRAMS_KEPT)
-def geometry(source: Shape, weights: Shape, stride: Pair, padding: Pair, channels_last: bool = False) -> Geometry:
+def geometry(
+    source: Shape,
+    weights: Shape,
+    stride: Pair,
+    padding: Pair,
+    channels_last: bool = False,
+    bfloat16: bool = False,
+) -> Geometry:
+    """A convolution of these; where ``bfloat16`` is asked for, it is taken where that has a fast kernel."""
     channels = weights[0] if len(weights) == 4 else weights[0] * weights[1]
     sizes = zip(source[2:], weights[-2:], stride, padding, strict=True)
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
-    return Geometry(source, weights, stride, padding, (source[0], channels, height, width), channels_last)
+    gains = bfloat16 and weights[-3] >= LEAST_BFLOAT16
+    return Geometry(source, weights, stride, padding, (source[0], channels, height, width), channels_last, gains)
 
 
 class Norm(NamedTuple):
@@ -208,9 +223,11 @@ class _Convolution:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         placed = channels_last if geometry.channels_last else open_layout
-        self._source = placed(geometry.source)
-        self._weights = open_layout(geometry.weights)
-        self._output = placed(geometry.output)
+        # What is multiplied may be bfloat16; sums are float32, and so is what comes out.
+        read = BFLOAT16 if geometry.bfloat16 else FLOAT32
+        self._source, self._d_source = placed(geometry.source, read), placed(geometry.source)
+        self._weights, self._d_weights = open_layout(geometry.weights, read), open_layout(geometry.weights)
+        self._output, self._d_output = placed(geometry.output), placed(geometry.output, read)
         self._numbers = dims(geometry.stride), dims((0, 0)), dims(geometry.padding), dims(geometry.padding)
 
     @staticmethod
@@ -240,9 +257,9 @@ class _Convolution:
             "convolution_backward_data",
             library().engine,
             DIRECT_CONVOLUTION,
-            self._source.descriptor,
+            self._d_source.descriptor,
             self._weights.descriptor,
-            self._output.descriptor,
+            self._d_output.descriptor,
             *self._numbers,
             self.forward.handle,
             None,
@@ -256,9 +273,9 @@ class _Convolution:
             library().engine,
             DIRECT_CONVOLUTION,
             self._source.descriptor,
-            self._weights.descriptor,
+            self._d_weights.descriptor,
             None,
-            self._output.descriptor,
+            self._d_output.descriptor,
             *self._numbers,
             self.forward.handle,
             None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import megengine.functional
@@ -28,8 +29,8 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.channels_last import Pool
-from mgq.cpu_kernels.elementwise import extremes, step_parameter
-from mgq.cpu_kernels.fake_quantization import ONE, is_known, is_plain, quantizer_of, update_observer
+from mgq.cpu_kernels.elementwise import extremes, move_statistics
+from mgq.cpu_kernels.fake_quantization import Quantizer, is_known, is_plain, quantizer_of, update_observer
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
     GlobalAverage,
@@ -42,11 +43,12 @@ from mgq.cpu_kernels.feature_maps import (
     to_plain,
     token_of,
 )
+from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, values
-from mgq.machine import calm_threads, keep_freed_memory
+from mgq.cpu_kernels.tensor_exchange import Array, read_state, values, write_state
+from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo import shufflenet_v1
@@ -73,6 +75,8 @@ class Replacement(NamedTuple):
 
 # What is replaced now, with what stood there.
 _replaced: list[tuple[Any, str, Stock]] = []
+# Whether convolutions multiply in bfloat16.
+_bfloat16 = False
 
 
 def enable_fast_gradients() -> None:
@@ -81,6 +85,7 @@ def enable_fast_gradients() -> None:
         return
     onednn.library()
     keep_freed_memory()
+    use_large_pages()
     Tensor(0.0).numpy()  # MegEngine starts its threads with its first tensor
     calm_threads()
     for owner, name, fast in replacements():
@@ -93,6 +98,7 @@ def disable_fast_gradients() -> None:
     """Train as MegEngine does by itself from here on."""
     while _replaced:
         setattr(*_replaced.pop())
+    give_back_velocities()
 
 
 @contextlib.contextmanager
@@ -116,20 +122,26 @@ def fast_gradients_enabled() -> bool:
 
 
 @contextlib.contextmanager
-def fast_gradients() -> Iterator[None]:
+def fast_gradients(bfloat16: bool = False) -> Iterator[None]:
     """Within it, training steps on a CPU are fast: results and gradients are MegEngine's up to float32 rounding.
 
     It serves the modules Conv2d, ConvBn2d, ConvBnRelu2d and the zoo's ConvBnRelu6, in float and fake-quantized, and
     ``FUSE_ADD_RELU``, MinMaxObserver, ExponentialMovingAverageObserver and FakeQuantize. Left as they are: GPUs, traced
     and float16 code, convolutions whose gradient nobody wants, and those with dilation.
 
+    With ``bfloat16`` convolutions multiply numbers that are rounded to it: to 8 bits. Their sums, and all else, stay
+    float32. Depthwise ones and those of pixels stay as they are.
+
     Gradients cannot be differentiated again. Raises FailureError where oneDNN is missing.
     """
-    before = fast_gradients_enabled()
+    global _bfloat16
+    before, precision = fast_gradients_enabled(), _bfloat16
     enable_fast_gradients()
+    _bfloat16 = bfloat16
     try:
         yield
     finally:
+        _bfloat16 = precision
         if not before:
             disable_fast_gradients()
 
@@ -150,7 +162,7 @@ def replacements() -> Iterator[Replacement]:
     yield Replacement(megengine.functional, "avg_pool2d", fast_avg_pool2d)
     yield Replacement(M.Identity, "forward", fast_identity)
     yield Replacement(shufflenet_v1, "channel_shuffle", fast_channel_shuffle)
-    yield Replacement(SGD, "_updates", fast_updates)
+    yield Replacement(SGD, "_updates", lambda stock: fast_updates(stock, are_on_cpu))
     for network in MAPPED_NETWORKS:
         yield Replacement(network, "forward", fast_network)
 
@@ -170,7 +182,7 @@ def geometry_of(source: Tensor | FeatureMap, weights: Tensor, stride: Any, paddi
     if source.ndim != 4:
         return None
     is_map = isinstance(source, FeatureMap)
-    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding), is_map)
+    found = geometry(source._tuple_shape, weights._tuple_shape, pair_of(stride), pair_of(padding), is_map, _bfloat16)
     return found if min((*found.source, *found.output)) > 0 else None
 
 
@@ -241,7 +253,10 @@ def fast_qat_conv_bn(relu: bool, ceiling: float | None) -> Callable[[Stock], Sto
                 else FoldedConvolution(self, inp.qparams, *arguments)
             )
             output = normalize(self, function, inp)
-            output.qparams.update(function.qparams)
+            if isinstance(output, FeatureMap):
+                output._qparams = function.qparams
+            else:
+                output.qparams.update(function.qparams)
             return output
 
         return forward
@@ -304,12 +319,15 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor 
     if function.norm.fixed:
         return output
     elements = elements_a_channel(function.geometry)
-    keep = np.float32(bn.momentum)
-    unbiased = function.variance * np.float32(elements / (elements - 1))
-    for running, now in ((bn.running_mean, function.mean), (bn.running_var, unbiased)):
-        old = running.numpy()
-        found = old * keep + now.reshape(old.shape) * (ONE - keep)
-        running._reset(Tensor(found, device=running.device))
+    found = move_statistics(
+        read_state(bn.running_mean, bn.running_var),
+        function.mean,
+        function.variance,
+        np.float32(bn.momentum),
+        np.float32(elements / (elements - 1)),
+    )
+    for running, value in zip((bn.running_mean, bn.running_var), found, strict=True):
+        write_state(running, value)
     return output
 
 
@@ -400,39 +418,18 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     )
 
 
-def fast_updates(stock: Stock) -> Stock:
-    def updates(self: SGD, param_group: dict[str, Any]) -> None:
-        trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
-        if self.nesterov or not param_group["momentum"] or not trained or not are_on_cpu(*trained):
-            stock(self, param_group)
-            return
-        velocities = [self._state[parameter]["momentum_buffer"] for parameter in trained]
-        numbers = (param_group[name] for name in ("lr", "momentum", "weight_decay"))
-        descend(trained, velocities, *map(np.float32, numbers))
-
-    return updates
-
-
-def descend(
-    parameters: list[Tensor], velocities: list[Tensor], rate: np.float32, momentum: np.float32, decay: np.float32
-) -> None:
-    """One step of stochastic gradient descent, to the bit as MegEngine's, in one pass over each array."""
-    device, number = parameters[0].device, len(parameters)
-    arrays = values(*parameters, *velocities, *(parameter.grad for parameter in parameters))
-    each = zip(parameters, velocities, *(arrays[i * number : (i + 1) * number] for i in range(3)), strict=True)
-    for parameter, velocity, value, speed, gradient in each:
-        new_value, new_speed = step_parameter(value, speed, gradient, rate, momentum, decay)
-        shape = parameter._tuple_shape  # of a single number the array is (1,)
-        parameter._reset(Tensor(new_value.reshape(shape), device=device))
-        velocity._reset(Tensor(new_speed.reshape(shape), device=device))
-
-
 def parts_of(module: M.Module) -> Iterator[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
     yield module
     for value in vars(module).values():
-        if isinstance(value, M.Module):
+        if is_module(type(value)):  # type: ignore[arg-type]
             yield from parts_of(value)
+
+
+@cache
+def is_module(kind: type) -> bool:
+    """Asked of an abstract class the question goes through Python every time."""
+    return issubclass(kind, M.Module)
 
 
 def fast_quantization(stock: Stock) -> Stock:
@@ -445,14 +442,16 @@ def fast_quantization(stock: Stock) -> Stock:
             return of_tensor(apply_fakequant_with_observer(self, to_plain(target), fake_quant, observer))
         if not is_plain(fake_quant) or observer is None or not are_on_cpu(target):
             return stock(self, target, fake_quant, observer)
+        quantizer: Quantizer | None
         if is_known(observer):
             (array,) = values(target)
             qparams = update_observer(observer, lambda: extremes(array))
+            quantizer = qparams.quantizer
         else:
             target = observer(target)
             qparams = observer.get_qparams()
             (array,) = values(target)
-        quantizer = quantizer_of(qparams)
+            quantizer = quantizer_of(qparams)
         output = fake_quant(target, qparams) if quantizer is None else FakeQuantization(quantizer, array)(target)
         output.qparams.update(qparams)
         return output
@@ -463,8 +462,6 @@ def fast_quantization(stock: Stock) -> Stock:
 def quantize_map(source: FeatureMap, observer: Any) -> FeatureMap:
     """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
     qparams = update_observer(observer, lambda: extremes(source.array))
-    quantizer = quantizer_of(qparams)
-    assert quantizer is not None
-    output = QuantizedMap(source, quantizer).apply_to_maps(source)
-    output.qparams.update(qparams)
+    output = QuantizedMap(source, qparams.quantizer).apply_to_maps(source)
+    output._qparams = qparams
     return output

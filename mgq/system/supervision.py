@@ -15,11 +15,13 @@ import secrets
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -153,6 +155,7 @@ class _Supervisor:
         self.told: str | None = None  # what the worker itself said of its failure
         self.code: int | None = None  # of the worker, once it has ended
         self.is_cut = False  # a machine is gone without a word
+        self.is_said = False  # the line of the verdict stands on the launcher's console
         self.beaten = self.signalled = 0.0
         self.progress: dict[str, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -289,12 +292,20 @@ class _Supervisor:
         else:
             self.judge(code, line)
 
-    def judge(self, code: int, line: str | None) -> None:
+    def judge(self, code: int, line: str) -> None:
         """All are to end: the first reason counts."""
         if self.verdict is None:
             self.verdict = _Verdict(code, line)
             if self.is_hub:
-                self.worker.send(end=line, code=code)
+                self.worker.send(end=line, code=code, said=self.is_said)
+
+    def judge_lost(self, line: str) -> None:
+        """The same where a machine is gone. The launcher may fail of that before it passes on what the worker says, or
+        just after: so it is said here, past the launcher, where that can be, and the worker is silent."""
+        if self.console is not None:
+            say(line, self.console)
+            self.is_said = True
+        self.judge(1, line)
 
     def step_hub(self) -> int | None:
         if self.guard is not None and os.getppid() != self.guard:
@@ -309,7 +320,7 @@ class _Supervisor:
             self.code = -signal.SIGKILL
         if self.verdict is None and self.code < 0:
             self.verdict = _Verdict(1, f"{self.name_of(0)}{end_of(self.code)}")
-        if self.code < 0 and self.verdict is not None and self.verdict.line is not None:
+        if self.code < 0 and self.verdict is not None and self.verdict.line is not None and not self.is_said:
             say(self.verdict.line)
         code = self.code if self.verdict is None else self.verdict.code
         self.end_others(code)
@@ -319,13 +330,13 @@ class _Supervisor:
 
     def end_without_launcher(self) -> int:
         """The launcher has ended what it started: say why where it would have said it."""
-        is_said = self.child.poll() is not None
+        worker_has_said = self.child.poll() is not None
         self.child.kill()
         until = time.monotonic() + _SAME_MOMENT_S
         while self.verdict is None and time.monotonic() < until:
             self.listen()
             self.look_for_lost()
-        if not is_said:
+        if not self.is_said and not worker_has_said:
             reason = None if self.verdict is None else self.verdict.line
             say(reason or f"{self.name_of(0)} was ended by the launcher; {RESUME}", self.console)
         self.end_others(1)
@@ -334,10 +345,10 @@ class _Supervisor:
     def look_for_lost(self) -> None:
         for rank, link in self.peers.items():
             if link.closed:
-                return self.judge(1, f"{self.name_of(rank)} was ended, its supervisor with it; {RESUME}")
+                return self.judge_lost(f"{self.name_of(rank)} was ended, its supervisor with it; {RESUME}")
             if time.monotonic() - link.heard > SILENCE_S:
                 self.is_cut = True
-                return self.judge(1, f"{self.name_of(rank)} gave no sign for {SILENCE_S:.0f} s; {RESUME}")
+                return self.judge_lost(f"{self.name_of(rank)} gave no sign for {SILENCE_S:.0f} s; {RESUME}")
         return None
 
     def end_others(self, code: int) -> None:
@@ -407,9 +418,19 @@ def launchers_console() -> TextIO | None:
         return None
     try:
         end = os.open(f"/proc/{launcher.pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
+        if stat.S_ISREG(os.fstat(end).st_mode) and not appends(launcher.pid):
+            os.close(end)
+            return None
     except OSError:  # another system, or a socket
         return None
     return os.fdopen(end, "w")
+
+
+def appends(process: int) -> bool:
+    """Whether ``process`` writes its errors behind all that is in a file: else it writes over what others add."""
+    lines = Path(f"/proc/{process}/fdinfo/2").read_text(encoding="ascii").splitlines()
+    flags = next((line.split()[1] for line in lines if line.startswith("flags:")), "0")
+    return bool(int(flags, 8) & os.O_APPEND)
 
 
 def say(line: str, to: TextIO | None = None) -> None:

@@ -128,7 +128,8 @@ class Average(Future):  # type: ignore[misc]
         self.owner.finish(self.bucket)
         assert self.bucket.flat is not None
         size = math.prod(self.shape)
-        return Tensor(self.bucket.flat[self.start : self.start + size].reshape(self.shape), device=self.device)
+        own = self.bucket.flat[self.start : self.start + size].reshape(self.shape)
+        return Tensor(own, device=self.device, no_cache=True)
 
 
 class GradientAverage:

@@ -16,7 +16,7 @@ from megengine.quantization.observer import MinMaxObserver
 
 from mgq.cpu_kernels.fake_quantization import set_value
 from mgq.cpu_kernels.statistics_exchange import Sums, exchanging
-from mgq.cpu_kernels.tensor_exchange import Array, values
+from mgq.cpu_kernels.tensor_exchange import Array, values, write_state
 from mgq.engine.distributed.gradient_average import GradientAverage, bounds
 from mgq.engine.distributed.process_group import ProcessGroup, Result, Thing, Work
 from mgq.engine.distributed.team import Team, current_team, send_work
@@ -71,7 +71,7 @@ class MpiGroup(ProcessGroup):
             self.team.wait(request)
             np.divide(flat, np.float32(self.world_size), out=flat)
             for tensor, (start, end) in zip(tensors, bounds(tensors), strict=True):
-                tensor._reset(Tensor(flat[start:end].reshape(tensor._tuple_shape), device=tensor.device))
+                write_state(tensor, flat[start:end])
 
         return finish
 
@@ -126,7 +126,7 @@ class MpiGroup(ProcessGroup):
         if len(found) <= FEW_RANKS:
             steps = " ".join(f"{done:.0f}" for _, (done, _) in found)
             times = " ".join(f"{1000 * seconds:.0f}" for _, (_, seconds) in found)
-            return f"steps of ranks {steps}, ms a step {times}"
+            return f"ranks at {steps}, {times} ms"
         rank, (_, longest) = max(found, key=lambda item: item[1][1])
         least = min(done for _, (done, _) in found)
         return f"{len(found)} ranks, step {least:.0f}, longest {1000 * longest:.0f} ms on {self.team.name_of(rank)}"

@@ -71,6 +71,7 @@ class Team:
                 if "end" in message and self._verdict is None:
                     kind = InputError if message["code"] == InputError.exit_code else FailureError
                     self._verdict = kind(message["end"])
+                    self._verdict.is_said = bool(message.get("said"))
                 self.progress |= {int(rank): found for rank, found in message.get("ranks", {}).items()}
 
     # ---- with the others ----

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgq.engine.distributed.process_group import check_cluster, gpus
+from mgq.engine.distributed.process_group import check_cluster, gpus, runs_on_processor
 from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, check_changes, option, read_changes
 from mgq.errors import InputError
+from mgq.machine import has_bfloat16
 from mgq.quantization.modes import Mode
 from mgq.system.processes import do_nothing
 from mgq.zoo.weight_loading import Weights
@@ -61,7 +62,19 @@ def all_changes(train_options: TrainOptions, mode: Mode) -> dict[str, Any]:
     ).world
     if changes.get("amp") and gpus() == 0:
         raise InputError("--amp needs a GPU that computes in float16, and there is none here: leave it out")
+    if changes.get("bf16"):
+        if mode is not Mode.NORMAL:
+            raise InputError("--bf16 is for float training, it would round what fake quantization rounds: leave it out")
+        refuse_bfloat16()
     return changes
+
+
+def refuse_bfloat16() -> None:
+    """Raises InputError where convolutions cannot be trained in bfloat16."""
+    if not runs_on_processor():
+        raise InputError("--bf16 is for processors: leave it out, or take --amp on a GPU")
+    if not has_bfloat16():
+        raise InputError("--bf16 needs a processor with avx512_bf16 or amx_bf16, which this one has not: leave it out")
 
 
 def find_data(train_options: TrainOptions, changes: dict[str, Any], given: Weights | None = None) -> str:

@@ -42,7 +42,13 @@ from mgq.engine.training.initial_weights import (
 )
 from mgq.engine.training.input_layer import input_layer_lr_scale
 from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, restore_recipe, to_plain
-from mgq.engine.training.train_options import TrainOptions, all_changes, find_data, refuse_changed_options
+from mgq.engine.training.train_options import (
+    TrainOptions,
+    all_changes,
+    find_data,
+    refuse_bfloat16,
+    refuse_changed_options,
+)
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, make_measuring_loader, read_sets
 from mgq.errors import FailureError, InputError, MgqError, plural, printable
@@ -427,7 +433,7 @@ def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callback
     train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
     examples = examples_of(job)
     with (
-        training_kernels(callbacks, recipe.sync_bn and group.world_size > 1),
+        training_kernels(callbacks, recipe.sync_bn and group.world_size > 1, recipe.bf16),
         train_loader,
         val_loader,
         examples or contextlib.nullcontext(),
@@ -512,17 +518,20 @@ def refuse_other_pictures(job: TrainJob, group: ProcessGroup) -> None:
 
 
 @contextlib.contextmanager
-def training_kernels(callbacks: Callbacks, sync_bn: bool = False) -> Iterator[None]:
+def training_kernels(callbacks: Callbacks, sync_bn: bool = False, bf16: bool = False) -> Iterator[None]:
     """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing.
 
-    Raises FailureError where it is missing and ``sync_bn`` needs it.
+    Raises FailureError where it is missing and ``sync_bn`` or ``bf16`` needs it, and InputError where the processor has
+    no bfloat16: a run may go on on another one.
     """
+    if bf16:
+        refuse_bfloat16()
     with contextlib.ExitStack() as stack:
         if runs_on_processor():
             try:
-                stack.enter_context(fast_gradients())
+                stack.enter_context(fast_gradients(bf16))
             except FailureError as error:
-                if sync_bn:
+                if sync_bn or bf16:
                     raise
                 callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
         yield

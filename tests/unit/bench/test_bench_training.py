@@ -118,7 +118,8 @@ def test_both_kernels_take_the_same_step() -> None:
             if name.endswith(("bn.weight", "running_var")):
                 value[...] = 1
         stepper.network.load_state_dict(state)
-        losses[kernels] = stepper.step()
+        with stepper.by_kernels():
+            losses[kernels] = stepper.step()
     assert losses[FAST] == pytest.approx(losses[STOCK], rel=1e-5)
 
 

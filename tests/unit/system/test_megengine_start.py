@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from megengine.core import get_option
@@ -32,3 +34,24 @@ def slack_ns() -> int:
     """How much later than it asks for this thread may be woken."""
     of_slack = 30  # as prctl.h has it
     return int(ctypes.CDLL(None).prctl(of_slack, 0, 0, 0, 0))
+
+
+def gives_large_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not gives_large_pages(), reason="this system has no large pages to give")
+def test_arrays_of_a_training_lie_in_large_pages() -> None:
+    program = """
+from pathlib import Path
+from mgq.machine import keep_freed_memory, use_large_pages
+keep_freed_memory()
+use_large_pages()
+import numpy
+arrays = [numpy.ones(3 << 18, numpy.float32) for _ in range(8)]  # numpy itself asks from 4 MiB on
+lines = Path("/proc/self/smaps").read_text().splitlines()
+print(sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 16 << 10
