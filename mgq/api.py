@@ -33,10 +33,11 @@ PATHS = ("data", "save", "checkpoint", "recipe", "ranges_file")
 def calibrate(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> CalibrationResult:
     """Make a float network ready for int8 without training, as ``mgq calibrate`` does.
 
-    ``words`` are fields of :class:`mgq.engine.calibration.calibrate_options.CalibrateOptions`:
+    ``words``: keyword arguments, the fields of :class:`mgq.engine.calibration.calibrate_options.CalibrateOptions`:
     ``mgq.calibrate(files=["photos"], arch="resnet18", target="onnx")``. Writes ``<save>/<arch>.calibration``; the
     result names its ``checkpoint`` and, where there are labelled images, the accuracy of float and int8. Raises
-    InputError for words that cannot be, and what :func:`mgq.engine.calibration.calibration_job.run_calibration` raises.
+    InputError for unknown and invalid arguments, and as :func:`mgq.engine.calibration.calibration_job.run_calibration`
+    does.
     """
     refuse_without_megengine()
     from mgq.engine.calibration.calibration_job import run_calibration
@@ -87,10 +88,10 @@ def benchmark(
 def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train a float network, as ``mgq train`` does: ``mgq.train(arch="resnet18", data="flowers", epochs=20)``.
 
-    ``words`` are the command's options with underscores: fields of
+    ``words``: keyword arguments, which are the command's options with underscores: fields of
     :class:`mgq.engine.training.train_options.TrainOptions`, values of :class:`mgq.engine.training.recipe.Recipe`, and
-    the builder's ``width`` and ``activation``. Raises InputError for words that cannot be, and what
-    :func:`mgq.engine.training.training_run.train` raises.
+    the builder's ``width`` and ``activation``. Raises InputError for unknown and invalid arguments, and as
+    :func:`mgq.engine.training.training_run.train` does.
     """
     refuse_without_megengine()
     from mgq.engine.training import training_run
@@ -100,8 +101,8 @@ def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
 
 @accept_old_keywords(watcher="callbacks")
 def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
-    """Train on with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer``,
-    ``distill=True``."""
+    """Train for int8 with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer`` and
+    ``distill``."""
     refuse_without_megengine()
     from mgq.engine.training import training_run
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 
 
 class MgqError(Exception):
-    """Base of the errors whose message is one line meant for the user: it names the thing and the mend."""
+    """Base of the errors whose message is one line for the user: it names the thing and the mend."""
 
     exit_code = 1
 
 
 class InputError(MgqError):
-    """Wrong use or bad input (exit code 2): a file, a name or an option that the user can put right."""
+    """Wrong use or bad input (exit code 2): a file, a name or an option that the user can correct."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class FailureError(MgqError):
 
 @contextlib.contextmanager
 def name_in_errors(thing: str) -> Iterator[None]:
-    """Within it the line of an InputError begins with ``thing``, such as a file that says something impossible."""
+    """Inside, the line of an InputError begins with ``thing``, such as a file with an invalid value."""
     try:
         yield
     except InputError as error:

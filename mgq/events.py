@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mgq.deprecation import find_renamed
 
 LOG = logging.getLogger("mgq")
-"""Where remarks (level INFO) and progress (level DEBUG) go that no callback takes."""
+"""The logger for messages (level INFO) and progress (level DEBUG) without a callback."""
 
 
 class Progress(NamedTuple):
@@ -65,7 +65,7 @@ class Callbacks:
 
 
 NO_CALLBACKS = Callbacks()
-"""For work whose progress nobody wants to see."""
+"""A callback that ignores progress."""
 
 RENAMED = {
     "ALONE": "NO_CALLBACKS",

@@ -14,7 +14,7 @@ from pathlib import Path
 from mgq.errors import InputError
 
 DEBUG_VARIABLE = "MGQ_DEBUG"
-"""Where it is set, tracebacks and what the libraries say are shown: it stands for ``mgq --debug``."""
+"""The variable for ``mgq --debug``: tracebacks and messages of libraries are shown where it is set."""
 PACKAGES = {
     "mgq": "mgq",
     "MegEngine": "megengine",

@@ -40,7 +40,7 @@ class Instruction:
     features: str
 
 
-# The widest first; where there is none of them, there is no peak.
+# The widest first; without any of them no peak is measured.
 INSTRUCTIONS = {
     Precision.INT8: (
         Instruction(

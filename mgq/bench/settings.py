@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def zoo_networks(self) -> tuple[str, ...]:
-        """Those of the ``networks`` of which anything was published."""
+        """Those of the ``networks`` with published figures."""
         return tuple(name for name in self.networks if name != FILES)
 
 

@@ -106,7 +106,7 @@ def format_best_fps(report: Report, network: str, precision: Precision, engines:
 
 
 def list_sources(report: Report) -> list[str]:
-    """One line a source of published figures: for which networks it is."""
+    """One line for each source of published figures, with its networks."""
     by_source: dict[str, list[str]] = {}
     for network in report.settings.zoo_networks:
         published = spec_of(network).published

@@ -220,7 +220,7 @@ class Stepper:
 
 
 class TorchStepper:
-    """The same in PyTorch. Raises an MgqError where it cannot."""
+    """A network that is trained step by step in PyTorch. Raises an MgqError where that fails."""
 
     kernels = TORCH
 
@@ -260,7 +260,7 @@ class Entry:
 
 @contextlib.contextmanager
 def on_cores(number: int) -> Iterator[None]:
-    """Within it, this process and those it starts run on the last ``number`` of its cores, as other benchmarks do."""
+    """Inside, this process and its children run on the last ``number`` of its cores, as other benchmarks do."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

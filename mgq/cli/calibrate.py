@@ -78,7 +78,9 @@ class CalibrateCommand(ImportOptions):
     ] = 256
     quality: Annotated[
         str,
-        typer.Option("--quality", click_type=QUALITY, help="fast or balanced: how many candidates are tried."),
+        typer.Option(
+            "--quality", click_type=QUALITY, help="fast or balanced (also named best): how many candidates are tried."
+        ),
     ] = "balanced"
     method: Annotated[
         str | None,

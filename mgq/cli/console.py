@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     err: Console
 
 PLAIN_STEPS = 10
-"""In a pipe, long work prints a line at every tenth of the way."""
+"""In a pipe, long work prints a line at every tenth of it."""
 
 
 STREAMS = {"out": "stdout", "err": "stderr"}
 FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
-"""Variables by which rich is told to draw in a pipe as on a terminal."""
+"""Variables that make rich draw in a pipe as on a terminal."""
 
 
 def __getattr__(name: str) -> Console:
@@ -63,7 +63,7 @@ def say(text: str, style: str | None = None, to: Console | None = None) -> None:
 
 
 def say_on(name: str, text: str, style: str | None = None) -> None:
-    """The same on ``out`` or ``err``, by name."""
+    """Print ``text`` on ``out`` or ``err``, by name."""
     if is_pipe(name):
         getattr(sys, STREAMS[name]).write(f"{text}\n")
     else:

@@ -132,7 +132,7 @@ class DumpCommand(NetworkCommand):
         )
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
-        """The network to write; ``checkpoint`` is where its weights are by now."""
+        """Open the network to write; ``checkpoint`` is the file that ``-c`` stands for, after an import."""
         from mgq.engine.classifier.dump import open_for_target
 
         options = self.network_options(checkpoint).with_newest_run(self.mode)

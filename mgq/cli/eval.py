@@ -131,7 +131,8 @@ class EvalCommand(NetworkCommand):
             show_evaluation(classifier, result, facts, self.per_class, self.confused)
 
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
-        """The network that the options choose; ``checkpoint`` is where its weights are by now."""
+        """Open the network that the options choose; ``checkpoint`` is the file that ``-c`` stands for, after an
+        import."""
         options = self.network_options(checkpoint, self.engine).with_newest_run(self.mode)
         if self.mode:
             return open_network(options, self.mode, on_progress, kept=True)

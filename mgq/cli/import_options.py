@@ -15,29 +15,29 @@ Preprocess = Annotated[
     typer.Option(
         "--preprocess",
         metavar="torch|tf|caffe|raw",
-        help="Its preprocessing: ImageNet's mean and std, -1 to 1, BGR minus the mean, or raw pixels.",
+        help="Preprocessing of the ONNX file: ImageNet's mean and std, -1 to 1, BGR minus the mean, or raw pixels.",
         show_default="torch",
     ),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option("--mean", metavar="R,G,B", help="Mean of its preprocessing, for pixels up to 255 or up to 1."),
+    typer.Option("--mean", metavar="R,G,B", help="Mean in the preprocessing, for pixels up to 255 or up to 1."),
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="R,G,B", help="Standard deviation, for pixels up to 255 or up to 1."),
+    typer.Option("--std", metavar="R,G,B", help="Standard deviation in it, for pixels up to 255 or up to 1."),
 ]
 Order = Annotated[
     bool | None,
-    typer.Option("--rgb/--bgr", help="Order of its channels.", show_default=False),
+    typer.Option("--rgb/--bgr", help="Order of the channels that the ONNX file takes.", show_default=False),
 ]
 Size = Annotated[
     str | None,
-    typer.Option("--size", metavar="HxW", help="Input size, where the file leaves it open: 224, 48x192."),
+    typer.Option("--size", metavar="HxW", help="Input size of the ONNX file, where that is open: 224, 48x192."),
 ]
 Labels = Annotated[
     Path | None,
-    typer.Option("--labels", help="Names of its classes: one a line, or a list in JSON."),
+    typer.Option("--labels", help="Class names of the ONNX file: one a line, or a list in JSON."),
 ]
 KeepInput = Annotated[
     bool,

@@ -44,7 +44,7 @@ VERBS = {
     "models": "models:models",
     "doctor": "doctor:doctor",
 }
-"""Where each verb is: a module of this package, and a class or function in it."""
+"""Verb -> its module in this package, and a class or function in it."""
 COMPLETION_VARIABLE = "_MGQ_COMPLETE"
 
 

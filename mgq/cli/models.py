@@ -162,7 +162,7 @@ def figure(name: str, files: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def place(files: Sequence[Mapping[str, Any]], versions: Sequence[str]) -> str:
-    """Where the ``files`` of one version are: in the cache, installed or, in parentheses, to be had."""
+    """The place of the ``files`` of one version: in the cache, installed or, in parentheses, available."""
     version, here = files[0]["version"], any(file["at_hand"] for file in files)
     if version is None:
         return "installed" if here else f"({files[0]['from']})"

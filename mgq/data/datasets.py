@@ -252,7 +252,7 @@ def evaluation_folder(
 def calibration_folder(
     root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
 ) -> ImageFolder:
-    """Pictures whose classes need not be known: of ``root/train``, else ``root/val``, else all below ``root``.
+    """The images to calibrate on, labelled or not: of ``root/train``, else ``root/val``, else all below ``root``.
 
     Labels are given as by ``evaluation_folder`` where there are two class folders or more; else they are None.
     Raises InputError where there is no picture.

@@ -94,7 +94,7 @@ _TOO_HEAVY = f"is larger than {MAX_BYTES // 1_000_000} MB, the most that is read
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, TGA"
 """The kinds that people have, as messages list them."""
 HEAD_BYTES = 4096
-"""So much of a file tells whether it begins as a picture."""
+"""The bytes at the start of a file by which images are recognized."""
 
 
 def begins_as_image(head: bytes) -> bool:
@@ -216,7 +216,7 @@ class JpegFacts(NamedTuple):
 
 
 def jpeg_facts(data: bytes) -> JpegFacts | None:
-    """Those of a JPEG that :func:`read_image` would decode; None for everything else."""
+    """The facts of a JPEG that :func:`read_image` would decode; None for everything else."""
     if not data.startswith(_JPEG_MARK):
         return None
     try:

@@ -79,7 +79,7 @@ class Tally:
         return _format_counts(self.left_out + self.passed, with_reason=True)
 
     def as_clause(self) -> str:
-        """The same within a sentence."""
+        """The description as a clause: ``, but ...``; empty where there is nothing."""
         return f", but {self.describe()}" if self.describe() else ""
 
     def lines(self, name: str) -> list[str]:

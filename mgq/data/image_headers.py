@@ -90,7 +90,7 @@ def avif_sizes(data: bytes) -> list[Size]:
 
 
 def _extents(data: bytes, meta: Box) -> list[tuple[int, int]]:
-    """Where the items of a ``meta`` box lie, from its ``iloc`` box: start and end."""
+    """The start and end of each item of a ``meta`` box, from its ``iloc`` box."""
     inside = {box.name: box for box in boxes(data, meta.start + _FULL, meta.end)}
     if b"iloc" not in inside:
         return []
@@ -153,7 +153,7 @@ def _frames_in(data: bytes, extents: list[tuple[int, int]]) -> list[Size]:
 
 
 def _leb128(data: bytes, at: int) -> tuple[int, int]:
-    """Where the number ends, and the number."""
+    """Read a LEB128 number at ``at``: the position behind it, and the number."""
     value = 0
     for i in range(8):
         value |= (data[at + i] & 0x7F) << 7 * i
@@ -230,7 +230,7 @@ class Jpeg2000(NamedTuple):
 
 
 def jpeg2000_facts(data: bytes) -> Jpeg2000:
-    """Those of a JPEG 2000 file, be it in boxes or not: the first thing that its codestream says.
+    """The facts in the header of a JPEG 2000 codestream, in boxes or not.
 
     Raises CutShortError and DamagedError, the latter also for more tiles than a picture needs; struct.error where the
     file ends too early.
@@ -245,7 +245,7 @@ def jpeg2000_facts(data: bytes) -> Jpeg2000:
 
 
 def _codestream(data: bytes) -> tuple[int, int]:
-    """Where its markers begin, behind the first, and where they end."""
+    """The range of the codestream's markers, behind the first."""
     start, end = 0, len(data)
     if data.startswith(JP2_MARK):
         stream = next((box for box in boxes(data) if box.name == b"jp2c"), None)

@@ -38,7 +38,7 @@ class Source:
 
     @property
     def path(self) -> Path | None:
-        """Where it lies; None for standard input, and for what is not there."""
+        """The path; None for standard input, and for an argument that led to nothing."""
         return None if self.text is None or self.problem is not None else Path(self.text)
 
     def read(self) -> npt.NDArray[np.uint8]:

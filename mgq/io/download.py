@@ -39,7 +39,7 @@ _PASSING_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file is, and what makes it the right one.
+    """A file to download, and how it is verified.
 
     ``name`` is the file's name in the cache folder, ``size`` is in bytes, ``sha256`` is 64 hexadecimal digits
     and ``sha256_prefix`` the first few of them, where no more is published. Where none of the three is known, the
@@ -161,7 +161,7 @@ class _PassingError(Exception):
 
 
 class _RefusalError(Exception):
-    """There is no use in asking again. The text says why, in words."""
+    """Raised where a retry cannot help. The text says why, in words."""
 
 
 class _WrongFileError(Exception):

@@ -26,7 +26,7 @@ def bytes_of(path: Path, most: int) -> bytes:
 
 
 def text_of(path: Path, most: int) -> str:
-    """The same as UTF-8 text. Raises UnicodeDecodeError, a ValueError, too."""
+    """The content as UTF-8 text. Raises UnicodeDecodeError, a ValueError, too."""
     return bytes_of(path, most).decode()
 
 

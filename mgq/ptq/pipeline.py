@@ -2,7 +2,8 @@
 
 A preset is a list of candidates, each a list of steps. No step is applied because a list says so: candidates for the
 grids (equalization and ranges) are compared first, then, in the best of them, mixed channels, ways to round the
-weights, and last touches. What wins is what gives the logits nearest to float's on the images held back.
+weights, and last touches. What wins is what gives the logits nearest to float's on the images held back. Few images,
+or few logits, leave much of that to chance: the less sure their verdict, the more weighs what is known beforehand.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, with_rewrite
-from mgq.ptq.steps import BATCH_NORMS, Draft, Images, Step, logits_of, split_float
+from mgq.ptq.steps import (
+    BATCH_NORMS,
+    Draft,
+    Images,
+    RangesFromLogits,
+    RoundWeights,
+    Step,
+    logits_of,
+    split_float,
+)
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in this many is held back; the least and the most that are."""
@@ -30,6 +40,15 @@ EQUAL = 0.05
 WITHOUT_IMAGES = 1.5
 """dB by which ranges that were chosen without images have to be better. A MobileNetV2 trained on 500 images had 24.8 dB
 with them on images held back, against 23.9, and 15.8 on those that it was not trained on: they had clipped these."""
+BY_LOGITS_GAIN, HEADROOM_GAIN, ROUNDING_GAIN = 0.5, 1.0, 1.0
+"""dB that ranges by the logits, headroom, and weights rounded together are expected to gain on images that nobody has
+seen, beforehand. Images held back hardly show what headroom is for: one of a hundred makes half of the noise by
+clipping."""
+DOUBT = 0.7
+"""dB: what is expected beforehand weighs as much as images held back whose verdict has this standard error. Five logits
+of 20 images leave 1 to 2 dB to chance, a thousand logits 0.3."""
+MOST_DOUBT = 2 * DOUBT
+"""Beyond this standard error what is expected gains no more weight."""
 NO_NOISE = 200.0
 
 
@@ -44,15 +63,47 @@ class Trial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """``grid`` and ``finish``: the steps that made it. ``base``: what ``grid`` gave. ``handicap``: dB by which it has
-    to be better than others."""
+    """``grid`` and ``finish``: the steps that made it. ``base``: what ``grid`` gave. ``noise``, float64 (N,): squared
+    difference of the logits from float's, of each image held back."""
 
     draft: Draft
     trial: Trial
     base: Draft
+    noise: npt.NDArray[np.float64]
     grid: tuple[Step, ...] = ()
     finish: tuple[Step, ...] = ()
-    handicap: float = 0.0
+
+    @property
+    def handicap(self) -> float:
+        """dB by which it has to be better than others, however sure that is."""
+        return WITHOUT_IMAGES if self.base.method == BATCH_NORMS else 0.0
+
+    @property
+    def expected(self) -> float:
+        """dB that its steps are expected to gain beforehand."""
+        return sum(gain_of(step) for step in (*self.grid, *self.finish))
+
+    def lead(self, other: Candidate) -> float:
+        """dB by which it is thought to be better than ``other`` on images that nobody has seen."""
+        seen = self.trial.snr - self.handicap - (other.trial.snr - other.handicap)
+        doubt = min(doubt_between(self.noise, other.noise), MOST_DOUBT)
+        return seen + (self.expected - other.expected) * (doubt / DOUBT) ** 2
+
+
+def gain_of(step: Step) -> float:
+    """dB that ``step`` is expected to gain, beside the ways to do without it."""
+    if isinstance(step, RangesFromLogits):
+        return BY_LOGITS_GAIN + HEADROOM_GAIN * step.headroom
+    return ROUNDING_GAIN if isinstance(step, RoundWeights) and not step.refit else 0.0
+
+
+def doubt_between(noise: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Standard error, in dB, of the ratio of two noises, (N,) each, of the same images; 0 where it cannot be told."""
+    sums = noise.sum(), other.sum()
+    if len(noise) < 2 or not np.isfinite(sums).all() or min(sums) <= 0:
+        return 0.0
+    difference = noise / noise.mean() - other / other.mean()
+    return float(10 / np.log(10) * difference.std(ddof=1) / np.sqrt(len(noise)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +139,9 @@ class SearchResult:
         kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
         left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
         done = ", ".join(self.best.steps) or "nearest integers, ranges as they are"
-        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{left}"
+        most = max(trial.snr for trial in self.trials)
+        chance = f" (others up to {most:.1f}, thought to be chance)" if most > self.best.snr + EQUAL else ""
+        return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
 
 
 def split(images: Images) -> tuple[Images, Images]:
@@ -103,7 +156,18 @@ def split(images: Images) -> tuple[Images, Images]:
 
 def snr_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
     """Energy of the ``exact`` logits / energy of the difference, in dB: at most 200, also where nothing differs."""
-    noise, signal = float(np.square(logits - exact).sum()), float(np.square(exact).sum())
+    return decibels_of(noise_of(logits, exact), exact)
+
+
+def noise_of(logits: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(N,): the squared difference of the ``logits`` (N, classes) of each image from the ``exact`` ones."""
+    found: npt.NDArray[np.float64] = np.square(logits - exact).sum(axis=1)
+    return found
+
+
+def decibels_of(noises: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]) -> float:
+    """The same as :func:`snr_of`, of the noise of each image."""
+    noise, signal = float(noises.sum()), float(np.square(exact).sum())
     if not np.isfinite(noise):
         return -NO_NOISE
     if noise == 0:
@@ -169,10 +233,9 @@ class Contest:
     def judge(self, grid: tuple[Step, ...], finish: tuple[Step, ...], draft: Draft, base: Draft) -> Candidate:
         """``draft``, made by the steps of ``grid``, which gave ``base``, and ``finish``."""
         assert draft.watched is not None
-        snr = snr_of(logits_of(draft.watched, self.held), self.exact)
-        trial = Trial(tuple(step.name for step in (*grid, *finish)), snr)
-        handicap = WITHOUT_IMAGES if base.method == BATCH_NORMS else 0.0
-        self.tried.append(Candidate(draft, trial, base, grid, finish, handicap))
+        noise = noise_of(logits_of(draft.watched, self.held), self.exact)
+        trial = Trial(tuple(step.name for step in (*grid, *finish)), decibels_of(noise, self.exact))
+        self.tried.append(Candidate(draft, trial, base, noise, grid, finish))
         self.on_progress(
             Progress("calibrate: candidates", len(self.tried), self.preset.trials - len(self.skipped), "tried")
         )
@@ -200,7 +263,7 @@ def choose_best(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless a later one is better by enough."""
     best = candidates[0]
     for candidate in candidates[1:]:
-        if candidate.trial.snr - candidate.handicap > best.trial.snr - best.handicap + EQUAL:
+        if candidate.lead(best) > EQUAL:
             best = candidate
     return best
 

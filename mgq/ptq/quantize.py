@@ -35,7 +35,7 @@ def quantize(
     A float network needs the ranges of its activations: from ``images``, uint8 (N, 3, H, W) in BGR or an iterable of
     such batches, as `mgq calibrate` finds them, or as ``ranges`` measured before. A network in mode ``qat`` has them
     already. The result takes what ``network`` took, pixels minus 128 in float32, and gives float32 logits. Raises
-    InputError where ranges are missing or the mode lies backward.
+    InputError where ranges are missing, or ``mode`` comes before the network's own.
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
     if mode_of(network) is Mode.QAT and mode is Mode.QUANTIZED:

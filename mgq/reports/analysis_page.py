@@ -15,7 +15,7 @@ from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape,
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render
 
 MARKED = 10
-"""So many of the worst layers have the colour of warning."""
+"""The number of worst layers that are drawn in the colour of warning."""
 TOP_DB = 60.0
 """Above it no layer is a problem: curves end there."""
 STEP = 15.0

@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[Metrics]:
-        """Of all epochs, none where nothing was trained. Raises InputError where they cannot be read."""
+        """The metrics of all epochs; empty where nothing was trained. Raises InputError where they cannot be read."""
         return read_metrics(self.path / METRICS)
 
     @cached_property
@@ -196,7 +196,7 @@ def path_in(origin: str, run: Run) -> Path | None:
 
 
 def float_metrics(run: Run) -> list[Metrics]:
-    """Those of the float training that a ``qat`` run or a calibration continues; empty where it is missing."""
+    """The metrics of the float training that a ``qat`` run or a calibration continues; empty where it is missing."""
     if run.kind == "normal":
         return []
     start = run.path / FLOAT_START

@@ -59,7 +59,7 @@ class Measurements:
 
     @property
     def last(self) -> Evaluation:
-        """That of int8, or of float where it is alone: what the run was for."""
+        """The evaluation of int8, or of float where it is the only one."""
         return self.found.get(INT8) or next(iter(self.found.values()))
 
     @cached_property

@@ -31,17 +31,16 @@ def report(
     key: str | None = None,
     arch: str | None = None,
 ) -> Report | FileReport:
-    """Measure a run or a deployed file anew and write the HTML page about it, as ``mgq report`` does; where it is, is
-    ``.page``.
+    """Measure a run or a deployed file and write an HTML page about it, as ``mgq report`` does; ``.page`` of the result
+    is its path.
 
     ``run`` is the folder of a run, or its name under ``save``; by default the newest one there. It may be a deployed
     file, too: that needs no MegEngine. The networks are measured on the labelled pictures in ``data``, by default on
     those that the run was measured on, or on ``limit`` of them, evenly spread. ``checkpoint`` holds the float network
-    to compare with where the run does not know it any more; ``key`` chooses one of several in it. ``images`` is how
-    many pictures are shown: those that int8 answers otherwise, of a file those that it answers wrong. ``arch``
-    is the architecture that the run or the file has to be of. ``engines``:
-    whether engines are compared, too, or which. ``output`` is by default ``report.html`` in the run's folder, and
-    ``FILE.report.html`` beside a file.
+    to compare with, where the run no longer has it; ``key`` chooses one of several in it. ``images``: the number of
+    images shown, whose answer int8 changed, or, of a file, whose answer is wrong. ``arch``: the architecture that the
+    run or the file must have. ``engines``: whether backends are compared, or which. ``output`` is by default
+    ``report.html`` in the run's folder, and ``FILE.report.html`` beside a file.
 
     Raises InputError where there is no such run or file, the page cannot be written, ``data`` is no labelled set, or
     its classes are not the network's; for a run where MegEngine is not installed.
@@ -62,7 +61,7 @@ def report(
 
 
 def write_report(options: ReportOptions, on_progress: OnProgress = log_progress) -> Report | FileReport:
-    """The same with all options in one object."""
+    """As :func:`report`, with all options in one object."""
     file = options.find_file()
     if file is not None:
         from mgq.reports.file_report import report_file

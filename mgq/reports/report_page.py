@@ -268,7 +268,7 @@ def last_epoch(metrics: Sequence[Metrics]) -> int:
 
 
 def changes(found: Measurements) -> dict[str, Any]:
-    """Those with another answer in int8, in groups: what became of the answer, those shown, and how many there are."""
+    """Group the images with another answer in int8: kind of change, the images shown, and their number."""
     if found.pair is None:
         return {}
     total = sum(map(len, found.groups.values()))

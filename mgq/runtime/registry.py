@@ -176,8 +176,7 @@ BACKENDS = (
         mend=MEGENGINE_MEND,
     ),
 )
-"""Those that run files. Where they read the same ones the faster comes first: it is chosen where it suits them, unless
-another is named."""
+"""The backends that run files, the fastest first: of those that read a file, the first that suits it is the default."""
 TRACED, EAGER = (
     Backend(
         key=key,
@@ -208,7 +207,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def get_backend(key: str) -> Backend:
-    """Raises InputError, which lists them, where there is no engine ``key``."""
+    """The backend ``key``. Raises InputError, which lists them, where there is none."""
     for backend in BACKENDS:
         if backend.key == key:
             return backend

@@ -40,7 +40,8 @@ RANGE = (
 
 
 def graphics_cards() -> tuple[GraphicsCard, ...]:
-    """Those that NVIDIA's driver tells of; none where there is no driver, or it does not know their capability."""
+    """The cards that NVIDIA's driver reports; none without a driver, or where it does not report their compute
+    capability."""
     try:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -92,7 +92,7 @@ class AnsweringProcess:
 
     def ask(self, question: Any, patience_s: float) -> Any:
         """The answer to ``question``, which can be pickled and is not None. Raises as :meth:`answer`."""
-        with contextlib.suppress(OSError):  # Its end is told of when its pipe is read.
+        with contextlib.suppress(OSError):  # Its end is noticed when its pipe is read.
             self._child.pipe.send(question)
         return self.answer(patience_s)
 
@@ -196,7 +196,7 @@ def _messages(processes: Sequence[_Process], what: str) -> Iterator[Any | None]:
                 del running[pipe]
         if len(waiting) == len(processes):
             for pipe in waiting:
-                with contextlib.suppress(OSError):  # Whose end is told of when its pipe is read.
+                with contextlib.suppress(OSError):  # Their end is noticed when their pipe is read.
                     pipe.send(_GO)
             waiting.clear()
             yield None

@@ -85,7 +85,7 @@ class Link:
 
 
 def link_to_supervisor() -> Link | None:
-    """In a worker, its link; None elsewhere. It is there once."""
+    """The link of a worker to its supervisor, which can be taken once; None elsewhere."""
     descriptor = os.environ.pop(WORKER_VARIABLE, "")
     if not descriptor:
         return None
@@ -401,7 +401,7 @@ def find_running_launcher() -> psutil.Process | None:
 
 
 def launchers_console() -> TextIO | None:
-    """Where the launcher itself writes errors, which it passes on from others; None where that cannot be had."""
+    """The file to which the launcher writes its errors; None where it cannot be found."""
     launcher = find_running_launcher()
     if launcher is None:
         return None
@@ -421,6 +421,6 @@ def say(line: str, to: TextIO | None = None) -> None:
 
 
 def own_addresses() -> list[str]:
-    """Where other machines, and processes of this one, may reach this machine."""
+    """The addresses at which other machines, and processes of this one, may reach this machine."""
     found = [a.address for links in psutil.net_if_addrs().values() for a in links if a.family == socket.AF_INET]
     return sorted(found, key=lambda address: address.startswith("127."))

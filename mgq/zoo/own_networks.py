@@ -29,8 +29,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
 
     It takes float32 (N, 3, H, W), BGR pixels minus 128, and returns float32 logits (N, classes). Int8 begins at its
     ``QuantStub``. ``image_size``: pixels on a side, a multiple of 32. It is built once and run on zeros. Raises
-    InputError for a name that is taken or cannot be one of a folder, and for a network that does not meet this
-    contract.
+    InputError for a name that is taken or is no valid folder name, and for a network that does not meet this contract.
     """
     known = specs().get(name)
     if not NAME.fullmatch(name) or name.endswith("."):

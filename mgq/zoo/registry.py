@@ -385,7 +385,7 @@ def list_local_weights(spec: ModelSpec, save: Path) -> list[str]:
 
 
 def create_model(arch: str, classes: int = 1000, **options: Any) -> M.Module:
-    """A network of the zoo with random weights, in float (mode ``normal``).
+    """Create a network of the zoo with random weights, in float (mode ``normal``).
 
     Its ``forward`` takes float32 (N, 3, H, W), BGR pixels minus 128, H and W multiples of 32, and returns
     float32 logits (N, ``classes``). ``mobilenet_v2`` takes ``width`` (a multiplier) and ``activation``

@@ -57,6 +57,7 @@ def test_eval_measures_on_the_split_that_is_meant(
     assert f"{places[1]}/ is measured on (4 pictures)" in said.err
 
 
+@pytest.mark.slow
 def test_train_says_what_was_taken_for_what(mgq: Mgq, tmp_path: Path) -> None:
     folders(tmp_path / "set", "training", "validation", number=6)
     said = mgq("train", "-a", ARCH, "-d", "set", "--from-scratch", "--image-size", "32", "--epochs", "1")

@@ -141,8 +141,8 @@ def finite(value: float | None) -> float | None:
 
 
 def format_decibels(value: float | None, unit: str = "") -> str:
-    """As tables show it, ``unit`` behind a number: ``exact`` where only float32's own rounding is left, ``-`` where
-    there is nothing to say."""
+    """Format dB for a table, with ``unit`` behind a number: ``exact`` where only float32's rounding is left, ``-`` for
+    None."""
     if value is None:
         return "-"
     return "exact" if value > EXACT else f"{value:.1f}{unit}"
@@ -171,7 +171,7 @@ def analyze(
     on_message: OnMessage = log_message,
     key: str | None = None,
 ) -> Analysis:
-    """Where the error of int8 comes from, layer by layer, as ``mgq analyze`` shows it.
+    """Measure where the error of int8 comes from, layer by layer, as ``mgq analyze`` does.
 
     The network is chosen as ``mgq eval -m qat`` chooses it. ``images`` of the ``files`` (files, folders, patterns)
     or of the folder ``data`` are used, evenly spread; without either, those that the run was measured on, else the

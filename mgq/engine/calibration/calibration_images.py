@@ -77,7 +77,7 @@ def find_calibration_sources(
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
         sources = expand(arguments)
-        if len(sources) == 1 and sources[0].problem is not None:  # told of before the work begins
+        if len(sources) == 1 and sources[0].problem is not None:  # reported before the work begins
             raise InputError(sources[0].problem)
         return CalibrationSources(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):

@@ -213,7 +213,7 @@ def mix_precisions(
     options: CalibrateOptions,
     callbacks: Callbacks,
 ) -> MixedPrecisionResult:
-    """As many layers in int8 as ``max_drop`` allows on the ``labelled`` images."""
+    """Keep as few layers in float as ``max_drop`` allows on the ``labelled`` images."""
     assert options.max_drop is not None
     known = evaluate(
         classifier, labelled, workers=options.workers, max_bad=options.max_bad, on_progress=callbacks.on_progress

@@ -28,7 +28,7 @@ ROUNDS, SECONDS = 60, 3.0
 """Turns that each file gets in an engine, and seconds after which it is enough."""
 WARM_UP = 3
 EQUAL_SPEED = 0.97
-"""Of float's speed: what is slower than that counts as slower."""
+"""Share of float's speed below which a file counts as slower."""
 
 Images = npt.NDArray[np.uint8]
 
@@ -59,7 +59,7 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The int8 file for any engine, both sizes in bytes, the pictures compared, and what each engine makes of them."""
+    """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine."""
 
     path: Path
     float_bytes: int

@@ -44,7 +44,8 @@ _SHOWN = 3
 
 
 def batch_for(image_size: int) -> int:
-    """As many pictures as have the pixels of ``BATCH`` at 224x224; for each batch all weights are quantized anew."""
+    """The batch size whose images have as many pixels as ``BATCH`` ones at 224x224. Small batches are slow: each one
+    quantizes all weights again."""
     return max(BATCH, min(MOST, BATCH * 224**2 // image_size**2))
 
 
@@ -324,7 +325,7 @@ class _Answers(NamedTuple):
 
 
 def _answers(logits: Network, loader: Loader) -> Iterator[_Answers]:
-    """One for each batch that has pictures, and an empty one at the end, for the last broken ones."""
+    """Yield the answers to each batch that has images, and an empty one at the end, for the last broken images."""
     for batch in loader:
         yield _Answers(logits(batch.images), batch.labels, batch.indices, dict(loader.problems))
     none = np.zeros(0, np.int64)

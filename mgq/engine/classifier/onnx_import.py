@@ -39,7 +39,8 @@ from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import BLUEPRINT, SOURCE, register_blueprint, specs
 
 EQUAL = 1e-4
-"""Of the largest number in a tensor: by so much float answers may differ from ONNX Runtime's."""
+"""The largest difference of float answers from ONNX Runtime's that is accepted, relative to the largest number in a
+tensor."""
 BACKGROUND = 1001
 NEWEST_COMPARED = 21
 """The newest opset of ONNX Runtime 1.20. The next, the newest that is imported, is the same but for bfloat16."""

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 BATCH = 16
 FEW = 256
-"""Up to so many pictures an engine that starts soon is done before one that is faster once it runs."""
+"""Up to this many images an engine that starts quickly is done before one that runs faster."""
 SHOWN = 5
-"""Classes of an answer, unless told otherwise or there are fewer."""
+"""Classes of an answer, by default."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in documents: the error, or the guesses and the time."""
+        """Plain data: the error, or the scores and the time."""
         if self.error is not None:
             return {"picture": self.image, "error": self.error}
         guesses = [
@@ -175,12 +175,12 @@ def infer(
     key: str | None = None,
     engine: str | None = None,
 ) -> list[Prediction]:
-    """Classify ``images`` (files, folders, glob patterns; the bundled cat when none) with one network.
+    """Classify ``images`` (files, folders, glob patterns; by default the bundled cat) with one network.
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
     runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
-    ``mode`` says otherwise. Returns one :class:`Prediction` a picture, in order. Raises InputError where there is no
-    such network.
+    ``mode`` says otherwise. Returns one :class:`Prediction` for each image, in order. Raises InputError where there is
+    no such network.
     """
     sources = expand([str(image) for image in images] or [str(bundled_cat())])
     classifier = choose_network(

@@ -20,7 +20,7 @@ from mgq.runtime.protocol import BatchRuntime, FileRuntime, run_in_batches
 from mgq.runtime.registry import load
 
 OWN_CHOICE = "xpux"
-"""The device that MegEngine computes on where it is not told."""
+"""MegEngine's default device."""
 
 
 def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
@@ -34,7 +34,7 @@ def int8_of(fake_quantized: M.Module, image_size: int) -> M.Module:
 
 
 def int8_runtime(fake_quantized: M.Module, image_size: int) -> BatchRuntime:
-    """The same as one compiled graph, to ask for logits and then to throw away.
+    """The int8 network as one compiled graph, for short use.
 
     Raises InputError where the target's engine is not installed. MegEngine keeps every operator of a network that runs
     operator by operator, with its scales, as long as the process lives: see :mod:`mgq.quantization.int8_casts`. It does

@@ -1,4 +1,4 @@
-"""Where work for several processes starts: here, on each GPU, or on all that MPI has started."""
+"""Starts work in several processes: on each GPU, or in the processes that MPI has started."""
 
 from __future__ import annotations
 

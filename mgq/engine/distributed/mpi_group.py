@@ -26,7 +26,7 @@ from mgq.quantization.qat import CurrentRangeObserver
 from mgq.system.processes import do_nothing
 
 FEW_RANKS = 8
-"""So many are told of one by one."""
+"""Up to this many are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MpiGroup(ProcessGroup):
         self.replace([observer.max_val for observer in seen], lambda array: self.reduce(array, "MAX"))
 
     def replace(self, tensors: list[Any], exchange: Callable[[Array], Array]) -> None:
-        """Give ``tensors`` what ``exchange`` makes of all their values together, float32 (N,)."""
+        """Replace the values of ``tensors``, together float32 (N,), by the result of ``exchange``."""
         if not tensors:
             return
         before = [tensor.numpy() for tensor in tensors]
@@ -142,14 +142,14 @@ def launch_by_mpi(work: Work[Result], callbacks: Callbacks, prepare: Callable[[]
 
 
 def take_part(work: Work[Any], team: Team) -> None:
-    """Do ``work`` as another process than the first, which nobody watches."""
+    """Do ``work`` in a process other than the first: without progress or messages."""
     mge.set_default_device("cpux")
     work(MpiGroup(team.rank, team.size), NO_CALLBACKS)
 
 
 @contextlib.contextmanager
 def naming_rank(team: Team) -> Iterator[None]:
-    """Within it an error names this process; one that came from another names that already."""
+    """Inside, errors get the name of this process; one that came from another process names that already."""
     try:
         yield
     except MgqError as error:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Two of Okabe and Ito's colours, told apart by the colour-blind, too.
+# Two of Okabe and Ito's colours, which colour-blind people can tell apart, too.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 INCHES, DOTS = (10.0, 7.0), 100
 MARK_STYLES = (":", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))

@@ -43,7 +43,7 @@ Metrics = dict[str, Any]
 
 
 class RunFolder:
-    """The folder of one run, which nobody else writes to until :meth:`close`.
+    """The folder of one run, locked for this process until :meth:`close`.
 
     ``path`` is the folder, ``kept`` where an earlier run of the same name lies now (None without one). Made by
     :meth:`create` or :meth:`open`; also a context manager. Whole files are written atomically; lines are appended
@@ -106,7 +106,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the best network belongs; other verbs look for it here."""
+        """The file of the best network; other verbs look for it here."""
         return self.path / RUN_CHECKPOINT
 
     @property

@@ -40,7 +40,7 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """Where a training stands.
+    """The state of a training, from which it can be resumed.
 
     ``tensors`` are its arrays: parameters, momentum, averages, observers. They keep shape and dtype (bool, integers,
     floats of 16 to 64 bits, complex64). ``progress`` and ``recipe`` are plain JSON, with text as keys and lists for

@@ -26,7 +26,7 @@ def find_input_layer(parameters: Mapping[str, Any]) -> str | None:
 
 
 def input_layer_lr_scale(state: Mapping[str, npt.NDArray[Any]]) -> float:
-    """By what the learning rate of the stem in ``state`` is to be multiplied: at most 1.
+    """The factor for the learning rate of the stem in ``state``: at most 1.
 
     Weights that were trained on normalized pixels, and take pixels as they are, are divided by the pixels' spread, some
     58. That makes their gradient as many times larger, and a step of one rate 58 x 58 times larger against the weights.

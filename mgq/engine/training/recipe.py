@@ -31,7 +31,7 @@ CLASSIFIER_IMAGES = 5_000
 COMPRESSIONS = ("none", "fp16")
 CHOICES = {"schedule": SCHEDULES, "observer": OBSERVERS, "target": TARGETS, "compress": COMPRESSIONS}
 MOST_BYTES = 1 << 16
-"""Of a recipe file; the longest has some 2 KiB."""
+"""The most bytes of a recipe file; the longest has some 2 KiB."""
 DISTILLED = 0.5
 """Share of the loss that is for the float network's answers."""
 
@@ -263,7 +263,7 @@ KEPT_BATCH_NORM = {"keep_batch_norm": True, "lr": 0.0005, "ema": EMA}
 
 
 def small_recipe(task: Task, epochs: int | None) -> Recipe:
-    """For some hundred to some ten thousand pictures.
+    """The recipe for some hundred to some ten thousand images.
 
     The fewer there are, the more often each is seen: about 7,500 crops for trained weights, 50,000 for random
     ones; 10,000 for quantization-aware training, which begins with calibration, or 4,000 of weights that kept their
@@ -295,7 +295,7 @@ def small_recipe(task: Task, epochs: int | None) -> Recipe:
 
 
 def synthetic_recipe(task: Task, epochs: int | None) -> Recipe:
-    """For the drawn pictures: minutes on two cores."""
+    """The recipe for the drawn images: minutes on two cores."""
     counts = {"synthetic_train": 4_000, "synthetic_val": 500}
     if task.mode == "qat":
         epochs = epochs or 1

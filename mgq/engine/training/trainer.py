@@ -239,7 +239,7 @@ class Trainer:
         return time.monotonic() - self._saved_at > SAVE_SECONDS
 
     def prepare_network(self) -> None:
-        """Set the network to learn; what the recipe keeps still by now, is."""
+        """Put the network into training state, and freeze what the recipe freezes at this epoch."""
         self.network.train()
         if self.recipe.freeze_backbone or self.recipe.keep_batch_norm:
             for name, module in self.network.named_modules():
@@ -299,7 +299,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """That of the step under way, taken in the middle of it."""
+        """The learning rate of the current step, taken in its middle."""
         return learning_rate(self.recipe, (self.steps_done + 0.5) / len(self.train))
 
     def describe_divergence(self, value: float) -> str:
@@ -385,7 +385,7 @@ class Trainer:
         return network
 
     def is_best(self, found: Evaluation) -> bool:
-        """More right answers than before, or as many with a smaller loss."""
+        """Whether ``found`` has more right answers than the best epoch, or as many with a smaller loss."""
         if not self.best:
             return True
         return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
@@ -465,7 +465,7 @@ class Trainer:
             self.run.write_state(self.state(meter))
         self._saved_at = time.monotonic()
 
-    # ---- what is told ----
+    # ---- progress and messages ----
 
     def report(self) -> None:
         now = time.monotonic()
@@ -573,7 +573,7 @@ def find_phase(recipe: Recipe, epoch: float) -> Phase:
 
 
 def marks(recipe: Recipe) -> list[Mark]:
-    """Where in a run, in epochs, something changes for good, for the curves."""
+    """The epochs at which the schedule changes permanently, for the curves."""
     if recipe.mode != "qat" or recipe.calibrate:
         return []
     found = [(recipe.freeze_batch_norm, "batch norm frozen"), (recipe.freeze_observers, "observers frozen")]

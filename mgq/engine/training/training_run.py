@@ -419,7 +419,7 @@ class ElsewhereError(MgqError):
 
 
 def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
-    """One process's part of a training, to its end; the figures of the best epoch, and those before the first."""
+    """Run one process's part of a training; return the figures of the best epoch, and those before the first."""
     recipe = job.recipe
     refuse_other_pictures(job, group)
     network = make_first_network(job)

@@ -26,7 +26,7 @@ from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import QUALITIES
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
-from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, smooth_images, the_error
+from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, slow, smooth_images, the_error
 from tests.fakes.places import ROOT
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
@@ -35,7 +35,7 @@ SHUFFLE = "shufflenet_v1_x0_5_g3"
 
 
 class TestDataFree:
-    @pytest.mark.parametrize("target", [MEGENGINE, ONNX], ids=lambda target: target.name)
+    @pytest.mark.parametrize("target", [slow(MEGENGINE), ONNX], ids=lambda target: target.name)
     def test_batch_norms_are_enough_for_int8_that_follows_float(self, target: Target) -> None:
         network = network_of("resnet18")
         with_true_statistics(network)

@@ -20,10 +20,22 @@ from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
 from mgq.ptq.logit_gradients import Reaction, measure_reactions
-from mgq.ptq.pipeline import FEWEST, NO_NOISE, find_best, snr_of, split
-from mgq.ptq.presets import PRESETS, UP_TO_CEILINGS, CalibrationConfig, get_preset
+from mgq.ptq.pipeline import (
+    FEWEST,
+    NO_NOISE,
+    Candidate,
+    Trial,
+    apply_steps,
+    choose_best,
+    doubt_between,
+    find_best,
+    snr_of,
+    split,
+)
+from mgq.ptq.presets import BY_LOGITS, PRESETS, UP_TO_CEILINGS, WITH_HEADROOM, CalibrationConfig, get_preset
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import (
+    CorrectBias,
     Draft,
     Equalize,
     Images,
@@ -224,6 +236,71 @@ class Refused:
 
     def apply(self, _: Draft) -> Draft:
         raise FailureError(self.name)
+
+
+def tame(images: Images, contrast: float) -> Images:
+    """``images`` with that part of their contrast."""
+    return np.clip(128 + (images.astype(np.float64) - 128) * contrast, 0, 255).astype(np.uint8)
+
+
+def judged(noise: npt.NDArray[np.float64], *steps: Step, expected: float = 1000.0) -> Candidate:
+    """A candidate of which the images held back have this noise, beside logits of the energy ``expected``."""
+    draft = Draft(M.Identity(), IMAGES, ONNX)
+    return Candidate(draft, Trial((), float(10 * np.log10(expected / noise.mean()))), draft, noise, grid=steps)
+
+
+class TestVerdict:
+    """What is kept where images held back tell candidates apart, and where they cannot."""
+
+    CLOSE, ROOMY = RangesFromLogits(), RangesFromLogits(headroom=True)
+
+    def draw(self, number: int, random: np.random.Generator) -> tuple[Candidate, Candidate]:
+        """Noise of five logits. Close ranges have 20 % less, but clip one image of 50, and nobody knows which."""
+        chance = random.lognormal(0, 1, (2, number))
+        clipped = np.where(random.random(number) < 1 / 50, 50.0, 0.0)
+        return judged(0.8 * chance[0] + clipped, self.CLOSE), judged(chance[1], self.ROOMY)
+
+    def test_of_few_logits_headroom_is_kept_unless_it_is_clearly_worse(self) -> None:
+        random = np.random.default_rng(0)
+        draws = [self.draw(20, random) for _ in range(200)]
+        roomy = np.mean([choose_best(draw) is draw[1] for draw in draws])
+        by_images_alone = np.mean([draw[1].trial.snr > draw[0].trial.snr for draw in draws])
+        assert by_images_alone < 0.6
+        assert roomy > 0.9
+
+    def test_a_sure_verdict_of_the_images_stands(self) -> None:
+        even = np.random.default_rng(0).normal(1, 0.1, (2, 20))  # of a thousand logits each image has the same noise
+        close, roomy = judged(0.9 * even[0], self.CLOSE), judged(even[1], self.ROOMY)
+        assert choose_best([close, roomy]) is close and choose_best([roomy, close]) is close
+
+    def test_what_is_much_worse_is_left_out_however_unsure(self) -> None:
+        chance = np.random.default_rng(0).lognormal(0, 2, (2, 8))
+        close, roomy = judged(chance[0], self.CLOSE), judged(30 * chance[1], self.ROOMY)
+        assert choose_best([close, roomy]) is close
+
+    def test_noise_that_is_none_or_infinite_leaves_no_doubt(self) -> None:
+        for noise in (np.zeros(4), np.full(4, np.inf), np.ones(1)):
+            assert doubt_between(noise, np.ones_like(noise)) == 0
+
+    def test_of_tame_images_headroom_is_kept_and_others_are_clipped_less(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        seen, unseen = tame(IMAGES, 0.6), tame(UNSEEN[:12], 0.8)
+        preset = replace(
+            PRESETS["balanced"],
+            grids=(BY_LOGITS, WITH_HEADROOM),
+            finishes=(),
+            rewrites=(),
+            touches=(),
+        )
+        found = find_best(network, seen, preset, lambda fit: Draft(network, fit, ONNX))
+        assert "ranges by the logits with headroom" in found.best.steps
+        assert found.trials[0].snr > found.trials[1].snr  # which is why it takes more than the images held back
+        assert "thought to be chance" in found.summary()
+        fit, _ = split(seen)
+        close = apply_steps((*BY_LOGITS, CorrectBias(images=16)), {(): Draft(network, fit, ONNX)})
+        assert close.watched is not None
+        exact = logits_of(network, unseen)
+        assert snr_of(logits_of(found.network, unseen), exact) > snr_of(logits_of(close.watched, unseen), exact) + 1
 
 
 def test_progress_counts_no_candidate_that_the_network_cannot_have() -> None:
