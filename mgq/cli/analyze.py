@@ -77,7 +77,7 @@ class AnalyzeCommand(ImportOptions):
             raise InputError("pictures were named, and a folder by -d: give one of them")
         refuse_hopeless(expand(self.files or [], note))
         checkpoint = prepare_megengine(
-            self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.import_wish()
+            self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.import_wish(), int8=True
         )
         from mgq.engine.calibration import analysis
         from mgq.reports.analysis_page import write_page

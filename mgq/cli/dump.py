@@ -104,7 +104,8 @@ class DumpCommand(NetworkCommand):
         from mgq.cli.console import out, progress
 
         wish = self.import_wish()
-        checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
+        int8 = self.mode != "normal"
+        checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, wish, int8)
         with progress() as on_progress:
             classifier = self.open(checkpoint, on_progress)
         wanted = self.make_file_options()

@@ -107,7 +107,8 @@ class EvalCommand(NetworkCommand):
             note(f"-n {self.devices}: evaluation uses one device; --jobs N shares the pictures among N processes")
         with progress(self.report_freq) as on_progress:
             dataset = find_data(self.data, on_progress) if self.data is not None else None
-            checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish)
+            int8 = self.mode != "normal"
+            checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish, int8=int8)
             classifier = self.open(checkpoint, on_progress)
             from mgq.data.datasets import is_unsplit, subset
             from mgq.engine.classifier.evaluate import evaluation_data

@@ -73,7 +73,8 @@ class InferCommand(NetworkCommand):
         sources = expand([*(self.image or []), *(self.files or [])] or [str(bundled_cat())], note)
         if not self.as_json:  # which tells of broken pictures in its document
             refuse_hopeless(sources)
-        checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, self.import_wish())
+        wish, int8 = self.import_wish(), self.mode != "normal"
+        checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, wish, int8)
         with progress() as on_progress:
             from mgq.engine.classifier.predict import FEW, predict
 

@@ -113,11 +113,13 @@ def take_checkpoint(
     key: str | None = None,
     save: Path | None = None,
     wish: ImportWish | None = None,
+    int8: bool = False,
 ) -> Path | None:
     """Raise InputError for a ``checkpoint`` that cannot be read, before anything slow is done.
 
     ``deployed`` says whether it may be a dumped file, ``key`` which of its networks is meant. The result is
-    ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says.
+    ``checkpoint`` itself, or what an ONNX file of another program was imported to, under ``save``, as ``wish`` says;
+    with ``int8`` it is the newest run that made int8 of that, where there is one.
     """
     from mgq.engine.classifier.file_validation import validate_file
     from mgq.errors import InputError, name_in_errors, printable
@@ -131,9 +133,13 @@ def take_checkpoint(
         with name_in_errors(f"{printable(foreign)}, written by another program"):
             import_megengine()
         from mgq.engine.classifier.import_wish import NO_WISH
-        from mgq.engine.classifier.onnx_import import import_checkpoint
+        from mgq.engine.classifier.onnx_import import find_int8_of, import_checkpoint
 
-        return import_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
+        imported = import_checkpoint(foreign, save or RUNS, wish or NO_WISH, note)
+        made = find_int8_of(imported, save or RUNS) if int8 else None
+        if made is not None:
+            note(f"int8 from {printable(made)}")
+        return made or imported
     refuse_wish(wish)
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
@@ -158,11 +164,12 @@ def prepare_megengine(
     key: str | None = None,
     save: Path | None = None,
     wish: ImportWish | None = None,
+    int8: bool = False,
 ) -> Path | None:
     """As :func:`take_checkpoint`; then import MegEngine, quietly unless in debug mode."""
     from mgq.system.megengine_start import import_megengine
 
-    taken = take_checkpoint(checkpoint, deployed, key, save, wish)
+    taken = take_checkpoint(checkpoint, deployed, key, save, wish, int8)
     import_megengine()
     return taken
 

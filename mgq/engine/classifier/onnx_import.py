@@ -16,6 +16,7 @@ from megengine import Tensor
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
 from mgq.engine.classifier.open import Classifier, class_names
+from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT, RUNS_FOR, find_newest
 from mgq.errors import FailureError, InputError, plural, printable
 from mgq.events import OnMessage, log_message
 from mgq.export.onnx.float_input import FloatInput
@@ -46,6 +47,8 @@ NEWEST_COMPARED = 21
 """The newest opset of ONNX Runtime 1.20. The next, the newest that is imported, is the same but for bfloat16."""
 LONGEST_NAMES = 1 << 22
 CHECKPOINT = "checkpoint.safetensors"
+IMPORTED = ".imported"
+"""How the name of the folder of an imported network ends."""
 ENTRY = "entry"
 """The key of what is known of a file's float input."""
 
@@ -59,7 +62,7 @@ def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_mes
     what cannot be imported, FailureError where the network answers otherwise than the file in ONNX Runtime.
     """
     digest = sha256_of(path)
-    known = save / f"{name_for(path)}.imported" / CHECKPOINT
+    known = save / f"{name_for(path)}{IMPORTED}" / CHECKPOINT
     if known.is_file():
         source = source_in(known)
         if (
@@ -100,6 +103,18 @@ def source_among(options: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def find_int8_of(imported: Path, save: Path) -> Path | None:
+    """The newest checkpoint under ``save`` that is int8 of the checkpoint ``imported``; None without one."""
+    name, wanted = imported.parent.name.removesuffix(IMPORTED), source_in(imported)
+
+    def is_of_it(path: Path) -> bool:
+        source = source_in(path)
+        return all(source.get(key) == wanted.get(key) for key in ("sha256", "input"))
+
+    runs = [save / f"{name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[Mode.QUANTIZED]]
+    return find_newest(path for path in runs if path.is_file() and is_of_it(path))
 
 
 def refuse_other_import(int8: Path, options: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from mgq.engine.classifier.evaluate import evaluation_data, evaluation_loader
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import (
     find_float_input,
+    find_int8_of,
     import_checkpoint,
     import_classifier,
     refuse_other_import,
@@ -133,6 +135,16 @@ def test_a_convolution_along_one_axis_is_imported(tmp_path: Path, pads: list[int
     gate = model.add("Reshape", model.add("Sigmoid", near), model.constant([0, 8, 1, 1], np.int64))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Mul", stem, gate), 8))
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_int8_of_a_file_is_that_of_the_same_import(tmp_path: Path) -> None:
+    path, run = write(tmp_path / "model.onnx"), tmp_path / "model.calibration" / "checkpoint.safetensors"
+    imported = import_checkpoint(path, tmp_path, RAW)
+    assert find_int8_of(imported, tmp_path) is None
+    run.parent.mkdir()
+    shutil.copy(imported, run)
+    assert find_int8_of(imported, tmp_path) == run
+    assert find_int8_of(import_checkpoint(path, tmp_path, ImportWish(preprocess="tf")), tmp_path) is None
 
 
 def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
