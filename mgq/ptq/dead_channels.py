@@ -17,6 +17,7 @@ from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
+from mgq.zoo.blueprint import border_values
 from mgq.zoo.blueprint_layers import BlueprintLayer
 from mgq.zoo.blueprint_network import sample_of
 from mgq.zoo.layers import forward_hooks
@@ -105,8 +106,8 @@ class Survey:
 def bound_of(layer: BlueprintLayer, inputs: Interval) -> Interval | None:
     """The interval of the output of ``layer`` of an imported network; None where it has no simple bound."""
     if layer.kind == "pad" and "channels" not in layer.options:
-        value = float(layer.options["value"])
-        return Interval(np.minimum(inputs.low, value), np.maximum(inputs.high, value))
+        values = np.array(border_values(layer.options))
+        return Interval(np.minimum(inputs.low, values), np.maximum(inputs.high, values))
     if layer.kind in ("max_pool", "avg_pool", "global_max", "global_avg"):
         return inputs.with_padding()
     return None

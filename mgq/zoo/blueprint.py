@@ -107,6 +107,12 @@ class Blueprint:
         return low
 
 
+def border_values(options: Mapping[str, Any]) -> tuple[float, ...]:
+    """What a ``pad`` puts around a picture: one value, or one for each channel."""
+    value = options["value"]
+    return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),)
+
+
 def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
     """A lower bound of the outputs of ``layer``, given lower bounds of its ``inputs``."""
     kind, options = layer.kind, layer.options
@@ -123,7 +129,7 @@ def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
     if kind in ("concat", "avg_pool", "global_avg", "max_pool", "global_max", "reshape", "transpose", "slice"):
         return min(inputs)
     if kind == "pad":
-        return min(inputs[0], float(options["value"]))
+        return min(inputs[0], *border_values(options))
     return 0.0 if kind == "softmax" else -math.inf
 
 

@@ -13,7 +13,7 @@ from megengine import Parameter, Tensor
 from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import Elemwise
 
-from mgq.zoo.blueprint import MOVES, LayerPlan
+from mgq.zoo.blueprint import MOVES, LayerPlan, border_values
 from mgq.zoo.layers import ConvBnRelu6, keep_grid_of
 
 Options = Mapping[str, Any]
@@ -121,11 +121,16 @@ def take_slice(options: Options, inp: Tensor) -> Tensor:
 
 
 def pad(options: Options, inp: Tensor) -> Tensor:
-    """``pads``: above, left, below, right; more before the axes of a picture are channels."""
+    """``pads``: above, left, below, right; more before the axes of a picture are channels. ``value``: one, or one for
+    each channel."""
     top, left, bottom, right = options["pads"]
     front, back = options.get("channels", (0, 0))
     around = ((0, 0), (front, back), (top, bottom), (left, right))
-    return F.nn.pad(inp, around, constant_value=float(options["value"]))
+    values = border_values(options)
+    if len(values) == 1:
+        return F.nn.pad(inp, around, constant_value=values[0])
+    parts = [F.nn.pad(inp[:, i : i + 1], around, constant_value=value) for i, value in enumerate(values)]
+    return F.concat(parts, axis=1)
 
 
 def max_pool(options: Options, inp: Tensor) -> Tensor:

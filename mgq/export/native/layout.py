@@ -58,7 +58,8 @@ class Storage:
 
     In layout D ``pad`` is left of a row and ``right`` behind it.
 
-    ``ring``: how many rows are kept at a time, a power of 2; None for all. ``fill`` is what the border holds.
+    ``ring``: how many rows are kept at a time, a power of 2; None for all. ``fill`` is what the border holds,
+    ``colour`` where it holds four values for each pixel.
     ``spare`` more groups of four pixels are readable behind a row. ``own``: each thread has one, with what it needs.
     ``unit``: bytes of a value in layouts A and D.
     """
@@ -70,6 +71,7 @@ class Storage:
     width: int
     pad: int = 0
     fill: int = 0
+    colour: tuple[int, int, int, int] | None = None
     ring: int | None = None
     spare: int = 0
     own: bool = False

@@ -214,6 +214,7 @@ class Planner:
             if layout == "D":
                 result[name].right = max(layer.padding[3] for layer in self.depthwise_readers(name))
         result[first.name].own = True
+        result[first.name].colour = self.colour_of_border()
         for group in plan.groups:
             for step, following in pairwise(group):
                 size = window_of(following.layer)
@@ -223,6 +224,18 @@ class Planner:
         logits = self.steps[-1].target
         result[logits] = Storage(logits, "P", 4 * plan.lanes[logits].count, 1, 1)
         return result
+
+    def colour_of_border(self) -> tuple[int, int, int, int] | None:
+        """What lies around the image, as four bytes of a pixel; None for what stands for 0."""
+        readers = [step.layer for step in self.steps if self.stored[step.source] == self.program.input]
+        colours = {layer.colour for layer in readers if isinstance(layer, Conv) and any(layer.padding)}
+        if len(colours) > 1:
+            raise make_refusal("convolutions of pixels with unlike borders")
+        colour = colours.pop() if colours else None
+        if colour is None:
+            return None
+        first, second, third, fourth = (*colour, 0, 0, 0)[:4]
+        return first, second, third, fourth
 
     def layout_of(self, name: str) -> tuple[str, int, int, bool]:
         """Layout, border, spare groups of four pixels, and whether a pooling reads it."""

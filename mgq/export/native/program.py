@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from mgq.export.onnx.float_input import PIXEL_ZERO
 Array = npt.NDArray[Any]
 Padding = tuple[int, int, int, int]
 """Top, left, bottom, right."""
+Colour = tuple[int, ...]
+"""A uint8 value for each channel."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Layer:
 class Conv(Layer):
     """``weight`` int8 (O, C / groups, KH, KW), ``bias`` int32 (O,), ``multiplier`` float32 (O,).
 
-    ``padding`` is top, left, bottom, right, filled with the zero of the input.
+    ``padding`` is top, left, bottom, right, filled with the zero of the input, or with the uint8 values ``colour``, one
+    for each channel.
     """
 
     weight: Array
@@ -56,6 +59,7 @@ class Conv(Layer):
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
     groups: int
+    colour: Colour | None = None
 
     @property
     def is_depthwise(self) -> bool:
@@ -138,6 +142,14 @@ class ScaleAndZero:
     zero: int
 
 
+class Border(NamedTuple):
+    """What a Pad puts around the tensor ``source``; no ``colour``: what stands for 0.0."""
+
+    source: str
+    padding: Padding
+    colour: Colour | None = None
+
+
 class Reader:
     """Reads the nodes one by one. A float tensor is known by the integers that it was or will be."""
 
@@ -154,7 +166,8 @@ class Reader:
         self.layers: list[Layer] = []
         self.same_as: dict[str, str] = {}
         self.moved: dict[str, tuple[str, Array]] = {}  # reshaped tensors -> source, and where its channels are now
-        self.padded: dict[str, tuple[str, Padding]] = {}  # with a border of zeros: source, border
+        self.padded: dict[str, Border] = {}  # padded tensors
+        self.channels: dict[str, tuple[int, Border]] = {}  # single channels of an image, padded
         self.classes = 0
 
     def program(self) -> Program:
@@ -213,18 +226,44 @@ class Reader:
         if any(step != 1 for step in attributes.get("dilations", ())):
             raise make_refusal("a window with dilation")
         own = attributes.get("pads", (0, 0, 0, 0))
-        source, around = self.padded.get(self.name(name), (self.name(name), (0, 0, 0, 0)))
-        top, left, bottom, right = (int(one) + other for one, other in zip(own, around, strict=True))
-        return self.tensors[source], (top, left, bottom, right)
+        border = self.padded.get(self.name(name), Border(self.name(name), (0, 0, 0, 0)))
+        if border.colour is not None and any(own):
+            raise make_refusal(f"a window over {printable(name)} with two kinds of borders")
+        top, left, bottom, right = (int(one) + other for one, other in zip(own, border.padding, strict=True))
+        return self.tensors[border.source], (top, left, bottom, right)
+
+    def colour_behind(self, name: str) -> Colour | None:
+        """The colour around the image that ``name``, integers or floats, is; None for what stands for 0.0."""
+        integers = self.values[name][0] if name in self.values else self.name(name)
+        return self.padded[integers].colour if integers in self.padded else None
 
     def read_pad(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
-        """A border of what stands for 0.0: the window behind it reads beyond the image instead."""
+        """The window behind it reads beyond the image instead."""
         source = self.tensor(inputs[0])
         pads = [int(side) for side in self.constants[inputs[1]]]
         filling = int(self.constants[inputs[2]])
-        if len(pads) != 8 or any(pads[i] for i in (0, 1, 4, 5)) or min(pads) < 0 or filling != source.zero:
+        around = (pads[2], pads[3], pads[6], pads[7])
+        if len(pads) != 8 or pads[0] or pads[4] or min(around) < 0 or max(pads[1], pads[5]) > 0:
+            raise make_refusal(f"the Pad {printable(output)} of other axes than the image's")
+        colour = None if filling == source.zero else (filling,) * source.channels
+        if colour is not None and source.name != self.graph.input[0].name:
             raise make_refusal(f"the Pad {printable(output)} with other than zeros around the image")
-        self.padded[output] = source.name, (pads[2], pads[3], pads[6], pads[7])
+        if not pads[1] and not pads[5]:
+            self.padded[output] = Border(source.name, around, colour)
+        elif source.channels + pads[1] + pads[5] == 1:
+            self.channels[output] = -pads[1], Border(source.name, around, (filling,))
+        else:
+            raise make_refusal(f"the Pad {printable(output)}, which leaves channels out")
+
+    def read_concat(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
+        """All channels of the image, each with a border of its own value."""
+        parts = [self.channels[name] for name in inputs]
+        first = parts[0][1]
+        whole = [channel for channel, _ in parts] == list(range(self.tensors[first.source].channels))
+        alike = {(border.source, border.padding) for _, border in parts} == {(first.source, first.padding)}
+        if not whole or not alike or attributes["axis"] != 1 or first.source != self.graph.input[0].name:
+            raise make_refusal(f"the Concat {printable(output)}, which is no image in a border")
+        self.padded[output] = Border(*first[:2], tuple(value for _, border in parts for value in border.colour or ()))
 
     def read_dequantizelinear(self, inputs: list[str], output: str, _: dict[str, Any]) -> None:
         source, scale, *zero = inputs
@@ -281,13 +320,16 @@ class Reader:
         weight, bias, scales = self.integers_of(inputs[1:], grid)
         stride = tuple(attributes.get("strides", (1, 1)))
         shape = len(weight), *positions(source, weight.shape[2:], stride, padding)
-        groups = attributes.get("group", 1)
+        groups, colour = attributes.get("group", 1), self.colour_behind(inputs[0])
+        if colour is not None and groups > 1:
+            raise make_refusal(f"the convolution {printable(output)} in groups of pixels in a coloured border")
         if groups == len(weight) > 1:
             weight, padding = widen(weight, stride, padding)
 
         def finish(name: str, to: ScaleAndZero) -> None:
             multiplier = multiplier_of(scales, float(to.scale))
-            self.make(Conv((source.name,), name, weight, bias, multiplier, stride, padding, groups), shape, to)
+            layer = Conv((source.name,), name, weight, bias, multiplier, stride, padding, groups, colour)
+            self.make(layer, shape, to)
 
         self.pending[output] = finish
 
@@ -303,6 +345,8 @@ class Reader:
 
     def read_maxpool(self, inputs: list[str], output: str, attributes: dict[str, Any]) -> None:
         source, padding = self.read_behind_pad(inputs[0], attributes)
+        if self.colour_behind(inputs[0]) is not None:
+            raise make_refusal(f"a coloured border in front of the MaxPool {printable(output)}")
         if self.name(inputs[0]) in self.padded and source.zero:
             raise make_refusal(f"a Pad of zeros in front of the MaxPool {printable(output)}")
         kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes["strides"])
@@ -313,6 +357,8 @@ class Reader:
         """The mean of all of the image; else a depthwise convolution whose weights are 1."""
         source, grid, padding = self.window_input(inputs[0], attributes)
         kernel, stride = tuple(attributes["kernel_shape"]), tuple(attributes.get("strides", (1, 1)))
+        if self.colour_behind(inputs[0]) is not None:
+            raise make_refusal(f"a coloured border in front of the AveragePool {printable(output)}")
         if any(padding) and not attributes.get("count_include_pad"):
             raise make_refusal(f"the AveragePool {printable(output)}, which leaves its border out")
         if kernel == (source.height, source.width) and not any(padding):

@@ -56,7 +56,10 @@ def saturate(values: Floats, target: Tensor) -> Bytes:
 def convolve(layer: Conv, read: Bytes, zero: int) -> Floats:
     """Sums of products and bias, exact in int32 (which wraps), as float32 (N, O, H, W)."""
     top, left, bottom, right = layer.padding
-    padded = np.pad(read.astype(np.int32) - zero, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    colour = (zero,) * read.shape[1] if layer.colour is None else layer.colour
+    whole = (len(read), read.shape[1], top + read.shape[2] + bottom, left + read.shape[3] + right)
+    padded = np.broadcast_to(np.array(colour, np.int32)[:, None, None] - zero, whole).copy()
+    padded[:, :, top : top + read.shape[2], left : left + read.shape[3]] = read.astype(np.int32) - zero
     outputs, inputs, rows, columns = layer.weight.shape
     down, across = layer.stride
     height = (padded.shape[2] - rows) // down + 1
@@ -71,8 +74,8 @@ def convolve(layer: Conv, read: Bytes, zero: int) -> Floats:
             part = part.reshape(len(read), layer.groups, inputs, height * width)
             product = np.matmul(weight[None, :, :, :, row, column], part)
             total += product.reshape(total.shape)
-    whole = total.reshape(len(read), outputs, height, width).astype(np.int64) + layer.bias[:, None, None]
-    result: Floats = whole.astype(np.int32).astype(np.float32)
+    sums = total.reshape(len(read), outputs, height, width).astype(np.int64) + layer.bias[:, None, None]
+    result: Floats = sums.astype(np.int32).astype(np.float32)
     return result
 
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.layer_graph import Operation
+from mgq.graph.layer_graph import Operation, QuantParams
+from mgq.zoo.blueprint import border_values
 
 LARGEST = 3e38
 ERF_OF_GELU = float(np.sqrt(0.5))
@@ -150,6 +151,15 @@ def write_max_pool(node: Operation, source: str, _: Parts) -> tuple[str, list[st
 
 def write_global_max(_: Operation, source: str, __: Parts) -> tuple[str, list[str], dict[str, Any]]:
     return "GlobalMaxPool", [source], {}
+
+
+def border_values_of(node: Operation, grid: QuantParams | None) -> npt.NDArray[Any]:
+    """What ``node`` pads with, one value or one for each channel: float32 (C,), or uint8 on ``grid``."""
+    values = np.array(border_values(node.options), np.float32)
+    if grid is None:
+        return values
+    steps: npt.NDArray[Any] = np.clip(np.rint(values / grid.scale), grid.qmin, grid.qmax) + grid.zero_point
+    return steps.astype(np.uint8)
 
 
 def pads_of(node: Operation) -> list[int]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mgq.errors import FailureError
 from mgq.export.onnx.float_input import FloatInput, write_entry
 from mgq.export.onnx.onnx_file import METADATA, import_package
-from mgq.export.onnx.operations import MOVES, pads_of, write_operation
+from mgq.export.onnx.operations import MOVES, border_values_of, pads_of, write_operation
 from mgq.graph.engine_forms import adapt_to_engine
 from mgq.graph.layer_graph import (
     Add,
@@ -371,15 +371,31 @@ class Writer:
         self.integers[node.output] = self.add("Concat", parts, f"{node.output}/Concat", axis=node.options["axis"])
 
     def write_pad(self, node: Operation) -> None:
-        """Around integers there are integers: the value in terms of their scale."""
-        grid, value = self.graph.grids.get(node.inputs[0]), float(node.options["value"])
+        """Around integers there are integers: the values in terms of their scale."""
+        grid, pads = self.graph.grids.get(node.inputs[0]), pads_of(node)
+        values = border_values_of(node, grid)
+        if len(values) == 1:
+            self.move(node, "Pad", self.pad_constants(node.output, pads, values[0]))
+            return
+        table = self.floats if grid is None else self.integers
+        parts = []
+        for channel, value in enumerate(values):  # less than no border before and behind it leaves one channel
+            pads[1], pads[5] = -channel, channel + 1 - len(values)
+            name = f"{node.output}/{channel}"
+            parts.append(
+                self.add("Pad", [table[node.inputs[0]], *self.pad_constants(name, pads, value)], f"{name}/Pad")
+            )
+        whole = self.add("Concat", parts, f"{node.output}/Concat", axis=1)
         if grid is None:
-            filling: npt.NDArray[Any] = np.array(value, np.float32)
+            self.finish(node, whole)
         else:
-            steps = int(np.clip(np.rint(value / grid.scale), grid.qmin, grid.qmax))
-            filling = np.array(steps + grid.zero_point, np.uint8)
-        pads = self.constant(f"{node.output}/pads", np.array(pads_of(node), np.int64))
-        self.move(node, "Pad", [pads, self.constant(f"{node.output}/value", filling)])
+            self.integers[node.output] = whole
+
+    def pad_constants(self, name: str, pads: list[int], value: Any) -> list[str]:
+        return [
+            self.constant(f"{name}/pads", np.array(pads, np.int64)),
+            self.constant(f"{name}/value", np.array(value)),
+        ]
 
     def write_limit(self, node: Operation) -> None:
         """Integers within limits, which from there on lie on another grid."""

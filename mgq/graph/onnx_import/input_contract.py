@@ -15,20 +15,17 @@ from mgq.graph.onnx_import.draft import (
     split_groups,
 )
 from mgq.graph.onnx_import.simplify import simplify
-from mgq.zoo.blueprint import INPUT, LayerPlan
+from mgq.zoo.blueprint import INPUT, LayerPlan, border_values
 from mgq.zoo.input_contract import InputContract
 
 Values = npt.NDArray[np.float64]
-
-NEAR = 32.0
-"""Levels by which what stands around a picture may be another than in the foreign network."""
 
 
 def fold_contract(draft: NetworkDraft, contract: InputContract) -> None:
     """Let ``draft`` take BGR pixels minus 128 in place of what ``contract`` makes of them.
 
-    It is exact but around pictures: where the foreign network's zeros stood for a grey within 32 levels of 128, 128
-    stands now, else the nearest integer.
+    It is exact but around pictures: what the foreign network's zeros stood for, its mean as a rule, is rounded to whole
+    levels there. Where no colour stands for all zeros, as in a network that reads grey, the nearest grey does.
     """
     channels, height, width = draft.shape(INPUT)[1:]
     weight, bias = contract.matrix(channels)
@@ -63,29 +60,38 @@ def join_first_convolutions(draft: NetworkDraft) -> bool:
     own = tensors["bn.weight"].ravel() / np.sqrt(tensors["bn.running_var"].ravel() + first.options["eps"])
     weight = merge_groups(tensors["conv.weight"])[:, :, 0, 0].astype(np.float64) * own[:, None]
     shift = tensors["bn.bias"].ravel() - tensors["bn.running_mean"].ravel() * own
-    stand_in_for_zero(draft, conv, pads, first, filling_of(weight, shift, pads))
+    stand_in_for_zero(draft, conv, pads, first, fillings_of(weight, shift, pads))
     merge(draft, draft.find_layer(conv.name), weight, shift)
     draft.skip(draft.find_layer(first.name))
     return True
 
 
-def filling_of(weight: Values, shift: Values, pads: LayerPlan | None) -> float:
-    """The pixel minus 128 that the network's own value around the picture, 0 as a rule, stands for."""
-    value = float(pads.options["value"]) if pads is not None else 0.0
-    return float(np.clip(np.rint(((value - shift) / weight.sum(axis=1)).mean()), -128, 127))
+def fillings_of(weight: Values, shift: Values, pads: LayerPlan | None) -> list[float]:
+    """Pixel minus 128, of each channel, for which the network's own values around the picture, 0 as a rule, stand."""
+    wanted = (np.array(border_values(pads.options)) if pads is not None else 0.0) - shift
+    if weight.shape == (3, 3) and np.linalg.matrix_rank(weight) == 3:
+        colour = np.linalg.solve(weight, wanted)
+    else:
+        colour = np.full(3, (wanted / weight.sum(axis=1)).mean())
+    return [float(value) for value in np.clip(np.rint(colour), -128, 127)]
 
 
 def stand_in_for_zero(
-    draft: NetworkDraft, conv: LayerPlan, pads: LayerPlan | None, first: LayerPlan, filling: float
+    draft: NetworkDraft, conv: LayerPlan, pads: LayerPlan | None, first: LayerPlan, fillings: list[float]
 ) -> None:
-    """Put ``filling`` around the picture, or 0 where that is near enough."""
-    if pads is not None:
-        draft.replace(pads, pads.with_options(value=0.0 if abs(filling) <= NEAR else filling))
-        return
+    """Put ``fillings`` around the picture; nothing has to be done where they are 0."""
+    value = fillings[0] if len(set(fillings)) == 1 else fillings
     top, left = conv.options["padding"]
-    if abs(filling) <= NEAR or not (top or left):
+    if pads is not None:
+        around = list(pads.options["pads"])
+        if not any(border_values(pads.options)):  # what the convolution adds is more of the same
+            around = [sum(sides) for sides in zip(around, (top, left, top, left), strict=True)]
+            draft.replace(conv, conv.with_options(padding=[0, 0]))
+        draft.replace(pads, pads.with_options(value=value, pads=around))
         return
-    options = {"pads": [top, left, top, left], "value": filling}
+    if not any(fillings) or not (top or left):
+        return
+    options = {"pads": [top, left, top, left], "value": value}
     name = draft.insert_before(conv, "pad", [first.name], options)
     draft.replace(conv, conv.with_options(padding=[0, 0]).with_inputs([name]))
 

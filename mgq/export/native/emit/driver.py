@@ -164,6 +164,18 @@ class Driver:
         arguments = ("i8*", pointer), ("i8", str(byte)), ("i64", str(size)), ("i1", "false")
         code.call("void", "llvm.memset.p0i8.i64", *arguments)
 
+    def fill_border(self, code: Code, storage: Storage, pointer: Value, size: int) -> None:
+        """``size`` bytes of what lies around ``storage``: whole pixels where they have a colour."""
+        if storage.colour is None:
+            self.fill(code, pointer, storage.fill, size)
+            return
+        word = int.from_bytes(bytes(storage.colour), "little", signed=True)
+
+        def put_pixel(index: Value) -> None:
+            code.store("i32", str(word), code.advance(pointer, code.number("mul", index, 4)))
+
+        code.for_each(size // 4, put_pixel)
+
     def border(self, code: Code, storage: Storage) -> None:
         """Fill what lies around the image in layout P."""
         if storage.layout != "P" or not storage.pad:
@@ -179,13 +191,13 @@ class Driver:
     def edges(self, code: Code, storage: Storage) -> None:
         base = code.advance(base_of(storage), storage.offset)
         edge, side = storage.pad * storage.row_bytes, 2 * storage.pad * storage.step
-        self.fill(code, base, storage.fill, edge + side // 2)
-        self.fill(code, code.advance(base, storage.size - edge - side // 2), storage.fill, edge + side // 2)
+        self.fill_border(code, storage, base, edge + side // 2)
+        self.fill_border(code, storage, code.advance(base, storage.size - edge - side // 2), edge + side // 2)
         if storage.height > 1:
             first = code.advance(base, edge + storage.row_bytes - side // 2)
 
             def fill_between(y: Value) -> None:
-                self.fill(code, code.advance(first, code.number("mul", y, storage.row_bytes)), storage.fill, side)
+                self.fill_border(code, storage, code.advance(first, code.number("mul", y, storage.row_bytes)), side)
 
             code.for_each(storage.height - 1, fill_between)
 
