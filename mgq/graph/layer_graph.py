@@ -39,7 +39,7 @@ from mgq.quantization.targets import (
     is_never_negative,
     target_of,
 )
-from mgq.zoo.blueprint import INPUT, MOVES, LayerPlan
+from mgq.zoo.blueprint import INPUT, MOVES, LayerPlan, border_values
 from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.layers import ConvBnRelu6
 
@@ -149,6 +149,11 @@ class Operation(Node):
     kind: str
     options: Mapping[str, Any]
     constants: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def border(self) -> tuple[float, ...]:
+        """Of a ``pad``: what it puts around a picture, one value or one for each channel."""
+        return border_values(self.options)
 
     @property
     def moves(self) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.graph.layer_graph import Operation, QuantParams
-from mgq.zoo.blueprint import border_values
 
 LARGEST = 3e38
 ERF_OF_GELU = float(np.sqrt(0.5))
@@ -155,7 +154,7 @@ def write_global_max(_: Operation, source: str, __: Parts) -> tuple[str, list[st
 
 def border_values_of(node: Operation, grid: QuantParams | None) -> npt.NDArray[Any]:
     """What ``node`` pads with, one value or one for each channel: float32 (C,), or uint8 on ``grid``."""
-    values = np.array(border_values(node.options), np.float32)
+    values = np.array(node.border, np.float32)
     if grid is None:
         return values
     steps: npt.NDArray[Any] = np.clip(np.rint(values / grid.scale), grid.qmin, grid.qmax) + grid.zero_point

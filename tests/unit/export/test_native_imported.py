@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mgq.errors import InputError
 from mgq.export.native.compiler import compile_program
 from mgq.export.native.cpu import Level
 from mgq.export.native.library import Library
+from mgq.export.native.planner import make_plan
 from mgq.export.native.program import Conv, MaxPool, Program, read_program
 from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
@@ -27,9 +29,9 @@ from tests.fakes.native_programs import BEST, HERE, noise
 COVERED = ("plain", "keras_without_gate", "pools")
 
 
-def int8_model(folder: Path, body: str) -> onnx.ModelProto:
+def int8_model(folder: Path, body: str, preprocess: str = "tf") -> onnx.ModelProto:
     """The int8 ONNX model of an imported network of 32x32 pixels, calibrated on noise."""
-    network = import_classifier(write(folder / "model.onnx", body), ImportWish(preprocess="tf"), "")[0].network
+    network = import_classifier(write(folder / "model.onnx", body), ImportWish(preprocess=preprocess), "")[0].network
     _, ranges = calibrate_network(
         network, [noise(32, 4)], "model", "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=ONNX
     )
@@ -57,6 +59,35 @@ def test_the_integers_of_imported_networks_answer_as_onnx_runtime(tmp_path: Path
     wanted = runtime.InferenceSession(model.SerializeToString(), options).run(None, {"data": images})[0]
     found = run_reference(read_program(model), images)[0]
     assert np.abs(found - wanted).max() <= 0.02 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("level", HERE, ids=lambda level: str(level.key))
+@pytest.mark.parametrize(("preprocess", "colour"), [("torch", (104, 116, 124)), ("raw", (0, 0, 0))])
+def test_images_lie_in_a_border_of_the_colour_that_zero_was(
+    tmp_path: Path, preprocess: str, colour: tuple[int, ...], level: Level
+) -> None:
+    model = int8_model(tmp_path, "plain", preprocess)
+    program = read_program(model)
+    assert [layer.colour for layer in program.layers if isinstance(layer, Conv)][:2] == [colour, None]
+    images = np.concatenate([noise(32, 2, 7), np.full((1, 3, 32, 32), 255, np.uint8)])
+    found = Library(compile_program(program, level), program.classes).run(images)
+    assert np.array_equal(found, run_reference(program, images)[0])
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    wanted = runtime.InferenceSession(model.SerializeToString(), options).run(None, {"data": images})[0]
+    assert np.abs(found - wanted).max() <= 0.02 * np.abs(wanted).max()
+
+
+def test_convolutions_of_pixels_with_unlike_borders_are_refused(tmp_path: Path) -> None:
+    program = read_program(int8_model(tmp_path, "plain", "torch"))
+    first = program.layers[0]
+    assert isinstance(first, Conv)
+    other = replace(first, output="other", colour=(1, 2, 3))
+    tensors = {**program.tensors, "other": replace(program.tensors[first.output], name="other")}
+    changed = replace(program, layers=(first, other, *program.layers[1:]), tensors=tensors)
+    with pytest.raises(InputError, match="native engine does not run convolutions of pixels with unlike borders"):
+        make_plan(changed)
 
 
 @pytest.mark.parametrize("body", sorted(set(BODIES) - set(COVERED)))

@@ -39,6 +39,7 @@ from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
+from mgq.zoo.input_contract import CONTRACTS
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import Mgq, slow, the_error
 from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
@@ -181,6 +182,30 @@ def test_the_preprocessing_is_folded_into_the_first_layer(tmp_path: Path) -> Non
     own = ImportWish(mean=(0.5,), std=(0.25,), order="bgr")
     wanted = answers_of(path, ((images / 255 - 0.5) / 0.25).astype(np.float32))
     assert difference(classifier_in(path, own).logits(images), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("preprocess", ["torch", "caffe", "raw", "tf"])
+@pytest.mark.parametrize("padding", ["around", "behind", "by a Pad", "by both"])
+def test_what_stands_around_a_image_is_the_colour_that_zero_was(tmp_path: Path, preprocess: str, padding: str) -> None:
+    """All pixels are of that colour, so that a network cannot tell where the image ends."""
+    model = Model()
+    sides = {"around": [1, 1, 1, 1], "behind": [0, 0, 1, 1], "by a Pad": [0] * 4, "by both": [1, 1, 1, 1]}[padding]
+    source = "image"
+    if "Pad" in padding or "both" in padding:
+        pads = model.constant([0, 0, 1, 0, 0, 0, 2, 1], np.int64)
+        source = model.add("Pad", source, pads, model.constant(np.zeros(())))
+    path = model.save(
+        tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv(source, 3, 8, pads=sides)), 8)
+    )
+    contract = CONTRACTS[preprocess]
+    order = slice(None, None, -1) if contract.order == "rgb" else slice(None)
+    colour = np.rint(np.array(contract.mean))[order].astype(np.uint8)
+    images = np.broadcast_to(colour[:, None, None], (1, 3, 32, 32))
+    fed = (images[:, order] - np.reshape(contract.mean, (1, 3, 1, 1))) / np.reshape(contract.std, (1, 3, 1, 1))
+    wanted = answers_of(path, fed.astype(np.float32))
+    found = classifier_in(path, ImportWish(preprocess=preprocess)).logits(images)
+    # At most half a level is left, in terms of the deviation; with 128 around the image it was up to 24.
+    assert np.abs(found - wanted).max() < 1 / min(contract.std)
 
 
 def test_what_stands_around_a_image_is_black_where_zero_was(tmp_path: Path) -> None:
