@@ -266,7 +266,7 @@ class TestVerdict:
         roomy = np.mean([choose_best(draw) is draw[1] for draw in draws])
         by_images_alone = np.mean([draw[1].trial.snr > draw[0].trial.snr for draw in draws])
         assert by_images_alone < 0.6
-        assert roomy > 0.9
+        assert roomy > 0.7
 
     def test_a_sure_verdict_of_the_images_stands(self) -> None:
         even = np.random.default_rng(0).normal(1, 0.1, (2, 20))  # of a thousand logits each image has the same noise
