@@ -458,7 +458,8 @@ class TestQuantize:
         from_batches = mgq.quantize(network, iter([IMAGES[:1], IMAGES[1:]]))
         found, ranges = find_best_network(network, IMAGES, "small", "", get_preset(DEFAULT_PRESET))
         weights = to_mode(network, Mode.NORMAL)
-        if found.draft.rounded:  # else the ranges, with corrections of biases, are those of the weights as they were
+        # Where it changed the weights, the ranges are those of the new ones; else they have corrections of biases.
+        if found.draft.rounded or found.draft.network is not network:
             for name, value in found.network.named_parameters():
                 dict(weights.named_parameters())[name][...] = value
         from_ranges = mgq.quantize(weights, ranges=ranges)
