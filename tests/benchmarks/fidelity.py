@@ -354,8 +354,9 @@ def count(text: str) -> int:
     return number
 
 
-def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fidelity", description=__doc__)
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that choose a network and pictures, of the benchmark ``program``."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.{program}", description=description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("-a", "--arch", help="as for mgq calibrate")
     parser.add_argument("-c", "--checkpoint", type=Path, help="as for mgq calibrate")
@@ -367,14 +368,25 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--other", type=Path, required=True, help="folder of pictures of another kind")
     parser.add_argument("--images", type=count, default=100, help="pictures that calibrate, at most, evenly spread")
     parser.add_argument("--limit", type=count, help="compare on so many pictures of either kind, evenly spread")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """The options in ``words``; ends the program where they do not say which pictures are unseen."""
+    found = parser.parse_args(words)
+    if (found.every is None) == (found.unseen is None):
+        parser.error("give either --unseen FOLDER or --every N")
+    return found
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("fidelity", __doc__)
     for option, names in (("--mgq", list(WAYS)), ("--peers", list(peers.PEERS))):
         told = f"all by default, any of: {', '.join(names)}"
         parser.add_argument(option, nargs="*", choices=names, default=names, metavar="NAME", help=told)
     parser.add_argument("--python", action="append", default=[], metavar="PEER=FILE", help="the Python that has a peer")
     parser.add_argument("--json", type=Path, help="write all numbers to this file, too")
-    found = parser.parse_args(words)
-    if (found.every is None) == (found.unseen is None):
-        parser.error("give either --unseen FOLDER or --every N")
+    found = parse(parser, words)
     pairs = [pair.partition("=") for pair in found.python]
     found.python = {name: str(Path(file).absolute()) for name, _, file in pairs}
     return found

@@ -15,13 +15,25 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tests.benchmarks.fidelity import ENGINES, SETS, Images, Logits, chosen, count, decibels_of, opened, seen_by
+from tests.benchmarks.fidelity import (
+    ENGINES,
+    SETS,
+    Images,
+    Logits,
+    chosen,
+    decibels_of,
+    in_megengine,
+    make_parser,
+    opened,
+    parse,
+    seen_by,
+)
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.open import Classifier
@@ -106,6 +118,7 @@ class Comparison(NamedTuple):
 
 
 def rows_of(classifier: Classifier, fitted: Images, compared: Comparison, target: str) -> Iterator[list[str]]:
+    from mgq.cpu_kernels.simulation import fast_simulation
     from mgq.errors import FailureError
     from mgq.graph.layer_graph import keep_traces
     from mgq.ptq.pipeline import apply_steps
@@ -113,7 +126,7 @@ def rows_of(classifier: Classifier, fitted: Images, compared: Comparison, target
     from mgq.quantization.targets import get_target
 
     reached: dict[tuple[Step, ...], Draft] = {(): Draft(classifier.network, fitted.pixels, get_target(target))}
-    with simulated_fast(), keep_traces():
+    with fast_simulation(), keep_traces():
         for title, steps in recipes():
             try:
                 draft = apply_steps(steps, reached)
@@ -123,38 +136,13 @@ def rows_of(classifier: Classifier, fitted: Images, compared: Comparison, target
             yield [title, *compared.cells(compared.answers_of(draft, classifier.image_size))]
 
 
-def simulated_fast() -> Any:
-    from mgq.cpu_kernels.simulation import fast_simulation
-
-    return fast_simulation()
-
-
-def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.steps", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("-a", "--arch", help="as for mgq calibrate")
-    parser.add_argument("-c", "--checkpoint", type=Path, help="as for mgq calibrate")
-    parser.add_argument("--pretrained", action="store_true", help="as for mgq calibrate")
-    parser.add_argument("--target", default="onnx", help="onnx or onnx-avx2")
-    parser.add_argument("--calibration", type=Path, required=True, help="folder of the pictures that calibrate")
-    parser.add_argument("--unseen", type=Path, help="folder of other pictures of the same kind")
-    parser.add_argument("--every", type=count, help="every so many-th of --calibration calibrates, the rest is unseen")
-    parser.add_argument("--other", type=Path, required=True, help="folder of pictures of another kind")
-    parser.add_argument("--images", type=count, default=100, help="pictures that calibrate, at most, evenly spread")
-    parser.add_argument("--limit", type=count, help="compare on so many pictures of either kind, evenly spread")
-    found = parser.parse_args(words)
-    if (found.every is None) == (found.unseen is None):
-        parser.error("give either --unseen FOLDER or --every N")
-    return found
-
-
 def main(arguments: argparse.Namespace) -> None:
     from mgq.bench.tables import markdown_table
 
     classifier = opened(arguments)
     seen = {name: seen_by(classifier, found) for name, found in chosen(arguments).items()}
     fitted = seen.pop("calibration")
-    exact = {name: np.concatenate([classifier.logits(one[None]) for one in own.pixels]) for name, own in seen.items()}
+    exact = {name: in_megengine(classifier, own.pixels) for name, own in seen.items()}
     rows = []
     for row in rows_of(classifier, fitted, Comparison(seen, exact), arguments.target):
         print("  ".join(row), file=sys.stderr, flush=True)
@@ -168,7 +156,7 @@ if __name__ == "__main__":
     from mgq.errors import MgqError
 
     try:
-        main(parsed())
+        main(parse(make_parser("steps", __doc__), None))
     except MgqError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
