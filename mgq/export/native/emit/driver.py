@@ -483,12 +483,12 @@ class Driver:
         """What a kernel is given of tile number ``index`` behind ``first``, and the tile's first vector."""
         entry = self.entry(code, tiles, first, index)
         segments, count, weights, vector = (code.load_offset(code.advance(entry, 4 * i)) for i in range(4))
-        widen_entry = code.number("shl", vector, 6)
+        wide = code.number("shl", vector, 6)
         places = {
             "segments": segments,
             "weights": weights,
-            "bias": code.number("add", widen_entry, tiles.bias),
-            "factors": code.number("add", widen_entry, tiles.factors),
+            "bias": code.number("add", wide, tiles.bias),
+            "factors": code.number("add", wide, tiles.factors),
         }
         return {"count": count, **{name: code.advance("%constants", place) for name, place in places.items()}}, vector
 
@@ -529,9 +529,9 @@ class Driver:
         count = str(target.lanes // LANES)
         if channels is not None:
             first, count = channels
-            widen_entry, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
+            wide, values = code.number("shl", first, 6), code.number("mul", first, 64 * self.isa.unit)
             weighed = code.number("mul", first, weight_bytes(self.isa, size, layer.stride[0]))
-            moves = [*[values] * size, weighed, widen_entry, widen_entry, values]
+            moves = [*[values] * size, weighed, wide, wide, values]
             pointers = [code.advance(pointer, move) for pointer, move in zip(pointers, moves, strict=True)]
         numbers = str(source.step), str(target.step), count
         arguments = [*(("i8*", p) for p in pointers), *(("i64", n) for n in numbers)]
