@@ -110,8 +110,9 @@ def _format_counts(counts: Counter[str], with_reason: bool = False) -> str:
 
 def _format_count(label: str, count: int, with_reason: bool) -> str:
     reason = _NO_IMAGES.get(label, "") if with_reason else ""
-    plural = "s" if count > 1 and label.startswith(("empty", "hidden")) else ""
-    return f"{count:,} {printable(label)}{plural}" + (f" ({reason})" if reason else "")
+    name = printable(label)
+    counted = plural(count, name, ",") if label.startswith(("empty", "hidden")) else f"{count:,} {name}"
+    return counted + (f" ({reason})" if reason else "")
 
 
 def entries_in(folder: Path, tally: Tally) -> list[Entry]:
