@@ -37,7 +37,7 @@ from mgq.graph.layer_graph import (
     WeightedNode,
     graph_of,
 )
-from mgq.graph.rewrites import REWRITES, without_shuffles
+from mgq.graph.rewrites import REWRITES, merge_narrow_groups, without_shuffles
 from mgq.io.atomic import atomic_write
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.quantization.half_to_even import bias_steps
@@ -99,8 +99,9 @@ def write_onnx(
 
 
 def plain_graph(network: M.Module, image_size: int) -> Graph:
-    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing."""
-    return without_shuffles(graph_of(network, image_size), most=0)
+    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing, and
+    narrow groups are merged."""
+    return merge_narrow_groups(without_shuffles(graph_of(network, image_size), most=0))
 
 
 def model_of(
