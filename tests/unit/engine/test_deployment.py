@@ -18,6 +18,7 @@ from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import ONNX
+from mgq.runtime.protocol import run_in_batches
 from mgq.runtime.registry import load
 from tests.fakes.foreign_models import write
 
@@ -79,6 +80,18 @@ def test_int8_that_is_fast_is_not_tried_in_float(deploy_at: Any) -> None:
 
     assert not any(row.float_share for row in deploy_at(time_of).rows)
     assert set(shares) == {0.0}
+
+
+def test_a_form_that_is_farther_from_float_is_not_taken_however_fast(
+    deploy_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(runtime: Any, images: Any) -> Any:
+        found = run_in_batches(runtime, images)
+        return found * 0.5 if runtime.about.get("engine") else found
+
+    monkeypatch.setattr(deployment, "run_in_batches", spoil)
+    found = deploy_at(lambda share: 1.2 - share)
+    assert all(row.path == found.path and row.snr > 10 for row in found.rows)
 
 
 def test_where_no_share_is_faster_the_file_is_as_it_was(tmp_path: Path, deploy_at: Any) -> None:
