@@ -201,6 +201,37 @@ def pools(model: Model) -> str:
     return model.add("AveragePool", last, kernel_shape=[2, 2], strides=[2, 2])
 
 
+def timm(model: Model) -> str:
+    """What networks of timm have besides: pixels moved into channels, blurring behind a mirrored border, a gate that is
+    repeated by itself, and the highest number beside the mean."""
+    stem = model.add("Relu", model.norm(model.conv(model.add("SpaceToDepth", "image", blocksize=2), 12, 8, 3), 8))
+    sides = model.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+    around = model.add("Pad", stem, sides, mode="reflect")
+    blur = model.constant(np.broadcast_to(np.outer([1, 2, 1], [1, 2, 1]) / 16, (8, 1, 3, 3)))
+    small = model.add("Conv", around, blur, group=8, strides=[2, 2])
+    shape = model.add("Shape", small)
+    highest = model.add("ReduceMax", small, axes=[2, 3])
+    inner = model.conv(model.add("Add", model.add("GlobalAveragePool", small), highest), 8, 8, 1)
+    gated = model.add("Mul", small, model.add("Expand", model.add("Sigmoid", inner), shape))
+    spots = model.add("ReduceMax", gated, axes=[1])
+    return model.add("Mul", gated, model.add("Sigmoid", model.conv(spots, 1, 1, pads=[1] * 4)))
+
+
+def normalizing(model: Model) -> str:
+    """Norms of single pictures, activations of several layers, and pixels that are repeated."""
+    stem = model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])
+    each = [model.constant(np.linspace(low, 1, 8)) for low in (0.5, -1)]
+    normal = model.add("InstanceNormalization", stem, *each)
+    curved = model.add("Elu", model.conv(normal, 8, 8, 1), alpha=0.7)
+    soft = model.add("Mul", curved, model.add("Tanh", model.add("Softplus", curved)))
+    leaky = model.add("Max", soft, model.add("Mul", soft, model.constant(0.1)))
+    half = model.add("AveragePool", leaky, kernel_shape=[2, 2], strides=[2, 2])
+    again = model.add("Resize", half, model.constant([]), model.constant([1, 1, 2, 2]), mode="nearest")
+    lengths = model.add("Add", model.add("ReduceL2", again, axes=[1]), model.constant(1.0))
+    back = (model.constant(v, np.int64) for v in ([-1], [-100], [3], [-1]))
+    return model.add("Slice", model.add("Div", model.add("Add", again, leaky), lengths), *back)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -213,6 +244,8 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "keras_without_gate": keras_without_gate,
     "pools": pools,
     "padless": padless,
+    "timm": timm,
+    "normalizing": normalizing,
 }
 """Each ends in 8 channels."""
 

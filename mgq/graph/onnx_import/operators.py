@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
     convolution_options,
@@ -100,10 +99,20 @@ class Operator:
         """The output is what the layer ``name`` gives."""
         self.scope.layers[self.node.output[0]] = name
 
+    def give(self, name: str) -> None:
+        """The output is what the layer ``name`` gives, the last that was made for it."""
+        self.scope.draft.sources[name] = self.node.output[0]
+        self.pass_through(name)
 
-def read_node(node: Any, scope: Scope) -> None:
-    """Add what ``node`` does to the draft of ``scope``. Raises UnknownFormError, KeyError for an unknown operator."""
-    READERS[node.op_type](Operator(node, scope, attributes_of(node)))
+    def limit(self, low: float, high: float) -> None:
+        """The output is the layer among the inputs, limited."""
+        source = self.layer(0) if self.inputs[0] in self.scope.layers else self.layer(1)
+        if low == 0 and high == math.inf:
+            self.make("relu", [source])
+        elif math.isinf(low) and math.isinf(high):
+            self.pass_through(source)
+        else:
+            self.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
 
 
 def read_convolution(op: Operator) -> None:
@@ -148,7 +157,7 @@ def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation
 
 def read_batch_norm(op: Operator) -> None:
     scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
-    if op.read_attribute("training_mode", 0):
+    if op.read_attribute("training_mode", 0) or any(op.node.output[1:]):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
     shape = (-1, *(1,) * (len(op.shape()) - 2))
@@ -261,7 +270,7 @@ def read_sum(op: Operator) -> None:
 
 def read_clip(op: Operator) -> None:
     low, high = (op.numbers(name, place) for name, place in (("min", 1), ("max", 2)))
-    add_clip(op, read_first(low, -math.inf), read_first(high, math.inf))
+    op.limit(read_first(low, -math.inf), read_first(high, math.inf))
 
 
 def read_first(value: Any, default: float) -> float:
@@ -269,29 +278,6 @@ def read_first(value: Any, default: float) -> float:
         return default
     found = float(value[0] if isinstance(value, list) else value)
     return found if abs(found) < 3e38 else math.copysign(math.inf, found)
-
-
-def add_clip(op: Operator, low: float, high: float) -> None:
-    source = op.layer(0) if op.inputs[0] in op.scope.layers else op.layer(1)
-    if low == 0 and high == math.inf:
-        op.make("relu", [source])
-    elif math.isinf(low) and math.isinf(high):
-        op.pass_through(source)
-    else:
-        op.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
-
-
-def read_limit(is_max: bool) -> Callable[[Operator], None]:
-    """Max or Min with a constant."""
-
-    def read(op: Operator) -> None:
-        values = [op.scope.constants[name] for name in op.inputs if op.scope.is_constant(name)]
-        if len(op.inputs) != 2 or len(values) != 1 or values[0].size != 1:
-            raise UnknownFormError("compares layers with each other")
-        value = float(values[0].ravel()[0])
-        add_clip(op, value if is_max else -math.inf, math.inf if is_max else value)
-
-    return read
 
 
 def read_unary(kind: str, **defaults: float) -> Callable[[Operator], None]:
@@ -310,12 +296,6 @@ def read_prelu(op: Operator) -> None:
     assert slope is not None
     slope = slope[0] if slope.ndim == len(op.shape()) else slope
     op.make("prelu", [op.layer()], {"slope": slope})
-
-
-def read_gelu(op: Operator) -> None:
-    if op.read_attribute("approximate", "none") != "none":
-        raise UnknownFormError("is approximated by tanh")
-    op.make("gelu", [op.layer()])
 
 
 def read_pow(op: Operator) -> None:
@@ -364,12 +344,13 @@ def read_slice(op: Operator) -> None:
     for start, stop, axis, step in zip(starts, stops, axes, steps, strict=True):
         place = op.axis(int(axis), len(shape))
         if step < 1:
-            raise UnknownFormError("goes backwards")
+            source = reverse(op, source, place, slice(int(start), int(stop), int(step)))
+            continue
         first, last, _ = slice(int(start), int(stop), int(step)).indices(shape[place])
         if (first, last, step) != (0, shape[place], 1):
             parts.append((place, first, last, int(step)))
     if not parts:
-        op.pass_through(source)
+        op.give(source) if source != op.layer() else op.pass_through(source)
         return
     for place, first, last, step in parts[:-1]:
         options = {"axis": place, "start": first, "stop": last, "step": step}
@@ -377,6 +358,14 @@ def read_slice(op: Operator) -> None:
             raise UnknownFormError("takes pictures out of the batch")
         source = op.scope.draft.add("slice", [source], "", options)
     add_slice(op, source, *parts[-1])
+
+
+def reverse(op: Operator, source: str, axis: int, part: slice) -> str:
+    """What lies in ``part`` of ``axis``, whose step is negative."""
+    if axis == 0:
+        raise UnknownFormError("takes pictures out of the batch")
+    indices = list(range(*part.indices(op.shape()[axis])))
+    return op.scope.draft.add("slice", [source], "", {"axis": axis, "indices": indices})
 
 
 def read_gather(op: Operator) -> None:
@@ -414,23 +403,24 @@ def read_pool(kind: str) -> Callable[[Operator], None]:
 
 
 def read_mean(op: Operator) -> None:
-    shape, rank = op.shape(), len(op.shape())
-    axes = op.numbers("axes", 1)
+    op.give(reduce(op, op.layer(), "mean", "global_avg"))
+
+
+def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
+    """A layer of ``kind`` along the axes that ``op`` names; of ``global_kind`` where these are all of a picture."""
+    shape = op.scope.draft.shape(source)
+    rank, axes = len(shape), op.numbers("axes", 1)
     places = sorted(op.axis(int(axis), rank) for axis in axes) if axes else list(range(rank))
+    if not axes and op.read_attribute("noop_with_empty_axes", 0):
+        raise UnknownFormError("goes over no axes")
     if 0 in places:
-        raise UnknownFormError("averages over the batch")
-    if not places:
-        op.pass_through(op.layer())
-        return
+        raise UnknownFormError("goes over the batch")
     is_global = rank == 4 and places == [2, 3]
-    keep = bool(op.read_attribute("keepdims", 1))
+    name = op.scope.draft.add(*((global_kind, [source], "") if is_global else (kind, [source], "", {"axes": places})))
+    if op.read_attribute("keepdims", 1):
+        return name
     rest = [size for i, size in enumerate(shape) if i > 0 and i not in places]
-    kind, options = ("global_avg", {}) if is_global else ("mean", {"axes": places})
-    if keep:
-        op.make(kind, [op.layer()], **options)
-        return
-    found = op.scope.draft.add(kind, [op.layer()], "", options)
-    op.make("reshape", [found], shape=rest)
+    return op.scope.draft.add("reshape", [name], "", {"shape": rest})
 
 
 def read_softmax(kind: str) -> Callable[[Operator], None]:
@@ -498,8 +488,9 @@ def read_transpose(op: Operator) -> None:
 
 def read_pad(op: Operator) -> None:
     rank = len(op.shape())
-    if op.read_attribute("mode", "constant") != "constant":
-        raise UnknownFormError("pads by other values than a constant")
+    mode = op.read_attribute("mode", "constant")
+    if mode not in ("constant", "reflect", "edge"):
+        raise UnknownFormError(f"pads by the mode {mode}")
     given = [int(size) for size in op.numbers("pads", 1)]
     axes = op.numbers("axes", 3, list(range(rank))) if op.scope.opset >= 18 else list(range(rank))
     starts, ends = [0] * rank, [0] * rank
@@ -510,6 +501,11 @@ def read_pad(op: Operator) -> None:
         return
     if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
         raise UnknownFormError("pads other things than pictures, or cuts them")
+    if mode != "constant":
+        if starts[1] or ends[1]:
+            raise UnknownFormError("repeats channels")
+        op.make("border", [op.layer()], pads=[*starts[2:], *ends[2:]], mode=mode)
+        return
     value = read_first(op.numbers("value", 2), 0.0)
     if starts[2:] + ends[2:] == [0] * 4 and (starts[1] or ends[1]):
         options = {"pads": [0] * 4, "channels": [starts[1], ends[1]], "value": value}
@@ -526,19 +522,16 @@ def read_lrn(op: Operator) -> None:
     op.make("lrn", [op.layer()], size=int(op.read_attribute("size", 1)), **values)
 
 
-def read_layer_norm(op: Operator) -> None:
-    rank = len(op.shape())
-    if op.axis(int(op.read_attribute("axis", -1)), rank) != rank - 1:
-        raise UnknownFormError("normalizes over more than the last axis")
-    scale, shift = op.constant(1), op.constant(2)
-    assert scale is not None
-    tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
-    op.make("layer_norm", [op.layer()], tensors, eps=float(op.read_attribute("epsilon", 1e-5)))
-
-
 def read_cast(op: Operator) -> None:
     if int(op.read_attribute("to", 1)) not in (1, 11):
         raise UnknownFormError("turns layers into integers or half floats")
+    op.pass_through(op.layer())
+
+
+def read_dropout(op: Operator) -> None:
+    ratio = op.read_attribute("ratio", op.numbers("ratio", 1, [0.5]))
+    if any(op.numbers("training_mode", 2, [0])) and ratio not in (0, [0.0]):
+        raise UnknownFormError("drops at random: export it in evaluation state")
     op.pass_through(op.layer())
 
 
@@ -556,12 +549,12 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Concat": read_concat,
     "Conv": read_convolution,
     "Div": read_binary("div"),
-    "Dropout": read_nothing,
+    "Dropout": read_dropout,
+    "Elu": read_unary("elu", alpha=1.0),
     "Erf": read_unary("erf"),
     "Exp": read_unary("exp"),
     "Flatten": read_flatten,
     "Gather": read_gather,
-    "Gelu": read_gelu,
     "Gemm": read_gemm,
     "GlobalAveragePool": read_unary("global_avg"),
     "GlobalMaxPool": read_unary("global_max"),
@@ -569,13 +562,10 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "HardSwish": read_unary("hard_swish"),
     "Identity": read_nothing,
     "LRN": read_lrn,
-    "LayerNormalization": read_layer_norm,
     "LeakyRelu": read_unary("leaky_relu", slope=0.01),
     "LogSoftmax": read_softmax("log_softmax"),
     "MatMul": read_matmul,
-    "Max": read_limit(True),
     "MaxPool": read_pool("max_pool"),
-    "Min": read_limit(False),
     "Mul": read_binary("mul"),
     "Neg": read_unary("neg"),
     "PRelu": read_prelu,
@@ -588,6 +578,7 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Sigmoid": read_unary("sigmoid"),
     "Slice": read_slice,
     "Softmax": read_softmax("softmax"),
+    "Softplus": read_unary("softplus"),
     "Split": read_split,
     "Sqrt": read_unary("sqrt"),
     "Squeeze": read_squeeze,

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.graph.onnx_import.constants import FOLDED, fold
+from mgq.graph.onnx_import.composed_operators import COMPOSED
+from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
-from mgq.graph.onnx_import.operators import READERS, Scope, UnknownFormError, read_node
+from mgq.graph.onnx_import.operators import READERS, Operator, Scope, UnknownFormError
 from mgq.graph.onnx_import.simplify import simplify
 from mgq.zoo.blueprint import INPUT
 
@@ -61,18 +62,44 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif known and node.op_type in FOLDED:
             outputs = fold(node, scope.constants, scope.opset)
             scope.constants.update(zip(node.output, outputs, strict=False))
-        elif node.op_type not in READERS:
+        elif node.op_type == "If":
+            read_branch(node, scope)
+        elif node.op_type not in READERS and node.op_type not in COMPOSED:
             raise InputError(f"has a {what}, which is not imported")
         else:
-            read_node(node, scope)
+            reader = READERS.get(node.op_type) or COMPOSED[node.op_type]
+            reader(Operator(node, scope, attributes_of(node)))
             refuse_huge(scope, node)
     except InputError:
         raise
     except UnknownFormError as error:
-        raise InputError(f"has a {what} that {error}, which is not imported") from None
+        raise InputError(
+            f"has a {what} that {error}" + ("" if ": " in str(error) else ", which is not imported")
+        ) from None
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0])[:120]
         raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
+
+
+def read_branch(node: Any, scope: Scope) -> None:
+    """An If whose condition is known: the nodes of the branch that is taken. Their tensors are not the file's own."""
+    import onnx
+
+    condition = scope.constant(node.input[0])
+    wanted = "then_branch" if condition.all() else "else_branch"
+    branch = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
+    scope.constants.update((tensor.name, onnx.numpy_helper.to_array(tensor)) for tensor in branch.initializer)
+    known = len(scope.draft.plans)
+    for place, inner in enumerate(branch.node):
+        read(inner, place, scope)
+    scope.draft.sources.update((plan.name, "") for plan in scope.draft.plans[known:])
+    for outer, value in zip(node.output, branch.output, strict=True):
+        if value.name in scope.constants:
+            scope.constants[outer] = scope.constants[value.name]
+        else:
+            scope.layers[outer] = scope.layers[value.name]
+            if scope.layers[outer] in (plan.name for plan in scope.draft.plans[known:]):
+                scope.draft.sources[scope.layers[outer]] = outer
 
 
 def fold_shape(node: Any, scope: Scope) -> None:

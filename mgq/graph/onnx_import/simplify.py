@@ -155,6 +155,22 @@ def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, float]:
     return "", 1
 
 
+def drop_expansion(draft: NetworkDraft) -> bool:
+    """What is as large as the other operand without being repeated needs no repeating."""
+    for plan in layers(draft, "add", "sub", "mul", "div"):
+        for place, name in enumerate(plan.inputs):
+            inner = source_of(draft, name, "expand")
+            other = draft.shape(plan.inputs[1 - place])
+            if inner is None or np.broadcast_shapes(draft.shape(inner.inputs[0]), other) != draft.shape(plan.name):
+                continue
+            inputs = [inner.inputs[0] if i == place else old for i, old in enumerate(plan.inputs)]
+            if plan.kind in ("add", "mul") and place == 0:  # what is broadcast comes second
+                inputs.reverse()
+            draft.replace(plan, plan.with_inputs(inputs))
+            return True
+    return False
+
+
 def join_layer_norm(draft: NetworkDraft) -> bool:
     """What is centred, divided by its deviation along the last axis, is a layer norm."""
     for plan in layers(draft, "div"):
@@ -447,6 +463,7 @@ RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
     join_swish,
     move_scale_behind_product,
+    drop_expansion,
     join_layer_norm,
     join_affine_into_layer_norm,
     join_affines,

@@ -138,6 +138,56 @@ def test_a_convolution_along_one_axis_is_imported(tmp_path: Path, pads: list[int
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def test_part_of_the_channels_is_averaged_for_several_images_at_once(tmp_path: Path) -> None:
+    """MegEngine's pooling takes no view of a part of a batch."""
+    model = Model()
+    sides = [model.constant(v, np.int64) for v in ([2], [10], [1])]
+    part = model.add("Slice", model.conv("image", 3, 12), *sides)
+    path = model.save(tmp_path / "model.onnx", model.classify(part, 8))
+    images = pixels(3)
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32))
+    assert difference(classifier_in(path).logits(images), wanted) < 1e-4
+
+
+def test_a_branch_whose_condition_is_known_is_taken(tmp_path: Path) -> None:
+    """As PyTorch writes ``squeeze`` where it does not know the axes."""
+    model = Model()
+    mean = model.add("GlobalAveragePool", model.conv("image", 3, 8))
+    axes = numpy_helper.from_array(np.array([0, 8], np.int64), "axes")
+    flat = helper.make_graph(
+        [helper.make_node("Reshape", [mean, "axes"], ["flat"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("flat", TensorProto.FLOAT, None)],
+        [axes],
+    )
+    whole = helper.make_graph(
+        [helper.make_node("Identity", [mean], ["same"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)],
+    )
+    is_one = model.add(
+        "Equal", model.add("Gather", model.add("Shape", mean), model.constant(3, np.int64)), model.constant(1, np.int64)
+    )
+    features = model.add("If", is_one, then_branch=flat, else_branch=whole)
+    output = model.add("Gemm", features, model.weights(CLASSES, 8), transB=1)
+    assert (
+        "float answers as ONNX Runtime's" in import_classifier(model.save(tmp_path / "m.onnx", output), RAW, "")[1][0]
+    )
+
+
+def test_weights_that_are_computed_by_a_norm_are_known(tmp_path: Path) -> None:
+    """As timm standardizes them: by a batch norm of the weights."""
+    model = Model(opset=15)
+    ones, zeros = (model.constant(np.full(8, value)) for value in (1, 0))
+    weight = model.add("Reshape", model.weights(8, 3, 3, 3), model.constant([1, 8, 27], np.int64))
+    normal = model.add("BatchNormalization", weight, ones, zeros, zeros, ones, outputs=3, training_mode=1)
+    weight = model.add("Reshape", normal, model.constant([8, 3, 3, 3], np.int64))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Conv", "image", weight), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
 def test_int8_of_a_file_is_that_of_the_same_import(tmp_path: Path) -> None:
     path, run = write(tmp_path / "model.onnx"), tmp_path / "model.calibration" / "checkpoint.safetensors"
     imported = import_checkpoint(path, tmp_path, RAW)
@@ -386,7 +436,7 @@ def token_model(model: Model) -> Any:
 
 def unknown_operator(model: Model) -> Any:
     first = model.conv("image", 3, 8)
-    return model.proto(model.classify(model.add("Mish", first), 8))
+    return model.proto(model.classify(model.add("Hardmax", first), 8))
 
 
 def old_opset(model: Model) -> Any:
@@ -416,6 +466,17 @@ def overflowing(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", model.add("Conv", first, large), large), 8))
 
 
+def training_dropout(model: Model) -> Any:
+    first = model.add("Dropout", model.conv("image", 3, 8), model.constant(0.5), model.constant(True, np.bool_))
+    return model.proto(model.classify(first, 8))
+
+
+def training_norm(model: Model) -> Any:
+    each = [model.constant(np.ones(8)) for _ in range(4)]
+    first = model.add("BatchNormalization", model.conv("image", 3, 8), *each, outputs=3, training_mode=1)
+    return model.proto(model.classify(first, 8))
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
@@ -426,8 +487,10 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
-    "operator": (unknown_operator, "Mish 'n1' (opset 18)"),
+    "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
     "opset": (old_opset, "opset 6"),
+    "dropout": (training_dropout, "Dropout 'n1' (opset 18) that drops at random: export it in evaluation state"),
+    "batch norm": (training_norm, "normalizes by the batch: export it in evaluation state"),
     "outside": (outside, "outside of its folder"),
     "nan": (not_numbers, "NaN"),
     "overflow": (overflowing, "answers with numbers that are not finite"),
