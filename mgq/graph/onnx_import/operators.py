@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.errors import printable
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
     convolution_options,
@@ -36,6 +37,8 @@ class Scope:
         """The layer that makes the tensor ``name``; one more where it is a constant."""
         if name in self.layers:
             return self.layers[name]
+        if name not in self.constants:
+            raise UnknownFormError(f"reads '{printable(name)[:40]}', which no node before it makes: write it again")
         raise UnknownFormError("reads a constant where a layer is expected")
 
     def constant(self, name: str) -> Array:
@@ -501,19 +504,25 @@ def read_pad(op: Operator) -> None:
         return
     if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
         raise UnknownFormError("pads other things than pictures, or cuts them")
+    options: dict[str, Any] = {"pads": [*starts[2:], *ends[2:]]}
     if mode != "constant":
         if starts[1] or ends[1]:
             raise UnknownFormError("repeats channels")
-        op.make("border", [op.layer()], pads=[*starts[2:], *ends[2:]], mode=mode)
+        op.make("border", [op.layer()], **options, mode=mode)
         return
-    value = read_first(op.numbers("value", 2), 0.0)
-    if starts[2:] + ends[2:] == [0] * 4 and (starts[1] or ends[1]):
-        options = {"pads": [0] * 4, "channels": [starts[1], ends[1]], "value": value}
+    options["value"] = read_first(op.numbers("value", 2), 0.0)
+    if not (starts[1] or ends[1]):
         op.make("pad", [op.layer()], **options)
-        return
-    if starts[1] or ends[1]:
+    elif not any(options["pads"]):
+        op.make("pad", [op.layer()], **options, channels=[starts[1], ends[1]])
+    elif not (starts[3] or ends[3]):
+        # Channels last: the axes of pictures are those before them.
+        options["pads"] = [*starts[1:3], *ends[1:3]]
+        first = op.scope.draft.add("transpose", [op.layer()], "", {"axes": [0, 3, 1, 2]})
+        padded = op.scope.draft.add("pad", [first], "", options)
+        op.make("transpose", [padded], axes=[0, 2, 3, 1])
+    else:
         raise UnknownFormError("pads channels and positions at once")
-    op.make("pad", [op.layer()], pads=[*starts[2:], *ends[2:]], value=value)
 
 
 def read_lrn(op: Operator) -> None:

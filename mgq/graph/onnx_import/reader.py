@@ -14,7 +14,7 @@ from mgq.graph.onnx_import.composed_operators import COMPOSED
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
 from mgq.graph.onnx_import.operators import READERS, Operator, Scope, UnknownFormError
-from mgq.graph.onnx_import.simplify import simplify
+from mgq.graph.onnx_import.simplify import drop_probabilities, simplify
 from mgq.zoo.blueprint import INPUT
 
 Array = npt.NDArray[Any]
@@ -23,13 +23,18 @@ MOST_NUMBERS = 1 << 27
 
 
 def read_network(
-    model: Any, constants: Mapping[str, Array], input_name: str, sample: Array, channels_last: bool = False
+    model: Any,
+    constants: Mapping[str, Array],
+    input_name: str,
+    output: str,
+    sample: Array,
+    channels_last: bool = False,
 ) -> NetworkDraft:
     """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
 
-    ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be, with the axes (1, H, W, C) where
-    ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax at the end is left out. Raises
-    InputError that names the first node that cannot be imported, and the opset.
+    ``output``: the tensor that is its answer. ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be,
+    with the axes (1, H, W, C) where ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax or
+    sigmoid at the end is left out. Raises InputError that names the first node that cannot be imported, and the opset.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
@@ -40,10 +45,10 @@ def read_network(
         scope.layers[input_name] = draft.add("transpose", [INPUT], "", {"axes": [0, 2, 3, 1]})
     for place, node in enumerate(model.graph.node):
         read(node, place, scope)
-    output = model.graph.output[0].name
     if output not in scope.layers:
-        raise InputError("its answer does not depend on the picture: give a classifier")
+        raise InputError("gives an answer that does not depend on the picture: give a classifier")
     draft.output = scope.layers[output]
+    drop_probabilities(draft)
     end_in_classes(draft)
     simplify(draft)
     return draft
@@ -118,12 +123,19 @@ def refuse_huge(scope: Scope, node: Any) -> None:
 
 
 def end_in_classes(draft: NetworkDraft) -> None:
-    """Let the answer be (1, classes). Raises InputError for other answers."""
-    shape = draft.shape(draft.output)
-    if len(shape) in (3, 4) and math.prod(shape[2:]) == 1:
-        source = draft.sources[draft.output]
-        draft.output = draft.add("reshape", [draft.output], source, {"shape": [shape[1]]})
+    """Let the answer be (1, classes); one number is the score of the second of two classes, and 0 that of the first.
+
+    Raises InputError for other answers.
+    """
+    shape, source = draft.shape(draft.output), draft.sources[draft.output]
+    if len(shape) != 2 and math.prod(shape[2:]) == 1:
+        draft.output = draft.add("reshape", [draft.output], source, {"shape": [math.prod(shape[1:])]})
         shape = draft.shape(draft.output)
-    if len(shape) != 2 or shape[1] < 2:
+    if shape == (1, 1):
+        draft.has_one_score = True
+        tensors = {"weight": np.array([[0.0], [1.0]]), "bias": np.zeros(2)}
+        draft.output = draft.add("linear", [draft.output], source, {"inputs": 1, "outputs": 2}, tensors)
+        shape = draft.shape(draft.output)
+    if len(shape) != 2:
         told = "x".join(map(str, shape))
         raise InputError(f"answers with {told} numbers, not with one for each class: give a classifier of pictures")

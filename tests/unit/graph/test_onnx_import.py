@@ -42,7 +42,7 @@ from mgq.quantization.targets import ONNX
 from mgq.zoo.input_contract import CONTRACTS
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import Mgq, slow, the_error
-from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
+from tests.fakes.foreign_models import BODIES, CLASSES, Model, plain, write
 
 RAW = ImportWish(preprocess="raw")
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
@@ -202,6 +202,70 @@ def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
     with_softmax, without = (write(tmp_path / f"{s}.onnx", softmax=s) for s in (True, False))
     images = pixels()
     assert np.allclose(classifier_in(with_softmax).logits(images), classifier_in(without).logits(images), atol=1e-5)
+
+
+def with_one_more_output(model: Model, output: str, operator: str, name: str, **attributes: Any) -> Any:
+    proto = model.proto(output)
+    proto.graph.node.append(helper.make_node(operator, [output], [name], **attributes))
+    kind = TensorProto.INT64 if operator == "ArgMax" else TensorProto.FLOAT
+    proto.graph.output.insert(0, helper.make_tensor_value_info(name, kind, [None] * 2))
+    return proto
+
+
+@pytest.mark.parametrize("operator", ["Softmax", "ArgMax", "ZipMap"])
+def test_what_other_outputs_are_told_from_is_the_answer(tmp_path: Path, operator: str) -> None:
+    model = Model()
+    output = model.classify(plain(model), 8)
+    images, path = pixels(), model.save(tmp_path / "alone.onnx", output)
+    is_map = operator == "ZipMap"
+    attributes = {"domain": "ai.onnx.ml", "classlabels_int64s": list(range(CLASSES))} if is_map else {"axis": 1}
+    proto = with_one_more_output(model, output, operator, "other", **attributes)
+    several = tmp_path / "several.onnx"
+    several.write_bytes(proto.SerializeToString())
+    wanted = classifier_in(path).logits(images)
+    assert (classifier_in(several).logits(images) == wanted).all()
+    del proto.graph.output[1]
+    several.write_bytes(proto.SerializeToString())
+    assert np.allclose(classifier_in(several).logits(images), wanted, atol=1e-5)
+
+
+def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> None:
+    model = Model()
+    proto = model.proto(model.classify(plain(model), 8))
+    proto.graph.node.append(helper.make_node("Hardmax", [proto.graph.node[3].output[0]], ["unread"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float16), "unread too"))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("name", ["", "same", "two\nlines"])
+def test_nodes_may_have_no_name_or_one_that_is_taken(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "model.onnx")
+    proto = onnx.load(str(path))
+    for node in proto.graph.node:
+        node.name = name
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("ending", ["score", "sigmoid", "squeezed"])
+def test_one_number_is_the_score_of_the_second_of_two_classes(tmp_path: Path, ending: str) -> None:
+    model = Model()
+    mean = model.add("Flatten", model.add("GlobalAveragePool", model.conv("image", 3, 8)))
+    score = model.add("Gemm", mean, model.weights(1, 8), model.constant([0.3]), transB=1)
+    output = score if ending == "score" else model.add("Sigmoid", score)
+    if ending == "squeezed":
+        output = model.add("Squeeze", output, model.constant([1], np.int64))
+    path, images = model.save(tmp_path / "model.onnx", output, rank=1 + (ending != "squeezed")), pixels()
+    classifier = classifier_in(path)
+    logits = classifier.logits(images)
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32)).ravel()
+    found = logits[:, 1] - logits[:, 0]
+    assert difference(found if ending == "score" else 1 / (1 + np.exp(-found)), wanted) < 1e-4
+    assert len(classifier.classes) == 2
+    assert [plan.kind for plan in classifier.network.blueprint.layers][-1] == "linear"
+    assert sum(plan.kind == "conv" for plan in classifier.network.blueprint.layers) == 1
 
 
 @pytest.mark.slow
@@ -466,6 +530,14 @@ def overflowing(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", model.add("Conv", first, large), large), 8))
 
 
+def out_of_order(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    nodes = list(proto.graph.node)[::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
 def training_dropout(model: Model) -> Any:
     first = model.add("Dropout", model.conv("image", 3, 8), model.constant(0.5), model.constant(True, np.bool_))
     return model.proto(model.classify(first, 8))
@@ -489,6 +561,7 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "tokens": (token_model, "not pictures"),
     "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
     "opset": (old_opset, "opset 6"),
+    "order": (out_of_order, "reads 't2_0', which no node before it makes"),
     "dropout": (training_dropout, "Dropout 'n1' (opset 18) that drops at random: export it in evaluation state"),
     "batch norm": (training_norm, "normalizes by the batch: export it in evaluation state"),
     "outside": (outside, "outside of its folder"),
