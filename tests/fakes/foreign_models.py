@@ -232,6 +232,31 @@ def normalizing(model: Model) -> str:
     return model.add("Slice", model.add("Div", model.add("Add", again, leaky), lengths), *back)
 
 
+def attention(model: Model) -> str:
+    """A transformer's block, whose exporter mixes the batch with other axes: tokens as rows of a matrix, a class token
+    that is a constant, and heads in front of pictures."""
+
+    def shaped(source: str, *shape: int) -> str:
+        return model.add("Reshape", source, model.constant(shape, np.int64))
+
+    grid = shaped(model.conv("image", 3, 8, 4, strides=[4, 4]), 0, 8, 64)
+    tokens = model.add(
+        "Concat", model.constant(np.ones((1, 1, 8))), model.add("Transpose", grid, perm=[0, 2, 1]), axis=1
+    )
+    tokens = model.add("Add", tokens, model.weights(1, 65, 8))
+    rows = model.add("Gemm", shaped(tokens, 65, 8), model.weights(8, 24), model.constant(np.linspace(-1, 1, 24)))
+    heads = model.add("Transpose", shaped(rows, 1, 65, 3, 2, 4), perm=[2, 0, 3, 1, 4])
+    query, key, value = (model.add("Gather", heads, model.constant(place, np.int64), axis=0) for place in range(3))
+    alike = model.add(
+        "MatMul", model.add("Mul", query, model.constant(0.5)), model.add("Transpose", key, perm=[0, 1, 3, 2])
+    )
+    found = model.add("MatMul", model.add("Softmax", alike, axis=-1), value)
+    joined = shaped(model.add("Transpose", found, perm=[2, 0, 1, 3]), 65, 8)
+    mixed = model.add("Add", shaped(model.add("Gemm", joined, model.weights(8, 8)), 1, 65, 8), tokens)
+    back = model.add("Slice", mixed, *(model.constant(v, np.int64) for v in ([1], [65], [1])))
+    return shaped(model.add("Transpose", back, perm=[0, 2, 1]), 0, 8, 8, 8)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -246,6 +271,7 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "padless": padless,
     "timm": timm,
     "normalizing": normalizing,
+    "attention": attention,
 }
 """Each ends in 8 channels."""
 

@@ -255,8 +255,8 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
     for entry in model.opset_import:
         entry.version = min(entry.version, NEWEST_COMPARED)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
-    for node in model.graph.node:
-        node.name = ""  # it runs no two of one name
+    for place, node in enumerate(model.graph.node):
+        node.name = f"node_{place}"  # it runs no two of one name
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.onnx_import.operators import Operator, UnknownFormError, read_first, reduce
+from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, read_first, reduce
 
 Array = npt.NDArray[Any]
 SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
@@ -72,6 +72,8 @@ def read_limit(is_max: bool) -> Callable[[Operator], None]:
             op.limit(value if is_max else -math.inf, math.inf if is_max else value)
             return
         one, other = op.layer(0), op.layer(1)
+        if len(op.shape(0)) != len(op.shape(1)):
+            raise BatchMixedError
         more = add_layer(op, "relu", add_layer(op, "sub", *((one, other) if is_max else (other, one))))
         op.give(add_layer(op, "add" if is_max else "sub", other, more))
 
@@ -111,7 +113,7 @@ def read_layer_norm(op: Operator) -> None:
     scale, shift = op.constant(1), op.constant(2)
     assert scale is not None
     if first == 0:
-        raise UnknownFormError("normalizes over the batch")
+        raise BatchMixedError
     if first == len(shape) - 1:
         tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
         op.make("layer_norm", [op.layer()], tensors, eps=epsilon)

@@ -19,19 +19,31 @@ from mgq.graph.onnx_import.draft import (
 
 Array = npt.NDArray[Any]
 
+MOST_PLACES = 4096
+"""In what is looked up."""
+
 
 class UnknownFormError(Exception):
     """What an operator asks for that is not imported: the rest of a sentence that begins with the operator."""
 
 
+class BatchMixedError(UnknownFormError):
+    """The same where the first axis is not that of pictures for this operator."""
+
+    def __init__(self) -> None:
+        super().__init__("mixes the batch with other axes")
+
+
 @dataclass
 class Scope:
-    """What is known while nodes are read: constants, and the layers that make the other tensors."""
+    """What is known while nodes are read: constants, and the layers that make the other tensors. The tensors
+    ``without_batch`` have an axis less than what their layers give."""
 
     draft: NetworkDraft
     opset: int
     constants: dict[str, Array] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
+    without_batch: set[str] = field(default_factory=set)
 
     def layer(self, name: str) -> str:
         """The layer that makes the tensor ``name``; one more where it is a constant."""
@@ -51,6 +63,10 @@ class Scope:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.draft.shape(self.layer(name))
+
+    def file_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor ``name`` in the file, for one picture."""
+        return self.shape(name)[1:] if name in self.without_batch else self.shape(name)
 
 
 @dataclass(frozen=True)
@@ -173,16 +189,22 @@ def read_batch_norm(op: Operator) -> None:
 def read_gemm(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
-    if op.read_attribute("transA", 0) or len(op.shape()) != 2 or weight.ndim != 2:
+    if op.read_attribute("transA", 0) or weight.ndim != 2:
         raise UnknownFormError("multiplies other matrices than features by weights")
-    weight = weight if op.read_attribute("transB", 0) else weight.T
-    add_linear(
-        op, weight * op.read_attribute("alpha", 1.0), None if bias is None else bias * op.read_attribute("beta", 1.0)
-    )
+    if op.shape()[0] != 1:
+        raise BatchMixedError
+    weight = (weight if op.read_attribute("transB", 0) else weight.T) * op.read_attribute("alpha", 1.0)
+    bias = None if bias is None else np.broadcast_to(bias.reshape(-1), (len(weight),)) * op.read_attribute("beta", 1.0)
+    if len(op.shape()) == 2:
+        add_linear(op, weight, bias)
+    else:
+        add_linear_over_last_axis(op, weight, bias)
 
 
 def read_matmul(op: Operator) -> None:
     if not op.scope.is_constant(op.inputs[1]):
+        if len(op.shape(0)) != len(op.shape(1)):
+            raise BatchMixedError
         op.make("matmul", [op.layer(0), op.layer(1)])
         return
     weight, shape = op.constant(1), op.shape()
@@ -201,7 +223,7 @@ def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
     op.make("linear", [op.layer()], {"weight": weight, "bias": bias}, inputs=inputs, outputs=outputs)
 
 
-def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
+def add_linear_over_last_axis(op: Operator, weight: Array, bias: Array | None = None) -> None:
     """(N, ..., C) by (O, C): as a 1x1 convolution, of a picture whose channels come last as it is."""
     shape, draft = op.shape(), op.scope.draft
     flat = op.layer()
@@ -209,7 +231,7 @@ def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
         flat = draft.add("reshape", [flat], "", {"shape": [math.prod(shape[1:-1]), 1, shape[-1]]})
     first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
     kernels = weight[:, :, None, None]
-    done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, None, 1))
+    done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, bias, 1))
     if len(shape) == 4:
         op.make("transpose", [done], axes=[0, 2, 3, 1])
         return
@@ -234,6 +256,8 @@ def read_binary(kind: str) -> Callable[[Operator], None]:
 
 def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
     draft = op.scope.draft
+    if len(draft.shape(one)) != len(draft.shape(other)):
+        raise BatchMixedError
     if kind == "mul" and draft.shape(one) != draft.shape(other):
         # What is broadcast comes second.
         small = math.prod(draft.shape(one)) < math.prod(draft.shape(other))
@@ -309,14 +333,31 @@ def read_pow(op: Operator) -> None:
 
 
 def read_concat(op: Operator) -> None:
-    axis = op.axis(int(op.read_attribute("axis", 1)), len(op.shape()) if op.inputs[0] in op.scope.layers else 4)
-    names = [op.scope.layer(name) for name in op.inputs]
+    first = next(op.scope.layer(name) for name in op.inputs if not op.scope.is_constant(name))
+    axis = op.axis(int(op.read_attribute("axis", 1)), len(op.scope.draft.shape(first)))
     if axis == 0:
-        raise UnknownFormError("joins pictures of the batch")
+        raise BatchMixedError
+    names = [
+        add_constant_beside(op, first, axis, name) if op.scope.is_constant(name) else op.scope.layer(name)
+        for name in op.inputs
+    ]
     if len(names) == 1:
         op.pass_through(names[0])
     else:
         op.make("concat", names, axis=axis)
+
+
+def add_constant_beside(op: Operator, layer: str, axis: int, name: str) -> str:
+    """A layer that gives the constant ``name`` whatever ``layer`` gives, beside which it is put along ``axis``."""
+    draft, value = op.scope.draft, op.scope.constant(name)
+    shape = draft.shape(layer)
+    if value.ndim == len(shape) and len(value) == 1:
+        value = value[0]
+    if value.ndim != len(shape) - 1 or value.shape[axis - 1] > shape[axis]:
+        raise UnknownFormError("joins a constant of more numbers than there are beside it")
+    options = {"axis": axis, "start": 0, "stop": value.shape[axis - 1], "step": 1}
+    part = draft.add("slice", [layer], "", options)
+    return draft.add("affine", [part], "", {}, {"scale": np.zeros(()), "shift": value})
 
 
 def read_split(op: Operator) -> None:
@@ -334,7 +375,7 @@ def read_split(op: Operator) -> None:
 
 def add_slice(op: Operator, source: str, axis: int, start: int, stop: int, step: int, output: int = 0) -> None:
     if axis == 0:
-        raise UnknownFormError("takes pictures out of the batch")
+        raise BatchMixedError
     op.make("slice", [source], None, output, axis=axis, start=start, stop=stop, step=step)
 
 
@@ -358,7 +399,7 @@ def read_slice(op: Operator) -> None:
     for place, first, last, step in parts[:-1]:
         options = {"axis": place, "start": first, "stop": last, "step": step}
         if place == 0:
-            raise UnknownFormError("takes pictures out of the batch")
+            raise BatchMixedError
         source = op.scope.draft.add("slice", [source], "", options)
     add_slice(op, source, *parts[-1])
 
@@ -366,7 +407,7 @@ def read_slice(op: Operator) -> None:
 def reverse(op: Operator, source: str, axis: int, part: slice) -> str:
     """What lies in ``part`` of ``axis``, whose step is negative."""
     if axis == 0:
-        raise UnknownFormError("takes pictures out of the batch")
+        raise BatchMixedError
     indices = list(range(*part.indices(op.shape()[axis])))
     return op.scope.draft.add("slice", [source], "", {"axis": axis, "indices": indices})
 
@@ -375,14 +416,21 @@ def read_gather(op: Operator) -> None:
     indices, shape = op.constant(1), op.shape()
     assert indices is not None
     axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
-    if axis == 0 or indices.ndim > 1:
-        raise UnknownFormError("looks up other things than channels or positions")
+    if axis == 0:
+        raise BatchMixedError
     places = [int(i) % shape[axis] for i in indices.reshape(-1)]
-    if indices.ndim:
-        op.make("slice", [op.layer()], axis=axis, indices=places)
-        return
-    one = op.scope.draft.add("slice", [op.layer()], "", {"axis": axis, "indices": places})
-    op.make("reshape", [one], shape=[size for i, size in enumerate(shape) if i not in (0, axis)])
+    if len(places) > MOST_PLACES:
+        raise UnknownFormError("looks up more numbers than channels or positions")
+    one = op.layer()
+    if places != list(range(shape[axis])):
+        one = op.scope.draft.add("slice", [one], "", {"axis": axis, "indices": places})
+    wanted = [*shape[1:axis], *indices.shape, *shape[axis + 1 :]]
+    if op.scope.draft.shape(one)[1:] != tuple(wanted):
+        one = op.scope.draft.add("reshape", [one], "", {"shape": wanted})
+    if one == op.layer():
+        op.pass_through(one)
+    else:
+        op.give(one)
 
 
 def read_pool(kind: str) -> Callable[[Operator], None]:
@@ -417,7 +465,7 @@ def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
     if not axes and op.read_attribute("noop_with_empty_axes", 0):
         raise UnknownFormError("goes over no axes")
     if 0 in places:
-        raise UnknownFormError("goes over the batch")
+        raise BatchMixedError
     is_global = rank == 4 and places == [2, 3]
     name = op.scope.draft.add(*((global_kind, [source], "") if is_global else (kind, [source], "", {"axes": places})))
     if op.read_attribute("keepdims", 1):
@@ -441,7 +489,7 @@ def read_softmax(kind: str) -> Callable[[Operator], None]:
 def add_reshape(op: Operator, shape: Sequence[int]) -> None:
     """To ``shape``, whose first axis is the batch of one picture."""
     if not shape or shape[0] != 1:
-        raise UnknownFormError("mixes the batch with other axes")
+        raise BatchMixedError
     if tuple(shape) == op.shape():
         op.pass_through(op.layer())
     else:
@@ -482,7 +530,7 @@ def read_transpose(op: Operator) -> None:
     rank = len(op.shape())
     axes = [int(axis) for axis in op.read_attribute("perm", range(rank)[::-1])]
     if axes[0] != 0:
-        raise UnknownFormError("mixes the batch with other axes")
+        raise BatchMixedError
     if axes == list(range(rank)):
         op.pass_through(op.layer())
     else:

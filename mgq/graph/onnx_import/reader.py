@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
+from mgq.graph.onnx_import.batch_mixing import lift, settle
 from mgq.graph.onnx_import.composed_operators import COMPOSED
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
-from mgq.graph.onnx_import.operators import READERS, Operator, Scope, UnknownFormError
+from mgq.graph.onnx_import.operators import READERS, BatchMixedError, Operator, Scope, UnknownFormError
 from mgq.graph.onnx_import.simplify import drop_probabilities, simplify
 from mgq.zoo.blueprint import INPUT
 
@@ -72,8 +73,7 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif node.op_type not in READERS and node.op_type not in COMPOSED:
             raise InputError(f"has a {what}, which is not imported")
         else:
-            reader = READERS.get(node.op_type) or COMPOSED[node.op_type]
-            reader(Operator(node, scope, attributes_of(node)))
+            read_operator(node, scope)
             refuse_huge(scope, node)
     except InputError:
         raise
@@ -84,6 +84,26 @@ def read(node: Any, place: int, scope: Scope) -> None:
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0])[:120]
         raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
+
+
+def read_operator(node: Any, scope: Scope) -> None:
+    """Make layers of ``node``: as it stands, or with the axis of pictures in front where it takes the first for
+    another."""
+    if not scope.without_batch & set(node.input):
+        try:
+            make_layers(node, scope)
+        except BatchMixedError:
+            pass
+        else:
+            return
+    lifted = lift(node, scope)
+    make_layers(lifted, scope)
+    settle(lifted, scope)
+
+
+def make_layers(node: Any, scope: Scope) -> None:
+    reader = READERS.get(node.op_type) or COMPOSED[node.op_type]
+    reader(Operator(node, scope, attributes_of(node)))
 
 
 def read_branch(node: Any, scope: Scope) -> None:
@@ -109,7 +129,7 @@ def read_branch(node: Any, scope: Scope) -> None:
 
 def fold_shape(node: Any, scope: Scope) -> None:
     """The shape of what a layer gives is known: the batch is of one picture."""
-    shape = scope.shape(node.input[0])
+    shape = scope.file_shape(node.input[0])
     given = {attribute.name: attribute.i for attribute in node.attribute}
     part = shape[given.get("start", 0) : given.get("end", len(shape))]
     scope.constants[node.output[0]] = np.array(part, np.int64)

@@ -62,8 +62,8 @@ def pixels(number: int = 4, height: int = 32, width: int = 32, seed: int = 0) ->
 
 def answers_of(path: Path, fed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    result: npt.NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: fed})[0]
-    return result
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: one[None]})[0] for one in fed])
 
 
 def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
