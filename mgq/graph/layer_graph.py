@@ -250,6 +250,7 @@ class Reader:
         self.grids: dict[str, QuantParams] = {}
         self.layers: dict[str, str] = {}  # name of a tensor when traced -> the layer that makes it
         self.same_as: dict[str, str] = {}  # tensors that are others unchanged
+        self.exits: set[str] = set()  # layers behind which an int8 network is in float
 
     def graph(self) -> Graph:
         flat = self.trace()
@@ -314,6 +315,8 @@ class Reader:
     def read_stub(self, module: M.Module, inputs: tuple[str, ...], output: str) -> None:
         """The entry to the int8 network, or the exit; nothing to be done in either but to note the grid."""
         self.same_as[output] = inputs[0]
+        if isinstance(module, M.DequantStub | Q.DequantStub):
+            self.exits.add(output)
         if isinstance(module, Q.QuantStub | QuantizedFeatures):
             self.grids[inputs[0]] = find_quant_params(module)
 
@@ -375,7 +378,8 @@ class Reader:
             return
         elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
             self.nodes.append(GlobalAverage((source,), output))
-            if source in self.grids:
+            is_float = self.layers.get(expression.inputs[0]._name) in self.exits
+            if source in self.grids and not is_float:
                 self.grids[output] = self.grids[source].refine()
             return
         else:
