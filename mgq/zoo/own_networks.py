@@ -127,7 +127,9 @@ def register_from_file(said: str) -> ModelSpec:
     if not path.is_file():
         raise InputError(f"there is no file {printable(place)[:200]}: check the path")
     if not function:
-        raise InputError(f"-a {printable(place)[:200]} names no function: add the one that builds it, {place}:FUNCTION")
+        raise InputError(
+            f"-a {printable(place)[:200]} lacks the function that builds the network: give {printable(place)[:200]}:FUNCTION"
+        )
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)  # behind all others, so that no name of theirs is taken for another
