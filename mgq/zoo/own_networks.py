@@ -127,9 +127,8 @@ def register_from_file(said: str) -> ModelSpec:
     if not path.is_file():
         raise InputError(f"there is no file {printable(place)[:200]}: check the path")
     if not function:
-        raise InputError(
-            f"-a {printable(place)[:200]} lacks the function that builds the network: give {printable(place)[:200]}:FUNCTION"
-        )
+        shown = printable(place)[:200]
+        raise InputError(f"-a {shown} lacks the function that builds the network: give {shown}:FUNCTION")
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)  # behind all others, so that no name of theirs is taken for another
