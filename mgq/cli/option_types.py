@@ -40,7 +40,7 @@ class ArchName(NameOption):
     """The name of an architecture, or ``FILE.py:FUNCTION``: that file is run, and its network known by the function."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if ".py:" in str(value):
+        if ".py:" in str(value) or str(value).endswith(".py"):
             from mgq.system.megengine_start import import_megengine
 
             import_megengine()

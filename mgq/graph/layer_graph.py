@@ -191,6 +191,25 @@ def products_per_number(node: WeightedNode, graph: Graph) -> float:
     return macs_in(node, graph) / moved
 
 
+def is_followed(graph: Graph, node: Node) -> bool:
+    """Whether the channels behind ``node`` are those before it, pooled or in another order."""
+    if isinstance(node, MaxPool | GlobalAverage):
+        return True
+    if not isinstance(node, Reshape | Transpose):
+        return False
+    before, behind = graph.shapes[node.inputs[0]], graph.shapes[node.output]
+    if isinstance(node, Transpose):
+        return len(before) > 4 and node.axes[0] == 0 and node.axes[-2:] == (len(before) - 2, len(before) - 1)
+    if len(before) >= 4 and len(behind) >= 4:
+        return before[-2:] == behind[-2:]
+    return before[1] == behind[1] and before[1] == np.prod(before[1:]) == np.prod(behind[1:])
+
+
+def channels_in(shape: tuple[int, ...]) -> int:
+    """How many channels a tensor of ``shape`` has: of more than four axes all but the batch and the last two are."""
+    return int(np.prod(shape[1:-2])) if len(shape) > 4 else shape[1]
+
+
 def graph_of(network: M.Module, image_size: int) -> Graph:
     """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names a layer that is not
     supported. A network built from a blueprint has its own image size.
@@ -241,6 +260,7 @@ class Reader:
         self.grids: dict[str, QuantParams] = {}
         self.layers: dict[str, str] = {}  # name of a tensor when traced -> the layer that makes it
         self.same_as: dict[str, str] = {}  # tensors that are others unchanged
+        self.exits: set[str] = set()  # layers behind which an int8 network is in float
 
     def graph(self) -> Graph:
         flat = self.trace()
@@ -305,6 +325,8 @@ class Reader:
     def read_stub(self, module: M.Module, inputs: tuple[str, ...], output: str) -> None:
         """The entry to the int8 network, or the exit; nothing to be done in either but to note the grid."""
         self.same_as[output] = inputs[0]
+        if isinstance(module, M.DequantStub | Q.DequantStub):
+            self.exits.add(output)
         if isinstance(module, Q.QuantStub | QuantizedFeatures):
             self.grids[inputs[0]] = find_quant_params(module)
 
@@ -366,7 +388,8 @@ class Reader:
             return
         elif function is F.avg_pool2d and pair(arguments[0]) == tuple(expression.inputs[0].shape[2:]):
             self.nodes.append(GlobalAverage((source,), output))
-            if source in self.grids:
+            is_float = self.layers.get(expression.inputs[0]._name) in self.exits
+            if source in self.grids and not is_float:
                 self.grids[output] = self.grids[source].refine()
             return
         else:
@@ -384,14 +407,14 @@ class BlueprintReader(Reader):
     def __init__(self, network: BlueprintNetwork) -> None:
         super().__init__(network, 0)
         self.blueprint = network.blueprint
+        self.shapes: dict[str, tuple[int, ...]] = network.shapes()
 
     def graph(self) -> Graph:
         if self.quantized:
             self.grids[INPUT] = QuantParams(1.0)
         for plan in self.blueprint.layers:
             self.read_plan(plan)
-        network: BlueprintNetwork = self.network
-        return Graph(tuple(self.nodes), INPUT, self.blueprint.output, self.grids, network.shapes())
+        return Graph(tuple(self.nodes), INPUT, self.blueprint.output, self.grids, self.shapes)
 
     def read_plan(self, plan: LayerPlan) -> None:
         module = self.modules[plan.name]
@@ -421,6 +444,9 @@ class BlueprintReader(Reader):
         if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
             kernel, stride, padding = pair(options["kernel"]), pair(options["stride"]), pair(options["pads"][:2])
             return MaxPool(plan.inputs, plan.name, kernel, stride, padding)
+        if plan.kind == "global_max":
+            _, _, height, width = self.shapes[plan.inputs[0]]
+            return MaxPool(plan.inputs, plan.name, (height, width), (height, width), (0, 0))
         if plan.kind == "reshape":
             return Reshape(plan.inputs, plan.name, (1, *numbers(options["shape"])))
         if plan.kind == "transpose":

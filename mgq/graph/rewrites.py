@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mgq.graph.layer_graph import Convolution, Graph, Integers, Node, Reshape, Transpose
+from mgq.graph.layer_graph import Convolution, Graph, Integers, Node, Reshape, Transpose, is_followed
 
 SHUFFLE = (Reshape, Transpose, Reshape)
 LANES, MOST_MERGED = 16, 4
@@ -76,7 +76,7 @@ def order_behind(graph: Graph, nodes: list[Node], depthwise: int) -> list[int] |
     Nobody else may read what lies between.
     """
     first, middle, shuffle = nodes[0], nodes[1 : 1 + depthwise], nodes[1 + depthwise :]
-    if tuple(type(node) for node in shuffle) != SHUFFLE:
+    if tuple(type(node) for node in shuffle) != SHUFFLE or not all(is_followed(graph, node) for node in shuffle):
         return None
     if not isinstance(first, Convolution) or first.weight.shape[2:] != (1, 1):
         return None

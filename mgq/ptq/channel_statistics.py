@@ -17,12 +17,13 @@ from mgq.graph.layer_graph import (
     GlobalAverage,
     Graph,
     Linear,
-    MaxPool,
     Node,
     Operation,
     Reshape,
     Transpose,
+    channels_in,
     graph_of,
+    is_followed,
 )
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.zoo.layers import forward_hooks
@@ -75,7 +76,7 @@ def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.ND
     def note(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
             values = output.numpy()
-            values = values.reshape(*values.shape[:2], -1)
+            values = values.reshape(len(values), channels_in(values.shape), -1)
             size = values.shape[0] * values.shape[2]
             found = [values.min((0, 2)), values.max((0, 2)), values.mean((0, 2)), (values**2).mean((0, 2))]
             low, high, mean, square = (part.astype(np.float64) for part in found)
@@ -150,20 +151,6 @@ def refuse_unknown_statistics(graph: Graph, modules: dict[str, M.Module]) -> Non
 
 def has_weights(node: Node) -> bool:
     return isinstance(node, Convolution | Linear | Add)
-
-
-def is_followed(graph: Graph, node: Node) -> bool:
-    """Whether the channels behind ``node`` are those before it, pooled or in another order."""
-    if isinstance(node, MaxPool | GlobalAverage):
-        return True
-    if not isinstance(node, Reshape | Transpose):
-        return False
-    before, behind = graph.shapes[node.inputs[0]], graph.shapes[node.output]
-    if isinstance(node, Transpose):
-        return len(before) > 4 and node.axes[0] == 0 and node.axes[-2:] == (len(before) - 2, len(before) - 1)
-    if len(before) >= 4 and len(behind) >= 4:
-        return before[-2:] == behind[-2:]
-    return before[1] == behind[1] and before[1] == np.prod(before[1:]) == np.prod(behind[1:])
 
 
 def average_positions(source: Moments) -> Moments:

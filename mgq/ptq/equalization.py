@@ -33,13 +33,14 @@ from mgq.graph.layer_graph import (
     Operation,
     Reshape,
     Transpose,
+    channels_in,
     graph_of,
+    is_followed,
 )
 from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
     Statistics,
     Values,
-    is_followed,
     measure_statistics,
     move_channels,
     predict_statistics,
@@ -228,7 +229,7 @@ def sets_of(graph: Graph) -> Sets:
             channels.join(source, of[node.inputs[1]])
             of[node.output] = source
         elif not is_followed(graph, node):
-            of[node.output] = channels.new(graph.shapes[node.output][1])
+            of[node.output] = channels.new(channels_in(graph.shapes[node.output]))
             fixed += [*node.inputs, node.output]
         else:
             is_moved = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3

@@ -16,21 +16,31 @@ from mgq.errors import InputError
 INPUT = "pixels"
 """The name of a network's input: float32 (N, C, H, W)."""
 MOST_LAYERS = 20_000
-MOVES = frozenset({"reshape", "transpose", "slice", "pad", "max_pool", "global_max"})
+MOVES = frozenset({"reshape", "transpose", "slice", "pad", "border", "expand", "max_pool", "global_max"})
 """Kinds of layers that only move or choose values: integers stay integers, on the same grid."""
 WEIGHTED = frozenset({"conv", "linear"})
-ACTIVATIONS = frozenset({"relu", "clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "gelu", "tanh"})
-INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIVATIONS - {"gelu", "tanh"})
+CURVED = frozenset({"elu", "gelu", "tanh"})
+"""Activations that are computed in float."""
+ACTIVATIONS = CURVED | {"relu", "clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu"}
+INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIVATIONS - CURVED)
 """Kinds of layers with int8 kernels: their inputs and outputs are quantized."""
 # fmt: off
 FLOAT = frozenset({
-    "abs", "affine", "div", "erf", "exp", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow", "prelu",
-    "reciprocal", "softmax", "sqrt", "sub",
+    "abs", "affine", "div", "erf", "exp", "highest", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow",
+    "prelu", "reciprocal", "softmax", "softplus", "sqrt", "sub",
 })
 # fmt: on
 """Kinds of layers that stay in float32."""
 KINDS = MOVES | INTEGER | ACTIVATIONS | FLOAT
-LEAST_OF = {"relu": 0.0, "sigmoid": 0.0, "hard_sigmoid": 0.0, "hard_swish": -0.375, "silu": -0.2785, "gelu": -0.1701}
+LEAST_OF = {
+    "relu": 0.0,
+    "sigmoid": 0.0,
+    "hard_sigmoid": 0.0,
+    "hard_swish": -0.375,
+    "silu": -0.2785,
+    "gelu": -0.1701,
+    "softplus": 0.0,
+}
 """The lowest output of each activation."""
 
 
@@ -116,6 +126,8 @@ def border_values(options: Mapping[str, Any]) -> tuple[float, ...]:
 def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
     """A lower bound of the outputs of ``layer``, given lower bounds of its ``inputs``."""
     kind, options = layer.kind, layer.options
+    if kind == "elu":
+        return -abs(float(options["alpha"]))
     if kind in LEAST_OF:
         return LEAST_OF[kind]
     if kind == "conv" or kind == "linear":
@@ -126,10 +138,10 @@ def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
         return float(options["low"])
     if kind == "mul":
         return 0.0 if min(inputs) >= 0 else -math.inf if options.get("gate") is None else min(inputs)
-    if kind in ("concat", "avg_pool", "global_avg", "max_pool", "global_max", "reshape", "transpose", "slice"):
-        return min(inputs)
     if kind == "pad":
         return min(inputs[0], *border_values(options))
+    if kind in MOVES or kind in ("concat", "avg_pool", "global_avg", "highest"):
+        return min(inputs)
     return 0.0 if kind == "softmax" else -math.inf
 
 

@@ -113,7 +113,8 @@ def take_slice(options: Options, inp: Tensor) -> Tensor:
     before = (slice(None),) * options["axis"]
 
     def part(start: int, stop: int, step: int) -> Tensor:
-        return inp[before + (slice(start, stop, step),)]  # noqa: RUF005 (a star is no index in Python 3.10)
+        # Pooling takes no view of a part of a batch.
+        return F.copy(inp[before + (slice(start, stop, step),)])  # noqa: RUF005 (a star is no index in Python 3.10)
 
     if "indices" in options:
         return F.concat([part(i, i + 1, 1) for i in options["indices"]], options["axis"])
@@ -131,6 +132,17 @@ def pad(options: Options, inp: Tensor) -> Tensor:
         return F.nn.pad(inp, around, constant_value=values[0])
     parts = [F.nn.pad(inp[:, i : i + 1], around, constant_value=value) for i, value in enumerate(values)]
     return F.concat(parts, axis=1)
+
+
+def pad_from_inside(options: Options, inp: Tensor) -> Tensor:
+    """``pads``: above, left, below, right. ``mode``: ``reflect`` mirrors the image there, ``edge`` repeats it."""
+    top, left, bottom, right = options["pads"]
+    return F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), mode=options["mode"])
+
+
+def expand(options: Options, inp: Tensor) -> Tensor:
+    """``shape`` is without the batch, of as many axes as there are."""
+    return F.broadcast_to(inp, (inp._tuple_shape[0], *options["shape"]))
 
 
 def max_pool(options: Options, inp: Tensor) -> Tensor:
@@ -206,6 +218,10 @@ def mean(options: Options, inp: Tensor) -> Tensor:
     return F.mean(inp, axis=list(options["axes"]), keepdims=True)
 
 
+def take_highest(options: Options, inp: Tensor) -> Tensor:
+    return F.max(inp, axis=list(options["axes"]), keepdims=True)
+
+
 def normalize_layer(options: Options, inp: Tensor, *constants: Tensor) -> Tensor:
     """Over the last axis."""
     centred = inp - F.mean(inp, axis=-1, keepdims=True)
@@ -227,6 +243,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "transpose": lambda options, x: F.transpose(x, tuple(options["axes"])),
     "slice": take_slice,
     "pad": pad,
+    "border": pad_from_inside,
+    "expand": expand,
     "max_pool": max_pool,
     "global_max": global_max,
     "avg_pool": avg_pool,
@@ -248,8 +266,11 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "silu": lambda _, x: x * F.sigmoid(x),
     "gelu": lambda _, x: 0.5 * x * (1 + erf(_, x * math.sqrt(0.5))),
     "tanh": lambda _, x: F.tanh(x),
+    "elu": lambda options, x: F.maximum(x, 0) + options["alpha"] * (F.exp(F.minimum(x, 0)) - 1),
     "lrn": normalize_responses,
     "mean": mean,
+    "highest": take_highest,
+    "softplus": lambda _, x: F.softplus(x),
     "softmax": lambda options, x: F.softmax(x, options["axis"]),
     "log_softmax": lambda options, x: F.logsoftmax(x, options["axis"]),
     "layer_norm": normalize_layer,

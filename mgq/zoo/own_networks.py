@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
         raise InputError(f"{name} is no function: give one that takes the number of classes and returns a network")
     try:
         network = builder(classes=TRIED)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name}(classes={TRIED}) fails: {to_one_line(error)}") from error
     if not isinstance(network, M.Module):
         raise InputError(f"{name} gives a {type(network).__name__}: let it return a megengine.module.Module")
@@ -89,11 +90,11 @@ def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
     picture = Tensor(np.zeros((1, 3, size, size), np.float32))
     try:
         found = np.asarray(network(picture).numpy())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {to_one_line(error)}") from error
     try:
         trace_module(network, picture)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"{name} cannot be traced ({to_one_line(error)}): let nothing in it depend on numbers, and take "
             "mgq.zoo.layers.global_average for the mean of a picture"
@@ -116,16 +117,24 @@ def head_of(network: M.Module) -> str:
 def register_from_file(said: str) -> ModelSpec:
     """Run the Python file that ``said``, ``file.py:function``, names, and register its function by its own name.
 
+    Modules beside it may be imported, as in a script that Python runs.
+
     Raises InputError where the file cannot be run or has no such function, and as :func:`register` does. A number
     ``IMAGE_SIZE`` in the file is the size of its pictures.
     """
-    place, _, function = said.rpartition(":")
+    place, _, function = said.rpartition(":") if not said.endswith(".py") else (said, "", "")
     path = Path(place)
     if not path.is_file():
         raise InputError(f"there is no file {printable(place)[:200]}: check the path")
+    if not function:
+        shown = printable(place)[:200]
+        raise InputError(f"-a {shown} lacks the function that builds the network: give {shown}:FUNCTION")
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)  # behind all others, so that no name of theirs is taken for another
     try:
         found: dict[str, Any] = runpy.run_path(str(path), run_name=path.stem)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{printable(place)[:200]} fails: {to_one_line(error)}") from error
     if function not in found:
         raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
@@ -135,5 +144,5 @@ def register_from_file(said: str) -> ModelSpec:
     return spec
 
 
-def to_one_line(error: Exception) -> str:
+def to_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {printable(str(error).strip().partition(chr(10))[0])[:200]}"

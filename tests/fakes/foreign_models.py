@@ -201,6 +201,62 @@ def pools(model: Model) -> str:
     return model.add("AveragePool", last, kernel_shape=[2, 2], strides=[2, 2])
 
 
+def timm(model: Model) -> str:
+    """What networks of timm have besides: pixels moved into channels, blurring behind a mirrored border, a gate that is
+    repeated by itself, and the highest number beside the mean."""
+    stem = model.add("Relu", model.norm(model.conv(model.add("SpaceToDepth", "image", blocksize=2), 12, 8, 3), 8))
+    sides = model.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+    around = model.add("Pad", stem, sides, mode="reflect")
+    blur = model.constant(np.broadcast_to(np.outer([1, 2, 1], [1, 2, 1]) / 16, (8, 1, 3, 3)))
+    small = model.add("Conv", around, blur, group=8, strides=[2, 2])
+    shape = model.add("Shape", small)
+    highest = model.add("ReduceMax", small, axes=[2, 3])
+    inner = model.conv(model.add("Add", model.add("GlobalAveragePool", small), highest), 8, 8, 1)
+    gated = model.add("Mul", small, model.add("Expand", model.add("Sigmoid", inner), shape))
+    spots = model.add("ReduceMax", gated, axes=[1])
+    return model.add("Mul", gated, model.add("Sigmoid", model.conv(spots, 1, 1, pads=[1] * 4)))
+
+
+def normalizing(model: Model) -> str:
+    """Norms of single pictures, activations of several layers, and pixels that are repeated."""
+    stem = model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])
+    each = [model.constant(np.linspace(low, 1, 8)) for low in (0.5, -1)]
+    normal = model.add("InstanceNormalization", stem, *each)
+    curved = model.add("Elu", model.conv(normal, 8, 8, 1), alpha=0.7)
+    soft = model.add("Mul", curved, model.add("Tanh", model.add("Softplus", curved)))
+    leaky = model.add("Max", soft, model.add("Mul", soft, model.constant(0.1)))
+    half = model.add("AveragePool", leaky, kernel_shape=[2, 2], strides=[2, 2])
+    again = model.add("Resize", half, model.constant([]), model.constant([1, 1, 2, 2]), mode="nearest")
+    lengths = model.add("Add", model.add("ReduceL2", again, axes=[1]), model.constant(1.0))
+    back = (model.constant(v, np.int64) for v in ([-1], [-100], [3], [-1]))
+    return model.add("Slice", model.add("Div", model.add("Add", again, leaky), lengths), *back)
+
+
+def attention(model: Model) -> str:
+    """A transformer's block, whose exporter mixes the batch with other axes: tokens as rows of a matrix, a class token
+    that is a constant, and heads in front of pictures."""
+
+    def shaped(source: str, *shape: int) -> str:
+        return model.add("Reshape", source, model.constant(shape, np.int64))
+
+    grid = shaped(model.conv("image", 3, 8, 4, strides=[4, 4]), 0, 8, 64)
+    tokens = model.add(
+        "Concat", model.constant(np.ones((1, 1, 8))), model.add("Transpose", grid, perm=[0, 2, 1]), axis=1
+    )
+    tokens = model.add("Add", tokens, model.weights(1, 65, 8))
+    rows = model.add("Gemm", shaped(tokens, 65, 8), model.weights(8, 24), model.constant(np.linspace(-1, 1, 24)))
+    heads = model.add("Transpose", shaped(rows, 1, 65, 3, 2, 4), perm=[2, 0, 3, 1, 4])
+    query, key, value = (model.add("Gather", heads, model.constant(place, np.int64), axis=0) for place in range(3))
+    alike = model.add(
+        "MatMul", model.add("Mul", query, model.constant(0.5)), model.add("Transpose", key, perm=[0, 1, 3, 2])
+    )
+    found = model.add("MatMul", model.add("Softmax", alike, axis=-1), value)
+    joined = shaped(model.add("Transpose", found, perm=[2, 0, 1, 3]), 65, 8)
+    mixed = model.add("Add", shaped(model.add("Gemm", joined, model.weights(8, 8)), 1, 65, 8), tokens)
+    back = model.add("Slice", mixed, *(model.constant(v, np.int64) for v in ([1], [65], [1])))
+    return shaped(model.add("Transpose", back, perm=[0, 2, 1]), 0, 8, 8, 8)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -213,6 +269,9 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "keras_without_gate": keras_without_gate,
     "pools": pools,
     "padless": padless,
+    "timm": timm,
+    "normalizing": normalizing,
+    "attention": attention,
 }
 """Each ends in 8 channels."""
 

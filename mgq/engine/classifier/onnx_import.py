@@ -154,7 +154,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
 def entry_of(file: ForeignFile, draft: NetworkDraft, contract: InputContract) -> FloatInput:
     """The float input of ``file``, and its answer's name where that is logits already."""
     shape = (None if file.any_number else 1, *file.shape[1:])
-    is_whole = draft.sources[draft.output] == file.output
+    is_whole = draft.sources[draft.output] == file.output and not draft.has_one_score
     output = file.output if is_whole else "logits"
     return FloatInput(file.input, shape, file.channels_last, contract.order, contract.mean, contract.std, output)
 
@@ -185,7 +185,7 @@ def draft_network(file: ForeignFile) -> NetworkDraft:
     """The network of ``file``, which takes what the file takes. Raises InputError that names the file."""
     sample = np.random.default_rng(0).standard_normal((1, *file.image)).astype(np.float32)
     try:
-        return read_network(file.model, file.constants, file.input, sample, file.channels_last)
+        return read_network(file.model, file.constants, file.input, file.output, sample, file.channels_last)
     except InputError as error:
         raise InputError(f"{printable(file.path)} {error}") from None
 
@@ -220,6 +220,8 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     wanted = reference(file, sample, [answer])
     if not np.isfinite(wanted[answer]).all():
         raise InputError(f"{printable(file.path)} answers with numbers that are not finite: take other weights")
+    if draft.has_one_score:
+        found[draft.output] = found[draft.output][:, 1:]
     difference = relative(found[draft.output], wanted[answer])
     if difference <= EQUAL:
         return difference
@@ -253,6 +255,8 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
     for entry in model.opset_import:
         entry.version = min(entry.version, NEWEST_COMPARED)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
+    for place, node in enumerate(model.graph.node):
+        node.name = f"node_{place}"  # it runs no two of one name
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, plural, printable
+from mgq.export.onnx.foreign_answer import answer_of, leave_out_unread
 from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
 from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
 from mgq.io.limited_io import bytes_of
@@ -125,14 +126,15 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
     if len(inputs) != 1:
         raise InputError(f"has {plural(len(inputs), 'input')}: a classifier of pictures has one")
     shape, last = image_shape(inputs[0], size)
-    if len(model.graph.output) != 1:
-        raise InputError(
-            f"has {plural(len(model.graph.output), 'output')}: a classifier has one; export it without the others"
-        )
-    constants = {tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer}
+    if len(model.graph.sparse_initializer):
+        raise InputError("has sparse weights: export it with all their zeros")
+    output = answer_of(model.graph)
+    needed = leave_out_unread(model.graph, output)
+    constants = {
+        tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer if tensor.name in needed
+    }
     del model.graph.initializer[:]
     any_number = size_of(inputs[0].type.tensor_type.shape.dim[0]) is None
-    output = model.graph.output[0].name
     return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, any_number, output)
 
 

@@ -50,9 +50,12 @@ PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "hard_sigmoid": ("HardSigmoid", {"alpha": "alpha", "beta": "beta"}),
     "hard_swish": ("HardSwish", {}),
     "tanh": ("Tanh", {}),
+    "elu": ("Elu", {"alpha": "alpha"}),
     "global_avg": ("GlobalAveragePool", {}),
     "lrn": ("LRN", {"size": "size", "alpha": "alpha", "beta": "beta", "bias": "bias"}),
     "mean": ("ReduceMean", {"axes": "axes"}),
+    "highest": ("ReduceMax", {"axes": "axes"}),
+    "softplus": ("Softplus", {}),
     "softmax": ("Softmax", {"axis": "axis"}),
     "log_softmax": ("LogSoftmax", {"axis": "axis"}),
     "sqrt": ("Sqrt", {}),
@@ -148,8 +151,14 @@ def write_max_pool(node: Operation, source: str, _: Parts) -> tuple[str, list[st
     return "MaxPool", [source], {**shape, "ceil_mode": int(options["ceil"])}
 
 
-def write_global_max(_: Operation, source: str, __: Parts) -> tuple[str, list[str], dict[str, Any]]:
-    return "GlobalMaxPool", [source], {}
+def write_border(node: Operation, source: str, parts: Parts) -> tuple[str, list[str], dict[str, Any]]:
+    pads = parts.constant(f"{node.output}/pads", np.array(pads_of(node), np.int64))
+    return "Pad", [source, pads], {"mode": node.options["mode"]}
+
+
+def write_expand(node: Operation, source: str, parts: Parts) -> tuple[str, list[str], dict[str, Any]]:
+    shape = parts.constant(f"{node.output}/shape", np.array([1, *node.options["shape"]], np.int64))
+    return "Expand", [source, shape], {}
 
 
 def border_values_of(node: Operation, grid: QuantParams | None) -> npt.NDArray[Any]:
@@ -170,6 +179,7 @@ def pads_of(node: Operation) -> list[int]:
 
 MOVES: Mapping[str, Callable[[Operation, str, Parts], tuple[str, list[str], dict[str, Any]]]] = {
     "slice": write_slice,
+    "border": write_border,
+    "expand": write_expand,
     "max_pool": write_max_pool,
-    "global_max": write_global_max,
 }

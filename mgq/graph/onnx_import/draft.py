@@ -29,6 +29,8 @@ class NetworkDraft:
     samples: dict[str, Array] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     output: str = INPUT
+    has_one_score: bool = False
+    """Whether the answer of the file is the score of the second of two classes alone."""
     numbers: dict[str, int] = field(default_factory=dict)
     norms: dict[str, tuple[dict[str, Array], float]] = field(default_factory=dict)
     """Layers that are batch norms: their four parameters and epsilon."""

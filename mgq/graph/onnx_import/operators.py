@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.onnx_import.constants import attributes_of
+from mgq.errors import printable
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
     convolution_options,
@@ -19,24 +19,38 @@ from mgq.graph.onnx_import.draft import (
 
 Array = npt.NDArray[Any]
 
+MOST_PLACES = 4096
+"""In what is looked up."""
+
 
 class UnknownFormError(Exception):
     """What an operator asks for that is not imported: the rest of a sentence that begins with the operator."""
 
 
+class BatchMixedError(UnknownFormError):
+    """The same where the first axis is not that of pictures for this operator."""
+
+    def __init__(self) -> None:
+        super().__init__("mixes the batch with other axes")
+
+
 @dataclass
 class Scope:
-    """What is known while nodes are read: constants, and the layers that make the other tensors."""
+    """What is known while nodes are read: constants, and the layers that make the other tensors. The tensors
+    ``without_batch`` have an axis less than what their layers give."""
 
     draft: NetworkDraft
     opset: int
     constants: dict[str, Array] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
+    without_batch: set[str] = field(default_factory=set)
 
     def layer(self, name: str) -> str:
         """The layer that makes the tensor ``name``; one more where it is a constant."""
         if name in self.layers:
             return self.layers[name]
+        if name not in self.constants:
+            raise UnknownFormError(f"reads '{printable(name)[:40]}', which no node before it makes: write it again")
         raise UnknownFormError("reads a constant where a layer is expected")
 
     def constant(self, name: str) -> Array:
@@ -49,6 +63,10 @@ class Scope:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.draft.shape(self.layer(name))
+
+    def file_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor ``name`` in the file, for one picture."""
+        return self.shape(name)[1:] if name in self.without_batch else self.shape(name)
 
 
 @dataclass(frozen=True)
@@ -100,10 +118,20 @@ class Operator:
         """The output is what the layer ``name`` gives."""
         self.scope.layers[self.node.output[0]] = name
 
+    def give(self, name: str) -> None:
+        """The output is what the layer ``name`` gives, the last that was made for it."""
+        self.scope.draft.sources[name] = self.node.output[0]
+        self.pass_through(name)
 
-def read_node(node: Any, scope: Scope) -> None:
-    """Add what ``node`` does to the draft of ``scope``. Raises UnknownFormError, KeyError for an unknown operator."""
-    READERS[node.op_type](Operator(node, scope, attributes_of(node)))
+    def limit(self, low: float, high: float) -> None:
+        """The output is the layer among the inputs, limited."""
+        source = self.layer(0) if self.inputs[0] in self.scope.layers else self.layer(1)
+        if low == 0 and high == math.inf:
+            self.make("relu", [source])
+        elif math.isinf(low) and math.isinf(high):
+            self.pass_through(source)
+        else:
+            self.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
 
 
 def read_convolution(op: Operator) -> None:
@@ -148,7 +176,7 @@ def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation
 
 def read_batch_norm(op: Operator) -> None:
     scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
-    if op.read_attribute("training_mode", 0):
+    if op.read_attribute("training_mode", 0) or any(op.node.output[1:]):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
     shape = (-1, *(1,) * (len(op.shape()) - 2))
@@ -161,16 +189,22 @@ def read_batch_norm(op: Operator) -> None:
 def read_gemm(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
-    if op.read_attribute("transA", 0) or len(op.shape()) != 2 or weight.ndim != 2:
+    if op.read_attribute("transA", 0) or weight.ndim != 2:
         raise UnknownFormError("multiplies other matrices than features by weights")
-    weight = weight if op.read_attribute("transB", 0) else weight.T
-    add_linear(
-        op, weight * op.read_attribute("alpha", 1.0), None if bias is None else bias * op.read_attribute("beta", 1.0)
-    )
+    if op.shape()[0] != 1:
+        raise BatchMixedError
+    weight = (weight if op.read_attribute("transB", 0) else weight.T) * op.read_attribute("alpha", 1.0)
+    bias = None if bias is None else np.broadcast_to(bias.reshape(-1), (len(weight),)) * op.read_attribute("beta", 1.0)
+    if len(op.shape()) == 2:
+        add_linear(op, weight, bias)
+    else:
+        add_linear_over_last_axis(op, weight, bias)
 
 
 def read_matmul(op: Operator) -> None:
     if not op.scope.is_constant(op.inputs[1]):
+        if len(op.shape(0)) != len(op.shape(1)):
+            raise BatchMixedError
         op.make("matmul", [op.layer(0), op.layer(1)])
         return
     weight, shape = op.constant(1), op.shape()
@@ -189,7 +223,7 @@ def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
     op.make("linear", [op.layer()], {"weight": weight, "bias": bias}, inputs=inputs, outputs=outputs)
 
 
-def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
+def add_linear_over_last_axis(op: Operator, weight: Array, bias: Array | None = None) -> None:
     """(N, ..., C) by (O, C): as a 1x1 convolution, of a picture whose channels come last as it is."""
     shape, draft = op.shape(), op.scope.draft
     flat = op.layer()
@@ -197,7 +231,7 @@ def add_linear_over_last_axis(op: Operator, weight: Array) -> None:
         flat = draft.add("reshape", [flat], "", {"shape": [math.prod(shape[1:-1]), 1, shape[-1]]})
     first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
     kernels = weight[:, :, None, None]
-    done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, None, 1))
+    done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, bias, 1))
     if len(shape) == 4:
         op.make("transpose", [done], axes=[0, 2, 3, 1])
         return
@@ -222,6 +256,8 @@ def read_binary(kind: str) -> Callable[[Operator], None]:
 
 def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
     draft = op.scope.draft
+    if len(draft.shape(one)) != len(draft.shape(other)):
+        raise BatchMixedError
     if kind == "mul" and draft.shape(one) != draft.shape(other):
         # What is broadcast comes second.
         small = math.prod(draft.shape(one)) < math.prod(draft.shape(other))
@@ -261,7 +297,7 @@ def read_sum(op: Operator) -> None:
 
 def read_clip(op: Operator) -> None:
     low, high = (op.numbers(name, place) for name, place in (("min", 1), ("max", 2)))
-    add_clip(op, read_first(low, -math.inf), read_first(high, math.inf))
+    op.limit(read_first(low, -math.inf), read_first(high, math.inf))
 
 
 def read_first(value: Any, default: float) -> float:
@@ -269,29 +305,6 @@ def read_first(value: Any, default: float) -> float:
         return default
     found = float(value[0] if isinstance(value, list) else value)
     return found if abs(found) < 3e38 else math.copysign(math.inf, found)
-
-
-def add_clip(op: Operator, low: float, high: float) -> None:
-    source = op.layer(0) if op.inputs[0] in op.scope.layers else op.layer(1)
-    if low == 0 and high == math.inf:
-        op.make("relu", [source])
-    elif math.isinf(low) and math.isinf(high):
-        op.pass_through(source)
-    else:
-        op.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
-
-
-def read_limit(is_max: bool) -> Callable[[Operator], None]:
-    """Max or Min with a constant."""
-
-    def read(op: Operator) -> None:
-        values = [op.scope.constants[name] for name in op.inputs if op.scope.is_constant(name)]
-        if len(op.inputs) != 2 or len(values) != 1 or values[0].size != 1:
-            raise UnknownFormError("compares layers with each other")
-        value = float(values[0].ravel()[0])
-        add_clip(op, value if is_max else -math.inf, math.inf if is_max else value)
-
-    return read
 
 
 def read_unary(kind: str, **defaults: float) -> Callable[[Operator], None]:
@@ -312,12 +325,6 @@ def read_prelu(op: Operator) -> None:
     op.make("prelu", [op.layer()], {"slope": slope})
 
 
-def read_gelu(op: Operator) -> None:
-    if op.read_attribute("approximate", "none") != "none":
-        raise UnknownFormError("is approximated by tanh")
-    op.make("gelu", [op.layer()])
-
-
 def read_pow(op: Operator) -> None:
     power = op.constant(1)
     if power is None or power.size != 1:
@@ -326,14 +333,31 @@ def read_pow(op: Operator) -> None:
 
 
 def read_concat(op: Operator) -> None:
-    axis = op.axis(int(op.read_attribute("axis", 1)), len(op.shape()) if op.inputs[0] in op.scope.layers else 4)
-    names = [op.scope.layer(name) for name in op.inputs]
+    first = next(op.scope.layer(name) for name in op.inputs if not op.scope.is_constant(name))
+    axis = op.axis(int(op.read_attribute("axis", 1)), len(op.scope.draft.shape(first)))
     if axis == 0:
-        raise UnknownFormError("joins pictures of the batch")
+        raise BatchMixedError
+    names = [
+        add_constant_beside(op, first, axis, name) if op.scope.is_constant(name) else op.scope.layer(name)
+        for name in op.inputs
+    ]
     if len(names) == 1:
         op.pass_through(names[0])
     else:
         op.make("concat", names, axis=axis)
+
+
+def add_constant_beside(op: Operator, layer: str, axis: int, name: str) -> str:
+    """A layer that gives the constant ``name`` whatever ``layer`` gives, beside which it is put along ``axis``."""
+    draft, value = op.scope.draft, op.scope.constant(name)
+    shape = draft.shape(layer)
+    if value.ndim == len(shape) and len(value) == 1:
+        value = value[0]
+    if value.ndim != len(shape) - 1 or value.shape[axis - 1] > shape[axis]:
+        raise UnknownFormError("joins a constant of more numbers than there are beside it")
+    options = {"axis": axis, "start": 0, "stop": value.shape[axis - 1], "step": 1}
+    part = draft.add("slice", [layer], "", options)
+    return draft.add("affine", [part], "", {}, {"scale": np.zeros(()), "shift": value})
 
 
 def read_split(op: Operator) -> None:
@@ -351,7 +375,7 @@ def read_split(op: Operator) -> None:
 
 def add_slice(op: Operator, source: str, axis: int, start: int, stop: int, step: int, output: int = 0) -> None:
     if axis == 0:
-        raise UnknownFormError("takes pictures out of the batch")
+        raise BatchMixedError
     op.make("slice", [source], None, output, axis=axis, start=start, stop=stop, step=step)
 
 
@@ -364,33 +388,49 @@ def read_slice(op: Operator) -> None:
     for start, stop, axis, step in zip(starts, stops, axes, steps, strict=True):
         place = op.axis(int(axis), len(shape))
         if step < 1:
-            raise UnknownFormError("goes backwards")
+            source = reverse(op, source, place, slice(int(start), int(stop), int(step)))
+            continue
         first, last, _ = slice(int(start), int(stop), int(step)).indices(shape[place])
         if (first, last, step) != (0, shape[place], 1):
             parts.append((place, first, last, int(step)))
     if not parts:
-        op.pass_through(source)
+        op.give(source) if source != op.layer() else op.pass_through(source)
         return
     for place, first, last, step in parts[:-1]:
         options = {"axis": place, "start": first, "stop": last, "step": step}
         if place == 0:
-            raise UnknownFormError("takes pictures out of the batch")
+            raise BatchMixedError
         source = op.scope.draft.add("slice", [source], "", options)
     add_slice(op, source, *parts[-1])
+
+
+def reverse(op: Operator, source: str, axis: int, part: slice) -> str:
+    """What lies in ``part`` of ``axis``, whose step is negative."""
+    if axis == 0:
+        raise BatchMixedError
+    indices = list(range(*part.indices(op.shape()[axis])))
+    return op.scope.draft.add("slice", [source], "", {"axis": axis, "indices": indices})
 
 
 def read_gather(op: Operator) -> None:
     indices, shape = op.constant(1), op.shape()
     assert indices is not None
     axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
-    if axis == 0 or indices.ndim > 1:
-        raise UnknownFormError("looks up other things than channels or positions")
+    if axis == 0:
+        raise BatchMixedError
     places = [int(i) % shape[axis] for i in indices.reshape(-1)]
-    if indices.ndim:
-        op.make("slice", [op.layer()], axis=axis, indices=places)
-        return
-    one = op.scope.draft.add("slice", [op.layer()], "", {"axis": axis, "indices": places})
-    op.make("reshape", [one], shape=[size for i, size in enumerate(shape) if i not in (0, axis)])
+    if len(places) > MOST_PLACES:
+        raise UnknownFormError("looks up more numbers than channels or positions")
+    one = op.layer()
+    if places != list(range(shape[axis])):
+        one = op.scope.draft.add("slice", [one], "", {"axis": axis, "indices": places})
+    wanted = [*shape[1:axis], *indices.shape, *shape[axis + 1 :]]
+    if op.scope.draft.shape(one)[1:] != tuple(wanted):
+        one = op.scope.draft.add("reshape", [one], "", {"shape": wanted})
+    if one == op.layer():
+        op.pass_through(one)
+    else:
+        op.give(one)
 
 
 def read_pool(kind: str) -> Callable[[Operator], None]:
@@ -414,23 +454,24 @@ def read_pool(kind: str) -> Callable[[Operator], None]:
 
 
 def read_mean(op: Operator) -> None:
-    shape, rank = op.shape(), len(op.shape())
-    axes = op.numbers("axes", 1)
+    op.give(reduce(op, op.layer(), "mean", "global_avg"))
+
+
+def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
+    """A layer of ``kind`` along the axes that ``op`` names; of ``global_kind`` where these are all of a picture."""
+    shape = op.scope.draft.shape(source)
+    rank, axes = len(shape), op.numbers("axes", 1)
     places = sorted(op.axis(int(axis), rank) for axis in axes) if axes else list(range(rank))
+    if not axes and op.read_attribute("noop_with_empty_axes", 0):
+        raise UnknownFormError("goes over no axes")
     if 0 in places:
-        raise UnknownFormError("averages over the batch")
-    if not places:
-        op.pass_through(op.layer())
-        return
+        raise BatchMixedError
     is_global = rank == 4 and places == [2, 3]
-    keep = bool(op.read_attribute("keepdims", 1))
+    name = op.scope.draft.add(*((global_kind, [source], "") if is_global else (kind, [source], "", {"axes": places})))
+    if op.read_attribute("keepdims", 1):
+        return name
     rest = [size for i, size in enumerate(shape) if i > 0 and i not in places]
-    kind, options = ("global_avg", {}) if is_global else ("mean", {"axes": places})
-    if keep:
-        op.make(kind, [op.layer()], **options)
-        return
-    found = op.scope.draft.add(kind, [op.layer()], "", options)
-    op.make("reshape", [found], shape=rest)
+    return op.scope.draft.add("reshape", [name], "", {"shape": rest})
 
 
 def read_softmax(kind: str) -> Callable[[Operator], None]:
@@ -448,7 +489,7 @@ def read_softmax(kind: str) -> Callable[[Operator], None]:
 def add_reshape(op: Operator, shape: Sequence[int]) -> None:
     """To ``shape``, whose first axis is the batch of one picture."""
     if not shape or shape[0] != 1:
-        raise UnknownFormError("mixes the batch with other axes")
+        raise BatchMixedError
     if tuple(shape) == op.shape():
         op.pass_through(op.layer())
     else:
@@ -489,7 +530,7 @@ def read_transpose(op: Operator) -> None:
     rank = len(op.shape())
     axes = [int(axis) for axis in op.read_attribute("perm", range(rank)[::-1])]
     if axes[0] != 0:
-        raise UnknownFormError("mixes the batch with other axes")
+        raise BatchMixedError
     if axes == list(range(rank)):
         op.pass_through(op.layer())
     else:
@@ -498,8 +539,9 @@ def read_transpose(op: Operator) -> None:
 
 def read_pad(op: Operator) -> None:
     rank = len(op.shape())
-    if op.read_attribute("mode", "constant") != "constant":
-        raise UnknownFormError("pads by other values than a constant")
+    mode = op.read_attribute("mode", "constant")
+    if mode not in ("constant", "reflect", "edge"):
+        raise UnknownFormError(f"pads by the mode {mode}")
     given = [int(size) for size in op.numbers("pads", 1)]
     axes = op.numbers("axes", 3, list(range(rank))) if op.scope.opset >= 18 else list(range(rank))
     starts, ends = [0] * rank, [0] * rank
@@ -510,14 +552,25 @@ def read_pad(op: Operator) -> None:
         return
     if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
         raise UnknownFormError("pads other things than pictures, or cuts them")
-    value = read_first(op.numbers("value", 2), 0.0)
-    if starts[2:] + ends[2:] == [0] * 4 and (starts[1] or ends[1]):
-        options = {"pads": [0] * 4, "channels": [starts[1], ends[1]], "value": value}
-        op.make("pad", [op.layer()], **options)
+    options: dict[str, Any] = {"pads": [*starts[2:], *ends[2:]]}
+    if mode != "constant":
+        if starts[1] or ends[1]:
+            raise UnknownFormError("repeats channels")
+        op.make("border", [op.layer()], **options, mode=mode)
         return
-    if starts[1] or ends[1]:
+    options["value"] = read_first(op.numbers("value", 2), 0.0)
+    if not (starts[1] or ends[1]):
+        op.make("pad", [op.layer()], **options)
+    elif not any(options["pads"]):
+        op.make("pad", [op.layer()], **options, channels=[starts[1], ends[1]])
+    elif not (starts[3] or ends[3]):
+        # Channels last: the axes of pictures are those before them.
+        options["pads"] = [*starts[1:3], *ends[1:3]]
+        first = op.scope.draft.add("transpose", [op.layer()], "", {"axes": [0, 3, 1, 2]})
+        padded = op.scope.draft.add("pad", [first], "", options)
+        op.make("transpose", [padded], axes=[0, 2, 3, 1])
+    else:
         raise UnknownFormError("pads channels and positions at once")
-    op.make("pad", [op.layer()], pads=[*starts[2:], *ends[2:]], value=value)
 
 
 def read_lrn(op: Operator) -> None:
@@ -526,19 +579,16 @@ def read_lrn(op: Operator) -> None:
     op.make("lrn", [op.layer()], size=int(op.read_attribute("size", 1)), **values)
 
 
-def read_layer_norm(op: Operator) -> None:
-    rank = len(op.shape())
-    if op.axis(int(op.read_attribute("axis", -1)), rank) != rank - 1:
-        raise UnknownFormError("normalizes over more than the last axis")
-    scale, shift = op.constant(1), op.constant(2)
-    assert scale is not None
-    tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
-    op.make("layer_norm", [op.layer()], tensors, eps=float(op.read_attribute("epsilon", 1e-5)))
-
-
 def read_cast(op: Operator) -> None:
     if int(op.read_attribute("to", 1)) not in (1, 11):
         raise UnknownFormError("turns layers into integers or half floats")
+    op.pass_through(op.layer())
+
+
+def read_dropout(op: Operator) -> None:
+    ratio = op.read_attribute("ratio", op.numbers("ratio", 1, [0.5]))
+    if any(op.numbers("training_mode", 2, [0])) and ratio not in (0, [0.0]):
+        raise UnknownFormError("drops at random: export it in evaluation state")
     op.pass_through(op.layer())
 
 
@@ -556,12 +606,12 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Concat": read_concat,
     "Conv": read_convolution,
     "Div": read_binary("div"),
-    "Dropout": read_nothing,
+    "Dropout": read_dropout,
+    "Elu": read_unary("elu", alpha=1.0),
     "Erf": read_unary("erf"),
     "Exp": read_unary("exp"),
     "Flatten": read_flatten,
     "Gather": read_gather,
-    "Gelu": read_gelu,
     "Gemm": read_gemm,
     "GlobalAveragePool": read_unary("global_avg"),
     "GlobalMaxPool": read_unary("global_max"),
@@ -569,13 +619,10 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "HardSwish": read_unary("hard_swish"),
     "Identity": read_nothing,
     "LRN": read_lrn,
-    "LayerNormalization": read_layer_norm,
     "LeakyRelu": read_unary("leaky_relu", slope=0.01),
     "LogSoftmax": read_softmax("log_softmax"),
     "MatMul": read_matmul,
-    "Max": read_limit(True),
     "MaxPool": read_pool("max_pool"),
-    "Min": read_limit(False),
     "Mul": read_binary("mul"),
     "Neg": read_unary("neg"),
     "PRelu": read_prelu,
@@ -588,6 +635,7 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Sigmoid": read_unary("sigmoid"),
     "Slice": read_slice,
     "Softmax": read_softmax("softmax"),
+    "Softplus": read_unary("softplus"),
     "Split": read_split,
     "Sqrt": read_unary("sqrt"),
     "Squeeze": read_squeeze,

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.graph.onnx_import.constants import FOLDED, fold
+from mgq.graph.onnx_import.batch_mixing import lift, settle
+from mgq.graph.onnx_import.composed_operators import COMPOSED
+from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
-from mgq.graph.onnx_import.operators import READERS, Scope, UnknownFormError, read_node
-from mgq.graph.onnx_import.simplify import simplify
+from mgq.graph.onnx_import.operators import READERS, BatchMixedError, Operator, Scope, UnknownFormError
+from mgq.graph.onnx_import.simplify import drop_probabilities, simplify
 from mgq.zoo.blueprint import INPUT
 
 Array = npt.NDArray[Any]
@@ -22,13 +24,18 @@ MOST_NUMBERS = 1 << 27
 
 
 def read_network(
-    model: Any, constants: Mapping[str, Array], input_name: str, sample: Array, channels_last: bool = False
+    model: Any,
+    constants: Mapping[str, Array],
+    input_name: str,
+    output: str,
+    sample: Array,
+    channels_last: bool = False,
 ) -> NetworkDraft:
     """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
 
-    ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be, with the axes (1, H, W, C) where
-    ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax at the end is left out. Raises
-    InputError that names the first node that cannot be imported, and the opset.
+    ``output``: the tensor that is its answer. ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be,
+    with the axes (1, H, W, C) where ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax or
+    sigmoid at the end is left out. Raises InputError that names the first node that cannot be imported, and the opset.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
@@ -39,10 +46,10 @@ def read_network(
         scope.layers[input_name] = draft.add("transpose", [INPUT], "", {"axes": [0, 2, 3, 1]})
     for place, node in enumerate(model.graph.node):
         read(node, place, scope)
-    output = model.graph.output[0].name
     if output not in scope.layers:
-        raise InputError("its answer does not depend on the picture: give a classifier")
+        raise InputError("gives an answer that does not depend on the picture: give a classifier")
     draft.output = scope.layers[output]
+    drop_probabilities(draft)
     end_in_classes(draft)
     simplify(draft)
     return draft
@@ -61,23 +68,68 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif known and node.op_type in FOLDED:
             outputs = fold(node, scope.constants, scope.opset)
             scope.constants.update(zip(node.output, outputs, strict=False))
-        elif node.op_type not in READERS:
+        elif node.op_type == "If":
+            read_branch(node, scope)
+        elif node.op_type not in READERS and node.op_type not in COMPOSED:
             raise InputError(f"has a {what}, which is not imported")
         else:
-            read_node(node, scope)
+            read_operator(node, scope)
             refuse_huge(scope, node)
     except InputError:
         raise
     except UnknownFormError as error:
-        raise InputError(f"has a {what} that {error}, which is not imported") from None
+        raise InputError(
+            f"has a {what} that {error}" + ("" if ": " in str(error) else ", which is not imported")
+        ) from None
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0])[:120]
         raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
 
 
+def read_operator(node: Any, scope: Scope) -> None:
+    """Make layers of ``node``: as it stands, or with the axis of pictures in front where it takes the first for
+    another."""
+    if not scope.without_batch & set(node.input):
+        try:
+            make_layers(node, scope)
+        except BatchMixedError:
+            pass
+        else:
+            return
+    lifted = lift(node, scope)
+    make_layers(lifted, scope)
+    settle(lifted, scope)
+
+
+def make_layers(node: Any, scope: Scope) -> None:
+    reader = READERS.get(node.op_type) or COMPOSED[node.op_type]
+    reader(Operator(node, scope, attributes_of(node)))
+
+
+def read_branch(node: Any, scope: Scope) -> None:
+    """An If whose condition is known: the nodes of the branch that is taken. Their tensors are not the file's own."""
+    import onnx
+
+    condition = scope.constant(node.input[0])
+    wanted = "then_branch" if condition.all() else "else_branch"
+    branch = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
+    scope.constants.update((tensor.name, onnx.numpy_helper.to_array(tensor)) for tensor in branch.initializer)
+    known = len(scope.draft.plans)
+    for place, inner in enumerate(branch.node):
+        read(inner, place, scope)
+    scope.draft.sources.update((plan.name, "") for plan in scope.draft.plans[known:])
+    for outer, value in zip(node.output, branch.output, strict=True):
+        if value.name in scope.constants:
+            scope.constants[outer] = scope.constants[value.name]
+        else:
+            scope.layers[outer] = scope.layers[value.name]
+            if scope.layers[outer] in (plan.name for plan in scope.draft.plans[known:]):
+                scope.draft.sources[scope.layers[outer]] = outer
+
+
 def fold_shape(node: Any, scope: Scope) -> None:
     """The shape of what a layer gives is known: the batch is of one picture."""
-    shape = scope.shape(node.input[0])
+    shape = scope.file_shape(node.input[0])
     given = {attribute.name: attribute.i for attribute in node.attribute}
     part = shape[given.get("start", 0) : given.get("end", len(shape))]
     scope.constants[node.output[0]] = np.array(part, np.int64)
@@ -91,12 +143,19 @@ def refuse_huge(scope: Scope, node: Any) -> None:
 
 
 def end_in_classes(draft: NetworkDraft) -> None:
-    """Let the answer be (1, classes). Raises InputError for other answers."""
-    shape = draft.shape(draft.output)
-    if len(shape) in (3, 4) and math.prod(shape[2:]) == 1:
-        source = draft.sources[draft.output]
-        draft.output = draft.add("reshape", [draft.output], source, {"shape": [shape[1]]})
+    """Let the answer be (1, classes); one number is the score of the second of two classes, and 0 that of the first.
+
+    Raises InputError for other answers.
+    """
+    shape, source = draft.shape(draft.output), draft.sources[draft.output]
+    if len(shape) != 2 and math.prod(shape[2:]) == 1:
+        draft.output = draft.add("reshape", [draft.output], source, {"shape": [math.prod(shape[1:])]})
         shape = draft.shape(draft.output)
-    if len(shape) != 2 or shape[1] < 2:
+    if shape == (1, 1):
+        draft.has_one_score = True
+        tensors = {"weight": np.array([[0.0], [1.0]]), "bias": np.zeros(2)}
+        draft.output = draft.add("linear", [draft.output], source, {"inputs": 1, "outputs": 2}, tensors)
+        shape = draft.shape(draft.output)
+    if len(shape) != 2:
         told = "x".join(map(str, shape))
         raise InputError(f"answers with {told} numbers, not with one for each class: give a classifier of pictures")

@@ -21,8 +21,7 @@ Rule = Callable[[NetworkDraft], bool]
 
 
 def simplify(draft: NetworkDraft) -> None:
-    """Join layers until nothing more can be joined; the softmax at the end is left out."""
-    drop_softmax(draft)
+    """Join layers until nothing more can be joined."""
     draft.drop_unread()
     changed = True
     while changed:
@@ -40,14 +39,19 @@ def apply(draft: NetworkDraft, rule: Rule) -> bool:
     return changed
 
 
-def drop_softmax(draft: NetworkDraft) -> None:
-    """Let the network answer with logits. What stands between its softmax and the end is left out with it."""
+def drop_probabilities(draft: NetworkDraft) -> None:
+    """Let the network answer with logits. What stands between its softmax, or sigmoid, and the end is left out with
+    it."""
     behind: list[LayerPlan] = []
     last = draft.plan(draft.output)
     while last is not None and last.kind == "reshape":
         behind.append(last)
         last = draft.plan(last.inputs[0])
-    if last is None or last.kind not in ("softmax", "log_softmax") or not draft.is_read_once_or_last(last.name):
+    if (
+        last is None
+        or last.kind not in ("softmax", "log_softmax", "sigmoid")
+        or not draft.is_read_once_or_last(last.name)
+    ):
         return
     for plan in behind:
         draft.sources[plan.name] = draft.sources[last.inputs[0]]
@@ -153,6 +157,22 @@ def swish_kind(draft: NetworkDraft, one: str, gate: str) -> tuple[str, float]:
         if scaled is not None and scaled.inputs == (one,) and is_affine(draft, scaled.name, math.sqrt(0.5), 0):
             return "gelu", 2
     return "", 1
+
+
+def drop_expansion(draft: NetworkDraft) -> bool:
+    """What is as large as the other operand without being repeated needs no repeating."""
+    for plan in layers(draft, "add", "sub", "mul", "div"):
+        for place, name in enumerate(plan.inputs):
+            inner = source_of(draft, name, "expand")
+            other = draft.shape(plan.inputs[1 - place])
+            if inner is None or np.broadcast_shapes(draft.shape(inner.inputs[0]), other) != draft.shape(plan.name):
+                continue
+            inputs = [inner.inputs[0] if i == place else old for i, old in enumerate(plan.inputs)]
+            if plan.kind in ("add", "mul") and place == 0:  # what is broadcast comes second
+                inputs.reverse()
+            draft.replace(plan, plan.with_inputs(inputs))
+            return True
+    return False
 
 
 def join_layer_norm(draft: NetworkDraft) -> bool:
@@ -287,6 +307,23 @@ def join_norm(draft: NetworkDraft, conv: LayerPlan, plan: LayerPlan, scale: Arra
     tensors["bn.bias"] = tensors["bn.bias"] * scale.reshape(shape) + shift.reshape(shape)
     draft.set_tensors(conv.name, tensors)
     return conv
+
+
+def join_linears(draft: NetworkDraft) -> bool:
+    """Two linear layers in a row are one."""
+    for plan in layers(draft, "linear"):
+        before = source_of(draft, plan.inputs[0], "linear")
+        if before is None or not draft.is_read_once(before.name):
+            continue
+        first, second = (
+            {name: value.astype(np.float64) for name, value in draft.tensors_of(layer.name).items()}
+            for layer in (before, plan)
+        )
+        bias = second["weight"] @ first["bias"] + second["bias"]
+        draft.set_tensors(before.name, {"weight": second["weight"] @ first["weight"], "bias": bias})
+        draft.absorb(before, plan, before.with_options(outputs=plan.options["outputs"]))
+        return True
+    return False
 
 
 def join_pad(draft: NetworkDraft) -> bool:
@@ -447,14 +484,16 @@ RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
     join_swish,
     move_scale_behind_product,
+    drop_expansion,
     join_layer_norm,
     join_affine_into_layer_norm,
     join_affines,
     join_affine_into_weights,
+    join_reshapes,
+    join_linears,
     join_pad,
     join_activation,
     make_convolution_of_linear,
-    join_reshapes,
     join_transposes,
     move_before_transpose,
     move_activation_before_reshape,

@@ -42,7 +42,7 @@ from mgq.quantization.targets import ONNX
 from mgq.zoo.input_contract import CONTRACTS
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import Mgq, slow, the_error
-from tests.fakes.foreign_models import BODIES, CLASSES, Model, write
+from tests.fakes.foreign_models import BODIES, CLASSES, Model, plain, write
 
 RAW = ImportWish(preprocess="raw")
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
@@ -62,8 +62,8 @@ def pixels(number: int = 4, height: int = 32, width: int = 32, seed: int = 0) ->
 
 def answers_of(path: Path, fed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    result: npt.NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: fed})[0]
-    return result
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: one[None]})[0] for one in fed])
 
 
 def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
@@ -138,6 +138,56 @@ def test_a_convolution_along_one_axis_is_imported(tmp_path: Path, pads: list[int
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def test_part_of_the_channels_is_averaged_for_several_images_at_once(tmp_path: Path) -> None:
+    """MegEngine's pooling takes no view of a part of a batch."""
+    model = Model()
+    sides = [model.constant(v, np.int64) for v in ([2], [10], [1])]
+    part = model.add("Slice", model.conv("image", 3, 12), *sides)
+    path = model.save(tmp_path / "model.onnx", model.classify(part, 8))
+    images = pixels(3)
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32))
+    assert difference(classifier_in(path).logits(images), wanted) < 1e-4
+
+
+def test_a_branch_whose_condition_is_known_is_taken(tmp_path: Path) -> None:
+    """As PyTorch writes ``squeeze`` where it does not know the axes."""
+    model = Model()
+    mean = model.add("GlobalAveragePool", model.conv("image", 3, 8))
+    axes = numpy_helper.from_array(np.array([0, 8], np.int64), "axes")
+    flat = helper.make_graph(
+        [helper.make_node("Reshape", [mean, "axes"], ["flat"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("flat", TensorProto.FLOAT, None)],
+        [axes],
+    )
+    whole = helper.make_graph(
+        [helper.make_node("Identity", [mean], ["same"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)],
+    )
+    is_one = model.add(
+        "Equal", model.add("Gather", model.add("Shape", mean), model.constant(3, np.int64)), model.constant(1, np.int64)
+    )
+    features = model.add("If", is_one, then_branch=flat, else_branch=whole)
+    output = model.add("Gemm", features, model.weights(CLASSES, 8), transB=1)
+    assert (
+        "float answers as ONNX Runtime's" in import_classifier(model.save(tmp_path / "m.onnx", output), RAW, "")[1][0]
+    )
+
+
+def test_weights_that_are_computed_by_a_norm_are_known(tmp_path: Path) -> None:
+    """As timm standardizes them: by a batch norm of the weights."""
+    model = Model(opset=15)
+    ones, zeros = (model.constant(np.full(8, value)) for value in (1, 0))
+    weight = model.add("Reshape", model.weights(8, 3, 3, 3), model.constant([1, 8, 27], np.int64))
+    normal = model.add("BatchNormalization", weight, ones, zeros, zeros, ones, outputs=3, training_mode=1)
+    weight = model.add("Reshape", normal, model.constant([8, 3, 3, 3], np.int64))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Conv", "image", weight), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
 def test_int8_of_a_file_is_that_of_the_same_import(tmp_path: Path) -> None:
     path, run = write(tmp_path / "model.onnx"), tmp_path / "model.calibration" / "checkpoint.safetensors"
     imported = import_checkpoint(path, tmp_path, RAW)
@@ -152,6 +202,70 @@ def test_a_softmax_at_the_end_is_left_out(tmp_path: Path) -> None:
     with_softmax, without = (write(tmp_path / f"{s}.onnx", softmax=s) for s in (True, False))
     images = pixels()
     assert np.allclose(classifier_in(with_softmax).logits(images), classifier_in(without).logits(images), atol=1e-5)
+
+
+def with_one_more_output(model: Model, output: str, operator: str, name: str, **attributes: Any) -> Any:
+    proto = model.proto(output)
+    proto.graph.node.append(helper.make_node(operator, [output], [name], **attributes))
+    kind = TensorProto.INT64 if operator == "ArgMax" else TensorProto.FLOAT
+    proto.graph.output.insert(0, helper.make_tensor_value_info(name, kind, [None] * 2))
+    return proto
+
+
+@pytest.mark.parametrize("operator", ["Softmax", "ArgMax", "ZipMap"])
+def test_what_other_outputs_are_told_from_is_the_answer(tmp_path: Path, operator: str) -> None:
+    model = Model()
+    output = model.classify(plain(model), 8)
+    images, path = pixels(), model.save(tmp_path / "alone.onnx", output)
+    is_map = operator == "ZipMap"
+    attributes = {"domain": "ai.onnx.ml", "classlabels_int64s": list(range(CLASSES))} if is_map else {"axis": 1}
+    proto = with_one_more_output(model, output, operator, "other", **attributes)
+    several = tmp_path / "several.onnx"
+    several.write_bytes(proto.SerializeToString())
+    wanted = classifier_in(path).logits(images)
+    assert (classifier_in(several).logits(images) == wanted).all()
+    del proto.graph.output[1]
+    several.write_bytes(proto.SerializeToString())
+    assert np.allclose(classifier_in(several).logits(images), wanted, atol=1e-5)
+
+
+def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> None:
+    model = Model()
+    proto = model.proto(model.classify(plain(model), 8))
+    proto.graph.node.append(helper.make_node("Hardmax", [proto.graph.node[3].output[0]], ["unread"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float16), "unread too"))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("name", ["", "same", "two\nlines"])
+def test_nodes_may_have_no_name_or_one_that_is_taken(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "model.onnx")
+    proto = onnx.load(str(path))
+    for node in proto.graph.node:
+        node.name = name
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("ending", ["score", "sigmoid", "squeezed"])
+def test_one_number_is_the_score_of_the_second_of_two_classes(tmp_path: Path, ending: str) -> None:
+    model = Model()
+    mean = model.add("Flatten", model.add("GlobalAveragePool", model.conv("image", 3, 8)))
+    score = model.add("Gemm", mean, model.weights(1, 8), model.constant([0.3]), transB=1)
+    output = score if ending == "score" else model.add("Sigmoid", score)
+    if ending == "squeezed":
+        output = model.add("Squeeze", output, model.constant([1], np.int64))
+    path, images = model.save(tmp_path / "model.onnx", output, rank=1 + (ending != "squeezed")), pixels()
+    classifier = classifier_in(path)
+    logits = classifier.logits(images)
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32)).ravel()
+    found = logits[:, 1] - logits[:, 0]
+    assert difference(found if ending == "score" else 1 / (1 + np.exp(-found)), wanted) < 1e-4
+    assert len(classifier.classes) == 2
+    assert [plan.kind for plan in classifier.network.blueprint.layers][-1] == "linear"
+    assert sum(plan.kind == "conv" for plan in classifier.network.blueprint.layers) == 1
 
 
 @pytest.mark.slow
@@ -386,7 +500,7 @@ def token_model(model: Model) -> Any:
 
 def unknown_operator(model: Model) -> Any:
     first = model.conv("image", 3, 8)
-    return model.proto(model.classify(model.add("Mish", first), 8))
+    return model.proto(model.classify(model.add("Hardmax", first), 8))
 
 
 def old_opset(model: Model) -> Any:
@@ -416,6 +530,25 @@ def overflowing(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", model.add("Conv", first, large), large), 8))
 
 
+def out_of_order(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    nodes = list(proto.graph.node)[::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+def training_dropout(model: Model) -> Any:
+    first = model.add("Dropout", model.conv("image", 3, 8), model.constant(0.5), model.constant(True, np.bool_))
+    return model.proto(model.classify(first, 8))
+
+
+def training_norm(model: Model) -> Any:
+    each = [model.constant(np.ones(8)) for _ in range(4)]
+    first = model.add("BatchNormalization", model.conv("image", 3, 8), *each, outputs=3, training_mode=1)
+    return model.proto(model.classify(first, 8))
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
@@ -426,8 +559,11 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
-    "operator": (unknown_operator, "Mish 'n1' (opset 18)"),
+    "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
     "opset": (old_opset, "opset 6"),
+    "order": (out_of_order, "reads 't2_0', which no node before it makes"),
+    "dropout": (training_dropout, "Dropout 'n1' (opset 18) that drops at random: export it in evaluation state"),
+    "batch norm": (training_norm, "normalizes by the batch: export it in evaluation state"),
     "outside": (outside, "outside of its folder"),
     "nan": (not_numbers, "NaN"),
     "overflow": (overflowing, "answers with numbers that are not finite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import mgq
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import make_random_classifier
+from mgq.engine.classifier.open import convert, make_random_classifier
 from mgq.errors import InputError
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
@@ -51,9 +52,32 @@ def test_the_network_of_the_guide_becomes_an_int8_file(example: Path, tmp_path: 
     assert np.allclose(load(tmp_path / "tiny.onnx").run(images), int8.logits(images), atol=1e-4)
 
 
+@pytest.mark.parametrize("exit_at", ["self.dequant(global_average(x))", "global_average(self.dequant(x))"])
+def test_int8_answers_as_the_simulation_wherever_integers_end(example: Path, exit_at: str) -> None:
+    """The mean of integers is not put on their grid where the network has left it."""
+    register_from_file(changed(example, "self.dequant(global_average(x))", exit_at))
+    simulated = make_random_classifier("tiny", Mode.QAT, image_size=64, target=ONNX)
+    images = np.full((1, 3, 64, 64), 128, np.uint8)
+    images[:, :, :8, :8] = 255  # the mean is far below the highest number
+    wanted, found = simulated.logits(images), convert(simulated, Mode.QUANTIZED).logits(images)
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
 def test_a_registered_network_is_built_by_its_name(example: Path) -> None:
     register_from_file(f"{example}:tiny")
     assert mgq.create_model("tiny", classes=7).fc.out_features == 7
+
+
+def test_a_file_imports_modules_that_lie_beside_it(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (example.parent / "my_widths.py").write_text("WIDTH = 16", encoding="utf-8")
+    said = changed(example, "import megengine.module as M", "import megengine.module as M\nfrom my_widths import WIDTH")
+    assert register_from_file(said).name == "tiny"
+
+
+def test_a_file_without_a_function_is_asked_for_one(example: Path, mgq: Mgq) -> None:
+    for said in (f"{example}", f"{example}:"):
+        assert f"{example}:FUNCTION" in the_error(mgq("train", "-a", said, "-d", example.parent))
 
 
 def test_a_name_of_the_zoo_cannot_be_taken() -> None:
@@ -69,11 +93,13 @@ WRONG = {
     "no module": ("return Tiny(classes)", "return 3", "gives a int"),
     "no argument": ("def tiny(classes)", "def tiny(number)", "tiny(classes=3) fails: TypeError"),
     "untraceable": (
-        "global_average(self.dequant(x))",
+        "self.dequant(global_average(x))",
         "M.pooling.avg_pool2d(self.dequant(x), x.shape[2:]).reshape(-1, 32)",
         "cannot be traced",
     ),
     "no function": ("def tiny(", "def small(", "has no function tiny"),
+    "file that ends": ("import megengine.module as M", "import sys; sys.exit(3)", "fails: SystemExit: 3"),
+    "function that ends": ("return Tiny(classes)", "raise SystemExit", "fails: SystemExit"),
     "broken file": ("import megengine.module as M", "import nowhere", "ModuleNotFoundError"),
 }
 

@@ -1,0 +1,119 @@
+"""Nodes that mix the axis of the batch with others, as attention and linear layers of exporters do.
+
+A file says what becomes of one picture, so that each of its tensors may be taken as one of a picture whatever its axes
+are. A layer gives it with one more axis in front, that of pictures. Where the first axis of a tensor is 1 already, that
+stands for the pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mgq.graph.onnx_import.constants import attributes_of
+from mgq.graph.onnx_import.operators import Scope, UnknownFormError
+
+ALONG_ONE_AXIS = {"Concat": 1, "Gather": 0, "LayerNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
+"""Operator -> its axis where it names none."""
+ALONG_AXES = {"ReduceL2": 1, "ReduceMax": 1, "ReduceMean": 1, "ReduceSum": 1, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1}
+"""Operator -> the input that may name its axes."""
+OF_ANY_AXES = frozenset(
+    {
+        *("Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "Gemm", "HardSigmoid"),
+        *("HardSwish", "Identity", "LeakyRelu", "MatMul", "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal"),
+        *("Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tanh"),
+    }
+)
+"""Operators that name no axes."""
+LIFTED = "one more axis: "
+"""How names of tensors with the axis of pictures in front begin."""
+
+
+def lift(node: Any, scope: Scope) -> Any:
+    """``node`` for tensors with one more axis in front, which are among the layers of ``scope`` from then on."""
+    import onnx
+
+    new = onnx.NodeProto()
+    new.CopyFrom(node)
+    layers = [name for name in node.input if name in scope.layers]
+    shape = scope.file_shape(layers[0])
+    most = max(len(scope.file_shape(name)) for name in layers)
+    kind, given = node.op_type, attributes_of(node)
+    changed: dict[str, Any] = {}
+    if kind == "Transpose":
+        changed["perm"] = [0, *(axis + 1 for axis in given.get("perm", range(len(shape))[::-1]))]
+    elif kind in ALONG_ONE_AXIS:
+        default = 1 if kind.endswith("Softmax") and scope.opset < 13 else ALONG_ONE_AXIS[kind]
+        changed["axis"] = behind_one_more(int(given.get("axis", default)))
+    elif kind in ALONG_AXES:
+        axes = given.get("axes") or numbers(node, ALONG_AXES[kind], scope) or usual_axes(node, shape, scope)
+        changed["axes"] = [behind_one_more(int(axis)) for axis in axes]
+    elif kind in ("Reshape", "Flatten"):
+        new.op_type = "Reshape"
+        changed["shape"] = [1, *wanted_shape(node, given, shape, scope)]
+    elif kind not in OF_ANY_AXES:
+        raise UnknownFormError("mixes the batch with other axes")
+    for name in node.input:
+        if name in scope.layers:
+            scope.layers[LIFTED + name] = lift_layer(name, most if kind in OF_ANY_AXES else 0, scope)
+    new.input[:] = [LIFTED + name if name in scope.layers else name for name in node.input]
+    for attribute in [attribute for attribute in new.attribute if attribute.name in changed]:
+        new.attribute.remove(attribute)
+    new.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in changed.items())
+    return new
+
+
+def behind_one_more(axis: int) -> int:
+    """Axes that are counted from behind stay."""
+    return axis + 1 if axis >= 0 else axis
+
+
+def numbers(node: Any, place: int, scope: Scope) -> list[int] | None:
+    if len(node.input) <= place or not node.input[place]:
+        return None
+    return [int(value) for value in scope.constant(node.input[place]).ravel()]
+
+
+def usual_axes(node: Any, shape: tuple[int, ...], scope: Scope) -> list[int]:
+    """Those of ``node`` where it names none."""
+    if node.op_type == "Squeeze":
+        return [axis for axis, size in enumerate(shape) if size == 1]
+    if node.op_type == "Slice":
+        return list(range(len(attributes_of(node).get("starts") or numbers(node, 1, scope) or ())))
+    return list(range(len(shape)))
+
+
+def wanted_shape(node: Any, given: dict[str, Any], shape: tuple[int, ...], scope: Scope) -> list[int]:
+    """What Reshape or Flatten makes of ``shape``."""
+    if node.op_type == "Flatten":
+        axis = int(given.get("axis", 1)) % (len(shape) + 1)
+        return [math.prod(shape[:axis]), math.prod(shape[axis:])]
+    wanted = [int(size) for size in given.get("shape") or numbers(node, 1, scope) or ()]
+    if not given.get("allowzero", 0):
+        wanted = [shape[place] if size == 0 else size for place, size in enumerate(wanted)]
+    known = math.prod(size for size in wanted if size != -1)
+    return [math.prod(shape) // max(known, 1) if size == -1 else size for size in wanted]
+
+
+def lift_layer(name: str, axes: int, scope: Scope) -> str:
+    """The layer that gives the tensor ``name`` with the axis of pictures in front of at least so many ``axes``."""
+    shape = scope.file_shape(name)
+    whole = (1,) * (axes - len(shape)) + shape
+    layer = scope.layers[name]
+    if scope.draft.shape(layer) == (1, *whole):
+        return layer
+    return scope.draft.add("reshape", [layer], "", {"shape": list(whole)})
+
+
+def settle(node: Any, scope: Scope) -> None:
+    """Take the first axis of what the lifted ``node`` gives for the pictures where it is 1."""
+    for name in node.output:
+        layer = scope.layers.get(name)
+        if layer is None:
+            continue
+        shape = scope.draft.shape(layer)[1:]
+        scope.without_batch.add(name)
+        if len(shape) > 1 and shape[0] == 1:
+            source = scope.draft.sources[layer]
+            scope.layers[name] = scope.draft.add("reshape", [layer], source, {"shape": list(shape[1:])})
+            scope.without_batch.discard(name)

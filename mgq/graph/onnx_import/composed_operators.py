@@ -1,0 +1,220 @@
+"""ONNX operators that become several layers each: activations, norms and moves that have no kernel of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, read_first, reduce
+
+Array = npt.NDArray[Any]
+SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
+TANH_OF_GELU = 0.044715
+
+
+def add_layer(op: Operator, kind: str, *sources: str, **options: Any) -> str:
+    """One more layer, which makes none of the file's tensors."""
+    return op.scope.draft.add(kind, sources, "", options)
+
+
+def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: float | Array = 0.0) -> str:
+    tensors = {"scale": np.asarray(scale), "shift": np.asarray(shift)}
+    return op.scope.draft.add("affine", [source], "", {}, tensors)
+
+
+# ---- activations ----
+
+
+def read_selu(op: Operator) -> None:
+    alpha, gain = (float(op.read_attribute(*given)) for given in SELU.items())
+    op.give(add_affine(op, add_layer(op, "elu", op.layer(), alpha=alpha), gain))
+
+
+def read_celu(op: Operator) -> None:
+    alpha = float(op.read_attribute("alpha", 1.0))
+    curved = add_layer(op, "elu", add_affine(op, op.layer(), 1 / alpha), alpha=1.0)
+    op.give(add_affine(op, curved, alpha))
+
+
+def read_mish(op: Operator) -> None:
+    gate = add_layer(op, "tanh", add_layer(op, "softplus", op.layer()))
+    op.give(add_layer(op, "mul", op.layer(), gate))
+
+
+def read_softsign(op: Operator) -> None:
+    op.give(add_layer(op, "div", op.layer(), add_affine(op, add_layer(op, "abs", op.layer()), 1.0, 1.0)))
+
+
+def read_gelu(op: Operator) -> None:
+    if op.read_attribute("approximate", "none") == "none":
+        op.make("gelu", [op.layer()])
+        return
+    source = op.layer()
+    cube = add_layer(op, "mul", source, add_layer(op, "mul", source, source))
+    inner = add_layer(op, "add", source, add_affine(op, cube, TANH_OF_GELU))
+    gate = add_layer(op, "tanh", add_affine(op, inner, math.sqrt(2 / math.pi)))
+    op.give(add_layer(op, "mul", source, add_affine(op, gate, 0.5, 0.5)))
+
+
+def read_limit(is_max: bool) -> Callable[[Operator], None]:
+    """Max or Min: with a constant, or of two layers: one is what the other is, and what there is above it."""
+
+    def read(op: Operator) -> None:
+        values = [op.scope.constants[name] for name in op.inputs if op.scope.is_constant(name)]
+        if len(op.inputs) != 2 or any(value.size != 1 for value in values):
+            raise UnknownFormError("compares more than two layers, or with several constants")
+        if values:
+            value = read_first(values[0].ravel().tolist(), 0.0)
+            op.limit(value if is_max else -math.inf, math.inf if is_max else value)
+            return
+        one, other = op.layer(0), op.layer(1)
+        if len(op.shape(0)) != len(op.shape(1)):
+            raise BatchMixedError
+        more = add_layer(op, "relu", add_layer(op, "sub", *((one, other) if is_max else (other, one))))
+        op.give(add_layer(op, "add" if is_max else "sub", other, more))
+
+    return read
+
+
+# ---- norms ----
+
+
+def normalize(op: Operator, source: str, axes: Sequence[int], epsilon: float) -> str:
+    """``source`` less its mean, divided by its deviation, along ``axes``."""
+    centred = add_layer(op, "sub", source, add_layer(op, "mean", source, axes=list(axes)))
+    variance = add_layer(op, "mean", add_layer(op, "mul", centred, centred), axes=list(axes))
+    return add_layer(op, "div", centred, add_layer(op, "sqrt", add_affine(op, variance, 1.0, epsilon)))
+
+
+def read_group_norm(op: Operator) -> None:
+    """GroupNormalization, and InstanceNormalization, whose groups are single channels."""
+    scale, shift, shape = op.constant(1), op.constant(2), op.shape()
+    assert scale is not None and shift is not None
+    channels = shape[1]
+    groups = int(op.read_attribute("num_groups", channels))
+    source = op.layer()
+    if groups != channels:
+        source = add_layer(op, "reshape", source, shape=[groups, channels // groups, *shape[2:]])
+    rank = len(op.scope.draft.shape(source))
+    source = normalize(op, source, range(2, rank), float(op.read_attribute("epsilon", 1e-5)))
+    if groups != channels:
+        source = add_layer(op, "reshape", source, shape=list(shape[1:]))
+    each = [np.repeat(part, channels // part.size).reshape(-1, *(1,) * (len(shape) - 2)) for part in (scale, shift)]
+    op.give(add_affine(op, source, *each))
+
+
+def read_layer_norm(op: Operator) -> None:
+    shape = op.shape()
+    first, epsilon = op.axis(int(op.read_attribute("axis", -1)), len(shape)), float(op.read_attribute("epsilon", 1e-5))
+    scale, shift = op.constant(1), op.constant(2)
+    assert scale is not None
+    if first == 0:
+        raise BatchMixedError
+    if first == len(shape) - 1:
+        tensors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
+        op.make("layer_norm", [op.layer()], tensors, eps=epsilon)
+        return
+    normal = normalize(op, op.layer(), range(first, len(shape)), epsilon)
+    op.give(add_affine(op, normal, scale, 0.0 if shift is None else shift))
+
+
+# ---- over several numbers ----
+
+
+def read_highest(op: Operator) -> None:
+    op.give(reduce(op, op.layer(), "highest", "global_max"))
+
+
+def read_sum_over(op: Operator) -> None:
+    op.give(add_sum(op, op.layer()))
+
+
+def read_length(op: Operator) -> None:
+    """ReduceL2: the root of the sum of squares."""
+    op.give(add_layer(op, "sqrt", add_sum(op, add_layer(op, "mul", op.layer(), op.layer()))))
+
+
+def add_sum(op: Operator, source: str) -> str:
+    """``source`` summed up: the mean of so many numbers, that many times."""
+    mean = reduce(op, source, "mean", "global_avg")
+    size = math.prod(op.scope.draft.shape(source)) / math.prod(op.scope.draft.shape(mean))
+    return add_affine(op, mean, size)
+
+
+# ---- moves ----
+
+
+def read_expand(op: Operator) -> None:
+    shape, wanted = op.shape(), op.constant(1)
+    assert wanted is not None
+    target = np.broadcast_shapes(shape, tuple(int(size) for size in wanted))
+    if target == shape:
+        op.pass_through(op.layer())
+    elif len(target) != len(shape) or target[0] != 1:
+        raise UnknownFormError("adds axes, or pictures")
+    else:
+        op.make("expand", [op.layer()], shape=list(target[1:]))
+
+
+def read_resize(op: Operator) -> None:
+    """Resize and Upsample, where each pixel is repeated: others blend pixels, which is not imported."""
+    if op.read_attribute("mode", "nearest") != "nearest":
+        raise UnknownFormError("blends pixels")
+    _, channels, height, width = op.shape()
+    place = 1 if op.node.op_type == "Upsample" or op.scope.opset < 11 else 2
+    scales = op.numbers("scales", place) or [
+        size / own for size, own in zip(op.numbers("sizes", 3), op.shape(), strict=True)
+    ]
+    repeats = [int(scale) for scale in scales]
+    if repeats != scales or repeats[:2] != [1, 1] or min(repeats) < 1:
+        raise UnknownFormError("resizes by other than a whole number of times")
+    rows, columns = repeats[2:]
+    parts = add_layer(op, "reshape", op.layer(), shape=[channels, height, 1, width, 1])
+    many = add_layer(op, "expand", parts, shape=[channels, height, rows, width, columns])
+    op.make("reshape", [many], shape=[channels, height * rows, width * columns])
+
+
+def read_space_to_depth(op: Operator) -> None:
+    size, (channels, height, width) = int(op.read_attribute("blocksize", 1)), op.shape()[1:]
+    parts = add_layer(op, "reshape", op.layer(), shape=[channels, height // size, size, width // size, size])
+    moved = add_layer(op, "transpose", parts, axes=[0, 3, 5, 1, 2, 4])
+    op.make("reshape", [moved], shape=[channels * size * size, height // size, width // size])
+
+
+def read_depth_to_space(op: Operator) -> None:
+    size, (channels, height, width) = int(op.read_attribute("blocksize", 1)), op.shape()[1:]
+    rest = channels // (size * size)
+    is_depth_first = op.read_attribute("mode", "DCR") == "DCR"
+    shape, axes = (
+        ([size, size, rest], [0, 3, 4, 1, 5, 2]) if is_depth_first else ([rest, size, size], [0, 1, 4, 2, 5, 3])
+    )
+    parts = add_layer(op, "reshape", op.layer(), shape=[*shape, height, width])
+    moved = add_layer(op, "transpose", parts, axes=axes)
+    op.make("reshape", [moved], shape=[rest, height * size, width * size])
+
+
+COMPOSED: dict[str, Callable[[Operator], None]] = {
+    "Celu": read_celu,
+    "DepthToSpace": read_depth_to_space,
+    "Expand": read_expand,
+    "Gelu": read_gelu,
+    "GroupNormalization": read_group_norm,
+    "InstanceNormalization": read_group_norm,
+    "LayerNormalization": read_layer_norm,
+    "Max": read_limit(True),
+    "Min": read_limit(False),
+    "Mish": read_mish,
+    "ReduceL2": read_length,
+    "ReduceMax": read_highest,
+    "ReduceSum": read_sum_over,
+    "Resize": read_resize,
+    "Selu": read_selu,
+    "Softsign": read_softsign,
+    "SpaceToDepth": read_space_to_depth,
+    "Upsample": read_resize,
+}
+"""ONNX's name of an operator -> what reads it."""
