@@ -8,6 +8,7 @@ before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +19,22 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.graph.layer_graph import pair
+from mgq.graph.layer_graph import Convolution, Graph, pair
 from mgq.ptq.layerwise import Layer, visit_beside_float
 from mgq.ptq.patches import is_convolution, output_size
-from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quantize_weight
+from mgq.quantization.activation_ranges import (
+    add_to_bias,
+    bias_parameter,
+    find_quantized_layers,
+    fold_weight,
+    quantize_weight,
+)
+from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
 
 DIGITS = 6
+BATCH = 8
 
 
 @dataclass
@@ -69,6 +78,62 @@ def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place:
     network = network if in_place else deepcopy(network)
     visit_beside_float(network, images, BiasCorrection())
     return network
+
+
+def correct_rounding_shifts(
+    watched: M.Module, network: M.Module, graph: Graph, images: npt.NDArray[np.float32]
+) -> dict[str, tuple[float, ...]]:
+    """Correct the biases of ``watched``, a ``qat`` network with ranges, for what rounding takes from the inputs of its
+    convolutions on average. Returns what was added, by layer, (O,).
+
+    ``network``: the same in mode ``normal``, whose ``graph`` tells who reads what. ``images``: float32 (N, 3, H, W),
+    pixels minus 128. Rounding errors of a channel do not cancel where its values are nearly all the same; those of
+    clipping are left alone (see :class:`BiasCorrection`).
+    """
+    layers, found = find_quantized_layers(watched), {}
+    errors = measure_rounding_shifts(layers, network, images)
+    for node in graph.nodes:
+        module = layers.get(node.output)
+        if not isinstance(node, Convolution) or node.inputs[0] not in errors or module is None:
+            continue
+        if bias_parameter(module) is None:
+            continue
+        conv = module.conv if hasattr(module, "conv") else module
+        means = window_means(errors[node.inputs[0]], conv).reshape(conv.groups, -1)
+        shift = average_output(quantize_weight(module), means)
+        found[node.output] = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
+        add_to_bias(module, found[node.output])
+    return found
+
+
+def measure_rounding_shifts(
+    layers: Mapping[str, QATModule], network: M.Module, images: npt.NDArray[np.float32]
+) -> dict[str, Values]:
+    """Layer name -> (C, H, W), the mean over ``images`` of what rounding takes from the values of this layer of
+    ``network``. The grids are those of ``layers``; tensors of another rank are left out."""
+    modules, sums = dict(network.named_modules()), dict[str, Values]()
+
+    def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
+        def add(_: M.Module, __: object, output: Tensor) -> None:
+            if output.ndim == 4:
+                sums[name] = sums.get(name, 0.0) + rounding_errors(layers[name], output.numpy()).sum(axis=0)
+
+        return add
+
+    on_grids = [name for name, layer in layers.items() if layer.act_fake_quant is not None and name in modules]
+    with forward_hooks((modules[name], hook_of(name)) for name in on_grids):
+        for start in range(0, len(images), BATCH):
+            network(Tensor(images[start : start + BATCH])).numpy()
+    return {name: summed / len(images) for name, summed in sums.items()}
+
+
+def rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Values:
+    """What rounding to the grid behind ``layer`` takes from each of ``values``; nothing where they saturate."""
+    scale = float(layer.act_observer.get_qparams().scale.numpy())
+    steps = values / np.float32(scale)
+    np.clip(steps, layer.act_fake_quant.qmin, layer.act_fake_quant.qmax, out=steps)
+    errors: Values = (steps - np.rint(steps)).astype(np.float64) * scale
+    return errors
 
 
 def mean_patch(module: QATModule, source: Tensor) -> Values:

@@ -36,6 +36,8 @@ MOST_INPUTS = 8192
 """Weights of outputs with more inputs are rounded to the nearest: a covariance takes the square of their number."""
 FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
+POSITIONS_PER_INPUT = 256
+"""More for each input of an output add little to what is known of how they vary together."""
 DAMPING = 0.01
 """Of the mean variance, added to each: the paper's."""
 RIDGE = 3.0
@@ -99,7 +101,9 @@ class GPTQ:
     def positions_of(self, layer: Layer, conv: Any) -> Any:
         """Some positions of the output of ``layer``, at which its inputs are looked at."""
         images, channels, *size = layer.fake_inputs[0]._tuple_shape
-        number = int(np.clip(VALUES // (channels * int(np.prod(conv.kernel_size))), FEWEST, MOST))
+        kernel = int(np.prod(conv.kernel_size))
+        most = min(VALUES // (channels * kernel), POSITIONS_PER_INPUT * channels * kernel // conv.groups)
+        number = int(np.clip(most, FEWEST, MOST))
         shape = images, conv.out_channels, *output_size(conv, *size)
         return sample_positions(shape, self.positions, number)
 

@@ -191,13 +191,14 @@ def find_best(
     """
     fit, held = split(images)
     contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
-    best = choose_best(contest.try_grids(preset.grids))
-    for rewrite in preset.rewrites:
-        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite))])
+    preview = (preset.preview,) if preset.preview else ()
+    best = choose_best(contest.try_grids(preset.grids, preview))
     base = best.base
     for step in preset.finishes:
         draft = step.apply(base)
         best = choose_best([best, contest.judge(best.grid, (step,), draft, draft)])
+    for rewrite in preset.rewrites:
+        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite), best.finish)])
     for step in preset.touches:
         draft = step.apply(best.draft)
         best = choose_best([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
@@ -242,19 +243,17 @@ class Contest:
         )
         return self.tried[-1]
 
-    def try_grids(self, grids: Sequence[tuple[Step, ...]]) -> list[Candidate]:
-        """Try those of ``grids`` that apply to this network, with the quick finish. Raises FailureError where there is
+    def try_grids(self, grids: Sequence[tuple[Step, ...]], finish: tuple[Step, ...]) -> list[Candidate]:
+        """Try those of ``grids`` that apply to this network, each with ``finish``. Raises FailureError where there is
         still no candidate afterwards."""
         found = []
-        quick = (self.preset.preview,) if self.preset.preview else ()
         for grid in grids:
             try:
                 base = apply_steps(grid, self.reached)
             except FailureError as error:  # it cannot be followed, has no ceilings, or nothing to be mixed
                 self.skipped.append(error)
                 continue
-            draft = quick[0].apply(base) if quick else base
-            found.append(self.judge(grid, quick, draft, base))
+            found.append(self.judge(grid, finish, apply_steps(finish, {(): base}), base))
         if not self.tried and self.skipped:
             raise self.skipped[0]
         return found

@@ -9,6 +9,7 @@ from mgq.ptq.steps import (
     ClearDeadChannels,
     CorrectBias,
     CorrectLogits,
+    CorrectRounding,
     Equalize,
     ExactScales,
     ExpectedRanges,
@@ -68,7 +69,7 @@ PRESETS: dict[str, Preset] = {
         (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, WITH_HEADROOM, UP_TO_CEILINGS),
         (RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
-        (CorrectLogits(),),
+        (CorrectRounding(), CorrectLogits()),
         (MixChannels(),),
     ),
 }

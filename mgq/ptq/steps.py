@@ -21,7 +21,7 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError, plural
 from mgq.graph.layer_graph import graph_of
-from mgq.ptq.bias_correction import DIGITS, BiasCorrection
+from mgq.ptq.bias_correction import DIGITS, BiasCorrection, correct_rounding_shifts
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
 from mgq.ptq.data_free import set_expected_ranges
@@ -31,7 +31,7 @@ from mgq.ptq.equalization import equalize_channels, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
-from mgq.ptq.logit_gradients import Reactions, measure_reactions
+from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
@@ -51,9 +51,12 @@ from mgq.quantization.targets import Target
 from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
+Corrections = Mapping[str, tuple[float, ...]]
 LAYERWISE_IMAGES = 64
 """The most images for steps that go layer by layer: they keep all in memory, in float and quantized, and gain little
 from more."""
+SHIFT_IMAGES = 32
+"""Images on which the mean errors of rounded activations are measured."""
 REACTION_IMAGES = 128
 """Images on which gradients are measured at most, evenly spread."""
 BATCH = 8
@@ -101,7 +104,7 @@ class Draft:
     activations: Mapping[str, Range] = field(default_factory=dict)
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
-    corrections: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=dict)
     measured: Reactions | None = None
     answers: npt.NDArray[np.float32] | None = None
 
@@ -162,10 +165,13 @@ def linear_names(network: M.Module) -> set[str]:
 
 
 def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = False) -> dict[str, Range]:
-    """The range of each layer of ``watched`` for which rounding and clipping change the logits least."""
+    """The range of each layer of ``watched`` for which rounding and clipping change the logits least, and wider where
+    that costs next to nothing (:data:`mgq.ptq.logit_gradients.SPARE`)."""
     layers, found = find_quantized_layers(watched), {}
+    halves = {name: quant_levels(layers[name]) for name in reactions}
+    spare = SPARE * sum(each.noises_at_limits(halves[name], headroom).min() for name, each in reactions.items())
     for name, reaction in reactions.items():
-        low, high = reaction.best_range(quant_levels(layers[name]), headroom)
+        low, high = reaction.range_within(reaction.best_limit(halves[name], headroom, spare))
         found[name] = low, min(high, activation_of(layers[name]).high)
     return found
 
@@ -375,6 +381,35 @@ class RoundWeights:
 
 
 @dataclass(frozen=True)
+class CorrectRounding:
+    """The mean shift that rounding of activations causes is subtracted from the biases of the convolutions that read
+    them.
+
+    A network that is not of the zoo, and cannot be followed, stays as it is.
+    """
+
+    name: str = "biases corrected for rounded activations"
+
+    def apply(self, draft: Draft) -> Draft:
+        watched = deepcopy(draft.watched)
+        assert watched is not None
+        try:
+            graph = graph_of(draft.network, IMAGE_SIZE)
+        except FailureError:
+            return draft
+        images = as_input(draft.images[:SHIFT_IMAGES])
+        found = correct_rounding_shifts(watched, draft.network, graph, images)
+        corrections = {} if draft.rounded else add_corrections(draft.corrections, found)
+        return replace(draft, watched=watched, corrections=corrections, answers=None)
+
+
+def add_corrections(some: Corrections, others: Corrections) -> Corrections:
+    """Both together, by layer."""
+    both = {name: tuple(np.add(some[name], others[name]).tolist()) for name in some.keys() & others.keys()}
+    return {**some, **others, **both}
+
+
+@dataclass(frozen=True)
 class CorrectLogits:
     """The remaining mean shift of the logits, which clipping causes, is subtracted from the classifier's bias.
 
@@ -385,12 +420,14 @@ class CorrectLogits:
 
     def apply(self, draft: Draft) -> Draft:
         watched = deepcopy(draft.watched)
-        assert watched is not None and draft.answers is not None
+        assert watched is not None
         linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
         name, classifier = linear[-1] if linear else ("", None)
         if classifier is None or classifier.bias is None:
             return draft
-        shift = (draft.logits[: len(draft.answers)] - draft.answers).mean(axis=0)
+        images = draft.images[:LAYERWISE_IMAGES]
+        answers = logits_of(watched, images) if draft.answers is None else draft.answers
+        shift = (draft.logits[: len(answers)] - answers).mean(axis=0)
         correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
         add_to_bias(classifier, correction)
         corrections = {} if draft.rounded else {**draft.corrections, name: correction}

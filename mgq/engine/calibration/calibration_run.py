@@ -241,12 +241,11 @@ def estimate_seconds(
     one = (time.perf_counter() - start) / TIMED
     million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
     layerwise, judged = min(images, MOST_LAYERWISE_IMAGES), min(images, MOST_HELD)
-    grids, rounded = (
-        len(chosen.grids) + len(chosen.rewrites),
-        sum(isinstance(step, RoundWeights) for step in chosen.finishes),
-    )
+    grids, again = len(chosen.grids) + len(chosen.rewrites), chosen.finishes[: len(chosen.rewrites)]
+    finishes = (*chosen.finishes, *again)
+    rounded = sum(isinstance(step, RoundWeights) for step in finishes)
     seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
-    seconds += len(chosen.finishes) * one * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
+    seconds += one * len(finishes) * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
     return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
 
 
