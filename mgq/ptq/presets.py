@@ -9,7 +9,7 @@ from mgq.ptq.steps import (
     ClearDeadChannels,
     CorrectBias,
     CorrectLogits,
-    CorrectRounding,
+    CorrectShifts,
     Equalize,
     ExactScales,
     ExpectedRanges,
@@ -69,7 +69,7 @@ PRESETS: dict[str, Preset] = {
         (PLAIN, BY_LOGITS, DATA_FREE, EQUALIZED, WITH_HEADROOM, UP_TO_CEILINGS),
         (RoundWeights(), RoundWeights(refit=True)),
         PREVIEW,
-        (CorrectRounding(), CorrectLogits()),
+        (CorrectShifts(), CorrectLogits()),
         (MixChannels(),),
     ),
 }

@@ -381,7 +381,7 @@ class RoundWeights:
 
 
 @dataclass(frozen=True)
-class CorrectRounding:
+class CorrectShifts:
     """The mean shift that rounding of activations causes is subtracted from the biases of the convolutions that read
     them.
 

@@ -60,7 +60,7 @@ def recipes() -> list[Recipe]:
 
     plain, logits, exact = s.RangesFromImages(), s.RangesFromLogits(), s.ExactScales()
     clear, equal, ceilings, mix = s.ClearDeadChannels(), s.Equalize(), s.Equalize(to_ceilings=True), s.MixChannels()
-    bias, rounding, touch = s.CorrectBias(), s.RoundWeights(), s.CorrectLogits()
+    bias, rounding, shifts, touch = s.CorrectBias(), s.RoundWeights(), s.CorrectShifts(), s.CorrectLogits()
     alone = [
         Recipe("min-max", (plain,)),
         Recipe("alone: ranges by the logits", (logits,)),
@@ -81,9 +81,13 @@ def recipes() -> list[Recipe]:
             Recipe(f"in order: {name}", grid[:-1]),
             Recipe(f"in order: {name}, exact", grid),
             Recipe(f"in order: {name}, exact, rounded", (*grid, rounding)),
-            Recipe(f"in order: {name}, exact, rounded, logits right on average", (*grid, rounding, touch)),
+            Recipe(f"in order: {name}, exact, rounded, shifts corrected", (*grid, rounding, shifts)),
+            Recipe(
+                f"in order: {name}, exact, rounded, shifts corrected, logits centred", (*grid, rounding, shifts, touch)
+            ),
             Recipe(f"in order: {name}, mixed", mixed[:-1]),
-            Recipe(f"in order: {name}, mixed, exact, rounded, logits right on average", (*mixed, rounding, touch)),
+            Recipe(f"in order: {name}, mixed, exact, rounded", (*mixed, rounding)),
+            Recipe(f"in order: {name}, mixed, exact, rounded, shifts corrected", (*mixed, rounding, shifts)),
         ]
     return [*alone, *in_order]
 

@@ -41,7 +41,7 @@ from mgq.ptq.presets import BY_LOGITS, PRESETS, UP_TO_CEILINGS, WITH_HEADROOM, C
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import (
     CorrectBias,
-    CorrectRounding,
+    CorrectShifts,
     Draft,
     Equalize,
     Images,
@@ -415,7 +415,7 @@ class TestReactions:
         assert "features.0" not in found
 
 
-class TestCorrectRounding:
+class TestCorrectShifts:
     def test_a_channel_that_is_always_the_same_loses_nothing_on_average(self) -> None:
         """0.3 of a step is rounded to nothing at every position; its readers make up for it."""
         network = trained_like("mobilenet_v2", {})
@@ -427,7 +427,7 @@ class TestCorrectRounding:
         draft = RangesFromImages().apply(Draft(network, IMAGES, ONNX))
         assert draft.watched is not None
         set_range(find_quantized_layers(draft.watched)["features.0"].act_observer, 0, 255)
-        corrected = CorrectRounding().apply(draft)
+        corrected = CorrectShifts().apply(draft)
         assert corrected.watched is not None
         reader = find_quantized_layers(draft.watched)["features.1.conv.0"]
         size = IMAGES.shape[-1] // 2
@@ -440,7 +440,7 @@ class TestCorrectRounding:
     def test_corrections_of_both_kinds_add_up(self) -> None:
         network = trained_like(SHUFFLE, {})
         first = apply_steps((RangesFromImages(), CorrectBias()), {(): Draft(network, IMAGES, ONNX)})
-        both = CorrectRounding().apply(first)
+        both = CorrectShifts().apply(first)
         assert both.watched is not None and both.corrections.keys() >= first.corrections.keys()
         layers, plain = find_quantized_layers(both.watched), find_quantized_layers(first.prepare())
         for name, correction in both.corrections.items():
