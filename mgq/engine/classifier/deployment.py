@@ -184,9 +184,8 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
         for number, share in enumerate(TRIED_SHARES):
             file = Path(folder) / f"{number}.onnx"
             write(path=file, float_share=share)
-            found = engine_row(
-                engine, beside, [best.path, file]
-            )  # no more at once, which large ones have no memory for
+            # Two at once and no more: there is no memory for many large ones.
+            found = engine_row(engine, beside, [best.path, file])
             if found.path == file and found.snr >= row.snr:
                 best = replace(found, float_share=share)
     if not best.float_share:
