@@ -46,22 +46,24 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
+def share_out(run: Callable[[int, int], Result], pieces: int) -> list[Result]:
+    """Call ``run`` with the first piece and the one behind the last of each core's share; return the results in
+    order."""
+    if pieces < PIECES_A_CORE or (cores := usable_cores()) == 1 or pieces < PIECES_A_CORE * cores:
+        return [run(0, pieces)]
+    share = -(-pieces // cores)
+    futures = [_threads().submit(run, start, min(start + share, pieces)) for start in range(share, pieces, share)]
+    return [run(0, share), *(future.result() for future in futures)]
+
+
 def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
     """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
     order."""
 
     def run(first: int, last: int) -> list[Result]:
-        return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
+        return [function(slice(at * piece, min((at + 1) * piece, size))) for at in range(first, last)]
 
-    pieces = -(-size // piece)
-    if pieces < PIECES_A_CORE or (cores := usable_cores()) == 1 or pieces < PIECES_A_CORE * cores:
-        return run(0, size)
-    share = -(-pieces // cores) * piece
-    futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
-    results = run(0, share)
-    for future in futures:
-        results += future.result()
-    return results
+    return [result for part in share_out(run, -(-size // piece)) for result in part]
 
 
 def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, update_wrapper
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -35,7 +36,7 @@ class CompiledLoop:
     The machine code is kept on disk where a folder can be written to.
     """
 
-    def __init__(self, loop: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, loop: Any, options: Mapping[str, Any]) -> None:
         self.loop, self.options = loop, options
 
     def __call__(self, *arguments: Any) -> Any:
@@ -48,11 +49,22 @@ class CompiledLoop:
             warnings.simplefilter("ignore", UserWarning)
             import numba
         options = {"nogil": True, "error_model": "numpy", **self.options}
+        loop = self.with_compiled_parts()
         try:
-            result: Callable[..., Any] = numba.njit(cache=True, **options)(self.loop)
+            result: Callable[..., Any] = numba.njit(cache=True, **options)(loop)
         except RuntimeError:  # nowhere to keep it
-            result = numba.njit(**options)(self.loop)
+            result = numba.njit(**options)(loop)
         return result
+
+    def with_compiled_parts(self) -> Callable[..., Any]:
+        """The loop, with those that it calls as numba knows them."""
+        known = self.loop.__globals__
+        parts = {name: known.get(name) for name in self.loop.__code__.co_names}
+        compiled = {name: part.compiled for name, part in parts.items() if isinstance(part, CompiledLoop)}
+        if not compiled:
+            return self.loop
+        copy = FunctionType(self.loop.__code__, {**known, **compiled}, self.loop.__name__)
+        return cast(Callable[..., Any], update_wrapper(copy, self.loop))
 
 
 @make_compiler()
