@@ -31,9 +31,12 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def apply_in_place(self, array: Array) -> Mask | None:
-        """Quantize ``array`` in place; where it was not clipped, None where it was nowhere."""
-        return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
+    def apply_in_place(self, array: Array, positive: bool = False) -> Mask | None:
+        """Quantize ``array`` in place; where it was not clipped, None where it was nowhere.
+
+        What is 0 or less counts as clipped where ``positive`` is set: behind a ReLU.
+        """
+        return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax, positive)
 
     def apply(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped."""
@@ -117,7 +120,7 @@ def widen_range(
     if isinstance(observer, ExponentialMovingAverageObserver):
         keep = read_state(observer.runtime_momentum)[0].reshape(-1)[0]
         least, largest = low * keep + (ONE - keep) * least, high * keep + (ONE - keep) * largest
-        change(observer.runtime_momentum, keep, np.float32(observer.momentum.numpy().item()))
+        change(observer.runtime_momentum, keep, read_state(observer.momentum)[0].reshape(-1)[0])
     elif not isinstance(observer, CurrentRangeObserver):
         least, largest = np.minimum(low, least), np.maximum(high, largest)
     change(observer.min_val, low, least)
