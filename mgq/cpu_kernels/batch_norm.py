@@ -54,12 +54,6 @@ class Split(NamedTuple):
         """The rows of these pieces."""
         return slice(first * self.long, last * self.long)
 
-    def counts(self) -> Array:
-        """The rows of each piece: float32 (pieces,)."""
-        counts = np.full(self.pieces, self.long, np.float32)
-        counts[-1] = self.rows - (self.pieces - 1) * self.long
-        return counts
-
 
 @lru_cache(SPLITS_KEPT)
 def split(pixels: int, channels: int) -> Split:
@@ -101,17 +95,23 @@ class NormalizedMap:
         self.pixels, self.rows = pixels, self.split.of(pixels)
         self.limits = self.passing = limits
         self.masks, self.fixed = limits != Limits(), fixed
-        if observed or not fixed:
-            found, found_variance, *self.range = self.measure(observed)
-            if not fixed:
-                mean[:], variance[:] = found, found_variance
-        self.table, self.inverse = empty((5, self.split.width)), empty((channels,))
+        self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
         loops.tabulate(
-            mean, variance, scale.reshape(-1), shift.reshape(-1), np.float32(epsilon), self.table, self.inverse
+            self.measure(observed) if observed or not fixed else empty((4, channels)),
+            fixed,
+            mean,
+            variance,
+            scale.reshape(-1),
+            shift.reshape(-1),
+            np.float32(epsilon),
+            limits,
+            self.table,
+            self.inverse,
+            self.ends,
         )
 
     def measure(self, observed: bool) -> Array:
-        """(4, C): mean, variance, least and largest of the pixels of each channel."""
+        """(4, C): mean, variance, and where it is ``observed`` least and largest of the pixels of each channel."""
         pieces, width = self.split.pieces, self.split.width
         means, squares, ends = empty((pieces, width)), empty((pieces, width)), empty((2, pieces, width))
 
@@ -120,15 +120,12 @@ class NormalizedMap:
 
         share_out(run, pieces)
         result = empty((4, self.pixels.shape[-1]))
-        loops.merge(means, squares, ends, self.split.counts(), result)
+        loops.merge(means, squares, ends, self.split.rows, self.split.long, result)
         return result
 
     def extremes(self) -> Array:
         """(2,): the least and the largest of the output before it is rounded; NaN where there is one."""
-        low, high = self.range
-        ends = empty((2,))
-        loops.find_ends(low, high, self.table, *self.limits, ends)
-        return ends
+        return self.ends
 
     def output(self, quantizer: Quantizer | None = None) -> Array:
         """(N, H, W, C), rounded by ``quantizer``, whose zero point is 0."""

@@ -98,16 +98,17 @@ def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, means: A
 
 
 @make_compiler()
-def merge(means: Any, squares: Any, ends: Any, counts: Any, result: Any) -> None:
-    """Of all pieces, of ``counts`` rows each, to ``result`` (4, C): mean, variance, least and largest of each channel.
+def merge(means: Any, squares: Any, ends: Any, rows: Any, long: Any, result: Any) -> None:
+    """Of all pieces, of ``long`` of the ``rows`` each, to ``result`` (4, C): mean, variance, least and largest of each
+    channel.
 
-    Rows of the pieces hold one pixel or more. Where a pixel is no number, so is all of its channel.
+    Rows hold one pixel or more. Where a pixel is no number, so is all of its channel.
     """
     channels = result.shape[1]
     for c in range(channels):
         centre, spread, seen, least, largest = 0.0, 0.0, 0.0, np.float32(np.inf), np.float32(-np.inf)
         for piece in range(means.shape[0]):
-            count = float(counts[piece])
+            count = float(min(long, rows - piece * long))
             for at in range(c, means.shape[1], channels):
                 step = means[piece, at] - centre
                 seen += count
@@ -120,23 +121,10 @@ def merge(means: Any, squares: Any, ends: Any, counts: Any, result: Any) -> None
 
 
 @make_compiler()
-def tabulate(mean: Any, variance: Any, scale: Any, shift: Any, epsilon: Any, table: Any, inverse: Any) -> None:
-    """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
-
-    ``inverse`` (C,): one over the standard deviation.
-    """
-    channels = mean.size
-    for c in range(channels):
-        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
-    for at in range(table.shape[1]):
-        c = at % channels
-        table[0, at], table[1, at], table[2, at] = mean[c], scale[c] * inverse[c], shift[c]
-
-
-@make_compiler()
-def find_ends(low: Any, high: Any, table: Any, least: Any, largest: Any, ends: Any) -> None:
-    """Write to ``ends`` (2,) the least and the largest that :func:`normalize` gives between the limits ``least`` and
-    ``largest`` for pixels from ``low`` to ``high`` (C,): rounded operations keep the order of what they take."""
+def find_ends(low: Any, high: Any, table: Any, limits: Any, ends: Any) -> None:
+    """Write to ``ends`` (2,) the least and the largest that :func:`normalize` gives within ``limits`` for pixels from
+    ``low`` to ``high`` (C,): rounded operations keep the order of what they take."""
+    least, largest = limits
     ends[0], ends[1] = np.inf, -np.inf
     unknown = False
     for c in range(low.size):
@@ -146,6 +134,36 @@ def find_ends(low: Any, high: Any, table: Any, least: Any, largest: Any, ends: A
         ends[0], ends[1] = min(ends[0], min(one, other)), max(ends[1], max(one, other))
     if unknown:
         ends[:] = np.nan
+
+
+@make_compiler()
+def tabulate(
+    found: Any,
+    fixed: Any,
+    mean: Any,
+    variance: Any,
+    scale: Any,
+    shift: Any,
+    epsilon: Any,
+    limits: Any,
+    table: Any,
+    inverse: Any,
+    ends: Any,
+) -> None:
+    """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
+
+    ``found`` is :func:`merge`'s, whose statistics go to ``mean`` and ``variance`` unless they are ``fixed``.
+    ``inverse`` (C,): one over the standard deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
+    """
+    channels = mean.size
+    for c in range(channels):
+        if not fixed:
+            mean[c], variance[c] = found[0, c], found[1, c]
+        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
+    for at in range(table.shape[1]):
+        c = at % channels
+        table[0, at], table[1, at], table[2, at] = mean[c], scale[c] * inverse[c], shift[c]
+    find_ends(found[2], found[3], table, limits, ends)
 
 
 @make_compiler()

@@ -78,7 +78,7 @@ class ObservedParams(QParams):  # type: ignore[misc]
     """What an observer has to say, symmetric with one ``scale``: a tensor once somebody asks for it."""
 
     def __init__(self, observer: MinMaxObserver, scale: np.float32) -> None:
-        self.number, self.shape, self.device = scale, observer.min_val._tuple_shape, observer.min_val.device
+        self.number, self.like = scale, observer.min_val
         self._scale: Tensor | None = None
         # As create_qparams makes it.
         meta = observer.dtype
@@ -87,7 +87,7 @@ class ObservedParams(QParams):  # type: ignore[misc]
     @property
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = Tensor(np.full(self.shape, self.number), device=self.device, no_cache=True)
+            self._scale = Tensor(np.full(self.like._tuple_shape, self.number), device=self.like.device, no_cache=True)
         return self._scale
 
     @scale.setter

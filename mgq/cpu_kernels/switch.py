@@ -48,7 +48,7 @@ from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, forget_state, read_state, values, write_state
+from mgq.cpu_kernels.tensor_exchange import Array, forget_state, gathering_state, read_state, values, write_state
 from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -427,7 +427,10 @@ def fast_channel_shuffle(stock: Stock) -> Stock:
 
 def fast_network(stock: Stock) -> Stock:
     def forward(self: M.Module, x: Tensor) -> Tensor:
-        return stock(self, of_tensor(x) if hands_on_maps(self, x) else x)
+        if not hands_on_maps(self, x):
+            return stock(self, x)
+        with gathering_state():
+            return stock(self, of_tensor(x))
 
     return forward
 
@@ -445,12 +448,13 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     )
 
 
-def parts_of(module: M.Module) -> Iterator[M.Module]:
+def parts_of(module: M.Module) -> list[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
     found = [module]
     for part in found:
-        found += [value for value in vars(part).values() if is_module(type(value))]  # type: ignore[arg-type]
-    yield from found
+        own = vars(part)
+        found += [own[name] for name in own["_modules"] if is_module(type(own[name]))]  # type: ignore[arg-type]
+    return found
 
 
 @cache

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import megengine as mge
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
+from megengine.core._imperative_rt.core2 import apply
+from megengine.core.ops.builtin import ParamPackSplit
 
 Array = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -25,6 +28,8 @@ def tensors(arrays: Iterable[Array | None], device: Any) -> list[Tensor | None]:
 # Where a tensor of a layer's state keeps what it holds, and since when that is watched.
 _STATE = "_mgq_state"
 _watch = [0]
+# Tensors of layers' state that have not been given their new values yet, by id; None where they get them at once.
+_gathered: dict[int, Tensor] | None = None
 
 
 def values(*tensors: Tensor) -> list[Array]:
@@ -57,8 +62,45 @@ def read_state(*tensors: Tensor) -> list[Array]:
 def write_state(tensor: Tensor, array: Array) -> None:
     """Give ``tensor``, of a layer's state, a new value of the same size."""
     shaped = array.reshape(tensor._tuple_shape)
-    tensor._reset(Tensor(shaped, device=tensor.device, no_cache=True))
+    if _gathered is None:
+        tensor._reset(Tensor(shaped, device=tensor.device, no_cache=True))
+    else:
+        _gathered[id(tensor)] = tensor
     _remember(tensor, shaped)
+
+
+@contextlib.contextmanager
+def gathering_state() -> Iterator[None]:
+    """Within it nobody but :func:`read_state` reads a layer's state: what is written goes to MegEngine at its end.
+
+    All at once, which takes a quarter of the time of one by one.
+    """
+    global _gathered
+    if _gathered is not None:
+        yield
+        return
+    _gathered = {}
+    try:
+        yield
+    finally:
+        tensors, _gathered = list(_gathered.values()), None
+        _write_all([(tensor, array) for tensor in tensors if (array := _known_state(tensor)) is not None])
+
+
+def _write_all(state: list[tuple[Tensor, Array]]) -> None:
+    if not state:
+        return
+    arrays = [array for _, array in state]
+    split, place = ParamPackSplit(), 0
+    offsets: list[int] = []
+    for array in arrays:
+        offsets += [place, place := place + array.size]
+    split.offsets, split.shapes = offsets, [array.shape for array in arrays]
+    packed = np.concatenate([array.reshape(-1) for array in arrays])
+    parts = apply(split, Tensor(packed, device=state[0][0].device, no_cache=True))
+    for (tensor, array), part in zip(state, parts, strict=True):
+        tensor._reset(part)
+        _remember(tensor, array)
 
 
 def _remember(tensor: Tensor, array: Array) -> None:
