@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.core._imperative_rt.core2 import apply
-from megengine.core.ops.builtin import ParamPackSplit
+from megengine.core.ops.builtin import ParamPackSplit, RemoveAxis
 
 Array = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -95,11 +95,11 @@ def _write_all(state: list[tuple[Tensor, Array]]) -> None:
     offsets: list[int] = []
     for array in arrays:
         offsets += [place, place := place + array.size]
-    split.offsets, split.shapes = offsets, [array.shape for array in arrays]
+    split.offsets, split.shapes = offsets, [array.shape or (1,) for array in arrays]
     packed = np.concatenate([array.reshape(-1) for array in arrays])
     parts = apply(split, Tensor(packed, device=state[0][0].device, no_cache=True))
     for (tensor, array), part in zip(state, parts, strict=True):
-        tensor._reset(part)
+        tensor._reset(part if array.shape else apply(RemoveAxis(axis=[0]), part)[0])
         _remember(tensor, array)
 
 

@@ -39,7 +39,7 @@ from mgq.cpu_kernels.elementwise import (
     run_in_pieces,
 )
 from mgq.cpu_kernels.fake_quantization import quantizer_of
-from mgq.cpu_kernels.tensor_exchange import read_state, write_state
+from mgq.cpu_kernels.tensor_exchange import gathering_state, read_state, write_state
 from mgq.errors import FailureError
 from mgq.machine import has_bfloat16, usable_cores
 from mgq.quantization.modes import Mode, to_mode
@@ -668,6 +668,22 @@ def test_a_layers_state_is_read_right_just_after_it_was_written() -> None:
         for tensor in state:
             write_state(tensor, np.full(1 << 20, number, np.float32))
         assert all((value == number).all() for value in read_state(*state))
+
+
+def test_a_layers_state_that_is_gathered_keeps_its_shapes_and_who_wrote_it_last() -> None:
+    shapes: tuple[tuple[int, ...], ...] = ((), (1,), (1, 5, 1, 1), (7,))
+    state = [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
+    with fast_gradients():
+        with gathering_state():
+            for tensor in state:
+                write_state(tensor, np.full(tensor.shape, 1, np.float32))
+                write_state(tensor, np.full(tensor.shape, 2, np.float32))
+                assert (read_state(tensor)[0] == 2).all()
+            state[-1][...] = np.full(7, 3, np.float32)
+        assert [tensor.shape for tensor in state] == list(shapes)
+        assert [float(tensor.numpy().max()) for tensor in state] == [2, 2, 2, 3]
+        state[0]._reset(Tensor(np.float32(4)))
+        assert [float(array.max()) for array in read_state(*state)] == [4, 2, 2, 3]
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5, 300), (3, 1, 2, 2)])
