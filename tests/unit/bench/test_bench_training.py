@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mgq.bench import torch_peer
@@ -24,6 +25,7 @@ from mgq.bench.training_speed import (
     training_markdown,
 )
 from mgq.errors import InputError
+from mgq.events import Progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
 from tests.conftest import Mgq, the_error
@@ -90,9 +92,27 @@ def test_pytorch_is_a_row_and_a_ratio(tmp_path: Path) -> None:
 def test_a_network_that_pytorch_lacks_is_one_remark(tmp_path: Path) -> None:
     python = fake_torch(tmp_path, """echo '{"problem": "no such network"}'""")
     settings = make_training_settings([ARCH], 1, 2, 32, stock=False, against=[Path("torch")], python=python)
-    found = training_benchmark(settings)
+    ticks = itertools.count(step=10**9)
+    found = training_benchmark(settings, clock=lambda: next(ticks))
     assert [row.kernels for row in found.rows] == [FAST] * 2
     assert found.remarks()[0] == f"{ARCH}, normal, PyTorch: no such network"
+
+
+@pytest.mark.slow
+def test_each_network_is_trained_in_a_process_of_its_own() -> None:
+    settings = make_training_settings([ARCH], 2, 2, 32, stock=False)
+    before = {child.pid for child in psutil.Process().children()}
+    seen = set[int]()
+
+    def look(progress: Progress) -> None:
+        seen.update(child.pid for child in psutil.Process().children())
+
+    found = training_benchmark(settings, on_progress=look)
+    assert [(row.mode, row.kernels) for row in found.rows] == [("normal", FAST), ("qat", FAST)]
+    assert all(0 < row.cores < 1.5 and len(row.rounds_ns) == 2 for row in found.rows)
+    assert len(seen - before) >= 2
+    left = [child for child in psutil.Process().children() if child.pid in seen - before]
+    assert all("resource_tracker" in " ".join(child.cmdline()) for child in left)
 
 
 def test_a_missing_pytorch_is_one_line_that_says_how_to_get_it(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
