@@ -58,6 +58,8 @@ def share_out(run: Callable[[int, int], Result], pieces: int) -> list[Result]:
 def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
     """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
     order."""
+    if 0 < size <= piece:
+        return [function(slice(0, size))]
 
     def run(first: int, last: int) -> list[Result]:
         return [function(slice(at * piece, min((at + 1) * piece, size))) for at in range(first, last)]

@@ -42,7 +42,6 @@ from mgq.cpu_kernels.feature_maps import (
     needs_gradient,
     of_tensor,
     to_plain,
-    token_of,
 )
 from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
@@ -171,12 +170,13 @@ def replacements() -> Iterator[Replacement]:
 
 
 def are_on_cpu(*inputs: Tensor | FeatureMap) -> bool:
-    """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced."""
+    """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced. Feature maps always are."""
     if is_tracing() or is_tracing_module() or amp.enabled:
         return False
     return all(
         t.dtype == np.float32 and t.device.physical_locator[0] == "cpu" and t.format in ("default", "nchw")
-        for t in map(token_of, inputs)
+        for t in inputs
+        if not isinstance(t, FeatureMap)
     )
 
 

@@ -28,6 +28,7 @@ def tensors(arrays: Iterable[Array | None], device: Any) -> list[Tensor | None]:
 # Where a tensor of a layer's state keeps what it holds, and since when that is watched.
 _STATE = "_mgq_state"
 _watch = [0]
+_UNKNOWN = -1, np.zeros(0, np.float32)
 # Tensors of layers' state that have not been given their new values yet, by id; None where they get them at once.
 _gathered: dict[int, Tensor] | None = None
 
@@ -51,11 +52,13 @@ def read_state(*tensors: Tensor) -> list[Array]:
 
     Only within ``fast_gradients``, where :func:`forget_state` sees who else gives a tensor a new value.
     """
-    found = [array for tensor in tensors if (array := _known_state(tensor)) is not None]
-    if len(found) < len(tensors):
-        found = values(*tensors)
-        for tensor, array in zip(tensors, found, strict=True):
-            _remember(tensor, array)
+    watch = _watch[0]
+    known = [tensor.__dict__.get(_STATE, _UNKNOWN) for tensor in tensors]
+    if all(since == watch for since, _ in known):
+        return [array for _, array in known]
+    found = values(*tensors)
+    for tensor, array in zip(tensors, found, strict=True):
+        _remember(tensor, array)
     return found
 
 
@@ -84,7 +87,8 @@ def gathering_state() -> Iterator[None]:
         yield
     finally:
         tensors, _gathered = list(_gathered.values()), None
-        _write_all([(tensor, array) for tensor in tensors if (array := _known_state(tensor)) is not None])
+        known = [(tensor, tensor.__dict__.get(_STATE, _UNKNOWN)) for tensor in tensors]
+        _write_all([(tensor, array) for tensor, (since, array) in known if since == _watch[0]])
 
 
 def _write_all(state: list[tuple[Tensor, Array]]) -> None:
@@ -99,17 +103,16 @@ def _write_all(state: list[tuple[Tensor, Array]]) -> None:
     packed = np.concatenate([array.reshape(-1) for array in arrays])
     parts = apply(split, Tensor(packed, device=state[0][0].device, no_cache=True))
     for (tensor, array), part in zip(state, parts, strict=True):
-        tensor._reset(part if array.shape else apply(RemoveAxis(axis=[0]), part)[0])
-        _remember(tensor, array)
+        give(tensor, part if array.shape else apply(RemoveAxis(axis=[0]), part)[0])
+
+
+def give(tensor: Tensor, value: Tensor) -> None:
+    """Let ``tensor`` have the value of another: ``_reset`` unseen by :func:`forget_state`."""
+    super(Tensor, tensor)._reset(value)
 
 
 def _remember(tensor: Tensor, array: Array) -> None:
-    setattr(tensor, _STATE, (_watch[0], array.copy()))
-
-
-def _known_state(tensor: Tensor) -> Array | None:
-    watch, array = getattr(tensor, _STATE, (-1, None))
-    return array if watch == _watch[0] else None
+    tensor.__dict__[_STATE] = _watch[0], array.copy()
 
 
 def forget_state(stock: Callable[..., None]) -> Callable[..., None]:
