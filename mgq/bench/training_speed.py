@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import megengine as mge
+import megengine.module as M
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import GradManager
@@ -187,6 +188,7 @@ class Stepper:
         self.labels = rng.integers(0, CLASSES, settings.batch).astype(np.int32)
         network = create_model(arch, CLASSES)
         if mode is Mode.QAT:
+            settle_statistics(network, self.images())
             network = prepare_qat(network, in_place=True)
             set_phase(network, Phase.OBSERVE)
             network(self.images())
@@ -224,6 +226,22 @@ class Stepper:
 
     def close(self) -> None:
         pass
+
+
+def settle_statistics(network: M.Module, images: Tensor) -> None:
+    """Let the batch norms of ``network`` have the statistics of ``images``, as those of a trained one do.
+
+    By those of a new one activations grow from layer to layer, and their ranges with them: all would be rounded to 0,
+    and a few steps later nothing would be a number.
+    """
+    norms = [module for module in network.modules() if isinstance(module, M.BatchNorm2d)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    network.train()
+    network(images)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from mgq.errors import InputError
 from mgq.events import Progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
+from mgq.quantization.qat import qat_modules
 from tests.conftest import Mgq, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -141,6 +143,15 @@ def test_both_kernels_take_the_same_step() -> None:
         with stepper.by_kernels():
             losses[kernels] = stepper.step()
     assert losses[FAST] == pytest.approx(losses[STOCK], rel=1e-5)
+
+
+def test_a_network_of_many_layers_stays_a_network_of_numbers_in_quantization_aware_training() -> None:
+    """New batch norms would let activations grow until all of them are rounded to 0."""
+    stepper = Stepper("mobilenet_v2", Mode.QAT, FAST, replace(TINY, batch=8))
+    ranges = [float(part.act_observer.max_val.numpy()) for part in qat_modules(stepper.network) if part.act_observer]
+    assert max(ranges) < 1e4
+    with stepper.by_kernels():
+        assert all(np.isfinite(stepper.step()) for _ in range(3))
 
 
 @pytest.mark.parametrize(
