@@ -22,13 +22,14 @@ from megengine.optimizer import SGD
 from megengine.quantization import LSQ
 from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
-from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, feature_maps, onednn, switch
+from mgq.cpu_kernels import batch_norm_loops, fast_gradients, fast_gradients_enabled, feature_maps, onednn, switch
 from mgq.cpu_kernels.autograd_functions import (
     Convolution,
     FakeQuantizedConvolution,
     FoldedConvolution,
     NormalizedConvolution,
 )
+from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
 from mgq.cpu_kernels.elementwise import (
     PIECE,
     add_to_histograms,
@@ -36,6 +37,7 @@ from mgq.cpu_kernels.elementwise import (
     clamp_below,
     extremes,
     extremes_of_rows,
+    fake_quantize,
     run_in_pieces,
 )
 from mgq.cpu_kernels.fake_quantization import quantizer_of
@@ -725,3 +727,36 @@ def test_a_network_whose_layers_are_watched_gives_its_watchers_tensors() -> None
     for handle in handles:
         handle.remove()
     assert len(seen) > 5 and all(isinstance(output, Tensor) for output in seen)
+
+
+@pytest.mark.parametrize("scale, qmin, qmax", [(0.03, -128, 127), (1.7e-5, 0, 255), (3.0, -127, 127)])
+def test_the_limits_of_what_is_clipped_are_exact(scale: float, qmin: int, qmax: int) -> None:
+    step, limits = np.float32(scale), np.empty(2, np.float32)
+    batch_norm_loops.find_clipped(step, np.float32(qmin), np.float32(qmax), limits)
+    low, high = limits
+    ends = [low, np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf)), high]
+    passes = fake_quantize(np.array(ends, np.float32), step, np.float32(0), np.float32(qmin), np.float32(qmax))
+    assert passes is not None and passes.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 24), (1, 1, 1, 5), (4, 8, 8, 90), (32, 16, 16, 48)])
+def test_normalized_maps_know_their_extremes_before_they_are_there(shape: tuple[int, ...]) -> None:
+    pixels, channels = normal(*shape) * np.float32(3) + np.float32(100), shape[-1]
+    scale, shift = normal(channels, seed=1), normal(channels, seed=2)
+    mean, variance = np.empty((2, channels), np.float32)
+    limits = Limits.of(relu=True, ceiling=6.0)
+    found = NormalizedMap(pixels, scale, shift, 1e-5, limits, mean, variance, fixed=False, observed=True)
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(variance, pixels.var((0, 1, 2), dtype=np.float64), rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(found.extremes(), extremes(found.output()))
+
+
+def test_a_pixel_that_is_no_number_is_seen_in_the_extremes_and_stays_in_the_output() -> None:
+    pixels = normal(2, 4, 4, 5)
+    pixels[1, 2, 3, 4] = np.nan
+    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
+    for fixed in (False, True):
+        statistics = zeros.copy(), ones.copy()
+        limits = Limits.of(relu=True, ceiling=None)
+        found = NormalizedMap(pixels, ones, zeros, 1e-5, limits, *statistics, fixed=fixed, observed=True)
+        assert np.isnan(found.extremes()).all() and np.isnan(found.output()[1, 2, 3, 4])
