@@ -96,9 +96,11 @@ class NormalizedMap:
         self.limits = self.passing = limits
         self.masks, self.fixed = limits != Limits(), fixed
         self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
+        found = self.measure(observed) if observed or not fixed else empty((4, channels))
+        if not fixed:
+            mean[:], variance[:] = found[0], found[1]
         loops.tabulate(
-            self.measure(observed) if observed or not fixed else empty((4, channels)),
-            fixed,
+            found,
             mean,
             variance,
             scale.reshape(-1),

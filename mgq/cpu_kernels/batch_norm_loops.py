@@ -139,7 +139,6 @@ def find_ends(low: Any, high: Any, table: Any, limits: Any, ends: Any) -> None:
 @make_compiler()
 def tabulate(
     found: Any,
-    fixed: Any,
     mean: Any,
     variance: Any,
     scale: Any,
@@ -152,13 +151,11 @@ def tabulate(
 ) -> None:
     """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
 
-    ``found`` is :func:`merge`'s, whose statistics go to ``mean`` and ``variance`` unless they are ``fixed``.
-    ``inverse`` (C,): one over the standard deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
+    ``found`` is :func:`merge`'s; ``mean`` and ``variance`` are those to use. ``inverse`` (C,): one over the standard
+    deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
     """
     channels = mean.size
     for c in range(channels):
-        if not fixed:
-            mean[c], variance[c] = found[0, c], found[1, c]
         inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
     for at in range(table.shape[1]):
         c = at % channels

@@ -757,6 +757,8 @@ def test_a_pixel_that_is_no_number_is_seen_in_the_extremes_and_stays_in_the_outp
     ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
     for fixed in (False, True):
         statistics = zeros.copy(), ones.copy()
+        for array in statistics if fixed else ():
+            array.setflags(write=False)  # as a frozen layer's are
         limits = Limits.of(relu=True, ceiling=None)
         found = NormalizedMap(pixels, ones, zeros, 1e-5, limits, *statistics, fixed=fixed, observed=True)
         assert np.isnan(found.extremes()).all() and np.isnan(found.output()[1, 2, 3, 4])
