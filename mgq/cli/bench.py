@@ -229,6 +229,7 @@ def files_of(
     from mgq.engine.classifier.deployment import write_candidates
     from mgq.engine.classifier.onnx_import import refuse_other_import
     from mgq.engine.classifier.open import find_newest_run, open_classifier
+    from mgq.engine.classifier.parity import make_views
     from mgq.quantization.modes import Mode
 
     normal = open_classifier(name, checkpoint, Mode.NORMAL, save)
@@ -238,7 +239,8 @@ def files_of(
         raise InputError(f"{normal.spec.name} is not calibrated: `mgq calibrate {said} -d PHOTOS --target onnx` first")
     refuse_other_import(int8, normal.options)
     note(f"int8 from {printable(int8)}")
-    return write_candidates(normal, open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save), folder)
+    calibrated = open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save)
+    return write_candidates(normal, calibrated, folder, make_views(normal))
 
 
 def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:

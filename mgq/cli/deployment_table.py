@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
 
 
-def show_deployment(deployment: Deployment) -> None:
-    """Print speed and size of the int8 and the float file in each engine, and advice where int8 is slower."""
+def show_deployment(deployment: Deployment, else_try: str = "") -> None:
+    """Print speed and size of the int8 and the float file in each engine, and advice where int8 is slower.
+
+    ``else_try``: what to try before float there.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     for heading in ("float ms", "int8 ms", "faster", "same answer", "logits"):
@@ -30,9 +33,13 @@ def show_deployment(deployment: Deployment) -> None:
         f"{plural(deployment.images, 'picture')} compared; "
         f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
     )
+    for row in deployment.rows:
+        if row.float_share:
+            note(f"{row.engine} is faster with {row.float_share:.0%} of the layers in float, so its file has them so")
     if deployment.slower:
         slower = " and ".join(deployment.slower)
-        note(f"int8 is slower than float in {slower}: run the float file there (`mgq dump -m normal`)")
+        first = f"{else_try}, or " if else_try else ""
+        note(f"int8 is slower than float in {slower}: {first}run the float file there (`mgq dump -m normal`)")
     if deployment.is_worthless:
         note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
         return

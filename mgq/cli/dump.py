@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -117,7 +118,7 @@ class DumpCommand(NetworkCommand):
         if self.mode == "quantized" and dumped.format != "native":
             show_float_size(classifier, dumped, wanted, out)
         if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
-            show_speed(classifier, dumped, images)
+            show_speed(classifier, dumped, images, wanted)
 
     def make_file_options(self) -> FileOptions:
         """What the file is to be."""
@@ -280,15 +281,23 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
         to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
 
 
-def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None) -> None:
-    """Compare the speed of an imported network in int8 and in float32, in each engine."""
+def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None, wanted: FileOptions) -> None:
+    """Compare the speed of an imported network in int8 and in float32, in each engine.
+
+    A file for one engine is written again where that runs it sooner with some layers in float, unless it was tuned.
+    """
     from mgq.cli.deployment_table import show_deployment
     from mgq.engine.classifier.deployment import measure_file
+    from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float
     from mgq.engine.classifier.parity import make_views
+    from mgq.quantization.option_names import ANY_ENGINE
 
-    found = measure_file(to_float(classifier), dumped, make_views(classifier) if images is None else images)
-    show_deployment(found)
+    write = partial(dump_classifier, classifier, batch=wanted.batch, engine=wanted.engine, keep_input=wanted.keep_input)
+    images = make_views(classifier) if images is None else images
+    form = ANY_ENGINE if wanted.tune else wanted.engine
+    found = measure_file(to_float(classifier), dumped, images, write, form)
+    show_deployment(found, "write a file for it alone (`--for`)" if wanted.engine == ANY_ENGINE else "")
 
 
 def megabytes(size: int) -> str:

@@ -1,17 +1,30 @@
 """Adapts a graph to the int8 kernels of an engine: where values are rounded between layers, and by which operators.
 
-Engines have different int8 kernels. OpenVINO computes an activation at the end of a convolution's kernel, in float, and
-rounds once behind it. ONNX Runtime needs integers behind every convolution, and has kernels that read and give integers
-for a sigmoid and for products. What suits one of them makes the other slower than float32.
+Engines have different int8 kernels. OpenVINO computes an activation or a product at the end of a convolution's kernel,
+in float, and rounds once behind it. ONNX Runtime needs integers behind every convolution, and has kernels that read and
+give integers for a sigmoid and for products. What suits one of them makes the other slower than float32. In both, small
+layers that multiply little for each number that they move may gain nothing from integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from operator import is_
 from types import MappingProxyType
 
-from mgq.graph.layer_graph import UINT8_MAX, Convolution, Graph, Node, Operation, QuantParams, Transpose
+from mgq.graph.layer_graph import (
+    UINT8_MAX,
+    Graph,
+    MaxPool,
+    Node,
+    Operation,
+    QuantParams,
+    Reshape,
+    Transpose,
+    WeightedNode,
+    products_per_number,
+)
 from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENVINO
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
 
@@ -19,11 +32,65 @@ SATURATED = 3.0
 """Beyond it a hard swish is 0 or the identity."""
 GATE = QuantParams(1 / UINT8_MAX, 0, UINT8_MAX)
 """Of a sigmoid: 255 steps are exactly 1."""
+FLOAT_IN_OPENVINO = ACTIVATIONS | FLOAT | {"mul"}
+"""Kinds of layers that OpenVINO computes in float, at the end of a convolution's kernel where it can."""
+AVERAGES = frozenset({"global_avg", "avg_pool"})
 
 
-def adapt_to_engine(graph: Graph, engine: str) -> Graph:
-    """``graph`` in the form for ``engine``, a key of ``FORMS``; the same object where it needs no other."""
-    return FORMS[engine](graph)
+def adapt_to_engine(graph: Graph, engine: str, float_share: float = 0.0) -> Graph:
+    """``graph`` in the form for ``engine``, a key of ``FORMS``; the same object where it needs no other.
+
+    ``float_share``, where it is not 0: see :func:`leave_small_layers_in_float`.
+    """
+    return FORMS[engine](leave_small_layers_in_float(graph, float_share) if float_share else graph)
+
+
+def leave_small_layers_in_float(graph: Graph, share: float) -> Graph:
+    """``graph`` with integers in convolutions and linear layers alone, without the ``share`` of them, below 1, that
+    multiply least for each number that they move: all else is computed in float32.
+    """
+    weighted = [node for node in graph.nodes if isinstance(node, WeightedNode)]
+    weighted.sort(key=lambda node: products_per_number(node, graph))
+    kept = {node.output for node in weighted[int(share * len(weighted)) :]}
+    return leave_in_float(graph, {node.output for node in graph.nodes} - kept)
+
+
+def leave_in_float(graph: Graph, layers: Collection[str]) -> Graph:
+    """``graph`` with the layers that make ``layers`` computed in float32: what only they read is not rounded for them.
+
+    The same object where they read no integers.
+    """
+    rounded = find_rounded(graph, layers)
+    nodes = tuple(
+        replace(node, integers=None, scales=None)
+        if isinstance(node, WeightedNode) and node.output in layers and node.integers is not None
+        else node
+        for node in graph.nodes
+    )
+    if all(map(is_, nodes, graph.nodes)) and rounded >= graph.grids.keys():
+        return graph
+    return replace(graph, nodes=nodes, grids={name: grid for name, grid in graph.grids.items() if name in rounded})
+
+
+def find_rounded(graph: Graph, layers: Collection[str]) -> frozenset[str]:
+    """The tensors with a grid that others than ``layers`` read as integers, moved or not, and the pictures."""
+    readers, found = readers_in(graph), {graph.input, graph.output}
+
+    def reads_integers(node: Node) -> bool:
+        return node.output in found if moves(node) else node.output not in layers
+
+    for node in reversed(graph.nodes):
+        if any(map(reads_integers, readers[node.output])):
+            found.add(node.output)
+    for node in graph.nodes:
+        if moves(node) and node.inputs[0] in graph.grids:
+            (found.add if node.inputs[0] in found else found.discard)(node.output)
+    return frozenset(found)
+
+
+def moves(node: Node) -> bool:
+    """Whether ``node`` only moves or chooses values, so that its output lies on the grid of its input."""
+    return isinstance(node, MaxPool | Reshape | Transpose) or (isinstance(node, Operation) and node.moves)
 
 
 def round_before_own_joins(graph: Graph) -> Graph:
@@ -69,19 +136,6 @@ def list_parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in node.inputs if graph.grids[name] != graph.grids[node.output]))
 
 
-def move_activations_behind_convolutions(graph: Graph) -> Graph:
-    """``graph`` without the rounding between a convolution and the activations that alone read it."""
-    readers = readers_in(graph)
-    left_out = {
-        node.output
-        for node in graph.nodes
-        if isinstance(node, Convolution) and node.output in graph.grids and is_activated(readers[node.output])
-    }
-    if not left_out:
-        return graph
-    return replace(graph, grids={name: grid for name, grid in graph.grids.items() if name not in left_out})
-
-
 def readers_in(graph: Graph) -> dict[str, list[Node]]:
     """Name of a tensor -> the nodes that read it."""
     found: dict[str, list[Node]] = {name: [] for name in (graph.input, *(node.output for node in graph.nodes))}
@@ -106,15 +160,27 @@ def round_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    return round_behind_transpositions(move_activations_behind_convolutions(round_before_all_joins(graph)))
+    return round_behind_transpositions(compute_gates_in_float(round_before_all_joins(graph)))
+
+
+def compute_gates_in_float(graph: Graph) -> Graph:
+    """``graph`` with activations and products in float32, and so the averages from which gates are made.
+
+    Rounding is left to the layers that read integers: convolutions, sums and joins.
+    """
+    readers = readers_in(graph)
+
+    def is_float(node: Node) -> bool:
+        if not isinstance(node, Operation):
+            return False
+        is_for_gate = node.kind in AVERAGES and len(readers[node.inputs[0]]) > 1
+        return node.kind in FLOAT_IN_OPENVINO or is_for_gate
+
+    return leave_in_float(graph, [node.output for node in graph.nodes if is_float(node)])
 
 
 def for_onnxruntime(graph: Graph) -> Graph:
     return swishes_on_integers(round_before_own_joins(graph))
-
-
-def is_activated(readers: list[Node]) -> bool:
-    return bool(readers) and all(isinstance(node, Operation) and node.kind in ACTIVATIONS for node in readers)
 
 
 def swishes_on_integers(graph: Graph) -> Graph:

@@ -177,8 +177,18 @@ class Graph:
 
 def macs_of(graph: Graph) -> int:
     """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
-    positions = {node.output: int(np.prod(graph.shapes[node.output][2:])) for node in graph.nodes}
-    return sum(node.weight.size * positions[node.output] for node in graph.nodes if isinstance(node, WeightedNode))
+    return sum(macs_in(node, graph) for node in graph.nodes if isinstance(node, WeightedNode))
+
+
+def macs_in(node: WeightedNode, graph: Graph) -> int:
+    """The same of one layer."""
+    return node.weight.size * int(np.prod(graph.shapes[node.output][2:]))
+
+
+def products_per_number(node: WeightedNode, graph: Graph) -> float:
+    """How often ``node`` multiplies for each number that it reads or writes, weights among them."""
+    moved = sum(int(np.prod(graph.shapes[name])) for name in (*node.inputs, node.output)) + node.weight.size
+    return macs_in(node, graph) / moved
 
 
 def graph_of(network: M.Module, image_size: int) -> Graph:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import is_
 from types import MappingProxyType
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from mgq.graph.layer_graph import Convolution, Graph, Integers, Node, Reshape, Transpose
 
 SHUFFLE = (Reshape, Transpose, Reshape)
+LANES, MOST_MERGED = 16, 4
+"""How many channels a group has at least where groups are merged, but for that no more than so many are."""
 
 
 def without_shuffles(graph: Graph, most: float = math.inf) -> Graph:
@@ -124,6 +127,31 @@ def to_dense(weight: Integers, groups: int) -> Integers:
         rows = slice(group * outputs, (group + 1) * outputs)
         whole[rows, group * inputs : (group + 1) * inputs] = weight[rows]
     return whole
+
+
+def merge_narrow_groups(graph: Graph) -> Graph:
+    """``graph`` with int8 convolutions of groups that are narrower than ``LANES`` channels, but not depthwise ones, in
+    fewer groups that are wider: the weights of one lie beside zeros for the others. The sums are of the same products
+    and zeros, so integers are the same. ONNX Runtime runs a group after the other, a kernel of matrix products each.
+    """
+    nodes = tuple(merge_groups_of(node) if isinstance(node, Convolution) else node for node in graph.nodes)
+    return graph if all(map(is_, nodes, graph.nodes)) else replace(graph, nodes=nodes)
+
+
+def merge_groups_of(node: Convolution) -> Convolution:
+    width = node.weight.shape[1]
+    if node.integers is None or node.groups == 1 or not 1 < width < LANES:
+        return node
+    factors = [factor for factor in range(2, MOST_MERGED + 1) if node.groups % factor == 0]
+    if not factors:
+        return node
+    factor = next((factor for factor in factors if factor * width >= LANES), factors[-1])
+    groups = node.groups // factor
+
+    def merge(weight: Integers) -> Integers:
+        return np.concatenate([to_dense(part, factor) for part in np.split(weight, groups)])
+
+    return replace(node, weight=merge(node.weight), integers=merge(node.integers), groups=groups)
 
 
 def stem_on_half_the_grid(graph: Graph) -> Graph:

@@ -100,9 +100,9 @@ def contenders_of_peers(path: Path, fed: npt.NDArray[np.float32], kept: FloatInp
 def contenders_of_mgq(normal: Classifier, int8: Classifier, folder: Path) -> Iterator[Contender]:
     """mgq's file for any engine, and that for an engine alone, in each engine that runs it."""
     from mgq.engine.classifier.deployment import write_candidates
-    from mgq.engine.classifier.parity import list_backends
+    from mgq.engine.classifier.parity import list_backends, make_views
 
-    _, plain, *forms = write_candidates(normal, int8, folder)
+    _, plain, *forms = write_candidates(normal, int8, folder, make_views(normal))
     for engine in list_backends(plain):
         own = [path for path in forms if path.stem.endswith(f".{engine.key}")]
         for path in (plain, *own):

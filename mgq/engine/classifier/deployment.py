@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,24 @@ from mgq.quantization.option_names import ANY_ENGINE
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.runtime.registry import Backend
 
-ROUNDS, SECONDS = 60, 3.0
-"""Turns that each file gets in an engine, and seconds after which it is enough."""
+ROUNDS, SECONDS = 60, (0.5, 3.0)
+"""Turns that each file gets in an engine at least, and the seconds that all of them take, at least and at most."""
 WARM_UP = 3
 EQUAL_SPEED = 0.97
 """Share of float's speed below which a file counts as slower."""
+MOST_LOST = 1.0
+"""dB by which the form for an engine may be farther from float than that for any: calibration knows that one alone, and
+what it made up for may not happen in others."""
+WORTHWHILE = 1.1
+"""Share of float's speed below which int8 in all layers is compared with int8 in some of them."""
+
+TRIED_SHARES = 0.25, 0.5, 0.625, 0.75, 0.9
+"""Shares of the layers with weights that are tried in float32 there."""
 
 Images = npt.NDArray[np.uint8]
+Write = Callable[..., Dump]
+"""Writes a network to ``path`` with a ``float_share``: :func:`mgq.engine.classifier.dump.dump_classifier` with its
+other arguments."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class EngineRow:
     """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8
     answers to the pictures, in percent of them as float does, and its logits against float's in dB.
 
-    An engine for int8 alone has no float. ``path`` is the int8 file."""
+    An engine for int8 alone has no float. ``path`` is the int8 file, ``float_share`` the part of its convolutions and
+    linear layers that stay in float32 there, because the engine runs them sooner so."""
 
     engine: str
     version: str
@@ -48,6 +62,7 @@ class EngineRow:
     same: float
     snr: float
     path: Path
+    float_share: float = 0.0
 
     @property
     def speedup(self) -> float | None:
@@ -56,6 +71,10 @@ class EngineRow:
     @property
     def is_slower(self) -> bool:
         return self.speedup is not None and self.speedup < EQUAL_SPEED
+
+    @property
+    def is_hardly_faster(self) -> bool:
+        return self.speedup is not None and self.speedup < WORTHWHILE
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,25 @@ class Deployment:
         return {**vars(self), "path": str(self.path), "rows": rows}
 
 
+@dataclass(frozen=True)
+class FloatFile:
+    """What int8 is compared with: the file ``path`` of ``size`` bytes, and its logits ``exact`` (N, classes) for
+    ``images``, uint8 (N, 3, H, W)."""
+
+    path: Path
+    size: int
+    exact: npt.NDArray[np.float64]
+    images: Images
+
+
+@contextlib.contextmanager
+def float_file_of(normal: Classifier, images: Images) -> Iterator[FloatFile]:
+    """A float file of ``normal`` for a while. Raises as the dump does."""
+    with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
+        dumped = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
+        yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images)
+
+
 def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images, keep_input: bool = False) -> Deployment:
     """Write the int8 network to the ``.onnx`` file ``path``, and measure it beside a float file of ``normal``.
 
@@ -101,46 +139,76 @@ def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images, kee
     """
     int8 = convert(int8, Mode.QUANTIZED)
     dumped = dump_classifier(int8, path, batch=None, keep_input=keep_input)
+    with float_file_of(normal, images) as beside:
+        rows = tuple(measure_forms(beside, int8, path, engine, keep_input) for engine in list_backends(path))
+        drop_slower_forms(path, rows)
+        return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
+
+
+def measure_file(normal: Classifier, dumped: Dump, images: Images, write: Write, form: str) -> Deployment:
+    """An int8 file that is there already beside a float one of ``normal``.
+
+    ``write`` made it in the ``form`` for an engine. Where int8 in all layers is hardly faster there, it is written
+    again with the layers in float that this engine runs sooner so. Raises as the dump does.
+    """
+    engines = sorted(list_backends(dumped.path), key=lambda engine: engine.key != form)
+    with float_file_of(normal, images) as beside:
+        rows = tuple(measure_or_mend(beside, engine, dumped.path, write, form) for engine in engines)
+        return Deployment(dumped.path, beside.size, dumped.path.stat().st_size, len(images), usable_cores(), rows)
+
+
+def measure_or_mend(beside: FloatFile, engine: Backend, path: Path, write: Write, form: str) -> EngineRow:
+    row = engine_row(engine, beside, [path])
+    return try_float_layers(beside, row, engine, path, write) if engine.key == form else row
+
+
+def measure_forms(
+    beside: FloatFile, int8: Classifier, path: Path, engine: Backend, keep_input: bool = False
+) -> EngineRow:
+    """The fastest of the forms of ``int8`` in ``engine``, which lies at ``path`` or beside it."""
+    row = engine_row(engine, beside, [path, *write_engine_form(int8, path, engine.key, keep_input)])
+    if engine.key not in FORMS:
+        return row
+    write = partial(dump_classifier, int8, batch=None, engine=engine.key, keep_input=keep_input)
+    return try_float_layers(beside, row, engine, name_form(path, engine.key), write)
+
+
+def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: Path, write: Write) -> EngineRow:
+    """``row``, or where int8 is hardly faster than float in it, that of the file with the layers in float with which
+    ``engine`` is the fastest: it lies at ``path`` then.
+    """
+    if not row.is_hardly_faster:
+        return row
+    best = row
     with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
-        beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
-        exact = normal_logits(normal, images)
-        rows = tuple(
-            engine_row(
-                engine, beside.path, [path, *write_engine_form(int8, path, engine.key, keep_input)], exact, images
-            )
-            for engine in list_backends(path)
-        )
-    drop_slower_forms(path, rows)
-    return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
+        for number, share in enumerate(TRIED_SHARES):
+            file = Path(folder) / f"{number}.onnx"
+            write(path=file, float_share=share)
+            found = engine_row(
+                engine, beside, [best.path, file]
+            )  # no more at once, which large ones have no memory for
+            if found.path == file and found.snr >= row.snr:
+                best = replace(found, float_share=share)
+    if not best.float_share:
+        return row
+    write(path=path, float_share=best.float_share)
+    return replace(engine_row(engine, beside, [path]), float_share=best.float_share)
 
 
-def measure_file(normal: Classifier, dumped: Dump, images: Images) -> Deployment:
-    """An int8 file that is there already beside a float one of ``normal``. Raises as the dump does."""
-    with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
-        beside = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
-        exact = normal_logits(normal, images)
-        engines = list_backends(dumped.path)
-        rows = tuple(engine_row(engine, beside.path, [dumped.path], exact, images) for engine in engines)
-    return Deployment(dumped.path, beside.size, dumped.size, len(images), usable_cores(), rows)
-
-
-def write_candidates(normal: Classifier, int8: Classifier, folder: Path) -> list[Path]:
-    """A float file in ``folder``, the int8 one for any engine, and those in the form for an engine that is installed.
-
-    Raises as the dump does.
+def write_candidates(normal: Classifier, int8: Classifier, folder: Path, images: Images) -> list[Path]:
+    """A float file in ``folder``, the int8 one for any engine, and those that are faster in an engine that is
+    installed: :func:`deploy` says how they are found. ``images`` are as there. Raises as the dump does.
     """
     name = normal.spec.name
     floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
-    integers = dump_classifier(int8, folder / f"{name}.int8.onnx", batch=None).path
-    forms = [form for engine in list_backends(integers) for form in write_engine_form(int8, integers, engine.key)]
-    return [floats, integers, *forms]
+    return [floats, *deploy(normal, int8, folder / f"{name}.int8.onnx", images).files]
 
 
 def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:
     """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
     if engine not in FORMS:
         return []
-    beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
+    beside = name_form(path, engine)
     graph = adapt_to_engine(plain_graph(source_of(int8), int8.image_size), ANY_ENGINE)
     if adapt_to_engine(graph, engine) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
@@ -148,11 +216,16 @@ def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: boo
     return [dump_classifier(int8, beside, batch=None, engine=engine, keep_input=keep_input).path]
 
 
+def name_form(path: Path, engine: str) -> Path:
+    """The file beside ``path`` for one engine alone."""
+    return path.with_name(f"{path.stem}.{engine}{path.suffix}")
+
+
 def drop_slower_forms(path: Path, rows: Sequence[EngineRow]) -> None:
     """Delete the files beside ``path`` that are the fastest in no engine."""
     kept = {row.path for row in rows}
     for engine in FORMS:
-        beside = path.with_name(f"{path.stem}.{engine}{path.suffix}")
+        beside = name_form(path, engine)
         if beside not in kept:
             beside.unlink(missing_ok=True)
 
@@ -161,26 +234,26 @@ def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]
     return np.concatenate([normal.logits(images[i : i + 1]) for i in range(len(images))]).astype(np.float64)
 
 
-def engine_row(
-    engine: Backend, floats: Path, integers: Sequence[Path], exact: npt.NDArray[np.float64], images: Images
-) -> EngineRow:
-    """The fastest of the files ``integers`` in ``engine`` beside ``floats``, or alone where it does not run float.
+def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> EngineRow:
+    """The fastest of the files ``integers`` in ``engine`` beside float, or alone where it does not run that.
 
-    ``exact`` are the logits of float.
+    Those that are farther from float than the first by more than ``MOST_LOST`` are not taken.
     """
     threads = usable_cores()
     candidates = [engine.load(path, threads) for path in integers]
     runtimes: list[BatchRuntime] = [*candidates]
-    if engine.reads(floats):
-        runtimes.append(engine.load(floats, threads))
-    taken = milliseconds(runtimes, images[:1])
-    int8_ms = min(taken[: len(candidates)])
-    place = taken.index(int8_ms)
+    if engine.reads(beside.path):
+        runtimes.append(engine.load(beside.path, threads))
+    taken = milliseconds(runtimes, beside.images[:1])
     float_ms = taken[-1] if len(runtimes) > len(candidates) else None
+    answers = [run_in_batches(runtime, beside.images).astype(np.float64) for runtime in candidates]
+    nearness = [snr_of(found, beside.exact) for found in answers]
+    place = min(
+        (place for place in range(len(candidates)) if nearness[place] >= nearness[0] - MOST_LOST), key=taken.__getitem__
+    )
+    same = float((beside.exact.argmax(1) == answers[place].argmax(1)).mean() * 100)
     int8 = candidates[place]
-    found = run_in_batches(int8, images).astype(np.float64)
-    same = float((exact.argmax(1) == found.argmax(1)).mean() * 100)
-    return EngineRow(int8.name, int8.version, float_ms, int8_ms, same, snr_of(found, exact), integers[place])
+    return EngineRow(int8.name, int8.version, float_ms, taken[place], same, nearness[place], integers[place])
 
 
 def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]:
@@ -189,12 +262,12 @@ def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]
         for _ in range(WARM_UP):
             runtime.run(image)
     taken: list[list[float]] = [[] for _ in runtimes]
-    end = time.perf_counter() + SECONDS
-    for _ in range(ROUNDS):
+    begin, (least, most) = time.perf_counter(), SECONDS
+    while True:
         for runtime, turns in zip(runtimes, taken, strict=True):
             start = time.perf_counter()
             runtime.run(image)
             turns.append((time.perf_counter() - start) * 1e3)
-        if time.perf_counter() > end:
-            break
-    return [statistics.median(turns) for turns in taken]
+        seconds = time.perf_counter() - begin
+        if seconds > most or (seconds > least and len(taken[0]) >= ROUNDS):
+            return [statistics.median(turns) for turns in taken]

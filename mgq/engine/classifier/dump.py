@@ -86,14 +86,15 @@ def dump_classifier(
     cpu: str | None = None,
     engine: str = ANY_ENGINE,
     keep_input: bool = False,
+    float_share: float = 0.0,
 ) -> Dump:
     """Write ``classifier`` to ``path`` in the format ``kind`` (see :func:`format_for`).
 
     The file takes (``batch``, 3, S, S) in BGR: raw ``uint8`` pixels, or in the format ``megengine`` also ``int8``
     pixels minus 128, or those as ``float32``. A ``.megengine`` file is checked to the bit on a real picture, an
-    ``.onnx`` file by ONNX's own checker; its batch may be None, for any; ``rewrites`` and ``engine`` are as in
-    :func:`mgq.export.onnx.writer.write_onnx`, and with ``keep_input`` it takes what the imported ONNX file took. A
-    native library takes any number of images, is for processors of the kind ``cpu`` (see
+    ``.onnx`` file by ONNX's own checker; its batch may be None, for any; ``rewrites``, ``engine`` and ``float_share``
+    are as in :func:`mgq.export.onnx.writer.write_onnx`, and with ``keep_input`` it takes what the imported ONNX file
+    took. A native library takes any number of images, is for processors of the kind ``cpu`` (see
     :func:`mgq.export.native.cpu.get_level`), and is checked where it runs.
 
     Raises InputError for another input type or a batch below 1, FailureError where the check fails; nothing is left
@@ -111,7 +112,7 @@ def dump_classifier(
     if kind == "native":
         return dump_native(classifier, path, input_type, cpu)
     if kind == "onnx":
-        return dump_onnx(classifier, path, input_type, batch, rewrites, engine, keep_input)
+        return dump_onnx(classifier, path, input_type, batch, rewrites, engine, keep_input, float_share)
     if batch is None:
         raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
     return dump_megengine(classifier, path, input_type, batch, cat)
@@ -148,20 +149,23 @@ def dump_onnx(
     rewrites: Sequence[str],
     engine: str,
     keep_input: bool,
+    float_share: float,
 ) -> Dump:
     if input_type != "uint8":
         raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
     kept = find_float_input(classifier) if keep_input else None
     if kept is not None and classifier.mode is Mode.NORMAL:
         raise InputError("--keep-input is for int8: the float file with its input is the one that was imported")
+    form = {"engine": engine, "float_share": float_share}
     report = write_onnx(
         source_of(classifier),
         path,
         image_size=classifier.image_size,
         batch=kept.shape[0] if kept else batch,
-        provenance={**provenance_of(classifier), **({} if engine == ANY_ENGINE else {"engine": engine})},
+        provenance={**provenance_of(classifier), **({} if engine == ANY_ENGINE else form)},
         rewrites=rewrites,
         engine=engine,
+        float_share=float_share,
         kept=kept,
     )
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it", kept.describe() if kept else "")

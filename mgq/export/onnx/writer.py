@@ -37,7 +37,7 @@ from mgq.graph.layer_graph import (
     WeightedNode,
     graph_of,
 )
-from mgq.graph.rewrites import REWRITES, without_shuffles
+from mgq.graph.rewrites import REWRITES, merge_narrow_groups, without_shuffles
 from mgq.io.atomic import atomic_write
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.quantization.half_to_even import bias_steps
@@ -67,6 +67,7 @@ def write_onnx(
     provenance: Mapping[str, Any],
     rewrites: Sequence[str] = (),
     engine: str = ANY_ENGINE,
+    float_share: float = 0.0,
     kept: FloatInput | None = None,
 ) -> OnnxReport:
     """Write ``network``, mode ``normal`` or ``qat``, to ``path``: in float32, or in int8 with the grids of ``qat``.
@@ -74,14 +75,14 @@ def write_onnx(
     The file takes uint8 (``batch``, 3, S, S) pixels in BGR, of any number where ``batch`` is None, and gives float32
     logits; with ``kept`` it takes, and calls its answer, what that says. ``rewrites`` are names of
     :data:`mgq.graph.rewrites.REWRITES`, ``engine`` is that of :data:`mgq.graph.engine_forms.FORMS` which is to run the
-    file soonest. ``provenance`` lies as JSON in its metadata. ONNX's own checker has to accept the file, shapes of all
-    tensors included. Raises FailureError where a layer cannot be exported, InputError where ONNX is not installed;
-    nothing is left at ``path`` then.
+    file soonest, and ``float_share`` is as in :func:`mgq.graph.engine_forms.adapt_to_engine`. ``provenance`` lies as
+    JSON in its metadata. ONNX's own checker has to accept the file, shapes of all tensors included. Raises FailureError
+    where a layer cannot be exported, InputError where ONNX is not installed; nothing is left at ``path`` then.
     """
     graph = plain_graph(network, image_size)
     for name in rewrites:
         graph = REWRITES[name](graph)
-    graph = adapt_to_engine(graph, engine)
+    graph = adapt_to_engine(graph, engine, float_share)
     onnx = import_package("onnx")
     model = model_of(graph, image_size, batch, provenance, kept)
     try:
@@ -98,8 +99,9 @@ def write_onnx(
 
 
 def plain_graph(network: M.Module, image_size: int) -> Graph:
-    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing."""
-    return without_shuffles(graph_of(network, image_size), most=0)
+    """What is written without ``rewrites``: shuffles behind a dense convolution are in it already, for nothing, and
+    narrow groups are merged."""
+    return merge_narrow_groups(without_shuffles(graph_of(network, image_size), most=0))
 
 
 def model_of(

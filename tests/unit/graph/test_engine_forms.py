@@ -13,8 +13,8 @@ import pytest
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.graph.engine_forms import FORMS, adapt_to_engine
-from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams
+from mgq.graph.engine_forms import FORMS, adapt_to_engine, leave_small_layers_in_float, moves
+from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams, WeightedNode, products_per_number
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
@@ -142,3 +142,42 @@ def test_linear_layers_with_channels_last_are_convolutions_without_transposition
     kinds = [type(node).__name__ for node in graph_of_body("channels_last")[0].nodes]
     assert kinds.count("Transpose") == 2  # around the layer norm alone
     assert kinds.count("Convolution") > 5
+
+
+@pytest.mark.parametrize("engine", FORMS)
+@pytest.mark.parametrize("body", BODIES)
+def test_with_some_layers_in_float_the_answers_are_nearer_to_float(
+    tmp_path: Path, graph_of_body: Any, body: str, engine: str
+) -> None:
+    graph, (images, wanted) = graph_of_body(body)
+    noises = []
+    for share in (0.0, 0.5):
+        saved(adapt_to_engine(graph, engine, share), tmp_path / "int8.onnx")
+        found = load(tmp_path / "int8.onnx", "onnxruntime").run(images)
+        noises.append(float(np.square(found - wanted).sum()))
+    assert noises[1] < noises[0]
+
+
+def test_the_layers_in_float_are_those_that_multiply_least_for_each_number(graph_of_body: Any) -> None:
+    graph = graph_of_body("plain")[0]
+    weighted = [node for node in graph.nodes if isinstance(node, WeightedNode)]
+    whole = {node.output for node in weighted}
+    for share in (0.25, 0.5, 0.75):
+        left = {
+            node.output
+            for node in leave_small_layers_in_float(graph, share).nodes
+            if isinstance(node, WeightedNode) and node.integers is not None
+        }
+        work = {node.output: products_per_number(node, graph) for node in weighted}
+        assert len(left) == len(weighted) - int(share * len(weighted))
+        assert min(work[name] for name in left) >= max(work[name] for name in whole - left)
+
+
+def test_only_what_an_int8_layer_reads_is_rounded(graph_of_body: Any) -> None:
+    graph = leave_small_layers_in_float(graph_of_body("squeeze_and_excite")[0], 0.5)
+    read = {name for node in graph.nodes for name in node.inputs if reads_integers(node, graph)}
+    assert {graph.input} < set(graph.grids) == read | {graph.input}
+
+
+def reads_integers(node: Node, graph: Graph) -> bool:
+    return node.output in graph.grids if moves(node) else isinstance(node, WeightedNode) and node.integers is not None

@@ -14,9 +14,17 @@ from mgq.bench import tune
 from mgq.bench.statistics import Speedup
 from mgq.bench.tune import Form, find_fastest, list_applicable, measure_forms
 from mgq.engine.classifier.open import make_random_classifier
-from mgq.export.onnx.writer import write_onnx
-from mgq.graph.layer_graph import Convolution, Graph, Transpose, graph_of, macs_of
-from mgq.graph.rewrites import REWRITES, stem_on_half_the_grid, to_blocks, to_dense, without_shuffles
+from mgq.export.onnx.writer import model_of, write_onnx
+from mgq.graph.layer_graph import Convolution, GlobalAverage, Graph, QuantParams, Transpose, graph_of, macs_of
+from mgq.graph.rewrites import (
+    REWRITES,
+    merge_narrow_groups,
+    stem_on_half_the_grid,
+    to_blocks,
+    to_dense,
+    without_shuffles,
+)
+from mgq.quantization.activations import IDENTITY
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.runtime.registry import BACKENDS
@@ -119,6 +127,50 @@ def test_weights_in_blocks_see_the_same_pixels(size: int, padding: int) -> None:
     below = padding + size  # more than enough, cut off again
     wanted = convolved(np.pad(pixels, ((0, 0), (padding, below), (padding, below))), weight, 2)
     assert np.array_equal(found, wanted[:, : found.shape[1], : found.shape[2]])
+
+
+def grouped(groups: int, width: int, integers: bool = True) -> Graph:
+    """Pixels, a grouped convolution of 3x3 on what a first one makes of them, and means of its channels."""
+    random, channels = np.random.default_rng(0), groups * width
+    nodes: list[Any] = []
+    for source, output, shape, its in (
+        ("pixels", "conv_1", (channels, 3, 1, 1), 1),
+        ("conv_1", "conv_2", (channels, width, 3, 3), groups),
+    ):
+        weight = random.integers(-127, 128, shape).astype(np.int8)
+        given, scales = (weight, np.full(channels, 1e-3, np.float32)) if integers else (None, None)
+        bias = np.zeros(channels, np.float32)
+        float_weight = weight.astype(np.float32) * 1e-3
+        padding = (shape[2] // 2,) * 2
+        nodes.append(Convolution((source,), output, float_weight, bias, given, scales, (1, 1), padding, its, IDENTITY))
+    nodes.append(GlobalAverage(("conv_2",), "mean"))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("conv_1", "conv_2"), (1, channels, 8, 8))
+    shapes |= {"pixels": (1, 3, 8, 8), "mean": (1, channels)}
+    grids = {"pixels": QuantParams(1.0), "conv_1": QuantParams(0.5), "conv_2": QuantParams(0.5)} if integers else {}
+    return Graph(tuple(nodes), "pixels", "mean", grids, shapes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "left"), [(8, 4, 2), (6, 8, 3), (4, 2, 1), (9, 8, 3), (5, 12, 5), (2, 16, 2)]
+)
+def test_narrow_groups_become_wider_ones_with_the_same_answers(
+    tmp_path: Path, groups: int, width: int, left: int
+) -> None:
+    before = grouped(groups, width)
+    after = merge_narrow_groups(before)
+    assert [node.groups for node in convolutions(after)] == [1, left]
+    for engine in OTHERS:
+        answers = []
+        for found in (before, after):
+            (tmp_path / "net.onnx").write_bytes(model_of(found, 8, 2, {}).SerializeToString())
+            answers.append(engine.load(tmp_path / "net.onnx", 1).run(PIXELS[:, :, :8, :8]))
+        assert answers[0].std() > 0
+        assert np.array_equal(answers[0], answers[1])
+
+
+@pytest.mark.parametrize("found", [grouped(8, 1), grouped(8, 4, integers=False)], ids=["depthwise", "float"])
+def test_depthwise_convolutions_and_those_in_float_keep_their_groups(found: Graph) -> None:
+    assert merge_narrow_groups(found) is found
 
 
 def test_a_dense_convolution_is_the_grouped_one_with_zeros() -> None:

@@ -1,0 +1,101 @@
+"""Where int8 throughout is hardly faster than float, some layers of an engine's file stay in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgq.engine.classifier import deployment
+from mgq.engine.classifier.deployment import Deployment, deploy
+from mgq.engine.classifier.import_wish import ImportWish
+from mgq.engine.classifier.onnx_import import import_classifier
+from mgq.engine.classifier.open import Classifier, quantize_with_ranges
+from mgq.ptq.calibrate import calibrate_network
+from mgq.quantization.modes import Mode
+from mgq.quantization.option_names import TO_NEAREST
+from mgq.quantization.targets import ONNX
+from mgq.runtime.protocol import run_in_batches
+from mgq.runtime.registry import load
+from tests.fakes.foreign_models import write
+
+FLOAT_MS = 1.0
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Classifier, Any]:
+    path = write(tmp_path_factory.mktemp("float") / "small.onnx", "swishes")
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    normal, copy = (import_classifier(path, ImportWish(preprocess="torch"), "")[0] for _ in range(2))
+    _, ranges = calibrate_network(
+        normal.network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
+    )
+    return normal, quantize_with_ranges(copy, ranges, Mode.QUANTIZED), images
+
+
+def timed_by(int8_ms: Callable[[float], float]) -> Callable[[Sequence[Any], Any], list[float]]:
+    """Milliseconds of files, by the share of their layers in float; float itself takes ``FLOAT_MS``."""
+
+    def milliseconds(runtimes: Sequence[Any], _: Any) -> list[float]:
+        return [
+            FLOAT_MS if runtime.about["mode"] == "normal" else int8_ms(runtime.about.get("float_share", 0.0))
+            for runtime in runtimes
+        ]
+
+    return milliseconds
+
+
+@pytest.fixture
+def deploy_at(
+    networks: tuple[Classifier, Classifier, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[float], float]], Deployment]:
+    def run(int8_ms: Callable[[float], float]) -> Deployment:
+        monkeypatch.setattr(deployment, "milliseconds", timed_by(int8_ms))
+        return deploy(*networks[:2], tmp_path / "small.int8.onnx", networks[2])
+
+    return run
+
+
+def test_the_share_of_layers_in_float_that_is_fastest_is_that_of_the_file(tmp_path: Path, deploy_at: Any) -> None:
+    found = deploy_at(lambda share: {0.0: 1.2, 0.5: 0.8}.get(share, 1.1))
+    for row in found.rows:
+        key = {"OpenVINO": "openvino", "ONNX Runtime": "onnxruntime"}.get(row.engine)
+        if key is None:
+            continue  # it runs int8 alone
+        assert row.float_share == 0.5 and row.speedup == pytest.approx(1.25)
+        assert row.path == tmp_path / f"small.int8.{key}.onnx"
+        assert load(row.path, key).about["float_share"] == 0.5
+    assert not found.slower
+
+
+def test_int8_that_is_fast_is_not_tried_in_float(deploy_at: Any) -> None:
+    shares: list[float] = []
+
+    def time_of(share: float) -> float:
+        shares.append(share)
+        return 0.5
+
+    assert not any(row.float_share for row in deploy_at(time_of).rows)
+    assert set(shares) == {0.0}
+
+
+def test_a_form_that_is_farther_from_float_is_not_taken_however_fast(
+    deploy_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(runtime: Any, images: Any) -> Any:
+        found = run_in_batches(runtime, images)
+        return found * 0.5 if runtime.about.get("engine") else found
+
+    monkeypatch.setattr(deployment, "run_in_batches", spoil)
+    found = deploy_at(lambda share: 1.2 - share)
+    assert all(row.path == found.path and row.snr > 10 for row in found.rows)
+
+
+def test_where_no_share_is_faster_the_file_is_as_it_was(tmp_path: Path, deploy_at: Any) -> None:
+    found = deploy_at(lambda share: 1.2 + share)
+    assert not any(row.float_share for row in found.rows)
+    assert {row.path for row in found.rows} <= set(tmp_path.iterdir())
+    assert found.is_worthless
