@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import megengine as mge
+import megengine.module as M
 import numpy as np
 from megengine import Tensor
 from megengine.autodiff import GradManager
@@ -33,6 +34,8 @@ from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
 from mgq.system.environment import Machine, this_machine
+from mgq.system.megengine_start import prepare_process
+from mgq.system.processes import AnsweringProcess, Channel
 from mgq.weights.checkpoint import check_size
 from mgq.zoo.registry import create_model, spec_of
 
@@ -44,6 +47,8 @@ TURN_NS = 1_500_000_000
 """About how long a turn lasts, in nanoseconds; one step, where that is longer."""
 MOST_STEPS = 20
 WARM_UP_STEPS = 2
+START_PATIENCE_S, TURN_PATIENCE_S = 180.0, 1800.0
+"""How long a network may take to be built, and a turn: MegEngine's own kernels take seconds for a step."""
 COLUMNS = ("mode", "kernels", "pictures/s", "IQR", "cores", "/MegEngine", "/PyTorch", "qat/float")
 LEGEND = (
     "A step: forward, label-smoothed cross entropy, backward, SGD with momentum, on drawn noise in memory, with random "
@@ -183,6 +188,7 @@ class Stepper:
         self.labels = rng.integers(0, CLASSES, settings.batch).astype(np.int32)
         network = create_model(arch, CLASSES)
         if mode is Mode.QAT:
+            settle_statistics(network, self.images())
             network = prepare_qat(network, in_place=True)
             set_phase(network, Phase.OBSERVE)
             network(self.images())
@@ -220,6 +226,62 @@ class Stepper:
 
     def close(self) -> None:
         pass
+
+
+def settle_statistics(network: M.Module, images: Tensor) -> None:
+    """Let the batch norms of ``network`` have the statistics of ``images``, as those of a trained one do.
+
+    By those of a new one activations grow from layer to layer, and their ranges with them: all would be rounded to 0,
+    and a few steps later nothing would be a number.
+    """
+    norms = [module for module in network.modules() if isinstance(module, M.BatchNorm2d)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    network.train()
+    network(images)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+
+
+@dataclass(frozen=True)
+class StepperMain:
+    """The main loop of a stepper's process: every question is a number of steps."""
+
+    arch: str
+    mode: Mode
+    kernels: str
+    settings: TrainingSettings
+
+    def __call__(self, channel: Channel) -> None:
+        stepper = Stepper(self.arch, self.mode, self.kernels, self.settings)
+        channel.send(None)
+        for number in channel.questions():
+            channel.send(stepper.steps(number, time.perf_counter_ns))
+
+
+class StepperProcess:
+    """A stepper in a process of its own, as a user trains: two networks in one disturb each other's memory.
+
+    It runs on the cores that this process may run on, and is paused between its turns. Raises an MgqError where it
+    cannot.
+    """
+
+    def __init__(self, arch: str, mode: Mode, kernels: str, settings: TrainingSettings) -> None:
+        self.arch, self.mode, self.kernels = arch, mode, kernels
+        main = StepperMain(arch, mode, kernels, settings)
+        self.process = AnsweringProcess(main, f"{arch}, {mode.value}, {kernels}", settings.threads, prepare_process)
+        self.process.answer(START_PATIENCE_S)
+        self.process.pause()
+
+    def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
+        self.process.resume()
+        answer: tuple[tuple[int, ...], int] = self.process.ask(number, TURN_PATIENCE_S)
+        self.process.pause()
+        return answer
+
+    def close(self) -> None:
+        self.process.close()
 
 
 class TorchStepper:
@@ -281,11 +343,14 @@ def place_threads(cores: set[int]) -> None:
             os.sched_setaffinity(int(task.name), cores)
 
 
-def make_cases(arch: str, settings: TrainingSettings, problems: list[str]) -> list[TrainingCase]:
-    """All cases of ``arch``. Where PyTorch is wanted and fails, the reason is added to ``problems``."""
+def make_cases(
+    arch: str, settings: TrainingSettings, problems: list[str], make: Callable[..., TrainingCase] = Stepper
+) -> list[TrainingCase]:
+    """All cases of ``arch``, MegEngine's by ``make``. Where PyTorch is wanted and fails, the reason is added to
+    ``problems``."""
     found: list[TrainingCase] = []
     for mode in MODES:
-        found += [Stepper(arch, mode, kernels, settings) for kernels in ((STOCK, FAST) if settings.stock else (FAST,))]
+        found += [make(arch, mode, kernels, settings) for kernels in ((STOCK, FAST) if settings.stock else (FAST,))]
         if settings.torch is not None:
             try:
                 found.append(TorchStepper(arch, mode, settings))
@@ -295,12 +360,13 @@ def make_cases(arch: str, settings: TrainingSettings, problems: list[str]) -> li
 
 
 def training_benchmark(
-    settings: TrainingSettings, clock: Clock = time.perf_counter_ns, on_progress: OnProgress = log_progress
+    settings: TrainingSettings, clock: Clock | None = None, on_progress: OnProgress = log_progress
 ) -> TrainingReport:
     """Measure the steps of every network of ``settings`` in both modes, by MegEngine's kernels, the fast ones, PyTorch.
 
-    One network at a time, so that memory holds six at most; within a round its rows take shuffled turns, on the same
-    cores. Raises FailureError where oneDNN is missing.
+    One network at a time, so that memory holds six at most, each in a process of its own; within a round its rows take
+    shuffled turns, on the same cores. Where a ``clock`` is given, they run in this process, by it. Raises FailureError
+    where oneDNN is missing.
     """
     machine = this_machine()
     with on_cores(settings.threads):
@@ -308,13 +374,14 @@ def training_benchmark(
 
 
 def measure_steps(
-    settings: TrainingSettings, machine: Machine, clock: Clock, on_progress: OnProgress
+    settings: TrainingSettings, machine: Machine, clock: Clock | None, on_progress: OnProgress
 ) -> TrainingReport:
+    make: Callable[..., TrainingCase] = StepperProcess if clock is None else Stepper
     rows: list[TrainingRow] = []
     problems: list[str] = []
     known = dict(versions())
     for place, arch in enumerate(settings.networks):
-        entries = [Entry(case) for case in make_cases(arch, settings, problems)]
+        entries = [Entry(case) for case in make_cases(arch, settings, problems, make)]
         for entry in entries:
             if isinstance(entry.case, TorchStepper):
                 known["torch"] = entry.case.process.version
@@ -323,7 +390,7 @@ def measure_steps(
             whole = total * len(settings.networks)
             on_progress(Progress("measure", before * total + done, whole, "turns"))
 
-        turns = [partial(entry.turn, clock) for entry in entries]
+        turns = [partial(entry.turn, clock or time.perf_counter_ns) for entry in entries]
         try:
             times = take_turns(turns, settings.rounds, settings.seed, report, TURN_NS, WARM_UP_STEPS, MOST_STEPS)
         finally:

@@ -13,11 +13,15 @@ from megengine.core.ops.builtin import Elemwise
 from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.cpu_kernels import onednn_kernels
+from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
 from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, mask_rows
 from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
 from mgq.cpu_kernels.tensor_exchange import Array, read, read_state, tensors, values
+
+CHANNELS_OF_ONEDNN = 16
+"""oneDNN's batch norm is fast where this divides the channels."""
 
 
 class Convolution(Function):  # type: ignore[misc]
@@ -89,7 +93,23 @@ class NormalizedConvolution(MapFunction):
         return [token if self.wants_source else None, *tensors(gradients, token.device)]
 
     def compute(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+        if self.has_own_norm:
+            return self.normalize_map(source, weights, scale, shift, observed=False).output()
         return self.normalize(source, weights, scale, shift)
+
+    @property
+    def has_own_norm(self) -> bool:
+        """Whether the batch norm is mgq's own: oneDNN's would turn the array into blocks of channels, or is slower."""
+        return self.geometry.channels_last and self.geometry.output[1] % CHANNELS_OF_ONEDNN != 0
+
+    def normalize_map(self, source: Array, weights: Array, scale: Array, shift: Array, observed: bool) -> NormalizedMap:
+        convolved = onednn_kernels.convolution(self.geometry, source, weights)
+        limits, fixed = Limits.of(self.norm.relu, self.ceiling), self.norm.fixed
+        statistics = self.mean, self.variance
+        self.normalized = NormalizedMap(
+            convolved, scale, shift, self.norm.epsilon, limits, *statistics, fixed=fixed, observed=observed
+        )
+        return self.normalized
 
     def normalize(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
         output, self.statistics = onednn_kernels.convolve_normalized(
@@ -113,6 +133,8 @@ class NormalizedConvolution(MapFunction):
     def compute_gradients(
         self, source: Array, weights: Array, scale: Array, d_output: Array
     ) -> tuple[Array | None, Array, Array, Array]:
+        if self.has_own_norm:
+            return self.compute_map_gradients(source, weights, scale, d_output)
         if self.passes is not None:
             d_output = apply_mask(d_output, self.passes)
         statistics = self.statistics
@@ -120,6 +142,16 @@ class NormalizedConvolution(MapFunction):
         return onednn_kernels.compute_normalized_gradients(
             self.geometry, self.norm, source, weights, scale, statistics, d_output, self.wants_source
         )
+
+    def compute_map_gradients(
+        self, source: Array, weights: Array, scale: Array, d_output: Array
+    ) -> tuple[Array | None, Array, Array, Array]:
+        d_convolved, d_scale, d_shift = self.normalized.gradients(d_output)
+        del self.normalized
+        d_source, d_weights = onednn_kernels.convolution_gradients(
+            self.geometry, source, weights, d_convolved, self.wants_source
+        )
+        return d_source, d_weights, d_scale.reshape(scale.shape), d_shift.reshape(scale.shape)
 
 
 class FakeQuantizedConvolution(NormalizedConvolution):
@@ -136,21 +168,31 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         self.module = module
 
     def compute(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
-        output = self.convolve(source, weights, scale, shift)
+        used = self.prepare(weights, scale, shift)
+        if self.has_own_norm:
+            normalized = self.normalize_map(source, *used, observed=bool(self.module.act_observer.enabled))
+            self.qparams = update_observer(self.module.act_observer, normalized.extremes)
+            return normalized.output(self.qparams.quantizer)
+        output = self.normalize(source, *used)
         self.qparams = update_observer(self.module.act_observer, lambda: extremes(output))
         passes = self.qparams.quantizer.apply_in_place(output)
         if passes is not None:
             self.passes = passes if self.passes is None else self.passes & passes
         return output
 
-    def convolve(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
-        """Before the output is quantized."""
+    @property
+    def has_own_norm(self) -> bool:
+        """It rounds in the same pass."""
+        return self.geometry.channels_last
+
+    def prepare(self, weights: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
+        """Weights, scale and shift to compute with."""
         bn = self.module.bn
         (variance,) = read_state(bn.running_var)
         self.inverse = np.float32(1) / np.sqrt(variance + np.float32(bn.eps))
         self.factor = np.ravel(scale * self.inverse)
         self.quantize_weights(weights, divide=True)
-        return self.normalize(source, self.effective, scale, shift)
+        return self.effective, scale, shift
 
     def quantize_weights(self, weights: Array, divide: bool) -> QParams:
         """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
@@ -186,14 +228,14 @@ class FoldedConvolution(FakeQuantizedConvolution):
         self.running_mean, self.mean = self.mean, np.zeros(channels, np.float32)
         self.running_variance, self.variance = self.variance, self.ones - np.float32(self.norm.epsilon)
 
-    def convolve(self, source: Array, weights: Array, scale: Array, shift: Array) -> Array:
+    def prepare(self, weights: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
         inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
         self.inverse = inverse.reshape(scale.shape)
         self.factor = np.ravel(scale * self.inverse)
         qparams = self.quantize_weights(weights, divide=False)
         self.centre = self.running_mean.reshape(scale.shape) * self.inverse
         bias = self.quantize_bias(shift - scale * self.centre, qparams)
-        return self.normalize(source, self.effective, self.ones, bias)
+        return self.effective, self.ones, bias
 
     def quantize_bias(self, bias: Array, weight_qparams: QParams) -> Array:
         device = self.module.conv.weight.device

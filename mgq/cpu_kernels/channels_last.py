@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mgq.cpu_kernels import numba_loops
-from mgq.cpu_kernels.elementwise import LONG_PIECE, run_in_pieces, run_in_rows
+from mgq.cpu_kernels.elementwise import LONG_PIECE, merge_pieces, run_in_pieces, run_in_rows
 from mgq.cpu_kernels.tensor_exchange import Array, empty
 
 Pair = tuple[int, int]
@@ -45,6 +45,19 @@ def add(a: Array, b: Array, relu: bool = False) -> Array:
     loop = numba_loops.add_relu if relu else numba_loops.add
     run_in_pieces(lambda piece: loop(one[piece], other[piece], target[piece]), a.size, LONG_PIECE)
     return output
+
+
+def add_and_watch(a: Array, b: Array, relu: bool) -> tuple[Array, Array]:
+    """The same, and its extremes, as :func:`mgq.cpu_kernels.elementwise.extremes` gives them."""
+    output = empty(a.shape)
+    one, other, target = a.reshape(-1), b.reshape(-1), output.reshape(-1)
+    least = np.float32(0 if relu else -np.inf)
+
+    def run(piece: slice) -> tuple[np.float32, np.float32]:
+        low, high = numba_loops.add_and_watch(one[piece], other[piece], target[piece], least)
+        return np.float32(low), np.float32(high)
+
+    return output, merge_pieces(run_in_pieces(run, a.size, LONG_PIECE))
 
 
 def mask_negative(output: Array, gradient: Array) -> Array:

@@ -6,6 +6,7 @@ Every result here is the same to the bit whatever the number of cores.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,6 @@ PIECE = 1 << 15
 """Elements of a piece: a few float32 arrays of this size fit into the second-level cache together."""
 LONG_PIECE = 1 << 17
 """Elements of a piece for functions that pass over memory once: the call's overhead is negligible then."""
-LONG_ROW = 256
-"""Elements from which on numpy finds a row's extremes faster than it multiplies the row."""
 LEAST_SPAN = 1e-30
 """What a range without a width is taken for: bins in float32 cannot be narrower."""
 # Arrays with fewer pieces for each core are not worth a thread.
@@ -46,22 +45,26 @@ def _threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
+def share_out(run: Callable[[int, int], Result], pieces: int) -> list[Result]:
+    """Call ``run`` with the first piece and the one behind the last of each core's share; return the results in
+    order."""
+    if pieces < PIECES_A_CORE or (cores := usable_cores()) == 1 or pieces < PIECES_A_CORE * cores:
+        return [run(0, pieces)]
+    share = -(-pieces // cores)
+    futures = [_threads().submit(run, start, min(start + share, pieces)) for start in range(share, pieces, share)]
+    return [run(0, share), *(future.result() for future in futures)]
+
+
 def run_in_pieces(function: Callable[[slice], Result], size: int, piece: int = PIECE) -> list[Result]:
     """Call ``function`` with slices of ``piece`` elements that cover ``size``, on all cores; return the results in
     order."""
+    if 0 < size <= piece:
+        return [function(slice(0, size))]
 
     def run(first: int, last: int) -> list[Result]:
-        return [function(slice(start, min(start + piece, last))) for start in range(first, last, piece)]
+        return [function(slice(at * piece, min((at + 1) * piece, size))) for at in range(first, last)]
 
-    pieces = -(-size // piece)
-    if pieces < PIECES_A_CORE or (cores := usable_cores()) == 1 or pieces < PIECES_A_CORE * cores:
-        return run(0, size)
-    share = -(-pieces // cores) * piece
-    futures = [_threads().submit(run, start, min(start + share, size)) for start in range(share, size, share)]
-    results = run(0, share)
-    for future in futures:
-        results += future.result()
-    return results
+    return [result for part in share_out(run, -(-size // piece)) for result in part]
 
 
 def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], piece: int = PIECE) -> list[Result]:
@@ -70,14 +73,18 @@ def run_in_rows(function: Callable[[slice], Result], rows: npt.NDArray[Any], pie
 
 
 def fake_quantize(
-    array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32
+    array: Array, scale: np.float32, zero_point: np.float32, qmin: np.float32, qmax: np.float32, positive: bool = False
 ) -> Mask | None:
-    """Round ``array`` in place to multiples of ``scale``; where it was not clipped, None where it was nowhere."""
+    """Round ``array`` in place to multiples of ``scale``; where it was not clipped, None where it was nowhere.
+
+    Where ``positive`` is set what is 0 or less counts as clipped.
+    """
     passes = np.empty(array.shape, np.bool_)
     steps, marks = array.reshape(-1), passes.reshape(-1)
+    above = np.float32(0 if positive else -np.inf)
 
     def quantize(piece: slice) -> int:
-        return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax)
+        return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax, above)
 
     return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
 
@@ -105,7 +112,7 @@ def mask_rows(
     Returns, for each output channel, the sum of what passed times ``weights``, less that of all times ``effective``:
     (O,), O the leading axes.
     """
-    outputs = int(np.prod(weights.shape[: weights.ndim - 3]))
+    outputs = math.prod(weights.shape[: weights.ndim - 3])
     sums = empty((outputs,))
     rows, marks, others = (rows_of(array, outputs) for array in (gradient, passes, weights))
     used = None if effective is None else rows_of(effective, outputs)
@@ -153,22 +160,14 @@ def extremes(array: Array) -> Array:
 
 
 def extremes_of_rows(array: Array, factors: Array) -> Array:
-    """The same of ``array``, seen as (factors.size, elements), with each row times its factor.
-
-    A product grows with what is multiplied, rounded or not, so the extremes are those of the rows' extremes. numpy
-    needs a while for each row: of short ones all products are made.
-    """
-    rows, each = rows_of(array, factors.size), factors.reshape(-1, 1)
-    is_long = rows.shape[1] >= LONG_ROW
+    """The same of ``array``, seen as (factors.size, elements), with each row times its factor."""
+    rows, each = rows_of(array, factors.size), factors.reshape(-1)
 
     def find_ends(part: slice) -> tuple[np.float32, np.float32]:
-        ends = rows[part]
-        if is_long:
-            ends = np.stack((np.minimum.reduce(ends, axis=1), np.maximum.reduce(ends, axis=1)), axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are the training's to tell of
-            return least_and_largest(ends * each[part])
+        low, high = numba_loops.find_ends_of_rows(rows[part], each[part])
+        return np.float32(low), np.float32(high)
 
-    return merge_pieces(run_in_rows(find_ends, rows, LONG_PIECE if is_long else PIECE))
+    return merge_pieces(run_in_rows(find_ends, rows, LONG_PIECE))
 
 
 def least_and_largest(values: Array) -> tuple[np.float32, np.float32]:

@@ -31,9 +31,12 @@ class Quantizer:
     qmin: np.float32
     qmax: np.float32
 
-    def apply_in_place(self, array: Array) -> Mask | None:
-        """Quantize ``array`` in place; where it was not clipped, None where it was nowhere."""
-        return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax)
+    def apply_in_place(self, array: Array, positive: bool = False) -> Mask | None:
+        """Quantize ``array`` in place; where it was not clipped, None where it was nowhere.
+
+        What is 0 or less counts as clipped where ``positive`` is set: behind a ReLU.
+        """
+        return fake_quantize(array, self.scale, self.zero_point, self.qmin, self.qmax, positive)
 
     def apply(self, array: Array) -> tuple[Array, Mask | None]:
         """``array`` quantized, in memory of its own, and where it was not clipped."""
@@ -75,7 +78,7 @@ class ObservedParams(QParams):  # type: ignore[misc]
     """What an observer has to say, symmetric with one ``scale``: a tensor once somebody asks for it."""
 
     def __init__(self, observer: MinMaxObserver, scale: np.float32) -> None:
-        self.number, self.shape, self.device = scale, observer.min_val._tuple_shape, observer.min_val.device
+        self.number, self.like = scale, observer.min_val
         self._scale: Tensor | None = None
         # As create_qparams makes it.
         meta = observer.dtype
@@ -84,7 +87,7 @@ class ObservedParams(QParams):  # type: ignore[misc]
     @property
     def scale(self) -> Tensor:
         if self._scale is None:
-            self._scale = Tensor(np.full(self.shape, self.number), device=self.device, no_cache=True)
+            self._scale = Tensor(np.full(self.like._tuple_shape, self.number), device=self.like.device, no_cache=True)
         return self._scale
 
     @scale.setter
@@ -117,7 +120,7 @@ def widen_range(
     if isinstance(observer, ExponentialMovingAverageObserver):
         keep = read_state(observer.runtime_momentum)[0].reshape(-1)[0]
         least, largest = low * keep + (ONE - keep) * least, high * keep + (ONE - keep) * largest
-        change(observer.runtime_momentum, keep, np.float32(observer.momentum.numpy().item()))
+        change(observer.runtime_momentum, keep, read_state(observer.momentum)[0].reshape(-1)[0])
     elif not isinstance(observer, CurrentRangeObserver):
         least, largest = np.minimum(low, least), np.maximum(high, largest)
     change(observer.min_val, low, least)

@@ -13,12 +13,13 @@ import numpy as np
 from megengine import Tensor
 from megengine.autodiff import Function
 from megengine.core._imperative_rt.core2 import get_grad_key
+from megengine.quantization.observer import MinMaxObserver
 from megengine.quantization.utils import QParams, create_qparams
 
 from mgq.cpu_kernels import channels_last
 from mgq.cpu_kernels.channels_last import Pool
 from mgq.cpu_kernels.elementwise import apply_mask
-from mgq.cpu_kernels.fake_quantization import Quantizer
+from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
 from mgq.cpu_kernels.tensor_exchange import Array, Shape, values
 
 TOKEN = np.zeros(1, np.float32)
@@ -198,6 +199,35 @@ class Sum(MapFunction):
         if self.output is not None:
             gradient = channels_last.mask_negative(self.output, gradient)
         del self.output
+        for to in self.to:
+            to.add(gradient)
+        return token, token
+
+
+class QuantizedSum(MapFunction):
+    """The sum of two feature maps and, with ``relu``, max(sum, 0), fake-quantized by what its ``observer`` says then.
+
+    ``qparams`` are there once it was called. The gradient passes where nothing was clipped, and is 0 elsewhere.
+    """
+
+    def __init__(self, a: FeatureMap, b: FeatureMap, relu: bool, observer: MinMaxObserver) -> None:
+        super().__init__()
+        self.sources, self.relu, self.observer = (a, b), relu, observer
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        self.to = [source.gradient for source in self.sources]
+        first, second = self.sources
+        added, extremes = channels_last.add_and_watch(first.array, second.array, self.relu)
+        del self.sources
+        self.qparams = update_observer(self.observer, lambda: extremes)
+        self.passes = self.qparams.quantizer.apply_in_place(added, self.relu)
+        return self.emit(added, a.device)
+
+    def backward(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = self.gradient.take()
+        if self.passes is not None:
+            gradient = apply_mask(gradient, self.passes)
+        del self.passes
         for to in self.to:
             to.add(gradient)
         return token, token

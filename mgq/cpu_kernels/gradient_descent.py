@@ -11,7 +11,7 @@ from megengine import Tensor
 from megengine.optimizer import SGD
 
 from mgq.cpu_kernels.elementwise import step_parameter
-from mgq.cpu_kernels.tensor_exchange import Array, values
+from mgq.cpu_kernels.tensor_exchange import Array, give, values
 
 STATE = "momentum_buffer"
 """What MegEngine calls a velocity in an optimizer's state."""
@@ -90,4 +90,4 @@ def update(
     for parameter, speed, value, gradient in zip(parameters, velocities, arrays, arrays[number:], strict=False):
         moved = step_parameter(value, speed, gradient, rate, momentum, decay)
         shape = parameter._tuple_shape  # of a single number the array is (1,)
-        parameter._reset(Tensor(moved.reshape(shape), device=device, no_cache=True))
+        give(parameter, Tensor(moved.reshape(shape), device=device, no_cache=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, update_wrapper
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -17,7 +18,11 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 # would also round up its lower neighbour.
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 ZERO, ONE = np.float32(0), np.float32(1)
+NAN = np.float32(np.nan)
 EVEN_SHIFT = np.float32(SHIFT)
+
+LANES = 64
+"""Results that a loop keeps side by side: what the processor works on at a time."""
 
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
@@ -35,7 +40,7 @@ class CompiledLoop:
     The machine code is kept on disk where a folder can be written to.
     """
 
-    def __init__(self, loop: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, loop: Any, options: Mapping[str, Any]) -> None:
         self.loop, self.options = loop, options
 
     def __call__(self, *arguments: Any) -> Any:
@@ -48,25 +53,37 @@ class CompiledLoop:
             warnings.simplefilter("ignore", UserWarning)
             import numba
         options = {"nogil": True, "error_model": "numpy", **self.options}
+        loop = self.link_parts()
         try:
-            result: Callable[..., Any] = numba.njit(cache=True, **options)(self.loop)
+            result: Callable[..., Any] = numba.njit(cache=True, **options)(loop)
         except RuntimeError:  # nowhere to keep it
-            result = numba.njit(**options)(self.loop)
+            result = numba.njit(**options)(loop)
         return result
+
+    def link_parts(self) -> Any:
+        """The loop, with those that it calls as numba knows them."""
+        known = self.loop.__globals__
+        parts = {name: known.get(name) for name in self.loop.__code__.co_names}
+        compiled = {name: part.compiled for name, part in parts.items() if isinstance(part, CompiledLoop)}
+        if not compiled:
+            return self.loop
+        copy = FunctionType(self.loop.__code__, {**known, **compiled}, self.loop.__name__)
+        return update_wrapper(copy, self.loop)
 
 
 @make_compiler()
-def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> int:
+def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any, above: Any) -> int:
     """Round ``array`` to multiples of ``scale`` in place, and write to ``passes`` where it was not clipped.
 
-    float32 and bool, each (N,). Halves are rounded away from zero. Returns how many were clipped.
+    float32 and bool, each (N,). What is not ``above`` that counts as clipped. Halves are rounded away from zero.
+    Returns how many were clipped.
     """
     clipped = 0
     for i in range(array.size):
         steps = array[i] / scale
         steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
         held = min(max(steps, qmin), qmax)
-        inside = held == steps
+        inside = (held == steps) & (array[i] > above)
         passes[i] = inside
         clipped += 1 - inside
         array[i] = (held - zero_point) * scale
@@ -96,6 +113,42 @@ def quantize_rows(
     return clipped
 
 
+@make_compiler()
+def find_ends_of_rows(rows: Any, factors: Any) -> Any:
+    """The least and the largest element of ``rows`` (rows, elements) times their ``factors``; NaN where there is one.
+
+    By column first: a loop with one result would take its elements one by one.
+    """
+    elements = rows.shape[1]
+    low, high = np.full(elements, np.inf, np.float32), np.full(elements, -np.inf, np.float32)
+    unknown = np.zeros(elements, np.float32)
+    for row in range(rows.shape[0]):
+        factor = factors[row]
+        for i in range(elements):
+            value = rows[row, i] * factor
+            low[i], high[i] = min(low[i], value), max(high[i], value)
+            unknown[i] += ZERO if value == value else ONE
+    if unknown.sum() > 0:
+        return NAN, NAN
+    return low.min(), high.max()
+
+
+@make_compiler()
+def add_and_watch(a: Any, b: Any, target: Any, least: Any) -> Any:
+    """Write a + b, but ``least`` where it is less, to ``target``: float32 (N,). Returns its extremes, NaN for one."""
+    low, high = np.full(LANES, np.inf, np.float32), np.full(LANES, -np.inf, np.float32)
+    unknown = np.zeros(LANES, np.float32)
+    for start in range(0, a.size, LANES):
+        for i in range(min(LANES, a.size - start)):
+            value = max(a[start + i] + b[start + i], least)
+            target[start + i] = value
+            low[i], high[i] = min(low[i], value), max(high[i], value)
+            unknown[i] += ZERO if value == value else ONE
+    if unknown.sum() > 0:
+        return NAN, NAN
+    return low.min(), high.max()
+
+
 @make_compiler(fastmath={"reassoc", "contract"})
 def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors: Any, sums: Any) -> None:
     """Keep of ``gradient`` what ``passes``, in place, and multiply each row by its factor, if there are any.
@@ -119,9 +172,12 @@ def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors:
 
 @make_compiler()
 def mask(source: Any, passes: Any, target: Any) -> None:
-    """Write ``source`` where it ``passes``, else 0, to ``target``: float32, bool and float32, each (N,)."""
+    """Write ``source`` where it ``passes``, else 0, to ``target``: float32, bool and float32, each (N,).
+
+    Multiplied: a choice would become a load under a mask, which takes twice as long.
+    """
     for i in range(source.size):
-        target[i] = source[i] if passes[i] else ZERO
+        target[i] = source[i] * (ONE if passes[i] else ZERO)
 
 
 @make_compiler()
@@ -207,7 +263,7 @@ def add_relu(a: Any, b: Any, target: Any) -> None:
 def where_positive(chosen: Any, source: Any, target: Any) -> None:
     """Write ``source`` where ``chosen`` is above 0, else 0, to ``target``: float32 (N,)."""
     for i in range(source.size):
-        target[i] = source[i] if chosen[i] > ZERO else ZERO
+        target[i] = source[i] * (ONE if chosen[i] > ZERO else ZERO)
 
 
 @make_compiler()

@@ -36,18 +36,18 @@ from mgq.cpu_kernels.feature_maps import (
     GlobalAverage,
     MaxPool,
     QuantizedMap,
+    QuantizedSum,
     Shuffle,
     Sum,
     needs_gradient,
     of_tensor,
     to_plain,
-    token_of,
 )
 from mgq.cpu_kernels.gradient_descent import fast_updates, give_back_velocities
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm, geometry
 from mgq.cpu_kernels.shared_batch_norm import shared_batch_norm
 from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
-from mgq.cpu_kernels.tensor_exchange import Array, read_state, values, write_state
+from mgq.cpu_kernels.tensor_exchange import Array, forget_state, gathering_state, read_state, values, write_state
 from mgq.machine import calm_threads, keep_freed_memory, use_large_pages
 from mgq.quantization.activations import RELU6
 from mgq.quantization.relu6 import QatConvBnRelu6
@@ -147,8 +147,10 @@ def fast_gradients(bfloat16: bool = False) -> Iterator[None]:
 
 
 def replacements() -> Iterator[Replacement]:
+    yield Replacement(Tensor, "_reset", forget_state)
     yield Replacement(megengine.module.conv, "conv2d", fast_conv2d)
     yield Replacement(megengine.module.elemwise, "_elwise", fast_elemwise)
+    yield Replacement(Q.Elemwise, "forward", fast_qat_sum)
     yield Replacement(M.BatchNorm2d, "forward", shared_batch_norm)
     yield Replacement(Q.QATModule, "_apply_fakequant_with_observer", fast_quantization)
     for module, qat_module, relu, ceiling in (
@@ -168,12 +170,13 @@ def replacements() -> Iterator[Replacement]:
 
 
 def are_on_cpu(*inputs: Tensor | FeatureMap) -> bool:
-    """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced."""
+    """Whether ``inputs`` are float32 in CPU memory and are being computed with, not traced. Feature maps always are."""
     if is_tracing() or is_tracing_module() or amp.enabled:
         return False
     return all(
         t.dtype == np.float32 and t.device.physical_locator[0] == "cpu" and t.format in ("default", "nchw")
-        for t in map(token_of, inputs)
+        for t in inputs
+        if not isinstance(t, FeatureMap)
     )
 
 
@@ -351,12 +354,36 @@ def fast_elemwise(stock: Stock) -> Stock:
 
 def sum_of(*inputs: Tensor | FeatureMap, mode: str) -> FeatureMap | None:
     """The sum of two feature maps of the same shape; None of others."""
+    relu = relu_of_sum(*inputs, mode=mode)
+    if relu is None:
+        return None
+    a, b = inputs
+    return Sum(a, b, relu).apply_to_maps(a, b)
+
+
+def relu_of_sum(*inputs: Tensor | FeatureMap, mode: str) -> bool | None:
+    """Whether a sum of two feature maps of the same shape has a ReLU behind it; None of others."""
     if mode not in ("ADD", "FUSE_ADD_RELU") or len(inputs) != 2:
         return None
     a, b = inputs
     if not isinstance(a, FeatureMap) or not isinstance(b, FeatureMap) or a._tuple_shape != b._tuple_shape:
         return None
-    return Sum(a, b, relu=mode == "FUSE_ADD_RELU").apply_to_maps(a, b)
+    return mode == "FUSE_ADD_RELU"
+
+
+def fast_qat_sum(stock: Stock) -> Stock:
+    def forward(self: Q.Elemwise, *inputs: Tensor | FeatureMap) -> Tensor | FeatureMap:
+        known = is_plain(self.act_fake_quant) and is_known(self.act_observer)
+        relu = relu_of_sum(*inputs, mode=str(self.method).upper()) if known else None
+        if relu is None:
+            return stock(self, *inputs)
+        a, b = inputs
+        function = QuantizedSum(a, b, relu, self.act_observer)
+        output = function.apply_to_maps(a, b)
+        output._qparams = function.qparams
+        return output
+
+    return forward
 
 
 def fast_identity(stock: Stock) -> Stock:
@@ -400,7 +427,10 @@ def fast_channel_shuffle(stock: Stock) -> Stock:
 
 def fast_network(stock: Stock) -> Stock:
     def forward(self: M.Module, x: Tensor) -> Tensor:
-        return stock(self, of_tensor(x) if hands_on_maps(self, x) else x)
+        if not hands_on_maps(self, x):
+            return stock(self, x)
+        with gathering_state():
+            return stock(self, of_tensor(x))
 
     return forward
 
@@ -418,12 +448,13 @@ def hands_on_maps(network: M.Module, images: Tensor) -> bool:
     )
 
 
-def parts_of(module: M.Module) -> Iterator[M.Module]:
+def parts_of(module: M.Module) -> list[M.Module]:
     """``module`` and all within it; ``modules()`` sorts their names and takes milliseconds."""
-    yield module
-    for value in vars(module).values():
-        if is_module(type(value)):  # type: ignore[arg-type]
-            yield from parts_of(value)
+    found = [module]
+    for part in found:
+        own = vars(part)
+        found += [own[name] for name in own["_modules"] if is_module(type(own[name]))]  # type: ignore[arg-type]
+    return found
 
 
 @cache

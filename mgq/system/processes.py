@@ -66,13 +66,14 @@ def run_in_processes(
 class AnsweringProcess:
     """One task in a process of its own that answers questions, and sleeps in between.
 
-    It sends one message when it is ready and one for every question. Ends with ``close``.
+    It sends one message when it is ready and one for every question. Ends with ``close``. ``prepare`` is called there
+    before the task, and the modules that it needs, are loaded.
     """
 
-    def __init__(self, task: Task, what: str, threads: int = 1) -> None:
+    def __init__(self, task: Task, what: str, threads: int = 1, prepare: Callable[[], None] = do_nothing) -> None:
         self.what = what
         with _environment(threads), _hold_back_interrupts():
-            self._child = _start(task, do_nothing)
+            self._child = _start(task, prepare)
 
     def answer(self, patience_s: float) -> Any:
         """The next message. Raises as :func:`run_in_processes`, and FailureError where none comes in time."""

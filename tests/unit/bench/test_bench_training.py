@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mgq.bench import torch_peer
@@ -24,8 +26,10 @@ from mgq.bench.training_speed import (
     training_markdown,
 )
 from mgq.errors import InputError
+from mgq.events import Progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
+from mgq.quantization.qat import qat_modules
 from tests.conftest import Mgq, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -90,9 +94,27 @@ def test_pytorch_is_a_row_and_a_ratio(tmp_path: Path) -> None:
 def test_a_network_that_pytorch_lacks_is_one_remark(tmp_path: Path) -> None:
     python = fake_torch(tmp_path, """echo '{"problem": "no such network"}'""")
     settings = make_training_settings([ARCH], 1, 2, 32, stock=False, against=[Path("torch")], python=python)
-    found = training_benchmark(settings)
+    ticks = itertools.count(step=10**9)
+    found = training_benchmark(settings, clock=lambda: next(ticks))
     assert [row.kernels for row in found.rows] == [FAST] * 2
     assert found.remarks()[0] == f"{ARCH}, normal, PyTorch: no such network"
+
+
+@pytest.mark.slow
+def test_each_network_is_trained_in_a_process_of_its_own() -> None:
+    settings = make_training_settings([ARCH], 2, 2, 32, stock=False)
+    before = {child.pid for child in psutil.Process().children()}
+    seen = set[int]()
+
+    def look(progress: Progress) -> None:
+        seen.update(child.pid for child in psutil.Process().children())
+
+    found = training_benchmark(settings, on_progress=look)
+    assert [(row.mode, row.kernels) for row in found.rows] == [("normal", FAST), ("qat", FAST)]
+    assert all(0 < row.cores < 1.5 and len(row.rounds_ns) == 2 for row in found.rows)
+    assert len(seen - before) >= 2
+    left = [child for child in psutil.Process().children() if child.pid in seen - before]
+    assert all("resource_tracker" in " ".join(child.cmdline()) for child in left)
 
 
 def test_a_missing_pytorch_is_one_line_that_says_how_to_get_it(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +143,15 @@ def test_both_kernels_take_the_same_step() -> None:
         with stepper.by_kernels():
             losses[kernels] = stepper.step()
     assert losses[FAST] == pytest.approx(losses[STOCK], rel=1e-5)
+
+
+def test_a_network_of_many_layers_stays_a_network_of_numbers_in_quantization_aware_training() -> None:
+    """New batch norms would let activations grow until all of them are rounded to 0."""
+    stepper = Stepper("mobilenet_v2", Mode.QAT, FAST, replace(TINY, batch=8))
+    ranges = [float(part.act_observer.max_val.numpy()) for part in qat_modules(stepper.network) if part.act_observer]
+    assert max(ranges) < 1e4
+    with stepper.by_kernels():
+        assert all(np.isfinite(stepper.step()) for _ in range(3))
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,14 @@ from megengine.optimizer import SGD
 from megengine.quantization import LSQ
 from megengine.quantization.utils import QuantMode, create_qparams, fake_quant_tensor
 
-from mgq.cpu_kernels import fast_gradients, fast_gradients_enabled, feature_maps, onednn, switch
+from mgq.cpu_kernels import batch_norm_loops, fast_gradients, fast_gradients_enabled, feature_maps, onednn, switch
 from mgq.cpu_kernels.autograd_functions import (
     Convolution,
     FakeQuantizedConvolution,
     FoldedConvolution,
     NormalizedConvolution,
 )
+from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
 from mgq.cpu_kernels.elementwise import (
     PIECE,
     add_to_histograms,
@@ -36,10 +37,11 @@ from mgq.cpu_kernels.elementwise import (
     clamp_below,
     extremes,
     extremes_of_rows,
+    fake_quantize,
     run_in_pieces,
 )
 from mgq.cpu_kernels.fake_quantization import quantizer_of
-from mgq.cpu_kernels.tensor_exchange import read_state, write_state
+from mgq.cpu_kernels.tensor_exchange import gathering_state, read_state, write_state
 from mgq.errors import FailureError
 from mgq.machine import has_bfloat16, usable_cores
 from mgq.quantization.modes import Mode, to_mode
@@ -670,6 +672,22 @@ def test_a_layers_state_is_read_right_just_after_it_was_written() -> None:
         assert all((value == number).all() for value in read_state(*state))
 
 
+def test_a_layers_state_that_is_gathered_keeps_its_shapes_and_who_wrote_it_last() -> None:
+    shapes: tuple[tuple[int, ...], ...] = ((), (1,), (1, 5, 1, 1), (7,))
+    state = [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
+    with fast_gradients():
+        with gathering_state():
+            for tensor in state:
+                write_state(tensor, np.full(tensor.shape, 1, np.float32))
+                write_state(tensor, np.full(tensor.shape, 2, np.float32))
+                assert (read_state(tensor)[0] == 2).all()
+            state[-1][...] = np.full(7, 3, np.float32)
+        assert [tensor.shape for tensor in state] == list(shapes)
+        assert [float(tensor.numpy().max()) for tensor in state] == [2, 2, 2, 3]
+        state[0]._reset(Tensor(np.float32(4)))
+        assert [float(array.max()) for array in read_state(*state)] == [4, 2, 2, 3]
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (5, 300), (3, 1, 2, 2)])
 def test_extremes_of_rows_are_those_of_all_products(shape: tuple[int, ...]) -> None:
     rows, factors = normal(*shape), normal(shape[0], seed=1)
@@ -709,3 +727,38 @@ def test_a_network_whose_layers_are_watched_gives_its_watchers_tensors() -> None
     for handle in handles:
         handle.remove()
     assert len(seen) > 5 and all(isinstance(output, Tensor) for output in seen)
+
+
+@pytest.mark.parametrize("scale, qmin, qmax", [(0.03, -128, 127), (1.7e-5, 0, 255), (3.0, -127, 127)])
+def test_the_limits_of_what_is_clipped_are_exact(scale: float, qmin: int, qmax: int) -> None:
+    step, limits = np.float32(scale), np.empty(2, np.float32)
+    batch_norm_loops.find_clipped(step, np.float32(qmin), np.float32(qmax), limits)
+    low, high = limits
+    ends = [low, np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf)), high]
+    passes = fake_quantize(np.array(ends, np.float32), step, np.float32(0), np.float32(qmin), np.float32(qmax))
+    assert passes is not None and passes.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 24), (1, 1, 1, 5), (4, 8, 8, 90), (32, 16, 16, 48)])
+def test_normalized_maps_know_their_extremes_before_they_are_there(shape: tuple[int, ...]) -> None:
+    pixels, channels = normal(*shape) * np.float32(3) + np.float32(100), shape[-1]
+    scale, shift = normal(channels, seed=1), normal(channels, seed=2)
+    mean, variance = np.empty((2, channels), np.float32)
+    limits = Limits.of(relu=True, ceiling=6.0)
+    found = NormalizedMap(pixels, scale, shift, 1e-5, limits, mean, variance, fixed=False, observed=True)
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(variance, pixels.var((0, 1, 2), dtype=np.float64), rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(found.extremes(), extremes(found.output()))
+
+
+def test_a_pixel_that_is_no_number_is_seen_in_the_extremes_and_stays_in_the_output() -> None:
+    pixels = normal(2, 4, 4, 5)
+    pixels[1, 2, 3, 4] = np.nan
+    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
+    for fixed in (False, True):
+        statistics = zeros.copy(), ones.copy()
+        for array in statistics if fixed else ():
+            array.setflags(write=False)  # as a frozen layer's are
+        limits = Limits.of(relu=True, ceiling=None)
+        found = NormalizedMap(pixels, ones, zeros, 1e-5, limits, *statistics, fixed=fixed, observed=True)
+        assert np.isnan(found.extremes()).all() and np.isnan(found.output()[1, 2, 3, 4])

@@ -1,0 +1,174 @@
+"""Batch norm of feature maps, float32 (N, H, W, C), with what follows it: limits, and rounding in training for int8.
+
+A layer of quantization-aware training normalizes, holds its output between limits, observes its range and rounds it.
+One by one that is a dozen passes over memory, forward and backward. Here there are two each way: batch norm and limits
+keep the order of what they take, so the range of the output follows from that of each channel of pixels, which is found
+with the statistics; then one pass does the rest. What was clipped is found backward from the same pixels once more.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mgq.cpu_kernels import batch_norm_loops as loops
+from mgq.cpu_kernels.elementwise import LONG_PIECE, share_out
+from mgq.cpu_kernels.fake_quantization import Quantizer
+from mgq.cpu_kernels.tensor_exchange import Array, empty
+
+INFINITE = np.float32(np.inf)
+LONG_ROW, LONGEST_ROW, LINE = 256, 1024, 64
+"""Elements of a row that loops like: at least, at most, and a multiple of what they take at a time."""
+SPLITS_KEPT = 1024
+
+
+class Limits(NamedTuple):
+    """What an output lies between."""
+
+    least: np.float32 = -INFINITE
+    largest: np.float32 = INFINITE
+
+    @classmethod
+    def of(cls, relu: bool, ceiling: float | None) -> Limits:
+        least = np.float32(0) if relu else -INFINITE
+        return cls(least, INFINITE if ceiling is None else np.float32(ceiling))
+
+    def intersect(self, other: Limits) -> Limits:
+        return Limits(max(self.least, other.least), min(self.largest, other.largest))
+
+
+class Split(NamedTuple):
+    """``rows`` of ``width`` elements, one or several pixels each, in ``pieces`` of ``long`` rows."""
+
+    rows: int
+    width: int
+    long: int
+    pieces: int
+
+    def of(self, array: Array) -> Array:
+        return array.reshape(self.rows, self.width)
+
+    def part(self, first: int, last: int) -> slice:
+        """The rows of these pieces."""
+        return slice(first * self.long, last * self.long)
+
+
+@lru_cache(SPLITS_KEPT)
+def split(pixels: int, channels: int) -> Split:
+    """How to pass over ``pixels`` of so many ``channels``, whoever works on which piece."""
+    together = 1
+    while is_short(together * channels) and pixels % (2 * together) == 0:
+        together *= 2
+    width, rows = together * channels, pixels // together
+    long = max(1, LONG_PIECE // width)
+    return Split(rows, width, long, -(-rows // long))
+
+
+def is_short(row: int) -> bool:
+    return 2 * row <= LONGEST_ROW and (row < LONG_ROW or row % LINE != 0)
+
+
+class NormalizedMap:
+    """``pixels``, a feature map, less ``mean``, over the deviation, times ``scale`` plus ``shift``, between ``limits``.
+
+    ``mean`` and biased ``variance`` (C,) are read where they are ``fixed``, constants then, and else written to: those
+    of the pixels. With ``observed`` the output's range is known before the output.
+    """
+
+    def __init__(
+        self,
+        pixels: Array,
+        scale: Array,
+        shift: Array,
+        epsilon: float,
+        limits: Limits,
+        mean: Array,
+        variance: Array,
+        fixed: bool,
+        observed: bool,
+    ) -> None:
+        channels = pixels.shape[-1]
+        self.elements = pixels.size // channels
+        self.split = split(self.elements, channels)
+        self.pixels, self.rows = pixels, self.split.of(pixels)
+        self.limits = self.passing = limits
+        self.masks, self.fixed = limits != Limits(), fixed
+        self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
+        found = self.measure(observed) if observed or not fixed else empty((4, channels))
+        if not fixed:
+            mean[:], variance[:] = found[0], found[1]
+        loops.tabulate(
+            found,
+            mean,
+            variance,
+            scale.reshape(-1),
+            shift.reshape(-1),
+            np.float32(epsilon),
+            limits,
+            self.table,
+            self.inverse,
+            self.ends,
+        )
+
+    def measure(self, observed: bool) -> Array:
+        """(4, C): mean, variance, and where it is ``observed`` least and largest of the pixels of each channel."""
+        pieces, width = self.split.pieces, self.split.width
+        means, squares, ends = empty((pieces, width)), empty((pieces, width)), empty((2, pieces, width))
+
+        def run(first: int, last: int) -> None:
+            loops.measure(self.rows, self.split.long, first, last, observed, means, squares, ends)
+
+        share_out(run, pieces)
+        result = empty((4, self.pixels.shape[-1]))
+        loops.merge(means, squares, ends, self.split.rows, self.split.long, result)
+        return result
+
+    def extremes(self) -> Array:
+        """(2,): the least and the largest of the output before it is rounded; NaN where there is one."""
+        return self.ends
+
+    def output(self, quantizer: Quantizer | None = None) -> Array:
+        """(N, H, W, C), rounded by ``quantizer``, whose zero point is 0."""
+        output = empty(self.pixels.shape)
+        target = self.split.of(output)
+
+        def run(first: int, last: int) -> None:
+            part = self.split.part(first, last)
+            arguments = self.rows[part], target[part], self.table, *self.limits
+            if quantizer is None:
+                loops.normalize(*arguments)
+            else:
+                loops.normalize_quantized(*arguments, quantizer.scale, quantizer.qmin, quantizer.qmax)
+
+        share_out(run, self.split.pieces)
+        if quantizer is not None:
+            self.pass_within(quantizer)
+        return output
+
+    def pass_within(self, quantizer: Quantizer) -> None:
+        """Let the gradient pass only where ``quantizer`` does not clip."""
+        clipped = empty((2,))
+        loops.find_clipped(quantizer.scale, quantizer.qmin, quantizer.qmax, clipped)
+        self.passing = self.limits.intersect(Limits(*clipped))
+        self.masks = True
+
+    def gradients(self, d_output: Array) -> tuple[Array, Array, Array]:
+        """With respect to pixels, scale and shift: (N, H, W, C), (C,), (C,)."""
+        given, d_pixels = self.split.of(d_output), empty(self.pixels.shape)
+        target, sums = self.split.of(d_pixels), empty((2, self.split.pieces, self.split.width))
+        d_scale, d_shift = empty(self.inverse.shape), empty(self.inverse.shape)
+
+        def add_up(first: int, last: int) -> None:
+            loops.add_up(self.rows, given, self.split.long, first, last, self.table, self.passing, self.masks, sums)
+
+        def find_gradient(first: int, last: int) -> None:
+            part = self.split.part(first, last)
+            loops.find_gradient(self.rows[part], given[part], target[part], self.table, self.passing, self.masks)
+
+        share_out(add_up, self.split.pieces)
+        elements = 0 if self.fixed else self.elements
+        loops.merge_sums(sums, self.inverse, elements, self.table, d_scale, d_shift)
+        share_out(find_gradient, self.split.pieces)
+        return d_pixels, d_scale, d_shift

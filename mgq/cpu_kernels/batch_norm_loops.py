@@ -1,0 +1,318 @@
+"""Loops of batch norm over rows of channels, compiled by numba: statistics, output and gradients.
+
+Arrays of pixels are float32 (rows, C), and hold several pixels a row where few channels would make short rows. They are
+worked on in pieces of rows, whose results are merged in order: bits do not depend on who works on which.
+
+A mask is multiplied with, not chosen by: a choice would become a load under a mask, which takes twice as long. So where
+an infinite gradient meets a 0 of a mask, the result is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mgq.cpu_kernels.numba_loops import ALMOST_HALF, ONE, ZERO, make_compiler
+
+CHUNK = 1 << 14
+"""About how many elements are passed over several times before the next: they stay in the second-level cache."""
+LEAST_ROWS = 16
+"""The fewest rows of a chunk, so that what is done once for each is little."""
+FOUR = 4
+HALF = np.float32(0.5)
+
+
+@make_compiler()
+def find_means(pixels: Any, start: Any, end: Any, means: Any) -> None:
+    """Write the mean of each channel of the rows ``start`` to ``end`` to ``means``."""
+    rest = end - (end - start) % FOUR
+    means[:] = ZERO
+    for r in range(start, rest, FOUR):
+        for c in range(means.size):
+            means[c] += (pixels[r, c] + pixels[r + 1, c]) + (pixels[r + 2, c] + pixels[r + 3, c])
+    for r in range(rest, end):
+        for c in range(means.size):
+            means[c] += pixels[r, c]
+    part = ONE / np.float32(end - start)
+    for c in range(means.size):
+        means[c] *= part
+
+
+@make_compiler()
+def add_squares(pixels: Any, start: Any, end: Any, means: Any, squares: Any) -> None:
+    """Write the sums of squared distances from ``means`` to ``squares``."""
+    rest = end - (end - start) % FOUR
+    squares[:] = ZERO
+    for r in range(start, rest, FOUR):
+        for c in range(means.size):
+            a, b = pixels[r, c] - means[c], pixels[r + 1, c] - means[c]
+            d, e = pixels[r + 2, c] - means[c], pixels[r + 3, c] - means[c]
+            squares[c] += (a * a + b * b) + (d * d + e * e)
+    for r in range(rest, end):
+        for c in range(means.size):
+            a = pixels[r, c] - means[c]
+            squares[c] += a * a
+
+
+@make_compiler()
+def widen_ends(pixels: Any, start: Any, end: Any, low: Any, high: Any) -> None:
+    """Let ``low`` and ``high`` hold the pixels of the rows ``start`` to ``end``, too."""
+    rest = end - (end - start) % FOUR
+    for r in range(start, rest, FOUR):
+        for c in range(low.size):
+            a, b, d, e = pixels[r, c], pixels[r + 1, c], pixels[r + 2, c], pixels[r + 3, c]
+            low[c] = min(low[c], min(min(a, b), min(d, e)))
+            high[c] = max(high[c], max(max(a, b), max(d, e)))
+    for r in range(rest, end):
+        for c in range(low.size):
+            low[c], high[c] = min(low[c], pixels[r, c]), max(high[c], pixels[r, c])
+
+
+@make_compiler()
+def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, means: Any, squares: Any, ends: Any) -> None:
+    """Statistics of the pieces ``first`` to ``last`` of ``rows`` rows each, float32.
+
+    Their means go to ``means`` and sums of squared distances from these to ``squares``, (pieces, C) both; least and
+    largest elements, if ``ranges`` are wanted, to ``ends`` (2, pieces, C).
+    """
+    channels = pixels.shape[1]
+    chunk = max(LEAST_ROWS, CHUNK // channels)
+    part, spread = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for piece in range(first, last):
+        mean, square, low, high = means[piece], squares[piece], ends[0, piece], ends[1, piece]
+        mean[:], square[:], low[:], high[:] = ZERO, ZERO, np.inf, -np.inf
+        begin, finish = piece * rows, min((piece + 1) * rows, pixels.shape[0])
+        for start in range(begin, finish, chunk):
+            end = min(start + chunk, finish)
+            find_means(pixels, start, end, part)
+            add_squares(pixels, start, end, part, spread)
+            if ranges:
+                widen_ends(pixels, start, end, low, high)
+            share = np.float32(end - start) / np.float32(end - begin)
+            cross = np.float32(start - begin) * share
+            for c in range(channels):
+                step = part[c] - mean[c]
+                mean[c] += step * share
+                square[c] += spread[c] + step * step * cross
+
+
+@make_compiler()
+def merge(means: Any, squares: Any, ends: Any, rows: Any, long: Any, result: Any) -> None:
+    """Of all pieces, of ``long`` of the ``rows`` each, to ``result`` (4, C): mean, variance, least and largest of each
+    channel.
+
+    Rows hold one pixel or more. Where a pixel is no number, so is all of its channel.
+    """
+    channels = result.shape[1]
+    for c in range(channels):
+        centre, spread, seen, least, largest = 0.0, 0.0, 0.0, np.float32(np.inf), np.float32(-np.inf)
+        for piece in range(means.shape[0]):
+            count = float(min(long, rows - piece * long))
+            for at in range(c, means.shape[1], channels):
+                step = means[piece, at] - centre
+                seen += count
+                centre += step * (count / seen)
+                spread += squares[piece, at] + step * step * (count * (seen - count) / seen)
+                least, largest = min(least, ends[0, piece, at]), max(largest, ends[1, piece, at])
+        result[0, c], result[1, c], result[2, c], result[3, c] = centre, spread / seen, least, largest
+        if centre != centre:
+            result[:, c] = np.nan
+
+
+@make_compiler()
+def find_ends(low: Any, high: Any, table: Any, limits: Any, ends: Any) -> None:
+    """Write to ``ends`` (2,) the least and the largest that :func:`normalize` gives within ``limits`` for pixels from
+    ``low`` to ``high`` (C,): rounded operations keep the order of what they take."""
+    least, largest = limits
+    ends[0], ends[1] = np.inf, -np.inf
+    unknown = False
+    for c in range(low.size):
+        one = min(max((low[c] - table[0, c]) * table[1, c] + table[2, c], least), largest)
+        other = min(max((high[c] - table[0, c]) * table[1, c] + table[2, c], least), largest)
+        unknown |= one != one or other != other
+        ends[0], ends[1] = min(ends[0], min(one, other)), max(ends[1], max(one, other))
+    if unknown:
+        ends[:] = np.nan
+
+
+@make_compiler()
+def tabulate(
+    found: Any,
+    mean: Any,
+    variance: Any,
+    scale: Any,
+    shift: Any,
+    epsilon: Any,
+    limits: Any,
+    table: Any,
+    inverse: Any,
+    ends: Any,
+) -> None:
+    """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
+
+    ``found`` is :func:`merge`'s; ``mean`` and ``variance`` are those to use. ``inverse`` (C,): one over the standard
+    deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
+    """
+    channels = mean.size
+    for c in range(channels):
+        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
+    for at in range(table.shape[1]):
+        c = at % channels
+        table[0, at], table[1, at], table[2, at] = mean[c], scale[c] * inverse[c], shift[c]
+    find_ends(found[2], found[3], table, limits, ends)
+
+
+@make_compiler()
+def normalize(pixels: Any, output: Any, table: Any, least: Any, largest: Any) -> None:
+    """Write (pixel - mean) * factor + shift, held between ``least`` and ``largest``, to ``output``; NaN stays."""
+    mean, factor, shift = table[0], table[1], table[2]
+    for r in range(pixels.shape[0]):
+        for c in range(pixels.shape[1]):
+            output[r, c] = min(max((pixels[r, c] - mean[c]) * factor[c] + shift[c], least), largest)
+
+
+@make_compiler()
+def normalize_quantized(
+    pixels: Any, output: Any, table: Any, least: Any, largest: Any, step: Any, qmin: Any, qmax: Any
+) -> None:
+    """The same, rounded to multiples of ``step`` from ``qmin`` to ``qmax``, halves away from zero."""
+    mean, factor, shift = table[0], table[1], table[2]
+    for r in range(pixels.shape[0]):
+        for c in range(pixels.shape[1]):
+            steps = min(max((pixels[r, c] - mean[c]) * factor[c] + shift[c], least), largest) / step
+            steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
+            output[r, c] = min(max(steps, qmin), qmax) * step
+
+
+@make_compiler()
+def find_clipped(step: Any, qmin: Any, qmax: Any, clipped: Any) -> None:
+    """Write to ``clipped`` (2,) the largest float that is less than ``qmin`` multiples of ``step`` once it is rounded,
+    and the least that is more than ``qmax``: float32."""
+    for end in range(2):
+        level, outwards = (qmin, np.float32(-np.inf)) if end == 0 else (qmax, np.float32(np.inf))
+        # The half is exact, its product with the step is rounded: the limit is a few floats away at most.
+        value = np.float32((level + np.copysign(HALF, outwards)) * step)
+        found = False
+        while not found:
+            inner = np.nextafter(value, -outwards)
+            steps, inner_steps = value / step, inner / step
+            steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
+            inner_steps = np.trunc(inner_steps + np.copysign(ALMOST_HALF, inner_steps))
+            outside = steps < level if end == 0 else steps > level
+            inner_outside = inner_steps < level if end == 0 else inner_steps > level
+            if inner_outside:
+                value = inner
+            elif outside or value == outwards or steps != steps:
+                found = True
+            else:
+                value = np.nextafter(value, outwards)
+        clipped[end] = value
+
+
+@make_compiler()
+def sum_passing(
+    pixels: Any, d_output: Any, start: Any, end: Any, table: Any, limits: Any, plain: Any, products: Any
+) -> None:
+    """Sums of the gradient, see :func:`add_up`, of the rows ``start`` to ``end``: to ``plain`` and ``products``."""
+    mean, factor, shift = table[0], table[1], table[2]
+    above, below = limits
+    rest = end - (end - start) % FOUR
+    plain[:], products[:] = ZERO, ZERO
+    for r in range(start, rest, FOUR):
+        for c in range(plain.size):
+            centre, by, to = mean[c], factor[c], shift[c]
+            a, b = pixels[r, c] - centre, pixels[r + 1, c] - centre
+            d, e = pixels[r + 2, c] - centre, pixels[r + 3, c] - centre
+            y, z, u, v = a * by + to, b * by + to, d * by + to, e * by + to
+            y = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
+            z = d_output[r + 1, c] * (ONE if (z > above) & (z < below) else ZERO)
+            u = d_output[r + 2, c] * (ONE if (u > above) & (u < below) else ZERO)
+            v = d_output[r + 3, c] * (ONE if (v > above) & (v < below) else ZERO)
+            plain[c] += (y + z) + (u + v)
+            products[c] += (y * a + z * b) + (u * d + v * e)
+    for r in range(rest, end):
+        for c in range(plain.size):
+            a = pixels[r, c] - mean[c]
+            y = a * factor[c] + shift[c]
+            y = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
+            plain[c] += y
+            products[c] += y * a
+
+
+@make_compiler()
+def sum_all(pixels: Any, d_output: Any, start: Any, end: Any, mean: Any, plain: Any, products: Any) -> None:
+    """The same of the whole gradient."""
+    rest = end - (end - start) % FOUR
+    plain[:], products[:] = ZERO, ZERO
+    for r in range(start, rest, FOUR):
+        for c in range(plain.size):
+            a, b = pixels[r, c] - mean[c], pixels[r + 1, c] - mean[c]
+            d, e = pixels[r + 2, c] - mean[c], pixels[r + 3, c] - mean[c]
+            y, z, u, v = d_output[r, c], d_output[r + 1, c], d_output[r + 2, c], d_output[r + 3, c]
+            plain[c] += (y + z) + (u + v)
+            products[c] += (y * a + z * b) + (u * d + v * e)
+    for r in range(rest, end):
+        for c in range(plain.size):
+            plain[c] += d_output[r, c]
+            products[c] += d_output[r, c] * (pixels[r, c] - mean[c])
+
+
+@make_compiler()
+def add_up(
+    pixels: Any, d_output: Any, rows: Any, first: Any, last: Any, table: Any, limits: Any, masks: Any, sums: Any
+) -> None:
+    """Sums of the gradient of each piece, where the output lies between ``limits`` if it ``masks``, and elsewhere 0.
+
+    To ``sums`` (2, pieces, C) go those of the gradient and those of its products with pixel - mean.
+    """
+    channels = pixels.shape[1]
+    chunk = max(LEAST_ROWS, CHUNK // channels)
+    plain, products = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for piece in range(first, last):
+        sums[:, piece] = ZERO
+        finish = min((piece + 1) * rows, pixels.shape[0])
+        for start in range(piece * rows, finish, chunk):
+            end = min(start + chunk, finish)
+            if masks:
+                sum_passing(pixels, d_output, start, end, table, limits, plain, products)
+            else:
+                sum_all(pixels, d_output, start, end, table[0], plain, products)
+            for c in range(channels):
+                sums[0, piece, c] += plain[c]
+                sums[1, piece, c] += products[c]
+
+
+@make_compiler()
+def merge_sums(sums: Any, inverse: Any, elements: Any, table: Any, d_scale: Any, d_shift: Any) -> None:
+    """Gradients of scale and shift (C,) from :func:`add_up`'s sums; with the mean of the batch taken off, what
+    :func:`find_gradient` subtracts goes to ``table``. ``elements`` of a channel: 0 where statistics are fixed."""
+    channels = d_scale.size
+    for c in range(channels):
+        whole, products = 0.0, 0.0
+        for piece in range(sums.shape[1]):
+            for at in range(c, sums.shape[2], channels):
+                whole += sums[0, piece, at]
+                products += sums[1, piece, at]
+        d_shift[c], d_scale[c] = whole, products * inverse[c]
+        mean, slope = (whole / elements, products * inverse[c] * inverse[c] / elements) if elements else (0.0, 0.0)
+        for at in range(c, sums.shape[2], channels):
+            table[3, at], table[4, at] = mean * table[1, at], slope * table[1, at]
+
+
+@make_compiler()
+def find_gradient(pixels: Any, d_output: Any, d_pixels: Any, table: Any, limits: Any, masks: Any) -> None:
+    """Write the gradient with respect to ``pixels`` to ``d_pixels``, see :func:`add_up`."""
+    mean, factor, shift, least, slope = table[0], table[1], table[2], table[3], table[4]
+    above, below = limits
+    if masks:
+        for r in range(pixels.shape[0]):
+            for c in range(pixels.shape[1]):
+                distance = pixels[r, c] - mean[c]
+                y = distance * factor[c] + shift[c]
+                kept = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
+                d_pixels[r, c] = kept * factor[c] - distance * slope[c] - least[c]
+    else:
+        for r in range(pixels.shape[0]):
+            for c in range(pixels.shape[1]):
+                d_pixels[r, c] = d_output[r, c] * factor[c] - (pixels[r, c] - mean[c]) * slope[c] - least[c]
