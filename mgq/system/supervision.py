@@ -365,6 +365,8 @@ class _Supervisor:
 
     def step_member(self) -> int | None:
         if self.verdict is not None and self.code != 0:
+            if self.verdict.code == 0 and self.code is None and not self.verdict.is_old:
+                return None  # the first rank is done already; a worker that is killed now would seem to have failed
             if self.verdict.line is not None:
                 say(self.verdict.line)
             return self.verdict.code
