@@ -116,7 +116,7 @@ def measure_rounding_shifts(
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def add(_: M.Module, __: object, output: Tensor) -> None:
             if output.ndim == 4:
-                sums[name] = sums.get(name, 0.0) + rounding_errors(layers[name], output.numpy()).sum(axis=0)
+                sums[name] = sums.get(name, 0.0) + sum_rounding_errors(layers[name], output.numpy())
 
         return add
 
@@ -127,13 +127,15 @@ def measure_rounding_shifts(
     return {name: summed / len(images) for name, summed in sums.items()}
 
 
-def rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Values:
-    """What rounding to the grid behind ``layer`` takes from each of ``values``; nothing where they saturate."""
+def sum_rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Values:
+    """What rounding to the grid behind ``layer`` takes from ``values``, summed over the first axis; nothing where they
+    saturate."""
     scale = float(layer.act_observer.get_qparams().scale.numpy())
     steps = values / np.float32(scale)
     np.clip(steps, layer.act_fake_quant.qmin, layer.act_fake_quant.qmax, out=steps)
-    errors: Values = (steps - np.rint(steps)).astype(np.float64) * scale
-    return errors
+    steps -= np.rint(steps)
+    found: Values = steps.sum(axis=0).astype(np.float64) * scale
+    return found
 
 
 def mean_patch(module: QATModule, source: Tensor) -> Values:

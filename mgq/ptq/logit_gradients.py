@@ -170,9 +170,12 @@ class Reaction:
         """:meth:`noises` at each of :data:`LIMITS`; ``half`` is limit / step."""
         return self.noises(self.largest * LIMITS, half, headroom)
 
-    def best_limit(self, half: float, headroom: bool = False, spare: float = 0.0) -> float:
-        """The largest limit up to which no noise is more than ``spare`` above the least; ``half`` is limit / step."""
-        noises = self.noises_at_limits(half, headroom)
+    def best_limit(self, half: float, headroom: bool = False) -> float:
+        """The limit of least noise; ``half`` is limit / step."""
+        return self.largest_limit(self.noises_at_limits(half, headroom), 0.0)
+
+    def largest_limit(self, noises: Values, spare: float) -> float:
+        """The largest limit up to which none of ``noises``, at :data:`LIMITS`, is ``spare`` above the least."""
         least = int(noises.argmin())
         beyond = np.flatnonzero(noises[least:] > noises[least] + spare)
         place = least + int(beyond[0]) - 1 if beyond.size else len(noises) - 1

@@ -168,10 +168,10 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
     """The range of each layer of ``watched`` for which rounding and clipping change the logits least, and wider where
     that costs next to nothing (:data:`mgq.ptq.logit_gradients.SPARE`)."""
     layers, found = find_quantized_layers(watched), {}
-    halves = {name: quant_levels(layers[name]) for name in reactions}
-    spare = SPARE * sum(each.noises_at_limits(halves[name], headroom).min() for name, each in reactions.items())
+    noises = {name: each.noises_at_limits(quant_levels(layers[name]), headroom) for name, each in reactions.items()}
+    spare = SPARE * sum(each.min() for each in noises.values())
     for name, reaction in reactions.items():
-        low, high = reaction.range_within(reaction.best_limit(halves[name], headroom, spare))
+        low, high = reaction.range_within(reaction.largest_limit(noises[name], spare))
         found[name] = low, min(high, activation_of(layers[name]).high)
     return found
 

@@ -382,11 +382,12 @@ class TestReactions:
         values, gradients = rng.uniform(0, 1, (2, 8, 4, 6, 6)).astype(np.float32)
         reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
-        best, least = reaction.best_limit(127.5), reaction.noises_at_limits(127.5).min()
-        assert reaction.best_limit(127.5, spare=1e-9 * least) == best
-        wider = reaction.best_limit(127.5, spare=least)
+        noises = reaction.noises_at_limits(127.5)
+        best = reaction.best_limit(127.5)
+        assert reaction.largest_limit(noises, spare=1e-9 * noises.min()) == best
+        wider = reaction.largest_limit(noises, spare=noises.min())
         assert best < wider
-        assert reaction.noises(np.array([wider]), 127.5).item() <= 2 * least
+        assert reaction.noises(np.array([wider]), 127.5).item() <= 2 * noises.min()
 
     def test_behind_a_relu6_no_headroom_reaches_beyond_6(self) -> None:
         network = trained_like("mobilenet_v2", {"activation": "relu6"})
