@@ -13,9 +13,12 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from mgq.engine.runs.run_folder import LAST
+from mgq.engine.runs.training_state import read_training_state
 from mgq.system.mpi_world import find_launcher
 from mgq.system.supervision import WORKER_VARIABLE
 from tests.conftest import slow
+from tests.fakes.disks import fill, small_disk
 from tests.fakes.network_hosts import Hosts, two_hosts
 
 pytestmark = pytest.mark.skipif(
@@ -139,6 +142,30 @@ def test_without_the_first_machine_the_others_end(tmp_path: Path) -> None:
         run_on_two_hosts(hosts, tmp_path)
         hosts.kill(hosts.names[0])
         wait_until(lambda: not works_on(hosts, hosts.names[1]))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_all_and_with_room_again_they_go_on_to_the_bit(tmp_path: Path) -> None:
+    words = [*TRAIN, "--jobs", "2", "--epochs", "3", "--limit", "64"]
+    for name in ("full", "plain"):
+        (tmp_path / name).mkdir()
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        run = Run(mgq("train", *words, "-s", str(disk)), tmp_path / "full")
+        run.wait_for("epoch 2/3")
+        filler = fill(disk)
+        code, errors = run.end()
+        assert code == 1 and len(errors) == 1 and "is full: free some space" in errors[0], run.output
+        filler.unlink()
+        assert Run(mgq("train", *words, "-s", str(disk), "--resume"), tmp_path / "full").end()[0] == 0, run.output
+        went_on = weights_below(disk)
+    assert Run(mgq("train", *words, "-s", str(tmp_path / "plain")), tmp_path / "plain").end()[0] == 0
+    assert went_on == weights_below(tmp_path / "plain")
+
+
+def weights_below(folder: Path) -> dict[str, bytes]:
+    """Of the run there, at its end."""
+    (last,) = folder.glob(f"*/{LAST}")
+    return {name: value.tobytes() for name, value in read_training_state(last).tensors.items()}
 
 
 def test_ranks_that_were_given_different_options_say_so(tmp_path: Path) -> None:

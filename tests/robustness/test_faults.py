@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,23 +20,17 @@ from mgq.data.datasets import evaluation_folder
 from mgq.engine.runs.provenance import listing_of
 from tests.conftest import Said, one_line_about, the_error
 from tests.fakes.commands import ARCH, lines_of, started, waited_for
+from tests.fakes.disks import small_disk
 
 TRAINING = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "16", "-w", "1")
 LONG = ("--epochs", "500")
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of its own with room for 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a small disk cannot be mounted here: that needs the rights of root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def said_by(folder: Path, *words: str) -> Said:
@@ -124,13 +117,13 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
-    tmp_path: Path, small_disk: Path, words: tuple[str, ...]
+    tmp_path: Path, full_disk: Path, words: tuple[str, ...]
 ) -> None:
     said = said_by(tmp_path, *words)
     assert said.code == 1, said
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "full" in errors[0] and "disk" in errors[0] and "Traceback" not in said.err
-    assert not half_written(small_disk)
+    assert not half_written(full_disk)
 
 
 def said_into(output: str, *words: str, buffered: bool = True) -> tuple[int, str]:
