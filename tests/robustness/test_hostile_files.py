@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mgq.data import imagenet_archives
@@ -662,6 +662,24 @@ def doubled(model: Any) -> None:
         name = f"twice{i}"
 
 
+def expanded(model: Any) -> None:
+    """A number is repeated 1.6e9 times."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 1), np.float32), "one"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([40_000, 40_000]), "far"))
+    model.graph.node.append(helper.make_node("Expand", ["one", "far"], ["more"]))
+
+
+def expanded_by_the_picture(model: Any) -> None:
+    """A number is repeated as often as the first pixels say."""
+    constants = {"one": np.ones((1, 1, 1, 1), np.float32), "minus": np.array([-1]), "zero": np.array([0])}
+    constants["four"] = np.array([4])
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    flat = helper.make_node("Reshape", [model.graph.input[0].name, "minus"], ["flat"])
+    part = helper.make_node("Slice", ["flat", "zero", "four"], ["part"])
+    cast = helper.make_node("Cast", ["part"], ["far"], to=TensorProto.INT64)
+    model.graph.node.extend([flat, part, cast, helper.make_node("Expand", ["one", "far"], ["more"])])
+
+
 def with_node(*arguments: Any, **more: Any) -> Callable[[Any], None]:
     return lambda model: model.graph.node.append(helper.make_node(*arguments, **more))
 
@@ -711,7 +729,9 @@ def huge_image(model: Any) -> None:
         (with_node("\x1b[31mEvil", ["x9"], ["more"]), "\\x1b[31mEvil"),
         (loop(), "'If'"),
         (with_node("ConstantOfShape", ["shape"], ["more"]), "'ConstantOfShape'"),
-        (with_node("Expand", ["x9", "shape"], ["more"]), "'Expand'"),
+        (with_node("Tile", ["x9", "shape"], ["more"]), "'Tile'"),
+        (expanded, "too much"),
+        (expanded_by_the_picture, "the size"),
         (with_function, "functions"),
         (doubled, "too much"),
         (huge_image, "too much"),
