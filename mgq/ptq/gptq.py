@@ -37,7 +37,7 @@ MOST_INPUTS = 8192
 FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 POSITIONS_PER_INPUT = 256
-"""More for each input of an output add little to what is known of how they vary together."""
+"""More for each input of an output add little to what is known of how they vary together; to fit weights they do."""
 DAMPING = 0.01
 """Of the mean variance, added to each: the paper's."""
 RIDGE = 3.0
@@ -102,7 +102,9 @@ class GPTQ:
         """Some positions of the output of ``layer``, at which its inputs are looked at."""
         images, channels, *size = layer.fake_inputs[0]._tuple_shape
         kernel = int(np.prod(conv.kernel_size))
-        most = min(VALUES // (channels * kernel), POSITIONS_PER_INPUT * channels * kernel // conv.groups)
+        most = VALUES // (channels * kernel)
+        if not self.refit:
+            most = min(most, POSITIONS_PER_INPUT * channels * kernel // conv.groups)
         number = int(np.clip(most, FEWEST, MOST))
         shape = images, conv.out_channels, *output_size(conv, *size)
         return sample_positions(shape, self.positions, number)

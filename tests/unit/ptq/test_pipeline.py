@@ -127,19 +127,23 @@ class TestSearch:
         )
 
     @pytest.mark.slow
-    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images_on_images_held_back(self) -> None:
+    def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images(self) -> None:
+        """On images that had no part in it: of eight that are held back, chance tells candidates apart."""
         network = trained_like(SHUFFLE, {})
+        others = smooth_images(128, seed=77)
+        exact = logits_of(network, others)
         fast, balanced = (
-            find_best_network(network, IMAGES, "", "", get_preset(quality), ONNX)[0].best.snr
+            snr_of(
+                logits_of(find_best_network(network, IMAGES, "", "", get_preset(quality), ONNX)[0].network, others),
+                exact,
+            )
             for quality in ("fast", "balanced")
         )
-        fit, held = split(IMAGES)
-        exact = logits_of(network, held)
-        free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], held), exact)
-        plain = RangesFromImages().apply(Draft(network, fit, ONNX))
+        free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], others), exact)
+        plain = RangesFromImages().apply(Draft(network, split(IMAGES)[0], ONNX))
         assert plain.watched is not None
         assert balanced >= fast - 0.2
-        assert fast >= max(free, snr_of(logits_of(plain.watched, held), exact)) - 1.0
+        assert fast >= max(free, snr_of(logits_of(plain.watched, others), exact)) - 0.2
 
     def test_a_step_that_harms_is_left_out_and_named(self) -> None:
         network = trained_like(SHUFFLE, {})
