@@ -8,7 +8,7 @@ before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,6 @@ from mgq.zoo.layers import forward_hooks
 Values = npt.NDArray[np.float64]
 
 DIGITS = 6
-BATCH = 8
 
 
 @dataclass
@@ -60,9 +59,7 @@ class BiasCorrection:
         seen = mean_patch(module, layer.fake_inputs[0])
         wanted = seen if self.of_weights else mean_patch(module, layer.in_float.inputs[0])
         exact, fake = average_output(weight, wanted), average_output(quantize_weight(module), seen)
-        correction = tuple(float(f"{value:.{DIGITS}g}") for value in exact - fake)
-        add_to_bias(module, correction)
-        self.found[layer.name] = correction
+        self.found[layer.name] = shift_bias(module, exact - fake)
 
     def remember_weights(self, layer: Layer) -> None:
         """A visitor that keeps the weights of ``layer``; it runs before the visitor that rounds them."""
@@ -80,36 +77,40 @@ def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place:
     return network
 
 
+def shift_bias(module: M.Module, correction: Values) -> tuple[float, ...]:
+    """Add ``correction`` (O,) to the bias of ``module``, in the digits that a file of ranges holds; what was added."""
+    added = tuple(float(f"{value:.{DIGITS}g}") for value in correction)
+    add_to_bias(module, added)
+    return added
+
+
 def correct_rounding_shifts(
-    watched: M.Module, network: M.Module, graph: Graph, images: npt.NDArray[np.float32]
+    watched: M.Module, network: M.Module, graph: Graph, batches: Sequence[npt.NDArray[np.float32]]
 ) -> dict[str, tuple[float, ...]]:
     """Correct the biases of ``watched``, a ``qat`` network with ranges, for what rounding takes from the inputs of its
     convolutions on average. Returns what was added, by layer, (O,).
 
-    ``network``: the same in mode ``normal``, whose ``graph`` tells who reads what. ``images``: float32 (N, 3, H, W),
+    ``network``: the same in mode ``normal``, whose ``graph`` tells who reads what. ``batches``: float32 (N, 3, H, W),
     pixels minus 128. Rounding errors of a channel do not cancel where its values are nearly all the same; those of
     clipping are left alone (see :class:`BiasCorrection`).
     """
     layers, found = find_quantized_layers(watched), {}
-    errors = measure_rounding_shifts(layers, network, images)
+    errors = measure_rounding_shifts(layers, network, batches)
     for node in graph.nodes:
         module = layers.get(node.output)
         if not isinstance(node, Convolution) or node.inputs[0] not in errors or module is None:
             continue
         if bias_parameter(module) is None:
             continue
-        conv = module.conv if hasattr(module, "conv") else module
-        means = window_means(errors[node.inputs[0]], conv).reshape(conv.groups, -1)
-        shift = average_output(quantize_weight(module), means)
-        found[node.output] = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
-        add_to_bias(module, found[node.output])
+        means = average_inputs(module, errors[node.inputs[0]])
+        found[node.output] = shift_bias(module, average_output(quantize_weight(module), means))
     return found
 
 
 def measure_rounding_shifts(
-    layers: Mapping[str, QATModule], network: M.Module, images: npt.NDArray[np.float32]
+    layers: Mapping[str, QATModule], network: M.Module, batches: Sequence[npt.NDArray[np.float32]]
 ) -> dict[str, Values]:
-    """Layer name -> (C, H, W), the mean over ``images`` of what rounding takes from the values of this layer of
+    """Layer name -> (C, H, W), the mean over ``batches`` of what rounding takes from the values of this layer of
     ``network``. The grids are those of ``layers``; tensors of another rank are left out."""
     modules, sums = dict(network.named_modules()), dict[str, Values]()
 
@@ -122,9 +123,10 @@ def measure_rounding_shifts(
 
     on_grids = [name for name, layer in layers.items() if layer.act_fake_quant is not None and name in modules]
     with forward_hooks((modules[name], hook_of(name)) for name in on_grids):
-        for start in range(0, len(images), BATCH):
-            network(Tensor(images[start : start + BATCH])).numpy()
-    return {name: summed / len(images) for name, summed in sums.items()}
+        for batch in batches:
+            network(Tensor(batch)).numpy()
+    number = sum(map(len, batches))
+    return {name: summed / number for name, summed in sums.items()}
 
 
 def sum_rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Values:
@@ -140,10 +142,16 @@ def sum_rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Va
 
 def mean_patch(module: QATModule, source: Tensor) -> Values:
     """(groups, inputs): the mean, over images and positions, of what an output of the convolution ``module`` reads."""
-    conv = module.conv if hasattr(module, "conv") else module
     summed = source.sum(axis=0).numpy().astype(np.float64)
-    means = window_means(summed, conv)
-    found: Values = means.reshape(conv.groups, -1) / source._tuple_shape[0]
+    found: Values = average_inputs(module, summed) / source._tuple_shape[0]
+    return found
+
+
+def average_inputs(module: QATModule, values: Values) -> Values:
+    """(groups, inputs): the mean, over all positions, of what an output of the convolution ``module`` reads of
+    ``values`` (C, H, W)."""
+    conv = module.conv if hasattr(module, "conv") else module
+    found: Values = window_means(values, conv).reshape(conv.groups, -1)
     return found
 
 

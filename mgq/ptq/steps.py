@@ -21,7 +21,7 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError, plural
 from mgq.graph.layer_graph import graph_of
-from mgq.ptq.bias_correction import DIGITS, BiasCorrection, correct_rounding_shifts
+from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
 from mgq.ptq.data_free import set_expected_ranges
@@ -35,7 +35,6 @@ from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.quantization.activation_ranges import (
-    add_to_bias,
     extend_to_grid,
     find_quantized_layers,
     names_that_run,
@@ -112,6 +111,11 @@ class Draft:
         """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
         known."""
         return replace(self, network=network, measured=measured)
+
+    def copy_watched(self) -> M.Module:
+        """A copy of ``watched``, to be changed."""
+        assert self.watched is not None
+        return deepcopy(self.watched)
 
     def prepare(self) -> M.Module:
         return prepare(self.network, self.target, self.float_layers)
@@ -329,8 +333,7 @@ class ExactScales:
     name: str = "exact scales"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = deepcopy(draft.watched)
-        assert watched is not None
+        watched = draft.copy_watched()
         try:
             ranges = set_exact_scales(watched)
         except FailureError:
@@ -391,14 +394,12 @@ class CorrectShifts:
     name: str = "biases corrected for rounded activations"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = deepcopy(draft.watched)
-        assert watched is not None
         try:
             graph = graph_of(draft.network, IMAGE_SIZE)
         except FailureError:
             return draft
-        images = as_input(draft.images[:SHIFT_IMAGES])
-        found = correct_rounding_shifts(watched, draft.network, graph, images)
+        watched = draft.copy_watched()
+        found = correct_rounding_shifts(watched, draft.network, graph, split_float(draft.images[:SHIFT_IMAGES]))
         corrections = {} if draft.rounded else add_corrections(draft.corrections, found)
         return replace(draft, watched=watched, corrections=corrections, answers=None)
 
@@ -419,8 +420,7 @@ class CorrectLogits:
     name: str = "logits right on average"
 
     def apply(self, draft: Draft) -> Draft:
-        watched = deepcopy(draft.watched)
-        assert watched is not None
+        watched = draft.copy_watched()
         linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
         name, classifier = linear[-1] if linear else ("", None)
         if classifier is None or classifier.bias is None:
@@ -428,16 +428,14 @@ class CorrectLogits:
         images = draft.images[:LAYERWISE_IMAGES]
         answers = logits_of(watched, images) if draft.answers is None else draft.answers
         shift = (draft.logits[: len(answers)] - answers).mean(axis=0)
-        correction = tuple(float(f"{value:.{DIGITS}g}") for value in shift)
-        add_to_bias(classifier, correction)
+        correction = shift_bias(classifier, shift)
         corrections = {} if draft.rounded else {**draft.corrections, name: correction}
         return replace(draft, watched=watched, corrections=corrections)
 
 
 def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool) -> Draft:
     """``draft`` with a copy of its ``qat`` network, whose layers were shown to ``visitors`` one by one."""
-    watched = deepcopy(draft.watched)
-    assert watched is not None
+    watched = draft.copy_watched()
     visit = visit_beside_float if beside_float else visit_layers
     answers = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)

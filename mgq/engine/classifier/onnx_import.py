@@ -257,9 +257,6 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in file.constants.items())
     for place, node in enumerate(model.graph.node):
         node.name = f"node_{place}"  # it runs no two of one name
-    unread = [value for value in model.graph.input if value.name not in {file.input, *file.constants}]
-    for value in unread:  # it would have to be fed
-        model.graph.input.remove(value)
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample

@@ -134,6 +134,8 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
         tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer if tensor.name in needed
     }
     del model.graph.initializer[:]
+    for value in [value for value in model.graph.input if value.name in known - needed]:
+        model.graph.input.remove(value)  # old files list weights among the inputs, too
     any_number = size_of(inputs[0].type.tensor_type.shape.dim[0]) is None
     return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, any_number, output)
 

@@ -234,6 +234,7 @@ def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> Non
     proto = model.proto(model.classify(plain(model), 8))
     proto.graph.node.append(helper.make_node("Hardmax", [proto.graph.node[3].output[0]], ["unread"]))
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float16), "unread too"))
+    proto.graph.input.append(helper.make_tensor_value_info("unread too", TensorProto.FLOAT16, [3]))  # as old files do
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]

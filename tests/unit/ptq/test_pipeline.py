@@ -20,14 +20,10 @@ from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
-from mgq.ptq.logit_gradients import Reaction, measure_reactions
+from mgq.ptq.logit_gradients import HEADROOM, LIMITS, Reaction, measure_reactions
 from mgq.ptq.pipeline import (
-    DOUBT,
-    EQUAL,
     FEWEST,
-    MOST_DOUBT,
     NO_NOISE,
-    ROUNDING_GAIN,
     Candidate,
     Trial,
     apply_steps,
@@ -60,6 +56,8 @@ from tests.conftest import classifier_of, slow, smooth_images
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(24, seed=3)
+ENOUGH = smooth_images(80, seed=3)
+"""Of eight held back, chance decides which candidate is the best: 16 tell."""
 UNSEEN = smooth_images(16, seed=11)
 SHUFFLE = "shufflenet_v1_x0_5_g3"
 CASES: list[Any] = [slow("mobilenet_v2", {"activation": "relu6"}, "fast", ONNX)]
@@ -107,17 +105,16 @@ class TestHeldBack:
 
 class TestSearch:
     @pytest.mark.parametrize(("arch", "options", "quality", "target"), CASES, ids=NAMES)
-    def test_no_candidate_is_better_than_what_is_kept_but_by_chance(
+    def test_no_candidate_is_better_than_what_is_kept(
         self, arch: str, options: dict[str, object], quality: str, target: Target
     ) -> None:
         network = trained_like(arch, options)
-        found, _ = find_best_network(network, IMAGES, arch, "", get_preset(quality), target)
-        _, held = split(IMAGES)
+        found, _ = find_best_network(network, ENOUGH, arch, "", get_preset(quality), target)
+        fit, held = split(ENOUGH)
         finished = [trial for trial in found.trials if len(trial.steps) == len(found.best.steps)]
-        chance = ROUNDING_GAIN * (MOST_DOUBT / DOUBT) ** 2
-        assert found.best.snr >= max(trial.snr for trial in finished) - chance - EQUAL
+        assert found.best.snr >= max(trial.snr for trial in finished) - 0.1
         many = smooth_images(64, seed=77)
-        simplest = RangesFromImages().apply(Draft(network, split(IMAGES)[0], target)).watched
+        simplest = RangesFromImages().apply(Draft(network, fit, target)).watched
         kept, plain = (snr_of(logits_of(each, many), logits_of(network, many)) for each in (found.network, simplest))
         assert kept > plain - 0.2
         assert found.held_back and found.judged_on == len(held)
@@ -128,22 +125,20 @@ class TestSearch:
 
     @pytest.mark.slow
     def test_presets_are_no_worse_than_cheaper_ones_and_than_no_images(self) -> None:
-        """On images that had no part in it: of eight that are held back, chance tells candidates apart."""
+        """On images held back, enough of them to tell candidates apart, and on images that had no part in it."""
         network = trained_like(SHUFFLE, {})
-        others = smooth_images(128, seed=77)
-        exact = logits_of(network, others)
+        fit, held = split(ENOUGH)
+        plain = RangesFromImages().apply(Draft(network, fit, ONNX)).watched
+        free = calibrate_data_free_network(network, "", "", {}, ONNX)[0]
         fast, balanced = (
-            snr_of(
-                logits_of(find_best_network(network, IMAGES, "", "", get_preset(quality), ONNX)[0].network, others),
-                exact,
-            )
+            find_best_network(network, ENOUGH, "", "", get_preset(quality), ONNX)[0].network
             for quality in ("fast", "balanced")
         )
-        free = snr_of(logits_of(calibrate_data_free_network(network, "", "", {}, ONNX)[0], others), exact)
-        plain = RangesFromImages().apply(Draft(network, split(IMAGES)[0], ONNX))
-        assert plain.watched is not None
-        assert balanced >= fast - 0.2
-        assert fast >= max(free, snr_of(logits_of(plain.watched, others), exact)) - 0.2
+        for images, most in ((held, 1.0), (smooth_images(128, seed=77), 0.2)):
+            exact = logits_of(network, images)
+            found = [snr_of(logits_of(each, images), exact) for each in (plain, free, fast, balanced)]
+            assert found[3] >= found[2] - 0.2
+            assert found[2] >= max(found[:2]) - most
 
     def test_a_step_that_harms_is_left_out_and_named(self) -> None:
         network = trained_like(SHUFFLE, {})
@@ -378,7 +373,8 @@ class TestReactions:
         reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
         reaction.add(values, gradients)
         assert reaction.best_limit(127.5) <= reaction.largest
-        assert reaction.largest < reaction.best_limit(127.5, headroom=True) < 1.3 * reaction.largest
+        enough = LIMITS[LIMITS >= HEADROOM].min()
+        assert reaction.largest < reaction.best_limit(127.5, headroom=True) <= enough * reaction.largest
 
     def test_ranges_are_wider_where_that_costs_next_to_nothing(self) -> None:
         """Other images have larger values. What rounding adds for them stays below what may be spared."""
