@@ -272,12 +272,9 @@ class StepperProcess:
         main = StepperMain(arch, mode, kernels, settings)
         self.process = AnsweringProcess(main, f"{arch}, {mode.value}, {kernels}", settings.threads, prepare_process)
         self.process.answer(START_PATIENCE_S)
-        self.process.pause()
 
     def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:
-        self.process.resume()
         answer: tuple[tuple[int, ...], int] = self.process.ask(number, TURN_PATIENCE_S)
-        self.process.pause()
         return answer
 
     def close(self) -> None:

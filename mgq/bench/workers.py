@@ -207,15 +207,11 @@ class SubprocessWorker:
     def wait_until_ready(self) -> None:
         """Raises an MgqError where the engine is missing, or cannot run the network."""
         greeting: WorkerReady = self.process.answer(LOAD_PATIENCE_S)
-        self.process.pause()
         self.name, self.version = greeting.name, greeting.version
         self.threads, self.macs = greeting.threads, greeting.macs
 
     def ask(self, *question: Any) -> Any:
-        self.process.resume()
-        answer = self.process.ask(question, TURN_PATIENCE_S)
-        self.process.pause()
-        return answer
+        return self.process.ask(question, TURN_PATIENCE_S)
 
     def logits(self) -> Logits:
         logits: Logits = self.ask("logits")

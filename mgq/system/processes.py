@@ -76,7 +76,8 @@ class AnsweringProcess:
             self._child = _start(task, prepare)
 
     def answer(self, patience_s: float) -> Any:
-        """The next message. Raises as :func:`run_in_processes`, and FailureError where none comes in time."""
+        """The next message; nothing of the process runs after it, threads that wait in a loop included, until it is
+        asked. Raises as :func:`run_in_processes`, and FailureError where none comes in time."""
         pipe = self._child.pipe
         try:
             if not pipe.poll(patience_s):
@@ -89,24 +90,19 @@ class AnsweringProcess:
             raise _error(message, self.what)
         if not isinstance(message, _Message):
             raise FailureError(f"{self.what}: its process ended early")
+        self._signal(signal.SIGSTOP)
         return message.content
 
     def ask(self, question: Any, patience_s: float) -> Any:
         """The answer to ``question``, which can be pickled and is not None. Raises as :meth:`answer`."""
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):  # Its end is noticed when its pipe is read.
             self._child.pipe.send(question)
         return self.answer(patience_s)
 
-    def pause(self) -> None:
-        """Let nothing of the process run, threads that wait in a loop included, until :meth:`resume`."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
     def close(self) -> None:
         """End the process, whatever it does."""
-        self.resume()  # What is paused does not end.
+        self._signal(signal.SIGCONT)  # What is paused does not end.
         _end([self._child])
 
     def _signal(self, number: signal.Signals) -> None:
