@@ -39,7 +39,7 @@ def work_together(world: World, work: Callable[[], int]) -> int:
 
     link = link_to_supervisor()
     if link is not None:
-        be_rank(world, link, work)
+        return be_rank(world, link, work)
     if find_spec("mpi4py") is None:
         if world.rank == 0:
             print_error(f"started {world.size} times by MPI, and mpi4py is not installed: {MEND}")
@@ -47,16 +47,19 @@ def work_together(world: World, work: Callable[[], int]) -> int:
     return supervise(world, sys.argv[1:])
 
 
-def be_rank(world: World, link: Link, work: Callable[[], int]) -> NoReturn:
-    """Run as the worker of this rank; end with the exit code of the whole job."""
+def be_rank(world: World, link: Link, work: Callable[[], int]) -> int:
+    """Run as the worker of this rank. Returns 0 where all went well, and ends this process where it did not.
+
+    The process has to end in order where all went well. MPICH says goodbye to its launcher when the C library runs
+    what is registered for the end, after MPI_Finalize: without that the launcher takes the rank to be lost, and kills
+    those that have not ended yet.
+    """
     try:
-        if world.rank == 0:
-            end_process(lead(world, link, work))
-        follow(world, link)
-        end_process(0)
+        code = lead(world, link, work) if world.rank == 0 else follow(world, link)
     except BaseException:  # in debug mode alone
         traceback.print_exc()
-        end_process(FailureError.exit_code)
+        code = FailureError.exit_code
+    return code if code == 0 else end_process(code)
 
 
 def lead(world: World, link: Link, work: Callable[[], int]) -> int:
@@ -74,14 +77,14 @@ def lead(world: World, link: Link, work: Callable[[], int]) -> int:
     return code
 
 
-def follow(world: World, link: Link) -> None:
+def follow(world: World, link: Link) -> int:
     from mgq.engine.distributed.team import join_team, leave_team, serve
 
     failure: MgqError
     try:
         serve(join_team(world, link, sys.argv[1:]))
         leave_team()
-        return
+        return 0
     except MgqError as error:
         failure = error
     except Exception as error:
@@ -91,6 +94,7 @@ def follow(world: World, link: Link) -> None:
     named = str(failure).startswith("rank ")  # as where all find the same
     link.send(failed=str(failure), named=named, code=failure.exit_code)
     time.sleep(LAST_WAIT_S)
+    return failure.exit_code
 
 
 def end_process(code: int) -> NoReturn:

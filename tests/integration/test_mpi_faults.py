@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(
     find_launcher() is None or find_spec("mpi4py") is None, reason="needs MPI: pip install 'mgq[mpi]'"
 )
 ENDS_WITHIN_S = 30
+WORKS_WITHIN_S = 300
+"""A whole training on a busy machine."""
 TRAIN = ["-a", "shufflenet_v1_x0_5_g3", "--image-size", "32", "--epochs", "90", "--limit", "512", "--report-freq", "1"]
 
 
@@ -60,7 +62,7 @@ class Run:
         return self.log.read_text()
 
     def wait_for(self, text: str) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + WORKS_WITHIN_S
         while text not in self.output:
             assert self.process.poll() is None and time.monotonic() < until, self.output
             time.sleep(0.1)
@@ -74,11 +76,11 @@ class Run:
                 return process
         raise AssertionError(f"no rank {rank} in {self.output}")
 
-    def end(self) -> tuple[int, list[str]]:
+    def end(self, within_s: float = ENDS_WITHIN_S) -> tuple[int, list[str]]:
         """The exit code, and the lines of errors; nothing of it may be left afterwards."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         try:
-            code = self.process.wait(ENDS_WITHIN_S)
+            code = self.process.wait(within_s)
         finally:
             for process in family:
                 if process.is_running():
@@ -156,9 +158,11 @@ def test_a_disk_that_is_full_ends_all_and_with_room_again_they_go_on_to_the_bit(
         code, errors = run.end()
         assert code == 1 and len(errors) == 1 and "is full: free some space" in errors[0], run.output
         filler.unlink()
-        assert Run(mgq("train", *words, "-s", str(disk), "--resume"), tmp_path / "full").end()[0] == 0, run.output
+        run = Run(mgq("train", *words, "-s", str(disk), "--resume"), tmp_path / "full")
+        assert run.end(WORKS_WITHIN_S)[0] == 0, run.output
         went_on = weights_below(disk)
-    assert Run(mgq("train", *words, "-s", str(tmp_path / "plain")), tmp_path / "plain").end()[0] == 0
+    run = Run(mgq("train", *words, "-s", str(tmp_path / "plain")), tmp_path / "plain")
+    assert run.end(WORKS_WITHIN_S)[0] == 0, run.output
     assert went_on == weights_below(tmp_path / "plain")
 
 
@@ -166,6 +170,19 @@ def weights_below(folder: Path) -> dict[str, bytes]:
     """Of the run there, at its end."""
     (last,) = folder.glob(f"*/{LAST}")
     return {name: value.tobytes() for name, value in read_training_state(last).tensors.items()}
+
+
+@pytest.mark.slow
+def test_a_rank_may_end_long_before_the_first(tmp_path: Path) -> None:
+    """A launcher kills all that have not ended when one ends without a goodbye."""
+    lasting = tmp_path / "lasting"
+    lasting.mkdir()
+    (lasting / "sitecustomize.py").write_text(
+        "import atexit, os, time\nif os.environ.get('PMI_RANK') == '0':\n    atexit.register(time.sleep, 2)\n"
+    )
+    words = ["train", *TRAIN, "--jobs", "2", "--epochs", "1", "--limit", "64", "-s", str(tmp_path)]
+    run = Run(mgq(*words), tmp_path, PYTHONPATH=str(lasting))
+    assert run.end(WORKS_WITHIN_S)[0] == 0, run.output
 
 
 def test_ranks_that_were_given_different_options_say_so(tmp_path: Path) -> None:
