@@ -185,12 +185,14 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next allocation, from here on.
 
     It would give large arrays back to the system at once, and every training step would pay for new, zeroed pages:
-    up to a third of its time. Where the C library is another than glibc, nothing changes.
+    up to a third of its time, and an eighth of a calibration's. Threads that begin later share one heap, so that each
+    can use what another has freed. Where the C library is another than glibc, nothing changes.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, -1)
+        libc.mallopt(_ARENA_MAX, 1)
 
 
 @functools.cache
@@ -216,7 +218,7 @@ _LARGE_PAGE, _LARGE_HEAP = 2 << 20, 4 << 30
 # What madvise is told, as mman.h has it.
 _MADV_HUGEPAGE = 14
 # Parameters of mallopt, as malloc.h has them.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # What prctl is asked for, as the kernel has it.
 _SET_TIMER_SLACK, _GET_TIMER_SLACK = 29, 30
 

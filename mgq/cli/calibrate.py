@@ -30,6 +30,7 @@ from mgq.cli.shared_options import (
     prepare_megengine,
 )
 from mgq.errors import plural
+from mgq.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     from mgq.engine.calibration.calibrate_options import CalibrateOptions
@@ -137,6 +138,7 @@ class CalibrateCommand(ImportOptions):
         options.refuse_contradictions()
         refuse_hopeless(expand(self.files or [], note))
         wish = self.import_wish()
+        keep_freed_memory()  # before MegEngine starts its threads
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
         options = replace(options, checkpoint=checkpoint)
         with progress() as on_progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,3 +56,23 @@ print(sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePag
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 16 << 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries take no such settings")
+def test_what_one_thread_frees_serves_another() -> None:
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from mgq.machine import keep_freed_memory
+keep_freed_memory()
+import numpy
+def fill():
+    numpy.ones(24 << 20, numpy.uint8)  # freed at once
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+    before = one.submit(fill).result()
+    print(other.submit(fill).result() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12 << 10  # half of the array
