@@ -8,9 +8,11 @@ stands for the pictures.
 from __future__ import annotations
 
 import math
+import string
 from typing import Any
 
 from mgq.graph.onnx_import.constants import attributes_of
+from mgq.graph.onnx_import.einsum import split_equation
 from mgq.graph.onnx_import.operators import Scope, UnknownFormError
 
 ALONG_ONE_AXIS = {"Concat": 1, "Gather": 0, "LayerNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
@@ -48,6 +50,8 @@ def lift(node: Any, scope: Scope) -> Any:
     elif kind in ALONG_AXES:
         axes = given.get("axes") or numbers(node, ALONG_AXES[kind], scope) or usual_axes(node, shape, scope)
         changed["axes"] = [behind_one_more(int(axis)) for axis in axes]
+    elif kind == "Einsum":
+        changed["equation"] = with_one_more(str(given["equation"]), node, scope)
     elif kind in ("Reshape", "Flatten"):
         new.op_type = "Reshape"
         changed["shape"] = [1, *wanted_shape(node, given, shape, scope)]
@@ -66,6 +70,17 @@ def lift(node: Any, scope: Scope) -> Any:
 def behind_one_more(axis: int) -> int:
     """Axes that are counted from behind stay."""
     return axis + 1 if axis >= 0 else axis
+
+
+def with_one_more(equation: str, node: Any, scope: Scope) -> str:
+    """The ``equation`` of an Einsum with one more axis in front of each layer and of the output."""
+    ranks = [
+        len(scope.constants[name].shape if name in scope.constants else scope.file_shape(name)) for name in node.input
+    ]
+    terms, output = split_equation(equation, ranks)
+    new = next(letter for letter in string.ascii_letters if letter not in "".join(terms))
+    told = [term if name in scope.constants else new + term for term, name in zip(terms, node.input, strict=True)]
+    return f"{','.join(told)}->{new}{output}"
 
 
 def numbers(node: Any, place: int, scope: Scope) -> list[int] | None:
@@ -91,6 +106,7 @@ def wanted_shape(node: Any, given: dict[str, Any], shape: tuple[int, ...], scope
     wanted = [int(size) for size in given.get("shape") or numbers(node, 1, scope) or ()]
     if not given.get("allowzero", 0):
         wanted = [shape[place] if size == 0 else size for place, size in enumerate(wanted)]
+    wanted = scope.shape_for_one(wanted, math.prod(shape))
     known = math.prod(size for size in wanted if size != -1)
     return [math.prod(shape) // max(known, 1) if size == -1 else size for size in wanted]
 

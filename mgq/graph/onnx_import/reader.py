@@ -30,16 +30,19 @@ def read_network(
     output: str,
     sample: Array,
     channels_last: bool = False,
+    pictures: int = 1,
+    takes_pixels: bool = False,
 ) -> NetworkDraft:
     """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
 
     ``output``: the tensor that is its answer. ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be,
-    with the axes (1, H, W, C) where ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax or
+    with the axes (1, H, W, C) where ``channels_last``; the file takes so many ``pictures`` at once, and
+    where ``takes_pixels`` they are uint8. The draft takes (N, C, H, W) and ends in logits: a softmax or
     sigmoid at the end is left out. Raises InputError that names the first node that cannot be imported, and the opset.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
-    scope = Scope(draft, opset, dict(constants), {})
+    scope = Scope(draft, opset, dict(constants), {}, pictures=pictures, takes_pixels=takes_pixels)
     draft.samples[INPUT] = sample
     scope.layers[input_name] = INPUT
     if channels_last:
