@@ -198,9 +198,8 @@ def remarks_on(
         fed = f"input as uint8 pixels ({channels}); the file has mean and deviation inside"
     found = [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", fed]
     if file.pictures is not None and file.pictures > 1:
-        found.append(
-            f"it takes {plural(file.pictures, 'picture')} at once, and is imported for any number: its answers are the same"
-        )
+        several = plural(file.pictures, "picture")
+        found.append(f"it takes {several} at once, and is imported for any number: its answers are the same")
     return found
 
 

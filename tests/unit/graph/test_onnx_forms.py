@@ -360,10 +360,10 @@ COORDINATES = ["half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"
 @pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
 @pytest.mark.parametrize("where", COORDINATES)
 def test_resizing_is_imported(tmp_path: Path, mode: str, where: str) -> None:
-    scales: tuple[list[int], list[float]]
-    for number, scales in enumerate((([], [1, 1, 2, 1.5]), ([1, 8, 7, 23], []))):
+    given: list[tuple[list[int], list[float]]] = [([], [1, 1, 2, 1.5]), ([1, 8, 7, 23], [])]
+    for number, scales in enumerate(given):
         model = Model(("N", 3, 32, 32) if scales[1] else (1, 3, 32, 32), opset=19)
-        how = {"mode": mode, "coordinate_transformation_mode": where}
+        how: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": where}
         path = tmp_path / f"{number}.onnx"
         model.save(path, model.classify(resize(model, *scales, **how), 8))
         check_equal(path, tmp_path)
@@ -372,7 +372,7 @@ def test_resizing_is_imported(tmp_path: Path, mode: str, where: str) -> None:
 @pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
 def test_the_pixel_is_chosen_as_the_file_says(tmp_path: Path, rounding: str) -> None:
     model = Model()
-    how = {"nearest_mode": rounding, "coordinate_transformation_mode": "half_pixel"}
+    how: dict[str, Any] = {"nearest_mode": rounding, "coordinate_transformation_mode": "half_pixel"}
     path = model.save(tmp_path / "model.onnx", model.classify(resize(model, [], [1, 1, 2, 2], **how), 8))
     check_equal(path, tmp_path)
 
