@@ -240,6 +240,12 @@ def take_highest(options: Options, inp: Tensor) -> Tensor:
     return F.max(inp, axis=list(options["axes"]), keepdims=True)
 
 
+def softmax(options: Options, inp: Tensor) -> Tensor:
+    """MegEngine's begins at 0 to look for the largest number, and divides 0 by 0 where all are far below (1.13)."""
+    axis = options["axis"]
+    return F.softmax(inp - F.max(inp, axis=axis, keepdims=True), axis)
+
+
 def normalize_layer(options: Options, inp: Tensor, *constants: Tensor) -> Tensor:
     """Over the last axis."""
     centred = inp - F.mean(inp, axis=-1, keepdims=True)
@@ -295,7 +301,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mean": mean,
     "highest": take_highest,
     "softplus": lambda _, x: F.softplus(x),
-    "softmax": lambda options, x: F.softmax(x, options["axis"]),
+    "softmax": softmax,
     "log_softmax": lambda options, x: F.logsoftmax(x, options["axis"]),
     "layer_norm": normalize_layer,
     "sqrt": lambda _, x: F.sqrt(x),

@@ -11,9 +11,11 @@ import math
 import string
 from typing import Any
 
+import numpy as np
+
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.einsum import split_equation
-from mgq.graph.onnx_import.operators import Scope, UnknownFormError
+from mgq.graph.onnx_import.operators import LAST_CHANNELS, Scope, UnknownFormError
 
 ALONG_ONE_AXIS = {"Concat": 1, "Gather": 0, "LayerNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
 """Operator -> its axis where it names none."""
@@ -27,6 +29,20 @@ OF_ANY_AXES = frozenset(
     }
 )
 """Operators that name no axes."""
+OF_CHANNELS = frozenset(
+    {
+        "AveragePool",
+        "BatchNormalization",
+        "Conv",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "InstanceNormalization",
+        "MaxPool",
+    }
+)
+"""Operators on the channels of pictures, whose first axis is that of pictures whatever these are."""
+MOST_WEIGHTS = 1 << 24
+"""That are repeated for the windows of a picture."""
 LIFTED = "one more axis: "
 """How names of tensors with the axis of pictures in front begin."""
 
@@ -52,6 +68,10 @@ def lift(node: Any, scope: Scope) -> Any:
         changed["axes"] = [behind_one_more(int(axis)) for axis in axes]
     elif kind == "Einsum":
         changed["equation"] = with_one_more(str(given["equation"]), node, scope)
+    elif kind == "BatchNormalization":
+        changed[LAST_CHANNELS] = 1
+    elif kind == "Tile":
+        changed["repeats"] = [1, *(numbers(node, 1, scope) or ())]
     elif kind in ("Reshape", "Flatten"):
         new.op_type = "Reshape"
         changed["shape"] = [1, *wanted_shape(node, given, shape, scope)]
@@ -65,6 +85,44 @@ def lift(node: Any, scope: Scope) -> Any:
         new.attribute.remove(attribute)
     new.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in changed.items())
     return new
+
+
+def lift_channels(node: Any, scope: Scope) -> Any:
+    """``node``, one of ``OF_CHANNELS``, for windows of a picture, which lie along its first axis.
+
+    All their channels are those of one picture, and weights are repeated for each."""
+    import onnx
+
+    name = node.input[0]
+    windows, *shape = scope.file_shape(name)
+    whole = [windows * shape[0], *shape[1:]]
+    scope.layers[LIFTED + name] = scope.draft.add("reshape", [scope.layers[name]], "", {"shape": whole})
+    new = onnx.NodeProto()
+    new.CopyFrom(node)
+    new.input[0] = LIFTED + name
+    for place, constant in enumerate(node.input[1:], 1):
+        if constant:
+            value = scope.constant(constant)
+            if value.size * windows > MOST_WEIGHTS:
+                raise UnknownFormError("has too many weights to repeat them for each window of a picture")
+            scope.constants[f"{LIFTED}{windows} times {constant}"] = np.concatenate([value] * windows)
+            new.input[place] = f"{LIFTED}{windows} times {constant}"
+    if node.op_type == "Conv":
+        groups = attributes_of(node).get("group", 1) * windows
+        for attribute in [attribute for attribute in new.attribute if attribute.name == "group"]:
+            new.attribute.remove(attribute)
+        new.attribute.append(onnx.helper.make_attribute("group", groups))
+    return new
+
+
+def settle_channels(node: Any, windows: int, scope: Scope) -> None:
+    """Put the channels of what the lifted ``node`` gives apart again, so many ``windows``."""
+    name = node.output[0]
+    layer, source = scope.layers[name], scope.draft.sources[scope.layers[name]]
+    channels, *sizes = scope.draft.shape(layer)[1:]
+    shape = [windows, channels // windows, *sizes]
+    scope.layers[name] = scope.draft.add("reshape", [layer], source, {"shape": shape})
+    scope.without_batch.add(name)
 
 
 def behind_one_more(axis: int) -> int:

@@ -163,6 +163,21 @@ def read_expand(op: Operator) -> None:
         op.make("expand", [op.layer()], shape=list(target[1:]))
 
 
+def read_tile(op: Operator) -> None:
+    """Repeated as a whole along axes: each of these has one more in front, that of the repetitions."""
+    repeats, shape = [int(count) for count in op.numbers("repeats", 1)], op.shape()
+    if repeats[0] != 1:
+        raise BatchMixedError
+    parts = [([size] if count == 1 else [1, size], count) for size, count in zip(shape[1:], repeats[1:], strict=True)]
+    if all(count == 1 for _, count in parts):
+        op.pass_through(op.layer())
+        return
+    apart = [size for sizes, _ in parts for size in sizes]
+    many = [size for sizes, count in parts for size in (sizes if count == 1 else [count, sizes[1]])]
+    whole = add_layer(op, "expand", add_layer(op, "reshape", op.layer(), shape=apart), shape=many)
+    op.make("reshape", [whole], shape=[size * count for size, count in zip(shape[1:], repeats[1:], strict=True)])
+
+
 def read_space_to_depth(op: Operator) -> None:
     size, (channels, height, width) = int(op.read_attribute("blocksize", 1)), op.shape()[1:]
     parts = add_layer(op, "reshape", op.layer(), shape=[channels, height // size, size, width // size, size])
@@ -201,6 +216,7 @@ COMPOSED: dict[str, Callable[[Operator], None]] = {
     "Selu": read_selu,
     "Softsign": read_softsign,
     "SpaceToDepth": read_space_to_depth,
+    "Tile": read_tile,
     "Upsample": read_resize,
 }
 """ONNX's name of an operator -> what reads it."""

@@ -20,6 +20,8 @@ from mgq.zoo.blueprint import INPUT, MOVES
 
 Array = npt.NDArray[Any]
 
+LAST_CHANNELS = "channels_last"
+"""An attribute that no file has: the channels of a norm are the last axis."""
 FLOATS = {1, 11}
 WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
 """ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
@@ -208,7 +210,7 @@ def read_batch_norm(op: Operator) -> None:
     if op.read_attribute("training_mode", 0) or any(op.node.output[1:]):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
-    shape = (-1, *(1,) * (len(op.shape()) - 2))
+    shape = (-1, *(1,) * (0 if op.read_attribute(LAST_CHANNELS, 0) else len(op.shape()) - 2))
     tensors = {"scale": factor.reshape(shape), "shift": (shift - mean * factor).reshape(shape)}
     name = op.make("affine", [op.layer()], tensors)
     parts = {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
