@@ -316,8 +316,11 @@ def measure_speed(
 def show_speed(found: Deployment, wanted: FileOptions) -> None:
     from mgq.cli.deployment_table import show_deployment
     from mgq.quantization.option_names import ANY_ENGINE
+    from mgq.runtime.registry import BACKENDS
 
-    show_deployment(found, "write a file for it alone (`--for`)" if wanted.engine == ANY_ENGINE else "")
+    own = next((backend.name for backend in BACKENDS if backend.key == wanted.engine), "")
+    is_of_others = wanted.engine == ANY_ENGINE or own not in found.slower
+    show_deployment(found, "write a file for it alone (`--for`)" if is_of_others else "")
 
 
 def megabytes(size: int) -> str:
