@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.console import Console
 
+    from mgq.engine.classifier.deployment import Deployment
     from mgq.engine.classifier.dump import Dump
     from mgq.engine.classifier.open import Classifier
     from mgq.engine.classifier.parity import LayerParity
@@ -101,7 +102,7 @@ class DumpCommand(NetworkCommand):
     keep_input: KeepInput = False
 
     def execute(self) -> None:
-        """Write the file, compare it with MegEngine, and say what was found."""
+        """Write the file, compare it with MegEngine, and say what was found: of the file as it is in the end."""
         from mgq.cli.console import out, progress
 
         wish = self.import_wish()
@@ -113,12 +114,16 @@ class DumpCommand(NetworkCommand):
         compared = self.check != "none"
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
+        is_timed = self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared
+        timed = measure_speed(classifier, dumped, images, wanted) if is_timed else None
+        dumped = replace(dumped, size=dumped.path.stat().st_size)  # written again where an engine runs that sooner
+        say_file(classifier, dumped, wanted, out)
         if dumped.format == "onnx" and compared:
             show_parity(classifier, dumped, images, self.check == "layers", out)
         if self.mode == "quantized" and dumped.format != "native":
             show_float_size(classifier, dumped, wanted, out)
-        if self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared:
-            show_speed(classifier, dumped, images, wanted)
+        if timed is not None:
+            show_speed(timed, wanted)
 
     def make_file_options(self) -> FileOptions:
         """What the file is to be."""
@@ -159,8 +164,7 @@ class FileOptions(NamedTuple):
 
 
 def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump:
-    """Write the file and say so."""
-    from mgq.cli.console import say
+    """Write the file, as it is without regard to an engine's speed."""
     from mgq.engine.classifier.dump import dump_classifier, format_for
     from mgq.export.formats import SUFFIXES
 
@@ -171,7 +175,7 @@ def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump
         if kind != "onnx":
             raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
-    dumped = dump_classifier(
+    return dump_classifier(
         classifier,
         path,
         wanted.input_type,
@@ -182,15 +186,20 @@ def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump
         wanted.engine,
         wanted.keep_input,
     )
+
+
+def say_file(classifier: Classifier, dumped: Dump, wanted: FileOptions, to: Console) -> None:
+    """What was written, what it takes and what it was made from."""
+    from mgq.cli.console import say
+
     height, width = classifier.spec.only_size or (classifier.image_size,) * 2
-    batch = "N" if kind == "native" or wanted.batch is None else wanted.batch
+    batch = "N" if dumped.format == "native" or wanted.batch is None else wanted.batch
     takes = dumped.takes or f"{wanted.input_type} ({batch}, 3, {height}, {width}) BGR"
     say(
         f"{dumped.path}: {megabytes(dumped.size)}, takes {takes}, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )
-    return dumped
 
 
 def choose_rewrites(classifier: Classifier, batch: int, to: Console) -> Sequence[str]:
@@ -253,6 +262,8 @@ def show_parity(
 
 
 def describe_parity(differences: list[LayerParity]) -> str:
+    if not differences:
+        return "it gives no integers between its layers"
     far = next((found for found in differences if found.largest > 1), None)
     values = sum(found.values for found in differences)
     share = sum(found.share * found.values for found in differences) / values
@@ -281,12 +292,14 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
         to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
 
 
-def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None, wanted: FileOptions) -> None:
+def measure_speed(
+    classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None, wanted: FileOptions
+) -> Deployment:
     """Compare the speed of an imported network in int8 and in float32, in each engine.
 
     A file for one engine is written again where that runs it sooner with some layers in float, unless it was tuned.
     """
-    from mgq.cli.deployment_table import show_deployment
+    from mgq.cli.console import note
     from mgq.engine.classifier.deployment import measure_file
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float
@@ -296,8 +309,18 @@ def show_speed(classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint
     write = partial(dump_classifier, classifier, batch=wanted.batch, engine=wanted.engine, keep_input=wanted.keep_input)
     images = make_views(classifier) if images is None else images
     form = ANY_ENGINE if wanted.tune else wanted.engine
-    found = measure_file(to_float(classifier), dumped, images, write, form)
-    show_deployment(found, "write a file for it alone (`--for`)" if wanted.engine == ANY_ENGINE else "")
+    note("timing int8 beside float in each engine")
+    return measure_file(to_float(classifier), dumped, images, write, form)
+
+
+def show_speed(found: Deployment, wanted: FileOptions) -> None:
+    from mgq.cli.deployment_table import show_deployment
+    from mgq.quantization.option_names import ANY_ENGINE
+    from mgq.runtime.registry import BACKENDS
+
+    own = next((backend.name for backend in BACKENDS if backend.key == wanted.engine), "")
+    is_of_others = wanted.engine == ANY_ENGINE or own not in found.slower
+    show_deployment(found, "write a file for it alone (`--for`)" if is_of_others else "")
 
 
 def megabytes(size: int) -> str:

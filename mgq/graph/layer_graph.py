@@ -441,7 +441,8 @@ class BlueprintReader(Reader):
     def make_known_node(self, plan: LayerPlan) -> Node | None:
         """The node for ``plan`` where the zoo's networks have such a layer, too; else None."""
         options = plan.options
-        if plan.kind == "max_pool" and not options["ceil"] and options["pads"][:2] == options["pads"][2:]:
+        is_plain = plan.kind == "max_pool" and not options["ceil"] and "dilation" not in options
+        if is_plain and options["pads"][:2] == options["pads"][2:]:
             kernel, stride, padding = pair(options["kernel"]), pair(options["stride"]), pair(options["pads"][:2])
             return MaxPool(plan.inputs, plan.name, kernel, stride, padding)
         if plan.kind == "global_max":

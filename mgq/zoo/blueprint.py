@@ -27,7 +27,7 @@ INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIV
 # fmt: off
 FLOAT = frozenset({
     "abs", "affine", "div", "erf", "exp", "highest", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow",
-    "prelu", "reciprocal", "softmax", "softplus", "sqrt", "sub",
+    "prelu", "reciprocal", "resize", "softmax", "softplus", "sqrt", "sub",
 })
 # fmt: on
 """Kinds of layers that stay in float32."""

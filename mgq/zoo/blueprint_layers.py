@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import megengine.functional as F
@@ -146,12 +147,29 @@ def expand(options: Options, inp: Tensor) -> Tensor:
 
 
 def max_pool(options: Options, inp: Tensor) -> Tensor:
+    if "dilation" in options:
+        return max_pool_with_gaps(options, inp)
     top, left, bottom, right = end_pads(options, inp._tuple_shape[2:])
     kernel, stride = tuple(options["kernel"]), tuple(options["stride"])
     if (top, left) == (bottom, right):
         return F.max_pool2d(inp, kernel, stride, (top, left))
     wide = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=LOWEST)
     return F.max_pool2d(wide, kernel, stride, 0)
+
+
+def max_pool_with_gaps(options: Options, inp: Tensor) -> Tensor:
+    """MegEngine has none: the largest of what lies ``dilation`` apart, along one axis and then along the other."""
+    gaps, stride = options["dilation"], options["stride"]
+    extents = [(size - 1) * gap + 1 for size, gap in zip(options["kernel"], gaps, strict=True)]
+    top, left, bottom, right = end_pads({**options, "kernel": extents}, inp._tuple_shape[2:])
+    result = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=LOWEST)
+    for axis, extent, gap, step in zip((2, 3), extents, gaps, stride, strict=True):
+        last = (result._tuple_shape[axis] - extent) // step * step
+        before = (slice(None),) * axis
+        # No star in an index: Python 3.10 has none.
+        parts = [result[before + (slice(at, at + last + 1, step),)] for at in range(0, extent, gap)]  # noqa: RUF005
+        result = reduce(F.maximum, parts)
+    return result
 
 
 def avg_pool(options: Options, inp: Tensor) -> Tensor:
@@ -222,12 +240,23 @@ def take_highest(options: Options, inp: Tensor) -> Tensor:
     return F.max(inp, axis=list(options["axes"]), keepdims=True)
 
 
+def softmax(options: Options, inp: Tensor) -> Tensor:
+    """MegEngine's begins at 0 to look for the largest number, and divides 0 by 0 where all are far below (1.13)."""
+    axis = options["axis"]
+    return F.softmax(inp - F.max(inp, axis=axis, keepdims=True), axis)
+
+
 def normalize_layer(options: Options, inp: Tensor, *constants: Tensor) -> Tensor:
     """Over the last axis."""
     centred = inp - F.mean(inp, axis=-1, keepdims=True)
     result = centred / F.sqrt(F.mean(centred * centred, axis=-1, keepdims=True) + options["eps"])
     result = result * constants[0]
     return result + constants[1] if len(constants) > 1 else result
+
+
+def resize(_: Options, inp: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """(N, C, H, W), ``columns`` (W, W2) and ``rows`` (H2, H): the shares of pixels in those of the result."""
+    return F.matmul(rows, F.matmul(inp, columns))
 
 
 def erf(_: Options, inp: Tensor) -> Tensor:
@@ -268,10 +297,11 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "tanh": lambda _, x: F.tanh(x),
     "elu": lambda options, x: F.maximum(x, 0) + options["alpha"] * (F.exp(F.minimum(x, 0)) - 1),
     "lrn": normalize_responses,
+    "resize": resize,
     "mean": mean,
     "highest": take_highest,
     "softplus": lambda _, x: F.softplus(x),
-    "softmax": lambda options, x: F.softmax(x, options["axis"]),
+    "softmax": softmax,
     "log_softmax": lambda options, x: F.logsoftmax(x, options["axis"]),
     "layer_norm": normalize_layer,
     "sqrt": lambda _, x: F.sqrt(x),

@@ -11,6 +11,9 @@ from mgq.errors import InputError, no_such
 from mgq.weights.foreign_states import HALF_RGB, IMAGENET_RGB
 from mgq.weights.preprocessing import GREY_OF_BGR
 
+RAW = "raw"
+"""The contract of files that take pixels as they are."""
+
 Values = npt.NDArray[np.float64]
 
 
@@ -42,7 +45,7 @@ CONTRACTS = {
     "torch": InputContract("torch", "rgb", IMAGENET_RGB.mean, IMAGENET_RGB.std),
     "tf": InputContract("tf", "rgb", HALF_RGB.mean, HALF_RGB.std),
     "caffe": InputContract("caffe", "bgr", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
-    "raw": InputContract("raw", "rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    RAW: InputContract(RAW, "rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 """As Keras names them: ImageNet's mean and deviation; -1 to 1; BGR minus the mean; pixels as they are."""
 

@@ -96,7 +96,10 @@ def read_weights(
     state = part.state
     candidates = [spec] if spec else [s for s in known if may_hold(s, state)]
     if not candidates:
-        raise InputError(f"{name} has the parameter names of no architecture of the zoo; see `mgq models`")
+        raise InputError(
+            f"{name} has the parameter names of no architecture of the zoo; see `mgq models`, or export the network as "
+            "ONNX, which any classifier may be: -c model.onnx"
+        )
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
     kind = ", ".join([file.format, *([file.taken] if file.taken else []), *part.said])
     return recognize(best, state, name, kind, origin, hints_of(path, file.arch))

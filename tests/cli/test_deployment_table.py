@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mgq.cli.deployment_table import show_deployment
+from mgq.cli.dump import FileOptions, show_speed
 from mgq.engine.classifier.deployment import Deployment, EngineRow
 
 
@@ -28,3 +30,20 @@ def test_one_that_is_slower_in_an_engine_is_told_with_the_mend(capsys: pytest.Ca
     said = capsys.readouterr()
     assert "slower than float in engine 0: run the float file there (`mgq dump -m normal`)" in said.err
     assert "int8 file: model.int8.onnx" in said.out and "not done" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("form", "slower", "advice"),
+    [
+        ("openvino", "ONNX Runtime", "write a file for it alone (`--for`), or run the float file there"),
+        ("openvino", "OpenVINO", "in OpenVINO: run the float file there"),
+        ("any", "OpenVINO", "write a file for it alone (`--for`), or run the float file there"),
+    ],
+)
+def test_a_file_for_another_engine_is_advised_where_this_one_is_not_for_it(
+    capsys: pytest.CaptureFixture[str], form: str, slower: str, advice: str
+) -> None:
+    found = measured(0.5, 2.0)
+    rows = (replace(found.rows[0], engine=slower), found.rows[1])
+    show_speed(replace(found, rows=rows), FileOptions(engine=form))
+    assert advice in " ".join(capsys.readouterr().err.split())

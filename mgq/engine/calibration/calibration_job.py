@@ -15,7 +15,7 @@ from mgq.engine.calibration.calibration_images import CalibrationSources, find_i
 from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
 from mgq.engine.classifier.deployment import Deployment, deploy
-from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.engine.classifier.evaluate import Evaluation, adopt_names, evaluate, join_names
 from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.onnx_import import find_float_input
@@ -85,6 +85,7 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
         callbacks.on_progress,
         callbacks.on_message,
     )
+    classifier = name_classes(classifier, found, callbacks)
     refuse_unwritable_folders(options)
     labelled = found.labelled
     labelled = subset(labelled, options.limit) if options.limit and labelled is not None else labelled
@@ -159,6 +160,16 @@ def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Class
     if options.keep_input:
         find_float_input(classifier)  # which refuses where there is none
     return classifier
+
+
+def name_classes(classifier: Classifier, found: CalibrationSources, callbacks: Callbacks) -> Classifier:
+    """``classifier`` with the names of the class folders among the pictures, where it has none and is of as many."""
+    if found.sources is None or isinstance(found.sources, Sequence):
+        return classifier
+    names = adopt_names(classifier.classes, found.sources)
+    if names != classifier.classes:
+        callbacks.on_message(f"names of classes: those of the folders in {found.name}, in order ({join_names(names)})")
+    return replace(classifier, classes=names)
 
 
 def count_images(options: CalibrateOptions) -> int:

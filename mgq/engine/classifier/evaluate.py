@@ -290,8 +290,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     labels = dataset.labels
     if labels is None:
         raise InputError(f"{dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
-    names = tuple(classes)
-    if names == dataset.classes or (names == class_names(len(names)) and len(names) == len(dataset.classes) != 1000):
+    names = adopt_names(classes, dataset)
+    if names == dataset.classes:
         return dataset
     place = {name: index for index, name in enumerate(names)}
     used = np.unique(labels).tolist()
@@ -299,7 +299,7 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     if unknown:
         raise InputError(
             f"{dataset.name} has {plural(len(unknown), 'class')} that the network does not know "
-            f"({_join_names(unknown)}; it knows {_join_names(names)}): give pictures of its classes with -d, or "
+            f"({join_names(unknown)}; it knows {join_names(names)}): give pictures of its classes with -d, or "
             "weights for these with -c"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
@@ -307,7 +307,15 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     return Selection(dataset, np.arange(len(dataset)), translation[labels], names)
 
 
-def _join_names(names: Sequence[str]) -> str:
+def adopt_names(classes: Sequence[str], dataset: Dataset) -> tuple[str, ...]:
+    """The names of a network's ``classes``; where these are numbers alone, those of a ``dataset`` that has as many."""
+    names = tuple(classes)
+    is_unnamed = names == class_names(len(names)) and len(names) != 1000
+    return dataset.classes if is_unnamed and len(names) == len(dataset.classes) else names
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first of ``names``, and how many there are more."""
     shown = ", ".join(printable(name) for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 

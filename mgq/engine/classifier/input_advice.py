@@ -16,7 +16,7 @@ from mgq.engine.classifier.evaluate import Evaluation, evaluation_loader
 from mgq.engine.classifier.onnx_import import source_among
 from mgq.engine.classifier.open import to_float
 from mgq.quantization.modes import Mode
-from mgq.zoo.input_contract import CONTRACTS, InputContract, contract_called
+from mgq.zoo.input_contract import CONTRACTS, RAW, InputContract, contract_called
 
 PICTURES = 64
 FEWEST = 8
@@ -35,13 +35,15 @@ def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation)
     if had is None or found.images < FEWEST or not is_chance(found):
         return None
     normal = to_float(classifier) if classifier.fake_quantized is not None else classifier
-    known = {words_for(other): other for other in candidates()}
+    takes_pixels = bool(source_among(classifier.options).get("pixels"))
+    known = {words_for(other, takes_pixels): other for other in candidates(takes_pixels)}
     shares = measure(normal, subset(dataset, PICTURES), had, known)
     pictures = f"{min(PICTURES, found.images)} of the pictures"
     best = max(shares, key=lambda words: shares[words])
     if shares[best] <= chance_of(found) + CLEARLY * found.top1_error:
+        others = "neither --rgb nor --bgr" if takes_pixels else "no --preprocess"
         return (
-            f"top-1 is at the level of chance, and no --preprocess gives more on {pictures}: are the names of the "
+            f"top-1 is at the level of chance, and {others} gives more on {pictures}: are the names of the "
             "classes in the order of the outputs (--labels)?"
         )
     return (
@@ -57,7 +59,8 @@ def contract_of(classifier: Classifier) -> InputContract | None:
     is_here = classifier.file is None and (classifier.mode is Mode.NORMAL or classifier.fake_quantized is not None)
     if not is_here or not isinstance(wish, dict) or source.get("channels", COLORS) != COLORS:
         return None
-    return contract_called(wish.get("preprocess"), wish.get("mean"), wish.get("std"), wish.get("order"))
+    name = RAW if source.get("pixels") else wish.get("preprocess")
+    return contract_called(name, wish.get("mean"), wish.get("std"), wish.get("order"))
 
 
 def chance_of(found: Evaluation) -> float:
@@ -69,15 +72,18 @@ def is_chance(found: Evaluation) -> bool:
     return len(np.unique(found.labels)) > 1 and found.top1 <= chance_of(found) + CLEARLY * found.top1_error
 
 
-def candidates() -> Iterator[InputContract]:
-    for contract in CONTRACTS.values():
+def candidates(takes_pixels: bool = False) -> Iterator[InputContract]:
+    """What a file may be fed: where it ``takes_pixels``, these alone."""
+    for contract in [CONTRACTS[RAW]] if takes_pixels else CONTRACTS.values():
         yield contract
         yield replace(contract, order="bgr" if contract.order == "rgb" else "rgb")
 
 
-def words_for(contract: InputContract) -> str:
+def words_for(contract: InputContract, takes_pixels: bool = False) -> str:
     """The command-line options that mean ``contract``."""
     is_usual = contract.order == CONTRACTS[contract.name].order
+    if takes_pixels:
+        return f"--{contract.order}"
     return f"--preprocess {contract.name}" + ("" if is_usual else f" --{contract.order}")
 
 

@@ -19,7 +19,7 @@ from mgq.engine.classifier.open import Classifier, class_names
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT, RUNS_FOR, find_newest
 from mgq.errors import FailureError, InputError, plural, printable
 from mgq.events import OnMessage, log_message
-from mgq.export.onnx.float_input import FloatInput
+from mgq.export.onnx.float_input import PIXELS, FloatInput
 from mgq.export.onnx.foreign_file import ForeignFile, read_foreign
 from mgq.export.onnx.onnx_file import import_package
 from mgq.graph.onnx_import.draft import NetworkDraft
@@ -35,7 +35,7 @@ from mgq.weights.checkpoint import info_of
 from mgq.weights.unpickler import read_state
 from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
-from mgq.zoo.input_contract import InputContract, contract_called
+from mgq.zoo.input_contract import RAW, InputContract, contract_called
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.registry import BLUEPRINT, SOURCE, register_blueprint, specs
 
@@ -135,8 +135,8 @@ def name_for(path: Path) -> str:
 
 def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classifier, list[str]]:
     """The float classifier in the ONNX file ``path``, whose SHA-256 is ``digest``, and remarks on how it was read."""
-    contract = contract_called(wish.preprocess, wish.mean, wish.std, wish.order)
     file = read_foreign(path, wish.size)
+    contract = contract_of(file, wish)
     draft = draft_network(file)
     difference = compare(file, draft)
     fold_contract(draft, contract)
@@ -144,6 +144,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     classes = names_for(network.blueprint.classes, wish.labels)
     source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.describe()}
     source |= {"wish": wish_words(wish), "channels": file.image[0], ENTRY: asdict(entry_of(file, draft, contract))}
+    source["pixels"] = file.takes_pixels
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = register_blueprint(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.describe()})"
@@ -151,12 +152,25 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     return classifier, remarks_on(file, draft, contract, wish, difference)
 
 
+def contract_of(file: ForeignFile, wish: ImportWish) -> InputContract:
+    """What ``file`` is fed. Raises InputError where ``wish`` contradicts it, or says what cannot be."""
+    if not file.takes_pixels:
+        return contract_called(wish.preprocess, wish.mean, wish.std, wish.order)
+    if wish.preprocess not in (None, RAW) or wish.mean is not None or wish.std is not None:
+        raise InputError(
+            f"{printable(file.path)} takes uint8 pixels and has mean and deviation inside: leave --preprocess, --mean "
+            "and --std out (--rgb and --bgr say the order of its channels)"
+        )
+    return contract_called(RAW, None, None, wish.order)
+
+
 def entry_of(file: ForeignFile, draft: NetworkDraft, contract: InputContract) -> FloatInput:
     """The float input of ``file``, and its answer's name where that is logits already."""
-    shape = (None if file.any_number else 1, *file.shape[1:])
+    shape = (1 if file.pictures == 1 else None, *file.shape[1:])
     is_whole = draft.sources[draft.output] == file.output and not draft.has_one_score
     output = file.output if is_whole else "logits"
-    return FloatInput(file.input, shape, file.channels_last, contract.order, contract.mean, contract.std, output)
+    scales, kind = (contract.mean, contract.std), PIXELS if file.takes_pixels else "float32"
+    return FloatInput(file.input, shape, file.channels_last, contract.order, *scales, output, kind)
 
 
 def find_float_input(classifier: Classifier) -> FloatInput:
@@ -178,16 +192,48 @@ def remarks_on(
     if difference is not None:
         equal = f"float answers as ONNX Runtime's (largest difference {difference:.1e} of the largest number)"
     default = "" if not wish.is_open else ", the default: --preprocess tf, caffe or raw for others"
-    return [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", f"input as {contract.describe()}{default}"]
+    fed = f"input as {contract.describe()}{default}"
+    if file.takes_pixels:
+        channels = "grey" if file.image[0] == 1 else contract.order.upper()
+        fed = f"input as uint8 pixels ({channels}); the file has mean and deviation inside"
+    found = [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", fed]
+    if file.pictures is not None and file.pictures > 1:
+        several = plural(file.pictures, "picture")
+        found.append(f"it takes {several} at once, and is imported for any number: its answers are the same")
+    return found
 
 
 def draft_network(file: ForeignFile) -> NetworkDraft:
     """The network of ``file``, which takes what the file takes. Raises InputError that names the file."""
-    sample = np.random.default_rng(0).standard_normal((1, *file.image)).astype(np.float32)
+    pictures, sample = file.pictures or 1, make_samples(file, 1, 0)
     try:
-        return read_network(file.model, file.constants, file.input, file.output, sample, file.channels_last)
+        return read_network(
+            file.model,
+            file.constants,
+            file.input,
+            file.output,
+            sample,
+            file.channels_last,
+            pictures,
+            file.takes_pixels,
+        )
     except InputError as error:
-        raise InputError(f"{printable(file.path)} {error}") from None
+        raise InputError(f"{printable(file.path)} {error}{at_once(file)}") from None
+
+
+def at_once(file: ForeignFile) -> str:
+    """What may be done about ``file`` where it takes several pictures; nothing of others."""
+    if file.pictures is None or file.pictures == 1:
+        return ""
+    return f"; it takes {plural(file.pictures, 'picture')} at once: export it for one, or for any number"
+
+
+def make_samples(file: ForeignFile, number: int, seed: int) -> Array:
+    """Made-up pictures as ``file`` takes them, float32 (number, C, H, W)."""
+    random = np.random.default_rng(seed)
+    shape = (number, *file.image)
+    made = random.integers(0, 256, shape) if file.takes_pixels else random.standard_normal(shape)
+    return made.astype(np.float32)
 
 
 def network_of(blueprint: Blueprint, draft: NetworkDraft) -> BlueprintNetwork:
@@ -212,21 +258,24 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
         import_package("onnxruntime")
     except InputError:
         return None
-    sample = np.random.default_rng(1).standard_normal((1, *file.image)).astype(np.float32)
+    samples = make_samples(file, file.pictures or 1, 1)
+    ends = [0, len(samples) - 1][: len(samples)]
     found: dict[str, Array] = {}
     network = network_of(draft.blueprint(), draft)
-    network.run(Tensor(sample), lambda name, value: found.__setitem__(name, value.numpy()))
+    network.run(Tensor(samples[ends]), lambda name, value: found.__setitem__(name, value.numpy()))
     answer = draft.sources[draft.output]
-    wanted = reference(file, sample, [answer])
+    wanted = reference(file, samples, [answer])
     if not np.isfinite(wanted[answer]).all():
         raise InputError(f"{printable(file.path)} answers with numbers that are not finite: take other weights")
     if draft.has_one_score:
         found[draft.output] = found[draft.output][:, 1:]
-    difference = relative(found[draft.output], wanted[answer])
+    difference = relative(found[draft.output], rows_of(wanted[answer], len(samples), ends))
     if difference <= EQUAL:
         return difference
+    if len(samples) > 1:
+        raise InputError(f"{printable(file.path)} answers otherwise to single pictures{at_once(file)}")
     names = {name: source for name, source in draft.sources.items() if source and name in found}
-    wanted = reference(file, sample, list(dict.fromkeys(names.values())))
+    wanted = reference(file, samples, list(dict.fromkeys(names.values())))
     for name, source in names.items():
         own = relative(found[name], wanted[source])
         if own > EQUAL:
@@ -239,6 +288,11 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     )
 
 
+def rows_of(answers: Array, pictures: int, places: Sequence[int]) -> Array:
+    """The answers to the pictures at ``places``, of so many."""
+    return answers.reshape(pictures, -1)[places] if answers.size % pictures == 0 else answers
+
+
 def relative(found: Array, wanted: Array) -> float:
     """The largest difference in terms of the largest number; infinite where the shapes differ."""
     if found.size != wanted.size:
@@ -247,8 +301,8 @@ def relative(found: Array, wanted: Array) -> float:
     return float(np.abs(found.ravel() - wanted.ravel()).max()) / scale
 
 
-def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[str, Array]:
-    """What ONNX Runtime makes of ``sample`` (1, C, H, W) at the tensors ``names`` of ``file``."""
+def reference(file: ForeignFile, samples: Array, names: Sequence[str]) -> dict[str, Array]:
+    """What ONNX Runtime makes of ``samples`` (N, C, H, W) at the tensors ``names`` of ``file``."""
     onnx, runtime = import_package("onnx"), import_package("onnxruntime")
     model = onnx.ModelProto()
     model.CopyFrom(file.model)
@@ -259,12 +313,17 @@ def reference(file: ForeignFile, sample: Array, names: Sequence[str]) -> dict[st
         node.name = f"node_{place}"  # it runs no two of one name
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    fed = sample.transpose(0, 2, 3, 1) if file.channels_last else sample
+    fed = samples.transpose(0, 2, 3, 1) if file.channels_last else samples
+    fed = fed.astype(PIXELS if file.takes_pixels else np.float32)
+    content, options = model.SerializeToString(), runtime.SessionOptions()
+    options.log_severity_level = 4
     try:
         with mute_stderr():
-            options = runtime.SessionOptions()
-            options.log_severity_level = 4
-            session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+            try:
+                session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
+            except Exception:  # of its own rewrites, some break what they change (1.20)
+                options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+                session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
             outputs = session.run(list(names), {file.input: np.ascontiguousarray(fed)})
     except Exception as error:
         what = printable(str(error).strip().partition("\n")[0])[:200]

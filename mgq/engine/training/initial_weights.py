@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mgq.data.datasets import Dataset
+from mgq.engine.classifier.evaluate import adopt_names
 from mgq.engine.classifier.open import find_newest_arch, find_newest_run, list_ways_to_weights
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.train_options import TrainOptions
@@ -89,7 +90,7 @@ def make_initial_weights(
 def has_classes_of(weights: Weights, dataset: Dataset) -> bool:
     """Whether the classifier's outputs are the classes of ``dataset`` in order, as far as their names are known."""
     if weights.info is not None:
-        return weights.info.classes == dataset.classes
+        return adopt_names(weights.info.classes, dataset) == dataset.classes
     return weights.classes == len(dataset.classes)
 
 

@@ -17,7 +17,7 @@ from mgq.data.datasets import subset
 from mgq.data.loader import Loader
 from mgq.deprecation import find_renamed
 from mgq.engine.calibration.calibration_run import calibrate
-from mgq.engine.classifier.evaluate import match_classes
+from mgq.engine.classifier.evaluate import adopt_names, match_classes
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.open import Classifier, find_newest, open_classifier, versions
@@ -57,6 +57,7 @@ from mgq.io.download import sha256_of
 from mgq.io.records import record_of
 from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
 from mgq.ptq.equalization import equalize_channels
+from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
@@ -162,7 +163,7 @@ def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> Tra
         float_part(given.state),
         given.origin,
         given.options,
-        given.info.classes if given.info else None,
+        adopt_names(given.info.classes, sets.train) if given.info else None,
         given.info.image_size if given.info else None,
         keeps_batch_norm(given),
     )
@@ -396,7 +397,8 @@ def open_float_and_simulated(job: TrainJob, run: RunFolder, callbacks: Callbacks
         normal = open_classifier(checkpoint=run.path / FLOAT_START, mode=Mode.NORMAL)
         return normal, open_classifier(checkpoint=run.checkpoint, mode=Mode.QAT)
     normal, other = (open_classifier(checkpoint=run.checkpoint, mode=Mode.NORMAL) for _ in range(2))
-    found = calibrate(other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, callbacks=callbacks)
+    config = CalibrationConfig(target=get_target(job.recipe.target))
+    found = calibrate(other, job.sets.train, CALIBRATED_AFTER_TRAIN, job.recipe.data, config, callbacks)
     return normal, found.classifier
 
 

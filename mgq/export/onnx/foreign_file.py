@@ -23,8 +23,10 @@ MOST_BYTES = (1 << 31) - 1
 """Of a file, and of the data beside it: ONNX's own limit."""
 OPSETS = range(7, 23)
 HALVES = {10: "float16", 16: "bfloat16"}
-FLOAT = 1
+FLOAT, UINT8 = 1, 2
 CHANNELS = (1, 3)
+MOST_PICTURES = 256
+"""That a file may take at once: so many are run through it."""
 OWN_MARK = b"\n\x03" + METADATA.encode()
 """How the entry of mgq's metadata begins in a file: to find it takes no time, and no parser."""
 USUAL_END = 1 << 18
@@ -35,8 +37,9 @@ QUANTIZED = INTEGER_OPERATORS | {"MatMulInteger", "QLinearAdd", "DynamicQuantize
 @dataclass(frozen=True)
 class ForeignFile:
     """A model without functions. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
-    (1, H, W, C) where ``channels_last``; ``any_number`` of pictures may be given at once, or one. ``constants``: name
-    -> value, of all weights. ``output`` is the answer's name."""
+    (1, H, W, C) where ``channels_last``. So many ``pictures`` are given at once, any number where that is None.
+    ``constants``: name -> value, of all weights. ``output`` is the answer's name. ``takes_pixels``: the input is uint8,
+    else float32."""
 
     path: Path
     model: Any = field(repr=False)
@@ -45,8 +48,9 @@ class ForeignFile:
     channels_last: bool
     opset: int
     constants: dict[str, Array] = field(repr=False)
-    any_number: bool
+    pictures: int | None
     output: str
+    takes_pixels: bool = False
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -136,8 +140,9 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
     del model.graph.initializer[:]
     for value in [value for value in model.graph.input if value.name in known - needed]:
         model.graph.input.remove(value)  # old files list weights among the inputs, too
-    any_number = size_of(inputs[0].type.tensor_type.shape.dim[0]) is None
-    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, any_number, output)
+    kind = inputs[0].type.tensor_type
+    pictures, takes_pixels = size_of(kind.shape.dim[0]), kind.elem_type == UINT8
+    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, pictures, output, takes_pixels)
 
 
 def size_of(axis: Any) -> int | None:
@@ -150,12 +155,12 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
     kind = value.type.tensor_type
     if kind.elem_type in HALVES:
         raise InputError(f"takes {HALVES[kind.elem_type]}: export it in float32")
-    if kind.elem_type != FLOAT:
-        raise InputError("does not take float32 pictures: give a float classifier, its preprocessing left out")
+    if kind.elem_type not in (FLOAT, UINT8):
+        raise InputError("takes neither float32 nor uint8 pictures: give a float classifier")
     axes = [size_of(axis) for axis in kind.shape.dim]
     if len(axes) != 4:
         raise InputError(f"takes {plural(len(axes), 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")
-    if axes[0] not in (None, 1):
+    if axes[0] is not None and axes[0] > MOST_PICTURES:
         raise InputError(f"takes {plural(axes[0], 'picture')} at once: export it for one, or for any number")
     last = axes[1] not in CHANNELS and axes[3] in CHANNELS
     channels, height, width = (axes[3], axes[1], axes[2]) if last else axes[1:]

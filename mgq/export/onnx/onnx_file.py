@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.export.onnx.float_input import PIXEL_ZERO, FloatInput, float_input_in
+from mgq.export.onnx.float_input import PIXEL_ZERO, PIXELS, FloatInput, float_input_in
 from mgq.io.limited_io import bytes_of, object_in
 from mgq.io.private_cache import cache_folder, read_private, write_private
 from mgq.machine import mute_stderr
@@ -48,15 +48,16 @@ class OnnxFile:
 
     @cached_property
     def kept_input(self) -> FloatInput | None:
-        """What it is fed, where it has the float input of the file that its network was imported from."""
-        return float_input_in(self.about) if self.type == "float" else None
+        """What it is fed, where it has the input of the file that its network was imported from."""
+        kept = float_input_in(self.about)
+        return kept if kept is not None and kept.takes_pixels == (self.type == PIXELS) else None
 
-    def to_input(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    def to_input(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         """``batch``, pixels (N, 3, H, W) in BGR, as the file takes it: so, minus 128 in float32, or as it says."""
-        if self.type == "uint8":
-            return batch
         kept = self.kept_input
-        return batch.astype(np.float32) - PIXEL_ZERO if kept is None else kept.to_input(batch)
+        if kept is not None:
+            return kept.to_input(batch)
+        return batch if self.type == PIXELS else batch.astype(np.float32) - PIXEL_ZERO
 
     def refuse_other_shape(self, shape: tuple[int, ...]) -> None:
         """Raises InputError where a batch of ``shape`` does not fit."""

@@ -116,6 +116,12 @@ def write_pow(node: Operation, sources: list[str], parts: Parts) -> str:
     return parts.add("Pow", [*sources, power], f"{node.output}/Pow")
 
 
+def write_resize(node: Operation, sources: list[str], parts: Parts) -> str:
+    columns, rows = (parts.constant(f"{node.output}.{name}", node.constants[name]) for name in ("columns", "rows"))
+    wide = parts.add("MatMul", [*sources, columns], f"{node.output}/wide")
+    return parts.add("MatMul", [rows, wide], f"{node.output}/MatMul")
+
+
 def write_layer_norm(node: Operation, sources: list[str], parts: Parts) -> str:
     constants = [parts.constant(f"{node.output}.{name}", value) for name, value in node.constants.items()]
     epsilon = node.options["eps"]
@@ -129,6 +135,7 @@ COMPOSED: Mapping[str, Callable[[Operation, list[str], Parts], str]] = {
     "gelu": write_gelu,
     "pow": write_pow,
     "layer_norm": write_layer_norm,
+    "resize": write_resize,
 }
 
 
@@ -148,7 +155,8 @@ def write_slice(node: Operation, source: str, parts: Parts) -> tuple[str, list[s
 def write_max_pool(node: Operation, source: str, _: Parts) -> tuple[str, list[str], dict[str, Any]]:
     options = node.options
     shape = {"kernel_shape": options["kernel"], "strides": options["stride"], "pads": options["pads"]}
-    return "MaxPool", [source], {**shape, "ceil_mode": int(options["ceil"])}
+    gaps = {"dilations": options["dilation"]} if "dilation" in options else {}
+    return "MaxPool", [source], {**shape, **gaps, "ceil_mode": int(options["ceil"])}
 
 
 def write_border(node: Operation, source: str, parts: Parts) -> tuple[str, list[str], dict[str, Any]]:

@@ -8,10 +8,14 @@ stands for the pictures.
 from __future__ import annotations
 
 import math
+import string
 from typing import Any
 
+import numpy as np
+
 from mgq.graph.onnx_import.constants import attributes_of
-from mgq.graph.onnx_import.operators import Scope, UnknownFormError
+from mgq.graph.onnx_import.einsum import split_equation
+from mgq.graph.onnx_import.operators import LAST_CHANNELS, Scope, UnknownFormError
 
 ALONG_ONE_AXIS = {"Concat": 1, "Gather": 0, "LayerNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
 """Operator -> its axis where it names none."""
@@ -25,6 +29,20 @@ OF_ANY_AXES = frozenset(
     }
 )
 """Operators that name no axes."""
+OF_CHANNELS = frozenset(
+    {
+        "AveragePool",
+        "BatchNormalization",
+        "Conv",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "InstanceNormalization",
+        "MaxPool",
+    }
+)
+"""Operators on the channels of pictures, whose first axis is that of pictures whatever these are."""
+MOST_WEIGHTS = 1 << 24
+"""That are repeated for the windows of a picture."""
 LIFTED = "one more axis: "
 """How names of tensors with the axis of pictures in front begin."""
 
@@ -48,6 +66,12 @@ def lift(node: Any, scope: Scope) -> Any:
     elif kind in ALONG_AXES:
         axes = given.get("axes") or numbers(node, ALONG_AXES[kind], scope) or usual_axes(node, shape, scope)
         changed["axes"] = [behind_one_more(int(axis)) for axis in axes]
+    elif kind == "Einsum":
+        changed["equation"] = with_one_more(str(given["equation"]), node, scope)
+    elif kind == "BatchNormalization":
+        changed[LAST_CHANNELS] = 1
+    elif kind == "Tile":
+        changed["repeats"] = [1, *(numbers(node, 1, scope) or ())]
     elif kind in ("Reshape", "Flatten"):
         new.op_type = "Reshape"
         changed["shape"] = [1, *wanted_shape(node, given, shape, scope)]
@@ -63,9 +87,58 @@ def lift(node: Any, scope: Scope) -> Any:
     return new
 
 
+def lift_channels(node: Any, scope: Scope) -> Any:
+    """``node``, one of ``OF_CHANNELS``, for windows of a picture, which lie along its first axis.
+
+    All their channels are those of one picture, and weights are repeated for each."""
+    import onnx
+
+    name = node.input[0]
+    windows, *shape = scope.file_shape(name)
+    whole = [windows * shape[0], *shape[1:]]
+    scope.layers[LIFTED + name] = scope.draft.add("reshape", [scope.layers[name]], "", {"shape": whole})
+    new = onnx.NodeProto()
+    new.CopyFrom(node)
+    new.input[0] = LIFTED + name
+    for place, constant in enumerate(node.input[1:], 1):
+        if constant:
+            value = scope.constant(constant)
+            if value.size * windows > MOST_WEIGHTS:
+                raise UnknownFormError("has too many weights to repeat them for each window of a picture")
+            scope.constants[f"{LIFTED}{windows} times {constant}"] = np.concatenate([value] * windows)
+            new.input[place] = f"{LIFTED}{windows} times {constant}"
+    if node.op_type == "Conv":
+        groups = attributes_of(node).get("group", 1) * windows
+        for attribute in [attribute for attribute in new.attribute if attribute.name == "group"]:
+            new.attribute.remove(attribute)
+        new.attribute.append(onnx.helper.make_attribute("group", groups))
+    return new
+
+
+def settle_channels(node: Any, windows: int, scope: Scope) -> None:
+    """Put the channels of what the lifted ``node`` gives apart again, so many ``windows``."""
+    name = node.output[0]
+    layer, source = scope.layers[name], scope.draft.sources[scope.layers[name]]
+    channels, *sizes = scope.draft.shape(layer)[1:]
+    shape = [windows, channels // windows, *sizes]
+    scope.layers[name] = scope.draft.add("reshape", [layer], source, {"shape": shape})
+    scope.without_batch.add(name)
+
+
 def behind_one_more(axis: int) -> int:
     """Axes that are counted from behind stay."""
     return axis + 1 if axis >= 0 else axis
+
+
+def with_one_more(equation: str, node: Any, scope: Scope) -> str:
+    """The ``equation`` of an Einsum with one more axis in front of each layer and of the output."""
+    ranks = [
+        len(scope.constants[name].shape if name in scope.constants else scope.file_shape(name)) for name in node.input
+    ]
+    terms, output = split_equation(equation, ranks)
+    new = next(letter for letter in string.ascii_letters if letter not in "".join(terms))
+    told = [term if name in scope.constants else new + term for term, name in zip(terms, node.input, strict=True)]
+    return f"{','.join(told)}->{new}{output}"
 
 
 def numbers(node: Any, place: int, scope: Scope) -> list[int] | None:
@@ -91,6 +164,7 @@ def wanted_shape(node: Any, given: dict[str, Any], shape: tuple[int, ...], scope
     wanted = [int(size) for size in given.get("shape") or numbers(node, 1, scope) or ()]
     if not given.get("allowzero", 0):
         wanted = [shape[place] if size == 0 else size for place, size in enumerate(wanted)]
+    wanted = scope.shape_for_one(wanted, math.prod(shape))
     known = math.prod(size for size in wanted if size != -1)
     return [math.prod(shape) // max(known, 1) if size == -1 else size for size in wanted]
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.graph.onnx_import.einsum import read_einsum
 from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, read_first, reduce
+from mgq.graph.onnx_import.resizing import read_resize
 
 Array = npt.NDArray[Any]
 SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
@@ -151,7 +153,8 @@ def add_sum(op: Operator, source: str) -> str:
 def read_expand(op: Operator) -> None:
     shape, wanted = op.shape(), op.constant(1)
     assert wanted is not None
-    target = np.broadcast_shapes(shape, tuple(int(size) for size in wanted))
+    sizes = op.scope.shape_for_one([int(size) for size in wanted], math.prod(wanted) // op.scope.pictures)
+    target = np.broadcast_shapes(shape, tuple(sizes))
     if target == shape:
         op.pass_through(op.layer())
     elif len(target) != len(shape) or target[0] != 1:
@@ -160,22 +163,19 @@ def read_expand(op: Operator) -> None:
         op.make("expand", [op.layer()], shape=list(target[1:]))
 
 
-def read_resize(op: Operator) -> None:
-    """Resize and Upsample, where each pixel is repeated: others blend pixels, which is not imported."""
-    if op.read_attribute("mode", "nearest") != "nearest":
-        raise UnknownFormError("blends pixels")
-    _, channels, height, width = op.shape()
-    place = 1 if op.node.op_type == "Upsample" or op.scope.opset < 11 else 2
-    scales = op.numbers("scales", place) or [
-        size / own for size, own in zip(op.numbers("sizes", 3), op.shape(), strict=True)
-    ]
-    repeats = [int(scale) for scale in scales]
-    if repeats != scales or repeats[:2] != [1, 1] or min(repeats) < 1:
-        raise UnknownFormError("resizes by other than a whole number of times")
-    rows, columns = repeats[2:]
-    parts = add_layer(op, "reshape", op.layer(), shape=[channels, height, 1, width, 1])
-    many = add_layer(op, "expand", parts, shape=[channels, height, rows, width, columns])
-    op.make("reshape", [many], shape=[channels, height * rows, width * columns])
+def read_tile(op: Operator) -> None:
+    """Repeated as a whole along axes: each of these has one more in front, that of the repetitions."""
+    repeats, shape = [int(count) for count in op.numbers("repeats", 1)], op.shape()
+    if repeats[0] != 1:
+        raise BatchMixedError
+    parts = [([size] if count == 1 else [1, size], count) for size, count in zip(shape[1:], repeats[1:], strict=True)]
+    if all(count == 1 for _, count in parts):
+        op.pass_through(op.layer())
+        return
+    apart = [size for sizes, _ in parts for size in sizes]
+    many = [size for sizes, count in parts for size in (sizes if count == 1 else [count, sizes[1]])]
+    whole = add_layer(op, "expand", add_layer(op, "reshape", op.layer(), shape=apart), shape=many)
+    op.make("reshape", [whole], shape=[size * count for size, count in zip(shape[1:], repeats[1:], strict=True)])
 
 
 def read_space_to_depth(op: Operator) -> None:
@@ -200,6 +200,7 @@ def read_depth_to_space(op: Operator) -> None:
 COMPOSED: dict[str, Callable[[Operator], None]] = {
     "Celu": read_celu,
     "DepthToSpace": read_depth_to_space,
+    "Einsum": read_einsum,
     "Expand": read_expand,
     "Gelu": read_gelu,
     "GroupNormalization": read_group_norm,
@@ -215,6 +216,7 @@ COMPOSED: dict[str, Callable[[Operator], None]] = {
     "Selu": read_selu,
     "Softsign": read_softsign,
     "SpaceToDepth": read_space_to_depth,
+    "Tile": read_tile,
     "Upsample": read_resize,
 }
 """ONNX's name of an operator -> what reads it."""

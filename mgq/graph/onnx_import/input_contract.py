@@ -46,7 +46,7 @@ def join_first_convolutions(draft: NetworkDraft) -> bool:
     first = draft.plans[0]
     if first.kind != "conv" or first.inputs != (INPUT,) or first.options["kernel"] != [1, 1]:
         return False
-    if first.options["activation"] or first.options["normalized"] or not draft.is_read_once(first.name):
+    if first.options["activation"] or not draft.is_read_once(first.name):
         return False
     (reader,) = draft.readers(first.name)
     pads = None
@@ -54,7 +54,7 @@ def join_first_convolutions(draft: NetworkDraft) -> bool:
         pads, (conv,) = reader, draft.readers(reader.name)
     else:
         conv = reader
-    if conv.kind != "conv" or conv.options["groups"] != 1:
+    if conv.kind != "conv" or not (conv.options["groups"] == 1 or is_scale_of_channels(conv)):
         return False
     tensors = draft.tensors_of(first.name)
     own = tensors["bn.weight"].ravel() / np.sqrt(tensors["bn.running_var"].ravel() + first.options["eps"])
@@ -64,6 +64,12 @@ def join_first_convolutions(draft: NetworkDraft) -> bool:
     merge(draft, draft.find_layer(conv.name), weight, shift)
     draft.skip(draft.find_layer(first.name))
     return True
+
+
+def is_scale_of_channels(conv: LayerPlan) -> bool:
+    """Whether ``conv`` multiplies each channel by a number of its own."""
+    options = conv.options
+    return bool(options["kernel"] == [1, 1] and options["groups"] == options["inputs"] == options["outputs"])
 
 
 def fillings_of(weight: Values, shift: Values, pads: LayerPlan | None) -> list[float]:
@@ -100,6 +106,8 @@ def merge(draft: NetworkDraft, conv: LayerPlan, weight: Values, shift: Values) -
     """Let ``conv`` read pixels, of which it read ``weight`` times them plus ``shift`` so far."""
     tensors = draft.tensors_of(conv.name)
     kernels = merge_groups(tensors["conv.weight"]).astype(np.float64)
+    if conv.options["groups"] > 1:
+        kernels = np.diag(kernels.ravel())[:, :, None, None]
     constant = np.einsum("ochw,c->o", kernels, shift)
     merged = np.einsum("ochw,ck->okhw", kernels, weight)
     mean = tensors["bn.running_mean"]
@@ -109,4 +117,4 @@ def merge(draft: NetworkDraft, conv: LayerPlan, weight: Values, shift: Values) -
         "bn.running_mean": mean - constant.reshape(mean.shape),
     }
     draft.set_tensors(conv.name, changed)
-    draft.replace(conv, conv.with_options(inputs=weight.shape[1]))
+    draft.replace(conv, conv.with_options(inputs=weight.shape[1], groups=1))

@@ -16,9 +16,15 @@ from mgq.graph.onnx_import.draft import (
     convolution_options,
     convolution_tensors,
 )
+from mgq.zoo.blueprint import INPUT, MOVES
 
 Array = npt.NDArray[Any]
 
+LAST_CHANNELS = "channels_last"
+"""An attribute that no file has: the channels of a norm are the last axis."""
+FLOATS = {1, 11}
+WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
+"""ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
 MOST_PLACES = 4096
 """In what is looked up."""
 
@@ -44,6 +50,10 @@ class Scope:
     constants: dict[str, Array] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     without_batch: set[str] = field(default_factory=set)
+    pictures: int = 1
+    """How many the file takes at once."""
+    takes_pixels: bool = False
+    """Whether the input is uint8."""
 
     def layer(self, name: str) -> str:
         """The layer that makes the tensor ``name``; one more where it is a constant."""
@@ -63,6 +73,27 @@ class Scope:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.draft.shape(self.layer(name))
+
+    def holds_pixels(self, layer: str) -> bool:
+        """Whether ``layer`` gives uint8 pixels as they are, moved or not."""
+        plan = self.draft.plan(layer)
+        while plan is not None and plan.kind in MOVES:
+            layer = plan.inputs[0]
+            plan = self.draft.plan(layer)
+        return self.takes_pixels and layer == INPUT
+
+    def shape_for_one(self, wanted: Sequence[int], numbers: int) -> list[int]:
+        """The shape ``wanted`` in the file as one of ``numbers``, what there is of one picture."""
+        whole, first = list(wanted), wanted[0] if len(wanted) else 0
+        is_of_all = math.prod(whole) == self.pictures * numbers or min(whole, default=0) < 0
+        if self.pictures > 1 and first > 0 and is_of_all and first % self.pictures == 0:
+            whole[0] = first // self.pictures
+        return whole
+
+    def value_for_one(self, value: Array) -> Array:
+        """A constant of the file without its repetition for each picture."""
+        is_repeated = value.ndim > 1 and len(value) == self.pictures > 1 and bool((value == value[:1]).all())
+        return value[:1] if is_repeated else value
 
     def file_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor ``name`` in the file, for one picture."""
@@ -179,7 +210,7 @@ def read_batch_norm(op: Operator) -> None:
     if op.read_attribute("training_mode", 0) or any(op.node.output[1:]):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
-    shape = (-1, *(1,) * (len(op.shape()) - 2))
+    shape = (-1, *(1,) * (0 if op.read_attribute(LAST_CHANNELS, 0) else len(op.shape()) - 2))
     tensors = {"scale": factor.reshape(shape), "shift": (shift - mean * factor).reshape(shape)}
     name = op.make("affine", [op.layer()], tensors)
     parts = {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
@@ -198,7 +229,7 @@ def read_gemm(op: Operator) -> None:
     if len(op.shape()) == 2:
         add_linear(op, weight, bias)
     else:
-        add_linear_over_last_axis(op, weight, bias)
+        op.give(add_linear_over_last_axis(op, op.layer(), weight, bias))
 
 
 def read_matmul(op: Operator) -> None:
@@ -214,7 +245,7 @@ def read_matmul(op: Operator) -> None:
     if len(shape) == 2:
         add_linear(op, weight.T, None)
         return
-    add_linear_over_last_axis(op, weight.T)
+    op.give(add_linear_over_last_axis(op, op.layer(), weight.T))
 
 
 def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
@@ -223,20 +254,17 @@ def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
     op.make("linear", [op.layer()], {"weight": weight, "bias": bias}, inputs=inputs, outputs=outputs)
 
 
-def add_linear_over_last_axis(op: Operator, weight: Array, bias: Array | None = None) -> None:
-    """(N, ..., C) by (O, C): as a 1x1 convolution, of a picture whose channels come last as it is."""
-    shape, draft = op.shape(), op.scope.draft
-    flat = op.layer()
+def add_linear_over_last_axis(op: Operator, source: str, weight: Array, bias: Array | None = None) -> str:
+    """``source``, (N, ..., C), by (O, C): as a 1x1 convolution, of a picture whose channels come last as it is."""
+    draft, flat = op.scope.draft, source
+    shape = draft.shape(source)
     if len(shape) != 4:
         flat = draft.add("reshape", [flat], "", {"shape": [math.prod(shape[1:-1]), 1, shape[-1]]})
     first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
     kernels = weight[:, :, None, None]
     done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, bias, 1))
-    if len(shape) == 4:
-        op.make("transpose", [done], axes=[0, 2, 3, 1])
-        return
     last = draft.add("transpose", [done], "", {"axes": [0, 2, 3, 1]})
-    op.make("reshape", [last], shape=[*shape[1:-1], len(weight)])
+    return last if len(shape) == 4 else draft.add("reshape", [last], "", {"shape": [*shape[1:-1], len(weight)]})
 
 
 def read_binary(kind: str) -> Callable[[Operator], None]:
@@ -266,7 +294,7 @@ def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
 
 
 def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first: bool) -> None:
-    shape = op.scope.draft.shape(layer)
+    shape, value = op.scope.draft.shape(layer), op.scope.value_for_one(value)
     if np.broadcast_shapes(shape, value.shape) != shape:
         raise UnknownFormError("makes a tensor larger by a constant")
     value = value.reshape(value.shape[1:]) if value.ndim == len(shape) and value.shape[0] == 1 else value
@@ -349,7 +377,7 @@ def read_concat(op: Operator) -> None:
 
 def add_constant_beside(op: Operator, layer: str, axis: int, name: str) -> str:
     """A layer that gives the constant ``name`` whatever ``layer`` gives, beside which it is put along ``axis``."""
-    draft, value = op.scope.draft, op.scope.constant(name)
+    draft, value = op.scope.draft, op.scope.value_for_one(op.scope.constant(name))
     shape = draft.shape(layer)
     if value.ndim == len(shape) and len(value) == 1:
         value = value[0]
@@ -436,19 +464,21 @@ def read_gather(op: Operator) -> None:
 def read_pool(kind: str) -> Callable[[Operator], None]:
     def read(op: Operator) -> None:
         kernel = [int(size) for size in op.read_attribute("kernel_shape", [])]
-        if len(kernel) != 2 or set(op.read_attribute("dilations", [1])) != {1} or op.read_attribute("storage_order", 0):
-            raise UnknownFormError("pools over other windows than those of pictures, without gaps")
+        gaps = [int(gap) for gap in op.read_attribute("dilations", [1, 1])]
+        if len(kernel) != 2 or (gaps != [1, 1] and kind != "max_pool") or op.read_attribute("storage_order", 0):
+            raise UnknownFormError("pools over other windows than those of pictures")
         if len(op.node.output) > 1:
             raise UnknownFormError("tells places, too")
         stride = [int(size) for size in op.read_attribute("strides", [1, 1])]
-        pads = pads_of(op, kernel, stride, [1, 1])
+        pads = pads_of(op, kernel, stride, gaps)
         sizes = op.shape()[2:]
-        if kernel == list(sizes) and pads == [0] * 4 and not op.read_attribute("ceil_mode", 0):
+        if gaps == [1, 1] and kernel == list(sizes) and pads == [0] * 4 and not op.read_attribute("ceil_mode", 0):
             op.make({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], [op.layer()])
             return
         include = {"include": bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
+        more = include if gaps == [1, 1] else {"dilation": gaps}
         ceil = bool(op.read_attribute("ceil_mode", 0))
-        op.make(kind, [op.layer()], kernel=kernel, stride=stride, pads=pads, ceil=ceil, **include)
+        op.make(kind, [op.layer()], kernel=kernel, stride=stride, pads=pads, ceil=ceil, **more)
 
     return read
 
@@ -501,6 +531,7 @@ def read_reshape(op: Operator) -> None:
     source = op.shape()
     if not op.read_attribute("allowzero", 0):
         wanted = [source[i] if size == 0 else size for i, size in enumerate(wanted)]
+    wanted = op.scope.shape_for_one(wanted, math.prod(source))
     known = math.prod(size for size in wanted if size != -1)
     add_reshape(op, [math.prod(source) // max(known, 1) if size == -1 else size for size in wanted])
 
@@ -580,7 +611,9 @@ def read_lrn(op: Operator) -> None:
 
 
 def read_cast(op: Operator) -> None:
-    if int(op.read_attribute("to", 1)) not in (1, 11):
+    """To floats; of uint8 pixels to wider integers, too."""
+    kinds = FLOATS | WIDE_INTEGERS if op.scope.holds_pixels(op.layer()) else FLOATS
+    if int(op.read_attribute("to", 1)) not in kinds:
         raise UnknownFormError("turns layers into integers or half floats")
     op.pass_through(op.layer())
 

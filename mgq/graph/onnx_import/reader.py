@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.graph.onnx_import.batch_mixing import lift, settle
+from mgq.graph.onnx_import.batch_mixing import OF_CHANNELS, lift, lift_channels, settle, settle_channels
 from mgq.graph.onnx_import.composed_operators import COMPOSED
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
@@ -30,16 +30,19 @@ def read_network(
     output: str,
     sample: Array,
     channels_last: bool = False,
+    pictures: int = 1,
+    takes_pixels: bool = False,
 ) -> NetworkDraft:
     """The network of ``model``, an ``onnx.ModelProto`` without functions, whose weights are ``constants``.
 
     ``output``: the tensor that is its answer. ``sample``: float32 (1, C, H, W), what its input ``input_name`` may be,
-    with the axes (1, H, W, C) where ``channels_last``. The draft takes (N, C, H, W) and ends in logits: a softmax or
+    with the axes (1, H, W, C) where ``channels_last``; the file takes so many ``pictures`` at once, and
+    where ``takes_pixels`` they are uint8. The draft takes (N, C, H, W) and ends in logits: a softmax or
     sigmoid at the end is left out. Raises InputError that names the first node that cannot be imported, and the opset.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
-    scope = Scope(draft, opset, dict(constants), {})
+    scope = Scope(draft, opset, dict(constants), {}, pictures=pictures, takes_pixels=takes_pixels)
     draft.samples[INPUT] = sample
     scope.layers[input_name] = INPUT
     if channels_last:
@@ -96,6 +99,10 @@ def read_operator(node: Any, scope: Scope) -> None:
             pass
         else:
             return
+    if node.op_type in OF_CHANNELS and len(scope.file_shape(node.input[0])) > 2:
+        make_layers(lift_channels(node, scope), scope)
+        settle_channels(node, scope.file_shape(node.input[0])[0], scope)
+        return
     lifted = lift(node, scope)
     make_layers(lifted, scope)
     settle(lifted, scope)

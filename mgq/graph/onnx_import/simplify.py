@@ -451,6 +451,31 @@ def move_activation_before_reshape(draft: NetworkDraft) -> bool:
     return False
 
 
+def move_affine_before_reshape(draft: NetworkDraft) -> bool:
+    """A scale and shift along the last axis, behind a reshape that leaves this axis as it is, go before it."""
+    for plan in layers(draft, "affine"):
+        before = source_of(draft, plan.inputs[0], "reshape")
+        if before is None or not draft.is_read_once(before.name) or before.inputs[0] == INPUT:
+            continue
+        size = draft.shape(plan.name)[-1]
+        parts = affine(draft, plan.name) or ()
+        if draft.shape(before.inputs[0])[-1] != size or any(
+            part.size > 1 and part.shape[-1] != part.size for part in parts
+        ):
+            continue
+        tensors = {
+            name: value.ravel() if value.size > 1 else value.reshape(())
+            for name, value in draft.tensors_of(plan.name).items()
+        }
+        shapes = {name: list(value.shape) for name, value in tensors.items()}
+        moved = draft.insert_before(before, "affine", list(before.inputs), {"constants": shapes}, tensors)
+        draft.replace(before, before.with_inputs([moved]))
+        draft.samples[before.name], draft.sources[before.name] = draft.samples[plan.name], draft.sources[plan.name]
+        draft.skip(plan)
+        return True
+    return False
+
+
 def make_convolution_of_affine(draft: NetworkDraft) -> bool:
     """A scale and shift of each channel of a picture is a depthwise convolution of single positions."""
     for plan in layers(draft, "affine"):
@@ -497,6 +522,7 @@ RULES: tuple[Rule, ...] = (
     join_transposes,
     move_before_transpose,
     move_activation_before_reshape,
+    move_affine_before_reshape,
     make_convolution_of_affine,
     mark_gates,
 )

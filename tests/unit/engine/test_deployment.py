@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgq.cli.dump import describe_parity
 from mgq.engine.classifier import deployment
 from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, quantize_with_ranges
+from mgq.engine.classifier.parity import compute_reference, make_views
 from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import ONNX
 from mgq.runtime.protocol import run_in_batches
 from mgq.runtime.registry import load
+from tests.conftest import Mgq
 from tests.fakes.foreign_models import write
 
 FLOAT_MS = 1.0
+FACTS = re.compile(r"ONNX Runtime \S+: same answer.*at most")
+"""What a dump says of the answers in an engine."""
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +105,29 @@ def test_where_no_share_is_faster_the_file_is_as_it_was(tmp_path: Path, deploy_a
     assert not any(row.float_share for row in found.rows)
     assert {row.path for row in found.rows} <= set(tmp_path.iterdir())
     assert found.is_worthless
+
+
+def test_what_a_dump_says_is_of_the_file_that_it_leaves(
+    networks: tuple[Classifier, Classifier, Any], mgq: Mgq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of the layers in float the file is larger and nearer: as where it is so from the start."""
+    networks[1].write_checkpoint(Path("int8.safetensors"))
+    words = ("dump", "-c", "int8.safetensors", "--for", "onnxruntime")
+    monkeypatch.setattr(deployment, "milliseconds", timed_by(lambda share: 0.5))
+    fast = mgq(*words, "-o", "fast.onnx")
+    monkeypatch.setattr(deployment, "milliseconds", timed_by(lambda share: {0.0: 1.2, 0.5: 0.8}.get(share, 1.1)))
+    slow = mgq(*words, "-o", "slow.onnx", "--check", "layers")
+    assert (fast.code, slow.code) == (0, 0), slow.err
+    assert "50% of the layers in float" in slow.err
+    found = [FACTS.search(said.out) for said in (fast, slow)]
+    assert found[0] and found[1] and found[0].group() != found[1].group()
+    step = 127.5 / np.abs(networks[1].logits(make_views(networks[1]))).max()
+    simulated = compute_reference(networks[1], make_views(networks[1]))
+    answers = load(Path("slow.onnx"), "onnxruntime")
+    left = np.abs(run_in_batches(answers, make_views(networks[1])) - simulated).mean() * step
+    assert f"by {left:.2f} steps" in slow.out
+    assert "timing int8 beside float in each engine" in slow.err
+
+
+def test_a_file_without_integers_has_no_layers_to_compare() -> None:
+    assert "no integers" in describe_parity([])

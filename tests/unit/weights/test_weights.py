@@ -175,7 +175,7 @@ class TestMisfits:
 
     def test_names_of_no_architecture(self, pickled: Callable[[object], Path]) -> None:
         path = pickled({"encoder.weight": np.zeros((4, 4), np.float32)})
-        assert one_line_about(refusal(path), str(path), "no architecture of the zoo", "mgq models")
+        assert one_line_about(refusal(path), str(path), "no architecture of the zoo", "mgq models", "ONNX")
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         assert one_line_about(refusal(tmp_path / "none.pkl"), "none.pkl", "does not exist")
