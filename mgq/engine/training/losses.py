@@ -19,6 +19,6 @@ def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
     Mean Kullback-Leibler divergence at temperature 2, times its square, so that gradients keep their size
     (arXiv:1503.02531, section 2.1).
     """
-    wanted = F.softmax(teacher / TEMPERATURE, axis=1)
-    difference = F.logsoftmax(teacher / TEMPERATURE, axis=1) - F.logsoftmax(logits / TEMPERATURE, axis=1)
-    return (wanted * difference).sum(axis=1).mean() * TEMPERATURE**2
+    wanted = F.logsoftmax(teacher / TEMPERATURE, axis=1)  # MegEngine's softmax is NaN where all logits are below -88
+    difference = wanted - F.logsoftmax(logits / TEMPERATURE, axis=1)
+    return (F.exp(wanted) * difference).sum(axis=1).mean() * TEMPERATURE**2

@@ -31,10 +31,12 @@ def test_smoothed_cross_entropy_gives_every_class_a_share_of_the_label(smoothing
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_distillation_is_the_divergence_from_the_softened_teacher() -> None:
+@pytest.mark.parametrize("offset", [0, -500, 500])
+def test_distillation_is_the_divergence_from_the_softened_teacher(offset: int) -> None:
     teacher, student = softmax(OTHER / np.float32(TEMPERATURE)), softmax(LOGITS / np.float32(TEMPERATURE))
     expected = (teacher * np.log(teacher / student)).sum(1).mean() * TEMPERATURE**2
-    assert distillation(Tensor(LOGITS), Tensor(OTHER)).numpy().item() == pytest.approx(expected, rel=1e-4)
+    found = distillation(Tensor(LOGITS + np.float32(offset)), Tensor(OTHER + np.float32(offset))).numpy().item()
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_distillation_leads_the_student_to_the_teacher() -> None:
