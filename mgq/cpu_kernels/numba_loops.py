@@ -114,6 +114,14 @@ def quantize_rows(
 
 
 @make_compiler()
+def fold_factors(scale: Any, variance: Any, epsilon: Any, inverse: Any, factor: Any) -> None:
+    """Write 1 / sqrt(``variance`` + ``epsilon``) to ``inverse``, that times ``scale`` to ``factor``: float32 (C,)."""
+    for c in range(scale.size):
+        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
+        factor[c] = scale[c] * inverse[c]
+
+
+@make_compiler()
 def find_ends_of_rows(rows: Any, factors: Any) -> Any:
     """The least and the largest element of ``rows`` (rows, elements) times their ``factors``; NaN where there is one.
 
