@@ -14,7 +14,7 @@ from megengine.quantization.utils import QParams, fake_quant_bias
 
 from mgq.cpu_kernels import onednn_kernels
 from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
-from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, mask_rows
+from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, fold_factors, mask_rows
 from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
@@ -189,8 +189,7 @@ class FakeQuantizedConvolution(NormalizedConvolution):
         """Weights, scale and shift to compute with."""
         bn = self.module.bn
         (variance,) = read_state(bn.running_var)
-        self.inverse = np.float32(1) / np.sqrt(variance + np.float32(bn.eps))
-        self.factor = np.ravel(scale * self.inverse)
+        self.inverse, self.factor = fold_factors(scale, variance, bn.eps)
         self.quantize_weights(weights, divide=True)
         return self.effective, scale, shift
 
@@ -229,9 +228,7 @@ class FoldedConvolution(FakeQuantizedConvolution):
         self.running_variance, self.variance = self.variance, self.ones - np.float32(self.norm.epsilon)
 
     def prepare(self, weights: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
-        inverse = np.float32(1) / np.sqrt(self.running_variance + np.float32(self.norm.epsilon))
-        self.inverse = inverse.reshape(scale.shape)
-        self.factor = np.ravel(scale * self.inverse)
+        self.inverse, self.factor = fold_factors(scale, self.running_variance, self.norm.epsilon)
         qparams = self.quantize_weights(weights, divide=False)
         self.centre = self.running_mean.reshape(scale.shape) * self.inverse
         bias = self.quantize_bias(shift - scale * self.centre, qparams)

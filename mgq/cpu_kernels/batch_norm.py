@@ -35,9 +35,6 @@ class Limits(NamedTuple):
         least = np.float32(0) if relu else -INFINITE
         return cls(least, INFINITE if ceiling is None else np.float32(ceiling))
 
-    def intersect(self, other: Limits) -> Limits:
-        return Limits(max(self.least, other.least), min(self.largest, other.largest))
-
 
 class Split(NamedTuple):
     """``rows`` of ``width`` elements, one or several pixels each, in ``pieces`` of ``long`` rows."""
@@ -93,37 +90,38 @@ class NormalizedMap:
         self.elements = pixels.size // channels
         self.split = split(self.elements, channels)
         self.pixels, self.rows = pixels, self.split.of(pixels)
-        self.limits = self.passing = limits
+        self.limits, self.passing = limits, np.array(limits, np.float32)
         self.masks, self.fixed = limits != Limits(), fixed
         self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
-        found = self.measure(observed) if observed or not fixed else empty((4, channels))
-        if not fixed:
-            mean[:], variance[:] = found[0], found[1]
+        found = empty((4, channels))
         loops.tabulate(
-            found,
+            self.measure(observed) if observed or not fixed else empty((4, 0, self.split.width)),
+            self.split.rows,
+            self.split.long,
+            fixed,
             mean,
             variance,
             scale.reshape(-1),
             shift.reshape(-1),
             np.float32(epsilon),
             limits,
+            found,
             self.table,
             self.inverse,
             self.ends,
         )
+        if not fixed:
+            mean[:], variance[:] = found[0], found[1]
 
     def measure(self, observed: bool) -> Array:
-        """(4, C): mean, variance, and where it is ``observed`` least and largest of the pixels of each channel."""
-        pieces, width = self.split.pieces, self.split.width
-        means, squares, ends = empty((pieces, width)), empty((pieces, width)), empty((2, pieces, width))
+        """Statistics of all pieces, and where it is ``observed`` their ranges: (4, pieces, channels of a row)."""
+        parts = empty((4, self.split.pieces, self.split.width))
 
         def run(first: int, last: int) -> None:
-            loops.measure(self.rows, self.split.long, first, last, observed, means, squares, ends)
+            loops.measure(self.rows, self.split.long, first, last, observed, parts)
 
-        share_out(run, pieces)
-        result = empty((4, self.pixels.shape[-1]))
-        loops.merge(means, squares, ends, self.split.rows, self.split.long, result)
-        return result
+        share_out(run, self.split.pieces)
+        return parts
 
     def extremes(self) -> Array:
         """(2,): the least and the largest of the output before it is rounded; NaN where there is one."""
@@ -149,9 +147,7 @@ class NormalizedMap:
 
     def pass_within(self, quantizer: Quantizer) -> None:
         """Let the gradient pass only where ``quantizer`` does not clip."""
-        clipped = empty((2,))
-        loops.find_clipped(quantizer.scale, quantizer.qmin, quantizer.qmax, clipped)
-        self.passing = self.limits.intersect(Limits(*clipped))
+        loops.find_clipped(quantizer.scale, quantizer.qmin, quantizer.qmax, *self.limits, self.passing)
         self.masks = True
 
     def gradients(self, d_output: Array) -> tuple[Array, Array, Array]:

@@ -3,6 +3,9 @@
 Arrays of pixels are float32 (rows, C), and hold several pixels a row where few channels would make short rows. They are
 worked on in pieces of rows, whose results are merged in order: bits do not depend on who works on which.
 
+The first loop over a piece takes it row by row, as it lies in memory, which the processor then fetches ahead. Loops
+over what is in the cache already take four rows at once: there the sums' own loads and stores are the most work.
+
 A mask is multiplied with, not chosen by: a choice would become a load under a mask, which takes twice as long. So where
 an infinite gradient meets a 0 of a mask, the result is NaN.
 """
@@ -26,12 +29,8 @@ HALF = np.float32(0.5)
 @make_compiler()
 def find_means(pixels: Any, start: Any, end: Any, means: Any) -> None:
     """Write the mean of each channel of the rows ``start`` to ``end`` to ``means``."""
-    rest = end - (end - start) % FOUR
     means[:] = ZERO
-    for r in range(start, rest, FOUR):
-        for c in range(means.size):
-            means[c] += (pixels[r, c] + pixels[r + 1, c]) + (pixels[r + 2, c] + pixels[r + 3, c])
-    for r in range(rest, end):
+    for r in range(start, end):
         for c in range(means.size):
             means[c] += pixels[r, c]
     part = ONE / np.float32(end - start)
@@ -70,17 +69,17 @@ def widen_ends(pixels: Any, start: Any, end: Any, low: Any, high: Any) -> None:
 
 
 @make_compiler()
-def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, means: Any, squares: Any, ends: Any) -> None:
+def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, parts: Any) -> None:
     """Statistics of the pieces ``first`` to ``last`` of ``rows`` rows each, float32.
 
-    Their means go to ``means`` and sums of squared distances from these to ``squares``, (pieces, C) both; least and
-    largest elements, if ``ranges`` are wanted, to ``ends`` (2, pieces, C).
+    To ``parts`` (4, pieces, C) go their means, sums of squared distances from these and, if ``ranges`` are wanted,
+    least and largest elements.
     """
     channels = pixels.shape[1]
     chunk = max(LEAST_ROWS, CHUNK // channels)
     part, spread = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for piece in range(first, last):
-        mean, square, low, high = means[piece], squares[piece], ends[0, piece], ends[1, piece]
+        mean, square, low, high = parts[0, piece], parts[1, piece], parts[2, piece], parts[3, piece]
         mean[:], square[:], low[:], high[:] = ZERO, ZERO, np.inf, -np.inf
         begin, finish = piece * rows, min((piece + 1) * rows, pixels.shape[0])
         for start in range(begin, finish, chunk):
@@ -98,23 +97,23 @@ def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, means: A
 
 
 @make_compiler()
-def merge(means: Any, squares: Any, ends: Any, rows: Any, long: Any, result: Any) -> None:
-    """Of all pieces, of ``long`` of the ``rows`` each, to ``result`` (4, C): mean, variance, least and largest of each
-    channel.
+def merge(parts: Any, rows: Any, long: Any, result: Any) -> None:
+    """Of the ``parts`` of all pieces, of ``long`` of the ``rows`` each, to ``result`` (4, C): mean, variance, least and
+    largest of each channel.
 
     Rows hold one pixel or more. Where a pixel is no number, so is all of its channel.
     """
     channels = result.shape[1]
     for c in range(channels):
         centre, spread, seen, least, largest = 0.0, 0.0, 0.0, np.float32(np.inf), np.float32(-np.inf)
-        for piece in range(means.shape[0]):
+        for piece in range(parts.shape[1]):
             count = float(min(long, rows - piece * long))
-            for at in range(c, means.shape[1], channels):
-                step = means[piece, at] - centre
+            for at in range(c, parts.shape[2], channels):
+                step = parts[0, piece, at] - centre
                 seen += count
                 centre += step * (count / seen)
-                spread += squares[piece, at] + step * step * (count * (seen - count) / seen)
-                least, largest = min(least, ends[0, piece, at]), max(largest, ends[1, piece, at])
+                spread += parts[1, piece, at] + step * step * (count * (seen - count) / seen)
+                least, largest = min(least, parts[2, piece, at]), max(largest, parts[3, piece, at])
         result[0, c], result[1, c], result[2, c], result[3, c] = centre, spread / seen, least, largest
         if centre != centre:
             result[:, c] = np.nan
@@ -138,28 +137,36 @@ def find_ends(low: Any, high: Any, table: Any, limits: Any, ends: Any) -> None:
 
 @make_compiler()
 def tabulate(
-    found: Any,
+    parts: Any,
+    rows: Any,
+    long: Any,
+    fixed: Any,
     mean: Any,
     variance: Any,
     scale: Any,
     shift: Any,
     epsilon: Any,
     limits: Any,
+    found: Any,
     table: Any,
     inverse: Any,
     ends: Any,
 ) -> None:
     """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
 
-    ``found`` is :func:`merge`'s; ``mean`` and ``variance`` are those to use. ``inverse`` (C,): one over the standard
-    deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
+    ``parts``, of no piece where nothing was measured, are merged into ``found`` by :func:`merge`. Where they are
+    ``fixed``, ``mean`` and ``variance`` are given. ``inverse`` (C,): one over the standard deviation. ``ends`` (2,):
+    the extremes of what :func:`normalize` will give.
     """
     channels = mean.size
+    merge(parts, rows, long, found)
     for c in range(channels):
-        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
+        if fixed:
+            found[0, c], found[1, c] = mean[c], variance[c]
+        inverse[c] = ONE / np.sqrt(found[1, c] + epsilon)
     for at in range(table.shape[1]):
         c = at % channels
-        table[0, at], table[1, at], table[2, at] = mean[c], scale[c] * inverse[c], shift[c]
+        table[0, at], table[1, at], table[2, at] = found[0, c], scale[c] * inverse[c], shift[c]
     find_ends(found[2], found[3], table, limits, ends)
 
 
@@ -186,9 +193,9 @@ def normalize_quantized(
 
 
 @make_compiler()
-def find_clipped(step: Any, qmin: Any, qmax: Any, clipped: Any) -> None:
+def find_clipped(step: Any, qmin: Any, qmax: Any, least: Any, largest: Any, clipped: Any) -> None:
     """Write to ``clipped`` (2,) the largest float that is less than ``qmin`` multiples of ``step`` once it is rounded,
-    and the least that is more than ``qmax``: float32."""
+    but at least ``least``, and the least that is more than ``qmax``, but at most ``largest``: float32."""
     for end in range(2):
         level, outwards = (qmin, np.float32(-np.inf)) if end == 0 else (qmax, np.float32(np.inf))
         # The half is exact, its product with the step is rounded: the limit is a few floats away at most.
@@ -208,6 +215,7 @@ def find_clipped(step: Any, qmin: Any, qmax: Any, clipped: Any) -> None:
             else:
                 value = np.nextafter(value, outwards)
         clipped[end] = value
+    clipped[0], clipped[1] = max(clipped[0], least), min(clipped[1], largest)
 
 
 @make_compiler()
@@ -216,43 +224,22 @@ def sum_passing(
 ) -> None:
     """Sums of the gradient, see :func:`add_up`, of the rows ``start`` to ``end``: to ``plain`` and ``products``."""
     mean, factor, shift = table[0], table[1], table[2]
-    above, below = limits
-    rest = end - (end - start) % FOUR
+    above, below = limits[0], limits[1]
     plain[:], products[:] = ZERO, ZERO
-    for r in range(start, rest, FOUR):
+    for r in range(start, end):
         for c in range(plain.size):
-            centre, by, to = mean[c], factor[c], shift[c]
-            a, b = pixels[r, c] - centre, pixels[r + 1, c] - centre
-            d, e = pixels[r + 2, c] - centre, pixels[r + 3, c] - centre
-            y, z, u, v = a * by + to, b * by + to, d * by + to, e * by + to
-            y = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
-            z = d_output[r + 1, c] * (ONE if (z > above) & (z < below) else ZERO)
-            u = d_output[r + 2, c] * (ONE if (u > above) & (u < below) else ZERO)
-            v = d_output[r + 3, c] * (ONE if (v > above) & (v < below) else ZERO)
-            plain[c] += (y + z) + (u + v)
-            products[c] += (y * a + z * b) + (u * d + v * e)
-    for r in range(rest, end):
-        for c in range(plain.size):
-            a = pixels[r, c] - mean[c]
-            y = a * factor[c] + shift[c]
-            y = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
-            plain[c] += y
-            products[c] += y * a
+            distance = pixels[r, c] - mean[c]
+            y = distance * factor[c] + shift[c]
+            kept = d_output[r, c] * (ONE if (y > above) & (y < below) else ZERO)
+            plain[c] += kept
+            products[c] += kept * distance
 
 
 @make_compiler()
 def sum_all(pixels: Any, d_output: Any, start: Any, end: Any, mean: Any, plain: Any, products: Any) -> None:
     """The same of the whole gradient."""
-    rest = end - (end - start) % FOUR
     plain[:], products[:] = ZERO, ZERO
-    for r in range(start, rest, FOUR):
-        for c in range(plain.size):
-            a, b = pixels[r, c] - mean[c], pixels[r + 1, c] - mean[c]
-            d, e = pixels[r + 2, c] - mean[c], pixels[r + 3, c] - mean[c]
-            y, z, u, v = d_output[r, c], d_output[r + 1, c], d_output[r + 2, c], d_output[r + 3, c]
-            plain[c] += (y + z) + (u + v)
-            products[c] += (y * a + z * b) + (u * d + v * e)
-    for r in range(rest, end):
+    for r in range(start, end):
         for c in range(plain.size):
             plain[c] += d_output[r, c]
             products[c] += d_output[r, c] * (pixels[r, c] - mean[c])
@@ -304,7 +291,7 @@ def merge_sums(sums: Any, inverse: Any, elements: Any, table: Any, d_scale: Any,
 def find_gradient(pixels: Any, d_output: Any, d_pixels: Any, table: Any, limits: Any, masks: Any) -> None:
     """Write the gradient with respect to ``pixels`` to ``d_pixels``, see :func:`add_up`."""
     mean, factor, shift, least, slope = table[0], table[1], table[2], table[3], table[4]
-    above, below = limits
+    above, below = limits[0], limits[1]
     if masks:
         for r in range(pixels.shape[0]):
             for c in range(pixels.shape[1]):

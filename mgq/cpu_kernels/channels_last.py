@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mgq.cpu_kernels import numba_loops
-from mgq.cpu_kernels.elementwise import LONG_PIECE, merge_pieces, run_in_pieces, run_in_rows
+from mgq.cpu_kernels.elementwise import LONG_PIECE, least_and_largest, merge_pieces, run_in_pieces, run_in_rows
 from mgq.cpu_kernels.tensor_exchange import Array, empty
 
 Pair = tuple[int, int]
@@ -51,11 +51,12 @@ def add_and_watch(a: Array, b: Array, relu: bool) -> tuple[Array, Array]:
     """The same, and its extremes, as :func:`mgq.cpu_kernels.elementwise.extremes` gives them."""
     output = empty(a.shape)
     one, other, target = a.reshape(-1), b.reshape(-1), output.reshape(-1)
-    least = np.float32(0 if relu else -np.inf)
+    loop = numba_loops.add_relu if relu else numba_loops.add
 
     def run(piece: slice) -> tuple[np.float32, np.float32]:
-        low, high = numba_loops.add_and_watch(one[piece], other[piece], target[piece], least)
-        return np.float32(low), np.float32(high)
+        # One loop with both takes four times as long as two of which the second finds the piece in the cache.
+        loop(one[piece], other[piece], target[piece])
+        return least_and_largest(target[piece])
 
     return output, merge_pieces(run_in_pieces(run, a.size, LONG_PIECE))
 

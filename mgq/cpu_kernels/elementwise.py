@@ -89,6 +89,14 @@ def fake_quantize(
     return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
 
 
+def fold_factors(scale: Array, variance: Array, epsilon: float) -> tuple[Array, Array]:
+    """What a batch norm of these (C,) divides by and multiplies with: 1 / deviation, shaped as ``scale``, and
+    ``scale`` / deviation (C,)."""
+    inverse, factor = empty(scale.shape), empty((scale.size,))
+    numba_loops.fold_factors(scale.reshape(-1), variance.reshape(-1), np.float32(epsilon), inverse.reshape(-1), factor)
+    return inverse, factor
+
+
 def fake_quantize_rows(
     array: Array, factors: Array, divide: bool, scale: np.float32, qmin: np.float32, qmax: np.float32
 ) -> tuple[Array, Mask]:

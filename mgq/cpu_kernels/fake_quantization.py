@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from megengine import Tensor
@@ -22,8 +21,7 @@ from mgq.quantization.qat import CurrentRangeObserver
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-@dataclass(frozen=True)
-class Quantizer:
+class Quantizer(NamedTuple):
     """Rounding to multiples of ``scale``, from ``qmin`` to ``qmax`` times it when ``zero_point`` is 0."""
 
     scale: np.float32
@@ -102,7 +100,8 @@ class ObservedParams(QParams):  # type: ignore[misc]
 
 def update_observer(observer: MinMaxObserver, extremes: Callable[[], Array]) -> ObservedParams:
     """Let a known ``observer`` see an array with these ``extremes``, unless it is disabled; what it has to say then."""
-    low, high = (array.reshape(-1)[0] for array in read_state(observer.min_val, observer.max_val))
+    lowest, highest = read_state(observer.min_val, observer.max_val)
+    low, high = lowest.reshape(-1)[0], highest.reshape(-1)[0]
     if observer.enabled:
         low, high = widen_range(observer, low, high, extremes())
     half = np.float32((observer.qmax - observer.qmin) / 2)
@@ -114,14 +113,16 @@ def widen_range(
     observer: MinMaxObserver, low: np.float32, high: np.float32, extremes: Array
 ) -> tuple[np.float32, np.float32]:
     """The range of ``observer``, ``low`` to ``high`` till now, once it has seen ``extremes``; it keeps it."""
-    if not isinstance(observer, CurrentRangeObserver):  # weights are the same everywhere
+    kind = type(observer)  # asked for instances, abstract classes go through Python every time
+    if kind is not CurrentRangeObserver:  # weights are the same everywhere
         extremes = merge_extremes(extremes)
     least, largest = extremes[0], extremes[1]
-    if isinstance(observer, ExponentialMovingAverageObserver):
-        keep = read_state(observer.runtime_momentum)[0].reshape(-1)[0]
+    if kind is ExponentialMovingAverageObserver:
+        now, later = read_state(observer.runtime_momentum, observer.momentum)
+        keep = now.reshape(-1)[0]
         least, largest = low * keep + (ONE - keep) * least, high * keep + (ONE - keep) * largest
-        change(observer.runtime_momentum, keep, read_state(observer.momentum)[0].reshape(-1)[0])
-    elif not isinstance(observer, CurrentRangeObserver):
+        change(observer.runtime_momentum, keep, later.reshape(-1)[0])
+    elif kind is not CurrentRangeObserver:
         least, largest = np.minimum(low, least), np.maximum(high, largest)
     change(observer.min_val, low, least)
     change(observer.max_val, high, largest)

@@ -21,9 +21,6 @@ ZERO, ONE = np.float32(0), np.float32(1)
 NAN = np.float32(np.nan)
 EVEN_SHIFT = np.float32(SHIFT)
 
-LANES = 64
-"""Results that a loop keeps side by side: what the processor works on at a time."""
-
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
     """The loop as machine code that frees Python's lock, by numba with ``options``."""
@@ -114,6 +111,14 @@ def quantize_rows(
 
 
 @make_compiler()
+def fold_factors(scale: Any, variance: Any, epsilon: Any, inverse: Any, factor: Any) -> None:
+    """Write 1 / sqrt(``variance`` + ``epsilon``) to ``inverse``, that times ``scale`` to ``factor``: float32 (C,)."""
+    for c in range(scale.size):
+        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
+        factor[c] = scale[c] * inverse[c]
+
+
+@make_compiler()
 def find_ends_of_rows(rows: Any, factors: Any) -> Any:
     """The least and the largest element of ``rows`` (rows, elements) times their ``factors``; NaN where there is one.
 
@@ -126,22 +131,6 @@ def find_ends_of_rows(rows: Any, factors: Any) -> Any:
         factor = factors[row]
         for i in range(elements):
             value = rows[row, i] * factor
-            low[i], high[i] = min(low[i], value), max(high[i], value)
-            unknown[i] += ZERO if value == value else ONE
-    if unknown.sum() > 0:
-        return NAN, NAN
-    return low.min(), high.max()
-
-
-@make_compiler()
-def add_and_watch(a: Any, b: Any, target: Any, least: Any) -> Any:
-    """Write a + b, but ``least`` where it is less, to ``target``: float32 (N,). Returns its extremes, NaN for one."""
-    low, high = np.full(LANES, np.inf, np.float32), np.full(LANES, -np.inf, np.float32)
-    unknown = np.zeros(LANES, np.float32)
-    for start in range(0, a.size, LANES):
-        for i in range(min(LANES, a.size - start)):
-            value = max(a[start + i] + b[start + i], least)
-            target[start + i] = value
             low[i], high[i] = min(low[i], value), max(high[i], value)
             unknown[i] += ZERO if value == value else ONE
     if unknown.sum() > 0:

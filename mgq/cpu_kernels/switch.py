@@ -453,7 +453,8 @@ def parts_of(module: M.Module) -> list[M.Module]:
     found = [module]
     for part in found:
         own = vars(part)
-        found += [own[name] for name in own["_modules"] if is_module(type(own[name]))]  # type: ignore[arg-type]
+        if own["_modules"]:
+            found += [own[name] for name in own["_modules"] if is_module(type(own[name]))]  # type: ignore[arg-type]
     return found
 
 

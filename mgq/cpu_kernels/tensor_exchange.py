@@ -52,10 +52,14 @@ def read_state(*tensors: Tensor) -> list[Array]:
 
     Only within ``fast_gradients``, where :func:`forget_state` sees who else gives a tensor a new value.
     """
-    watch = _watch[0]
-    known = [tensor.__dict__.get(_STATE, _UNKNOWN) for tensor in tensors]
-    if all(since == watch for since, _ in known):
-        return [array for _, array in known]
+    watch, known = _watch[0], []
+    for tensor in tensors:
+        since, array = tensor.__dict__.get(_STATE, _UNKNOWN)
+        if since != watch:
+            break
+        known.append(array)
+    else:
+        return known
     found = values(*tensors)
     for tensor, array in zip(tensors, found, strict=True):
         _remember(tensor, array)

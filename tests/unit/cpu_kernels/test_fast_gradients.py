@@ -732,7 +732,9 @@ def test_a_network_whose_layers_are_watched_gives_its_watchers_tensors() -> None
 @pytest.mark.parametrize("scale, qmin, qmax", [(0.03, -128, 127), (1.7e-5, 0, 255), (3.0, -127, 127)])
 def test_the_limits_of_what_is_clipped_are_exact(scale: float, qmin: int, qmax: int) -> None:
     step, limits = np.float32(scale), np.empty(2, np.float32)
-    batch_norm_loops.find_clipped(step, np.float32(qmin), np.float32(qmax), limits)
+    batch_norm_loops.find_clipped(
+        step, np.float32(qmin), np.float32(qmax), np.float32(-np.inf), np.float32(np.inf), limits
+    )
     low, high = limits
     ends = [low, np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf)), high]
     passes = fake_quantize(np.array(ends, np.float32), step, np.float32(0), np.float32(qmin), np.float32(qmax))
