@@ -25,6 +25,8 @@ FOLDED = frozenset({
 # fmt: on
 MOST_NUMBERS = 1 << 28
 """In one constant."""
+TRAINING_NAMED = 14
+"""The opset since which a batch norm says that it is in training state."""
 
 
 class TooLargeError(ValueError):
@@ -39,6 +41,8 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
+    if node.op_type == "BatchNormalization" and opset < TRAINING_NAMED and any(node.output[1:]):
+        node, opset = name_training(node), TRAINING_NAMED
     if node.op_type in ("Expand", "ConstantOfShape", "Tile", "Range", "Pad"):
         refuse_too_large(node, [inputs[name] for name in node.input if name])
     graph = onnx.helper.make_graph(
@@ -50,6 +54,14 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     found: list[Array] = ReferenceEvaluator(model).run(None, {name: inputs[name] for name in list_inputs(node)})
     return [np.asarray(value) for value in found]
+
+
+def name_training(node: Any) -> Any:
+    """``node``, a norm by its batch, as opset 14 has it; before that such a norm is known by its other outputs."""
+    import onnx
+
+    epsilon = attributes_of(node).get("epsilon", 1e-5)
+    return onnx.helper.make_node(node.op_type, node.input, node.output[:1], epsilon=epsilon, training_mode=1)
 
 
 def list_inputs(node: Any) -> list[str]:

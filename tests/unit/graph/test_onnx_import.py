@@ -177,12 +177,13 @@ def test_a_branch_whose_condition_is_known_is_taken(tmp_path: Path) -> None:
     )
 
 
-def test_weights_that_are_computed_by_a_norm_are_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "form"), [(15, {"outputs": 3, "training_mode": 1}), (12, {"outputs": 5})])
+def test_weights_that_are_computed_by_a_norm_are_known(opset: int, form: dict[str, int], tmp_path: Path) -> None:
     """As timm standardizes them: by a batch norm of the weights."""
-    model = Model(opset=15)
+    model = Model(opset=opset)
     ones, zeros = (model.constant(np.full(8, value)) for value in (1, 0))
     weight = model.add("Reshape", model.weights(8, 3, 3, 3), model.constant([1, 8, 27], np.int64))
-    normal = model.add("BatchNormalization", weight, ones, zeros, zeros, ones, outputs=3, training_mode=1)
+    normal = model.add("BatchNormalization", weight, ones, zeros, zeros, ones, **form)
     weight = model.add("Reshape", normal, model.constant([8, 3, 3, 3], np.int64))
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Conv", "image", weight), 8))
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
