@@ -420,9 +420,7 @@ def move_before_transpose(draft: NetworkDraft) -> bool:
         tensors = {name: transpose(value, places) for name, value in draft.tensors_of(plan.name).items()}
         options = {name: value for name, value in plan.options.items() if name != "constants"}
         moved = draft.insert_before(before, plan.kind, [inner.name], options, tensors)
-        draft.replace(before, before.with_inputs([moved]))
-        draft.take_over(before.name, plan)
-        draft.remove(plan)
+        draft.absorb(before, plan, before.with_inputs([moved]))
         return True
     return False
 
@@ -444,9 +442,7 @@ def move_activation_before_reshape(draft: NetworkDraft) -> bool:
         if not draft.is_read_once(inner.name):
             continue
         moved = draft.insert_before(before, plan.kind, [inner.name], dict(plan.options))
-        draft.replace(before, before.with_inputs([moved]))
-        draft.samples[before.name], draft.sources[before.name] = draft.samples[plan.name], draft.sources[plan.name]
-        draft.skip(plan)
+        draft.absorb(before, plan, before.with_inputs([moved]))
         return True
     return False
 
@@ -469,9 +465,7 @@ def move_affine_before_reshape(draft: NetworkDraft) -> bool:
         }
         shapes = {name: list(value.shape) for name, value in tensors.items()}
         moved = draft.insert_before(before, "affine", list(before.inputs), {"constants": shapes}, tensors)
-        draft.replace(before, before.with_inputs([moved]))
-        draft.samples[before.name], draft.sources[before.name] = draft.samples[plan.name], draft.sources[plan.name]
-        draft.skip(plan)
+        draft.absorb(before, plan, before.with_inputs([moved]))
         return True
     return False
 
