@@ -195,6 +195,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(_ARENA_MAX, 1)
 
 
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Inside, numpy and scipy multiply in the thread that asks for it.
+
+    OpenBLAS shares out sums of 10,000 numbers already, and its threads wait for each other in a loop: with other work
+    on the machine three equalizations took 200 s instead of 11. What it gives depends on no number of cores so.
+    """
+    import scipy.linalg  # noqa: F401  # its library counts from here on
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
 @functools.cache
 def use_large_pages() -> None:
     """Ask the system for pages of 2 MiB for what the C library allocates from here on: arrays are then found faster.

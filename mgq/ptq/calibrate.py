@@ -15,6 +15,7 @@ from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
 from mgq.graph.layer_graph import keep_traces
+from mgq.machine import one_blas_thread
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
@@ -145,7 +146,8 @@ def calibrate_layers(
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.images and visitors:
-        visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
+        with one_blas_thread():
+            visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
     if compensate:
@@ -189,7 +191,7 @@ def find_best_network(
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    with fast_simulation(), keep_traces():
+    with fast_simulation(), keep_traces(), one_blas_thread():
         found = find_best(
             network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
         )

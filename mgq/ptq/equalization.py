@@ -37,6 +37,7 @@ from mgq.graph.layer_graph import (
     graph_of,
     is_followed,
 )
+from mgq.machine import one_blas_thread
 from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
     Statistics,
@@ -317,16 +318,17 @@ class Problem:
         from scipy.optimize import minimize
 
         logs = np.zeros(self.number)
-        for _ in range(ROUNDS):
-            found = minimize(
-                self.with_factors(logs).noise,
-                logs,
-                jac=True,
-                method="L-BFGS-B",
-                bounds=np.stack(bounds, axis=1),
-                options={"maxiter": STEPS, "maxcor": 20},
-            )
-            logs = found.x
+        with one_blas_thread():
+            for _ in range(ROUNDS):
+                found = minimize(
+                    self.with_factors(logs).noise,
+                    logs,
+                    jac=True,
+                    method="L-BFGS-B",
+                    bounds=np.stack(bounds, axis=1),
+                    options={"maxiter": STEPS, "maxcor": 20},
+                )
+                logs = found.x
         factors: Values = np.exp(logs)
         return factors
 

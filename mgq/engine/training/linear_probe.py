@@ -14,6 +14,7 @@ from megengine import Tensor
 
 from mgq.data.loader import Loader
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.machine import one_blas_thread
 from mgq.ptq.range_measurement import as_input
 
 DECAY = 0.03  # at features of root mean square 1
@@ -84,6 +85,7 @@ def solve_softmax_regression(
     from scipy.optimize import minimize
 
     start = np.zeros((width + 1) * classes)
-    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS}).x
+    with one_blas_thread():
+        found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS}).x
     weight = found[:-classes].reshape(classes, width) / scale
     return weight.astype(np.float32), found[-classes:].astype(np.float32)
