@@ -8,9 +8,12 @@ or few logits, leave much of that to chance: the less sure their verdict, the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import megengine.module as M
 import numpy as np
@@ -19,17 +22,24 @@ import numpy.typing as npt
 from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.logit_gradients import value_ranges
-from mgq.ptq.presets import Preset, with_rewrite
+from mgq.ptq.presets import Preset, place_of_ranges, with_rewrite
+from mgq.ptq.second_process import open_second_process
 from mgq.ptq.steps import (
     BATCH_NORMS,
+    LAYERWISE_IMAGES,
+    ClearDeadChannels,
     Draft,
+    Equalize,
+    ExpectedRanges,
     Images,
     RangesFromLogits,
     RoundWeights,
     Step,
+    float_logits_of,
     logits_of,
     split_float,
 )
+from mgq.system.side_process import SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in this many is held back; the least and the most that are."""
@@ -51,6 +61,8 @@ MOST_DOUBT = 1.0
 """Beyond this standard error what is expected gains no more weight: with 1.4 it outvoted 2 dB on 8 images of a small
 ShuffleNet, and was wrong by 0.7 dB on others."""
 NO_NOISE = 200.0
+
+Steps: TypeAlias = tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,10 @@ class Candidate:
         seen = self.trial.snr - self.handicap - (other.trial.snr - other.handicap)
         doubt = min(doubt_between(self.noise, other.noise), MOST_DOUBT)
         return seen + (self.expected - other.expected) * (doubt / DOUBT) ** 2
+
+
+Attempt: TypeAlias = Candidate | FailureError
+"""What a list of steps gave, or why it does not apply to the network."""
 
 
 def gain_of(step: Step) -> float:
@@ -185,23 +201,16 @@ def find_best(
 ) -> SearchResult:
     """Try the candidates of ``preset`` on ``network`` (mode ``normal``) with ``images``, and return the best.
 
-    ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images. Raises FailureError
-    where the answers of ``network`` are not finite, and the first candidate's error where no candidate for the grids
-    applies to it.
+    ``images``: uint8 (N, 3, H, W). ``draft_of`` gives a fresh draft that is fitted to some images. A second core tries
+    some of the candidates where there is one: the bits are the same. Raises FailureError where the answers of
+    ``network`` are not finite, and the first candidate's error where no candidate for the grids applies to it.
     """
     fit, held = split(images)
-    contest = Contest(preset, held, finite_logits_of(network, held), {(): draft_of(fit)}, on_progress)
-    preview = (preset.preview,) if preset.preview else ()
-    best = choose_best(contest.try_grids(preset.grids, preview))
-    base = best.base
-    for step in preset.finishes:
-        draft = step.apply(base)
-        best = choose_best([best, contest.judge(best.grid, (step,), draft, draft)])
-    for rewrite in preset.rewrites:
-        best = choose_best([best, *contest.try_grids(with_rewrite(best.grid, rewrite), best.finish)])
-    for step in preset.touches:
-        draft = step.apply(best.draft)
-        best = choose_best([best, contest.judge(best.grid, (*best.finish, step), draft, draft)])
+    start = time.perf_counter()
+    exact = finite_logits_of(network, held)
+    with open_second_process(network, fit[:LAYERWISE_IMAGES], time.perf_counter() - start) as side:
+        contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
+        best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
     return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
 
@@ -216,47 +225,137 @@ def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float6
     return logits
 
 
-@dataclass
-class Contest:
-    """Candidates of ``preset``, judged on ``held``, images held back, by the ``exact`` logits of float for them.
+@dataclass(frozen=True)
+class Judge:
+    """Judges drafts on ``held``, images held back, by the ``exact`` logits of float for them."""
 
-    ``reached``: drafts by their lists of steps. ``skipped``: the errors of candidates that do not apply to this
-    network.
-    """
-
-    preset: Preset
     held: Images
     exact: npt.NDArray[np.float64]
-    reached: dict[tuple[Step, ...], Draft]
-    on_progress: OnProgress
-    skipped: list[FailureError] = field(default_factory=list)
-    tried: list[Candidate] = field(default_factory=list)
 
-    def judge(self, grid: tuple[Step, ...], finish: tuple[Step, ...], draft: Draft, base: Draft) -> Candidate:
+    def judge(self, grid: Steps, finish: Steps, draft: Draft, base: Draft) -> Candidate:
         """``draft``, made by the steps of ``grid``, which gave ``base``, and ``finish``."""
         assert draft.watched is not None
         noise = noise_of(logits_of(draft.watched, self.held), self.exact)
         trial = Trial(tuple(step.name for step in (*grid, *finish)), decibels_of(noise, self.exact))
-        self.tried.append(Candidate(draft, trial, base, noise, grid, finish))
-        self.on_progress(
-            Progress("calibrate: candidates", len(self.tried), self.preset.trials - len(self.skipped), "tried")
-        )
-        return self.tried[-1]
+        return Candidate(draft, trial, base, noise, grid, finish)
 
-    def try_grids(self, grids: Sequence[tuple[Step, ...]], finish: tuple[Step, ...]) -> list[Candidate]:
-        """Try those of ``grids`` that apply to this network, each with ``finish``. Raises FailureError where there is
-        still no candidate afterwards."""
-        found = []
-        for grid in grids:
+    def try_grids(self, family: Family) -> list[Attempt]:
+        """What each grid of ``family`` gives, or why it does not apply to this network."""
+        found: list[Attempt] = []
+        reached = dict(family.reached)
+        for grid in family.grids:
             try:
-                base = apply_steps(grid, self.reached)
+                base = apply_steps(grid, reached)
             except FailureError as error:  # it cannot be followed, has no ceilings, or nothing to be mixed
-                self.skipped.append(error)
+                found.append(error)
                 continue
-            found.append(self.judge(grid, finish, apply_steps(finish, {(): base}), base))
+            found.append(self.judge(grid, family.finish, apply_steps(family.finish, {(): base}), base))
+        return found
+
+    def try_finishes(self, grid: Steps, base: Draft, finishes: Steps) -> list[Candidate]:
+        """Each of ``finishes`` on ``base``, which ``grid`` gave."""
+        return [self.judge(grid, (step,), step.apply(base), base) for step in finishes]
+
+
+@dataclass(frozen=True)
+class Family:
+    """``grids`` that begin alike, each to be tried with ``finish``. ``reached``: drafts by the steps that gave them."""
+
+    grids: tuple[Steps, ...]
+    finish: Steps
+    reached: Mapping[Steps, Draft]
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether images serve for the finish alone."""
+        return all(any(isinstance(step, ExpectedRanges) for step in grid) for grid in self.grids)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether some step goes by the reactions of the logits, or finds them out for those behind it."""
+        kinds = ClearDeadChannels | Equalize | RangesFromLogits
+        return not self.is_data_free and any(isinstance(step, kinds) for grid in self.grids for step in grid)
+
+
+@dataclass
+class Contest:
+    """Candidates of ``preset`` that begin with ``start``, judged by ``judge``, some of them in the ``side`` process.
+
+    ``skipped``: the errors of candidates that do not apply to this network.
+    """
+
+    preset: Preset
+    judge: Judge
+    start: Draft
+    on_progress: OnProgress
+    side: SideProcess | None
+    skipped: list[FailureError] = field(default_factory=list)
+    tried: list[Candidate] = field(default_factory=list)
+    done: int = 0
+
+    def find_best(self) -> Candidate:
+        """Try them all. Raises the first error where no candidate for the grids applies to the network."""
+        best = choose_best(self.try_families(self.make_families()))
+        finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base, self.preset.finishes)
+        rewritten = [found for step in self.preset.rewrites for found in self.rewrite(best, step)]
+        best = choose_best([best, *self.add(finishing.result())])
+        exact = begin(self.side, float_logits_of, self.start.network, self.start.images)
+        for grid, base in rewritten:
+            draft = apply_steps(best.finish, {(): base})
+            best = choose_best([best, *self.add([self.judge.judge(grid, best.finish, draft, base)])])
+        for step in self.preset.touches:
+            draft = step.apply(replace(best.draft, exact=exact.result()))
+            best = choose_best([best, *self.add([self.judge.judge(best.grid, (*best.finish, step), draft, draft)])])
+        return best
+
+    def make_families(self) -> list[Family]:
+        """The preset's grids; those together that have the same steps before their ranges."""
+        reached: dict[Steps, Draft] = {(): self.start}
+        for grid in self.preset.grids:
+            if isinstance(grid[0], ClearDeadChannels) and grid[:1] not in reached:
+                with contextlib.suppress(FailureError):  # each grid will raise it again
+                    reached[grid[:1]] = grid[0].apply(self.start)
+        finish = (self.preset.preview,) if self.preset.preview else ()
+        together = groupby(self.preset.grids, lambda grid: grid[: place_of_ranges(grid)])
+        return [Family(tuple(grids), finish, reached) for _, grids in together]
+
+    def try_families(self, families: Sequence[Family]) -> list[Candidate]:
+        """What all grids gave, in order. Raises the first error where none applies, and where a layer gives numbers
+        that are not finite."""
+        others = [each for each in families if not each.is_data_free]
+        early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
+        if any(each.needs_gradients for each in others):
+            _ = self.start.reactions  # before the others are begun, so that they are measured once
+        later = iter(share_out(self.side, others, self.judge.try_grids, self.count))
+        sooner = iter([call.result() for call in early])
+        found = [attempt for each in families for attempt in next(sooner if each.is_data_free else later)]
+        self.skipped += [attempt for attempt in found if isinstance(attempt, FailureError)]
+        self.tried += [attempt for attempt in found if isinstance(attempt, Candidate)]
         if not self.tried and self.skipped:
             raise self.skipped[0]
+        self.count([])
+        return list(self.tried)
+
+    def rewrite(self, best: Candidate, step: Step) -> list[tuple[Steps, Draft]]:
+        """The grid of ``best`` with ``step`` before its ranges, and what it gives; nothing where it does not apply."""
+        found = []
+        for grid in with_rewrite(best.grid, step):
+            try:
+                found.append((grid, apply_steps(grid[grid.index(step) :], {(): best.base})))
+            except FailureError as error:
+                self.skipped.append(error)
         return found
+
+    def add(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Note that ``candidates`` were tried."""
+        self.tried += candidates
+        self.count(candidates)
+        return candidates
+
+    def count(self, attempts: Sequence[Attempt]) -> None:
+        """Tell how many candidates were tried."""
+        self.done = max(self.done + sum(isinstance(each, Candidate) for each in attempts), len(self.tried))
+        self.on_progress(Progress("calibrate: candidates", self.done, self.preset.trials - len(self.skipped), "tried"))
 
 
 def choose_best(candidates: Sequence[Candidate]) -> Candidate:

@@ -127,10 +127,20 @@ class CalibrationConfig:
 DEFAULT_CONFIG = CalibrationConfig()
 
 
+def place_of_ranges(steps: tuple[Step, ...]) -> int:
+    """How many of ``steps`` come before their ranges: all, where they have none."""
+    places = (
+        i for i, step in enumerate(steps) if isinstance(step, RangesFromLogits | RangesFromImages | ExpectedRanges)
+    )
+    return next(places, len(steps))
+
+
 def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ...], ...]:
     """``steps`` with ``rewrite`` before their ranges, the only candidate; none where no image gives these."""
-    places = [place for place, step in enumerate(steps) if isinstance(step, RangesFromLogits | RangesFromImages)]
-    return tuple((*steps[:place], rewrite, *steps[place:]) for place in places[:1])
+    place = place_of_ranges(steps)
+    if not steps[place:] or isinstance(steps[place], ExpectedRanges):
+        return ()
+    return ((*steps[:place], rewrite, *steps[place:]),)
 
 
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:

@@ -91,7 +91,8 @@ class Draft:
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
     on their grids already. ``corrections``: what was added to biases, by layer. ``measured``: ``reactions`` that are
-    known. ``answers``: logits of ``watched`` for the first of ``images``, where they are known.
+    known; ``before``: a draft whose reactions are this one's, too. ``answers``: logits of ``watched`` for the first of
+    ``images``, where they are known, and ``exact``: those of the float network that all began with.
     """
 
     network: M.Module
@@ -105,12 +106,14 @@ class Draft:
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
     measured: Reactions | None = None
+    before: Draft | None = None
     answers: npt.NDArray[np.float32] | None = None
+    exact: npt.NDArray[np.float64] | None = None
 
     def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
         """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
         known."""
-        return replace(self, network=network, measured=measured)
+        return replace(self, network=network, measured=measured, before=None)
 
     def copy_watched(self) -> M.Module:
         """A copy of ``watched``, to be changed."""
@@ -134,6 +137,8 @@ class Draft:
         """How the logits of ``network`` react to errors behind its layers."""
         if self.measured is not None:
             return self.measured
+        if self.before is not None:
+            return self.before.reactions
         return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
 
     @cached_property
@@ -144,7 +149,7 @@ class Draft:
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
         """Of the float network, for the images that biases are corrected by."""
-        return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
+        return float_logits_of(self.network, self.images) if self.exact is None else self.exact
 
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
@@ -213,7 +218,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return draft.with_network(clear_dead_channels(draft.network)[0], draft.reactions)
+        return replace(draft, network=clear_dead_channels(draft.network)[0], before=draft)
 
 
 @dataclass(frozen=True)
@@ -440,6 +445,11 @@ def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool
     answers = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
     return replace(draft, watched=watched, answers=answers)
+
+
+def float_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
+    """float64 (N, classes): of ``network``, in float, for those of ``images`` that biases are corrected by."""
+    return logits_of(fold_batch_norms(network), images[:LAYERWISE_IMAGES])
 
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:

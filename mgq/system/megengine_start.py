@@ -6,7 +6,14 @@ import sys
 import warnings
 from types import ModuleType
 
-from mgq.machine import hush_decoders, mute_stderr, patient_threads, refuse_without_megengine, set_library_defaults
+from mgq.machine import (
+    hush_decoders,
+    keep_freed_memory,
+    mute_stderr,
+    patient_threads,
+    refuse_without_megengine,
+    set_library_defaults,
+)
 
 NEVER = 1 << 60
 """Bytes that no tensor has."""
@@ -42,6 +49,12 @@ def prepare_process() -> None:
     """What a process that helps needs before its work: what this one has."""
     hush_decoders()
     import_megengine()
+
+
+def prepare_long_process() -> None:
+    """The same for one that is to compute for long."""
+    keep_freed_memory()  # before MegEngine starts its threads
+    prepare_process()
 
 
 class NoPackages(ModuleType):

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
+from types import ModuleType
 from typing import Any, Protocol
 
 from mgq.errors import FailureError, InputError, MgqError
@@ -67,12 +69,21 @@ class AnsweringProcess:
     """One task in a process of its own that answers questions, and sleeps in between.
 
     It sends one message when it is ready and one for every question. Ends with ``close``. ``prepare`` is called there
-    before the task, and the modules that it needs, are loaded.
+    before the task, and the modules that it needs, are loaded. Without ``with_main`` nothing of the program's main
+    module is known there, and a script that does not expect to be run again is not.
     """
 
-    def __init__(self, task: Task, what: str, threads: int = 1, prepare: Callable[[], None] = do_nothing) -> None:
+    def __init__(
+        self,
+        task: Task,
+        what: str,
+        threads: int = 1,
+        prepare: Callable[[], None] = do_nothing,
+        with_main: bool = True,
+    ) -> None:
         self.what = what
-        with _environment(threads), _hold_back_interrupts():
+        hidden = contextlib.nullcontext() if with_main else _hide_main()
+        with _environment(threads), _hold_back_interrupts(), hidden:
             self._child = _start(task, prepare)
 
     def answer(self, patience_s: float) -> Any:
@@ -159,6 +170,17 @@ def _environment(threads: int) -> Iterator[None]:
     finally:
         for name in unset:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _hide_main() -> Iterator[None]:
+    """Processes that are started here do not load the program's main module: they find one without a file."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager

@@ -1,0 +1,109 @@
+"""Calls functions in a second process, while this one goes on with something else."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from mgq.system.processes import AnsweringProcess, Channel, do_nothing
+
+Result = TypeVar("Result")
+Task = TypeVar("Task")
+
+PATIENCE_S = 3600.0
+"""How long one call may take there before it is made here instead."""
+
+
+def call_functions(channel: Channel) -> None:
+    """The second process: call what is asked for, one after the other."""
+    channel.send(None)
+    for question in channel.questions():
+        try:
+            function, arguments = pickle.loads(question)
+            channel.send(pickle.dumps(function(*arguments)))
+        except Exception:  # it is called again in the first process, which raises the error where it belongs
+            channel.send(None)
+
+
+@dataclass
+class Call(Generic[Result]):
+    """A call that was begun elsewhere, or, without a ``future``, is made when its result is asked for."""
+
+    function: Callable[..., Result]
+    arguments: tuple[Any, ...]
+    future: Future[bytes | None] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.future is not None and self.future.done()
+
+    def result(self) -> Result:
+        """What the call gives. Where the second process gave nothing, because it ended, has no memory left, or does not
+        know the arguments' kinds, the call is made here. Raises what ``function`` raises."""
+        if self.future is not None:
+            with contextlib.suppress(Exception):
+                if (answer := self.future.result()) is not None:
+                    found: Result = pickle.loads(answer)
+                    return found
+        return self.function(*self.arguments)
+
+
+class SideProcess:
+    """A process that calls functions of installed modules, one after the other.
+
+    ``what`` it serves, for messages; ``prepare`` is called there first. The caller's own script is not run in it. Its
+    libraries have one thread each.
+    """
+
+    def __init__(self, what: str, prepare: Callable[[], None] = do_nothing) -> None:
+        self._process = AnsweringProcess(call_functions, what, 1, prepare, with_main=False)
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(self._process.answer, PATIENCE_S)  # that it is ready
+
+    def begin(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
+        """Call ``function``, which can be imported, after what was begun before. All is pickled.
+
+        It is pickled and loaded in the thread that asks: MegEngine reads and makes tensors in its own thread alone.
+        """
+        try:
+            question = pickle.dumps((function, arguments))
+        except Exception:
+            return Call(function, arguments)
+        return Call(function, arguments, self._thread.submit(self._process.ask, question, PATIENCE_S))
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.close()
+        self._thread.shutdown(cancel_futures=True)
+
+
+def begin(side: SideProcess | None, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
+    """Begin a call in the ``side`` process; without one it is made when its result is asked for."""
+    return Call(function, arguments) if side is None else side.begin(function, *arguments)
+
+
+def share_out(
+    side: SideProcess | None,
+    tasks: Sequence[Task],
+    function: Callable[[Task], Result],
+    on_result: Callable[[Result], None],
+) -> list[Result]:
+    """``function`` of each of ``tasks``, in their order: here from the first on, in the ``side`` process from the last
+    on, until they meet. ``on_result`` is told of each as it is known here."""
+    left, there = deque(tasks), deque[Call[Result]]()
+    here: list[Result] = []
+    while left:
+        if side is not None and (not there or there[0].is_done):
+            there.appendleft(side.begin(function, left.pop()))
+        else:
+            here.append(function(left.popleft()))
+            on_result(here[-1])
+    elsewhere = [call.result() for call in there]
+    for result in elsewhere:
+        on_result(result)
+    return here + elsewhere

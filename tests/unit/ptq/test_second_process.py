@@ -1,0 +1,101 @@
+"""A calibration that uses a second process: the same bits, the same verdicts, and none where it does not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import megengine.module as M
+import numpy as np
+import pytest
+
+from mgq.events import Progress
+from mgq.ptq import second_process
+from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.pipeline import SearchResult
+from mgq.ptq.presets import get_preset
+from mgq.ptq.second_process import is_known_elsewhere, open_second_process
+from mgq.quantization.activation_ranges import ActivationRanges
+from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from mgq.system.side_process import Call, SideProcess
+from mgq.zoo.weight_loading import fingerprint
+from tests.conftest import smooth_images
+from tests.fakes.uneven_networks import network_of, with_true_statistics
+
+IMAGES = smooth_images(24, seed=3)
+pytestmark = pytest.mark.usefixtures("short_shufflenet")
+
+
+class OwnLayer(M.Identity):  # type: ignore[misc]
+    """A layer that no other process knows."""
+
+
+@pytest.fixture
+def network() -> M.Module:
+    made = network_of("shufflenet_v1_x0_5_g3")
+    with_true_statistics(made)
+    made.eval()
+    return made
+
+
+@pytest.fixture
+def worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the work, a second process is worth it here."""
+    monkeypatch.setattr(second_process, "WORTH_S", 0.0)
+    monkeypatch.setattr(second_process, "MEMORY", 0)
+    monkeypatch.setattr(second_process, "usable_cores", lambda: 2)
+
+
+def calibrate(
+    network: M.Module, target: Target, on_progress: Callable[[Progress], None] | None = None
+) -> tuple[SearchResult, ActivationRanges]:
+    options: dict[str, Any] = {"on_progress": on_progress} if on_progress else {}
+    return find_best_network(network, IMAGES, "", "", get_preset("balanced"), target, **options)
+
+
+@pytest.mark.usefixtures("worthwhile")
+@pytest.mark.parametrize("target", [ONNX, pytest.param(MEGENGINE, marks=pytest.mark.slow)], ids=["onnx", "megengine"])
+def test_two_processes_give_the_bits_of_one(network: M.Module, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    failed: list[str] = []
+    begin, result = SideProcess.begin, Call.result
+
+    def note(side: SideProcess, function: Any, *arguments: Any) -> Call[Any]:
+        begun.append(function.__name__)
+        return begin(side, function, *arguments)
+
+    def note_failures(call: Call[Any]) -> Any:
+        if call.future is not None and (call.future.exception() or call.future.result() is None):
+            failed.append(call.function.__name__)
+        return result(call)
+
+    monkeypatch.setattr(SideProcess, "begin", note)
+    monkeypatch.setattr(Call, "result", note_failures)
+    counts: list[tuple[int, Any]] = []
+    two, ranges_of_two = calibrate(network, target, lambda at: counts.append((at.done, at.total)))
+    assert {"try_grids", "try_finishes", "float_logits_of"} <= set(begun) and not failed
+    monkeypatch.setattr(second_process, "WORTH_S", np.inf)
+    one, ranges_of_one = calibrate(network, target)
+    assert ranges_of_two == ranges_of_one
+    assert fingerprint(two.network.state_dict()) == fingerprint(one.network.state_dict())
+    assert (two.trials, two.best, two.summary()) == (one.trials, one.best, one.summary())
+    assert counts == sorted(counts) and counts[-1][0] == len(two.trials) <= counts[-1][1]
+
+
+@pytest.mark.usefixtures("worthwhile")
+def test_there_is_one_where_it_pays_alone(network: M.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_opened() -> bool:
+        with open_second_process(network, IMAGES, 1.0) as side:
+            return side is not None
+
+    assert is_opened()
+    for name, value in (("WORTH_S", 2.0), ("MEMORY", 1 << 40), ("usable_cores", lambda: 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(second_process, name, value)
+            assert not is_opened(), name
+
+
+def test_a_network_with_code_of_ones_own_is_not_known_elsewhere(network: M.Module) -> None:
+    assert is_known_elsewhere(network)
+    network.own = OwnLayer()
+    assert not is_known_elsewhere(network)
