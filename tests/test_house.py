@@ -50,7 +50,7 @@ KNOWS_NOTHING_OF = {
     "quantization": {"system", "weights", "data"},
     "graph": {"system", "io", "weights", "data"},
     "cpu_kernels": {"system", "io", "weights", "data", "graph"},
-    "ptq": {"system", "io", "weights", "data"},
+    "ptq": {"io", "weights", "data"},
     "export": {"system", "data", "zoo", "cpu_kernels", "ptq"},
     "runtime": {"system", "weights", "data", "zoo", "cpu_kernels", "ptq"},
     # It runs where networks are deployed: classifiers are all that it knows.

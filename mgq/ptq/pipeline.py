@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mgq.errors import FailureError
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, place_of_ranges, with_rewrite
 from mgq.ptq.second_process import open_second_process
@@ -39,7 +40,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
-from mgq.system.side_process import SideProcess, begin, share_out
+from mgq.system.side_process import Call, SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in this many is held back; the least and the most that are."""
@@ -303,9 +304,19 @@ class Contest:
         for grid, base in rewritten:
             draft = apply_steps(best.finish, {(): base})
             best = choose_best([best, *self.add([self.judge.judge(grid, best.finish, draft, base)])])
+        return self.try_touches(best, exact)
+
+    def try_touches(self, best: Candidate, exact: Call[npt.NDArray[np.float64]]) -> Candidate:
+        """The better of ``best`` and what last touches make of it; ``exact`` are the float network's logits."""
         for step in self.preset.touches:
             draft = step.apply(replace(best.draft, exact=exact.result()))
-            best = choose_best([best, *self.add([self.judge.judge(best.grid, (*best.finish, step), draft, draft)])])
+            answers = None
+            if draft.answers is None and step is not self.preset.touches[-1]:
+                answers = begin(self.side, logits_of, draft.watched, draft.images[:LAYERWISE_IMAGES])
+            [touched] = self.add([self.judge.judge(best.grid, (*best.finish, step), draft, draft)])
+            best = choose_best([best, touched])
+            if answers is not None and best is touched:
+                best = replace(best, draft=replace(draft, answers=answers.result()))
         return best
 
     def make_families(self) -> list[Family]:
@@ -324,17 +335,32 @@ class Contest:
         that are not finite."""
         others = [each for each in families if not each.is_data_free]
         early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
-        if any(each.needs_gradients for each in others):
-            _ = self.start.reactions  # before the others are begun, so that they are measured once
-        later = iter(share_out(self.side, others, self.judge.try_grids, self.count))
-        sooner = iter([call.result() for call in early])
-        found = [attempt for each in families for attempt in next(sooner if each.is_data_free else later)]
-        self.skipped += [attempt for attempt in found if isinstance(attempt, FailureError)]
+        if any(each.needs_gradients for each in others):  # before they are begun, so that all is measured once
+            others = self.with_measurements(others)
+        others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
+        later = share_out(self.side, others, self.judge.try_grids, self.count)
+        of = dict(zip((each.grids for each in others), later, strict=True))
+        for call in early:
+            of[call.arguments[0].grids] = call.result()
+            self.count(call.result())
+        found = [attempt for each in families for attempt in of[each.grids]]
         self.tried += [attempt for attempt in found if isinstance(attempt, Candidate)]
-        if not self.tried and self.skipped:
-            raise self.skipped[0]
-        self.count([])
+        if not self.tried:
+            raise next(attempt for attempt in found if isinstance(attempt, FailureError))
         return list(self.tried)
+
+    def with_measurements(self, families: Sequence[Family]) -> list[Family]:
+        """``families``, whose drafts know what several of them go by. Raises FailureError where a layer gives numbers
+        that are not finite."""
+        reached = dict(families[0].reached)
+        equalized = any(isinstance(step, Equalize) for each in families for grid in each.grids for step in grid)
+        cleared = [steps for steps in reached if steps and equalized]
+        seen = [begin(self.side, see_statistics, reached[steps]) for steps in cleared]
+        _ = self.start.reactions
+        reached |= {
+            steps: replace(reached[steps], seen=call.result()) for steps, call in zip(cleared, seen, strict=True)
+        }
+        return [replace(each, reached=reached) for each in families]
 
     def rewrite(self, best: Candidate, step: Step) -> list[tuple[Steps, Draft]]:
         """The grid of ``best`` with ``step`` before its ranges, and what it gives; nothing where it does not apply."""
@@ -353,9 +379,20 @@ class Contest:
         return candidates
 
     def count(self, attempts: Sequence[Attempt]) -> None:
-        """Tell how many candidates were tried."""
-        self.done = max(self.done + sum(isinstance(each, Candidate) for each in attempts), len(self.tried))
-        self.on_progress(Progress("calibrate: candidates", self.done, self.preset.trials - len(self.skipped), "tried"))
+        """Tell how many candidates were tried, and note which cannot be."""
+        self.skipped += [each for each in attempts if isinstance(each, FailureError)]
+        if new := sum(isinstance(each, Candidate) for each in attempts):
+            self.done += new
+            total = self.preset.trials - len(self.skipped)
+            self.on_progress(Progress("calibrate: candidates", self.done, total, "tried"))
+
+
+def see_statistics(draft: Draft) -> Statistics | None:
+    """The statistics of ``draft``; None where its network cannot be followed."""
+    try:
+        return draft.statistics
+    except FailureError:
+        return None
 
 
 def choose_best(candidates: Sequence[Candidate]) -> Candidate:

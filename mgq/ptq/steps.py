@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import megengine.module as M
 import numpy as np
@@ -90,9 +90,10 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer. ``measured``: ``reactions`` that are
-    known; ``before``: a draft whose reactions are this one's, too. ``answers``: logits of ``watched`` for the first of
-    ``images``, where they are known, and ``exact``: those of the float network that all began with.
+    on their grids already. ``corrections``: what was added to biases, by layer. ``measured`` and ``seen``:
+    ``reactions`` and ``statistics`` that are known; ``before``: a draft whose reactions are this one's, too.
+    ``answers``: logits of ``watched`` for the first of ``images``, where they are known, and ``exact``: those of the
+    float network that all began with.
     """
 
     network: M.Module
@@ -106,14 +107,15 @@ class Draft:
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
     measured: Reactions | None = None
+    seen: Statistics | None = None
     before: Draft | None = None
-    answers: npt.NDArray[np.float32] | None = None
+    answers: npt.NDArray[np.floating[Any]] | None = None
     exact: npt.NDArray[np.float64] | None = None
 
     def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
         """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
         known."""
-        return replace(self, network=network, measured=measured, before=None)
+        return replace(self, network=network, measured=measured, seen=None, before=None)
 
     def copy_watched(self) -> M.Module:
         """A copy of ``watched``, to be changed."""
@@ -144,7 +146,7 @@ class Draft:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
-        return statistics_of_images(self.network, self.images)
+        return statistics_of_images(self.network, self.images) if self.seen is None else self.seen
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -218,7 +220,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft, network=clear_dead_channels(draft.network)[0], before=draft)
+        return replace(draft, network=clear_dead_channels(draft.network)[0], seen=None, before=draft)
 
 
 @dataclass(frozen=True)

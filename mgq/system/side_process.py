@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from mgq.system.processes import AnsweringProcess, Channel, do_nothing
@@ -45,6 +46,10 @@ class Call(Generic[Result]):
     def result(self) -> Result:
         """What the call gives. Where the second process gave nothing, because it ended, has no memory left, or does not
         know the arguments' kinds, the call is made here. Raises what ``function`` raises."""
+        return self._result
+
+    @cached_property
+    def _result(self) -> Result:
         if self.future is not None:
             with contextlib.suppress(Exception):
                 if (answer := self.future.result()) is not None:
@@ -93,17 +98,19 @@ def share_out(
     function: Callable[[Task], Result],
     on_result: Callable[[Result], None],
 ) -> list[Result]:
-    """``function`` of each of ``tasks``, in their order: here from the first on, in the ``side`` process from the last
-    on, until they meet. ``on_result`` is told of each as it is known here."""
-    left, there = deque(tasks), deque[Call[Result]]()
-    here: list[Result] = []
+    """``function`` of each of ``tasks``, in their order. Each is begun as soon as this process or the ``side`` process
+    is free: put the longest first. ``on_result`` is told of each as it is known here."""
+    left = deque(enumerate(tasks))
+    found: dict[int, Result] = {}
+    there: dict[int, Call[Result]] = {}
     while left:
-        if side is not None and (not there or there[0].is_done):
-            there.appendleft(side.begin(function, left.pop()))
+        number, task = left.popleft()
+        if side is not None and all(call.is_done for call in there.values()):
+            there[number] = side.begin(function, task)
         else:
-            here.append(function(left.popleft()))
-            on_result(here[-1])
-    elsewhere = [call.result() for call in there]
-    for result in elsewhere:
-        on_result(result)
-    return here + elsewhere
+            found[number] = function(task)
+            on_result(found[number])
+    for number, call in there.items():
+        found[number] = call.result()
+        on_result(found[number])
+    return [found[number] for number in range(len(tasks))]
