@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pytest
 
 from mgq.system.megengine_start import import_megengine
+from mgq.zoo.network_state import set_state, state_of
 
 import_megengine()
 
@@ -95,13 +96,8 @@ def filled(network: M.Module, seed: int = 0) -> M.Module:
     state = random_state({name: value.shape for name, value in network.named_tensors()}, seed)
     stem = next(name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3)
     state[stem] /= 64
-    network.load_state_dict(state)
+    set_state(network, state)
     return network
-
-
-def values_of(network: M.Module) -> State:
-    """The network's ``state_dict`` but for axes of length 1: much faster, as MegEngine's takes quadratic time."""
-    return {name: value.numpy() for name, value in network.named_tensors()}
 
 
 def same_state(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -149,12 +145,12 @@ def trio_of(arch: str) -> Trio:
 def _trio_of(arch: str, repeats: tuple[int, ...]) -> Trio:
     """``repeats`` tells a short ShuffleNetV1 from a whole one."""
     normal = filled(blank(arch))
-    state = dict(normal.state_dict())
+    state = dict(state_of(normal))
     made_up = {"pictures": "made up"}
     ranges = measure_ranges(normal, [smooth_images(4)], arch, fingerprint(state), made_up, correct_bias=False)
     qat = to_mode(normal, Mode.QAT)
     apply_ranges(qat, ranges)
-    return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(qat.state_dict()))
+    return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(state_of(qat)))
 
 
 def classifier_of(arch: str, mode: Mode = Mode.NORMAL, options: Mapping[str, Any] | None = None) -> Classifier:
