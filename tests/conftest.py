@@ -31,6 +31,7 @@ import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
 
 from mgq.cli.main import run  # noqa: E402
+from mgq.engine.classifier import deployment  # noqa: E402
 from mgq.engine.classifier.open import Classifier  # noqa: E402
 from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
@@ -282,7 +283,12 @@ def forgotten() -> Iterator[None]:
 
 @pytest.fixture
 def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, cache_folder: Path) -> Mgq:
-    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
+    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder.
+
+    ``calibrate`` measures an imported network in every engine, several forms of it; no test is about those times.
+    """
+    monkeypatch.setattr(deployment, "SECONDS", (0.05, 3.0))
+    monkeypatch.setattr(deployment, "ROUNDS", 10)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
