@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pytest
 
 from mgq.system.megengine_start import import_megengine
+from mgq.zoo.network_state import set_state, state_of
 
 import_megengine()
 
@@ -30,6 +31,7 @@ import megengine.module as M  # noqa: E402
 from megengine import Tensor  # noqa: E402
 
 from mgq.cli.main import run  # noqa: E402
+from mgq.engine.classifier import deployment  # noqa: E402
 from mgq.engine.classifier.open import Classifier  # noqa: E402
 from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
@@ -95,13 +97,8 @@ def filled(network: M.Module, seed: int = 0) -> M.Module:
     state = random_state({name: value.shape for name, value in network.named_tensors()}, seed)
     stem = next(name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3)
     state[stem] /= 64
-    network.load_state_dict(state)
+    set_state(network, state)
     return network
-
-
-def values_of(network: M.Module) -> State:
-    """The network's ``state_dict`` but for axes of length 1: much faster, as MegEngine's takes quadratic time."""
-    return {name: value.numpy() for name, value in network.named_tensors()}
 
 
 def same_state(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -149,12 +146,12 @@ def trio_of(arch: str) -> Trio:
 def _trio_of(arch: str, repeats: tuple[int, ...]) -> Trio:
     """``repeats`` tells a short ShuffleNetV1 from a whole one."""
     normal = filled(blank(arch))
-    state = dict(normal.state_dict())
+    state = dict(state_of(normal))
     made_up = {"pictures": "made up"}
     ranges = measure_ranges(normal, [smooth_images(4)], arch, fingerprint(state), made_up, correct_bias=False)
     qat = to_mode(normal, Mode.QAT)
     apply_ranges(qat, ranges)
-    return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(qat.state_dict()))
+    return Trio(arch, normal, qat, to_mode(qat, Mode.QUANTIZED), ranges, state, dict(state_of(qat)))
 
 
 def classifier_of(arch: str, mode: Mode = Mode.NORMAL, options: Mapping[str, Any] | None = None) -> Classifier:
@@ -286,7 +283,12 @@ def forgotten() -> Iterator[None]:
 
 @pytest.fixture
 def mgq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, cache_folder: Path) -> Mgq:
-    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder."""
+    """Runs ``mgq ARGUMENTS`` in this process, in an empty folder.
+
+    ``calibrate`` measures an imported network in every engine, several forms of it; no test is about those times.
+    """
+    monkeypatch.setattr(deployment, "SECONDS", (0.05, 3.0))
+    monkeypatch.setattr(deployment, "ROUNDS", 10)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 

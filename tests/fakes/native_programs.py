@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import megengine
+import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
@@ -30,20 +31,23 @@ def noise(size: int, count: int = 1, seed: int = 0) -> Images:
 
 
 @cache
-def model_for(arch: str, size: int, target: Target = ONNX, classes: int = 1000) -> Any:
-    """An ONNX model with random weights, calibrated on noise."""
+def network_for(arch: str, target: Target, classes: int) -> M.Module:
+    """In mode ``qat``, with random weights, calibrated on noise."""
     if classes == 1000:
-        fake = source_of(make_random_classifier(arch, Mode.QAT, image_size=size, target=target))
-    else:
-        megengine.random.seed(3)
-        network = spec_of(arch).build(classes)
-        network.eval()
-        pixels = noise(size)
-        _, ranges = calibrate_network(
-            network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
-        )
-        fake = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
-    return model_of(plain_graph(fake, size), size, None, {"arch": arch})
+        return source_of(make_random_classifier(arch, Mode.QAT, image_size=64, target=target))
+    megengine.random.seed(3)
+    network = spec_of(arch).build(classes)
+    network.eval()
+    _, ranges = calibrate_network(
+        network, [noise(64)], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
+    )
+    return quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
+
+
+@cache
+def model_for(arch: str, size: int, target: Target = ONNX, classes: int = 1000) -> Any:
+    """An ONNX model of it for images of ``size``; its integers are those of every other size."""
+    return model_of(plain_graph(network_for(arch, target, classes), size), size, None, {"arch": arch})
 
 
 @cache

@@ -46,6 +46,7 @@ from mgq.quantization.qat import prepare_qat
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, avoid_ties, channel_scales
 from mgq.runtime.registry import BACKENDS, Backend, load
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
 from tests.conftest import logits_of, slow, smooth_images
@@ -173,9 +174,8 @@ def test_every_integer_of_larger_networks_is_the_same(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "read_layers", shown_in_numpy)
-    network = calibrate_network(
-        float_network(arch, {}), [IMAGES], arch, "", {}, "min-max", equalize=False, target=ONNX
-    )[0]
+    network = with_ranges(float_network(arch, {}))
+    set_exact_scales(network)  # weights rounded by GPTQ, which take much longer here, are those of TestOneTruth
     path = written(network, tmp_path)
     for layer in measure_layer_parity(SHOWING[0], path, network, IMAGES):
         assert layer.share == 0, layer
@@ -223,10 +223,10 @@ def test_exact_scales_cost_little(number: int) -> None:
 def test_exact_scales_are_what_they_were_when_set_again() -> None:
     network = with_ranges(float_network("mobilenet_v2", {}))
     first = set_exact_scales(network)
-    state = network.state_dict()
+    state = state_of(network)
     second = set_exact_scales(network)
     assert {name: pytest.approx(limits, rel=1e-6) for name, limits in first.items()} == second
-    for name, value in network.state_dict().items():
+    for name, value in state_of(network).items():
         np.testing.assert_allclose(value, state[name], rtol=1e-6, err_msg=name)
 
 
@@ -331,7 +331,7 @@ class TestFixedScales:
 
     def test_they_travel_with_a_checkpoint_and_without_them_weights_have_their_own(self) -> None:
         network = calibrated(2)
-        state = network.state_dict()
+        state = state_of(network)
         assert any(name.endswith("weight_fake_quant.scales") for name in state)
         other = to_mode(float_network("mobilenet_v2", {}), Mode.QAT, ONNX)
         load_state(other, state, "the checkpoint")
@@ -339,21 +339,21 @@ class TestFixedScales:
         disable_observer(other)
         assert np.array_equal(logits_of(other, IMAGES), logits_of(network, IMAGES))
         load_state(other, {name: value for name, value in state.items() if not name.endswith(".scales")}, "it")
-        assert not any(name.endswith(".scales") for name in other.state_dict())
+        assert not any(name.endswith(".scales") for name in state_of(other))
 
     @pytest.mark.parametrize("damage", [np.zeros(3, np.float32), np.full(16, np.nan, np.float32)], ids=["few", "nan"])
     def test_scales_that_are_none_are_refused_and_nothing_changes(self, damage: npt.NDArray[Any]) -> None:
-        state = dict(calibrated(2).state_dict())
+        state = dict(state_of(calibrated(2)))
         name = next(name for name in state if name.endswith("weight_fake_quant.scales"))
         other = to_mode(float_network("mobilenet_v2", {}), Mode.QAT, ONNX)
-        before = other.state_dict()
+        before = state_of(other)
         with pytest.raises(InputError, match="no scale for each output"):
             load_state(other, {**state, name: damage}, "it")
-        assert other.state_dict().keys() == before.keys()
+        assert state_of(other).keys() == before.keys()
 
     def test_training_sets_them_free(self) -> None:
         trained = prepare_qat(calibrated(2), target=ONNX)
-        assert not any(name.endswith(".scales") for name in trained.state_dict())
+        assert not any(name.endswith(".scales") for name in state_of(trained))
 
 
 def with_ranges(network: M.Module) -> M.Module:

@@ -33,6 +33,7 @@ from mgq.events import OnMessage, OnProgress, log_message, log_progress
 from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import fingerprint
 
@@ -195,7 +196,7 @@ def calibration_of(classifier: Classifier, folders: Sequence[Path], save: Path) 
 
     It is read from the ranges in one of ``folders`` or in the network's run, if they belong to just these weights.
     """
-    own = fingerprint(classifier.network.state_dict())
+    own = fingerprint(state_of(classifier.network))
     for folder in (*folders, save / f"{classifier.spec.name}.calibration"):
         path = folder / RANGES_FILE
         ranges = read_ranges(path) if path.is_file() else None

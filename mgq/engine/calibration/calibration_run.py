@@ -36,6 +36,7 @@ from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
 from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, Target
+from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint
 
 RANGES_FILE = "ranges.json"
@@ -91,7 +92,7 @@ def calibrate(
     preset = config.make_preset()
     few = choose_images(sources, images, config)
     seen = CalibrationImages(classifier, shuffle(list_of(few)), callbacks.on_progress, callbacks.on_message)
-    arch, weights = classifier.spec.name, fingerprint(classifier.network.state_dict())
+    arch, weights = classifier.spec.name, fingerprint(state_of(classifier.network))
     found, ranges = find_best_network(
         classifier.network,
         seen.all(),
@@ -159,9 +160,9 @@ def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> C
     network, ranges = calibrate_data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
     refuse_incomplete(network, ranges)
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    weights = fingerprint(classifier.network.state_dict())
+    weights = fingerprint(state_of(classifier.network))
     beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of([])}
-    ranges = replace(ranges, weights=fingerprint(network.state_dict()))
+    ranges = replace(ranges, weights=fingerprint(state_of(network)))
     return Calibration(ranges, found, 0, (), beginning)
 
 

@@ -20,6 +20,7 @@ from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Classifier:
         """Write the state that this network can be rebuilt from, to the bit, and what is known of it."""
         source = self.network if self.mode is not Mode.QUANTIZED else self.fake_quantized
         assert source is not None
-        write_checkpoint(path, source.state_dict(), self.info())
+        write_checkpoint(path, state_of(source), self.info())
 
 
 @cache

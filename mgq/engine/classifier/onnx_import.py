@@ -37,6 +37,7 @@ from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.input_contract import RAW, InputContract, contract_called
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.network_state import set_state, state_of
 from mgq.zoo.registry import BLUEPRINT, SOURCE, register_blueprint, specs
 
 EQUAL = 1e-4
@@ -240,8 +241,8 @@ def network_of(blueprint: Blueprint, draft: NetworkDraft) -> BlueprintNetwork:
     """The network that ``blueprint`` describes, with the weights of ``draft``, in evaluation state."""
     with without_initialization():
         network = BlueprintNetwork(blueprint)
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    network.load_state_dict({name: value.reshape(shapes[name]) for name, value in draft.state.items()})
+    shapes = {name: value.shape for name, value in state_of(network).items()}
+    set_state(network, {name: value.reshape(shapes[name]) for name, value in draft.state.items()})
     network.eval()
     return network
 

@@ -30,6 +30,7 @@ from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, get_target
 from mgq.weights.checkpoint import check_size
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.network_state import state_of
 from mgq.zoo.pretrained import version_in
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 from mgq.zoo.weight_loading import (
@@ -199,7 +200,7 @@ def to_float(classifier: Classifier) -> Classifier:
     spec = classifier.spec
     with without_initialization():
         network = spec.build(len(classifier.classes), **classifier.options)
-    load_state(network, float_part(classifier.fake_quantized.state_dict()), classifier.origin)
+    load_state(network, float_part(state_of(classifier.fake_quantized)), classifier.origin)
     network.eval()
     return replace(classifier, network=network, fake_quantized=None, mode=Mode.NORMAL)
 

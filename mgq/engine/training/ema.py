@@ -10,6 +10,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
+from mgq.zoo.network_state import set_state
 from mgq.zoo.weight_loading import is_observed
 
 State = dict[str, npt.NDArray[Any]]
@@ -41,7 +42,7 @@ class ModelEma:
     def make_averaged_copy(self, network: M.Module) -> M.Module:
         """A copy of ``network`` with the averaged weights."""
         result = deepcopy(network)
-        result.load_state_dict(self.values)
+        set_state(result, self.values)
         return result
 
     def load(self, values: Mapping[str, npt.NDArray[Any]], steps: int) -> None:

@@ -48,6 +48,7 @@ from mgq.quantization.qat import Phase, plain_qat, set_phase
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
+from mgq.zoo.network_state import set_state, state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import is_observed
 
@@ -402,7 +403,7 @@ class Trainer:
     def state(self, meter: Meter | None = None) -> TrainingState:
         """All that this training needs to go on to the bit; ``meter``: that of all processes."""
         tensors: dict[str, npt.NDArray[Any]] = {}
-        for name, value in self.network.state_dict().items():
+        for name, value in state_of(self.network).items():
             tensors[f"network.{name}"] = value
         for name, parameter in self.parameters.items():
             tensors[f"velocity.{name}"] = self.optimizer._state[parameter]["momentum_buffer"].numpy()
@@ -443,7 +444,7 @@ class Trainer:
         for name, value in state.tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
-        self.network.load_state_dict(parts["network"])
+        set_state(self.network, parts["network"])
         for name, parameter in self.parameters.items():
             self.optimizer._state[parameter]["momentum_buffer"][...] = Tensor(parts["velocity"][name])
         self.prepared = state.progress.get("prepared", True)
@@ -516,8 +517,7 @@ def figures_of(found: Evaluation) -> dict[str, float]:
 
 def standard_state(network: M.Module, mode: str) -> dict[str, npt.NDArray[Any]]:
     """The state that a checkpoint holds: that of a ``qat`` network in the form that every verb loads."""
-    state: dict[str, npt.NDArray[Any]] = (plain_qat(network) if mode == "qat" else network).state_dict()
-    return state
+    return state_of(plain_qat(network) if mode == "qat" else network)
 
 
 def running_statistics(network: M.Module) -> list[Tensor]:

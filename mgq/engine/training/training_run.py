@@ -65,6 +65,7 @@ from mgq.system.graphics_cards import graphics_cards, refuse_unfit
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.foreign_states import State
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import fingerprint, float_part, load_state, read_weights
 
@@ -468,7 +469,7 @@ def make_first_network(job: TrainJob) -> M.Module:
     with contextlib.nullcontext() if drawn else without_initialization():
         network = spec.build(recipe.classes, **recipe.options)
     if initial.state is not None:
-        load_state(network, {**network.state_dict(), **initial.state}, initial.origin)
+        load_state(network, {**state_of(network), **initial.state}, initial.origin)
     if recipe.batch_norm_momentum:
         for module in network.modules():
             if isinstance(module, M.BatchNorm2d):

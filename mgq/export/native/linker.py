@@ -20,7 +20,6 @@ from mgq.export.native.emit.interface import HEADER, Facts, interface_text
 from mgq.export.native.program import Program
 from mgq.io.atomic import atomic_write
 
-SUFFIX = ".so"
 PATIENCE_S = 120
 
 

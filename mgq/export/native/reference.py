@@ -12,7 +12,6 @@ from mgq.export.native.program import Conv, Layer, Linear, MaxPool, Mean, Progra
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Longs = npt.NDArray[np.int64]
 
 
 def run_reference(program: Program, images: Bytes) -> tuple[Floats, dict[str, Bytes]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,17 @@ def lift(node: Any, scope: Scope) -> Any:
         if name in scope.layers:
             scope.layers[LIFTED + name] = lift_layer(name, most if kind in OF_ANY_AXES else 0, scope)
     new.input[:] = [LIFTED + name if name in scope.layers else name for name in node.input]
-    for attribute in [attribute for attribute in new.attribute if attribute.name in changed]:
-        new.attribute.remove(attribute)
-    new.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in changed.items())
+    set_attributes(new, changed)
     return new
+
+
+def set_attributes(node: Any, values: Mapping[str, Any]) -> None:
+    """Give ``node`` the attributes ``values``, in place of those of the same names."""
+    import onnx
+
+    for attribute in [attribute for attribute in node.attribute if attribute.name in values]:
+        node.attribute.remove(attribute)
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in values.items())
 
 
 def lift_channels(node: Any, scope: Scope) -> Any:
@@ -108,10 +116,7 @@ def lift_channels(node: Any, scope: Scope) -> Any:
             scope.constants[f"{LIFTED}{windows} times {constant}"] = np.concatenate([value] * windows)
             new.input[place] = f"{LIFTED}{windows} times {constant}"
     if node.op_type == "Conv":
-        groups = attributes_of(node).get("group", 1) * windows
-        for attribute in [attribute for attribute in new.attribute if attribute.name == "group"]:
-            new.attribute.remove(attribute)
-        new.attribute.append(onnx.helper.make_attribute("group", groups))
+        set_attributes(new, {"group": attributes_of(node).get("group", 1) * windows})
     return new
 
 

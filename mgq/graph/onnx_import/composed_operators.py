@@ -18,11 +18,6 @@ SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
 TANH_OF_GELU = 0.044715
 
 
-def add_layer(op: Operator, kind: str, *sources: str, **options: Any) -> str:
-    """One more layer, which makes none of the file's tensors."""
-    return op.scope.draft.add(kind, sources, "", options)
-
-
 def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: float | Array = 0.0) -> str:
     tensors = {"scale": np.asarray(scale), "shift": np.asarray(shift)}
     return op.scope.draft.add("affine", [source], "", {}, tensors)
@@ -33,22 +28,22 @@ def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: flo
 
 def read_selu(op: Operator) -> None:
     alpha, gain = (float(op.read_attribute(*given)) for given in SELU.items())
-    op.give(add_affine(op, add_layer(op, "elu", op.layer(), alpha=alpha), gain))
+    op.give(add_affine(op, op.add("elu", op.layer(), alpha=alpha), gain))
 
 
 def read_celu(op: Operator) -> None:
     alpha = float(op.read_attribute("alpha", 1.0))
-    curved = add_layer(op, "elu", add_affine(op, op.layer(), 1 / alpha), alpha=1.0)
+    curved = op.add("elu", add_affine(op, op.layer(), 1 / alpha), alpha=1.0)
     op.give(add_affine(op, curved, alpha))
 
 
 def read_mish(op: Operator) -> None:
-    gate = add_layer(op, "tanh", add_layer(op, "softplus", op.layer()))
-    op.give(add_layer(op, "mul", op.layer(), gate))
+    gate = op.add("tanh", op.add("softplus", op.layer()))
+    op.give(op.add("mul", op.layer(), gate))
 
 
 def read_softsign(op: Operator) -> None:
-    op.give(add_layer(op, "div", op.layer(), add_affine(op, add_layer(op, "abs", op.layer()), 1.0, 1.0)))
+    op.give(op.add("div", op.layer(), add_affine(op, op.add("abs", op.layer()), 1.0, 1.0)))
 
 
 def read_gelu(op: Operator) -> None:
@@ -56,10 +51,10 @@ def read_gelu(op: Operator) -> None:
         op.make("gelu", [op.layer()])
         return
     source = op.layer()
-    cube = add_layer(op, "mul", source, add_layer(op, "mul", source, source))
-    inner = add_layer(op, "add", source, add_affine(op, cube, TANH_OF_GELU))
-    gate = add_layer(op, "tanh", add_affine(op, inner, math.sqrt(2 / math.pi)))
-    op.give(add_layer(op, "mul", source, add_affine(op, gate, 0.5, 0.5)))
+    cube = op.add("mul", source, op.add("mul", source, source))
+    inner = op.add("add", source, add_affine(op, cube, TANH_OF_GELU))
+    gate = op.add("tanh", add_affine(op, inner, math.sqrt(2 / math.pi)))
+    op.give(op.add("mul", source, add_affine(op, gate, 0.5, 0.5)))
 
 
 def read_limit(is_max: bool) -> Callable[[Operator], None]:
@@ -76,8 +71,8 @@ def read_limit(is_max: bool) -> Callable[[Operator], None]:
         one, other = op.layer(0), op.layer(1)
         if len(op.shape(0)) != len(op.shape(1)):
             raise BatchMixedError
-        more = add_layer(op, "relu", add_layer(op, "sub", *((one, other) if is_max else (other, one))))
-        op.give(add_layer(op, "add" if is_max else "sub", other, more))
+        more = op.add("relu", op.add("sub", *((one, other) if is_max else (other, one))))
+        op.give(op.add("add" if is_max else "sub", other, more))
 
     return read
 
@@ -87,9 +82,9 @@ def read_limit(is_max: bool) -> Callable[[Operator], None]:
 
 def normalize(op: Operator, source: str, axes: Sequence[int], epsilon: float) -> str:
     """``source`` less its mean, divided by its deviation, along ``axes``."""
-    centred = add_layer(op, "sub", source, add_layer(op, "mean", source, axes=list(axes)))
-    variance = add_layer(op, "mean", add_layer(op, "mul", centred, centred), axes=list(axes))
-    return add_layer(op, "div", centred, add_layer(op, "sqrt", add_affine(op, variance, 1.0, epsilon)))
+    centred = op.add("sub", source, op.add("mean", source, axes=list(axes)))
+    variance = op.add("mean", op.add("mul", centred, centred), axes=list(axes))
+    return op.add("div", centred, op.add("sqrt", add_affine(op, variance, 1.0, epsilon)))
 
 
 def read_group_norm(op: Operator) -> None:
@@ -100,11 +95,11 @@ def read_group_norm(op: Operator) -> None:
     groups = int(op.read_attribute("num_groups", channels))
     source = op.layer()
     if groups != channels:
-        source = add_layer(op, "reshape", source, shape=[groups, channels // groups, *shape[2:]])
+        source = op.add("reshape", source, shape=[groups, channels // groups, *shape[2:]])
     rank = len(op.scope.draft.shape(source))
     source = normalize(op, source, range(2, rank), float(op.read_attribute("epsilon", 1e-5)))
     if groups != channels:
-        source = add_layer(op, "reshape", source, shape=list(shape[1:]))
+        source = op.add("reshape", source, shape=list(shape[1:]))
     each = [np.repeat(part, channels // part.size).reshape(-1, *(1,) * (len(shape) - 2)) for part in (scale, shift)]
     op.give(add_affine(op, source, *each))
 
@@ -137,7 +132,7 @@ def read_sum_over(op: Operator) -> None:
 
 def read_length(op: Operator) -> None:
     """ReduceL2: the root of the sum of squares."""
-    op.give(add_layer(op, "sqrt", add_sum(op, add_layer(op, "mul", op.layer(), op.layer()))))
+    op.give(op.add("sqrt", add_sum(op, op.add("mul", op.layer(), op.layer()))))
 
 
 def add_sum(op: Operator, source: str) -> str:
@@ -174,14 +169,14 @@ def read_tile(op: Operator) -> None:
         return
     apart = [size for sizes, _ in parts for size in sizes]
     many = [size for sizes, count in parts for size in (sizes if count == 1 else [count, sizes[1]])]
-    whole = add_layer(op, "expand", add_layer(op, "reshape", op.layer(), shape=apart), shape=many)
+    whole = op.add("expand", op.add("reshape", op.layer(), shape=apart), shape=many)
     op.make("reshape", [whole], shape=[size * count for size, count in zip(shape[1:], repeats[1:], strict=True)])
 
 
 def read_space_to_depth(op: Operator) -> None:
     size, (channels, height, width) = int(op.read_attribute("blocksize", 1)), op.shape()[1:]
-    parts = add_layer(op, "reshape", op.layer(), shape=[channels, height // size, size, width // size, size])
-    moved = add_layer(op, "transpose", parts, axes=[0, 3, 5, 1, 2, 4])
+    parts = op.add("reshape", op.layer(), shape=[channels, height // size, size, width // size, size])
+    moved = op.add("transpose", parts, axes=[0, 3, 5, 1, 2, 4])
     op.make("reshape", [moved], shape=[channels * size * size, height // size, width // size])
 
 
@@ -192,8 +187,8 @@ def read_depth_to_space(op: Operator) -> None:
     shape, axes = (
         ([size, size, rest], [0, 3, 4, 1, 5, 2]) if is_depth_first else ([rest, size, size], [0, 1, 4, 2, 5, 3])
     )
-    parts = add_layer(op, "reshape", op.layer(), shape=[*shape, height, width])
-    moved = add_layer(op, "transpose", parts, axes=axes)
+    parts = op.add("reshape", op.layer(), shape=[*shape, height, width])
+    moved = op.add("transpose", parts, axes=axes)
     op.make("reshape", [moved], shape=[rest, height * size, width * size])
 
 

@@ -41,7 +41,7 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    if node.op_type == "BatchNormalization" and opset < TRAINING_NAMED and any(node.output[1:]):
+    if node.op_type == "BatchNormalization" and opset < TRAINING_NAMED and is_in_training(node):
         node, opset = name_training(node), TRAINING_NAMED
     if node.op_type in ("Expand", "ConstantOfShape", "Tile", "Range", "Pad"):
         refuse_too_large(node, [inputs[name] for name in node.input if name])
@@ -56,8 +56,13 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
     return [np.asarray(value) for value in found]
 
 
+def is_in_training(node: Any) -> bool:
+    """Whether ``node``, a batch norm, normalizes by the batch; before opset 14 its other outputs alone tell."""
+    return bool(attributes_of(node).get("training_mode", 0)) or any(node.output[1:])
+
+
 def name_training(node: Any) -> Any:
-    """``node``, a norm by its batch, as opset 14 has it; before that such a norm is known by its other outputs."""
+    """``node``, a batch norm in training state, as opset 14 has it."""
     import onnx
 
     epsilon = attributes_of(node).get("epsilon", 1e-5)

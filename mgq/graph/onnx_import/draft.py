@@ -13,6 +13,7 @@ from megengine import Tensor
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan
 from mgq.zoo.blueprint_layers import layer_of
 from mgq.zoo.layers import without_initialization
+from mgq.zoo.network_state import set_state
 
 Array = npt.NDArray[Any]
 EPSILON = 1e-5
@@ -66,7 +67,7 @@ class NetworkDraft:
         with without_initialization():
             module = layer_of(plan, False, 0.0)
         if self.tensors[plan.name]:
-            module.load_state_dict(self.tensors[plan.name])
+            set_state(module, self.tensors[plan.name])
         module.eval()
         result: Array = module(*(Tensor(self.samples[name]) for name in plan.inputs)).numpy()
         return result

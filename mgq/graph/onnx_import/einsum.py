@@ -61,14 +61,14 @@ def move_axes(op: Operator, layer: str, before: str, after: str) -> str:
     """A layer that gives what ``layer`` does, with its axes, which ``before`` names, in the order of ``after``."""
     if before == after:
         return layer
-    return op.scope.draft.add("transpose", [layer], "", {"axes": [before.index(letter) for letter in after]})
+    return op.add("transpose", layer, axes=[before.index(letter) for letter in after])
 
 
 def reshape_to(op: Operator, layer: str, sizes: Sequence[int]) -> str:
     """``layer`` with axes of ``sizes`` behind that of the pictures."""
     if op.scope.draft.shape(layer)[1:] == tuple(sizes):
         return layer
-    return op.scope.draft.add("reshape", [layer], "", {"shape": list(sizes)})
+    return op.add("reshape", layer, shape=list(sizes))
 
 
 def multiply_layers(op: Operator, one: str, other: str, output: str) -> None:
@@ -91,7 +91,7 @@ def multiply_layers(op: Operator, one: str, other: str, output: str) -> None:
     left = reshape_to(op, move_axes(op, op.layer(0), one, shared + rows + summed), [places, count(rows), count(summed)])
     right = move_axes(op, op.layer(1), other, shared + summed + columns)
     right = reshape_to(op, right, [places, count(summed), count(columns)])
-    product = op.scope.draft.add("matmul", [left, right], "")
+    product = op.add("matmul", left, right)
     whole = reshape_to(op, product, [size[letter] for letter in shared[1:] + rows + columns])
     op.give(move_axes(op, whole, shared + rows + columns, output))
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import printable
+from mgq.graph.onnx_import.constants import is_in_training
 from mgq.graph.onnx_import.draft import (
     NetworkDraft,
     convolution_options,
@@ -145,6 +146,10 @@ class Operator:
         self.scope.layers[tensor] = name
         return name
 
+    def add(self, kind: str, *sources: str, **options: Any) -> str:
+        """One more layer, which makes none of the file's tensors."""
+        return self.scope.draft.add(kind, sources, "", options)
+
     def pass_through(self, name: str) -> None:
         """The output is what the layer ``name`` gives."""
         self.scope.layers[self.node.output[0]] = name
@@ -176,9 +181,9 @@ def read_convolution(op: Operator) -> None:
     pads, source = pads_of(op, weight.shape[2:], stride, dilation), op.layer()
     if axes == 1:  # as one row of a picture
         weight, stride, dilation, pads = weight[:, :, None], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
-        source = draft.add("reshape", [source], "", {"shape": [op.shape()[1], 1, op.shape()[2]]})
+        source = op.add("reshape", source, shape=[op.shape()[1], 1, op.shape()[2]])
     if pads[:2] != pads[2:]:
-        source = draft.add("pad", [source], "", {"pads": pads, "value": 0.0})
+        source = op.add("pad", source, pads=pads, value=0.0)
         pads = [0, 0, 0, 0]
     options = convolution_options(weight, groups, stride=stride, padding=pads[:2], dilation=dilation)
     tensors = convolution_tensors(weight, bias, groups)
@@ -207,7 +212,7 @@ def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation
 
 def read_batch_norm(op: Operator) -> None:
     scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
-    if op.read_attribute("training_mode", 0) or any(op.node.output[1:]):
+    if is_in_training(op.node):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
     shape = (-1, *(1,) * (0 if op.read_attribute(LAST_CHANNELS, 0) else len(op.shape()) - 2))
@@ -259,12 +264,12 @@ def add_linear_over_last_axis(op: Operator, source: str, weight: Array, bias: Ar
     draft, flat = op.scope.draft, source
     shape = draft.shape(source)
     if len(shape) != 4:
-        flat = draft.add("reshape", [flat], "", {"shape": [math.prod(shape[1:-1]), 1, shape[-1]]})
-    first = draft.add("transpose", [flat], "", {"axes": [0, 3, 1, 2]})
+        flat = op.add("reshape", flat, shape=[math.prod(shape[1:-1]), 1, shape[-1]])
+    first = op.add("transpose", flat, axes=[0, 3, 1, 2])
     kernels = weight[:, :, None, None]
     done = draft.add("conv", [first], "", convolution_options(kernels, 1), convolution_tensors(kernels, bias, 1))
-    last = draft.add("transpose", [done], "", {"axes": [0, 2, 3, 1]})
-    return last if len(shape) == 4 else draft.add("reshape", [last], "", {"shape": [*shape[1:-1], len(weight)]})
+    last = op.add("transpose", done, axes=[0, 2, 3, 1])
+    return last if len(shape) == 4 else op.add("reshape", last, shape=[*shape[1:-1], len(weight)])
 
 
 def read_binary(kind: str) -> Callable[[Operator], None]:
@@ -302,7 +307,7 @@ def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first:
         raise UnknownFormError("has a constant for each picture")
     one, zero = np.ones(()), np.zeros(())
     if kind == "div" and value_first:
-        layer, kind, value_first = op.scope.draft.add("reciprocal", [layer], ""), "mul", False
+        layer, kind, value_first = op.add("reciprocal", layer), "mul", False
     scale, shift = {
         "add": (one, value),
         "sub": (-one, value) if value_first else (one, -value),
@@ -316,7 +321,7 @@ def read_sum(op: Operator) -> None:
     names = [op.scope.layer(name) for name in op.inputs]
     total = names[0]
     for name in names[1:-1]:
-        total = op.scope.draft.add("add", [total, name], "")
+        total = op.add("add", total, name)
     if len(names) == 1:
         op.pass_through(total)
     else:
@@ -383,8 +388,7 @@ def add_constant_beside(op: Operator, layer: str, axis: int, name: str) -> str:
         value = value[0]
     if value.ndim != len(shape) - 1 or value.shape[axis - 1] > shape[axis]:
         raise UnknownFormError("joins a constant of more numbers than there are beside it")
-    options = {"axis": axis, "start": 0, "stop": value.shape[axis - 1], "step": 1}
-    part = draft.add("slice", [layer], "", options)
+    part = op.add("slice", layer, axis=axis, start=0, stop=value.shape[axis - 1], step=1)
     return draft.add("affine", [part], "", {}, {"scale": np.zeros(()), "shift": value})
 
 
@@ -428,7 +432,7 @@ def read_slice(op: Operator) -> None:
         options = {"axis": place, "start": first, "stop": last, "step": step}
         if place == 0:
             raise BatchMixedError
-        source = op.scope.draft.add("slice", [source], "", options)
+        source = op.add("slice", source, **options)
     add_slice(op, source, *parts[-1])
 
 
@@ -437,7 +441,7 @@ def reverse(op: Operator, source: str, axis: int, part: slice) -> str:
     if axis == 0:
         raise BatchMixedError
     indices = list(range(*part.indices(op.shape()[axis])))
-    return op.scope.draft.add("slice", [source], "", {"axis": axis, "indices": indices})
+    return op.add("slice", source, axis=axis, indices=indices)
 
 
 def read_gather(op: Operator) -> None:
@@ -451,10 +455,10 @@ def read_gather(op: Operator) -> None:
         raise UnknownFormError("looks up more numbers than channels or positions")
     one = op.layer()
     if places != list(range(shape[axis])):
-        one = op.scope.draft.add("slice", [one], "", {"axis": axis, "indices": places})
+        one = op.add("slice", one, axis=axis, indices=places)
     wanted = [*shape[1:axis], *indices.shape, *shape[axis + 1 :]]
     if op.scope.draft.shape(one)[1:] != tuple(wanted):
-        one = op.scope.draft.add("reshape", [one], "", {"shape": wanted})
+        one = op.add("reshape", one, shape=wanted)
     if one == op.layer():
         op.pass_through(one)
     else:
@@ -497,11 +501,11 @@ def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
     if 0 in places:
         raise BatchMixedError
     is_global = rank == 4 and places == [2, 3]
-    name = op.scope.draft.add(*((global_kind, [source], "") if is_global else (kind, [source], "", {"axes": places})))
+    name = op.add(global_kind, source) if is_global else op.add(kind, source, axes=places)
     if op.read_attribute("keepdims", 1):
         return name
     rest = [size for i, size in enumerate(shape) if i > 0 and i not in places]
-    return op.scope.draft.add("reshape", [name], "", {"shape": rest})
+    return op.add("reshape", name, shape=rest)
 
 
 def read_softmax(kind: str) -> Callable[[Operator], None]:
@@ -597,8 +601,8 @@ def read_pad(op: Operator) -> None:
     elif not (starts[3] or ends[3]):
         # Channels last: the axes of pictures are those before them.
         options["pads"] = [*starts[1:3], *ends[1:3]]
-        first = op.scope.draft.add("transpose", [op.layer()], "", {"axes": [0, 3, 1, 2]})
-        padded = op.scope.draft.add("pad", [first], "", options)
+        first = op.add("transpose", op.layer(), axes=[0, 3, 1, 2])
+        padded = op.add("pad", first, **options)
         op.make("transpose", [padded], axes=[0, 2, 3, 1])
     else:
         raise UnknownFormError("pads channels and positions at once")

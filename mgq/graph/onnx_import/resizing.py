@@ -112,16 +112,16 @@ def choose(op: Operator, chosen: list[list[int]]) -> None:
     even = [
         [place // count for place in range(size * count)] for size, count in zip((height, width), repeats, strict=True)
     ]
-    draft, source = op.scope.draft, op.layer()
+    source = op.layer()
     if chosen == even:
         rows, columns = repeats
-        parts = draft.add("reshape", [source], "", {"shape": [channels, height, 1, width, 1]})
-        many = draft.add("expand", [parts], "", {"shape": [channels, height, rows, width, columns]})
+        parts = op.add("reshape", source, shape=[channels, height, 1, width, 1])
+        many = op.add("expand", parts, shape=[channels, height, rows, width, columns])
         op.make("reshape", [many], shape=[channels, height * rows, width * columns])
         return
     for axis, places in enumerate(chosen, 2):
         if places != list(range(op.shape()[axis])):
-            source = draft.add("slice", [source], "", {"axis": axis, "indices": places})
+            source = op.add("slice", source, axis=axis, indices=places)
     op.give(source)
 
 

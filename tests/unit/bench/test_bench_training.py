@@ -30,6 +30,7 @@ from mgq.events import Progress
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import qat_modules
+from mgq.zoo.network_state import set_state
 from tests.conftest import Mgq, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
@@ -139,7 +140,7 @@ def test_both_kernels_take_the_same_step() -> None:
         for name, value in state.items():
             if name.endswith(("bn.weight", "running_var")):
                 value[...] = 1
-        stepper.network.load_state_dict(state)
+        set_state(stepper.network, state)
         with stepper.by_kernels():
             losses[kernels] = stepper.step()
     assert losses[FAST] == pytest.approx(losses[STOCK], rel=1e-5)

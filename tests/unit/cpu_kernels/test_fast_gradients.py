@@ -48,8 +48,9 @@ from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import freeze_batch_norm
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import specs
-from tests.conftest import EACH_FAMILY, FAMILIES, blank, filled, one_line_about, smooth_images, values_of
+from tests.conftest import EACH_FAMILY, FAMILIES, blank, filled, one_line_about, smooth_images
 
 Array = npt.NDArray[np.float32]
 
@@ -104,7 +105,7 @@ def stepped(module: M.Module, source: Array, d_output: Array | None, fast: bool,
     gradients = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
     if wants_source:
         gradients["source"] = x.grad.numpy()
-    return Outcome(output.numpy(), gradients, values_of(module))
+    return Outcome(output.numpy(), gradients, state_of(module))
 
 
 def assert_alike(fast: Outcome, stock: Outcome, about: object = "", tolerance: float = TOLERANCE) -> None:
@@ -258,7 +259,7 @@ def by_fixed_statistics(module: M.Module, kind: str, source: Array) -> Outcome:
         "bn.weight": (d_output * normal_values).sum((0, 2, 3)).reshape(bn.weight.shape),
         "bn.bias": d_output.sum((0, 2, 3)).reshape(bn.bias.shape),
     }
-    return Outcome(output, gradients, values_of(module))
+    return Outcome(output, gradients, state_of(module))
 
 
 @pytest.mark.parametrize("frozen_norm", [False, True], ids=["training statistics", "frozen batch norm"])
@@ -450,18 +451,18 @@ def test_the_same_steps_give_the_same_bits(mode: Mode) -> None:
     batches = [normal(size, 3, 16, 16, seed=size) for size in (8, 8, 5)]
     network = small_network(mode)
     with fast_gradients():
-        one, other = (values_of(trained(copy.deepcopy(network), batches)) for _ in range(2))
+        one, other = (state_of(trained(copy.deepcopy(network), batches)) for _ in range(2))
     assert all(np.array_equal(one[name], other[name]) for name in one)
-    before = values_of(network)
+    before = state_of(network)
     assert any(not np.array_equal(one[name], before[name]) for name in one)
 
 
 def test_steps_follow_stock_steps_through_odd_batches() -> None:
     batches = [normal(size, 3, 15, 17, seed=size) for size in (8, 3, 1, 8)]
     network = small_network(Mode.NORMAL)
-    stock = values_of(trained(copy.deepcopy(network), batches))
+    stock = state_of(trained(copy.deepcopy(network), batches))
     with fast_gradients():
-        fast = values_of(trained(network, batches))
+        fast = state_of(trained(network, batches))
     for name, value in stock.items():
         np.testing.assert_allclose(fast[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 

@@ -38,6 +38,7 @@ from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.weights.checkpoint import CheckpointInfo, check_size, write_checkpoint
+from mgq.zoo.network_state import state_of
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import create_model, spec_of
 from mgq.zoo.weight_loading import Weights, fingerprint, read_weights
@@ -49,7 +50,6 @@ from tests.conftest import (
     one_line_about,
     smooth_images,
     trio_of,
-    values_of,
     write_images,
 )
 
@@ -154,7 +154,7 @@ class TestCheckpoints:
 
     def test_where_it_says_nothing_of_an_option_the_default_is_meant(self, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"
-        save_file(dict(blank("mobilenet_v2", width=0.25).state_dict()), str(path))
+        save_file(dict(state_of(blank("mobilenet_v2", width=0.25))), str(path))
         opened = open_classifier("mobilenet_v2", path, Mode.NORMAL, options={"activation": "relu", "width": 0.25})
         assert mode_of(opened.network) is Mode.NORMAL
         with pytest.raises(InputError) as error:
@@ -483,7 +483,7 @@ def test_the_shared_networks_were_left_as_they_were() -> None:
     for arch in (SHUFFLE, LITE):
         trio = trio_of(arch)
         assert [mode_of(n) for n in (trio.normal, trio.qat, trio.quantized)] == list(Mode)
-        assert fingerprint(values_of(trio.normal)) == trio.ranges.weights
+        assert fingerprint(state_of(trio.normal)) == trio.ranges.weights
 
 
 def test_ranges_that_lack_a_layer_that_runs_are_refused() -> None:
@@ -507,7 +507,7 @@ def test_relu6_weights_are_refused_by_a_relu_network(tmp_path: Path) -> None:
     info = CheckpointInfo(
         "mobilenet_v2", "normal", ("a", "b", "c"), 64, "made up", {"width": 0.25, "activation": "relu6"}
     )
-    write_checkpoint(tmp_path / "w.safetensors", trained.state_dict(), info)
+    write_checkpoint(tmp_path / "w.safetensors", state_of(trained), info)
     with pytest.raises(InputError, match="activation='relu6'"):
         mgq.load_weights(create_model("mobilenet_v2", classes=3, width=0.25), tmp_path / "w.safetensors")
 

@@ -13,8 +13,9 @@ from mgq.data.loader import Loader
 from mgq.engine.training.input_layer import find_input_layer, input_layer_lr_scale
 from mgq.engine.training.linear_probe import DECAY, fit_linear_probe, solve_softmax_regression
 from mgq.events import Progress
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import create_model
-from tests.conftest import same_state, values_of
+from tests.conftest import same_state
 
 
 def features(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -92,14 +93,14 @@ class Net(M.Module):  # type: ignore[misc]
 
 def test_a_networks_classifier_is_solved_and_nothing_else_changes() -> None:
     network = Net()
-    before = values_of(network)
+    before = state_of(network)
     seen: list[Progress] = []
     with Loader(Colours(), EvalTransform(32), 8, workers=0) as loader:
         fit_linear_probe(network, "fc", loader, 0.0, seen.append)
         (batch,) = list(Loader(Colours(), EvalTransform(32), 30, workers=0).batches(0))
     answers = network(Tensor(batch.images.astype(np.float32) - 128)).numpy().argmax(1)
     assert np.array_equal(answers, batch.labels)
-    after = values_of(network)
+    after = state_of(network)
     assert not np.array_equal(after["fc.weight"], before["fc.weight"])
     assert same_state(*({n: v for n, v in s.items() if not n.startswith("fc.")} for s in (before, after)))
     assert [progress.done for progress in seen] == [1, 2, 3, 4]
@@ -108,7 +109,7 @@ def test_a_networks_classifier_is_solved_and_nothing_else_changes() -> None:
 class TestStem:
     def test_it_is_found_in_every_family(self) -> None:
         for arch in ("resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3", "efficientnet_lite0"):
-            state = create_model(arch, 10).state_dict()
+            state = state_of(create_model(arch, 10))
             name = find_input_layer(state)
             assert name is not None and state[name].shape[1] == 3 and name == find_input_layer(dict(state.items()))
 

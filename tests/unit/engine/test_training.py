@@ -123,18 +123,19 @@ def test_a_stopped_training_goes_on_to_the_bit(undisturbed: TrainResult, tmp_pat
     assert epochs_in(outcome) == [1, 2]
 
 
+@pytest.fixture(scope="module")
+def solved(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A training of one epoch whose classifier is solved before."""
+    return train(small_request(tmp_path_factory.mktemp("solved"), epochs=1, classifier_pictures=20))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, slow(3), slow(4)])
-def test_a_classifier_that_was_being_solved_is_solved_again(tmp_path: Path, moment: int) -> None:
-    outcomes = []
-    for name in ("undisturbed", "stopped"):
-        request = small_request(tmp_path / name, epochs=1, classifier_pictures=20)
-        if name == "stopped":
-            with pytest.raises(StoppedError):
-                train(request, stopping_after(moment))  # it is asked at each of three batches, and after each step
-            request = TrainOptions(save=tmp_path / name, resume=True, workers=1)
-        outcomes.append(train(request))
-    assert outcomes[0].checkpoint.read_bytes() == outcomes[1].checkpoint.read_bytes()
+@pytest.mark.parametrize("moment", [1, 3, 4])
+def test_a_classifier_that_was_being_solved_is_solved_again(solved: TrainResult, tmp_path: Path, moment: int) -> None:
+    with pytest.raises(StoppedError):  # it is asked at each of three batches, and after each step
+        train(small_request(tmp_path, epochs=1, classifier_pictures=20), stopping_after(moment))
+    again = train(TrainOptions(save=tmp_path, resume=True, workers=1))
+    assert again.checkpoint.read_bytes() == solved.checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("observer", ["ema", slow("lsq")])

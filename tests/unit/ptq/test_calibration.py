@@ -32,6 +32,7 @@ from mgq.quantization.activation_ranges import (
 )
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import EASYQUANT, METHODS
+from mgq.zoo.network_state import state_of
 from tests.conftest import (
     classifier_of,
     logits_of,
@@ -39,7 +40,6 @@ from tests.conftest import (
     same_state,
     smooth_images,
     trio_of,
-    values_of,
 )
 from tests.fakes.small_network import IMAGES, net
 
@@ -56,12 +56,12 @@ def ranges_by(method: str, network: M.Module | None = None) -> ActivationRanges:
 class TestEachMethod:
     def test_every_layer_that_ran_has_a_range_and_the_network_stays(self, method: str) -> None:
         network = net()
-        before = values_of(network)
+        before = state_of(network)
         found = ranges_by(method, network)
         assert found.observer == method
         assert set(found.ranges) == LAYERS
         assert mode_of(network) is Mode.NORMAL
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
 
     def test_ranges_are_near_those_of_the_values(self, method: str) -> None:
         exact, found = ranges_by("min-max").ranges, ranges_by(method).ranges

@@ -11,7 +11,7 @@ import pytest
 from megengine import Tensor
 
 from mgq.graph.layer_graph import graph_of
-from mgq.ptq.bias_correction import correct_biases
+from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.channel_statistics import measure_statistics, predict_statistics
 from mgq.ptq.equalization import (
@@ -21,7 +21,8 @@ from mgq.ptq.equalization import (
     sets_of,
     soft_maximum,
 )
-from mgq.ptq.gptq import round_weights
+from mgq.ptq.gptq import GPTQ
+from mgq.ptq.layerwise import visit_beside_float
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import logits_of, slow
@@ -144,7 +145,7 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
 
 @pytest.mark.slow
 def test_steps_work_alone_and_in_order() -> None:
-    """Each is a function from a network, and pictures, to another: nearer to float, the one before it left as it is."""
+    """Weights rounded together bring a network nearer to float, and biases corrected after that change it again."""
     network = network_of("mobilenet_v2")
     wanted, pixels = logits_of(network, IMAGES), as_input(IMAGES)
 
@@ -154,7 +155,8 @@ def test_steps_work_alone_and_in_order() -> None:
     plain = calibrate_network(network, [IMAGES], "", "", {}, "min-max", correct_bias=False, weight_rounding="nearest")[
         0
     ]
-    once = round_weights(plain, pixels)
-    twice = correct_biases(once, pixels)
-    noises = [noise(found) for found in (plain, once, twice)]
+    noises = [noise(plain)]
+    for step in (GPTQ(), BiasCorrection()):
+        visit_beside_float(plain, pixels, step)
+        noises.append(noise(plain))
     assert noises[1] < 0.9 * noises[0] and noises[2] != noises[1]

@@ -45,6 +45,7 @@ from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime
 from mgq.runtime.registry import BACKENDS
 from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of
+from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import (
     EACH_FAMILY,
@@ -270,7 +271,7 @@ def test_a_checkpoint_brings_the_same_network_back_to_the_bit(arch: str, mode: M
     read = classifier_from(weights, mode)
     assert classifier.fake_quantized is not None and read.fake_quantized is not None
     assert read.info().float_layers == weights.info.float_layers
-    assert same_state(read.fake_quantized.state_dict(), classifier.fake_quantized.state_dict())
+    assert same_state(state_of(read.fake_quantized), state_of(classifier.fake_quantized))
     assert read.logits(IMAGES).tobytes() == classifier.logits(IMAGES).tobytes()
 
 

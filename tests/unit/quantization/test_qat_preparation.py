@@ -35,8 +35,9 @@ from mgq.quantization.qat import (
 )
 from mgq.quantization.targets import UnitScaleObserver
 from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import load_state
-from tests.conftest import State, blank, logits_of, one_line_about, same_state, values_of
+from tests.conftest import State, blank, logits_of, one_line_about, same_state
 
 CLASSES = 3
 RATE = 0.03
@@ -113,7 +114,7 @@ class Run:
         return losses
 
     def state(self) -> tuple[State, dict[str, Any]]:
-        return dict(self.network.state_dict()), self.optimizer.state_dict()
+        return dict(state_of(self.network)), self.optimizer.state_dict()
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
@@ -138,14 +139,14 @@ class TestTraining:
         run = Run(observer)
         run.observe()
         run.train(Phase.QUANTIZE, range(5))
-        before = values_of(run.network)
+        before = state_of(run.network)
         plain = plain_qat(run.network)
-        assert same_state(values_of(run.network), before)
+        assert same_state(state_of(run.network), before)
         assert mode_of(plain) is Mode.QAT
         assert not plain.training
 
         loaded = to_mode(Tiny(), Mode.QAT)
-        load_state(loaded, dict(plain.state_dict()), "plain state")
+        load_state(loaded, dict(state_of(plain)), "plain state")
         loaded.eval()
         images, _ = toy_batch(7)
         expected = logits_of(run.network, images)
@@ -171,8 +172,8 @@ class TestTraining:
         load_state(resumed.network, network_state, "saved state")
         resumed.optimizer.load_state_dict(optimizer_state)
         resumed.train(phase, range(4, 7))
-        expected = undisturbed.network.state_dict()
-        for name, value in resumed.network.state_dict().items():
+        expected = state_of(undisturbed.network)
+        for name, value in state_of(resumed.network).items():
             assert np.array_equal(value, expected[name]), name
         assert any(not np.array_equal(value, network_state[name]) for name, value in expected.items())
 
@@ -182,7 +183,7 @@ class TestTraining:
         load_state(resumed.network, undisturbed.state()[0], "saved state")
         for run in (undisturbed, resumed):
             run.train(Phase.QUANTIZE, range(2))
-        assert same_state(values_of(undisturbed.network), values_of(resumed.network))
+        assert same_state(state_of(undisturbed.network), state_of(resumed.network))
 
     def test_input_scale_and_classifier_stay_as_they_are(self, observer: str) -> None:
         run = Run(observer)
@@ -203,10 +204,10 @@ class TestPreparation:
 
     def test_a_copy_unless_in_place(self) -> None:
         network = tiny()
-        before = values_of(network)
+        before = state_of(network)
         assert mode_of(prepare_qat(network, "lsq")) is Mode.QAT
         assert mode_of(network) is Mode.NORMAL
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
         assert prepare_qat(network, "lsq", in_place=True) is network
 
     @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v1_x0_5_g3"])
@@ -235,7 +236,7 @@ class TestPreparation:
         run.observe()
         run.train(Phase.QUANTIZE, range(3))
         again = prepare_qat(run.network, "lsq")
-        assert same_state(values_of(again), values_of(run.network))
+        assert same_state(state_of(again), state_of(run.network))
 
     @pytest.mark.parametrize("observer", ["ema", "tqt"])
     def test_it_can_be_prepared_for_another_observer(self, observer: str) -> None:
@@ -272,7 +273,7 @@ class TestPreparation:
         observe_weights(other.network)
         for run in (one, other):
             run.train(Phase.QUANTIZE, range(2, 4))
-        assert same_state(values_of(one.network), values_of(other.network))
+        assert same_state(state_of(one.network), state_of(other.network))
 
     def test_the_observer_for_many_devices_can_be_switched_off(self) -> None:
         observer = SwitchableSyncMinMaxObserver(dtype="qint8")
@@ -290,7 +291,7 @@ class TestPhases:
         set_phase(run.network, Phase.OBSERVE)
         images, _ = toy_batch(0)
         assert np.allclose(logits_of(run.network, images), logits_of(network, images), rtol=1e-4, atol=1e-5)
-        before, after = network.state_dict(), run.network.state_dict()
+        before, after = state_of(network), state_of(run.network)
         assert all(np.array_equal(value, after[name]) for name, value in before.items())
         assert run.network.first.act_observer.max_val.numpy() > 0
 
@@ -325,9 +326,9 @@ class TestPhases:
         run = Run(observer)
         run.observe()
         run.train(Phase.QUANTIZE, range(2))
-        before = values_of(run.network)
+        before = state_of(run.network)
         run.train(Phase.FREEZE_BATCH_NORM, range(2, 5))
-        after = values_of(run.network)
+        after = state_of(run.network)
         for name, value in after.items():
             if "running_" in name and "observer" not in name:
                 assert np.array_equal(value, before[name]), name
@@ -345,9 +346,9 @@ class TestPhases:
         run = Run("ema")
         run.observe()
         run.train(Phase.QUANTIZE, range(2))
-        before = values_of(run.network)
+        before = state_of(run.network)
         run.train(Phase.FREEZE_OBSERVERS, range(2, 5))
-        after = values_of(run.network)
+        after = state_of(run.network)
         changed = {name for name in after if "observer" in name and not np.array_equal(after[name], before[name])}
         assert not any("act_observer" in name for name in changed)
         assert any("weight_observer" in name for name in changed)

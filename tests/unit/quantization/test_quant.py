@@ -37,6 +37,7 @@ from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
 from mgq.quantization.targets import MEGENGINE, UnitScaleObserver, get_target
 from mgq.zoo.layers import ConvBnRelu6
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of, specs
 from mgq.zoo.weight_loading import load_state
 from tests.conftest import (
@@ -49,7 +50,6 @@ from tests.conftest import (
     same_state,
     smooth_images,
     trio_of,
-    values_of,
 )
 
 SHUFFLE = "shufflenet_v1_x0_5_g3"
@@ -92,7 +92,7 @@ class TestModes:
     def test_a_copy_goes_forward_and_the_network_stays(self) -> None:
         network = Small()
         network.eval()
-        before = values_of(network)
+        before = state_of(network)
         qat = to_mode(network, Mode.QAT)
         quantized = to_mode(qat, Mode.QUANTIZED)
         direct = to_mode(network, Mode.QUANTIZED)
@@ -102,7 +102,7 @@ class TestModes:
             Mode.QUANTIZED,
             Mode.QUANTIZED,
         ]
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
         qat.first.conv.weight *= 0
         assert network.first.conv.weight.numpy().any()
 
@@ -232,7 +232,7 @@ class TestInputScale:
     def test_the_unit_observer_has_the_state_of_the_one_it_stands_for(self) -> None:
         ours, stock = UnitScaleObserver(dtype="qint8"), ExponentialMovingAverageObserver(dtype="qint8")
         names = {"min_val", "max_val", "momentum", "runtime_momentum"}
-        assert set(ours.state_dict()) == set(stock.state_dict()) == names
+        assert set(state_of(ours)) == set(state_of(stock)) == names
         assert ours.get_qparams().scale.numpy() == 1.0
         ours(Tensor([-1000.0, 1000.0]))
         assert ours.get_qparams().scale.numpy() == 1.0
@@ -259,11 +259,11 @@ class TestCalibration:
     def test_the_network_itself_stays_as_it_was(self) -> None:
         network = small()
         network.train()
-        before = values_of(network)
+        before = state_of(network)
         ranges_of(network)
         assert mode_of(network) is Mode.NORMAL
         assert network.training
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
 
     def test_a_range_behind_a_relu6_is_at_most_6(self) -> None:
         network = small()
@@ -486,10 +486,10 @@ class TestQuantize:
 
     def test_a_copy_unless_in_place(self) -> None:
         network = small()
-        before = values_of(network)
+        before = state_of(network)
         assert mgq.quantize(network, IMAGES) is not network
         assert mode_of(network) is Mode.NORMAL
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
         assert mgq.quantize(network, IMAGES, in_place=True) is network
         assert mode_of(network) is Mode.QUANTIZED
 

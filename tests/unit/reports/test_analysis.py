@@ -32,6 +32,7 @@ from mgq.quantization.activation_ranges import (
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ONNX
 from mgq.reports.analysis_page import page_of
+from mgq.zoo.network_state import state_of
 from tests.conftest import (
     CLASSES,
     Mgq,
@@ -42,7 +43,6 @@ from tests.conftest import (
     smooth_images,
     the_error,
     trio_of,
-    values_of,
     write_images,
 )
 from tests.fakes.analyses import ARCH, analysis_of
@@ -107,10 +107,10 @@ def test_the_network_is_left_as_it_was() -> None:
     network = deepcopy(trio.qat)
     layers = find_analyzed_layers(network)
     layers[LAYER].act_fake_quant.disable()  # as somebody else may have left it
-    before, state, switches = logits_of(network, images), values_of(network), switches_of(layers)
+    before, state, switches = logits_of(network, images), state_of(network), switches_of(layers)
     sensitivity_of(network, images, corrections={LAYER: (0.3,) * fold_bias(layers[LAYER]).size})
     assert switches_of(layers) == switches and not switches[LAYER][0]
-    assert same_state(state, values_of(network))
+    assert same_state(state, state_of(network))
     np.testing.assert_array_equal(before, logits_of(network, images))
 
 

@@ -30,6 +30,7 @@ from mgq.quantization.modes import Mode
 from mgq.reports.finished_run import find_float_weights, find_run
 from mgq.weights.finite_values import fault_of
 from mgq.weights.unpickler import read_state
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, Mgq, State, classifier_of, one_line_about, the_error
@@ -196,7 +197,7 @@ class TestCountersAndBuffers:
     def test_other_precisions_are_read(self, dtype: type, good: State, tmp_path: Path) -> None:
         state = {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in good.items()}
         weights = read_weights(written(tmp_path / "w.pth", state))
-        assert np.array_equal(weights.network.state_dict()[HEAD], good[HEAD].astype(dtype).astype(np.float32))
+        assert np.array_equal(state_of(weights.network)[HEAD], good[HEAD].astype(dtype).astype(np.float32))
 
 
 class TestSeveralNetworks:
@@ -387,7 +388,7 @@ class TestKeyOfTheCommand:
     def test_python_has_the_same_word(self, pair: Path, other: State) -> None:
         target = package.create_model(MOBILE, CLASSES, width=0.5, activation="relu6")
         package.load_weights(target, pair, key="state_dict")
-        assert np.array_equal(target.state_dict()[HEAD], other[HEAD])
+        assert np.array_equal(state_of(target)[HEAD], other[HEAD])
         assert "'state_dict'" in open_classifier(checkpoint=pair, mode=Mode.NORMAL, key="state_dict").origin
 
 

@@ -25,6 +25,7 @@ from mgq.weights.unpickler import read_state
 from mgq.zoo import weight_loading as weights_module
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.mobilenet_v2 import options_of
+from mgq.zoo.network_state import state_of
 from mgq.zoo.pretrained import PackagedWeights
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import (
@@ -48,7 +49,6 @@ from tests.conftest import (
     same_state,
     smooth_images,
     trio_of,
-    values_of,
 )
 
 SHUFFLE = "shufflenet_v1_x0_5_g3"  # the smallest of the zoo
@@ -85,7 +85,7 @@ class TestPickles:
         weights = read_weights(path)
         assert (weights.arch, weights.mode, weights.classes, weights.info) == (SHUFFLE, "normal", CLASSES, None)
         assert same_state(weights.state, state)
-        assert same_state(values_of(weights.network), state)
+        assert same_state(state_of(weights.network), state)
         assert not weights.network.training
         assert weights.origin == f"{path} (megengine pickle)"
 
@@ -99,7 +99,7 @@ class TestPickles:
         assert weights.mode == "qat"
         assert same_state(weights.state, trio.qat_state)
         assert mode_of(weights.network) is Mode.NORMAL
-        assert same_state(values_of(weights.network), trio.normal_state)
+        assert same_state(state_of(weights.network), trio.normal_state)
         quantized = classifier_from(weights, Mode.QUANTIZED)
         images = smooth_images(2, seed=3)
         assert np.array_equal(quantized.logits(images), logits_of(trio.quantized, images))
@@ -121,30 +121,30 @@ class TestPickles:
     def test_batch_norms_may_have_four_axes(self, state: State, pickled: Callable[[object], Path]) -> None:
         old = {n: v.reshape(1, -1, 1, 1) if ".bn." in n else v for n, v in state.items()}
         weights = read_weights(pickled(old))
-        loaded = weights.network.state_dict()
+        loaded = state_of(weights.network)
         assert {n: v.shape for n, v in loaded.items()} == {n: v.shape for n, v in state.items()}
         assert same_state(loaded, state)
         assert fingerprint(old) == fingerprint(state)
 
     def test_half_precision_becomes_float32(self, state: State, pickled: Callable[[object], Path]) -> None:
         weights = read_weights(pickled({n: v.astype(np.float16) for n, v in state.items()}))
-        loaded = weights.network.state_dict()
+        loaded = state_of(weights.network)
         assert {v.dtype for v in loaded.values()} == {np.dtype(np.float32)}
         assert same_state(loaded, {n: v.astype(np.float16).astype(np.float32) for n, v in state.items()})
 
     @pytest.mark.parametrize("classes", [2, 37])
     def test_the_head_tells_the_number_of_classes(self, classes: int, pickled: Callable[[object], Path]) -> None:
-        weights = read_weights(pickled(blank(SHUFFLE, classes).state_dict()))
+        weights = read_weights(pickled(state_of(blank(SHUFFLE, classes))))
         assert weights.classes == classes
         assert logits_of(weights.network, smooth_images(1, 32, 32)).shape == (1, classes)
 
     def test_an_int8_state_is_refused_for_want_of_its_scales(self, pickled: Callable[[object], Path]) -> None:
-        path = pickled(trio_of("resnet18").quantized.state_dict())
+        path = pickled(state_of(trio_of("resnet18").quantized))
         for spec in (None, spec_of("resnet18")):
             assert one_line_about(refusal(path, spec), str(path), "int8", "without its activation scales", "QAT")
 
     def test_mobilenet_s_width_is_read_off_the_shapes(self, pickled: Callable[[object], Path]) -> None:
-        weights = read_weights(pickled(blank("mobilenet_v2", width=0.5).state_dict()))
+        weights = read_weights(pickled(state_of(blank("mobilenet_v2", width=0.5))))
         assert weights.options == {"width": 0.5}
         assert logits_of(weights.network, smooth_images(1, 32, 32)).shape == (1, CLASSES)
 
@@ -327,25 +327,25 @@ class TestLoadWeights:
             weights = mgq.load_weights(network, str(pickled(state)))
             assert weights.arch == MOBILE
             assert mode_of(network) is Mode.NORMAL
-            assert same_state(values_of(network), trio.normal_state)
+            assert same_state(state_of(network), trio.normal_state)
 
     def test_a_qat_network_takes_qat_files_alone(self, pickled: Callable[[object], Path]) -> None:
         trio = trio_of(MOBILE)
         network = to_mode(blank(MOBILE), Mode.QAT, in_place=True)
-        before = values_of(network)
+        before = state_of(network)
         path = pickled(trio.normal_state)
         with pytest.raises(InputError) as error:
             mgq.load_weights(network, path)
         assert one_line_about(str(error.value), str(path), "it lacks", "act_observer.max_val ()")
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
 
         mgq.load_weights(network, pickled(trio.qat_state))
-        assert same_state(values_of(network), trio.qat_state)
+        assert same_state(state_of(network), trio.qat_state)
 
     def test_a_network_is_unchanged_after_a_failure(self, pickled: Callable[[object], Path]) -> None:
         state = trio_of(MOBILE).normal_state
         network = blank(MOBILE)
-        before = values_of(network)
+        before = state_of(network)
         head, last = {"classifier.1.weight": (11, 1280), "classifier.1.bias": (11,)}, "features.9.conv.2.conv.weight"
         for wrong, about in (
             ({n: v for n, v in state.items() if n != last}, f"it lacks {last} (64, 384, 1, 1)"),
@@ -356,7 +356,7 @@ class TestLoadWeights:
             with pytest.raises(InputError) as error:
                 mgq.load_weights(network, pickled(wrong))
             assert one_line_about(str(error.value), "weights.pkl", about)
-        assert same_state(values_of(network), before)
+        assert same_state(state_of(network), before)
 
     def test_the_network_is_told_from_its_siblings(self, pickled: Callable[[object], Path]) -> None:
         with pytest.raises(InputError) as error:

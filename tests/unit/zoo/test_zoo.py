@@ -27,6 +27,7 @@ from mgq.errors import FailureError, InputError
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.relu6 import QatConvBnRelu6, QuantizedConvBnRelu6
 from mgq.zoo.layers import ConvBnRelu6, scale_channels, without_initialization
+from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import create_model, spec_of, specs
 from tests.conftest import CLASSES, EACH_FAMILY, Trio, blank, filled, logits_of, one_line_about, smooth_images, trio_of
 from tests.fakes.places import ROOT
@@ -88,7 +89,7 @@ def macs(network: M.Module, size: int) -> tuple[int, int]:
 
 
 def shapes_in(network: M.Module) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in network.state_dict().items()}
+    return {name: value.shape for name, value in state_of(network).items()}
 
 
 def shapes_of(arch: str, mode: str) -> dict[str, tuple[int, ...]]:
@@ -147,7 +148,7 @@ class TestNames:
         weights = mgq.load_weights(network, path)
 
         assert (weights.arch, weights.mode, weights.classes) == (arch, mode, 1000)
-        assert all(not value.any() for value in network.state_dict().values())
+        assert all(not value.any() for value in state_of(network).values())
 
     @pytest.mark.skipif(not OTHERS_NAMES.is_file(), reason="the list of the example's names is not beside the project")
     def test_the_list_itself_agrees(self) -> None:
@@ -230,10 +231,10 @@ class TestCreateModel:
         network = mgq.create_model("shufflenet_v1_x0_5_g3", classes=7)
         assert mode_of(network) is Mode.NORMAL
         assert network.training
-        assert network.state_dict()["classifier.0.weight"].shape == (7, 480)
+        assert state_of(network)["classifier.0.weight"].shape == (7, 480)
 
     def test_draws_weights_of_the_size_that_keeps_activations_even(self) -> None:
-        state = create_model("resnet18", 10).state_dict()
+        state = state_of(create_model("resnet18", 10))
         weight = state["layer3.0.conv_bn2.conv.weight"]
         assert np.isclose(weight.std(), np.sqrt(2 / (256 * 9)), rtol=0.02)  # fan out
         assert np.isclose(state["fc.weight"].std(), 0.01, rtol=0.1)
@@ -277,7 +278,7 @@ class TestCreateModel:
     def test_mobilenet_s_width_scales_its_channels_as_the_paper_does(
         self, width: float, stem: int, first: int, last: int
     ) -> None:
-        state = blank("mobilenet_v2", width=width).state_dict()
+        state = state_of(blank("mobilenet_v2", width=width))
         assert state["features.0.conv.weight"].shape[0] == stem
         assert state["features.1.conv.1.conv.weight"].shape[0] == first
         assert state["features.18.conv.weight"].shape[0] == last
@@ -291,7 +292,7 @@ class TestCreateModel:
     def test_initialization_comes_back_even_after_an_error(self) -> None:
         before = M.Linear.reset_parameters, _ConvNd.reset_parameters
         with pytest.raises(InputError), without_initialization():
-            assert not create_model("resnet18", 10).state_dict()["fc.weight"].any()
+            assert not state_of(create_model("resnet18", 10))["fc.weight"].any()
             create_model("none")
         assert (M.Linear.reset_parameters, _ConvNd.reset_parameters) == before
         assert M.Linear(4, 3).weight.numpy().any()
