@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from mgq.cli.console import say
 from mgq.cli.progress_bars import MARGIN, Bars, LiveLines, bars
 from mgq.events import Progress
 
@@ -63,3 +64,10 @@ def test_bars_draw_and_take_themselves_away() -> None:
     assert isinstance(console.file, io.StringIO)
     drawn = console.file.getvalue()
     assert "3/10" in drawn and drawn.endswith(f"{UP}\x1b[2K")
+
+
+def test_a_command_to_be_copied_stays_one_line() -> None:
+    console = terminal(40)
+    command = "  mgq train --resume -a resnet18 -s /a/folder/of/runs --jobs 2"
+    say(command, to=console)
+    assert isinstance(console.file, io.StringIO) and console.file.getvalue().splitlines() == [command]
