@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     out: Console
     err: Console
 
+COMMAND = "  mgq "
+"""How a line begins that is a command to be copied."""
 PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of it."""
 
@@ -55,11 +57,14 @@ def is_pipe(name: str) -> bool:
 
 
 def say(text: str, style: str | None = None, to: Console | None = None) -> None:
-    """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are."""
+    """Print ``text``: on a terminal wrapped between words, in a pipe with lines as long as they are.
+
+    A command to be copied stays one line everywhere.
+    """
     if to is None:
         say_on("out", text, style)
     else:
-        to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal)
+        to.print(text, style=style, markup=False, soft_wrap=not to.is_terminal or text.startswith(COMMAND))
 
 
 def say_on(name: str, text: str, style: str | None = None) -> None:

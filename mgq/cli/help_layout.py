@@ -40,8 +40,11 @@ class Verb(typer.core.TyperCommand):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        made = super().invoke(ctx)
-        return made.execute() if hasattr(made, "execute") else made
+        try:
+            made = super().invoke(ctx)
+            return made.execute() if hasattr(made, "execute") else made
+        except KeyboardInterrupt:  # of which typer makes an exit code without a word
+            raise click.Abort from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, with_versions(args))

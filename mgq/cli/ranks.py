@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -11,8 +12,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from mgq.cli.console import note, print_error
-from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import is_debugging
+from mgq.errors import FailureError, InputError, MgqError, plural
+from mgq.machine import is_debugging, usable_cores
+from mgq.system.local_ranks import take_local_cores, wait_for_first
 from mgq.system.mpi_world import MEND, World, leave_world, take_terminal
 
 if TYPE_CHECKING:
@@ -23,13 +25,20 @@ LAST_WAIT_S = 60.0
 
 
 def work_alone(world: World, work: Callable[[], int]) -> int:
-    """The first process does ``work``; the others end. Returns the exit code."""
+    """The first process does ``work`` with the cores of all on its machine; the others sleep, and end with it.
+
+    Those on other machines end at once. Returns the exit code.
+    """
     if world.rank:
+        with contextlib.suppress(KeyboardInterrupt):  # the first says so
+            wait_for_first()
         return 0
+    take_local_cores()
     leave_world()
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if verb:
-        note(f"mgq {verb} works in one process: the other {world.size - 1} that were started have nothing to do")
+        others = "the other one has" if world.size == 2 else f"the other {world.size - 1} have"
+        note(f"mgq {verb} works in one process, here on {plural(usable_cores(), 'core')}: {others} nothing to do")
     return work()
 
 

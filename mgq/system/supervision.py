@@ -157,6 +157,7 @@ class _Supervisor:
         self.is_cut = False  # a machine is gone without a word
         self.is_said = False  # the line of the verdict stands on the launcher's console
         self.beaten = self.signalled = 0.0
+        self.stopped: float | None = None  # since when the worker is
         self.progress: dict[str, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.forward)
@@ -202,6 +203,8 @@ class _Supervisor:
         self.beat()
         if self.code is None:
             self.code = self.child.poll()
+        if self.code is None and self.stopped is not None and time.monotonic() - self.stopped > SILENCE_S:
+            self.end_stopped()
         return self.step_hub() if self.is_hub else self.step_member()
 
     def listen(self) -> None:
@@ -227,6 +230,10 @@ class _Supervisor:
         if now - self.beaten < BEAT_S:
             return
         self.beaten = now
+        if not is_stopped(self.child.pid):
+            self.stopped = None
+        elif self.stopped is None:
+            self.stopped = now
         if self.hub is not None:
             self.hub.send(progress=self.progress.get(str(self.world.rank)))
         for link in self.peers.values():
@@ -279,6 +286,13 @@ class _Supervisor:
                 return
         where = f"{self.name_of(0)}, port {port} of {', '.join(addresses)}"
         self.report(f"{self.name_of(self.world.rank)} cannot reach {where}", 1)
+
+    def end_stopped(self) -> None:
+        """The worker was stopped from outside, and all others wait for it: one that hangs is lost to them."""
+        self.stopped = None
+        self.told = f"{self.name_of(self.world.rank)} was stopped for {SILENCE_S:.0f} s (SIGSTOP); {RESUME}"
+        self.report(self.told, 1)
+        self.child.kill()
 
     # ---- how it ends ----
 
@@ -394,6 +408,13 @@ class _Supervisor:
 def end_of(code: int) -> str:
     """How a worker ended: goes after its name."""
     return f" was killed by {signal.Signals(-code).name}; {RESUME}" if code < 0 else f" ended with code {code}"
+
+
+def is_stopped(process: int) -> bool:
+    """Whether ``process`` was stopped by a signal, and does nothing until another has it go on."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(process).status() == psutil.STATUS_STOPPED)
+    return False
 
 
 def end_launcher() -> None:

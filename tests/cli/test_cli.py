@@ -244,3 +244,12 @@ def test_sigterm_interrupts_a_command_and_ends_the_program_that_called_it(
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_verb_that_is_interrupted_at_work_says_so(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgq.cli.models.show", interrupt)
+    done = mgq("models")
+    assert done.code == 130 and done.err == "error: interrupted\n"

@@ -115,12 +115,15 @@ class MpiGroup(ProcessGroup):
     def note_progress(self, steps: int, seconds: float) -> None:
         before, before_seconds, before_waited = self.team.noted
         self.team.noted = steps, seconds, self.team.waited
+        if steps < before:
+            self.team.epoch += 1
         if steps > before:
             busy = seconds - before_seconds - (self.team.waited - before_waited)
-            self.team.tell(progress=[steps, busy / (steps - before)])
+            self.team.tell(progress=[steps, busy / (steps - before), self.team.epoch])
 
     def describe(self) -> str:
-        found = sorted(self.team.progress.items())
+        epoch = self.team.epoch
+        found = sorted((rank, told[:2]) for rank, told in self.team.progress.items() if told[2] == epoch)
         if not found:
             return ""
         if len(found) <= FEW_RANKS:

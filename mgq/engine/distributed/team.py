@@ -41,9 +41,10 @@ class Team:
         self.link = link
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.hosts: tuple[str, ...] = tuple(comm.allgather(socket.gethostname()))
-        self.progress: dict[int, list[float]] = {}  # of each rank: steps done in this epoch, seconds of work for one
+        self.progress: dict[int, list[float]] = {}  # of each rank: steps done, seconds of work for one, in which epoch
         self.waited = 0.0  # seconds spent on nothing but waiting for others' gradients
         self.noted = (0, 0.0, 0.0)  # steps, seconds and waited when progress was told last
+        self.epoch = 0  # how many have ended since the start
         self._verdict: MgqError | None = None
         self._sending = threading.Lock()
 
