@@ -197,6 +197,8 @@ def remarks_on(
         channels = "grey" if file.image[0] == 1 else contract.order.upper()
         fed = f"input as uint8 pixels ({channels}); the file has mean and deviation inside"
     found = [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", fed]
+    if file.halves:
+        found.append(f"its numbers are {file.halves}; they are taken, and compared, in float32")
     if file.pictures is not None and file.pictures > 1:
         several = plural(file.pictures, "picture")
         found.append(f"it takes {several} at once, and is imported for any number: its answers are the same")

@@ -241,6 +241,53 @@ def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> Non
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+@pytest.mark.parametrize("ends", ["float32", "halves"])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_half_floats_are_taken_in_float32(tmp_path: Path, kind: int, ends: str) -> None:
+    model, images = Model(), pixels()
+    scale = model.add("Constant", value=numpy_helper.from_array(np.array(1.001, np.float32)))
+    body = model.add("Mul", model.add("Cast", plain(model), to=TensorProto.FLOAT), scale)
+    path, halved = model.save(tmp_path / "model.onnx", model.classify(body, 8)), tmp_path / "half.onnx"
+    rounded, proto = onnx.load(str(path)), onnx.load(str(path))
+    for one, inside in ((rounded, TensorProto.FLOAT), (proto, kind)):
+        store_in_halves(one, kind, inside)
+    rounded_path = tmp_path / "rounded.onnx"
+    rounded_path.write_bytes(rounded.SerializeToString())
+    if ends == "float32":
+        cast_at_the_ends(proto, kind)
+    else:
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.type.tensor_type.elem_type = kind
+    halved.write_bytes(proto.SerializeToString())
+    classifier, remarks = import_classifier(halved, RAW, "")
+    name = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}[kind]
+    assert remarks[-1] == f"its numbers are {name}; they are taken, and compared, in float32"
+    assert (classifier.logits(images) == classifier_in(rounded_path).logits(images)).all()
+
+
+def store_in_halves(proto: Any, kind: int, inside: int) -> None:
+    """Round all constants of ``proto`` to ``kind``, and say that it computes in the type ``inside``."""
+    attributes = [attribute for node in proto.graph.node for attribute in node.attribute]
+    for tensor in (*proto.graph.initializer, *(one.t for one in attributes if one.name == "value")):
+        values = numpy_helper.to_array(tensor)
+        half = helper.make_tensor(tensor.name, kind, values.shape, values.ravel())
+        as_read = numpy_helper.to_array(half).astype(np.float32)
+        tensor.CopyFrom(half if inside == kind else numpy_helper.from_array(as_read, tensor.name))
+    for attribute in attributes:
+        if attribute.name == "to":
+            attribute.i = inside
+
+
+def cast_at_the_ends(proto: Any, kind: int) -> None:
+    """What is read and given is float32, as converters leave it."""
+    source, answer = proto.graph.input[0].name, proto.graph.output[0].name
+    for node in proto.graph.node:
+        node.input[:] = ["halves" if name == source else name for name in node.input]
+        node.output[:] = ["wide" if name == answer else name for name in node.output]
+    proto.graph.node.insert(0, helper.make_node("Cast", [source], ["halves"], to=kind))
+    proto.graph.node.append(helper.make_node("Cast", ["wide"], [answer], to=TensorProto.FLOAT))
+
+
 @pytest.mark.parametrize("name", ["", "same", "two\nlines"])
 def test_nodes_may_have_no_name_or_one_that_is_taken(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "model.onnx")
@@ -486,13 +533,6 @@ def many_at_once(model: Model) -> Any:
     return model.proto(model.classify(apart, 8))
 
 
-def half_weights(model: Model) -> Any:
-    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
-    tensor = proto.graph.initializer[0]
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    return proto
-
-
 def feature_map(model: Model) -> Any:
     return model.proto(model.conv("image", 3, 8), rank=4)
 
@@ -560,7 +600,6 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "detector": (detector, "1x900x84"),
     "two outputs": (two_outputs, "has 2 outputs"),
     "four at once": (many_at_once, "takes 4 pictures at once"),
-    "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
     "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
