@@ -128,24 +128,32 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
         raise InputError("is quantized already: give the float file that it was made from")
     halves = widen_halves(model)
     known = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in known]
+    output = answer_of(model.graph)
+    needed = leave_out_unread(model.graph, output)
+    inputs = leave_out_inputs(model.graph, known, needed)
     if len(inputs) != 1:
         raise InputError(f"has {plural(len(inputs), 'input')}: a classifier of pictures has one")
     shape, last = image_shape(inputs[0], size)
     if len(model.graph.sparse_initializer):
         raise InputError("has sparse weights: export it with all their zeros")
-    output = answer_of(model.graph)
-    needed = leave_out_unread(model.graph, output)
     constants = {
         tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer if tensor.name in needed
     }
     del model.graph.initializer[:]
-    for value in [value for value in model.graph.input if value.name in known - needed]:
-        model.graph.input.remove(value)  # old files list weights among the inputs, too
     kind = inputs[0].type.tensor_type
     pictures, takes_pixels = size_of(kind.shape.dim[0]), kind.elem_type == UINT8
     name = inputs[0].name
     return ForeignFile(path, model, name, shape, last, opsets[0], constants, pictures, output, takes_pixels, halves)
+
+
+def leave_out_inputs(graph: Any, weights: set[str], needed: set[str]) -> list[Any]:
+    """Take out of ``graph`` the inputs that nothing reads: old files list all ``weights`` among them, and Keras leaves
+    those there whose readers it folded. The others that are no weights."""
+    given = [value for value in graph.input if value.name not in weights]
+    read = [value for value in given if value.name in needed] or given
+    for value in [value for value in graph.input if value.name not in needed and value not in read]:
+        graph.input.remove(value)
+    return read
 
 
 def size_of(axis: Any) -> int | None:

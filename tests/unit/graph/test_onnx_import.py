@@ -241,6 +241,16 @@ def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> Non
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def test_inputs_that_nothing_reads_are_left_out(tmp_path: Path) -> None:
+    """Keras' EfficientNet has two such ones, which no node reads since they were folded."""
+    model = Model()
+    proto = model.proto(model.classify(plain(model), 8))
+    proto.graph.input.insert(0, helper.make_tensor_value_info("folded", TensorProto.FLOAT, [1, 1, 1, 3]))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
 @pytest.mark.parametrize("ends", ["float32", "halves"])
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
 def test_half_floats_are_taken_in_float32(tmp_path: Path, kind: int, ends: str) -> None:
@@ -498,8 +508,14 @@ def quantized(model: Model) -> Any:
 
 
 def two_inputs(model: Model) -> Any:
-    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto = model.proto(model.classify(model.conv(model.add("Add", "image", "other"), 3, 8), 8))
     proto.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1, 3, 32, 32]))
+    return proto
+
+
+def fused_by_a_tool(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.node[0].op_type, proto.graph.node[0].domain = "FusedConv", "com.microsoft"
     return proto
 
 
@@ -596,6 +612,7 @@ def training_norm(model: Model) -> Any:
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
+    "other operators": (fused_by_a_tool, "give the file from before, or optimize it at the level basic"),
     "open height": (open_height, "--size"),
     "detector": (detector, "1x900x84"),
     "two outputs": (two_outputs, "has 2 outputs"),
