@@ -241,6 +241,51 @@ def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> Non
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def with_metadata(path: Path, **metadata: str) -> Path:
+    proto = onnx.load(str(path))
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "write_names"),
+    [
+        ("names", lambda names: str(dict(enumerate(names)))),  # Ultralytics
+        ("character", "\n".join),  # tools of Paddle's
+        ("labels", json.dumps),
+        ("id2label", lambda names: json.dumps({str(i): name for i, name in enumerate(names)})),
+    ],
+)
+def test_names_of_classes_in_the_file_are_taken(
+    tmp_path: Path, key: str, write_names: Callable[[list[str]], str]
+) -> None:
+    names = [f"kind {i}" for i in range(CLASSES)]
+    path = with_metadata(write(tmp_path / "model.onnx"), **{key: write_names(names)})
+    classifier, remarks = import_classifier(path, RAW, "")
+    assert list(classifier.classes) == names
+    assert f"those that the file has as '{key}' (kind 0, kind 1" in remarks[-1]
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(f"own {i}" for i in range(CLASSES)))
+    assert import_classifier(path, replace(RAW, labels=labels), "")[0].classes[0] == "own 0"
+
+
+@pytest.mark.parametrize("said", ["", "3", "a\nb", "['a']", "{0: 'a'", "[" * 9999, "[[]]", "{'a': 1}", "x\n" * CLASSES])
+def test_other_metadata_names_no_classes(tmp_path: Path, said: str) -> None:
+    path = with_metadata(write(tmp_path / "model.onnx"), names=said)
+    assert import_classifier(path, RAW, "")[0].classes[0] == "class 0"
+
+
+def test_classifiers_of_ultralytics_are_fed_pixels_from_0_to_1(tmp_path: Path) -> None:
+    path, images = with_metadata(write(tmp_path / "model.onnx"), author="Ultralytics"), pixels()
+    classifier, remarks = import_classifier(path, ImportWish(), "")
+    wanted = answers_of(path, (images[:, ::-1] / 255).astype(np.float32))
+    assert difference(classifier.logits(images), wanted) < 1e-4
+    assert remarks[1] == "input as Ultralytics (RGB, mean 0, 0, 0, std 255, 255, 255)"
+    assert "raw (RGB" in import_classifier(path, RAW, "")[1][1]
+
+
 def test_inputs_that_nothing_reads_are_left_out(tmp_path: Path) -> None:
     """Keras' EfficientNet has two such ones, which no node reads since they were folded."""
     model = Model()
