@@ -516,3 +516,29 @@ def test_answers_are_those_of_the_file_and_not_of_a_rewrite_that_changes_them(tm
     found = import_classifier(path, ImportWish(preprocess="tf"), "")[0].logits(images)
     fed = (images[:, ::-1] / 127.5 - 1).astype(np.float32)
     assert difference(found, answers_of(path, fed)) < 1e-4
+
+
+def test_a_length_is_repeated_for_each_number_of_a_window(tmp_path: Path) -> None:
+    """As PyTorch normalizes what the attention of Swin v2 compares; windows lie along the axis of pictures."""
+    model = Model()
+    features = model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])
+    apart = model.add("Reshape", features, model.constant([-1, 8, 4, 4, 4, 4], np.int64))
+    turned = model.add("Transpose", apart, perm=[0, 2, 4, 3, 5, 1])
+    windows = model.add("Reshape", turned, model.constant([-1, 16, 8], np.int64))
+    length = model.add("ReduceL2", windows, axes=[-1], keepdims=1)
+    length = model.add("Expand", length, model.add("Shape", windows))
+    normal = model.add("Div", windows, length)
+    back = model.add("Reshape", normal, model.constant([-1, 256, 8], np.int64))
+    mean = model.add("ReduceMean", back, axes=[1], keepdims=0)
+    path = model.save(tmp_path / "model.onnx", model.add("MatMul", mean, model.weights(8, 10)))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("operator", ["GlobalAveragePool", "GlobalMaxPool"])
+def test_pools_over_one_axis_are_imported(tmp_path: Path, operator: str) -> None:
+    """As Swin of transformers ends."""
+    model = Model()
+    tokens = model.add("Reshape", model.conv("image", 3, 8), model.constant([0, 8, -1], np.int64))
+    pooled = model.add("Flatten", model.add(operator, tokens))
+    path = model.save(tmp_path / "model.onnx", model.add("MatMul", pooled, model.weights(8, 10)))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
