@@ -15,6 +15,8 @@ from mgq.io.limited_io import text_of
 
 BACKGROUND = 1001
 LONGEST_NAMES = 1 << 22
+SHOWN = 3
+"""So many names are said."""
 KEYS = ("names", "class_names", "classes", "labels", "id2label", "character")
 """Under which exporters keep them in the metadata of a file: Ultralytics the first, Paddle's OCR tools the last."""
 
@@ -84,3 +86,9 @@ def names_among(body: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise TypeError
     return tuple(names)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first of ``names``, and how many there are more."""
+    shown = ", ".join(printable(name) for name in names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
-from mgq.engine.classifier.evaluate import join_names
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
-from mgq.engine.classifier.label_names import names_for
+from mgq.engine.classifier.label_names import join_names, names_for
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT, RUNS_FOR, find_newest
 from mgq.errors import FailureError, InputError, plural, printable
