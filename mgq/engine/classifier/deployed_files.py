@@ -57,7 +57,10 @@ def open_file(
         with name_in_errors(printable(path)):
             spec, mode = spec_for(about.arch, about.options), Mode(about.mode)
     except ValueError:
-        raise InputError(f"{printable(path)} does not say what it holds: write it by `mgq dump`") from None
+        raise InputError(
+            f"{printable(path)} does not say what it holds: write it by `mgq dump`, or, of another program's file, by "
+            "`mgq calibrate -c`"
+        ) from None
     classes, size = about.classes, about.image_size
     if (len(classes), spec.only_size or (size, size)) != (runtime.classes, tuple(runtime.takes[2:])):
         raise InputError(f"{printable(path)} says something else than it holds: write it by `mgq dump`")

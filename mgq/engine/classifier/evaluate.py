@@ -22,6 +22,7 @@ from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import Classifier, class_names
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
+from mgq.engine.classifier.label_names import join_names
 from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
 from mgq.engine.distributed.team import Team, current_team, send_work
 from mgq.errors import InputError, plural, printable
@@ -40,7 +41,6 @@ BATCH = 8
 MOST = 32
 SYNTHETIC_VAL = 500
 """Pictures that a run on the synthetic set is measured on, unless its recipe says otherwise."""
-_SHOWN = 3
 
 
 def batch_for(image_size: int) -> int:
@@ -312,12 +312,6 @@ def adopt_names(classes: Sequence[str], dataset: Dataset) -> tuple[str, ...]:
     names = tuple(classes)
     is_unnamed = names == class_names(len(names)) and len(names) != 1000
     return dataset.classes if is_unnamed and len(names) == len(dataset.classes) else names
-
-
-def join_names(names: Sequence[str]) -> str:
-    """The first of ``names``, and how many there are more."""
-    shown = ", ".join(printable(name) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 # ---- batches, and what comes of them ----

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mgq.errors import InputError, plural, printable
 from mgq.export.onnx.foreign_answer import answer_of, leave_out_unread
 from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
+from mgq.export.onnx.half_floats import widen, widen_halves
 from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
 from mgq.io.limited_io import bytes_of
 from mgq.weights.finite_values import fault_of
@@ -22,7 +23,6 @@ Array = npt.NDArray[Any]
 MOST_BYTES = (1 << 31) - 1
 """Of a file, and of the data beside it: ONNX's own limit."""
 OPSETS = range(7, 23)
-HALVES = {10: "float16", 16: "bfloat16"}
 FLOAT, UINT8 = 1, 2
 CHANNELS = (1, 3)
 MOST_PICTURES = 256
@@ -36,10 +36,10 @@ QUANTIZED = INTEGER_OPERATORS | {"MatMulInteger", "QLinearAdd", "DynamicQuantize
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A model without functions. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
+    """A model without functions, in float32. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
     (1, H, W, C) where ``channels_last``. So many ``pictures`` are given at once, any number where that is None.
     ``constants``: name -> value, of all weights. ``output`` is the answer's name. ``takes_pixels``: the input is uint8,
-    else float32."""
+    else float32. ``halves``: what it was in before, float16 or bfloat16."""
 
     path: Path
     model: Any = field(repr=False)
@@ -51,6 +51,7 @@ class ForeignFile:
     pictures: int | None
     output: str
     takes_pixels: bool = False
+    halves: str | None = None
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -125,24 +126,34 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
         model = import_package("onnx.inliner").inline_local_functions(model)
     if any(node.op_type in QUANTIZED for node in model.graph.node):
         raise InputError("is quantized already: give the float file that it was made from")
+    halves = widen_halves(model)
     known = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in known]
+    output = answer_of(model.graph)
+    needed = leave_out_unread(model.graph, output)
+    inputs = leave_out_inputs(model.graph, known, needed)
     if len(inputs) != 1:
         raise InputError(f"has {plural(len(inputs), 'input')}: a classifier of pictures has one")
     shape, last = image_shape(inputs[0], size)
     if len(model.graph.sparse_initializer):
         raise InputError("has sparse weights: export it with all their zeros")
-    output = answer_of(model.graph)
-    needed = leave_out_unread(model.graph, output)
     constants = {
         tensor.name: array_of(tensor, path.parent) for tensor in model.graph.initializer if tensor.name in needed
     }
     del model.graph.initializer[:]
-    for value in [value for value in model.graph.input if value.name in known - needed]:
-        model.graph.input.remove(value)  # old files list weights among the inputs, too
     kind = inputs[0].type.tensor_type
     pictures, takes_pixels = size_of(kind.shape.dim[0]), kind.elem_type == UINT8
-    return ForeignFile(path, model, inputs[0].name, shape, last, opsets[0], constants, pictures, output, takes_pixels)
+    name = inputs[0].name
+    return ForeignFile(path, model, name, shape, last, opsets[0], constants, pictures, output, takes_pixels, halves)
+
+
+def leave_out_inputs(graph: Any, weights: set[str], needed: set[str]) -> list[Any]:
+    """Take out of ``graph`` the inputs that nothing reads: old files list all ``weights`` among them, and Keras leaves
+    those there whose readers it folded. The others that are no weights."""
+    given = [value for value in graph.input if value.name not in weights]
+    read = [value for value in given if value.name in needed] or given
+    for value in [value for value in graph.input if value.name not in needed and value not in read]:
+        graph.input.remove(value)
+    return read
 
 
 def size_of(axis: Any) -> int | None:
@@ -153,8 +164,6 @@ def size_of(axis: Any) -> int | None:
 def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ...], bool]:
     """The shape of the input ``value`` for one picture, and whether its channels come last."""
     kind = value.type.tensor_type
-    if kind.elem_type in HALVES:
-        raise InputError(f"takes {HALVES[kind.elem_type]}: export it in float32")
     if kind.elem_type not in (FLOAT, UINT8):
         raise InputError("takes neither float32 nor uint8 pictures: give a float classifier")
     axes = [size_of(axis) for axis in kind.shape.dim]
@@ -184,12 +193,10 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
 def array_of(tensor: Any, folder: Path) -> Array:
     """The numbers of ``tensor``, which may lie in a file in ``folder``. Raises InputError where they are no weights."""
     onnx, name = import_package("onnx"), printable(tensor.name)[:80]
-    if tensor.data_type in HALVES:
-        raise InputError(f"has weights in {HALVES[tensor.data_type]}: export it in float32")
     if tensor.data_location or len(tensor.external_data):
         tensor = with_data_beside(tensor, folder)
     try:
-        value: Array = onnx.numpy_helper.to_array(tensor)
+        value: Array = onnx.numpy_helper.to_array(widen(tensor))
     except Exception:
         raise InputError(f"has a constant {name} of another size than it says: write it again") from None
     fault = fault_of(value, False)

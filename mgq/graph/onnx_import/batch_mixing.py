@@ -73,6 +73,8 @@ def lift(node: Any, scope: Scope) -> Any:
         changed[LAST_CHANNELS] = 1
     elif kind == "Tile":
         changed["repeats"] = [1, *(numbers(node, 1, scope) or ())]
+    elif kind == "Expand":
+        changed["shape"] = [1, *expanded_shape(node, shape, scope)]
     elif kind in ("Reshape", "Flatten"):
         new.op_type = "Reshape"
         changed["shape"] = [1, *wanted_shape(node, given, shape, scope)]
@@ -172,6 +174,15 @@ def wanted_shape(node: Any, given: dict[str, Any], shape: tuple[int, ...], scope
     wanted = scope.shape_for_one(wanted, math.prod(shape))
     known = math.prod(size for size in wanted if size != -1)
     return [math.prod(shape) // max(known, 1) if size == -1 else size for size in wanted]
+
+
+def expanded_shape(node: Any, shape: tuple[int, ...], scope: Scope) -> list[int]:
+    """What Expand makes of ``shape``, with as many axes."""
+    wanted = numbers(node, 1, scope) or []
+    if len(wanted) > len(shape):
+        raise UnknownFormError("adds axes, or pictures")
+    wanted = [1] * (len(shape) - len(wanted)) + wanted
+    return scope.shape_for_one(wanted, math.prod(wanted) // scope.pictures)
 
 
 def lift_layer(name: str, axes: int, scope: Scope) -> str:

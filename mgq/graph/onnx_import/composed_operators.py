@@ -146,8 +146,7 @@ def add_sum(op: Operator, source: str) -> str:
 
 
 def read_expand(op: Operator) -> None:
-    shape, wanted = op.shape(), op.constant(1)
-    assert wanted is not None
+    shape, wanted = op.shape(), op.numbers("shape", 1)
     sizes = op.scope.shape_for_one([int(size) for size in wanted], math.prod(wanted) // op.scope.pictures)
     target = np.broadcast_shapes(shape, tuple(sizes))
     if target == shape:

@@ -12,15 +12,16 @@ Array = npt.NDArray[Any]
 
 # fmt: off
 FOLDED = frozenset({
-    "Abs", "Add", "And", "ArgMax", "ArgMin", "BatchNormalization", "Cast", "CastLike", "Ceil", "Clip", "Concat",
-    "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum", "DepthToSpace", "Div", "Elu", "Equal", "Erf", "Exp",
-    "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual",
-    "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Less",
-    "LessOrEqual", "Log", "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range",
-    "Reciprocal", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
-    "ReduceSumSquare", "Relu", "Reshape", "Round", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice",
-    "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose",
-    "Trilu", "Unsqueeze", "Where", "Xor",
+    "Abs", "Add", "And", "ArgMax", "ArgMin", "Atan", "BatchNormalization", "Cast", "CastLike", "Ceil", "Clip",
+    "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum", "DepthToSpace", "Div", "Elu", "Equal", "Erf",
+    "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm",
+    "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN",
+    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Mean", "Min",
+    "Mish", "Mod", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or", "PRelu", "Pad", "Pow", "Range", "Reciprocal",
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Selu", "Shape",
+    "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Softplus", "Softsign", "SpaceToDepth", "Split", "Sqrt",
+    "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor",
 })
 # fmt: on
 MOST_NUMBERS = 1 << 28
@@ -43,7 +44,7 @@ def fold(node: Any, inputs: Mapping[str, Array], opset: int) -> list[Array]:
 
     if node.op_type == "BatchNormalization" and opset < TRAINING_NAMED and is_in_training(node):
         node, opset = name_training(node), TRAINING_NAMED
-    if node.op_type in ("Expand", "ConstantOfShape", "Tile", "Range", "Pad"):
+    if node.op_type in ("Expand", "ConstantOfShape", "Tile", "Range", "Pad", "OneHot"):
         refuse_too_large(node, [inputs[name] for name in node.input if name])
     graph = onnx.helper.make_graph(
         [node],
@@ -83,6 +84,8 @@ def refuse_too_large(node: Any, inputs: list[Array]) -> None:
     if node.op_type == "Range":
         start, limit, step = (float(value) for value in inputs)
         size = abs((limit - start) / step) if step else np.inf
+    elif node.op_type == "OneHot":
+        size = float(inputs[0].size) * abs(float(inputs[1].ravel()[0]))
     elif node.op_type == "ConstantOfShape":
         size = float(np.prod(inputs[0].astype(np.float64)))
     elif node.op_type == "Pad":

@@ -487,6 +487,22 @@ def read_pool(kind: str) -> Callable[[Operator], None]:
     return read
 
 
+def read_global_pool(kind: str) -> Callable[[Operator], None]:
+    """Over pictures, or over one axis: a row of a picture."""
+
+    def read(op: Operator) -> None:
+        shape = op.shape()
+        if len(shape) == 4:
+            op.make(kind, [op.layer()])
+            return
+        if len(shape) != 3:
+            raise UnknownFormError("pools over other axes than those of pictures")
+        row = op.scope.draft.add("reshape", [op.layer()], "", {"shape": [shape[1], 1, shape[2]]})
+        op.make("reshape", [op.scope.draft.add(kind, [row], "")], shape=[shape[1], 1])
+
+    return read
+
+
 def read_mean(op: Operator) -> None:
     op.give(reduce(op, op.layer(), "mean", "global_avg"))
 
@@ -650,8 +666,8 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Flatten": read_flatten,
     "Gather": read_gather,
     "Gemm": read_gemm,
-    "GlobalAveragePool": read_unary("global_avg"),
-    "GlobalMaxPool": read_unary("global_max"),
+    "GlobalAveragePool": read_global_pool("global_avg"),
+    "GlobalMaxPool": read_global_pool("global_max"),
     "HardSigmoid": read_unary("hard_sigmoid", alpha=0.2, beta=0.5),
     "HardSwish": read_unary("hard_swish"),
     "Identity": read_nothing,

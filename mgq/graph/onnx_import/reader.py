@@ -63,7 +63,9 @@ def read(node: Any, place: int, scope: Scope) -> None:
     what = f"{printable(node.op_type)[:40]} '{printable(node.name or f'number {place + 1}')[:80]}'"
     what += f" (opset {scope.opset})"
     if node.domain not in ("", "ai.onnx"):
-        raise InputError(f"has a {printable(node.domain)[:40]}.{what}, which is not imported: use ONNX's own operators")
+        raise InputError(
+            f"has a {printable(node.domain)[:40]}.{what}, which is not imported: {instead_of(node.domain)}"
+        )
     known = all(name in scope.constants for name in node.input if name)
     try:
         if node.op_type == "Shape" and not known:
@@ -71,6 +73,8 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif known and node.op_type in FOLDED:
             outputs = fold(node, scope.constants, scope.opset)
             scope.constants.update(zip(node.output, outputs, strict=False))
+        elif is_known_picture(node, scope):
+            fold_by_layers(node, scope)
         elif node.op_type == "If":
             read_branch(node, scope)
         elif node.op_type not in READERS and node.op_type not in COMPOSED:
@@ -87,6 +91,33 @@ def read(node: Any, place: int, scope: Scope) -> None:
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0])[:120]
         raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
+
+
+def instead_of(domain: str) -> str:
+    """What may be done about a file with operators of ``domain``."""
+    if domain.startswith("com.microsoft"):
+        return "ONNX Runtime wrote it for its own use: give the file from before, or optimize it at the level basic"
+    return "use ONNX's own operators"
+
+
+def is_known_picture(node: Any, scope: Scope) -> bool:
+    """Whether ``node`` makes of one known picture, as embeddings of places are, what its layers make of any."""
+    if not (node.op_type in READERS or node.op_type in COMPOSED):
+        return False
+    if any(name and name not in scope.constants for name in node.input):
+        return False
+    value = scope.constants.get(node.input[0]) if node.input else None
+    return value is not None and value.ndim == 4 and len(value) == 1 and value.dtype == np.float32
+
+
+def fold_by_layers(node: Any, scope: Scope) -> None:
+    """What the layers of ``node`` make of the constant that it reads is known, too."""
+    apart, source = NetworkDraft(), node.input[0]
+    apart.samples[INPUT] = scope.constants[source]
+    others = {name: value for name, value in scope.constants.items() if name in node.input[1:]}
+    inner = Scope(apart, scope.opset, others, {source: INPUT})
+    make_layers(node, inner)
+    scope.constants.update((name, apart.samples[layer]) for name, layer in inner.layers.items() if name != source)
 
 
 def read_operator(node: Any, scope: Scope) -> None:

@@ -482,3 +482,63 @@ def test_a_softmax_of_numbers_far_from_zero_is_as_the_files(tmp_path: Path, far:
     first = model.conv("image", 3, 8, pads=[1] * 4, strides=[4, 4])
     shares = model.add("Softmax", model.add("Add", model.norm(first, 8), model.constant(far)), axis=1)
     check_equal(model.save(tmp_path / "model.onnx", model.classify(model.add("Mul", first, shares), 8)), tmp_path)
+
+
+def places_by_one_hot(model: Model) -> str:
+    """As timm's gcvit repeats what it asks of each window: by a table of ones that is known."""
+    depth, values = model.constant(8, np.int64), model.constant([0, 1])
+    ones = model.add("OneHot", model.constant([3, 1, 0, 2, 5, 4, 7, 6], np.int64), depth, values)
+    channels = model.add("Reshape", ones, model.constant([8, 8, 1, 1], np.int64))
+    return model.add("Conv", model.conv("image", 3, 8), channels)
+
+
+def resized_places(model: Model) -> str:
+    """As vision transformers fit their embeddings of places to another size of pictures."""
+    scales = model.constant([1, 1, 1.5, 1.5])
+    places = model.add("Resize", model.weights(1, 8, 20, 20), "", scales, mode="cubic")
+    return model.add("Add", model.conv("image", 3, 8), places)
+
+
+@pytest.mark.parametrize("body", [places_by_one_hot, resized_places])
+def test_what_is_made_of_constants_alone_is_known(tmp_path: Path, body: Callable[[Model], str]) -> None:
+    model = Model()
+    path = model.save(tmp_path / "model.onnx", model.classify(body(model), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_answers_are_those_of_the_file_and_not_of_a_rewrite_that_changes_them(tmp_path: Path) -> None:
+    """ONNX Runtime 1.20 takes zeros around a picture for none where a max pool is behind them: timm's ResNetV2."""
+    model = Model()
+    below = model.add("Sub", model.conv("image", 3, 8), model.constant(9))
+    around = model.add("Pad", below, model.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+    pooled = model.add("MaxPool", around, kernel_shape=[3, 3], strides=[2, 2])
+    path, images = model.save(tmp_path / "model.onnx", model.classify(pooled, 8)), photos()
+    found = import_classifier(path, ImportWish(preprocess="tf"), "")[0].logits(images)
+    fed = (images[:, ::-1] / 127.5 - 1).astype(np.float32)
+    assert difference(found, answers_of(path, fed)) < 1e-4
+
+
+def test_a_length_is_repeated_for_each_number_of_a_window(tmp_path: Path) -> None:
+    """As PyTorch normalizes what the attention of Swin v2 compares; windows lie along the axis of pictures."""
+    model = Model()
+    features = model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])
+    apart = model.add("Reshape", features, model.constant([-1, 8, 4, 4, 4, 4], np.int64))
+    turned = model.add("Transpose", apart, perm=[0, 2, 4, 3, 5, 1])
+    windows = model.add("Reshape", turned, model.constant([-1, 16, 8], np.int64))
+    length = model.add("ReduceL2", windows, axes=[-1], keepdims=1)
+    length = model.add("Expand", length, model.add("Shape", windows))
+    normal = model.add("Div", windows, length)
+    back = model.add("Reshape", normal, model.constant([-1, 256, 8], np.int64))
+    mean = model.add("ReduceMean", back, axes=[1], keepdims=0)
+    path = model.save(tmp_path / "model.onnx", model.add("MatMul", mean, model.weights(8, 10)))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("operator", ["GlobalAveragePool", "GlobalMaxPool"])
+def test_pools_over_one_axis_are_imported(tmp_path: Path, operator: str) -> None:
+    """As Swin of transformers ends."""
+    model = Model()
+    tokens = model.add("Reshape", model.conv("image", 3, 8), model.constant([0, 8, -1], np.int64))
+    pooled = model.add("Flatten", model.add(operator, tokens))
+    path = model.save(tmp_path / "model.onnx", model.add("MatMul", pooled, model.weights(8, 10)))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]

@@ -241,6 +241,108 @@ def test_what_does_nothing_for_the_answer_is_not_imported(tmp_path: Path) -> Non
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def with_metadata(path: Path, **metadata: str) -> Path:
+    proto = onnx.load(str(path))
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "write_names"),
+    [
+        ("names", lambda names: str(dict(enumerate(names)))),  # Ultralytics
+        ("character", "\n".join),  # tools of Paddle's
+        ("labels", json.dumps),
+        ("id2label", lambda names: json.dumps({str(i): name for i, name in enumerate(names)})),
+    ],
+)
+def test_names_of_classes_in_the_file_are_taken(
+    tmp_path: Path, key: str, write_names: Callable[[list[str]], str]
+) -> None:
+    names = [f"kind {i}" for i in range(CLASSES)]
+    path = with_metadata(write(tmp_path / "model.onnx"), **{key: write_names(names)})
+    classifier, remarks = import_classifier(path, RAW, "")
+    assert list(classifier.classes) == names
+    assert f"those that the file has as '{key}' (kind 0, kind 1" in remarks[-1]
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(f"own {i}" for i in range(CLASSES)))
+    assert import_classifier(path, replace(RAW, labels=labels), "")[0].classes[0] == "own 0"
+
+
+@pytest.mark.parametrize("said", ["", "3", "a\nb", "['a']", "{0: 'a'", "[" * 9999, "[[]]", "{'a': 1}", "x\n" * CLASSES])
+def test_other_metadata_names_no_classes(tmp_path: Path, said: str) -> None:
+    path = with_metadata(write(tmp_path / "model.onnx"), names=said)
+    assert import_classifier(path, RAW, "")[0].classes[0] == "class 0"
+
+
+def test_classifiers_of_ultralytics_are_fed_pixels_from_0_to_1(tmp_path: Path) -> None:
+    path, images = with_metadata(write(tmp_path / "model.onnx"), author="Ultralytics"), pixels()
+    classifier, remarks = import_classifier(path, ImportWish(), "")
+    wanted = answers_of(path, (images[:, ::-1] / 255).astype(np.float32))
+    assert difference(classifier.logits(images), wanted) < 1e-4
+    assert remarks[1] == "input as Ultralytics (RGB, mean 0, 0, 0, std 255, 255, 255)"
+    assert "raw (RGB" in import_classifier(path, RAW, "")[1][1]
+
+
+def test_inputs_that_nothing_reads_are_left_out(tmp_path: Path) -> None:
+    """Keras' EfficientNet has two such ones, which no node reads since they were folded."""
+    model = Model()
+    proto = model.proto(model.classify(plain(model), 8))
+    proto.graph.input.insert(0, helper.make_tensor_value_info("folded", TensorProto.FLOAT, [1, 1, 1, 3]))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("ends", ["float32", "halves"])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_half_floats_are_taken_in_float32(tmp_path: Path, kind: int, ends: str) -> None:
+    model, images = Model(), pixels()
+    scale = model.add("Constant", value=numpy_helper.from_array(np.array(1.001, np.float32)))
+    body = model.add("Mul", model.add("Cast", plain(model), to=TensorProto.FLOAT), scale)
+    path, halved = model.save(tmp_path / "model.onnx", model.classify(body, 8)), tmp_path / "half.onnx"
+    rounded, proto = onnx.load(str(path)), onnx.load(str(path))
+    for one, inside in ((rounded, TensorProto.FLOAT), (proto, kind)):
+        store_in_halves(one, kind, inside)
+    rounded_path = tmp_path / "rounded.onnx"
+    rounded_path.write_bytes(rounded.SerializeToString())
+    if ends == "float32":
+        cast_at_the_ends(proto, kind)
+    else:
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.type.tensor_type.elem_type = kind
+    halved.write_bytes(proto.SerializeToString())
+    classifier, remarks = import_classifier(halved, RAW, "")
+    name = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}[kind]
+    assert remarks[-1] == f"its numbers are {name}; they are taken, and compared, in float32"
+    assert (classifier.logits(images) == classifier_in(rounded_path).logits(images)).all()
+
+
+def store_in_halves(proto: Any, kind: int, inside: int) -> None:
+    """Round all constants of ``proto`` to ``kind``, and say that it computes in the type ``inside``."""
+    attributes = [attribute for node in proto.graph.node for attribute in node.attribute]
+    for tensor in (*proto.graph.initializer, *(one.t for one in attributes if one.name == "value")):
+        values = numpy_helper.to_array(tensor)
+        half = helper.make_tensor(tensor.name, kind, values.shape, values.ravel())
+        as_read = numpy_helper.to_array(half).astype(np.float32)
+        tensor.CopyFrom(half if inside == kind else numpy_helper.from_array(as_read, tensor.name))
+    for attribute in attributes:
+        if attribute.name == "to":
+            attribute.i = inside
+
+
+def cast_at_the_ends(proto: Any, kind: int) -> None:
+    """What is read and given is float32, as converters leave it."""
+    source, answer = proto.graph.input[0].name, proto.graph.output[0].name
+    for node in proto.graph.node:
+        node.input[:] = ["halves" if name == source else name for name in node.input]
+        node.output[:] = ["wide" if name == answer else name for name in node.output]
+    proto.graph.node.insert(0, helper.make_node("Cast", [source], ["halves"], to=kind))
+    proto.graph.node.append(helper.make_node("Cast", ["wide"], [answer], to=TensorProto.FLOAT))
+
+
 @pytest.mark.parametrize("name", ["", "same", "two\nlines"])
 def test_nodes_may_have_no_name_or_one_that_is_taken(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "model.onnx")
@@ -451,8 +553,14 @@ def quantized(model: Model) -> Any:
 
 
 def two_inputs(model: Model) -> Any:
-    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto = model.proto(model.classify(model.conv(model.add("Add", "image", "other"), 3, 8), 8))
     proto.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1, 3, 32, 32]))
+    return proto
+
+
+def fused_by_a_tool(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.node[0].op_type, proto.graph.node[0].domain = "FusedConv", "com.microsoft"
     return proto
 
 
@@ -484,13 +592,6 @@ def many_at_once(model: Model) -> Any:
     model.shape = (4, 3, 32, 32)
     apart = model.add("Add", model.conv("image", 3, 8), model.weights(4, 8, 1, 1))
     return model.proto(model.classify(apart, 8))
-
-
-def half_weights(model: Model) -> Any:
-    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
-    tensor = proto.graph.initializer[0]
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    return proto
 
 
 def feature_map(model: Model) -> Any:
@@ -556,11 +657,11 @@ def training_norm(model: Model) -> Any:
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs"),
+    "other operators": (fused_by_a_tool, "give the file from before, or optimize it at the level basic"),
     "open height": (open_height, "--size"),
     "detector": (detector, "1x900x84"),
     "two outputs": (two_outputs, "has 2 outputs"),
     "four at once": (many_at_once, "takes 4 pictures at once"),
-    "float16": (half_weights, "weights in float16"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
     "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
