@@ -124,7 +124,7 @@ class EvalCommand(NetworkCommand):
         for problem in result.problems:
             note(problem)
         if result.problems:
-            note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
+            note(f"{len(result.problems):,} of {len(dataset):,} pictures could not be read and are left out")
         facts = facts_of(classifier, dataset, total, result, self.batch_size, self.workers)
         if self.as_json:
             show_json(result, facts, self.confused)

@@ -170,7 +170,7 @@ def training_folders(
         tally = _scan_around(root, layout.root)
         train, val = hold_out_validation(_label_images(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
         on_message(
-            f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
+            f"{printable(layout.root)} has no train/ and val/: {len(val):,} of its pictures, one in {KEPT}, are kept to"
             " measure on, always the same"
         )
     else:

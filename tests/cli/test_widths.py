@@ -87,7 +87,17 @@ def test_nothing_changes_where_there_is_room() -> None:
         plain, shown = io.StringIO(), io.StringIO()
         Console(file=plain, width=100).print(make())
         show_table(make(), Console(file=shown, width=100))
-        assert shown.getvalue() == plain.getvalue()
+        assert shown.getvalue() == "".join(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+
+
+def test_a_path_stays_whole_in_a_pipe() -> None:
+    path = f"photos of 猫/{'a folder with a long name/' * 4}cat.jpg"
+    guesses = (ClassScore(0, "cat", 0.9), ClassScore(1, "dog", 0.1))
+    stream = io.StringIO()
+    show_table(infer.table_of(Prediction(path, guesses, 12.3)), Console(file=stream, width=80))
+    lines = stream.getvalue().split("\n")
+    assert lines[0] == f"{path}  12.3 ms"
+    assert not any(line.endswith(" ") for line in lines)
 
 
 @pytest.mark.parametrize("width", [20, 45, 80, 200])

@@ -270,6 +270,6 @@ def read_images(
     good = [i for i, crop in enumerate(crops) if isinstance(crop, np.ndarray)]
     problems = tuple(str(crop) for crop in crops if isinstance(crop, InputError))
     if not good:
-        raise InputError(f"none of {len(crops)} pictures could be read; the first: {problems[0]}")
+        raise InputError(f"none of {len(crops):,} pictures could be read; the first: {problems[0]}")
     images = to_batch([crop for crop in crops if isinstance(crop, np.ndarray)])
     return AnalyzedImages(name, images, None if labels is None else labels[good], remark, problems)
