@@ -252,8 +252,11 @@ def verbs() -> Mapping[str, Command]:
 
 
 def hint_for(error: NoSuchOption) -> str:
-    """For an option that the verb does not have: the verb that has it, or the most similar option."""
+    """For an option that the verb does not have: the file that it names, the verb that has it, or the most similar."""
     flag = error.option_name
+    dashed = next((word for word in sys.argv[1:] if word.startswith(flag) and os.path.isfile(word)), None)
+    if dashed is not None:  # click takes the first letter of it alone
+        return f"; for the file of that name write ./{printable(dashed)}"
     if flag in ("--debug", "--version"):
         return f": it comes before the verb, as in `mgq {flag}`"
     own = error.ctx.command.params if error.ctx is not None else []

@@ -38,7 +38,7 @@ from mgq.data.image_headers import (
     jpeg2000_facts,
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, missing, printable
 from mgq.machine import is_debugging
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
         name = "the picture" if isinstance(source, bytes) else str(source)
     try:
         return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
+    except FileNotFoundError as error:
+        raise missing(name) from error
     except _RefusalError as refusal:
         raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
 
@@ -114,8 +116,8 @@ def _bytes_of(path: Path) -> bytes:
             if status.st_size > MAX_BYTES:
                 raise _RefusalError(_TOO_HEAVY)
             return file.read()
-    except FileNotFoundError as error:
-        raise _RefusalError("does not exist: check the path") from error
+    except FileNotFoundError:
+        raise
     except IsADirectoryError as error:
         raise _RefusalError("is a folder, not a picture: name a picture in it") from error
     except OSError as error:

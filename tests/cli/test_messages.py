@@ -108,6 +108,11 @@ WRONG = [
     ("bench --train --image-size 3", "--image-size 3", "32 would do"),
     # files and folders
     ("infer empty", "empty has no pictures", "name another folder"),
+    ("infer -dash.jpg", "-dash.jpg", "write ./-dash.jpg"),
+    ("infer https://example.com/cat.jpg", "https://example.com/cat.jpg is an address", "download it"),
+    ("infer -c https://example.com/net.pth", "https://example.com/net.pth is an address", "download it"),
+    ("eval -d file:///data/photos", "file:///data/photos is an address", "/data/photos"),
+    ("calibrate s3://bucket/photos", "s3://bucket/photos is an address", "download it"),
     ("infer *.nothing", "*.nothing", "check the pattern"),
     ("infer -c empty", "empty is a folder", "give a weights file"),
     ("infer -c notes.txt", "notes.txt", "get it again"),
@@ -156,7 +161,8 @@ def desk(tmp_path: Path) -> set[Path]:
             (tmp_path / name / "1.jpg").write_bytes(bundled_cat().read_bytes())
     for name, text in TEXTS.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "cat.jpg").write_bytes(bundled_cat().read_bytes())
+    for name in ("cat.jpg", "-dash.jpg"):
+        (tmp_path / name).write_bytes(bundled_cat().read_bytes())
     return set(tmp_path.rglob("*"))
 
 
