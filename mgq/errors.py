@@ -61,7 +61,7 @@ _ADDRESS = re.compile(r"(?:^|.*/)(https?|ftp|s3|gs|file):/+(.+)", re.DOTALL)
 """The address in a path that was made of one, which leaves a single slash and may put the working folder in front."""
 
 
-def missing(path: object, mend: str = "check the path") -> InputError:
+def no_such_path(path: object, mend: str = "check the path") -> InputError:
     """The error for a ``path`` where nothing is; an address is told from a path."""
     found = _ADDRESS.fullmatch(str(path))
     if found is None:

@@ -254,7 +254,7 @@ def verbs() -> Mapping[str, Command]:
 def hint_for(error: NoSuchOption) -> str:
     """For an option that the verb does not have: the file that it names, the verb that has it, or the most similar."""
     flag = error.option_name
-    dashed = next((word for word in sys.argv[1:] if word.startswith(flag) and os.path.isfile(word)), None)
+    dashed = next((word for word in sys.argv[1:] if word.startswith(flag) and Path(word).is_file()), None)
     if dashed is not None:  # click takes the first letter of it alone
         return f"; for the file of that name write ./{printable(dashed)}"
     if flag in ("--debug", "--version"):

@@ -38,7 +38,7 @@ from mgq.data.image_headers import (
     jpeg2000_facts,
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
-from mgq.errors import InputError, missing, printable
+from mgq.errors import InputError, no_such_path, printable
 from mgq.machine import is_debugging
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
     try:
         return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
     except FileNotFoundError as error:
-        raise missing(name) from error
+        raise no_such_path(name) from error
     except _RefusalError as refusal:
         raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
 

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import safetensors
 
-from mgq.errors import InputError, missing, printable
+from mgq.errors import InputError, no_such_path, printable
 from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.weights.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.weights.finite_values import unsound
@@ -137,7 +137,7 @@ def _content(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(status.st_size)
     except FileNotFoundError as error:
-        raise missing(path, "give the path of a weights file") from error
+        raise no_such_path(path, "give the path of a weights file") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{printable(path)} cannot be read: {why}: check its path and permissions") from error
