@@ -39,6 +39,7 @@ from mgq.data.image_headers import (
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
 from mgq.errors import InputError, no_such_path, printable
+from mgq.io.limited_io import identify_stand_in
 from mgq.machine import is_debugging
 
 if TYPE_CHECKING:
@@ -149,10 +150,8 @@ def _describe_content(data: bytes) -> str:
     start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return "is a HEIF picture, which is not read: save it as JPEG"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS and not the picture: get that by `git lfs pull`"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "is a web page and not a picture: download the picture itself"
+    if stand_in := identify_stand_in(data, "picture"):
+        return stand_in
     if start.startswith((b"<svg", b"%pdf")) or (start.startswith(b"<?xml") and b"<svg" in data[:4096]):
         return "is a drawing (SVG, PDF), which is not read: save it as PNG"
     return f"is not a picture that can be read ({READ}): save it as one of these"

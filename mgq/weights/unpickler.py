@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 
 from mgq.errors import InputError, no_such_path, printable
-from mgq.io.limited_io import LONGEST_JSON, object_in
+from mgq.io.limited_io import LONGEST_JSON, identify_stand_in, object_in
 from mgq.weights.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.weights.finite_values import unsound
 from mgq.weights.foreign_formats import SAVED_MODEL, TENSORFLOW, identify_file, identify_model, identify_name
@@ -141,8 +141,8 @@ def _content(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{printable(path)} cannot be read: {why}: check its path and permissions") from error
-    if not data:
-        raise InputError(f"{printable(path)} is empty: get it again")
+    if stand_in := identify_stand_in(data):
+        raise InputError(f"{printable(path)} {stand_in}")
     return data
 
 

@@ -13,6 +13,7 @@ from mgq.cli.console import say
 from mgq.data.decoding import bundled_cat
 from tests.conftest import Mgq
 
+WEIGHTS = (".pth", ".safetensors", ".onnx", ".so", ".megengine")
 TEXTS = {
     "notes.txt": "hello",
     "text.jpg": "no picture",
@@ -25,6 +26,9 @@ TEXTS = {
     "fake.onnx": "hello",
     "fake.megengine": "hello",
     "fake.json": "{",
+    **{f"page{suffix}": "<!DOCTYPE html><html>404" for suffix in WEIGHTS},
+    **{f"pointer{suffix}": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n" for suffix in WEIGHTS},
+    **{f"nothing{suffix}": "" for suffix in WEIGHTS},
 }
 FOLDERS = ("empty", "one/train/a", "one/val/a", "noval/train/a", "noval/train/b")
 
@@ -119,6 +123,9 @@ WRONG = [
     ("infer -c fake.pth", "fake.pth", "get it again"),
     ("infer -c fake.megengine", "fake.megengine", "mgq dump"),
     ("infer -c fake.onnx", "fake.onnx", "write it again"),
+    *((f"infer -c page{suffix}", f"page{suffix} is a web page", "download the file") for suffix in WEIGHTS),
+    *((f"infer -c pointer{suffix}", f"pointer{suffix} is a pointer of Git LFS", "git lfs pull") for suffix in WEIGHTS),
+    *((f"infer -c nothing{suffix}", f"nothing{suffix} is empty", "get it again") for suffix in WEIGHTS),
     ("infer --ranges fake.json", "fake.json", "mgq calibrate"),
     ("infer --ranges empty", "empty", "mgq calibrate"),
     ("infer -s notes.txt", "--save notes.txt", "give a folder"),
