@@ -24,6 +24,8 @@ PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of it."""
 
 
+UNKNOWN_WIDTH = 80
+"""Columns where the terminal does not know its own."""
 STREAMS = {"out": "stdout", "err": "stderr"}
 FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
 """Variables that make rich draw in a pipe as on a terminal."""
@@ -36,6 +38,8 @@ def __getattr__(name: str) -> Console:
     from rich.console import Console
 
     made = globals()[name] = Console(stderr=name == "err", highlight=False)
+    if made.width < 1:  # COLUMNS=0, as terminals say that know no width: rich would draw nothing
+        made.width = UNKNOWN_WIDTH
     return made
 
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from mgq.cli import bench, eval, infer, models, training
+from mgq.cli import console as console_module
 from mgq.cli.console import as_text, out, show_table
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.predict import ClassScore, Prediction
@@ -88,6 +89,12 @@ def test_nothing_changes_where_there_is_room() -> None:
         Console(file=plain, width=100).print(make())
         show_table(make(), Console(file=shown, width=100))
         assert shown.getvalue() == "".join(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+
+
+def test_a_terminal_that_knows_no_width_has_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.delitem(vars(console_module), "out", raising=False)
+    assert console_module.console("out").width == console_module.UNKNOWN_WIDTH
 
 
 def test_a_path_stays_whole_in_a_pipe() -> None:
