@@ -175,6 +175,10 @@ def run_alone() -> int:
         code = 0
     except (KeyboardInterrupt, typer.Abort):
         code = report_failure("interrupted", INTERRUPTED)
+    except MemoryError:
+        if is_debugging():
+            raise
+        code = report_failure("memory is short: take a smaller --batch, --batch-size or --image-size", 1)
     except Exception as error:
         if is_debugging():
             raise

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from mgq.cli.console import say
+from mgq.cli.main import run_alone
 from mgq.data.decoding import bundled_cat
 from tests.conftest import Mgq
 
@@ -85,7 +86,8 @@ WRONG = [
     ("calibrate --max-drop nan", "--max-drop nan", "give at least 0"),
     ("calibrate --max-bad 7", "--max-bad 7", "give 0 to 1"),
     ("analyze --images 0", "--images 0", "give at least 1"),
-    ("dump --batch -1", "--batch -1", "give at least 0"),
+    ("dump --batch -1", "--batch -1", "give 0 to 65,536"),
+    ("dump --batch 99999999999", "--batch 99999999999", "give 0 to 65,536"),
     ("train --epochs 1.5", "--epochs 1.5", "whole number"),
     ("train --epochs -1", "--epochs -1", "give 1 to"),
     ("train --batch-size 0", "--batch-size 0", "give 1 to"),
@@ -193,3 +195,15 @@ def test_long_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(term
     lines = sink.getvalue().splitlines()
     assert " ".join(line.strip() for line in lines) == words
     assert len(lines) == (3 if terminal else 1) and (not terminal or all(len(line) <= 40 for line in lines))
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mgq.cli.main.run_verb", run_out)
+    assert run_alone() == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "memory is short: take a smaller --batch" in said
