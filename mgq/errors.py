@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -54,6 +55,21 @@ def plural(number: int, noun: str, form: str = "") -> str:
     if number != 1:
         noun = f"{noun[:-2]}es" if noun.endswith("is") else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
     return f"{number:{form}} {noun}"
+
+
+_ADDRESS = re.compile(r"(?:^|.*/)(https?|ftp|s3|gs|file):/+(.+)", re.DOTALL)
+"""The address in a path that was made of one, which leaves a single slash and may put the working folder in front."""
+
+
+def no_such_path(path: object, mend: str = "check the path") -> InputError:
+    """The error for a ``path`` where nothing is; an address is told from a path."""
+    found = _ADDRESS.fullmatch(str(path))
+    if found is None:
+        return InputError(f"{printable(path)} does not exist: {mend}")
+    scheme, rest = found.groups()
+    if scheme == "file":
+        return InputError(printable(f"file:///{rest} is an address and not a path: give the path alone, /{rest}"))
+    return InputError(printable(f"{scheme}://{rest} is an address and not a path: download it, then give its path"))
 
 
 LONGEST_SHOWN = 80

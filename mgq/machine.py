@@ -38,6 +38,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 MKL_VARIABLE = "MKL_DEBUG_CPU_TYPE"
 MKL_AVX2 = "5"
 SPIN_VARIABLE = "MGB_WORKER_MAX_SPIN"
+TUNING_VARIABLE = "MGE_FASTRUN_CACHE_TYPE"
 POLLER = "CompNodeSync"
 PATIENCE_NS = 5_000_000
 HELPERS = ("worker", "cpu")
@@ -92,6 +93,25 @@ def set_library_defaults() -> None:
     prefer_exact_kernels()
     prefer_fast_kernels()
     wait_without_spinning()
+    keep_tuning_in_memory()
+
+
+def keep_tuning_in_memory() -> None:
+    """Spare MegEngine its file of measured kernels where that cannot be written: its import would fail.
+
+    So it is where the home folder is read-only or not there. A value that the user has set stays.
+    """
+    if "megengine" in sys.modules or TUNING_VARIABLE in os.environ or not has_megengine():
+        return
+    caches = os.environ.get("MGE_HOME") or f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/megengine"
+    folder = Path(os.environ.get("MGE_FASTRUN_CACHE_DIR") or f"{caches}/persistent_cache")
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "cache.bin").open("ab"):
+            pass
+    except (OSError, RuntimeError):  # the latter where there is no home at all
+        os.environ[TUNING_VARIABLE] = "MEMORY"
 
 
 def wait_without_spinning() -> None:

@@ -163,13 +163,16 @@ class WorkerMain:
     batch: Batch
 
     def __call__(self, channel: Channel) -> None:
+        with mute_stderr():  # What libraries say is no news; their threads may say it late, on a busy machine.
+            self.work(channel)
+
+    def work(self, channel: Channel) -> None:
         seat = self.seat
-        with mute_stderr():  # What libraries say when they are loaded is no news.
-            for name in seat.imports:
-                import_module(name)
-            if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, seat.cores)
-            runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
+        for name in seat.imports:
+            import_module(name)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, seat.cores)
+        runtimes = [seat.load(seat.threads) for _ in range(seat.copies)]
         worker = SideBySide(runtimes, self.batch) if seat.copies > 1 else InProcessWorker(runtimes[0], self.batch)
         channel.send(WorkerReady(worker.name, worker.version, worker.threads, worker.macs))
         for question, *arguments in channel.questions():

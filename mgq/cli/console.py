@@ -26,6 +26,8 @@ PLAIN_STEPS = 10
 """In a pipe, long work prints a line at every tenth of it."""
 
 
+UNKNOWN_WIDTH = 80
+"""Columns where the terminal does not know its own."""
 STREAMS = {"out": "stdout", "err": "stderr"}
 FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
 """Variables that make rich draw in a pipe as on a terminal."""
@@ -38,6 +40,8 @@ def __getattr__(name: str) -> Console:
     from rich.console import Console
 
     made = globals()[name] = Console(stderr=name == "err", highlight=False)
+    if made.width < 1:  # COLUMNS=0, as terminals say that know no width: rich would draw nothing
+        made.width = UNKNOWN_WIDTH
     return made
 
 
@@ -83,6 +87,7 @@ _ENDLESS = 1_000_000
 def show_table(table: Table, to: Console | None = None) -> None:
     """Print ``table``, folding the columns that are not ``no_wrap``; where it is too wide for that, each row as lines
     of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
+    The title, which rich would break where the table ends, is a line of its own: in a pipe it stays whole.
     """
     from rich.measure import Measurement
 
@@ -97,10 +102,23 @@ def show_table(table: Table, to: Console | None = None) -> None:
         elif whole > to.width:
             column.min_width = None
     least = sum(c.min_width or min(width, NARROWEST) for width, c in zip(widths, table.columns, strict=True))
+    if table.title is not None:
+        to.print(as_text(table.title), soft_wrap=not to.is_terminal)
+        table.title = None
     if lines + least <= to.width:
-        to.print(table)
+        print_without_padding(table, to)
     else:
         say(stack_rows(table), to=to)
+
+
+def print_without_padding(table: Table, to: Console) -> None:
+    """Print ``table``; in a pipe without the spaces that rich puts behind each line."""
+    if to.is_terminal:
+        to.print(table)
+        return
+    with to.capture() as drawn:
+        to.print(table)
+    to.file.write("".join(f"{line.rstrip()}\n" for line in drawn.get().removesuffix("\n").split("\n")))
 
 
 def measure_width(column: Column, with_heading: bool) -> int:
@@ -120,7 +138,7 @@ def stack_rows(table: Table) -> str:
     headings = [as_text(column.header).plain.replace("\n", " ").strip() for column in table.columns]
     rows = zip(*([as_text(cell).plain for cell in column.cells] for column in table.columns), strict=True)
     named = any(headings)
-    blocks = [] if table.title is None else [as_text(table.title).plain]
+    blocks = []
     for row in rows:
         lines = []
         for place, (heading, cell) in enumerate(zip(headings, row, strict=True)):

@@ -13,7 +13,7 @@ import typer
 
 from mgq.cli.import_options import KeepInput
 from mgq.cli.network_command import NetworkCommand
-from mgq.cli.option_types import AT_LEAST_NONE, CPU, FORM, FORMAT, INPUT, NameOption
+from mgq.cli.option_types import BATCH, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
     ModeName,
     open_network,
@@ -83,7 +83,7 @@ class DumpCommand(NetworkCommand):
     data: Annotated[
         Path | None, typer.Option("-d", "--data", help="Pictures to compare on, 32 at most; a cat by default.")
     ] = None
-    batch: Annotated[int, typer.Option("--batch", click_type=AT_LEAST_NONE, help="Batch size; 0 for any, in ONNX.")] = 1
+    batch: Annotated[int, typer.Option("--batch", click_type=BATCH, help="Batch size; 0 for any, in ONNX.")] = 1
     cpu: Annotated[
         str | None,
         typer.Option(

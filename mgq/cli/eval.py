@@ -124,7 +124,7 @@ class EvalCommand(NetworkCommand):
         for problem in result.problems:
             note(problem)
         if result.problems:
-            note(f"{len(result.problems)} of {len(dataset)} pictures could not be read and are left out")
+            note(f"{len(result.problems):,} of {len(dataset):,} pictures could not be read and are left out")
         facts = facts_of(classifier, dataset, total, result, self.batch_size, self.workers)
         if self.as_json:
             show_json(result, facts, self.confused)
@@ -213,12 +213,11 @@ def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Clas
 
 def has_only_float_run(arch: str | None, save: Path) -> bool:
     """Whether the architecture has a float run under ``save``, and none that int8 could be made of."""
-    from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, find_newest_run
+    from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, find_unused_float_run
     from mgq.quantization.option_names import Mode
     from mgq.zoo.registry import spec_of
 
-    spec = spec_of(arch or DEFAULT_ARCH)
-    return find_newest_run(spec, Mode.QUANTIZED, save) is None and find_newest_run(spec, Mode.NORMAL, save) is not None
+    return find_unused_float_run(spec_of(arch or DEFAULT_ARCH), Mode.QUANTIZED, save) is not None
 
 
 # ---- what is said of it ----

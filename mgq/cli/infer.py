@@ -86,7 +86,7 @@ class InferCommand(NetworkCommand):
             found = start_predictions(report_progress(answers, len(sources), on_progress))
             failed = show_json(classifier, found) if self.as_json else show_tables(classifier, found)
         if failed and len(sources) > 1:
-            note(f"{failed} of {len(sources)} pictures could not be read")
+            note(f"{failed:,} of {len(sources):,} pictures could not be read")
         if self.write:
             write_network(classifier)
         if failed:

@@ -175,6 +175,10 @@ def run_alone() -> int:
         code = 0
     except (KeyboardInterrupt, typer.Abort):
         code = report_failure("interrupted", INTERRUPTED)
+    except MemoryError:
+        if is_debugging():
+            raise
+        code = report_failure("memory is short: take a smaller --batch, --batch-size or --image-size", 1)
     except Exception as error:
         if is_debugging():
             raise
@@ -252,8 +256,11 @@ def verbs() -> Mapping[str, Command]:
 
 
 def hint_for(error: NoSuchOption) -> str:
-    """For an option that the verb does not have: the verb that has it, or the most similar option."""
+    """For an option that the verb does not have: the file that it names, the verb that has it, or the most similar."""
     flag = error.option_name
+    dashed = next((word for word in sys.argv[1:] if word.startswith(flag) and Path(word).is_file()), None)
+    if dashed is not None:  # click takes the first letter of it alone
+        return f"; for the file of that name write ./{printable(dashed)}"
     if flag in ("--debug", "--version"):
         return f": it comes before the verb, as in `mgq {flag}`"
     own = error.ctx.command.params if error.ctx is not None else []

@@ -232,6 +232,7 @@ LOAD = NameOption("load", loads)
 COMPRESSION = NameOption("compression", compressions)
 
 COUNT = Number(int, Bounds(1))
+BATCH = Number(int, Bounds(0, 65_536))
 PORT = Number(int, Bounds(0, 65535))
 AT_LEAST_NONE = Number(int, Bounds(0))
 SHARE = Number(float, Bounds(0, 1))

@@ -204,6 +204,20 @@ class NetworkOptions:
             return self
         return replace(self, arch=find_arch(self.save, mode))
 
+    def tell_of_unused_run(self, mode: str | None) -> None:
+        """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights."""
+        from mgq.cli.console import note
+        from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, describe_unused, find_unused_float_run
+        from mgq.quantization.option_names import parse_mode
+        from mgq.zoo.registry import spec_of
+
+        if self.checkpoint or self.pretrained or self.ranges or mode is None:
+            return
+        spec = spec_of(self.arch or DEFAULT_ARCH)
+        run = find_unused_float_run(spec, parse_mode(mode), self.save)
+        if run is not None:
+            note(f"not used: {describe_unused(run, spec)}")
+
 
 def open_network(
     options: NetworkOptions,
@@ -219,7 +233,7 @@ def open_network(
     from mgq.quantization.option_names import parse_mode
     from mgq.system.megengine_start import import_megengine
 
-    return choose_network(
+    found = choose_network(
         arch=options.arch,
         checkpoint=options.checkpoint,
         mode=parse_mode(mode),
@@ -237,3 +251,5 @@ def open_network(
         kept=kept,
         threads=threads,
     )
+    options.tell_of_unused_run(mode)
+    return found

@@ -170,9 +170,11 @@ def training_folders(
         tally = _scan_around(root, layout.root)
         train, val = hold_out_validation(_label_images(layout.root, layout.classes, on_progress, tally, LEAST_TO_TRAIN))
         on_message(
-            f"{printable(layout.root)} has no train/ and val/: {len(val)} of its pictures, one in {KEPT}, are kept to"
+            f"{printable(layout.root)} has no train/ and val/: {len(val):,} of its pictures, one in {KEPT}, are kept to"
             " measure on, always the same"
         )
+    elif not layout.splits:
+        raise _too_few(layout.root, 0, LEAST_TO_TRAIN)
     else:
         places = [_split(layout, role, on_progress) for role in ("train", layout.measured)]
         tally, names = _scan_around(root, *places), [class_folders(place) for place in places]
@@ -396,10 +398,14 @@ def _check_number(folder: Path, folders: Sequence[str], least: int) -> None:
         raise InputError(
             f"{printable(folder)} has pictures but no class folders: put them in <class>/ to measure accuracy"
         )
+    raise _too_few(folder, len(folders), least)
+
+
+def _too_few(folder: Path, found: int, least: int) -> InputError:
     needed = f" and a classifier needs {least}" if least > 1 else ""
-    raise InputError(
-        f"{printable(folder)} has {len(folders) or 'no'} class folder{'s' * (not folders)}{needed}: make a folder of"
-        " pictures for each class"
+    return InputError(
+        f"{printable(folder)} has {found or 'no'} class folder{'s' * (not found)}{needed}: make a folder of pictures"
+        " for each class"
     )
 
 

@@ -38,7 +38,8 @@ from mgq.data.image_headers import (
     jpeg2000_facts,
 )
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, no_such_path, printable
+from mgq.io.limited_io import identify_stand_in
 from mgq.machine import is_debugging
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
         name = "the picture" if isinstance(source, bytes) else str(source)
     try:
         return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
+    except FileNotFoundError as error:
+        raise no_such_path(name) from error
     except _RefusalError as refusal:
         raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
 
@@ -114,8 +117,8 @@ def _bytes_of(path: Path) -> bytes:
             if status.st_size > MAX_BYTES:
                 raise _RefusalError(_TOO_HEAVY)
             return file.read()
-    except FileNotFoundError as error:
-        raise _RefusalError("does not exist: check the path") from error
+    except FileNotFoundError:
+        raise
     except IsADirectoryError as error:
         raise _RefusalError("is a folder, not a picture: name a picture in it") from error
     except OSError as error:
@@ -147,10 +150,8 @@ def _describe_content(data: bytes) -> str:
     start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return "is a HEIF picture, which is not read: save it as JPEG"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS and not the picture: get that by `git lfs pull`"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "is a web page and not a picture: download the picture itself"
+    if stand_in := identify_stand_in(data, "picture"):
+        return stand_in
     if start.startswith((b"<svg", b"%pdf")) or (start.startswith(b"<?xml") and b"<svg" in data[:4096]):
         return "is a drawing (SVG, PDF), which is not read: save it as PNG"
     return f"is not a picture that can be read ({READ}): save it as one of these"

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from mgq.data.folder_scan import Entry, Tally, entries_in, scan_folder
 from mgq.data.imagenet_archives import has_archive
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, no_such_path, printable
 
 Role: TypeAlias = Literal["train", "val", "test"]
 
@@ -75,7 +75,7 @@ def layout_of(root: Path) -> Layout:
 def check_folder(root: Path) -> None:
     """Raises InputError for what is no folder."""
     if not root.exists():
-        raise InputError(f"{printable(root)} does not exist: check the path")
+        raise no_such_path(root)
     if not root.is_dir():
         raise InputError(f"{printable(root)} is not a folder: name a folder of pictures")
 

@@ -214,8 +214,8 @@ class Loader:
     def _too_many_error(self) -> InputError:
         first = "; ".join(list(self._problems.values())[:_PROBLEMS_SHOWN])
         return InputError(
-            f"{len(self._problems)} of {len(self.dataset)} pictures of {self.dataset.name} cannot be read, and at most"
-            f" {100 * self.max_bad:.3g} % may be: remove or mend them, or allow more; the first: {first}"
+            f"{len(self._problems):,} of {len(self.dataset):,} pictures of {self.dataset.name} cannot be read, and at"
+            f" most {100 * self.max_bad:.3g} % may be: remove or mend them, or allow more; the first: {first}"
         )
 
     # ---- in the threads ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shlex
 from collections.abc import Mapping
@@ -132,12 +133,12 @@ def open_if_readable(path: Path) -> str:
 # ---- which run ----
 
 
-def find_run(name: str | Path | None, save: Path) -> Run:
-    """The run in the folder ``name``, or called so under ``save``; the newest one there without a name.
+def find_run(name: str | Path | None, save: Path, arch: str | None = None) -> Run:
+    """The run in the folder ``name``, or called so under ``save``; without a name the newest one there, of ``arch``.
 
     Raises InputError where there is none, or it has no network yet.
     """
-    path = find_newest_folder(save) if name is None else find_folder(Path(name), save)
+    path = find_newest_folder(save, arch) if name is None else find_folder(Path(name), save)
     checkpoint = path / RUN_CHECKPOINT
     if not checkpoint.is_file():
         raise InputError(f"{printable(path)} has no {RUN_CHECKPOINT} yet: let the run finish, or name another one")
@@ -148,10 +149,14 @@ def find_run(name: str | Path | None, save: Path) -> Run:
     return Run(path, kind, weights)
 
 
-def find_newest_folder(save: Path) -> Path:
-    found = find_newest(path for kind in KINDS for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}"))
+def find_newest_folder(save: Path, arch: str | None = None) -> Path:
+    """The newest run under ``save``, of ``arch`` where that is given. Raises InputError where there is none."""
+    spec = None if arch is None else spec_of(arch)
+    pattern = "*" if spec is None else glob.escape(spec.name)
+    found = find_newest(path for kind in KINDS for path in save.glob(f"{pattern}.{kind}/{RUN_CHECKPOINT}"))
     if found is None:
-        raise InputError(f"there is no run under {printable(save)}: `mgq qat` makes one, or pass -s FOLDER")
+        of, option = ("", "") if spec is None else (f" of {spec.name}", f" -a {shlex.quote(spec.typed)}")
+        raise InputError(f"there is no run{of} under {printable(save)}: `mgq qat{option}` makes one, or pass -s FOLDER")
     return found.parent
 
 

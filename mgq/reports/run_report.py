@@ -33,7 +33,7 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
     Images that the run knows of and that are gone cost their parts of the page alone.
     """
     machine = this_machine()  # as it is before the work begins
-    run = find_run(options.run, options.save)
+    run = find_run(options.run, options.save, options.arch)
     if options.arch not in (None, run.weights.arch):
         raise InputError(f"{printable(run.path)} is a run of {run.weights.arch}, not of {options.arch}; leave out -a")
     page = check_page_path(options.output or run.path / PAGE, "--output")

@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import safetensors
 
-from mgq.errors import InputError, printable
-from mgq.io.limited_io import LONGEST_JSON, object_in
+from mgq.errors import InputError, no_such_path, printable
+from mgq.io.limited_io import LONGEST_JSON, identify_stand_in, object_in
 from mgq.weights.checkpoint import KEY as CHECKPOINT_KEY
 from mgq.weights.finite_values import unsound
 from mgq.weights.foreign_formats import SAVED_MODEL, TENSORFLOW, identify_file, identify_model, identify_name
@@ -137,12 +137,12 @@ def _content(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(status.st_size)
     except FileNotFoundError as error:
-        raise InputError(f"{printable(path)} does not exist: give the path of a weights file") from error
+        raise no_such_path(path, "give the path of a weights file") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{printable(path)} cannot be read: {why}: check its path and permissions") from error
-    if not data:
-        raise InputError(f"{printable(path)} is empty: get it again")
+    if stand_in := identify_stand_in(data):
+        raise InputError(f"{printable(path)} {stand_in}")
     return data
 
 

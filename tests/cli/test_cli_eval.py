@@ -14,7 +14,7 @@ import pytest
 
 from mgq.cli.console import plain_lines
 from mgq.data.decoding import bundled_cat
-from mgq.engine.classifier.open import RUN_CHECKPOINT
+from mgq.engine.classifier.open import DEFAULT_ARCH, RUN_CHECKPOINT
 from mgq.events import Progress
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import write_checkpoint
@@ -122,6 +122,27 @@ def test_the_newest_run_is_measured_in_the_mode_it_has(mgq: Mgq, made: Path, tmp
     run.write_bytes((made / "qat.safetensors").read_bytes())
     said = mgq("eval", "-a", ARCH, "-d", made / "set", "--json")
     assert document(said.out)["mode"] == "quantized" and f"{ARCH}.qat" in document(said.out)["weights"]
+
+
+@pytest.mark.parametrize("typed", ["infer", "dump", "analyze", "eval -m quantized", "infer -m qat"])
+def test_a_float_run_is_named_with_what_makes_int8_of_it(mgq: Mgq, made: Path, tmp_path: Path, typed: str) -> None:
+    run = tmp_path / "runs" / f"{ARCH}.normal" / RUN_CHECKPOINT
+    run.parent.mkdir(parents=True)
+    run.write_bytes((made / "normal.safetensors").read_bytes())
+    line = the_error(mgq(*typed.split(), "-a", ARCH))
+    assert f"runs/{ARCH}.normal is float" in line and f"`mgq calibrate -a {ARCH}`" in line
+    assert "no weights" not in line and "-m normal" in line
+
+
+def test_it_is_said_that_a_float_run_gives_way_to_installed_weights(mgq: Mgq, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / f"{DEFAULT_ARCH}.normal" / RUN_CHECKPOINT
+    run.parent.mkdir(parents=True)
+    classifier_of(DEFAULT_ARCH, Mode.NORMAL).write_checkpoint(run)
+    said = mgq("infer", "--json")
+    assert said.code == 0 and "ImageNet" in document(said.out)["weights"]
+    assert f"not used: runs/{DEFAULT_ARCH}.normal is float" in said.err
+    for words in (("-m", "normal"), ("--pretrained",)):
+        assert "not used" not in mgq("infer", "--json", *words).err
 
 
 def test_without_a_folder_it_takes_what_the_checkpoint_was_measured_on(mgq: Mgq, made: Path) -> None:

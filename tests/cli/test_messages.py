@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from mgq.cli.console import say
+from mgq.cli.main import run_alone
 from mgq.data.decoding import bundled_cat
 from tests.conftest import Mgq
 
+WEIGHTS = (".pth", ".safetensors", ".onnx", ".so", ".megengine")
 TEXTS = {
     "notes.txt": "hello",
     "text.jpg": "no picture",
@@ -25,6 +27,9 @@ TEXTS = {
     "fake.onnx": "hello",
     "fake.megengine": "hello",
     "fake.json": "{",
+    **{f"page{suffix}": "<!DOCTYPE html><html>404" for suffix in WEIGHTS},
+    **{f"pointer{suffix}": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n" for suffix in WEIGHTS},
+    **{f"nothing{suffix}": "" for suffix in WEIGHTS},
 }
 FOLDERS = ("empty", "one/train/a", "one/val/a", "noval/train/a", "noval/train/b")
 
@@ -81,7 +86,8 @@ WRONG = [
     ("calibrate --max-drop nan", "--max-drop nan", "give at least 0"),
     ("calibrate --max-bad 7", "--max-bad 7", "give 0 to 1"),
     ("analyze --images 0", "--images 0", "give at least 1"),
-    ("dump --batch -1", "--batch -1", "give at least 0"),
+    ("dump --batch -1", "--batch -1", "give 0 to 65,536"),
+    ("dump --batch 99999999999", "--batch 99999999999", "give 0 to 65,536"),
     ("train --epochs 1.5", "--epochs 1.5", "whole number"),
     ("train --epochs -1", "--epochs -1", "give 1 to"),
     ("train --batch-size 0", "--batch-size 0", "give 1 to"),
@@ -108,18 +114,27 @@ WRONG = [
     ("bench --train --image-size 3", "--image-size 3", "32 would do"),
     # files and folders
     ("infer empty", "empty has no pictures", "name another folder"),
+    ("infer -dash.jpg", "-dash.jpg", "write ./-dash.jpg"),
+    ("infer https://example.com/cat.jpg", "https://example.com/cat.jpg is an address", "download it"),
+    ("infer -c https://example.com/net.pth", "https://example.com/net.pth is an address", "download it"),
+    ("eval -d file:///data/photos", "file:///data/photos is an address", "/data/photos"),
+    ("calibrate s3://bucket/photos", "s3://bucket/photos is an address", "download it"),
     ("infer *.nothing", "*.nothing", "check the pattern"),
     ("infer -c empty", "empty is a folder", "give a weights file"),
     ("infer -c notes.txt", "notes.txt", "get it again"),
     ("infer -c fake.pth", "fake.pth", "get it again"),
     ("infer -c fake.megengine", "fake.megengine", "mgq dump"),
     ("infer -c fake.onnx", "fake.onnx", "write it again"),
+    *((f"infer -c page{suffix}", f"page{suffix} is a web page", "download the file") for suffix in WEIGHTS),
+    *((f"infer -c pointer{suffix}", f"pointer{suffix} is a pointer of Git LFS", "git lfs pull") for suffix in WEIGHTS),
+    *((f"infer -c nothing{suffix}", f"nothing{suffix} is empty", "get it again") for suffix in WEIGHTS),
     ("infer --ranges fake.json", "fake.json", "mgq calibrate"),
     ("infer --ranges empty", "empty", "mgq calibrate"),
     ("infer -s notes.txt", "--save notes.txt", "give a folder"),
     ("eval -d empty", "empty has no class folders", "make a folder of pictures for each class"),
     ("eval -d notes.txt", "notes.txt is not a folder", "name a folder"),
-    ("train -d empty", "no folder train/", "make it"),
+    ("train -d empty", "has no class folders", "make a folder of pictures for each class"),
+    ("qat -a resnet18 -d missing", "missing does not exist", "check the path"),
     ("train -d noval", "no folder val/", "make it"),
     ("train -d one", "1 class folder", "make a folder of pictures for each class"),
     ("train -s notes.txt", "--save notes.txt", "give a folder"),
@@ -156,7 +171,8 @@ def desk(tmp_path: Path) -> set[Path]:
             (tmp_path / name / "1.jpg").write_bytes(bundled_cat().read_bytes())
     for name, text in TEXTS.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "cat.jpg").write_bytes(bundled_cat().read_bytes())
+    for name in ("cat.jpg", "-dash.jpg"):
+        (tmp_path / name).write_bytes(bundled_cat().read_bytes())
     return set(tmp_path.rglob("*"))
 
 
@@ -179,3 +195,15 @@ def test_long_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(term
     lines = sink.getvalue().splitlines()
     assert " ".join(line.strip() for line in lines) == words
     assert len(lines) == (3 if terminal else 1) and (not terminal or all(len(line) <= 40 for line in lines))
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mgq.cli.main.run_verb", run_out)
+    assert run_alone() == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "memory is short: take a smaller --batch" in said

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from mgq.cli import bench, eval, infer, models, training
+from mgq.cli import console as console_module
 from mgq.cli.console import as_text, out, show_table
 from mgq.engine.classifier.evaluate import Evaluation
 from mgq.engine.classifier.predict import ClassScore, Prediction
@@ -87,7 +88,23 @@ def test_nothing_changes_where_there_is_room() -> None:
         plain, shown = io.StringIO(), io.StringIO()
         Console(file=plain, width=100).print(make())
         show_table(make(), Console(file=shown, width=100))
-        assert shown.getvalue() == plain.getvalue()
+        assert shown.getvalue() == "".join(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+
+
+def test_a_terminal_that_knows_no_width_has_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.delitem(vars(console_module), "out", raising=False)
+    assert console_module.console("out").width == console_module.UNKNOWN_WIDTH
+
+
+def test_a_path_stays_whole_in_a_pipe() -> None:
+    path = f"photos of 猫/{'a folder with a long name/' * 4}cat.jpg"
+    guesses = (ClassScore(0, "cat", 0.9), ClassScore(1, "dog", 0.1))
+    stream = io.StringIO()
+    show_table(infer.table_of(Prediction(path, guesses, 12.3)), Console(file=stream, width=80))
+    lines = stream.getvalue().split("\n")
+    assert lines[0] == f"{path}  12.3 ms"
+    assert not any(line.endswith(" ") for line in lines)
 
 
 @pytest.mark.parametrize("width", [20, 45, 80, 200])

@@ -226,7 +226,7 @@ class CalibrationImages:
     def refuse_none(self) -> None:
         """Raises InputError where no picture could be read."""
         if self.used == 0:
-            raise InputError(f"none of {len(self.sources)} pictures could be read; the first: {self.problems[0]}")
+            raise InputError(f"none of {len(self.sources):,} pictures could be read; the first: {self.problems[0]}")
 
 
 def estimate_seconds(

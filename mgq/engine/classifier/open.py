@@ -15,6 +15,7 @@ from mgq.engine.classifier.classifier import class_names as class_names
 from mgq.engine.classifier.classifier import versions as versions
 from mgq.engine.classifier.run_lookup import DEFAULT_ARCH as DEFAULT_ARCH
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT as RUN_CHECKPOINT
+from mgq.engine.classifier.run_lookup import describe_unused, find_unused_float_run
 from mgq.engine.classifier.run_lookup import find_newest as find_newest
 from mgq.engine.classifier.run_lookup import find_newest_arch as find_newest_arch
 from mgq.engine.classifier.run_lookup import find_newest_run as find_newest_run
@@ -99,6 +100,9 @@ def find_weights(
         return packaged
     if pretrained or is_cached(spec, mode.value):
         return fetch_published_weights(spec, mode.value, on_progress, version)
+    unused = find_unused_float_run(spec, mode, save)
+    if unused is not None:
+        raise InputError(f"{describe_unused(unused, spec)}; `mgq infer -m normal` runs it as it is")
     raise InputError(f"no weights for {spec.name} found: {list_ways_to_weights(spec)}")
 
 

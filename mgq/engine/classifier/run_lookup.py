@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from mgq.errors import printable
 from mgq.quantization.option_names import Mode
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -22,6 +24,20 @@ def find_newest_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
     """The checkpoint of the newest run of ``spec`` under ``save`` that can serve ``mode``; None without one."""
     found = [save / f"{spec.name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[mode]]
     return find_newest(path for path in found if path.is_file())
+
+
+def find_unused_float_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | None:
+    """The folder of the float run of ``spec`` under ``save``, where none of its runs can serve ``mode``; else None."""
+    if find_newest_run(spec, mode, save) is not None:
+        return None
+    found = find_newest_run(spec, Mode.NORMAL, save)
+    return None if found is None else found.parent
+
+
+def describe_unused(run: Path, spec: ModelSpec) -> str:
+    """What makes int8 of the float ``run`` of ``spec``, as the end of a sentence about it."""
+    arch = shlex.quote(spec.typed)
+    return f"{printable(run)} is float: `mgq calibrate -a {arch}` or `mgq qat -a {arch}` makes int8 of it"
 
 
 def find_newest(files: Iterable[Path]) -> Path | None:

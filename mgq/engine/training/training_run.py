@@ -149,8 +149,11 @@ def qat(train_options: TrainOptions, callbacks: Callbacks = NO_CALLBACKS) -> Tra
         raise InputError(f"--nnodes needs float weights of {spec.name} on every machine: give them, -c CHECKPOINT")
     if given is None:
         refuse_impossible(spec, changes)
-        callbacks.on_message(f"no float weights of {spec.name} found: training some first, into {train_options.save}")
-        first = make_float_job(make_float_options(train_options, spec, changes), callbacks)
+        said = [f"no float weights of {spec.name} found: training some first, into {train_options.save}"]
+        hushed = replace(callbacks, on_message=said.append)  # nothing is said to begin where that cannot be
+        first = make_float_job(make_float_options(train_options, spec, changes), hushed)
+        for line in said:
+            callbacks.on_message(line)
         with create_run(first, callbacks) as run:
             train_on_all_devices(first, run, cluster, callbacks)
             given = read_weights(run.checkpoint, spec)

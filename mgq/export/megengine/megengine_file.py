@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from mgq.errors import InputError, printable
 from mgq.export.megengine.graph_guard import Face, ForeignGraphError, face_of
-from mgq.io.limited_io import bytes_of, object_in
+from mgq.io.limited_io import bytes_of, identify_stand_in, object_in
 
 MAGIC = b"mgqfile1"
 TAIL = 8 + 32 + len(MAGIC)
@@ -48,6 +48,8 @@ def read_megengine_file(path: Path) -> MegEngineFile:
         data = bytes_of(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {name} ({error.strerror}); check the path") from None
+    if stand_in := identify_stand_in(data):
+        raise InputError(f"{name} {stand_in}")
     if len(data) < TAIL or not data.endswith(MAGIC):
         raise InputError(f"{name} is cut short or was not written by mgq; write it by `mgq dump`")
     body, digest = memoryview(data)[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 : -len(MAGIC)]

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 from mgq.errors import InputError, printable
+from mgq.io.limited_io import STAND_IN, identify_stand_in
 
 HEAD = 20
 MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -19,9 +20,11 @@ def refuse_other_files(path: Path) -> None:
     name = printable(path)
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(STAND_IN)
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
+    if stand_in := identify_stand_in(head):
+        raise InputError(f"{name} {stand_in}")
     if len(head) < HEAD or not head.startswith(b"\x7fELF\x02\x01"):
         raise InputError(f"{name} is no shared library: {AGAIN}")
     machine = MACHINES.get(platform.machine())

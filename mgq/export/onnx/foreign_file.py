@@ -16,7 +16,7 @@ from mgq.export.onnx.foreign_answer import answer_of, leave_out_unread
 from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
 from mgq.export.onnx.half_floats import widen, widen_halves
 from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
-from mgq.io.limited_io import bytes_of
+from mgq.io.limited_io import bytes_of, identify_stand_in
 from mgq.weights.finite_values import fault_of
 
 Array = npt.NDArray[Any]
@@ -93,7 +93,10 @@ def model_in(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{name} is larger than 2 GB, more than a classifier has: give a smaller network")
-        model = onnx.load_from_string(bytes_of(path, MOST_BYTES))
+        data = bytes_of(path, MOST_BYTES)
+        if stand_in := identify_stand_in(data):
+            raise InputError(f"{name} {stand_in}")
+        model = onnx.load_from_string(data)
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}; check the path") from None
     except InputError:

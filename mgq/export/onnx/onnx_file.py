@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mgq.errors import InputError, printable
 from mgq.export.onnx.float_input import PIXEL_ZERO, PIXELS, FloatInput, float_input_in
-from mgq.io.limited_io import bytes_of, object_in
+from mgq.io.limited_io import bytes_of, identify_stand_in, object_in
 from mgq.io.private_cache import cache_folder, read_private, write_private
 from mgq.machine import mute_stderr
 
@@ -109,11 +109,14 @@ def own_code() -> str:
 
 
 def read_content(path: Path) -> bytes:
-    """Raises InputError where ``path`` cannot be read, or is larger than a file of a classifier."""
+    """Raises InputError where ``path`` cannot be read, is larger than a file of a classifier, or a failed download."""
     try:
-        return bytes_of(path, MOST_BYTES)
+        data = bytes_of(path, MOST_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {printable(path)}: {error.strerror}; check the path") from None
+    if stand_in := identify_stand_in(data):
+        raise InputError(f"{printable(path)} {stand_in}")
+    return data
 
 
 def parse_onnx(path: Path, content: bytes) -> OnnxFile:

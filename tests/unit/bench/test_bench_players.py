@@ -40,6 +40,8 @@ class Echo:
         self.runs += 1
         if self.runs == 3 and self.does == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if self.does == "chatter":
+            os.write(2, b"WRN worker would execute\n")
         if self.runs == 3 and self.does == "hang":
             time.sleep(60)
         cores = os.sched_getaffinity(0)
@@ -101,6 +103,14 @@ def test_copies_run_side_by_side_in_one_process() -> None:
     found.wait_until_ready()
     assert found.threads == 2 and len(found.turn(3)) == 6
     found.close()
+
+
+def test_what_a_library_says_after_it_is_loaded_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    found = away("chatter")
+    found.wait_until_ready()
+    found.turn(2)
+    found.close()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,13 @@ def test_the_command_takes_the_newest_run_and_says_where_the_page_is(mgq: Mgq, t
     assert (body["arch"], body["kind"], body["images"], body["page"]) == (ARCH, "qat", 3, "page.html")
     assert (tmp_path / "page.html").is_file()
     assert find_run(f"{ARCH}.qat", Path("runs")).path == find_run(None, Path("runs")).path
+    other = tmp_path / "runs" / "resnet18.normal"
+    shutil.copytree(tmp_path / "runs" / f"{ARCH}.qat", other)
+    os.utime(other / "checkpoint.safetensors", (2e9, 2e9))  # the newest now
+    body = json.loads(mgq("report", "-a", ARCH, "--no-engines", "--limit", "3", "--json", "-o", "page.html").out)
+    assert body["run"] == f"runs/{ARCH}.qat"
+    assert "there is no run of resnet50 under runs: `mgq qat -a resnet50`" in the_error(mgq("report", "-a", "resnet50"))
+    shutil.rmtree(other)
     assert "no run nobody.qat" in the_error(mgq("report", "nobody.qat"))
     assert one_line_about(the_error(mgq("report", "-d", "nothing", "--no-engines")), "nothing")
     assert "folder" in the_error(mgq("report", "-o", "."))

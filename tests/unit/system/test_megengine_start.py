@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -20,6 +21,16 @@ def test_no_tensor_is_ever_listed_to_be_dropped() -> None:
     """Two threads of MegEngine change that list, one of them without a lock."""
     import_megengine()
     assert get_option("dtr_evictee_minimum_size") == NEVER
+
+
+def test_it_starts_where_no_cache_can_be_written() -> None:
+    """A read-only home, as services and containers have it. Root may write anywhere but below /proc."""
+    program = "from mgq.system.megengine_start import import_megengine; import_megengine()"
+    kept = {name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "MGE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**kept, "HOME": "/proc"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets threads nap longer")
