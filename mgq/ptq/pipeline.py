@@ -334,9 +334,11 @@ class Contest:
         """What all grids gave, in order. Raises the first error where none applies, and where a layer gives numbers
         that are not finite."""
         others = [each for each in families if not each.is_data_free]
+        seen = self.begin_statistics(others)
         early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
-        if any(each.needs_gradients for each in others):  # before they are begun, so that all is measured once
-            others = self.with_measurements(others)
+        if any(each.needs_gradients for each in others):
+            _ = self.start.reactions  # before these are begun, so that they are measured once
+        others = [replace(each, reached={**each.reached, **with_statistics(each.reached, seen)}) for each in others]
         others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
         later = share_out(self.side, others, self.judge.try_grids, self.count)
         of = dict(zip((each.grids for each in others), later, strict=True))
@@ -349,18 +351,14 @@ class Contest:
             raise next(attempt for attempt in found if isinstance(attempt, FailureError))
         return list(self.tried)
 
-    def with_measurements(self, families: Sequence[Family]) -> list[Family]:
-        """``families``, whose drafts know what several of them go by. Raises FailureError where a layer gives numbers
-        that are not finite."""
-        reached = dict(families[0].reached)
-        equalized = any(isinstance(step, Equalize) for each in families for grid in each.grids for step in grid)
-        cleared = [steps for steps in reached if steps and equalized]
-        seen = [begin(self.side, see_statistics, reached[steps]) for steps in cleared]
-        _ = self.start.reactions
-        reached |= {
-            steps: replace(reached[steps], seen=call.result()) for steps, call in zip(cleared, seen, strict=True)
+    def begin_statistics(self, families: Sequence[Family]) -> dict[Steps, Call[Statistics | None]]:
+        """Measure the statistics of the drafts from which channels are equalized by images, for all ``families``."""
+        starts = {grid[:place] for each in families for grid in each.grids for place in places_of_equalization(grid)}
+        return {
+            steps: begin(self.side, see_statistics, families[0].reached[steps])
+            for steps in sorted(starts, key=len)
+            if steps in families[0].reached
         }
-        return [replace(each, reached=reached) for each in families]
 
     def rewrite(self, best: Candidate, step: Step) -> list[tuple[Steps, Draft]]:
         """The grid of ``best`` with ``step`` before its ranges, and what it gives; nothing where it does not apply."""
@@ -385,6 +383,18 @@ class Contest:
             self.done += new
             total = self.preset.trials - len(self.skipped)
             self.on_progress(Progress("calibrate: candidates", self.done, total, "tried"))
+
+
+def places_of_equalization(grid: Steps) -> list[int]:
+    """The places of the steps in ``grid`` that equalize by images."""
+    return [place for place, step in enumerate(grid) if isinstance(step, Equalize) and not step.data_free]
+
+
+def with_statistics(
+    reached: Mapping[Steps, Draft], seen: Mapping[Steps, Call[Statistics | None]]
+) -> dict[Steps, Draft]:
+    """Those of the drafts ``reached`` whose statistics were ``seen``, with these."""
+    return {steps: replace(reached[steps], seen=call.result()) for steps, call in seen.items()}
 
 
 def see_statistics(draft: Draft) -> Statistics | None:
