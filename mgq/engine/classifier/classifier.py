@@ -20,7 +20,6 @@ from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
-from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ class Classifier:
 
     def write_checkpoint(self, path: Path) -> None:
         """Write the state that this network can be rebuilt from, to the bit, and what is known of it."""
+        from mgq.zoo.network_state import state_of  # MegEngine's values: a file runs without it
+
         source = self.network if self.mode is not Mode.QUANTIZED else self.fake_quantized
         assert source is not None
         write_checkpoint(path, state_of(source), self.info())

@@ -412,7 +412,7 @@ def test_huge_file_is_refused_without_reading_it(tmp_path: Path) -> None:
     ("data", "words"),
     [
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a weights file"),
-        (b"<!DOCTYPE html><html>404", "not a weights file"),
+        (b"<!DOCTYPE html><html>404", "is a web page and not the file: download the file itself"),
         (bytes(1000), "not a weights file"),
         (b"\x80", "not a weights file"),
         (b"\x80\x02.", "not a weights file"),
