@@ -338,7 +338,8 @@ class Contest:
         early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
         if any(each.needs_gradients for each in others):
             _ = self.start.reactions  # before these are begun, so that they are measured once
-        others = [replace(each, reached={**each.reached, **with_statistics(each.reached, seen)}) for each in others]
+        reached = {**families[0].reached, **with_statistics(families[0].reached, seen)}
+        others = [replace(each, reached=reached) for each in others]
         others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
         later = share_out(self.side, others, self.judge.try_grids, self.count)
         of = dict(zip((each.grids for each in others), later, strict=True))

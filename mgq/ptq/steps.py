@@ -220,7 +220,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft, network=clear_dead_channels(draft.network)[0], seen=None, before=draft)
+        return replace(draft.with_network(clear_dead_channels(draft.network)[0]), before=draft)
 
 
 @dataclass(frozen=True)

@@ -497,8 +497,8 @@ def read_global_pool(kind: str) -> Callable[[Operator], None]:
             return
         if len(shape) != 3:
             raise UnknownFormError("pools over other axes than those of pictures")
-        row = op.scope.draft.add("reshape", [op.layer()], "", {"shape": [shape[1], 1, shape[2]]})
-        op.make("reshape", [op.scope.draft.add(kind, [row], "")], shape=[shape[1], 1])
+        row = op.add("reshape", op.layer(), shape=[shape[1], 1, shape[2]])
+        op.make("reshape", [op.add(kind, row)], shape=[shape[1], 1])
 
     return read
 

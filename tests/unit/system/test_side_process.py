@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -53,10 +52,6 @@ def make_function() -> Callable[[], int]:
     return lambda: 3
 
 
-def add_here(results: list[int], result: int) -> None:
-    results.append(result)
-
-
 @pytest.fixture
 def side() -> Iterator[SideProcess]:
     process = SideProcess("the test's second process")
@@ -95,9 +90,9 @@ def test_where_the_process_ends_calls_are_made_here(side: SideProcess) -> None:
     assert [call.result() for call in calls] == ["here after all"] * 2
 
 
-def test_tasks_are_shared_out_and_results_keep_their_order(side: SideProcess, tmp_path: Path) -> None:
+def test_tasks_are_shared_out_and_results_keep_their_order(side: SideProcess) -> None:
     seen: list[int] = []
-    there = share_out(side, [1, 2, 3], tell_process, functools.partial(add_here, seen))
+    there = share_out(side, [1, 2, 3], tell_process, seen.append)
     assert len(there) == 3 and sorted(there) == sorted(seen)
     assert there[0] != os.getpid() and there[1] == os.getpid()
     assert share_out(None, [1, 2], tell_process, seen.append) == [os.getpid()] * 2
