@@ -25,6 +25,7 @@ KNOWN = ("megengine.", "mgq.")
 """Modules whose layers every process knows."""
 
 _for_good = contextlib.ExitStack()
+_open: list[SideProcess] = []
 
 
 def simulate_fast() -> None:
@@ -53,9 +54,16 @@ def open_second_process(
     side = SideProcess("the second process of the calibration", prepare_long_process)
     try:
         side.begin(simulate_fast)
+        _open.append(side)
         yield side
     finally:
+        _open.clear()
         side.close()
+
+
+def find_idle_process() -> SideProcess | None:
+    """The second process of the calibration that runs, where it has one, and that has nothing to do."""
+    return next((side for side in _open if side.is_idle), None)
 
 
 def is_known_elsewhere(network: M.Module) -> bool:
