@@ -87,7 +87,7 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 
 @dataclass(frozen=True)
-class Known:
+class Knowledge:
     """What is known of a draft, so that it is not measured again: its ``reactions`` and ``statistics``, or a draft
     ``before`` it whose reactions are its own, too. ``answers``: logits of its ``watched`` network for the first of
     its images.
@@ -99,7 +99,7 @@ class Known:
     answers: npt.NDArray[np.floating[Any]] | None = None
 
 
-NOTHING_KNOWN = Known()
+NOTHING_KNOWN = Knowledge()
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Draft:
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
-    known: Known = NOTHING_KNOWN
+    known: Knowledge = NOTHING_KNOWN
 
-    def with_network(self, network: M.Module, known: Known = NOTHING_KNOWN) -> Draft:
+    def with_network(self, network: M.Module, known: Knowledge = NOTHING_KNOWN) -> Draft:
         """A draft of another float network, which gives the same answers, and what is ``known`` of it."""
         return replace(self, network=network, known=known)
 
@@ -235,7 +235,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return draft.with_network(clear_dead_channels(draft.network)[0], Known(before=draft))
+        return draft.with_network(clear_dead_channels(draft.network)[0], Knowledge(before=draft))
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Equalize:
                 statistics=draft.statistics,
             )
             scaled = {name: reaction.scale(factors[name]) for name, reaction in draft.reactions.items()}
-            return draft.with_network(network, Known(scaled))
+            return draft.with_network(network, Knowledge(scaled))
         return draft
 
 
@@ -288,7 +288,7 @@ class MixChannels:
             raise FailureError("no channels of the network can be mixed")
         batches = split_float(select_few(draft.images))
         measured = measure_reactions(fold_batch_norms(network), mixed, batches, side=find_idle_process())
-        return draft.with_network(network, Known({**draft.reactions, **measured}))
+        return draft.with_network(network, Knowledge({**draft.reactions, **measured}))
 
 
 @dataclass(frozen=True)
