@@ -28,6 +28,7 @@ from mgq.quantization.activation_ranges import (
     fold_weight,
     quantize_weight,
 )
+from mgq.quantization.half_to_even import ends_of
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
@@ -123,7 +124,7 @@ def sum_rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Va
     saturate."""
     scale = float(layer.act_observer.get_qparams().scale.numpy())
     steps = values / np.float32(scale)
-    np.clip(steps, layer.act_fake_quant.qmin, layer.act_fake_quant.qmax, out=steps)
+    np.clip(steps, *ends_of(layer.act_fake_quant.dtype, scale), out=steps)
     steps -= np.rint(steps)
     found: Values = steps.sum(axis=0).astype(np.float64) * scale
     return found
