@@ -62,7 +62,7 @@ def quantizer_of(qparams: QParams) -> Quantizer | None:
 def is_plain(fake_quant: Any) -> bool:
     """Whether :class:`Quantizer` can replace ``fake_quant``, and it is enabled."""
     is_stock = type(fake_quant) is FakeQuantize or (type(fake_quant) is EvenFakeQuantize and fake_quant.training)
-    return is_stock and bool(fake_quant.enabled)
+    return is_stock and bool(fake_quant.enabled) and getattr(fake_quant, "floor", None) is None
 
 
 def is_known(observer: Any) -> bool:

@@ -22,7 +22,7 @@ from mgq.cpu_kernels.switch import Replacement, Stock, are_on_cpu, replaced
 from mgq.cpu_kernels.tensor_exchange import values
 from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d, ExactSums, counts_of
-from mgq.quantization.half_to_even import EvenFakeQuantize
+from mgq.quantization.half_to_even import EvenFakeQuantize, ends_of
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ChannelFakeQuantize
 
@@ -113,7 +113,8 @@ def put_on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: A
     """``source``, float32 (N, C, H, W), requantized by ``work`` to the grid of ``qparams``."""
     scale = np.float32(qparams.scale.numpy().item())
     (array,) = values(source)
-    levels = np.float32(quantizer.qmin), np.float32(quantizer.qmax)
+    qmin, qmax = ends_of(quantizer.dtype, float(scale))
+    levels = np.float32(qmin), np.float32(qmax)
     steps = Tensor(
         elementwise.requantize(array, work, scale, *levels, isinstance(quantizer, EvenFakeQuantize)),
         device=source.device,

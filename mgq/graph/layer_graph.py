@@ -27,7 +27,7 @@ from mgq.errors import FailureError
 from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer
 from mgq.quantization.activations import Activation
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
-from mgq.quantization.half_to_even import LOWEST_STEPS, EvenFakeQuantize
+from mgq.quantization.half_to_even import EvenFakeQuantize, ends_of
 from mgq.quantization.learned_scales import round_in_place
 from mgq.quantization.modes import Mode, mode_of
 from mgq.quantization.relu6 import QAT_TO_QUANTIZED
@@ -478,8 +478,9 @@ def find_quant_params(module: Q.QATModule) -> QuantParams:
     """The grid of the output of ``module``."""
     qparams = module.act_observer.get_qparams()
     meta = qparams.dtype_meta
-    qmin = 0 if is_never_negative(module) else int(LOWEST_STEPS.get(meta.name, meta.qmin))
-    return QuantParams(float(qparams.scale.numpy()), qmin, int(meta.qmax))
+    scale = float(qparams.scale.numpy())
+    qmin, qmax = ends_of(meta, scale)
+    return QuantParams(scale, 0 if is_never_negative(module) else int(qmin), int(qmax))
 
 
 def quantize_weights(module: Q.QATModule, weight: Array) -> tuple[Integers, Array]:

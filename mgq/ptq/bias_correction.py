@@ -28,6 +28,7 @@ from mgq.quantization.activation_ranges import (
     fold_weight,
     quantize_weight,
 )
+from mgq.quantization.half_to_even import ends_of
 from mgq.system.side_process import SideProcess, begin
 from mgq.zoo.layers import forward_hooks
 
@@ -129,8 +130,8 @@ class Grid:
     @classmethod
     def of(cls, layer: QATModule) -> Grid:
         """The grid behind ``layer``."""
-        fake_quant = layer.act_fake_quant
-        return cls(float(layer.act_observer.get_qparams().scale.numpy()), fake_quant.qmin, fake_quant.qmax)
+        scale = float(layer.act_observer.get_qparams().scale.numpy())
+        return cls(scale, *ends_of(layer.act_fake_quant.dtype, scale))
 
     def sum_errors(self, values: npt.NDArray[np.float32]) -> Values:
         """What rounding to this grid takes from ``values``, summed over the first axis; nothing where they saturate."""

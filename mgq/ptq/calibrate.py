@@ -30,7 +30,7 @@ from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
-from mgq.quantization.activation_ranges import ActivationRanges, find_quantized_layers, set_range
+from mgq.quantization.activation_ranges import ActivationRanges, extend_to_grid, find_quantized_layers, set_range
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, target_of
@@ -151,6 +151,9 @@ def calibrate_layers(
             visit_beside_float(watched, as_input(np.stack(sample.images)), *visitors)
     enable_fake_quant(watched)
     disable_observer(watched)
+    if method == EASYQUANT:
+        layers = find_quantized_layers(watched)
+        search.activations = {name: extend_to_grid(layers[name], *ends) for name, ends in search.activations.items()}
     if compensate:
         return LayerRanges(search.activations, rounding.weights, {})
     return LayerRanges(search.activations, search.weights, correction.found)
@@ -169,6 +172,7 @@ def set_activation_ranges(
     else:
         found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.watch(batches), RANGE_OBSERVERS[method]))
     layers = find_quantized_layers(watched)
+    found = {name: extend_to_grid(layers[name], *limits) for name, limits in found.items()}
     for name, limits in found.items():
         set_range(layers[name].act_observer, *limits)
     if exact and target_of(watched) is not MEGENGINE:

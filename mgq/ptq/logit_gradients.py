@@ -25,6 +25,7 @@ from megengine.autodiff import Function, GradManager
 
 from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
+from mgq.quantization.floors import span_up_to
 from mgq.system.side_process import SideProcess, begin
 from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
@@ -143,15 +144,22 @@ class Reaction:
         steps: Values = (np.arange(bins) + 0.5) / bins
         return self.lowest[:, None] + steps * (self.highest - self.lowest)[:, None]
 
-    def noises(self, limits: Values, half: float, headroom: bool = False) -> Values:
+    def largest_above(self, floor: float | None) -> float:
+        """The largest absolute value, of those not below ``floor``."""
+        return self.largest if floor is None else max(float(self.highest.max()), min(self.largest, -floor))
+
+    def noises(self, limits: Values, half: float, headroom: bool = False, floor: float | None = None) -> Values:
         """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ascending,
-        ``half`` steps. With ``headroom`` as if some of the images were stronger (:data:`HEADROOM`)."""
+        ``half`` steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of the
+        images were stronger (:data:`HEADROOM`)."""
         clipping = self.clipping(limits)
         if headroom:
             others = self.clipping(limits / HEADROOM) * HEADROOM**2
             clipping = (1 - HEADROOM_SHARE) * clipping + HEADROOM_SHARE * others
         [clipped] = moments_beyond(limits, np.abs(self.centres(BINS)), self.squares, 0)
-        noises: Values = clipping + (self.squares.sum() - clipped.sum(axis=0)) * np.square(limits / half) / 12
+        kept = self.squares.sum() - clipped.sum(axis=0)
+        spans = limits if floor is None else span_up_to(limits, floor)
+        noises: Values = clipping + kept * np.square(spans / half) / 12
         return noises
 
     def clipping(self, limits: Values) -> Values:
@@ -173,27 +181,29 @@ class Reaction:
         found: Values = second - 2 * limits * first + np.square(limits) * count
         return found
 
-    def range_within(self, limit: float) -> tuple[float, float]:
-        """The range of the values seen, cut at ``limit``, or widened to it on the side of the largest."""
+    def range_within(self, limit: float, floor: float | None = None) -> tuple[float, float]:
+        """The range of the values seen, cut at ``limit``, or widened to it on the side of the largest; above where
+        those below ``floor`` do not matter."""
         lowest, highest = float(self.lowest.min()), float(self.highest.max())
-        if highest >= -lowest:
+        if floor is not None or highest >= -lowest:
             return max(lowest, -limit), limit
         return -limit, min(highest, limit)
 
-    def noises_at_limits(self, half: float, headroom: bool = False) -> Values:
-        """:meth:`noises` at each of :data:`LIMITS`; ``half`` is limit / step."""
-        return self.noises(self.largest * LIMITS, half, headroom)
+    def noises_at_limits(self, half: float, headroom: bool = False, floor: float | None = None) -> Values:
+        """:meth:`noises` at each of :data:`LIMITS`; ``half`` is limit / step, or span / step of a grid that begins at
+        ``floor``."""
+        return self.noises(self.largest_above(floor) * LIMITS, half, headroom, floor)
 
     def best_limit(self, half: float, headroom: bool = False) -> float:
         """The limit of least noise; ``half`` is limit / step."""
         return self.largest_limit(self.noises_at_limits(half, headroom), 0.0)
 
-    def largest_limit(self, noises: Values, spare: float) -> float:
+    def largest_limit(self, noises: Values, spare: float, floor: float | None = None) -> float:
         """The largest limit up to which none of ``noises``, at :data:`LIMITS`, is ``spare`` above the least."""
         least = int(noises.argmin())
         beyond = np.flatnonzero(noises[least:] > noises[least] + spare)
         place = least + int(beyond[0]) - 1 if beyond.size else len(noises) - 1
-        return float(self.largest * LIMITS[place])
+        return self.largest_above(floor) * float(LIMITS[place])
 
     def channel_limits(self, half: float) -> Values:
         """(C,): the limit of least noise of each channel, if it had a grid of its own."""

@@ -19,6 +19,8 @@ from megengine.quantization.observer import Observer
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quant_levels, quantize_weight
+from mgq.quantization.floors import floor_of
+from mgq.quantization.half_to_even import ends_of
 from mgq.quantization.targets import UNSIGNED, levels_of
 from mgq.zoo.layers import forward_hooks
 
@@ -288,7 +290,11 @@ def activation_tally(layer: QATModule) -> Tally | None:
     """None for a layer whose output stays float."""
     if layer.act_observer is None:
         return None
-    limit = float(layer.get_activation_qparams().scale.numpy()) * quant_levels(layer)
+    scale = float(layer.get_activation_qparams().scale.numpy())
+    if floor_of(layer.act_observer.dtype) is not None:
+        lowest, highest = (steps * scale for steps in ends_of(layer.act_observer.dtype, scale))
+        return Tally(np.array([highest]), lowest)
+    limit = scale * quant_levels(layer)
     return Tally(np.array([limit]), 0.0 if layer.act_observer.dtype == UNSIGNED else -limit)
 
 
@@ -355,7 +361,9 @@ class Survey:
             layer.act_fake_quant.enable()
             fake = layer.apply_quant_activation(Tensor(output)).numpy()
             layer.act_fake_quant.disable()
-            tally.add(channels_first(output), channels_first(fake))
+            floor = floor_of(layer.act_observer.dtype)
+            seen = output if floor is None else np.maximum(output, tally.lowest)  # below it all values are the same
+            tally.add(channels_first(seen), channels_first(fake))
 
     def quantize_all(self, batch: Array, outputs: Mapping[str, Array]) -> None:
         def compare(name: str, output: Tensor) -> None:

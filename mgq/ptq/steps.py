@@ -45,6 +45,7 @@ from mgq.quantization.activation_ranges import (
 )
 from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
 from mgq.quantization.float_layers import keep_in_float
+from mgq.quantization.floors import floor_of
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quantization.targets import Target
@@ -194,10 +195,15 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
     """The range of each layer of ``watched`` for which rounding and clipping change the logits least, and wider where
     that costs next to nothing (:data:`mgq.ptq.logit_gradients.SPARE`)."""
     layers, found = find_quantized_layers(watched), {}
-    noises = {name: each.noises_at_limits(quant_levels(layers[name]), headroom) for name, each in reactions.items()}
+    floors = {name: floor_of(layers[name].act_observer.dtype) for name in reactions}
+    noises = {
+        name: each.noises_at_limits(quant_levels(layers[name]), headroom, floors[name])
+        for name, each in reactions.items()
+    }
     spare = SPARE * sum(each.min() for each in noises.values())
     for name, reaction in reactions.items():
-        low, high = reaction.range_within(reaction.largest_limit(noises[name], spare))
+        floor = floors[name]
+        low, high = reaction.range_within(reaction.largest_limit(noises[name], spare, floor), floor)
         found[name] = low, min(high, activation_of(layers[name]).high)
     return found
 

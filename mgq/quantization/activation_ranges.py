@@ -20,6 +20,7 @@ from megengine.quantization.observer import MinMaxObserver
 from mgq.errors import InputError, printable
 from mgq.io.limited_io import text_of
 from mgq.io.records import record_of
+from mgq.quantization.floors import floor_of, limit_of, span_up_to
 
 FORMAT = "mgq activation ranges 1"
 MOST_BYTES = 1 << 24
@@ -119,8 +120,11 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
 
 def extend_to_grid(layer: QATModule, low: float, high: float) -> tuple[float, float]:
     """The range ``low`` to ``high`` of the outputs of ``layer``, widened where its grid has fewer levels below 0 than
-    above."""
+    above; for a grid that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""
     quantizer, observer = layer.act_fake_quant, layer.act_observer
+    floor = floor_of(observer.dtype)
+    if floor is not None:
+        return 0.0, float(span_up_to(limit_of(low, high, floor), floor))
     if quantizer is None or quantizer.qmin == observer.qmin:
         return low, high
     return low, max(high, low / quantizer.qmin * observer.qmax)

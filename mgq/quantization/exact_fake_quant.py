@@ -16,9 +16,12 @@ import megengine.module.quantized as QD
 from megengine import Tensor
 from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import FakeQuant
+from megengine.module.qat import QATModule
 from megengine.quantization import FakeQuantize
+from megengine.quantization.observer import MinMaxObserver
 from megengine.quantization.utils import QuantMode, create_qparams
 
+from mgq.quantization.floors import floor_of
 from mgq.quantization.half_to_even import INT32, bias_in_steps
 from mgq.quantization.targets import ChannelFakeQuantize
 
@@ -93,6 +96,8 @@ class ExactSums(EvenBias):
     def apply_quant_activation(self, target: Tensor) -> Tensor:
         """``target`` on the output's grid, rounded as int8 kernels round it: times the inverse of its scale."""
         quantizer, observer = self.act_fake_quant, self.act_observer  # type: ignore[attr-defined]
+        if isinstance(observer, MinMaxObserver) and observer.enabled and floor_of(observer.dtype) is not None:
+            return observe_above_floor(self, target)
         if not self.counts or type(quantizer) is not FakeQuantize or not quantizer.enabled:
             return super().apply_quant_activation(target)  # type: ignore[misc]
         qparams = observer.get_qparams()
@@ -101,6 +106,19 @@ class ExactSums(EvenBias):
         result.qparams.update(qparams)
         result.steps = steps
         return result
+
+
+def observe_above_floor(layer: QATModule, target: Tensor) -> Tensor:
+    """``target`` on the grid of ``layer``, whose observer sees the span above the floor of that grid."""
+    observer, floor = layer.act_observer, floor_of(layer.act_observer.dtype)
+    assert floor is not None
+    seen = target.detach()
+    limit = F.maximum(seen.max(), F.minimum(-seen.min(), -floor))
+    observer(F.stack([limit - limit, limit + F.minimum(limit, -floor)]))
+    observer.disable()
+    result = layer.apply_quant_activation(target)
+    observer.enable()
+    return result
 
 
 class ExactConvBn2d(ExactSums, Q.ConvBn2d):  # type: ignore[misc]

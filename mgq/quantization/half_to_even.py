@@ -10,11 +10,22 @@ from megengine.core.tensor.dtype import QuantDtypeMeta
 from megengine.quantization import FakeQuantize
 from megengine.quantization.utils import QParams
 
+from mgq.quantization.floors import LEVELS, floor_of, steps_below
+
 SHIFT = 1.5 * 2**23
 """Beside it float32 has no fractions: what is added to it is rounded, halves to even."""
 INT32 = np.iinfo(np.int32)
 LOWEST_STEPS = {"quint8_skewed": -31}
 """Where a grid ends below, by its name, where that is not as far from 0 as above."""
+
+
+def ends_of(dtype: QuantDtypeMeta, scale: float) -> tuple[int, int]:
+    """The lowest and the highest step of a grid of ``dtype`` and ``scale``."""
+    floor = floor_of(dtype)
+    if floor is None:
+        return LOWEST_STEPS.get(dtype.name, dtype.qmin), dtype.qmax
+    below = steps_below(floor, scale)
+    return -below, LEVELS - below
 
 
 def round_half_to_even(values: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -34,12 +45,18 @@ class EvenFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def __init__(self, dtype: str | QuantDtypeMeta, enable: bool = True) -> None:
         super().__init__(dtype, enable)
         self.qmin: int = LOWEST_STEPS.get(self.dtype.name, self.dtype.qmin)
+        self.floor = floor_of(self.dtype)
 
     def fake_quant_forward(self, inp: Tensor, qparams: QParams | None = None) -> Tensor:
-        if self.training:
-            return super().fake_quant_forward(inp, qparams)
         assert qparams is not None
-        steps = round_half_to_even(inp * (1 / qparams.scale), self.qmin, self.qmax)
+        if self.training and self.floor is None:
+            return super().fake_quant_forward(inp, qparams)
+        qmin, qmax = self.qmin, self.qmax
+        if self.floor is not None:
+            qmin, qmax = ends_of(self.dtype, float(qparams.scale.numpy().item()))
+        if self.training:
+            return super().fake_quant_forward(F.clip(inp, qmin * qparams.scale, qmax * qparams.scale), qparams)
+        steps = round_half_to_even(inp * (1 / qparams.scale), qmin, qmax)
         result = steps * qparams.scale
         result.steps = steps
         return result

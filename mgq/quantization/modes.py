@@ -46,6 +46,8 @@ def to_mode(network: M.Module, mode: Mode, target: Target = MEGENGINE, in_place:
                 raise InputError("MegEngine has no int8 for imported networks: pass --target onnx")
             target.prepare(network)
             quantize_qat(network, qconfig=target.qconfig, mapping={**target.replacements, **FLOAT_TO_QAT})
+            if isinstance(network, BlueprintNetwork):
+                network.set_floors()
             for module in network.modules():
                 if isinstance(module, QATModule):
                     target.equip(module)

@@ -25,6 +25,7 @@ from megengine.quantization.utils import QParams, QuantMode, create_qparams
 
 from mgq.errors import no_such
 from mgq.quantization import option_names
+from mgq.quantization.floors import floored_dtype
 from mgq.quantization.half_to_even import EvenFakeQuantize
 
 UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
@@ -90,6 +91,8 @@ class Target:
             put_on_grid(module, self.qconfig, UNSIGNED)
         elif self.unsigned and -MOST_BELOW <= getattr(module, "lowest", -np.inf) < 0:
             put_on_grid(module, self.qconfig, SKEWED)
+        elif self.unsigned and getattr(module, "floor", None) is not None:
+            put_on_grid(module, self.qconfig, floored_dtype(module.floor))
 
 
 def put_on_grid(module: QATModule, qconfig: QConfig, dtype: QuantDtypeMeta) -> None:

@@ -42,6 +42,8 @@ LEAST_OF = {
     "softplus": 0.0,
 }
 """The lowest output of each activation."""
+FLOORS = {"hard_swish": -3.0, "silu": -6.0, "gelu": -3.0}
+"""Activations of which what is below makes no difference: exactly none, at most 0.015 and 0.004."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,25 @@ class Blueprint:
                 found[name] |= kinds
         return found
 
+    def with_floors(self) -> Blueprint:
+        """The same, whose convolutions know from where on what is read of them makes a difference (``floor``)."""
+        floors = self._find_floors()
+        layers = (
+            layer.with_options(floor=floors[layer.name]) if layer.kind == "conv" and layer.name in floors else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+    def _find_floors(self) -> dict[str, float]:
+        """Name of a tensor -> from where on its values make a difference to those that read it, moved or not; without
+        those of which all do."""
+        found = {self.output: -math.inf}
+        for layer in reversed(self.layers):
+            own = found.get(layer.name, -math.inf) if layer.kind in MOVES else floor_below(layer)
+            for name in layer.inputs:
+                found[name] = min(found.get(name, math.inf), own)
+        return {name: floor for name, floor in found.items() if math.isfinite(floor)}
+
     def lowest(self) -> dict[str, float]:
         """Name of a tensor -> a lower bound of its values: minus infinity where none is known."""
         low: dict[str, float] = {INPUT: -math.inf}
@@ -121,6 +142,13 @@ def border_values(options: Mapping[str, Any]) -> tuple[float, ...]:
     """What a ``pad`` puts around a picture: one value, or one for each channel."""
     value = options["value"]
     return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),)
+
+
+def floor_below(layer: LayerPlan) -> float:
+    """From where on the inputs of ``layer`` make a difference: minus infinity where they all do."""
+    if layer.kind == "hard_sigmoid" and layer.options["alpha"] > 0:
+        return min(-float(layer.options["beta"]) / float(layer.options["alpha"]), 0.0)
+    return FLOORS.get(layer.kind, -math.inf)
 
 
 def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:

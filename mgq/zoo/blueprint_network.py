@@ -44,6 +44,12 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
                     del found[name]
         return found[self.blueprint.output]
 
+    def set_floors(self) -> None:
+        """Let convolutions know from where on what is read of them makes a difference."""
+        for plan in self.blueprint.layers:
+            if "floor" in plan.options:
+                getattr(self, plan.name).floor = float(plan.options["floor"])
+
     def sample(self) -> Tensor:
         """An image of zeros of the only size that the network takes."""
         return Tensor(np.zeros((1, *self.blueprint.shape), np.float32))

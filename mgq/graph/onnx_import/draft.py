@@ -178,7 +178,8 @@ class NetworkDraft:
 
     def blueprint(self) -> Blueprint:
         channels, height, width = self.shape(INPUT)[1:]
-        return Blueprint(tuple(self.plans), self.output, (channels, height, width), self.shape(self.output)[1])
+        plain = Blueprint(tuple(self.plans), self.output, (channels, height, width), self.shape(self.output)[1])
+        return plain.with_floors()
 
 
 def convolution_tensors(weight: Array, bias: Array | None, groups: int) -> dict[str, Array]:
