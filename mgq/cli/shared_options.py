@@ -155,7 +155,8 @@ def refuse_wish(wish: ImportWish | None) -> None:
     from mgq.errors import InputError
 
     if wish is not None and not wish.is_open:
-        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
+        options = "--preprocess, --mean, --std, --rgb, --bgr, --size, --labels and --scores"
+        raise InputError(f"{options} are for ONNX files of others")
 
 
 def prepare_megengine(

@@ -300,8 +300,11 @@ def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
 
 def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first: bool) -> None:
     shape, value = op.scope.draft.shape(layer), op.scope.value_for_one(value)
-    if np.broadcast_shapes(shape, value.shape) != shape:
-        raise UnknownFormError("makes a tensor larger by a constant")
+    larger = np.broadcast_shapes(shape, value.shape)
+    if larger != shape:
+        if len(larger) != len(shape) or larger[0] != 1:
+            raise UnknownFormError("adds axes, or pictures, by a constant")
+        layer, shape = op.add("expand", layer, shape=list(larger[1:])), larger
     value = value.reshape(value.shape[1:]) if value.ndim == len(shape) and value.shape[0] == 1 else value
     if value.ndim >= len(shape):
         raise UnknownFormError("has a constant for each picture")
