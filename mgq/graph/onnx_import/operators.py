@@ -241,7 +241,7 @@ def read_matmul(op: Operator) -> None:
     if not op.scope.is_constant(op.inputs[1]):
         if len(op.shape(0)) != len(op.shape(1)):
             raise BatchMixedError
-        op.make("matmul", [op.layer(0), op.layer(1)])
+        op.make("matmul", [expand_for_matmul(op, place) for place in (0, 1)])
         return
     weight, shape = op.constant(1), op.shape()
     assert weight is not None
@@ -251,6 +251,13 @@ def read_matmul(op: Operator) -> None:
         add_linear(op, weight.T, None)
         return
     op.give(add_linear_over_last_axis(op, op.layer(), weight.T))
+
+
+def expand_for_matmul(op: Operator, place: int) -> str:
+    """The layer at ``place`` of two that are multiplied, with as many matrices as the other."""
+    name, shape = op.layer(place), op.shape(place)
+    many = np.broadcast_shapes(op.shape(0)[:-2], op.shape(1)[:-2])
+    return name if many == shape[:-2] else op.add("expand", name, shape=[*many[1:], *shape[-2:]])
 
 
 def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:

@@ -544,6 +544,22 @@ def test_pools_over_one_axis_are_imported(tmp_path: Path, operator: str) -> None
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
+def test_one_matrix_is_multiplied_by_several(tmp_path: Path) -> None:
+    """Keys that all heads share, as in MobileNetV5, and positions, as in lambda networks."""
+    model, images = Model(), photos()
+    grid = model.add("Reshape", plain(model), model.constant([0, 2, 4, 64], np.int64))
+    first, second = (
+        model.add("Slice", grid, *(model.constant(v, np.int64) for v in ([i], [i + 1], [1]))) for i in (0, 1)
+    )
+    several = model.add("MatMul", grid, model.add("Transpose", first, perm=[0, 1, 3, 2]))
+    again = model.add("MatMul", model.add("Softmax", several, axis=-1), second)
+    other = model.add("MatMul", model.add("Softmax", model.add("MatMul", second, model.weights(64, 4)), axis=-1), again)
+    rows = model.add("Reshape", model.add("Add", again, other), model.constant([0, 8, 8, 8], np.int64))
+    path = model.save(tmp_path / "model.onnx", model.classify(rows, 8))
+    found = import_classifier(path, RAW, "")[0].logits(images)
+    assert difference(found, answers_of(path, images[:, ::-1].astype(np.float32))) < 1e-4
+
+
 def test_a_layer_made_larger_by_a_constant_and_a_spelled_sigmoid_are_imported(tmp_path: Path) -> None:
     """As JAX's exporter writes norms and swishes."""
     model = Model(opset=13)
