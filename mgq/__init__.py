@@ -22,12 +22,13 @@ result goes to its callbacks or, where there are none, to the logger ``mgq``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 from mgq.errors import FailureError, InputError, MgqError
-from mgq.machine import WITHOUT_MEGENGINE
+from mgq.machine import WITHOUT_MEGENGINE, quiet_import
 
 if TYPE_CHECKING:
     from mgq.api import benchmark as benchmark
@@ -64,6 +65,9 @@ WHERE = {
     "register": "mgq.zoo.own_networks",
 }
 
+IMPORTS_MEGENGINE = frozenset({"load_weights", "quantize", "dump", "analyze"})
+"""Those whose modules need it to be imported."""
+
 __all__ = [
     "FailureError",
     "InputError",
@@ -87,7 +91,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in WHERE:
         try:
-            return getattr(importlib.import_module(WHERE[name]), name)
+            with quiet_import() if name in IMPORTS_MEGENGINE else contextlib.nullcontext():
+                return getattr(importlib.import_module(WHERE[name]), name)
         except ModuleNotFoundError as error:
             if error.name is not None and error.name.partition(".")[0] == "megengine":
                 raise InputError(WITHOUT_MEGENGINE) from error

@@ -17,8 +17,8 @@ from mgq.engine.classifier.network_choice import choose_network
 from mgq.engine.classifier.run_lookup import find_newest_arch
 from mgq.errors import no_such
 from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
-from mgq.machine import refuse_without_megengine
 from mgq.quantization.option_names import Mode, parse_mode
+from mgq.system.megengine_start import load_megengine
 
 if TYPE_CHECKING:
     from mgq.bench.benchmark_report import Report as BenchmarkReport
@@ -39,7 +39,7 @@ def calibrate(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> CalibrationR
     InputError for unknown and invalid arguments, and as :func:`mgq.engine.calibration.calibration_job.run_calibration`
     does.
     """
-    refuse_without_megengine()
+    load_megengine()
     from mgq.engine.calibration.calibration_job import run_calibration
 
     known = {field.name for field in fields(CalibrateOptions)}
@@ -93,7 +93,7 @@ def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     the builder's ``width`` and ``activation``. Raises InputError for unknown and invalid arguments, and as
     :func:`mgq.engine.training.training_run.train` does.
     """
-    refuse_without_megengine()
+    load_megengine()
     from mgq.engine.training import training_run
 
     return training_run.train(make_train_options(words), callbacks)
@@ -103,7 +103,7 @@ def train(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
 def qat(callbacks: Callbacks = NO_CALLBACKS, **words: Any) -> TrainResult:
     """Train for int8 with fake quantization, as ``mgq qat`` does; ``words`` as for :func:`train`, and ``observer`` and
     ``distill``."""
-    refuse_without_megengine()
+    load_megengine()
     from mgq.engine.training import training_run
 
     return training_run.qat(make_train_options(words), callbacks)

@@ -287,6 +287,19 @@ def _open_null_file() -> int | None:
 
 
 @contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Inside, MegEngine may be imported: what it and its modules say then is not shown, but for debugging."""
+    import numpy as np
+
+    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
+    np.finfo(np.float32), np.finfo(np.float64)
+    with mute_stderr(), warnings.catch_warnings():
+        if not is_debugging():
+            warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+        yield
+
+
+@contextlib.contextmanager
 def mute_stderr() -> Iterator[None]:
     """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""
     if is_debugging():

@@ -39,6 +39,12 @@ Labels = Annotated[
     Path | None,
     typer.Option("--labels", help="Class names of the ONNX file: one a line, or a list in JSON."),
 ]
+Scores = Annotated[
+    str | None,
+    typer.Option(
+        "--scores", metavar="NAME", help="Output of the ONNX file with a number for each class, where it has several."
+    ),
+]
 KeepInput = Annotated[
     bool,
     typer.Option("--keep-input", help="The int8 file takes the float input that the ONNX file took, not uint8 pixels."),
@@ -58,12 +64,13 @@ class ImportOptions:
     rgb: Order = None
     size: Size = None
     labels: Labels = None
+    scores: Scores = None
 
     def import_wish(self) -> ImportWish:
         """The options as one value. Raises InputError for numbers and sizes that are none."""
         order = None if self.rgb is None else "rgb" if self.rgb else "bgr"
         mean, std = numbers_in(self.mean, "--mean"), numbers_in(self.std, "--std")
-        return ImportWish(self.preprocess, mean, std, order, size_in(self.size), self.labels)
+        return ImportWish(self.preprocess, mean, std, order, size_in(self.size), self.labels, self.scores)
 
 
 def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:

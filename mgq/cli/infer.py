@@ -66,13 +66,20 @@ class InferCommand(NetworkCommand):
 
     def execute(self) -> None:
         """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""
-        from mgq.cli.console import note, progress
+        from mgq.cli.console import note, print_error, progress
         from mgq.data.decoding import bundled_cat
-        from mgq.data.image_sources import expand, refuse_hopeless
+        from mgq.data.image_sources import expand, leave_out_absent, refuse_hopeless
 
         sources = expand([*(self.image or []), *(self.files or [])] or [str(bundled_cat())], note)
+        there = sources
         if not self.as_json:  # which tells of broken pictures in its document
-            refuse_hopeless(sources)
+            if len(sources) == 1:
+                refuse_hopeless(sources)
+            there = leave_out_absent(sources, print_error)
+        absent = len(sources) - len(there)
+        if not there:
+            note(f"{absent:,} of {absent:,} pictures could not be read")
+            raise typer.Exit(2)
         wish, int8 = self.import_wish(), self.mode != "normal"
         checkpoint = take_checkpoint(self.checkpoint, not self.write, self.key, self.save, wish, int8)
         with progress() as on_progress:
@@ -82,9 +89,9 @@ class InferCommand(NetworkCommand):
             classifier = open_network(
                 self.network_options(checkpoint, self.engine), self.mode, on_progress, few, kept=not self.write
             )
-            answers = predict(classifier, sources, self.topk)
-            found = start_predictions(report_progress(answers, len(sources), on_progress))
-            failed = show_json(classifier, found) if self.as_json else show_tables(classifier, found)
+            answers = predict(classifier, there, self.topk)
+            found = start_predictions(report_progress(answers, len(there), on_progress))
+            failed = absent + (show_json(classifier, found) if self.as_json else show_tables(classifier, found))
         if failed and len(sources) > 1:
             note(f"{failed:,} of {len(sources):,} pictures could not be read")
         if self.write:

@@ -155,7 +155,8 @@ def refuse_wish(wish: ImportWish | None) -> None:
     from mgq.errors import InputError
 
     if wish is not None and not wish.is_open:
-        raise InputError("--preprocess, --mean, --std, --rgb, --bgr, --size and --labels are for ONNX files of others")
+        options = "--preprocess, --mean, --std, --rgb, --bgr, --size, --labels and --scores"
+        raise InputError(f"{options} are for ONNX files of others")
 
 
 def prepare_megengine(
@@ -205,9 +206,16 @@ class NetworkOptions:
         return replace(self, arch=find_arch(self.save, mode))
 
     def tell_of_unused_run(self, mode: str | None) -> None:
-        """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights."""
+        """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights, or where
+        it was not chosen and another one has the newest run."""
         from mgq.cli.console import note
-        from mgq.engine.classifier.run_lookup import DEFAULT_ARCH, describe_unused, find_unused_float_run
+        from mgq.engine.classifier.run_lookup import (
+            DEFAULT_ARCH,
+            describe_newer,
+            describe_unused,
+            find_newer_run,
+            find_unused_float_run,
+        )
         from mgq.quantization.option_names import parse_mode
         from mgq.zoo.registry import spec_of
 
@@ -217,6 +225,9 @@ class NetworkOptions:
         run = find_unused_float_run(spec, parse_mode(mode), self.save)
         if run is not None:
             note(f"not used: {describe_unused(run, spec)}")
+        newer = find_newer_run(parse_mode(mode), self.save) if self.arch is None else None
+        if newer is not None:
+            note(f"not used: {describe_newer(newer)}")
 
 
 def open_network(

@@ -17,7 +17,7 @@ from mgq.data.folder_scan import IMAGE_SUFFIXES, Entry, Tally, entries_in, is_fo
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, log_message
 
-__all__ = ["IMAGE_SUFFIXES", "Source", "expand", "refuse_hopeless"]
+__all__ = ["IMAGE_SUFFIXES", "Source", "expand", "leave_out_absent", "refuse_hopeless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,39 @@ class Source:
 
 
 def refuse_hopeless(sources: Sequence[Source]) -> None:
-    """Raises InputError where there is one source alone, a file, and no picture in it: before more is loaded for it."""
+    """Raises InputError where none of the sources is there, or the only one, a file, has no picture in it: before more
+    is loaded for them."""
     if len(sources) == 1 and sources[0].path is not None:
         sources[0].read()
+    lines = [line for source in sources if (line := tell_absence(source)) is not None]
+    if lines and len(lines) == len(sources):
+        more = f" (and so on, {len(lines):,} in all)" if len(lines) > 1 else ""
+        raise InputError(lines[0] + more)
+
+
+def leave_out_absent(sources: Sequence[Source], on_message: OnMessage = log_message) -> list[Source]:
+    """``sources`` without those that are not there; ``on_message`` gets a line for each of these: before long work."""
+    found = []
+    for source in sources:
+        line = tell_absence(source)
+        if line is None:
+            found.append(source)
+        else:
+            on_message(line)
+    return found
+
+
+def tell_absence(source: Source) -> str | None:
+    """Why there is nothing to read in ``source``; None where something is there, picture or not."""
+    if source.problem is not None:
+        return source.problem
+    if source.path is None or os.path.lexists(source.path):
+        return None
+    try:
+        source.read()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def expand(arguments: Sequence[str], on_message: OnMessage = log_message) -> list[Source]:

@@ -61,6 +61,10 @@ MOST_DOUBT = 1.0
 """Beyond this standard error what is expected gains no more weight: with 1.4 it outvoted 2 dB on 8 images of a small
 ShuffleNet, and was wrong by 0.7 dB on others."""
 NO_NOISE = 200.0
+ALIKE = 1e-6
+"""Of the largest number: differences up to this are of rounding."""
+LARGEST = 1e12
+"""The largest number that a layer with weights may give. Trained ones give thousands."""
 
 Steps: TypeAlias = tuple[Step, ...]
 
@@ -132,6 +136,8 @@ class SearchResult:
     trials: tuple[Trial, ...]
     judged_on: int
     held_back: bool
+    is_constant: bool = False
+    """Whether float answered with the same logits to all of these images, which differ."""
 
     @property
     def network(self) -> M.Module:
@@ -148,6 +154,14 @@ class SearchResult:
             "judged_on": self.judged_on,
             "held_back": self.held_back,
         }
+
+    def remarks(self) -> list[str]:
+        """What else is to be said, a line each: the summary first."""
+        same = (
+            f"float gives the same logits for all {self.judged_on} images: they do not depend on the picture, so that "
+            "dB say nothing; check the weights, and --preprocess of an imported file"
+        )
+        return [self.summary(), *([same] if self.is_constant else [])]
 
     def summary(self) -> str:
         """What was done and what was left out, in one line."""
@@ -208,11 +222,32 @@ def find_best(
     fit, held = split(images)
     start = time.perf_counter()
     exact = finite_logits_of(network, held)
+    refuse_huge_layers(network, held[:1])
     with open_second_process(network, fit[:LAYERWISE_IMAGES], time.perf_counter() - start) as side:
         contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
-    return SearchResult(best.draft, best.trial, trials, len(held), held is not images)
+    is_constant = are_all_alike(exact) and not are_all_alike(held)
+    return SearchResult(best.draft, best.trial, trials, len(held), held is not images, is_constant)
+
+
+def are_all_alike(rows: npt.NDArray[Any]) -> bool:
+    """Whether ``rows`` (N, ...) are the same N times, but for rounding."""
+    spread = float(np.ptp(rows, axis=0).max())
+    return spread <= ALIKE * max(float(np.abs(rows).max()), 1e-30)
+
+
+def refuse_huge_layers(network: M.Module, images: Images) -> None:
+    """Raises FailureError that names the first layer with weights that gives numbers whose squares float32 cannot add
+    up: finite ones, that a layer behind may make small again."""
+    layers = [name for name, module in network.named_modules() if name and hasattr(module, "weight")]
+    for name, (low, high) in value_ranges(network, layers, split_float(images)).items():
+        largest = max(-float(low.min()), float(high.max()))
+        if largest > LARGEST:
+            raise FailureError(
+                f"the layer {name} gives numbers up to {largest:.0e}, more than calibration can reckon with: "
+                "take other weights"
+            )
 
 
 def finite_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from mgq.deprecation import accept_old_keywords
 from mgq.events import OnProgress, log_progress
-from mgq.machine import refuse_without_megengine
 from mgq.reports.measurements import SHOWN
 from mgq.reports.report_options import ReportOptions
 from mgq.runtime.registry import Backend
+from mgq.system.megengine_start import load_megengine
 
 if TYPE_CHECKING:
     from mgq.reports.contents import FileReport, Report
@@ -67,7 +67,7 @@ def write_report(options: ReportOptions, on_progress: OnProgress = log_progress)
         from mgq.reports.file_report import report_file
 
         return report_file(file, options, on_progress)
-    refuse_without_megengine()
+    load_megengine()
     from mgq.reports.run_report import report_run
 
     return report_run(options, on_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from types import ModuleType
@@ -11,6 +12,7 @@ from mgq.machine import (
     keep_freed_memory,
     mute_stderr,
     patient_threads,
+    quiet_import,
     refuse_without_megengine,
     set_library_defaults,
 )
@@ -20,27 +22,37 @@ NEVER = 1 << 60
 
 
 def import_megengine() -> None:
-    """Import MegEngine; but for debugging without what its library says while it looks for a GPU.
+    """Import MegEngine for a process of mgq's own: quickly, and as :func:`load_megengine` does.
 
     Raises InputError, which says what to run instead, where it is not installed.
     """
     refuse_without_megengine()
-    set_library_defaults()
     warnings.filterwarnings("ignore", message=".*pkg_resources.*")
     # It opens files through clients of four cloud services, half of the import: here all files are local.
     sys.modules.setdefault("megfile", LocalFiles("megfile"))
     # It asks whether its in-house twin is installed beside it, which takes a third of a second to find out.
     sys.modules.setdefault("pkg_resources", NoPackages("pkg_resources"))
-    import numpy as np
-
-    # MegEngine makes the processor flush subnormals to zero; asked later, numpy would warn of that.
-    np.finfo(np.float32), np.finfo(np.float64)
-    with mute_stderr(), patient_threads():
+    load_megengine()
+    with mute_stderr():
         import megengine
 
         # MegEngine lists large tensors that it could drop and compute again, even while it is not to drop any. Two of
         # its threads change the list, one without a lock: now and then a run ended in "got wrong candidate index".
         megengine.dtr.evictee_minimum_size = NEVER
+
+
+@functools.cache
+def load_megengine() -> None:
+    """Import MegEngine; but for debugging without what its library says while it looks for a GPU and at first use.
+
+    A program that calls mgq has its modules and filters of warnings as they were. Raises InputError, which says what to
+    run instead, where it is not installed.
+    """
+    refuse_without_megengine()
+    set_library_defaults()
+    with quiet_import(), patient_threads():
+        import megengine
+
         (megengine.tensor([0.0]) + 1).numpy()
         megengine.is_cuda_available()
 

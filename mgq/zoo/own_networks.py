@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.machine import refuse_without_megengine, set_library_defaults
+from mgq.system.megengine_start import load_megengine
 from mgq.zoo.registry import ModelSpec, specs
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
         raise InputError(f"{name} is the name of a network of mgq's own: choose another")
     if image_size < 32 or image_size % 32:
         raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
-    refuse_without_megengine()
-    set_library_defaults()
+    load_megengine()
     network = build_network(name, builder)
     refuse_other_answers(name, network, image_size)
     parameters = sum(int(np.prod(value.shape)) for value in network.parameters())

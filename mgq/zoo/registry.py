@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
-from mgq.machine import refuse_without_megengine, set_library_defaults
+from mgq.system.megengine_start import load_megengine
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint
@@ -92,8 +92,7 @@ class ModelSpec:
         self.refuse_options(options)
         if classes < 2:
             raise InputError(f"a classifier needs at least 2 classes, not {classes}")
-        refuse_without_megengine()
-        set_library_defaults()
+        load_megengine()
         builder = import_when_called(self.builder) if isinstance(self.builder, str) else self.builder
         network: M.Module = builder(**self.fixed, **{**self.options, **options}, classes=classes)
         return network

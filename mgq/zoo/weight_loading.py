@@ -17,7 +17,7 @@ from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
 from mgq.weights.foreign_states import NO_HINTS, Hints, State
-from mgq.weights.prefixes import Part, network_part
+from mgq.weights.prefixes import Part, common_prefixes, drop_prefix, network_part, strip_prefix
 from mgq.weights.preprocessing import Preprocessing
 from mgq.weights.unpickler import read_state
 from mgq.zoo.layers import without_initialization
@@ -155,11 +155,29 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with name_in_errors(name):
         spec = spec_for(info.arch, info.options)
+    state, said = without_wrapper(spec, state, len(info.classes), info.options)
     network = build_network(spec, state, len(info.classes), info.options, name)
-    origin = f"{name} ({printable(info.origin)[:200]})"
+    origin = ", ".join([f"{name} ({printable(info.origin)[:200]})", *said])
     mode = mode_in(state)
     how = info.preprocessing
     return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info, how)
+
+
+def without_wrapper(
+    spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any]
+) -> tuple[State, tuple[str, ...]]:
+    """``state`` without the prefix that a wrapper gave to all its names, and what is said of it; as it is where no
+    prefix makes it one of ``spec``."""
+    prefixes = [prefix for prefix in common_prefixes(state) if prefix]
+    if not prefixes or classes > max((len(value) for value in state.values() if value.ndim), default=0):
+        return state, ()
+    with without_initialization():
+        expected = state_of(spec.build(classes, **options))
+    for prefix in prefixes:
+        found = drop_prefix(prefix, state)
+        if expected.keys() <= found.keys():
+            return found, strip_prefix(prefix)
+    return state, ()
 
 
 def recognize(

@@ -20,7 +20,7 @@ from mgq.data.datasets import (
     subset,
     without_subset,
 )
-from mgq.data.image_sources import Source, expand
+from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.calibration_run import spread_evenly
 from mgq.engine.classifier.evaluate import match_classes, was_trained_on
@@ -77,8 +77,8 @@ def find_calibration_sources(
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
         sources = expand(arguments)
-        if len(sources) == 1 and sources[0].problem is not None:  # reported before the work begins
-            raise InputError(sources[0].problem)
+        refuse_hopeless(sources)
+        sources = leave_out_absent(sources, on_message)
         return CalibrationSources(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return find_training_images(classifier, on_progress)

@@ -106,7 +106,8 @@ def calibrate(
         config.float_layers,
         callbacks.on_progress,
     )
-    callbacks.on_message(found.summary())
+    for remark in found.remarks():
+        callbacks.on_message(remark)
     network = found.network
     refuse_incomplete(network, ranges)
     provenance = {

@@ -297,10 +297,12 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     used = np.unique(labels).tolist()
     unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
     if unknown:
+        others = "weights for these with -c"
+        if len(names) == len(dataset.classes):  # perhaps the same ones, under other names
+            others += ", or, where -c is an imported ONNX file, its own names in your words by --labels FILE"
         raise InputError(
             f"{dataset.name} has {plural(len(unknown), 'class')} that the network does not know "
-            f"({join_names(unknown)}; it knows {join_names(names)}): give pictures of its classes with -d, or "
-            "weights for these with -c"
+            f"({join_names(unknown)}; it knows {join_names(names)}): give pictures of its classes with -d, or {others}"
         )
     translation = np.zeros(len(dataset.classes), np.int64)
     translation[used] = [place[dataset.classes[label]] for label in used]

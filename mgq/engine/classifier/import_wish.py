@@ -12,7 +12,7 @@ class ImportWish:
 
     ``preprocess`` names a contract of :data:`mgq.zoo.input_contract.CONTRACTS`, which ``mean``, ``std``
     and the ``order`` of the channels, ``rgb`` or ``bgr``, change. ``size``: height and width, where the file leaves
-    them open. ``labels``: a file of class names.
+    them open. ``labels``: a file of class names. ``scores``: the output that has a number for each class, of several.
     """
 
     preprocess: str | None = None
@@ -21,6 +21,7 @@ class ImportWish:
     order: str | None = None
     size: tuple[int, int] | None = None
     labels: Path | None = None
+    scores: str | None = None
 
     @property
     def is_open(self) -> bool:

@@ -28,7 +28,7 @@ def names_for(classes: int, labels: Path | None, metadata: Mapping[str, str]) ->
     Raises InputError where there are not as many names in ``labels``.
     """
     if labels is not None:
-        return names_in_file(labels, classes), None
+        return check_names(names_in_file(labels), labels, classes), None
     for key in KEYS:
         found = names_in_metadata(metadata.get(key, ""))
         if found and len(set(found)) == len(found) == classes:
@@ -52,20 +52,33 @@ def names_in_metadata(text: str) -> tuple[str, ...]:
     return lines if len(lines) > 1 else ()
 
 
-def names_in_file(path: Path, classes: int) -> tuple[str, ...]:
+def count_names(labels: Path | None, metadata: Mapping[str, str]) -> int | None:
+    """How many classes are named by ``labels``, or else in ``metadata``; None where none are."""
+    if labels is not None:
+        return len(names_in_file(labels))
+    return next((len(found) for key in KEYS if (found := names_in_metadata(metadata.get(key, "")))), None)
+
+
+def names_in_file(path: Path) -> tuple[str, ...]:
     """A name a line, or a list in JSON, or an object of numbers and names."""
     shown = printable(path)
     try:
         text = text_of(path, LONGEST_NAMES)
-        found = names_in_text(text, path.suffix.lower() == ".json")
+        return names_in_text(text, path.suffix.lower() == ".json")
     except OSError as error:
         raise InputError(f"cannot read the names {shown}: {error.strerror}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise InputError(f"{shown} is no list of class names: one a line, or a list in JSON") from None
+
+
+def check_names(found: tuple[str, ...], path: Path, classes: int) -> tuple[str, ...]:
+    """``found`` in the file ``path``. Raises InputError where these are not one for each of ``classes``."""
     if len(found) != classes:
-        raise InputError(f"{shown} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}")
+        raise InputError(
+            f"{printable(path)} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}"
+        )
     if len(set(found)) != len(found):
-        raise InputError(f"{shown} has a name twice")
+        raise InputError(f"{printable(path)} has a name twice")
     return found
 
 

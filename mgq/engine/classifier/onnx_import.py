@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from megengine import Tensor
 
 from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
-from mgq.engine.classifier.label_names import join_names, names_for
+from mgq.engine.classifier.label_names import count_names, join_names, names_for
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT, RUNS_FOR, find_newest
 from mgq.errors import FailureError, InputError, plural, printable
@@ -51,6 +52,10 @@ IMPORTED = ".imported"
 """How the name of the folder of an imported network ends."""
 ENTRY = "entry"
 """The key of what is known of a file's float input."""
+SCORES = "scores"
+"""The key of the output that was taken of several."""
+SAME = ("sha256", "input", SCORES)
+"""What is equal in two imports of one network."""
 
 Array = npt.NDArray[np.float32]
 
@@ -111,7 +116,7 @@ def find_int8_of(imported: Path, save: Path) -> Path | None:
 
     def is_of_it(path: Path) -> bool:
         source = source_in(path)
-        return all(source.get(key) == wanted.get(key) for key in ("sha256", "input"))
+        return all(source.get(key) == wanted.get(key) for key in SAME)
 
     runs = [save / f"{name}.{kind}" / RUN_CHECKPOINT for kind in RUNS_FOR[Mode.QUANTIZED]]
     return find_newest(path for path in runs if path.is_file() and is_of_it(path))
@@ -121,9 +126,14 @@ def refuse_other_import(int8: Path, options: Mapping[str, Any]) -> None:
     """Raise InputError where the checkpoint ``int8`` is not of the file that a float network with ``options`` is of, or
     was fed otherwise."""
     its, wanted = source_in(int8), source_among(options)
-    if any(its.get(key) != wanted.get(key) for key in ("sha256", "input")):
-        had, has = (f"{printable(source.get('file'))}, fed as {source.get('input')}" for source in (its, wanted))
+    if any(its.get(key) != wanted.get(key) for key in SAME):
+        had, has = (describe_source(source) for source in (its, wanted))
         raise InputError(f"{printable(int8)} was made from {had}, not from {has}: run `mgq calibrate` again with -c")
+
+
+def describe_source(source: Mapping[str, Any]) -> str:
+    output = f", output {printable(source[SCORES])}" if SCORES in source else ""
+    return f"{printable(source.get('file'))}, fed as {source.get('input')}{output}"
 
 
 def name_for(path: Path) -> str:
@@ -135,7 +145,7 @@ def name_for(path: Path) -> str:
 
 def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classifier, list[str]]:
     """The float classifier in the ONNX file ``path``, whose SHA-256 is ``digest``, and remarks on how it was read."""
-    file = read_foreign(path, wish.size)
+    file = read_foreign(path, wish.size, wish.scores, partial(count_names, wish.labels))
     contract = contract_of(file, wish)
     draft = draft_network(file)
     difference = compare(file, draft)
@@ -145,6 +155,8 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.describe()}
     source |= {"wish": wish_words(wish), "channels": file.image[0], ENTRY: asdict(entry_of(file, draft, contract))}
     source["pixels"] = file.takes_pixels
+    if file.choice is not None and file.choice.choice is not None:
+        source[SCORES] = file.output
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = register_blueprint(name_for(path), options)
     origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.describe()})"
@@ -213,6 +225,8 @@ def remarks_on(
         channels = "grey" if file.image[0] == 1 else contract.order.upper()
         fed = f"input as uint8 pixels ({channels}); the file has mean and deviation inside"
     found = [f"{plural(layers, 'layer')} of opset {file.opset}, {equal}", fed]
+    if file.choice is not None and (chosen := file.choice.remark()) is not None:
+        found.append(chosen)
     if file.halves:
         found.append(f"its numbers are {file.halves}; they are taken, and compared, in float32")
     if file.pictures is not None and file.pictures > 1:

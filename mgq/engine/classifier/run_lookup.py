@@ -34,6 +34,21 @@ def find_unused_float_run(spec: ModelSpec, mode: Mode, save: Path) -> Path | Non
     return None if found is None else found.parent
 
 
+def find_newer_run(mode: Mode, save: Path) -> Path | None:
+    """The newest run under ``save`` that can serve ``mode``, an imported network's included, where it is none of
+    ``DEFAULT_ARCH``: its checkpoint."""
+    found = [path for kind in RUNS_FOR[mode] for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")]
+    newest = find_newest(found)
+    return None if newest is None or newest.parent.name.rpartition(".")[0] == DEFAULT_ARCH else newest
+
+
+def describe_newer(run: Path) -> str:
+    """What takes the ``run``, a checkpoint, as the end of a sentence about it."""
+    arch = run.parent.name.rpartition(".")[0]
+    option = f"-a {arch}" if arch in specs() else f"-c {shlex.quote(str(run))}"
+    return f"{printable(run.parent)} is the newest run: `{printable(option)}` takes it"
+
+
 def describe_unused(run: Path, spec: ModelSpec) -> str:
     """What makes int8 of the float ``run`` of ``spec``, as the end of a sentence about it."""
     arch = shlex.quote(spec.typed)

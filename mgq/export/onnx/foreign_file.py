@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, plural, printable
-from mgq.export.onnx.foreign_answer import answer_of, leave_out_unread
+from mgq.export.onnx.foreign_answer import MOST_SHOWN, Answer, find_answer, leave_out_unread
 from mgq.export.onnx.guard import MOST_BYTES as OWN_MOST_BYTES
 from mgq.export.onnx.half_floats import widen, widen_halves
 from mgq.export.onnx.onnx_file import INTEGER_OPERATORS, METADATA, import_package
@@ -39,7 +40,7 @@ class ForeignFile:
     """A model without functions, in float32. ``shape`` is that of its input ``input`` for one picture: (1, C, H, W), or
     (1, H, W, C) where ``channels_last``. So many ``pictures`` are given at once, any number where that is None.
     ``constants``: name -> value, of all weights. ``output`` is the answer's name. ``takes_pixels``: the input is uint8,
-    else float32. ``halves``: what it was in before, float16 or bfloat16."""
+    else float32. ``halves``: what it was in before, float16 or bfloat16. ``choice``: how the answer was chosen."""
 
     path: Path
     model: Any = field(repr=False)
@@ -52,6 +53,7 @@ class ForeignFile:
     output: str
     takes_pixels: bool = False
     halves: str | None = None
+    choice: Answer | None = None
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -108,19 +110,28 @@ def model_in(path: Path) -> Any:
     return model
 
 
-def read_foreign(path: Path, size: tuple[int, int] | None = None) -> ForeignFile:
-    """The float classifier in ``path``. ``size``, height and width, is for inputs that leave it open.
+def read_foreign(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    scores: str | None = None,
+    count_names: Callable[[Mapping[str, str]], int | None] = lambda metadata: None,
+) -> ForeignFile:
+    """The float classifier in ``path``. ``size``, height and width, is for inputs that leave it open, ``scores`` the
+    output that is wanted of several, and ``count_names`` tells by the file's metadata of how many classes it is.
 
     Raises InputError, which names what is wrong, for what is no float32 classifier of pictures.
     """
     model, name = model_in(path), printable(path)
+    classes = count_names({entry.key: entry.value for entry in model.metadata_props})
     try:
-        return check_model(path, model, size)
+        return check_model(path, model, size, scores, classes)
     except InputError as error:
         raise InputError(f"{name} {error}") from None
 
 
-def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> ForeignFile:
+def check_model(
+    path: Path, model: Any, size: tuple[int, int] | None, scores: str | None = None, classes: int | None = None
+) -> ForeignFile:
     opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     if not opsets or opsets[0] not in OPSETS:
         said = opsets[0] if opsets else "none"
@@ -131,11 +142,14 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
         raise InputError("is quantized already: give the float file that it was made from")
     halves = widen_halves(model)
     known = {tensor.name for tensor in model.graph.initializer}
-    output = answer_of(model.graph)
-    needed = leave_out_unread(model.graph, output)
+    refuse_no_pictures([value for value in model.graph.input if value.name not in known])
+    answer = find_answer(model, scores, classes)
+    needed = leave_out_unread(model.graph, answer.scores)
+    refuse_untranslated(model)
     inputs = leave_out_inputs(model.graph, known, needed)
     if len(inputs) != 1:
-        raise InputError(f"has {plural(len(inputs), 'input')}: a classifier of pictures has one")
+        told = ", ".join(repr(printable(value.name)[:40]) for value in inputs[:MOST_SHOWN])
+        raise InputError(f"has {plural(len(inputs), 'input')} ({told}): a classifier of pictures has one")
     shape, last = image_shape(inputs[0], size)
     if len(model.graph.sparse_initializer):
         raise InputError("has sparse weights: export it with all their zeros")
@@ -146,7 +160,29 @@ def check_model(path: Path, model: Any, size: tuple[int, int] | None) -> Foreign
     kind = inputs[0].type.tensor_type
     pictures, takes_pixels = size_of(kind.shape.dim[0]), kind.elem_type == UINT8
     name = inputs[0].name
-    return ForeignFile(path, model, name, shape, last, opsets[0], constants, pictures, output, takes_pixels, halves)
+    form = (opsets[0], constants, pictures, answer.scores, takes_pixels, halves, answer)
+    return ForeignFile(path, model, name, shape, last, *form)
+
+
+def refuse_untranslated(model: Any) -> None:
+    """Raise InputError that names the first operator of ONNX's own domain that ONNX does not have: exporters leave
+    those of their framework in a file, with a warning, where they know no translation."""
+    onnx = import_package("onnx")
+    for place, node in enumerate(model.graph.node):
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            name = printable(node.name or f"number {place + 1}")[:80]
+            raise InputError(
+                f"has a {printable(node.op_type)[:40]} '{name}', which is no operator of ONNX: its exporter did not "
+                "translate it; see its warnings, or export with another program"
+            )
+
+
+def refuse_no_pictures(inputs: Sequence[Any]) -> None:
+    """Raise InputError where the only one of ``inputs`` has too few axes for pictures."""
+    if len(inputs) == 1 and inputs[0].type.tensor_type.HasField("shape"):
+        axes = len(inputs[0].type.tensor_type.shape.dim)
+        if axes != 4:
+            raise InputError(f"takes {plural(axes, 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")
 
 
 def leave_out_inputs(graph: Any, weights: set[str], needed: set[str]) -> list[Any]:

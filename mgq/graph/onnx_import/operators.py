@@ -241,7 +241,7 @@ def read_matmul(op: Operator) -> None:
     if not op.scope.is_constant(op.inputs[1]):
         if len(op.shape(0)) != len(op.shape(1)):
             raise BatchMixedError
-        op.make("matmul", [op.layer(0), op.layer(1)])
+        op.make("matmul", [expand_for_matmul(op, place) for place in (0, 1)])
         return
     weight, shape = op.constant(1), op.shape()
     assert weight is not None
@@ -251,6 +251,13 @@ def read_matmul(op: Operator) -> None:
         add_linear(op, weight.T, None)
         return
     op.give(add_linear_over_last_axis(op, op.layer(), weight.T))
+
+
+def expand_for_matmul(op: Operator, place: int) -> str:
+    """The layer at ``place`` of two that are multiplied, with as many matrices as the other."""
+    name, shape = op.layer(place), op.shape(place)
+    many = np.broadcast_shapes(op.shape(0)[:-2], op.shape(1)[:-2])
+    return name if many == shape[:-2] else op.add("expand", name, shape=[*many[1:], *shape[-2:]])
 
 
 def add_linear(op: Operator, weight: Array, bias: Array | None) -> None:
@@ -300,8 +307,11 @@ def add_binary(op: Operator, kind: str, one: str, other: str) -> None:
 
 def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first: bool) -> None:
     shape, value = op.scope.draft.shape(layer), op.scope.value_for_one(value)
-    if np.broadcast_shapes(shape, value.shape) != shape:
-        raise UnknownFormError("makes a tensor larger by a constant")
+    larger = np.broadcast_shapes(shape, value.shape)
+    if larger != shape:
+        if len(larger) != len(shape) or larger[0] != 1:
+            raise UnknownFormError("adds axes, or pictures, by a constant")
+        layer, shape = op.add("expand", layer, shape=list(larger[1:])), larger
     value = value.reshape(value.shape[1:]) if value.ndim == len(shape) and value.shape[0] == 1 else value
     if value.ndim >= len(shape):
         raise UnknownFormError("has a constant for each picture")

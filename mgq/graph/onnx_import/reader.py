@@ -19,6 +19,8 @@ from mgq.graph.onnx_import.simplify import drop_probabilities, simplify
 from mgq.zoo.blueprint import INPUT
 
 Array = npt.NDArray[Any]
+UNTOLD = "An async error"
+"""How MegEngine's message begins where it does not say what is wrong."""
 MOST_NUMBERS = 1 << 27
 """In what a layer gives for one picture."""
 
@@ -90,7 +92,8 @@ def read(node: Any, place: int, scope: Scope) -> None:
         ) from None
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0])[:120]
-        raise InputError(f"has a {what} that does not fit what it reads ({reason}): export it again") from None
+        why = "" if reason.startswith(UNTOLD) else f" ({reason})"
+        raise InputError(f"has a {what} that does not fit what it reads{why}: export it again") from None
 
 
 def instead_of(domain: str) -> str:

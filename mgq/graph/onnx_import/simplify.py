@@ -102,6 +102,20 @@ def join_hard_sigmoid(draft: NetworkDraft) -> bool:
     return False
 
 
+def join_sigmoid(draft: NetworkDraft) -> bool:
+    """1 / (1 + exp(-x)), as JAX's exporter spells it, is a sigmoid."""
+    for plan in layers(draft, "reciprocal"):
+        grown = draft.plan(plan.inputs[0])
+        inner = source_of(draft, grown.inputs[0], "exp") if grown is not None else None
+        turned = draft.plan(inner.inputs[0]) if inner is not None else None
+        if grown is None or turned is None or not is_affine(draft, grown.name, 1, 1):
+            continue
+        if turned.kind == "neg" or is_affine(draft, turned.name, -1, 0):
+            draft.take_over(draft.insert_before(plan, "sigmoid", [turned.inputs[0]], {}), plan)
+            return True
+    return False
+
+
 def insert_scale(draft: NetworkDraft, plan: LayerPlan, name: str, scale: float | Array) -> str:
     """A layer in front of ``plan`` that gives ``scale``, one number, times what ``name`` gives: its name."""
     tensors = {"scale": np.asarray(scale), "shift": np.zeros(())}
@@ -501,6 +515,7 @@ def mark_gates(draft: NetworkDraft) -> bool:
 
 RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
+    join_sigmoid,
     join_swish,
     move_scale_behind_product,
     drop_expansion,

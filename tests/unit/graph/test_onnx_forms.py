@@ -22,7 +22,7 @@ from mgq.export.onnx.float_input import FloatInput, float_input_in
 from mgq.ptq.pipeline import snr_of
 from mgq.runtime.registry import load
 from tests.fakes.foreign_int8 import int8_of
-from tests.fakes.foreign_models import Model
+from tests.fakes.foreign_models import Model, plain
 
 Array = npt.NDArray[Any]
 PIXELS = {"kind": TensorProto.UINT8}
@@ -542,3 +542,34 @@ def test_pools_over_one_axis_are_imported(tmp_path: Path, operator: str) -> None
     pooled = model.add("Flatten", model.add(operator, tokens))
     path = model.save(tmp_path / "model.onnx", model.add("MatMul", pooled, model.weights(8, 10)))
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_one_matrix_is_multiplied_by_several(tmp_path: Path) -> None:
+    """Keys that all heads share, as in MobileNetV5, and positions, as in lambda networks."""
+    model, images = Model(), photos()
+    grid = model.add("Reshape", plain(model), model.constant([0, 2, 4, 64], np.int64))
+    first, second = (
+        model.add("Slice", grid, *(model.constant(v, np.int64) for v in ([i], [i + 1], [1]))) for i in (0, 1)
+    )
+    several = model.add("MatMul", grid, model.add("Transpose", first, perm=[0, 1, 3, 2]))
+    again = model.add("MatMul", model.add("Softmax", several, axis=-1), second)
+    other = model.add("MatMul", model.add("Softmax", model.add("MatMul", second, model.weights(64, 4)), axis=-1), again)
+    rows = model.add("Reshape", model.add("Add", again, other), model.constant([0, 8, 8, 8], np.int64))
+    path = model.save(tmp_path / "model.onnx", model.classify(rows, 8))
+    found = import_classifier(path, RAW, "")[0].logits(images)
+    assert difference(found, answers_of(path, images[:, ::-1].astype(np.float32))) < 1e-4
+
+
+def test_a_layer_made_larger_by_a_constant_and_a_spelled_sigmoid_are_imported(tmp_path: Path) -> None:
+    """As JAX's exporter writes norms and swishes."""
+    model = Model(opset=13)
+    first = plain(model)
+    grown = model.add("Exp", model.add("Neg", first))
+    swish = model.add("Mul", first, model.add("Reciprocal", model.add("Add", model.constant(1.0), grown)))
+    mean = model.add("ReduceMean", swish, axes=[1])
+    larger = model.add("Mul", mean, model.constant(np.linspace(1, 2, 8).reshape(8, 1, 1)))
+    path, images = model.save(tmp_path / "model.onnx", model.classify(model.add("Add", larger, swish), 8)), photos()
+    classifier, _ = import_classifier(path, RAW, "")
+    assert difference(classifier.logits(images), answers_of(path, images[:, ::-1].astype(np.float32))) < 1e-4
+    kinds = {plan.kind for plan in classifier.network.blueprint.layers}
+    assert "silu" in kinds and not {"exp", "reciprocal", "neg"} & kinds

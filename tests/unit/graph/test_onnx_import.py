@@ -583,8 +583,38 @@ def detector(model: Model) -> Any:
 def two_outputs(model: Model) -> Any:
     first = model.conv("image", 3, 8)
     proto = model.proto(model.classify(first, 8))
-    proto.graph.output.append(helper.make_tensor_value_info(first, TensorProto.FLOAT, [None] * 4))
+    other = model.add("Gemm", model.add("Flatten", first), model.weights(3, 7200), transB=1)
+    proto.graph.node.extend(model.nodes[-2:])
+    proto.graph.initializer.append(model.constants[-1])
+    proto.graph.output.append(helper.make_tensor_value_info(other, TensorProto.FLOAT, [None] * 2))
     return proto
+
+
+def two_maps(model: Model) -> Any:
+    """A detector's, at two scales."""
+    first = model.conv("image", 3, 8)
+    proto = model.proto(first, rank=4)
+    proto.graph.output.append(
+        helper.make_tensor_value_info(model.conv(first, 8, 8, strides=[2, 2]), TensorProto.FLOAT, [None] * 4)
+    )
+    proto.graph.node.append(model.nodes[-1])
+    proto.graph.initializer.extend(model.constants[-2:])
+    return proto
+
+
+def untranslated(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.node[0].op_type = "StatefulPartitionedCall"
+    proto.graph.input.append(helper.make_tensor_value_info(proto.graph.node[0].input[1], TensorProto.FLOAT, [8] * 4))
+    return proto
+
+
+def recurrent(model: Model) -> Any:
+    row = model.add("Transpose", model.conv(model.conv("image", 3, 8), 8, 8, 30), perm=[2, 0, 1, 3])
+    row = model.add("Squeeze", row, model.constant([3], np.int64))
+    parts = model.weights(1, 30, 8), model.weights(1, 30, 10)
+    last = model.add("GRU", row, *parts, hidden_size=10)
+    return model.proto(model.add("Flatten", last))
 
 
 def many_at_once(model: Model) -> Any:
@@ -656,7 +686,10 @@ def training_norm(model: Model) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
-    "two inputs": (two_inputs, "has 2 inputs"),
+    "two inputs": (two_inputs, "has 2 inputs ('image', 'other')"),
+    "untranslated": (untranslated, "has a StatefulPartitionedCall 'n0', which is no operator of ONNX"),
+    "recurrent": (recurrent, "has a GRU 'n4' (opset 18), which is not imported"),
+    "two maps": (two_maps, "none with one number for each class"),
     "other operators": (fused_by_a_tool, "give the file from before, or optimize it at the level basic"),
     "open height": (open_height, "--size"),
     "detector": (detector, "1x900x84"),
@@ -775,7 +808,7 @@ TAKERS = ("calibrate", "qat", "eval", "analyze", "dump", "bench", "report", "inf
 @pytest.mark.parametrize("verb", TAKERS)
 def test_each_verb_that_takes_a_foreign_file_takes_words_on_it(verb: str) -> None:
     flags = {flag for parameter in verbs()[verb].params for flag in (*parameter.opts, *parameter.secondary_opts)}
-    assert {"--preprocess", "--mean", "--std", "--rgb", "--bgr", "--size", "--labels"} <= flags
+    assert {"--preprocess", "--mean", "--std", "--rgb", "--bgr", "--size", "--labels", "--scores"} <= flags
 
 
 @pytest.mark.parametrize("verb", TAKERS)
