@@ -83,10 +83,11 @@ def fake_quantize(
     steps, marks = array.reshape(-1), passes.reshape(-1)
     above = np.float32(0 if positive else -np.inf)
 
-    def quantize(piece: slice) -> int:
-        return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax, above)
+    def quantize(piece: slice) -> bool:
+        numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax, above)
+        return bool(marks[piece].all())
 
-    return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
+    return None if all(run_in_pieces(quantize, steps.size, LONG_PIECE)) else passes
 
 
 def fold_factors(scale: Array, variance: Array, epsilon: float) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from mgq.cpu_kernels.statistics_exchange import merge_extremes
 from mgq.cpu_kernels.tensor_exchange import Array, read_state, write_state
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
+from mgq.quantization.targets import UnitScaleObserver
 
 ZERO, ONE = np.float32(0), np.float32(1)
 UNKNOWN: Array = np.full(2, np.nan, np.float32)
@@ -78,6 +79,11 @@ def is_known(observer: Any) -> bool:
     if type(observer) not in (MinMaxObserver, ExponentialMovingAverageObserver, CurrentRangeObserver):
         return False
     return bool(observer.mode == QuantMode.SYMMERTIC)
+
+
+def is_unit(observer: Any) -> bool:
+    """Whether ``observer`` says 1 whatever it sees, as that of the pixels does."""
+    return type(observer) is UnitScaleObserver and bool(observer.mode == QuantMode.SYMMERTIC)
 
 
 class ObservedParams(QParams):  # type: ignore[misc]
