@@ -102,7 +102,7 @@ class Team:
             return bool(request.Test())
         except MPI.Exception as error:
             # As a rule because another rank is gone, which the supervisors tell of.
-            until = time.monotonic() + SILENCE_S + PATIENCE_S / 2
+            until = time.monotonic() + 2 * SILENCE_S + PATIENCE_S / 2
             while time.monotonic() < until:
                 self.check()
                 time.sleep(0.05)
