@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.utils.future import Future
 
+from mgq.cpu_kernels import fast_gradients_enabled
 from mgq.cpu_kernels.tensor_exchange import Array, values
 from mgq.engine.distributed.team import Team
 
@@ -120,16 +121,17 @@ class Average(Future):  # type: ignore[misc]
     """A gradient to come: what a gradient manager waits for after the backward pass."""
 
     def __init__(self, owner: GradientAverage, bucket: Bucket, start: int, gradient: Tensor) -> None:
-        super().__init__(ack=False)
+        # Not the base's: its lock is for a value from another thread, and takes as long as all the rest.
         self.owner, self.bucket, self.start = owner, bucket, start
         self.shape, self.device = gradient._tuple_shape, gradient.device
 
-    def get(self) -> Tensor:
+    def get(self) -> Tensor | Array:
+        """The average; an array where the optimizer takes one, which spares two copies."""
         self.owner.finish(self.bucket)
         assert self.bucket.flat is not None
         size = math.prod(self.shape)
         own = self.bucket.flat[self.start : self.start + size].reshape(self.shape)
-        return Tensor(own, device=self.device, no_cache=True)
+        return own if fast_gradients_enabled() else Tensor(own, device=self.device, no_cache=True)
 
 
 class GradientAverage:

@@ -638,6 +638,20 @@ def test_steps_of_descent_are_those_of_megengine_to_the_bit(decay: float) -> Non
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_take_gradients_that_are_arrays(momentum: float) -> None:
+    found = []
+    for kind in (Tensor, np.asarray):
+        parameter = Parameter(normal(3, 5, seed=1))
+        optimizer = SGD([parameter], lr=0.03, momentum=momentum)
+        with fast_gradients():
+            for step in range(2):
+                parameter.grad = kind(normal(3, 5, seed=step))
+                optimizer.step().clear_grad()
+        found.append(parameter.numpy())
+    np.testing.assert_array_equal(*found)
+
+
 def test_velocities_can_be_kept_restored_and_used_by_megengine() -> None:
     def descended(fast: bool, then_fast: bool) -> list[Array]:
         parameter = M.Conv2d(3, 4, 1).weight
@@ -782,6 +796,7 @@ def test_weights_whose_ends_are_not_clipped_need_no_mask() -> None:
         again, known = quantizer.apply_to_rows(weights, factors, True, UNKNOWN)
         np.testing.assert_array_equal(rounded, again)
         inside = np.abs(weights * factors[:, None, None, None]) <= quantizer.scale * np.float32(127.5)
+        assert known is not None
         np.testing.assert_array_equal(known, inside)
         assert (passes is None) == inside.all() == (quantizer is wide)
 
@@ -799,7 +814,7 @@ def test_the_gradient_of_a_map_is_whole_where_rounding_clips_nothing(clips: bool
     pixels, gradient, ones, zeros = normal(2, 4, 4, 24), normal(2, 4, 4, 24, seed=1), np.ones(24), np.zeros(24)
     scale, shift = ones.astype(np.float32), zeros.astype(np.float32)
     plain, rounded = (
-        NormalizedMap(pixels, scale, shift, 1e-5, Limits(), *np.empty((2, 24), np.float32), fixed=False, observed=seen)
+        NormalizedMap(pixels, scale, shift, 1e-5, Limits(), shift.copy(), shift.copy(), fixed=False, observed=seen)
         for seen in (False, True)
     )
     step = np.abs(rounded.extremes()).max() / np.float32(254 if clips else 126)
