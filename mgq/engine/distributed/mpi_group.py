@@ -44,8 +44,8 @@ class MpiGroup(ProcessGroup):
     def share(self) -> tuple[int, int]:
         return self.rank, self.world_size
 
-    def gradient_callbacks(self, compress: str = "none") -> list[Any]:
-        return [GradientAverage(self.team, compress)]
+    def gradient_callbacks(self, compress: str = "none", numbers: int = 0) -> list[Any]:
+        return [GradientAverage(self.team, compress, numbers)]
 
     def broadcast(self, network: M.Module) -> None:
         found = self.team.share([tensor.numpy() for tensor in network.tensors()] if self.is_first else None)
