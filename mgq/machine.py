@@ -52,6 +52,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def place_threads(cores: set[int]) -> None:
+    """Let all threads of this process run on ``cores``; those that it starts later do, too."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(task.name), cores)
+
+
 def cpuinfo_field(cpuinfo: str, name: str) -> str:
     """The value of the first line called ``name``: all processors of a machine are taken to be alike."""
     for line in cpuinfo.splitlines():
@@ -227,6 +234,13 @@ def one_blas_thread() -> Iterator[None]:
 
     with threadpool_limits(1, "blas"):
         yield
+
+
+def use_threads(number: int) -> None:
+    """Let the libraries that are loaded compute in ``number`` threads from here on."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(number)
 
 
 @functools.cache

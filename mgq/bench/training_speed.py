@@ -30,6 +30,7 @@ from mgq.engine.classifier.open import versions
 from mgq.engine.training.losses import cross_entropy
 from mgq.errors import InputError, MgqError
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.machine import place_threads
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
@@ -332,12 +333,6 @@ def on_cores(number: int) -> Iterator[None]:
         yield
     finally:
         place_threads(before)
-
-
-def place_threads(cores: set[int]) -> None:
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended
-            os.sched_setaffinity(int(task.name), cores)
 
 
 def make_cases(

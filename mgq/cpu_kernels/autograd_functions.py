@@ -15,7 +15,7 @@ from megengine.quantization.utils import QParams, fake_quant_bias
 from mgq.cpu_kernels import onednn_kernels
 from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
 from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extremes_of_rows, fold_factors, mask_rows
-from mgq.cpu_kernels.fake_quantization import Quantizer, update_observer
+from mgq.cpu_kernels.fake_quantization import UNKNOWN, Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
 from mgq.cpu_kernels.tensor_exchange import Array, read, read_state, tensors, values
@@ -196,8 +196,9 @@ class FakeQuantizedConvolution(NormalizedConvolution):
     def quantize_weights(self, weights: Array, divide: bool) -> QParams:
         """Find the ``effective`` weights: those with batch norm folded in, quantized, and maybe unfolded again."""
         observer = self.module.weight_observer
-        qparams = update_observer(observer, lambda: extremes_of_rows(weights, self.factor))
-        self.effective, self.weights_pass = qparams.quantizer.apply_to_rows(weights, self.factor, divide)
+        ends = extremes_of_rows(weights, self.factor) if observer.enabled else UNKNOWN
+        qparams = update_observer(observer, lambda: ends)
+        self.effective, self.weights_pass = qparams.quantizer.apply_to_rows(weights, self.factor, divide, ends)
         return qparams
 
     def gradients(

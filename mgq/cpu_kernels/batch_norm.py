@@ -91,7 +91,7 @@ class NormalizedMap:
         self.split = split(self.elements, channels)
         self.pixels, self.rows = pixels, self.split.of(pixels)
         self.limits, self.passing = limits, np.array(limits, np.float32)
-        self.masks, self.fixed = limits != Limits(), fixed
+        self.masks, self.fixed, self.observed = limits != Limits(), fixed, observed
         self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
         found = empty((4, channels))
         loops.tabulate(
@@ -148,7 +148,8 @@ class NormalizedMap:
     def pass_within(self, quantizer: Quantizer) -> None:
         """Let the gradient pass only where ``quantizer`` does not clip."""
         loops.find_clipped(quantizer.scale, quantizer.qmin, quantizer.qmax, *self.limits, self.passing)
-        self.masks = True
+        above, below = self.passing
+        self.masks = not (self.observed and above < self.ends[0] and self.ends[1] < below)
 
     def gradients(self, d_output: Array) -> tuple[Array, Array, Array]:
         """With respect to pixels, scale and shift: (N, H, W, C), (C,), (C,)."""

@@ -104,18 +104,24 @@ def merge(parts: Any, rows: Any, long: Any, result: Any) -> None:
     Rows hold one pixel or more. Where a pixel is no number, so is all of its channel.
     """
     channels = result.shape[1]
+    centre, spread, seen = np.zeros(channels), np.zeros(channels), 0.0
+    least, largest = result[2], result[3]
+    least[:], largest[:] = np.inf, -np.inf
+    for piece in range(parts.shape[1]):
+        count = float(min(long, rows - piece * long))
+        for start in range(0, parts.shape[2], channels):
+            seen += count
+            share, cross = count / seen, count * (seen - count) / seen
+            for c in range(channels):
+                step = parts[0, piece, start + c] - centre[c]
+                centre[c] += step * share
+                spread[c] += parts[1, piece, start + c] + step * step * cross
+            for c in range(channels):
+                least[c] = min(least[c], parts[2, piece, start + c])
+                largest[c] = max(largest[c], parts[3, piece, start + c])
     for c in range(channels):
-        centre, spread, seen, least, largest = 0.0, 0.0, 0.0, np.float32(np.inf), np.float32(-np.inf)
-        for piece in range(parts.shape[1]):
-            count = float(min(long, rows - piece * long))
-            for at in range(c, parts.shape[2], channels):
-                step = parts[0, piece, at] - centre
-                seen += count
-                centre += step * (count / seen)
-                spread += parts[1, piece, at] + step * step * (count * (seen - count) / seen)
-                least, largest = min(least, parts[2, piece, at]), max(largest, parts[3, piece, at])
-        result[0, c], result[1, c], result[2, c], result[3, c] = centre, spread / seen, least, largest
-        if centre != centre:
+        result[0, c], result[1, c] = centre[c], spread[c] / seen
+        if centre[c] != centre[c]:
             result[:, c] = np.nan
 
 
@@ -124,13 +130,15 @@ def find_ends(low: Any, high: Any, table: Any, limits: Any, ends: Any) -> None:
     """Write to ``ends`` (2,) the least and the largest that :func:`normalize` gives within ``limits`` for pixels from
     ``low`` to ``high`` (C,): rounded operations keep the order of what they take."""
     least, largest = limits
-    ends[0], ends[1] = np.inf, -np.inf
-    unknown = False
+    unknown = 0
     for c in range(low.size):
         one = min(max((low[c] - table[0, c]) * table[1, c] + table[2, c], least), largest)
         other = min(max((high[c] - table[0, c]) * table[1, c] + table[2, c], least), largest)
-        unknown |= one != one or other != other
-        ends[0], ends[1] = min(ends[0], min(one, other)), max(ends[1], max(one, other))
+        unknown += (one != one) | (other != other)
+        low[c], high[c] = min(one, other), max(one, other)
+    ends[0], ends[1] = np.inf, -np.inf
+    for c in range(low.size):
+        ends[0], ends[1] = min(ends[0], low[c]), max(ends[1], high[c])
     if unknown:
         ends[:] = np.nan
 
@@ -164,9 +172,9 @@ def tabulate(
         if fixed:
             found[0, c], found[1, c] = mean[c], variance[c]
         inverse[c] = ONE / np.sqrt(found[1, c] + epsilon)
-    for at in range(table.shape[1]):
-        c = at % channels
-        table[0, at], table[1, at], table[2, at] = found[0, c], scale[c] * inverse[c], shift[c]
+    for start in range(0, table.shape[1], channels):
+        for c in range(channels):
+            table[0, start + c], table[1, start + c], table[2, start + c] = found[0, c], scale[c] * inverse[c], shift[c]
     find_ends(found[2], found[3], table, limits, ends)
 
 
@@ -275,16 +283,20 @@ def merge_sums(sums: Any, inverse: Any, elements: Any, table: Any, d_scale: Any,
     """Gradients of scale and shift (C,) from :func:`add_up`'s sums; with the mean of the batch taken off, what
     :func:`find_gradient` subtracts goes to ``table``. ``elements`` of a channel: 0 where statistics are fixed."""
     channels = d_scale.size
+    whole, products = np.zeros(channels), np.zeros(channels)
+    for piece in range(sums.shape[1]):
+        for start in range(0, sums.shape[2], channels):
+            for c in range(channels):
+                whole[c] += sums[0, piece, start + c]
+                products[c] += sums[1, piece, start + c]
+    share = 1.0 / elements if elements else 0.0
     for c in range(channels):
-        whole, products = 0.0, 0.0
-        for piece in range(sums.shape[1]):
-            for at in range(c, sums.shape[2], channels):
-                whole += sums[0, piece, at]
-                products += sums[1, piece, at]
-        d_shift[c], d_scale[c] = whole, products * inverse[c]
-        mean, slope = (whole / elements, products * inverse[c] * inverse[c] / elements) if elements else (0.0, 0.0)
-        for at in range(c, sums.shape[2], channels):
-            table[3, at], table[4, at] = mean * table[1, at], slope * table[1, at]
+        d_shift[c], d_scale[c] = whole[c], products[c] * inverse[c]
+        whole[c], products[c] = whole[c] * share, products[c] * inverse[c] * inverse[c] * share
+    for start in range(0, sums.shape[2], channels):
+        for c in range(channels):
+            factor = table[1, start + c]
+            table[3, start + c], table[4, start + c] = whole[c] * factor, products[c] * factor
 
 
 @make_compiler()

@@ -83,10 +83,11 @@ def fake_quantize(
     steps, marks = array.reshape(-1), passes.reshape(-1)
     above = np.float32(0 if positive else -np.inf)
 
-    def quantize(piece: slice) -> int:
-        return numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax, above)
+    def quantize(piece: slice) -> bool:
+        numba_loops.quantize(steps[piece], marks[piece], scale, zero_point, qmin, qmax, above)
+        return bool(marks[piece].all())
 
-    return passes if sum(run_in_pieces(quantize, steps.size, LONG_PIECE)) else None
+    return None if all(run_in_pieces(quantize, steps.size, LONG_PIECE)) else passes
 
 
 def fold_factors(scale: Array, variance: Array, epsilon: float) -> tuple[Array, Array]:
@@ -97,38 +98,53 @@ def fold_factors(scale: Array, variance: Array, epsilon: float) -> tuple[Array, 
     return inverse, factor
 
 
-def fake_quantize_rows(
+def round_rows(
     array: Array, factors: Array, divide: bool, scale: np.float32, qmin: np.float32, qmax: np.float32
-) -> tuple[Array, Mask]:
+) -> Array:
     """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and by it again."""
-    output, passes = empty(array.shape), np.empty(array.shape, np.bool_)
-    source, target, marks = (rows_of(a, factors.size) for a in (array, output, passes))
+    output = empty(array.shape)
+    source, target = (rows_of(a, factors.size) for a in (array, output))
     each = factors.reshape(-1)
 
-    def quantize(part: slice) -> None:
-        numba_loops.quantize_rows(source[part], target[part], marks[part], each[part], divide, scale, qmin, qmax)
+    def run(part: slice) -> None:
+        numba_loops.round_rows(source[part], target[part], each[part], divide, scale, qmin, qmax)
 
-    run_in_rows(quantize, source, LONG_PIECE)
-    return output, passes
+    run_in_rows(run, source, LONG_PIECE)
+    return output
+
+
+def find_passing_rows(array: Array, factors: Array, scale: np.float32, qmin: np.float32, qmax: np.float32) -> Mask:
+    """Where :func:`round_rows` does not clip: as ``array``."""
+    passes = np.empty(array.shape, np.bool_)
+    source, marks = rows_of(array, factors.size), rows_of(passes, factors.size)
+    each = factors.reshape(-1)
+
+    def run(part: slice) -> None:
+        numba_loops.find_passing_rows(source[part], marks[part], each[part], scale, qmin, qmax)
+
+    run_in_rows(run, source, LONG_PIECE)
+    return passes
 
 
 def mask_rows(
-    gradient: Array, passes: Mask, weights: Array, effective: Array | None = None, factors: Array | None = None
+    gradient: Array, passes: Mask | None, weights: Array, effective: Array | None = None, factors: Array | None = None
 ) -> Array:
     """Keep of the ``gradient`` with respect to ``weights`` what ``passes``, in place, times ``factors`` by output.
+    None: all passes.
 
     Returns, for each output channel, the sum of what passed times ``weights``, less that of all times ``effective``:
     (O,), O the leading axes.
     """
     outputs = math.prod(weights.shape[: weights.ndim - 3])
     sums = empty((outputs,))
-    rows, marks, others = (rows_of(array, outputs) for array in (gradient, passes, weights))
+    rows, others = (rows_of(array, outputs) for array in (gradient, weights))
+    marks = None if passes is None else rows_of(passes, outputs)
     used = None if effective is None else rows_of(effective, outputs)
 
     def run(part: slice) -> None:
         numba_loops.mask_rows(
             rows[part],
-            marks[part],
+            None if marks is None else marks[part],
             others[part],
             None if used is None else used[part],
             None if factors is None else factors[part],

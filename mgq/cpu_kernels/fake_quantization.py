@@ -12,13 +12,16 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver, Mi
 from megengine.quantization.utils import QParams, QuantMode, _builtin_quant_dtypes
 
 from mgq.cpu_kernels import numba_loops
-from mgq.cpu_kernels.elementwise import Mask, fake_quantize, fake_quantize_rows
+from mgq.cpu_kernels.elementwise import Mask, fake_quantize, find_passing_rows, round_rows
 from mgq.cpu_kernels.statistics_exchange import merge_extremes
 from mgq.cpu_kernels.tensor_exchange import Array, read_state, write_state
 from mgq.quantization.half_to_even import EvenFakeQuantize
 from mgq.quantization.qat import CurrentRangeObserver
+from mgq.quantization.targets import UnitScaleObserver
 
 ZERO, ONE = np.float32(0), np.float32(1)
+UNKNOWN: Array = np.full(2, np.nan, np.float32)
+"""Extremes that nobody has looked for."""
 
 
 class Quantizer(NamedTuple):
@@ -41,10 +44,16 @@ class Quantizer(NamedTuple):
         output = array.copy()
         return output, self.apply_in_place(output)
 
-    def apply_to_rows(self, array: Array, factors: Array, divide: bool) -> tuple[Array, Mask]:
+    def apply_to_rows(self, array: Array, factors: Array, divide: bool, ends: Array) -> tuple[Array, Mask | None]:
         """Each row of ``array``, seen as (factors.size, elements), times its factor, quantized, and where it was not
-        clipped. With ``divide`` the result is divided by the factors again. For a zero point of 0."""
-        return fake_quantize_rows(array, factors, divide, self.scale, self.qmin, self.qmax)
+        clipped, None where it was nowhere. With ``divide`` the result is divided by the factors again. For a zero point
+        of 0. ``ends``: the extremes of what is quantized, or UNKNOWN ones."""
+        levels = self.scale, self.qmin, self.qmax
+        rounded = round_rows(array, factors, divide, *levels)
+        # Rounding keeps the order, so the ends tell of all.
+        if numba_loops.are_within(ends, *levels):
+            return rounded, None
+        return rounded, find_passing_rows(array, factors, *levels)
 
 
 def quantizer_of(qparams: QParams) -> Quantizer | None:
@@ -70,6 +79,11 @@ def is_known(observer: Any) -> bool:
     if type(observer) not in (MinMaxObserver, ExponentialMovingAverageObserver, CurrentRangeObserver):
         return False
     return bool(observer.mode == QuantMode.SYMMERTIC)
+
+
+def is_unit(observer: Any) -> bool:
+    """Whether ``observer`` says 1 whatever it sees, as that of the pixels does."""
+    return type(observer) is UnitScaleObserver and bool(observer.mode == QuantMode.SYMMERTIC)
 
 
 class ObservedParams(QParams):  # type: ignore[misc]

@@ -46,12 +46,15 @@ _optimizers: weakref.WeakSet[SGD] = weakref.WeakSet()
 
 
 def fast_updates(stock: Callable[..., Any], on_cpu: Callable[..., bool]) -> Callable[..., Any]:
-    """``SGD._updates``, fast where all tensors are ``on_cpu``."""
+    """``SGD._updates``, fast where all tensors are ``on_cpu``. It takes gradients that are arrays, too."""
 
     def updates(self: SGD, param_group: dict[str, Any]) -> None:
         trained = [parameter for parameter in param_group["params"] if parameter.grad is not None]
         if self.nesterov or not param_group["momentum"] or not trained or not on_cpu(*trained):
             restore_tensors(self)
+            for parameter in trained:
+                if isinstance(parameter.grad, np.ndarray):
+                    parameter.grad = Tensor(parameter.grad, device=parameter.device)
             stock(self, param_group)
             return
         numbers = (param_group[name] for name in ("lr", "momentum", "weight_decay"))

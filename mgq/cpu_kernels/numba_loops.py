@@ -18,6 +18,7 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 # would also round up its lower neighbour.
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 ZERO, ONE = np.float32(0), np.float32(1)
+THREE = 3
 NAN = np.float32(np.nan)
 EVEN_SHIFT = np.float32(SHIFT)
 
@@ -69,45 +70,52 @@ class CompiledLoop:
 
 
 @make_compiler()
-def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any, above: Any) -> int:
+def quantize(array: Any, passes: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any, above: Any) -> None:
     """Round ``array`` to multiples of ``scale`` in place, and write to ``passes`` where it was not clipped.
 
-    float32 and bool, each (N,). What is not ``above`` that counts as clipped. Halves are rounded away from zero.
-    Returns how many were clipped.
+    float32 and bool, each (N,). What is not ``above`` that counts as clipped. Halves are rounded away from zero. Also
+    to count what was clipped would take the loop twice as long.
     """
-    clipped = 0
     for i in range(array.size):
-        steps = array[i] / scale
+        value = array[i]
+        steps = value / scale
         steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps)) + zero_point
-        held = min(max(steps, qmin), qmax)
-        inside = (held == steps) & (array[i] > above)
-        passes[i] = inside
-        clipped += 1 - inside
-        array[i] = (held - zero_point) * scale
-    return clipped
+        passes[i] = (steps >= qmin) & (steps <= qmax) & (value > above)
+        array[i] = (min(max(steps, qmin), qmax) - zero_point) * scale
 
 
 @make_compiler()
-def quantize_rows(
-    source: Any, target: Any, passes: Any, factors: Any, divide: Any, scale: Any, qmin: Any, qmax: Any
-) -> int:
+def round_rows(source: Any, target: Any, factors: Any, divide: Any, scale: Any, qmin: Any, qmax: Any) -> None:
     """The same without a zero point for each row of ``source`` times its factor, where ``divide`` then by it again.
 
-    ``source``, ``target`` and ``passes``: (rows, elements); ``factors``: float32 (rows,).
+    ``source`` and ``target``: (rows, elements); ``factors``: float32 (rows,).
     """
-    clipped = 0
     for row in range(source.shape[0]):
         factor = factors[row]
-        back = factor if divide else ONE
+        step = scale / factor if divide else scale
         for i in range(source.shape[1]):
             steps = source[row, i] * factor / scale
             steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
-            held = min(max(steps, qmin), qmax)
-            inside = held == steps
-            passes[row, i] = inside
-            clipped += 1 - inside
-            target[row, i] = held * scale / back
-    return clipped
+            target[row, i] = min(max(steps, qmin), qmax) * step
+
+
+@make_compiler()
+def find_passing_rows(source: Any, passes: Any, factors: Any, scale: Any, qmin: Any, qmax: Any) -> None:
+    """Write to ``passes``, bool (rows, elements), where :func:`round_rows` does not clip."""
+    for row in range(source.shape[0]):
+        factor = factors[row]
+        for i in range(source.shape[1]):
+            steps = source[row, i] * factor / scale
+            steps = np.trunc(steps + np.copysign(ALMOST_HALF, steps))
+            passes[row, i] = (steps >= qmin) & (steps <= qmax)
+
+
+@make_compiler()
+def are_within(ends: Any, scale: Any, qmin: Any, qmax: Any) -> bool:
+    """Whether rounding clips none of ``ends``, float32 (2,); not so where one is no number."""
+    low, high = ends[0] / scale, ends[1] / scale
+    low, high = np.trunc(low + np.copysign(ALMOST_HALF, low)), np.trunc(high + np.copysign(ALMOST_HALF, high))
+    return bool(low >= qmin and high <= qmax)
 
 
 @make_compiler()
@@ -143,19 +151,22 @@ def mask_rows(gradient: Any, passes: Any, weights: Any, effective: Any, factors:
     """Keep of ``gradient`` what ``passes``, in place, and multiply each row by its factor, if there are any.
 
     To ``sums`` (rows,) go, for each row, the products of what passed and ``weights``, less those of the whole gradient
-    and ``effective``, if it is given. All others are (rows, elements), ``factors`` (rows,).
+    and ``effective``, if it is given. All others are (rows, elements), ``factors`` (rows,). Without ``passes`` all do.
     """
     for row in range(gradient.shape[0]):
         total = ZERO
         for i in range(gradient.shape[1]):
             whole = gradient[row, i]
-            kept = whole if passes[row, i] else ZERO
+            kept = whole
+            if passes is not None:
+                kept = whole if passes[row, i] else ZERO
             total += kept * weights[row, i]
             if effective is not None:
                 total -= whole * effective[row, i]
             if factors is not None:
                 kept *= factors[row]
-            gradient[row, i] = kept
+            if passes is not None or factors is not None:
+                gradient[row, i] = kept
         sums[row] = total
 
 
@@ -311,9 +322,22 @@ def shuffle(source: Any, target: Any, groups: Any) -> None:
     """Write each row of ``source`` (rows, C), seen as a (C / groups, groups) table, to ``target``, transposed."""
     long = source.shape[1] // groups
     for row in range(source.shape[0]):
-        for group in range(groups):
+        seen, written = source[row], target[row]
+        # With a stride of three that the compiler knows it sorts by whole vectors: three times as fast, either way.
+        if groups == THREE:
             for i in range(long):
-                target[row, group * long + i] = source[row, i * groups + group]
+                written[i] = seen[THREE * i]
+                written[long + i] = seen[THREE * i + 1]
+                written[2 * long + i] = seen[THREE * i + 2]
+        elif long == THREE:
+            for i in range(groups):
+                written[THREE * i] = seen[i]
+                written[THREE * i + 1] = seen[groups + i]
+                written[THREE * i + 2] = seen[2 * groups + i]
+        else:
+            for group in range(groups):
+                for i in range(long):
+                    written[group * long + i] = seen[i * groups + group]
 
 
 @make_compiler()

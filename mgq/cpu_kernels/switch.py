@@ -30,7 +30,16 @@ from mgq.cpu_kernels.autograd_functions import (
 )
 from mgq.cpu_kernels.channels_last import Pool
 from mgq.cpu_kernels.elementwise import extremes, move_statistics
-from mgq.cpu_kernels.fake_quantization import Quantizer, is_known, is_plain, quantizer_of, update_observer
+from mgq.cpu_kernels.fake_quantization import (
+    ONE,
+    ObservedParams,
+    Quantizer,
+    is_known,
+    is_plain,
+    is_unit,
+    quantizer_of,
+    update_observer,
+)
 from mgq.cpu_kernels.feature_maps import (
     FeatureMap,
     GlobalAverage,
@@ -418,8 +427,7 @@ def fast_channel_shuffle(stock: Stock) -> Stock:
         if not isinstance(x, FeatureMap):
             return stock(x, groups)
         shuffled = Shuffle(x, groups).apply_to_maps(x)
-        if x._qparams is not None:
-            shuffled.qparams.update(x.qparams)
+        shuffled._qparams = x._qparams  # a copy would make tensors of what is one number as yet
         return shuffled
 
     return channel_shuffle
@@ -468,7 +476,7 @@ def fast_quantization(stock: Stock) -> Stock:
     def apply_fakequant_with_observer(
         self: Q.QATModule, target: Tensor | FeatureMap, fake_quant: Any, observer: Any
     ) -> Tensor | FeatureMap:
-        if isinstance(target, FeatureMap) and is_plain(fake_quant) and is_known(observer):
+        if isinstance(target, FeatureMap) and is_plain(fake_quant) and (is_known(observer) or is_unit(observer)):
             return quantize_map(target, observer)
         if isinstance(target, FeatureMap):
             return of_tensor(apply_fakequant_with_observer(self, to_plain(target), fake_quant, observer))
@@ -493,7 +501,10 @@ def fast_quantization(stock: Stock) -> Stock:
 
 def quantize_map(source: FeatureMap, observer: Any) -> FeatureMap:
     """``source`` fake-quantized by what its ``observer`` says once it has seen it."""
-    qparams = update_observer(observer, lambda: extremes(source.array))
+    if is_unit(observer):
+        qparams = ObservedParams(observer, ONE)
+    else:
+        qparams = update_observer(observer, lambda: extremes(source.array))
     output = QuantizedMap(source, qparams.quantizer).apply_to_maps(source)
     output._qparams = qparams
     return output

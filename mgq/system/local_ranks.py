@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import psutil  # type: ignore[import-untyped]
 
+from mgq.machine import place_threads, usable_cores, use_threads
 from mgq.system.mpi_world import find_world
 
 LOCAL_SIZE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -62,6 +63,17 @@ def take_local_cores() -> None:
             cores |= os.sched_getaffinity(process.pid)
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, cores)
+
+
+def take_idle_cores() -> None:
+    """Let all threads of this process use the cores of the ranks beside it too, and its libraries as many threads.
+
+    To be called once those only wait.
+    """
+    take_local_cores()
+    if hasattr(os, "sched_getaffinity"):
+        place_threads(os.sched_getaffinity(0))
+    use_threads(usable_cores())
 
 
 def wait_for_first() -> None:

@@ -35,9 +35,13 @@ WORKER_VARIABLE = "MGQ_WORKER"
 """The descriptor over which a worker and its supervisor talk: where it is set, this process is a worker."""
 BEAT_S = 1.0
 SILENCE_S = 10.0
-"""After so long without a sign another rank is taken to be lost."""
+"""After so long without a sign another rank is taken to be lost; on a machine with too much to do after twice that."""
+LONGEST_STEP_S = 1.0
+"""What a step of a supervisor takes at most: where it took longer, this process did not run."""
 PATIENCE_S = 8.0
 """What is to end has so long until it is ended."""
+WAITING = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+"""States of a process that has something to do, and as yet no core, or no memory, to do it with."""
 LAUNCHER_NAMES = ("mpiexec", "mpirun", "prterun", "orterun")
 _TICK_S = 0.2
 _CONNECT_S = 3.0
@@ -49,12 +53,17 @@ RESUME = "`--resume` goes on from the state last saved"
 
 
 class Link:
-    """A socket over which JSON objects go, one a line. It is ``closed`` once the other side is gone."""
+    """A socket over which JSON objects go, one a line. It is ``closed`` once the other side is gone.
+
+    ``process``: the number of the other side's process, where it has told it.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self.end = end
         self.closed = False
         self.heard = time.monotonic()
+        self.forgiven = 0.0  # of the silence since then, seconds in which this process could not hear
+        self.process: int | None = None
         self._rest = b""
 
     def fileno(self) -> int:
@@ -74,7 +83,7 @@ class Link:
             data = b""
         if not data:
             self.closed = True
-        self.heard = time.monotonic()
+        self.heard, self.forgiven = time.monotonic(), 0.0
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > _LONGEST:
             self.closed = True
@@ -84,6 +93,22 @@ class Link:
             self.closed = True
             return []
         return [message for message in found if isinstance(message, dict)]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the other side has been silent for too long. It has twice the time where the machine, not the other
+        side, may be why: it was this process that did not run, or the other one waits for a core."""
+        silence = time.monotonic() - self.heard
+        if silence <= SILENCE_S + min(self.forgiven, SILENCE_S):
+            return False
+        return silence > 2 * SILENCE_S or not self.waits_for_core()
+
+    def waits_for_core(self) -> bool:
+        """Whether the other side's process is on this machine, and would run if it could."""
+        with contextlib.suppress(OSError, psutil.Error, TypeError, ValueError, LookupError):
+            if self.process is not None and self.end.getpeername()[0] == self.end.getsockname()[0]:
+                return bool(psutil.Process(self.process).status() in WAITING)
+        return False
 
 
 def link_to_supervisor() -> Link | None:
@@ -157,6 +182,7 @@ class _Supervisor:
         self.is_cut = False  # a machine is gone without a word
         self.is_said = False  # the line of the verdict stands on the launcher's console
         self.beaten = self.signalled = 0.0
+        self.listened = time.monotonic()
         self.stopped: float | None = None  # since when the worker is
         self.progress: dict[str, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -208,12 +234,33 @@ class _Supervisor:
         return self.step_hub() if self.is_hub else self.step_member()
 
     def listen(self) -> None:
+        self.forgive_own_pause()
         for link in self.readable():
             if isinstance(link, socket.socket):
                 self.strangers.append(Link(link.accept()[0]))
                 continue
             for message in link.read():
                 self.take(link, message)
+
+    def forgive_own_pause(self) -> None:
+        """Leave out of others' silence the time in which this process itself did not run: it could hear nobody.
+
+        So it is on a machine with far too much to do, and where all was stopped for a while.
+        """
+        now = time.monotonic()
+        pause = now - self.listened - LONGEST_STEP_S
+        self.listened = now
+        if pause <= 0:
+            return
+        for link in (self.hub, *self.peers.values()):
+            if link is not None:
+                link.forgiven += pause
+        if self.stopped is not None:
+            self.stopped += pause
+
+    def has_lost(self, link: Link) -> bool:
+        """Whether ``link`` is too long silent. In a step that took long what came meanwhile is to be heard first."""
+        return time.monotonic() - self.listened <= LONGEST_STEP_S and link.is_lost
 
     def readable(self) -> list[Any]:
         with selectors.DefaultSelector() as selector:
@@ -237,7 +284,7 @@ class _Supervisor:
         if self.hub is not None:
             self.hub.send(progress=self.progress.get(str(self.world.rank)))
         for link in self.peers.values():
-            link.send()
+            link.send(process=os.getpid())
         if self.is_hub and self.progress:
             self.worker.send(ranks=self.progress)
 
@@ -247,6 +294,7 @@ class _Supervisor:
         elif link is self.worker:
             self.take_of_worker(message)
         elif link is self.hub:
+            link.process = message.get("process", link.process)
             if "end" in message:
                 self.verdict = _Verdict(int(message["end"]))
         else:
@@ -263,6 +311,7 @@ class _Supervisor:
         rank = message.get("rank")
         if message.get("token") == self.token and isinstance(rank, int) and 0 < rank < self.world.size:
             self.peers[rank] = link
+            link.process = message.get("process")
         else:
             link.end.close()
 
@@ -282,7 +331,7 @@ class _Supervisor:
         for address in addresses:
             with contextlib.suppress(OSError):
                 self.hub = Link(socket.create_connection((address, port), _CONNECT_S))
-                self.hub.send(token=token, rank=self.world.rank)
+                self.hub.send(token=token, rank=self.world.rank, process=os.getpid())
                 return
         where = f"{self.name_of(0)}, port {port} of {', '.join(addresses)}"
         self.report(f"{self.name_of(self.world.rank)} cannot reach {where}", 1)
@@ -360,7 +409,7 @@ class _Supervisor:
         for rank, link in self.peers.items():
             if link.closed:
                 return self.judge_lost(f"{self.name_of(rank)} was ended, its supervisor with it; {RESUME}")
-            if time.monotonic() - link.heard > SILENCE_S:
+            if self.has_lost(link):
                 self.is_cut = True
                 return self.judge_lost(f"{self.name_of(rank)} gave no sign for {SILENCE_S:.0f} s; {RESUME}")
         return None
@@ -388,7 +437,7 @@ class _Supervisor:
             if self.hub is not None:
                 self.hub.send(done=True)
             return 0
-        if self.hub is not None and (self.hub.closed or time.monotonic() - self.hub.heard > SILENCE_S):
+        if self.hub is not None and (self.hub.closed or self.has_lost(self.hub)):
             if self.speaks_without_hub():
                 cause = "was ended" if self.hub.closed else f"gave no sign for {SILENCE_S:.0f} s"
                 say(f"{self.name_of(0)} {cause}; {RESUME}")

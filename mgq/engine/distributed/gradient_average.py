@@ -17,7 +17,9 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.utils.future import Future
 
-from mgq.cpu_kernels.tensor_exchange import Array, values
+from mgq.cpu_kernels import fast_gradients_enabled
+from mgq.cpu_kernels.tensor_exchange import Array, empty, values
+from mgq.engine.distributed.shared_memory import SharedExchange, share_memory
 from mgq.engine.distributed.team import Team
 
 BUCKET_BYTES = 4 << 20
@@ -25,7 +27,9 @@ Halves = npt.NDArray[np.float16]
 
 
 class Exchange(Protocol):
-    """The sum of one array over all processes, under way."""
+    """The sum of one array over all processes, under way; ``array`` is that once it is done."""
+
+    array: Array
 
     def is_done(self) -> bool:
         """Whether the sum is there; it makes progress meanwhile. The order of sums is the same on all processes."""
@@ -37,7 +41,7 @@ class WholeExchange:
     def __init__(self, team: Team, array: Array) -> None:
         from mpi4py import MPI
 
-        self.team = team
+        self.team, self.array = team, array
         self.request = team.comm.Iallreduce(MPI.IN_PLACE, array, MPI.SUM)
 
     def is_done(self) -> bool:
@@ -108,41 +112,49 @@ EXCHANGES: dict[str, Callable[[Team, Array], Exchange]] = {"none": WholeExchange
 
 @dataclass
 class Bucket:
-    """Gradients that travel together; the averages are in ``flat`` once it is ``done``."""
+    """Gradients that travel together; the averages are in ``flat`` once they are there."""
 
     gradients: list[Tensor]
     flat: Array | None = None
     exchange: Exchange | None = None
-    done: bool = False
 
 
 class Average(Future):  # type: ignore[misc]
     """A gradient to come: what a gradient manager waits for after the backward pass."""
 
     def __init__(self, owner: GradientAverage, bucket: Bucket, start: int, gradient: Tensor) -> None:
-        super().__init__(ack=False)
+        # Not the base's: its lock is for a value from another thread, and takes as long as all the rest.
         self.owner, self.bucket, self.start = owner, bucket, start
         self.shape, self.device = gradient._tuple_shape, gradient.device
 
-    def get(self) -> Tensor:
+    def get(self) -> Tensor | Array:
+        """The average; an array where the optimizer takes one, which spares two copies."""
         self.owner.finish(self.bucket)
         assert self.bucket.flat is not None
         size = math.prod(self.shape)
         own = self.bucket.flat[self.start : self.start + size].reshape(self.shape)
-        return Tensor(own, device=self.device, no_cache=True)
+        return own if fast_gradients_enabled() else Tensor(own, device=self.device, no_cache=True)
 
 
 class GradientAverage:
-    """Call it with each parameter and its gradient, in the same order on all processes: a future of the average."""
+    """Call it with each parameter and its gradient, in the same order on all processes: a future of the average.
 
-    def __init__(self, team: Team, compress: str = "none") -> None:
+    ``numbers``: how many the gradients of a step have together. On one machine they travel through memory.
+    """
+
+    def __init__(self, team: Team, compress: str = "none", numbers: int = 0) -> None:
         self.team = team
-        self.exchange = EXCHANGES[compress]
+        self.compress = compress
         self.open = Bucket([])
         self.size = 0
         self.under_way: list[Bucket] = []
+        self.is_over = False  # the step's backward pass
+        self.memory = share_memory(team, numbers) if numbers and compress == "none" else None
 
     def __call__(self, _: Tensor, gradient: Tensor) -> Average:
+        if self.is_over and self.memory is not None:
+            self.memory.begin_step()
+        self.is_over = False
         future = Average(self, self.open, self.size, gradient)
         self.open.gradients.append(gradient)
         self.size += math.prod(gradient._tuple_shape)
@@ -154,32 +166,39 @@ class GradientAverage:
     def send(self) -> None:
         """Let the exchange of what is together begin."""
         bucket = self.open
-        flat = bucket.flat = np.empty(self.size, np.float32)
+        shared = None if self.memory is None else self.memory.part(self.size)
+        flat = empty((self.size,)) if shared is None else shared
         for (start, end), value in zip(bounds(bucket.gradients), values(*bucket.gradients), strict=True):
             # Divided here, so that a sum over many processes stays in range.
             np.divide(value.reshape(-1), np.float32(self.team.size), out=flat[start:end])
-        bucket.exchange = self.exchange(self.team, flat)
+        if self.memory is not None and shared is not None:
+            bucket.exchange = SharedExchange(self.memory, shared)
+        else:
+            bucket.exchange = EXCHANGES[self.compress](self.team, flat)
         bucket.gradients = []
         self.under_way.append(bucket)
         self.open, self.size = Bucket([]), 0
 
     def advance(self) -> None:
-        """MPI moves data only while it is called. Sums follow each other, so the first counts."""
+        """Take what is there. Sums follow each other, so the first counts."""
+        if self.memory is not None:
+            self.team.make_progress()
         while self.under_way:
             exchange = self.under_way[0].exchange
             assert exchange is not None
             if not exchange.is_done():
                 return
-            self.under_way.pop(0).done = True
+            self.under_way.pop(0).flat = exchange.array
 
     def finish(self, bucket: Bucket) -> None:
+        self.is_over = True
         if bucket is self.open:
             self.send()
-        if bucket.done:
+        if bucket.flat is not None:
             return
         started = time.monotonic()
         self.advance()
-        while not bucket.done:
+        while bucket.flat is None:
             self.team.rest(started)
             self.advance()
         self.team.waited += time.monotonic() - started

@@ -14,9 +14,10 @@ import numpy as np
 from megengine import Tensor
 from megengine.quantization.observer import MinMaxObserver
 
+from mgq.cpu_kernels import fast_gradients_enabled
 from mgq.cpu_kernels.fake_quantization import set_value
 from mgq.cpu_kernels.statistics_exchange import Sums, exchanging
-from mgq.cpu_kernels.tensor_exchange import Array, values, write_state
+from mgq.cpu_kernels.tensor_exchange import Array, gathering_state, read_state, values, write_state
 from mgq.engine.distributed.gradient_average import GradientAverage, bounds
 from mgq.engine.distributed.process_group import ProcessGroup, Result, Thing, Work
 from mgq.engine.distributed.team import Team, current_team, send_work
@@ -43,8 +44,8 @@ class MpiGroup(ProcessGroup):
     def share(self) -> tuple[int, int]:
         return self.rank, self.world_size
 
-    def gradient_callbacks(self, compress: str = "none") -> list[Any]:
-        return [GradientAverage(self.team, compress)]
+    def gradient_callbacks(self, compress: str = "none", numbers: int = 0) -> list[Any]:
+        return [GradientAverage(self.team, compress, numbers)]
 
     def broadcast(self, network: M.Module) -> None:
         found = self.team.share([tensor.numpy() for tensor in network.tensors()] if self.is_first else None)
@@ -64,14 +65,16 @@ class MpiGroup(ProcessGroup):
 
         if not tensors:
             return do_nothing
-        flat = np.concatenate([value.reshape(-1) for value in values(*tensors)])
+        arrays = read_state(*tensors) if fast_gradients_enabled() else values(*tensors)
+        flat = np.concatenate([array.reshape(-1) for array in arrays])
         request = self.team.comm.Iallreduce(MPI.IN_PLACE, flat, MPI.SUM)
 
         def finish() -> None:
             self.team.wait(request)
             np.divide(flat, np.float32(self.world_size), out=flat)
-            for tensor, (start, end) in zip(tensors, bounds(tensors), strict=True):
-                write_state(tensor, flat[start:end])
+            with gathering_state():
+                for tensor, (start, end) in zip(tensors, bounds(tensors), strict=True):
+                    write_state(tensor, flat[start:end])
 
         return finish
 

@@ -23,7 +23,7 @@ from mgq.system.processes import Channel, run_in_processes
 class NcclGroup(ProcessGroup):
     """Processes on GPUs. Observers of several devices are MegEngine's own, and each process measures all pictures."""
 
-    def gradient_callbacks(self, compress: str = "none") -> list[Any]:
+    def gradient_callbacks(self, compress: str = "none", numbers: int = 0) -> list[Any]:
         return [dist.make_allreduce_cb("mean")]
 
     def broadcast(self, network: M.Module) -> None:

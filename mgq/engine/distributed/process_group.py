@@ -65,8 +65,11 @@ class ProcessGroup:
         """Which part of the pictures to measure is this process's, and of how many; all, where each measures all."""
         return 0, 1
 
-    def gradient_callbacks(self, compress: str = "none") -> list[Any]:
-        """What a gradient manager has to call when a gradient is ready: averages it over all processes."""
+    def gradient_callbacks(self, compress: str = "none", numbers: int = 0) -> list[Any]:
+        """What a gradient manager has to call when a gradient is ready: averages it over all processes.
+
+        ``numbers``: how many all gradients have together.
+        """
         return []
 
     def broadcast(self, network: M.Module) -> None:

@@ -41,6 +41,7 @@ class Team:
         self.link = link
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.hosts: tuple[str, ...] = tuple(comm.allgather(socket.gethostname()))
+        self.is_on_one_machine = False  # until :func:`pin` has looked
         self.progress: dict[int, list[float]] = {}  # of each rank: steps done, seconds of work for one, in which epoch
         self.waited = 0.0  # seconds spent on nothing but waiting for others' gradients
         self.noted = (0, 0.0, 0.0)  # steps, seconds and waited when progress was told last
@@ -79,8 +80,12 @@ class Team:
 
     def wait(self, *requests: Request) -> None:
         """Until all of ``requests`` are done. Raises what all are to end by, and FailureError where MPI gives up."""
+        self.wait_until(lambda: all(self.is_done(request) for request in requests))
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Until ``holds``. Raises what all are to end by, if they are."""
         started = time.monotonic()
-        while not all(self.is_done(request) for request in requests):
+        while not holds():
             self.rest(started)
 
     def rest(self, started: float) -> None:
@@ -94,6 +99,13 @@ class Team:
         if waited > _SPIN_S:
             time.sleep(min(waited / 8, _LONGEST_SLEEP_S))
 
+    def make_progress(self) -> None:
+        """Let MPI move what is under way: it does so only while it is called."""
+        from mpi4py import MPI
+
+        with contextlib.suppress(MPI.Exception):  # whoever waits for it will see
+            self.comm.Iprobe()
+
     def is_done(self, request: Request) -> bool:
         """Whether ``request`` is done; it makes progress meanwhile. Raises as :meth:`wait`."""
         from mpi4py import MPI
@@ -102,7 +114,7 @@ class Team:
             return bool(request.Test())
         except MPI.Exception as error:
             # As a rule because another rank is gone, which the supervisors tell of.
-            until = time.monotonic() + SILENCE_S + PATIENCE_S / 2
+            until = time.monotonic() + 2 * SILENCE_S + PATIENCE_S / 2
             while time.monotonic() < until:
                 self.check()
                 time.sleep(0.05)
@@ -175,7 +187,7 @@ def join_team(world: World, link: Link, words: Sequence[str]) -> Team:
     hub = next((m["hub"] for m in link.read() if "hub" in m), None) if team.rank == 0 else None
     hub = comm.bcast(hub)
     team.tell(hosts=team.hosts, **({} if team.rank == 0 else {"join": hub}))
-    pin(comm)
+    team.is_on_one_machine = pin(comm) == team.size
     team.listen()
     refuse_differences(team, words)
     _team = team
@@ -224,10 +236,10 @@ def serve(team: Team) -> None:
                 raise
 
 
-def pin(comm: Comm) -> None:
+def pin(comm: Comm) -> int:
     """Keep to an equal share of this machine's cores, with as many threads: more would only hinder each other.
 
-    A share that the launcher has given stays.
+    A share that the launcher has given stays. Returns how many ranks are on this machine.
     """
     from mpi4py import MPI
 
@@ -244,6 +256,7 @@ def pin(comm: Comm) -> None:
             os.sched_setaffinity(0, own)
     for name in THREAD_VARIABLES:
         os.environ[name] = str(len(own))
+    return int(size)
 
 
 def refuse_differences(team: Team, words: Sequence[str]) -> None:

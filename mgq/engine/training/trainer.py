@@ -118,9 +118,10 @@ class Trainer:
         self.phase: Phase | None = None
         self.average = ModelEma(network, recipe.ema) if recipe.ema else None
         self.parameters = select_parameters(recipe, network)
-        self.manager = GradManager().attach(
-            list(self.parameters.values()), callbacks=self.group.gradient_callbacks(recipe.compress)
-        )
+        trained = list(self.parameters.values())
+        numbers = sum(math.prod(parameter._tuple_shape) for parameter in trained)
+        callbacks_of_gradients = self.group.gradient_callbacks(recipe.compress, numbers)
+        self.manager = GradManager().attach(trained, callbacks=callbacks_of_gradients)
         self.optimizer = sgd(recipe, self.parameters)
         self.scaler = amp.GradScaler() if recipe.amp else None
         self._saved_at = self._reported_at = self._drawn_at = time.monotonic()

@@ -62,6 +62,7 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
 from mgq.system.graphics_cards import graphics_cards, refuse_unfit
+from mgq.system.local_ranks import take_idle_cores
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.weights.foreign_states import State
 from mgq.zoo.layers import without_initialization
@@ -380,6 +381,8 @@ def find_resumable_arch(save: Path, mode: Mode) -> str:
 def finish_run(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callbacks) -> TrainResult:
     """Train until the end of the recipe, then open the best network in its three modes and compare them."""
     best, start = train_on_all_devices(job, run, cluster, callbacks)
+    if cluster.by_mpi:
+        take_idle_cores()
     run.note_environment(checkpoint_sha256=sha256_of(run.checkpoint))
     normal, simulated = open_float_and_simulated(job, run, callbacks)
     most = COMPARED_AFTER_TRAIN if job.recipe.mode == "normal" else len(job.sets.val)

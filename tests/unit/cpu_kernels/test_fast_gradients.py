@@ -30,6 +30,7 @@ from mgq.cpu_kernels.autograd_functions import (
     NormalizedConvolution,
 )
 from mgq.cpu_kernels.batch_norm import Limits, NormalizedMap
+from mgq.cpu_kernels.channels_last import shuffle
 from mgq.cpu_kernels.elementwise import (
     PIECE,
     add_to_histograms,
@@ -40,7 +41,7 @@ from mgq.cpu_kernels.elementwise import (
     fake_quantize,
     run_in_pieces,
 )
-from mgq.cpu_kernels.fake_quantization import quantizer_of
+from mgq.cpu_kernels.fake_quantization import UNKNOWN, Quantizer, quantizer_of
 from mgq.cpu_kernels.tensor_exchange import gathering_state, read_state, write_state
 from mgq.errors import FailureError
 from mgq.machine import has_bfloat16, usable_cores
@@ -597,8 +598,11 @@ def test_histograms_are_numpys() -> None:
             assert np.abs(found[row] - expected).sum() < 0.01 * np.abs(wanted[row]).sum()
 
 
+@pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.QAT], ids=lambda mode: mode.value)
 @pytest.mark.parametrize("arch", EACH_FAMILY)
-def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(
+    arch: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Copies between the layers cost as much as their convolutions: only the input is turned."""
     turned: list[Tensor] = []
 
@@ -607,7 +611,7 @@ def test_layers_of_a_network_hand_on_feature_maps_and_not_tensors(arch: str, mon
         return feature_maps.of_tensor(tensor)
 
     monkeypatch.setattr(switch, "of_tensor", of_tensor)
-    network = blank(arch)
+    network = blank(arch) if mode is Mode.NORMAL else to_mode(blank(arch), Mode.QAT)
     network.train()
     manager = GradManager().attach(network.parameters())
     with fast_gradients(), manager:
@@ -632,6 +636,20 @@ def test_steps_of_descent_are_those_of_megengine_to_the_bit(decay: float) -> Non
     for found, expected in zip(*states, strict=True):
         assert found.shape == expected.shape
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_take_gradients_that_are_arrays(momentum: float) -> None:
+    found = []
+    for kind in (Tensor, np.asarray):
+        parameter = Parameter(normal(3, 5, seed=1))
+        optimizer = SGD([parameter], lr=0.03, momentum=momentum)
+        with fast_gradients():
+            for step in range(2):
+                parameter.grad = kind(normal(3, 5, seed=step))
+                optimizer.step().clear_grad()
+        found.append(parameter.numpy())
+    np.testing.assert_array_equal(*found)
 
 
 def test_velocities_can_be_kept_restored_and_used_by_megengine() -> None:
@@ -765,3 +783,50 @@ def test_a_pixel_that_is_no_number_is_seen_in_the_extremes_and_stays_in_the_outp
         limits = Limits.of(relu=True, ceiling=None)
         found = NormalizedMap(pixels, ones, zeros, 1e-5, limits, *statistics, fixed=fixed, observed=True)
         assert np.isnan(found.extremes()).all() and np.isnan(found.output()[1, 2, 3, 4])
+
+
+def test_weights_whose_ends_are_not_clipped_need_no_mask() -> None:
+    weights, factors = normal(5, 3, 3, 3), np.abs(normal(5, seed=1)) + np.float32(0.5)
+    ends = extremes_of_rows(weights, factors)
+    zero, qmin, qmax = np.float32(0), np.float32(-127), np.float32(127)
+    wide = Quantizer(np.abs(ends).max() / qmax, zero, qmin, qmax)
+    narrow = wide._replace(scale=wide.scale / 2)
+    for quantizer in (wide, narrow):
+        rounded, passes = quantizer.apply_to_rows(weights, factors, True, ends)
+        again, known = quantizer.apply_to_rows(weights, factors, True, UNKNOWN)
+        np.testing.assert_array_equal(rounded, again)
+        inside = np.abs(weights * factors[:, None, None, None]) <= quantizer.scale * np.float32(127.5)
+        assert known is not None
+        np.testing.assert_array_equal(known, inside)
+        assert (passes is None) == inside.all() == (quantizer is wide)
+
+
+def test_weights_that_are_no_numbers_get_no_gradient() -> None:
+    weights, ones = normal(2, 1, 1, 3), np.ones(2, np.float32)
+    weights[1, 0, 0, 2] = np.nan
+    quantizer = Quantizer(np.float32(1), np.float32(0), np.float32(-127), np.float32(127))
+    _, passes = quantizer.apply_to_rows(weights, ones, True, extremes_of_rows(weights, ones))
+    assert passes is not None and passes.sum() == 5 and not passes[1, 0, 0, 2]
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_gradient_of_a_map_is_whole_where_rounding_clips_nothing(clips: bool) -> None:
+    pixels, gradient, ones, zeros = normal(2, 4, 4, 24), normal(2, 4, 4, 24, seed=1), np.ones(24), np.zeros(24)
+    scale, shift = ones.astype(np.float32), zeros.astype(np.float32)
+    plain, rounded = (
+        NormalizedMap(pixels, scale, shift, 1e-5, Limits(), shift.copy(), shift.copy(), fixed=False, observed=seen)
+        for seen in (False, True)
+    )
+    step = np.abs(rounded.extremes()).max() / np.float32(254 if clips else 126)
+    rounded.output(Quantizer(step, np.float32(0), np.float32(-128), np.float32(127)))
+    assert rounded.masks == clips
+    expected = plain.gradients(gradient * (np.abs(plain.output() / step) < 127.5))
+    for found, wanted in zip(rounded.gradients(gradient), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups, channels", [(3, 90), (30, 90), (3, 3), (8, 48), (6, 48), (1, 5)])
+def test_shuffled_channels_are_those_of_a_transposed_table(groups: int, channels: int) -> None:
+    source = normal(2, 3, 1, channels)
+    table = source.reshape(2, 3, 1, channels // groups, groups)
+    np.testing.assert_array_equal(shuffle(source, groups), table.swapaxes(3, 4).reshape(source.shape))
