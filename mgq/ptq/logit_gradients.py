@@ -150,8 +150,8 @@ class Reaction:
 
     def noises(self, limits: Values, half: float, headroom: bool = False, floor: float | None = None) -> Values:
         """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ascending,
-        ``half`` steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of the
-        images were stronger (:data:`HEADROOM`)."""
+        ``half`` steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of
+        the images were stronger (:data:`HEADROOM`)."""
         clipping = self.clipping(limits)
         if headroom:
             others = self.clipping(limits / HEADROOM) * HEADROOM**2
