@@ -542,3 +542,16 @@ def test_pools_over_one_axis_are_imported(tmp_path: Path, operator: str) -> None
     pooled = model.add("Flatten", model.add(operator, tokens))
     path = model.save(tmp_path / "model.onnx", model.add("MatMul", pooled, model.weights(8, 10)))
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_another_size_than_a_file_was_written_for_is_thought_of(tmp_path: Path) -> None:
+    model = Model(("N", 3, "height", "width"))
+    shape = model.constant([-1, 8, 256], np.int64)
+    moved = model.add("Reshape", stem(model, "image"), shape)
+    path = model.save(tmp_path / "model.onnx", model.add("ReduceMean", moved, axes=[2], keepdims=0))
+    assert import_classifier(path, ImportWish(size=(32, 32)), "")[0].spec.image_size == 32
+    with pytest.raises(InputError) as caught:
+        import_classifier(path, ImportWish(size=(36, 36)), "")
+    said = str(caught.value)
+    assert said.endswith("; was it written for another --size than 36x36?")
+    assert "/home" not in said
