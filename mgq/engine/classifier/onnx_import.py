@@ -250,7 +250,16 @@ def draft_network(file: ForeignFile) -> NetworkDraft:
             file.takes_pixels,
         )
     except InputError as error:
-        raise InputError(f"{printable(file.path)} {error}{at_once(file)}") from None
+        raise InputError(f"{printable(file.path)} {error}{at_once(file)}{other_size(file)}") from None
+
+
+def other_size(file: ForeignFile) -> str:
+    """What may be done about ``file`` where it leaves the size of its pictures open; nothing of others."""
+    axes = file.model.graph.input[0].type.tensor_type.shape.dim
+    if all(axis.dim_value > 0 for axis in list(axes)[1:]):
+        return ""
+    _, height, width = file.image
+    return f"; was it written for another --size than {height}x{width}?"
 
 
 def at_once(file: ForeignFile) -> str:

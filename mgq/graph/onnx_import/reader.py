@@ -91,7 +91,7 @@ def read(node: Any, place: int, scope: Scope) -> None:
             f"has a {what} that {error}" + ("" if ": " in str(error) else ", which is not imported")
         ) from None
     except Exception as error:
-        reason = printable(str(error).strip().partition("\n")[0])[:120]
+        reason = printable(str(error).strip().partition("\n")[0].partition(" failed at ")[0])[:120]
         why = "" if reason.startswith(UNTOLD) else f" ({reason})"
         raise InputError(f"has a {what} that does not fit what it reads{why}: export it again") from None
 

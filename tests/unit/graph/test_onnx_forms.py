@@ -573,3 +573,16 @@ def test_a_layer_made_larger_by_a_constant_and_a_spelled_sigmoid_are_imported(tm
     assert difference(classifier.logits(images), answers_of(path, images[:, ::-1].astype(np.float32))) < 1e-4
     kinds = {plan.kind for plan in classifier.network.blueprint.layers}
     assert "silu" in kinds and not {"exp", "reciprocal", "neg"} & kinds
+
+
+def test_another_size_than_a_file_was_written_for_is_thought_of(tmp_path: Path) -> None:
+    model = Model(("N", 3, "height", "width"))
+    shape = model.constant([-1, 8, 256], np.int64)
+    moved = model.add("Reshape", stem(model, "image"), shape)
+    path = model.save(tmp_path / "model.onnx", model.add("ReduceMean", moved, axes=[2], keepdims=0))
+    assert import_classifier(path, ImportWish(size=(32, 32)), "")[0].spec.image_size == 32
+    with pytest.raises(InputError) as caught:
+        import_classifier(path, ImportWish(size=(36, 36)), "")
+    said = str(caught.value)
+    assert said.endswith("; was it written for another --size than 36x36?")
+    assert "/home" not in said
