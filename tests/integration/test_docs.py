@@ -159,7 +159,7 @@ def calls_in(block: str) -> Iterator[tuple[str, list[object], dict[str, object]]
             return None
 
     for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("mgq."):
+        if isinstance(node, ast.Call) and re.fullmatch(r"mgq\.\w+", ast.unparse(node.func)):
             keywords = {str(keyword.arg): value_of(keyword.value) for keyword in node.keywords}
             yield ast.unparse(node.func).removeprefix("mgq."), [value_of(each) for each in node.args], keywords
 
