@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
-from mgq.cli.shared_options import Arch, EngineName, NetworkOptions, open_network, take_checkpoint
+from mgq.cli.shared_options import (
+    RUNS,
+    Arch,
+    EngineName,
+    NetworkOptions,
+    is_onnx_of_others,
+    open_network,
+    take_checkpoint,
+)
+from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
     from mgq.service.limits import Limits
@@ -72,6 +81,8 @@ class ServeCommand:
     def execute(self) -> None:
         """Open the socket, then the network, and answer until the end."""
         refuse_others(self.checkpoint)
+        if self.checkpoint is not None and is_onnx_of_others(self.checkpoint):
+            raise InputError(describe_served(self.checkpoint))
         take_checkpoint(self.checkpoint)
         import_server()
         from mgq.cli.console import note, progress, say
@@ -106,19 +117,24 @@ class ServeCommand:
 
 def refuse_others(checkpoint: Path | None) -> None:
     """Raises InputError for a file that is not one of those that are served."""
-    from mgq.errors import InputError, printable
-
     if checkpoint is not None and checkpoint.suffix.lower() not in SERVED:
         raise InputError(
             f"{printable(checkpoint)} is not served: write an {SERVED[0]} or {SERVED[1]} file by `mgq dump`"
         )
 
 
+def describe_served(foreign: Path) -> str:
+    """What of ``foreign``, another program's file, is served."""
+    made = RUNS / f"{foreign.stem}.calibration" / f"{foreign.stem}.int8.onnx"
+    name = printable(foreign)
+    if made.is_file():
+        return f"{name} is another program's file: serve what was made of it, -c {printable(made)}"
+    return f"{name} is another program's file: `mgq calibrate -c {name} -d FOLDER` makes one of it that is served"
+
+
 def import_server() -> None:
     """Raises InputError where the packages of the extra are not installed."""
     from importlib.util import find_spec
-
-    from mgq.errors import InputError
 
     packages = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
     missing = next((package for package in packages if find_spec(package) is None), None)

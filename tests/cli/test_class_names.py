@@ -7,11 +7,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
+import requests
 
 from mgq.data.decoding import bundled_cat
-from tests.conftest import Mgq
+from mgq.engine.classifier.deployed_files import open_file
+from tests.conftest import Mgq, the_error
 from tests.fakes.foreign_models import CLASSES, write
+from tests.fakes.services import PATIENCE_S, served
 
 KINDS = [f"kind of {letter}" for letter in "jihgfedcba"]
 INT8 = "runs/model.calibration/model.int8.onnx"
@@ -62,6 +66,36 @@ def test_labels_and_other_numbers_of_folders_are_stronger(mgq: Mgq, model: Path,
     few = fill(tmp_path / "few", KINDS[:9])
     assert "names of classes" not in calibrate(mgq, "-c", model, "-d", few, "--save", "others")
     assert names_of(mgq, "-c", "others/model.calibration/model.int8.onnx") == {f"class {i}" for i in range(CLASSES)}
+
+
+def test_names_in_the_file_that_folders_do_not_have_are_said_with_the_option(
+    mgq: Mgq, model: Path, tmp_path: Path
+) -> None:
+    proto = onnx.load(str(model))
+    proto.metadata_props.add(key="names", value=json.dumps([f"sort {i}" for i in range(CLASSES)]))
+    onnx.save(proto, str(model))
+    photos, labels = fill(tmp_path / "photos", KINDS), tmp_path / "labels.txt"
+    labels.write_text("\n".join(KINDS))
+    words = ("eval", "-c", model, "-m", "normal", "-d", photos)
+    line = the_error(mgq(*words))
+    assert "it knows sort 0" in line and "by --labels FILE" in line
+    assert mgq(*words, "--labels", labels).code == 0
+
+
+def test_a_service_answers_with_the_names_of_folders(mgq: Mgq, model: Path, tmp_path: Path) -> None:
+    calibrate(mgq, "-c", model, "-d", fill(tmp_path / "photos", KINDS))
+    with served(open_file(tmp_path / INT8, "onnxruntime")) as (address, _):
+        photo = bundled_cat().read_bytes()
+        body = requests.post(f"{address}/predict?topk={CLASSES}", photo, timeout=PATIENCE_S).json()
+    assert {guess["class"] for guess in body["answers"][0]["guesses"]} == set(KINDS)
+
+
+def test_another_programs_file_is_not_served_but_what_was_made_of_it(mgq: Mgq, model: Path, tmp_path: Path) -> None:
+    said = the_error(mgq("serve", "-c", "model.onnx"))
+    assert "`mgq calibrate -c model.onnx -d FOLDER`" in said and not (tmp_path / "runs").exists()
+    (tmp_path / INT8).parent.mkdir(parents=True)
+    (tmp_path / INT8).touch()
+    assert f"-c {INT8}" in the_error(mgq("serve", "-c", "model.onnx"))
 
 
 @pytest.mark.parametrize("verb", ["train", "qat"])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mgq.data.decoding import bundled_cat
+from mgq.errors import FailureError
 from mgq.zoo.registry import create_model, specs
 from tests.conftest import Mgq, the_error
 
@@ -83,6 +84,29 @@ def test_the_good_images_of_a_batch_are_answered_and_the_broken_ones_counted(mgq
     assert body["answers"][-1]["guesses"][0]["class"] in CATS
     assert [("error" in answer) for answer in body["answers"]] == [True] * len(broken) + [False]
     assert f"{len(broken)} of {len(broken) + 1} pictures could not be read" in said.err
+
+
+def test_what_is_not_there_is_told_first_and_the_rest_is_answered(mgq: Mgq) -> None:
+    said = mgq("infer", bundled_cat(), "typo.jpg")
+    assert said.code == 2 and any(name in said.out for name in CATS)
+    assert said.err.splitlines() == [
+        "error: typo.jpg does not exist: check the path",
+        "1 of 2 pictures could not be read",
+    ]
+    said = mgq("infer", "typo.jpg", "no*.png")
+    assert said.code == 2 and not said.out and said.err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "analyze"])
+def test_what_is_not_there_is_told_before_long_work(mgq: Mgq, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise FailureError("the work began")
+
+    monkeypatch.setattr("mgq.engine.calibration.calibration_job.calibrate_on", stop)
+    monkeypatch.setattr("mgq.engine.calibration.analysis.sensitivity_of", stop)
+    said = mgq(verb, bundled_cat(), "typo.jpg", "no*.png")
+    told = ("typo.jpg does not exist", "no*.png matches no picture", "error: the work began")
+    assert sorted(told, key=said.err.index) == list(told)
 
 
 def test_an_unknown_architecture_suggests_the_nearest(mgq: Mgq) -> None:

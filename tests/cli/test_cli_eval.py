@@ -145,6 +145,18 @@ def test_it_is_said_that_a_float_run_gives_way_to_installed_weights(mgq: Mgq, tm
         assert "not used" not in mgq("infer", "--json", *words).err
 
 
+def test_it_is_said_that_another_network_has_the_newest_run(mgq: Mgq, made: Path, tmp_path: Path) -> None:
+    for name, option in ((ARCH, f"-a {ARCH}"), ("mine", "-c runs/mine.calibration/checkpoint.safetensors")):
+        run = tmp_path / "runs" / f"{name}.calibration" / RUN_CHECKPOINT
+        run.parent.mkdir(parents=True)
+        run.write_bytes((made / "qat.safetensors").read_bytes())
+        said = mgq("infer", "--json")
+        assert "ImageNet" in document(said.out)["weights"]
+        assert f"not used: runs/{name}.calibration is the newest run: `{option}` takes it" in said.err
+        assert "not used" not in mgq("infer", "--json", *option.split()).err
+    assert "not used" not in mgq("infer", "--json", "-a", DEFAULT_ARCH).err
+
+
 def test_without_a_folder_it_takes_what_the_checkpoint_was_measured_on(mgq: Mgq, made: Path) -> None:
     said = mgq("eval", "-c", made / "drawn.safetensors", "-m", "normal", "--json")
     assert said.code == 0, said.err

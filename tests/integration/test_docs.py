@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +18,10 @@ from types import ModuleType
 
 import pytest
 
+import mgq
+from mgq.api import make_train_options
 from mgq.cli.main import verbs
+from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.training.recipe import Recipe
 from mgq.zoo.registry import specs
 from tests.fakes.places import ROOT
@@ -141,6 +147,47 @@ def run_example(code: list[str], folder: Path) -> str:
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(folder.iterdir()), "an example leaves nothing behind"
     return done.stdout
+
+
+def calls_in(block: str) -> Iterator[tuple[str, list[object], dict[str, object]]]:
+    """Name, arguments and keywords of each call of ``mgq``; what is no plain value is None."""
+
+    def value_of(node: ast.expr) -> object:
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            return None
+
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Call) and re.fullmatch(r"mgq\.\w+", ast.unparse(node.func)):
+            keywords = {str(keyword.arg): value_of(keyword.value) for keyword in node.keywords}
+            yield ast.unparse(node.func).removeprefix("mgq."), [value_of(each) for each in node.args], keywords
+
+
+def test_calls_in_the_guide_to_python_have_names_and_keywords_that_exist() -> None:
+    text = (DOCS / "guides" / "python.md").read_text(encoding="utf-8")
+    found = [call for block in blocks(text, "python") for call in calls_in(block)]
+    assert {"infer", "create_model", "quantize", "train", "calibrate", "report"} <= {name for name, _, _ in found}
+    for name, arguments, keywords in found:
+        inspect.signature(getattr(mgq, name)).bind(*arguments, **keywords)
+        if name in ("train", "qat"):
+            options = make_train_options(keywords)
+            assert set(options.changes) <= {field.name for field in fields(Recipe)}
+        if name == "calibrate":
+            CalibrateOptions(**keywords)  # type: ignore[arg-type]
+
+
+def test_the_guide_to_python_runs_where_it_needs_no_files_of_the_users_own(tmp_path: Path) -> None:
+    """Errors, progress and logging: the first block needs weights and photos, the last a file."""
+    text = (DOCS / "guides" / "python.md").read_text(encoding="utf-8")
+    _, errors, progress, logs, _ = blocks(text, "python")
+    (tmp_path / "assets").mkdir()
+    shutil.copy(ROOT / "assets" / "cat.jpg", tmp_path / "assets")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((errors, progress, logs))], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].startswith("missing.safetensors") and "classify 1 1 pictures" in done.stdout
 
 
 @pytest.mark.slow

@@ -33,6 +33,26 @@ def test_the_environment_is_as_it_was_until_a_call_needs_it() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "mgq.infer(mode='normal')",
+        "mgq.create_model('shufflenet_v1_x0_5_g3')",
+        "mgq.quantize, mgq.dump, mgq.analyze, mgq.load_weights",
+        "mgq.calibrate(arch='shufflenet_v1_x0_5_g3', checkpoint='missing.pkl')",
+    ],
+)
+def test_calls_say_nothing_on_standard_error_and_leave_the_filters_of_warnings(call: str, tmp_path: Path) -> None:
+    program = f"""
+import warnings, contextlib, mgq
+with contextlib.suppress(mgq.InputError):
+    {call}
+assert [f for f in warnings.filters if f[1] is not None and 'pkg_resources' in f[1].pattern] == []
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     """A set of two classes with a file in it that is no picture, which is worth a remark."""

@@ -33,19 +33,18 @@ from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.open import convert
 from mgq.engine.classifier.predict import predict
-from mgq.events import OnMessage, log_message
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
 from mgq.quantization.targets import ONNX
 from mgq.service import server as servers
 from mgq.service.application import Service
 from mgq.service.limits import Limits
-from mgq.service.server import make_server, open_socket
+from mgq.service.server import open_socket
 from tests.conftest import Mgq, classifier_of, one_line_about, the_error, write_images
+from tests.fakes.services import PATIENCE_S, served
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 ARCH = "shufflenet_v1_x0_5_g3"
-PATIENCE_S = 60
 FILES = ("any.onnx", "one.onnx", "net.so")
 
 
@@ -62,27 +61,6 @@ def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -
     dump_classifier(found, folder / "net.so")
     write_images(folder / "photos", 6)
     return folder
-
-
-@contextlib.contextmanager
-def served(
-    classifier: Classifier, limits: Limits | None = None, on_message: OnMessage = log_message
-) -> Iterator[tuple[str, Service]]:
-    """A service in a thread of this process, and its address."""
-    service = Service(classifier, limits or Limits(), on_message)
-    listening = open_socket("127.0.0.1", 0)
-    ready = threading.Event()
-    server = make_server(service, ready.set)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    address = servers.address_of(listening)
-    thread.start()
-    assert ready.wait(PATIENCE_S)
-    try:
-        yield address, service
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.image_sources import IMAGE_SUFFIXES, Source, expand
+from mgq.data.image_sources import IMAGE_SUFFIXES, Source, expand, leave_out_absent, refuse_hopeless
 from mgq.errors import InputError
 
 PNG = cv2.imencode(".png", np.full((2, 3, 3), 7, np.uint8))[1].tobytes()
@@ -45,6 +45,22 @@ def problem(source: Source) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_what_is_not_there_is_told_and_left_out() -> None:
+    make("a.jpg")
+    Path("text.jpg").write_text("no picture, but there")
+    told: list[str] = []
+    there = leave_out_absent(expand(["a.jpg", "typo.jpg", "no*.png", "text.jpg"]), told.append)
+    assert [source.name for source in there] == ["a.jpg", "text.jpg"]
+    assert told == ["typo.jpg does not exist: check the path", "no*.png matches no picture: check the pattern"]
+
+
+def test_only_what_is_hopeless_as_a_whole_is_refused_beforehand() -> None:
+    make("a.jpg")
+    refuse_hopeless(expand(["a.jpg", "typo.jpg"]))
+    with pytest.raises(InputError, match=r"typo.jpg does not exist: .* 2 in all"):
+        refuse_hopeless(expand(["typo.jpg", "no*.png"]))
 
 
 # ---- files ----

@@ -231,6 +231,27 @@ class TestOddInput:
         with pytest.raises(FailureError, match=r"layer features\.1\.branch_main_1\.0.* not finite"):
             find_best_network(network, IMAGES[:4], "", "", get_preset("balanced"), ONNX)
 
+    def test_a_layer_whose_numbers_are_finite_and_huge_is_refused_by_name(self) -> None:
+        network = trained_like(SHUFFLE, {})
+        bn = network.features[1].branch_main_1[0].bn
+        bn.weight[...] = Tensor(np.full_like(bn.weight.numpy(), 1e20))
+        head = network.classifier[0].weight
+        head[...] = Tensor(head.numpy() * np.float32(1e-20))
+        with pytest.raises(FailureError, match=r"layer features\.1\.branch_main_1\.0.* gives numbers up to .*e\+"):
+            find_best_network(network, IMAGES[:4], "", "", get_preset("balanced"), ONNX)
+
+    def test_it_is_said_that_logits_do_not_depend_on_the_image(self) -> None:
+        network, preset = trained_like(SHUFFLE, {}), get_preset("fast")
+        found = find_best(network, IMAGES[:8], preset, lambda fit: Draft(network, fit, ONNX))
+        assert found.remarks() == [found.summary()]
+        head = network.classifier[0].weight
+        head[...] = Tensor(np.zeros_like(head.numpy()))
+        found = find_best(network, IMAGES[:8], preset, lambda fit: Draft(network, fit, ONNX))
+        assert "do not depend on the picture" in found.remarks()[1]
+        alike = np.repeat(IMAGES[:1], 8, axis=0)
+        found = find_best(network, alike, preset, lambda fit: Draft(network, fit, ONNX))
+        assert found.remarks() == [found.summary()]
+
     def test_where_no_grid_can_be_made_the_first_reason_is_told(self) -> None:
         network = trained_like(SHUFFLE, {})
         preset = replace(PRESETS["fast"], grids=((Refused("first"),), (Refused("second"),)))

@@ -239,6 +239,21 @@ class TestOwnCheckpoints:
         images = smooth_images(2)
         assert np.array_equal(logits_of(weights.network, images), classifier.logits(images))
 
+    @pytest.mark.parametrize("mode", ["normal", "qat"])
+    @pytest.mark.parametrize("prefix", ["module.", "model.backbone."])
+    def test_the_prefix_of_a_wrapper_is_taken_off_and_said(self, prefix: str, mode: str, tmp_path: Path) -> None:
+        classifier, path = classifier_of(SHUFFLE, Mode(mode)), tmp_path / "c.safetensors"
+        state = state_of(classifier.network)
+        write_checkpoint(path, {f"{prefix}{name}": value for name, value in state.items()}, classifier.info())
+        weights = read_weights(path)
+        assert same_state(weights.state, state) and weights.mode == mode
+        assert weights.origin.endswith(f", without the prefix '{prefix}'")
+        write_checkpoint(path, {f"{prefix}x.{name}"[1:]: value for name, value in state.items()}, classifier.info())
+        assert "without the prefix" in read_weights(path).origin
+        some = {f"{prefix}{name}" if "conv" in name else name: value for name, value in state.items()}
+        write_checkpoint(path, some, classifier.info())
+        assert f"it has {prefix}" in refusal(path)
+
     def test_all_that_it_says_is_read_back(self, tmp_path: Path) -> None:
         info = CheckpointInfo(
             arch=SHUFFLE,
