@@ -43,9 +43,11 @@ def float_input(images: Any) -> Tensor:
     return Tensor(images.astype(np.float32) - 128)
 
 
-def ranges_of(network: Any, method: str | None = "min-max") -> ActivationRanges:
-    plain = {"correct_bias": False, "weight_rounding": TO_NEAREST, "target": ONNX}
-    return calibrate_network(network, [IMAGES], "", "", {}, method, **plain)[1]
+def ranges_of(network: Any, method: str = "min-max") -> ActivationRanges:
+    found = calibrate_network(
+        network, [IMAGES], "", "", {}, method, correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
+    )
+    return found[1]
 
 
 def without_floors(network: Any) -> Any:
