@@ -159,8 +159,8 @@ class SearchResult:
     def remarks(self) -> list[str]:
         """What else is to be said, a line each: the summary first."""
         same = (
-            f"float gives the same logits for all of {plural(self.judged_on, 'image')}: they do not depend on the picture, "
-            "so that dB say nothing; check the weights, and --preprocess of an imported file"
+            f"float gives the same logits for all of {plural(self.judged_on, 'image')}: they do not depend on the "
+            "picture, so that dB say nothing; check the weights, and --preprocess of an imported file"
         )
         return [self.summary(), *([same] if self.is_constant else [])]
 
