@@ -17,8 +17,8 @@ from mgq.engine.classifier.network_choice import choose_network
 from mgq.engine.classifier.run_lookup import find_newest_arch
 from mgq.errors import no_such
 from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
+from mgq.machine import load_megengine
 from mgq.quantization.option_names import Mode, parse_mode
-from mgq.system.megengine_start import load_megengine
 
 if TYPE_CHECKING:
     from mgq.bench.benchmark_report import Report as BenchmarkReport

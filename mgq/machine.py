@@ -313,6 +313,22 @@ def quiet_import() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def load_megengine() -> None:
+    """Import MegEngine; but for debugging without what its library says while it looks for a GPU and at first use.
+
+    A program that calls mgq has its modules and filters of warnings as they were. Raises InputError, which says what to
+    run instead, where it is not installed.
+    """
+    refuse_without_megengine()
+    set_library_defaults()
+    with quiet_import(), patient_threads():
+        import megengine
+
+        (megengine.tensor([0.0]) + 1).numpy()
+        megengine.is_cuda_available()
+
+
 @contextlib.contextmanager
 def mute_stderr() -> Iterator[None]:
     """Send file descriptor 2 to nowhere, but for debugging: libraries write there past Python's ``sys.stderr``."""

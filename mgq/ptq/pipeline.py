@@ -19,7 +19,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import FailureError
+from mgq.errors import FailureError, plural
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.logit_gradients import value_ranges
@@ -158,8 +158,8 @@ class SearchResult:
     def remarks(self) -> list[str]:
         """What else is to be said, a line each: the summary first."""
         same = (
-            f"float gives the same logits for all {self.judged_on} images: they do not depend on the picture, so that "
-            "dB say nothing; check the weights, and --preprocess of an imported file"
+            f"float gives the same logits for all of {plural(self.judged_on, 'image')}: they do not depend on the "
+            "picture, so that dB say nothing; check the weights, and --preprocess of an imported file"
         )
         return [self.summary(), *([same] if self.is_constant else [])]
 

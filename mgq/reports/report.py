@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from mgq.deprecation import accept_old_keywords
 from mgq.events import OnProgress, log_progress
+from mgq.machine import load_megengine
 from mgq.reports.measurements import SHOWN
 from mgq.reports.report_options import ReportOptions
 from mgq.runtime.registry import Backend
-from mgq.system.megengine_start import load_megengine
 
 if TYPE_CHECKING:
     from mgq.reports.contents import FileReport, Report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from types import ModuleType
@@ -10,11 +9,9 @@ from types import ModuleType
 from mgq.machine import (
     hush_decoders,
     keep_freed_memory,
+    load_megengine,
     mute_stderr,
-    patient_threads,
-    quiet_import,
     refuse_without_megengine,
-    set_library_defaults,
 )
 
 NEVER = 1 << 60
@@ -39,22 +36,6 @@ def import_megengine() -> None:
         # MegEngine lists large tensors that it could drop and compute again, even while it is not to drop any. Two of
         # its threads change the list, one without a lock: now and then a run ended in "got wrong candidate index".
         megengine.dtr.evictee_minimum_size = NEVER
-
-
-@functools.cache
-def load_megengine() -> None:
-    """Import MegEngine; but for debugging without what its library says while it looks for a GPU and at first use.
-
-    A program that calls mgq has its modules and filters of warnings as they were. Raises InputError, which says what to
-    run instead, where it is not installed.
-    """
-    refuse_without_megengine()
-    set_library_defaults()
-    with quiet_import(), patient_threads():
-        import megengine
-
-        (megengine.tensor([0.0]) + 1).numpy()
-        megengine.is_cuda_available()
 
 
 def prepare_process() -> None:

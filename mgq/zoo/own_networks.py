@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.system.megengine_start import load_megengine
+from mgq.machine import load_megengine
 from mgq.zoo.registry import ModelSpec, specs
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.errors import InputError, no_such, printable
 from mgq.io.download import Source, find_cached, sha256_of
-from mgq.system.megengine_start import load_megengine
+from mgq.machine import load_megengine
 from mgq.weights.preprocessing import COMMON_PREPROCESSING, Preprocessing
 from mgq.zoo.blueprint import blueprint_in
 from mgq.zoo.pretrained import PackagedWeights, PublishedCheckpoint

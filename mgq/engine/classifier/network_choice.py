@@ -15,9 +15,9 @@ from mgq.engine.classifier.deployed_files import attach_backend, open_file
 from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
+from mgq.machine import load_megengine
 from mgq.quantization.option_names import MEGENGINE, Mode
 from mgq.runtime.registry import AUTO, get_backend
-from mgq.system.megengine_start import load_megengine
 
 RUNS = Path("runs")
 
