@@ -29,6 +29,7 @@ from mgq.quantization.activation_ranges import (
     quantize_weight,
 )
 from mgq.quantization.half_to_even import ends_of
+from mgq.system.side_process import SideProcess, begin
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
@@ -75,17 +76,21 @@ def shift_bias(module: M.Module, correction: Values) -> tuple[float, ...]:
 
 
 def correct_rounding_shifts(
-    watched: M.Module, network: M.Module, graph: Graph, batches: Sequence[npt.NDArray[np.float32]]
+    watched: M.Module,
+    network: M.Module,
+    graph: Graph,
+    batches: Sequence[npt.NDArray[np.float32]],
+    side: SideProcess | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Correct the biases of ``watched``, a ``qat`` network with ranges, for what rounding takes from the inputs of its
     convolutions on average. Returns what was added, by layer, (O,).
 
     ``network``: the same in mode ``normal``, whose ``graph`` tells who reads what. ``batches``: float32 (N, 3, H, W),
-    pixels minus 128. Rounding errors of a channel do not cancel where its values are nearly all the same; those of
-    clipping are left alone (see :class:`BiasCorrection`).
+    pixels minus 128; the ``side`` process takes half of them, where there is one. Rounding errors of a channel do not
+    cancel where its values are nearly all the same; those of clipping are left alone (see :class:`BiasCorrection`).
     """
     layers, found = find_quantized_layers(watched), {}
-    errors = measure_rounding_shifts(layers, network, batches)
+    errors = measure_rounding_shifts(layers, network, batches, side)
     for node in graph.nodes:
         module = layers.get(node.output)
         if not isinstance(node, Convolution) or node.inputs[0] not in errors or module is None:
@@ -98,36 +103,64 @@ def correct_rounding_shifts(
 
 
 def measure_rounding_shifts(
-    layers: Mapping[str, QATModule], network: M.Module, batches: Sequence[npt.NDArray[np.float32]]
+    layers: Mapping[str, QATModule],
+    network: M.Module,
+    batches: Sequence[npt.NDArray[np.float32]],
+    side: SideProcess | None = None,
 ) -> dict[str, Values]:
     """Layer name -> (C, H, W), the mean over ``batches`` of what rounding takes from the values of this layer of
     ``network``. The grids are those of ``layers``; tensors of another rank are left out."""
+    modules = dict(network.named_modules())
+    grids = {name: Grid.of(layer) for name, layer in layers.items() if layer.act_fake_quant and name in modules}
+    own, others = batches[: -(-len(batches) // 2)], batches[-(-len(batches) // 2) :]
+    there = begin(side, sum_rounding_errors, grids, network, others)
+    here = sum_rounding_errors(grids, network, own)
+    later, number = there.result(), sum(map(len, batches))
+    return {name: (summed + later.get(name, 0.0)) / number for name, summed in here.items()}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers from ``low`` to ``high``, times ``scale``."""
+
+    scale: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, layer: QATModule) -> Grid:
+        """The grid behind ``layer``."""
+        fake_quant = layer.act_fake_quant
+        scale = float(layer.act_observer.get_qparams().scale.numpy())
+        return cls(scale, *ends_of(fake_quant.dtype, scale))
+
+    def sum_errors(self, values: npt.NDArray[np.float32]) -> Values:
+        """What rounding to this grid takes from ``values``, summed over the first axis; nothing where they saturate."""
+        steps = values / np.float32(self.scale)
+        np.clip(steps, self.low, self.high, out=steps)
+        steps -= np.rint(steps)
+        found: Values = steps.sum(axis=0).astype(np.float64) * self.scale
+        return found
+
+
+def sum_rounding_errors(
+    grids: Mapping[str, Grid], network: M.Module, batches: Sequence[npt.NDArray[np.float32]]
+) -> dict[str, Values]:
+    """Layer name -> (C, H, W), the sum over ``batches`` of what rounding to its grid takes from the values of this
+    layer of ``network``."""
     modules, sums = dict(network.named_modules()), dict[str, Values]()
 
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def add(_: M.Module, __: object, output: Tensor) -> None:
             if output.ndim == 4:
-                sums[name] = sums.get(name, 0.0) + sum_rounding_errors(layers[name], output.numpy())
+                sums[name] = sums.get(name, 0.0) + grids[name].sum_errors(output.numpy())
 
         return add
 
-    on_grids = [name for name, layer in layers.items() if layer.act_fake_quant is not None and name in modules]
-    with forward_hooks((modules[name], hook_of(name)) for name in on_grids):
+    with forward_hooks((modules[name], hook_of(name)) for name in grids):
         for batch in batches:
             network(Tensor(batch)).numpy()
-    number = sum(map(len, batches))
-    return {name: summed / number for name, summed in sums.items()}
-
-
-def sum_rounding_errors(layer: QATModule, values: npt.NDArray[np.float32]) -> Values:
-    """What rounding to the grid behind ``layer`` takes from ``values``, summed over the first axis; nothing where they
-    saturate."""
-    scale = float(layer.act_observer.get_qparams().scale.numpy())
-    steps = values / np.float32(scale)
-    np.clip(steps, *ends_of(layer.act_fake_quant.dtype, scale), out=steps)
-    steps -= np.rint(steps)
-    found: Values = steps.sum(axis=0).astype(np.float64) * scale
-    return found
+    return sums
 
 
 def mean_patch(module: QATModule, source: Tensor) -> Values:

@@ -14,8 +14,8 @@ off by up to 30 dB, and chose limits far too wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import megengine.module as M
 import numpy as np
@@ -26,6 +26,7 @@ from megengine.autodiff import Function, GradManager
 from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
 from mgq.quantization.floors import span_up_to
+from mgq.system.side_process import SideProcess, begin
 from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
 
@@ -73,6 +74,10 @@ class Pairs:
             rows = np.moveaxis(array, 1, 0).reshape(len(sums), -1)
             sums += rows @ rows.T
 
+    def unite(self, other: Pairs) -> Pairs:
+        """The products over the positions of both."""
+        return Pairs(self.values + other.values, self.gradients + other.gradients)
+
     def scale(self, factors: Values) -> Pairs:
         """The products for channels ``factors`` (C,) times as large."""
         products = np.outer(factors, factors)
@@ -99,6 +104,11 @@ class Reaction:
         """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
         pairs = Pairs.of(len(lowest)) if in_pairs else None
         return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs)
+
+    def unite(self, other: Reaction) -> Reaction:
+        """The reaction to the images of both, ``other``'s being the later ones; the ranges are the same."""
+        pairs = self.pairs and other.pairs and self.pairs.unite(other.pairs)
+        return replace(self, squares=self.squares + other.squares, pulls=[*self.pulls, *other.pulls], pairs=pairs)
 
     @property
     def reach(self) -> Values:
@@ -139,32 +149,36 @@ class Reaction:
         return self.largest if floor is None else max(float(self.highest.max()), min(self.largest, -floor))
 
     def noises(self, limits: Values, half: float, headroom: bool = False, floor: float | None = None) -> Values:
-        """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ``half``
-        steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of the
-        images were stronger (:data:`HEADROOM`)."""
+        """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ascending,
+        ``half`` steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of
+        the images were stronger (:data:`HEADROOM`)."""
         clipping = self.clipping(limits)
         if headroom:
             others = self.clipping(limits / HEADROOM) * HEADROOM**2
             clipping = (1 - HEADROOM_SHARE) * clipping + HEADROOM_SHARE * others
-        magnitudes = np.abs(self.centres(BINS))
-        kept = np.array([self.squares[magnitudes <= limit].sum() for limit in limits])
+        [clipped] = moments_beyond(limits, np.abs(self.centres(BINS)), self.squares, 0)
         spans = limits if floor is None else span_up_to(limits, floor)
-        noises: Values = clipping + kept * np.square(spans / half) / 12
+        noises: Values = clipping + (self.squares.sum() - clipped.sum(axis=0)) * np.square(spans / half) / 12
         return noises
 
     def clipping(self, limits: Values) -> Values:
-        """The part of it that clipping causes at each of ``limits``.
+        """The part of it that clipping causes at each of ``limits``, ascending.
 
         Rounding errors are independent of each other. Those of clipping add up in a tensor, or make up for each other;
         the larger estimate counts.
         """
-        magnitudes, few = np.abs(self.centres(BINS)), self.centres(FEW_BINS)
-        signs, coarse = np.sign(few), np.abs(few)
-        clipped = np.stack([(signs * np.maximum(coarse - limit, 0)).ravel() for limit in limits], axis=1)
-        pulls = np.stack([pull.ravel() for pull in self.pulls]) if self.pulls else np.zeros((1, few.size))
-        together: Values = np.square(pulls @ clipped).sum(axis=0)
-        alone = np.array([(self.squares * np.maximum(magnitudes - limit, 0) ** 2).sum() for limit in limits])
-        return np.maximum(alone, together)
+        few = self.centres(FEW_BINS).astype(np.float32).ravel()
+        clipped = np.stack([few - np.clip(few, -limit, limit) for limit in limits.astype(np.float32)], axis=1)
+        pulls = np.stack([pull.ravel() for pull in self.pulls]) if self.pulls else np.zeros((1, few.size), np.float32)
+        together: Values = np.square((pulls @ clipped).astype(np.float64)).sum(axis=0)
+        return np.maximum(self.clipping_of_channels(limits, np.abs(self.centres(BINS))).sum(axis=0), together)
+
+    def clipping_of_channels(self, limits: Values, magnitudes: Values) -> Values:
+        """(C, L): the same of each channel whose bins have these ``magnitudes``, (C, BINS), where errors are
+        independent."""
+        count, first, second = moments_beyond(limits, magnitudes, self.squares, 2)
+        found: Values = second - 2 * limits * first + np.square(limits) * count
+        return found
 
     def range_within(self, limit: float, floor: float | None = None) -> tuple[float, float]:
         """The range of the values seen, cut at ``limit``, or widened to it on the side of the largest; above where
@@ -194,13 +208,24 @@ class Reaction:
         """(C,): the limit of least noise of each channel, if it had a grid of its own."""
         reach = np.maximum(self.reach, TINY)
         magnitudes = np.abs(self.centres(BINS)) / reach[:, None]
-        noises = []
-        for limit in CHANNEL_LIMITS:
-            beyond = np.maximum(magnitudes - limit, 0)
-            rounding = (self.squares * (beyond == 0)).sum(axis=1) * (limit / half) ** 2 / 12
-            noises.append((self.squares * beyond**2).sum(axis=1) + rounding)
-        best: Values = CHANNEL_LIMITS[np.argmin(np.stack(noises), axis=0)] * reach
+        [clipped] = moments_beyond(CHANNEL_LIMITS, magnitudes, self.squares, 0)
+        rounding = (self.squares.sum(axis=1, keepdims=True) - clipped) * np.square(CHANNEL_LIMITS / half) / 12
+        noises = self.clipping_of_channels(CHANNEL_LIMITS, magnitudes) + rounding
+        best: Values = CHANNEL_LIMITS[np.argmin(noises, axis=1)] * reach
         return best
+
+
+def moments_beyond(limits: Values, magnitudes: Values, weights: Values, highest: int) -> list[Values]:
+    """(C, L) each: the sums of ``weights`` times powers 0 to ``highest`` of the ``magnitudes``, both (C, B), above each
+    of ``limits``, (L,), ascending."""
+    channels, ends = len(weights), len(limits) + 1
+    places = (np.searchsorted(limits, magnitudes) + ends * np.arange(channels)[:, None]).ravel()
+    found, terms = [], weights
+    for _ in range(highest + 1):
+        parts = np.bincount(places, terms.ravel(), channels * ends).reshape(channels, ends)
+        found.append(parts[:, :0:-1].cumsum(axis=1)[:, ::-1])
+        terms = terms * magnitudes
+    return found
 
 
 Reactions = dict[str, Reaction]
@@ -229,20 +254,42 @@ class Watch(Function):  # type: ignore[misc]
 
 
 def measure_reactions(
-    network: M.Module, names: Iterable[str], batches: Iterable[Array], seed: int = 0, in_pairs: Collection[str] = ()
+    network: M.Module,
+    names: Iterable[str],
+    batches: Iterable[Array],
+    seed: int = 0,
+    in_pairs: Collection[str] = (),
+    side: SideProcess | None = None,
 ) -> Reactions:
     """How the logits of ``network``, in evaluation state, react to errors behind each of the layers ``names``.
 
-    ``batches``: float32 (N, 3, H, W), pixels minus 128; they are gone through twice. Layers that never run, or give
-    nothing but 0, are left out. Of those that are ``in_pairs``, channels are compared with each other, too.
+    ``batches``: float32 (N, 3, H, W), pixels minus 128; they are gone through twice, the second half of them in the
+    ``side`` process, where there is one. Layers that never run, or give nothing but 0, are left out. Of those that are
+    ``in_pairs``, channels are compared with each other, too.
     """
-    batches = list(batches)
-    ranges = value_ranges(network, names, batches)
-    found = {
-        name: Reaction.from_bounds(low, high, name in in_pairs)
-        for name, (low, high) in ranges.items()
-        if low.any() or high.any()
-    }
+    names, batches = list(names), list(batches)
+    own, others = batches[: -(-len(batches) // 2)], batches[-(-len(batches) // 2) :]
+    there = begin(side, value_ranges, network, names, others)
+    ranges = unite_ranges(value_ranges(network, names, own), there.result())
+    ranges = {name: (low, high) for name, (low, high) in ranges.items() if low.any() or high.any()}
+    later = begin(side, measure_part, network, ranges, others, seed, sum(map(len, own)), in_pairs)
+    found = measure_part(network, ranges, own, seed, 0, in_pairs)
+    return {name: found[name].unite(reaction) for name, reaction in later.result().items()}
+
+
+def measure_part(
+    network: M.Module,
+    ranges: Mapping[str, tuple[Values, Values]],
+    batches: Sequence[Array],
+    seed: int,
+    before: int,
+    in_pairs: Collection[str],
+) -> Reactions:
+    """:func:`measure_reactions` on some of the images, behind layers whose channels have the ``ranges`` on all of them.
+
+    ``before`` is the number of images that come before these: each image has its own combination of the logits.
+    """
+    found = {name: Reaction.from_bounds(*ends, name in in_pairs) for name, ends in ranges.items()}
     modules = dict(network.named_modules())
     random = np.random.default_rng(seed)
 
@@ -255,9 +302,22 @@ def measure_reactions(
             manager.attach([pixels])
             with manager:
                 logits = network(pixels)
-                combination = random.standard_normal(logits._tuple_shape).astype(np.float32)
-                manager.backward((logits * Tensor(combination)).sum())
+                images, *classes = logits._tuple_shape
+                combinations = random.standard_normal((before + images, *classes))[before:].astype(np.float32)
+                before = 0
+                manager.backward((logits * Tensor(combinations)).sum())
     return found
+
+
+def unite_ranges(
+    some: dict[str, tuple[Values, Values]], others: dict[str, tuple[Values, Values]]
+) -> dict[str, tuple[Values, Values]]:
+    """Those that hold for both."""
+    both = {
+        name: (np.minimum(some[name][0], others[name][0]), np.maximum(some[name][1], others[name][1]))
+        for name in some.keys() & others.keys()
+    }
+    return {**some, **others, **both}
 
 
 def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Array]) -> dict[str, tuple[Values, Values]]:

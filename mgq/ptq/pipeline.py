@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -36,7 +36,6 @@ from mgq.ptq.steps import (
     RangesFromLogits,
     RoundWeights,
     Step,
-    float_logits_of,
     logits_of,
     split_float,
 )
@@ -278,6 +277,22 @@ class Family:
         return not self.is_data_free and any(isinstance(step, kinds) for grid in self.grids for step in grid)
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """``grid``, in which a step comes before its ranges, and the ``rest`` of it after that step. ``reached``: drafts by
+    the steps after it. ``tried``: candidates by their finish."""
+
+    grid: Steps
+    rest: Steps
+    reached: dict[Steps, Draft]
+    tried: dict[Steps, Candidate] = field(default_factory=dict)
+
+    def try_with(self, finish: Steps, judge: Judge) -> Candidate:
+        """What it gives with ``finish``."""
+        draft = apply_steps((*self.rest, *finish), self.reached)
+        return judge.judge(self.grid, finish, draft, self.reached[self.rest])
+
+
 @dataclass
 class Contest:
     """Candidates of ``preset`` that begin with ``start``, judged by ``judge``, some of them in the ``side`` process.
@@ -297,26 +312,22 @@ class Contest:
     def find_best(self) -> Candidate:
         """Try them all. Raises the first error where no candidate for the grids applies to the network."""
         best = choose_best(self.try_families(self.make_families()))
-        finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base, self.preset.finishes)
-        rewritten = [found for step in self.preset.rewrites for found in self.rewrite(best, step)]
-        best = choose_best([best, *self.add(finishing.result())])
-        exact = begin(self.side, float_logits_of, self.start.network, self.start.images)
-        for grid, base in rewritten:
-            draft = apply_steps(best.finish, {(): base})
-            best = choose_best([best, *self.add([self.judge.judge(grid, best.finish, draft, base)])])
-        return self.try_touches(best, exact)
+        rewrites = self.rewrite(best)
+        finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base.forget(), self.preset.finishes)
+        if self.side is not None:  # meanwhile what is likely: that the first finish is the best
+            for each in rewrites:
+                self.try_rewrite(each, self.preset.finishes[:1])
+        best = choose_best([best, *self.add([replace(each, base=best.base) for each in finishing.result()])])
+        for each in rewrites:
+            best = choose_best([best, *self.add(self.try_rewrite(each, best.finish))])
+        return self.try_touches(best)
 
-    def try_touches(self, best: Candidate, exact: Call[npt.NDArray[np.float64]]) -> Candidate:
-        """The better of ``best`` and what last touches make of it; ``exact`` are the float network's logits."""
+    def try_touches(self, best: Candidate) -> Candidate:
+        """The better of ``best`` and what last touches make of it."""
         for step in self.preset.touches:
-            draft = step.apply(replace(best.draft, exact=exact.result()))
-            answers = None
-            if draft.answers is None and step is not self.preset.touches[-1]:
-                answers = begin(self.side, logits_of, draft.watched, draft.images[:LAYERWISE_IMAGES])
+            draft = step.apply(best.draft)
             [touched] = self.add([self.judge.judge(best.grid, (*best.finish, step), draft, draft)])
             best = choose_best([best, touched])
-            if answers is not None and best is touched:
-                best = replace(best, draft=replace(draft, answers=answers.result()))
         return best
 
     def make_families(self) -> list[Family]:
@@ -361,15 +372,30 @@ class Contest:
             if steps in families[0].reached
         }
 
-    def rewrite(self, best: Candidate, step: Step) -> list[tuple[Steps, Draft]]:
-        """The grid of ``best`` with ``step`` before its ranges, and what it gives; nothing where it does not apply."""
+    def rewrite(self, best: Candidate) -> list[Rewrite]:
+        """The preset's rewrites in the grid of ``best``: those that apply."""
         found = []
-        for grid in with_rewrite(best.grid, step):
-            try:
-                found.append((grid, apply_steps(grid[grid.index(step) :], {(): best.base})))
-            except FailureError as error:
-                self.skipped.append(error)
+        for step in self.preset.rewrites:
+            for grid in with_rewrite(best.grid, step):
+                with self.skip_failures():
+                    found.append(Rewrite(grid, grid[grid.index(step) + 1 :], {(): step.apply(best.base)}))
         return found
+
+    def try_rewrite(self, rewrite: Rewrite, finish: Steps) -> list[Candidate]:
+        """What ``rewrite`` gives with ``finish``; nothing where its ranges do not apply to the network."""
+        with self.skip_failures():
+            if finish not in rewrite.tried:
+                rewrite.tried[finish] = rewrite.try_with(finish, self.judge)
+            return [rewrite.tried[finish]]
+        return []
+
+    @contextlib.contextmanager
+    def skip_failures(self) -> Iterator[None]:
+        """Inside, a FailureError ends the block: it is noted for a candidate that does not apply to the network."""
+        try:
+            yield
+        except FailureError as error:
+            self.skipped.append(error)
 
     def add(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Note that ``candidates`` were tried."""
@@ -395,7 +421,10 @@ def with_statistics(
     reached: Mapping[Steps, Draft], seen: Mapping[Steps, Call[Statistics | None]]
 ) -> dict[Steps, Draft]:
     """Those of the drafts ``reached`` whose statistics were ``seen``, with these."""
-    return {steps: replace(reached[steps], seen=call.result()) for steps, call in seen.items()}
+    return {
+        steps: replace(reached[steps], known=replace(reached[steps].known, statistics=call.result()))
+        for steps, call in seen.items()
+    }
 
 
 def see_statistics(draft: Draft) -> Statistics | None:

@@ -25,6 +25,7 @@ KNOWN = ("megengine.", "mgq.")
 """Modules whose layers every process knows."""
 
 _for_good = contextlib.ExitStack()
+_open: list[SideProcess] = []
 
 
 def simulate_fast() -> None:
@@ -33,29 +34,39 @@ def simulate_fast() -> None:
     _for_good.enter_context(keep_traces())
 
 
+def pays(network: M.Module, values: int, seconds: float) -> bool:
+    """Whether a calibration of ``network`` uses a second process.
+
+    Not where one core or too little memory is free for the ``values`` of the images that layers are visited with, where
+    the work is too small, of which the ``seconds`` for images held back tell, and not for a network that another
+    process would not know: one of the user's own code.
+    """
+    is_worth_it = seconds >= WORTH_S and usable_cores() >= 2 and free_memory() >= MEMORY * 4 * values
+    return is_worth_it and is_known_elsewhere(network)
+
+
 @contextlib.contextmanager
 def open_second_process(
     network: M.Module, images: npt.NDArray[np.uint8], seconds: float
 ) -> Iterator[SideProcess | None]:
-    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W), at most at a time.
-
-    None where one core or too little memory is free, where the work is too small, of which the ``seconds`` for images
-    held back tell, and for a network that another process would not know: one of the user's own code.
-    """
-    if (
-        seconds < WORTH_S
-        or usable_cores() < 2
-        or free_memory() < MEMORY * 4 * images.size
-        or not is_known_elsewhere(network)
-    ):
+    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W), at most at a time; None
+    where it does not :func:`pay <pays>`."""
+    if not pays(network, images.size, seconds):
         yield None
         return
     side = SideProcess("the second process of the calibration", prepare_long_process)
     try:
         side.begin(simulate_fast)
+        _open.append(side)
         yield side
     finally:
+        _open.clear()
         side.close()
+
+
+def find_idle_process() -> SideProcess | None:
+    """The second process of the calibration that runs, where it has one, and that has nothing to do."""
+    return next((side for side in _open if side.is_idle), None)
 
 
 def is_known_elsewhere(network: M.Module) -> bool:

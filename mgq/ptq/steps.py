@@ -34,6 +34,7 @@ from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
 from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS, Range
 from mgq.ptq.range_measurement import as_input, estimate_ranges
+from mgq.ptq.second_process import find_idle_process
 from mgq.quantization.activation_ranges import (
     extend_to_grid,
     find_quantized_layers,
@@ -48,6 +49,7 @@ from mgq.quantization.floors import floor_of
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quantization.targets import Target
+from mgq.system.side_process import begin
 from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
@@ -86,15 +88,28 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 
 @dataclass(frozen=True)
+class Knowledge:
+    """What is known of a draft, so that it is not measured again: its ``reactions`` and ``statistics``, or a draft
+    ``before`` it whose reactions are its own, too. ``answers``: logits of its ``watched`` network for the first of
+    its images.
+    """
+
+    reactions: Reactions | None = None
+    statistics: Statistics | None = None
+    before: Draft | None = None
+    answers: npt.NDArray[np.floating[Any]] | None = None
+
+
+NOTHING_KNOWN = Knowledge()
+
+
+@dataclass(frozen=True)
 class Draft:
     """A network on its way to int8: ``network`` in mode ``normal``, and ``watched``, the same network in mode ``qat``.
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer. ``measured`` and ``seen``:
-    ``reactions`` and ``statistics`` that are known; ``before``: a draft whose reactions are this one's, too.
-    ``answers``: logits of ``watched`` for the first of ``images``, where they are known, and ``exact``: those of the
-    float network that all began with.
+    on their grids already. ``corrections``: what was added to biases, by layer.
     """
 
     network: M.Module
@@ -107,16 +122,15 @@ class Draft:
     weights: Mapping[str, Range] = field(default_factory=dict)
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
-    measured: Reactions | None = None
-    seen: Statistics | None = None
-    before: Draft | None = None
-    answers: npt.NDArray[np.floating[Any]] | None = None
-    exact: npt.NDArray[np.float64] | None = None
+    known: Knowledge = NOTHING_KNOWN
 
-    def with_network(self, network: M.Module, measured: Reactions | None = None) -> Draft:
-        """A draft of another float network, which gives the same answers. ``measured``: its reactions, where they are
-        known."""
-        return replace(self, network=network, measured=measured, seen=None, before=None)
+    def with_network(self, network: M.Module, known: Knowledge = NOTHING_KNOWN) -> Draft:
+        """A draft of another float network, which gives the same answers, and what is ``known`` of it."""
+        return replace(self, network=network, known=known)
+
+    def forget(self) -> Draft:
+        """The same, of which nothing is known: small enough to be sent to another process."""
+        return replace(self, known=NOTHING_KNOWN)
 
     def copy_watched(self) -> M.Module:
         """A copy of ``watched``, to be changed."""
@@ -138,21 +152,22 @@ class Draft:
     @cached_property
     def reactions(self) -> Reactions:
         """How the logits of ``network`` react to errors behind its layers."""
-        if self.measured is not None:
-            return self.measured
-        if self.before is not None:
-            return self.before.reactions
+        if self.known.reactions is not None:
+            return self.known.reactions
+        if self.known.before is not None:
+            return self.known.before.reactions
         return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
 
     @cached_property
     def statistics(self) -> Statistics:
         """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
-        return statistics_of_images(self.network, self.images) if self.seen is None else self.seen
+        found = self.known.statistics
+        return statistics_of_images(self.network, self.images) if found is None else found
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
         """Of the float network, for the images that biases are corrected by."""
-        return float_logits_of(self.network, self.images) if self.exact is None else self.exact
+        return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
 
 
 def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
@@ -226,7 +241,7 @@ class ClearDeadChannels:
     name: str = "dead channels cleared"
 
     def apply(self, draft: Draft) -> Draft:
-        return replace(draft.with_network(clear_dead_channels(draft.network)[0]), before=draft)
+        return draft.with_network(clear_dead_channels(draft.network)[0], Knowledge(before=draft))
 
 
 @dataclass(frozen=True)
@@ -261,7 +276,7 @@ class Equalize:
                 statistics=draft.statistics,
             )
             scaled = {name: reaction.scale(factors[name]) for name, reaction in draft.reactions.items()}
-            return draft.with_network(network, scaled)
+            return draft.with_network(network, Knowledge(scaled))
         return draft
 
 
@@ -277,8 +292,9 @@ class MixChannels:
         network, mixed = mix_channels(draft.network, graph, draft.reactions)
         if not mixed:
             raise FailureError("no channels of the network can be mixed")
-        measured = measure_reactions(fold_batch_norms(network), mixed, split_float(select_few(draft.images)))
-        return draft.with_network(network, {**draft.reactions, **measured})
+        batches = split_float(select_few(draft.images))
+        measured = measure_reactions(fold_batch_norms(network), mixed, batches, side=find_idle_process())
+        return draft.with_network(network, Knowledge({**draft.reactions, **measured}))
 
 
 @dataclass(frozen=True)
@@ -412,9 +428,10 @@ class CorrectShifts:
         except FailureError:
             return draft
         watched = draft.copy_watched()
-        found = correct_rounding_shifts(watched, draft.network, graph, split_float(draft.images[:SHIFT_IMAGES]))
+        batches = split_float(draft.images[:SHIFT_IMAGES])
+        found = correct_rounding_shifts(watched, draft.network, graph, batches, find_idle_process())
         corrections = {} if draft.rounded else add_corrections(draft.corrections, found)
-        return replace(draft, watched=watched, corrections=corrections, answers=None)
+        return replace(draft, watched=watched, corrections=corrections, known=replace(draft.known, answers=None))
 
 
 def add_corrections(some: Corrections, others: Corrections) -> Corrections:
@@ -439,7 +456,7 @@ class CorrectLogits:
         if classifier is None or classifier.bias is None:
             return draft
         images = draft.images[:LAYERWISE_IMAGES]
-        answers = logits_of(watched, images) if draft.answers is None else draft.answers
+        answers = logits_of(watched, images) if draft.known.answers is None else draft.known.answers
         shift = (draft.logits[: len(answers)] - answers).mean(axis=0)
         correction = shift_bias(classifier, shift)
         corrections = {} if draft.rounded else {**draft.corrections, name: correction}
@@ -452,16 +469,17 @@ def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool
     visit = visit_beside_float if beside_float else visit_layers
     answers = visit(watched, as_input(draft.images[:number]), *visitors)
     switch_on(watched)
-    return replace(draft, watched=watched, answers=answers)
-
-
-def float_logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
-    """float64 (N, classes): of ``network``, in float, for those of ``images`` that biases are corrected by."""
-    return logits_of(fold_batch_norms(network), images[:LAYERWISE_IMAGES])
+    return replace(draft, watched=watched, known=replace(draft.known, answers=answers))
 
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
-    """float64 (N, classes)."""
-    found = [network(Tensor(batch)).numpy() for batch in split_float(images)]
-    logits: npt.NDArray[np.float64] = np.concatenate(found).astype(np.float64)
-    return logits
+    """float64 (N, classes). A second process that has nothing to do takes half of the batches."""
+    batches = split_uint8(images)
+    own = -(-len(batches) // 2)
+    there = begin(find_idle_process(), logits_of_batches, network, batches[own:])
+    return np.concatenate([*logits_of_batches(network, batches[:own]), *there.result()])
+
+
+def logits_of_batches(network: M.Module, batches: Sequence[Images]) -> list[npt.NDArray[np.float64]]:
+    """float64 (N, classes), of each."""
+    return [network(Tensor(as_input(batch))).numpy().astype(np.float64) for batch in batches]

@@ -68,7 +68,12 @@ class SideProcess:
     def __init__(self, what: str, prepare: Callable[[], None] = do_nothing) -> None:
         self._process = AnsweringProcess(call_functions, what, 1, prepare, with_main=False)
         self._thread = ThreadPoolExecutor(1)
-        self._thread.submit(self._process.answer, PATIENCE_S)  # that it is ready
+        self._last: Future[Any] = self._thread.submit(self._process.answer, PATIENCE_S)  # that it is ready
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that was begun is left to do."""
+        return self._last.done()
 
     def begin(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Call ``function``, which can be imported, after what was begun before. All is pickled.
@@ -79,7 +84,8 @@ class SideProcess:
             question = pickle.dumps((function, arguments))
         except Exception:
             return Call(function, arguments)
-        return Call(function, arguments, self._thread.submit(self._process.ask, question, PATIENCE_S))
+        self._last = self._thread.submit(self._process.ask, question, PATIENCE_S)
+        return Call(function, arguments, self._last)
 
     def close(self) -> None:
         """End the process, whatever it does."""

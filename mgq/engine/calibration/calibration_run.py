@@ -30,8 +30,9 @@ from mgq.ptq.calibrate import (
     count_images_used,
     find_best_network,
 )
-from mgq.ptq.pipeline import MOST_HELD, SearchResult
+from mgq.ptq.pipeline import HELD_SHARE, MOST_HELD, SearchResult
 from mgq.ptq.presets import DEFAULT_CONFIG, CalibrationConfig
+from mgq.ptq.second_process import pays
 from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
 from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
 from mgq.quantization.modes import Mode
@@ -43,6 +44,8 @@ RANGES_FILE = "ranges.json"
 TIMED = 8
 GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
 LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
+SHARED = 0.7
+"""Part of the time that is left where a second process takes its share: 0.73 for MobileNetV2."""
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 
 
@@ -247,7 +250,9 @@ def estimate_seconds(
     rounded = sum(isinstance(step, RoundWeights) for step in finishes)
     seconds = one * grids * (GRID_PASSES * min(images, REACTION_IMAGES) + JUDGING_PASSES * judged)
     seconds += one * len(finishes) * (LAYERWISE_PASSES * layerwise + JUDGING_PASSES * judged)
-    return seconds + rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
+    seconds += rounded * (one * COMPENSATION_PASSES * layerwise + SECONDS_PER_MILLION * million)
+    is_shared = pays(classifier.network, 3 * height * width * layerwise, one * min(images // HELD_SHARE, MOST_HELD))
+    return seconds * (SHARED if is_shared else 1)
 
 
 def spread_evenly(sources: Sequence[Source], number: int) -> list[Source]:

@@ -88,6 +88,15 @@ class TestQuality:
         own = classifier_of(SHUFFLE)
         assert estimate_seconds(own, 512, "fast") < estimate_seconds(own, 512, "balanced")
 
+    def test_two_processes_take_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = itertools.count()
+        monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+        own, seconds = classifier_of(SHUFFLE), []
+        for is_shared in (False, True):
+            monkeypatch.setattr("mgq.engine.calibration.calibration_run.pays", lambda *_, found=is_shared: found)
+            seconds.append(estimate_seconds(own, 512, "balanced"))
+        assert seconds[1] < seconds[0]
+
 
 def mixture_at(drops: list[float], max_drop: float) -> tuple[MixedPrecisionResult, list[int]]:
     """What is found where keeping the first n of the layers loses ``drops[n]`` points, and what was tried."""

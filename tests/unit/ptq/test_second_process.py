@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import megengine.module as M
@@ -12,9 +13,11 @@ import pytest
 from mgq.events import Progress
 from mgq.ptq import second_process
 from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.logit_gradients import measure_part, measure_reactions
 from mgq.ptq.pipeline import SearchResult
 from mgq.ptq.presets import get_preset
-from mgq.ptq.second_process import is_known_elsewhere, open_second_process
+from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process
+from mgq.ptq.steps import split_float
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.system.side_process import Call, SideProcess
@@ -73,7 +76,7 @@ def test_two_processes_give_the_bits_of_one(network: M.Module, target: Target, m
     monkeypatch.setattr(Call, "result", note_failures)
     counts: list[tuple[int, Any]] = []
     two, ranges_of_two = calibrate(network, target, lambda at: counts.append((at.done, at.total)))
-    assert {"try_grids", "try_finishes", "float_logits_of"} <= set(begun) and not failed
+    assert {"try_grids", "try_finishes", "sum_rounding_errors", "logits_of_batches"} <= set(begun) and not failed
     monkeypatch.setattr(second_process, "WORTH_S", np.inf)
     one, ranges_of_one = calibrate(network, target)
     assert ranges_of_two == ranges_of_one
@@ -93,6 +96,26 @@ def test_there_is_one_where_it_pays_alone(network: M.Module, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(second_process, name, value)
             assert not is_opened(), name
+
+
+def test_reactions_measured_by_two_processes_have_the_bits_of_one() -> None:
+    network = network_of("mobilenet_v2")
+    names, batches = ["features.1.conv.1", "features.3.add"], split_float(smooth_images(20, seed=5))
+    side = SideProcess("the test's second process")
+    try:
+        shared = measure_reactions(network, names, batches, in_pairs=names[1:], side=side)
+        assert find_idle_process() is None and side.is_idle
+    finally:
+        side.close()
+    alone = measure_reactions(network, names, batches, in_pairs=names[1:])
+    ranges = {name: (found.lowest, found.highest) for name, found in alone.items()}
+    at_once = measure_part(network, ranges, batches, 0, 0, ())
+    for name in names:
+        for one, two in zip(astuple(shared[name]), astuple(alone[name]), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert len(alone[name].pulls) == 20
+        np.testing.assert_array_equal(alone[name].pulls, at_once[name].pulls)
+        np.testing.assert_allclose(alone[name].squares, at_once[name].squares)
 
 
 def test_a_network_with_code_of_ones_own_is_not_known_elsewhere(network: M.Module) -> None:
