@@ -44,9 +44,9 @@ RANGES_FILE = "ranges.json"
 TIMED = 8
 GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
 LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
-SHARED = 0.7
-"""Part of the time that is left where a second process takes its share: 0.73 for MobileNetV2."""
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
+SHARED = 0.7
+"""Part of the time that is left where a second process takes its share: about that for MobileNetV2."""
 
 
 @dataclass(frozen=True)
