@@ -29,7 +29,7 @@ from mgq.quantization.activation_ranges import (
     quantize_weight,
 )
 from mgq.quantization.half_to_even import ends_of
-from mgq.system.side_process import SideProcess, begin
+from mgq.system.side_process import SideProcess, share_halves
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
@@ -112,10 +112,8 @@ def measure_rounding_shifts(
     ``network``. The grids are those of ``layers``; tensors of another rank are left out."""
     modules = dict(network.named_modules())
     grids = {name: Grid.of(layer) for name, layer in layers.items() if layer.act_fake_quant and name in modules}
-    own, others = batches[: -(-len(batches) // 2)], batches[-(-len(batches) // 2) :]
-    there = begin(side, sum_rounding_errors, grids, network, others)
-    here = sum_rounding_errors(grids, network, own)
-    later, number = there.result(), sum(map(len, batches))
+    here, later = share_halves(side, sum_rounding_errors, batches, grids, network)
+    number = sum(map(len, batches))
     return {name: (summed + later.get(name, 0.0)) / number for name, summed in here.items()}
 
 

@@ -14,11 +14,10 @@ from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.patches import is_convolution
 from mgq.quantization.activation_ranges import (
     add_to_bias,
-    extend_to_grid,
     find_quantized_layers,
     fold_weight,
     quantize_weight,
-    set_range,
+    set_grid,
 )
 
 
@@ -31,7 +30,7 @@ def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics)
         if tensor in statistics:
             moments = statistics[tensor]
             found[name] = float(min(moments.lowest.min(), 0.0)), float(moments.highest.max())
-            set_range(layer.act_observer, *extend_to_grid(layer, *found[name]))
+            set_grid(layer, *found[name])
     return found
 
 

@@ -22,12 +22,12 @@ from mgq.ptq.layerwise import Layer
 from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, patches, pick_positions, sample_positions
 from mgq.quantization.activation_ranges import (
-    extend_to_grid,
     fold_bias,
     fold_weight,
     is_float_layer,
     quant_levels,
     quantize_weight,
+    set_grid,
     set_range,
 )
 from mgq.quantization.batch_norm_folding import activation_of
@@ -57,7 +57,7 @@ class Search:
         exact, other = layer.in_float.output.numpy(), layer.in_float.fake_output.numpy()
         if exact.ndim != 4:  # not of the zoo: taken as it is
             self.activations[name] = float(exact.min()), float(exact.max())
-            set_range(module.act_observer, *extend_to_grid(module, *self.activations[name]))
+            set_grid(module, *self.activations[name])
             return
         at = sample_positions(exact.shape, self.positions)
         wanted = pick_positions(exact, at)
@@ -77,7 +77,7 @@ class Search:
         elif largest:
             limit = find_best_limit(tries, wanted, grid.make_quantizer(pick_positions(other, at)))
         self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
-        set_range(module.act_observer, *extend_to_grid(module, *self.activations[name]))
+        set_grid(module, *self.activations[name])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megengine.autodiff import Function, GradManager
 from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
 from mgq.quantization.floors import span_up_to
-from mgq.system.side_process import SideProcess, begin
+from mgq.system.side_process import SideProcess, begin, halve, share_halves
 from mgq.zoo.layers import forward_hooks
 from mgq.zoo.overflow import is_finite
 
@@ -269,11 +269,10 @@ def measure_reactions(
     ``in_pairs``, channels are compared with each other, too.
     """
     names, batches = list(names), list(batches)
-    own, others = batches[: -(-len(batches) // 2)], batches[-(-len(batches) // 2) :]
-    there = begin(side, value_ranges, network, names, others)
-    ranges = unite_ranges(value_ranges(network, names, own), there.result())
+    ranges = unite_ranges(*share_halves(side, value_ranges, batches, network, names))
     ranges = {name: (low, high) for name, (low, high) in ranges.items() if low.any() or high.any()}
-    later = begin(side, measure_part, network, ranges, others, seed, sum(map(len, own)), in_pairs)
+    own, others = halve(batches)
+    later = begin(side if others else None, measure_part, network, ranges, others, seed, sum(map(len, own)), in_pairs)
     found = measure_part(network, ranges, own, seed, 0, in_pairs)
     return {name: found[name].unite(reaction) for name, reaction in later.result().items()}
 

@@ -222,8 +222,9 @@ def find_best(
     fit, held = split(images)
     start = time.perf_counter()
     exact = finite_logits_of(network, held)
+    seconds = time.perf_counter() - start
     refuse_huge_layers(network, held[:1])
-    with open_second_process(network, fit[:LAYERWISE_IMAGES], time.perf_counter() - start) as side:
+    with open_second_process(network, fit[:LAYERWISE_IMAGES], seconds) as side:
         contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)

@@ -49,7 +49,7 @@ from mgq.quantization.floors import floor_of
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quantization.targets import Target
-from mgq.system.side_process import begin
+from mgq.system.side_process import share_halves
 from mgq.zoo.layers import ConvBnRelu6
 
 Images = npt.NDArray[np.uint8]
@@ -474,10 +474,8 @@ def visit_with(draft: Draft, number: int, *visitors: Visitor, beside_float: bool
 
 def logits_of(network: M.Module, images: Images) -> npt.NDArray[np.float64]:
     """float64 (N, classes). A second process that has nothing to do takes half of the batches."""
-    batches = split_uint8(images)
-    own = -(-len(batches) // 2)
-    there = begin(find_idle_process(), logits_of_batches, network, batches[own:])
-    return np.concatenate([*logits_of_batches(network, batches[:own]), *there.result()])
+    here, later = share_halves(find_idle_process(), logits_of_batches, split_uint8(images), network)
+    return np.concatenate([*here, *later])
 
 
 def logits_of_batches(network: M.Module, batches: Sequence[Images]) -> list[npt.NDArray[np.float64]]:

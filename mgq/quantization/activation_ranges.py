@@ -118,6 +118,11 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
+def set_grid(layer: QATModule, low: float, high: float) -> None:
+    """Fix the grid behind ``layer`` for outputs from ``low`` to ``high``."""
+    set_range(layer.act_observer, *extend_to_grid(layer, low, high))
+
+
 def extend_to_grid(layer: QATModule, low: float, high: float) -> tuple[float, float]:
     """The range ``low`` to ``high`` of the outputs of ``layer``, widened where its grid has fewer levels below 0 than
     above; for a grid that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""

@@ -98,6 +98,22 @@ def begin(side: SideProcess | None, function: Callable[..., Result], *arguments:
     return Call(function, arguments) if side is None else side.begin(function, *arguments)
 
 
+def halve(items: Sequence[Task]) -> tuple[Sequence[Task], Sequence[Task]]:
+    """Both halves of ``items``; the first has one more of an odd number."""
+    middle = -(-len(items) // 2)
+    return items[:middle], items[middle:]
+
+
+def share_halves(
+    side: SideProcess | None, function: Callable[..., Result], items: Sequence[Task], *arguments: Any
+) -> tuple[Result, Result]:
+    """``function`` of ``arguments`` and of each half of ``items``, the second in the ``side`` process, where there is
+    one and something in that half."""
+    own, others = halve(items)
+    there = begin(side if others else None, function, *arguments, others)
+    return function(*arguments, own), there.result()
+
+
 def share_out(
     side: SideProcess | None,
     tasks: Sequence[Task],

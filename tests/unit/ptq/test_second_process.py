@@ -25,7 +25,7 @@ from mgq.zoo.weight_loading import fingerprint
 from tests.conftest import smooth_images
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
-IMAGES = smooth_images(24, seed=3)
+IMAGES = smooth_images(45, seed=3)  # nine are held back: two batches, of which each process can take one
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
 
 

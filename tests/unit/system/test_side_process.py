@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mgq.errors import FailureError
-from mgq.system.side_process import SideProcess, begin, share_out
+from mgq.system.side_process import SideProcess, begin, share_halves, share_out
 
 
 def tell_process(_: Any = None) -> int:
@@ -50,6 +50,10 @@ def wait_for(file: Path) -> int:
 
 def make_function() -> Callable[[], int]:
     return lambda: 3
+
+
+def tell_process_and(word: str, items: list[int]) -> tuple[int, str, list[int]]:
+    return os.getpid(), word, items
 
 
 @pytest.fixture
@@ -96,6 +100,16 @@ def test_tasks_are_shared_out_and_results_keep_their_order(side: SideProcess) ->
     assert len(there) == 3 and sorted(there) == sorted(seen)
     assert there[0] != os.getpid() and there[1] == os.getpid()
     assert share_out(None, [1, 2], tell_process, seen.append) == [os.getpid()] * 2
+
+
+def test_halves_are_shared_and_an_empty_one_is_not_sent(side: SideProcess) -> None:
+    here, there = share_halves(side, tell_process_and, [1, 2, 3], "items")
+    assert here == (os.getpid(), "items", [1, 2])
+    assert there[0] != os.getpid() and there[1:] == ("items", [3])
+    assert share_halves(side, tell_process_and, [1], "items") == (
+        (os.getpid(), "items", [1]),
+        (os.getpid(), "items", []),
+    )
 
 
 def test_a_process_that_is_busy_is_ended(tmp_path: Path) -> None:
