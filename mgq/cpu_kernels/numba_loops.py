@@ -223,6 +223,35 @@ def add_to_histograms(
 
 
 @make_compiler()
+def gather_patches(
+    source: Any,
+    image: Any,
+    row: Any,
+    column: Any,
+    in_order: Any,
+    down: Any,
+    right: Any,
+    above: Any,
+    beside: Any,
+    target: Any,
+) -> None:
+    """Copy to ``target``, (positions, C, kernel height, width), what a convolution reads of ``source``, (N, C, H, W).
+
+    ``image``, ``row`` and ``column``, (positions,), tell where its outputs are; they are looked at ``in_order``, their
+    indices. The convolution goes ``down`` and ``right`` in steps, and there are ``above`` and ``beside`` zeros around
+    each channel.
+    """
+    height, width = source.shape[2:]
+    for at in in_order:
+        top, left = row[at] * down - above, column[at] * right - beside
+        for channel in range(source.shape[1]):
+            for y in range(target.shape[2]):
+                for x in range(target.shape[3]):
+                    is_inside = 0 <= top + y < height and 0 <= left + x < width
+                    target[at, channel, y, x] = source[image[at], channel, top + y, left + x] if is_inside else ZERO
+
+
+@make_compiler()
 def requantize(
     sums: Any,
     before: Any,

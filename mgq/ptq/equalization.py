@@ -317,7 +317,7 @@ class Problem:
 
     def solve(self, bounds: tuple[Values, Values]) -> Values:
         """The factors with the least noise, (number,)."""
-        from scipy.optimize import minimize
+        from scipy.optimize import Bounds, minimize
 
         logs = np.zeros(self.number)
         with one_blas_thread():
@@ -327,7 +327,7 @@ class Problem:
                     logs,
                     jac=True,
                     method="L-BFGS-B",
-                    bounds=np.stack(bounds, axis=1),
+                    bounds=Bounds(*bounds),
                     options={"maxiter": STEPS, "maxcor": 20, "ftol": SETTLED},
                 )
                 logs = found.x

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine.module.qat import QATModule
 
+from mgq.cpu_kernels import numba_loops
 from mgq.graph.layer_graph import pair
 
 Array = npt.NDArray[np.float32]
@@ -52,10 +53,10 @@ def patches(
 ) -> Array:
     """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
     image, row, column = at
-    result = np.zeros((len(image), source.shape[1], *kernel), np.float32)
-    for y in range(kernel[0]):
-        for x in range(kernel[1]):
-            top, left = row * stride[0] + y - padding[0], column * stride[1] + x - padding[1]
-            inside = (top >= 0) & (top < source.shape[2]) & (left >= 0) & (left < source.shape[3])
-            result[inside, :, y, x] = source[image[inside], :, top[inside], left[inside]]
+    result = np.empty((len(image), source.shape[1], *kernel), np.float32)
+    if kernel == (1, 1) and padding == (0, 0):
+        result[:, :, 0, 0] = pick_positions(source, (image, row * stride[0], column * stride[1]))
+        return result
+    in_order = np.lexsort((column, row, image))  # neighbours read the same memory
+    numba_loops.gather_patches(source, image, row, column, in_order, *stride, *padding, result)
     return result

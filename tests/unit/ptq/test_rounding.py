@@ -22,7 +22,7 @@ from mgq.ptq.gptq import (
     set_folded_weight,
     settle_integers,
 )
-from mgq.ptq.patches import output_size
+from mgq.ptq.patches import output_size, patches, sample_positions
 from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ChannelFakeQuantize
@@ -172,3 +172,19 @@ def test_the_mean_output_needs_no_convolution(kernel: int, stride: int, padding:
     assert output_size(conv, 17, 14) == output._tuple_shape[2:]
     found = average_output(conv.weight, mean_patch(conv, source))
     np.testing.assert_allclose(found, output.mean(axis=(0, 2, 3)).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((1, 1), (1, 1), (0, 0)), ((1, 1), (2, 2), (0, 0)), ((1, 1), (1, 1), (1, 1)), ((3, 5), (2, 1), (1, 2))],
+)
+def test_patches_are_what_a_convolution_reads_at_each_position(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    source = np.random.default_rng(0).standard_normal((3, 4, 9, 7)).astype(np.float32)
+    conv = M.Conv2d(4, 6, kernel, stride, padding)
+    rows, columns = output_size(conv, 9, 7)
+    at = sample_positions((3, 6, rows, columns), np.random.default_rng(1), 40)
+    sums = np.einsum("pchw,ochw->po", patches(source, kernel, stride, padding, at), conv.weight.numpy())
+    image, row, column = at
+    np.testing.assert_allclose(sums, conv(Tensor(source)).numpy()[image, :, row, column], rtol=1e-4, atol=1e-5)
