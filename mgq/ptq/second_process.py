@@ -49,8 +49,8 @@ def pays(network: M.Module, values: int, seconds: float) -> bool:
 def open_second_process(
     network: M.Module, images: npt.NDArray[np.uint8], seconds: float
 ) -> Iterator[SideProcess | None]:
-    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W), at most at a time; None
-    where it does not :func:`pay <pays>`."""
+    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W). None where it does not
+    :func:`pay <pays>`. One is open at a time."""
     if not pays(network, images.size, seconds):
         yield None
         return
