@@ -32,8 +32,7 @@ from mgq.graph.layer_graph import (
     graph_of,
 )
 from mgq.ptq.channel_statistics import IMAGE_SIZE
-from mgq.ptq.observers import Range
-from mgq.quantization.activation_ranges import find_quantized_layers, fold_weight, quant_levels, set_range
+from mgq.quantization.activation_ranges import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
@@ -47,7 +46,7 @@ GATES = ("sigmoid", "hard_sigmoid")
 """Layers that give 1/2 of 0, which every grid has."""
 
 
-def set_exact_scales(network: M.Module) -> dict[str, Range]:
+def set_exact_scales(network: M.Module) -> dict[str, GridRange]:
     """Change ranges of ``network``, mode ``qat`` with ranges, and fix scales of weights, until no value can be a tie.
 
     Returns the new range of each layer. Raises FailureError where the network cannot be followed; nothing is changed

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import megengine.module as M
 import numpy as np
@@ -25,6 +25,19 @@ from mgq.quantization.floors import floor_of, limit_of, span_up_to
 FORMAT = "mgq activation ranges 1"
 MOST_BYTES = 1 << 24
 """The most bytes of a file of ranges; that of EfficientNet-Lite0 has a hundredth of it."""
+
+GridRange: TypeAlias = tuple[float, float]
+"""Smallest and largest value of a grid, as observers and files of ranges hold them."""
+
+
+class Range(NamedTuple):
+    """Smallest and largest value behind a layer that its grid has to cover.
+
+    :func:`set_grid` widens it to the range of the grid, which is no ``Range``: what was widened once is not widened
+    again."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -118,14 +131,23 @@ def set_range(observer: MinMaxObserver, low: float, high: float) -> None:
     observer.min_val[...], observer.max_val[...] = Tensor(low, dtype="float32"), Tensor(high, dtype="float32")
 
 
-def set_grid(layer: QATModule, low: float, high: float) -> None:
-    """Fix the grid behind ``layer`` for outputs from ``low`` to ``high``."""
-    set_range(layer.act_observer, *extend_to_grid(layer, low, high))
+def set_grids(network: M.Module, outputs: Mapping[str, Range]) -> dict[str, GridRange]:
+    """Fix the grids behind layers of a ``qat`` network for these ``outputs``; return the ranges of the grids."""
+    layers = find_quantized_layers(network)
+    return {name: set_grid(layers[name], wanted) for name, wanted in outputs.items()}
 
 
-def extend_to_grid(layer: QATModule, low: float, high: float) -> tuple[float, float]:
-    """The range ``low`` to ``high`` of the outputs of ``layer``, widened where its grid has fewer levels below 0 than
-    above; for a grid that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""
+def set_grid(layer: QATModule, outputs: Range) -> GridRange:
+    """Fix the grid behind ``layer`` for these ``outputs``; return its range."""
+    found = extend_to_grid(layer, outputs)
+    set_range(layer.act_observer, *found)
+    return found
+
+
+def extend_to_grid(layer: QATModule, outputs: Range) -> GridRange:
+    """The range of the ``outputs`` of ``layer``, widened where its grid has fewer levels below 0 than above; for a grid
+    that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""
+    low, high = outputs
     quantizer, observer = layer.act_fake_quant, layer.act_observer
     floor = floor_of(observer.dtype)
     if floor is not None:
