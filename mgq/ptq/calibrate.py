@@ -163,7 +163,8 @@ def set_activation_ranges(
     watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], method: str, sample: Sample, exact: bool
 ) -> dict[str, GridRange]:
     """Set the grid of each layer by ``method``, any but ``easyquant``, and return the ranges of the grids by name.
-    ``sample`` is shown all images. With ``exact`` the scales are those that the engines of an ONNX target compute with."""
+    ``sample`` is shown all images. With ``exact`` the scales are those that the engines of an ONNX target compute
+    with."""
     found: dict[str, Range] = {}
     if method == LOGITS:
         sample.add_all(batches)
