@@ -44,7 +44,7 @@ from mgq.io.append import drop_torn_line
 from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from tests.conftest import Mgq, slow, the_error
 from tests.fakes import imagenet_files, weight_files
 from tests.robustness.fuzz import readers
