@@ -13,12 +13,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.decoding import Pixels, read_image
+from mgq.data.decoding import read_image
 from mgq.data.folder_layout import Layout, Role, class_folders, has_images, is_empty, join_names, layout_of, list_folder
 from mgq.data.folder_scan import EMPTY_CLASS, OUTSIDE, Tally
 from mgq.data.image_sources import Source
 from mgq.data.imagenet_archives import unpack_split
 from mgq.data.imagenet_classes import imagenet_classes
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError, plural, printable
 from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress

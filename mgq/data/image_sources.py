@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.decoding import MAX_BYTES, read_image
+from mgq.data.decoding import read_image
 from mgq.data.folder_scan import IMAGE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
+from mgq.data.image_limits import MAX_BYTES
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, log_message
 

@@ -29,7 +29,8 @@ from PIL import Image
 
 from mgq.data import imagenet_archives
 from mgq.data.datasets import evaluation_folder
-from mgq.data.decoding import MAX_MEMORY, read_image
+from mgq.data.decoding import read_image
+from mgq.data.image_limits import MAX_MEMORY
 from mgq.data.imagenet_archives import unpack_split
 from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.open import open_classifier

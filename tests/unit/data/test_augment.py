@@ -18,7 +18,9 @@ from PIL import Image
 
 from mgq.data import augmentation
 from mgq.data.augmentation import Box, Draw, EvalTransform, Stream, TrainTransform, generator
-from mgq.data.decoding import JpegFacts, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
+from mgq.data.decoding import read_image
+from mgq.data.jpeg import JpegFacts, decode_reduced_jpeg, jpeg_facts
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
