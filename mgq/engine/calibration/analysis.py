@@ -28,7 +28,7 @@ from mgq.engine.classifier.open import (
 )
 from mgq.engine.classifier.parity import make_views
 from mgq.engine.classifier.predict import read_crops
-from mgq.engine.classifier.run_lookup import describe_unused, find_unused_float_run
+from mgq.engine.classifier.run_lookup import describe_unused_runs
 from mgq.errors import InputError
 from mgq.events import OnMessage, OnProgress, log_message, log_progress
 from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
@@ -185,9 +185,8 @@ def analyze(
     if arch is None and where is None and not pretrained:
         arch = find_newest_arch(Path(save), Mode.QAT)
     classifier, corrections = open_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
-    unused = None if where or pretrained else find_unused_float_run(classifier.spec, Mode.QAT, Path(save))
-    if unused is not None:
-        on_message(f"not used: {describe_unused(unused, classifier.spec)}")
+    for line in [] if where or pretrained else describe_unused_runs(arch, Mode.QAT, Path(save)):
+        on_message(line)
     root = Path(data) if data is not None else None
     seen = load_images(classifier, [str(file) for file in files], root, images, on_progress, on_message)
     tried = calibration_of(classifier, [where.parent] if where is not None else [], Path(save))

@@ -18,8 +18,10 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.engine.calibration import analysis
 from mgq.engine.calibration.analysis import format_decibels, format_points, load_images
 from mgq.engine.classifier.open import make_random_classifier
+from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.sensitivity import Effect, Survey, effect_of, find_analyzed_layers, sensitivity_of
 from mgq.quantization.activation_ranges import (
@@ -294,6 +296,24 @@ def test_float_weights_without_ranges_are_sent_to_calibration(mgq: Mgq, made: Pa
 )
 def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, made: Path, arguments: list[str], named: str) -> None:
     assert named in the_error(mgq("analyze", "-c", made / "qat.safetensors", *arguments))
+
+
+class ToldError(Exception):
+    """A message, at which the work ends."""
+
+
+def stop_at(line: str) -> None:
+    raise ToldError(line)
+
+
+def test_it_is_said_that_another_network_has_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "mine.calibration" / RUN_CHECKPOINT
+    run.parent.mkdir()
+    run.touch()
+    opened = classifier_of(SMALL, Mode.QAT), dict[str, tuple[float, ...]]()
+    monkeypatch.setattr(analysis, "open_with_corrections", lambda *_: opened)
+    with pytest.raises(ToldError, match=r"not used: .*mine\.calibration is the newest run"):
+        analysis.analyze(save=tmp_path, on_message=stop_at)
 
 
 def test_a_deployed_file_has_nothing_to_compare_with(mgq: Mgq) -> None:
