@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mgq.data.datasets import Dataset
     from mgq.engine.classifier.classifier import Classifier
-    from mgq.engine.classifier.evaluate import Confusion, Evaluation
+    from mgq.engine.classifier.evaluation_result import Confusion, Evaluation
     from mgq.events import OnProgress
 
 BATCH = 8
@@ -111,7 +111,7 @@ class EvalCommand(NetworkCommand):
             checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish, int8=int8)
             classifier = self.open(checkpoint, on_progress)
             from mgq.data.datasets import is_unsplit, subset
-            from mgq.engine.classifier.evaluate import evaluation_data
+            from mgq.engine.classifier.labelled_sets import evaluation_data
 
             if dataset is None or (self.data is not None and is_unsplit(self.data)):
                 dataset = evaluation_data(self.data, classifier.recipe, classifier.image_size, on_progress)

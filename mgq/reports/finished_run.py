@@ -14,7 +14,7 @@ from typing import Any
 
 from mgq.data.datasets import Dataset, ImageFolder, without_subset
 from mgq.engine.calibration.calibration_run import RANGES_FILE
-from mgq.engine.classifier.evaluate import evaluation_data
+from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.open import RUN_CHECKPOINT, find_newest
 from mgq.engine.runs.provenance import read_environment
 from mgq.engine.runs.run_folder import LAST, METRICS, RECIPE, Metrics, read_metrics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import format_three_digits
-from mgq.engine.classifier.evaluate import ClassResult, Evaluation
+from mgq.engine.classifier.evaluation_result import ClassResult, Evaluation
 from mgq.errors import plural
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
 from mgq.reports.engine_rows import ROUNDS, BackendComparison, Row

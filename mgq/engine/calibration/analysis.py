@@ -16,7 +16,7 @@ from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hope
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly
-from mgq.engine.classifier.evaluate import evaluation_data, match_classes
+from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
 from mgq.engine.classifier.open import (
     Classifier,

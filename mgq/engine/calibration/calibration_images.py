@@ -23,7 +23,7 @@ from mgq.data.datasets import (
 from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.calibration_run import spread_evenly
-from mgq.engine.classifier.evaluate import match_classes, was_trained_on
+from mgq.engine.classifier.labelled_sets import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import read_crops
 from mgq.engine.training.training_sets import read_sets

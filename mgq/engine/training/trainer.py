@@ -24,7 +24,8 @@ from megengine.module.batchnorm import _BatchNorm
 from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
-from mgq.engine.classifier.evaluate import Evaluation, evaluate_loader
+from mgq.engine.classifier.evaluate import evaluate_loader
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.open import versions
 from mgq.engine.classifier.runtime_module import int8_runtime

@@ -17,7 +17,7 @@ from mgq.data.datasets import subset
 from mgq.data.loader import Loader
 from mgq.deprecation import find_renamed
 from mgq.engine.calibration.calibration_run import calibrate
-from mgq.engine.classifier.evaluate import adopt_names, match_classes
+from mgq.engine.classifier.labelled_sets import adopt_names, match_classes
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.open import Classifier, find_newest, open_classifier, versions

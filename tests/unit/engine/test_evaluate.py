@@ -20,7 +20,9 @@ from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier import evaluate as module
-from mgq.engine.classifier.evaluate import Evaluation, evaluate, evaluate_loader, evaluation_data, match_classes
+from mgq.engine.classifier.evaluate import evaluate, evaluate_loader
+from mgq.engine.classifier.evaluation_result import Evaluation
+from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress

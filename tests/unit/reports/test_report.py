@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mgq.data.datasets import evaluation_folder
-from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.engine.classifier.evaluate import evaluate
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
