@@ -313,7 +313,7 @@ def _state_from_nothing(rng: random.Random) -> bytes:
 def _read_training_state(path: Path) -> object:
     from mgq.engine.runs.training_state import read_training_state
     from mgq.engine.training.recipe import restore_recipe
-    from mgq.engine.training.training_run import info_of_progress
+    from mgq.engine.training.resumption import info_of_progress
 
     state = read_training_state(path)
     return info_of_progress(state.progress, restore_recipe(state.recipe, str(path)), path)

@@ -16,9 +16,10 @@ from megengine import Tensor
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.open import open_classifier
+from mgq.engine.runs.run_folder import FLOAT_START
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
-from mgq.engine.training.training_run import FLOAT_START, TrainResult, qat, train
+from mgq.engine.training.training_run import TrainResult, qat, train
 from mgq.errors import InputError
 from mgq.events import Callbacks, Progress
 from mgq.quantization.modes import Mode
