@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.datasets import Dataset, calibration_folder, list_sources, subset
-from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
+from mgq.data.image_sources import Source, expand_existing
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly
@@ -237,10 +237,8 @@ def load_images(
     """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
     the cat. Raises InputError where none can be read."""
     if named:
-        sources = expand(named)
-        refuse_hopeless(sources)
-        sources = leave_out_absent(sources, on_message)
-        return read_images(classifier, ", ".join(named), spread_evenly(sources, images), None, "")
+        sources = spread_evenly(expand_existing(named, on_message), images)
+        return read_images(classifier, ", ".join(named), sources, None, "")
     if data is not None:
         return describe_dataset(classifier, *find_dataset(classifier, data, on_progress, on_message), images)
     try:

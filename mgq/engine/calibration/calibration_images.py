@@ -20,7 +20,7 @@ from mgq.data.datasets import (
     subset,
     without_subset,
 )
-from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
+from mgq.data.image_sources import Source, expand_existing
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.calibration_run import spread_evenly
 from mgq.engine.classifier.labelled_sets import match_classes, was_trained_on
@@ -76,9 +76,7 @@ def find_calibration_sources(
     """
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
-        sources = expand(arguments)
-        refuse_hopeless(sources)
-        sources = leave_out_absent(sources, on_message)
+        sources = expand_existing(arguments, on_message)
         return CalibrationSources(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return find_training_images(classifier, on_progress)
