@@ -33,13 +33,13 @@ from megengine import Tensor  # noqa: E402
 from mgq.cli.main import run  # noqa: E402
 from mgq.engine.classifier import deployment  # noqa: E402
 from mgq.engine.classifier.open import Classifier  # noqa: E402
-from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
 from mgq.quantization.modes import Mode, to_mode  # noqa: E402
 from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of, specs  # noqa: E402
 from mgq.zoo.weight_loading import fingerprint  # noqa: E402
+from tests.fakes.measured_ranges import measure_ranges  # noqa: E402
 from tests.fakes.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
 State = dict[str, npt.NDArray[Any]]

@@ -32,7 +32,7 @@ from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
 from mgq.quantization.activation_ranges import ActivationRanges, GridRange, Range, set_grids
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
+from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint
@@ -45,29 +45,6 @@ MOST_LAYERWISE_IMAGES = LAYERWISE_IMAGES
 def count_images_used(method: str, images: int) -> int:
     """How many of ``images`` pictures ``method`` looks at."""
     return min(images, MOST_LAYERWISE_IMAGES) if method == EASYQUANT else images
-
-
-def measure_ranges(
-    network: M.Module,
-    batches: Iterable[npt.NDArray[np.uint8]],
-    arch: str,
-    weights: str,
-    provenance: Mapping[str, Any],
-    method: str = "min-max",
-    correct_bias: bool = True,
-) -> ActivationRanges:
-    """The range of each layer of ``network`` (mode ``normal``) over ``batches``, chosen by ``method``.
-
-    ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
-    batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
-    ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
-    pictures, for ranges of the weights, too. With ``correct_bias`` the mean shift of int8 is measured on at most 64
-    images; it is to be subtracted from the biases.
-
-    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
-    another ``method``.
-    """
-    return calibrate_network(network, batches, arch, weights, provenance, method, correct_bias, TO_NEAREST)[1]
 
 
 def calibrate_network(
@@ -84,14 +61,22 @@ def calibrate_network(
     equalize: bool = True,
     float_layers: Sequence[str] = (),
 ) -> tuple[M.Module, ActivationRanges]:
-    """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measure_ranges`, and these.
+    """A copy of ``network``, or itself, in mode ``qat`` with ranges over ``batches`` chosen by ``method``, and these.
+
+    ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
+    batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
+    ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
+    pictures, for ranges of the weights, too. With ``correct_bias`` the mean shift of int8 is measured on at most 64
+    images; it is to be subtracted from the biases.
 
     With ``weight_rounding`` ``gptq`` weights of a float network that cannot change any output become 0
     (:mod:`mgq.ptq.dead_channels`), its channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`,
     unless ``equalize`` is False), and the weights are rounded so that their errors make up for each other
     (:mod:`mgq.ptq.gptq`). Then the ranges hold for these weights with corrected biases only. ``target`` is what a float
-    network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises InputError for a layer
-    that cannot.
+    network is quantized for. The weights of the layers ``float_layers`` stay float32.
+
+    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
+    another ``method``, and for a layer that cannot stay in float.
     """
     check_method(method)
     compensate = check_rounding(weight_rounding) == BY_GPTQ

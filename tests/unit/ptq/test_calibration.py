@@ -18,7 +18,7 @@ from mgq.data.datasets import list_sources
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import InputError
-from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measure_ranges
+from mgq.ptq.calibrate import DEFAULT_METHOD, Sample
 from mgq.ptq.easyquant import SampledConvolution, cosine
 from mgq.ptq.patches import pick_positions, sample_positions
 from mgq.ptq.presets import CalibrationConfig
@@ -41,6 +41,7 @@ from tests.conftest import (
     smooth_images,
     trio_of,
 )
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.small_network import IMAGES, net
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")

@@ -9,7 +9,7 @@ import pytest
 from megengine import Tensor
 
 from mgq.ptq.bias_correction import average_output, mean_patch
-from mgq.ptq.calibrate import calibrate_network, measure_ranges
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.gptq import (
     DAMPING,
     covariances,
@@ -27,6 +27,7 @@ from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.small_network import IMAGES, net
 
 Array = npt.NDArray[np.float32]

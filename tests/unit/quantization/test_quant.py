@@ -22,7 +22,7 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 
 import mgq
 from mgq.errors import InputError
-from mgq.ptq.calibrate import find_best_network, measure_ranges
+from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.presets import DEFAULT_PRESET, get_preset
 from mgq.quantization import activation_ranges as ranges_module
 from mgq.quantization.activation_ranges import (
@@ -51,6 +51,7 @@ from tests.conftest import (
     smooth_images,
     trio_of,
 )
+from tests.fakes.measured_ranges import measure_ranges
 
 SHUFFLE = "shufflenet_v1_x0_5_g3"
 Activations = dict[str, tuple[tuple[Tensor, ...], Tensor]]
