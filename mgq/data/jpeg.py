@@ -45,7 +45,7 @@ class JpegFacts(NamedTuple):
 
 
 def jpeg_facts(data: bytes) -> JpegFacts | None:
-    """The facts of a JPEG that :func:`read_image` would decode; None for everything else."""
+    """The facts of a JPEG that :func:`mgq.data.decoding.read_image` would decode; None for everything else."""
     if not data.startswith(JPEG_MARK):
         return None
     try:

@@ -11,7 +11,8 @@ such ratios are fractions with an odd denominator n, nothing is ever nearer to h
 - a mean over positions: what is averaged has a scale of 256 / n of the mean's, for maps of up to 256 positions or an
   odd multiple of that.
 
-Scales of activations change by half a percent or so for it, those of weights by less; weights must not be rounded yet.
+Scales of activations change by half a percent or so for it, those of weights by up to 3 %; weights must not be rounded
+yet.
 """
 
 from __future__ import annotations
