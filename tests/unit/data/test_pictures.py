@@ -342,7 +342,11 @@ def test_a_cmyk_jpeg_is_turned_too() -> None:
     assert read_image(data).shape == (64, 48, 3)
 
 
-@pytest.mark.parametrize("exif", [b"", b"II*\0", b"\xff" * 40, exif_of(0), exif_of(9), exif_of(6)[:-8]])
+FAR = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 274, 3, 3, 1000, 0)
+"""EXIF with three orientations at a place behind its end."""
+
+
+@pytest.mark.parametrize("exif", [b"", b"II*\0", b"\xff" * 40, exif_of(0), exif_of(9), exif_of(6)[:-8], FAR])
 def test_malformed_exif_leaves_the_image_as_it_is(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
     assert read_image(encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif)).shape == (48, 64, 3)
     assert not recwarn.list
