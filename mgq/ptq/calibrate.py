@@ -14,7 +14,7 @@ from megengine.quantization.quantize import disable_observer, enable_fake_quant
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
-from mgq.graph.layer_graph import keep_traces
+from mgq.graph.network_reader import keep_traces
 from mgq.machine import one_blas_thread
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics

@@ -22,9 +22,9 @@ from mgq.graph.layer_graph import (
     Node,
     Transpose,
     channels_in,
-    graph_of,
     is_followed,
 )
+from mgq.graph.network_reader import graph_of
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.zoo.layers import forward_hooks
 

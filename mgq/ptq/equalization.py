@@ -23,17 +23,8 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
-from mgq.graph.layer_graph import (
-    Add,
-    Convolution,
-    GlobalAverage,
-    Graph,
-    Linear,
-    Node,
-    channels_in,
-    graph_of,
-    is_followed,
-)
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, Node, channels_in, is_followed
+from mgq.graph.network_reader import graph_of
 from mgq.machine import one_blas_thread
 from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,

@@ -21,17 +21,8 @@ import megengine.module as M
 import numpy as np
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.graph.layer_graph import (
-    Add,
-    Convolution,
-    GlobalAverage,
-    Graph,
-    MaxPool,
-    Operation,
-    Reshape,
-    Transpose,
-    graph_of,
-)
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Operation, Reshape, Transpose
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.quantization.activation_ranges import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.batch_norm_folding import activation_of

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.cpu_kernels.simulation import fast_simulation
-from mgq.graph.layer_graph import keep_traces
+from mgq.graph.network_reader import keep_traces
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
 from mgq.system.megengine_start import prepare_long_process

@@ -20,7 +20,7 @@ from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError, plural
-from mgq.graph.layer_graph import graph_of
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics

@@ -34,8 +34,8 @@ from mgq.graph.layer_graph import (
     QuantParams,
     Reshape,
     Transpose,
-    graph_of,
 )
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
 from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales, settle_scales
 from mgq.ptq.range_measurement import as_input

@@ -26,7 +26,8 @@ from mgq.engine.classifier.open import Classifier, classifier_from
 from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.errors import InputError
 from mgq.export.onnx.writer import write_onnx
-from mgq.graph.layer_graph import Convolution, graph_of
+from mgq.graph.layer_graph import Convolution
+from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import REWRITES
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize, refuse_without_ranges
