@@ -1,4 +1,4 @@
-"""Evaluates a network on labelled images: accuracy, confusions and speed."""
+"""Evaluates a network on labelled images, in one process or several."""
 
 from __future__ import annotations
 
