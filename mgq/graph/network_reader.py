@@ -38,11 +38,11 @@ from mgq.graph.layer_graph import (
     Transpose,
     pair,
 )
-from mgq.quantization.activation_ranges import fold_bias, fold_weight, is_float_layer
 from mgq.quantization.batch_norm_folding import activation_of, fold_layer
 from mgq.quantization.half_to_even import EvenFakeQuantize, ends_of
 from mgq.quantization.learned_scales import round_in_place
 from mgq.quantization.modes import Mode, mode_of
+from mgq.quantization.qat_layers import fold_bias, fold_weight, is_float_layer
 from mgq.quantization.relu6 import QAT_TO_QUANTIZED
 from mgq.quantization.targets import (
     WEIGHT_LEVELS,

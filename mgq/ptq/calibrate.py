@@ -30,9 +30,10 @@ from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
-from mgq.quantization.activation_ranges import ActivationRanges, GridRange, Range, set_grids
+from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE
+from mgq.quantization.qat_layers import GridRange, Range, set_grids
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint

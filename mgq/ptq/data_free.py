@@ -12,13 +12,7 @@ import numpy as np
 from mgq.graph.layer_graph import Convolution, Graph
 from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.patches import is_convolution
-from mgq.quantization.activation_ranges import (
-    Range,
-    add_to_bias,
-    find_quantized_layers,
-    fold_weight,
-    quantize_weight,
-)
+from mgq.quantization.qat_layers import Range, add_to_bias, find_quantized_layers, fold_weight, quantize_weight
 
 
 def expect_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, Range]:

@@ -20,7 +20,8 @@ from megengine.module.qat import QATModule, QuantStub
 
 from mgq.ptq.layerwise import Layer
 from mgq.ptq.patches import is_convolution, patches, pick_positions, sample_positions
-from mgq.quantization.activation_ranges import (
+from mgq.quantization.batch_norm_folding import activation_of
+from mgq.quantization.qat_layers import (
     GridRange,
     Range,
     fold_bias,
@@ -31,7 +32,6 @@ from mgq.quantization.activation_ranges import (
     set_grid,
     set_range,
 )
-from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]

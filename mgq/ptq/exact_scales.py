@@ -24,8 +24,8 @@ from megengine.module.qat import QATModule, QuantStub
 from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Operation, Reshape, Transpose
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.channel_statistics import IMAGE_SIZE
-from mgq.quantization.activation_ranges import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.batch_norm_folding import activation_of
+from mgq.quantization.qat_layers import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
 SUM_PARTS = 127

@@ -21,7 +21,7 @@ from megengine.module.qat import QATModule
 
 from mgq.ptq.layerwise import Layer
 from mgq.ptq.patches import is_convolution, is_plain, output_size, patches, sample_positions
-from mgq.quantization.activation_ranges import GridRange, fold_weight, is_float_layer, set_range
+from mgq.quantization.qat_layers import GridRange, fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]

@@ -12,8 +12,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from mgq.quantization.activation_ranges import Range
 from mgq.quantization.option_names import EMA, HISTOGRAM, MIN_MAX, MSE
+from mgq.quantization.qat_layers import Range
 
 Array = npt.NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from megengine.quantization.utils import QParams
 from mgq.errors import FailureError
 from mgq.ptq.logit_gradients import describe_not_finite
 from mgq.ptq.observers import Observer
-from mgq.quantization.activation_ranges import Range, find_quantized_layers, quant_levels
+from mgq.quantization.qat_layers import Range, find_quantized_layers, quant_levels
 from mgq.zoo.overflow import is_finite
 
 

@@ -35,7 +35,12 @@ from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
-from mgq.quantization.activation_ranges import (
+from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
+from mgq.quantization.float_layers import keep_in_float
+from mgq.quantization.floors import floor_of
+from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
+from mgq.quantization.qat_layers import (
     GridRange,
     Range,
     find_quantized_layers,
@@ -44,11 +49,6 @@ from mgq.quantization.activation_ranges import (
     quant_levels,
     set_grids,
 )
-from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
-from mgq.quantization.float_layers import keep_in_float
-from mgq.quantization.floors import floor_of
-from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
 from mgq.quantization.targets import Target
 from mgq.system.side_process import share_halves
 from mgq.zoo.layers import ConvBnRelu6

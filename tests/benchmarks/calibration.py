@@ -35,9 +35,9 @@ from mgq.engine.classifier.predict import read_crops  # noqa: E402
 from mgq.ptq.observers import RANGE_OBSERVERS  # noqa: E402
 from mgq.ptq.quantize import quantize  # noqa: E402
 from mgq.ptq.range_measurement import as_input, with_observers  # noqa: E402
-from mgq.quantization.activation_ranges import find_quantized_layers  # noqa: E402
 from mgq.quantization.modes import Mode, fix_input_scale, to_mode  # noqa: E402
 from mgq.quantization.option_names import METHODS  # noqa: E402
+from mgq.quantization.qat_layers import find_quantized_layers  # noqa: E402
 from tests.fakes.measured_ranges import measure_ranges  # noqa: E402
 
 BATCH = 10

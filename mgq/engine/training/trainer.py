@@ -43,9 +43,10 @@ from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import apply_ranges, observe_weights
+from mgq.quantization.activation_ranges import apply_ranges
 from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 from mgq.quantization.qat import Phase, plain_qat, set_phase
+from mgq.quantization.qat_layers import observe_weights
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint

@@ -29,8 +29,8 @@ from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, Linear
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.calibrate import calibrate_network
-from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import (
     MEGENGINE,
     ONNX,

@@ -22,16 +22,10 @@ from mgq.ptq.calibrate import DEFAULT_METHOD, Sample
 from mgq.ptq.easyquant import SampledConvolution, cosine
 from mgq.ptq.patches import pick_positions, sample_positions
 from mgq.ptq.presets import CalibrationConfig
-from mgq.quantization.activation_ranges import (
-    ActivationRanges,
-    apply_ranges,
-    fold_weight,
-    observe_weights,
-    read_ranges,
-    set_range,
-)
+from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges, read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import EASYQUANT, METHODS
+from mgq.quantization.qat_layers import fold_weight, observe_weights, set_range
 from mgq.zoo.network_state import state_of
 from tests.conftest import (
     classifier_of,

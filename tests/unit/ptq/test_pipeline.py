@@ -48,9 +48,9 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
-from mgq.quantization.activation_ranges import Range, bias_parameter, find_quantized_layers, quantize_weight, set_range
 from mgq.quantization.activations import RELU6
 from mgq.quantization.batch_norm_folding import activation_of
+from mgq.quantization.qat_layers import Range, bias_parameter, find_quantized_layers, quantize_weight, set_range
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import classifier_of, slow, smooth_images
 from tests.fakes.uneven_networks import network_of, with_true_statistics

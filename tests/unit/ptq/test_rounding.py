@@ -23,8 +23,8 @@ from mgq.ptq.gptq import (
     settle_integers,
 )
 from mgq.ptq.patches import output_size
-from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import fold_weight, observe_weights
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
 from tests.fakes.measured_ranges import measure_ranges

@@ -17,11 +17,12 @@ from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.ptq.sensitivity import activation_tally
-from mgq.quantization.activation_ranges import ActivationRanges, Range, extend_to_grid, find_quantized_layers
+from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.floors import LEVELS, steps_below
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
+from mgq.quantization.qat_layers import Range, extend_to_grid, find_quantized_layers
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan

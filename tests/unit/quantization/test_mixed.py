@@ -31,16 +31,16 @@ from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import REWRITES
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize, refuse_without_ranges
-from mgq.quantization.activation_ranges import (
+from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
+from mgq.quantization.qat_layers import (
     find_quantized_layers,
     fold_weight,
     is_float_layer,
     observe_weights,
     quantize_weight,
 )
-from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
-from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.targets import MEGENGINE, ONNX, TARGETS, Target, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime

@@ -24,14 +24,9 @@ from mgq.engine.classifier.open import make_random_classifier
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.sensitivity import Effect, Survey, effect_of, find_analyzed_layers, sensitivity_of
-from mgq.quantization.activation_ranges import (
-    apply_ranges,
-    find_quantized_layers,
-    fold_bias,
-    fold_weight,
-    observe_weights,
-)
+from mgq.quantization.activation_ranges import apply_ranges
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers, fold_bias, fold_weight, observe_weights
 from mgq.quantization.targets import ONNX
 from mgq.reports.analysis_page import page_of
 from mgq.zoo.network_state import state_of
