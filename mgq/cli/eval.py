@@ -110,7 +110,8 @@ class EvalCommand(NetworkCommand):
             int8 = self.mode != "normal"
             checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish, int8=int8)
             classifier = self.open(checkpoint, on_progress)
-            from mgq.data.datasets import is_unsplit, subset
+            from mgq.data.datasets import subset
+            from mgq.data.labelled_folders import is_unsplit
             from mgq.engine.classifier.labelled_sets import evaluation_data
 
             if dataset is None or (self.data is not None and is_unsplit(self.data)):
@@ -186,7 +187,7 @@ def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> 
 
 def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
-    from mgq.data.datasets import evaluation_folder
+    from mgq.data.labelled_folders import evaluation_folder
 
     return evaluation_folder(folder, on_progress, note)
 

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgq.data.datasets import Dataset, ImageFolder, without_subset
+from mgq.data.datasets import Dataset, without_subset
+from mgq.data.labelled_folders import ImageFolder
 from mgq.engine.calibration.calibration_run import RANGES_FILE
 from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.open import RUN_CHECKPOINT, find_newest

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.runs.provenance import listing_of
 from tests.conftest import Said, one_line_about, the_error
 from tests.fakes.commands import ARCH, lines_of, started, waited_for

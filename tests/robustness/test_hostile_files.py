@@ -28,10 +28,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mgq.data import imagenet_archives
-from mgq.data.datasets import evaluation_folder
 from mgq.data.decoding import read_image
 from mgq.data.image_limits import MAX_MEMORY
 from mgq.data.imagenet_archives import unpack_split
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.run_folder import read_metrics

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.datasets import Dataset, calibration_folder, list_sources, subset
+from mgq.data.datasets import Dataset, list_sources, subset
 from mgq.data.image_sources import Source, expand_existing
+from mgq.data.labelled_folders import calibration_folder
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly

@@ -10,17 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data import SYNTHETIC
-from mgq.data.datasets import (
-    Dataset,
-    ImageFolder,
-    calibration_folder,
-    evaluation_folder,
-    is_unsplit,
-    list_sources,
-    subset,
-    without_subset,
-)
+from mgq.data.datasets import Dataset, list_sources, subset, without_subset
 from mgq.data.image_sources import Source, expand_existing
+from mgq.data.labelled_folders import ImageFolder, calibration_folder, evaluation_folder, is_unsplit
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.calibration_run import spread_evenly
 from mgq.engine.classifier.labelled_sets import match_classes, was_trained_on

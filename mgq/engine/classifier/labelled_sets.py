@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mgq.data import SYNTHETIC
-from mgq.data.datasets import Dataset, Selection, evaluation_folder, validation_folder
+from mgq.data.datasets import Dataset, Selection
+from mgq.data.labelled_folders import evaluation_folder, validation_folder
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.classifier import class_names
 from mgq.engine.classifier.label_names import join_names

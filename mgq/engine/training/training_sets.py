@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.augmentation import EvalTransform, TrainTransform
-from mgq.data.datasets import Dataset, subset, training_folders
+from mgq.data.datasets import Dataset, subset
+from mgq.data.labelled_folders import training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier.evaluate import batch_for

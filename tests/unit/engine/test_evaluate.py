@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pytest
 
 from mgq.data.augmentation import EvalTransform
-from mgq.data.datasets import evaluation_folder, subset, training_folders
+from mgq.data.datasets import subset
 from mgq.data.imagenet_classes import imagenet_classes
+from mgq.data.labelled_folders import evaluation_folder, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier import evaluate as module

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.network_choice import choose_network

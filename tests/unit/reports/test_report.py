@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.open import open_classifier
