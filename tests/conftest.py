@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import zlib
@@ -238,6 +239,21 @@ class Read(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def document(text: str) -> dict[str, Any]:
+    """The one JSON document that ``text`` is, without numbers that JSON does not have."""
+
+    def refused(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    body: dict[str, Any] = json.loads(text, parse_constant=refused)
+    return body
+
+
+def words_on(page: Path) -> str:
+    """What a reader of the HTML ``page`` reads, in one line."""
+    return " ".join("".join(Read(page.read_text()).words).split())
 
 
 # ---- the command line ----

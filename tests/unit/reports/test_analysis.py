@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import megengine.functional as F
@@ -35,6 +33,7 @@ from tests.conftest import (
     Mgq,
     Read,
     classifier_of,
+    document,
     logits_of,
     same_state,
     smooth_images,
@@ -251,14 +250,6 @@ def test_a_table_of_the_worst_layers_and_a_page(mgq: Mgq, made: Path, tmp_path: 
     assert all(len(line) <= 80 for line in said.out.splitlines() if not line.startswith(("weights:", "pictures:")))
     starts = tuple(name[:11] for name in find_quantized_layers(trio_of(SMALL).qat))  # long ones are folded
     assert sum(line.startswith(starts) for line in said.out.splitlines()) == 3
-
-
-def document(text: str) -> dict[str, Any]:
-    def refused(name: str) -> float:
-        raise AssertionError(f"{name} is not JSON")
-
-    body: dict[str, Any] = json.loads(text, parse_constant=refused)
-    return body
 
 
 def test_json_is_one_document_with_all_layers(mgq: Mgq, made: Path, tmp_path: Path) -> None:
