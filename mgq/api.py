@@ -12,7 +12,8 @@ from mgq.data.datasets import subset
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.classifier import evaluate as evaluation
-from mgq.engine.classifier.evaluate import Evaluation
+from mgq.engine.classifier.evaluation_result import Evaluation
+from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.network_choice import choose_network
 from mgq.engine.classifier.run_lookup import find_newest_arch
 from mgq.errors import no_such
@@ -151,7 +152,7 @@ def evaluate(
     file = Path(checkpoint) if checkpoint else None
     classifier = choose_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
     root = Path(data) if data is not None else None
-    images = evaluation.evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
+    images = evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:
         images = subset(images, limit)
     return evaluation.evaluate(classifier, images, jobs=jobs, on_progress=on_progress)

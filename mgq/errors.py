@@ -57,6 +57,11 @@ def plural(number: int, noun: str, form: str = "") -> str:
     return f"{number:{form}} {noun}"
 
 
+def megabytes(size: int) -> str:
+    """A ``size`` in bytes, in words."""
+    return f"{size / 1e6:.1f} MB"
+
+
 _ADDRESS = re.compile(r"(?:^|.*/)(https?|ftp|s3|gs|file):/+(.+)", re.DOTALL)
 """The address in a path that was made of one, which leaves a single slash and may put the working folder in front."""
 

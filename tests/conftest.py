@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import zlib
@@ -33,13 +34,13 @@ from megengine import Tensor  # noqa: E402
 from mgq.cli.main import run  # noqa: E402
 from mgq.engine.classifier import deployment  # noqa: E402
 from mgq.engine.classifier.open import Classifier  # noqa: E402
-from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges  # noqa: E402
 from mgq.quantization.modes import Mode, to_mode  # noqa: E402
 from mgq.zoo import shufflenet_v1  # noqa: E402
 from mgq.zoo.layers import without_initialization  # noqa: E402
 from mgq.zoo.registry import create_model, spec_of, specs  # noqa: E402
 from mgq.zoo.weight_loading import fingerprint  # noqa: E402
+from tests.fakes.measured_ranges import measure_ranges  # noqa: E402
 from tests.fakes.without_gpus import ONE_UNIT_A_STAGE  # noqa: E402
 
 State = dict[str, npt.NDArray[Any]]
@@ -238,6 +239,21 @@ class Read(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def document(text: str) -> dict[str, Any]:
+    """The one JSON document that ``text`` is, without numbers that JSON does not have."""
+
+    def refused(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    body: dict[str, Any] = json.loads(text, parse_constant=refused)
+    return body
+
+
+def words_on(page: Path) -> str:
+    """What a reader of the HTML ``page`` reads, in one line."""
+    return " ".join("".join(Read(page.read_text()).words).split())
 
 
 # ---- the command line ----

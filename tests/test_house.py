@@ -335,6 +335,55 @@ def test_verbs_nouns_tests_and_conversions_are_names(name: str) -> None:
     assert not says_nothing(name)
 
 
+# ---- references in docstrings ----
+
+REFERENCE = re.compile(r":(?:func|data|class|meth|attr|mod):`(?:[^`<]*<)?~?([\w.]+)>?`")
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """What the module at ``path`` defines or imports; methods and attributes alone and behind their class."""
+    found = set()
+    for node in tree_of(path).body:
+        parts = [node, *(ast.walk(node) if isinstance(node, ast.ClassDef | ast.If) else [])]
+        own = {name for part in parts for name in names_bound_by(part)}
+        found |= own | ({f"{node.name}.{name}" for name in own} if isinstance(node, ast.ClassDef) else set())
+    return frozenset(found)
+
+
+def names_bound_by(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (name.asname or name.name for name in node.names)
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        parts = [part for target in targets for part in ast.walk(target)]
+        yield from (part.id for part in parts if isinstance(part, ast.Name))
+        yield from (part.attr for part in parts if isinstance(part, ast.Attribute))
+
+
+def exists(name: str, path: Path, known: dict[str, Path]) -> bool:
+    """Whether what a docstring at ``path`` calls ``name`` is there; other packages are taken at their word."""
+    first, dot, _ = name.partition(".")
+    if first != "mgq":
+        return name in names_in(path) or bool(dot and (first in names_in(path) or first.islower()))
+    parts = name.split(".")
+    module = next(found for end in range(len(parts), 0, -1) if (found := ".".join(parts[:end])) in known)
+    return module == name or name[len(module) + 1 :] in names_in(known[module])
+
+
+def test_docstrings_refer_to_what_exists() -> None:
+    known = modules()
+    wrong = [
+        f"{path.relative_to(ROOT)} names {name}"
+        for path in known.values()
+        for name in REFERENCE.findall(path.read_text(encoding="utf-8"))
+        if not exists(name, path, known)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 # ---- dependencies ----
 
 

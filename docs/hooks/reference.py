@@ -151,7 +151,7 @@ TYPES = {
         *(
             "mgq.engine.classifier.predict.Prediction",
             "mgq.engine.classifier.predict.ClassScore",
-            "mgq.engine.classifier.evaluate.Evaluation",
+            "mgq.engine.classifier.evaluation_result.Evaluation",
         ),
         *(
             "mgq.engine.training.training_run.TrainResult",

@@ -21,7 +21,8 @@ from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_
 from mgq.engine.classifier.parity import compute_reference
 from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
-from mgq.graph.layer_graph import graph_of, macs_of
+from mgq.graph.layer_graph import macs_of
+from mgq.graph.network_reader import graph_of
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, ONNX, Target, get_target
 from mgq.runtime.protocol import Runtime

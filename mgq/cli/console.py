@@ -199,11 +199,3 @@ def line_of(event: Progress) -> str:
         amount += f" of {format_amount(event.total, event.unit)}"
     unit = "" if event.unit == "B" else f" {event.unit}"
     return f"{event.what}: {amount}{unit}" + (f", {event.detail}" if event.detail else "")
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` in words, to two figures or so: ``8 s``, ``1 min 40 s``, ``12 min``."""
-    if seconds < 55:
-        return f"{max(1, round(seconds))} s"
-    minutes, rest = divmod(round(seconds / 10) * 10, 60)
-    return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes + (rest >= 30)} min"

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from mgq.cli.console import note, say, show_table
-from mgq.errors import plural
+from mgq.errors import megabytes, plural
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
@@ -31,7 +31,7 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     say(
         f"one picture at a time on {plural(deployment.threads, 'core')}, "
         f"{plural(deployment.images, 'picture')} compared; "
-        f"{deployment.float_bytes / 1e6:.1f} MB float, {deployment.int8_bytes / 1e6:.1f} MB int8"
+        f"{megabytes(deployment.float_bytes)} float, {megabytes(deployment.int8_bytes)} int8"
     )
     for row in deployment.rows:
         if row.float_share:

@@ -19,7 +19,7 @@ from mgq.cli.shared_options import (
     open_network,
     prepare_megengine,
 )
-from mgq.errors import InputError, plural
+from mgq.errors import InputError, megabytes, plural
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -321,7 +321,3 @@ def show_speed(found: Deployment, wanted: FileOptions) -> None:
     own = next((backend.name for backend in BACKENDS if backend.key == wanted.engine), "")
     is_of_others = wanted.engine == ANY_ENGINE or own not in found.slower
     show_deployment(found, "write a file for it alone (`--for`)" if is_of_others else "")
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

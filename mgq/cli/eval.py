@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mgq.data.datasets import Dataset
     from mgq.engine.classifier.classifier import Classifier
-    from mgq.engine.classifier.evaluate import Confusion, Evaluation
+    from mgq.engine.classifier.evaluation_result import Confusion, Evaluation
     from mgq.events import OnProgress
 
 BATCH = 8
@@ -110,8 +110,9 @@ class EvalCommand(NetworkCommand):
             int8 = self.mode != "normal"
             checkpoint = take_checkpoint(self.checkpoint, key=self.key, save=self.save, wish=wish, int8=int8)
             classifier = self.open(checkpoint, on_progress)
-            from mgq.data.datasets import is_unsplit, subset
-            from mgq.engine.classifier.evaluate import evaluation_data
+            from mgq.data.datasets import subset
+            from mgq.data.labelled_folders import is_unsplit
+            from mgq.engine.classifier.labelled_sets import evaluation_data
 
             if dataset is None or (self.data is not None and is_unsplit(self.data)):
                 dataset = evaluation_data(self.data, classifier.recipe, classifier.image_size, on_progress)
@@ -186,7 +187,7 @@ def advice_for(classifier: Classifier, dataset: Dataset, result: Evaluation) -> 
 
 def find_data(folder: Path, on_progress: OnProgress) -> Dataset:
     from mgq.cli.console import note
-    from mgq.data.datasets import evaluation_folder
+    from mgq.data.labelled_folders import evaluation_folder
 
     return evaluation_folder(folder, on_progress, note)
 

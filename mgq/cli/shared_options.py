@@ -209,25 +209,13 @@ class NetworkOptions:
         """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights, or where
         it was not chosen and another one has the newest run."""
         from mgq.cli.console import note
-        from mgq.engine.classifier.run_lookup import (
-            DEFAULT_ARCH,
-            describe_newer,
-            describe_unused,
-            find_newer_run,
-            find_unused_float_run,
-        )
+        from mgq.engine.classifier.run_lookup import describe_unused_runs
         from mgq.quantization.option_names import parse_mode
-        from mgq.zoo.registry import spec_of
 
         if self.checkpoint or self.pretrained or self.ranges or mode is None:
             return
-        spec = spec_of(self.arch or DEFAULT_ARCH)
-        run = find_unused_float_run(spec, parse_mode(mode), self.save)
-        if run is not None:
-            note(f"not used: {describe_unused(run, spec)}")
-        newer = find_newer_run(parse_mode(mode), self.save) if self.arch is None else None
-        if newer is not None:
-            note(f"not used: {describe_newer(newer)}")
+        for line in describe_unused_runs(self.arch, parse_mode(mode), self.save):
+            note(line)
 
 
 def open_network(

@@ -33,7 +33,7 @@ from mgq.cli.option_types import (
     RecipeNumber,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
-from mgq.errors import InputError
+from mgq.errors import InputError, megabytes
 from mgq.system.mpi_world import JOBS_VARIABLE, find_world, run_jobs
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
         ("int8", comparison.quantized, comparison.quantized_bytes),
     ):
         drop = "" if found is comparison.normal else f"{base - found.top1:.1f}"
-        weights = "" if size is None else f"{size / 1e6:.1f} MB"
+        weights = "" if size is None else megabytes(size)
         table.add_row(label, f"{found.top1:.1f} %", f"{found.top5:.1f} %", drop, weights)
     return table
 

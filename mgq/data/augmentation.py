@@ -18,7 +18,10 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from mgq.data.decoding import MAX_BYTES, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
+from mgq.data.decoding import read_image
+from mgq.data.image_limits import MAX_BYTES
+from mgq.data.jpeg import decode_reduced_jpeg, jpeg_facts
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.transforms import eval_crop, eval_resize
 from mgq.errors import InputError
 

@@ -7,25 +7,21 @@ claims, and answer some cut files with half a grey picture.
 OpenCV decodes JPEG (for speed) and PNG (it keeps 16 bits and refuses missing rows), ``mgq.data.netpbm`` the formats of
 Netpbm. Pillow decodes the others, of whose faults OpenCV complains on standard error.
 
-Sources: ITU-T T.81 (JPEG), the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0, Exif 2.32, GIF 89a.
+Sources: the W3C PNG specification, RFC 9649 (WebP), TIFF 6.0, GIF 89a.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
 import os
-import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from mgq.data.image_headers import (
     J2K_MARK,
@@ -37,25 +33,21 @@ from mgq.data.image_headers import (
     is_avif,
     jpeg2000_facts,
 )
+from mgq.data.image_limits import CUT_SHORT, DAMAGED, MAX_BYTES, TOO_HEAVY, RefusalError, admit
+from mgq.data.jpeg import JPEG_MARK, read_jpeg_facts
 from mgq.data.netpbm import begins_as_netpbm, netpbm_header, netpbm_samples
+from mgq.data.pixel_decoders import (
+    UPRIGHT,
+    Pixels,
+    Samples,
+    decode_by_opencv,
+    decode_by_pillow,
+    lay_on_white,
+    to_eight_bits,
+)
+from mgq.data.tiff_fields import EXIF_MARK, FIELD_BYTES, exif_orientation, tiff_fields
 from mgq.errors import InputError, no_such_path, printable
 from mgq.io.limited_io import identify_stand_in
-from mgq.machine import is_debugging
-
-if TYPE_CHECKING:
-    from PIL.ImageFile import ImageFile
-
-MAX_SIDE = 20_000
-"""The most pixels a picture may have on a side."""
-MAX_PIXELS = 100_000_000
-"""The most pixels a picture of any format may have altogether (300 MB decoded)."""
-MAX_MEMORY = 800_000_000
-"""The most bytes that decoding a picture may take, which sets a lower limit than ``MAX_PIXELS`` to most formats."""
-MAX_BYTES = 200_000_000
-"""The most bytes a picture's file may have."""
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-_Samples: TypeAlias = npt.NDArray[np.uint8 | np.uint16]
 
 
 def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
@@ -76,22 +68,13 @@ def read_image(source: Path | bytes, name: str | None = None) -> Pixels:
         return _pixels(source if isinstance(source, bytes) else _bytes_of(source))
     except FileNotFoundError as error:
         raise no_such_path(name) from error
-    except _RefusalError as refusal:
+    except RefusalError as refusal:
         raise InputError(f"{printable(name)} {refusal}") from refusal.__cause__
 
 
 def bundled_cat() -> Path:
     """The photograph of a cat that is installed with the program (CC0; see assets/README.md)."""
     return Path(__file__).with_name("cat.jpg")
-
-
-class _RefusalError(Exception):
-    """Why a picture is not read: the end of a sentence that begins with its name."""
-
-
-_CUT_SHORT = "is cut short: copy or download it again"
-_DAMAGED = "is damaged or cut short: copy or download it again"
-_TOO_HEAVY = f"is larger than {MAX_BYTES // 1_000_000} MB, the most that is read: save it smaller"
 
 
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, TGA"
@@ -115,31 +98,31 @@ def _bytes_of(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 return file.read(MAX_BYTES + 1)  # A pipe or a device, which may have no end.
             if status.st_size > MAX_BYTES:
-                raise _RefusalError(_TOO_HEAVY)
+                raise RefusalError(TOO_HEAVY)
             return file.read()
     except FileNotFoundError:
         raise
     except IsADirectoryError as error:
-        raise _RefusalError("is a folder, not a picture: name a picture in it") from error
+        raise RefusalError("is a folder, not a picture: name a picture in it") from error
     except OSError as error:
-        raise _RefusalError(f"cannot be read ({error.strerror}): check the path and its permissions") from error
+        raise RefusalError(f"cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def _pixels(data: bytes) -> Pixels:
     if not data:
-        raise _RefusalError("is empty (0 bytes): copy or download it again")
+        raise RefusalError("is empty (0 bytes): copy or download it again")
     if len(data) > MAX_BYTES:
-        raise _RefusalError(_TOO_HEAVY)
+        raise RefusalError(TOO_HEAVY)
     plan_of = next((plan_of for is_mine, plan_of in _FORMATS if is_mine(data)), None)
     if plan_of is None:
-        raise _RefusalError(_describe_content(data))
+        raise RefusalError(_describe_content(data))
     try:
         plan = plan_of(data)
     except (CutShortError, struct.error, IndexError) as error:
-        raise _RefusalError(_CUT_SHORT) from error
+        raise RefusalError(CUT_SHORT) from error
     except DamagedError as error:
-        raise _RefusalError(_DAMAGED) from error
-    return UPRIGHT[plan.orientation](_opaque(_to_eight_bits(plan.decode())))
+        raise RefusalError(DAMAGED) from error
+    return UPRIGHT[plan.orientation](lay_on_white(to_eight_bits(plan.decode())))
 
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -163,128 +146,20 @@ class _Plan(NamedTuple):
     ``decode`` gives grey (H, W), BGR (H, W, 3) or BGRA (H, W, 4), not yet turned.
     """
 
-    decode: Callable[[], _Samples]
+    decode: Callable[[], Samples]
     orientation: int = 1
 
 
 # Bytes for each pixel that decoding takes at its peak, the decoder's own included, as measured.
-_COST_JPEG, _COST_JPEG_LINES, _COST_JPEG_COMPONENT = 7, 4, 2
 _COST_PNG, _COST_PNG_ALPHA, _COST_PNG_HOLE, _COST_PNG_16 = 7, 9, 11, 21
 _COST_WEBP, _COST_GIF, _COST_BMP, _COST_TIFF = 24, 13, 14, 16
 _COST_AVIF, _COST_JPEG_2000, _COST_OTHERS = 28, 32, 22
 
 
-def _admit(cost: int, width: int, height: int) -> None:
-    """Refuse a size that no picture has, or that is too large to decode at ``cost`` bytes a pixel."""
-    if width < 1 or height < 1:
-        raise _RefusalError(_DAMAGED)
-    for way, extent in (("wide", width), ("high", height)):
-        if extent > MAX_SIDE:
-            raise _RefusalError(
-                f"is {extent:,} pixels {way}, and at most {MAX_SIDE:,} on a side are read: scale it down"
-            )
-    most = min(MAX_PIXELS, MAX_MEMORY // cost)
-    if width * height > most:
-        raise _RefusalError(f"is {width:,} x {height:,} pixels, and at most {most:,} in all are read: scale it down")
-
-
-# ---- JPEG ----
-
-_JPEG_MARK = b"\xff\xd8"
-# Any marker but fill bytes and those inside a scan (stuffed zeros, restarts), so a search passes over scans.
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8})
-_JPEG_END, _JPEG_SCAN, _JPEG_EXIF = 0xD9, 0xDA, 0xE1
-_EXIF_MARK = b"Exif\0\0"
-_MOST_COMPONENTS = 4
-_MOST_PIXELS_A_BYTE = 8 * 64 * 4  # a block of 8x8 takes a bit or more; colours may have a quarter of the resolution
-_MOST_SCANS = 200
-_MOST_SCANNED = 1_500_000_000  # pixels, in all scans together
-
-
-class JpegFacts(NamedTuple):
-    """Facts from the headers of the JPEG that would be decoded; width and height before its orientation is applied."""
-
-    width: int
-    height: int
-    orientation: int
-
-    @property
-    def upright(self) -> tuple[int, int]:
-        """Width and height as it is looked at."""
-        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
-
-
-def jpeg_facts(data: bytes) -> JpegFacts | None:
-    """The facts of a JPEG that :func:`read_image` would decode; None for everything else."""
-    if not data.startswith(_JPEG_MARK):
-        return None
-    try:
-        return _jpeg_facts(data)
-    except (_RefusalError, struct.error, IndexError):
-        return None
-
-
-def decode_reduced_jpeg(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
-    """The picture upright at 1/2, 1/4 or 1/8 of its size, rounded up; None where the decoder finds otherwise.
-
-    The decoder leaves out the high frequencies, which is the mean over squares in effect.
-    """
-    flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[by]
-    size = -(-facts.width // by), -(-facts.height // by)
-    try:
-        pixels = _by_opencv(data, size, flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    except _RefusalError:
-        return None
-    return UPRIGHT[facts.orientation](np.asarray(pixels, np.uint8))
-
-
 def _jpeg(data: bytes) -> _Plan:
-    facts = _jpeg_facts(data)
+    facts = read_jpeg_facts(data)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    return _Plan(lambda: _by_opencv(data, (facts.width, facts.height), flags), facts.orientation)
-
-
-def _jpeg_facts(data: bytes) -> JpegFacts:
-    """Walk the segments to the end-of-image marker: a file without it has lost its last rows."""
-    size: tuple[int, int] | None = None
-    orientation = 1
-    components = scans = 0
-    at = 2
-    while True:
-        found = _JPEG_MARKER.search(data, at)
-        if found is None:
-            raise _RefusalError(_CUT_SHORT)
-        at = found.end()
-        marker = data[at - 1]
-        if marker == _JPEG_END:
-            break
-        if marker in _JPEG_WITHOUT_LENGTH:
-            continue
-        (length,) = struct.unpack_from(">H", data, at)
-        if at + length > len(data):
-            raise _RefusalError(_CUT_SHORT)
-        if marker in _JPEG_FRAMES and size is None:
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 2)
-            _admit(_COST_JPEG, width, height)
-            if bits != 8:
-                raise _RefusalError(f"has {bits} bits a sample, not 8 as a JPEG should: save it with 8")
-            size = width, height
-        elif marker == _JPEG_SCAN:
-            scans += 1
-        elif marker == _JPEG_EXIF and data.startswith(_EXIF_MARK, at + 2):
-            orientation = exif_orientation(data[at + 2 + len(_EXIF_MARK) : at + length])
-        at += length
-    if size is None or not scans or components > _MOST_COMPONENTS:
-        raise _RefusalError(_DAMAGED)
-    if size[0] * size[1] > len(data) * _MOST_PIXELS_A_BYTE:
-        raise _RefusalError(_CUT_SHORT)
-    if scans > 1:  # all coefficients are kept until the last scan, and each goes through all of them
-        _admit(_COST_JPEG_LINES + components * _COST_JPEG_COMPONENT, *size)
-        if scans > _MOST_SCANS or scans * size[0] * size[1] > _MOST_SCANNED:
-            raise _RefusalError(f"takes {scans} passes to decode, which no picture of its size needs: save it again")
-    return JpegFacts(*size, orientation)
+    return _Plan(lambda: decode_by_opencv(data, (facts.width, facts.height), flags), facts.orientation)
 
 
 # ---- PNG ----
@@ -312,15 +187,15 @@ def _png(data: bytes) -> _Plan:
         length, kind = struct.unpack_from(">I4s", data, at)
         body, end = at + 8, at + 12 + length
         if not seen and kind != b"IHDR":
-            raise _RefusalError(_DAMAGED)
+            raise RefusalError(DAMAGED)
         if kind == b"IHDR":
             width, height, depth, colour = struct.unpack_from(">IIBB", data, body)
-            _admit(_COST_PNG_16 if depth == 16 else _COST_PNG, width, height)
+            admit(_COST_PNG_16 if depth == 16 else _COST_PNG, width, height)
         if end > len(data):
-            raise _RefusalError(_CUT_SHORT)
+            raise RefusalError(CUT_SHORT)
         if kind in _PNG_KEPT:
             if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-                raise _RefusalError(_DAMAGED)
+                raise RefusalError(DAMAGED)
             kept += view[at:end]
             seen.add(kind)
         elif kind == b"eXIf":
@@ -329,18 +204,18 @@ def _png(data: bytes) -> _Plan:
             transparent_grey = int.from_bytes(view[body : body + 2], "big")
         at = end
     if depth < 16:
-        _admit(_COST_PNG_ALPHA if colour in _PNG_ALPHA else _COST_PNG_HOLE if b"tRNS" in seen else 1, width, height)
+        admit(_COST_PNG_ALPHA if colour in _PNG_ALPHA else _COST_PNG_HOLE if b"tRNS" in seen else 1, width, height)
     if b"IDAT" not in seen or (colour == _PNG_PALETTE and b"PLTE" not in seen):
-        raise _RefusalError(_DAMAGED)
+        raise RefusalError(DAMAGED)
 
-    def decode() -> _Samples:
-        pixels = _by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
+    def decode() -> Samples:
+        pixels = decode_by_opencv(kept, (width, height), cv2.IMREAD_UNCHANGED)
         return pixels if transparent_grey is None else _make_transparent(pixels, transparent_grey, depth)
 
     return _Plan(decode, orientation)
 
 
-def _make_transparent(grey: _Samples, hole: int, depth: int) -> _Samples:
+def _make_transparent(grey: Samples, hole: int, depth: int) -> Samples:
     """``grey`` as BGRA, transparent where it is ``hole`` (of ``depth`` bits), which OpenCV ignores."""
     most = np.iinfo(grey.dtype).max
     alpha = np.where(grey == hole * most // (2**depth - 1), grey.dtype.type(0), grey.dtype.type(most))
@@ -361,11 +236,11 @@ def _webp(data: bytes) -> _Plan:
         width, height = struct.unpack_from("<HH", data, 26)
         size = width & 0x3FFF, height & 0x3FFF
     else:
-        raise _RefusalError(_DAMAGED)
-    _admit(_COST_WEBP, *size)
+        raise RefusalError(DAMAGED)
+    admit(_COST_WEBP, *size)
     if 8 + int.from_bytes(data[4:8], "little") > len(data):
-        raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, "WebP", _COST_WEBP), _webp_orientation(data))
+        raise RefusalError(CUT_SHORT)
+    return _Plan(lambda: decode_by_pillow(data, "WebP", _COST_WEBP), _webp_orientation(data))
 
 
 def _webp_orientation(data: bytes) -> int:
@@ -373,19 +248,19 @@ def _webp_orientation(data: bytes) -> int:
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)
         if kind == b"EXIF":
-            return exif_orientation(data[at + 8 : at + 8 + length].removeprefix(_EXIF_MARK))
+            return exif_orientation(data[at + 8 : at + 8 + length].removeprefix(EXIF_MARK))
         at += 8 + length + length % 2
     return 1
 
 
 def _gif(data: bytes) -> _Plan:
-    _admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))  # where it has none, Pillow takes its frame's
-    return _Plan(lambda: _by_pillow(data, "Gif", _COST_GIF))
+    admit(_COST_GIF, *struct.unpack_from("<HH", data, 6))  # where it has none, Pillow takes its frame's
+    return _Plan(lambda: decode_by_pillow(data, "Gif", _COST_GIF))
 
 
 def _pillow_planner(plugin: str, cost: int) -> Callable[[bytes], _Plan]:
     """How to read a format whose size Pillow finds in the header, before it makes room for the picture."""
-    return lambda data: _Plan(lambda: _by_pillow(data, plugin, cost))
+    return lambda data: _Plan(lambda: decode_by_pillow(data, plugin, cost))
 
 
 _BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})
@@ -396,7 +271,7 @@ def _is_bmp(data: bytes) -> bool:
     return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
 
 
-_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
 _TIFF_TILE_SIZE = (322, 323)
 _MOST_NUMBERS = 1_000_000  # in a field, each of which becomes an object; strips and tiles have most of them
@@ -404,59 +279,59 @@ _MOST_NUMBERS = 1_000_000  # in a field, each of which becomes an object; strips
 
 def _tiff(data: bytes) -> _Plan:
     """Check that all fields, strips and tiles lie in the file. Pillow heeds the orientation by itself."""
-    fields = list(_tiff_fields(data))
+    fields = list(tiff_fields(data))
     tags = {field.tag: field for field in fields}
     # Of two fields of one tag, some readers take the first and some the last.
     if len(tags) < len(fields) or _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
-        raise _RefusalError(_DAMAGED)
-    if any(field.kind in _FIELD_BYTES and field.amount > _MOST_NUMBERS for field in fields):
-        raise _RefusalError(_DAMAGED)
-    _admit(_COST_TIFF, tags[_TIFF_WIDTH].read_first(data), tags[_TIFF_HEIGHT].read_first(data))
+        raise RefusalError(DAMAGED)
+    if any(field.kind in FIELD_BYTES and field.amount > _MOST_NUMBERS for field in fields):
+        raise RefusalError(DAMAGED)
+    admit(_COST_TIFF, tags[_TIFF_WIDTH].read_first(data), tags[_TIFF_HEIGHT].read_first(data))
     if any(field.start + field.length > len(data) for field in tags.values()):
-        raise _RefusalError(_CUT_SHORT)
+        raise RefusalError(CUT_SHORT)
     for offsets, lengths in (_TIFF_STRIPS, _TIFF_TILES):
         if offsets in tags and lengths in tags:
             starts, sizes = tags[offsets].numbers(data), tags[lengths].numbers(data)
             parts = min(starts.size, sizes.size)
             if max(starts[:parts] + sizes[:parts], default=0) > len(data):
-                raise _RefusalError(_CUT_SHORT)
+                raise RefusalError(CUT_SHORT)
     if all(tag in tags for tag in _TIFF_TILE_SIZE):
-        _admit(_COST_TIFF, *(tags[tag].read_first(data) for tag in _TIFF_TILE_SIZE))
-    return _Plan(lambda: _by_pillow(data, "Tiff", _COST_TIFF))
+        admit(_COST_TIFF, *(tags[tag].read_first(data) for tag in _TIFF_TILE_SIZE))
+    return _Plan(lambda: decode_by_pillow(data, "Tiff", _COST_TIFF))
 
 
 def _avif(data: bytes) -> _Plan:
     for size in avif_sizes(data):
-        _admit(_COST_AVIF, *size)
-    return _Plan(lambda: _by_pillow(data, "Avif", _COST_AVIF, turned=True))
+        admit(_COST_AVIF, *size)
+    return _Plan(lambda: decode_by_pillow(data, "Avif", _COST_AVIF, turned=True))
 
 
 def _jpeg_2000(data: bytes) -> _Plan:
     facts = jpeg2000_facts(data)
-    _admit(_COST_JPEG_2000, facts.width, facts.height)
+    admit(_COST_JPEG_2000, facts.width, facts.height)
     check_jpeg2000(data, facts)
-    return _Plan(lambda: _by_pillow(data, "Jpeg2K", _COST_JPEG_2000))
+    return _Plan(lambda: decode_by_pillow(data, "Jpeg2K", _COST_JPEG_2000))
 
 
 def _netpbm(data: bytes) -> _Plan:
     header = netpbm_header(data)
     if header is None:
-        raise _RefusalError(_DAMAGED)
-    _admit(header.cost, header.width, header.height)
+        raise RefusalError(DAMAGED)
+    admit(header.cost, header.width, header.height)
     if header.start + header.length > len(data):
-        raise _RefusalError(_CUT_SHORT)
+        raise RefusalError(CUT_SHORT)
 
-    def decode() -> _Samples:
+    def decode() -> Samples:
         try:
             samples = netpbm_samples(header, data)
         except ValueError as error:
-            raise _RefusalError(_DAMAGED) from error
+            raise RefusalError(DAMAGED) from error
         return _bgr_of(samples)
 
     return _Plan(decode)
 
 
-def _bgr_of(samples: _Samples) -> _Samples:
+def _bgr_of(samples: Samples) -> Samples:
     """Grey (H, W), BGR or BGRA of samples (H, W, 1 to 4): grey, grey and alpha, RGB, RGBA."""
     channels = samples.shape[2]
     order = {1: [0], 2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
@@ -482,8 +357,8 @@ def _is_tga(data: bytes) -> bool:
 def _tga(data: bytes) -> _Plan:
     opaque = data[17] & 0x0F == 0  # what stands in the place of alpha means nothing
 
-    def decode() -> _Samples:
-        pixels = _by_pillow(data, "Tga", _COST_OTHERS)
+    def decode() -> Samples:
+        pixels = decode_by_pillow(data, "Tga", _COST_OTHERS)
         return np.ascontiguousarray(pixels[:, :, :3]) if opaque and pixels.ndim == 3 else pixels
 
     return _Plan(decode)
@@ -503,177 +378,12 @@ def _is_pcx(data: bytes) -> bool:
 def _pcx(data: bytes) -> _Plan:
     has_palette = data[1] == 5 and data[3] == 8 and data[65] == 1
     if has_palette and data[-_PCX_PALETTE] != _PCX_PALETTE_MARK:
-        raise _RefusalError(_CUT_SHORT)
-    return _Plan(lambda: _by_pillow(data, "Pcx", _COST_OTHERS))
+        raise RefusalError(CUT_SHORT)
+    return _Plan(lambda: decode_by_pillow(data, "Pcx", _COST_OTHERS))
 
-
-# ---- the fields of a TIFF, and of EXIF, which is a small TIFF ----
-
-_FIELD_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-_WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4"}
-
-
-class _Field(NamedTuple):
-    tag: int
-    kind: int
-    amount: int
-    start: int
-    order: str
-
-    @property
-    def length(self) -> int:
-        return self.amount * _FIELD_BYTES.get(self.kind, 1)
-
-    def read_first(self, tiff: bytes) -> int:
-        """The first of its whole numbers. Raises struct.error where it is cut off, IndexError where there is none."""
-        return int(self._replace(amount=min(1, self.amount)).numbers(tiff)[0])
-
-    def numbers(self, tiff: bytes) -> npt.NDArray[np.int64]:
-        """The whole numbers it holds; none if it holds others. Raises struct.error where they are cut off."""
-        form = _WHOLE_NUMBERS.get(self.kind)
-        if form is None:
-            return np.zeros(0, np.int64)
-        if self.start + self.length > len(tiff):
-            raise struct.error
-        return np.frombuffer(tiff, self.order + form, self.amount, self.start).astype(np.int64)
-
-
-def _tiff_fields(tiff: bytes) -> Iterator[_Field]:
-    """The fields of the first directory. Raises struct.error where the bytes end before it does."""
-    order = "<" if tiff.startswith(b"II") else ">"
-    (at,) = struct.unpack_from(f"{order}I", tiff, 4)
-    (entries,) = struct.unpack_from(f"{order}H", tiff, at)
-    for entry in range(at + 2, at + 2 + 12 * entries, 12):
-        tag, kind, amount, pointer = struct.unpack_from(f"{order}HHII", tiff, entry)
-        field = _Field(tag, kind, amount, pointer, order)
-        yield field if field.length > 4 else field._replace(start=entry + 8)
-
-
-def exif_orientation(tiff: bytes) -> int:
-    """The orientation, 1 to 8, that an EXIF block tells; 1 where it has none or is malformed."""
-    try:
-        for field in _tiff_fields(tiff):
-            if field.tag == _ORIENTATION:
-                turn = field.read_first(tiff)
-                return turn if turn in UPRIGHT else 1
-    except (struct.error, IndexError):
-        pass
-    return 1
-
-
-# ---- decoders ----
-
-
-def _by_opencv(data: bytes | bytearray, size: tuple[int, int], flags: int) -> _Samples:
-    """Grey, BGR or BGRA, as ``flags`` say, of exactly the ``size`` (width, height) that was admitted."""
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise _RefusalError(_DAMAGED) from error
-    if pixels is None or pixels.shape[1::-1] != size:
-        raise _RefusalError(_DAMAGED)
-    return np.asarray(pixels, pixels.dtype)
-
-
-# What Pillow's plugins raise for damaged files; a fault of ours would raise something else.
-_PILLOW_COMPLAINTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-)
-
-
-def _pillow_reader(plugin: str) -> type[ImageFile]:
-    """Pillow's class for files of a kind. It is imported when the first such file comes, for most are JPEG."""
-    if not is_debugging():
-        import logging
-
-        logging.getLogger("PIL").addHandler(logging.NullHandler())
-    reader: type[ImageFile] = getattr(importlib.import_module(f"PIL.{plugin}ImagePlugin"), f"{plugin}ImageFile")
-    return reader
-
-
-def _by_pillow(data: bytes, plugin: str, cost: int, turned: bool = False) -> _Samples:
-    """Grey, BGR or BGRA of the first frame; ``turned`` as the orientation that Pillow finds says.
-
-    The plugin is called directly, because ``Image.open`` warns of pictures above a limit lower than ours.
-    """
-    from PIL.Image import DecompressionBombError
-
-    try:
-        with _pillow_reader(plugin)(io.BytesIO(data)) as image:
-            _admit(cost, *image.size)  # A GIF's frame may be larger than the canvas in its header.
-            image.load()
-            pixels = _by_channels(image)
-            turn = image.getexif().get(_ORIENTATION, 1) if turned else 1
-            return UPRIGHT[turn](_to_eight_bits(pixels)) if turn in UPRIGHT else pixels
-    except (*_PILLOW_COMPLAINTS, DecompressionBombError) as error:
-        raise _RefusalError(_DAMAGED) from error
-
-
-def _by_channels(image: ImageFile) -> _Samples:
-    if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
-    if image.mode in {"I", "F", "LAB"}:
-        raise _RefusalError(
-            f"has samples of a kind that is not read (Pillow calls it {image.mode}): save it as 8-bit RGB"
-        )
-    if image.has_transparency_data:
-        return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
-    return _as_uint8(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
-
-
-# ---- from what was decoded to 8 bits, BGR, upright ----
-
-_ROWS_AT_ONCE = 256
-
-
-def _as_uint8(pixels: npt.NDArray[np.generic]) -> Pixels:
-    return pixels.astype(np.uint8, copy=False)
-
-
-def _to_eight_bits(pixels: _Samples) -> Pixels:
-    return _as_uint8(pixels if pixels.dtype == np.uint8 else pixels >> 8)
-
-
-def _opaque(pixels: Pixels) -> Pixels:
-    """BGR of grey, BGR or BGRA, laid on white: what a transparent pixel hides must not reach the network."""
-    if pixels.ndim == 2:
-        return _as_uint8(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
-    if pixels.shape[2] == 3:
-        return pixels
-    laid = np.empty((*pixels.shape[:2], 3), np.uint8)
-    for top in range(0, len(pixels), _ROWS_AT_ONCE):  # In bands, to keep the 16-bit intermediates small.
-        band = pixels[top : top + _ROWS_AT_ONCE].astype(np.uint16)
-        alpha = band[:, :, 3:]
-        laid[top : top + _ROWS_AT_ONCE] = (band[:, :, :3] * alpha + (255 - alpha) * 255 + 127) // 255
-    return laid
-
-
-# How to undo each EXIF orientation. OpenCV's functions are several times faster than copying NumPy views.
-UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
-    1: lambda pixels: pixels,
-    2: lambda pixels: _as_uint8(cv2.flip(pixels, 1)),
-    3: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_180)),
-    4: lambda pixels: _as_uint8(cv2.flip(pixels, 0)),
-    5: lambda pixels: _as_uint8(cv2.transpose(pixels)),
-    6: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)),
-    7: lambda pixels: _as_uint8(cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)),
-    8: lambda pixels: _as_uint8(cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)),
-}
 
 _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Plan]], ...] = (
-    (lambda data: data.startswith(_JPEG_MARK), _jpeg),
+    (lambda data: data.startswith(JPEG_MARK), _jpeg),
     (lambda data: data.startswith(_PNG_MARK), _png),
     (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _webp),
     (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.decoding import MAX_BYTES, read_image
+from mgq.data.decoding import read_image
 from mgq.data.folder_scan import IMAGE_SUFFIXES, Entry, Tally, entries_in, is_folder, is_left_by_programs
+from mgq.data.image_limits import MAX_BYTES
 from mgq.errors import InputError, printable
 from mgq.events import OnMessage, log_message
 
-__all__ = ["IMAGE_SUFFIXES", "Source", "expand", "leave_out_absent", "refuse_hopeless"]
+__all__ = ["IMAGE_SUFFIXES", "Source", "expand", "expand_existing", "leave_out_absent", "refuse_hopeless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,16 @@ def leave_out_absent(sources: Sequence[Source], on_message: OnMessage = log_mess
         else:
             on_message(line)
     return found
+
+
+def expand_existing(arguments: Sequence[str], on_message: OnMessage = log_message) -> list[Source]:
+    """The pictures that ``arguments`` name (:func:`expand`), without those that are not there.
+
+    Raises InputError where none is.
+    """
+    sources = expand(arguments)
+    refuse_hopeless(sources)
+    return leave_out_absent(sources, on_message)
 
 
 def tell_absence(source: Source) -> str | None:

@@ -24,7 +24,7 @@ from typing import IO, Literal, TypeAlias
 
 import numpy as np
 
-from mgq.data.decoding import MAX_BYTES
+from mgq.data.image_limits import MAX_BYTES
 from mgq.data.imagenet_classes import imagenet_classes
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import OnProgress, Progress, log_progress

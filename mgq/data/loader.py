@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mgq.data.augmentation import Draw, Stream, Transform, generator
 from mgq.data.datasets import Dataset
-from mgq.data.decoding import Pixels
+from mgq.data.pixel_decoders import Pixels
 from mgq.errors import InputError, plural
 from mgq.machine import usable_cores
 

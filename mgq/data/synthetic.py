@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data.augmentation import Stream, generator
-from mgq.data.decoding import Pixels
+from mgq.data.pixel_decoders import Pixels
 from mgq.errors import InputError
 
 _Mask = npt.NDArray[np.uint8]

@@ -21,14 +21,8 @@ from megengine.module.qat import QATModule
 from mgq.graph.layer_graph import Convolution, Graph, pair
 from mgq.ptq.layerwise import Layer
 from mgq.ptq.patches import is_convolution, output_size
-from mgq.quantization.activation_ranges import (
-    add_to_bias,
-    bias_parameter,
-    find_quantized_layers,
-    fold_weight,
-    quantize_weight,
-)
 from mgq.quantization.half_to_even import ends_of
+from mgq.quantization.qat_layers import add_to_bias, bias_parameter, find_quantized_layers, fold_weight, quantize_weight
 from mgq.system.side_process import SideProcess, share_halves
 from mgq.zoo.layers import forward_hooks
 

@@ -14,25 +14,26 @@ from megengine.quantization.quantize import disable_observer, enable_fake_quant
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
-from mgq.graph.layer_graph import keep_traces
+from mgq.graph.network_reader import keep_traces
 from mgq.machine import one_blas_thread
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.channel_statistics import trace_expected_statistics
-from mgq.ptq.data_free import correct_expected_bias, set_expected_ranges
+from mgq.ptq.data_free import correct_expected_bias, expect_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float
-from mgq.ptq.observers import RANGE_OBSERVERS, Range
+from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import Preset, check_method, check_rounding
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.steps import BATCH_NORMS, LAYERWISE_IMAGES, Draft, prepare, ranges_by_logits, reactions_of
-from mgq.quantization.activation_ranges import ActivationRanges, extend_to_grid, find_quantized_layers, set_range
+from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE, TO_NEAREST
+from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE
+from mgq.quantization.qat_layers import GridRange, Range, set_grids
 from mgq.quantization.targets import MEGENGINE, Target, target_of
 from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint
@@ -45,29 +46,6 @@ MOST_LAYERWISE_IMAGES = LAYERWISE_IMAGES
 def count_images_used(method: str, images: int) -> int:
     """How many of ``images`` pictures ``method`` looks at."""
     return min(images, MOST_LAYERWISE_IMAGES) if method == EASYQUANT else images
-
-
-def measure_ranges(
-    network: M.Module,
-    batches: Iterable[npt.NDArray[np.uint8]],
-    arch: str,
-    weights: str,
-    provenance: Mapping[str, Any],
-    method: str = "min-max",
-    correct_bias: bool = True,
-) -> ActivationRanges:
-    """The range of each layer of ``network`` (mode ``normal``) over ``batches``, chosen by ``method``.
-
-    ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
-    batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
-    ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
-    pictures, for ranges of the weights, too. With ``correct_bias`` the mean shift of int8 is measured on at most 64
-    images; it is to be subtracted from the biases.
-
-    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
-    another ``method``.
-    """
-    return calibrate_network(network, batches, arch, weights, provenance, method, correct_bias, TO_NEAREST)[1]
 
 
 def calibrate_network(
@@ -84,14 +62,22 @@ def calibrate_network(
     equalize: bool = True,
     float_layers: Sequence[str] = (),
 ) -> tuple[M.Module, ActivationRanges]:
-    """A copy of ``network``, or itself, in mode ``qat`` with the ranges of :func:`measure_ranges`, and these.
+    """A copy of ``network``, or itself, in mode ``qat`` with ranges over ``batches`` chosen by ``method``, and these.
+
+    ``logits``: the least change of the logits; ``min-max``: smallest and largest value; ``ema``: moving average of each
+    batch's; ``histogram``: all but one value in 10,000; ``mse``: smallest squared error of rounding and clipping;
+    ``easyquant``: largest cosine similarity of each layer's float and int8 outputs, searched on at most 64 of the
+    pictures, for ranges of the weights, too. With ``correct_bias`` the mean shift of int8 is measured on at most 64
+    images; it is to be subtracted from the biases.
 
     With ``weight_rounding`` ``gptq`` weights of a float network that cannot change any output become 0
     (:mod:`mgq.ptq.dead_channels`), its channels are scaled so that rounding costs least (:mod:`mgq.ptq.equalization`,
     unless ``equalize`` is False), and the weights are rounded so that their errors make up for each other
     (:mod:`mgq.ptq.gptq`). Then the ranges hold for these weights with corrected biases only. ``target`` is what a float
-    network is quantized for. The weights of the layers ``float_layers`` stay float32. Raises InputError for a layer
-    that cannot.
+    network is quantized for. The weights of the layers ``float_layers`` stay float32.
+
+    A batch is uint8 (N, 3, H, W), BGR. Layers that never ran have no range and are left out. Raises InputError for
+    another ``method``, and for a layer that cannot stay in float.
     """
     check_method(method)
     compensate = check_rounding(weight_rounding) == BY_GPTQ
@@ -115,10 +101,10 @@ def calibrate_network(
 
 
 class LayerRanges(NamedTuple):
-    """Ranges of activations and of weights, and corrections of biases, by the layers' names."""
+    """Ranges of the grids of activations and of weights, and corrections of biases, by the layers' names."""
 
-    activations: Mapping[str, Range]
-    weights: Mapping[str, Range]
+    activations: Mapping[str, GridRange]
+    weights: Mapping[str, GridRange]
     corrections: Mapping[str, tuple[float, ...]]
 
 
@@ -138,12 +124,13 @@ def calibrate_layers(
     # With a scale for each output channel GPTQ gains little, and weights fitted to few images lose by it.
     rounding = GPTQ(refit=not target_of(watched).per_channel)
     search, correction, sample = Search(), BiasCorrection(), Sample(LAYERWISE_IMAGES)
+    activations: dict[str, GridRange] = {}
     visitors: list[Visitor] = []
     if method == EASYQUANT:
         sample.add_all(batches)
         visitors.append(search)
     else:
-        search.activations.update(set_activation_ranges(watched, batches, method, sample, exact=compensate))
+        activations = set_activation_ranges(watched, batches, method, sample, exact=compensate)
     visitors += [rounding] if compensate else []
     visitors += [correction] if correct_bias else []
     if sample.images and visitors:
@@ -152,18 +139,18 @@ def calibrate_layers(
     enable_fake_quant(watched)
     disable_observer(watched)
     if method == EASYQUANT:
-        layers = find_quantized_layers(watched)
-        search.activations = {name: extend_to_grid(layers[name], *ends) for name, ends in search.activations.items()}
+        activations = set_grids(watched, search.activations)
     if compensate:
-        return LayerRanges(search.activations, rounding.weights, {})
-    return LayerRanges(search.activations, search.weights, correction.found)
+        return LayerRanges(activations, rounding.weights, {})
+    return LayerRanges(activations, search.weights, correction.found)
 
 
 def set_activation_ranges(
     watched: M.Module, batches: Iterable[npt.NDArray[np.uint8]], method: str, sample: Sample, exact: bool
-) -> dict[str, Range]:
-    """Set the range of each layer by ``method``, any but ``easyquant``, and return them by name. ``sample`` is shown
-    all images. With ``exact`` the scales are those that the engines of an ONNX target compute with."""
+) -> dict[str, GridRange]:
+    """Set the grid of each layer by ``method``, any but ``easyquant``, and return the ranges of the grids by name.
+    ``sample`` is shown all images. With ``exact`` the scales are those that the engines of an ONNX target compute
+    with."""
     found: dict[str, Range] = {}
     if method == LOGITS:
         sample.add_all(batches)
@@ -171,14 +158,11 @@ def set_activation_ranges(
             found.update(ranges_by_logits(watched, reactions_of(watched, watched, np.stack(sample.images))))
     else:
         found.update(estimate_ranges(to_mode(watched, Mode.QAT), sample.watch(batches), RANGE_OBSERVERS[method]))
-    layers = find_quantized_layers(watched)
-    found = {name: extend_to_grid(layers[name], *limits) for name, limits in found.items()}
-    for name, limits in found.items():
-        set_range(layers[name].act_observer, *limits)
+    grids = set_grids(watched, found)
     if exact and target_of(watched) is not MEGENGINE:
         with contextlib.suppress(FailureError):
-            found.update(set_exact_scales(watched))
-    return found
+            grids.update(set_exact_scales(watched))
+    return grids
 
 
 def find_best_network(
@@ -233,7 +217,7 @@ def calibrate_data_free_network(
     equalize_channels(network, None, target, in_place=True)
     graph, statistics = trace_expected_statistics(network)
     watched = prepare(network, target, in_place=True)
-    activations = set_expected_ranges(watched, graph, statistics)
+    activations = set_grids(watched, expect_ranges(watched, graph, statistics))
     if target is not MEGENGINE:
         activations = set_exact_scales(watched)
     correct_expected_bias(watched, graph, statistics)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import megengine.module as M
 import numpy as np
@@ -18,17 +20,16 @@ from mgq.graph.layer_graph import (
     Graph,
     Linear,
     Node,
-    Operation,
-    Reshape,
     Transpose,
     channels_in,
-    graph_of,
     is_followed,
 )
+from mgq.graph.network_reader import graph_of
 from mgq.quantization.activations import IDENTITY, RELU, Activation
 from mgq.zoo.layers import forward_hooks
 
 Values = npt.NDArray[np.float64]
+Kind = TypeVar("Kind", bound=np.generic)
 
 DEVIATIONS = 6.0
 """The output of a batch norm is expected within this many standard deviations of its mean."""
@@ -143,7 +144,7 @@ def refuse_unknown_statistics(graph: Graph, modules: dict[str, M.Module]) -> Non
     """Raise FailureError where a layer of ``graph``, found in ``modules``, has no statistics to predict from."""
     for node in graph.nodes:
         silent = isinstance(node, Convolution) and getattr(modules[node.output].bn, "freeze", False)
-        if silent or isinstance(node, Operation) or not (has_weights(node) or is_followed(graph, node)):
+        if silent or not (has_weights(node) or is_followed(graph, node)):
             raise FailureError(
                 f"no batch norm says what the layer {node.output} gives: calibrate on pictures, without --data-free"
             )
@@ -200,21 +201,13 @@ def complete_statistics(graph: Graph, known: Statistics) -> Statistics:
     for node in graph.nodes:
         source = node.inputs[0]
         if is_followed(graph, node) and source in found:
-            has_order = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
-            move = mover(graph, node) if has_order else None  # type: ignore[arg-type]
-            found.setdefault(node.output, found[source].move(move) if move else found[source])
+            found.setdefault(node.output, found[source].move(partial(move_channels, graph, node)))
     return found
 
 
-def mover(graph: Graph, node: Reshape | Transpose) -> Callable[[Values], Values]:
-    """A function from the channel values of the input of ``node`` to those of its output, both flat."""
-    order = move_channels(np.arange(np.prod(graph.shapes[node.inputs[0]][1:-2], dtype=int)), graph, node)
-    return lambda values: values[order]
-
-
-def move_channels(channels: npt.NDArray[np.int64], graph: Graph, node: Reshape | Transpose) -> npt.NDArray[np.int64]:
-    """Flat ``channels`` in the order in which a reshaping or transposition leaves them."""
-    if isinstance(node, Reshape):
+def move_channels(graph: Graph, node: Node, channels: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
+    """Flat ``channels`` in the order in which ``node``, through which they are followed, leaves them."""
+    if not isinstance(node, Transpose):
         return channels
     axes = [axis - 1 for axis in node.axes[1:-2]]
     return channels.reshape(graph.shapes[node.inputs[0]][1:-2]).transpose(axes).ravel()

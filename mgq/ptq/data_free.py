@@ -12,25 +12,18 @@ import numpy as np
 from mgq.graph.layer_graph import Convolution, Graph
 from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.patches import is_convolution
-from mgq.quantization.activation_ranges import (
-    add_to_bias,
-    find_quantized_layers,
-    fold_weight,
-    quantize_weight,
-    set_grid,
-)
+from mgq.quantization.qat_layers import Range, add_to_bias, find_quantized_layers, fold_weight, quantize_weight
 
 
-def set_expected_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, tuple[float, float]]:
-    """Set the ranges of a ``qat`` network from ``statistics`` of its float form; return them by layer name."""
+def expect_ranges(network: M.Module, graph: Graph, statistics: Statistics) -> dict[str, Range]:
+    """The ranges of the layers of a ``qat`` network by ``statistics`` of its float form, by layer name."""
     pooled = {"dequant": next(node.inputs[0] for node in graph.nodes if node.output == graph.output)}
     found = {}
-    for name, layer in find_quantized_layers(network).items():
+    for name in find_quantized_layers(network):
         tensor = pooled.get(name, name)
         if tensor in statistics:
             moments = statistics[tensor]
-            found[name] = float(min(moments.lowest.min(), 0.0)), float(moments.highest.max())
-            set_grid(layer, *found[name])
+            found[name] = Range(float(min(moments.lowest.min(), 0.0)), float(moments.highest.max()))
     return found
 
 

@@ -19,9 +19,11 @@ import numpy.typing as npt
 from megengine.module.qat import QATModule, QuantStub
 
 from mgq.ptq.layerwise import Layer
-from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, patches, pick_positions, sample_positions
-from mgq.quantization.activation_ranges import (
+from mgq.quantization.batch_norm_folding import activation_of
+from mgq.quantization.qat_layers import (
+    GridRange,
+    Range,
     fold_bias,
     fold_weight,
     is_float_layer,
@@ -30,7 +32,6 @@ from mgq.quantization.activation_ranges import (
     set_grid,
     set_range,
 )
-from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.targets import ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -42,11 +43,12 @@ FRACTIONS = np.linspace(0.8, 1.2, 21)  # of the largest absolute value, as in Me
 
 @dataclass
 class Search:
-    """A visitor of layers that finds and sets their ranges. ``activations`` and ``weights``: layer name -> range."""
+    """A visitor of layers that finds their ranges and sets their grids. ``activations`` and ``weights``: layer name ->
+    range."""
 
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     activations: dict[str, Range] = field(default_factory=dict)
-    weights: dict[str, Range] = field(default_factory=dict)
+    weights: dict[str, GridRange] = field(default_factory=dict)
 
     def __call__(self, layer: Layer) -> None:
         if not isinstance(layer.module, QuantStub):
@@ -56,8 +58,8 @@ class Search:
         module, name = layer.module, layer.name
         exact, other = layer.in_float.output.numpy(), layer.in_float.fake_output.numpy()
         if exact.ndim != 4:  # not of the zoo: taken as it is
-            self.activations[name] = float(exact.min()), float(exact.max())
-            set_grid(module, *self.activations[name])
+            self.activations[name] = Range(float(exact.min()), float(exact.max()))
+            set_grid(module, self.activations[name])
             return
         at = sample_positions(exact.shape, self.positions)
         wanted = pick_positions(exact, at)
@@ -76,8 +78,8 @@ class Search:
                 set_range(module.weight_observer, *self.weights[name])
         elif largest:
             limit = find_best_limit(tries, wanted, grid.make_quantizer(pick_positions(other, at)))
-        self.activations[name] = (-limit if exact.min() < 0 else 0.0), limit
-        set_grid(module, *self.activations[name])
+        self.activations[name] = Range(-limit if exact.min() < 0 else 0.0, limit)
+        set_grid(module, self.activations[name])
 
 
 @dataclass(frozen=True)

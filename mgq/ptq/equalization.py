@@ -23,20 +23,8 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.conv_bn import _ConvBnActivation2d
 
-from mgq.graph.layer_graph import (
-    Add,
-    Convolution,
-    GlobalAverage,
-    Graph,
-    Linear,
-    Node,
-    Operation,
-    Reshape,
-    Transpose,
-    channels_in,
-    graph_of,
-    is_followed,
-)
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, Linear, Node, channels_in, is_followed
+from mgq.graph.network_reader import graph_of
 from mgq.machine import one_blas_thread
 from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
@@ -235,8 +223,7 @@ def sets_of(graph: Graph) -> Sets:
             of[node.output] = channels.new(channels_in(graph.shapes[node.output]))
             fixed += [*node.inputs, node.output]
         else:
-            is_moved = isinstance(node, Reshape | Transpose) and len(graph.shapes[node.output]) > 3
-            of[node.output] = move_channels(source, graph, node) if is_moved else source  # type: ignore[arg-type]
+            of[node.output] = move_channels(graph, node, source)
     roots = {name: channels.roots(slots) for name, slots in of.items()}
     return Sets(len(channels.parent), roots, np.concatenate([roots[name] for name in fixed]))
 
@@ -381,13 +368,12 @@ def pass_back(node: Node, graph: Graph, behind: Values, statistics: Statistics) 
         total = max(float(statistics[node.output].variance.sum()), 1e-12)
         result: Values = squares.sum(axis=(1, 3)).ravel() / total
         return result
-    if isinstance(node, Transpose) and is_followed(graph, node) and behind.size > 1:
-        order = move_channels(np.arange(behind.size), graph, node)
-        result = np.empty_like(behind)
-        result[order] = behind
-        return result
-    if isinstance(node, Operation) or not is_followed(graph, node):
+    if not is_followed(graph, node):
         return behind if isinstance(node, Add) else np.full(1, behind.mean())  # their channels keep their size
+    if behind.size > 1:
+        result = np.empty_like(behind)
+        result[move_channels(graph, node, np.arange(behind.size))] = behind
+        behind = result
     return behind * AVERAGED if isinstance(node, GlobalAverage) else behind
 
 

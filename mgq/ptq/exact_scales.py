@@ -11,7 +11,8 @@ such ratios are fractions with an odd denominator n, nothing is ever nearer to h
 - a mean over positions: what is averaged has a scale of 256 / n of the mean's, for maps of up to 256 positions or an
   odd multiple of that.
 
-Scales of activations change by half a percent or so for it, those of weights by less; weights must not be rounded yet.
+Scales of activations change by half a percent or so for it, those of weights by up to 3 %; weights must not be rounded
+yet.
 """
 
 from __future__ import annotations
@@ -20,21 +21,11 @@ import megengine.module as M
 import numpy as np
 from megengine.module.qat import QATModule, QuantStub
 
-from mgq.graph.layer_graph import (
-    Add,
-    Convolution,
-    GlobalAverage,
-    Graph,
-    MaxPool,
-    Operation,
-    Reshape,
-    Transpose,
-    graph_of,
-)
+from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPool, Operation, Reshape, Transpose
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.channel_statistics import IMAGE_SIZE
-from mgq.ptq.observers import Range
-from mgq.quantization.activation_ranges import find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.batch_norm_folding import activation_of
+from mgq.quantization.qat_layers import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
 SUM_PARTS = 127
@@ -47,7 +38,7 @@ GATES = ("sigmoid", "hard_sigmoid")
 """Layers that give 1/2 of 0, which every grid has."""
 
 
-def set_exact_scales(network: M.Module) -> dict[str, Range]:
+def set_exact_scales(network: M.Module) -> dict[str, GridRange]:
     """Change ranges of ``network``, mode ``qat`` with ranges, and fix scales of weights, until no value can be a tie.
 
     Returns the new range of each layer. Raises FailureError where the network cannot be followed; nothing is changed

@@ -20,9 +20,8 @@ from megengine import Tensor
 from megengine.module.qat import QATModule
 
 from mgq.ptq.layerwise import Layer
-from mgq.ptq.observers import Range
 from mgq.ptq.patches import is_convolution, is_plain, output_size, patches, sample_positions
-from mgq.quantization.activation_ranges import fold_weight, is_float_layer, set_range
+from mgq.quantization.qat_layers import GridRange, fold_weight, is_float_layer, set_range
 from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 
 Array = npt.NDArray[np.float32]
@@ -59,7 +58,7 @@ class GPTQ:
 
     refit: bool = True
     positions: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-    weights: dict[str, Range] = field(default_factory=dict)
+    weights: dict[str, GridRange] = field(default_factory=dict)
 
     def __call__(self, layer: Layer) -> None:
         module = layer.module

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
-from mgq.quantization.activation_ranges import find_quantized_layers
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.zoo.layers import forward_hooks, forward_pre_hooks
 
 Array = npt.NDArray[np.float32]

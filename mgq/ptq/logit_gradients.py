@@ -194,10 +194,6 @@ class Reaction:
         ``floor``."""
         return self.noises(self.largest_above(floor) * LIMITS, half, headroom, floor)
 
-    def best_limit(self, half: float, headroom: bool = False) -> float:
-        """The limit of least noise; ``half`` is limit / step."""
-        return self.largest_limit(self.noises_at_limits(half, headroom), 0.0)
-
     def largest_limit(self, noises: Values, spare: float, floor: float | None = None) -> float:
         """The largest limit up to which none of ``noises``, at :data:`LIMITS`, is ``spare`` above the least."""
         least = int(noises.argmin())

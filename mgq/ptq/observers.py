@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.quantization.option_names import EMA, HISTOGRAM, MIN_MAX, MSE
+from mgq.quantization.qat_layers import Range
 
 Array = npt.NDArray[np.float32]
-Range = tuple[float, float]
 
 HALF = 127.5  # range / step on an int8 grid
 BINS = 4096
@@ -42,8 +42,8 @@ class Observer:
         """Smallest and largest value of the range; of the values seen, where they do not reach its bounds."""
         limit = self.limit()
         if self.lowest < 0 and -self.lowest >= self.highest:
-            return -limit, min(self.highest, limit)
-        return max(self.lowest, -limit), limit if self.highest > 0 else self.highest
+            return Range(-limit, min(self.highest, limit))
+        return Range(max(self.lowest, -limit), limit if self.highest > 0 else self.highest)
 
     def limit(self) -> float:
         """The largest absolute value of the range."""

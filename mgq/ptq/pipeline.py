@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -316,24 +316,29 @@ class Family:
 @dataclass(frozen=True)
 class Rewrite:
     """``grid``, in which a step comes before its ranges, and the ``rest`` of it after that step. ``reached``: drafts by
-    the steps after it. ``tried``: candidates by their finish."""
+    the steps after it. ``tried``: what it gave by the finish."""
 
     grid: Steps
     rest: Steps
     reached: dict[Steps, Draft]
-    tried: dict[Steps, Candidate] = field(default_factory=dict)
+    tried: dict[Steps, Attempt] = field(default_factory=dict)
 
-    def try_with(self, finish: Steps, judge: Judge) -> Candidate:
-        """What it gives with ``finish``."""
-        draft = apply_steps((*self.rest, *finish), self.reached)
-        return judge.judge(self.grid, finish, draft, self.reached[self.rest])
+    def try_with(self, finish: Steps, judge: Judge) -> Attempt:
+        """What it gives with ``finish``, or why its ranges do not apply to the network."""
+        if finish not in self.tried:
+            try:
+                draft = apply_steps((*self.rest, *finish), self.reached)
+                self.tried[finish] = judge.judge(self.grid, finish, draft, self.reached[self.rest])
+            except FailureError as error:
+                self.tried[finish] = error
+        return self.tried[finish]
 
 
 @dataclass
 class Contest:
     """Candidates of ``preset`` that begin with ``start``, judged by ``judge``, some of them in the ``side`` process.
 
-    ``skipped``: the errors of candidates that do not apply to this network.
+    ``skipped``: how many of the preset's candidates do not apply to this network.
     """
 
     preset: Preset
@@ -341,7 +346,7 @@ class Contest:
     start: Draft
     on_progress: OnProgress
     side: SideProcess | None
-    skipped: list[FailureError] = field(default_factory=list)
+    skipped: int = 0
     tried: list[Candidate] = field(default_factory=list)
     done: int = 0
 
@@ -352,10 +357,10 @@ class Contest:
         finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base.forget(), self.preset.finishes)
         if self.side is not None:  # meanwhile what is likely: that the first finish is the best
             for each in rewrites:
-                self.try_rewrite(each, self.preset.finishes[:1])
+                each.try_with(self.preset.finishes[:1], self.judge)
         best = choose_best([best, *self.add([replace(each, base=best.base) for each in finishing.result()])])
         for each in rewrites:
-            best = choose_best([best, *self.add(self.try_rewrite(each, best.finish))])
+            best = choose_best([best, *self.add([each.try_with(best.finish, self.judge)])])
         return self.try_touches(best)
 
     def try_touches(self, best: Candidate) -> Candidate:
@@ -412,40 +417,29 @@ class Contest:
         """The preset's rewrites in the grid of ``best``: those that apply."""
         found = []
         for step in self.preset.rewrites:
-            for grid in with_rewrite(best.grid, step):
-                with self.skip_failures():
+            grid = with_rewrite(best.grid, step)
+            try:
+                if grid is not None:
                     found.append(Rewrite(grid, grid[grid.index(step) + 1 :], {(): step.apply(best.base)}))
+            except FailureError:  # nothing can be mixed
+                pass
+        self.skipped += len(self.preset.rewrites) - len(found)
         return found
 
-    def try_rewrite(self, rewrite: Rewrite, finish: Steps) -> list[Candidate]:
-        """What ``rewrite`` gives with ``finish``; nothing where its ranges do not apply to the network."""
-        with self.skip_failures():
-            if finish not in rewrite.tried:
-                rewrite.tried[finish] = rewrite.try_with(finish, self.judge)
-            return [rewrite.tried[finish]]
-        return []
-
-    @contextlib.contextmanager
-    def skip_failures(self) -> Iterator[None]:
-        """Inside, a FailureError ends the block: it is noted for a candidate that does not apply to the network."""
-        try:
-            yield
-        except FailureError as error:
-            self.skipped.append(error)
-
-    def add(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Note that ``candidates`` were tried."""
-        self.tried += candidates
-        self.count(candidates)
-        return candidates
+    def add(self, attempts: Sequence[Attempt]) -> list[Candidate]:
+        """Note what was tried; those of the ``attempts`` that are candidates."""
+        found = [each for each in attempts if isinstance(each, Candidate)]
+        self.tried += found
+        self.count(attempts)
+        return found
 
     def count(self, attempts: Sequence[Attempt]) -> None:
-        """Tell how many candidates were tried, and note which cannot be."""
-        self.skipped += [each for each in attempts if isinstance(each, FailureError)]
-        if new := sum(isinstance(each, Candidate) for each in attempts):
+        """Tell how many candidates were tried, and note how many cannot be."""
+        new = sum(isinstance(each, Candidate) for each in attempts)
+        self.skipped += len(attempts) - new
+        if new:
             self.done += new
-            total = self.preset.trials - len(self.skipped)
-            self.on_progress(Progress("calibrate: candidates", self.done, total, "tried"))
+            self.on_progress(Progress("calibrate: candidates", self.done, self.preset.trials - self.skipped, "tried"))
 
 
 def places_of_equalization(grid: Steps) -> list[int]:

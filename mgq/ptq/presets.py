@@ -135,12 +135,12 @@ def place_of_ranges(steps: tuple[Step, ...]) -> int:
     return next(places, len(steps))
 
 
-def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[tuple[Step, ...], ...]:
-    """``steps`` with ``rewrite`` before their ranges, the only candidate; none where no image gives these."""
+def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[Step, ...] | None:
+    """``steps`` with ``rewrite`` before their ranges; None where no image gives these."""
     place = place_of_ranges(steps)
     if not steps[place:] or isinstance(steps[place], ExpectedRanges):
-        return ()
-    return ((*steps[:place], rewrite, *steps[place:]),)
+        return None
+    return (*steps[:place], rewrite, *steps[place:])
 
 
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:

@@ -14,8 +14,8 @@ from megengine.quantization.utils import QParams
 
 from mgq.errors import FailureError
 from mgq.ptq.logit_gradients import describe_not_finite
-from mgq.ptq.observers import Observer, Range
-from mgq.quantization.activation_ranges import find_quantized_layers, quant_levels
+from mgq.ptq.observers import Observer
+from mgq.quantization.qat_layers import Range, find_quantized_layers, quant_levels
 from mgq.zoo.overflow import is_finite
 
 

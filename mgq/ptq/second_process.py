@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.cpu_kernels.simulation import fast_simulation
-from mgq.graph.layer_graph import keep_traces
+from mgq.graph.network_reader import keep_traces
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
 from mgq.system.megengine_start import prepare_long_process
@@ -49,8 +49,8 @@ def pays(network: M.Module, values: int, seconds: float) -> bool:
 def open_second_process(
     network: M.Module, images: npt.NDArray[np.uint8], seconds: float
 ) -> Iterator[SideProcess | None]:
-    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W), at most at a time; None
-    where it does not :func:`pay <pays>`."""
+    """A second process for a calibration of ``network`` with ``images``, uint8 (N, 3, H, W). None where it does not
+    :func:`pay <pays>`. One is open at a time."""
     if not pays(network, images.size, seconds):
         yield None
         return

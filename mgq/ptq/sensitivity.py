@@ -18,9 +18,9 @@ from megengine.quantization.observer import Observer
 
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import add_to_bias, bias_parameter, fold_weight, quant_levels, quantize_weight
 from mgq.quantization.floors import floor_of
 from mgq.quantization.half_to_even import ends_of
+from mgq.quantization.qat_layers import add_to_bias, bias_parameter, fold_weight, quant_levels, quantize_weight
 from mgq.quantization.targets import UNSIGNED, levels_of
 from mgq.zoo.layers import forward_hooks
 

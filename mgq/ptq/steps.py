@@ -20,11 +20,11 @@ from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError, plural
-from mgq.graph.layer_graph import graph_of
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
-from mgq.ptq.data_free import set_expected_ranges
+from mgq.ptq.data_free import expect_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels, statistics_of_images
@@ -32,22 +32,23 @@ from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
 from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
-from mgq.ptq.observers import RANGE_OBSERVERS, Range
+from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
-from mgq.quantization.activation_ranges import (
-    extend_to_grid,
-    find_quantized_layers,
-    names_that_run,
-    observe_weights,
-    quant_levels,
-    set_range,
-)
 from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.floors import floor_of
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.option_names import EASYQUANT, LOGITS, MIN_MAX
+from mgq.quantization.qat_layers import (
+    GridRange,
+    Range,
+    find_quantized_layers,
+    names_that_run,
+    observe_weights,
+    quant_levels,
+    set_grids,
+)
 from mgq.quantization.targets import Target
 from mgq.system.side_process import share_halves
 from mgq.zoo.layers import ConvBnRelu6
@@ -118,8 +119,8 @@ class Draft:
     float_layers: tuple[str, ...] = ()
     watched: M.Module | None = None
     method: str = ""
-    activations: Mapping[str, Range] = field(default_factory=dict)
-    weights: Mapping[str, Range] = field(default_factory=dict)
+    activations: Mapping[str, GridRange] = field(default_factory=dict)
+    weights: Mapping[str, GridRange] = field(default_factory=dict)
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
     known: Knowledge = NOTHING_KNOWN
@@ -140,12 +141,9 @@ class Draft:
     def prepare(self) -> M.Module:
         return prepare(self.network, self.target, self.float_layers)
 
-    def with_ranges(self, watched: M.Module, activations: Mapping[str, Range], method: str) -> Draft:
-        """``watched`` with these ranges, ready to be used."""
-        layers = find_quantized_layers(watched)
-        activations = {name: extend_to_grid(layers[name], *found) for name, found in activations.items()}
-        for name, found in activations.items():
-            set_range(layers[name].act_observer, *found)
+    def with_ranges(self, watched: M.Module, outputs: Mapping[str, Range], method: str) -> Draft:
+        """``watched`` with grids for these ranges of its layers' ``outputs``, ready to be used."""
+        activations = set_grids(watched, outputs)
         switch_on(watched)
         return replace(self, watched=watched, activations=activations, method=method)
 
@@ -204,18 +202,18 @@ def ranges_by_logits(watched: M.Module, reactions: Reactions, headroom: bool = F
     for name, reaction in reactions.items():
         floor = floors[name]
         low, high = reaction.range_within(reaction.largest_limit(noises[name], spare, floor), floor)
-        found[name] = low, min(high, activation_of(layers[name]).high)
+        found[name] = Range(low, min(high, activation_of(layers[name]).high))
     return found
 
 
 def zero_ranges(watched: M.Module) -> dict[str, Range]:
     """A range of zeros for each layer that runs: a layer that only gives 0 has no reaction, but needs a range."""
-    return dict.fromkeys(names_that_run(watched), (0.0, 0.0))
+    return dict.fromkeys(names_that_run(watched), Range(0.0, 0.0))
 
 
 def whole_ranges(reactions: Reactions) -> dict[str, Range]:
     """The smallest and the largest value seen behind each layer."""
-    return {name: (float(each.lowest.min()), float(each.highest.max())) for name, each in reactions.items()}
+    return {name: Range(float(each.lowest.min()), float(each.highest.max())) for name, each in reactions.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -326,7 +324,7 @@ class ExpectedRanges:
     def apply(self, draft: Draft) -> Draft:
         graph, statistics = trace_expected_statistics(draft.network)
         watched = draft.prepare()
-        return draft.with_ranges(watched, set_expected_ranges(watched, graph, statistics), BATCH_NORMS)
+        return draft.with_ranges(watched, expect_ranges(watched, graph, statistics), BATCH_NORMS)
 
 
 @dataclass(frozen=True)

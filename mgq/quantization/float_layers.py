@@ -17,14 +17,14 @@ from megengine.module.quantized import QuantizedModule
 from megengine.utils.module_utils import set_expand_structure
 
 from mgq.errors import InputError
-from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, fold_weight, is_float_layer
 from mgq.quantization.batch_norm_folding import FusedConv, activation_of
+from mgq.quantization.qat_layers import find_quantized_layers, fold_bias, fold_weight, is_float_layer
 
 
 def keep_in_float(network: M.Module, names: Iterable[str]) -> None:
     """Keep the weights and biases of the layers ``names`` of ``network`` (mode ``qat``) in float32. This cannot be
     undone: the observer and the fake quantization of their weights are removed, from the state, too. ``names`` are
-    those of convolutions in :func:`mgq.quantization.activation_ranges.find_quantized_layers`; a layer kept already
+    those of convolutions in :func:`mgq.quantization.qat_layers.find_quantized_layers`; a layer kept already
     stays so. Raises InputError for a name that is none, and ``network`` is unchanged then.
     """
     layers = find_quantized_layers(network)

@@ -24,10 +24,10 @@ from megengine.quantization.observer import (
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 
 from mgq.errors import InputError, no_such
-from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.activations import RELU6
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import fold_weight, observe_weights
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import MEGENGINE, ChannelFakeQuantize, Target, target_of
 
@@ -128,7 +128,7 @@ def set_phase(network: M.Module, phase: Phase) -> None:
     observers once.
 
     A step changes the weights after their ranges were observed: call
-    :func:`mgq.quantization.activation_ranges.observe_weights` before a validation or a checkpoint. What training does
+    :func:`mgq.quantization.qat_layers.observe_weights` before a validation or a checkpoint. What training does
     next stays the same to the bit.
     """
     if phase is Phase.OBSERVE:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mgq.bench.cases import BenchmarkCase, LoadedWorker, run_cases
 from mgq.bench.settings import Precision, Settings
 from mgq.bench.suite import NetworkJob, computes_in, start_backend
-from mgq.engine.classifier.evaluate import Evaluation
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
 from mgq.events import OnProgress

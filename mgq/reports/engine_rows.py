@@ -16,7 +16,7 @@ from mgq.bench.statistics import Rounds, Speed, Speedup, measure_speed, measure_
 from mgq.data.datasets import pick_evenly
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.evaluate import Evaluation
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.metrics import standard_error
 from mgq.errors import MgqError
 from mgq.events import OnProgress, Progress

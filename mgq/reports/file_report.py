@@ -14,7 +14,8 @@ from mgq.bench.settings import Settings
 from mgq.data.datasets import Dataset, pick_evenly, subset
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.classifier import Classifier, versions
-from mgq.engine.classifier.evaluate import batch_for, evaluate, evaluation_data, match_classes
+from mgq.engine.classifier.evaluate import batch_for, evaluate
+from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.network_choice import choose_network
 from mgq.engine.classifier.predict import ClassScore, best_scores
 from mgq.errors import InputError

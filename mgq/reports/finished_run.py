@@ -12,14 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgq.data.datasets import Dataset, ImageFolder, without_subset
+from mgq.data.datasets import Dataset, without_subset
+from mgq.data.labelled_folders import ImageFolder
 from mgq.engine.calibration.calibration_run import RANGES_FILE
-from mgq.engine.classifier.evaluate import evaluation_data
+from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.open import RUN_CHECKPOINT, find_newest
 from mgq.engine.runs.provenance import read_environment
-from mgq.engine.runs.run_folder import LAST, METRICS, RECIPE, Metrics, read_metrics
+from mgq.engine.runs.run_folder import FLOAT_START, LAST, METRICS, RECIPE, Metrics, read_metrics
 from mgq.engine.runs.training_state import read_training_state
-from mgq.engine.training.training_run import FLOAT_START
 from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.weights.checkpoint import CheckpointInfo

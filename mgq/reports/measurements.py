@@ -18,7 +18,7 @@ from mgq.data.datasets import Dataset, list_sources
 from mgq.data.synthetic import SyntheticImages
 from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.evaluate import Evaluation, agreement
+from mgq.engine.classifier.evaluation_result import Evaluation, agreement
 from mgq.engine.classifier.predict import ClassScore, best_scores, read_crops
 
 FLOAT, SIMULATED, INT8 = "float32", "fake-quantized", "int8"

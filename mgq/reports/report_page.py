@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import format_three_digits
-from mgq.engine.classifier.evaluate import ClassResult, Evaluation
-from mgq.errors import plural
+from mgq.engine.classifier.evaluation_result import ClassResult, Evaluation
+from mgq.errors import megabytes, plural
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
 from mgq.reports.engine_rows import ROUNDS, BackendComparison, Row
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Table, render
@@ -152,10 +152,6 @@ def conditions_of(made: datetime, machine: Machine, versions: Mapping[str, str])
 
 def percent(value: float) -> str:
     return f"{value:.1f} %" if math.isfinite(value) else NONE
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 # ---- the numbers ----

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mgq.data.datasets import Dataset
-from mgq.engine.classifier.evaluate import batch_for, evaluate, match_classes
+from mgq.engine.classifier.evaluate import batch_for, evaluate
+from mgq.engine.classifier.labelled_sets import match_classes
 from mgq.engine.classifier.mode_comparison import bytes_of, compare_modes, name_progress
 from mgq.engine.classifier.open import Classifier, classifier_from, convert
 from mgq.events import Callbacks, OnProgress

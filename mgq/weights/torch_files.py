@@ -92,6 +92,11 @@ def check_shape(shape: object) -> tuple[int, ...]:
     return shape
 
 
+def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of an array of ``shape`` in C order."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def stored_dtype(code: str, order: str) -> np.dtype[Any]:
     """The dtype to read elements of ``code`` with: bf16 as uint16, booleans as uint8. ``order`` is < or >."""
     return np.dtype(order + {_BFLOAT: "u2", "b1": "u1"}.get(code, code))

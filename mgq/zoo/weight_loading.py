@@ -19,7 +19,7 @@ from mgq.weights.checkpoint import CheckpointInfo, info_of
 from mgq.weights.foreign_states import NO_HINTS, Hints, State
 from mgq.weights.prefixes import Part, common_prefixes, drop_prefix, network_part, strip_prefix
 from mgq.weights.preprocessing import Preprocessing
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo.layers import without_initialization
 from mgq.zoo.network_state import set_state, state_of
 from mgq.zoo.overflow import find_overflowing_layer

@@ -32,13 +32,13 @@ from mgq.data.imagenet_classes import imagenet_classes  # noqa: E402
 from mgq.data.transforms import to_batch  # noqa: E402
 from mgq.engine.classifier.open import Classifier, open_classifier  # noqa: E402
 from mgq.engine.classifier.predict import read_crops  # noqa: E402
-from mgq.ptq.calibrate import measure_ranges  # noqa: E402
 from mgq.ptq.observers import RANGE_OBSERVERS  # noqa: E402
 from mgq.ptq.quantize import quantize  # noqa: E402
 from mgq.ptq.range_measurement import as_input, with_observers  # noqa: E402
-from mgq.quantization.activation_ranges import find_quantized_layers  # noqa: E402
 from mgq.quantization.modes import Mode, fix_input_scale, to_mode  # noqa: E402
 from mgq.quantization.option_names import METHODS  # noqa: E402
+from mgq.quantization.qat_layers import find_quantized_layers  # noqa: E402
+from tests.fakes.measured_ranges import measure_ranges  # noqa: E402
 
 BATCH = 10
 ROUNDS = 5

@@ -29,7 +29,7 @@ import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from mgq.data.augmentation import Draw, EvalTransform, Stream, TrainTransform, Transform, generator
-from mgq.data.datasets import ImageFolder, calibration_folder
+from mgq.data.labelled_folders import ImageFolder, calibration_folder
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.machine import usable_cores

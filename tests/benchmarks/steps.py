@@ -124,7 +124,7 @@ class Comparison(NamedTuple):
 def rows_of(classifier: Classifier, fitted: Images, compared: Comparison, target: str) -> Iterator[list[str]]:
     from mgq.cpu_kernels.simulation import fast_simulation
     from mgq.errors import FailureError
-    from mgq.graph.layer_graph import keep_traces
+    from mgq.graph.network_reader import keep_traces
     from mgq.ptq.pipeline import apply_steps
     from mgq.ptq.steps import Draft
     from mgq.quantization.targets import get_target

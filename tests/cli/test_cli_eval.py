@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import pytest
@@ -19,7 +17,7 @@ from mgq.events import Progress
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import write_checkpoint
 from mgq.zoo.network_state import state_of
-from tests.conftest import Mgq, classifier_of, one_line_about, smooth_images, the_error
+from tests.conftest import Mgq, classifier_of, document, one_line_about, smooth_images, the_error
 
 ARCH = "shufflenet_v1_x0_5_g3"
 NAMES = tuple(f"kind {i}" for i in range(10))
@@ -45,14 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DRAWN = ("glow", "dots", "checkerboard", "stripes", "cross", "star", "triangle", "square", "ring", "disc")
-
-
-def document(text: str) -> dict[str, Any]:
-    def refused(name: str) -> float:
-        raise AssertionError(f"{name} is not JSON")
-
-    body: dict[str, Any] = json.loads(text, parse_constant=refused)
-    return body
 
 
 def test_a_table_shows_the_figures_and_their_conditions(mgq: Mgq, made: Path) -> None:

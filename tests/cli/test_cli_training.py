@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,17 +188,6 @@ def test_a_broken_image_is_named_and_the_run_goes_on(mgq: Mgq, tmp_path: Path) -
 # ---- stopped and killed ----
 
 OPTIONS = ("-a", ARCH, "--image-size", "32", "--batch-size", "8", "--limit", "48", "--epochs", "3", "-w", "1")
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    child = started("train", tmp_path, *OPTIONS)
-    run = tmp_path / "runs" / f"{ARCH}.normal"
-    waited_for(lambda: lines_of(run / "metrics.jsonl") >= 1, child)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
-    assert f"mgq train --resume -a {ARCH} -s runs" in err and "Traceback" not in err
-    assert (run / "last.safetensors").exists()
 
 
 @pytest.mark.slow

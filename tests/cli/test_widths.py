@@ -15,7 +15,7 @@ from rich.console import Console
 from mgq.cli import bench, eval, infer, models, training
 from mgq.cli import console as console_module
 from mgq.cli.console import as_text, out, show_table
-from mgq.engine.classifier.evaluate import Evaluation
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.predict import ClassScore, Prediction
 
 if TYPE_CHECKING:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mgq.data.datasets import (
-    Dataset,
-    ImageFolder,
-    Selection,
-)
+from mgq.data.datasets import Dataset, Selection
+from mgq.data.labelled_folders import ImageFolder
 
 
 def make(root: Path, *names: str) -> Path:

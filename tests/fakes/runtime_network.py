@@ -8,11 +8,11 @@ import megengine.module as M
 from megengine import Tensor
 
 from mgq.export.megengine.writer import fuse
-from mgq.ptq.calibrate import measure_ranges
 from mgq.quantization.activation_ranges import apply_ranges
 from mgq.quantization.modes import Mode, to_mode
 from mgq.zoo.layers import ConvBnRelu6, global_average
 from tests.conftest import filled, smooth_images
+from tests.fakes.measured_ranges import measure_ranges
 
 SIZE = 32
 

@@ -13,19 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mgq.data.decoding import bundled_cat
-from mgq.data.image_sources import expand
-from mgq.engine.calibration import calibration_run
-from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import convert
-from mgq.ptq.presets import CalibrationConfig
-from mgq.quantization.option_names import Mode
-from mgq.quantization.targets import ONNX
-from tests.conftest import classifier_of, one_line_about, write_images
+from tests.conftest import one_line_about
+from tests.fakes.deployed_folders import calibrate_on_cat, fill_deployed_folder
 from tests.fakes.places import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("short_shufflenet")]
-ARCH = "shufflenet_v1_x0_5_g3"
 LATER = ("3.14", "3.13", "3.12", "3.11")
 """Pythons without a MegEngine, the newest first."""
 PATIENCE_S = 600
@@ -72,19 +64,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed(short_shufflenet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``net.onnx``, where there is a linker ``net.so``, and eight labelled pictures in ``val``."""
-    folder = tmp_path_factory.mktemp("deployed")
-    cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrate(
-        classifier_of(ARCH), cat, 1, config=CalibrationConfig(target=ONNX, weight_rounding="nearest")
-    )
-    classifier = convert(found.classifier, Mode.QUANTIZED)
-    dump_classifier(classifier, folder / "net.onnx", batch=None)
-    dump_classifier(classifier, folder / "net.so")
-    (folder / "val").mkdir()
-    for number in range(2):
-        write_images(folder / "val" / f"kind {number}", 4)
-    return folder
+    return fill_deployed_folder(tmp_path_factory.mktemp("deployed"), calibrate_on_cat())
 
 
 @pytest.fixture(scope="module", params=newest_and_between() or [""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -209,6 +210,31 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     said = run_example(["-c", "\n\n".join(cells)], tmp_path)
     found = re.search(r"^([\d.]+) dB, same answer on", said, re.MULTILINE)
     assert found is not None and float(found[1]) > 15
+
+
+def rows_below(text: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the first table below ``heading``, bold or not."""
+    lines = text.partition(f"\n{heading}\n")[2].partition("\n| --- |")[2].splitlines()[1:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip().replace("**", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_readme_has_the_accuracy_of_the_results() -> None:
+    readme = rows_below((ROOT / "README.md").read_text(encoding="utf-8"), "## Accuracy")
+    page = (DOCS / "results" / "accuracy.md").read_text(encoding="utf-8")
+    measured = rows_below(page, "## Target `onnx`, beside other tools")
+    found = {(row[3].removesuffix(" %"), row[1], row[5].split(" / ")[0]) for row in measured}
+    assert len(readme) == len(measured) == 7
+    assert {tuple(row[1:]) for row in readme} == found
+
+
+def test_the_readme_has_the_speed_of_the_results() -> None:
+    page = (DOCS / "results" / "speed.md").read_text(encoding="utf-8")
+    rates = [set(re.findall(r"^\w.*? +([\d.]+) +[\d.]+ +[\d.]+ ", part, re.MULTILINE)) for part in page.split("\n\n")]
+    readme = rows_below((ROOT / "README.md").read_text(encoding="utf-8"), "## Speed")
+    assert len(readme) == 4
+    for row in readme:
+        assert any(set(row[1:6]) <= found for found in rates), row
 
 
 def test_the_chinese_readme_has_the_figures_and_links_of_the_english_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.events import Progress
 from mgq.machine import SPIN_VARIABLE
 from tests.conftest import write_images

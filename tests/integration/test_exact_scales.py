@@ -34,15 +34,15 @@ from mgq.graph.layer_graph import (
     QuantParams,
     Reshape,
     Transpose,
-    graph_of,
 )
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
 from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales, settle_scales
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import find_quantized_layers, fold_bias, set_range
 from mgq.quantization.half_to_even import bias_steps, round_half_to_even
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import prepare_qat
+from mgq.quantization.qat_layers import find_quantized_layers, fold_bias, set_range
 from mgq.quantization.relu6 import QatConvBnRelu6
 from mgq.quantization.targets import ONNX, ONNX_AVX2, ChannelFakeQuantize, Target, avoid_ties, channel_scales
 from mgq.runtime.registry import BACKENDS, Backend, load

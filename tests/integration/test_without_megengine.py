@@ -13,19 +13,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mgq.data.decoding import bundled_cat
-from mgq.data.image_sources import expand
-from mgq.engine.calibration import calibration_run
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import convert
-from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.option_names import Mode
-from mgq.quantization.targets import ONNX
-from tests.conftest import classifier_of, one_line_about, write_images
+from tests.conftest import classifier_of, one_line_about
+from tests.fakes.deployed_folders import ARCH, calibrate_on_cat, fill_deployed_folder
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
-ARCH = "shufflenet_v1_x0_5_g3"
 BLOCKED = """
 import importlib.util, sys
 
@@ -43,23 +37,12 @@ COMMAND = BLOCKED + "from mgq.cli.main import run\nsys.argv[0] = 'mgq'\nrun()"
 
 @pytest.fixture(scope="module")
 def calibrated(short_shufflenet: None) -> Classifier:
-    cat = expand([str(bundled_cat())])
-    found = calibration_run.calibrate(
-        classifier_of(ARCH), cat, 1, config=CalibrationConfig(target=ONNX, weight_rounding="nearest")
-    )
-    return convert(found.classifier, Mode.QUANTIZED)
+    return calibrate_on_cat()
 
 
 @pytest.fixture(scope="module")
 def deployed(calibrated: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``net.onnx`` and, where there is a linker, ``net.so``, and eight labelled pictures in ``val``."""
-    folder = tmp_path_factory.mktemp("deployed")
-    dump_classifier(calibrated, folder / "net.onnx", batch=None)
-    dump_classifier(calibrated, folder / "net.so")
-    (folder / "val").mkdir()
-    for number in range(2):
-        write_images(folder / "val" / f"kind {number}", 4)
-    return folder
+    return fill_deployed_folder(tmp_path_factory.mktemp("deployed"), calibrated)
 
 
 def without_megengine(folder: Path, *words: str, code: str = COMMAND) -> subprocess.CompletedProcess[str]:

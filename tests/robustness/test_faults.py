@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.runs.provenance import listing_of
 from tests.conftest import Said, one_line_about, the_error
 from tests.fakes.commands import ARCH, lines_of, started, waited_for
@@ -45,11 +45,12 @@ def half_written(folder: Path) -> list[Path]:
     return list(folder.rglob("*.part"))
 
 
-def test_sigterm_saves_a_training_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_saves_a_training_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     child = started("train", tmp_path, *TRAINING, *LONG)
     run = tmp_path / "runs" / f"{ARCH}.normal"
     waited_for(lambda: lines_of(run / "metrics.jsonl") >= 1, child)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err
     assert f"mgq train --resume -a {ARCH} -s runs" in err and "Traceback" not in err

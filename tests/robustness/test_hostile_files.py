@@ -28,9 +28,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mgq.data import imagenet_archives
-from mgq.data.datasets import evaluation_folder
-from mgq.data.decoding import MAX_MEMORY, read_image
+from mgq.data.decoding import read_image
+from mgq.data.image_limits import MAX_MEMORY
 from mgq.data.imagenet_archives import unpack_split
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.deployed_files import open_file
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.run_folder import read_metrics
@@ -44,7 +45,7 @@ from mgq.io.append import drop_torn_line
 from mgq.io.limited_io import LONGEST_JSON, object_in
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from tests.conftest import Mgq, slow, the_error
 from tests.fakes import imagenet_files, weight_files
 from tests.robustness.fuzz import readers

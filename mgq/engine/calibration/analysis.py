@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data.datasets import Dataset, calibration_folder, list_sources, subset
-from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
+from mgq.data.datasets import Dataset, list_sources, subset
+from mgq.data.image_sources import Source, expand_existing
+from mgq.data.labelled_folders import calibration_folder
 from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly
-from mgq.engine.classifier.evaluate import evaluation_data, match_classes
+from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
 from mgq.engine.classifier.open import (
     Classifier,
@@ -28,7 +29,7 @@ from mgq.engine.classifier.open import (
 )
 from mgq.engine.classifier.parity import make_views
 from mgq.engine.classifier.predict import read_crops
-from mgq.engine.classifier.run_lookup import describe_unused, find_unused_float_run
+from mgq.engine.classifier.run_lookup import describe_unused_runs
 from mgq.errors import InputError
 from mgq.events import OnMessage, OnProgress, log_message, log_progress
 from mgq.ptq.sensitivity import EXACT, Effect, LayerSensitivity, Sensitivity, Values, sensitivity_of
@@ -185,9 +186,8 @@ def analyze(
     if arch is None and where is None and not pretrained:
         arch = find_newest_arch(Path(save), Mode.QAT)
     classifier, corrections = open_with_corrections(arch, where, Path(save), pretrained, target, on_progress, key)
-    unused = None if where or pretrained else find_unused_float_run(classifier.spec, Mode.QAT, Path(save))
-    if unused is not None:
-        on_message(f"not used: {describe_unused(unused, classifier.spec)}")
+    for line in [] if where or pretrained else describe_unused_runs(arch, Mode.QAT, Path(save)):
+        on_message(line)
     root = Path(data) if data is not None else None
     seen = load_images(classifier, [str(file) for file in files], root, images, on_progress, on_message)
     tried = calibration_of(classifier, [where.parent] if where is not None else [], Path(save))
@@ -238,10 +238,8 @@ def load_images(
     """``images`` of the ``named`` files; else of the folder ``data``; else of those the network was measured on; else
     the cat. Raises InputError where none can be read."""
     if named:
-        sources = expand(named)
-        refuse_hopeless(sources)
-        sources = leave_out_absent(sources, on_message)
-        return read_images(classifier, ", ".join(named), spread_evenly(sources, images), None, "")
+        sources = spread_evenly(expand_existing(named, on_message), images)
+        return read_images(classifier, ", ".join(named), sources, None, "")
     if data is not None:
         return describe_dataset(classifier, *find_dataset(classifier, data, on_progress, on_message), images)
     try:

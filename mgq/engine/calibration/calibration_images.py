@@ -10,20 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.data import SYNTHETIC
-from mgq.data.datasets import (
-    Dataset,
-    ImageFolder,
-    calibration_folder,
-    evaluation_folder,
-    is_unsplit,
-    list_sources,
-    subset,
-    without_subset,
-)
-from mgq.data.image_sources import Source, expand, leave_out_absent, refuse_hopeless
+from mgq.data.datasets import Dataset, list_sources, subset, without_subset
+from mgq.data.image_sources import Source, expand_existing
+from mgq.data.labelled_folders import ImageFolder, calibration_folder, evaluation_folder, is_unsplit
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.calibration_run import spread_evenly
-from mgq.engine.classifier.evaluate import match_classes, was_trained_on
+from mgq.engine.classifier.labelled_sets import match_classes, was_trained_on
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import read_crops
 from mgq.engine.training.training_sets import read_sets
@@ -76,9 +68,7 @@ def find_calibration_sources(
     """
     if named:
         arguments = [*named, *([str(data)] if data is not None else [])]
-        sources = expand(arguments)
-        refuse_hopeless(sources)
-        sources = leave_out_absent(sources, on_message)
+        sources = expand_existing(arguments, on_message)
         return CalibrationSources(", ".join(arguments), sources, None, "the pictures have no labels")
     if data is None or (is_unsplit(data) and was_trained_on(classifier.recipe, data)):
         return find_training_images(classifier, on_progress)

@@ -15,9 +15,11 @@ from mgq.engine.calibration.calibration_images import CalibrationSources, find_i
 from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
 from mgq.engine.classifier.deployment import Deployment, deploy
-from mgq.engine.classifier.evaluate import Evaluation, adopt_names, evaluate
+from mgq.engine.classifier.evaluate import evaluate
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.input_advice import advise_on_input
 from mgq.engine.classifier.label_names import join_names
+from mgq.engine.classifier.labelled_sets import adopt_names
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier

@@ -1,4 +1,4 @@
-"""Evaluates a network on labelled images: accuracy, confusions and speed."""
+"""Evaluates a network on labelled images, in one process or several."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mgq.data import SYNTHETIC
 from mgq.data.augmentation import EvalTransform, Transform
-from mgq.data.datasets import Dataset, Selection, evaluation_folder, validation_folder
+from mgq.data.datasets import Dataset
 from mgq.data.loader import Loader
-from mgq.data.synthetic import SyntheticImages
-from mgq.engine.classifier.classifier import Classifier, class_names
+from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import open_file, write_for_backend
-from mgq.engine.classifier.label_names import join_names
-from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite, standard_error
+from mgq.engine.classifier.evaluation_result import Evaluation
+from mgq.engine.classifier.labelled_sets import match_classes
+from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, refuse_not_finite
 from mgq.engine.distributed.team import Team, current_team, send_work
-from mgq.errors import InputError, plural, printable
-from mgq.events import OnMessage, OnProgress, Progress, log_message, log_progress
+from mgq.errors import InputError, plural
+from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
@@ -39,114 +37,12 @@ Thing = TypeVar("Thing")
 BATCH = 8
 """Pictures at a time: with 32, float EfficientNet-Lite0 was measured at half the speed."""
 MOST = 32
-SYNTHETIC_VAL = 500
-"""Pictures that a run on the synthetic set is measured on, unless its recipe says otherwise."""
 
 
 def batch_for(image_size: int) -> int:
     """The batch size whose images have as many pixels as ``BATCH`` ones at 224x224. Small batches are slow: each one
     quantizes all weights again."""
     return max(BATCH, min(MOST, BATCH * 224**2 // image_size**2))
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class: its ``images``, how many of them were ``correct``, and how often it was ``predicted`` at all."""
-
-    index: int
-    name: str
-    images: int
-    correct: int
-    predicted: int
-
-    @property
-    def top1(self) -> float:
-        """The share of its pictures that were recognised, in percent; NaN where it has none."""
-        return 100 * self.correct / self.images if self.images else math.nan
-
-    @property
-    def precision(self) -> float:
-        """The share of the answers with its name that were right, in percent; NaN where there was none."""
-        return 100 * self.correct / self.predicted if self.predicted else math.nan
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """``count`` of the ``images`` pictures of the class ``true`` were taken for ``predicted``."""
-
-    true: str
-    predicted: str
-    count: int
-    images: int
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What a network answered to ``images`` pictures.
-
-    ``loss`` is the mean cross entropy in nats, ``top1`` and ``top5`` are percent (0..100). ``predictions``,
-    ``labels`` and ``indices`` in the dataset are int64 (images,), in the order of the dataset. ``seconds`` are
-    those of reading the pictures and asking the network, which goes on at the same time. ``problems`` has a line
-    for each picture that could not be read and so was left out. ``jobs`` is the number of processes that worked.
-    """
-
-    images: int
-    loss: float
-    top1: float
-    top5: float
-    seconds: float
-    predictions: Labels = field(repr=False)
-    labels: Labels = field(repr=False)
-    indices: Labels = field(repr=False)
-    classes: tuple[str, ...] = field(repr=False)
-    problems: tuple[str, ...] = ()
-    jobs: int = 1
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds
-
-    @property
-    def top1_error(self) -> float:
-        """The standard error of ``top1``, in points."""
-        return standard_error(self.top1, self.images)
-
-    @cached_property
-    def confusion(self) -> npt.NDArray[np.int64]:
-        """How often pictures of each class (row) got each answer (column), int64 (classes, classes)."""
-        classes = len(self.classes)
-        cells = np.bincount(self.labels * classes + self.predictions, minlength=classes * classes)
-        return cells.reshape(classes, classes)
-
-    def per_class(self) -> list[ClassResult]:
-        """Every class of which there were pictures, in the order of the classes."""
-        classes = len(self.classes)
-        right = self.labels[self.labels == self.predictions]
-        images, correct, predicted = (
-            np.bincount(numbers, minlength=classes).tolist() for numbers in (self.labels, right, self.predictions)
-        )
-        return [
-            ClassResult(i, name, images[i], correct[i], predicted[i])
-            for i, name in enumerate(self.classes)
-            if images[i]
-        ]
-
-    def confused(self, most: int | None = None) -> list[Confusion]:
-        """The pairs that were mistaken for each other, the most frequent first; at most ``most`` of them."""
-        wrong = self.labels != self.predictions
-        pairs, counts = np.unique(np.stack([self.labels, self.predictions], 1)[wrong], axis=0, return_counts=True)
-        images = np.bincount(self.labels, minlength=len(self.classes))
-        order = np.argsort(-counts, kind="stable")[:most]
-        return [
-            Confusion(self.classes[true], self.classes[answer], count, int(images[true]))
-            for (true, answer), count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
-        ]
-
-
-def agreement(one: Evaluation, other: Evaluation) -> float:
-    """Percent of equal answers to the pictures that both have answered."""
-    shared, here, there = np.intersect1d(one.indices, other.indices, return_indices=True)
-    return 100 * float((one.predictions[here] == other.predictions[there]).mean()) if shared.size else float("nan")
 
 
 class Group(Protocol):
@@ -243,77 +139,6 @@ def evaluation_loader(
     transform = EvalTransform(size, how.shorter_side(size), how.interpolation, classifier.stretched_to)
     data = match_classes(dataset, classifier.classes)
     return Loader(data, transform, batch_size, workers=workers, broken="drop", max_bad=max_bad)
-
-
-def evaluation_data(
-    root: Path | None,
-    recipe: Mapping[str, Any],
-    image_size: int,
-    on_progress: OnProgress = log_progress,
-    on_message: OnMessage = log_message,
-) -> Dataset:
-    """The labelled pictures in ``root``; without one, those that the run of ``recipe`` was measured on. If ``root`` is
-    what it was trained on, these, too.
-
-    ``recipe`` is what a checkpoint keeps of its training, empty where there was none; ``image_size`` is that of
-    synthetic pictures where it does not say. Raises InputError where there is neither, or the folder is no labelled
-    set.
-    """
-    if root is not None and not was_trained_on(recipe, root):
-        return evaluation_folder(root, on_progress, on_message)
-    data = recipe.get("data")
-    if not isinstance(data, str) or not data:
-        raise InputError("these weights do not say which pictures they are measured on: pass -d FOLDER")
-    if data == SYNTHETIC:
-        count, seed, size = (int(recipe.get(key) or 0) for key in ("synthetic_val", "seed", "image_size"))
-        return SyntheticImages(count or SYNTHETIC_VAL, seed, size or image_size, "val")
-    if not Path(data).is_dir():
-        raise InputError(
-            f"the pictures that these weights were trained on are not in {printable(data)}: pass -d FOLDER"
-        )
-    return validation_folder(Path(data), on_progress, on_message)
-
-
-def was_trained_on(recipe: Mapping[str, Any], folder: Path) -> bool:
-    """Whether ``folder`` is the one of a run's ``recipe``."""
-    data = recipe.get("data")
-    return isinstance(data, str) and data != SYNTHETIC and Path(data).resolve() == folder.resolve()
-
-
-def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """``dataset`` with its labels as indices into the network's ``classes``, which are matched by name.
-
-    Only the classes that have pictures count. Weights without class names of their own (see ``class_names``) take
-    those of a dataset that has as many, in its order. Raises InputError where there are no labels, or the network
-    does not know a class.
-    """
-    labels = dataset.labels
-    if labels is None:
-        raise InputError(f"{dataset.name} has no classes: put the pictures in <class>/ to measure accuracy")
-    names = adopt_names(classes, dataset)
-    if names == dataset.classes:
-        return dataset
-    place = {name: index for index, name in enumerate(names)}
-    used = np.unique(labels).tolist()
-    unknown = [dataset.classes[label] for label in used if dataset.classes[label] not in place]
-    if unknown:
-        others = "weights for these with -c"
-        if len(names) == len(dataset.classes):  # perhaps the same ones, under other names
-            others += ", or, where -c is an imported ONNX file, its own names in your words by --labels FILE"
-        raise InputError(
-            f"{dataset.name} has {plural(len(unknown), 'class')} that the network does not know "
-            f"({join_names(unknown)}; it knows {join_names(names)}): give pictures of its classes with -d, or {others}"
-        )
-    translation = np.zeros(len(dataset.classes), np.int64)
-    translation[used] = [place[dataset.classes[label]] for label in used]
-    return Selection(dataset, np.arange(len(dataset)), translation[labels], names)
-
-
-def adopt_names(classes: Sequence[str], dataset: Dataset) -> tuple[str, ...]:
-    """The names of a network's ``classes``; where these are numbers alone, those of a ``dataset`` that has as many."""
-    names = tuple(classes)
-    is_unnamed = names == class_names(len(names)) and len(names) != 1000
-    return dataset.classes if is_unnamed and len(names) == len(dataset.classes) else names
 
 
 # ---- batches, and what comes of them ----

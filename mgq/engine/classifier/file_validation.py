@@ -29,6 +29,6 @@ def validate_file(path: Path, key: str | None = None) -> None:
 
         read_megengine_file(path)
     else:
-        from mgq.weights.unpickler import read_state
+        from mgq.weights.state_file import read_state
 
         read_state(path, key)

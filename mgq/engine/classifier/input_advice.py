@@ -12,7 +12,8 @@ from megengine import Tensor
 
 from mgq.data.datasets import Dataset, subset
 from mgq.engine.classifier.classifier import Classifier
-from mgq.engine.classifier.evaluate import Evaluation, evaluation_loader
+from mgq.engine.classifier.evaluate import evaluation_loader
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.onnx_import import source_among
 from mgq.engine.classifier.open import to_float
 from mgq.quantization.modes import Mode

@@ -10,7 +10,8 @@ import megengine.module as M
 import numpy as np
 
 from mgq.data.datasets import Dataset
-from mgq.engine.classifier.evaluate import Evaluation, agreement, batch_for, evaluate
+from mgq.engine.classifier.evaluate import batch_for, evaluate
+from mgq.engine.classifier.evaluation_result import Evaluation, agreement
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.runtime_module import RuntimeModule
 from mgq.events import Callbacks, OnProgress, Progress

@@ -32,7 +32,7 @@ from mgq.io.records import record_of
 from mgq.machine import mute_stderr
 from mgq.quantization.modes import Mode
 from mgq.weights.checkpoint import info_of
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo.blueprint import Blueprint
 from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.input_contract import RAW, InputContract, contract_called

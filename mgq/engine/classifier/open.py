@@ -88,6 +88,8 @@ def find_weights(
     on_progress: OnProgress,
     key: str | None = None,
 ) -> Weights:
+    """The weights that :func:`open_classifier` takes, in its order. Raises InputError, which lists the ways to some,
+    where there are none."""
     if checkpoint is not None:
         return read_weights(checkpoint, spec, key=key)
     spec = spec or spec_of(DEFAULT_ARCH)
@@ -107,6 +109,7 @@ def find_weights(
 
 
 def list_ways_to_weights(spec: ModelSpec) -> str:
+    """What a user can do to have weights for ``spec``, in words."""
     ways = ["pass --checkpoint FILE"]
     if spec.packaged:
         ways.append(spec.packaged.mend())

@@ -19,8 +19,8 @@ from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import BATCH
 from mgq.export.onnx.onnx_file import import_package
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import MEGENGINE, is_never_negative
 from mgq.runtime.protocol import batches_of, run_in_batches
 from mgq.runtime.registry import BACKENDS, Backend

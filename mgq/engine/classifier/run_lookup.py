@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mgq.errors import printable
 from mgq.quantization.option_names import Mode
-from mgq.zoo.registry import ModelSpec, specs
+from mgq.zoo.registry import ModelSpec, spec_of, specs
 
 DEFAULT_ARCH = "efficientnet_lite0"
 RUN_CHECKPOINT = "checkpoint.safetensors"
@@ -40,6 +40,20 @@ def find_newer_run(mode: Mode, save: Path) -> Path | None:
     found = [path for kind in RUNS_FOR[mode] for path in save.glob(f"*.{kind}/{RUN_CHECKPOINT}")]
     newest = find_newest(found)
     return None if newest is None or newest.parent.name.rpartition(".")[0] == DEFAULT_ARCH else newest
+
+
+def describe_unused_runs(arch: str | None, mode: Mode, save: Path) -> list[str]:
+    """What is said of runs under ``save`` that a command passes over, a line each.
+
+    Such is a float run of ``arch``, where that has no other and ``mode`` takes other weights; and the newest run, where
+    no ``arch`` was chosen and that is none of ``DEFAULT_ARCH``.
+    """
+    spec, found = spec_of(arch or DEFAULT_ARCH), []
+    if (run := find_unused_float_run(spec, mode, save)) is not None:
+        found.append(describe_unused(run, spec))
+    if arch is None and (newer := find_newer_run(mode, save)) is not None:
+        found.append(describe_newer(newer))
+    return [f"not used: {line}" for line in found]
 
 
 def describe_newer(run: Path) -> str:

@@ -174,7 +174,7 @@ def join_team(world: World, link: Link, words: Sequence[str]) -> Team:
     import mpi4py
 
     mpi4py.rc.thread_level = "serialized"
-    mpi4py.rc.finalize = False  # done by :meth:`leave`: after a failure it would wait for ever
+    mpi4py.rc.finalize = False  # done by :func:`leave_team`: after a failure it would wait for ever
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import filelock
 
 LAST = "last.safetensors"
+FLOAT_START = "float.safetensors"
+"""In the folder of a ``qat`` run: the float network that it began from."""
 RECIPE = "recipe.toml"
 LOG = "log.txt"
 METRICS = "metrics.jsonl"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from mgq.errors import InputError, printable
 from mgq.io.records import record_of
 from mgq.weights.checkpoint import TRAINING_KEY, body_of, write_tensors
-from mgq.weights.unpickler import LONGEST_HEADER
+from mgq.weights.state_file import LONGEST_HEADER
 
 FORMAT = 1
 CHECKSUM_KEY = "sha256"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mgq.data.datasets import Dataset
-from mgq.engine.classifier.evaluate import adopt_names
+from mgq.engine.classifier.labelled_sets import adopt_names
 from mgq.engine.classifier.open import find_newest_arch, find_newest_run, list_ways_to_weights
 from mgq.engine.training.recipe import SYNTHETIC
 from mgq.engine.training.train_options import TrainOptions

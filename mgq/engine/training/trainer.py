@@ -24,7 +24,8 @@ from megengine.module.batchnorm import _BatchNorm
 from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
-from mgq.engine.classifier.evaluate import Evaluation, evaluate_loader
+from mgq.engine.classifier.evaluate import evaluate_loader
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.metrics import Meter
 from mgq.engine.classifier.open import versions
 from mgq.engine.classifier.runtime_module import int8_runtime
@@ -42,9 +43,10 @@ from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import apply_ranges, observe_weights
+from mgq.quantization.activation_ranges import apply_ranges
 from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
 from mgq.quantization.qat import Phase, plain_qat, set_phase
+from mgq.quantization.qat_layers import observe_weights
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import megengine as mge
-import megengine.module as M
 
-from mgq.cpu_kernels import fast_gradients
 from mgq.data.datasets import subset
-from mgq.data.loader import Loader
 from mgq.deprecation import find_renamed
 from mgq.engine.calibration.calibration_run import calibrate
-from mgq.engine.classifier.evaluate import adopt_names, match_classes
-from mgq.engine.classifier.metrics import Meter
+from mgq.engine.classifier.labelled_sets import adopt_names
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
-from mgq.engine.classifier.open import Classifier, find_newest, open_classifier, versions
+from mgq.engine.classifier.open import Classifier, open_classifier, versions
 from mgq.engine.distributed.launch import launch
 from mgq.engine.distributed.process_group import (
     Cluster,
@@ -28,11 +24,9 @@ from mgq.engine.distributed.process_group import (
     ProcessGroup,
     check_cluster,
     gpus,
-    runs_on_processor,
 )
 from mgq.engine.runs.provenance import listing_of, this_process
-from mgq.engine.runs.run_folder import LAST, RunFolder
-from mgq.engine.runs.training_state import START_AGAIN, TrainingState
+from mgq.engine.runs.run_folder import FLOAT_START, RunFolder
 from mgq.engine.training.initial_weights import (
     InitialWeights,
     keeps_batch_norm,
@@ -41,37 +35,28 @@ from mgq.engine.training.initial_weights import (
     resolve_network,
 )
 from mgq.engine.training.input_layer import input_layer_lr_scale
-from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, restore_recipe, to_plain
+from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, Start, Task, make_recipe, to_plain
+from mgq.engine.training.resumption import reopen_run
 from mgq.engine.training.train_options import (
     TrainOptions,
     all_changes,
     find_data,
-    refuse_bfloat16,
-    refuse_changed_options,
 )
-from mgq.engine.training.trainer import StoppedError, Trainer
-from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, make_measuring_loader, read_sets
-from mgq.errors import FailureError, InputError, MgqError, plural, printable
+from mgq.engine.training.trainer import StoppedError
+from mgq.engine.training.training_process import Figures, TrainJob, train_on_device
+from mgq.engine.training.training_sets import SYNTHETIC_SIZE, Sets, make_loaders, read_sets
+from mgq.errors import InputError, MgqError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks
 from mgq.io.download import sha256_of
-from mgq.io.records import record_of
-from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
-from mgq.ptq.equalization import equalize_channels
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.modes import Mode
-from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import ONNX, get_target
 from mgq.system.graphics_cards import graphics_cards, refuse_unfit
 from mgq.system.local_ranks import take_idle_cores
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
-from mgq.weights.foreign_states import State
-from mgq.zoo.layers import without_initialization
-from mgq.zoo.network_state import state_of
-from mgq.zoo.registry import ModelSpec, spec_of
-from mgq.zoo.weight_loading import fingerprint, float_part, load_state, read_weights
+from mgq.zoo.registry import ModelSpec
+from mgq.zoo.weight_loading import fingerprint, float_part, read_weights
 
-FLOAT_START = "float.safetensors"
-"""In the folder of a ``qat`` run: the float network that it began from."""
 CALIBRATED_AFTER_TRAIN = 256
 COMPARED_AFTER_TRAIN = 2_000
 """Pictures at most on which ``train`` shows what int8 would be like; ``qat`` measures all."""
@@ -89,18 +74,6 @@ class TrainResult:
     best: Mapping[str, float]
     comparison: Comparison
     calibrated: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """A run, ready to go: the same in every process that takes part."""
-
-    recipe: Recipe
-    sets: Sets
-    initial: InitialWeights
-    info: CheckpointInfo
-    train_options: TrainOptions
-    state: TrainingState | None = None
 
 
 # ---- the two verbs ----
@@ -304,78 +277,9 @@ def name_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
 
 
 def resume_run(train_options: TrainOptions, mode: Mode, cluster: Cluster, callbacks: Callbacks) -> TrainResult:
-    """Go on with the run that was interrupted. Raises InputError for options that are not those it began with."""
-    arch = train_options.arch or find_resumable_arch(train_options.save, mode)
-    with RunFolder.open(train_options.save, spec_of(arch).name, mode.value, train_options.tensorboard) as run:
-        state = run.read_state()
-        recipe = restore_recipe(state.recipe, str(run.last))
-        refuse_changed_options(train_options, recipe, run.path)
-        note = describe_process_change(recipe, cluster, run)
-        info = info_of_progress(state.progress, recipe, run.last)
-        run.keep_metrics(state.progress["epoch"])
-        run.note_environment(processes=[this_process(train_options.workers)])
-        sets = read_sets(recipe.data, None, to_plain(recipe), callbacks)
-        sets = Sets(*(match_classes(dataset, info.classes) for dataset in (sets.train, sets.val)))
-        callbacks.on_message(
-            f"going on with {run.path}: {plural(recipe.epochs, 'epoch')}, {state.progress['epoch']} done"
-        )
-        if note:
-            callbacks.on_message(note)
-        begun = float_start_of(run, recipe) if recipe.mode == "qat" else None
-        job = TrainJob(recipe, sets, InitialWeights(begun, info.origin, recipe.options), info, train_options, state)
+    """Go on with the run that was interrupted."""
+    with reopen_run(train_options, mode, cluster, callbacks) as (job, run):
         return finish_run(job, run, cluster, callbacks)
-
-
-def describe_process_change(recipe: Recipe, cluster: Cluster, run: RunFolder) -> str:
-    """What to say where a run goes on with another number of processes than it began with; nothing where not.
-
-    Raises InputError on GPUs, and where its pictures of a step cannot be shared equally.
-    """
-    if cluster.world == recipe.devices:
-        return ""
-    path, pictures = printable(run.path), recipe.batch_size * recipe.devices
-    if not runs_on_processor() or cluster.nodes > 1:
-        raise InputError(
-            f"{path} was begun on {plural(recipe.devices, 'device')}, not {cluster.world}: give it the same"
-        )
-    if pictures % cluster.world:
-        raise InputError(
-            f"{path} takes {plural(pictures, 'picture')} a step, which {plural(cluster.world, 'process')} cannot share "
-            f"equally: give it {recipe.devices}, with which it began"
-        )
-    alike = "equal up to rounding" if recipe.sync_bn else "equal up to rounding, but for what batch norms see at once"
-    begun = f"begun with {plural(recipe.devices, 'process')}, going on with {cluster.world}"
-    return f"{begun}: the same pictures a step, {alike}"
-
-
-def info_of_progress(progress: Mapping[str, Any], recipe: Recipe, path: Path) -> CheckpointInfo:
-    """What the checkpoints of the run say whose state in ``path`` has ``progress``.
-
-    Raises InputError where that is no place in a training by ``recipe``.
-    """
-    try:
-        counts = [progress["epoch"], progress["step_in_epoch"], *progress["pictures"]]
-        if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or len(counts) != 4:
-            raise TypeError
-        info = record_of(CheckpointInfo, progress["info"])
-        Meter.from_state(progress["meter"])
-        numbers = [progress["seconds"], *progress["best"].values(), *progress.get("start", {}).values()]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError
-        # Of 0 and 1 classes, or others than the recipe's, there is nothing to learn.
-        if progress["epoch"] > recipe.epochs or (info.arch, len(info.classes)) != (recipe.arch, recipe.classes):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise InputError(f"{printable(path)} does not say where the training stands; {START_AGAIN}") from None
-    return info
-
-
-def find_resumable_arch(save: Path, mode: Mode) -> str:
-    """The architecture of the newest run under ``save`` that can go on."""
-    newest = find_newest(path for path in save.glob(f"*.{mode.value}/{LAST}") if path.is_file())
-    if newest is None:
-        raise InputError(f"there is no run of mode {mode.value} under {save} to resume; leave out --resume")
-    return newest.parent.name.removesuffix(f".{mode.value}")
 
 
 def finish_run(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callbacks) -> TrainResult:
@@ -409,9 +313,6 @@ def open_float_and_simulated(job: TrainJob, run: RunFolder, callbacks: Callbacks
     return normal, found.classifier
 
 
-Figures = tuple[dict[str, float], dict[str, float]]
-
-
 def train_on_all_devices(job: TrainJob, run: RunFolder, cluster: Cluster, callbacks: Callbacks) -> Figures:
     """Train on all devices, as :func:`train_on_device` does on one.
 
@@ -431,119 +332,6 @@ class ElsewhereError(MgqError):
     """Nothing went wrong, and there is nothing to show: the result is on another machine."""
 
     exit_code = 0
-
-
-def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
-    """Run one process's part of a training; return the figures of the best epoch, and those before the first."""
-    recipe = job.recipe
-    refuse_other_pictures(job, group)
-    network = make_first_network(job)
-    teacher = teacher_of(job) if recipe.mode == "qat" else None
-    train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
-    examples = examples_of(job)
-    with (
-        training_kernels(callbacks, recipe.sync_bn and group.world_size > 1, recipe.bf16),
-        train_loader,
-        val_loader,
-        examples or contextlib.nullcontext(),
-    ):
-        trainer = Trainer(
-            recipe,
-            network,
-            train_loader,
-            val_loader,
-            run,
-            job.info,
-            teacher,
-            group,
-            callbacks,
-            job.train_options.report_every,
-            examples,
-        )
-        if job.state is not None:
-            trainer.load(job.state)
-        trainer.fit()
-    return trainer.best, trainer.start
-
-
-def make_first_network(job: TrainJob) -> M.Module:
-    """The network as the run begins with it; random parts follow from the seed."""
-    recipe, initial = job.recipe, job.initial
-    spec = spec_of(recipe.arch)
-    mge.random.seed(recipe.seed + 1)
-    drawn = initial.state is None or spec.head not in initial.state
-    with contextlib.nullcontext() if drawn else without_initialization():
-        network = spec.build(recipe.classes, **recipe.options)
-    if initial.state is not None:
-        load_state(network, {**state_of(network), **initial.state}, initial.origin)
-    if recipe.batch_norm_momentum:
-        for module in network.modules():
-            if isinstance(module, M.BatchNorm2d):
-                module.momentum = recipe.batch_norm_momentum
-    if recipe.mode != "qat":
-        return network
-    if recipe.calibrate:
-        with contextlib.suppress(FailureError):  # an imported network whose batch norms are folded away
-            equalize_channels(network, None, get_target(recipe.target), in_place=True)
-    return prepare_qat(network, recipe.observer, get_target(recipe.target), in_place=True)
-
-
-def examples_of(job: TrainJob) -> Loader | None:
-    """Pictures to train on, without augmentation, for what the recipe has to be done before the first step."""
-    recipe, images = job.recipe, job.sets.train
-    number = recipe.classifier_pictures
-    if recipe.mode == "qat":
-        number = MOST_LAYERWISE_IMAGES
-    if number == 0:
-        return None
-    few = subset(images, min(number, len(images)))
-    return make_measuring_loader(recipe, few, job.train_options, job.info.preprocessing)
-
-
-def teacher_of(job: TrainJob) -> M.Module:
-    """The float network that a ``qat`` run began from."""
-    assert job.initial.state is not None
-    with without_initialization():
-        network = spec_of(job.recipe.arch).build(job.recipe.classes, **job.recipe.options)
-    load_state(network, job.initial.state, job.initial.origin)
-    network.eval()
-    return network
-
-
-def float_start_of(run: RunFolder, recipe: Recipe) -> State:
-    """The weights that :func:`teacher_of` takes, as a ``qat`` run keeps them."""
-    return float_part(read_weights(run.path / FLOAT_START, spec_of(recipe.arch)).state)
-
-
-def refuse_other_pictures(job: TrainJob, group: ProcessGroup) -> None:
-    """Raises InputError, which names the rank, where a process finds other pictures than the first."""
-    if group.share[1] == 1:
-        return
-    first, *others = group.gather([listing_of(images) for images in (job.sets.train, job.sets.val)])
-    for rank, found in enumerate(others, 1):
-        if found != first:
-            where = f"rank {rank} finds other pictures in {printable(job.recipe.data)} than rank 0"
-            raise InputError(f"{where}: all machines need the same files there")
-
-
-@contextlib.contextmanager
-def training_kernels(callbacks: Callbacks, sync_bn: bool = False, bf16: bool = False) -> Iterator[None]:
-    """Fast gradients on a processor; MegEngine's own on a GPU, or where oneDNN is missing.
-
-    Raises FailureError where it is missing and ``sync_bn`` or ``bf16`` needs it, and InputError where the processor has
-    no bfloat16: a run may go on on another one.
-    """
-    if bf16:
-        refuse_bfloat16()
-    with contextlib.ExitStack() as stack:
-        if runs_on_processor():
-            try:
-                stack.enter_context(fast_gradients(bf16))
-            except FailureError as error:
-                if sync_bn or bf16:
-                    raise
-                callbacks.on_message(f"{error}; training goes on with MegEngine's own kernels, many times slower")
-        yield
 
 
 __getattr__ = find_renamed(__name__, {"Outcome": "TrainResult"})

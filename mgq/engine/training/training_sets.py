@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mgq.data.augmentation import EvalTransform, TrainTransform
-from mgq.data.datasets import Dataset, subset, training_folders
+from mgq.data.datasets import Dataset, subset
+from mgq.data.labelled_folders import training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
-from mgq.engine.classifier.evaluate import batch_for, match_classes
+from mgq.engine.classifier.evaluate import batch_for
+from mgq.engine.classifier.labelled_sets import match_classes
 from mgq.engine.distributed.process_group import ProcessGroup
 from mgq.engine.training.recipe import SYNTHETIC, Recipe, Task, make_recipe
 from mgq.engine.training.train_options import TrainOptions

@@ -103,6 +103,8 @@ class Planner:
     # Layers to steps
 
     def read_layers(self) -> None:
+        """Make the steps: a sum joins the convolution that makes the later of its summands, a shuffle is only another
+        order. Raises InputError for a sum that has no such convolution to itself."""
         users: dict[str, list[Layer]] = {}
         for layer in self.program.layers:
             for name in layer.inputs:
@@ -198,6 +200,7 @@ class Planner:
     # Steps to memory
 
     def storages(self, plan: Plan) -> dict[str, Storage]:
+        """How each tensor lies in memory, by name. Raises InputError for a layout that no kernel reads."""
         result = {}
         first = self.program.tensors[self.program.input]
         for name in (self.program.input, *(step.target for step in self.steps if not isinstance(step.layer, Linear))):

@@ -123,9 +123,7 @@ def choose_head(graph: Any, heads: list[Head], classes: int | None) -> Head:
     for rule in rules:
         if len(found) > 1:
             found = [head for head in found if rule(head)] or found
-    if (
-        len(found) > 1 and found[0].width and len({head.width for head in found}) == 1
-    ):  # earlier heads of Inception and its kind
+    if len(found) > 1 and found[0].width and len({head.width for head in found}) == 1:  # as Inception's earlier heads
         depths = [len(reads[head.scores]) for head in found]
         found = [head for head, depth in zip(found, depths, strict=True) if depth == max(depths)]
     if len(found) > 1:

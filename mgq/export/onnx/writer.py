@@ -35,8 +35,8 @@ from mgq.graph.layer_graph import (
     Reshape,
     Transpose,
     WeightedNode,
-    graph_of,
 )
+from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import REWRITES, merge_narrow_groups, without_shuffles
 from mgq.io.atomic import atomic_write
 from mgq.quantization.activations import IDENTITY, RELU, Activation

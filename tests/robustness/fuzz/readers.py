@@ -82,7 +82,7 @@ _PICKLE_TOKENS = (
 
 def _read_state(path: Path) -> object:
     from mgq.weights.checkpoint import info_of
-    from mgq.weights.unpickler import read_state
+    from mgq.weights.state_file import read_state
 
     return info_of(read_state(path).metadata, str(path))
 
@@ -149,7 +149,7 @@ def _of_other_programs() -> Sequence[bytes]:
 
 def _read_of_other_programs(path: Path) -> object:
     from mgq.weights.prefixes import network_part
-    from mgq.weights.unpickler import read_state
+    from mgq.weights.state_file import read_state
 
     def holds(state: dict[str, Any]) -> bool:
         return "stem.weight" in state
@@ -313,7 +313,7 @@ def _state_from_nothing(rng: random.Random) -> bytes:
 def _read_training_state(path: Path) -> object:
     from mgq.engine.runs.training_state import read_training_state
     from mgq.engine.training.recipe import restore_recipe
-    from mgq.engine.training.training_run import info_of_progress
+    from mgq.engine.training.resumption import info_of_progress
 
     state = read_training_state(path)
     return info_of_progress(state.progress, restore_recipe(state.recipe, str(path)), path)

@@ -18,7 +18,9 @@ from PIL import Image
 
 from mgq.data import augmentation
 from mgq.data.augmentation import Box, Draw, EvalTransform, Stream, TrainTransform, generator
-from mgq.data.decoding import JpegFacts, Pixels, decode_reduced_jpeg, jpeg_facts, read_image
+from mgq.data.decoding import read_image
+from mgq.data.jpeg import JpegFacts, decode_reduced_jpeg, jpeg_facts
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.transforms import eval_crop
 from mgq.errors import InputError
 
@@ -227,12 +229,13 @@ def test_a_large_jpeg_gives_nearly_the_same_crop(tmp_path: Path, orientation: in
 
 @pytest.fixture
 def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """By how much each JPEG was reduced."""
+    """By how much each JPEG was reduced, where the decoder did it."""
     found: list[int] = []
 
     def noted(data: bytes, facts: JpegFacts, by: int) -> Pixels | None:
-        found.append(by)
-        return decode_reduced_jpeg(data, facts, by)
+        pixels = decode_reduced_jpeg(data, facts, by)
+        found.extend([] if pixels is None else [by])
+        return pixels
 
     monkeypatch.setattr(augmentation, "decode_reduced_jpeg", noted)
     return found

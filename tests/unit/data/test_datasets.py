@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 
 from mgq.data import imagenet_archives
-from mgq.data.datasets import (
+from mgq.data.datasets import subset, without_subset
+from mgq.data.imagenet_classes import imagenet_classes
+from mgq.data.labelled_folders import (
     KEPT,
     ImageFolder,
     calibration_folder,
     evaluation_folder,
-    subset,
     training_folders,
     validation_folder,
-    without_subset,
 )
-from mgq.data.imagenet_classes import imagenet_classes
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.events import Progress

@@ -12,16 +12,11 @@ import pytest
 from PIL import Image
 
 from mgq.data.augmentation import EvalTransform
-from mgq.data.datasets import (
-    Dataset,
-    calibration_folder,
-    evaluation_folder,
-    is_unsplit,
-    training_folders,
-)
+from mgq.data.datasets import Dataset
 from mgq.data.folder_layout import role_of
 from mgq.data.folder_scan import IMAGE_SUFFIXES, Tally, entries_in
 from mgq.data.image_sources import expand
+from mgq.data.labelled_folders import calibration_folder, evaluation_folder, is_unsplit, training_folders
 from mgq.data.loader import Loader
 from mgq.errors import InputError
 from tests.conftest import one_line_about

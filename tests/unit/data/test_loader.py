@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pytest
 
 from mgq.data.augmentation import Draw, EvalTransform, TrainTransform
-from mgq.data.datasets import ImageFolder, calibration_folder, evaluation_folder
-from mgq.data.decoding import Pixels
+from mgq.data.labelled_folders import ImageFolder, calibration_folder, evaluation_folder
 from mgq.data.loader import NO_LABEL, Batch, Loader
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 from mgq.machine import usable_cores

@@ -21,7 +21,8 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from mgq.data import decoding
-from mgq.data.decoding import MAX_PIXELS, MAX_SIDE, bundled_cat, read_image
+from mgq.data.decoding import bundled_cat, read_image
+from mgq.data.image_limits import MAX_BYTES, MAX_PIXELS, MAX_SIDE
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError, printable
 from tests.fakes.places import ROOT
@@ -341,7 +342,11 @@ def test_a_cmyk_jpeg_is_turned_too() -> None:
     assert read_image(data).shape == (64, 48, 3)
 
 
-@pytest.mark.parametrize("exif", [b"", b"II*\0", b"\xff" * 40, exif_of(0), exif_of(9), exif_of(6)[:-8]])
+FAR = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 274, 3, 3, 1000, 0)
+"""EXIF with three orientations at a place behind its end."""
+
+
+@pytest.mark.parametrize("exif", [b"", b"II*\0", b"\xff" * 40, exif_of(0), exif_of(9), exif_of(6)[:-8], FAR])
 def test_malformed_exif_leaves_the_image_as_it_is(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
     assert read_image(encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif)).shape == (48, 64, 3)
     assert not recwarn.list
@@ -556,7 +561,7 @@ def test_a_image_of_the_longest_side_is_read() -> None:
 
 def test_too_many_pixels_are_refused_and_just_enough_pass_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{MAX_PIXELS:,}" in refusal(png(10_001, 10_000, 8, 2, b"\0"))
-    monkeypatch.setattr(decoding, "_by_opencv", lambda *_: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decoding, "decode_by_opencv", lambda *_: np.zeros((1, 1, 3), np.uint8))
     assert read_image(png(10_000, 10_000, 8, 2, b"\0")).shape == (1, 1, 3)
 
 
@@ -572,7 +577,7 @@ def test_a_webp_of_the_largest_size_it_can_claim_is_refused(sample: str, monkeyp
         data[26:30] = struct.pack("<HH", 16_383, 16_383)
     else:
         data[21:25] = struct.pack("<I", 16_382 | 16_382 << 14)
-    monkeypatch.setattr(decoding, "_by_pillow", None)
+    monkeypatch.setattr(decoding, "decode_by_pillow", None)
     assert "is 16,383 x 16,383 pixels" in refusal(bytes(data))
 
 
@@ -590,7 +595,7 @@ def test_a_gif_frame_larger_than_its_canvas_is_refused_without_a_word(
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "heavy.jpg"
     path.write_bytes(SAMPLES["PNG"])
-    os.truncate(path, decoding.MAX_BYTES + 1)  # Sparse: it takes no room on the disk.
+    os.truncate(path, MAX_BYTES + 1)  # Sparse: it takes no room on the disk.
     monkeypatch.setattr(decoding, "_pixels", None)
     assert "heavy.jpg is larger than 200 MB" in refusal(path)
 

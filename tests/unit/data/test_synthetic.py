@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from mgq.data.datasets import Dataset
-from mgq.data.decoding import Pixels
+from mgq.data.pixel_decoders import Pixels
 from mgq.data.synthetic import SyntheticImages
 from mgq.errors import InputError
 

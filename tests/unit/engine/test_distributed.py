@@ -20,6 +20,7 @@ from mgq.engine.distributed.launch import launch
 from mgq.engine.distributed.process_group import Cluster, EndedError, ProcessGroup
 from mgq.engine.training import train_options, training_run
 from mgq.engine.training.trainer import StoppedError
+from mgq.engine.training.training_process import train_on_device
 from mgq.errors import FailureError, InputError
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
 from tests.fakes.without_gpus import without_gpus
@@ -146,7 +147,7 @@ def test_another_machine_than_the_first_has_no_network(tmp_path: Path, monkeypat
 def test_a_part_of_a_training_can_be_sent(tmp_path: Path) -> None:
     plan = training_run.make_float_job(make_train_options({**WORDS, "save": tmp_path}), NO_CALLBACKS)
     with training_run.create_run(plan, NO_CALLBACKS) as run:
-        again = pickle.loads(pickle.dumps(partial(training_run.train_on_device, plan, run)))
+        again = pickle.loads(pickle.dumps(partial(train_on_device, plan, run)))
         assert again.args[1].path == run.path
         again.args[1].close()  # which is not its to close
         with pytest.raises(InputError, match="another mgq is writing"), training_run.create_run(plan, NO_CALLBACKS):

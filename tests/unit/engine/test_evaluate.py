@@ -15,12 +15,15 @@ import numpy.typing as npt
 import pytest
 
 from mgq.data.augmentation import EvalTransform
-from mgq.data.datasets import evaluation_folder, subset, training_folders
+from mgq.data.datasets import subset
 from mgq.data.imagenet_classes import imagenet_classes
+from mgq.data.labelled_folders import evaluation_folder, training_folders
 from mgq.data.loader import Loader
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.classifier import evaluate as module
-from mgq.engine.classifier.evaluate import Evaluation, evaluate, evaluate_loader, evaluation_data, match_classes
+from mgq.engine.classifier.evaluate import evaluate, evaluate_loader
+from mgq.engine.classifier.evaluation_result import Evaluation, agreement
+from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.open import Classifier, class_names
 from mgq.errors import FailureError, InputError
 from mgq.events import Progress
@@ -117,6 +120,19 @@ def test_the_most_confused_pairs_come_first() -> None:
     pairs = [(pair.true, pair.predicted, pair.count, pair.images) for pair in result.confused()]
     assert pairs == [("bee", "ant", 3, 4), ("ant", "bee", 1, 1)]
     assert len(result.confused(1)) == 1 and result.confused(0) == []
+
+
+def answers_of(predictions: Sequence[int], indices: Sequence[int]) -> Evaluation:
+    nothing = np.zeros(len(indices), np.int64)
+    return Evaluation(len(indices), 0, 0, 0, 1, np.array(predictions), nothing, np.array(indices), ("a", "b"))
+
+
+def test_agreement_is_of_the_images_that_both_have_answered() -> None:
+    one, other = answers_of([0, 1, 1, 0], [1, 2, 3, 4]), answers_of([1, 1, 0, 1], [2, 3, 4, 9])
+    assert agreement(one, other) == agreement(other, one) == 100
+    assert agreement(one, answers_of([1, 0], [1, 2])) == 0
+    assert agreement(one, answers_of([1, 0, 1, 0], [1, 4, 5, 2])) == pytest.approx(100 / 3)
+    assert math.isnan(agreement(one, answers_of([0], [7])))
 
 
 def test_progress_counts_images_and_says_top1() -> None:

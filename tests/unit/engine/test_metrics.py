@@ -48,8 +48,8 @@ def test_an_answer_that_is_not_a_number_is_never_right() -> None:
 def test_top1_and_top5_are_percent_of_images() -> None:
     meter = Meter()
     row = [float(10 - i) for i in range(10)]
-    meter.add(0.0, float32(row, row, row, row), int64(0, 4, 5, 9))
-    assert (meter.images, meter.top1, meter.top5) == (4, 25.0, 50.0)
+    meter.add(0.0, float32(*[row] * 5), int64(0, 1, 4, 5, 9))
+    assert (meter.images, meter.top1, meter.top5) == (5, 20.0, 60.0)
 
 
 def test_with_fewer_than_five_classes_top5_counts_them_all() -> None:

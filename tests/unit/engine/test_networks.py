@@ -33,7 +33,6 @@ from mgq.engine.runs.provenance import read_environment
 from mgq.errors import InputError
 from mgq.events import Callbacks, Progress
 from mgq.io.download import sha256_of
-from mgq.ptq.calibrate import measure_ranges
 from mgq.ptq.presets import CalibrationConfig
 from mgq.quantization.activation_ranges import read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
@@ -52,6 +51,7 @@ from tests.conftest import (
     trio_of,
     write_images,
 )
+from tests.fakes.measured_ranges import measure_ranges
 
 SHUFFLE, LITE = "shufflenet_v1_x0_5_g3", "efficientnet_lite0"
 CATS = range(281, 286)  # ImageNet's tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat

@@ -10,7 +10,8 @@ import pytest
 
 from mgq.api import make_train_options
 from mgq.engine.distributed.process_group import ProcessGroup
-from mgq.engine.training.training_run import make_float_job, refuse_other_pictures
+from mgq.engine.training.training_process import refuse_other_pictures
+from mgq.engine.training.training_run import make_float_job
 from mgq.errors import InputError
 from mgq.events import NO_CALLBACKS
 

@@ -18,7 +18,7 @@ from mgq.engine.runs.run_folder import RunFolder, read_metrics
 from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import FailureError, InputError
 from mgq.weights.checkpoint import info_of
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from tests.conftest import one_line_about
 
 STATE = TrainingState(

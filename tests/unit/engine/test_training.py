@@ -11,17 +11,21 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.open import open_classifier
+from mgq.engine.runs.run_folder import FLOAT_START
+from mgq.engine.training import trainer
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
-from mgq.engine.training.training_run import FLOAT_START, TrainResult, qat, train
+from mgq.engine.training.training_run import TrainResult, qat, train
 from mgq.errors import InputError
 from mgq.events import Callbacks, Progress
 from mgq.quantization.modes import Mode
+from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.zoo.weight_loading import read_weights
 from tests.conftest import one_line_about, slow, smooth_images
 from tests.fakes.training_options import ARCH, SMALL, small_request, stopping_after
@@ -287,13 +291,23 @@ def test_qat_measures_real_int8_and_keeps_the_float_network(
     assert open_classifier(checkpoint=undisturbed_qat.checkpoint).mode is Mode.QUANTIZED
 
 
-def test_qat_begins_with_the_newest_float_run(undisturbed: TrainResult, tmp_path: Path) -> None:
+def test_qat_begins_with_the_newest_float_run_and_measures_epochs_as_real_int8(
+    undisturbed: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[str] = []
+
+    def note(runtime: BatchRuntime, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        engines.append(type(runtime).__name__)
+        return run_in_batches(runtime, images)
+
+    monkeypatch.setattr(trainer, "run_in_batches", note)
     shutil.copytree(undisturbed.checkpoint.parent, tmp_path / f"{ARCH}.normal")
     outcome = qat(replace(small_request(tmp_path, epochs=1), arch=None))
     assert outcome.recipe.arch == ARCH
     start = read_weights(outcome.checkpoint.parent / FLOAT_START)
     trained = read_weights(undisturbed.checkpoint)
     assert all(np.array_equal(value, trained.state[name]) for name, value in start.state.items())
+    assert set(engines) == {"TracedRuntime"}
 
 
 def test_qat_without_a_float_run_says_so_and_trains_one(tmp_path: Path) -> None:

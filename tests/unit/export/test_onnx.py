@@ -26,10 +26,11 @@ from mgq.errors import FailureError, InputError
 from mgq.export.native.cpu import LEVELS
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.writer import write_onnx
-from mgq.graph.layer_graph import Convolution, Linear, graph_of
+from mgq.graph.layer_graph import Convolution, Linear
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.calibrate import calibrate_network
-from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import (
     MEGENGINE,
     ONNX,

@@ -22,8 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 import mgq.graph.onnx_import.operators as operators
 from mgq.cli.main import verbs
 from mgq.data.transforms import to_batch
-from mgq.engine.classifier.evaluate import evaluation_data, evaluation_loader
+from mgq.engine.classifier.evaluate import evaluation_loader
 from mgq.engine.classifier.import_wish import ImportWish
+from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.onnx_import import (
     find_float_input,
     find_int8_of,

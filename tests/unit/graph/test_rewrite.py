@@ -15,7 +15,8 @@ from mgq.bench.statistics import Speedup
 from mgq.bench.tune import Form, find_fastest, list_applicable, measure_forms
 from mgq.engine.classifier.open import make_random_classifier
 from mgq.export.onnx.writer import model_of, write_onnx
-from mgq.graph.layer_graph import Convolution, GlobalAverage, Graph, QuantParams, Transpose, graph_of, macs_of
+from mgq.graph.layer_graph import Convolution, GlobalAverage, Graph, QuantParams, Transpose, macs_of
+from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import (
     REWRITES,
     merge_narrow_groups,

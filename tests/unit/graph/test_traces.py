@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgq.graph import layer_graph
-from mgq.graph.layer_graph import Graph, graph_of, keep_traces
+from mgq.graph import network_reader
+from mgq.graph.layer_graph import Graph
+from mgq.graph.network_reader import graph_of, keep_traces
 from mgq.quantization.modes import Mode, to_mode
 from tests.conftest import SIZE, blank, filled
 
@@ -27,13 +28,13 @@ def networks() -> list[Any]:
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The networks that are traced, as they come."""
     seen: list[Any] = []
-    trace = layer_graph.trace
+    trace = network_reader.trace
 
     def noted(network: Any, size: int) -> Any:
         seen.append(network)
         return trace(network, size)
 
-    monkeypatch.setattr(layer_graph, "trace", noted)
+    monkeypatch.setattr(network_reader, "trace", noted)
     return seen
 
 

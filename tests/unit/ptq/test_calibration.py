@@ -18,20 +18,14 @@ from mgq.data.datasets import list_sources
 from mgq.data.synthetic import SyntheticImages
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import InputError
-from mgq.ptq.calibrate import DEFAULT_METHOD, Sample, measure_ranges
+from mgq.ptq.calibrate import DEFAULT_METHOD, Sample
 from mgq.ptq.easyquant import SampledConvolution, cosine
 from mgq.ptq.patches import pick_positions, sample_positions
 from mgq.ptq.presets import CalibrationConfig
-from mgq.quantization.activation_ranges import (
-    ActivationRanges,
-    apply_ranges,
-    fold_weight,
-    observe_weights,
-    read_ranges,
-    set_range,
-)
+from mgq.quantization.activation_ranges import ActivationRanges, apply_ranges, read_ranges
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import EASYQUANT, METHODS
+from mgq.quantization.qat_layers import fold_weight, observe_weights, set_range
 from mgq.zoo.network_state import state_of
 from tests.conftest import (
     classifier_of,
@@ -41,6 +35,7 @@ from tests.conftest import (
     smooth_images,
     trio_of,
 )
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.small_network import IMAGES, net
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")

@@ -12,7 +12,7 @@ import pytest
 
 from mgq.errors import FailureError
 from mgq.export.onnx.writer import write_onnx
-from mgq.graph.layer_graph import graph_of
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.channel_mixing import (
     SHRINKAGE,
     find_linear_tensors,

@@ -22,9 +22,9 @@ from mgq.errors import InputError
 from mgq.ptq.calibrate import calibrate_data_free_network
 from mgq.ptq.presets import CalibrationConfig, get_preset
 from mgq.ptq.steps import CorrectBias, RoundWeights
-from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import QUALITIES
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import Mgq, classifier_of, logits_of, one_line_about, slow, smooth_images, the_error
 from tests.fakes.places import ROOT

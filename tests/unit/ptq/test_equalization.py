@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.graph.layer_graph import graph_of
+from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.channel_statistics import measure_statistics, predict_statistics

@@ -71,7 +71,8 @@ class TestEachEstimator:
         assert high < 0
 
     def test_nothing_but_zeros_is_a_range_of_its_own(self, kind: type[Observer]) -> None:
-        assert after(kind, np.zeros((2, 3), np.float32)).range() == (0, 0)
+        found = after(kind, np.zeros((2, 3), np.float32))
+        assert found.has_seen and found.range() == (0, 0)
 
     def test_the_shape_does_not_matter_nor_does_the_array_change(self, kind: type[Observer]) -> None:
         values = normal(3, 2 * 3 * 10 * 10)

@@ -9,7 +9,7 @@ import pytest
 from megengine import Tensor
 
 from mgq.ptq.bias_correction import average_output, mean_patch
-from mgq.ptq.calibrate import calibrate_network, measure_ranges
+from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.gptq import (
     DAMPING,
     covariances,
@@ -23,10 +23,11 @@ from mgq.ptq.gptq import (
     settle_integers,
 )
 from mgq.ptq.patches import output_size, patches, sample_positions
-from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import fold_weight, observe_weights
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.small_network import IMAGES, net
 
 Array = npt.NDArray[np.float32]

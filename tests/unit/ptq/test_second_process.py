@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import megengine.module as M
 import numpy as np
 import pytest
 
+from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.ptq import second_process
 from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.logit_gradients import measure_part, measure_reactions
-from mgq.ptq.pipeline import SearchResult
-from mgq.ptq.presets import get_preset
+from mgq.ptq.pipeline import SearchResult, find_best
+from mgq.ptq.presets import PRESETS, get_preset
 from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process
-from mgq.ptq.steps import split_float
+from mgq.ptq.steps import Draft, ExpectedRanges, RangesFromImages, Step, split_float
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.system.side_process import Call, SideProcess
@@ -82,7 +83,40 @@ def test_two_processes_give_the_bits_of_one(network: M.Module, target: Target, m
     assert ranges_of_two == ranges_of_one
     assert fingerprint(two.network.state_dict()) == fingerprint(one.network.state_dict())
     assert (two.trials, two.best, two.summary()) == (one.trials, one.best, one.summary())
-    assert counts == sorted(counts) and counts[-1][0] == len(two.trials) <= counts[-1][1]
+    assert counts == sorted(counts) and counts[-1] == (len(two.trials), len(two.trials))
+
+
+@dataclass(frozen=True)
+class Spoil:
+    """A step behind which no ranges can be found."""
+
+    name: str = "spoil"
+
+    def apply(self, draft: Draft) -> Draft:
+        return replace(draft, method=self.name)
+
+
+@dataclass(frozen=True)
+class RangesUnlessSpoiled(RangesFromImages):
+    def apply(self, draft: Draft) -> Draft:
+        if draft.method == Spoil().name:
+            raise FailureError("no ranges")
+        return super().apply(draft)
+
+
+@pytest.mark.usefixtures("worthwhile")
+@pytest.mark.parametrize("ranges", [RangesUnlessSpoiled(), ExpectedRanges()], ids=["fail", "need no images"])
+def test_a_rewrite_that_does_not_apply_is_counted_once(network: M.Module, ranges: Step) -> None:
+    preset = replace(PRESETS["fast"], grids=((ranges,),), rewrites=(Spoil(),))
+    counts: list[tuple[int, Any]] = []
+    found = find_best(
+        network,
+        IMAGES[:20],
+        preset,
+        lambda fit: Draft(network, fit, ONNX),
+        lambda at: counts.append((at.done, at.total)),
+    )
+    assert counts[-1] == (len(found.trials), len(found.trials)) == (3, 3)
 
 
 @pytest.mark.usefixtures("worthwhile")

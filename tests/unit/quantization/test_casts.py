@@ -13,9 +13,9 @@ import pytest
 from megengine import Tensor
 from megengine.core.tensor.dtype import get_scale, qint8, qint32
 
-from mgq.quantization.activation_ranges import quantize_weight
 from mgq.quantization.int8_casts import casts_in_numpy
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import quantize_weight
 from mgq.runtime.megengine import TracedRuntime
 from mgq.zoo.layers import ConvBnRelu6
 

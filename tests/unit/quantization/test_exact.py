@@ -13,8 +13,8 @@ import pytest
 from megengine import Tensor
 
 from mgq.ptq.calibrate import calibrate_network
-from mgq.quantization.activation_ranges import find_quantized_layers
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.zoo.registry import spec_of, specs
 from tests.conftest import logits_of, slow, smooth_images
 

@@ -17,11 +17,12 @@ from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.ptq.sensitivity import activation_tally
-from mgq.quantization.activation_ranges import ActivationRanges, extend_to_grid, find_quantized_layers
+from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.floors import LEVELS, steps_below
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
+from mgq.quantization.qat_layers import Range, extend_to_grid, find_quantized_layers
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan
@@ -115,7 +116,7 @@ def test_a_grid_is_never_wider_than_one_around_0(
     tmp_path: Path, low: float, high: float, floor: float, span: float
 ) -> None:
     layer = find_quantized_layers(prepare_qat(imported(tmp_path), target=ONNX))["conv_1"]
-    assert extend_to_grid(layer, low, high) == (0.0, span)
+    assert extend_to_grid(layer, Range(low, high)) == (0.0, span)
     steps = steps_below(floor, span / LEVELS)
     assert steps * span / LEVELS >= min(-floor, -low, 127 / LEVELS * span) - 1e-6
 

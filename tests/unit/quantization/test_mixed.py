@@ -26,20 +26,21 @@ from mgq.engine.classifier.open import Classifier, classifier_from
 from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.errors import InputError
 from mgq.export.onnx.writer import write_onnx
-from mgq.graph.layer_graph import Convolution, graph_of
+from mgq.graph.layer_graph import Convolution
+from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import REWRITES
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize, refuse_without_ranges
-from mgq.quantization.activation_ranges import (
+from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
+from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
+from mgq.quantization.qat_layers import (
     find_quantized_layers,
     fold_weight,
     is_float_layer,
     observe_weights,
     quantize_weight,
 )
-from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
-from mgq.quantization.modes import Mode, mode_of, to_mode
-from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.targets import MEGENGINE, ONNX, TARGETS, Target, target_of
 from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime

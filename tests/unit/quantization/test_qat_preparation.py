@@ -18,7 +18,6 @@ from megengine.quantization import FakeQuantize, ema_fakequant_qconfig
 from megengine.quantization.observer import ExponentialMovingAverageObserver, MinMaxObserver
 
 from mgq.errors import InputError
-from mgq.quantization.activation_ranges import fold_weight, observe_weights
 from mgq.quantization.learned_scales import LearnedFakeQuantize, LearnedStepSize, TrainedThreshold
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.qat import (
@@ -33,6 +32,7 @@ from mgq.quantization.qat import (
     prepare_qat,
     set_phase,
 )
+from mgq.quantization.qat_layers import fold_weight, observe_weights
 from mgq.quantization.targets import UnitScaleObserver
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.network_state import state_of

@@ -22,19 +22,13 @@ from megengine.quantization.observer import ExponentialMovingAverageObserver
 
 import mgq
 from mgq.errors import InputError
-from mgq.ptq.calibrate import find_best_network, measure_ranges
+from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.presets import DEFAULT_PRESET, get_preset
 from mgq.quantization import activation_ranges as ranges_module
-from mgq.quantization.activation_ranges import (
-    FORMAT,
-    ActivationRanges,
-    apply_ranges,
-    find_quantized_layers,
-    read_packaged_ranges,
-    read_ranges,
-)
+from mgq.quantization.activation_ranges import FORMAT, ActivationRanges, apply_ranges, read_packaged_ranges, read_ranges
 from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.modes import Mode, mode_of, parse_mode, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import MEGENGINE, UnitScaleObserver, get_target
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.network_state import state_of
@@ -51,6 +45,7 @@ from tests.conftest import (
     smooth_images,
     trio_of,
 )
+from tests.fakes.measured_ranges import measure_ranges
 
 SHUFFLE = "shufflenet_v1_x0_5_g3"
 Activations = dict[str, tuple[tuple[Tensor, ...], Tensor]]

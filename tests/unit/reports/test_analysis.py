@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import megengine.functional as F
@@ -18,18 +16,15 @@ import pytest
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.engine.calibration import analysis
 from mgq.engine.calibration.analysis import format_decibels, format_points, load_images
 from mgq.engine.classifier.open import make_random_classifier
+from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.sensitivity import Effect, Survey, effect_of, find_analyzed_layers, sensitivity_of
-from mgq.quantization.activation_ranges import (
-    apply_ranges,
-    find_quantized_layers,
-    fold_bias,
-    fold_weight,
-    observe_weights,
-)
+from mgq.quantization.activation_ranges import apply_ranges
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.qat_layers import find_quantized_layers, fold_bias, fold_weight, observe_weights
 from mgq.quantization.targets import ONNX
 from mgq.reports.analysis_page import page_of
 from mgq.zoo.network_state import state_of
@@ -38,6 +33,7 @@ from tests.conftest import (
     Mgq,
     Read,
     classifier_of,
+    document,
     logits_of,
     same_state,
     smooth_images,
@@ -256,14 +252,6 @@ def test_a_table_of_the_worst_layers_and_a_page(mgq: Mgq, made: Path, tmp_path: 
     assert sum(line.startswith(starts) for line in said.out.splitlines()) == 3
 
 
-def document(text: str) -> dict[str, Any]:
-    def refused(name: str) -> float:
-        raise AssertionError(f"{name} is not JSON")
-
-    body: dict[str, Any] = json.loads(text, parse_constant=refused)
-    return body
-
-
 def test_json_is_one_document_with_all_layers(mgq: Mgq, made: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "plain", 2)
     said = mgq("analyze", "-c", made / "qat.safetensors", "-d", folder, "--images", "1", "--json", "--html", "p.html")
@@ -294,6 +282,24 @@ def test_float_weights_without_ranges_are_sent_to_calibration(mgq: Mgq, made: Pa
 )
 def test_wrong_use_is_one_line_that_names_it(mgq: Mgq, made: Path, arguments: list[str], named: str) -> None:
     assert named in the_error(mgq("analyze", "-c", made / "qat.safetensors", *arguments))
+
+
+class ToldError(Exception):
+    """A message, at which the work ends."""
+
+
+def stop_at(line: str) -> None:
+    raise ToldError(line)
+
+
+def test_it_is_said_that_another_network_has_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "mine.calibration" / RUN_CHECKPOINT
+    run.parent.mkdir()
+    run.touch()
+    opened = classifier_of(SMALL, Mode.QAT), dict[str, tuple[float, ...]]()
+    monkeypatch.setattr(analysis, "open_with_corrections", lambda *_: opened)
+    with pytest.raises(ToldError, match=r"not used: .*mine\.calibration is the newest run"):
+        analysis.analyze(save=tmp_path, on_message=stop_at)
 
 
 def test_a_deployed_file_has_nothing_to_compare_with(mgq: Mgq) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
+from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.network_choice import choose_network
@@ -17,7 +17,7 @@ from mgq.quantization.modes import Mode
 from mgq.reports.contents import FileReport
 from mgq.reports.report import report
 from mgq.runtime.registry import get_backend
-from tests.conftest import Mgq, Read, classifier_of, one_line_about, the_error, write_images
+from tests.conftest import Mgq, Read, classifier_of, one_line_about, the_error, words_on, write_images
 from tests.fakes.finished_runs import ARCH, HOSTILE, NAMES
 from tests.fakes.foreign_models import write
 
@@ -43,10 +43,6 @@ def report_on(file: Path, **words: object) -> FileReport:
     return found
 
 
-def words_of(written: FileReport) -> str:
-    return " ".join("".join(Read(written.page.read_text()).words).split())
-
-
 def test_the_page_has_the_figures_of_the_file_and_its_wrong_answers(place: Path) -> None:
     written = report_on(place / "net.onnx", data=place, engines=False)
     expected = evaluate(choose_network(checkpoint=place / "net.onnx", mode=Mode.NORMAL), evaluation_folder(place))
@@ -55,7 +51,7 @@ def test_the_page_has_the_figures_of_the_file_and_its_wrong_answers(place: Path)
     wrong = int((expected.predictions != expected.labels).sum())
     page = written.page.read_text()
     assert 0 < wrong == page.count("data:image/jpeg;base64,")
-    said = words_of(written)
+    said = words_on(written.page)
     for part in (f"{expected.top1:.1f} % ± {expected.top1_error:.1f}", f"{wrong} of 12 pictures", written.sha256):
         assert part in said
     for one in written.wrong:
@@ -65,7 +61,7 @@ def test_the_page_has_the_figures_of_the_file_and_its_wrong_answers(place: Path)
 
 def test_few_wrong_answers_are_shown_where_few_are_wanted(place: Path) -> None:
     written = report_on(place / "net.onnx", data=place, engines=False, images=2)
-    assert written.page.read_text().count("<img") == 2 and "2 of them shown" in words_of(written)
+    assert written.page.read_text().count("<img") == 2 and "2 of them shown" in words_on(written.page)
 
 
 def test_names_of_strangers_are_text(place: Path) -> None:
@@ -78,13 +74,13 @@ def test_what_only_a_run_knows_is_said_in_one_line(place: Path) -> None:
     written = report_on(place / "net.onnx", data=place, engines=False)
     assert len(written.missing) == 1
     assert one_line_about(written.missing[0], "float32", "error of each layer", "curves", "mgq report RUN")
-    assert written.missing[0] in words_of(written)
+    assert written.missing[0] in words_on(written.page)
 
 
 def test_without_pictures_the_rest_is_told(place: Path) -> None:
     written = report_on(place / "net.onnx", engines=[get_backend("onnxruntime")])
     assert written.found is None and any("-d FOLDER" in line for line in written.missing)
-    assert "It was not measured" in words_of(written)
+    assert "It was not measured" in words_on(written.page)
     assert written.engines is not None and [row.engine for row in written.engines.rows] == ["ONNX Runtime"]
 
 
@@ -96,7 +92,7 @@ def test_engines_that_are_here_are_measured_and_compared(place: Path) -> None:
     assert [row.engine for row in written.engines.rows] == ["OpenVINO", "ONNX Runtime"]
     for row in written.engines.rows:
         assert row.speed is not None and row.same == 100.0 and row.file_bytes == written.file_bytes
-    assert f"as {written.runtime.name}" in words_of(written)
+    assert f"as {written.runtime.name}" in words_on(written.page)
 
 
 def test_a_file_that_takes_four_pictures_is_timed_with_four(place: Path) -> None:
@@ -105,7 +101,7 @@ def test_a_file_that_takes_four_pictures_is_timed_with_four(place: Path) -> None
     [row] = written.engines.rows
     assert row.problem is None and row.speed is not None
     assert row.speed.fps == pytest.approx(4000 / row.speed.p50_ms, rel=0.9)
-    assert "4 pictures at a time" in words_of(written)
+    assert "4 pictures at a time" in words_on(written.page)
 
 
 def test_the_command_writes_the_page_beside_the_file(place: Path, mgq: Mgq) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgq.data.datasets import evaluation_folder
-from mgq.engine.classifier.evaluate import Evaluation, evaluate
+from mgq.data.labelled_folders import evaluation_folder
+from mgq.engine.classifier.evaluate import evaluate
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.provenance import write_environment
 from mgq.quantization.modes import Mode
@@ -25,14 +26,7 @@ from mgq.reports.report_options import ReportOptions
 from mgq.reports.run_predictions import choose_changes
 from mgq.reports.run_report import report_run
 from mgq.runtime.registry import get_backend
-from tests.conftest import (
-    SIZE,
-    Mgq,
-    Read,
-    classifier_of,
-    one_line_about,
-    the_error,
-)
+from tests.conftest import SIZE, Mgq, Read, classifier_of, one_line_about, the_error, words_on
 from tests.fakes.finished_runs import ARCH, HOSTILE, NAMES, make_run
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet", "no_downloads")
@@ -57,20 +51,16 @@ def found_in(written: Report) -> Measurements:
     return written.found
 
 
-def words_of(written: Report) -> str:
-    return " ".join("".join(Read(written.page.read_text()).words).split())
-
-
 def test_the_page_has_the_figures_of_both_networks(run: Path, written: Report) -> None:
     images = evaluation_folder(run.parent.parent / "set")
     for name, mode, file in ((FLOAT, Mode.NORMAL, "float"), (INT8, Mode.QUANTIZED, "checkpoint")):
         expected = evaluate(open_classifier(checkpoint=run / f"{file}.safetensors", mode=mode), images)
         found = found_in(written).found[name]
         np.testing.assert_array_equal(found.predictions, expected.predictions)
-        assert f"{expected.top1:.1f} % ± {expected.top1_error:.1f}" in words_of(written)
+        assert f"{expected.top1:.1f} % ± {expected.top1_error:.1f}" in words_on(written.page)
     for part in (ARCH, "12 of", "trained with quantization", "megengine", "as float32", "recipe"):
-        assert part in words_of(written)
-    assert f"{SIZE}x{SIZE} pixels" in words_of(written) and "synthetic" not in words_of(written)
+        assert part in words_on(written.page)
+    assert f"{SIZE}x{SIZE} pixels" in words_on(written.page) and "synthetic" not in words_on(written.page)
 
 
 def test_changed_answers_are_shown_with_both_answers_and_counted_in_all(written: Report) -> None:
@@ -80,10 +70,10 @@ def test_changed_answers_are_shown_with_both_answers_and_counted_in_all(written:
     assert differing > 2 and sum(map(len, found.groups.values())) == differing
     page = written.page.read_text()
     assert page.count("data:image/jpeg;base64,") == differing
-    assert f"{differing} of 12 pictures" in words_of(written)
+    assert f"{differing} of 12 pictures" in words_on(written.page)
     for change in (change for group in found.changes.values() for change in group):
         assert change.before.name != change.after.name and 0 < change.before.probability <= 1
-        assert f"float32: {change.before.name} {change.before.probability:.0%}" in words_of(written)
+        assert f"float32: {change.before.name} {change.before.probability:.0%}" in words_on(written.page)
 
 
 def test_few_images_are_shown_whatever_their_number(run: Path, tmp_path: Path) -> None:
@@ -123,14 +113,18 @@ def test_without_images_it_tells_what_the_run_noted_and_the_mend(tmp_path: Path)
     shutil.rmtree(tmp_path / "set")
     written = report(run, engines=False)
     assert written.page == run / "report.html" and written.found is None
-    assert "-d FOLDER" in words_of(written) and "50.5 %" in words_of(written) and "epoch 1" in words_of(written)
+    assert (
+        "-d FOLDER" in words_on(written.page)
+        and "50.5 %" in words_on(written.page)
+        and "epoch 1" in words_on(written.page)
+    )
 
 
 def test_a_float_network_that_is_gone_is_named_and_can_be_given(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "float.safetensors").rename(tmp_path / "moved.safetensors")
     alone = report(run, engines=False)
-    assert "-c FILE" in words_of(alone) and set(found_in(alone).found) == {"fake-quantized", INT8}
+    assert "-c FILE" in words_on(alone.page) and set(found_in(alone).found) == {"fake-quantized", INT8}
     assert found_in(report(run, engines=False, checkpoint=tmp_path / "moved.safetensors")).pair is not None
 
 
@@ -139,7 +133,7 @@ def test_a_float_run_has_its_own_figures_and_names_the_way_to_int8(tmp_path: Pat
     (run / "float.safetensors").replace(run / "checkpoint.safetensors")
     written = report(run, engines=False)
     assert written.run.kind == "normal" and set(found_in(written).found) == {FLOAT}
-    assert f"mgq calibrate -a {ARCH}" in words_of(written)
+    assert f"mgq calibrate -a {ARCH}" in words_on(written.page)
 
 
 def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_path: Path) -> None:
@@ -153,11 +147,11 @@ def test_a_calibration_leaves_out_what_it_has_seen_and_finds_its_float_run(tmp_p
     made.write_checkpoint(run / "checkpoint.safetensors")
     written = report(run, engines=False)
     assert written.run.kind == "calibration" and found_in(written).images == 7
-    assert "5 pictures on which the ranges were measured" in words_of(written)
+    assert "5 pictures on which the ranges were measured" in words_on(written.page)
     assert found_in(written).pair is not None and len(written.float_metrics) == 2
     later = written.run.checkpoint.stat().st_mtime + 60
     os.utime(origin, (later, later))
-    assert "trained again since" in words_of(report(run, engines=False))
+    assert "trained again since" in words_on(report(run, engines=False).page)
     assert written.run.command == "mgq calibrate"
     write_environment(run, {"processes": [{"command": "mgq calibrate -d 'my set'"}]})
     assert report(run, engines=False).run.command == "mgq calibrate -d 'my set'"
@@ -192,7 +186,7 @@ def test_engines_are_measured_and_one_that_is_missing_says_why(run: Path, tmp_pa
         assert rows["Nothing", what].speed is None
     float_row = rows["ONNX Runtime", FLOAT]
     assert float_row.same == 100.0 and float_row.top1 == pytest.approx(found_in(written).found[FLOAT].top1)
-    assert "Nothing is not installed: pip install it" in words_of(written)
+    assert "Nothing is not installed: pip install it" in words_on(written.page)
 
 
 # ---- the command ----

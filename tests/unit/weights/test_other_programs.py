@@ -29,7 +29,7 @@ from mgq.export.megengine.megengine_file import encode_file, read_megengine_file
 from mgq.quantization.modes import Mode
 from mgq.reports.finished_run import find_float_weights, find_run
 from mgq.weights.finite_values import fault_of
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
@@ -400,7 +400,7 @@ CALLBACK = Name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint
 WATCHED = """
 import sys
 from pathlib import Path
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 
 def refuse(event, arguments):
     if event.startswith(("import", "exec", "compile", "os.", "subprocess.", "socket.", "pickle.")):

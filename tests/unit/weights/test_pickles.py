@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from mgq.errors import InputError
-from mgq.weights.unpickler import StateFile, read_state
+from mgq.weights.state_file import StateFile, read_state
 from tests.fakes.weight_files import (
     KINDS,
     ORDERED,
@@ -182,7 +182,7 @@ def test_reading_imports_neither_megengine_nor_torch(tmp_path: Path) -> None:
         (tmp_path / str(number)).write_bytes(make())
     script = (
         "import sys, pathlib\n"
-        "from mgq.weights.unpickler import read_state\n"
+        "from mgq.weights.state_file import read_state\n"
         "for path in pathlib.Path(sys.argv[1]).iterdir(): read_state(path)\n"
         "sys.exit('megengine' in sys.modules or 'torch' in sys.modules)"
     )
@@ -548,7 +548,7 @@ def test_call_inside_a_torch_file_is_refused_by_its_name(tmp_path: Path, write: 
         ("torch.nn.modules.conv", "Conv2d"),
         ("megengine", "load"),
         ("megengine.tensor", "Tensor.__init__"),
-        ("mgq.weights.unpickler", "read_state"),
+        ("mgq.weights.state_file", "read_state"),
         ("builtins", "bytes"),
         ("", ""),
         ("a\nb", "c\td"),

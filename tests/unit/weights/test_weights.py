@@ -21,7 +21,7 @@ from mgq.io.download import Source
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.weights.checkpoint import FORMAT, KEY, CheckpointInfo, info_of, write_checkpoint
 from mgq.weights.preprocessing import Preprocessing
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo import weight_loading as weights_module
 from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.mobilenet_v2 import options_of

@@ -20,7 +20,7 @@ from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import eval_crop, to_batch
 from mgq.errors import InputError
 from mgq.weights.foreign_states import InputNormalization, fold_input
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, State, logits_of, one_line_about, smooth_images, trio_of

@@ -16,7 +16,7 @@ from mgq.engine.classifier.open import classifier_from, open_classifier
 from mgq.errors import FailureError, InputError
 from mgq.quantization.modes import Mode
 from mgq.weights.preprocessing import Preprocessing
-from mgq.weights.unpickler import read_state
+from mgq.weights.state_file import read_state
 from mgq.zoo.pretrained import PublishedCheckpoint
 from mgq.zoo.registry import ModelSpec, identify_checkpoint, spec_of, specs
 from mgq.zoo.weight_loading import fetch_published_weights, find_published_checkpoint, read_weights
