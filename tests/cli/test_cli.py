@@ -51,7 +51,7 @@ def test_images_folders_globs_options_and_standard_input(mgq: Mgq, tmp_path: Pat
     assert sorted(images) == ["a.jpg", "b.jpg", "c1.jpg"]
 
 
-def test_a_image_on_standard_input(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_on_standard_input(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input = io.TextIOWrapper(io.BytesIO(bundled_cat().read_bytes()))
     monkeypatch.setattr(sys, "stdin", standard_input)
     said = mgq("infer", "-", "--json")

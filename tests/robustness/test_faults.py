@@ -66,7 +66,7 @@ def test_sigterm_ends_another_verb_by_one_line(tmp_path: Path) -> None:
     assert not half_written(tmp_path)
 
 
-def test_a_image_that_disappears_while_training_is_named_and_replaced(tmp_path: Path) -> None:
+def test_an_image_that_disappears_while_training_is_named_and_replaced(tmp_path: Path) -> None:
     for part, number in (("train", 12), ("val", 2)):
         for kind in ("blue", "red"):
             for index in range(number):

@@ -112,13 +112,13 @@ def test_a_dataset_cannot_be_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_a_image_beyond_the_last_is_an_index_error(tmp_path: Path, index: int) -> None:
+def test_an_image_beyond_the_last_is_an_index_error(tmp_path: Path, index: int) -> None:
     images = evaluation_folder(make(tmp_path, "a/1.jpg", "b/1.jpg"))
     with pytest.raises(IndexError):
         images.image(index)
 
 
-def test_a_image_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
+def test_an_image_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
     for wnid in WNIDS[:4]:
         make(tmp_path, *(f"{wnid}/{wnid}_{i}.JPEG" for i in range(500)))
     tracemalloc.start()
@@ -196,7 +196,7 @@ def test_a_folder_of_classes_alone_is_split_and_no_image_is_on_both_sides(tmp_pa
     assert listed(validation_folder(tmp_path)) == listed(val)
 
 
-def test_a_image_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:
+def test_an_image_stays_on_its_side_when_others_come_or_the_folder_moves(tmp_path: Path) -> None:
     make(tmp_path / "one", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(50)))
     make(tmp_path / "two", *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(80)))
     (before, measured), (after, _) = (training_folders(tmp_path / name) for name in ("one", "two"))
@@ -209,7 +209,7 @@ def test_of_two_images_one_is_on_each_side(tmp_path: Path) -> None:
     assert [label for _, label in listed(train)] == [label for _, label in listed(val)] == list(range(8))
 
 
-def test_a_image_alone_in_its_class_is_named(tmp_path: Path) -> None:
+def test_an_image_alone_in_its_class_is_named(tmp_path: Path) -> None:
     make(tmp_path, "a/1.jpg", "a/2.jpg", "b/lonely.jpg")
     with pytest.raises(InputError, match=r"lonely\.jpg is alone in its class") as caught:
         training_folders(tmp_path)

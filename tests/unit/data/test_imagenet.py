@@ -315,7 +315,7 @@ def test_a_file_with_holes_which_takes_more_than_its_archive_is_refused(folder: 
         unpack_split(folder, "val", md5=sums(folder))
 
 
-def test_a_file_too_large_for_a_image_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_too_large_for_an_image_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet_archives, "MAX_BYTES", 100)
     with pytest.raises(InputError, match="1280 bytes"):
         unpack_split(folder, "val", md5=sums(folder))

@@ -243,7 +243,7 @@ def encoded(kind: str, seed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("suffix", ["", ".img", ".jpg_large", ".bin", ".php"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "PPM", "BMP", "GIF", "TIFF"])
-def test_a_image_is_known_by_content_where_its_suffix_says_nothing(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_an_image_is_known_by_content_where_its_suffix_says_nothing(tmp_path: Path, suffix: str, kind: str) -> None:
     for name in CLASSES:
         (tmp_path / name).mkdir()
         (tmp_path / name / f"1{suffix}").write_bytes(encoded(kind))

@@ -440,7 +440,7 @@ def test_chunks_that_libpng_complains_of_are_silent(capfd: pytest.CaptureFixture
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_damage_gives_a_image_or_one_line(data: st.DataObject) -> None:
+def test_damage_gives_an_image_or_one_line(data: st.DataObject) -> None:
     sample = bytearray(SAMPLES[data.draw(st.sampled_from(sorted(SAMPLES)))])
     for _ in range(data.draw(st.integers(1, 5))):
         sample[data.draw(st.integers(0, len(sample) - 1))] = data.draw(st.integers(0, 255))
@@ -545,17 +545,17 @@ def test_a_header_that_claims_an_enormous_size_is_refused_without_memory(
     assert peak < 1_000_000
 
 
-def test_a_image_60000_pixels_wide_is_refused_with_its_width_and_the_limit() -> None:
+def test_an_image_60000_pixels_wide_is_refused_with_its_width_and_the_limit() -> None:
     assert refusal(encoded(np.zeros((2, 60_000, 3), np.uint8), "PNG"), "wide.png") == (
         "wide.png is 60,000 pixels wide, and at most 20,000 on a side are read: scale it down"
     )
 
 
-def test_a_image_too_high_is_refused_with_its_height() -> None:
+def test_an_image_too_high_is_refused_with_its_height() -> None:
     assert "20,001 pixels high" in refusal(encoded(np.zeros((20_001, 1), np.uint8), "BMP"))
 
 
-def test_a_image_of_the_longest_side_is_read() -> None:
+def test_an_image_of_the_longest_side_is_read() -> None:
     assert read_image(encoded(np.zeros((1, MAX_SIDE), np.uint8), "PNG")).shape == (1, MAX_SIDE, 3)
 
 
@@ -645,7 +645,7 @@ def test_a_text_named_jpg_is_refused_with_the_formats_that_are_read(tmp_path: Pa
         (b"%PDF-1.7\n", "is a drawing"),
     ],
 )
-def test_what_people_have_in_a_images_place_is_named(data: bytes, words: str) -> None:
+def test_what_people_have_in_an_images_place_is_named(data: bytes, words: str) -> None:
     assert words in refusal(data)
 
 
@@ -675,7 +675,7 @@ def test_printable_leaves_words_of_any_language_alone() -> None:
     assert printable("кошка 猫 chatte é.jpg") == "кошка 猫 chatte é.jpg"
 
 
-def test_the_bundled_cat_is_a_image_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_cat_is_an_image_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_image(bundled_cat()).shape == (300, 451, 3)
 

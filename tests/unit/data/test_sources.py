@@ -171,7 +171,7 @@ def test_the_current_folder_needs_no_prefix() -> None:
     assert names(".") == ["a.jpg", "in/b.jpg"]
 
 
-def test_a_image_behind_a_link_to_itself_is_told_of(tmp_path: Path) -> None:
+def test_an_image_behind_a_link_to_itself_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to("round")
     (source,) = expand([str(tmp_path / "round" / "cat.jpg")])
     with pytest.raises(InputError, match=r"round/cat\.jpg"):
@@ -332,7 +332,7 @@ def test_a_file_called_dash_can_still_be_named() -> None:
     assert source.read().shape == (2, 3, 3)
 
 
-def test_standard_input_without_a_image_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_without_an_image_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for data, text in ((b"", "standard input is empty"), (b"hello", "standard input is not a picture")):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
         assert problem(expand(["-"])[0]).startswith(text)

@@ -48,7 +48,7 @@ def test_images_have_the_size_asked_for_and_colour(size: int) -> None:
         assert (image[..., 0] != image[..., 2]).any()
 
 
-def test_a_image_depends_on_seed_split_and_index_alone() -> None:
+def test_an_image_depends_on_seed_split_and_index_alone() -> None:
     few, many = SyntheticImages(20, seed=4), SyntheticImages(1000, seed=4)
     alone = [digest(few.image(index)) for index in range(20)]
     with ThreadPoolExecutor(4) as pool:
@@ -66,7 +66,7 @@ def test_no_two_images_are_alike_in_or_across_the_splits() -> None:
     assert len(smooth) == 600
 
 
-def test_a_image_beyond_the_last_is_an_index_error() -> None:
+def test_an_image_beyond_the_last_is_an_index_error() -> None:
     for index in (-1, 3):
         with pytest.raises(IndexError):
             SyntheticImages(3).image(index)

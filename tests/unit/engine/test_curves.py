@@ -82,7 +82,7 @@ def test_marks_stand_in_every_panel_and_are_named_once() -> None:
         ([validated(1, 60.0)], "a $ and a {brace}, \\frac, 花"),
     ],
 )
-def test_it_is_a_image_of_1000_by_700_whatever_there_is(
+def test_it_is_an_image_of_1000_by_700_whatever_there_is(
     metrics: list[dict[str, Any]], title: str, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():

@@ -409,7 +409,7 @@ class TestCalibration:
 
 
 class TestAnswers:
-    def test_one_answer_a_image_in_order_and_errors_in_their_place(self, tmp_path: Path) -> None:
+    def test_one_answer_an_image_in_order_and_errors_in_their_place(self, tmp_path: Path) -> None:
         folder = write_images(tmp_path / "pictures", 5)
         (folder / "01a.png").write_bytes(b"no picture")
         classifier = classifier_of(SHUFFLE, Mode.QUANTIZED)
@@ -497,7 +497,7 @@ def test_ranges_that_lack_a_layer_that_runs_are_refused() -> None:
         )
 
 
-def test_a_qat_network_that_never_saw_a_image_is_not_quantized() -> None:
+def test_a_qat_network_that_never_saw_an_image_is_not_quantized() -> None:
     with pytest.raises(InputError, match="has no activation range"):
         mgq.quantize(to_mode(classifier_of("resnet18").network, Mode.QAT))
 

