@@ -56,14 +56,14 @@ def pad(op: Operator, source: str, starts: Sequence[int], ends: Sequence[int], m
         first = op.add("transpose", source, axes=[0, 3, 1, 2])
         padded = op.add("pad", first, pads=[*starts[1:3], *ends[1:3]], value=border(op))
         return op.add("transpose", padded, axes=[0, 2, 3, 1])
-    return around(op, source, [*starts[2:], *ends[2:]], mode)
+    return pad_pictures(op, source, [*starts[2:], *ends[2:]], mode)
 
 
 def border(op: Operator) -> float:
     return read_first(op.numbers("value", 2), 0.0)
 
 
-def around(op: Operator, source: str, pads: list[int], mode: str) -> str:
+def pad_pictures(op: Operator, source: str, pads: list[int], mode: str) -> str:
     """``source``, (N, C, H, W), with ``pads`` above, left, below and right."""
     if mode == "constant":
         return op.add("pad", source, pads=pads, value=border(op))
@@ -77,7 +77,7 @@ def pad_rows(op: Operator, source: str, starts: Sequence[int], ends: Sequence[in
             shape = list(op.scope.draft.shape(source))
             before, size, behind = shape[1:axis], shape[axis], shape[axis + 1 :]
             flat = op.add("reshape", source, shape=[math.prod(before), size, math.prod(behind)])
-            padded = around(op, flat, [starts[axis], 0, ends[axis], 0], mode)
+            padded = pad_pictures(op, flat, [starts[axis], 0, ends[axis], 0], mode)
             source = op.add("reshape", padded, shape=[*before, starts[axis] + size + ends[axis], *behind])
     return source
 

@@ -156,7 +156,7 @@ def weigh_all(op: Operator, mode: str, places: Values, size: int, scale: float) 
     if op.read_attribute("exclude_outside", 0):
         shares = shares * ((spots >= 0) & (spots < size))
     found = np.zeros((len(places), size))
-    np.add.at(found, (slice(None), np.clip(spots, 0, size - 1)), shares)
+    np.add.at(found.T, np.clip(spots, 0, size - 1), shares.T)
     total: Values = found / found.sum(axis=1, keepdims=True)
     return total
 

@@ -150,7 +150,7 @@ BODIES: tuple[Body, ...] = (
 )
 
 
-LEAST = {lengths: 12.0}
+LEAST: dict[Body, float] = {lengths: 12.0}
 """dB of int8, where squares lie on a grid; of others 15."""
 
 
@@ -186,7 +186,7 @@ def test_a_picture_that_becomes_smaller_without_jags_is_imported(tmp_path: Path,
 def test_a_picture_is_resized_as_far_as_its_shape_allows(tmp_path: Path) -> None:
     for policy in ("not_larger", "not_smaller"):
         model = Model(opset=18)
-        how = {"mode": "linear", "axes": [2, 3], "keep_aspect_ratio_policy": policy}
+        how: dict[str, Any] = {"mode": "linear", "axes": [2, 3], "keep_aspect_ratio_policy": policy}
         small = model.add("Resize", first(model), "", "", integers(model, 20, 23), **how)
         path = model.save(tmp_path / "model.onnx", model.classify(model.conv(small, 8, 8, 1), 8))
         assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
@@ -201,7 +201,7 @@ def test_a_softmax_of_old_opsets_goes_over_all_axes_behind(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("places", [{"mode": "wrap"}, {"mode": "edge"}, {"mode": "reflect"}])
-def test_rows_and_channels_are_repeated_around(tmp_path: Path, places: dict[str, str]) -> None:
+def test_rows_and_channels_are_repeated_around(tmp_path: Path, places: dict[str, Any]) -> None:
     model = Model(opset=19)
     wide = model.add("Pad", first(model), integers(model, 0, 1, 2, 1, 0, 2, 1, 0), **places)
     path = model.save(tmp_path / "model.onnx", model.classify(wide, 11))
