@@ -127,7 +127,9 @@ def test_reactions_of_large_layers_are_measured_for_few_images_at_once(monkeypat
     monkeypatch.setattr(logit_gradients, "MOST_NUMBERS", 3 * count_numbers(network, batches[0][:1]))
     sizes.clear()
     few = measure_reactions(network, names, batches)
-    assert sizes == [8, 1, 1, 3, 3, 2, 1], "ranges of all, the numbers of one, and gradients of at most three"
+    assert sizes == [8, 1, 1, 3, 3, 2, 1, 1], (
+        "ranges of all; of each half the numbers of one, and gradients of at most three"
+    )
     for name in names:
         np.testing.assert_allclose(few[name].squares, at_once[name].squares, rtol=1e-3)
         np.testing.assert_allclose(few[name].pulls, at_once[name].pulls, rtol=1e-3, atol=1e-4)
