@@ -315,15 +315,16 @@ class Writer:
     def write_row_product(self, node: RowProduct) -> None:
         """A MatMul by (I, O), and the bias in the steps that an integer kernel adds."""
         name, source = node.output, node.inputs[0]
-        grid, bias = self.graph.grids.get(source), node.bias
+        grid, bias, read = self.graph.grids.get(source), node.bias, self.float_of
         if node.integers is None or node.scales is None or grid is None:
-            weight = self.constant(f"{name}/weight", np.ascontiguousarray(node.weight.T))
+            factor, read = (1.0, read) if grid is None else (grid.scale, self.counts_of)  # as for a convolution
+            weight = self.constant(f"{name}/weight", np.ascontiguousarray(node.weight.T * np.float32(factor)))
         else:
             integers = np.ascontiguousarray(node.integers.T)
             weight = self.dequantize_constant(f"{name}/weight", integers, node.scales, axis=1)
             scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
             bias = None if bias is None else (bias_steps(bias, scales) * scales).astype(np.float32)
-        value = self.add("MatMul", [self.float_of(source), weight], f"{name}/product")
+        value = self.add("MatMul", [read(source), weight], f"{name}/product")
         if bias is not None:
             value = self.add("Add", [value, self.constant(f"{name}/bias", bias)], f"{name}/sum")
         self.finish(node, value)
