@@ -82,6 +82,11 @@ class Linear(WeightedNode):
 
 
 @dataclass(frozen=True)
+class RowProduct(WeightedNode):
+    """A linear layer over the last axis of rows, (N, ..., I) -> (N, ..., O)."""
+
+
+@dataclass(frozen=True)
 class Add(Node):
     relu: bool
 

@@ -14,7 +14,8 @@ off by up to 30 dB, and chose limits far too wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import megengine.module as M
@@ -46,6 +47,8 @@ is left for images with stronger values. In the last depthwise convolution of Mo
 was 0.78 of the largest value, and gave 31 dB on others; 1.25 times the largest value gave 36 dB."""
 HEADROOM_SHARE, HEADROOM = 0.1, 1.25
 """Share of the images that are assumed to be this many times as strong, where ranges leave room for others."""
+MOST_NUMBERS = 1 << 27
+"""That layers give for the images whose gradients are measured at once; gradients take three to four times as much."""
 CHANNEL_LIMITS = np.geomspace(1 / 64, 1.0, 49)
 """The same for each channel, in terms of its own."""
 
@@ -293,7 +296,7 @@ def measure_part(
         return lambda _, __, output: Watch(found[name].add)(output)
 
     with forward_hooks((modules[name], hook_of(name)) for name in found):
-        for batch in batches:
+        for batch in split_for_memory(network, batches):
             manager, pixels = GradManager(), Tensor(batch)
             manager.attach([pixels])
             with manager:
@@ -303,6 +306,27 @@ def measure_part(
                 before = 0
                 manager.backward((logits * Tensor(combinations)).sum())
     return found
+
+
+def split_for_memory(network: M.Module, batches: Sequence[Array]) -> Iterator[Array]:
+    """``batches`` in parts for which ``network`` gives no more than :data:`MOST_NUMBERS` on the way; of one image at
+    least."""
+    size = max(MOST_NUMBERS // count_numbers(network, batches[0][:1]), 1) if batches else 1
+    for batch in batches:
+        yield from (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def count_numbers(network: M.Module, images: Array) -> int:
+    """In all that the modules of ``network`` give for ``images``."""
+    sizes: list[int] = [1]
+
+    def see(_: M.Module, __: object, output: object) -> None:
+        sizes.append(math.prod(output._tuple_shape) if isinstance(output, Tensor) else 0)
+
+    leaves = [module for name, module in network.named_modules() if name and not any(module.children())]
+    with forward_hooks((module, see) for module in leaves):
+        network(Tensor(images)).numpy()
+    return sum(sizes)
 
 
 def unite_ranges(

@@ -26,8 +26,9 @@ INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIV
 """Kinds of layers with int8 kernels: their inputs and outputs are quantized."""
 # fmt: off
 FLOAT = frozenset({
-    "abs", "affine", "div", "erf", "exp", "highest", "layer_norm", "log_softmax", "lrn", "matmul", "mean", "neg", "pow",
-    "prelu", "reciprocal", "resize", "softmax", "softplus", "sqrt", "sub",
+    "abs", "affine", "choose", "div", "erf", "exp", "greater", "highest", "layer_norm", "log", "log_softmax", "lrn",
+    "matmul", "maximum", "mean", "minimum", "neg", "pow", "powers", "prelu", "reciprocal", "resize", "softmax",
+    "softplus", "sqrt", "sub",
 })
 # fmt: on
 """Kinds of layers that stay in float32."""
@@ -170,7 +171,9 @@ def bound_below(layer: LayerPlan, inputs: Sequence[float]) -> float:
         return min(inputs[0], *border_values(options))
     if kind in MOVES or kind in ("concat", "avg_pool", "global_avg", "highest"):
         return min(inputs)
-    return 0.0 if kind == "softmax" else -math.inf
+    if kind == "maximum":
+        return max(inputs)
+    return 0.0 if kind in ("abs", "exp", "greater", "softmax", "sqrt") else -math.inf
 
 
 def blueprint_in(text: Any) -> Blueprint:

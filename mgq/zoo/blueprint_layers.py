@@ -263,6 +263,11 @@ def erf(_: Options, inp: Tensor) -> Tensor:
     return apply(Elemwise(mode="ERF"), inp)[0]
 
 
+def compare(_: Options, one: Tensor, other: Tensor) -> Tensor:
+    """1 where ``one`` is greater, else 0."""
+    return (one > other).astype(np.float32)
+
+
 def add(options: Options, one: Tensor, other: Tensor) -> Tensor:
     return F.relu(one + other) if options.get("relu") else one + other
 
@@ -307,6 +312,12 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sqrt": lambda _, x: F.sqrt(x),
     "erf": erf,
     "exp": lambda _, x: F.exp(x),
+    "log": lambda _, x: F.log(x),
+    "maximum": lambda _, x, y: F.maximum(x, y),
+    "minimum": lambda _, x, y: F.minimum(x, y),
+    "greater": compare,
+    "choose": lambda _, mask, x, y: F.where(mask > 0.5, x, y),
+    "powers": lambda _, x, y: x**y,
     "neg": lambda _, x: -x,
     "abs": lambda _, x: F.abs(x),
     "reciprocal": lambda _, x: 1 / x,

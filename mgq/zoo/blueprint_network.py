@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
+import megengine as mge
 import megengine.module as M
 import numpy as np
 from megengine import Tensor
@@ -15,6 +16,9 @@ from mgq.zoo.blueprint import INPUT, Blueprint, blueprint_in
 from mgq.zoo.blueprint_layers import layer_of
 
 Watch = Callable[[str, Tensor], None]
+WAIT_AFTER = 64
+"""Layers after which a run waits for MegEngine: it computes behind Python's back, and does not free what was deleted
+before all that was begun is done, so that a long network keeps all its tensors."""
 
 
 class BlueprintNetwork(M.Module):  # type: ignore[misc]
@@ -35,13 +39,15 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
         """Compute the logits; ``watch`` is called with the output of each layer. Tensors are freed after their last
         reader."""
         found, last = {INPUT: self.quant(inp)}, self.last_readers()
-        for plan in self.blueprint.layers:
+        for number, plan in enumerate(self.blueprint.layers, 1):
             found[plan.name] = getattr(self, plan.name)(*(found[name] for name in plan.inputs))
             if watch is not None:
                 watch(plan.name, found[plan.name])
             for name in set(plan.inputs):
                 if last[name] == plan.name:
                     del found[name]
+            if number % WAIT_AFTER == 0:
+                mge._full_sync()
         return found[self.blueprint.output]
 
     def set_floors(self) -> None:

@@ -35,6 +35,8 @@ EQUAL_SPEED = 0.97
 MOST_LOST = 1.0
 """dB by which the form for an engine may be farther from float than that for any: calibration knows that one alone, and
 what it made up for may not happen in others."""
+NEAR = 40.0
+"""dB from which on nothing is gained by being nearer to float: the noise is a hundredth of the logits."""
 WORTHWHILE = 1.1
 """Share of float's speed below which int8 in all layers is compared with int8 in some of them."""
 
@@ -186,7 +188,7 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
             write(path=file, float_share=share)
             # Two at once and no more: there is no memory for many large ones.
             found = engine_row(engine, beside, [best.path, file])
-            if found.path == file and found.snr >= row.snr:
+            if found.path == file and found.snr >= min(row.snr, NEAR):
                 best = replace(found, float_share=share)
     if not best.float_share:
         return row
@@ -236,7 +238,7 @@ def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]
 def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> EngineRow:
     """The fastest of the files ``integers`` in ``engine`` beside float, or alone where it does not run that.
 
-    Those that are farther from float than the first by more than ``MOST_LOST`` are not taken.
+    Those that are farther from float than the first, and than ``NEAR``, by more than ``MOST_LOST`` are not taken.
     """
     threads = usable_cores()
     candidates = [engine.load(path, threads) for path in integers]
@@ -247,9 +249,8 @@ def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> 
     float_ms = taken[-1] if len(runtimes) > len(candidates) else None
     answers = [run_in_batches(runtime, beside.images).astype(np.float64) for runtime in candidates]
     nearness = [snr_of(found, beside.exact) for found in answers]
-    place = min(
-        (place for place in range(len(candidates)) if nearness[place] >= nearness[0] - MOST_LOST), key=taken.__getitem__
-    )
+    least = min(nearness[0], NEAR) - MOST_LOST
+    place = min((place for place in range(len(candidates)) if nearness[place] >= least), key=taken.__getitem__)
     same = float((beside.exact.argmax(1) == answers[place].argmax(1)).mean() * 100)
     int8 = candidates[place]
     return EngineRow(int8.name, int8.version, float_ms, taken[place], same, nearness[place], integers[place])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,10 @@ ENTRY = "entry"
 """The key of what is known of a file's float input."""
 SCORES = "scores"
 """The key of the output that was taken of several."""
+VERSION = 2
+"""Of this import: raised where it makes another network of the same file. 2: floors of grids."""
+VERSION_OF = "importer"
+"""The key of the version that made an import; the first said none."""
 SAME = ("sha256", "input", SCORES)
 """What is equal in two imports of one network."""
 
@@ -63,20 +68,26 @@ Array = npt.NDArray[np.float32]
 def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_message: OnMessage = log_message) -> Path:
     """The checkpoint of ``path``, an ONNX file of another program, under ``save``: the one that is there, or a new one.
 
-    One that is there is of the same file, and of the same ``wish`` where anything is wished. Raises InputError for
+    One that is there is of the same file, and of the same ``wish`` where anything is wished. One of an earlier version
+    of mgq is made again, with the options it was made with; where that fails, it stays. Raises InputError for
     what cannot be imported, FailureError where the network answers otherwise than the file in ONNX Runtime.
     """
     digest = sha256_of(path)
     known = save / f"{name_for(path)}{IMPORTED}" / CHECKPOINT
-    if known.is_file():
-        source = source_in(known)
-        if (
-            ENTRY in source
-            and source.get("sha256") == digest
-            and (wish.is_open or source.get("wish") == wish_words(wish))
-        ):
-            on_message(f"imported before: {known} ({source.get('input', '')})")
-            return known
+    source = source_in(known) if known.is_file() else {}
+    is_it = ENTRY in source and source.get("sha256") == digest
+    if not is_it or not (wish.is_open or source.get("wish") == wish_words(wish)):
+        return keep_import(path, known, wish, digest, on_message)
+    if is_of_earlier_version(source):
+        with report_failure(on_message, f"{known} stays as an earlier version of mgq imported it"):
+            on_message(f"imported again: {known} was made by an earlier version of mgq ({source.get('input', '')})")
+            return keep_import(path, known, wish_in(source), digest, on_message)
+    on_message(f"imported before: {known} ({source.get('input', '')})")
+    return known
+
+
+def keep_import(path: Path, known: Path, wish: ImportWish, digest: str, on_message: OnMessage) -> Path:
+    """Import ``path``, whose SHA-256 is ``digest``, as the checkpoint ``known``."""
     classifier, remarks = import_classifier(path, wish, digest)
     ensure_writable_folder(known.parent)
     classifier.write_checkpoint(known)
@@ -84,6 +95,34 @@ def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_mes
         on_message(remark)
     on_message(f"imported: {known}")
     return known
+
+
+def is_of_earlier_version(source: Mapping[str, Any]) -> bool:
+    """Whether an import that says ``source`` of itself was made before :data:`VERSION`."""
+    version = source.get(VERSION_OF, 1)
+    return not isinstance(version, int) or version < VERSION
+
+
+@contextlib.contextmanager
+def report_failure(on_message: OnMessage, what: str) -> Iterator[None]:
+    """Let an import that fails be told by ``what`` and why, and nothing else."""
+    try:
+        yield
+    except (InputError, FailureError) as error:
+        on_message(f"{what}: {error}")
+
+
+def wish_in(source: Mapping[str, Any]) -> ImportWish:
+    """The options that an import which says ``source`` of itself was made with. Raises InputError where they are
+    damaged."""
+    words = dict(source.get("wish") or {})
+    for name in ("mean", "std", "size"):
+        words[name] = None if words.get(name) is None else tuple(words[name])
+    words["labels"] = None if words.get("labels") is None else Path(words["labels"])
+    try:
+        return ImportWish(**words)
+    except TypeError:
+        raise InputError("its options are damaged") from None
 
 
 def wish_words(wish: ImportWish) -> dict[str, Any]:
@@ -154,7 +193,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
     classes, told_by = names_for(network.blueprint.classes, wish.labels, metadata_of(file))
     source: dict[str, Any] = {"sha256": digest, "file": path.name, "opset": file.opset, "input": contract.describe()}
     source |= {"wish": wish_words(wish), "channels": file.image[0], ENTRY: asdict(entry_of(file, draft, contract))}
-    source["pixels"] = file.takes_pixels
+    source |= {"pixels": file.takes_pixels, VERSION_OF: VERSION}
     if file.choice is not None and file.choice.choice is not None:
         source[SCORES] = file.output
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}

@@ -10,7 +10,7 @@ from typing import Any
 from mgq.errors import InputError, plural, printable
 from mgq.export.onnx.onnx_file import import_package
 
-NAMING = frozenset({"ArgMax", "TopK", "ZipMap"})
+NAMING = frozenset({"ArgMax", "Hardmax", "TopK", "ZipMap"})
 """Operators that say the class alone, or list scores under names or in their order."""
 TELLING = NAMING | {"LogSoftmax", "Sigmoid", "Softmax"}
 """Operators at the end of what are scores, and no features."""

@@ -12,6 +12,8 @@ from mgq.graph.layer_graph import Operation, QuantParams
 
 LARGEST = 3e38
 ERF_OF_GELU = float(np.sqrt(0.5))
+FLOAT = 1
+"""ONNX's number of float32."""
 
 
 class Parts(Protocol):
@@ -61,6 +63,10 @@ PLAIN: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "sqrt": ("Sqrt", {}),
     "erf": ("Erf", {}),
     "exp": ("Exp", {}),
+    "log": ("Log", {}),
+    "maximum": ("Max", {}),
+    "minimum": ("Min", {}),
+    "powers": ("Pow", {}),
     "neg": ("Neg", {}),
     "abs": ("Abs", {}),
     "reciprocal": ("Reciprocal", {}),
@@ -116,6 +122,18 @@ def write_pow(node: Operation, sources: list[str], parts: Parts) -> str:
     return parts.add("Pow", [*sources, power], f"{node.output}/Pow")
 
 
+def write_greater(node: Operation, sources: list[str], parts: Parts) -> str:
+    constants = [parts.constant(f"{node.output}.{name}", value) for name, value in node.constants.items()]
+    told = parts.add("Greater", [*sources, *constants], f"{node.output}/Greater")
+    return parts.add("Cast", [told], f"{node.output}/number", to=FLOAT)
+
+
+def write_choose(node: Operation, sources: list[str], parts: Parts) -> str:
+    half = parts.constant(f"{node.output}/half", np.array(0.5, np.float32))
+    mask = parts.add("Greater", [sources[0], half], f"{node.output}/mask")
+    return parts.add("Where", [mask, *sources[1:]], f"{node.output}/Where")
+
+
 def write_resize(node: Operation, sources: list[str], parts: Parts) -> str:
     columns, rows = (parts.constant(f"{node.output}.{name}", node.constants[name]) for name in ("columns", "rows"))
     wide = parts.add("MatMul", [*sources, columns], f"{node.output}/wide")
@@ -130,9 +148,11 @@ def write_layer_norm(node: Operation, sources: list[str], parts: Parts) -> str:
 
 COMPOSED: Mapping[str, Callable[[Operation, list[str], Parts], str]] = {
     "affine": write_affine,
+    "choose": write_choose,
     "clip": write_clip,
     "silu": write_silu,
     "gelu": write_gelu,
+    "greater": write_greater,
     "pow": write_pow,
     "layer_norm": write_layer_norm,
     "resize": write_resize,

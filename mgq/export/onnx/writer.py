@@ -33,6 +33,7 @@ from mgq.graph.layer_graph import (
     Operation,
     QuantParams,
     Reshape,
+    RowProduct,
     Transpose,
     WeightedNode,
 )
@@ -167,6 +168,7 @@ class Writer:
         kinds = {
             Convolution: self.write_convolution,
             Linear: self.write_linear,
+            RowProduct: self.write_row_product,
             Add: self.write_add,
             MaxPool: self.write_max_pool,
             GlobalAverage: self.write_average,
@@ -258,14 +260,16 @@ class Writer:
             names.append(self.dequantize_constant(f"{name}/bias", bias_steps(node.bias, scales), scales))
         return names
 
-    def dequantize_constant(self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32]) -> str:
-        """One scale for all, or one for each output."""
+    def dequantize_constant(
+        self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[np.float32], axis: int = 0
+    ) -> str:
+        """One scale for all, or one for each output, which lie along ``axis``."""
         if scales.size == 1:
             scales = scales.reshape(())
         inputs = [self.constant(f"{name}/integers", integers), self.constant(f"{name}/scale", scales)]
         if integers.dtype == np.int8:  # a zero point is optional, but engines look for that of weights
             inputs.append(self.constant(f"{name}/zero_point", np.zeros(scales.shape, np.int8)))
-        attributes = {"axis": 0} if scales.ndim else {}
+        attributes = {"axis": axis} if scales.ndim else {}
         return self.add("DequantizeLinear", inputs, f"{name}/float", **attributes)
 
     def write_convolution_inputs(self, node: Convolution) -> list[str]:
@@ -307,6 +311,23 @@ class Writer:
     def write_linear(self, node: Linear) -> None:
         inputs = [self.float_of(node.inputs[0]), *self.parameters(node)]
         self.finish(node, self.add("Gemm", inputs, self.result(node), transB=1))
+
+    def write_row_product(self, node: RowProduct) -> None:
+        """A MatMul by (I, O), and the bias in the steps that an integer kernel adds."""
+        name, source = node.output, node.inputs[0]
+        grid, bias, read = self.graph.grids.get(source), node.bias, self.float_of
+        if node.integers is None or node.scales is None or grid is None:
+            factor, read = (1.0, read) if grid is None else (grid.scale, self.counts_of)  # as for a convolution
+            weight = self.constant(f"{name}/weight", np.ascontiguousarray(node.weight.T * np.float32(factor)))
+        else:
+            integers = np.ascontiguousarray(node.integers.T)
+            weight = self.dequantize_constant(f"{name}/weight", integers, node.scales, axis=1)
+            scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
+            bias = None if bias is None else (bias_steps(bias, scales) * scales).astype(np.float32)
+        value = self.add("MatMul", [read(source), weight], f"{name}/product")
+        if bias is not None:
+            value = self.add("Add", [value, self.constant(f"{name}/bias", bias)], f"{name}/sum")
+        self.finish(node, value)
 
     def result(self, node: Node) -> str:
         return OUTPUT if node.output == self.graph.output else f"{node.output}/sum"

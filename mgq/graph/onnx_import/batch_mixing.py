@@ -14,19 +14,30 @@ from typing import Any
 
 import numpy as np
 
+from mgq.graph.onnx_import.comparisons import COMPARING
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.einsum import split_equation
 from mgq.graph.onnx_import.operators import LAST_CHANNELS, Scope, UnknownFormError
+from mgq.graph.onnx_import.reductions import REDUCING_AXES
 
-ALONG_ONE_AXIS = {"Concat": 1, "Gather": 0, "LayerNormalization": -1, "LogSoftmax": -1, "Softmax": -1, "Split": 0}
+ALONG_ONE_AXIS = {
+    "Concat": 1,
+    "Gather": 0,
+    "LayerNormalization": -1,
+    "LogSoftmax": -1,
+    "LpNormalization": -1,
+    "Softmax": -1,
+    "Split": 0,
+}
 """Operator -> its axis where it names none."""
-ALONG_AXES = {"ReduceL2": 1, "ReduceMax": 1, "ReduceMean": 1, "ReduceSum": 1, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1}
+ALONG_AXES = {"ReduceMean": 1, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1, **dict.fromkeys(REDUCING_AXES, 1)}
 """Operator -> the input that may name its axes."""
 OF_ANY_AXES = frozenset(
     {
         *("Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "Gemm", "HardSigmoid"),
-        *("HardSwish", "Identity", "LeakyRelu", "MatMul", "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal"),
-        *("Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tanh"),
+        *("HardSwish", "Identity", "LeakyRelu", "Log", "MatMul", "Mish", "Mul", "Neg", "Pow", "Reciprocal"),
+        *("Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Tanh"),
+        *COMPARING,
     }
 )
 """Operators that name no axes."""
@@ -71,6 +82,8 @@ def lift(node: Any, scope: Scope) -> Any:
         changed["equation"] = with_one_more(str(given["equation"]), node, scope)
     elif kind == "BatchNormalization":
         changed[LAST_CHANNELS] = 1
+    elif kind == "Pad":
+        changed |= pads_with_one_more(node, given, len(shape), scope)
     elif kind == "Tile":
         changed["repeats"] = [1, *(numbers(node, 1, scope) or ())]
     elif kind == "Expand":
@@ -152,6 +165,15 @@ def numbers(node: Any, place: int, scope: Scope) -> list[int] | None:
     if len(node.input) <= place or not node.input[place]:
         return None
     return [int(value) for value in scope.constant(node.input[place]).ravel()]
+
+
+def pads_with_one_more(node: Any, given: dict[str, Any], rank: int, scope: Scope) -> dict[str, list[int]]:
+    """The attributes that say what a Pad adds to each axis."""
+    axes = numbers(node, 3, scope) if scope.opset >= 18 else None
+    if axes is not None:
+        return {"axes": [behind_one_more(axis) for axis in axes]}
+    pads = [int(size) for size in given.get("pads") or numbers(node, 1, scope) or ()]
+    return {"pads": [0, *pads[:rank], 0, *pads[rank:]]}
 
 
 def usual_axes(node: Any, shape: tuple[int, ...], scope: Scope) -> list[int]:

@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mgq.graph.onnx_import.comparisons import COMPARING, constant_for, refuse_other_ranks
 from mgq.graph.onnx_import.einsum import read_einsum
-from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, read_first, reduce
+from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, add_affine
+from mgq.graph.onnx_import.padding import read_pad
+from mgq.graph.onnx_import.reductions import REDUCING
 from mgq.graph.onnx_import.resizing import read_resize
 
 Array = npt.NDArray[Any]
 SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
 TANH_OF_GELU = 0.044715
-
-
-def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: float | Array = 0.0) -> str:
-    tensors = {"scale": np.asarray(scale), "shift": np.asarray(shift)}
-    return op.scope.draft.add("affine", [source], "", {}, tensors)
 
 
 # ---- activations ----
@@ -57,26 +55,6 @@ def read_gelu(op: Operator) -> None:
     op.give(op.add("mul", source, add_affine(op, gate, 0.5, 0.5)))
 
 
-def read_limit(is_max: bool) -> Callable[[Operator], None]:
-    """Max or Min: with a constant, or of two layers: one is what the other is, and what there is above it."""
-
-    def read(op: Operator) -> None:
-        values = [op.scope.constants[name] for name in op.inputs if op.scope.is_constant(name)]
-        if len(op.inputs) != 2 or any(value.size != 1 for value in values):
-            raise UnknownFormError("compares more than two layers, or with several constants")
-        if values:
-            value = read_first(values[0].ravel().tolist(), 0.0)
-            op.limit(value if is_max else -math.inf, math.inf if is_max else value)
-            return
-        one, other = op.layer(0), op.layer(1)
-        if len(op.shape(0)) != len(op.shape(1)):
-            raise BatchMixedError
-        more = op.add("relu", op.add("sub", *((one, other) if is_max else (other, one))))
-        op.give(op.add("add" if is_max else "sub", other, more))
-
-    return read
-
-
 # ---- norms ----
 
 
@@ -104,6 +82,15 @@ def read_group_norm(op: Operator) -> None:
     op.give(add_affine(op, source, *each))
 
 
+def read_mean_variance(op: Operator) -> None:
+    """MeanVarianceNormalization."""
+    rank = len(op.shape())
+    axes = sorted(op.axis(int(axis), rank) for axis in op.read_attribute("axes", [0, 2, 3]))
+    if 0 in axes:
+        raise BatchMixedError
+    op.give(normalize(op, op.layer(), axes, 1e-9))
+
+
 def read_layer_norm(op: Operator) -> None:
     shape = op.shape()
     first, epsilon = op.axis(int(op.read_attribute("axis", -1)), len(shape)), float(op.read_attribute("epsilon", 1e-5))
@@ -117,29 +104,6 @@ def read_layer_norm(op: Operator) -> None:
         return
     normal = normalize(op, op.layer(), range(first, len(shape)), epsilon)
     op.give(add_affine(op, normal, scale, 0.0 if shift is None else shift))
-
-
-# ---- over several numbers ----
-
-
-def read_highest(op: Operator) -> None:
-    op.give(reduce(op, op.layer(), "highest", "global_max"))
-
-
-def read_sum_over(op: Operator) -> None:
-    op.give(add_sum(op, op.layer()))
-
-
-def read_length(op: Operator) -> None:
-    """ReduceL2: the root of the sum of squares."""
-    op.give(op.add("sqrt", add_sum(op, op.add("mul", op.layer(), op.layer()))))
-
-
-def add_sum(op: Operator, source: str) -> str:
-    """``source`` summed up: the mean of so many numbers, that many times."""
-    mean = reduce(op, source, "mean", "global_avg")
-    size = math.prod(op.scope.draft.shape(source)) / math.prod(op.scope.draft.shape(mean))
-    return add_affine(op, mean, size)
 
 
 # ---- moves ----
@@ -191,7 +155,30 @@ def read_depth_to_space(op: Operator) -> None:
     op.make("reshape", [moved], shape=[rest, height * size, width * size])
 
 
+def read_pow(op: Operator) -> None:
+    """By one number or by several, also of one that is known, or of two layers."""
+    if op.scope.is_constant(op.inputs[0]):
+        base = op.constant(0)
+        assert base is not None
+        if not (base > 0).all():
+            raise UnknownFormError("has powers of what is not above 0")
+        grown = add_affine(op, op.layer(1), constant_for(op, op.layer(1), np.log(base.astype(np.float64))))
+        op.give(op.add("exp", grown))
+        return
+    if not op.scope.is_constant(op.inputs[1]):
+        refuse_other_ranks(op, [op.layer(0), op.layer(1)])
+        op.make("powers", [op.layer(0), op.layer(1)])
+        return
+    power = constant_for(op, op.layer(), op.scope.constant(op.inputs[1]))
+    if (power == power.flat[0]).all():
+        op.make("pow", [op.layer()], power=float(power.flat[0]))
+    else:
+        op.make("powers", [op.layer()], {"power": power})
+
+
 COMPOSED: dict[str, Callable[[Operator], None]] = {
+    **COMPARING,
+    **REDUCING,
     "Celu": read_celu,
     "DepthToSpace": read_depth_to_space,
     "Einsum": read_einsum,
@@ -200,12 +187,10 @@ COMPOSED: dict[str, Callable[[Operator], None]] = {
     "GroupNormalization": read_group_norm,
     "InstanceNormalization": read_group_norm,
     "LayerNormalization": read_layer_norm,
-    "Max": read_limit(True),
-    "Min": read_limit(False),
+    "MeanVarianceNormalization": read_mean_variance,
     "Mish": read_mish,
-    "ReduceL2": read_length,
-    "ReduceMax": read_highest,
-    "ReduceSum": read_sum_over,
+    "Pad": read_pad,
+    "Pow": read_pow,
     "Resize": read_resize,
     "Selu": read_selu,
     "Softsign": read_softsign,

@@ -55,6 +55,8 @@ class Scope:
     """How many the file takes at once."""
     takes_pixels: bool = False
     """Whether the input is uint8."""
+    read: frozenset[str] = frozenset()
+    """The names of all tensors that nodes read, and of the answer."""
 
     def layer(self, name: str) -> str:
         """The layer that makes the tensor ``name``; one more where it is a constant."""
@@ -159,15 +161,25 @@ class Operator:
         self.scope.draft.sources[name] = self.node.output[0]
         self.pass_through(name)
 
-    def limit(self, low: float, high: float) -> None:
-        """The output is the layer among the inputs, limited."""
-        source = self.layer(0) if self.inputs[0] in self.scope.layers else self.layer(1)
+    def limit(self, source: str, low: float, high: float) -> str:
+        """A layer that gives what ``source`` gives, limited; ``source`` itself where nothing limits it."""
         if low == 0 and high == math.inf:
-            self.make("relu", [source])
-        elif math.isinf(low) and math.isinf(high):
-            self.pass_through(source)
+            return self.add("relu", source)
+        if math.isinf(low) and math.isinf(high):
+            return source
+        return self.add("clip", source, low=max(low, -3e38), high=min(high, 3e38))
+
+    def settle(self, name: str) -> None:
+        """The output is what the layer ``name`` gives, which may be one that was there before."""
+        if self.scope.draft.sources.get(name) or name in self.scope.layers.values():
+            self.pass_through(name)
         else:
-            self.make("clip", [source], low=max(low, -3e38), high=min(high, 3e38))
+            self.give(name)
+
+
+def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: float | Array = 0.0) -> str:
+    tensors = {"scale": np.asarray(scale), "shift": np.asarray(shift)}
+    return op.scope.draft.add("affine", [source], "", {}, tensors)
 
 
 def read_convolution(op: Operator) -> None:
@@ -225,9 +237,9 @@ def read_batch_norm(op: Operator) -> None:
 def read_gemm(op: Operator) -> None:
     weight, bias = op.constant(1), op.constant(2)
     assert weight is not None
-    if op.read_attribute("transA", 0) or weight.ndim != 2:
+    if weight.ndim != 2:
         raise UnknownFormError("multiplies other matrices than features by weights")
-    if op.shape()[0] != 1:
+    if op.read_attribute("transA", 0) or op.shape()[0] != 1:
         raise BatchMixedError
     weight = (weight if op.read_attribute("transB", 0) else weight.T) * op.read_attribute("alpha", 1.0)
     bias = None if bias is None else np.broadcast_to(bias.reshape(-1), (len(weight),)) * op.read_attribute("beta", 1.0)
@@ -238,6 +250,9 @@ def read_gemm(op: Operator) -> None:
 
 
 def read_matmul(op: Operator) -> None:
+    if op.scope.is_constant(op.inputs[0]):
+        multiply_from_left(op)
+        return
     if not op.scope.is_constant(op.inputs[1]):
         if len(op.shape(0)) != len(op.shape(1)):
             raise BatchMixedError
@@ -246,11 +261,43 @@ def read_matmul(op: Operator) -> None:
     weight, shape = op.constant(1), op.shape()
     assert weight is not None
     if weight.ndim != 2:
-        raise UnknownFormError("multiplies by weights of more than two axes")
+        multiply_each(op, weight)
+        return
     if len(shape) == 2:
         add_linear(op, weight.T, None)
         return
     op.give(add_linear_over_last_axis(op, op.layer(), weight.T))
+
+
+def multiply_each(op: Operator, weight: Array) -> None:
+    """By a vector, or by several matrices, in float."""
+    shape, weight = op.shape(), op.scope.value_for_one(weight)
+    if weight.ndim == 1:
+        if len(shape) < 3:
+            raise BatchMixedError
+        whole = op.scope.draft.add("matmul", [op.layer()], "", {}, {"weight": weight[:, None]})
+        op.give(op.add("reshape", whole, shape=list(shape[1:-1])))
+        return
+    if weight.ndim == len(shape) and len(weight) == 1:
+        weight = weight[0]
+    if weight.ndim >= len(shape):
+        raise BatchMixedError
+    if np.broadcast_shapes(shape[:-2], weight.shape[:-2]) != shape[:-2]:
+        raise UnknownFormError("adds axes by weights")
+    op.make("matmul", [op.layer()], {"weight": weight})
+
+
+def multiply_from_left(op: Operator) -> None:
+    """Weights times columns: the columns are rows for so long."""
+    weight, shape = op.constant(0), op.shape(1)
+    assert weight is not None
+    if weight.ndim != 2:
+        raise UnknownFormError("multiplies several matrices by columns")
+    if len(shape) < 3:
+        raise BatchMixedError
+    turned = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    rows = add_linear_over_last_axis(op, op.add("transpose", op.layer(1), axes=turned), weight)
+    op.give(op.add("transpose", rows, axes=turned))
 
 
 def expand_for_matmul(op: Operator, place: int) -> str:
@@ -327,20 +374,9 @@ def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first:
     op.make("affine", [layer], {"scale": scale, "shift": shift})
 
 
-def read_sum(op: Operator) -> None:
-    names = [op.scope.layer(name) for name in op.inputs]
-    total = names[0]
-    for name in names[1:-1]:
-        total = op.add("add", total, name)
-    if len(names) == 1:
-        op.pass_through(total)
-    else:
-        op.make("add", [total, names[-1]])
-
-
 def read_clip(op: Operator) -> None:
     low, high = (op.numbers(name, place) for name, place in (("min", 1), ("max", 2)))
-    op.limit(read_first(low, -math.inf), read_first(high, math.inf))
+    op.settle(op.limit(op.layer(), read_first(low, -math.inf), read_first(high, math.inf)))
 
 
 def read_first(value: Any, default: float) -> float:
@@ -366,13 +402,6 @@ def read_prelu(op: Operator) -> None:
     assert slope is not None
     slope = slope[0] if slope.ndim == len(op.shape()) else slope
     op.make("prelu", [op.layer()], {"slope": slope})
-
-
-def read_pow(op: Operator) -> None:
-    power = op.constant(1)
-    if power is None or power.size != 1:
-        raise UnknownFormError("has other powers than one constant")
-    op.make("pow", [op.layer()], power=float(power.ravel()[0]))
 
 
 def read_concat(op: Operator) -> None:
@@ -477,40 +506,59 @@ def read_gather(op: Operator) -> None:
 
 def read_pool(kind: str) -> Callable[[Operator], None]:
     def read(op: Operator) -> None:
-        kernel = [int(size) for size in op.read_attribute("kernel_shape", [])]
-        gaps = [int(gap) for gap in op.read_attribute("dilations", [1, 1])]
-        if len(kernel) != 2 or (gaps != [1, 1] and kind != "max_pool") or op.read_attribute("storage_order", 0):
-            raise UnknownFormError("pools over other windows than those of pictures")
-        if len(op.node.output) > 1:
+        if any(name in op.scope.read for name in op.node.output[1:]):
             raise UnknownFormError("tells places, too")
-        stride = [int(size) for size in op.read_attribute("strides", [1, 1])]
-        pads = pads_of(op, kernel, stride, gaps)
-        sizes = op.shape()[2:]
-        if gaps == [1, 1] and kernel == list(sizes) and pads == [0] * 4 and not op.read_attribute("ceil_mode", 0):
-            op.make({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], [op.layer()])
-            return
-        include = {"include": bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
-        more = include if gaps == [1, 1] else {"dilation": gaps}
-        ceil = bool(op.read_attribute("ceil_mode", 0))
-        op.make(kind, [op.layer()], kernel=kernel, stride=stride, pads=pads, ceil=ceil, **more)
+        op.give(add_pool(op, kind, op.layer()))
 
     return read
+
+
+def add_pool(op: Operator, kind: str, source: str) -> str:
+    """A layer of ``kind`` over the windows of ``op``; over one axis, of one row of a picture."""
+    shape, kernel = op.scope.draft.shape(source), [int(size) for size in op.read_attribute("kernel_shape", [])]
+    axes = len(kernel)
+    gaps = [int(gap) for gap in op.read_attribute("dilations", [1] * axes)]
+    if axes not in (1, 2) or len(shape) != axes + 2 or op.read_attribute("storage_order", 0):
+        raise UnknownFormError("pools over other windows than those of pictures")
+    if max(gaps) > 1 and kind != "max_pool":
+        raise UnknownFormError("averages windows with gaps")
+    stride = [int(size) for size in op.read_attribute("strides", [1] * axes)]
+    pads = pads_of(op, kernel, stride, gaps)
+    if axes == 2:
+        return add_window(op, kind, source, kernel, stride, pads, gaps)
+    row = op.add("reshape", source, shape=[shape[1], 1, shape[2]])
+    one_row = ([1, *kernel], [1, *stride], [0, pads[0], 0, pads[1]], [1, *gaps])
+    pooled = add_window(op, kind, row, *one_row)
+    return op.add("reshape", pooled, shape=[shape[1], op.scope.draft.shape(pooled)[-1]])
+
+
+def add_window(
+    op: Operator, kind: str, source: str, kernel: list[int], stride: list[int], pads: list[int], gaps: list[int]
+) -> str:
+    ceil, is_whole = bool(op.read_attribute("ceil_mode", 0)), kernel == list(op.scope.draft.shape(source)[2:])
+    if is_whole and not ceil and max(gaps) == 1 and pads == [0] * 4:
+        return op.add({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], source)
+    include = {"include": bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
+    more = include if max(gaps) == 1 else {"dilation": gaps}
+    return op.add(kind, source, kernel=kernel, stride=stride, pads=pads, ceil=ceil, **more)
 
 
 def read_global_pool(kind: str) -> Callable[[Operator], None]:
-    """Over pictures, or over one axis: a row of a picture."""
-
     def read(op: Operator) -> None:
-        shape = op.shape()
-        if len(shape) == 4:
-            op.make(kind, [op.layer()])
-            return
-        if len(shape) != 3:
-            raise UnknownFormError("pools over other axes than those of pictures")
-        row = op.add("reshape", op.layer(), shape=[shape[1], 1, shape[2]])
-        op.make("reshape", [op.add(kind, row)], shape=[shape[1], 1])
+        op.give(add_global_pool(op, kind, op.layer()))
 
     return read
+
+
+def add_global_pool(op: Operator, kind: str, source: str) -> str:
+    """Over pictures, or over one axis: a row of a picture."""
+    shape = op.scope.draft.shape(source)
+    if len(shape) == 4:
+        return op.add(kind, source)
+    if len(shape) != 3:
+        raise UnknownFormError("pools over other axes than those of pictures")
+    row = op.add("reshape", source, shape=[shape[1], 1, shape[2]])
+    return op.add("reshape", op.add(kind, row), shape=[shape[1], 1])
 
 
 def read_mean(op: Operator) -> None:
@@ -539,9 +587,14 @@ def read_softmax(kind: str) -> Callable[[Operator], None]:
         shape = op.shape()
         default = -1 if op.scope.opset >= 13 else 1
         axis = op.axis(int(op.read_attribute("axis", default)), len(shape))
-        if op.scope.opset < 13 and math.prod(shape[axis + 1 :]) != 1:
-            raise UnknownFormError("is taken over several axes")
-        op.make(kind, [op.layer()], axis=axis)
+        if axis == 0:
+            raise BatchMixedError
+        if op.scope.opset >= 13 or math.prod(shape[axis + 1 :]) == 1:
+            op.make(kind, [op.layer()], axis=axis)
+            return
+        # Before opset 13 it goes over all axes from this one on.
+        flat = op.add("reshape", op.layer(), shape=[math.prod(shape[1:axis]), math.prod(shape[axis:])])
+        op.give(op.add("reshape", op.add(kind, flat, axis=2), shape=list(shape[1:])))
 
     return read
 
@@ -598,42 +651,6 @@ def read_transpose(op: Operator) -> None:
         op.make("transpose", [op.layer()], axes=axes)
 
 
-def read_pad(op: Operator) -> None:
-    rank = len(op.shape())
-    mode = op.read_attribute("mode", "constant")
-    if mode not in ("constant", "reflect", "edge"):
-        raise UnknownFormError(f"pads by the mode {mode}")
-    given = [int(size) for size in op.numbers("pads", 1)]
-    axes = op.numbers("axes", 3, list(range(rank))) if op.scope.opset >= 18 else list(range(rank))
-    starts, ends = [0] * rank, [0] * rank
-    for place, axis in enumerate(axes):
-        starts[int(axis) % rank], ends[int(axis) % rank] = given[place], given[place + len(axes)]
-    if not any(starts + ends):
-        op.pass_through(op.layer())
-        return
-    if rank != 4 or starts[0] or ends[0] or min(starts + ends) < 0:
-        raise UnknownFormError("pads other things than pictures, or cuts them")
-    options: dict[str, Any] = {"pads": [*starts[2:], *ends[2:]]}
-    if mode != "constant":
-        if starts[1] or ends[1]:
-            raise UnknownFormError("repeats channels")
-        op.make("border", [op.layer()], **options, mode=mode)
-        return
-    options["value"] = read_first(op.numbers("value", 2), 0.0)
-    if not (starts[1] or ends[1]):
-        op.make("pad", [op.layer()], **options)
-    elif not any(options["pads"]):
-        op.make("pad", [op.layer()], **options, channels=[starts[1], ends[1]])
-    elif not (starts[3] or ends[3]):
-        # Channels last: the axes of pictures are those before them.
-        options["pads"] = [*starts[1:3], *ends[1:3]]
-        first = op.add("transpose", op.layer(), axes=[0, 3, 1, 2])
-        padded = op.add("pad", first, **options)
-        op.make("transpose", [padded], axes=[0, 2, 3, 1])
-    else:
-        raise UnknownFormError("pads channels and positions at once")
-
-
 def read_lrn(op: Operator) -> None:
     options = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
     values = {name: float(op.read_attribute(name, default)) for name, default in options.items()}
@@ -683,14 +700,13 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Identity": read_nothing,
     "LRN": read_lrn,
     "LeakyRelu": read_unary("leaky_relu", slope=0.01),
+    "Log": read_unary("log"),
     "LogSoftmax": read_softmax("log_softmax"),
     "MatMul": read_matmul,
     "MaxPool": read_pool("max_pool"),
     "Mul": read_binary("mul"),
     "Neg": read_unary("neg"),
     "PRelu": read_prelu,
-    "Pad": read_pad,
-    "Pow": read_pow,
     "Reciprocal": read_unary("reciprocal"),
     "ReduceMean": read_mean,
     "Relu": read_unary("relu"),
@@ -703,7 +719,6 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "Sqrt": read_unary("sqrt"),
     "Squeeze": read_squeeze,
     "Sub": read_binary("sub"),
-    "Sum": read_sum,
     "Tanh": read_unary("tanh"),
     "Transpose": read_transpose,
     "Unsqueeze": read_unsqueeze,

@@ -44,7 +44,8 @@ def read_network(
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     draft = NetworkDraft()
-    scope = Scope(draft, opset, dict(constants), {}, pictures=pictures, takes_pixels=takes_pixels)
+    names = frozenset(name for node in model.graph.node for name in names_read(node)) | {output}
+    scope = Scope(draft, opset, dict(constants), {}, pictures=pictures, takes_pixels=takes_pixels, read=names)
     draft.samples[INPUT] = sample
     scope.layers[input_name] = INPUT
     if channels_last:
@@ -58,6 +59,12 @@ def read_network(
     end_in_classes(draft)
     simplify(draft)
     return draft
+
+
+def names_read(node: Any) -> set[str]:
+    """What ``node`` reads, also in its branches."""
+    branches = [attribute.g for attribute in node.attribute]
+    return set(node.input).union(*(names_read(inner) for branch in branches for inner in branch.node))
 
 
 def read(node: Any, place: int, scope: Scope) -> None:
@@ -118,7 +125,7 @@ def fold_by_layers(node: Any, scope: Scope) -> None:
     apart, source = NetworkDraft(), node.input[0]
     apart.samples[INPUT] = scope.constants[source]
     others = {name: value for name, value in scope.constants.items() if name in node.input[1:]}
-    inner = Scope(apart, scope.opset, others, {source: INPUT})
+    inner = Scope(apart, scope.opset, others, {source: INPUT}, read=scope.read)
     make_layers(node, inner)
     scope.constants.update((name, apart.samples[layer]) for name, layer in inner.layers.items() if name != source)
 

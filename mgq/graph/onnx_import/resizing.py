@@ -21,8 +21,6 @@ def read_resize(op: Operator) -> None:
     shape = op.shape()
     if len(shape) != 4 or (sizes[:2], scales[:2]) != (list(shape[:2]), [1, 1]):
         raise BatchMixedError if sizes[0] != shape[0] else UnknownFormError("resizes other things than pictures")
-    if op.read_attribute("antialias", 0) or op.read_attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise UnknownFormError("resizes by other means than fixed scales")
     is_old = op.node.op_type == "Upsample" or op.scope.opset < 11
     where = OLD if is_old else str(op.read_attribute("coordinate_transformation_mode", USUAL))
     if where not in PLACES:
@@ -35,7 +33,10 @@ def read_resize(op: Operator) -> None:
         rounding = "floor" if is_old else str(op.read_attribute("nearest_mode", "round_prefer_floor"))
         choose(op, [round_places(line, rounding, shape[axis]) for axis, line in zip((2, 3), lines, strict=True)])
     elif mode in ("linear", "cubic"):
-        rows, columns = (weigh(op, mode, line, shape[axis]) for axis, line in zip((2, 3), lines, strict=True))
+        weigh = weigh_all if op.read_attribute("antialias", 0) else weigh_neighbours
+        rows, columns = (
+            weigh(op, mode, line, shape[axis], scales[axis]) for axis, line in zip((2, 3), lines, strict=True)
+        )
         op.make("resize", [op.layer()], {"columns": columns.T, "rows": rows})
     else:
         raise UnknownFormError(f"blends pixels by the mode {mode}")
@@ -48,6 +49,10 @@ def sizes_of(op: Operator) -> tuple[list[int], list[float]]:
     scales, sizes = op.numbers("scales", place), op.numbers("sizes", 3) if place == 2 else None
     axes = [int(axis) % len(shape) for axis in op.read_attribute("axes", range(len(shape)))]
     whole, factors = list(shape), [1.0] * len(shape)
+    if sizes and (policy := str(op.read_attribute("keep_aspect_ratio_policy", "stretch"))) != "stretch":
+        choice = min if policy == "not_larger" else max
+        factor = choice(size / shape[axis] for axis, size in zip(axes, sizes, strict=True))
+        sizes = [math.floor(shape[axis] * factor + 0.5) for axis in axes]
     for axis, given in zip(axes, scales or sizes or (), strict=True):
         factors[axis] = float(given) if scales else given / shape[axis]
         whole[axis] = math.floor(shape[axis] * given) if scales else int(given)
@@ -125,7 +130,7 @@ def choose(op: Operator, chosen: list[list[int]]) -> None:
     op.give(source)
 
 
-def weigh(op: Operator, mode: str, places: Values, size: int) -> Values:
+def weigh_neighbours(op: Operator, mode: str, places: Values, size: int, _: float) -> Values:
     """(new, size): what share each pixel of the source has in each of the result along one axis."""
     first = np.floor(places).astype(int)
     part = places - first
@@ -139,15 +144,32 @@ def weigh(op: Operator, mode: str, places: Values, size: int) -> Values:
     return total
 
 
+def weigh_all(op: Operator, mode: str, places: Values, size: int, scale: float) -> Values:
+    """The same of a picture that becomes smaller, where all pixels that become one have a share in it."""
+    shrink = min(scale, 1.0)
+    reach = math.ceil(2 / shrink) + 1
+    spots = np.arange(-reach, size + reach)  # those outside are as the ones on the border
+    far = np.abs(spots - places[:, None]) * shrink
+    shares = (
+        np.maximum(1 - far, 0) if mode == "linear" else cubic(far, float(op.read_attribute("cubic_coeff_a", -0.75)))
+    )
+    if op.read_attribute("exclude_outside", 0):
+        shares = shares * ((spots >= 0) & (spots < size))
+    found = np.zeros((len(places), size))
+    np.add.at(found.T, np.clip(spots, 0, size - 1), shares.T)
+    total: Values = found / found.sum(axis=1, keepdims=True)
+    return total
+
+
+def cubic(far: Values, sharpness: float) -> Values:
+    """The share of a pixel that is so ``far``, in pixels, from a place."""
+    near = ((sharpness + 2) * far - (sharpness + 3)) * far * far + 1
+    farther = ((sharpness * far - 5 * sharpness) * far + 8 * sharpness) * far - 4 * sharpness
+    return np.where(far <= 1, near, np.where(far < 2, farther, 0.0))
+
+
 def weights_of(mode: str, part: Values, sharpness: float) -> dict[int, Values]:
     """The shares of the pixels around a place that lies ``part`` of the way from one to the next."""
     if mode == "linear":
         return {0: 1 - part, 1: part}
-
-    def near(far: Values) -> Values:
-        return ((sharpness + 2) * far - (sharpness + 3)) * far * far + 1
-
-    def farther(far: Values) -> Values:
-        return ((sharpness * far - 5 * sharpness) * far + 8 * sharpness) * far - 4 * sharpness
-
-    return {-1: farther(part + 1), 0: near(part), 1: near(1 - part), 2: farther(2 - part)}
+    return {step: cubic(np.abs(step - part), sharpness) for step in (-1, 0, 1, 2)}

@@ -41,10 +41,13 @@ def apply(draft: NetworkDraft, rule: Rule) -> bool:
 
 def drop_probabilities(draft: NetworkDraft) -> None:
     """Let the network answer with logits. What stands between its softmax, or sigmoid, and the end is left out with
-    it."""
+    it, as is what moves all scores of a picture alike."""
+    for rule in (join_sigmoid, join_softmax):
+        apply(draft, rule)
+    drop_common_shift(draft)
     behind: list[LayerPlan] = []
     last = draft.plan(draft.output)
-    while last is not None and last.kind == "reshape":
+    while last is not None and (last.kind == "reshape" or keeps_order(draft, last)):
         behind.append(last)
         last = draft.plan(last.inputs[0])
     if (
@@ -55,7 +58,30 @@ def drop_probabilities(draft: NetworkDraft) -> None:
         return
     for plan in behind:
         draft.sources[plan.name] = draft.sources[last.inputs[0]]
+    for plan in behind:
+        if plan.kind != "reshape":
+            draft.skip(plan)
     draft.skip(last)
+
+
+def keeps_order(draft: NetworkDraft, plan: LayerPlan) -> bool:
+    """Whether ``plan`` makes of all probabilities the same, and more of greater ones."""
+    scale, shift = affine(draft, plan.name) or (np.zeros(()), np.zeros(()))
+    return plan.kind in ("log", "clip") or (scale.size == shift.size == 1 and float(scale.flat[0]) > 0)
+
+
+def drop_common_shift(draft: NetworkDraft) -> None:
+    """Leave out at the end the difference from one number for each picture, such as the logarithm of a sum of powers:
+    probabilities stay the same."""
+    last = source_of(draft, draft.output, "sub")
+    while last is not None:
+        scores, shift = last.inputs
+        shape = draft.shape(scores)
+        if len(shape) != 2 or shape[1] < 2 or draft.shape(shift) != (1, 1):
+            return
+        draft.output = scores
+        draft.drop_unread()
+        last = source_of(draft, draft.output, "sub")
 
 
 def layers(draft: NetworkDraft, *kinds: str) -> Iterator[LayerPlan]:
@@ -113,6 +139,24 @@ def join_sigmoid(draft: NetworkDraft) -> bool:
         if turned.kind == "neg" or is_affine(draft, turned.name, -1, 0):
             draft.take_over(draft.insert_before(plan, "sigmoid", [turned.inputs[0]], {}), plan)
             return True
+    return False
+
+
+def join_softmax(draft: NetworkDraft) -> bool:
+    """exp(x) divided by the sum of these along an axis is a softmax, whatever was taken from x along it."""
+    for plan in layers(draft, "div"):
+        powers, total = source_of(draft, plan.inputs[0], "exp"), draft.plan(plan.inputs[1])
+        mean = source_of(draft, total.inputs[0], "mean") if total is not None else None
+        if powers is None or total is None or mean is None or mean.inputs[0] != powers.name:
+            continue
+        axes = list(mean.options["axes"])
+        if len(axes) != 1 or not is_affine(draft, total.name, draft.shape(powers.name)[axes[0]], 0):
+            continue
+        source, inner = powers.inputs[0], source_of(draft, powers.inputs[0], "sub")
+        if inner is not None and draft.shape(inner.inputs[1]) == draft.shape(mean.name):
+            source = inner.inputs[0]
+        draft.take_over(draft.insert_before(plan, "softmax", [source], {"axis": axes[0]}), plan)
+        return True
     return False
 
 
@@ -516,6 +560,7 @@ def mark_gates(draft: NetworkDraft) -> bool:
 RULES: tuple[Rule, ...] = (
     join_hard_sigmoid,
     join_sigmoid,
+    join_softmax,
     join_swish,
     move_scale_behind_product,
     drop_expansion,

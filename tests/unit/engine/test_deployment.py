@@ -100,6 +100,24 @@ def test_a_form_that_is_farther_from_float_is_not_taken_however_fast(
     assert all(row.path == found.path and row.snr > 10 for row in found.rows)
 
 
+@pytest.mark.parametrize(("noise", "is_taken"), [(0.005, True), (0.05, False)], ids=["46 dB", "26 dB"])
+def test_a_form_that_is_near_enough_to_float_need_not_be_nearer(
+    networks: tuple[Classifier, Classifier, Any],
+    deploy_at: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    noise: float,
+    is_taken: bool,
+) -> None:
+    exact = deployment.normal_logits(networks[0], networks[2])
+
+    def answer(runtime: Any, _: Any) -> Any:
+        return exact * (1 + (noise if runtime.about.get("float_share") else 0.001))
+
+    monkeypatch.setattr(deployment, "run_in_batches", answer)
+    found = deploy_at(lambda share: {0.0: 1.2, 0.5: 0.8}.get(share, 1.1))
+    assert any(row.float_share == 0.5 for row in found.rows) == is_taken
+
+
 def test_where_no_share_is_faster_the_file_is_as_it_was(tmp_path: Path, deploy_at: Any) -> None:
     found = deploy_at(lambda share: 1.2 + share)
     assert not any(row.float_share for row in found.rows)

@@ -181,3 +181,18 @@ def test_only_what_an_int8_layer_reads_is_rounded(graph_of_body: Any) -> None:
 
 def reads_integers(node: Node, graph: Graph) -> bool:
     return node.output in graph.grids if moves(node) else isinstance(node, WeightedNode) and node.integers is not None
+
+
+def test_for_openvino_linear_layers_over_tokens_are_products_of_matrices(tmp_path: Path, graph_of_body: Any) -> None:
+    graph, (images, _) = graph_of_body("attention")
+    before = [node.op_type for node in saved(graph, tmp_path / "any.onnx").graph.node]
+    model = saved(adapt_to_engine(graph, "openvino"), tmp_path / "int8.onnx")
+    makers = {name: node for node in model.graph.node for name in node.output}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    read = [[makers[name].op_type for name in node.input if name in makers] for node in products]
+    assert read.count(["DequantizeLinear", "DequantizeLinear"]) == 2  # attention itself multiplies floats
+    after = [node.op_type for node in model.graph.node]
+    assert after.count("Conv") == before.count("Conv") - 2
+    assert after.count("Transpose") == before.count("Transpose") - 4
+    whole, alone = (load(tmp_path / name, "openvino").run(images) for name in ("any.onnx", "int8.onnx"))
+    assert 10 * np.log10((whole**2).sum() / ((alone - whole) ** 2).sum()) > 20

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import mgq.engine.classifier.onnx_import as onnx_import
 import mgq.graph.onnx_import.operators as operators
 from mgq.cli.main import verbs
 from mgq.data.transforms import to_batch
@@ -536,6 +537,46 @@ def test_a_checkpoint_of_an_imported_network_builds_it_again(tmp_path: Path) -> 
     assert (again.logits(images) == classifier_in(path).logits(images)).all()
     assert again.spec.name == "model"
     assert import_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
+    assert told[-1].startswith("imported before")
+
+
+def import_by_an_earlier_version(path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, **wish: Any) -> Path:
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_import, "VERSION", 1)
+        return import_checkpoint(path, runs, ImportWish(**wish))
+
+
+def test_an_import_of_an_earlier_version_is_made_again_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = write(tmp_path / "model.onnx", "squeeze_and_excite"), list[str]()
+    labels = tmp_path / "names.txt"
+    labels.write_text("\n".join(f"kind {i}" for i in range(CLASSES)))
+    wish = {"preprocess": "tf", "order": "bgr", "labels": labels}
+    kept = import_by_an_earlier_version(path, tmp_path / "runs", monkeypatch, **wish)
+    (kept.parent / "notes.txt").write_text("mine")
+    before = source_in(kept)
+    assert import_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
+    assert told[0].startswith("imported again: ") and "was made by an earlier version of mgq" in told[0]
+    assert source_in(kept) == {**before, "importer": onnx_import.VERSION}
+    assert classifier_from(read_weights(kept), Mode.NORMAL).classes[0] == "kind 0"
+    assert (kept.parent / "notes.txt").read_text() == "mine"
+    import_checkpoint(path, tmp_path / "runs", on_message=told.append)
+    assert told[-1].startswith("imported before")
+
+
+def test_an_import_of_an_earlier_version_stays_where_it_cannot_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = write(tmp_path / "model.onnx"), list[str]()
+    labels = tmp_path / "names.txt"
+    labels.write_text("\n".join(f"kind {i}" for i in range(CLASSES)))
+    kept = import_by_an_earlier_version(path, tmp_path / "runs", monkeypatch, preprocess="tf", labels=labels)
+    content = kept.read_bytes()
+    labels.unlink()
+    assert import_checkpoint(path, tmp_path / "runs", on_message=told.append) == kept
+    assert kept.read_bytes() == content
+    assert any("stays as an earlier version of mgq imported it: " in line and "names.txt" in line for line in told)
     assert told[-1].startswith("imported before")
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from mgq.errors import FailureError
 from mgq.events import Progress
-from mgq.ptq import second_process
+from mgq.ptq import logit_gradients, second_process
 from mgq.ptq.calibrate import find_best_network
-from mgq.ptq.logit_gradients import measure_part, measure_reactions
+from mgq.ptq.logit_gradients import count_numbers, measure_part, measure_reactions
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import PRESETS, get_preset
 from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process
@@ -150,6 +150,23 @@ def test_reactions_measured_by_two_processes_have_the_bits_of_one() -> None:
         assert len(alone[name].pulls) == 20
         np.testing.assert_array_equal(alone[name].pulls, at_once[name].pulls)
         np.testing.assert_allclose(alone[name].squares, at_once[name].squares)
+
+
+def test_reactions_of_large_layers_are_measured_for_few_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of("mobilenet_v2")
+    names, batches = ["features.1.conv.1", "features.3.add"], split_float(smooth_images(9, seed=5))
+    at_once = measure_reactions(network, names, batches)
+    sizes: list[int] = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0]._tuple_shape[0]))
+    monkeypatch.setattr(logit_gradients, "MOST_NUMBERS", 3 * count_numbers(network, batches[0][:1]))
+    sizes.clear()
+    few = measure_reactions(network, names, batches)
+    assert sizes == [8, 1, 1, 3, 3, 2, 1, 1], (
+        "ranges of all; of each half the numbers of one, and gradients of at most three"
+    )
+    for name in names:
+        np.testing.assert_allclose(few[name].squares.sum(axis=1), at_once[name].squares.sum(axis=1), rtol=1e-3)
+        np.testing.assert_allclose(few[name].pulls, at_once[name].pulls, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_with_code_of_ones_own_is_not_known_elsewhere(network: M.Module) -> None:

@@ -1,0 +1,268 @@
+"""Operators that are spelled out, compare, choose, or make one number of several: equal in float, and run in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+
+from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.import_wish import ImportWish
+from mgq.engine.classifier.onnx_import import import_classifier
+from mgq.errors import InputError
+from mgq.ptq.pipeline import snr_of
+from mgq.runtime.registry import load
+from tests.fakes.foreign_int8 import int8_of
+from tests.fakes.foreign_models import Model
+
+Array = npt.NDArray[Any]
+Body = Callable[[Model], str]
+RAW = ImportWish(preprocess="raw")
+
+
+def photos() -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+
+
+def first(model: Model) -> str:
+    """Of numbers from about -3 to 3."""
+    scaled = model.add("Mul", "image", model.constant(0.01))
+    return model.conv(scaled, 3, 8, pads=[1] * 4, strides=[2, 2])
+
+
+def positive(model: Model) -> str:
+    return model.add("Add", model.add("Relu", first(model)), model.constant(0.5))
+
+
+def integers(model: Model, *values: int) -> str:
+    return model.constant(values, np.int64)
+
+
+def scores(model: Model) -> str:
+    return model.classify(first(model), 8)
+
+
+# ---- in the middle ----
+
+
+def logarithms(model: Model) -> str:
+    return model.add("Log", positive(model))
+
+
+def thresholds(model: Model) -> str:
+    kept = model.add("ThresholdedRelu", first(model), alpha=0.4)
+    soft = model.add("Shrink", kept, lambd=0.1, bias=0.1)
+    return model.add("Add", soft, model.add("Shrink", first(model), lambd=0.2, bias=0.05))
+
+
+def extremes(model: Model) -> str:
+    """Of three layers and two constants, one for each channel."""
+    source, each = first(model), model.constant(np.linspace(-1, 0, 8).reshape(8, 1, 1))
+    highest = model.add("Max", source, model.conv(source, 8, 8, 1), each, model.conv(source, 8, 8, 1))
+    return model.add("Min", highest, model.constant(2.0), model.constant(3.0))
+
+
+def averages(model: Model) -> str:
+    source = first(model)
+    total = model.add("Sum", source, model.constant(0.3), model.add("GlobalAveragePool", source))
+    return model.add("Mean", total, model.conv(source, 8, 8, 1), model.constant(np.ones((1, 8, 1, 1))))
+
+
+def masks(model: Model) -> str:
+    """A leaky ReLU, spelled out; numbers between two; channels that a constant chooses; and guards against NaN."""
+    source = first(model)
+    above = model.add("Greater", source, model.constant(0.0))
+    leaky = model.add("Where", above, source, model.add("Mul", source, model.constant(0.1)))
+    inside = model.add(
+        "And",
+        model.add("GreaterOrEqual", leaky, model.constant(-0.1)),
+        model.add("Not", model.add("Less", model.constant(0.9), leaky)),
+    )
+    middle = model.add("Where", inside, leaky, model.constant(0.2))
+    even = model.constant((np.arange(8) % 2 == 0).reshape(8, 1, 1), np.bool_)
+    chosen = model.add("Where", even, middle, model.conv(middle, 8, 8, 1))
+    return model.add("Where", model.add("IsNaN", chosen), model.constant(0.0), chosen)
+
+
+def masked_attention(model: Model) -> str:
+    """Positions see those before them alone."""
+    grid = model.add("Reshape", first(model), integers(model, 0, 8, 256))
+    tokens = model.add("Transpose", grid, perm=[0, 2, 1])
+    alike = model.add("MatMul", tokens, grid)
+    before = model.constant(np.tri(256, dtype=bool), np.bool_)
+    hidden = model.add("Where", before, alike, model.constant(-np.inf))
+    found = model.add("MatMul", model.add("Softmax", hidden, axis=-1), tokens)
+    return model.add("Reshape", model.add("Transpose", found, perm=[0, 2, 1]), integers(model, 0, 8, 16, 16))
+
+
+def triangles(model: Model) -> str:
+    return model.add("Trilu", model.add("Trilu", first(model), upper=0), integers(model, -2), upper=1)
+
+
+def lengths(model: Model) -> str:
+    source = first(model)
+    along = model.add("LpNormalization", source, axis=1)
+    pooled = model.add("LpPool", along, kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4)
+    whole = model.add("GlobalLpPool", source, p=3)
+    shares = model.add("LpNormalization", whole, axis=1, p=1)
+    return model.add("Add", pooled, model.add("Mul", source, shares))
+
+
+def sums(model: Model) -> str:
+    source = positive(model)
+    kinds = ("ReduceMin", "ReduceL1", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")
+    return model.add("Add", source, model.add("Sum", *(model.add(kind, source, axes=[1]) for kind in kinds)))
+
+
+def powers(model: Model) -> str:
+    """By one number for each channel, of a constant, and of a layer."""
+    source = positive(model)
+    each = model.add("Pow", source, model.constant(np.linspace(0.5, 2, 8).reshape(8, 1, 1)))
+    grown = model.add("Pow", model.constant(2.0), first(model))
+    return model.add("Add", model.add("Pow", each, model.add("Sigmoid", first(model))), grown)
+
+
+def rows(model: Model) -> str:
+    """Windows of one axis, what stands around it, and what is cut off."""
+    line = model.add("Reshape", first(model), integers(model, 0, 8, 256))
+    wide = model.add("Pad", line, integers(model, 0, 0, 2, 0, 0, 2))
+    pooled = model.add("MaxPool", wide, kernel_shape=[3], strides=[1], pads=[0, 1], outputs=2)
+    mean = model.add("AveragePool", pooled, kernel_shape=[3], strides=[2], pads=[0, 1])
+    cut = model.add("Pad", mean, integers(model, 0, 0, -1, 0, 0, 0))
+    return model.add("Unsqueeze", cut, integers(model, 3))
+
+
+def products(model: Model) -> str:
+    """By weights from the left, by one matrix for each channel, and by a vector."""
+    left = model.add("MatMul", model.weights(16, 16), first(model))
+    each = model.add("MatMul", left, model.weights(8, 16, 16))
+    return model.add("Unsqueeze", model.add("MatMul", each, model.weights(16)), integers(model, 3))
+
+
+BODIES: tuple[Body, ...] = (
+    *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
+    products,
+)
+
+
+LEAST: dict[Body, float] = {lengths: 12.0}
+"""dB of int8, where squares lie on a grid; of others 15."""
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_what_compares_chooses_and_sums_is_imported(tmp_path: Path, body: Body) -> None:
+    model = Model()
+    inner = model.add("Relu", model.conv(body(model), 8, 8, 1))
+    check(model.save(tmp_path / "model.onnx", model.classify(inner, 8)), tmp_path, LEAST.get(body, 15.0))
+
+
+def check(path: Path, folder: Path, least: float) -> None:
+    images, session = photos(), onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    classifier, remarks = import_classifier(path, RAW, "")
+    assert "float answers as ONNX Runtime's" in remarks[0]
+    wanted = session.run(None, {"image": images[:, ::-1].astype(np.float32)})[0]
+    found = classifier.logits(images)
+    assert float(np.abs(found - wanted).max() / np.abs(wanted).max()) < 1e-4
+    file = dump_classifier(int8_of(path, "raw"), folder / "int8.onnx", batch=None).path
+    for engine in ("openvino", "onnxruntime"):
+        assert snr_of(load(file, engine).run(images).astype(np.float64), found.astype(np.float64)) > least, engine
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("outside", [0, 1])
+def test_a_picture_that_becomes_smaller_without_jags_is_imported(tmp_path: Path, mode: str, outside: int) -> None:
+    model = Model(opset=18)
+    sizes = integers(model, 1, 8, 7, 20)
+    small = model.add("Resize", first(model), "", "", sizes, mode=mode, antialias=1, exclude_outside=outside)
+    path = model.save(tmp_path / "model.onnx", model.classify(model.conv(small, 8, 8, 1), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_a_picture_is_resized_as_far_as_its_shape_allows(tmp_path: Path) -> None:
+    for policy in ("not_larger", "not_smaller"):
+        model = Model(opset=18)
+        how: dict[str, Any] = {"mode": "linear", "axes": [2, 3], "keep_aspect_ratio_policy": policy}
+        small = model.add("Resize", first(model), "", "", integers(model, 20, 23), **how)
+        path = model.save(tmp_path / "model.onnx", model.classify(model.conv(small, 8, 8, 1), 8))
+        assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+def test_a_softmax_of_old_opsets_goes_over_all_axes_behind(tmp_path: Path) -> None:
+    model = Model(opset=11)
+    source = first(model)
+    gate = model.add("Mul", model.add("Softmax", source, axis=2), model.constant(256.0))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Mul", source, gate), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("places", [{"mode": "wrap"}, {"mode": "edge"}, {"mode": "reflect"}])
+def test_rows_and_channels_are_repeated_around(tmp_path: Path, places: dict[str, Any]) -> None:
+    model = Model(opset=19)
+    wide = model.add("Pad", first(model), integers(model, 0, 1, 2, 1, 0, 2, 1, 0), **places)
+    path = model.save(tmp_path / "model.onnx", model.classify(wide, 11))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+# ---- at the end ----
+
+
+def log_of_softmax(model: Model, source: str) -> str:
+    shifted = model.add("Add", model.add("Softmax", source, axis=1), model.constant(1e-7))
+    return model.add("Log", model.add("Clip", shifted, model.constant(1e-7)))
+
+
+def less_the_sum(model: Model, source: str) -> str:
+    """As a log-softmax is spelled out, with the highest number taken away first."""
+    less = model.add("Sub", source, model.add("ReduceMax", source, axes=[1]))
+    total = model.add("ReduceSum", model.add("Exp", less), integers(model, 1))
+    return model.add("Sub", less, model.add("Log", total))
+
+
+def less_the_sum_in_one(model: Model, source: str) -> str:
+    return model.add("Sub", source, model.add("ReduceLogSumExp", source, axes=[1]))
+
+
+def shares(model: Model, source: str) -> str:
+    """As a softmax is spelled out, in percent."""
+    grown = model.add("Exp", model.add("Sub", source, model.add("ReduceMax", source, axes=[1])))
+    share = model.add("Div", grown, model.add("ReduceSum", grown, integers(model, 1)))
+    return model.add("Mul", share, model.constant(100.0))
+
+
+def log_of_sigmoid(model: Model, source: str) -> str:
+    return model.add("Log", model.add("Sigmoid", source))
+
+
+@pytest.mark.parametrize(
+    "end", [log_of_softmax, less_the_sum, less_the_sum_in_one, shares, log_of_sigmoid, lambda m, s: m.add("Hardmax", s)]
+)
+def test_probabilities_in_any_form_are_left_out_at_the_end(tmp_path: Path, end: Callable[[Model, str], str]) -> None:
+    model = Model()
+    path = model.save(tmp_path / "model.onnx", end(model, scores(model)))
+    plain = Model()
+    wanted = plain.save(tmp_path / "plain.onnx", scores(plain))
+    images = photos()
+    found, logits = (import_classifier(file, RAW, "")[0] for file in (path, wanted))
+    assert len(found.network.blueprint.layers) == len(logits.network.blueprint.layers)
+    assert np.abs(found.logits(images) - logits.logits(images)).max() < 1e-5
+
+
+# ---- refused ----
+
+
+def test_an_operator_that_is_not_imported_is_named(tmp_path: Path) -> None:
+    model = Model()
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Round", first(model)), 8))
+    with pytest.raises(InputError, match=r"has a Round 'n2' \(opset 17\), which is not imported"):
+        import_classifier(path, RAW, "")
+    model = Model()
+    places = model.add("MaxPool", first(model), kernel_shape=[2, 2], outputs=2)
+    wide = model.add("Cast", places.replace("_0", "_1"), to=1)
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Add", places, wide), 8))
+    with pytest.raises(InputError, match=r"has a MaxPool 'n2' \(opset 17\) that tells places, too"):
+        import_classifier(path, RAW, "")
