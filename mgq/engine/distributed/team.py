@@ -43,7 +43,7 @@ class Team:
         self.hosts: tuple[str, ...] = tuple(comm.allgather(socket.gethostname()))
         self.is_on_one_machine = False  # until :func:`pin` has looked
         self.progress: dict[int, list[float]] = {}  # of each rank: steps done, seconds of work for one, in which epoch
-        self.waited = 0.0  # seconds spent on nothing but waiting for others' gradients
+        self.waited = 0.0  # seconds spent on nothing but waiting for what others have
         self.noted = (0, 0.0, 0.0)  # steps, seconds and waited when progress was told last
         self.epoch = 0  # how many have ended since the start
         self._verdict: MgqError | None = None
@@ -87,6 +87,14 @@ class Team:
         started = time.monotonic()
         while not holds():
             self.rest(started)
+
+    def wait_for_others(self, holds: Callable[[], bool]) -> None:
+        """The same, and count it as time spent on nothing but waiting for others."""
+        if holds():
+            return
+        started = time.monotonic()
+        self.wait_until(holds)
+        self.waited += time.monotonic() - started
 
     def rest(self, started: float) -> None:
         """Leave the core to others for a moment, once waiting since ``started`` takes longer than an exchange does.
