@@ -99,10 +99,20 @@ def run_all(*commands: Callable[[str], list[str]]) -> Turn:
             subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, env=environment)
             for command, folder in zip(commands, folders, strict=True)
         ]
+        stack.callback(end_all, running)
         cores = watch(running, folders)
         codes = [process.wait() for process in running]
         assert not any(codes), codes
         return Turn(sum(map(speed_in, folders)), cores)
+
+
+def end_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """What was stopped in the middle leaves nothing that would disturb the next."""
+    for process in running:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
 
 
 def watch(running: Sequence[subprocess.Popen[bytes]], folders: Sequence[str]) -> float:
