@@ -68,7 +68,10 @@ def be_rank(world: World, link: Link, work: Callable[[], int]) -> int:
     except BaseException:  # in debug mode alone
         traceback.print_exc()
         code = FailureError.exit_code
-    return code if code == 0 else end_process(code)
+    if code == 0:
+        return code
+    link.send(spoken=True)
+    return end_process(code)
 
 
 def lead(world: World, link: Link, work: Callable[[], int]) -> int:

@@ -148,7 +148,9 @@ class TrainingCommand(ImportOptions):
     compress: Annotated[
         str | None,
         typer.Option(
-            "--compress", click_type=COMPRESSION, help="How gradients travel: none, or fp16 in half the bytes."
+            "--compress",
+            click_type=COMPRESSION,
+            help="How gradients travel between machines: none, or fp16 in half the bytes.",
         ),
     ] = None
     workers: Annotated[

@@ -18,6 +18,7 @@ from mgq.cpu_kernels.elementwise import apply_mask, clamp_below, extremes, extre
 from mgq.cpu_kernels.fake_quantization import UNKNOWN, Quantizer, update_observer
 from mgq.cpu_kernels.feature_maps import FeatureMap, MapFunction
 from mgq.cpu_kernels.onednn_kernels import Geometry, Norm
+from mgq.cpu_kernels.statistics_exchange import exchange_of_batch_norm
 from mgq.cpu_kernels.tensor_exchange import Array, read, read_state, tensors, values
 
 CHANNELS_OF_ONEDNN = 16
@@ -66,6 +67,12 @@ class NormalizedConvolution(MapFunction):
         self.norm = norm
         self.ceiling = ceiling
         self.wants_source = wants_source
+        self.exchange = None if norm.fixed else exchange_of_batch_norm()
+
+    @property
+    def elements(self) -> int:
+        """Of a channel, in the batches of all processes that share their statistics."""
+        return self.geometry.elements if self.exchange is None else self.normalized.elements
 
     def apply_to_maps(self, *inputs: Tensor | FeatureMap) -> FeatureMap:
         source, *_ = inputs
@@ -99,15 +106,20 @@ class NormalizedConvolution(MapFunction):
 
     @property
     def has_own_norm(self) -> bool:
-        """Whether the batch norm is mgq's own: oneDNN's would turn the array into blocks of channels, or is slower."""
-        return self.geometry.channels_last and self.geometry.output[1] % CHANNELS_OF_ONEDNN != 0
+        """Whether the batch norm is mgq's own: oneDNN's would turn the array into blocks of channels, or is slower, or
+        cannot share its statistics."""
+        fast = self.exchange is None and self.geometry.output[1] % CHANNELS_OF_ONEDNN == 0
+        return self.geometry.channels_last and not fast
 
     def normalize_map(self, source: Array, weights: Array, scale: Array, shift: Array, observed: bool) -> NormalizedMap:
         convolved = onednn_kernels.convolution(self.geometry, source, weights)
         limits, fixed = Limits.of(self.norm.relu, self.ceiling), self.norm.fixed
         statistics = self.mean, self.variance
         self.normalized = NormalizedMap(
-            convolved, scale, shift, self.norm.epsilon, limits, *statistics, fixed=fixed, observed=observed
+            *(convolved, scale, shift, self.norm.epsilon, limits, *statistics),
+            fixed=fixed,
+            observed=observed,
+            exchange=self.exchange,
         )
         return self.normalized
 

@@ -16,6 +16,7 @@ import numpy as np
 from mgq.cpu_kernels import batch_norm_loops as loops
 from mgq.cpu_kernels.elementwise import LONG_PIECE, share_out
 from mgq.cpu_kernels.fake_quantization import Quantizer
+from mgq.cpu_kernels.statistics_exchange import Exchange, share_gradients, share_moments
 from mgq.cpu_kernels.tensor_exchange import Array, empty
 
 INFINITE = np.float32(np.inf)
@@ -71,7 +72,8 @@ class NormalizedMap:
     """``pixels``, a feature map, less ``mean``, over the deviation, times ``scale`` plus ``shift``, between ``limits``.
 
     ``mean`` and biased ``variance`` (C,) are read where they are ``fixed``, constants then, and else written to: those
-    of the pixels. With ``observed`` the output's range is known before the output.
+    of the pixels. With ``observed`` the output's range is known before the output. With an ``exchange`` statistics are
+    those of all processes' pixels, and so are what the gradients of pixels take off; ``elements`` are those of all.
     """
 
     def __init__(
@@ -85,33 +87,33 @@ class NormalizedMap:
         variance: Array,
         fixed: bool,
         observed: bool,
+        exchange: Exchange | None = None,
     ) -> None:
         channels = pixels.shape[-1]
+        self.exchange = None if fixed else exchange
         self.elements = pixels.size // channels
         self.split = split(self.elements, channels)
         self.pixels, self.rows = pixels, self.split.of(pixels)
         self.limits, self.passing = limits, np.array(limits, np.float32)
         self.masks, self.fixed, self.observed = limits != Limits(), fixed, observed
         self.table, self.inverse, self.ends = empty((5, self.split.width)), empty((channels,)), empty((2,))
-        found = empty((4, channels))
-        loops.tabulate(
-            self.measure(observed) if observed or not fixed else empty((4, 0, self.split.width)),
-            self.split.rows,
-            self.split.long,
-            fixed,
-            mean,
-            variance,
-            scale.reshape(-1),
-            shift.reshape(-1),
-            np.float32(epsilon),
-            limits,
-            found,
-            self.table,
-            self.inverse,
-            self.ends,
-        )
+        parts = self.measure(observed) if observed or not fixed else empty((4, 0, self.split.width))
+        factors = scale.reshape(-1), shift.reshape(-1), np.float32(epsilon), limits
+        target = self.table, self.inverse, self.ends
+        found, rows = empty((4, channels)), (self.split.rows, self.split.long)
+        if self.exchange is None:
+            loops.tabulate(parts, *rows, fixed, self.elements, mean, variance, *factors, found, *target)
+        else:
+            self.merge(parts, self.exchange, found)
+            loops.fill_table(found, *factors, *target)
         if not fixed:
             mean[:], variance[:] = found[0], found[1]
+
+    def merge(self, parts: Array, exchange: Exchange, found: Array) -> None:
+        """Write to ``found`` (4, C) mean and variance of all processes, and the ends of this one's pixels."""
+        centre, spread = np.empty((2, found.shape[1]))
+        loops.merge(parts, self.split.rows, self.split.long, centre, spread, found[2], found[3])
+        self.elements, found[0], found[1] = share_moments(exchange, self.elements, centre, spread)
 
     def measure(self, observed: bool) -> Array:
         """Statistics of all pieces, and where it is ``observed`` their ranges: (4, pieces, channels of a row)."""
@@ -165,7 +167,18 @@ class NormalizedMap:
             loops.find_gradient(self.rows[part], given[part], target[part], self.table, self.passing, self.masks)
 
         share_out(add_up, self.split.pieces)
-        elements = 0 if self.fixed else self.elements
-        loops.merge_sums(sums, self.inverse, elements, self.table, d_scale, d_shift)
+        if self.exchange is None:
+            elements = 0 if self.fixed else self.elements
+            loops.merge_sums(sums, self.inverse, elements, self.table, d_scale, d_shift)
+        else:
+            self.merge_gradients(sums, self.exchange, d_scale, d_shift)
         share_out(find_gradient, self.split.pieces)
         return d_pixels, d_scale, d_shift
+
+    def merge_gradients(self, sums: Array, exchange: Exchange, d_scale: Array, d_shift: Array) -> None:
+        """Find the gradients of scale and shift of this process's loss, and what that of all takes off."""
+        whole, products = np.zeros((2, d_scale.size))
+        loops.merge_gradients(sums, self.inverse, whole, products)
+        d_shift[:], d_scale[:] = whole, products
+        whole, products = share_gradients(exchange, whole, products)
+        loops.take_off_mean(whole, products, self.inverse, 1 / self.elements, self.table)

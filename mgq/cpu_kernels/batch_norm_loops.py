@@ -97,15 +97,14 @@ def measure(pixels: Any, rows: Any, first: Any, last: Any, ranges: Any, parts: A
 
 
 @make_compiler()
-def merge(parts: Any, rows: Any, long: Any, result: Any) -> None:
-    """Of the ``parts`` of all pieces, of ``long`` of the ``rows`` each, to ``result`` (4, C): mean, variance, least and
-    largest of each channel.
+def merge(parts: Any, rows: Any, long: Any, centre: Any, spread: Any, least: Any, largest: Any) -> None:
+    """Of the ``parts`` of all pieces, of ``long`` of the ``rows`` each: mean and sum of squared distances from it of
+    each channel, float64 (C,), and its least and largest, float32 (C,).
 
     Rows hold one pixel or more. Where a pixel is no number, so is all of its channel.
     """
-    channels = result.shape[1]
-    centre, spread, seen = np.zeros(channels), np.zeros(channels), 0.0
-    least, largest = result[2], result[3]
+    channels, seen = centre.size, 0.0
+    centre[:], spread[:] = 0.0, 0.0
     least[:], largest[:] = np.inf, -np.inf
     for piece in range(parts.shape[1]):
         count = float(min(long, rows - piece * long))
@@ -120,9 +119,8 @@ def merge(parts: Any, rows: Any, long: Any, result: Any) -> None:
                 least[c] = min(least[c], parts[2, piece, start + c])
                 largest[c] = max(largest[c], parts[3, piece, start + c])
     for c in range(channels):
-        result[0, c], result[1, c] = centre[c], spread[c] / seen
         if centre[c] != centre[c]:
-            result[:, c] = np.nan
+            least[c], largest[c] = np.nan, np.nan
 
 
 @make_compiler()
@@ -149,6 +147,7 @@ def tabulate(
     rows: Any,
     long: Any,
     fixed: Any,
+    elements: Any,
     mean: Any,
     variance: Any,
     scale: Any,
@@ -162,20 +161,33 @@ def tabulate(
 ) -> None:
     """Write to ``table`` (5, channels of a row) what :func:`normalize` takes: mean, factor and shift of each channel.
 
-    ``parts``, of no piece where nothing was measured, are merged into ``found`` by :func:`merge`. Where they are
-    ``fixed``, ``mean`` and ``variance`` are given. ``inverse`` (C,): one over the standard deviation. ``ends`` (2,):
-    the extremes of what :func:`normalize` will give.
+    ``parts``, of no piece where nothing was measured, are merged by :func:`merge`. Where they are ``fixed``, ``mean``
+    and ``variance`` are given, and else ``found``, of so many ``elements``. ``inverse`` (C,): one over the standard
+    deviation. ``ends`` (2,): the extremes of what :func:`normalize` will give.
     """
-    channels = mean.size
-    merge(parts, rows, long, found)
-    for c in range(channels):
+    centre, spread = np.empty(mean.size), np.empty(mean.size)
+    merge(parts, rows, long, centre, spread, found[2], found[3])
+    for c in range(mean.size):
         if fixed:
             found[0, c], found[1, c] = mean[c], variance[c]
-        inverse[c] = ONE / np.sqrt(found[1, c] + epsilon)
+        else:
+            found[0, c], found[1, c] = centre[c], spread[c] / elements
+    fill_table(found, scale, shift, epsilon, limits, table, inverse, ends)
+
+
+@make_compiler()
+def fill_table(
+    found: Any, scale: Any, shift: Any, epsilon: Any, limits: Any, table: Any, inverse: Any, ends: Any
+) -> None:
+    """See :func:`tabulate`: for what is ``found`` (4, C), mean, variance, least and largest of each channel."""
+    mean, variance, low, high = found[0], found[1], found[2], found[3]
+    channels = mean.size
+    for c in range(channels):
+        inverse[c] = ONE / np.sqrt(variance[c] + epsilon)
     for start in range(0, table.shape[1], channels):
         for c in range(channels):
-            table[0, start + c], table[1, start + c], table[2, start + c] = found[0, c], scale[c] * inverse[c], shift[c]
-    find_ends(found[2], found[3], table, limits, ends)
+            table[0, start + c], table[1, start + c], table[2, start + c] = mean[c], scale[c] * inverse[c], shift[c]
+    find_ends(low, high, table, limits, ends)
 
 
 @make_compiler()
@@ -280,23 +292,41 @@ def add_up(
 
 @make_compiler()
 def merge_sums(sums: Any, inverse: Any, elements: Any, table: Any, d_scale: Any, d_shift: Any) -> None:
-    """Gradients of scale and shift (C,) from :func:`add_up`'s sums; with the mean of the batch taken off, what
-    :func:`find_gradient` subtracts goes to ``table``. ``elements`` of a channel: 0 where statistics are fixed."""
-    channels = d_scale.size
-    whole, products = np.zeros(channels), np.zeros(channels)
+    """Gradients of scale and shift (C,) from :func:`add_up`'s sums, and what :func:`take_off_mean` does.
+
+    ``elements`` of a channel: 0 where statistics are fixed.
+    """
+    whole, products = np.zeros(d_scale.size), np.zeros(d_scale.size)
+    merge_gradients(sums, inverse, whole, products)
+    for c in range(d_scale.size):
+        d_shift[c], d_scale[c] = whole[c], products[c]
+    take_off_mean(whole, products, inverse, 1.0 / elements if elements else 0.0, table)
+
+
+@make_compiler()
+def merge_gradients(sums: Any, inverse: Any, whole: Any, products: Any) -> None:
+    """Add :func:`add_up`'s sums of all pieces to ``whole``, the gradient of the shift, and ``products``, that of the
+    scale: float64 (C,)."""
+    channels = whole.size
     for piece in range(sums.shape[1]):
         for start in range(0, sums.shape[2], channels):
             for c in range(channels):
                 whole[c] += sums[0, piece, start + c]
                 products[c] += sums[1, piece, start + c]
-    share = 1.0 / elements if elements else 0.0
     for c in range(channels):
-        d_shift[c], d_scale[c] = whole[c], products[c] * inverse[c]
-        whole[c], products[c] = whole[c] * share, products[c] * inverse[c] * inverse[c] * share
-    for start in range(0, sums.shape[2], channels):
+        products[c] *= inverse[c]
+
+
+@make_compiler()
+def take_off_mean(whole: Any, products: Any, inverse: Any, share: Any, table: Any) -> None:
+    """Write to ``table`` what :func:`find_gradient` subtracts: the means over the batch. ``whole`` and ``products``
+    are sums over it, and ``share`` one over its elements."""
+    channels = whole.size
+    for start in range(0, table.shape[1], channels):
         for c in range(channels):
             factor = table[1, start + c]
-            table[3, start + c], table[4, start + c] = whole[c] * factor, products[c] * factor
+            table[3, start + c] = whole[c] * share * factor
+            table[4, start + c] = products[c] * inverse[c] * share * factor
 
 
 @make_compiler()

@@ -69,6 +69,12 @@ class Geometry(NamedTuple):
     channels_last: bool = False
     bfloat16: bool = False
 
+    @property
+    def elements(self) -> int:
+        """Of a channel of the output."""
+        batch, _, height, width = self.output
+        return batch * height * width
+
     def empty(self, shape: Shape) -> Array:
         """An uninitialized array for a source or an output of ``shape`` (N, C, H, W)."""
         batch, channels, height, width = shape

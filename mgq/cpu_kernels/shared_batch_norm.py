@@ -1,4 +1,8 @@
-"""Batch norm over a batch that lies in several processes."""
+"""Batch norm over a batch that lies in several processes, of plain tensors.
+
+Feature maps, and so the zoo's own networks, have it in :class:`mgq.cpu_kernels.batch_norm.NormalizedMap`, which makes
+the same exchanges.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from megengine.autodiff import Function
 
 from mgq.cpu_kernels.fake_quantization import set_value
 from mgq.cpu_kernels.numba_loops import make_compiler
-from mgq.cpu_kernels.statistics_exchange import Exchange, exchange_of_batch_norm
+from mgq.cpu_kernels.statistics_exchange import Exchange, exchange_of_batch_norm, share_gradients, share_moments
 from mgq.cpu_kernels.tensor_exchange import tensors, values
 
 
@@ -50,12 +54,7 @@ class SharedBatchNorm(Function):  # type: ignore[misc]
         own = array.size // channels
         sums, squares = np.zeros((2, channels))
         moments(array.reshape(len(array), channels, -1), sums, squares)
-        # Sums of squares around each process's own mean, and what these means add to them.
-        found = self.exchange.add_up(np.concatenate([[own], sums, squares, sums**2 / own]))
-        self.elements = float(found[0])
-        total, within, between = found[1:].reshape(3, channels)
-        self.mean = total / self.elements
-        self.variance = np.maximum(within + between - total**2 / self.elements, 0) / self.elements
+        self.elements, self.mean, self.variance = share_moments(self.exchange, own, sums / own, squares)
         self.inverse = 1 / np.sqrt(self.variance + self.epsilon)
         factor = scale.reshape(-1) * self.inverse
         output = np.empty_like(array)
@@ -75,7 +74,7 @@ class SharedBatchNorm(Function):  # type: ignore[misc]
         rows = (len(array), channels, -1)
         d_shift, d_scale = np.zeros((2, channels))
         gradient_sums(array.reshape(rows), gradient.reshape(rows), self.mean, self.inverse, d_shift, d_scale)
-        all_shift, all_scale = self.exchange.add_up(np.concatenate([d_shift, d_scale])).reshape(2, channels)
+        all_shift, all_scale = share_gradients(self.exchange, d_shift, d_scale)
         d_source = np.empty_like(array)
         source_gradient(
             array.reshape(rows),

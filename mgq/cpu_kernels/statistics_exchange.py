@@ -24,6 +24,24 @@ class Exchange(Protocol):
         """Added up: float64 (N,)."""
 
 
+def share_moments(exchange: Exchange, elements: int, mean: Sums, squares: Sums) -> tuple[int, Sums, Sums]:
+    """Elements of a channel, mean and (biased) variance of all processes' batches, of those of this one's.
+
+    ``squares`` (C,): sums of squared distances from ``mean`` (C,).
+    """
+    # Squares around each process's own mean, and what these means add to them.
+    own = elements * mean
+    found = exchange.add_up(np.concatenate([[elements], own, squares, own * mean]))
+    total, within, between = found[1:].reshape(3, -1)
+    centre = total / found[0]
+    return int(found[0]), centre, np.maximum(within + between - total * centre, 0) / found[0]
+
+
+def share_gradients(exchange: Exchange, d_shift: Sums, d_scale: Sums) -> Sums:
+    """Both added up over all processes: (2, C)."""
+    return exchange.add_up(np.concatenate([d_shift, d_scale])).reshape(2, -1)
+
+
 _exchange: Exchange | None = None
 _normalizes = False
 

@@ -308,19 +308,17 @@ def fusable(module: M.Module, source: Tensor | FeatureMap) -> Geometry | None:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.compute_mode == "default"
-        and not (bn.training and exchange_of_batch_norm() is not None)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, bn))
         and needs_gradient(source, conv.weight, bn.weight, bn.bias)
         and are_on_cpu(source, conv.weight)
     )
     found = geometry_of(source, conv.weight, conv.stride, conv.padding) if plainly else None
+    if found is None or not bn.training:
+        return found
+    if exchange_of_batch_norm() is not None:
+        return found if found.channels_last else None
     # One value alone has no unbiased variance.
-    return found if found is not None and (not bn.training or elements_a_channel(found) > 1) else None
-
-
-def elements_a_channel(geometry: Geometry) -> int:
-    batch, _, height, width = geometry.output
-    return batch * height * width
+    return found if found.elements > 1 else None
 
 
 def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor | FeatureMap) -> Tensor | FeatureMap:
@@ -330,7 +328,7 @@ def normalize(module: M.Module, function: NormalizedConvolution, source: Tensor 
     output = run(source, module.conv.weight, bn.weight, bn.bias)
     if function.norm.fixed:
         return output
-    elements = elements_a_channel(function.geometry)
+    elements = function.elements
     found = move_statistics(
         read_state(bn.running_mean, bn.running_var),
         function.mean,

@@ -47,6 +47,8 @@ _TICK_S = 0.2
 _CONNECT_S = 3.0
 _SAME_SIGNAL_S = 1.0
 _SAME_MOMENT_S = 1.0
+_CONSEQUENCE_S = 3.0
+"""What ended a worker that gave no reason itself may be heard from another rank so long after."""
 _LONGEST = 1 << 20
 
 RESUME = "`--resume` goes on from the state last saved"
@@ -179,6 +181,8 @@ class _Supervisor:
         self.verdict: _Verdict | None = None
         self.told: str | None = None  # what the worker itself said of its failure
         self.code: int | None = None  # of the worker, once it has ended
+        self.ended = 0.0  # when it was seen to
+        self.has_spoken = False  # the worker has said why it ends with another code than 0
         self.is_cut = False  # a machine is gone without a word
         self.is_said = False  # the line of the verdict stands on the launcher's console
         self.beaten = self.signalled = 0.0
@@ -228,10 +232,23 @@ class _Supervisor:
         self.listen()
         self.beat()
         if self.code is None:
-            self.code = self.child.poll()
+            self.look_for_end()
         if self.code is None and self.stopped is not None and time.monotonic() - self.stopped > SILENCE_S:
             self.end_stopped()
         return self.step_hub() if self.is_hub else self.step_member()
+
+    def look_for_end(self) -> None:
+        self.code = self.child.poll()
+        if self.code is not None:
+            self.ended = time.monotonic()
+            self.listen()  # to its last words
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether the worker may have ended because another rank did: an MPI that sees that first ends its process,
+        without a word of mgq. Who that other one was will be heard in a moment."""
+        mute = self.code is not None and self.code > 0 and not self.has_spoken
+        return mute and time.monotonic() - self.ended < _CONSEQUENCE_S
 
     def listen(self) -> None:
         self.forgive_own_pause()
@@ -322,6 +339,7 @@ class _Supervisor:
             self.connect(*message["join"])
         if "progress" in message:
             self.progress[str(self.world.rank)] = message["progress"]
+        self.has_spoken |= "spoken" in message
         if "failed" in message:
             self.told = str(message["failed"])
             named = self.told if message["named"] else f"{self.name_of(self.world.rank)}: {self.told}"
@@ -381,9 +399,13 @@ class _Supervisor:
             self.child.kill()  # it hangs: then this says it
             self.child.wait()
             self.code = -signal.SIGKILL
-        if self.verdict is None and self.code < 0:
+        if self.verdict is None and self.is_consequence:
+            self.look_for_lost()
+            return None
+        is_mute = self.code != 0 and not self.has_spoken
+        if self.verdict is None and is_mute:
             self.verdict = _Verdict(1, f"{self.name_of(0)}{end_of(self.code)}")
-        if self.code < 0 and self.verdict is not None and self.verdict.line is not None and not self.is_said:
+        if is_mute and self.verdict is not None and self.verdict.line is not None and not self.is_said:
             say(self.verdict.line)
         code = self.code if self.verdict is None else self.verdict.code
         self.end_others(code)
@@ -393,7 +415,9 @@ class _Supervisor:
 
     def end_without_launcher(self) -> int:
         """The launcher has ended what it started: say why where it would have said it."""
-        worker_has_said = self.child.poll() is not None
+        if self.code is None:
+            self.look_for_end()
+        worker_has_said = self.code == 0 or self.has_spoken
         self.child.kill()
         until = time.monotonic() + _SAME_MOMENT_S
         while self.verdict is None and time.monotonic() < until:
@@ -442,7 +466,7 @@ class _Supervisor:
                 cause = "was ended" if self.hub.closed else f"gave no sign for {SILENCE_S:.0f} s"
                 say(f"{self.name_of(0)} {cause}; {RESUME}")
             return 1
-        if self.code is not None and self.told is None:
+        if self.code is not None and self.told is None and not self.is_consequence:
             self.told = f"{self.name_of(self.world.rank)}{end_of(self.code)}"
             self.report(self.told, 1)
         return None

@@ -99,6 +99,18 @@ def test_a_rank_that_is_killed_ends_all_with_one_line(rank: int, tmp_path: Path)
     assert f"rank {rank} on " in errors[0] and "killed by SIGKILL" in errors[0] and "--resume" in errors[0]
 
 
+@pytest.mark.slow
+def test_all_ranks_killed_at_once_leave_no_memory_behind(tmp_path: Path) -> None:
+    """Others may use that folder at the same time: so only what this run has open counts. Open MPI's is its own."""
+    run = Run(mgq("train", *TRAIN, "--jobs", "2", "-s", str(tmp_path)), tmp_path)
+    run.wait_for("step 2/")
+    mapped = [m.path for rank in (0, 1) for m in run.worker(rank).memory_maps() if "shm/mpich_" in m.path]
+    for process in psutil.Process(run.process.pid).children(recursive=True):
+        process.kill()
+    run.end()
+    assert not [path for path in mapped if Path(path).exists()]
+
+
 def run_on_two_hosts(hosts: Hosts, folder: Path) -> Run:
     """A training with a rank on each machine, under way."""
     start = mpirun(

@@ -139,7 +139,8 @@ class Average(Future):  # type: ignore[misc]
 class GradientAverage:
     """Call it with each parameter and its gradient, in the same order on all processes: a future of the average.
 
-    ``numbers``: how many the gradients of a step have together. On one machine they travel through memory.
+    ``numbers``: how many the gradients of a step have together. On one machine they travel through memory, as they are:
+    there packing takes longer than halving their bytes saves.
     """
 
     def __init__(self, team: Team, compress: str = "none", numbers: int = 0) -> None:
@@ -149,7 +150,7 @@ class GradientAverage:
         self.size = 0
         self.under_way: list[Bucket] = []
         self.is_over = False  # the step's backward pass
-        self.memory = share_memory(team, numbers) if numbers and compress == "none" else None
+        self.memory = share_memory(team, numbers) if numbers else None
 
     def __call__(self, _: Tensor, gradient: Tensor) -> Average:
         if self.is_over and self.memory is not None:

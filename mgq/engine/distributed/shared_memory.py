@@ -2,6 +2,8 @@
 
 MPI would copy what it adds up into such memory and out of it again, piece by piece, whenever it is called. Here each
 rank writes where the others read, and adds up once: in the order of the ranks, so that all come to the same bits.
+
+The memory is a file without a name: nothing of it is left once all ranks have ended, however they did.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,11 @@ ORDERED = ("x86_64", "AMD64")
 """Processors on which others see what a core writes in the order in which it wrote it."""
 _LINE = 64  # bytes that cores exchange at once
 
+BOARD_BYTES = 1 << 16
+"""The most that a rank shows at a time: statistics of 2,730 channels."""
+
 Counters = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 
 class SharedMemory:
@@ -88,41 +95,95 @@ class SharedExchange:
         return True
 
 
+class SharedBoard:
+    """Where each rank of ``team``, all on one machine, shows all others some bytes at a time, in two places in turn.
+
+    Whoever writes to a place again has read what all wrote to the other since, so all have read what stood there.
+    """
+
+    def __init__(self, team: Team, memory: mmap.mmap, size: int) -> None:
+        self.team, self.size = team, size
+        head = _LINE * team.size
+        whole = np.frombuffer(memory, np.uint8)
+        self.written: Counters = whole[:head].view(np.int64).reshape(team.size, -1)[:, 0]
+        self.places: Bytes = whole[head:].reshape(2, team.size, size)
+        self.begun = 0
+
+    def show(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """What all ranks call this with, by rank, to be read before the next call; None where there is no room."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if data.size > self.size:
+            return None
+        self.begun += 1
+        place = self.places[self.begun % 2, :, : data.size]
+        place[self.team.rank] = data
+        self.written[self.team.rank] = self.begun
+        self.team.wait_for_others(lambda: bool(self.written.min() >= self.begun))
+        return place.view(array.dtype).reshape(self.team.size, *array.shape)
+
+
+def share_board(team: Team) -> SharedBoard | None:
+    """A board for all ranks, where all are on one machine that has room for it; all ranks call this."""
+    memory = map_together(team, team.size * (_LINE + 2 * BOARD_BYTES))
+    return None if memory is None else SharedBoard(team, memory, BOARD_BYTES)
+
+
 def share_memory(team: Team, size: int) -> SharedMemory | None:
-    """Memory for ``size`` numbers of each rank, where all are on one machine that has room for it; all ranks call this.
+    """Memory for ``size`` numbers of each rank, where all are on one machine that has room for it; all ranks call
+    this."""
+    memory = map_together(team, team.size * (2 * _LINE + 4 * size))
+    return None if memory is None else SharedMemory(team, memory, size)
+
+
+def map_together(team: Team, length: int) -> mmap.mmap | None:
+    """``length`` bytes, all 0, that all ranks see; None where they are not on one machine with room for that.
 
     The room is taken at once: where it were missing later, the process would be killed.
     """
-    if not team.is_on_one_machine or platform.machine() not in ORDERED or not FOLDER.is_dir():
+    if not team.is_on_one_machine or platform.machine() not in ORDERED:
         return None
-    length = team.size * (2 * _LINE + 4 * size)
-    name = team.share(make_file(length) if team.rank == 0 else None)
-    memory = None if name is None else open_file(name, length)
+    descriptor = make_file(length) if team.rank == 0 else None
+    shared: SharedFile | None = team.share(None if descriptor is None else SharedFile.of(descriptor))
+    memory = None if shared is None else map_file(shared)
     everywhere = all(team.gather(memory is not None))
-    if team.rank == 0 and name is not None:
-        Path(name).unlink()
-    return SharedMemory(team, memory, size) if memory is not None and everywhere else None
+    if descriptor is not None:
+        os.close(descriptor)
+    return memory if everywhere else None
 
 
-def make_file(length: int) -> str | None:
-    """A new file in memory, full of zeros; None where there is no room."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="mgq-", dir=FOLDER)
-    except OSError:
+class SharedFile(NamedTuple):
+    """An open file without a name, by the ``path`` under which other processes find it, and what it must be."""
+
+    path: str
+    length: int
+    device: int
+    number: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> SharedFile:
+        found = os.fstat(descriptor)
+        return cls(f"/proc/{os.getpid()}/fd/{descriptor}", found.st_size, found.st_dev, found.st_ino)
+
+
+def make_file(length: int) -> int | None:
+    """The descriptor of a new file in memory, full of zeros; None where there is no room."""
+    descriptor = None
+    if not hasattr(os, "O_TMPFILE"):
         return None
     try:
+        descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
         os.posix_fallocate(descriptor, 0, length)
     except OSError:
-        Path(name).unlink()
+        if descriptor is not None:
+            os.close(descriptor)
         return None
-    finally:
-        os.close(descriptor)
-    return name
+    return descriptor
 
 
-def open_file(name: str, length: int) -> mmap.mmap | None:
-    try:
-        with Path(name).open("r+b") as file:
-            return mmap.mmap(file.fileno(), length)
-    except (OSError, ValueError):  # another rank's own /dev/shm, as in a container
-        return None
+def map_file(shared: SharedFile) -> mmap.mmap | None:
+    """None where another process, or another /dev/shm, is meant here, as in a container."""
+    with suppress(OSError, ValueError), Path(shared.path).open("r+b") as file:
+        found = os.fstat(file.fileno())
+        if (found.st_size, found.st_dev, found.st_ino) == shared[1:]:
+            return mmap.mmap(file.fileno(), shared.length)
+    return None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Team:
         self.hosts: tuple[str, ...] = tuple(comm.allgather(socket.gethostname()))
         self.is_on_one_machine = False  # until :func:`pin` has looked
         self.progress: dict[int, list[float]] = {}  # of each rank: steps done, seconds of work for one, in which epoch
-        self.waited = 0.0  # seconds spent on nothing but waiting for others' gradients
+        self.waited = 0.0  # seconds spent on nothing but waiting for what others have
         self.noted = (0, 0.0, 0.0)  # steps, seconds and waited when progress was told last
         self.epoch = 0  # how many have ended since the start
         self._verdict: MgqError | None = None
@@ -87,6 +88,14 @@ class Team:
         started = time.monotonic()
         while not holds():
             self.rest(started)
+
+    def wait_for_others(self, holds: Callable[[], bool]) -> None:
+        """The same, and count it as time spent on nothing but waiting for others."""
+        if holds():
+            return
+        started = time.monotonic()
+        self.wait_until(holds)
+        self.waited += time.monotonic() - started
 
     def rest(self, started: float) -> None:
         """Leave the core to others for a moment, once waiting since ``started`` takes longer than an exchange does.
@@ -184,6 +193,7 @@ def join_team(world: World, link: Link, words: Sequence[str]) -> Team:
             f"belongs to another MPI, take that one's mpirun, or {MEND}"
         )
     team = Team(comm, link)
+    unname_memory()
     hub = next((m["hub"] for m in link.read() if "hub" in m), None) if team.rank == 0 else None
     hub = comm.bcast(hub)
     team.tell(hosts=team.hosts, **({} if team.rank == 0 else {"join": hub}))
@@ -234,6 +244,20 @@ def serve(team: Team) -> None:
         except MgqError as error:
             if error.exit_code in (InputError.exit_code, FailureError.exit_code):
                 raise
+
+
+def unname_memory() -> None:
+    """Take the names off the memory that MPICH shares among the ranks of this machine, which all of them have by now.
+
+    MPICH does so at its end, so that each run that is killed would leave 2 MB behind.
+    """
+    with contextlib.suppress(OSError):
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        for name in {line.rpartition(" ")[2] for line in mapped.splitlines() if f" {_MPICH_MEMORY}" in line}:
+            Path(name).unlink(missing_ok=True)
+
+
+_MPICH_MEMORY = "/dev/shm/mpich_shm_"
 
 
 def pin(comm: Comm) -> int:

@@ -55,8 +55,9 @@ class Recipe:
     ``decay_all`` extends ``weight_decay`` to parameters of one dimension (batch norms, biases).
 
     On several processes ``sync_bn`` has batch norms take their statistics of all processes' pictures together, and
-    ``compress`` says how gradients travel: ``none``, or ``fp16`` in half the bytes. ``amp`` trains in mixed float16 on
-    GPUs; with ``bf16`` convolutions on a processor multiply bfloat16 numbers, while all else is float32.
+    ``compress`` says how gradients travel between machines: ``none``, or ``fp16`` in half the bytes. ``amp`` trains in
+    mixed float16 on GPUs; with ``bf16`` convolutions on a processor multiply bfloat16 numbers, while all else is
+    float32.
 
     ``batch_norm_momentum`` is the share of the running statistics that a step keeps (0: the network's own); with
     ``keep_batch_norm`` batch norms normalize by the statistics that they began with. ``crop_scale`` is the least share

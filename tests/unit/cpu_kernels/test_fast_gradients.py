@@ -52,6 +52,7 @@ from mgq.zoo.layers import ConvBnRelu6
 from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import specs
 from tests.conftest import EACH_FAMILY, FAMILIES, blank, filled, one_line_about, smooth_images
+from tests.fakes.two_processes import ThreadExchange, run_both
 
 Array = npt.NDArray[np.float32]
 
@@ -823,6 +824,28 @@ def test_the_gradient_of_a_map_is_whole_where_rounding_clips_nothing(clips: bool
     expected = plain.gradients(gradient * (np.abs(plain.output() / step) < 127.5))
     for found, wanted in zip(rounded.gradients(gradient), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 24), (2, 1, 1, 5), (32, 8, 8, 96)])
+def test_two_processes_that_share_statistics_normalize_as_one(shape: tuple[int, ...]) -> None:
+    pixels, gradient = normal(*shape) * np.float32(3) + np.float32(10), normal(*shape, seed=1)
+    scale, shift = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
+    limits, first = Limits.of(relu=True, ceiling=1.0), shape[0] // 2 - (shape[0] > 2)  # not two halves
+
+    def run(part: slice, exchange: ThreadExchange | None = None) -> tuple[Any, ...]:
+        mean, variance = np.empty((2, shape[-1]), np.float32)
+        done = NormalizedMap(
+            *(pixels[part], scale, shift, 1e-5, limits, mean, variance), fixed=False, observed=True, exchange=exchange
+        )
+        return done.elements, mean, variance, done.output(), *done.gradients(gradient[part])
+
+    whole = run(slice(None))
+    parts = run_both(lambda exchange: run([slice(first), slice(first, None)][exchange.rank], exchange))
+    for number, (found, other) in enumerate(zip(*parts, strict=True)):
+        together = found + other if number > 4 else found if number < 3 else np.concatenate([found, other])
+        np.testing.assert_allclose(together, whole[number], rtol=1e-5, atol=1e-5)
+    for place in (1, 2):
+        np.testing.assert_array_equal(parts[0][place], parts[1][place])
 
 
 @pytest.mark.parametrize("groups, channels", [(3, 90), (30, 90), (3, 3), (8, 48), (6, 48), (1, 5)])

@@ -33,7 +33,17 @@ def stop_one(number):
         os.kill(os.getpid(), signal.SIGSTOP)
     for line in link:
         if "end" in json.loads(line):
+            link.write(b'{{"spoken": true}}\\n')
             sys.exit("error: " + json.loads(line)["end"])
+
+def kill_one(number):
+    # The other one's MPI sees that first, and ends its process.
+    if rank == number:
+        wait_for("aborted")
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "aborted").touch()
+    os._exit(17)
 
 if rank == "0":
     (folder / "part").write_bytes(link.readline())
@@ -44,6 +54,8 @@ if rank == "0":
         wait_for("on")
     if os.environ["STOPS"]:
         stop_one(os.environ["STOPS"])
+    if os.environ["KILLS"]:
+        kill_one(os.environ["KILLS"])
 else:
     wait_for("hub")
     join = json.loads((folder / "hub").read_text())["hub"]
@@ -54,6 +66,8 @@ else:
         wait_for("on")
     if os.environ["STOPS"]:
         stop_one(os.environ["STOPS"])
+    if os.environ["KILLS"]:
+        kill_one(os.environ["KILLS"])
     time.sleep(2)
     (folder / "ended").touch()
 """
@@ -68,9 +82,14 @@ sys.exit(supervision.supervise(World(int(os.environ["RANK"]), 2), []))
 
 
 def run_ranks(
-    folder: Path, stops: str = "", silence_s: float = SILENCE_S, pause: Callable[[list[Process]], None] | None = None
+    folder: Path,
+    stops: str = "",
+    silence_s: float = SILENCE_S,
+    pause: Callable[[list[Process]], None] | None = None,
+    kills: str = "",
 ) -> tuple[list[int], str]:
-    """Two supervisors with their workers, of which number ``stops`` is stopped: exit codes, and what all said.
+    """Two supervisors with their workers, of which number ``stops`` is stopped and ``kills`` killed: exit codes, and
+    what all said.
 
     ``pause`` gets the supervisors once they know each other.
     """
@@ -78,7 +97,7 @@ def run_ranks(
     worker.write_text(WORKER)
     worker.chmod(0o755)
     common = {**os.environ, "FOLDER": str(folder), "WORKER": str(worker), JOBS_VARIABLE: "2"}
-    common |= {"STOPS": stops, "SILENCE": str(silence_s), "PAUSES": "yes" if pause else ""}
+    common |= {"STOPS": stops, "KILLS": kills, "SILENCE": str(silence_s), "PAUSES": "yes" if pause else ""}
     with (folder / "log").open("a") as log:
         ranks = [
             subprocess.Popen([sys.executable, "-c", SUPERVISOR], env={**common, "RANK": rank}, stderr=log)
@@ -103,6 +122,14 @@ def test_a_rank_that_is_stopped_from_outside_ends_all_with_one_line(rank: str, t
     codes, said = run_ranks(tmp_path, stops=rank, silence_s=2)
     assert codes == [1, 1], said
     assert said.count("error: ") == 1 and f"error: rank {rank} on here was stopped for 2 s (SIGSTOP)" in said
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_worker_whose_mpi_ends_it_is_not_to_blame(rank: str, tmp_path: Path) -> None:
+    """Open MPI ends its process as soon as another one's connection is closed, before a supervisor has seen it."""
+    codes, said = run_ranks(tmp_path, kills=rank)
+    assert codes == [1, 1], said
+    assert said.count("error: ") == 1 and f"error: rank {rank} on here was killed by SIGKILL" in said
 
 
 def test_a_pause_of_all_supervisors_is_nobodys_silence(tmp_path: Path) -> None:
