@@ -243,7 +243,7 @@ def limits(network: M.Module, graph: Graph, sets: Sets, seen: Statistics | None 
             if seen is not None:
                 most = np.clip(seen[node.output].highest * HEADROOM, 1e-6, most)
             ceiling = node.activation.high
-            upper[slots] = np.minimum(upper[slots], np.where(most < ceiling, np.log(ceiling / most), 0.0))
+            upper[slots] = np.minimum(upper[slots], np.log(np.maximum(ceiling / most, 1.0)))
             lower[slots] = np.where(most < ceiling, lower[slots], 0.0)
     lower[sets.fixed] = upper[sets.fixed] = 0.0
     return lower, upper
