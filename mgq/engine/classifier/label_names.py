@@ -81,8 +81,8 @@ def check_names(found: tuple[str, ...], path: Path, classes: int) -> tuple[str, 
     if len(set(found)) != len(found):
         name = next(name for name in found if found.count(name) > 1)
         raise InputError(
-            f"{printable(path)} gives the name '{printable(name)}' to {found.count(name)} classes: tell them apart, "
-            f"as in '{printable(name)} 1' and '{printable(name)} 2'"
+            f"{printable(path)} gives the name '{printable(name)}' to {plural(found.count(name), 'class')}: "
+            f"tell them apart, as in '{printable(name)} 1' and '{printable(name)} 2'"
         )
     return found
 
