@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def run_alone() -> int:
         code = report_failure(usage_line(error), 2)
     except MgqError as error:
         if is_debugging():
-            raise
+            traceback.print_exc()
         code = error.exit_code if error.is_said else report_failure(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our pipe has seen enough
         drop_output()

@@ -282,4 +282,6 @@ def _names_in(folder: Path) -> list[str]:
 def _standard_input() -> bytes:
     if sys.stdin.isatty():
         raise InputError("standard input is a terminal: send a picture to it, as in `mgq infer - < cat.jpg`")
-    return sys.stdin.buffer.read(MAX_BYTES + 1)
+    if not (data := sys.stdin.buffer.read(MAX_BYTES + 1)):
+        raise InputError("standard input is empty: send a picture to it, as in `mgq infer - < cat.jpg`")
+    return data

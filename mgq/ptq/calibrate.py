@@ -35,7 +35,7 @@ from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import BY_GPTQ, EASYQUANT, LOGITS, MSE
 from mgq.quantization.qat_layers import GridRange, Range, set_grids
 from mgq.quantization.targets import MEGENGINE, Target, target_of
-from mgq.zoo.network_state import state_of
+from mgq.zoo.network_state import evaluation_state, state_of
 from mgq.zoo.weight_loading import fingerprint
 
 DEFAULT_METHOD = MSE
@@ -180,7 +180,7 @@ def find_best_network(
     ``images``: uint8 (N, 3, H, W). Where the weights themselves were changed, the ranges fit the new ones alone, and
     ``weights``, the fingerprint of the old ones, is replaced.
     """
-    with fast_simulation(), keep_traces(), one_blas_thread():
+    with evaluation_state(network), fast_simulation(), keep_traces(), one_blas_thread():
         found = find_best(
             network, images, preset, lambda fit: Draft(network, fit, target, tuple(float_layers)), on_progress
         )

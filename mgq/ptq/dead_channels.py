@@ -21,6 +21,7 @@ from mgq.zoo.blueprint import border_values
 from mgq.zoo.blueprint_layers import BlueprintLayer
 from mgq.zoo.blueprint_network import sample_of
 from mgq.zoo.layers import forward_hooks
+from mgq.zoo.network_state import evaluation_state
 
 Values = npt.NDArray[np.float64]
 DARKEST, BRIGHTEST = -128.0, 127.0
@@ -135,16 +136,12 @@ def highest_values(network: M.Module) -> dict[str, Values]:
 
 def survey_channels(network: M.Module) -> Survey:
     """Run ``network`` once, clear its dead channels in place, and return the survey."""
-    training = network.training
-    network.eval()
     survey = Survey({id(module): name for name, module in network.named_modules()})
     image = sample_of(network, 64)  # only shapes of intervals follow from the picture: a small one serves
     channels = image._tuple_shape[1]
     survey.note(image, Interval(np.full(channels, DARKEST), np.full(channels, BRIGHTEST)))
     kinds = (_ConvBnActivation2d, M.MaxPool2d, M.QuantStub, M.Identity, M.Elemwise, BlueprintLayer)
-    try:
-        with forward_hooks((module, survey.see) for module in network.modules() if isinstance(module, kinds)):
-            network(image)
-    finally:
-        network.train(training)
+    hooks = ((module, survey.see) for module in network.modules() if isinstance(module, kinds))
+    with evaluation_state(network), forward_hooks(hooks):
+        network(image)
     return survey

@@ -39,6 +39,7 @@ from mgq.ptq.dead_channels import highest_values
 from mgq.ptq.logit_gradients import Reaction, Reactions
 from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.targets import MEGENGINE, Target
+from mgq.zoo.network_state import evaluation_state
 
 Slots = npt.NDArray[np.int64]
 
@@ -157,26 +158,24 @@ def equalize_channels(
     show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
     """
     network = network if in_place else deepcopy(network)
-    training = network.training
-    network.eval()
-    graph = graph_of(network, IMAGE_SIZE)
-    sets = sets_of(graph)
-    if statistics is None and images is not None:
-        statistics = statistics_of_images(network, images, graph)
-    elif statistics is None:
-        statistics = predict_statistics(network, graph)
-    problem = Problem.of(graph, sets, statistics, target)
-    if reactions:
-        problem = problem.with_reactions(reactions, graph, target)
-    of_sets = problem.solve(limits(network, graph, sets, statistics if to_ceilings else None))
-    factors = {name: of_sets[slots] for name, slots in sets.of.items()}
-    modules = dict(network.named_modules())
-    for node in graph.nodes:
-        if isinstance(node, Convolution | Linear):
-            scale(modules[node.output], factors[node.output], factors[node.inputs[0]])
-            if isinstance(node, Linear):  # what it reads has passed a layer that is none of the graph's
-                factors |= dict.fromkeys(stubs_of(modules), factors[node.inputs[0]])
-    network.train(training)
+    with evaluation_state(network):
+        graph = graph_of(network, IMAGE_SIZE)
+        sets = sets_of(graph)
+        if statistics is None and images is not None:
+            statistics = statistics_of_images(network, images, graph)
+        elif statistics is None:
+            statistics = predict_statistics(network, graph)
+        problem = Problem.of(graph, sets, statistics, target)
+        if reactions:
+            problem = problem.with_reactions(reactions, graph, target)
+        of_sets = problem.solve(limits(network, graph, sets, statistics if to_ceilings else None))
+        factors = {name: of_sets[slots] for name, slots in sets.of.items()}
+        modules = dict(network.named_modules())
+        for node in graph.nodes:
+            if isinstance(node, Convolution | Linear):
+                scale(modules[node.output], factors[node.output], factors[node.inputs[0]])
+                if isinstance(node, Linear):  # what it reads has passed a layer that is none of the graph's
+                    factors |= dict.fromkeys(stubs_of(modules), factors[node.inputs[0]])
     return network, factors
 
 

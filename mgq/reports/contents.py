@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.predict import ClassScore
+from mgq.errors import plural
 from mgq.quantization.option_names import Mode
 from mgq.reports.engine_rows import BackendComparison
 from mgq.reports.measurements import FLOAT, INT8, Measurements
@@ -47,13 +48,12 @@ class Report:
         """The result in a few lines."""
         lines = [f"{self.run.path}: {self.run.weights.arch}, {self.run.kind}"]
         if self.found is not None:
-            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.dataset.name}"
             tops = ", ".join(f"{name} {one.top1:.1f} %" for name, one in self.found.found.items())
-            lines.append(f"top-1 on {self.found.images} {kind}: {tops} (± {self.found.last.top1_error:.1f})")
+            lines.append(f"top-1 on {self.found.images_of}: {tops} (± {self.found.last.top1_error:.1f})")
             if self.found.pair is not None:
                 counts = {verdict: len(group) for verdict, group in self.found.groups.items()}
                 told = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
-                lines.append(f"int8 changed {sum(counts.values())} answers: {told}")
+                lines.append(f"int8 changed {plural(sum(counts.values()), 'answer')}: {told}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -137,9 +137,8 @@ class FileReport:
         """The result in a few lines."""
         lines = [f"{self.path}: {self.classifier.spec.name}, {self.what}, in {self.engine}"]
         if self.found is not None:
-            kind = "synthetic pictures" if self.found.synthetic else f"pictures of {self.found.dataset.name}"
             one = self.found.last
-            lines.append(f"top-1 on {self.found.images} {kind}: {one.top1:.1f} % ± {one.top1_error:.1f}")
+            lines.append(f"top-1 on {self.found.images_of}: {one.top1:.1f} % ± {one.top1_error:.1f}")
         best = self.engines.fastest(self.what) if self.engines is not None else None
         if best is not None and best.speed is not None:
             lines.append(f"fastest on one thread: {best.engine}, {best.speed.fps:.1f} pictures/s")

@@ -20,6 +20,7 @@ from mgq.data.transforms import Pixels, to_batch
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.evaluation_result import Evaluation, agreement
 from mgq.engine.classifier.predict import ClassScore, best_scores, read_crops
+from mgq.errors import plural
 
 FLOAT, SIMULATED, INT8 = "float32", "fake-quantized", "int8"
 THUMBNAIL, QUALITY = 160, 80
@@ -56,6 +57,13 @@ class Measurements:
     @property
     def images(self) -> int:
         return self.last.images
+
+    @property
+    def images_of(self) -> str:
+        """How many pictures were measured, and of what."""
+        if self.synthetic:
+            return plural(self.images, "synthetic picture")
+        return f"{plural(self.images, 'picture')} of {self.dataset.name}"
 
     @property
     def last(self) -> Evaluation:

@@ -63,13 +63,11 @@ class BlueprintNetwork(M.Module):  # type: ignore[misc]
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of a tensor -> its shape, for one picture."""
         found: dict[str, tuple[int, ...]] = {INPUT: (1, *self.blueprint.shape)}
-        training = self.training
-        self.eval()
         copy = deepcopy(self)
+        copy.eval()
         disable_fake_quant(copy)
         disable_observer(copy)
         copy.run(self.sample(), lambda name, value: found.__setitem__(name, tuple(value._tuple_shape)))
-        self.train(training)
         return found
 
     def last_readers(self) -> dict[str, str]:

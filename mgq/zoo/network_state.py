@@ -6,6 +6,7 @@ each layer: of a network with fake quantization that took half a second.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,19 @@ State = dict[str, npt.NDArray[Any]]
 
 NORMS = (_BatchNorm, M.GroupNorm, M.LayerNorm, M.InstanceNorm)
 """Their parameters are named as vectors, whatever shape they have."""
+
+
+@contextlib.contextmanager
+def evaluation_state(network: M.Module) -> Iterator[None]:
+    """Inside, ``network`` is in evaluation state, so that running it changes none of its values; afterwards each of its
+    modules trains that did before."""
+    trained = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.train(recursive=False)
 
 
 def state_of(network: M.Module) -> State:

@@ -12,6 +12,7 @@ from rich.console import Console
 from mgq.cli.console import say
 from mgq.cli.main import run_alone
 from mgq.data.decoding import bundled_cat
+from mgq.machine import DEBUG_VARIABLE
 from tests.conftest import Mgq
 
 WEIGHTS = (".pth", ".safetensors", ".onnx", ".so", ".megengine")
@@ -185,6 +186,13 @@ def test_an_error_is_one_line_that_names_the_thing_and_a_mend(
     assert said.err.startswith("error: ") and said.err.endswith("\n") and said.err.count("\n") == 1, said.err
     assert thing in said.err and mend in said.err
     assert set(tmp_path.rglob("*")) == desk
+
+
+def test_debug_adds_a_traceback_and_keeps_the_line_and_the_exit_code(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    said = mgq("infer", "missing.jpg")
+    assert said.code == 2 and "Traceback" in said.err
+    assert said.err.splitlines()[-1] == "error: missing.jpg does not exist: check the path"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -25,6 +25,7 @@ from mgq.cli.main import verbs
 from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.training.recipe import Recipe
 from mgq.zoo.registry import specs
+from tests.fakes.commands import ARCH
 from tests.fakes.places import ROOT
 
 DOCS = ROOT / "docs"
@@ -189,6 +190,56 @@ def test_the_guide_to_python_runs_where_it_needs_no_files_of_the_users_own(tmp_p
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].startswith("missing.safetensors") and "classify 1 1 pictures" in done.stdout
+
+
+USERS_FILES = """
+import cv2, numpy as np
+import megengine
+
+rng = np.random.default_rng(0)
+for number in range(24):
+    path = Path(f"flowers/{'val' if number < 8 else 'train'}/{'ab'[number % 2]}/{number}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), rng.integers(0, 256, (40, 40, 3), np.uint8))
+shutil.copytree("flowers/train", "photos")
+images = rng.integers(0, 256, (16, 3, 32, 32), np.uint8)
+megengine.save(mgq.create_model("resnet18", classes=10).state_dict(), "resnet18.pkl")
+""".replace("resnet18", ARCH)
+"""What the first block of the guide takes for granted, in the working folder: photos of two classes, weights."""
+
+SHORTER_CALLS = """
+import functools, shutil
+from pathlib import Path
+import mgq
+
+def shorten(function, **fewer):
+    return lambda *words, **named: function(*words, **{**named, **fewer})
+
+mgq.train = shorten(mgq.train, epochs=1, image_size=32)
+mgq.qat = shorten(mgq.qat, epochs=1)
+mgq.benchmark = shorten(mgq.benchmark, rounds=1, threads=[1], image_size=32)
+"""
+
+
+@pytest.mark.slow
+def test_the_guide_to_python_trains_quantizes_and_measures_as_written(tmp_path: Path) -> None:
+    """The whole first block, on few photos, for one epoch and with a smaller network than the guide names."""
+    first = blocks((DOCS / "guides" / "python.md").read_text(encoding="utf-8"), "python")[0]
+    first = first.replace("resnet18", ARCH)
+    shutil.copy(ROOT / "assets" / "cat.jpg", tmp_path)
+    checks = "print(answers[0].scores[0].name, int8 is not None)"
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((SHORTER_CALLS, USERS_FILES, first, checks))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tiger cat" in done.stdout
+    assert (tmp_path / "cat.megengine").exists()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {
+        f"{ARCH}.{kind}" for kind in ("normal", "qat", "calibration")
+    }
 
 
 @pytest.mark.slow

@@ -75,10 +75,15 @@ def check_names(found: tuple[str, ...], path: Path, classes: int) -> tuple[str, 
     """``found`` in the file ``path``. Raises InputError where these are not one for each of ``classes``."""
     if len(found) != classes:
         raise InputError(
-            f"{printable(path)} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}"
+            f"{printable(path)} has {plural(len(found), 'name')} for a network of {plural(classes, 'class')}: "
+            "give one for each, in the order of its outputs"
         )
     if len(set(found)) != len(found):
-        raise InputError(f"{printable(path)} has a name twice")
+        name = next(name for name in found if found.count(name) > 1)
+        raise InputError(
+            f"{printable(path)} gives the name '{printable(name)}' to {plural(found.count(name), 'class')}: "
+            f"tell them apart, as in '{printable(name)} 1' and '{printable(name)} 2'"
+        )
     return found
 
 

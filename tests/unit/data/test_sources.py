@@ -333,7 +333,10 @@ def test_a_file_called_dash_can_still_be_named() -> None:
 
 
 def test_standard_input_without_an_image_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for data, text in ((b"", "standard input is empty"), (b"hello", "standard input is not a picture")):
+    for data, text in (
+        (b"", "standard input is empty: send a picture to it"),
+        (b"hello", "standard input is not a picture"),
+    ):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
         assert problem(expand(["-"])[0]).startswith(text)
 

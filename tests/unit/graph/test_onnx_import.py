@@ -512,7 +512,10 @@ def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     for file in ("names.txt", "names.json"):
         assert classifier_in(path, ImportWish(labels=tmp_path / file)).classes == tuple(names)
     (tmp_path / "names.txt").write_text("only\ntwo")
-    with pytest.raises(InputError, match="2 names for a network of 10 classes"):
+    with pytest.raises(InputError, match="2 names for a network of 10 classes: give one for each"):
+        classifier_in(path, ImportWish(labels=tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_text("\n".join([*names[:-2], "crane", "crane"]))
+    with pytest.raises(InputError, match="gives the name 'crane' to 2 classes: tell them apart, as in 'crane 1'"):
         classifier_in(path, ImportWish(labels=tmp_path / "names.txt"))
 
 

@@ -488,6 +488,18 @@ class TestQuantize:
         assert mgq.quantize(network, IMAGES, in_place=True) is network
         assert mode_of(network) is Mode.QUANTIZED
 
+    def test_a_network_in_training_state_is_measured_as_in_use_and_stays_as_it_was(self) -> None:
+        """As `mgq.create_model` gives it: run as it trains, its batch norms would take the pictures' statistics."""
+        network, same = small(), small()
+        network.train()
+        network.second.eval()
+        before = state_of(network)
+        quantized = mgq.quantize(network, IMAGES)
+        assert same_state(state_of(network), before)
+        assert network.training and network.first.training and not network.second.training
+        assert not quantized.training
+        assert np.array_equal(logits_of(quantized, IMAGES), logits_of(mgq.quantize(same, IMAGES), IMAGES))
+
     def test_normal_is_a_copy_as_it_is(self) -> None:
         network = small()
         copy = mgq.quantize(network, mode="normal")

@@ -76,6 +76,17 @@ def test_changed_answers_are_shown_with_both_answers_and_counted_in_all(written:
         assert f"float32: {change.before.name} {change.before.probability:.0%}" in words_on(written.page)
 
 
+def test_a_single_image_and_a_single_answer_are_told_as_one(written: Report) -> None:
+    found = found_in(written)
+    assert found.pair is not None and found.images_of == f"12 pictures of {found.dataset.name}"
+    one = {name: replace(each, images=1) for name, each in found.found.items()}
+    single = replace(found, found=one)
+    single.__dict__["groups"] = {"int8 was right": [3]}
+    lines = replace(written, found=single).summary()
+    assert lines[1].startswith(f"top-1 on 1 picture of {found.dataset.name}: ")
+    assert lines[2] == "int8 changed 1 answer: int8 was right 1"
+
+
 def test_few_images_are_shown_whatever_their_number(run: Path, tmp_path: Path) -> None:
     page = report(run, engines=False, images=2, output=tmp_path / "few.html", limit=6).page.read_text()
     assert page.count("<img") == 2 and " shown</h3>" in page and " of 6 pictures" in page
