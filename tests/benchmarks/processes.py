@@ -29,6 +29,9 @@ NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v1_x1_5_g3")
 BATCH = 32
 SAMPLE_S = 0.25
 CORES = (0, 1)
+AUTOGROUP = Path("/proc/self/autogroup")
+WITH_PRIORITY = ["sh", "-c", f'[ -z "$0" ] || echo "$0" > {AUTOGROUP}; exec "$@"']
+"""A launcher puts its processes into sessions of their own, where Linux gives them a share of the cores of its own."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,13 @@ class Size:
     def command(self, folder: str, **more: Any) -> list[str]:
         words = {"arch": self.network, "data": self.data, "limit": self.pictures, "epochs": self.epochs}
         words |= {"image_size": 64, "batch_size": BATCH, "from_scratch": True, "val_every": self.epochs, **more}
-        return [sys.executable, "-m", "tests.fakes.training_together", folder, "normal", json.dumps(words)]
+        training = [sys.executable, "-m", "tests.fakes.training_together", folder, "normal", json.dumps(words)]
+        return [*WITH_PRIORITY, priority(), *training]
+
+
+def priority() -> str:
+    """That of this process's session, which all trainings are to have; none where the system knows no such thing."""
+    return AUTOGROUP.read_text(encoding="ascii").rpartition(" ")[2].strip() if AUTOGROUP.exists() else ""
 
 
 def one(size: Size, number: int) -> Turn:
