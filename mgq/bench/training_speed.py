@@ -38,6 +38,7 @@ from mgq.system.environment import Machine, this_machine
 from mgq.system.megengine_start import prepare_process
 from mgq.system.processes import AnsweringProcess, Channel
 from mgq.weights.checkpoint import check_size
+from mgq.zoo.own_networks import has_own_networks
 from mgq.zoo.registry import create_model, spec_of
 
 FORMAT = "mgq bench --train 1"
@@ -271,7 +272,8 @@ class StepperProcess:
     def __init__(self, arch: str, mode: Mode, kernels: str, settings: TrainingSettings) -> None:
         self.arch, self.mode, self.kernels = arch, mode, kernels
         main = StepperMain(arch, mode, kernels, settings)
-        self.process = AnsweringProcess(main, f"{arch}, {mode.value}, {kernels}", settings.threads, prepare_process)
+        what = f"{arch}, {mode.value}, {kernels}"
+        self.process = AnsweringProcess(main, what, settings.threads, prepare_process, has_own_networks())
         self.process.answer(START_PATIENCE_S)
 
     def steps(self, number: int, clock: Clock) -> tuple[tuple[int, ...], int]:

@@ -20,6 +20,7 @@ from mgq.errors import FailureError, plural
 from mgq.machine import mute_stderr
 from mgq.runtime.protocol import Runtime
 from mgq.system.processes import AnsweringProcess, Channel
+from mgq.zoo.own_networks import has_own_networks
 
 Batch = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -202,7 +203,7 @@ class SubprocessWorker:
     """A worker in a process of its own, which begins to load at once and is paused between its turns."""
 
     def __init__(self, what: str, seat: WorkerConfig, batch: Batch) -> None:
-        self.process = AnsweringProcess(WorkerMain(seat, batch), what, seat.threads)
+        self.process = AnsweringProcess(WorkerMain(seat, batch), what, seat.threads, with_main=has_own_networks())
         self.name, self.version = what, ""
         self.threads = seat.threads * seat.copies
         self.macs: int | None = None

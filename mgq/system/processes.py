@@ -44,21 +44,26 @@ def do_nothing() -> None:
 
 
 def run_in_processes(
-    tasks: Sequence[Task], what: str, threads: int = 1, prepare: Callable[[], None] = do_nothing
+    tasks: Sequence[Task],
+    what: str,
+    threads: int = 1,
+    prepare: Callable[[], None] = do_nothing,
+    with_main: bool = True,
 ) -> Generator[Any | None, None, None]:
     """Run each of ``tasks`` in a process of its own; their messages as they come.
 
     None stands for the moment when all tasks have called ``wait_for_all`` and go on. ``prepare`` is called in each
     process before its task, and the modules that it needs, are loaded. The libraries' thread pools get ``threads``
     threads in each, unless the environment says another number. Processes that are still there when the caller
-    stops taking messages, for whatever reason, are ended. Ctrl-C reaches the caller alone.
+    stops taking messages, for whatever reason, are ended. Ctrl-C reaches the caller alone. ``with_main`` as in
+    :class:`AnsweringProcess`.
 
     An MgqError in a process is raised here; FailureError, which names ``what`` and the process, when one ends in
     any other way.
     """
     processes: list[_Process] = []
     try:
-        with _environment(threads), _hold_back_interrupts():
+        with _environment(threads), _hold_back_interrupts(), _main_module(with_main):
             processes.extend(_start(task, prepare) for task in tasks)
         yield from _messages(processes, what)
     finally:
@@ -82,8 +87,7 @@ class AnsweringProcess:
         with_main: bool = True,
     ) -> None:
         self.what = what
-        hidden = contextlib.nullcontext() if with_main else _hide_main()
-        with _environment(threads), _hold_back_interrupts(), hidden:
+        with _environment(threads), _hold_back_interrupts(), _main_module(with_main):
             self._child = _start(task, prepare)
 
     def answer(self, patience_s: float) -> Any:
@@ -173,10 +177,10 @@ def _environment(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hide_main() -> Iterator[None]:
-    """Processes that are started here do not load the program's main module: they find one without a file."""
+def _main_module(is_loaded: bool) -> Iterator[None]:
+    """Unless it ``is_loaded``, processes that are started here find a main module without a file."""
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    sys.modules["__main__"] = main if is_loaded else ModuleType("__main__")
     try:
         yield
     finally:

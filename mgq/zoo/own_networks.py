@@ -49,6 +49,11 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
     return spec
 
 
+def has_own_networks() -> bool:
+    """Whether a network of the user's own is registered. Another process knows it only if it runs what did that."""
+    return any(spec.is_own for spec in specs().values())
+
+
 def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
     import megengine.module as M

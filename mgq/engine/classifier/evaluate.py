@@ -28,6 +28,7 @@ from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
+from mgq.zoo.own_networks import has_own_networks
 
 Network = Callable[[npt.NDArray[np.uint8]], Logits]
 """uint8 (N, 3, H, W), BGR -> float32 (N, classes)."""
@@ -390,7 +391,9 @@ def _evaluate_in_processes(
     with TemporaryDirectory(prefix="mgq-") as folder:
         work = _work_of(classifier, loader, Path(folder))
         tasks: list[Task] = [replace(work, part=part, of=jobs) for part in range(jobs)]
-        with closing(run_in_processes(tasks, "the evaluation", max(1, usable_cores() // jobs), prepare)) as messages:
+        threads = max(1, usable_cores() // jobs)
+        running = run_in_processes(tasks, "the evaluation", threads, prepare, has_own_networks())
+        with closing(running) as messages:
             for message in messages:
                 if message is None:
                     tally.restart_clock()

@@ -18,6 +18,7 @@ from mgq.engine.distributed.process_group import Cluster, EndedError, ProcessGro
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
 from mgq.machine import usable_cores
 from mgq.system.processes import Channel, run_in_processes
+from mgq.zoo.own_networks import has_own_networks
 
 
 class NcclGroup(ProcessGroup):
@@ -37,7 +38,8 @@ def launch_on_gpus(cluster: Cluster, work: Work[Result], callbacks: Callbacks, p
     port, sent = server.py_server_port if server else port, pickle.dumps(work)
     parts = [_Part(sent, cluster, host, port, device) for device in range(cluster.devices)]
     found: list[Result] = []
-    messages = run_in_processes(parts, "training", max(1, usable_cores() // cluster.devices), prepare)
+    threads = max(1, usable_cores() // cluster.devices)
+    messages = run_in_processes(parts, "training", threads, prepare, has_own_networks())
     with contextlib.closing(messages):
         for message in messages:
             if isinstance(message, Progress):
