@@ -78,3 +78,19 @@ def test_callbacks_take_what_the_log_would(labelled: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.DEBUG, "mgq"):
         evaluation_folder(labelled, steps.append, remarks.append)
     assert remarks and not caplog.records
+
+
+UNGUARDED = """
+import mgq
+print("runs")
+report = mgq.benchmark(["shufflenet_v1_x0_5_g3"], ["fp32"], threads=[1], rounds=1, image_size=64)
+assert report.rows
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "runs\n"), done.stderr

@@ -57,6 +57,8 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
     if found == "megengine" and classifier.target is not MEGENGINE:
         its = classifier.target.name
         raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
+    if found == "megengine" and classifier.spec.is_described:
+        raise InputError("MegEngine's files are for networks of the zoo, not for imported ones: pass --format onnx")
     if found == "native" and (classifier.mode is not Mode.QUANTIZED or classifier.target is MEGENGINE):
         its = (
             f"target {classifier.target.name}" if classifier.mode is Mode.QUANTIZED else f"mode {classifier.mode.value}"

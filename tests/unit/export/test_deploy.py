@@ -15,6 +15,8 @@ import mgq
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.dump import dump_classifier
+from mgq.engine.classifier.import_wish import NO_WISH
+from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, make_random_classifier
 from mgq.errors import FailureError, InputError
 from mgq.export.megengine import writer
@@ -25,6 +27,7 @@ from mgq.runtime.megengine import EagerRuntime, TracedRuntime
 from mgq.runtime.megengine_lite import LiteRuntime
 from mgq.zoo.network_state import state_of
 from tests.conftest import EACH_FAMILY
+from tests.fakes.foreign_models import write
 
 SIZE = 64
 
@@ -86,6 +89,12 @@ def test_an_int8_file_is_a_quarter_of_the_float_one(tmp_path: Path) -> None:
         for mode in (Mode.NORMAL, Mode.QUANTIZED)
     }
     assert sizes[Mode.QUANTIZED] < 0.3 * sizes[Mode.NORMAL]
+
+
+def test_an_imported_network_is_no_file_of_megengine(tmp_path: Path) -> None:
+    classifier, _ = import_classifier(write(tmp_path / "net.onnx"), NO_WISH, "")
+    with pytest.raises(InputError, match="not for imported ones: pass --format onnx"):
+        dump_classifier(classifier, tmp_path / "net.megengine")
 
 
 def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
