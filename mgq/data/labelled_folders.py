@@ -146,21 +146,28 @@ def validation_folder(
 
 
 def evaluation_folder(
-    root: Path, on_progress: OnProgress = log_progress, on_message: OnMessage = log_message
+    root: Path,
+    on_progress: OnProgress = log_progress,
+    on_message: OnMessage = log_message,
+    listed: ImageFolder | None = None,
 ) -> ImageFolder:
     """The pictures to measure on: ``root/val/<class>/*``, or ``root/<class>/*`` where ``root`` has no splits.
 
     The splits may have other names, see ``mgq.data.folder_layout``; without ``val`` it is ``test``. One class is
     enough. A class is as a rule the rank of its folder's name. Where all folders are named by wnids of ImageNet, it is
     the rank among ImageNet's 1,000 wnids, also when some have no folder, and ``classes`` are all 1,000 names.
-    ``on_message`` gets a line where folders could be read in several ways, and for what was left out.
+    ``on_message`` gets a line where folders could be read in several ways, and for what was left out. What is
+    ``listed`` already, with labels, is not listed again where these are its pictures.
 
     Raises InputError where there are no class folders, one without pictures, or folders that can be read in two ways.
     """
     layout = layout_of(root)
     place = _split(layout, layout.measured, on_progress) if layout.splits else layout.root
-    tally = _scan_around(root, place)
-    found = _label_images(place, class_folders(place), on_progress, tally)
+    if listed is not None and listed.labels is not None and listed.folder == place:
+        found, tally = listed, Tally()
+    else:
+        tally = _scan_around(root, place)
+        found = _label_images(place, class_folders(place), on_progress, tally)
     if layout.splits and (place != root / "val" or "test" in layout.splits):
         on_message(_describe_folders(layout, {place: len(found)}))
     _tell(tally, root, on_message)

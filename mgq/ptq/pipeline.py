@@ -418,11 +418,9 @@ class Contest:
         found = []
         for step in self.preset.rewrites:
             grid = with_rewrite(best.grid, step)
-            try:
+            with contextlib.suppress(FailureError):  # nothing can be mixed
                 if grid is not None:
                     found.append(Rewrite(grid, grid[grid.index(step) + 1 :], {(): step.apply(best.base)}))
-            except FailureError:  # nothing can be mixed
-                pass
         self.skipped += len(self.preset.rewrites) - len(found)
         return found
 

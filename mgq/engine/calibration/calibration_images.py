@@ -74,8 +74,7 @@ def find_calibration_sources(
         return find_training_images(classifier, on_progress)
     dataset = calibration_folder(data, on_progress, on_message)
     try:
-        is_the_same = is_unsplit(data) and dataset.labels is not None
-        labelled = dataset if is_the_same else evaluation_folder(data, on_progress)
+        labelled = evaluation_folder(data, on_progress, listed=dataset)
         same = isinstance(labelled, ImageFolder) and labelled.folder == dataset.folder
         rest = without_subset(labelled, images) if same else labelled
         if not len(rest):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -79,9 +78,11 @@ def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_mes
     if not is_it or not (wish.is_open or source.get("wish") == wish_words(wish)):
         return keep_import(path, known, wish, digest, on_message)
     if is_of_earlier_version(source):
-        with report_failure(on_message, f"{known} stays as an earlier version of mgq imported it"):
-            on_message(f"imported again: {known} was made by an earlier version of mgq ({source.get('input', '')})")
+        on_message(f"imported again: {known} was made by an earlier version of mgq ({source.get('input', '')})")
+        try:
             return keep_import(path, known, wish_in(source), digest, on_message)
+        except (InputError, FailureError) as error:
+            on_message(f"{known} stays as an earlier version of mgq imported it: {error}")
     on_message(f"imported before: {known} ({source.get('input', '')})")
     return known
 
@@ -101,15 +102,6 @@ def is_of_earlier_version(source: Mapping[str, Any]) -> bool:
     """Whether an import that says ``source`` of itself was made before :data:`VERSION`."""
     version = source.get(VERSION_OF, 1)
     return not isinstance(version, int) or version < VERSION
-
-
-@contextlib.contextmanager
-def report_failure(on_message: OnMessage, what: str) -> Iterator[None]:
-    """Let an import that fails be told by ``what`` and why, and nothing else."""
-    try:
-        yield
-    except (InputError, FailureError) as error:
-        on_message(f"{what}: {error}")
 
 
 def wish_in(source: Mapping[str, Any]) -> ImportWish:

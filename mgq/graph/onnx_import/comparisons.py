@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, add_affine, read_first
+from mgq.graph.onnx_import.operators import (
+    LARGEST,
+    BatchMixedError,
+    Operator,
+    UnknownFormError,
+    add_affine,
+    read_first,
+)
 
 Array = npt.NDArray[Any]
-LARGEST = 3e38
 
 
 def constant_for(op: Operator, layer: str, value: Array) -> Array:

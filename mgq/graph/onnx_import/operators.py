@@ -26,6 +26,8 @@ LAST_CHANNELS = "channels_last"
 FLOATS = {1, 11}
 WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
 """ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
+LARGEST = 3e38
+"""From here on a number is as good as infinite."""
 MOST_PLACES = 4096
 """In what is looked up."""
 
@@ -167,7 +169,7 @@ class Operator:
             return self.add("relu", source)
         if math.isinf(low) and math.isinf(high):
             return source
-        return self.add("clip", source, low=max(low, -3e38), high=min(high, 3e38))
+        return self.add("clip", source, low=max(low, -LARGEST), high=min(high, LARGEST))
 
     def settle(self, name: str) -> None:
         """The output is what the layer ``name`` gives, which may be one that was there before."""
@@ -383,7 +385,7 @@ def read_first(value: Any, default: float) -> float:
     if value is None:
         return default
     found = float(value[0] if isinstance(value, list) else value)
-    return found if abs(found) < 3e38 else math.copysign(math.inf, found)
+    return found if abs(found) < LARGEST else math.copysign(math.inf, found)
 
 
 def read_unary(kind: str, **defaults: float) -> Callable[[Operator], None]:
@@ -565,16 +567,22 @@ def read_mean(op: Operator) -> None:
     op.give(reduce(op, op.layer(), "mean", "global_avg"))
 
 
-def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
-    """A layer of ``kind`` along the axes that ``op`` names; of ``global_kind`` where these are all of a picture."""
-    shape = op.scope.draft.shape(source)
-    rank, axes = len(shape), op.numbers("axes", 1)
+def axes_named(op: Operator, rank: int) -> list[int]:
+    """The axes of ``rank`` along which ``op`` goes, which are not those of pictures."""
+    axes = op.numbers("axes", 1)
     places = sorted(op.axis(int(axis), rank) for axis in axes) if axes else list(range(rank))
     if not axes and op.read_attribute("noop_with_empty_axes", 0):
         raise UnknownFormError("goes over no axes")
     if 0 in places:
         raise BatchMixedError
-    is_global = rank == 4 and places == [2, 3]
+    return places
+
+
+def reduce(op: Operator, source: str, kind: str, global_kind: str) -> str:
+    """A layer of ``kind`` along the axes that ``op`` names; of ``global_kind`` where these are all of a picture."""
+    shape = op.scope.draft.shape(source)
+    places = axes_named(op, len(shape))
+    is_global = len(shape) == 4 and places == [2, 3]
     name = op.add(global_kind, source) if is_global else op.add(kind, source, axes=places)
     if op.read_attribute("keepdims", 1):
         return name

@@ -13,6 +13,7 @@ from mgq.graph.onnx_import.operators import (
     add_affine,
     add_global_pool,
     add_pool,
+    axes_named,
     reduce,
 )
 
@@ -64,9 +65,8 @@ def read_log_of_sum(op: Operator) -> None:
 
 def read_log_of_powers(op: Operator) -> None:
     """ReduceLogSumExp: powers of what is less than the highest, which is added behind."""
-    source, rank = op.layer(), len(op.shape())
-    axes = op.numbers("axes", 1) or list(range(1, rank))
-    highest = op.add("highest", source, axes=sorted(op.axis(int(axis), rank) for axis in axes))
+    source = op.layer()
+    highest = op.add("highest", source, axes=axes_named(op, len(op.shape())))
     total = op.add("log", add_sum(op, op.add("exp", op.add("sub", source, highest))))
     shape = list(op.scope.draft.shape(total)[1:])
     op.give(op.add("add", total, op.add("reshape", highest, shape=shape)))
