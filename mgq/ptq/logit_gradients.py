@@ -24,6 +24,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.autodiff import Function, GradManager
 
+from mgq.cpu_kernels.depthwise_gradients import fast_depthwise_gradients
 from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
 from mgq.quantization.floors import span_up_to
@@ -295,7 +296,8 @@ def measure_part(
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], Tensor]:
         return lambda _, __, output: Watch(found[name].add)(output)
 
-    with forward_hooks((modules[name], hook_of(name)) for name in found):
+    hooks = ((modules[name], hook_of(name)) for name in found)
+    with forward_hooks(hooks), fast_depthwise_gradients():
         for batch in split_for_memory(network, batches):
             manager, pixels = GradManager(), Tensor(batch)
             manager.attach([pixels])
