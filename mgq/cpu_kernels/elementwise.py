@@ -245,24 +245,20 @@ class Requantization:
 
 
 def requantize(
-    sums: Array, work: Requantization, scale: np.float32, qmin: np.float32, qmax: np.float32, even: bool
-) -> Array:
-    """How many times ``scale``, from ``qmin`` to ``qmax``, what ``work`` makes of ``sums`` (N, C, H, W) is.
+    steps: Array, work: Requantization, scale: np.float32, qmin: np.float32, qmax: np.float32, even: bool
+) -> None:
+    """In place: how many times ``scale``, from ``qmin`` to ``qmax``, what ``work`` makes of ``steps`` (N, C, H, W) is.
 
     Halves are rounded to ``even``, or away from zero.
     """
-    steps = empty(sums.shape)
-    rows = sums.shape[0] * sums.shape[1]
-    source, counts = rows_of(sums, rows), rows_of(steps, rows)
-    each = [np.tile(values, sums.shape[0]) for values in (work.before, work.factors, work.after)]
+    rows = rows_of(steps, steps.shape[0] * steps.shape[1])
+    each = [np.tile(values, steps.shape[0]) for values in (work.before, work.factors, work.after)]
     limits, inverse = (work.low, work.high), np.float32(1) / scale
 
     def run(part: slice) -> None:
-        before, factors, after = (values[part] for values in each)
-        numba_loops.requantize(source[part], before, factors, after, limits, inverse, qmin, qmax, even, counts[part])
+        numba_loops.requantize(rows[part], *(values[part] for values in each), limits, inverse, qmin, qmax, even)
 
-    run_in_rows(run, source, LONG_PIECE)
-    return steps
+    run_in_rows(run, rows, LONG_PIECE)
 
 
 def step_parameter(

@@ -253,28 +253,18 @@ def gather_patches(
 
 @make_compiler()
 def requantize(
-    sums: Any,
-    before: Any,
-    factors: Any,
-    after: Any,
-    limits: Any,
-    inverse: Any,
-    qmin: Any,
-    qmax: Any,
-    even: Any,
-    steps: Any,
+    steps: Any, before: Any, factors: Any, after: Any, limits: Any, inverse: Any, qmin: Any, qmax: Any, even: Any
 ) -> None:
-    """Put (``sums`` + ``before``) * ``factors`` + ``after``, held between the two ``limits``, on a grid.
+    """Put (``steps`` + ``before``) * ``factors`` + ``after``, held between the two ``limits``, on a grid, in place.
 
-    ``sums`` and ``steps``: float32 (rows, elements); ``before``, ``factors`` and ``after``: float32 (rows,). To
-    ``steps`` goes how many times 1 / ``inverse`` it is, ``qmin`` to ``qmax``. Halves are rounded to ``even``, or away
-    from zero.
+    ``steps``: float32 (rows, elements); ``before``, ``factors`` and ``after``: float32 (rows,). They become how many
+    times 1 / ``inverse`` that is, ``qmin`` to ``qmax``. Halves are rounded to ``even``, or away from zero.
     """
     low, high = limits
-    for row in range(sums.shape[0]):
+    for row in range(steps.shape[0]):
         first, factor, last = before[row], factors[row], after[row]
-        for i in range(sums.shape[1]):
-            value = min(max((sums[row, i] + first) * factor + last, low), high) * inverse
+        for i in range(steps.shape[1]):
+            value = min(max((steps[row, i] + first) * factor + last, low), high) * inverse
             value = min(max(value, qmin), qmax)
             steps[row, i] = (
                 (value + EVEN_SHIFT) - EVEN_SHIFT if even else np.trunc(value + np.copysign(ALMOST_HALF, value))

@@ -19,7 +19,7 @@ from mgq.cpu_kernels import elementwise
 from mgq.cpu_kernels.elementwise import Requantization
 from mgq.cpu_kernels.feature_maps import needs_gradient
 from mgq.cpu_kernels.switch import Replacement, Stock, are_on_cpu, replaced
-from mgq.cpu_kernels.tensor_exchange import values
+from mgq.cpu_kernels.tensor_exchange import own_values
 from mgq.quantization.batch_norm_folding import activation_of
 from mgq.quantization.exact_fake_quant import ExactConvBn2d, ExactConvBnRelu2d, ExactSums, counts_of
 from mgq.quantization.half_to_even import EvenFakeQuantize, ends_of
@@ -104,21 +104,18 @@ def fast_rounding(stock: Stock) -> Stock:
         served = not self.training and qparams is not None and inp.ndim == 4 and is_large(inp) and are_on_cpu(inp)
         if not served or needs_gradient(inp):
             return stock(self, inp, qparams)
-        return put_on_grid(Requantization.of_values(inp._tuple_shape[1]), inp, self, qparams)
+        return put_on_grid(Requantization.of_values(inp._tuple_shape[1]), inp + 0, self, qparams)
 
     return fake_quant_forward
 
 
-def put_on_grid(work: Requantization, source: Tensor, quantizer: Any, qparams: Any) -> Tensor:
-    """``source``, float32 (N, C, H, W), requantized by ``work`` to the grid of ``qparams``."""
+def put_on_grid(work: Requantization, steps: Tensor, quantizer: Any, qparams: Any) -> Tensor:
+    """What ``work`` makes of ``steps``, float32 (N, C, H, W), on the grid of ``qparams``. ``steps``, which nobody else
+    holds, become how many of its scale that is: another array would have to be found and copied."""
     scale = np.float32(qparams.scale.numpy().item())
-    (array,) = values(source)
     qmin, qmax = ends_of(quantizer.dtype, float(scale))
     levels = np.float32(qmin), np.float32(qmax)
-    steps = Tensor(
-        elementwise.requantize(array, work, scale, *levels, isinstance(quantizer, EvenFakeQuantize)),
-        device=source.device,
-    )
+    elementwise.requantize(own_values(steps), work, scale, *levels, isinstance(quantizer, EvenFakeQuantize))
     result = steps * qparams.scale
     result.steps = steps
     result.qparams.update(qparams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,6 +41,16 @@ def values(*tensors: Tensor) -> list[Array]:
     """
     mge._full_sync()
     return read(*tensors)
+
+
+def own_values(tensor: Tensor) -> Array:
+    """The values of a CPU ``tensor`` where they lie, to be written to.
+
+    For what an operator with memory of its own has just given, that nobody else holds.
+    """
+    (found,) = values(tensor)
+    numbers = (ctypes.c_float * found.size).from_address(found.ctypes.data)
+    return np.frombuffer(numbers, np.float32).reshape(found.shape)
 
 
 def read(*tensors: Tensor) -> list[Array]:
