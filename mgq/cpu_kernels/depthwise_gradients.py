@@ -1,8 +1,8 @@
 """The gradient of depthwise convolutions on a CPU as a convolution of its own, several times as fast as MegEngine's.
 
 MegEngine has fast kernels for depthwise convolutions, and none for what goes back through them. That is a depthwise
-convolution, too: of the gradient, with the kernel turned round. Where outputs are more than one pixel apart, zeros stand
-between them.
+convolution, too: of the gradient, with the kernel turned round. Where outputs are more than one pixel apart, zeros
+stand between them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def fast_conv2d(stock: Stock) -> Stock:
 def is_served(source: Tensor, weight: Tensor, places: Places) -> bool:
     """Whether a convolution of ``source`` by ``weight`` is depthwise, and its gradient wanted here."""
     shape = weight._tuple_shape
-    is_depthwise = len(shape) == 5 and shape[1:3] == (1, 1) and all(
-        around < size for around, size in zip(places.padding, shape[3:], strict=True)
+    is_depthwise = (
+        len(shape) == 5
+        and shape[1:3] == (1, 1)
+        and all(around < size for around, size in zip(places.padding, shape[3:], strict=True))
     )
     return is_depthwise and needs_gradient(source) and not needs_gradient(weight) and are_on_cpu(source, weight)
 

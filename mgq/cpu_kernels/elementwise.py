@@ -256,7 +256,8 @@ def requantize(
     limits, inverse = (work.low, work.high), np.float32(1) / scale
 
     def run(part: slice) -> None:
-        numba_loops.requantize(rows[part], *(values[part] for values in each), limits, inverse, qmin, qmax, even)
+        before, factors, after = (values[part] for values in each)
+        numba_loops.requantize(rows[part], before, factors, after, limits, inverse, qmin, qmax, even)
 
     run_in_rows(run, rows, LONG_PIECE)
 
