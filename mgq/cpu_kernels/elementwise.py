@@ -177,6 +177,18 @@ def add_to_histograms(values: Array, weights: Array, qmin: Values, qmax: Values,
     run_in_rows(run, values, LONG_PIECE)
 
 
+def find_moments(rows: Array) -> tuple[Array, Array, Values, Values]:
+    """The least and the largest element of each of ``rows`` (rows, elements), their sum and that of their squares:
+    (rows,) each. The sum is not finite where an element is not."""
+    ends, sums = empty((2, len(rows))), np.empty((2, len(rows)))
+
+    def run(part: slice) -> None:
+        numba_loops.find_moments(rows[part], *ends[:, part], *sums[:, part])
+
+    run_in_rows(run, rows, LONG_PIECE)
+    return ends[0], ends[1], sums[0], sums[1]
+
+
 def extremes(array: Array) -> Array:
     """(2,): the least and the largest element; NaN where there is one."""
     elements = array.reshape(-1)

@@ -21,6 +21,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 THREE = 3
 NAN = np.float32(np.nan)
 EVEN_SHIFT = np.float32(SHIFT)
+LANES = 64
 
 
 def make_compiler(**options: Any) -> Callable[[Loop], Loop]:
@@ -220,6 +221,37 @@ def add_to_histograms(
             at, weight = places[i], weights[row, i]
             fine[at] += weight * weight
             few[coarse[at]] += weight
+
+
+@make_compiler()
+def find_moments(rows: Any, lows: Any, highs: Any, totals: Any, squares: Any) -> None:
+    """The least and the largest element of each of ``rows`` (rows, elements), their sum and that of their squares.
+
+    ``lows`` and ``highs``: float32 (rows,), ``totals`` and ``squares``: float64 (rows,). Where an element is no number,
+    or infinite, so is their sum. Each lane sees a part: a loop with one result would take elements one by one.
+    """
+    elements = rows.shape[1]
+    whole = elements // LANES * LANES
+    low, high = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    total, square = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for row in range(rows.shape[0]):
+        low[:], high[:], total[:], square[:] = np.inf, -np.inf, ZERO, ZERO
+        for start in range(0, whole, LANES):
+            for lane in range(LANES):
+                value = rows[row, start + lane]
+                low[lane], high[lane] = min(low[lane], value), max(high[lane], value)
+                total[lane] += value
+                square[lane] += value * value
+        for i in range(whole, elements):
+            value, lane = rows[row, i], i - whole
+            low[lane], high[lane] = min(low[lane], value), max(high[lane], value)
+            total[lane] += value
+            square[lane] += value * value
+        lows[row], highs[row] = low.min(), high.max()
+        totals[row], squares[row] = 0.0, 0.0
+        for lane in range(LANES):
+            totals[row] += total[lane]
+            squares[row] += square[lane]
 
 
 @make_compiler()

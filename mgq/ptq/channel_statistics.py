@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
 
+from mgq.cpu_kernels.elementwise import find_moments
 from mgq.errors import FailureError
 from mgq.graph.layer_graph import (
     Add,
@@ -26,7 +27,9 @@ from mgq.graph.layer_graph import (
 )
 from mgq.graph.network_reader import graph_of
 from mgq.quantization.activations import IDENTITY, RELU, Activation
+from mgq.system.side_process import SideProcess, share_halves
 from mgq.zoo.layers import forward_hooks
+from mgq.zoo.overflow import describe_not_finite
 
 Values = npt.NDArray[np.float64]
 Kind = TypeVar("Kind", bound=np.generic)
@@ -68,40 +71,78 @@ Statistics = dict[str, Moments]
 """Name of a tensor of a network's graph -> its channels."""
 
 
-def measure_statistics(network: M.Module, graph: Graph, batches: Iterable[npt.NDArray[np.float32]]) -> Statistics:
-    """Measure the channels of ``network`` (mode ``normal``, evaluation state) on ``batches``: float32 (N, 3, H, W),
-    pixels minus 128."""
-    modules = dict(network.named_modules())
-    sums: dict[str, list[Values]] = {}
+@dataclass(frozen=True)
+class Sums:
+    """Of each channel of a tensor, float64 (C,): its range, the sum of its ``count`` values and of their squares."""
 
-    def note(name: str) -> Callable[[M.Module, object, Tensor], None]:
+    lowest: Values
+    highest: Values
+    total: Values
+    squares: Values
+    count: int
+
+    @classmethod
+    def of(cls, values: npt.NDArray[np.float32]) -> Sums:
+        """Of ``values``: float32 (N, C, ...), or (N, groups, channels, H, W)."""
+        shape = len(values), channels_in(values.shape), -1
+        rows = values.reshape(shape)
+        found = (part.reshape(shape[:2]) for part in find_moments(rows.reshape(shape[0] * shape[1], -1)))
+        low, high, total, squares = found
+        ends = low.min(0).astype(np.float64), high.max(0).astype(np.float64)
+        return cls(*ends, total.sum(0), squares.sum(0), rows.shape[0] * rows.shape[2])
+
+    def unite(self, other: Sums | None) -> Sums:
+        """Those of the values of both."""
+        if other is None:
+            return self
+        ends = np.minimum(self.lowest, other.lowest), np.maximum(self.highest, other.highest)
+        return Sums(*ends, self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def moments(self) -> Moments:
+        mean = self.total / self.count
+        return Moments(self.lowest, self.highest, mean, np.maximum(self.squares / self.count - mean**2, 0))
+
+
+def measure_statistics(
+    network: M.Module, graph: Graph, batches: Sequence[npt.NDArray[np.float32]], side: SideProcess | None = None
+) -> Statistics:
+    """Measure the channels of ``network`` (mode ``normal``, evaluation state) on ``batches``: float32 (N, 3, H, W),
+    pixels minus 128; the features, too. The ``side`` process, where there is one, takes half of them.
+
+    Raises FailureError that names a layer whose values are not finite.
+    """
+    made = [node.output for node in graph.nodes if not is_followed(graph, node)] + stubs_of(network)
+    here, later = share_halves(side, sum_channels, batches, network, made)
+    known = {name: sums.unite(later.get(name)).moments for name, sums in here.items()}
+    return complete_statistics(graph, known)
+
+
+def stubs_of(network: M.Module) -> list[str]:
+    """Names of the layers of ``network``, none of the graph's, behind which the features are on a grid."""
+    return [name for name, module in network.named_modules() if isinstance(module, M.DequantStub)]
+
+
+def sum_channels(
+    network: M.Module, names: Iterable[str], batches: Iterable[npt.NDArray[np.float32]]
+) -> dict[str, Sums]:
+    """Of what each of the layers ``names`` of ``network`` gives on all ``batches``."""
+    modules = dict(network.named_modules())
+    found: dict[str, Sums] = {}
+
+    def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
-            values = output.numpy()
-            values = values.reshape(len(values), channels_in(values.shape), -1)
-            size = values.shape[0] * values.shape[2]
-            found = [values.min((0, 2)), values.max((0, 2)), values.mean((0, 2)), (values**2).mean((0, 2))]
-            low, high, mean, square = (part.astype(np.float64) for part in found)
-            if name in sums:
-                before = sums[name]
-                sums[name] = [
-                    np.minimum(before[0], low),
-                    np.maximum(before[1], high),
-                    *(before[2] + size * mean, before[3] + size * square, before[4] + size),
-                ]
-            else:
-                sums[name] = [low, high, size * mean, size * square, np.array(float(size))]
+            sums = Sums.of(output.numpy())
+            if not np.isfinite(sums.total).all():
+                raise FailureError(describe_not_finite(name))
+            found[name] = sums.unite(found.get(name))
 
         return see
 
-    made = [node.output for node in graph.nodes if not is_followed(graph, node)]
-    with forward_hooks((modules[name], note(name)) for name in made):
+    with forward_hooks((modules[name], hook_of(name)) for name in names):
         for batch in batches:
             network(Tensor(batch)).numpy()
-    known = {
-        name: Moments(low, high, mean / size, np.maximum(square / size - (mean / size) ** 2, 0))
-        for name, (low, high, mean, square, size) in sums.items()
-    }
-    return complete_statistics(graph, known)
+    return found
 
 
 def trace_expected_statistics(network: M.Module) -> tuple[Graph, Statistics]:

@@ -13,7 +13,6 @@ as the layers that read it let it through, in terms of what they give. Where gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -33,12 +32,14 @@ from mgq.ptq.channel_statistics import (
     measure_statistics,
     move_channels,
     predict_statistics,
+    stubs_of,
     trace_expected_statistics,
 )
 from mgq.ptq.dead_channels import highest_values
 from mgq.ptq.logit_gradients import Reaction, Reactions
 from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.targets import MEGENGINE, Target
+from mgq.system.side_process import SideProcess
 from mgq.zoo.network_state import evaluation_state
 
 Slots = npt.NDArray[np.int64]
@@ -175,19 +176,17 @@ def equalize_channels(
             if isinstance(node, Convolution | Linear):
                 scale(modules[node.output], factors[node.output], factors[node.inputs[0]])
                 if isinstance(node, Linear):  # what it reads has passed a layer that is none of the graph's
-                    factors |= dict.fromkeys(stubs_of(modules), factors[node.inputs[0]])
+                    factors |= dict.fromkeys(stubs_of(network), factors[node.inputs[0]])
     return network, factors
 
 
-def stubs_of(modules: Mapping[str, M.Module]) -> list[str]:
-    """Names of the layers behind which the features are on a grid."""
-    return [name for name, module in modules.items() if isinstance(module, M.DequantStub)]
-
-
-def statistics_of_images(network: M.Module, images: npt.NDArray[np.uint8], graph: Graph | None = None) -> Statistics:
-    """Of what ``network`` (mode ``normal``) makes of ``images``, uint8 (N, 3, H, W)."""
-    batches = (images[start : start + BATCH].astype(np.float32) - 128 for start in range(0, len(images), BATCH))
-    return measure_statistics(fold_batch_norms(network), graph or graph_of(network, IMAGE_SIZE), batches)
+def statistics_of_images(
+    network: M.Module, images: npt.NDArray[np.uint8], graph: Graph | None = None, side: SideProcess | None = None
+) -> Statistics:
+    """Of what ``network`` (mode ``normal``) makes of ``images``, uint8 (N, 3, H, W); of half of them in the ``side``
+    process, where there is one."""
+    batches = [images[start : start + BATCH].astype(np.float32) - 128 for start in range(0, len(images), BATCH)]
+    return measure_statistics(fold_batch_norms(network), graph or graph_of(network, IMAGE_SIZE), batches, side)
 
 
 def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:

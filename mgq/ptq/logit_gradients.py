@@ -15,8 +15,9 @@ off by up to 30 dB, and chose limits far too wide.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import megengine.module as M
 import numpy as np
@@ -30,10 +31,13 @@ from mgq.errors import FailureError
 from mgq.quantization.floors import span_up_to
 from mgq.system.side_process import SideProcess, begin, halve, share_halves
 from mgq.zoo.layers import forward_hooks
-from mgq.zoo.overflow import is_finite
+from mgq.zoo.overflow import describe_not_finite, is_finite
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
+
+ChannelRanges: TypeAlias = dict[str, tuple[Values, Values]]
+"""Name of a layer -> the smallest and the largest value of each channel, (C,), behind it."""
 
 TINY = 1e-12
 BINS = 256
@@ -233,10 +237,6 @@ Reactions = dict[str, Reaction]
 """Name of a layer -> how the logits react to errors behind it."""
 
 
-def describe_not_finite(layer: str) -> str:
-    return f"the layer {layer} gives numbers that are not finite for these pictures: take other weights"
-
-
 class Watch(Function):  # type: ignore[misc]
     """The identity, which hands its tensor to a callback together with the gradient once that is known."""
 
@@ -261,16 +261,20 @@ def measure_reactions(
     seed: int = 0,
     in_pairs: Collection[str] = (),
     side: SideProcess | None = None,
+    known: ChannelRanges | None = None,
 ) -> Reactions:
     """How the logits of ``network``, in evaluation state, react to errors behind each of the layers ``names``.
 
-    ``batches``: float32 (N, 3, H, W), pixels minus 128; they are gone through twice, the second half of them in the
-    ``side`` process, where there is one. Layers that never run, or give nothing but 0, are left out. Of those that are
-    ``in_pairs``, channels are compared with each other, too.
+    ``batches``: float32 (N, 3, H, W), pixels minus 128; the second half of them is for the ``side`` process, where
+    there is one. They are gone through twice, unless the ranges on them are ``known`` for all layers. Layers that never
+    run, or give nothing but 0, are left out. Of those that are ``in_pairs``, channels are compared with each other,
+    too.
     """
-    names, batches = list(names), list(batches)
-    ranges = unite_ranges(*share_halves(side, value_ranges, batches, network, names))
-    ranges = {name: (low, high) for name, (low, high) in ranges.items() if low.any() or high.any()}
+    names, batches, known = list(names), list(batches), known or {}
+    unknown = [name for name in names if name not in known]
+    found_ranges = unite_ranges(*share_halves(side, value_ranges, batches, network, unknown)) if unknown else {}
+    seen = {name: found_ranges.get(name) or known.get(name) for name in names}
+    ranges = {name: ends for name, ends in seen.items() if ends is not None and any(end.any() for end in ends)}
     import os
 
     if few := os.environ.get("FEW"):
@@ -284,7 +288,7 @@ def measure_reactions(
 
 def measure_part(
     network: M.Module,
-    ranges: Mapping[str, tuple[Values, Values]],
+    ranges: ChannelRanges,
     batches: Sequence[Array],
     seed: int,
     before: int,
@@ -336,9 +340,7 @@ def count_numbers(network: M.Module, images: Array) -> int:
     return sum(sizes)
 
 
-def unite_ranges(
-    some: dict[str, tuple[Values, Values]], others: dict[str, tuple[Values, Values]]
-) -> dict[str, tuple[Values, Values]]:
+def unite_ranges(some: ChannelRanges, others: ChannelRanges) -> ChannelRanges:
     """Those that hold for both."""
     both = {
         name: (np.minimum(some[name][0], others[name][0]), np.maximum(some[name][1], others[name][1]))
@@ -347,13 +349,13 @@ def unite_ranges(
     return {**some, **others, **both}
 
 
-def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Array]) -> dict[str, tuple[Values, Values]]:
+def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Array]) -> ChannelRanges:
     """Smallest and largest value of each channel, (C,), that each of the layers ``names`` gives on ``batches``.
 
     Raises FailureError that names a layer whose values are not finite.
     """
     modules = dict(network.named_modules())
-    found: dict[str, tuple[Values, Values]] = {}
+    found: ChannelRanges = {}
 
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:

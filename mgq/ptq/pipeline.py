@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from mgq.errors import FailureError, plural
 from mgq.events import OnProgress, Progress, log_progress
-from mgq.ptq.channel_statistics import Statistics
 from mgq.ptq.logit_gradients import value_ranges
 from mgq.ptq.presets import Preset, place_of_ranges, with_rewrite
 from mgq.ptq.second_process import open_second_process
@@ -39,7 +38,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
-from mgq.system.side_process import Call, SideProcess, begin, share_out
+from mgq.system.side_process import SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
 """One image in this many is held back; the least and the most that are."""
@@ -386,12 +385,12 @@ class Contest:
         """What all grids gave, in order. Raises the first error where none applies, and where a layer gives numbers
         that are not finite."""
         others = [each for each in families if not each.is_data_free]
-        seen = self.begin_statistics(others)
+        needs_gradients = any(each.needs_gradients for each in others)
+        if needs_gradients:
+            self.start.find_channel_ranges()  # by both processes, before one of them is busy
         early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
-        if any(each.needs_gradients for each in others):
+        if needs_gradients:
             _ = self.start.reactions  # before these are begun, so that they are measured once
-        reached = {**families[0].reached, **with_statistics(families[0].reached, seen)}
-        others = [replace(each, reached=reached) for each in others]
         others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
         later = share_out(self.side, others, self.judge.try_grids, self.count)
         of = dict(zip((each.grids for each in others), later, strict=True))
@@ -403,15 +402,6 @@ class Contest:
         if not self.tried:
             raise next(attempt for attempt in found if isinstance(attempt, FailureError))
         return list(self.tried)
-
-    def begin_statistics(self, families: Sequence[Family]) -> dict[Steps, Call[Statistics | None]]:
-        """Measure the statistics of the drafts from which channels are equalized by images, for all ``families``."""
-        starts = {grid[:place] for each in families for grid in each.grids for place in places_of_equalization(grid)}
-        return {
-            steps: begin(self.side, see_statistics, families[0].reached[steps])
-            for steps in sorted(starts, key=len)
-            if steps in families[0].reached
-        }
 
     def rewrite(self, best: Candidate) -> list[Rewrite]:
         """The preset's rewrites in the grid of ``best``: those that apply."""
@@ -438,29 +428,6 @@ class Contest:
         if new:
             self.done += new
             self.on_progress(Progress("calibrate: candidates", self.done, self.preset.trials - self.skipped, "tried"))
-
-
-def places_of_equalization(grid: Steps) -> list[int]:
-    """The places of the steps in ``grid`` that equalize by images."""
-    return [place for place, step in enumerate(grid) if isinstance(step, Equalize) and not step.data_free]
-
-
-def with_statistics(
-    reached: Mapping[Steps, Draft], seen: Mapping[Steps, Call[Statistics | None]]
-) -> dict[Steps, Draft]:
-    """Those of the drafts ``reached`` whose statistics were ``seen``, with these."""
-    return {
-        steps: replace(reached[steps], known=replace(reached[steps].known, statistics=call.result()))
-        for steps, call in seen.items()
-    }
-
-
-def see_statistics(draft: Draft) -> Statistics | None:
-    """The statistics of ``draft``; None where its network cannot be followed."""
-    try:
-        return draft.statistics
-    except FailureError:
-        return None
 
 
 def choose_best(candidates: Sequence[Candidate]) -> Candidate:

@@ -13,10 +13,9 @@ from megengine.quantization.observer import Observer as MegEngineObserver
 from megengine.quantization.utils import QParams
 
 from mgq.errors import FailureError
-from mgq.ptq.logit_gradients import describe_not_finite
 from mgq.ptq.observers import Observer
 from mgq.quantization.qat_layers import Range, find_quantized_layers, quant_levels
-from mgq.zoo.overflow import is_finite
+from mgq.zoo.overflow import describe_not_finite, is_finite
 
 
 class RangeObserver(MegEngineObserver):  # type: ignore[misc]

@@ -16,7 +16,6 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 from megengine import Tensor
-from megengine.module.qat import QuantStub
 from megengine.quantization.quantize import disable_fake_quant, disable_observer, enable_fake_quant
 
 from mgq.errors import FailureError, plural
@@ -31,7 +30,7 @@ from mgq.ptq.equalization import equalize_channels, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
-from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
+from mgq.ptq.logit_gradients import SPARE, ChannelRanges, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
@@ -99,13 +98,12 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is known of a draft, so that it is not measured again: its ``reactions`` and ``statistics``, or a draft
-    ``before`` it whose reactions are its own, too. ``answers``: logits of its ``watched`` network for the first of
-    its images.
+    """What is known of a draft, so that it is not measured again: its ``reactions``, or a draft ``before`` it whose
+    reactions and statistics are its own, too. ``answers``: logits of its ``watched`` network for the first of its
+    images.
     """
 
     reactions: Reactions | None = None
-    statistics: Statistics | None = None
     before: Draft | None = None
     answers: npt.NDArray[np.floating[Any]] | None = None
 
@@ -163,13 +161,22 @@ class Draft:
             return self.known.reactions
         if self.known.before is not None:
             return self.known.before.reactions
-        return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
+        folded, linear = fold_batch_norms(self.network), linear_names(self.network)
+        return reactions_of(folded, self.prepare(), self.images, linear, self.find_channel_ranges())
 
     @cached_property
     def statistics(self) -> Statistics:
         """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
-        found = self.known.statistics
-        return statistics_of_images(self.network, self.images) if found is None else found
+        if self.known.before is not None:
+            return self.known.before.statistics
+        return statistics_of_images(self.network, self.images, side=find_idle_process())
+
+    def find_channel_ranges(self) -> ChannelRanges:
+        """What the channels of ``network`` give for ``images``, as far as it can be followed."""
+        try:
+            return {name: (each.lowest, each.highest) for name, each in self.statistics.items()}
+        except FailureError:
+            return {}
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -177,13 +184,20 @@ class Draft:
         return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
 
 
-def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs: Collection[str] = ()) -> Reactions:
+def reactions_of(
+    network: M.Module,
+    watched: M.Module,
+    images: Images,
+    in_pairs: Collection[str] = (),
+    known: ChannelRanges | None = None,
+) -> Reactions:
     """Measure how the logits of ``network`` (in float) react to errors in the tensors that ``watched`` quantizes.
 
-    The channels of those ``in_pairs`` are compared with each other, too.
+    The channels of those ``in_pairs`` are compared with each other, too. What is ``known`` of the ranges on the
+    ``images`` is not measured again.
     """
-    names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs)
+    names, side = names_that_run(watched), find_idle_process()
+    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs, side=side, known=known)
 
 
 def select_few(images: Images) -> Images:

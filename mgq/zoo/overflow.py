@@ -29,6 +29,10 @@ def find_overflowing_layer(network: M.Module) -> str | None:
     return found[0] if found else None
 
 
+def describe_not_finite(layer: str) -> str:
+    return f"the layer {layer} gives numbers that are not finite for these pictures: take other weights"
+
+
 def is_finite(values: Tensor) -> bool:
     array = values.numpy()
     return math.isfinite(float(array.min())) and math.isfinite(float(array.max()))
