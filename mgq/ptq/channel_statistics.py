@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import megengine.module as M
 import numpy as np
@@ -104,18 +104,25 @@ class Sums:
         return Moments(self.lowest, self.highest, mean, np.maximum(self.squares / self.count - mean**2, 0))
 
 
-def measure_statistics(
+class Survey(NamedTuple):
+    """What a float network makes of images: ``statistics`` of its tensors, and its ``logits``, float64 (N, classes)."""
+
+    statistics: Statistics
+    logits: Values
+
+
+def survey_network(
     network: M.Module, graph: Graph, batches: Sequence[npt.NDArray[np.float32]], side: SideProcess | None = None
-) -> Statistics:
+) -> Survey:
     """Measure the channels of ``network`` (mode ``normal``, evaluation state) on ``batches``: float32 (N, 3, H, W),
     pixels minus 128; the features, too. The ``side`` process, where there is one, takes half of them.
 
     Raises FailureError that names a layer whose values are not finite.
     """
     made = [node.output for node in graph.nodes if not is_followed(graph, node)] + stubs_of(network)
-    here, later = share_halves(side, sum_channels, batches, network, made)
-    known = {name: sums.unite(later.get(name)).moments for name, sums in here.items()}
-    return complete_statistics(graph, known)
+    (sums, logits), (later, others) = share_halves(side, sum_channels, batches, network, made)
+    known = {name: each.unite(later.get(name)).moments for name, each in sums.items()}
+    return Survey(complete_statistics(graph, known), np.concatenate([*logits, *others]).astype(np.float64))
 
 
 def stubs_of(network: M.Module) -> list[str]:
@@ -125,8 +132,8 @@ def stubs_of(network: M.Module) -> list[str]:
 
 def sum_channels(
     network: M.Module, names: Iterable[str], batches: Iterable[npt.NDArray[np.float32]]
-) -> dict[str, Sums]:
-    """Of what each of the layers ``names`` of ``network`` gives on all ``batches``."""
+) -> tuple[dict[str, Sums], list[npt.NDArray[np.float32]]]:
+    """Of what each of the layers ``names`` of ``network`` gives on all ``batches``; and the logits of each."""
     modules = dict(network.named_modules())
     found: dict[str, Sums] = {}
 
@@ -140,9 +147,8 @@ def sum_channels(
         return see
 
     with forward_hooks((modules[name], hook_of(name)) for name in names):
-        for batch in batches:
-            network(Tensor(batch)).numpy()
-    return found
+        logits = [network(Tensor(batch)).numpy() for batch in batches]
+    return found, logits
 
 
 def trace_expected_statistics(network: M.Module) -> tuple[Graph, Statistics]:

@@ -28,11 +28,12 @@ from mgq.machine import one_blas_thread
 from mgq.ptq.channel_statistics import (
     IMAGE_SIZE,
     Statistics,
+    Survey,
     Values,
-    measure_statistics,
     move_channels,
     predict_statistics,
     stubs_of,
+    survey_network,
     trace_expected_statistics,
 )
 from mgq.ptq.dead_channels import highest_values
@@ -153,7 +154,7 @@ def equalize_channels(
     """A copy of ``network`` (mode ``normal``), or itself, with equalized channels, and each tensor's factors, (C,).
 
     ``images``, uint8 (N, 3, H, W), tell how large channels are, or the ``statistics`` that
-    :func:`statistics_of_images` took of them; without any, the batch norms do. ``target`` is what
+    :func:`survey_images` took of them; without any, the batch norms do. ``target`` is what
     the network will be quantized for. ``reactions`` are those of this network's logits, where they were measured. The
     answers stay but for float32 rounding; ``to_ceilings`` lets a channel grow until the largest value that the pictures
     show, and a quarter more, reaches the ceiling of its ReLU6: then answers to other pictures may change a little.
@@ -163,7 +164,7 @@ def equalize_channels(
         graph = graph_of(network, IMAGE_SIZE)
         sets = sets_of(graph)
         if statistics is None and images is not None:
-            statistics = statistics_of_images(network, images, graph)
+            statistics = survey_images(network, images, graph).statistics
         elif statistics is None:
             statistics = predict_statistics(network, graph)
         problem = Problem.of(graph, sets, statistics, target)
@@ -180,13 +181,13 @@ def equalize_channels(
     return network, factors
 
 
-def statistics_of_images(
+def survey_images(
     network: M.Module, images: npt.NDArray[np.uint8], graph: Graph | None = None, side: SideProcess | None = None
-) -> Statistics:
-    """Of what ``network`` (mode ``normal``) makes of ``images``, uint8 (N, 3, H, W); of half of them in the ``side``
+) -> Survey:
+    """What ``network`` (mode ``normal``) makes of ``images``, uint8 (N, 3, H, W); of half of them in the ``side``
     process, where there is one."""
     batches = [images[start : start + BATCH].astype(np.float32) - 128 for start in range(0, len(images), BATCH)]
-    return measure_statistics(fold_batch_norms(network), graph or graph_of(network, IMAGE_SIZE), batches, side)
+    return survey_network(fold_batch_norms(network), graph or graph_of(network, IMAGE_SIZE), batches, side)
 
 
 def noise_of_weights(network: M.Module, target: Target = MEGENGINE) -> dict[str, float]:

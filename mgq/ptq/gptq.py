@@ -27,7 +27,7 @@ from mgq.quantization.targets import WEIGHT_LEVELS, ChannelFakeQuantize
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 
-VALUES = 1 << 25
+VALUES = 1 << 24
 """The most numbers in the sample of a layer's inputs."""
 MOST_INPUTS = 8192
 """Weights of outputs with more inputs are rounded to the nearest: a covariance takes the square of their number."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -38,6 +38,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.system.side_process import SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
@@ -219,11 +220,13 @@ def find_best(
     ``network`` are not finite, and the first candidate's error where no candidate for the grids applies to it.
     """
     fit, held = split(images)
+    folded = fold_batch_norms(network)
+    refuse_huge_layers(folded, held[:1])
     start = time.perf_counter()
-    exact = finite_logits_of(network, held)
-    seconds = time.perf_counter() - start
-    refuse_huge_layers(network, held[:1])
+    logits_of(folded, held[:1])
+    seconds = (time.perf_counter() - start) * len(held)
     with open_second_process(network, fit[:LAYERWISE_IMAGES], seconds) as side:
+        exact = finite_logits_of(folded, held)  # meanwhile that process starts
         contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
@@ -303,13 +306,18 @@ class Family:
     @property
     def is_data_free(self) -> bool:
         """Whether images serve for the finish alone."""
-        return all(any(isinstance(step, ExpectedRanges) for step in grid) for grid in self.grids)
+        return all(map(is_data_free, self.grids))
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether some step goes by the reactions of the logits, or finds them out for those behind it."""
-        kinds = ClearDeadChannels | Equalize | RangesFromLogits
-        return not self.is_data_free and any(isinstance(step, kinds) for grid in self.grids for step in grid)
+
+def is_data_free(grid: Steps) -> bool:
+    """Whether ``grid`` needs no images."""
+    return any(isinstance(step, ExpectedRanges) for step in grid)
+
+
+def needs_gradients(grids: Iterable[Steps]) -> bool:
+    """Whether some step goes by the reactions of the logits, or finds them out for those behind it."""
+    kinds = ClearDeadChannels | Equalize | RangesFromLogits
+    return any(isinstance(step, kinds) for grid in grids if not is_data_free(grid) for step in grid)
 
 
 @dataclass(frozen=True)
@@ -351,6 +359,8 @@ class Contest:
 
     def find_best(self) -> Candidate:
         """Try them all. Raises the first error where no candidate for the grids applies to the network."""
+        if needs_gradients(self.preset.grids):
+            self.start = self.start.see_images()  # by both processes, before one of them is busy
         best = choose_best(self.try_families(self.make_families()))
         rewrites = self.rewrite(best)
         finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base.forget(), self.preset.finishes)
@@ -385,11 +395,8 @@ class Contest:
         """What all grids gave, in order. Raises the first error where none applies, and where a layer gives numbers
         that are not finite."""
         others = [each for each in families if not each.is_data_free]
-        needs_gradients = any(each.needs_gradients for each in others)
-        if needs_gradients:
-            self.start.find_channel_ranges()  # by both processes, before one of them is busy
         early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
-        if needs_gradients:
+        if needs_gradients(self.preset.grids):
             _ = self.start.reactions  # before these are begun, so that they are measured once
         others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
         later = share_out(self.side, others, self.judge.try_grids, self.count)

@@ -26,7 +26,7 @@ from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_st
 from mgq.ptq.data_free import expect_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
-from mgq.ptq.equalization import equalize_channels, statistics_of_images
+from mgq.ptq.equalization import equalize_channels, survey_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
@@ -98,12 +98,13 @@ def prepare(network: M.Module, target: Target, float_layers: Sequence[str] = (),
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is known of a draft, so that it is not measured again: its ``reactions``, or a draft ``before`` it whose
-    reactions and statistics are its own, too. ``answers``: logits of its ``watched`` network for the first of its
-    images.
+    """What is known of a draft, so that it is not measured again: its ``reactions`` and ``statistics``, or a draft
+    ``before`` it whose reactions and statistics are its own, too. ``answers``: logits of its ``watched`` network for
+    the first of its images.
     """
 
     reactions: Reactions | None = None
+    statistics: Statistics | None = None
     before: Draft | None = None
     answers: npt.NDArray[np.floating[Any]] | None = None
 
@@ -117,7 +118,8 @@ class Draft:
 
     ``images``, uint8 (N, 3, H, W), are those to fit to. ``method`` says how the ranges of ``activations`` were chosen.
     ``weights``: ranges of the grids of weights, where they are not those of their values; ``rounded``: the weights are
-    on their grids already. ``corrections``: what was added to biases, by layer.
+    on their grids already. ``corrections``: what was added to biases, by layer. ``exact``: the logits of the float
+    network for the ``images``, (N, classes), where they are known.
     """
 
     network: M.Module
@@ -130,7 +132,16 @@ class Draft:
     weights: Mapping[str, GridRange] = field(default_factory=dict)
     rounded: bool = False
     corrections: Corrections = field(default_factory=dict)
+    exact: npt.NDArray[np.float64] | None = None
     known: Knowledge = NOTHING_KNOWN
+
+    def see_images(self) -> Draft:
+        """The same, which knows what its network makes of its images, as far as it can be followed."""
+        try:
+            found = survey_images(self.network, self.images, side=find_idle_process())
+        except FailureError:
+            return self
+        return replace(self, exact=found.logits, known=replace(self.known, statistics=found.statistics))
 
     def with_network(self, network: M.Module, known: Knowledge = NOTHING_KNOWN) -> Draft:
         """A draft of another float network, which gives the same answers, and what is ``known`` of it."""
@@ -167,9 +178,11 @@ class Draft:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
+        if self.known.statistics is not None:
+            return self.known.statistics
         if self.known.before is not None:
             return self.known.before.statistics
-        return statistics_of_images(self.network, self.images, side=find_idle_process())
+        return survey_images(self.network, self.images).statistics
 
     def find_channel_ranges(self) -> ChannelRanges:
         """What the channels of ``network`` give for ``images``, as far as it can be followed."""
@@ -181,6 +194,8 @@ class Draft:
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
         """Of the float network, for the images that biases are corrected by."""
+        if self.exact is not None:
+            return self.exact[:LAYERWISE_IMAGES]
         return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
 
 

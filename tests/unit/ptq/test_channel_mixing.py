@@ -21,7 +21,7 @@ from mgq.ptq.channel_mixing import (
     mix_channels,
 )
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Values
-from mgq.ptq.equalization import statistics_of_images
+from mgq.ptq.equalization import survey_images
 from mgq.ptq.logit_gradients import Pairs
 from mgq.ptq.steps import Draft, Equalize, ExactScales, MixChannels, RangesFromLogits
 from mgq.quantization.targets import ONNX
@@ -78,7 +78,7 @@ class TestNetworks:
             for linear in reversed(find_linear_tensors(graph_of(draft.network, IMAGE_SIZE)))
             if len(linear.tensors) == 1
         )
-        before, after = (statistics_of_images(each.network, IMAGES)[name].mean_square for each in (draft, mixed))
+        before, after = (survey_images(each.network, IMAGES).statistics[name].mean_square for each in (draft, mixed))
         assert after.max() / after.mean() < 0.5 * before.max() / before.mean()
 
     def test_every_tensor_without_an_activation_is_mixed(self, draft: Draft) -> None:

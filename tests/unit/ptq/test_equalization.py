@@ -13,7 +13,7 @@ from megengine import Tensor
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection
 from mgq.ptq.calibrate import calibrate_network
-from mgq.ptq.channel_statistics import measure_statistics, predict_statistics
+from mgq.ptq.channel_statistics import predict_statistics, survey_network
 from mgq.ptq.equalization import (
     Channels,
     Problem,
@@ -118,7 +118,7 @@ def test_measured_statistics_are_those_of_the_tensors(arch: str) -> None:
     network = network_of(arch)
     graph = graph_of(network, 64)
     halves = [as_input(IMAGES[:4]), as_input(IMAGES[4:])]
-    found = measure_statistics(network, graph, halves)
+    found = survey_network(network, graph, halves).statistics
     name = next(node.output for node in reversed(graph.nodes) if node.output.endswith("add"))
     seen: list[npt.NDArray[np.float32]] = []
     hook = dict(network.named_modules())[name].register_forward_hook(lambda _, __, out: seen.append(out.numpy()))
@@ -134,7 +134,7 @@ def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
     network = network_of("resnet18")
     with_true_statistics(network)
     graph = graph_of(network, 64)
-    expected, found = predict_statistics(network, graph), measure_statistics(network, graph, [as_input(IMAGES)])
+    expected, found = predict_statistics(network, graph), survey_network(network, graph, [as_input(IMAGES)]).statistics
     for name in ("layer1.0.conv_bn2", "layer3.0.downsample"):  # no activation: exact
         np.testing.assert_allclose(expected[name].mean, found[name].mean, rtol=0.02, atol=0.02)
         np.testing.assert_allclose(expected[name].variance, found[name].variance, rtol=0.1, atol=0.02)
