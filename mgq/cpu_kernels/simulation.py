@@ -67,8 +67,8 @@ def has_fixed_scales(layer: Any) -> bool:
 
 
 def fold_with_fixed_scales(layer: Any, inp: Tensor) -> Folded:
-    """What :func:`fold` gives, to the bit, in numpy: MegEngine begins forty small operations for it, which take as long
-    as the convolution of four images."""
+    """What :func:`fold` gives, to the bit, in numpy: the small operations that MegEngine begins for it take longer than
+    the convolution of an image."""
     conv, bn, quantizer = layer.conv, layer.bn, layer.weight_fake_quant
     weight = conv.weight.numpy()
     gamma, beta, mean, variance = (

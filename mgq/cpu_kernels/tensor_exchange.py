@@ -44,11 +44,13 @@ def values(*tensors: Tensor) -> list[Array]:
 
 
 def own_values(tensor: Tensor) -> Array:
-    """The values of a CPU ``tensor`` where they lie, to be written to.
+    """The values of a CPU ``tensor``, float32, where they lie, to be written to.
 
     For what an operator with memory of its own has just given, that nobody else holds.
     """
-    (found,) = values(tensor)
+    mge._full_sync()
+    found = np.from_dlpack(tensor)
+    assert found.flags.c_contiguous, "written to a copy, it would be lost"
     return np.ctypeslib.as_array((ctypes.c_float * found.size).from_address(found.ctypes.data)).reshape(found.shape)
 
 

@@ -63,8 +63,8 @@ REACTION_IMAGES = 128
 """Images on which gradients are measured at most, evenly spread."""
 BATCH = 8
 MOST_AT_ONCE = 16
-"""Images whose logits are found in one pass. Beside them a pass of a network in mode ``qat`` folds, rounds and counts:
-0.3 s for EfficientNet-Lite1, as long as six images take."""
+"""Images whose logits are found in one pass. Beside them a pass of a network in mode ``qat`` folds and rounds weights:
+0.1 s for EfficientNet-Lite1, as long as two images take."""
 BATCH_NORMS = "batch norms"
 """The method's name where there were no images."""
 

@@ -39,6 +39,7 @@ from mgq.cpu_kernels.elementwise import (
     extremes,
     extremes_of_rows,
     fake_quantize,
+    find_moments,
     run_in_pieces,
 )
 from mgq.cpu_kernels.fake_quantization import UNKNOWN, Quantizer, quantizer_of
@@ -578,6 +579,20 @@ def test_a_missing_onednn_is_one_line_that_says_how_to_get_it(monkeypatch: pytes
         pass
     assert one_line_about(str(caught.value), "oneDNN", "no-such-package")
     assert not fast_gradients_enabled()
+
+
+@pytest.mark.parametrize("elements", [1, 63, 64, 65, 1000])
+def test_moments_are_numpys(elements: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((37, elements)).astype(np.float32)
+    lows, highs, totals, squares = find_moments(rows)
+    np.testing.assert_array_equal(lows, rows.min(axis=1))
+    np.testing.assert_array_equal(highs, rows.max(axis=1))
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(totals, exact.sum(axis=1), atol=1e-4)
+    np.testing.assert_allclose(squares, np.square(exact).sum(axis=1), rtol=1e-5)
+    for at, strange in enumerate((np.nan, np.inf, -np.inf)):
+        rows[at, at % elements] = strange
+    assert list(np.flatnonzero(~np.isfinite(find_moments(rows)[2]))) == [0, 1, 2]
 
 
 def test_histograms_are_numpys() -> None:

@@ -12,18 +12,22 @@ import pytest
 
 from mgq.errors import FailureError
 from mgq.events import Progress
+from mgq.graph.network_reader import graph_of
 from mgq.ptq import logit_gradients, second_process
 from mgq.ptq.calibrate import find_best_network
-from mgq.ptq.logit_gradients import count_numbers, measure_part, measure_reactions
+from mgq.ptq.channel_statistics import survey_network
+from mgq.ptq.logit_gradients import count_numbers, measure_part, measure_reactions, value_ranges
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import PRESETS, get_preset
 from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process
 from mgq.ptq.steps import Draft, ExpectedRanges, RangesFromImages, Step, split_float
 from mgq.quantization.activation_ranges import ActivationRanges
+from mgq.quantization.batch_norm_folding import fold_batch_norms
+from mgq.quantization.qat_layers import names_that_run
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from mgq.system.side_process import Call, SideProcess
 from mgq.zoo.weight_loading import fingerprint
-from tests.conftest import smooth_images
+from tests.conftest import logits_of, smooth_images
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(45, seed=3)  # nine are held back: two batches, of which each process can take one
@@ -167,6 +171,40 @@ def test_reactions_of_large_layers_are_measured_for_few_images_at_once(monkeypat
     for name in names:
         np.testing.assert_allclose(few[name].squares.sum(axis=1), at_once[name].squares.sum(axis=1), rtol=1e-3)
         np.testing.assert_allclose(few[name].pulls, at_once[name].pulls, rtol=1e-3, atol=1e-4)
+
+
+def test_known_ranges_are_not_measured_again() -> None:
+    network = network_of("mobilenet_v2")
+    names, batches = ["features.1.conv.1", "features.3.add"], split_float(smooth_images(16, seed=5))
+    measured = measure_reactions(network, names, batches)
+    known = {name: (each.lowest, each.highest) for name, each in measured.items()}
+    passes: list[int] = []
+    network.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0]._tuple_shape[0]))
+    found = measure_reactions(network, names, batches, known=known)
+    assert passes == [1, 8, 1, 8], "of each half the numbers of one, and gradients"
+    for name in names:
+        np.testing.assert_array_equal(found[name].squares, measured[name].squares)
+
+
+def test_a_draft_that_saw_its_images_knows_ranges_and_answers_of_both_processes() -> None:
+    network = fold_batch_norms(network_of("mobilenet_v2"))
+    draft = Draft(network_of("mobilenet_v2"), smooth_images(20, seed=5), ONNX).see_images()
+    assert draft.exact is not None
+    np.testing.assert_allclose(draft.logits, logits_of(network, draft.images), rtol=1e-4, atol=1e-4)
+    names = names_that_run(draft.prepare())
+    for name, ends in value_ranges(network, names, split_float(draft.images)).items():
+        np.testing.assert_allclose(draft.find_channel_ranges()[name], ends, rtol=1e-5, atol=1e-6, err_msg=name)
+    side = SideProcess("the test's second process")
+    graph, batches = graph_of(draft.network, 64), split_float(draft.images)
+    try:
+        shared = survey_network(network, graph, batches, side)
+    finally:
+        side.close()
+    alone = survey_network(network, graph, batches)
+    np.testing.assert_array_equal(shared.logits, alone.logits)
+    for name, moments in alone.statistics.items():
+        for one, two in zip(astuple(moments), astuple(shared.statistics[name]), strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def test_a_network_with_code_of_ones_own_is_not_known_elsewhere(network: M.Module) -> None:
