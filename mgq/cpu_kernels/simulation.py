@@ -52,7 +52,7 @@ def fast_convolution(stock: Stock) -> Stock:
     return forward
 
 
-class Folded(NamedTuple):
+class FoldedWeights(NamedTuple):
     """The integers of a convolution with its batch norm: ``weight`` as the convolution takes it, and ``offset``, of the
     bias, (C,). ``factors``, (C,), are the scales of its sums. All float32."""
 
@@ -66,7 +66,7 @@ def has_fixed_scales(layer: Any) -> bool:
     return isinstance(quantizer, ChannelFakeQuantize) and quantizer.scales is not None
 
 
-def fold_with_fixed_scales(layer: Any, inp: Tensor) -> Folded:
+def fold_with_fixed_scales(layer: Any, inp: Tensor) -> FoldedWeights:
     """What :func:`fold` gives, to the bit, in numpy: the small operations that MegEngine begins for it take longer than
     the convolution of an image."""
     conv, bn, quantizer = layer.conv, layer.bn, layer.weight_fake_quant
@@ -82,10 +82,10 @@ def fold_with_fixed_scales(layer: Any, inp: Tensor) -> Folded:
     bias, factors = beta + gamma * (own - mean) * inverse, np.float32(inp.qparams.scale.numpy().item()) * scales
     quotient = bias / factors
     offset = quotient + (bias_steps(bias, factors).astype(np.float32) - quotient)
-    return Folded(Tensor(steps.astype(np.float32).reshape(weight.shape), device=inp.device), offset, factors)
+    return FoldedWeights(Tensor(steps.astype(np.float32).reshape(weight.shape), device=inp.device), offset, factors)
 
 
-def fold(layer: Any, inp: Tensor) -> Folded | None:
+def fold(layer: Any, inp: Tensor) -> FoldedWeights | None:
     """The integers of the convolution ``layer`` for an input like ``inp``; None where it has no bias on a grid."""
     weight, bias = layer.fold()
     bias = layer.apply_quant_bias(bias, inp, weight)
@@ -94,7 +94,7 @@ def fold(layer: Any, inp: Tensor) -> Folded | None:
     _, steps, offset = counts_of(inp, weight, bias)
     outputs = layer.conv.out_channels
     factors = channel_values(inp.qparams.scale * weight.qparams.scale, outputs)
-    return Folded(steps, channel_values(offset, outputs), factors)
+    return FoldedWeights(steps, channel_values(offset, outputs), factors)
 
 
 def is_served(layer: ExactSums, inp: Tensor) -> bool:
@@ -111,7 +111,7 @@ def is_served(layer: ExactSums, inp: Tensor) -> bool:
     )
 
 
-def convolve(layer: Any, inp: Tensor, folded: Folded) -> Tensor:
+def convolve(layer: Any, inp: Tensor, folded: FoldedWeights) -> Tensor:
     """What ``layer`` gives, with ``steps`` of it: see :func:`mgq.quantization.exact_fake_quant.convolve_integers`."""
     conv = layer.conv
     sums = conv.calc_conv(integers(inp, inp.qparams.scale), folded.weight, None)
