@@ -24,14 +24,14 @@ from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
-from mgq.ptq.data_free import expect_ranges
+from mgq.ptq.data_free import correct_expected_bias, expect_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
-from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
+from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions, value_ranges
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
@@ -63,6 +63,7 @@ SHIFT_IMAGES = 32
 REACTION_IMAGES = 128
 """Images on which gradients are measured at most, evenly spread."""
 BATCH = 8
+NO_IMAGES: Images = np.empty((0, 3, 0, 0), np.uint8)
 BATCH_NORMS = "batch norms"
 """The method's name where there were no images."""
 
@@ -156,6 +157,13 @@ class Draft:
             return self.known.before.reactions
         return reactions_of(fold_batch_norms(self.network), self.prepare(), self.images, linear_names(self.network))
 
+    @property
+    def known_reactions(self) -> Reactions | None:
+        """The ``reactions``, where they were measured already."""
+        if "reactions" in vars(self):
+            return self.reactions
+        return self.known.reactions if self.known.before is None else self.known.before.known_reactions
+
     @cached_property
     def statistics(self) -> Statistics:
         """Of the channels of ``network`` on ``images``. Raises FailureError where it cannot be followed."""
@@ -173,8 +181,12 @@ def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs:
 
     The channels of those ``in_pairs`` are compared with each other, too.
     """
-    names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
-    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs)
+    return measure_reactions(network, names_of_outputs(watched), split_float(select_few(images)), in_pairs=in_pairs)
+
+
+def names_of_outputs(watched: M.Module) -> list[str]:
+    """The layers of ``watched`` that a range is chosen for: all that quantize, but for the pixels' stub."""
+    return [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
 
 
 def select_few(images: Images) -> Images:
@@ -211,9 +223,15 @@ def zero_ranges(watched: M.Module) -> dict[str, Range]:
     return dict.fromkeys(names_that_run(watched), Range(0.0, 0.0))
 
 
-def whole_ranges(reactions: Reactions) -> dict[str, Range]:
-    """The smallest and the largest value seen behind each layer."""
-    return {name: Range(float(each.lowest.min()), float(each.highest.max())) for name, each in reactions.items()}
+def whole_ranges(draft: Draft, watched: M.Module) -> dict[str, Range]:
+    """The smallest and the largest value seen behind each layer of ``watched``."""
+    known = draft.known_reactions
+    if known is None or len(draft.images) > REACTION_IMAGES:
+        names = names_of_outputs(watched)
+        ends = value_ranges(fold_batch_norms(draft.network), names, split_float(draft.images))
+    else:
+        ends = {name: (each.lowest, each.highest) for name, each in known.items()}
+    return {name: Range(float(low.min()), float(high.max())) for name, (low, high) in ends.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -344,8 +362,8 @@ class RangesFromImages:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
-        if self.method == MIN_MAX and len(draft.images) <= REACTION_IMAGES:
-            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft.reactions), self.method)
+        if self.method == MIN_MAX:
+            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft, watched), self.method)
         found = estimate_ranges(deepcopy(watched), split_uint8(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
@@ -371,20 +389,33 @@ class ExactScales:
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """The mean shift of int8 is subtracted from the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
+    """The mean shift of rounded weights is subtracted from the biases of the convolutions
+    (:mod:`mgq.ptq.bias_correction`)."""
 
-    of_weights: bool = True
     images: int = LAYERWISE_IMAGES
 
     @property
     def name(self) -> str:
         quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {plural(self.images, 'image')}"
-        return "biases corrected" + (" for rounded weights" if self.of_weights else "") + quickly
+        return f"biases corrected for rounded weights{quickly}"
 
     def apply(self, draft: Draft) -> Draft:
-        correction = BiasCorrection(self.of_weights)
-        found = visit_with(draft, self.images, correction, beside_float=not self.of_weights)
+        correction = BiasCorrection(of_weights=True)
+        found = visit_with(draft, self.images, correction, beside_float=False)
         return replace(found, corrections=correction.found)
+
+
+@dataclass(frozen=True)
+class CorrectExpectedBias:
+    """The mean shift of rounded weights is subtracted, as the batch norms expect it (:mod:`mgq.ptq.data_free`)."""
+
+    name: str = "biases corrected by batch norms"
+
+    def apply(self, draft: Draft) -> Draft:
+        graph, statistics = trace_expected_statistics(draft.network)
+        watched = draft.copy_watched()
+        found = correct_expected_bias(watched, graph, statistics)
+        return replace(draft, watched=watched, corrections=found)
 
 
 @dataclass(frozen=True)
