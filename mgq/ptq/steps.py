@@ -31,7 +31,7 @@ from mgq.ptq.equalization import equalize_channels, statistics_of_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
-from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions, value_ranges
+from mgq.ptq.logit_gradients import SPARE, Reactions, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
@@ -181,12 +181,8 @@ def reactions_of(network: M.Module, watched: M.Module, images: Images, in_pairs:
 
     The channels of those ``in_pairs`` are compared with each other, too.
     """
-    return measure_reactions(network, names_of_outputs(watched), split_float(select_few(images)), in_pairs=in_pairs)
-
-
-def names_of_outputs(watched: M.Module) -> list[str]:
-    """The layers of ``watched`` that a range is chosen for: all that quantize, but for the pixels' stub."""
-    return [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
+    names = [name for name, layer in find_quantized_layers(watched).items() if not isinstance(layer, QuantStub)]
+    return measure_reactions(network, names, split_float(select_few(images)), in_pairs=in_pairs)
 
 
 def select_few(images: Images) -> Images:
@@ -223,15 +219,9 @@ def zero_ranges(watched: M.Module) -> dict[str, Range]:
     return dict.fromkeys(names_that_run(watched), Range(0.0, 0.0))
 
 
-def whole_ranges(draft: Draft, watched: M.Module) -> dict[str, Range]:
-    """The smallest and the largest value seen behind each layer of ``watched``."""
-    known = draft.known_reactions
-    if known is None or len(draft.images) > REACTION_IMAGES:
-        names = names_of_outputs(watched)
-        ends = value_ranges(fold_batch_norms(draft.network), names, split_float(draft.images))
-    else:
-        ends = {name: (each.lowest, each.highest) for name, each in known.items()}
-    return {name: Range(float(low.min()), float(high.max())) for name, (low, high) in ends.items()}
+def whole_ranges(reactions: Reactions) -> dict[str, Range]:
+    """The smallest and the largest value seen behind each layer."""
+    return {name: Range(float(each.lowest.min()), float(each.highest.max())) for name, each in reactions.items()}
 
 
 def switch_on(watched: M.Module) -> None:
@@ -362,8 +352,9 @@ class RangesFromImages:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
-        if self.method == MIN_MAX:
-            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft, watched), self.method)
+        known = draft.known_reactions
+        if self.method == MIN_MAX and known is not None and len(draft.images) <= REACTION_IMAGES:
+            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(known), self.method)
         found = estimate_ranges(deepcopy(watched), split_uint8(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
