@@ -23,6 +23,7 @@ from mgq.engine.training.trainer import Trainer
 from mgq.engine.training.training_sets import Sets, make_loaders, make_measuring_loader
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import Callbacks
+from mgq.machine import keep_freed_memory
 from mgq.ptq.steps import LAYERWISE_IMAGES
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import get_target
@@ -49,6 +50,7 @@ class TrainJob:
 
 def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
     """Run one process's part of a training; return the figures of the best epoch, and those before the first."""
+    keep_freed_memory()  # before MegEngine starts its threads
     recipe = job.recipe
     refuse_other_pictures(job, group)
     network = make_first_network(job)
