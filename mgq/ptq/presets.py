@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 from mgq.errors import no_such
 from mgq.ptq.steps import (
+    LAYERWISE_IMAGES,
     ClearDeadChannels,
     CorrectBias,
+    CorrectExpectedBias,
     CorrectLogits,
     CorrectShifts,
     Equalize,
@@ -23,6 +25,7 @@ from mgq.quantization.option_names import (
     BALANCED,
     BEST,
     BY_GPTQ,
+    EASYQUANT,
     FAST,
     LOGITS,
     METHODS,
@@ -143,6 +146,21 @@ def with_rewrite(steps: tuple[Step, ...], rewrite: Step) -> tuple[Step, ...] | N
     return (*steps[:place], rewrite, *steps[place:])
 
 
+def with_exact_scales(steps: tuple[Step, ...], target: Target) -> tuple[Step, ...]:
+    """``steps`` with exact scales behind them, for a target that engines other than MegEngine run."""
+    return steps if target is MEGENGINE else (*steps, ExactScales())
+
+
+def data_free_steps(target: Target) -> tuple[Step, ...]:
+    """What is done without images."""
+    return (*with_exact_scales(DATA_FREE, target), CorrectExpectedBias())
+
+
+def count_images_used(method: str | None, images: int) -> int:
+    """How many of ``images`` pictures a calibration by ``method``, or by a preset, looks at."""
+    return min(images, LAYERWISE_IMAGES) if method == EASYQUANT else images
+
+
 def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
     """``preset``, reduced to what ``config`` asks for: ranges by one ``method``, nearest rounding, uncorrected biases.
 
@@ -159,10 +177,10 @@ def adapt_preset(preset: Preset, config: CalibrationConfig) -> Preset:
         plain = [steps for steps in preset.grids if not any(isinstance(step, Equalize) for step in steps)]
         kept = (tuple(step for step in steps if step != CLEAR) for steps in plain)
         preset = replace(preset, grids=tuple(dict.fromkeys(kept)), finishes=(CorrectBias(),), rewrites=())
+    preset = replace(preset, grids=tuple(with_exact_scales(steps, target) for steps in preset.grids))
     if target is not MEGENGINE:
-        grids = tuple((*steps, ExactScales()) for steps in preset.grids)
         finishes = (step for step in preset.finishes if not (isinstance(step, RoundWeights) and step.refit))
-        preset = replace(preset, grids=grids, finishes=tuple(finishes))
+        preset = replace(preset, finishes=tuple(finishes))
     if not config.correct_bias:
         rounding = [replace(step, correct_bias=False) for step in preset.finishes if isinstance(step, RoundWeights)]
         preset = Preset(preset.grids, tuple(rounding), None, rewrites=preset.rewrites)

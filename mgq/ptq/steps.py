@@ -23,7 +23,7 @@ from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
-from mgq.ptq.data_free import expect_ranges
+from mgq.ptq.data_free import correct_expected_bias, expect_ranges
 from mgq.ptq.dead_channels import clear_dead_channels
 from mgq.ptq.easyquant import Search
 from mgq.ptq.equalization import equalize_channels, survey_images
@@ -65,6 +65,7 @@ BATCH = 8
 MOST_AT_ONCE = 16
 """Images whose logits are found in one pass. Beside them a pass of a network in mode ``qat`` folds and rounds weights:
 0.1 s for EfficientNet-Lite1, as long as two images take."""
+NO_IMAGES: Images = np.empty((0, 3, 0, 0), np.uint8)
 BATCH_NORMS = "batch norms"
 """The method's name where there were no images."""
 
@@ -174,6 +175,13 @@ class Draft:
             return self.known.before.reactions
         folded, linear = fold_batch_norms(self.network), linear_names(self.network)
         return reactions_of(folded, self.prepare(), self.images, linear, self.find_channel_ranges())
+
+    @property
+    def known_reactions(self) -> Reactions | None:
+        """The ``reactions``, where they were measured already."""
+        if "reactions" in vars(self):
+            return self.reactions
+        return self.known.reactions if self.known.before is None else self.known.before.known_reactions
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -382,8 +390,9 @@ class RangesFromImages:
             search = Search()
             visit_beside_float(watched, as_input(draft.images[:LAYERWISE_IMAGES]), search)
             return replace(draft.with_ranges(watched, search.activations, self.method), weights=search.weights)
-        if self.method == MIN_MAX and len(draft.images) <= REACTION_IMAGES:
-            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(draft.reactions), self.method)
+        known = draft.known_reactions
+        if self.method == MIN_MAX and known is not None and len(draft.images) <= REACTION_IMAGES:
+            return draft.with_ranges(watched, zero_ranges(watched) | whole_ranges(known), self.method)
         found = estimate_ranges(deepcopy(watched), split_uint8(draft.images), RANGE_OBSERVERS[self.method])
         return draft.with_ranges(watched, found, self.method)
 
@@ -409,20 +418,33 @@ class ExactScales:
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """The mean shift of int8 is subtracted from the biases of the convolutions (:mod:`mgq.ptq.bias_correction`)."""
+    """The mean shift of rounded weights is subtracted from the biases of the convolutions
+    (:mod:`mgq.ptq.bias_correction`)."""
 
-    of_weights: bool = True
     images: int = LAYERWISE_IMAGES
 
     @property
     def name(self) -> str:
         quickly = "" if self.images >= LAYERWISE_IMAGES else f" on {plural(self.images, 'image')}"
-        return "biases corrected" + (" for rounded weights" if self.of_weights else "") + quickly
+        return f"biases corrected for rounded weights{quickly}"
 
     def apply(self, draft: Draft) -> Draft:
-        correction = BiasCorrection(self.of_weights)
-        found = visit_with(draft, self.images, correction, beside_float=not self.of_weights)
+        correction = BiasCorrection(of_weights=True)
+        found = visit_with(draft, self.images, correction, beside_float=False)
         return replace(found, corrections=correction.found)
+
+
+@dataclass(frozen=True)
+class CorrectExpectedBias:
+    """The mean shift of rounded weights is subtracted, as the batch norms expect it (:mod:`mgq.ptq.data_free`)."""
+
+    name: str = "biases corrected by batch norms"
+
+    def apply(self, draft: Draft) -> Draft:
+        graph, statistics = trace_expected_statistics(draft.network)
+        watched = draft.copy_watched()
+        found = correct_expected_bias(watched, graph, statistics)
+        return replace(draft, watched=watched, corrections=found)
 
 
 @dataclass(frozen=True)

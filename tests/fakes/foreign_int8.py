@@ -10,10 +10,9 @@ import numpy.typing as npt
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, quantize_with_ranges
-from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import ONNX
+from tests.fakes.measured_ranges import measure_ranges
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -22,9 +21,7 @@ def int8_of(path: Path, preprocess: str) -> Classifier:
     """The network in ``path`` in int8, its ranges told from made-up pictures."""
     classifier, _ = import_classifier(path, ImportWish(preprocess=preprocess), "")
     images = grey_noise(4, *(classifier.spec.only_size or (32, 32)))
-    _, ranges = calibrate_network(
-        classifier.network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
-    )
+    ranges = measure_ranges(classifier.network, [images], "", "", {}, correct_bias=False, target=ONNX)
     return quantize_with_ranges(classifier, ranges, Mode.QUANTIZED)
 
 

@@ -15,11 +15,11 @@ from mgq.engine.classifier.open import make_random_classifier
 from mgq.export.native.cpu import LEVELS
 from mgq.export.native.program import Program, read_program
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX, Target
 from mgq.zoo.registry import spec_of
+from tests.fakes.measured_ranges import measure_ranges
 
 HERE = [level for level in LEVELS if level.runs_here()]
 BEST, PORTABLE = HERE[0], LEVELS[-1]
@@ -38,9 +38,7 @@ def network_for(arch: str, target: Target, classes: int) -> M.Module:
     megengine.random.seed(3)
     network = spec_of(arch).build(classes)
     network.eval()
-    _, ranges = calibrate_network(
-        network, [noise(64)], arch, "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=target
-    )
+    ranges = measure_ranges(network, [noise(64)], arch, "", {}, correct_bias=False, target=target)
     return quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
 
 

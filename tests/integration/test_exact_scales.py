@@ -36,9 +36,10 @@ from mgq.graph.layer_graph import (
     Transpose,
 )
 from mgq.graph.network_reader import graph_of
-from mgq.ptq.calibrate import calibrate_data_free_network, calibrate_network
 from mgq.ptq.exact_scales import POSITIONS, SUM_PARTS, find_odd_near, scale_behind, set_exact_scales, settle_scales
+from mgq.ptq.presets import PLAIN, data_free_steps, with_exact_scales
 from mgq.ptq.range_measurement import as_input
+from mgq.ptq.steps import NO_IMAGES, ClearDeadChannels, RoundWeights
 from mgq.quantization.half_to_even import bias_steps, round_half_to_even
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import prepare_qat
@@ -50,6 +51,7 @@ from mgq.zoo.network_state import state_of
 from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import load_state
 from tests.conftest import logits_of, slow, smooth_images
+from tests.fakes.measured_ranges import simulate
 
 SIZE = 64
 IMAGES = smooth_images(2, SIZE, SIZE)
@@ -81,9 +83,9 @@ def float_network(arch: str, options: dict[str, Any]) -> M.Module:
 @cache
 def calibrated(number: int, target: Target = ONNX) -> M.Module:
     arch, options = FAMILIES[number]
-    return calibrate_network(
-        float_network(arch, options), [IMAGES], arch, "", {}, "min-max", equalize=False, target=target
-    )[0]
+    rounding = RoundWeights(refit=not target.per_channel)
+    steps = (ClearDeadChannels(), *with_exact_scales(PLAIN, target), rounding)
+    return simulate(float_network(arch, options), IMAGES, steps, target)
 
 
 def written(network: M.Module, folder: Path) -> Path:
@@ -145,7 +147,7 @@ class TestOneTruth:
     @pytest.mark.slow
     def test_without_images_too(self, number: int, tmp_path: Path) -> None:
         arch, options = FAMILIES[number]
-        network, _ = calibrate_data_free_network(float_network(arch, options), arch, "", {}, ONNX)
+        network = simulate(float_network(arch, options), NO_IMAGES, data_free_steps(ONNX), ONNX)
         wanted = logits_of(network, IMAGES)
         path = written(network, tmp_path)
         for engine in OF_FILES:
@@ -202,7 +204,7 @@ def test_constant_channels_and_tiny_and_huge_weights_are_the_same_in_every_layer
     weight = conv.weight.numpy().copy()
     weight[0], weight[1], weight[2] = weight[0] * 1e-12, 0, weight[2] * 1e4
     conv.weight[...] = Tensor(weight)
-    found, _ = calibrate_data_free_network(network, "resnet18", "", {}, target)
+    found = simulate(network, NO_IMAGES, data_free_steps(target), target)
     path = written(found, tmp_path)
     for engine in SHOWING:
         for layer in measure_layer_parity(engine, path, found, IMAGES):
@@ -358,7 +360,7 @@ class TestFixedScales:
 
 def with_ranges(network: M.Module) -> M.Module:
     """In mode ``qat`` with ranges of the right size; quantization is on."""
-    watched, _ = calibrate_network(network, [IMAGES], "", "", {}, "min-max", False, "nearest", target=ONNX)
+    watched = simulate(network, IMAGES, PLAIN, ONNX)
     for layer in find_quantized_layers(watched).values():
         observer = layer.act_observer
         set_range(observer, float(observer.min_val.numpy()) * 0.93, float(observer.max_val.numpy()) * 0.93)

@@ -26,8 +26,7 @@ from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classi
 from mgq.errors import InputError, plural
 from mgq.events import NO_CALLBACKS, Callbacks, duration
 from mgq.io.atomic import ensure_writable_folder
-from mgq.ptq.calibrate import count_images_used
-from mgq.ptq.presets import CalibrationConfig
+from mgq.ptq.presets import CalibrationConfig, count_images_used
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import BEST
 from mgq.quantization.targets import MEGENGINE, ONNX, get_target
@@ -177,7 +176,7 @@ def name_classes(classifier: Classifier, found: CalibrationSources, callbacks: C
 
 def count_images(options: CalibrateOptions) -> int:
     """The most images that are used."""
-    return count_images_used(options.method, options.images) if options.method else options.images
+    return count_images_used(options.method, options.images)
 
 
 def refuse_unwritable_folders(options: CalibrateOptions) -> None:

@@ -24,16 +24,11 @@ from mgq.errors import InputError
 from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
-from mgq.ptq.calibrate import (
-    MOST_LAYERWISE_IMAGES,
-    calibrate_data_free_network,
-    count_images_used,
-    find_best_network,
-)
+from mgq.ptq.calibrate import calibrate_network, find_best_network
 from mgq.ptq.pipeline import HELD_SHARE, MOST_HELD, SearchResult
-from mgq.ptq.presets import DEFAULT_CONFIG, CalibrationConfig
+from mgq.ptq.presets import DEFAULT_CONFIG, CalibrationConfig, count_images_used, data_free_steps
 from mgq.ptq.second_process import pays
-from mgq.ptq.steps import REACTION_IMAGES, RoundWeights
+from mgq.ptq.steps import LAYERWISE_IMAGES, NO_IMAGES, REACTION_IMAGES, RoundWeights
 from mgq.quantization.activation_ranges import ActivationRanges, refuse_incomplete
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import MEGENGINE, Target
@@ -131,7 +126,7 @@ def choose_images(
         raise InputError(f"calibration needs at least 1 picture, not {images}")
     if len(sources) == 0:
         raise InputError("there are no pictures to calibrate with; name some")
-    wanted = images if config.method is None else count_images_used(config.method, images)
+    wanted = count_images_used(config.method, images)
     return spread_evenly(sources, wanted) if isinstance(sources, Sequence) else subset(sources, wanted)
 
 
@@ -161,13 +156,12 @@ def calibrate_data_free(classifier: Classifier, target: Target = MEGENGINE) -> C
     """Int8 of ``classifier`` (mode ``normal``) by what its batch norms say, without a picture."""
     provenance = {"pictures": "none: expected by the batch norms", "images": 0}
     provenance |= common_provenance(classifier, f"mgq calibrate -a {classifier.spec.name} --data-free", target)
-    network, ranges = calibrate_data_free_network(classifier.network, classifier.spec.name, "", provenance, target)
+    arch, weights = classifier.spec.name, fingerprint(state_of(classifier.network))
+    network, ranges = calibrate_network(classifier.network, NO_IMAGES, arch, weights, data_free_steps(target), target)
     refuse_incomplete(network, ranges)
     found = replace(classifier, network=network, fake_quantized=network, mode=Mode.QAT)
-    weights = fingerprint(state_of(classifier.network))
     beginning = {"weights": {"origin": classifier.origin, "sha256": weights}, "pictures": listing_of([])}
-    ranges = replace(ranges, weights=fingerprint(state_of(network)))
-    return Calibration(ranges, found, 0, (), beginning)
+    return Calibration(replace(ranges, provenance=provenance), found, 0, (), beginning)
 
 
 def common_provenance(classifier: Classifier, command: str, target: Target) -> dict[str, Any]:
@@ -245,7 +239,7 @@ def estimate_seconds(
     classifier.network(batch).numpy()
     one = (time.perf_counter() - start) / TIMED
     million = sum(float(value.size) for value in classifier.network.parameters()) / 1e6
-    layerwise, judged = min(images, MOST_LAYERWISE_IMAGES), min(images, MOST_HELD)
+    layerwise, judged = min(images, LAYERWISE_IMAGES), min(images, MOST_HELD)
     grids, again = len(chosen.grids) + len(chosen.rewrites), chosen.finishes[: len(chosen.rewrites)]
     finishes = (*chosen.finishes, *again)
     rounded = sum(isinstance(step, RoundWeights) for step in finishes)

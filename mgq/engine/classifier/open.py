@@ -23,11 +23,11 @@ from mgq.engine.classifier.runtime_module import int8_of
 from mgq.errors import InputError
 from mgq.events import OnProgress, log_progress
 from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.presets import PLAIN
 from mgq.ptq.quantize import quantize
 from mgq.quantization.activation_ranges import ActivationRanges, read_packaged_ranges, refuse_incomplete
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.modes import Mode, to_mode
-from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import MEGENGINE, Target, get_target
 from mgq.weights.checkpoint import check_size
 from mgq.zoo.layers import without_initialization
@@ -236,7 +236,5 @@ def make_random_classifier(
     if mode is Mode.NORMAL:
         return classifier
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, image_size, image_size), dtype=np.uint8)
-    _, ranges = calibrate_network(
-        network, [pixels], arch, "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=target
-    )
+    _, ranges = calibrate_network(network, pixels, arch, "", PLAIN, target)
     return quantize_with_ranges(classifier, ranges, mode)

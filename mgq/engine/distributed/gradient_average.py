@@ -7,7 +7,6 @@ full bucket begins at once. What the optimizer gets in the end are the averages.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -192,17 +191,17 @@ class GradientAverage:
             self.under_way.pop(0).flat = exchange.array
 
     def finish(self, bucket: Bucket) -> None:
+        """Wait until the averages of ``bucket``, and of those before it, are there."""
         self.is_over = True
         if bucket is self.open:
             self.send()
-        if bucket.flat is not None:
-            return
-        started = time.monotonic()
-        self.advance()
-        while bucket.flat is None:
-            self.team.rest(started)
-            self.advance()
-        self.team.waited += time.monotonic() - started
+
+        def is_there() -> bool:
+            if bucket.flat is None:
+                self.advance()
+            return bucket.flat is not None
+
+        self.team.wait_for_others(is_there)
 
 
 def bounds(gradients: list[Tensor]) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
@@ -41,11 +41,11 @@ from mgq.engine.training.recipe import Recipe, to_plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
-from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.presets import DEFAULT_PRESET, CalibrationConfig
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.activation_ranges import apply_ranges
-from mgq.quantization.option_names import BY_GPTQ, TO_NEAREST
-from mgq.quantization.qat import Phase, plain_qat, set_phase
+from mgq.quantization.option_names import FAST
+from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.qat_layers import observe_weights
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
@@ -132,24 +132,29 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the recipe's last epoch. Raises StoppedError when asked to stop; the state is kept then."""
-        if not self.prepared:
-            self.save()
-            self.fit_linear_probe()
-            self.group.broadcast(self.network)
-            if self.recipe.mode == "qat" and not self.recipe.calibrate:
-                self.measure_calibrated()
-            self.observe()
-            self.group.broadcast(self.network)  # other processors may have rounded otherwise
-            if self.average is not None:
-                self.average = ModelEma(self.network, self.recipe.ema)
-            if self.recipe.mode == "qat" and self.recipe.calibrate:
-                self.start = figures_of(self.measure(0))
-            self.prepared = True
-            self.save()
+        self.prepare()
         while self.epoch < self.recipe.epochs:
             self.train_epoch()
             self.finish_epoch()
         self.draw_curves()
+
+    def prepare(self) -> None:
+        """What comes before the first step: a new classifier is solved, a ``qat`` network begins with calibration.
+
+        Nothing where that is done. Raises StoppedError as :meth:`fit`.
+        """
+        if self.prepared:
+            return
+        self.save()
+        self.fit_linear_probe()
+        self.group.broadcast(self.network)
+        if self.recipe.mode == "qat":
+            self.begin_with_calibration()
+        self.group.broadcast(self.network)  # other processors may have rounded otherwise
+        if self.average is not None:
+            self.average = ModelEma(self.network, self.recipe.ema)
+        self.prepared = True
+        self.save()
 
     def fit_linear_probe(self) -> None:
         """Let a new classifier begin with what the weights below it know already."""
@@ -165,11 +170,6 @@ class Trainer:
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
-        if self.recipe.mode != "qat":
-            return
-        if self.recipe.calibrate:
-            self.calibrate()
-            return
         self.network.eval()
         set_phase(self.network, Phase.OBSERVE)
         total = min(self.recipe.observe_batches, len(self.train))
@@ -181,45 +181,54 @@ class Trainer:
             if number == total:
                 break
 
-    def images(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """The examples, to calibrate on."""
-        assert self.examples is not None
-        for number, batch in enumerate(self.examples.batches(0), 1):
-            self.callbacks.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
-            self.stop_if_asked(keep=False)
-            yield batch.images
+    def begin_with_calibration(self) -> None:
+        """Calibrate the float network. What that gives is the first that may be the best.
 
-    def measure_calibrated(self) -> None:
-        """What calibration alone makes of the float network is the first that may be the best.
-
-        The training itself goes on from the float network: its batch norms go on learning.
+        Training goes on from there where the recipe has it so, else from the float network: then the observers see some
+        batches.
         """
-        if self.examples is None or self.teacher is None:
-            return
-        # On the drawn pictures all is to be done in minutes: there the ranges alone are calibrated.
-        thorough = not self.recipe.is_synthetic
-        calibrated, _ = calibrate_network(
-            self.teacher,
-            self.images(),
-            self.recipe.arch,
-            "",
-            {},
-            correct_bias=thorough,
-            weight_rounding=BY_GPTQ if thorough else TO_NEAREST,
-            target=get_target(self.recipe.target),
-        )
+        calibrated = self.calibrate()
         found = self.validate(calibrated)
         self.keep_if_best(0, found, calibrated)
         self.start = figures_of(found)
+        if self.recipe.calibrate:
+            target = get_target(self.recipe.target)
+            set_state(self.network, state_of(prepare_qat(calibrated, self.recipe.observer, target)))
+        else:
+            self.observe()
 
-    def calibrate(self) -> None:
-        """Give a ``qat`` network what calibration finds on the examples. It is the first that may be the best."""
-        # A plain copy: learned scales would not follow the ranges that are tried.
-        calibrated, ranges = calibrate_network(plain_qat(self.network), self.images(), self.recipe.arch, "", {})
-        own = dict(self.network.named_parameters())
-        for name, value in calibrated.named_parameters():
-            own[name][...] = value
-        apply_ranges(self.network, ranges)
+    def calibrate(self) -> M.Module:
+        """The float network in mode ``qat``, as calibration on the examples makes it."""
+        assert self.teacher is not None
+        # On the drawn pictures all is to be done in minutes.
+        preset = FAST if self.recipe.is_synthetic else DEFAULT_PRESET
+        config = CalibrationConfig(preset, target=get_target(self.recipe.target))
+        found, _ = find_best_network(
+            self.teacher,
+            self.read_examples(),
+            self.recipe.arch,
+            "",
+            config.make_preset(),
+            config.target,
+            on_progress=self.report_calibration,
+        )
+        return found.network
+
+    def report_calibration(self, progress: Progress) -> None:
+        self.callbacks.on_progress(progress)
+        if self.group.world_size == 1:  # several would have to ask at the same moments
+            self.stop_if_asked(keep=False)
+
+    def read_examples(self) -> npt.NDArray[np.uint8]:
+        """uint8 (N, 3, H, W), in another order, always the same: the first of them are of all kinds."""
+        assert self.examples is not None
+        batches = []
+        for number, batch in enumerate(self.examples.batches(0), 1):
+            self.callbacks.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
+            self.stop_if_asked(keep=False)
+            batches.append(batch.images)
+        images: npt.NDArray[np.uint8] = np.random.default_rng(0).permutation(np.concatenate(batches))
+        return images
 
     def train_epoch(self) -> None:
         started = time.monotonic() - self.seconds

@@ -23,8 +23,8 @@ from mgq.engine.training.trainer import Trainer
 from mgq.engine.training.training_sets import Sets, make_loaders, make_measuring_loader
 from mgq.errors import FailureError, InputError, printable
 from mgq.events import Callbacks
-from mgq.ptq.calibrate import MOST_LAYERWISE_IMAGES
-from mgq.ptq.equalization import equalize_channels
+from mgq.machine import keep_freed_memory
+from mgq.ptq.steps import LAYERWISE_IMAGES
 from mgq.quantization.qat import prepare_qat
 from mgq.quantization.targets import get_target
 from mgq.weights.checkpoint import CheckpointInfo
@@ -50,18 +50,14 @@ class TrainJob:
 
 def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callbacks: Callbacks) -> Figures:
     """Run one process's part of a training; return the figures of the best epoch, and those before the first."""
+    keep_freed_memory()  # before MegEngine starts its threads
     recipe = job.recipe
     refuse_other_pictures(job, group)
     network = make_first_network(job)
     teacher = teacher_of(job) if recipe.mode == "qat" else None
     train_loader, val_loader = make_loaders(recipe, job.sets, job.train_options, group, job.info.preprocessing)
     examples = examples_of(job)
-    with (
-        training_kernels(callbacks, recipe.sync_bn and group.world_size > 1, recipe.bf16),
-        train_loader,
-        val_loader,
-        examples or contextlib.nullcontext(),
-    ):
+    with train_loader, val_loader, examples or contextlib.nullcontext():
         trainer = Trainer(
             recipe,
             network,
@@ -77,7 +73,10 @@ def train_on_device(job: TrainJob, run: RunFolder, group: ProcessGroup, callback
         )
         if job.state is not None:
             trainer.load(job.state)
-        trainer.fit()
+        # With MegEngine's own kernels alone calibration gives the same bits on any number of cores.
+        trainer.prepare()
+        with training_kernels(callbacks, recipe.sync_bn and group.world_size > 1, recipe.bf16):
+            trainer.fit()
     return trainer.best, trainer.start
 
 
@@ -97,9 +96,6 @@ def make_first_network(job: TrainJob) -> M.Module:
                 module.momentum = recipe.batch_norm_momentum
     if recipe.mode != "qat":
         return network
-    if recipe.calibrate:
-        with contextlib.suppress(FailureError):  # an imported network whose batch norms are folded away
-            equalize_channels(network, None, get_target(recipe.target), in_place=True)
     return prepare_qat(network, recipe.observer, get_target(recipe.target), in_place=True)
 
 
@@ -108,7 +104,7 @@ def examples_of(job: TrainJob) -> Loader | None:
     recipe, images = job.recipe, job.sets.train
     number = recipe.classifier_pictures
     if recipe.mode == "qat":
-        number = MOST_LAYERWISE_IMAGES
+        number = LAYERWISE_IMAGES
     if number == 0:
         return None
     few = subset(images, min(number, len(images)))

@@ -17,14 +17,13 @@ from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, quantize_with_ranges
 from mgq.engine.classifier.parity import compute_reference, make_views
-from mgq.ptq.calibrate import calibrate_network
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import ONNX
 from mgq.runtime.protocol import run_in_batches
 from mgq.runtime.registry import load
 from tests.conftest import Mgq
 from tests.fakes.foreign_models import write
+from tests.fakes.measured_ranges import measure_ranges
 
 FLOAT_MS = 1.0
 FACTS = re.compile(r"ONNX Runtime \S+: same answer.*at most")
@@ -36,9 +35,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Clas
     path = write(tmp_path_factory.mktemp("float") / "small.onnx", "swishes")
     images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
     normal, copy = (import_classifier(path, ImportWish(preprocess="torch"), "")[0] for _ in range(2))
-    _, ranges = calibrate_network(
-        normal.network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
-    )
+    ranges = measure_ranges(normal.network, [images], "", "", {}, correct_bias=False, target=ONNX)
     return normal, quantize_with_ranges(copy, ranges, Mode.QUANTIZED), images
 
 

@@ -24,13 +24,18 @@ from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_run import TrainResult, qat, train
 from mgq.errors import InputError
 from mgq.events import Callbacks, Progress
+from mgq.ptq.calibrate import find_best_network
 from mgq.quantization.modes import Mode
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
+from mgq.zoo.network_state import State, state_of
 from mgq.zoo.weight_loading import read_weights
-from tests.conftest import one_line_about, slow, smooth_images
+from tests.conftest import one_line_about, same_state, slow, smooth_images
 from tests.fakes.training_options import ARCH, SMALL, small_request, stopping_after
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet")
+ASKED_BEFORE = 2 + 5 + 5
+"""How often ``qat`` is asked to stop before its first step: at each batch and candidate of its calibration, and at each
+batch that is observed."""
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +159,9 @@ def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
         "lr": 1e-6,
         "epochs": 1,
     }
-    for name, moments in (("undisturbed", ()), ("stopped", (2, 5))):
+    for name, moments in (("undisturbed", ()), ("stopped", (2, 5, 9))):
         request = replace(small_request(tmp_path / name, **changes), checkpoint=undisturbed.checkpoint)
-        for moment in moments:  # it is asked at each of four batches to calibrate on, and after each step
+        for moment in moments:  # it is asked at each of two batches to calibrate on and five candidates, and each step
             with pytest.raises(StoppedError):
                 qat(request, stopping_after(moment))
             request = TrainOptions(save=tmp_path / name, resume=True, workers=1)
@@ -176,7 +181,7 @@ def test_a_stopped_qat_goes_on_to_the_bit(
 ) -> None:
     request = replace(small_request(tmp_path), checkpoint=undisturbed.checkpoint)
     with pytest.raises(StoppedError):
-        qat(request, stopping_after(moment + 5))  # it is asked at each of five batches that are observed, too
+        qat(request, stopping_after(moment + ASKED_BEFORE))
     outcome = qat(TrainOptions(save=tmp_path, resume=True, workers=2))
     assert outcome.checkpoint.read_bytes() == undisturbed_qat.checkpoint.read_bytes()
 
@@ -186,7 +191,7 @@ def test_averages_and_learned_scales_go_on_to_the_bit(
     undisturbed: TrainResult, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     results = []
-    for save, moment in ((tmp_path / "a", 10**9), (tmp_path / "b", 9)):
+    for save, moment in ((tmp_path / "a", 10**9), (tmp_path / "b", ASKED_BEFORE + 2)):
         request = replace(small_request(save, epochs=1, **changes), checkpoint=undisturbed.checkpoint)
         try:
             outcome = qat(request, stopping_after(moment))
@@ -318,6 +323,25 @@ def test_qat_without_a_float_run_says_so_and_trains_one(tmp_path: Path) -> None:
     assert "no float weights" in remarks[0] and "training some first" in remarks[0]
     assert (tmp_path / f"{ARCH}.normal" / "checkpoint.safetensors").is_file()
     assert outcome.checkpoint == tmp_path / f"{ARCH}.qat" / "checkpoint.safetensors"
+
+
+@pytest.mark.parametrize("target", ["onnx", slow("megengine")])
+def test_what_calibration_gives_is_kept_to_the_bit_where_no_epoch_is_better(
+    undisturbed: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    calibrated: list[State] = []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        found = find_best_network(*arguments, **options)
+        calibrated.append(state_of(found[0].network))
+        return found
+
+    monkeypatch.setattr(trainer, "find_best_network", note)
+    monkeypatch.setattr(Trainer, "is_best", lambda self, _: not self.best)
+    request = small_request(tmp_path, epochs=1, calibrate=True, target=target)
+    outcome = qat(replace(request, checkpoint=undisturbed.checkpoint))
+    assert outcome.best["epoch"] == 0 and outcome.calibrated["top1"] == outcome.best["top1"]
+    assert same_state(read_weights(outcome.checkpoint).state, calibrated[0])
 
 
 def test_distillation_follows_the_float_network(undisturbed: TrainResult, tmp_path: Path) -> None:

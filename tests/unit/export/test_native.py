@@ -36,7 +36,7 @@ from mgq.export.native.reference import integers_of, run_reference
 from mgq.export.onnx.onnx_file import parse_onnx
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.machine import usable_cores
-from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.presets import PLAIN
 from mgq.quantization.float_layers import keep_in_float
 from mgq.quantization.targets import MEGENGINE, ONNX
 from mgq.runtime import native
@@ -45,6 +45,7 @@ from mgq.runtime.native import NativeRuntime, compile_file
 from mgq.runtime.registry import choose_backend
 from mgq.zoo.registry import spec_of
 from tests.conftest import slow
+from tests.fakes.measured_ranges import simulate
 from tests.fakes.native_programs import BEST, HERE, PORTABLE, Images, model_for, noise, program_for
 from tests.fakes.places import ROOT
 
@@ -417,9 +418,7 @@ def test_layers_kept_in_float_are_refused_in_one_line_that_names_openvino_and_go
     megengine.random.seed(3)
     network = spec_of("resnet18").build(10)
     network.eval()
-    fake, _ = calibrate_network(
-        network, [noise(32)], "resnet18", "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=ONNX
-    )
+    fake = simulate(network, noise(32), PLAIN, ONNX)
     keep_in_float(fake, ["layer2.0.conv_bn_relu1"])
     path = tmp_path / "mixed.onnx"
     onnx.save(model_of(plain_graph(fake, 32), 32, 1, {}), str(path))

@@ -19,11 +19,11 @@ from mgq.export.native.planner import make_plan
 from mgq.export.native.program import Conv, MaxPool, Program, read_program
 from mgq.export.native.reference import run_reference
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from tests.fakes.foreign_models import BODIES, write
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.native_programs import BEST, HERE, noise
 
 COVERED = ("plain", "keras_without_gate", "pools")
@@ -32,9 +32,7 @@ COVERED = ("plain", "keras_without_gate", "pools")
 def int8_model(folder: Path, body: str, preprocess: str = "tf") -> onnx.ModelProto:
     """The int8 ONNX model of an imported network of 32x32 pixels, calibrated on noise."""
     network = import_classifier(write(folder / "model.onnx", body), ImportWish(preprocess=preprocess), "")[0].network
-    _, ranges = calibrate_network(
-        network, [noise(32, 4)], "model", "", {}, "min-max", correct_bias=False, weight_rounding="nearest", target=ONNX
-    )
+    ranges = measure_ranges(network, [noise(32, 4)], "model", "", {}, correct_bias=False, target=ONNX)
     fake = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
     model: onnx.ModelProto = model_of(plain_graph(fake, 32), 32, None, {})
     return model

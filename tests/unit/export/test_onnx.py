@@ -28,8 +28,9 @@ from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.writer import write_onnx
 from mgq.graph.layer_graph import Convolution, Linear
 from mgq.graph.network_reader import graph_of
-from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.steps import CorrectBias, ExactScales, RangesFromImages, RoundWeights, Step
 from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.option_names import MSE
 from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.quantization.targets import (
     MEGENGINE,
@@ -46,6 +47,7 @@ from mgq.runtime.registry import AUTO, BACKENDS, Backend, choose_backend, load
 from mgq.zoo.layers import global_average
 from mgq.zoo.registry import spec_of
 from tests.conftest import logits_of, slow
+from tests.fakes.measured_ranges import simulate
 
 FAMILIES = (slow("resnet18"), slow("resnet50"), "shufflenet_v1_x1_5_g3", "mobilenet_v2", slow("efficientnet_lite0"))
 TARGETS = (MEGENGINE, ONNX)
@@ -75,7 +77,7 @@ def float_network(arch: str) -> M.Module:
 
 @cache
 def simulated(arch: str, target: Target) -> M.Module:
-    return calibrate_network(float_network(arch), [IMAGES], arch, "", {}, weight_rounding="nearest", target=target)[0]
+    return simulate(float_network(arch), IMAGES, (RangesFromImages(MSE), CorrectBias()), target)
 
 
 @cache
@@ -144,7 +146,7 @@ def test_a_layer_that_an_engine_merges_with_its_reader_is_shown(engine: Backend,
     megengine.random.seed(7)
     network = Branch()
     network.eval()
-    quantized = calibrate_network(network, [IMAGES], "", "", {}, target=ONNX)[0]
+    quantized = simulate(network, IMAGES, (RangesFromImages(MSE), ExactScales(), RoundWeights()), ONNX)
     path = tmp_path / "branch.onnx"
     write_onnx(quantized, path, image_size=SIZE, batch=1, provenance={"arch": "branch"})
     found = measure_layer_parity(engine, path, quantized, IMAGES[:2])
@@ -243,12 +245,10 @@ class TestTarget:
         wanted = np.abs(weight).max(1) / 127
         assert (scales[:, 0] > 0.99 * wanted).all() and (scales[:, 0] < 1.13 * wanted).all()
 
-    @pytest.mark.parametrize("rounding", ["nearest", slow("gptq")])
-    def test_without_vnni_weights_stay_where_no_sum_saturates(self, rounding: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("finish", [CorrectBias(), slow(RoundWeights())], ids=lambda step: step.name)
+    def test_without_vnni_weights_stay_where_no_sum_saturates(self, finish: Step, tmp_path: Path) -> None:
         arch = "shufflenet_v1_x0_5_g3"
-        network = calibrate_network(
-            float_network(arch), [IMAGES], arch, "", {}, weight_rounding=rounding, target=ONNX_AVX2
-        )[0]
+        network = simulate(float_network(arch), IMAGES, (RangesFromImages(MSE), finish), ONNX_AVX2)
         assert target_of(network) is ONNX_AVX2
         found = [n.integers for n in graph_of(network, SIZE).nodes if isinstance(n, Convolution | Linear)]
         assert max(int(np.abs(integers.astype(int)).max()) for integers in found if integers is not None) == 64

@@ -15,13 +15,12 @@ from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.graph.engine_forms import FORMS, adapt_to_engine, leave_small_layers_in_float, moves
 from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams, WeightedNode, products_per_number
-from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from tests.fakes.foreign_models import BODIES, write
+from tests.fakes.measured_ranges import measure_ranges
 
 ENGINES = ("openvino", "onnxruntime")
 
@@ -35,9 +34,7 @@ def graph_of_body(tmp_path_factory: pytest.TempPathFactory) -> Any:
         images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
         path = write(folder / f"{body}.onnx", body)
         network = import_classifier(path, ImportWish(preprocess="torch"), "")[0].network
-        _, ranges = calibrate_network(
-            network, [images], "", "", {}, "min-max", correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
-        )
+        ranges = measure_ranges(network, [images], "", "", {}, correct_bias=False, target=ONNX)
         wanted = network(onnx_input(images)).numpy()
         simulated = quantize(network, ranges=ranges, mode=Mode.QAT, in_place=True)
         return plain_graph(simulated, 0), (images, wanted)

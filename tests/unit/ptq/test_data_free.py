@@ -19,9 +19,9 @@ from mgq.engine.calibration.calibration_run import (
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, search_float_layers
 from mgq.engine.classifier.mode_comparison import Comparison
 from mgq.errors import InputError
-from mgq.ptq.calibrate import calibrate_data_free_network
-from mgq.ptq.presets import CalibrationConfig, get_preset
-from mgq.ptq.steps import CorrectBias, RoundWeights
+from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.presets import CalibrationConfig, data_free_steps, get_preset
+from mgq.ptq.steps import NO_IMAGES, CorrectBias, RoundWeights
 from mgq.quantization.modes import Mode, mode_of, to_mode
 from mgq.quantization.option_names import QUALITIES
 from mgq.quantization.qat_layers import find_quantized_layers
@@ -39,7 +39,7 @@ class TestDataFree:
     def test_batch_norms_are_enough_for_int8_that_follows_float(self, target: Target) -> None:
         network = network_of("resnet18")
         with_true_statistics(network)
-        found, ranges = calibrate_data_free_network(network, "resnet18", "", {}, target)
+        found, ranges = calibrate_network(network, NO_IMAGES, "resnet18", "", data_free_steps(target), target)
         assert mode_of(network) is Mode.NORMAL and mode_of(found) is Mode.QAT
         assert ranges.target == target.name and set(ranges.ranges) >= {
             name

@@ -12,7 +12,6 @@ from megengine import Tensor
 
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection
-from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.channel_statistics import predict_statistics, survey_network
 from mgq.ptq.equalization import (
     Channels,
@@ -23,9 +22,12 @@ from mgq.ptq.equalization import (
 )
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import visit_beside_float
+from mgq.ptq.presets import PLAIN
 from mgq.ptq.range_measurement import as_input
+from mgq.ptq.steps import CorrectBias
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import logits_of, slow
+from tests.fakes.measured_ranges import simulate
 from tests.fakes.uneven_networks import IMAGES, network_of, with_true_statistics
 
 NETWORKS: tuple[Any, ...] = (
@@ -55,7 +57,7 @@ def test_int8_is_nearer_to_float(arch: str) -> None:
     wanted = logits_of(network, IMAGES)
 
     def noise(source: M.Module) -> float:
-        quantized, _ = calibrate_network(source, [IMAGES], arch, "", {}, "min-max", weight_rounding="nearest")
+        quantized = simulate(source, IMAGES, (*PLAIN, CorrectBias()))
         return float(np.square(logits_of(quantized, IMAGES) - wanted).mean())
 
     assert noise(equalize_channels(network, IMAGES)[0]) < 0.8 * noise(network)
@@ -152,9 +154,7 @@ def test_steps_work_alone_and_in_order() -> None:
     def noise(found: M.Module) -> float:
         return float(np.square(logits_of(found, IMAGES) - wanted).mean())
 
-    plain = calibrate_network(network, [IMAGES], "", "", {}, "min-max", correct_bias=False, weight_rounding="nearest")[
-        0
-    ]
+    plain = simulate(network, IMAGES, PLAIN)
     noises = [noise(plain)]
     for step in (GPTQ(), BiasCorrection()):
         visit_beside_float(plain, pixels, step)

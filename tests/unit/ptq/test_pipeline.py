@@ -19,7 +19,7 @@ from mgq.engine.calibration.analysis import calibration_of
 from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import FailureError
 from mgq.events import Progress
-from mgq.ptq.calibrate import calibrate_data_free_network, find_best_network
+from mgq.ptq.calibrate import find_best_network
 from mgq.ptq.logit_gradients import HEADROOM, LIMITS, Reaction, measure_reactions
 from mgq.ptq.pipeline import (
     FEWEST,
@@ -33,9 +33,18 @@ from mgq.ptq.pipeline import (
     snr_of,
     split,
 )
-from mgq.ptq.presets import BY_LOGITS, PRESETS, UP_TO_CEILINGS, WITH_HEADROOM, CalibrationConfig, get_preset
+from mgq.ptq.presets import (
+    BY_LOGITS,
+    PRESETS,
+    UP_TO_CEILINGS,
+    WITH_HEADROOM,
+    CalibrationConfig,
+    data_free_steps,
+    get_preset,
+)
 from mgq.ptq.range_measurement import as_input
 from mgq.ptq.steps import (
+    NO_IMAGES,
     CorrectBias,
     CorrectShifts,
     Draft,
@@ -53,6 +62,7 @@ from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
 from mgq.quantization.qat_layers import Range, bias_parameter, find_quantized_layers, quantize_weight, set_range
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
 from tests.conftest import classifier_of, slow, smooth_images
+from tests.fakes.measured_ranges import simulate
 from tests.fakes.uneven_networks import network_of, with_true_statistics
 
 IMAGES = smooth_images(24, seed=3)
@@ -128,7 +138,7 @@ class TestSearch:
         network = trained_like(SHUFFLE, {})
         fit, held = split(ENOUGH)
         plain = RangesFromImages().apply(Draft(network, fit, ONNX)).watched
-        free = calibrate_data_free_network(network, "", "", {}, ONNX)[0]
+        free = simulate(network, NO_IMAGES, data_free_steps(ONNX), ONNX)
         fast, balanced = (
             find_best_network(network, ENOUGH, "", "", get_preset(quality), ONNX)[0].network
             for quality in ("fast", "balanced")

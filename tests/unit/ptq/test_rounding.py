@@ -23,14 +23,18 @@ from mgq.ptq.gptq import (
     settle_integers,
 )
 from mgq.ptq.patches import output_size, patches, sample_positions
+from mgq.ptq.steps import RangesFromImages, RoundWeights
 from mgq.quantization.modes import Mode, to_mode
+from mgq.quantization.option_names import MSE
 from mgq.quantization.qat_layers import fold_weight, observe_weights
 from mgq.quantization.targets import ChannelFakeQuantize
 from tests.conftest import SIZE, logits_of, trio_of
-from tests.fakes.measured_ranges import measure_ranges
+from tests.fakes.measured_ranges import measure_ranges, simulate
 from tests.fakes.small_network import IMAGES, net
 
 Array = npt.NDArray[np.float32]
+
+FITTED = (RangesFromImages(MSE), RoundWeights(refit=True))
 
 
 def layer(inputs: int, outputs: int, groups: int = 1) -> tuple[Array, Array]:
@@ -140,7 +144,7 @@ def test_a_dead_output_stays_as_it_is() -> None:
 
 
 def test_the_grid_of_a_calibrated_network_is_found_again_from_its_weights() -> None:
-    calibrated, ranges = calibrate_network(net(), [IMAGES], "net", "", {})
+    calibrated, ranges = calibrate_network(net(), IMAGES, "net", "", FITTED)
     assert set(ranges.weight_ranges) == {"first", "second", "third"} and not ranges.bias_corrections
     before = logits_of(calibrated, IMAGES)
     observe_weights(calibrated)
@@ -155,7 +159,7 @@ def test_the_grid_of_a_calibrated_network_is_found_again_from_its_weights() -> N
 def test_int8_of_a_network_of_the_zoo_follows_its_simulation() -> None:
     network = trio_of("efficientnet_lite0").normal
     images = np.random.default_rng(0).integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
-    calibrated, _ = calibrate_network(network, [images], "efficientnet_lite0", "", {})
+    calibrated = simulate(network, images, FITTED)
     simulated, real = logits_of(calibrated, images), logits_of(to_mode(calibrated, Mode.QUANTIZED), images)
     assert np.corrcoef(simulated.ravel(), real.ravel())[0, 1] > 0.99
     assert measure_ranges(network, [images], "x", "", {}).bias_corrections

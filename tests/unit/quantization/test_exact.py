@@ -12,11 +12,13 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
-from mgq.ptq.calibrate import calibrate_network
+from mgq.ptq.presets import PLAIN
+from mgq.ptq.steps import CorrectBias
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat_layers import find_quantized_layers
 from mgq.zoo.registry import spec_of, specs
 from tests.conftest import logits_of, slow, smooth_images
+from tests.fakes.measured_ranges import simulate
 
 IMAGES = smooth_images(4)
 LARGE = {"resnet34", "resnet50", "efficientnet_lite1", "efficientnet_lite2"}
@@ -30,7 +32,7 @@ def pair_of(arch: str, **options: Any) -> tuple[M.Module, M.Module]:
     megengine.random.seed(3)
     network = spec_of(arch).build(10, **options)
     network.eval()
-    simulated, _ = calibrate_network(network, [IMAGES], arch, "", {}, "min-max", weight_rounding="nearest")
+    simulated = simulate(network, IMAGES, (*PLAIN, CorrectBias()))
     return simulated, to_mode(simulated, Mode.QUANTIZED)
 
 

@@ -14,19 +14,18 @@ from megengine import Tensor
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize
 from mgq.ptq.sensitivity import activation_tally
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.floors import LEVELS, steps_below
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import TO_NEAREST
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
 from mgq.quantization.qat_layers import Range, extend_to_grid, find_quantized_layers
 from mgq.quantization.targets import ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan
 from tests.fakes.foreign_models import Model
+from tests.fakes.measured_ranges import measure_ranges
 
 ENGINES = ("openvino", "onnxruntime")
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
@@ -45,10 +44,7 @@ def float_input(images: Any) -> Tensor:
 
 
 def ranges_of(network: Any, method: str = "min-max") -> ActivationRanges:
-    found = calibrate_network(
-        network, [IMAGES], "", "", {}, method, correct_bias=False, weight_rounding=TO_NEAREST, target=ONNX
-    )
-    return found[1]
+    return measure_ranges(network, [IMAGES], "", "", {}, method, correct_bias=False, target=ONNX)
 
 
 def without_floors(network: Any) -> Any:

@@ -31,8 +31,10 @@ from mgq.graph.network_reader import graph_of
 from mgq.graph.rewrites import REWRITES
 from mgq.ptq.calibrate import calibrate_network
 from mgq.ptq.quantize import quantize, refuse_without_ranges
+from mgq.ptq.steps import CorrectBias, RangesFromImages
 from mgq.quantization.float_layers import FloatWeights, keep_in_float, list_float_layers
 from mgq.quantization.modes import Mode, mode_of, to_mode
+from mgq.quantization.option_names import MSE
 from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.qat_layers import (
     find_quantized_layers,
@@ -58,6 +60,7 @@ from tests.conftest import (
     smooth_images,
     trio_of,
 )
+from tests.fakes.measured_ranges import simulate, steps_by
 
 IMAGES = smooth_images(2, seed=5)
 
@@ -74,7 +77,7 @@ def every_third(network: M.Module) -> list[str]:
 @cache
 def simulated(arch: str, target: Target) -> M.Module:
     network = trio_of(arch).normal
-    return calibrate_network(network, [smooth_images(4)], arch, "", {}, weight_rounding="nearest", target=target)[0]
+    return simulate(network, smooth_images(4), (RangesFromImages(MSE), CorrectBias()), target)
 
 
 def keeping(network: M.Module, names: Iterable[str]) -> M.Module:
@@ -322,10 +325,9 @@ def test_only_a_fake_quantized_network_keeps_layers() -> None:
 
 @pytest.mark.parametrize("method", ["min-max", "easyquant"])
 def test_layers_are_calibrated_and_quantized_in_one_go_around_kept_ones(method: str) -> None:
-    network = to_mode(trio_of("shufflenet_v1_x0_5_g3").normal, Mode.QAT)
-    names = every_third(network)
-    keep_in_float(network, names)
-    found, ranges = calibrate_network(network, [smooth_images(4)], "", "", {}, method, weight_rounding="nearest")
+    network = trio_of("shufflenet_v1_x0_5_g3").normal
+    names, steps = every_third(to_mode(network, Mode.QAT)), (*steps_by(method), CorrectBias())
+    found, ranges = calibrate_network(network, smooth_images(4), "", "", steps, float_layers=names)
     assert set(ranges.ranges) >= set(names) and not set(ranges.weight_ranges) & set(names)
     assert list_float_layers(found) == tuple(names)
     assert logits_of(quantize(found), IMAGES).shape == (2, 10)

@@ -35,6 +35,7 @@ from mgq.zoo.registry import spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
 from tests.conftest import CLASSES, Mgq, State, classifier_of, one_line_about, the_error
 from tests.fakes.foreign_values import BESIDE, NAMESPACE, value
+from tests.fakes.measured_ranges import measure_ranges
 from tests.fakes.pytorch_networks import made_up, mobilenet_names, resnet_names
 from tests.fakes.weight_files import (
     ORDERED,
@@ -664,14 +665,12 @@ class TestOverflow:
             classifier.logits(np.zeros((1, 3, 64, 64), np.uint8))
 
     def test_calibration_names_the_layer(self) -> None:
-        from mgq.ptq.calibrate import calibrate_network
-
         classifier = a_copy()
         scale = classifier.network.first_conv[0].bn.weight
         scale[...] = scale * np.float32(1e38)
         images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
         with pytest.raises(FailureError, match=r"the layer first_conv\.0 gives numbers that are not finite"):
-            calibrate_network(classifier.network, [images], "", "", {}, "min-max", weight_rounding="nearest")
+            measure_ranges(classifier.network, [images], "", "", {})
 
     @pytest.mark.parametrize("name", ["a.onnx", "a.megengine"])
     def test_nothing_is_exported_of_it(self, name: str, tmp_path: Path) -> None:
