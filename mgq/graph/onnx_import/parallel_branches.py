@@ -19,8 +19,8 @@ from mgq.quantization.targets import WEIGHT_LEVELS
 Array = npt.NDArray[Any]
 Pair = tuple[int, int]
 LEAST_WEIGHT_SNR = 36.0
-"""dB of the weights of a joined convolution in int8 from which on branches are joined. Beside an identity those of a
-wide convolution have a few levels each: it stays apart."""
+"""dB of the weights of a joined convolution in int8 from which on branches are joined. Beside much larger ones, such as
+the 1 of an identity, small weights have a few levels each."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,6 @@ class Branch:
     stride: Pair
     padding: Pair
     dilation: Pair
-
-    @property
-    def is_depthwise(self) -> bool:
-        return self.groups == len(self.weight) and self.weight.shape[1] == 1
 
 
 def join_branches(draft: NetworkDraft) -> bool:
@@ -103,38 +99,22 @@ def fold_norm(tensors: dict[str, Array], epsilon: float) -> tuple[Array, Array]:
 
 
 def join(one: Branch, other: Branch) -> Branch | None:
-    """The convolution that gives the sum of both; None where none of either's size does."""
+    """The convolution that gives the sum of both; None where there is none of the larger one's size."""
     large, small = sorted((one, other), key=lambda branch: -math.prod(branch.weight.shape[2:]))
-    if (large.source, large.stride, len(large.weight)) != (small.source, small.stride, len(small.weight)):
+    if (large.source, large.stride, large.groups) != (small.source, small.stride, small.groups):
         return None
     if small.dilation != large.dilation and small.weight.shape[2:] != (1, 1):
         return None
-    coarse = min(large, small, key=lambda branch: branch.groups)
-    weights = [in_groups(branch, coarse) for branch in (large, small)]
     rims = np.subtract(large.padding, small.padding)
-    start = [divmod(int(rim), gap) for rim, gap in zip(rims, large.dilation, strict=True)]
-    if any(weight is None for weight in weights) or any(left for _, left in start):
+    (top, below), (left, right) = (divmod(int(rim), gap) for rim, gap in zip(rims, large.dilation, strict=True))
+    height, width = small.weight.shape[2:]
+    if below or right or top < 0 or left < 0:
         return None
-    whole, part = (np.array(weight) for weight in weights)
-    (top, _), (left, _) = start
-    height, width = part.shape[2:]
-    if top < 0 or left < 0 or top + height > whole.shape[2] or left + width > whole.shape[3]:
+    if top + height > large.weight.shape[2] or left + width > large.weight.shape[3]:
         return None
-    whole[:, :, top : top + height, left : left + width] += part
-    return replace(large, weight=whole, bias=large.bias + small.bias, groups=coarse.groups)
-
-
-def in_groups(branch: Branch, coarse: Branch) -> Array | None:
-    """The weights of ``branch`` in the groups of ``coarse``; None where they are in others."""
-    if branch.groups == coarse.groups:
-        return branch.weight
-    width = coarse.weight.shape[1]
-    if not branch.is_depthwise or len(branch.weight) != width * coarse.groups:
-        return None
-    spread = np.zeros((len(branch.weight), width, *branch.weight.shape[2:]))
-    numbers = np.arange(len(branch.weight))
-    spread[numbers, numbers % width] = branch.weight[:, 0]
-    return spread
+    weight = large.weight.copy()
+    weight[:, :, top : top + height, left : left + width] += small.weight
+    return replace(large, weight=weight, bias=large.bias + small.bias)
 
 
 def weight_snr(weight: Array) -> float:
