@@ -39,6 +39,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
+from mgq.ptq.stray_images import FAR, find_usual
 from mgq.system.side_process import Call, SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
@@ -138,6 +139,8 @@ class SearchResult:
     held_back: bool
     is_constant: bool = False
     """Whether float answered with the same logits to all of these images, which differ."""
+    strays: int = 0
+    """How many images were left out (:mod:`mgq.ptq.stray_images`)."""
 
     @property
     def network(self) -> M.Module:
@@ -161,7 +164,11 @@ class SearchResult:
             f"float gives the same logits for all of {plural(self.judged_on, 'image')}: they do not depend on the "
             "picture, so that dB say nothing; check the weights, and --preprocess of an imported file"
         )
-        return [self.summary(), *([same] if self.is_constant else [])]
+        far = (
+            f"{plural(self.strays, 'image')} left out: float's logits for them are more than {FAR:.0f} times as large "
+            "as for the middle one, and ranges for them would leave few levels for the others; train it for longer"
+        )
+        return [self.summary(), *([same] if self.is_constant else []), *([far] if self.strays else [])]
 
     def summary(self) -> str:
         """What was done and what was left out, in one line."""
@@ -219,7 +226,9 @@ def find_best(
     some of the candidates where there is one: the bits are the same. Raises FailureError where the answers of
     ``network`` are not finite, and the first candidate's error where no candidate for the grids applies to it.
     """
-    fit, held = split(images)
+    is_usual = find_usual(finite_logits_of(network, images))
+    usual = images if is_usual.all() else images[is_usual]
+    fit, held = split(usual)
     start = time.perf_counter()
     exact = finite_logits_of(network, held)
     seconds = time.perf_counter() - start
@@ -229,7 +238,8 @@ def find_best(
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
     is_constant = are_all_alike(exact) and not are_all_alike(held)
-    return SearchResult(best.draft, best.trial, trials, len(held), held is not images, is_constant)
+    strays = len(images) - len(usual)
+    return SearchResult(best.draft, best.trial, trials, len(held), held is not usual, is_constant, strays)
 
 
 def are_all_alike(rows: npt.NDArray[Any]) -> bool:

@@ -129,7 +129,7 @@ def test_what_others_read_besides_is_rounded_for_a_join_in_openvino_alone(engine
         "relu_2": QuantParams(1.0, 0, 255),
         "concat_1": QuantParams(1.0, 0, 255),
     }
-    shapes = dict.fromkeys(("pixels", *grids), (1, 4, 2, 2))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("pixels", *grids), (1, 4, 2, 2))
     formed = adapt_to_engine(Graph(nodes, "pixels", "concat_1", grids, shapes), engine)
     assert [node.inputs[0] for node in formed.nodes if isinstance(node, Operation) and node.kind == "round"] == rounded
 
