@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import megengine.module as M
 import numpy as np
@@ -40,6 +40,7 @@ from mgq.ptq.steps import (
     split_float,
 )
 from mgq.ptq.stray_images import FAR, find_usual
+from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.system.side_process import Call, SideProcess, begin, share_out
 
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 5, 8, 32
@@ -68,6 +69,7 @@ LARGEST = 1e12
 """The largest number that a layer with weights may give. Trained ones give thousands."""
 
 Steps: TypeAlias = tuple[Step, ...]
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class SearchResult:
         return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
 
 
-def split(images: Images) -> tuple[Images, Images]:
+def split(images: npt.NDArray[Kind]) -> tuple[npt.NDArray[Kind], npt.NDArray[Kind]]:
     """Images to fit to, and those held back: every fifth; with too few of them, all for both."""
     if len(images) < FEWEST:
         return images, images
@@ -226,20 +228,31 @@ def find_best(
     some of the candidates where there is one: the bits are the same. Raises FailureError where the answers of
     ``network`` are not finite, and the first candidate's error where no candidate for the grids applies to it.
     """
-    is_usual = find_usual(finite_logits_of(network, images))
-    usual = images if is_usual.all() else images[is_usual]
-    fit, held = split(usual)
+    fit, held = split(images)
     start = time.perf_counter()
     exact = finite_logits_of(network, held)
     seconds = time.perf_counter() - start
     refuse_huge_layers(network, held[:1])
     with open_second_process(network, fit[:LAYERWISE_IMAGES], seconds) as side:
+        usual = leave_out_strays(network, images, exact)
+        if usual is not images:
+            fit, held = split(usual)
+            exact = finite_logits_of(network, held)
         contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
     is_constant = are_all_alike(exact) and not are_all_alike(held)
     strays = len(images) - len(usual)
     return SearchResult(best.draft, best.trial, trials, len(held), held is not usual, is_constant, strays)
+
+
+def leave_out_strays(network: M.Module, images: Images, exact: npt.NDArray[np.float64]) -> Images:
+    """``images`` without strays (:mod:`mgq.ptq.stray_images`), the same object where there are none. ``exact`` are the
+    logits of ``network`` for those of them that are held back."""
+    fit, held = split(np.arange(len(images)))
+    logits = exact if fit is held else np.concatenate([logits_of(fold_batch_norms(network), images[fit]), exact])
+    strays = np.append(fit, held)[: len(logits)][~find_usual(logits)]
+    return np.delete(images, strays, axis=0) if strays.size else images
 
 
 def are_all_alike(rows: npt.NDArray[Any]) -> bool:
