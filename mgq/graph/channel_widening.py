@@ -141,6 +141,6 @@ def widen_weights(node: Weighted, outputs: int, inputs: int) -> Weighted:
 
 def widen_scales(scales: npt.NDArray[Any] | None, outputs: int) -> npt.NDArray[Any] | None:
     """``scales``, one for all or one for each output, with 1 for the outputs that are new."""
-    return (
-        scales if scales is None or scales.size == 1 else np.pad(scales, (0, outputs - scales.size), constant_values=1)
-    )
+    if scales is None or scales.size == 1:
+        return scales
+    return np.pad(scales, (0, outputs - scales.size), constant_values=1)

@@ -68,8 +68,7 @@ def read_branch(draft: NetworkDraft, name: str) -> Branch:
     if plan is None or not draft.is_read_once(name):
         return own
     if plan.kind == "affine" and draft.shape(plan.inputs[0]) == draft.shape(name):
-        values = [to_channel_values(value, channels, 3) for value in affine(draft, name) or ()]
-        scale, shift = values if draft.samples[name].ndim == 4 else (None, None)
+        scale, shift = (to_channel_values(value, channels, 3) for value in affine(draft, name) or ())
         if scale is None or shift is None:
             return own
         return replace(own, source=plan.inputs[0], weight=scale[:, None, None, None], bias=shift)
