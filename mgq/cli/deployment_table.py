@@ -40,6 +40,9 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
         slower = " and ".join(deployment.slower)
         first = f"{else_try}, or " if else_try else ""
         note(f"int8 is slower than float in {slower}: {first}run the float file there (`mgq dump -m normal`)")
+    if deployment.own_files_only:
+        apart = " and ".join(deployment.own_files_only)
+        note(f"{deployment.path} is slower than float in {apart}: take the file for that engine alone there")
     if deployment.is_worthless:
         note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
         return

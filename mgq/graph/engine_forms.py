@@ -13,6 +13,7 @@ from dataclasses import replace
 from operator import is_
 from types import MappingProxyType
 
+from mgq.graph.channel_widening import widen_channels
 from mgq.graph.layer_graph import (
     UINT8_MAX,
     Convolution,
@@ -250,7 +251,7 @@ def for_any_engine(graph: Graph) -> Graph:
 
 
 def for_onnxruntime(graph: Graph) -> Graph:
-    return swishes_on_integers(for_any_engine(graph))
+    return widen_channels(swishes_on_integers(for_any_engine(graph)))
 
 
 def swishes_on_integers(graph: Graph) -> Graph:

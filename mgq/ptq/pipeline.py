@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import megengine.module as M
 import numpy as np
@@ -38,6 +38,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
+from mgq.ptq.stray_images import FAR, find_usual
 from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.system.side_process import SideProcess, begin, share_out
 
@@ -67,6 +68,7 @@ LARGEST = 1e12
 """The largest number that a layer with weights may give. Trained ones give thousands."""
 
 Steps: TypeAlias = tuple[Step, ...]
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class SearchResult:
     held_back: bool
     is_constant: bool = False
     """Whether float answered with the same logits to all of these images, which differ."""
+    strays: int = 0
+    """How many images were left out (:mod:`mgq.ptq.stray_images`)."""
 
     @property
     def network(self) -> M.Module:
@@ -161,7 +165,11 @@ class SearchResult:
             f"float gives the same logits for all of {plural(self.judged_on, 'image')}: they do not depend on the "
             "picture, so that dB say nothing; check the weights, and --preprocess of an imported file"
         )
-        return [self.summary(), *([same] if self.is_constant else [])]
+        far = (
+            f"{plural(self.strays, 'image')} left out: float's logits for them are more than {FAR:.0f} times as large "
+            "as for the middle one, and ranges for them would leave few levels for the others; train it for longer"
+        )
+        return [self.summary(), *([same] if self.is_constant else []), *([far] if self.strays else [])]
 
     def summary(self) -> str:
         """What was done and what was left out, in one line."""
@@ -175,7 +183,7 @@ class SearchResult:
         return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
 
 
-def split(images: Images) -> tuple[Images, Images]:
+def split(images: npt.NDArray[Kind]) -> tuple[npt.NDArray[Kind], npt.NDArray[Kind]]:
     """Images to fit to, and those held back: every fifth; with too few of them, all for both."""
     if len(images) < FEWEST:
         return images, images
@@ -222,16 +230,35 @@ def find_best(
     fit, held = split(images)
     folded = fold_batch_norms(network)
     refuse_huge_layers(folded, held[:1])
-    start = time.perf_counter()
+    began = time.perf_counter()
     logits_of(folded, held[:1])
-    seconds = (time.perf_counter() - start) * len(held)
+    seconds = (time.perf_counter() - began) * len(held)
     with open_second_process(network, fit[:LAYERWISE_IMAGES], seconds) as side:
         exact = finite_logits_of(folded, held)  # meanwhile that process starts
-        contest = Contest(preset, Judge(held, exact), draft_of(fit), on_progress, side)
+        start = start_with(draft_of(fit), preset)
+        usual = leave_out_strays(images, start.find_logits(), exact)
+        if usual is not images:
+            fit, held = split(usual)
+            exact, start = finite_logits_of(folded, held), start_with(draft_of(fit), preset)
+        contest = Contest(preset, Judge(held, exact), start, on_progress, side)
         best = contest.find_best()
     trials = tuple(each.trial for each in contest.tried)
     is_constant = are_all_alike(exact) and not are_all_alike(held)
-    return SearchResult(best.draft, best.trial, trials, len(held), held is not images, is_constant)
+    strays = len(images) - len(usual)
+    return SearchResult(best.draft, best.trial, trials, len(held), held is not usual, is_constant, strays)
+
+
+def start_with(draft: Draft, preset: Preset) -> Draft:
+    """``draft`` with what the steps of ``preset`` need to know first, measured by both processes before one is busy."""
+    return draft.see_images() if needs_gradients(preset.grids) else draft
+
+
+def leave_out_strays(images: Images, fit: npt.NDArray[np.float64], held: npt.NDArray[np.float64]) -> Images:
+    """``images`` without strays (:mod:`mgq.ptq.stray_images`), the same object where there are none. ``fit`` and
+    ``held`` are the logits of both parts into which they are :func:`split`."""
+    order = np.append(*split(np.arange(len(images))))[: len(images)]
+    strays = order[~find_usual(np.concatenate([fit, held])[: len(images)])]
+    return np.delete(images, strays, axis=0) if strays.size else images
 
 
 def are_all_alike(rows: npt.NDArray[Any]) -> bool:
@@ -359,8 +386,6 @@ class Contest:
 
     def find_best(self) -> Candidate:
         """Try them all. Raises the first error where no candidate for the grids applies to the network."""
-        if needs_gradients(self.preset.grids):
-            self.start = self.start.see_images()  # by both processes, before one of them is busy
         best = choose_best(self.try_families(self.make_families()))
         rewrites = self.rewrite(best)
         finishing = begin(self.side, self.judge.try_finishes, best.grid, best.base.forget(), self.preset.finishes)

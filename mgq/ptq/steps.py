@@ -202,9 +202,13 @@ class Draft:
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
         """Of the float network, for the images that biases are corrected by."""
+        return self.find_logits(LAYERWISE_IMAGES)
+
+    def find_logits(self, most: int | None = None) -> npt.NDArray[np.float64]:
+        """Of the float network, for all images, or for the first ones."""
         if self.exact is not None:
-            return self.exact[:LAYERWISE_IMAGES]
-        return logits_of(fold_batch_norms(self.network), self.images[:LAYERWISE_IMAGES])
+            return self.exact[:most]
+        return logits_of(fold_batch_norms(self.network), self.images[:most])
 
 
 def reactions_of(

@@ -86,7 +86,8 @@ class Images:
 class Likeness:
     """How logits compare with those of float on ``images``.
 
-    ``decibels``: energy of float's logits / energy of the difference. ``same``: share (0..1) of pictures with the same
+    ``decibels``: energy of float's logits / energy of the difference, which a few pictures with large logits may make
+    alone; ``middle``: that of the picture in the middle. ``same``: share (0..1) of pictures with the same
     answer, and the 95 % interval of it. ``top1``: share of right answers to the ``labelled`` ones, None without any;
     ``as_simulated``: share of the answers that the simulation gives, too, None where there is none.
     """
@@ -94,6 +95,7 @@ class Likeness:
     images: int
     labelled: int
     decibels: float
+    middle: float
     same: float
     interval: tuple[float, float]
     top1: float | None
@@ -144,6 +146,7 @@ def likeness_of(found: Logits, exact: Logits, labels: Labels, simulated: Logits 
         images=len(found),
         labelled=int(known.sum()),
         decibels=decibels_of(found, exact),
+        middle=float(np.median([decibels_of(*pair) for pair in zip(found, exact, strict=True)])),
         same=same / len(found),
         interval=wilson(same, len(found)),
         top1=float((answers[known] == labels[known]).mean()) if known.any() else None,

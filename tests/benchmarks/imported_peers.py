@@ -38,8 +38,8 @@ Run = Callable[[Any], npt.NDArray[np.float32]]
 PEERS = ("nncf", "nncf-mixed", "ort-min-max", "ort-percentile")
 SETS = ("unseen", "other")
 COLUMNS = (
-    *("network", "quantizer", "engine", "top-1 %, unseen", "same %, unseen", "dB, unseen"),
-    *("same %, other", "dB, other", "ms", "float / int8"),
+    *("network", "quantizer", "engine", "top-1 %, unseen", "same %, unseen", "dB, unseen", "middle dB, unseen"),
+    *("same %, other", "dB, other", "middle dB, other", "ms", "float / int8"),
 )
 WARM_UP = 5
 
@@ -174,11 +174,15 @@ def cells(
     if floats is not None:
         ratio = statistics.median(first / second for first, second in zip(floats, turns, strict=True))
         faster = f"{ratio:.2f}"
-    shown = [percent(unseen.top1), percent(unseen.same), f"{unseen.decibels:.1f}", percent(other.same)]
     return (
-        *(network, own.quantizer, own.engine, *shown, f"{other.decibels:.1f}"),
+        *(network, own.quantizer, own.engine, percent(unseen.top1)),
+        *(text for found in (unseen, other) for text in nearness_cells(found)),
         *(f"{statistics.median(turns):.2f}", faster),
     )
+
+
+def nearness_cells(found: Likeness) -> tuple[str, ...]:
+    return percent(found.same), f"{found.decibels:.1f}", f"{found.middle:.1f}"
 
 
 def main() -> None:

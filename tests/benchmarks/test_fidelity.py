@@ -53,6 +53,13 @@ def test_decibels_compare_the_energy_of_logits_with_that_of_their_error() -> Non
     assert decibels_of(exact, exact) == math.inf
 
 
+def test_the_picture_in_the_middle_is_not_drowned_by_one_with_large_logits() -> None:
+    exact = float32([1000, 0], [10, 0], [1, 0])
+    likeness = likeness_of(float32([900, 0], [9.9, 0], [0.99, 0]), exact, np.full(3, UNKNOWN))
+    assert likeness.decibels == pytest.approx(20, abs=0.1)
+    assert likeness.middle == pytest.approx(40, abs=0.1)
+
+
 def test_answers_are_compared_with_float_with_labels_and_with_the_simulation() -> None:
     exact = float32([2, 1, 0], [2, 1, 0], [0, 0, 5], [1, 3, 0])
     found = float32([1, 2, 0], [2, 1, 0], [0, 0, 5], [1, 3, 0])

@@ -32,6 +32,18 @@ def test_one_that_is_slower_in_an_engine_is_told_with_the_mend(capsys: pytest.Ca
     assert "int8 file: model.int8.onnx" in said.out and "not done" not in said.err
 
 
+@pytest.mark.parametrize(("plain", "is_said"), [(0.7, True), (1.2, False)])
+def test_where_the_file_for_any_engine_is_slower_than_float_beside_its_own_it_says_so(
+    capsys: pytest.CaptureFixture[str], plain: float, is_said: bool
+) -> None:
+    found = measured(1.3, 2.0)
+    own = replace(found.rows[0], path=Path("model.int8.own.onnx"), plain_speedup=plain)
+    show_deployment(replace(found, rows=(own, replace(found.rows[1], plain_speedup=2.0))))
+    said = " ".join(capsys.readouterr().err.split())
+    told = "model.int8.onnx is slower than float in engine 0: take the file for that engine alone there"
+    assert (told in said) == is_said
+
+
 @pytest.mark.parametrize(
     ("form", "slower", "advice"),
     [

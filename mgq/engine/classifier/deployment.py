@@ -49,13 +49,18 @@ Write = Callable[..., Dump]
 other arguments."""
 
 
+def is_slow(speedup: float | None) -> bool:
+    return speedup is not None and speedup < EQUAL_SPEED
+
+
 @dataclass(frozen=True)
 class EngineRow:
     """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8
     answers to the pictures, in percent of them as float does, and its logits against float's in dB.
 
     An engine for int8 alone has no float. ``path`` is the int8 file, ``float_share`` the part of its convolutions and
-    linear layers that stay in float32 there, because the engine runs them sooner so."""
+    linear layers that stay in float32 there, because the engine runs them sooner so. ``plain_speedup`` is the speed of
+    the file for any engine, in terms of float's."""
 
     engine: str
     version: str
@@ -65,6 +70,7 @@ class EngineRow:
     snr: float
     path: Path
     float_share: float = 0.0
+    plain_speedup: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -72,7 +78,12 @@ class EngineRow:
 
     @property
     def is_slower(self) -> bool:
-        return self.speedup is not None and self.speedup < EQUAL_SPEED
+        return is_slow(self.speedup)
+
+    @property
+    def is_plain_slower(self) -> bool:
+        """Whether the file for any engine is slower than float here."""
+        return is_slow(self.plain_speedup)
 
     @property
     def is_hardly_faster(self) -> bool:
@@ -94,6 +105,11 @@ class Deployment:
     def slower(self) -> tuple[str, ...]:
         """The engines in which int8 is slower than float."""
         return tuple(row.engine for row in self.rows if row.is_slower)
+
+    @property
+    def own_files_only(self) -> tuple[str, ...]:
+        """The engines in which the file for any engine is slower than float, and their own is faster."""
+        return tuple(row.engine for row in self.rows if row.path != self.path and row.is_plain_slower)
 
     @property
     def is_worthless(self) -> bool:
@@ -193,7 +209,8 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
     if not best.float_share:
         return row
     write(path=path, float_share=best.float_share)
-    return replace(engine_row(engine, beside, [path]), float_share=best.float_share)
+    found = engine_row(engine, beside, [path])
+    return replace(found, float_share=best.float_share, plain_speedup=row.plain_speedup)
 
 
 def write_candidates(normal: Classifier, int8: Classifier, folder: Path, images: Images) -> list[Path]:
@@ -236,7 +253,8 @@ def normal_logits(normal: Classifier, images: Images) -> npt.NDArray[np.float64]
 
 
 def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> EngineRow:
-    """The fastest of the files ``integers`` in ``engine`` beside float, or alone where it does not run that.
+    """The fastest of the files ``integers``, that for any engine first, in ``engine`` beside float, or alone where it
+    does not run that.
 
     Those that are farther from float than the first, and than ``NEAR``, by more than ``MOST_LOST`` are not taken.
     """
@@ -252,8 +270,16 @@ def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> 
     least = min(nearness[0], NEAR) - MOST_LOST
     place = min((place for place in range(len(candidates)) if nearness[place] >= least), key=taken.__getitem__)
     same = float((beside.exact.argmax(1) == answers[place].argmax(1)).mean() * 100)
-    int8 = candidates[place]
-    return EngineRow(int8.name, int8.version, float_ms, taken[place], same, nearness[place], integers[place])
+    return EngineRow(
+        engine=candidates[place].name,
+        version=candidates[place].version,
+        float_ms=float_ms,
+        int8_ms=taken[place],
+        same=same,
+        snr=nearness[place],
+        path=integers[place],
+        plain_speedup=None if float_ms is None else float_ms / taken[0],
+    )
 
 
 def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]:

@@ -54,8 +54,8 @@ ENTRY = "entry"
 """The key of what is known of a file's float input."""
 SCORES = "scores"
 """The key of the output that was taken of several."""
-VERSION = 2
-"""Of this import: raised where it makes another network of the same file. 2: floors of grids."""
+VERSION = 3
+"""Of this import: raised where it makes another network of the same file. 2: floors of grids, 3: joined branches."""
 VERSION_OF = "importer"
 """The key of the version that made an import; the first said none."""
 SAME = ("sha256", "input", SCORES)

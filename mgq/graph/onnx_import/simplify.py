@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from mgq.graph.onnx_import.draft import (
     convolution_options,
     convolution_tensors,
 )
+from mgq.graph.onnx_import.layer_queries import affine, is_affine, layers, source_of, to_channel_values
+from mgq.graph.onnx_import.parallel_branches import join_branches
 from mgq.zoo.blueprint import ACTIVATIONS, INPUT, LayerPlan
 
 Array = npt.NDArray[Any]
@@ -82,36 +84,6 @@ def drop_common_shift(draft: NetworkDraft) -> None:
         draft.output = scores
         draft.drop_unread()
         last = source_of(draft, draft.output, "sub")
-
-
-def layers(draft: NetworkDraft, *kinds: str) -> Iterator[LayerPlan]:
-    """Those of ``kinds``, as they are by now."""
-    for plan in list(draft.plans):
-        if plan.kind in kinds and draft.plan(plan.name) is plan:
-            yield plan
-
-
-def affine(draft: NetworkDraft, name: str) -> tuple[Array, Array] | None:
-    """Scale and shift of the layer ``name``; None where it is no such layer."""
-    plan = draft.plan(name)
-    if plan is None or plan.kind != "affine":
-        return None
-    tensors = draft.tensors_of(name)
-    return tensors["scale"].astype(np.float64), tensors["shift"].astype(np.float64)
-
-
-def is_affine(draft: NetworkDraft, name: str, scale: float, shift: float) -> bool:
-    found = affine(draft, name)
-    return found is not None and all(
-        part.size == 1 and math.isclose(float(part.ravel()[0]), value, rel_tol=1e-4, abs_tol=1e-6)
-        for part, value in zip(found, (scale, shift), strict=True)
-    )
-
-
-def source_of(draft: NetworkDraft, name: str, kind: str) -> LayerPlan | None:
-    """The layer ``name`` where it is of ``kind``."""
-    plan = draft.plan(name)
-    return plan if plan is not None and plan.kind == kind else None
 
 
 def join_hard_sigmoid(draft: NetworkDraft) -> bool:
@@ -315,15 +287,6 @@ def join_affines(draft: NetworkDraft) -> bool:
         draft.absorb(before, plan, before.with_options(constants=shapes))
         return True
     return False
-
-
-def to_channel_values(values: Array, channels: int, axes: int) -> Array | None:
-    """``values``, which are broadcast to (channels, ...) of so many ``axes``, as (channels,); None where they differ
-    within a channel."""
-    if values.size == 1:
-        return np.full(channels, float(values.ravel()[0]))
-    shape = (1,) * (axes - values.ndim) + values.shape
-    return values.ravel() if shape == (channels, *(1,) * (axes - 1)) else None
 
 
 def join_affine_into_weights(draft: NetworkDraft) -> bool:
@@ -569,6 +532,7 @@ RULES: tuple[Rule, ...] = (
     join_affines,
     join_affine_into_weights,
     join_reshapes,
+    join_branches,
     join_linears,
     join_pad,
     join_activation,

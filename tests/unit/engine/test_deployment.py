@@ -71,7 +71,8 @@ def test_the_share_of_layers_in_float_that_is_fastest_is_that_of_the_file(tmp_pa
         assert row.float_share == 0.5 and row.speedup == pytest.approx(1.25)
         assert row.path == tmp_path / f"small.int8.{key}.onnx"
         assert load(row.path, key).about["float_share"] == 0.5
-    assert not found.slower
+        assert row.plain_speedup == pytest.approx(1 / 1.2)
+    assert not found.slower and found.own_files_only == ("OpenVINO", "ONNX Runtime")
 
 
 def test_int8_that_is_fast_is_not_tried_in_float(deploy_at: Any) -> None:

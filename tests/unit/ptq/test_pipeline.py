@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 from megengine import Tensor
 
+import mgq.ptq.pipeline as pipeline
 from mgq.cli.analyze import calibration_lines
 from mgq.engine.calibration.analysis import calibration_of
 from mgq.engine.calibration.calibration_run import calibrate
@@ -57,6 +58,7 @@ from mgq.ptq.steps import (
     logits_of,
     split_float,
 )
+from mgq.ptq.stray_images import find_usual
 from mgq.quantization.activations import RELU6
 from mgq.quantization.batch_norm_folding import activation_of, fold_batch_norms
 from mgq.quantization.qat_layers import Range, bias_parameter, find_quantized_layers, quantize_weight, set_range
@@ -260,6 +262,35 @@ class TestOddInput:
         alike = np.repeat(IMAGES[:1], 8, axis=0)
         found = find_best(network, alike, preset, lambda fit: Draft(network, fit, ONNX))
         assert found.remarks() == [found.summary()]
+
+    @pytest.mark.parametrize("far", [0, 3], ids=["all alike", "three far"])
+    def test_images_with_logits_of_another_magnitude_are_neither_fitted_to_nor_judged(
+        self, far: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        network, preset = trained_like(SHUFFLE, {}), get_preset("fast")
+        seen: list[Images] = []
+
+        def draft_of(fit: Images) -> Draft:
+            seen.append(fit)
+            return Draft(network, fit, ONNX)
+
+        exact = logits_of(network, IMAGES)
+        exact[1 : 1 + far] *= 1000
+        logits = np.concatenate(split(exact))
+        monkeypatch.setattr(pipeline, "find_usual", lambda found: find_usual(logits))
+        found = find_best(network, IMAGES, preset, draft_of)
+        usual = np.delete(IMAGES, range(1, 1 + far), axis=0)
+        np.testing.assert_array_equal(seen[0], split(usual)[0])
+        assert (found.strays, found.judged_on, found.held_back) == (far, 8, True)
+        assert any(f"{far} images left out" in line for line in found.remarks()) == bool(far)
+
+    def test_many_images_with_larger_logits_are_a_kind_of_their_own(self) -> None:
+        logits = np.ones((10, 4))
+        logits[:2] *= 100
+        assert find_usual(logits).tolist() == [False] * 2 + [True] * 8
+        logits[:3] *= 100
+        assert find_usual(logits).all()
+        assert find_usual(np.zeros((4, 2))).all()
 
     def test_where_no_grid_can_be_made_the_first_reason_is_told(self) -> None:
         network = trained_like(SHUFFLE, {})
