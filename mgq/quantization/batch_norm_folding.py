@@ -67,8 +67,9 @@ def fold_layer(layer: _ConvBnActivation2d) -> M.Conv2d:
     weight = conv.weight.numpy()
     bias = 0.0 if conv.bias is None else conv.bias.numpy().astype(np.float64).ravel()
     scaled = weight.reshape(scale.size, -1) * scale[:, None]
-    result.weight = Parameter(scaled.reshape(weight.shape).astype(np.float32))
-    result.bias = Parameter(((bias - mean) * scale + shift).astype(np.float32).reshape(1, -1, 1, 1))
+    with np.errstate(over="ignore"):  # who asks for finite answers will find that they are not
+        result.weight = Parameter(scaled.reshape(weight.shape).astype(np.float32))
+        result.bias = Parameter(((bias - mean) * scale + shift).astype(np.float32).reshape(1, -1, 1, 1))
     return result
 
 
