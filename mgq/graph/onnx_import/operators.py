@@ -587,14 +587,18 @@ def add_pool(op: Operator, kind: str, source: str) -> str:
 
 
 def add_window(op: Operator, kind: str, source: str, steps: Steps) -> str:
-    ceil, is_whole = bool(op.read_attribute("ceil_mode", 0)), steps.kernel == list(op.scope.draft.shape(source)[2:])
-    has_gaps, is_bare = max(steps.gaps) > 1, not ceil and not any(steps.pads)
-    if is_whole and is_bare and not has_gaps:
+    ceil, sizes = bool(op.read_attribute("ceil_mode", 0)), list(op.scope.draft.shape(source)[2:])
+    is_bare, has_gaps, kernel = not any(steps.pads), max(steps.gaps) > 1, steps.kernel
+    if ceil and is_bare and not has_gaps:  # what hangs over does not count
+        kernel = [min(pair) for pair in zip(kernel, sizes, strict=True)]
+    if kernel == sizes and is_bare and not has_gaps:
         return op.add({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], source)
-    # ONNX Runtime 1.20 joins a Pad with the average behind it, which then leaves out what is to count.
-    include = {"include": is_bare or bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
-    more = {"dilation": steps.gaps} if has_gaps else include
-    return op.add(kind, source, kernel=steps.kernel, stride=steps.stride, pads=steps.pads, ceil=ceil, **more)
+    more: dict[str, Any] = {"dilation": steps.gaps} if has_gaps else {}
+    if kind == "avg_pool":
+        # Nothing around makes both the same. ONNX Runtime 1.20 counts what hangs over where this is set, and joins a
+        # Pad with the average behind it where it is not.
+        more = {"include": not ceil if is_bare else bool(op.read_attribute("count_include_pad", 0))}
+    return op.add(kind, source, kernel=kernel, stride=steps.stride, pads=steps.pads, ceil=ceil, **more)
 
 
 def read_global_pool(kind: str) -> Callable[[Operator], None]:
