@@ -218,6 +218,18 @@ def norm_of_tokens(model: Model) -> str:
     return model.add("Mul", model.add("Reshape", normal, integers(model, -1, 8, 16, 16)), model.weights(16))
 
 
+def transposed_convolutions(model: Model) -> str:
+    """In groups, with gaps and uneven sides, larger than they reach, and of a size that is named."""
+    shift = model.weights(8)
+    apart = model.add(
+        *("ConvTranspose", first(model), model.weights(8, 4, 3, 2), shift),
+        **{"group": 2, "strides": [2, 3], "pads": [1, 0, 2, 1], "dilations": [2, 1], "output_padding": [1, 0]},
+    )
+    same = model.add("ConvTranspose", apart, model.weights(8, 8, 3, 3), auto_pad="SAME_UPPER", strides=[1, 2])
+    small = model.add("AveragePool", same, kernel_shape=[3, 6], strides=[3, 6])
+    return model.add("ConvTranspose", small, model.weights(8, 8, 1, 1), strides=[2, 2], output_shape=[20, 29])
+
+
 BODIES: tuple[Body, ...] = (
     *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
     *(
@@ -230,7 +242,7 @@ BODIES: tuple[Body, ...] = (
         averages_beside_zeros,
         windows_that_hang_over,
     ),
-    *(volumes, norm_of_tokens),
+    *(volumes, norm_of_tokens, transposed_convolutions),
 )
 
 
@@ -260,6 +272,15 @@ def check(path: Path, folder: Path, least: float) -> None:
     file = dump_classifier(int8_of(path, "raw"), folder / "int8.onnx", batch=None).path
     for engine in ("openvino", "onnxruntime"):
         assert snr_of(load(file, engine).run(images).astype(np.float64), found.astype(np.float64)) > least, engine
+
+
+def test_tables_that_are_expanded_to_what_they_are_already_are_no_larger_by_that(tmp_path: Path) -> None:
+    """As those of places between 14 x 14 patches and as many others, in ConViT."""
+    model = Model()
+    table = model.add("Expand", model.constant(np.full((196, 196), 0.5)), integers(model, 1, 196, 196))
+    shift = model.add("ReduceMean", table, axes=[0, 1, 2], keepdims=0)
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Add", first(model), shift), 8))
+    assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
 
 
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
