@@ -220,11 +220,10 @@ def norm_of_tokens(model: Model) -> str:
 
 def transposed_convolutions(model: Model) -> str:
     """In groups, with gaps and uneven sides, larger than they reach, and of a size that is named."""
-    shift = model.weights(8)
-    apart = model.add(
-        *("ConvTranspose", first(model), model.weights(8, 4, 3, 2), shift),
-        **{"group": 2, "strides": [2, 3], "pads": [1, 0, 2, 1], "dilations": [2, 1], "output_padding": [1, 0]},
-    )
+    kernels, shift = model.weights(8, 4, 3, 2), model.weights(8)
+    sides: dict[str, Any] = {"pads": [1, 0, 2, 1], "output_padding": [1, 0]}
+    how: dict[str, Any] = {"group": 2, "strides": [2, 3], "dilations": [2, 1], **sides}
+    apart = model.add("ConvTranspose", first(model), kernels, shift, **how)
     same = model.add("ConvTranspose", apart, model.weights(8, 8, 3, 3), auto_pad="SAME_UPPER", strides=[1, 2])
     small = model.add("AveragePool", same, kernel_shape=[3, 6], strides=[3, 6])
     return model.add("ConvTranspose", small, model.weights(8, 8, 1, 1), strides=[2, 2], output_shape=[20, 29])
