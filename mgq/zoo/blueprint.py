@@ -26,9 +26,9 @@ INTEGER = WEIGHTED | {"add", "mul", "concat", "avg_pool", "global_avg"} | (ACTIV
 """Kinds of layers with int8 kernels: their inputs and outputs are quantized."""
 # fmt: off
 FLOAT = frozenset({
-    "abs", "affine", "choose", "div", "erf", "exp", "greater", "highest", "layer_norm", "log", "log_softmax", "lrn",
-    "matmul", "maximum", "mean", "minimum", "neg", "pow", "powers", "prelu", "reciprocal", "resize", "softmax",
-    "softplus", "sqrt", "sub",
+    "abs", "affine", "atan", "ceil", "choose", "cos", "div", "erf", "exp", "floor", "greater", "highest", "layer_norm",
+    "log", "log_softmax", "lrn", "matmul", "maximum", "mean", "minimum", "neg", "pow", "powers", "prelu", "reciprocal",
+    "resize", "round", "sign", "sin", "softmax", "softplus", "sqrt", "sub",
 })
 # fmt: on
 """Kinds of layers that stay in float32."""

@@ -263,6 +263,13 @@ def erf(_: Options, inp: Tensor) -> Tensor:
     return apply(Elemwise(mode="ERF"), inp)[0]
 
 
+def round_to_even(_: Options, inp: Tensor) -> Tensor:
+    """MegEngine's own rounds halves away from 0."""
+    low = F.floor(inp)
+    part, is_odd = inp - low, low - 2 * F.floor(low / 2)
+    return low + F.where(part == 0.5, is_odd, (part > 0.5).astype(np.float32))
+
+
 def compare(_: Options, one: Tensor, other: Tensor) -> Tensor:
     """1 where ``one`` is greater, else 0."""
     return (one > other).astype(np.float32)
@@ -312,6 +319,13 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sqrt": lambda _, x: F.sqrt(x),
     "erf": erf,
     "exp": lambda _, x: F.exp(x),
+    "sin": lambda _, x: F.sin(x),
+    "cos": lambda _, x: F.cos(x),
+    "atan": lambda _, x: F.atan(x),
+    "sign": lambda _, x: F.sign(x),
+    "floor": lambda _, x: F.floor(x),
+    "ceil": lambda _, x: F.ceil(x),
+    "round": round_to_even,
     "log": lambda _, x: F.log(x),
     "maximum": lambda _, x, y: F.maximum(x, y),
     "minimum": lambda _, x, y: F.minimum(x, y),

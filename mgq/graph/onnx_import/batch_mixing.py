@@ -17,7 +17,7 @@ import numpy as np
 from mgq.graph.onnx_import.comparisons import COMPARING
 from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.einsum import split_equation
-from mgq.graph.onnx_import.operators import LAST_CHANNELS, Scope, UnknownFormError
+from mgq.graph.onnx_import.operators import LAST_CHANNELS, MOST_WEIGHTS, Scope, UnknownFormError
 from mgq.graph.onnx_import.reductions import REDUCING_AXES
 
 ALONG_ONE_AXIS = {
@@ -34,9 +34,10 @@ ALONG_AXES = {"ReduceMean": 1, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1, **dict.
 """Operator -> the input that may name its axes."""
 OF_ANY_AXES = frozenset(
     {
-        *("Abs", "Add", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu", "Gemm", "HardSigmoid"),
-        *("HardSwish", "Identity", "LeakyRelu", "Log", "MatMul", "Mish", "Mul", "Neg", "Pow", "Reciprocal"),
-        *("Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Tanh"),
+        *("Abs", "Add", "Atan", "Cast", "Ceil", "Celu", "Clip", "Cos", "Div", "Dropout", "Elu", "Erf", "Exp", "Floor"),
+        *("Gelu", "Gemm", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "MatMul", "Mish", "Mul", "Neg"),
+        *("Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt"),
+        *("Sub", "Tanh"),
         *COMPARING,
     }
 )
@@ -53,8 +54,6 @@ OF_CHANNELS = frozenset(
     }
 )
 """Operators on the channels of pictures, whose first axis is that of pictures whatever these are."""
-MOST_WEIGHTS = 1 << 24
-"""That are repeated for the windows of a picture."""
 LIFTED = "one more axis: "
 """How names of tensors with the axis of pictures in front begin."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,9 @@ def refuse_too_large(node: Any, inputs: list[Array]) -> None:
         size = float(inputs[0].size) * abs(float(inputs[1].ravel()[0]))
     elif node.op_type == "ConstantOfShape":
         size = float(np.prod(inputs[0].astype(np.float64)))
+    elif node.op_type == "Expand":
+        wanted = np.broadcast_shapes(inputs[0].shape, tuple(int(side) for side in inputs[1]))
+        size = math.prod(float(side) for side in wanted)
     elif node.op_type == "Pad":
         size = float(np.prod([side + float(np.abs(inputs[1]).sum()) for side in inputs[0].shape])) if inputs[1:] else 0
     else:

@@ -17,6 +17,7 @@ from mgq.graph.onnx_import.draft import (
     convolution_options,
     convolution_tensors,
 )
+from mgq.graph.onnx_import.volumes import find_idle_axis, repeat_weights, run_without_axis, without_axis
 from mgq.zoo.blueprint import INPUT, MOVES
 
 Array = npt.NDArray[Any]
@@ -24,12 +25,15 @@ Array = npt.NDArray[Any]
 LAST_CHANNELS = "channels_last"
 """An attribute that no file has: the channels of a norm are the last axis."""
 FLOATS = {1, 11}
+BOOL = 9
 WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
 """ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
 LARGEST = 3e38
 """From here on a number is as good as infinite."""
 MOST_PLACES = 4096
 """In what is looked up."""
+MOST_WEIGHTS = 1 << 24
+"""That are repeated for the windows of a picture."""
 
 
 class UnknownFormError(Exception):
@@ -184,28 +188,73 @@ def add_affine(op: Operator, source: str, scale: float | Array = 1.0, shift: flo
     return op.scope.draft.add("affine", [source], "", {}, tensors)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Windows: their size, how far apart they are, what is put around, before each axis and then behind, and how far
+    apart their numbers are."""
+
+    kernel: list[int]
+    stride: list[int]
+    pads: list[int]
+    gaps: list[int]
+
+    def of_row(self) -> Steps:
+        """The same along the row of a picture, of windows along one axis."""
+        start, end = self.pads
+        return Steps([1, *self.kernel], [1, *self.stride], [0, start, 0, end], [1, *self.gaps])
+
+    def find_idle_axis(self) -> int:
+        """That of three along which windows leave each number alone."""
+        axis = find_idle_axis(self.kernel, self.stride, self.pads)
+        if axis is None:
+            raise UnknownFormError("has windows along three axes")
+        return axis
+
+    def without_axis(self, axis: int) -> Steps:
+        """The same along the other two of three."""
+        return Steps(*(without_axis(values, axis) for values in (self.kernel, self.stride, self.pads, self.gaps)))
+
+
 def read_convolution(op: Operator) -> None:
-    weight, bias, draft = op.constant(1), op.constant(2), op.scope.draft
+    weight = op.constant(1)
     assert weight is not None
     axes = weight.ndim - 2
-    if axes not in (1, 2) or len(op.shape()) != weight.ndim:
+    if axes not in (1, 2, 3) or len(op.shape()) != weight.ndim:
         raise UnknownFormError(f"convolves {axes} axes, more than pictures have")
     stride, dilation = list(op.read_attribute("strides", [1] * axes)), list(op.read_attribute("dilations", [1] * axes))
-    groups = int(op.read_attribute("group", 1))
-    pads, source = pads_of(op, weight.shape[2:], stride, dilation), op.layer()
-    if axes == 1:  # as one row of a picture
-        weight, stride, dilation, pads = weight[:, :, None], [1, *stride], [1, *dilation], [0, pads[0], 0, pads[1]]
-        source = op.add("reshape", source, shape=[op.shape()[1], 1, op.shape()[2]])
+    steps = Steps(list(weight.shape[2:]), stride, pads_of(op, weight.shape[2:], stride, dilation), dilation)
+    convolve = convolve_volumes if axes == 3 else convolve_rows if axes == 1 else add_convolution
+    op.give(convolve(op, op.layer(), weight, op.constant(2), steps, int(op.read_attribute("group", 1))))
+
+
+def add_convolution(op: Operator, source: str, weight: Array, bias: Array | None, steps: Steps, groups: int) -> str:
+    pads = steps.pads
     if pads[:2] != pads[2:]:
         source = op.add("pad", source, pads=pads, value=0.0)
         pads = [0, 0, 0, 0]
-    options = convolution_options(weight, groups, stride=stride, padding=pads[:2], dilation=dilation)
-    tensors = convolution_tensors(weight, bias, groups)
-    if axes == 2:
-        op.make("conv", [source], tensors, **options)
-        return
-    row = draft.add("conv", [source], "", options, tensors)
-    op.make("reshape", [row], shape=[len(weight), draft.shape(row)[-1]])
+    options = convolution_options(weight, groups, stride=steps.stride, padding=pads[:2], dilation=steps.gaps)
+    return op.scope.draft.add("conv", [source], "", options, convolution_tensors(weight, bias, groups))
+
+
+def convolve_rows(op: Operator, source: str, weight: Array, bias: Array | None, steps: Steps, groups: int) -> str:
+    """Along one axis: as one row of a picture."""
+    row = op.add("reshape", source, shape=[op.shape()[1], 1, op.shape()[2]])
+    done = add_convolution(op, row, weight[:, :, None], bias, steps.of_row(), groups)
+    return op.add("reshape", done, shape=[len(weight), op.scope.draft.shape(done)[-1]])
+
+
+def convolve_volumes(op: Operator, source: str, weight: Array, bias: Array | None, steps: Steps, groups: int) -> str:
+    """Along two of three axes: for each number along the third, with the same weights."""
+    axis = steps.find_idle_axis()
+    times = op.shape()[axis + 2]
+    if weight.size * times > MOST_WEIGHTS:
+        raise UnknownFormError("has too many weights to repeat them along its third axis")
+    weight = repeat_weights(weight, axis, times)
+    bias = None if bias is None else np.concatenate([bias] * times)
+    plane = steps.without_axis(axis)
+    return run_without_axis(
+        op.scope.draft, source, axis, lambda flat: add_convolution(op, flat, weight, bias, plane, groups * times)
+    )
 
 
 def pads_of(op: Operator, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -520,29 +569,36 @@ def add_pool(op: Operator, kind: str, source: str) -> str:
     shape, kernel = op.scope.draft.shape(source), [int(size) for size in op.read_attribute("kernel_shape", [])]
     axes = len(kernel)
     gaps = [int(gap) for gap in op.read_attribute("dilations", [1] * axes)]
-    if axes not in (1, 2) or len(shape) != axes + 2 or op.read_attribute("storage_order", 0):
+    if axes not in (1, 2, 3) or len(shape) != axes + 2 or op.read_attribute("storage_order", 0):
         raise UnknownFormError("pools over other windows than those of pictures")
     if max(gaps) > 1 and kind != "max_pool":
         raise UnknownFormError("averages windows with gaps")
     stride = [int(size) for size in op.read_attribute("strides", [1] * axes)]
-    pads = pads_of(op, kernel, stride, gaps)
+    steps = Steps(kernel, stride, pads_of(op, kernel, stride, gaps), gaps)
     if axes == 2:
-        return add_window(op, kind, source, kernel, stride, pads, gaps)
+        return add_window(op, kind, source, steps)
+    if axes == 3:
+        axis = steps.find_idle_axis()
+        plane = steps.without_axis(axis)
+        return run_without_axis(op.scope.draft, source, axis, lambda flat: add_window(op, kind, flat, plane))
     row = op.add("reshape", source, shape=[shape[1], 1, shape[2]])
-    one_row = ([1, *kernel], [1, *stride], [0, pads[0], 0, pads[1]], [1, *gaps])
-    pooled = add_window(op, kind, row, *one_row)
+    pooled = add_window(op, kind, row, steps.of_row())
     return op.add("reshape", pooled, shape=[shape[1], op.scope.draft.shape(pooled)[-1]])
 
 
-def add_window(
-    op: Operator, kind: str, source: str, kernel: list[int], stride: list[int], pads: list[int], gaps: list[int]
-) -> str:
-    ceil, is_whole = bool(op.read_attribute("ceil_mode", 0)), kernel == list(op.scope.draft.shape(source)[2:])
-    if is_whole and not ceil and max(gaps) == 1 and pads == [0] * 4:
+def add_window(op: Operator, kind: str, source: str, steps: Steps) -> str:
+    ceil, sizes = bool(op.read_attribute("ceil_mode", 0)), list(op.scope.draft.shape(source)[2:])
+    is_bare, has_gaps, kernel = not any(steps.pads), max(steps.gaps) > 1, steps.kernel
+    if ceil and is_bare and not has_gaps:  # what hangs over does not count
+        kernel = [min(pair) for pair in zip(kernel, sizes, strict=True)]
+    if kernel == sizes and is_bare and not has_gaps:
         return op.add({"max_pool": "global_max", "avg_pool": "global_avg"}[kind], source)
-    include = {"include": bool(op.read_attribute("count_include_pad", 0))} if kind == "avg_pool" else {}
-    more = include if max(gaps) == 1 else {"dilation": gaps}
-    return op.add(kind, source, kernel=kernel, stride=stride, pads=pads, ceil=ceil, **more)
+    more: dict[str, Any] = {"dilation": steps.gaps} if has_gaps else {}
+    if kind == "avg_pool":
+        # Nothing around makes both the same. ONNX Runtime 1.20 counts what hangs over where this is set, and joins a
+        # Pad with the average behind it where it is not.
+        more = {"include": not ceil if is_bare else bool(op.read_attribute("count_include_pad", 0))}
+    return op.add(kind, source, kernel=kernel, stride=steps.stride, pads=steps.pads, ceil=ceil, **more)
 
 
 def read_global_pool(kind: str) -> Callable[[Operator], None]:
@@ -666,11 +722,22 @@ def read_lrn(op: Operator) -> None:
 
 
 def read_cast(op: Operator) -> None:
-    """To floats; of uint8 pixels to wider integers, too."""
+    """To floats; to truth, which is a mask; of uint8 pixels to wider integers, too."""
+    wanted = int(op.read_attribute("to", 1))
+    if wanted == BOOL:
+        read_truth(op)
+        return
     kinds = FLOATS | WIDE_INTEGERS if op.scope.holds_pixels(op.layer()) else FLOATS
-    if int(op.read_attribute("to", 1)) not in kinds:
+    if wanted not in kinds:
         raise UnknownFormError("turns layers into integers or half floats")
     op.pass_through(op.layer())
+
+
+def read_truth(op: Operator) -> None:
+    """1 where a number is not 0."""
+    source = op.layer()
+    amount = op.add("abs", source)
+    op.give(op.scope.draft.add("greater", [amount], "", {}, {"value": np.zeros(())}))
 
 
 def read_dropout(op: Operator) -> None:
@@ -687,18 +754,22 @@ def read_nothing(op: Operator) -> None:
 READERS: dict[str, Callable[[Operator], None]] = {
     "Abs": read_unary("abs"),
     "Add": read_binary("add"),
+    "Atan": read_unary("atan"),
     "AveragePool": read_pool("avg_pool"),
     "BatchNormalization": read_batch_norm,
     "Cast": read_cast,
+    "Ceil": read_unary("ceil"),
     "Clip": read_clip,
     "Concat": read_concat,
     "Conv": read_convolution,
+    "Cos": read_unary("cos"),
     "Div": read_binary("div"),
     "Dropout": read_dropout,
     "Elu": read_unary("elu", alpha=1.0),
     "Erf": read_unary("erf"),
     "Exp": read_unary("exp"),
     "Flatten": read_flatten,
+    "Floor": read_unary("floor"),
     "Gather": read_gather,
     "Gemm": read_gemm,
     "GlobalAveragePool": read_global_pool("global_avg"),
@@ -719,7 +790,10 @@ READERS: dict[str, Callable[[Operator], None]] = {
     "ReduceMean": read_mean,
     "Relu": read_unary("relu"),
     "Reshape": read_reshape,
+    "Round": read_unary("round"),
     "Sigmoid": read_unary("sigmoid"),
+    "Sign": read_unary("sign"),
+    "Sin": read_unary("sin"),
     "Slice": read_slice,
     "Softmax": read_softmax("softmax"),
     "Softplus": read_unary("softplus"),

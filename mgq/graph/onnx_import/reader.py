@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mgq.errors import InputError, printable
 from mgq.graph.onnx_import.batch_mixing import OF_CHANNELS, lift, lift_channels, settle, settle_channels
 from mgq.graph.onnx_import.composed_operators import COMPOSED
+from mgq.graph.onnx_import.computed_norms import is_computed_norm, read_computed_norm
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
 from mgq.graph.onnx_import.operators import READERS, BatchMixedError, Operator, Scope, UnknownFormError
@@ -133,6 +134,10 @@ def fold_by_layers(node: Any, scope: Scope) -> None:
 def read_operator(node: Any, scope: Scope) -> None:
     """Make layers of ``node``: as it stands, or with the axis of pictures in front where it takes the first for
     another."""
+    operator = Operator(node, scope, attributes_of(node))
+    if is_computed_norm(operator):
+        read_computed_norm(operator)
+        return
     if not scope.without_batch & set(node.input):
         try:
             make_layers(node, scope)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mgq.graph.onnx_import.operators import (
+    BatchMixedError,
     Operator,
     UnknownFormError,
     add_affine,
@@ -72,6 +73,19 @@ def read_log_of_powers(op: Operator) -> None:
     op.give(op.add("add", total, op.add("reshape", highest, shape=shape)))
 
 
+def read_running_sum(op: Operator) -> None:
+    """CumSum: each number with those before it, or behind it, with itself or without."""
+    shape, axis = op.shape(), op.axis(int(op.numbers("axis", 1)[0]), len(op.shape()))
+    if axis == 0:
+        raise BatchMixedError
+    before = np.triu(np.ones((shape[axis],) * 2), int(op.read_attribute("exclusive", 0)))
+    weight = before.T if op.read_attribute("reverse", 0) else before
+    rows = [math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :])]
+    last = op.add("transpose", op.add("reshape", op.layer(), shape=rows), axes=[0, 1, 3, 2])
+    summed = op.scope.draft.add("matmul", [last], "", {}, {"weight": weight})
+    op.give(op.add("reshape", op.add("transpose", summed, axes=[0, 1, 3, 2]), shape=list(shape[1:])))
+
+
 # ---- lengths, by the power p ----
 
 
@@ -116,6 +130,7 @@ def read_whole_length(op: Operator) -> None:
 
 
 REDUCING: dict[str, Callable[[Operator], None]] = {
+    "CumSum": read_running_sum,
     "GlobalLpPool": read_whole_length,
     "LpNormalization": read_normal_length,
     "LpPool": read_length_pool,
