@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from mgq.cli.shared_options import (
     prepare_megengine,
 )
 from mgq.errors import InputError, megabytes, plural
+from mgq.io.temporary_folders import temporary_folder
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -284,8 +284,8 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
     from mgq.engine.classifier.open import to_float
     from mgq.export.formats import SUFFIXES
 
-    with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
-        path = Path(folder) / f"float{SUFFIXES[int8.format]}"
+    with temporary_folder() as folder:
+        path = folder / f"float{SUFFIXES[int8.format]}"
         input_type = "uint8" if wanted.input_type == "uint8" else "float32"
         size = dump_classifier(to_float(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
