@@ -18,7 +18,7 @@ from mgq.cli.shared_options import (
     open_network,
     prepare_megengine,
 )
-from mgq.errors import InputError, megabytes, plural
+from mgq.errors import InputError, format_size, plural
 from mgq.io.temporary_folders import temporary_folder
 
 CHECKS = ("logits", "layers", "none")
@@ -196,7 +196,7 @@ def say_file(classifier: Classifier, dumped: Dump, wanted: FileOptions, to: Cons
     batch = "N" if dumped.format == "native" or wanted.batch is None else wanted.batch
     takes = dumped.takes or f"{wanted.input_type} ({batch}, 3, {height}, {width}) BGR"
     say(
-        f"{dumped.path}: {megabytes(dumped.size)}, takes {takes}, "
+        f"{dumped.path}: {format_size(dumped.size)}, takes {takes}, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )
@@ -289,7 +289,7 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
         input_type = "uint8" if wanted.input_type == "uint8" else "float32"
         size = dump_classifier(to_float(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
-        to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
+        to.print(f"size: float32 {format_size(size)}, int8 {format_size(int8.size)} ({ratio:.1f} times smaller)")
 
 
 def measure_speed(

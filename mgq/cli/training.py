@@ -33,7 +33,7 @@ from mgq.cli.option_types import (
     RecipeNumber,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
-from mgq.errors import InputError, megabytes
+from mgq.errors import InputError, format_size
 from mgq.io.temporary_folders import temporary_folder
 from mgq.system.end_signals import end_signals
 from mgq.system.mpi_world import JOBS_VARIABLE, find_world, run_jobs
@@ -339,7 +339,7 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
         ("int8", comparison.quantized, comparison.quantized_bytes),
     ):
         drop = "" if found is comparison.normal else f"{base - found.top1:.1f}"
-        weights = "" if size is None else megabytes(size)
+        weights = "" if size is None else format_size(size)
         table.add_row(label, f"{found.top1:.1f} %", f"{found.top5:.1f} %", drop, weights)
     return table
 

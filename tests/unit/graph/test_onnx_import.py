@@ -689,13 +689,32 @@ def old_opset(model: Model) -> Any:
     return proto
 
 
-def outside(model: Model) -> Any:
+def keep_elsewhere(model: Model, place: str) -> Any:
     proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
     tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../secret.bin")
+    tensor.external_data.add(key="location", value=place)
     return proto
+
+
+def outside(model: Model) -> Any:
+    return keep_elsewhere(model, "../secret.bin")
+
+
+def impossible_place(model: Model) -> Any:
+    return keep_elsewhere(model, "model\0.bin")
+
+
+def none_at_once(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    return proto
+
+
+def negative_variance(model: Model) -> Any:
+    each = [model.constant(np.full(8, value)) for value in (1.0, 0.0, 0.0, -0.5)]
+    return model.proto(model.classify(model.add("BatchNormalization", model.conv("image", 3, 8), *each), 8))
 
 
 def not_numbers(model: Model) -> Any:
@@ -748,6 +767,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "dropout": (training_dropout, "Dropout 'n1' (opset 18) that drops at random: export it in evaluation state"),
     "batch norm": (training_norm, "normalizes by the batch: export it in evaluation state"),
     "outside": (outside, "outside of its folder"),
+    "impossible place": (impossible_place, "says nonsense of where"),
+    "none at once": (none_at_once, "takes 0 pictures at once"),
+    "negative variance": (negative_variance, "has a negative variance (-0.5)"),
     "nan": (not_numbers, "NaN"),
     "overflow": (overflowing, "answers with numbers that are not finite"),
 }

@@ -80,7 +80,8 @@ def test_folders_in_use_and_folders_of_the_user_stay(place: Path, other: tuple[s
 def test_a_folder_that_another_takes_for_abandoned_is_made_again(
     monkeypatch: pytest.MonkeyPatch, is_locked: bool
 ) -> None:
-    lock, taken = fcntl.flock, []
+    lock = fcntl.flock
+    taken: list[Path] = []
 
     def lose_the_first(descriptor: int, operation: int) -> None:
         if not taken:
