@@ -277,3 +277,10 @@ def test_a_verb_that_is_interrupted_at_work_says_so(mgq: Mgq, monkeypatch: pytes
     monkeypatch.setattr("mgq.cli.models.show", interrupt)
     done = mgq("models")
     assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+def test_a_verb_that_is_interrupted_while_it_reads_its_options_says_so(mgq: Mgq, tmp_path: Path) -> None:
+    """A network of the user's own is built then."""
+    (tmp_path / "net.py").write_text("def net(classes):\n    raise KeyboardInterrupt\n")
+    done = mgq("infer", "-a", f"{tmp_path}/net.py:net")
+    assert done.code == 130 and done.err == "error: interrupted\n"
