@@ -200,6 +200,23 @@ def run_verb() -> Any:
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())
         return 2
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # for which click and rich have an exit code of their own
+            raise end.__context__ from None
+        raise
+    except Exception as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind ``error``: of one that comes while a library is loaded, that makes an ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or str(error).startswith(KeyboardInterrupt.__name__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 STUCK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})

@@ -35,12 +35,12 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
     InputError for a name that is taken or is no valid folder name, and for a network that does not meet this contract.
     """
     known = specs().get(name)
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name.endswith("."):
         raise InputError(f"'{printable(name)[:80]}' is no name for a network: use letters, digits, '_', '-' and '.'")
     if known is not None and not known.is_own:
         raise InputError(f"{name} is the name of a network of mgq's own: choose another")
-    if image_size < 32 or image_size % 32:
-        raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
+    if not isinstance(image_size, int) or image_size < 32 or image_size % 32:
+        raise InputError(f"an image size of {image_size!r} will not do: give a multiple of 32")
     load_megengine()
     network = build_network(name, builder)
     refuse_other_answers(name, network, image_size)
@@ -59,6 +59,8 @@ def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
     import megengine.module as M
 
+    if isinstance(builder, M.Module):
+        raise InputError(f"{name} is a network: give the function that builds it of the number of classes")
     if not callable(builder):
         raise InputError(f"{name} is no function: give one that takes the number of classes and returns a network")
     refuse_other_arguments(name, builder)

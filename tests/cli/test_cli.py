@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mgq.data.decoding import bundled_cat
-from mgq.errors import FailureError
+from mgq.errors import FailureError, InputError
 from mgq.zoo.registry import create_model, specs
 from tests.conftest import Mgq, the_error
 
@@ -284,3 +284,33 @@ def test_a_verb_that_is_interrupted_while_it_reads_its_options_says_so(mgq: Mgq,
     (tmp_path / "net.py").write_text("def net(classes):\n    raise KeyboardInterrupt\n")
     done = mgq("infer", "-a", f"{tmp_path}/net.py:net")
     assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["by its cause", "in words alone"])
+def test_an_interrupt_while_a_library_is_loaded_is_no_missing_package(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise ImportError("of the library" if is_told else "KeyboardInterrupt: ") from None
+        except ImportError as error:
+            if not is_told:
+                error.__context__ = None
+            raise InputError("the library is not installed") from error
+
+    monkeypatch.setattr("mgq.cli.models.show", interrupt)
+    done = mgq("models")
+    assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("words", [("models",), ("infer",)])
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path, words: tuple[str, ...]) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mgq", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()  # the end of what reads it
+    assert child.wait(timeout=240) == 0 and not child.stderr.read()

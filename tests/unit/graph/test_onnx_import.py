@@ -509,7 +509,8 @@ def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     names = [f"kind {i}" for i in range(CLASSES)]
     (tmp_path / "names.txt").write_text("\n".join(names))
     (tmp_path / "names.json").write_text(json.dumps({str(i): name for i, name in enumerate(names)}))
-    for file in ("names.txt", "names.json"):
+    (tmp_path / "notepad.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    for file in ("names.txt", "names.json", "notepad.txt"):
         assert classifier_in(path, ImportWish(labels=tmp_path / file)).classes == tuple(names)
     (tmp_path / "names.txt").write_text("only\ntwo")
     with pytest.raises(InputError, match="2 names for a network of 10 classes: give one for each"):
@@ -517,6 +518,13 @@ def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join([*names[:-2], "crane", "crane"]))
     with pytest.raises(InputError, match="gives the name 'crane' to 2 classes: tell them apart, as in 'crane 1'"):
         classifier_in(path, ImportWish(labels=tmp_path / "names.txt"))
+
+
+@pytest.mark.parametrize("said", ["nan,1,1", "inf", "1,,2", "a"])
+def test_a_mean_of_no_numbers_is_refused(tmp_path: Path, mgq: Mgq, said: str) -> None:
+    path = write(tmp_path / "model.onnx")
+    refused = the_error(mgq("calibrate", "-c", path, "--data-free", "--mean", said, "--std", "1"))
+    assert f"--mean '{said}' are no numbers" in refused
 
 
 def test_the_background_comes_first_of_1001_classes(tmp_path: Path) -> None:

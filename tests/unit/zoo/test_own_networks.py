@@ -6,6 +6,7 @@ import html
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import megengine
 import numpy as np
@@ -93,6 +94,18 @@ def test_a_name_of_the_zoo_cannot_be_taken() -> None:
     for name, said in (("resnet18", "network of mgq's own"), ("a/b", "no name for a network")):
         with pytest.raises(InputError, match=said):
             mgq.register(name, lambda classes: None)
+
+
+@pytest.mark.parametrize("image_size", [0, 40, "64", 64.0])
+def test_an_image_size_is_a_multiple_of_32(image_size: Any) -> None:
+    with pytest.raises(InputError, match=f"an image size of {image_size!r} will not do: give a multiple of 32"):
+        mgq.register("mine", lambda classes: None, image_size)
+
+
+def test_a_network_in_place_of_its_function_is_refused(example: Path) -> None:
+    network = register_from_file(f"{example}:tiny").build(5)
+    with pytest.raises(InputError, match="mine is a network: give the function that builds it"):
+        mgq.register("mine", network)
 
 
 WRONG = {
