@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mgq.errors import FailureError, InputError, printable
+from mgq.io.atomic import says_disk_full
 
 PREFIX = "mgq-"
 _MARK = ".temporary-folder-of-mgq"
@@ -34,7 +35,7 @@ def temporary_folder() -> Iterator[Path]:
         except InputError:
             raise
         except Exception as error:
-            if _is_full(folder):
+            if _is_full(folder) or (str(folder) in str(error) and says_disk_full(error.__cause__)):
                 raise FailureError(f"{printable(folder.parent)}, for temporary files, is full: {_MEND}") from error
             raise
         finally:

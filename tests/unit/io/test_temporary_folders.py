@@ -103,17 +103,23 @@ def test_where_no_folder_can_be_made_the_line_names_the_mend(place: Path, monkey
     assert "TMPDIR" in the_line(caught)
 
 
-def test_a_full_disk_of_temporary_files_is_said_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", ["path.write_bytes", "partial(write_bytes_atomically, path)"])
+def test_a_full_disk_of_temporary_files_is_said_so(tmp_path: Path, write: str) -> None:
+    """Also where the half-written file has been taken away, so that there is room again."""
     said = run_on_small_disk(
         tmp_path,
         "import sys, tempfile\n"
+        "from functools import partial\n"
         "from mgq.errors import FailureError\n"
+        "from mgq.io.atomic import write_bytes_atomically\n"
         "from mgq.io.temporary_folders import temporary_folder\n"
         "tempfile.tempdir = sys.argv[1]\n"
         "try:\n"
         "    with temporary_folder() as folder:\n"
-        "        (folder / 'network.onnx').write_bytes(bytes(1 << 20))\n"
+        "        path = folder / 'network.onnx'\n"
+        f"        {write}(bytes(1 << 20))\n"
         "except FailureError as error:\n"
         "    print(error)\n",
+        "size=256k",
     )
     assert str(tmp_path) in said and "is full" in said and "TMPDIR" in said
