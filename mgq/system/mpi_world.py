@@ -15,6 +15,7 @@ from pathlib import Path
 from mgq.errors import FailureError, InputError, plural
 from mgq.machine import usable_cores
 from mgq.system.end_signals import end_signals
+from mgq.system.parent_death import end_with_parent
 
 RANK_AND_SIZE = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 """What MPICH and its kin, and Open MPI, tell the processes that they start."""
@@ -63,8 +64,7 @@ def find_launcher() -> str | None:
 
 
 def run_jobs(jobs: int, words: Sequence[str], folder: Path) -> int:
-    """Run ``mgq words`` as ``jobs`` processes of this machine; the exit code. Temporary files, the launcher's own, too,
-    go to ``folder``.
+    """Run ``mgq words`` as ``jobs`` processes of this machine; the exit code. ``folder``: theirs, for a while.
 
     Raises InputError for more processes than cores, and where there is no MPI; FailureError where the launcher itself
     ends them, or is ended.
@@ -78,7 +78,13 @@ def run_jobs(jobs: int, words: Sequence[str], folder: Path) -> int:
         raise InputError(f"--jobs needs MPI, which is not installed: {MEND}")
     command = [launcher, "-n", str(jobs), sys.executable, "-m", "mgq", *words]
     # A session of its own: Ctrl-C is to reach the leader alone, and once.
-    child = subprocess.Popen(command, env=_environment(jobs, folder), stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        env=_environment(jobs, folder),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
     code = _wait(child, folder / LEADER)
     if code not in OWN_CODES:
         raise FailureError(
@@ -89,7 +95,7 @@ def run_jobs(jobs: int, words: Sequence[str], folder: Path) -> int:
 
 
 def _environment(jobs: int, folder: Path) -> dict[str, str]:
-    found = {**os.environ, JOBS_VARIABLE: str(jobs), FOLDER_VARIABLE: str(folder), "TMPDIR": str(folder)}
+    found = {**os.environ, JOBS_VARIABLE: str(jobs), FOLDER_VARIABLE: str(folder)}
     # Open MPI refuses to start for root otherwise; whoever is root has chosen to be.
     found |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
     terminals = {str(number): os.ttyname(number) for number in (1, 2) if os.isatty(number)}

@@ -250,24 +250,35 @@ def test_the_command_waits_for_a_thread_that_works_on(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "done\n"
 
 
-def test_sigterm_interrupts_a_command_and_ends_the_program_that_called_it(
-    mgq: Mgq, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["sigterm", "closed terminal"])
+def test_a_signal_interrupts_a_command_and_ends_the_program_that_called_it(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """Otherwise a test run that is ended goes on behind a command that says it was interrupted, with half an import."""
     during = []
 
     def command() -> int:
-        during.append(signal.getsignal(signal.SIGTERM))
+        during.append(signal.getsignal(number))
         return 0
 
     monkeypatch.setattr("mgq.cli.main.run_alone", command)
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         assert mgq("models").code == 0
         assert during == [signal.default_int_handler]
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(number) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_command_lives_on_without_its_terminal_under_nohup(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+    monkeypatch.setattr("mgq.cli.main.run_alone", lambda: during.append(signal.getsignal(signal.SIGHUP)) or 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert mgq("models").code == 0 and during == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_verb_that_is_interrupted_at_work_says_so(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
