@@ -273,7 +273,12 @@ def test_a_signal_interrupts_a_command_and_ends_the_program_that_called_it(
 
 def test_a_command_lives_on_without_its_terminal_under_nohup(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     during = []
-    monkeypatch.setattr("mgq.cli.main.run_alone", lambda: during.append(signal.getsignal(signal.SIGHUP)) or 0)
+
+    def command() -> int:
+        during.append(signal.getsignal(signal.SIGHUP))
+        return 0
+
+    monkeypatch.setattr("mgq.cli.main.run_alone", command)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert mgq("models").code == 0 and during == [signal.SIG_IGN]
