@@ -78,17 +78,18 @@ def _is_full(folder: Path) -> bool:
 
 
 def _drop_if_abandoned(folder: Path) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _hold(folder / _MARK, 0):
         if folder.stat().st_uid == os.geteuid():
-            with _hold(folder / _MARK, 0):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _hold(mark: Path, creation: int) -> Iterator[None]:
     """Holds the lock of ``mark``. Raises OSError where there is none, or another process has it."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError("this system has no such locks") from None
     descriptor = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | creation, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,5 +7,7 @@ import signal
 
 def end_signals() -> tuple[signal.Signals, ...]:
     """Those that a command catches to end in order. `nohup` and its kin let it live on without its terminal."""
-    is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM) if is_kept else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    always = (signal.SIGINT, signal.SIGTERM)
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return always
+    return (*always, signal.SIGHUP)
