@@ -57,9 +57,9 @@ def plural(number: int, noun: str, form: str = "") -> str:
     return f"{number:{form}} {noun}"
 
 
-def megabytes(size: int) -> str:
-    """A ``size`` in bytes, in words."""
-    return f"{size / 1e6:.1f} MB"
+def format_size(size: int) -> str:
+    """A ``size`` in bytes, in words: as kB where it is so small that MB would say 0."""
+    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
 _ADDRESS = re.compile(r"(?:^|.*/)(https?|ftp|s3|gs|file):/+(.+)", re.DOTALL)

@@ -205,6 +205,12 @@ def test_only_the_command_line_prints() -> None:
         assert "print" not in called_names(path), path
 
 
+def test_temporary_folders_are_made_in_one_place() -> None:
+    """Any other way leaves them where the process is killed."""
+    own = ROOT / "io" / "temporary_folders.py"
+    assert [path for path in ROOT.rglob("*.py") if list(names_imported(path, package="tempfile"))] == [own]
+
+
 COUNTED = (
     *("batch", "class", "core", "device", "epoch", "file", "image", "input"),
     *("layer", "name", "network", "output", "picture", "process", "thread"),

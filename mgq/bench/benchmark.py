@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from mgq.bench.benchmark_report import Report, make_peaks, make_rows
 from mgq.bench.cases import CaseResult, run_cases
@@ -15,6 +13,7 @@ from mgq.bench.settings import FILES, Precision, Settings
 from mgq.engine.classifier.classifier import versions
 from mgq.errors import plural
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.io.temporary_folders import temporary_folder
 from mgq.runtime.registry import COMPARED, Backend
 from mgq.system.environment import Machine, saturates, this_machine
 
@@ -39,7 +38,7 @@ def benchmark(
     for path in settings.against:
         precision_of(path)
     entries: list[CaseResult] = []
-    with tempfile.TemporaryDirectory(prefix="mgq-bench-") as folder:
+    with temporary_folder() as folder:
         for network in settings.networks:
             told = partial(benchmark_network, network, on_progress)
             if network == FILES:
@@ -47,7 +46,7 @@ def benchmark(
                 continue
             from mgq.bench.suite import BenchmarkSuite
 
-            suite = BenchmarkSuite(network, settings, machine, Path(folder), engines)
+            suite = BenchmarkSuite(network, settings, machine, folder, engines)
             entries += run_cases(suite.cases(), settings.rounds, settings.seed, told, suite.references())
     image = IMAGE + (SHIFTED if settings.batch > 1 else "")
     notes = list_notes(machine, settings)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgq.errors import MgqError, megabytes, printable
+from mgq.errors import MgqError, format_size, printable
 from mgq.machine import MEGENGINE_MEND, MEGENGINE_PYTHON, has_megengine, package_version, usable_cores
 from mgq.runtime.engine_faults import MEND, fault_of_onnxruntime
 from mgq.runtime.registry import BACKENDS, Backend
@@ -285,7 +285,7 @@ def describe_folder(folder: Path) -> str:
     """A folder of files that can be made again, and their size."""
     refuse_unwritable(folder)
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
-    return f"{printable(folder)}, {megabytes(size)}"
+    return f"{printable(folder)}, {format_size(size)}"
 
 
 def check_runs(save: Path) -> str:

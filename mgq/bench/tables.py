@@ -42,9 +42,14 @@ def cells(row: Row) -> tuple[str, ...]:
         format_three_digits(speed.p99_ms),
         ratio_text(row.speedup) if row.speedup else NONE,
         f"{100 * row.share:.0f}%" if row.share is not None else NONE,
-        f"{row.file_bytes / 1e6:.1f}" if row.file_bytes is not None else NONE,
+        megabytes_text(row.file_bytes) if row.file_bytes is not None else NONE,
         f"{row.peak_memory / 1e6:.0f}" if row.peak_memory is not None else NONE,
     )
+
+
+def megabytes_text(size: int) -> str:
+    """``size`` in bytes as MB, with more digits where one would say 0."""
+    return format_three_digits(size / 1e6) if size < 100_000 else f"{size / 1e6:.1f}"
 
 
 def ratio_text(speedup: Speedup) -> str:

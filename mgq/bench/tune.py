@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from mgq.errors import FailureError
 from mgq.events import OnProgress, log_progress
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.rewrites import REWRITES
+from mgq.io.temporary_folders import temporary_folder
 from mgq.runtime.registry import choose_backend, get_backend
 
 ROUNDS = 15
@@ -45,11 +45,11 @@ def measure_forms(
     installed.
     """
     settings = Settings(batch=batch, image_size=classifier.image_size, rounds=rounds)
-    with tempfile.TemporaryDirectory(prefix="mgq-tune-") as folder:
+    with temporary_folder() as folder:
         forms = [(), *list_applicable(classifier)]
         cases = []
         for number, rewrites in enumerate(forms):
-            path = Path(folder) / f"{number}.onnx"
+            path = folder / f"{number}.onnx"
             dump_classifier(classifier, path, batch=batch, rewrites=rewrites)
             engine = choose_backend(path, "openvino" if get_backend("openvino").is_installed else "onnxruntime")
             start = partial(load_form, path, engine.key, settings, engine.package)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
 from mgq.cli.shared_options import RUNS, CheckpointFile, Save, prepare_megengine, refuse_wish
 from mgq.errors import FailureError, InputError
+from mgq.io.temporary_folders import temporary_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,7 +166,7 @@ class BenchCommand(ImportOptions):
         arch, files = self.arch or [], self.files or []
         with contextlib.ExitStack() as stack:
             if self.checkpoint is not None or is_own(arch):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mgq-bench-")))
+                folder = stack.enter_context(temporary_folder())
                 arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish)]
             json_file = None if self.json_file in (None, STDOUT) else Path(str(self.json_file))
             return run_benchmark(self.settings(arch, files), json_file, self.plot)

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from mgq.cli.console import note, say, show_table
-from mgq.errors import megabytes, plural
+from mgq.errors import format_size, plural
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
@@ -31,7 +31,7 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     say(
         f"one picture at a time on {plural(deployment.threads, 'core')}, "
         f"{plural(deployment.images, 'picture')} compared; "
-        f"{megabytes(deployment.float_bytes)} float, {megabytes(deployment.int8_bytes)} int8"
+        f"{format_size(deployment.float_bytes)} float, {format_size(deployment.int8_bytes)} int8"
     )
     for row in deployment.rows:
         if row.float_share:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,8 @@ from mgq.cli.shared_options import (
     open_network,
     prepare_megengine,
 )
-from mgq.errors import InputError, megabytes, plural
+from mgq.errors import InputError, format_size, plural
+from mgq.io.temporary_folders import temporary_folder
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -196,7 +196,7 @@ def say_file(classifier: Classifier, dumped: Dump, wanted: FileOptions, to: Cons
     batch = "N" if dumped.format == "native" or wanted.batch is None else wanted.batch
     takes = dumped.takes or f"{wanted.input_type} ({batch}, 3, {height}, {width}) BGR"
     say(
-        f"{dumped.path}: {megabytes(dumped.size)}, takes {takes}, "
+        f"{dumped.path}: {format_size(dumped.size)}, takes {takes}, "
         f"mode {classifier.mode.value}{target_of(classifier)}, weights: {classifier.origin}; {dumped.checked}",
         to=to,
     )
@@ -284,12 +284,12 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
     from mgq.engine.classifier.open import to_float
     from mgq.export.formats import SUFFIXES
 
-    with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
-        path = Path(folder) / f"float{SUFFIXES[int8.format]}"
+    with temporary_folder() as folder:
+        path = folder / f"float{SUFFIXES[int8.format]}"
         input_type = "uint8" if wanted.input_type == "uint8" else "float32"
         size = dump_classifier(to_float(classifier), path, input_type, wanted.batch, int8.format).size
         ratio = size / int8.size
-        to.print(f"size: float32 {megabytes(size)}, int8 {megabytes(int8.size)} ({ratio:.1f} times smaller)")
+        to.print(f"size: float32 {format_size(size)}, int8 {format_size(int8.size)} ({ratio:.1f} times smaller)")
 
 
 def measure_speed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -40,14 +42,13 @@ class Verb(typer.core.TyperCommand):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with interrupts_told():
             made = super().invoke(ctx)
             return made.execute() if hasattr(made, "execute") else made
-        except KeyboardInterrupt:  # of which typer makes an exit code without a word
-            raise click.Abort from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_versions(args))
+        with interrupts_told():
+            return super().parse_args(ctx, with_versions(args))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = self.get_params(ctx)
@@ -65,6 +66,15 @@ class Verb(typer.core.TyperCommand):
             if records:
                 with formatter.section(title):  # one column for all of them
                     formatter.write_dl([(first.ljust(width), text) for first, text in records], col_max=width)
+
+
+@contextlib.contextmanager
+def interrupts_told() -> Iterator[None]:
+    """Lets Ctrl-C be told: of KeyboardInterrupt typer makes an exit code without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.Abort from None
 
 
 def with_versions(args: list[str]) -> list[str]:

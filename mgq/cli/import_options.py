@@ -1,5 +1,6 @@
 """Options that describe an ONNX file of another program: its preprocessing, size and labels."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -77,10 +78,13 @@ def numbers_in(text: str | None, option: str) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
         said = printable(text)[:80]
-        raise InputError(f"{option} '{said}' are no numbers: write them as 0.485,0.456,0.406") from None
+        raise InputError(f"{option} '{said}' are no numbers: write them as 0.485,0.456,0.406")
+    return numbers
 
 
 def size_in(text: str | None) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, hush_decoders, is_debugging, package_version, set_library_defaults
+from mgq.system.end_signals import end_signals
 from mgq.system.mpi_world import World, find_world
 
 INTERRUPTED = 130
@@ -99,7 +100,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
     world = find_world()
-    with sigterm_as_interrupt():
+    with ends_as_interrupts():
         code = run_alone() if world is None else run_among(world, find_verbs(sys.argv[1:]))
     sys.exit(code)
 
@@ -112,20 +113,20 @@ def open_what_is_closed() -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: what is half written is taken away.
+def ends_as_interrupts() -> Iterator[None]:
+    """SIGTERM, and a terminal that is closed, end a command as Ctrl-C does: what is half written is taken away.
 
-    Afterwards it does again what it did before: a program that calls :func:`run` can be ended.
+    Afterwards they do again what they did before: a program that calls :func:`run` can be ended.
     """
-    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in end_signals() if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def run_and_leave() -> None:
@@ -199,6 +200,23 @@ def run_verb() -> Any:
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())
         return 2
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # for which click and rich have an exit code of their own
+            raise end.__context__ from None
+        raise
+    except Exception as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind ``error``: of one that comes while a library is loaded, that makes an ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or str(error).startswith(KeyboardInterrupt.__name__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 STUCK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})

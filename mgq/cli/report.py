@@ -117,10 +117,10 @@ def prepare_file(file: Path, wish: ImportWish) -> None:
 def show_report(written: Report | FileReport) -> None:
     """Print what is missing, the figures in a line or two, and where the page is."""
     from mgq.cli.console import note, say
+    from mgq.errors import format_size
 
     for line in written.missing:
         note(line)
     for line in written.summary():
         say(line)
-    size = written.page.stat().st_size / 1e6
-    say(f"page: {written.page} ({size:.1f} MB)")
+    say(f"page: {written.page} ({format_size(written.page.stat().st_size)})")

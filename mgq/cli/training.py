@@ -33,7 +33,9 @@ from mgq.cli.option_types import (
     RecipeNumber,
 )
 from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
-from mgq.errors import InputError, megabytes
+from mgq.errors import InputError, format_size
+from mgq.io.temporary_folders import temporary_folder
+from mgq.system.end_signals import end_signals
 from mgq.system.mpi_world import JOBS_VARIABLE, find_world, run_jobs
 
 if TYPE_CHECKING:
@@ -296,14 +298,16 @@ def start_jobs(jobs: int | None) -> None:
     if jobs is None:
         return
     if find_world() is None and jobs > 1:
-        raise typer.Exit(run_jobs(jobs, sys.argv[1:]))
+        with temporary_folder() as folder:
+            code = run_jobs(jobs, sys.argv[1:], folder)
+        raise typer.Exit(code)
     if find_world() is not None and os.environ.get(JOBS_VARIABLE) != str(jobs):
         raise InputError(f"--jobs {jobs} starts processes by itself: leave it out where MPI starts mgq")
 
 
 @contextlib.contextmanager
 def watch_for_stop() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C or SIGTERM has come; a second one ends the process at once."""
+    """A function that tells whether one of :func:`end_signals` has come; a second one ends the process at once."""
     asked: list[int] = []
 
     def remember(number: int, _: FrameType | None) -> None:
@@ -311,7 +315,7 @@ def watch_for_stop() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, remember) for number in end_signals()}
     try:
         yield lambda: bool(asked)
     finally:
@@ -335,7 +339,7 @@ def table_of(comparison: Comparison, simulated: str = "fake-quantized") -> Table
         ("int8", comparison.quantized, comparison.quantized_bytes),
     ):
         drop = "" if found is comparison.normal else f"{base - found.top1:.1f}"
-        weights = "" if size is None else megabytes(size)
+        weights = "" if size is None else format_size(size)
         table.add_row(label, f"{found.top1:.1f} %", f"{found.top5:.1f} %", drop, weights)
     return table
 

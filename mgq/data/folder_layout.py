@@ -80,10 +80,10 @@ def check_folder(root: Path) -> None:
         raise InputError(f"{printable(root)} is not a folder: name a folder of pictures")
 
 
-def list_folder(folder: Path, tally: Tally | None = None) -> list[Entry]:
-    """The folders and pictures in ``folder``, by name. Raises InputError where it may not be searched."""
+def list_folder(folder: Path, tally: Tally | None = None, is_below: bool = True) -> list[Entry]:
+    """As :func:`entries_in`. Raises InputError where it may not be searched."""
     with _searching(folder):
-        return entries_in(folder, Tally() if tally is None else tally)
+        return entries_in(folder, Tally() if tally is None else tally, is_below)
 
 
 @contextlib.contextmanager

@@ -115,11 +115,12 @@ def _format_count(label: str, count: int, with_reason: bool) -> str:
     return counted + (f" ({reason})" if reason else "")
 
 
-def entries_in(folder: Path, tally: Tally) -> list[Entry]:
-    """The folders and pictures in ``folder``, by name; what else is there goes to ``tally``. Raises OSError."""
+def entries_in(folder: Path, tally: Tally, is_below: bool = True) -> list[Entry]:
+    """The folders and pictures in ``folder``, by name; what else is there goes to ``tally``, and so does the folder
+    where it is empty and ``is_below`` the one that is searched. Raises OSError."""
     others = tally.left_out.total()
     found = sorted(scan_folder(folder, tally))
-    if not found and tally.left_out.total() == others:
+    if is_below and not found and tally.left_out.total() == others:
         tally.passed["empty folder"] += 1
     return found
 

@@ -221,7 +221,7 @@ def _list_folder(folder: Path, entered: set[tuple[int, int]], tally: Tally) -> l
     if (status.st_dev, status.st_ino) in entered:
         return []
     entered.add((status.st_dev, status.st_ino))
-    return entries_in(folder, tally)
+    return entries_in(folder, tally, is_below=len(entered) > 1)
 
 
 # ---- patterns ----

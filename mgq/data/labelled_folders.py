@@ -364,7 +364,7 @@ def _images_below(folder: Path, prefix: str, tally: Tally) -> _Paths:
     waiting = [(folder, prefix)]
     while waiting:
         here, path = waiting.pop()
-        for entry in list_folder(here, tally):
+        for entry in list_folder(here, tally, is_below=here != folder):
             if entry.is_image:
                 found.append(os.fsencode(path + entry.name))
             elif not (here / entry.name).is_symlink():  # Not through links, which may lead in a circle.

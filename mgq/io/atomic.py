@@ -87,7 +87,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except Exception as error:
-            if _says_disk_full(error):
+            if says_disk_full(error):
                 raise _full_disk_error(path) from error
             raise
         with explain_write_errors(path):
@@ -207,7 +207,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _says_disk_full(error: Exception) -> bool:
+def says_disk_full(error: BaseException | None) -> bool:
+    """Whether ``error`` is what a full disk, or a used-up quota, has made of a write."""
     if isinstance(error, MgqError):
         return False
     if isinstance(error, OSError) and error.errno is not None:

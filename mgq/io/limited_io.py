@@ -40,7 +40,7 @@ def identify_stand_in(data: bytes, wanted: str = "file") -> str | None:
 
 def text_of(path: Path, most: int) -> str:
     """The content as UTF-8 text. Raises UnicodeDecodeError, a ValueError, too."""
-    return bytes_of(path, most).decode()
+    return bytes_of(path, most).decode("utf-8-sig")  # which editors of Windows write
 
 
 def object_in(data: bytes | str) -> dict[str, Any]:

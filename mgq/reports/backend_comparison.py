@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +16,7 @@ from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.open import Classifier
 from mgq.errors import FailureError
 from mgq.events import OnProgress
+from mgq.io.temporary_folders import temporary_folder
 from mgq.quantization.targets import MEGENGINE
 from mgq.reports.engine_rows import PRECISIONS, ROUNDS, BackendComparison, Row, collect_rows, select_crops, with_answers
 from mgq.reports.measurements import Measurements
@@ -51,9 +50,9 @@ def compare_backends(
     classifier = networks.any
     settings = Settings((classifier.spec.name,), threads=(1,), rounds=rounds, image_size=classifier.image_size)
     crops, indices = select_crops(classifier, found) if found is not None else (None, [])
-    with tempfile.TemporaryDirectory(prefix="mgq-report-") as folder:
+    with temporary_folder() as folder:
         jobs = {
-            what: GivenJob(classifier.spec.name, PRECISIONS[what], one.target, settings, Path(folder), one)
+            what: GivenJob(classifier.spec.name, PRECISIONS[what], one.target, settings, folder, one)
             for what, one in networks.by_name.items()
             if what in PRECISIONS
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mgq.bench.tables import format_three_digits
-from mgq.errors import plural
+from mgq.errors import format_size, plural
 from mgq.reports.engine_rows import ROUNDS
 from mgq.reports.html import Table, render
 from mgq.reports.measurements import INT8, Measurements
@@ -20,7 +20,6 @@ from mgq.reports.report_page import (
     list_conditions,
     percent,
     problems_of,
-    size_of,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def tiles_of(report: FileReport) -> Iterator[tuple[str, str, str]]:
         yield f"top-1, {report.what}", percent(found.last.top1), f"± {found.last.top1_error:.1f} points"
         if len(found.last.classes) > 5:
             yield f"top-5, {report.what}", percent(found.last.top5), f"on {plural(found.images, 'picture', ',')}"
-    yield "file", size_of(report.file_bytes), report.path.name
+    yield "file", format_size(report.file_bytes), report.path.name
     best = report.engines.fastest(report.what) if report.engines is not None else None
     if best is not None and best.speed is not None:
         yield f"pictures a second, {report.what}", format_three_digits(best.speed.fps), f"{best.engine}, 1 thread"
@@ -103,5 +102,5 @@ def accuracy(report: FileReport, found: Measurements) -> Table:
     heads = ["network", "top-1", *(["top-5"] if has_top5 else []), "loss", "file"]
     top5 = [percent(one.top5)] if has_top5 else []
     top1 = f"{one.top1:.1f} % ± {one.top1_error:.1f}"
-    rows: list[list[object]] = [[report.what, top1, *top5, f"{one.loss:.3f}", size_of(report.file_bytes)]]
+    rows: list[list[object]] = [[report.what, top1, *top5, f"{one.loss:.3f}", format_size(report.file_bytes)]]
     return Table(f"on {found.images:,} {kind_of(found)}; ± one standard error", heads, rows)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mgq.bench.statistics import Speed, Speedup
 from mgq.bench.tables import format_three_digits
 from mgq.engine.classifier.evaluation_result import ClassResult, Evaluation
-from mgq.errors import megabytes, plural
+from mgq.errors import format_size, plural
 from mgq.reports.drawings import Figure, HeatMap, Series, bars, curves, heat_map
 from mgq.reports.engine_rows import ROUNDS, BackendComparison, Row
 from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Table, render
@@ -105,7 +105,7 @@ def tiles_of(report: Report) -> Iterator[tuple[str, str, str]]:
         small = networks.bytes_of(INT8)
         large = networks.bytes_of(FLOAT) if FLOAT in by_name else 0
         ratio = f"{large / small:.1f} times smaller than float32" if large else ""
-        yield "weights, int8", megabytes(small), ratio
+        yield "weights, int8", format_size(small), ratio
     best = compared.fastest(INT8 if INT8 in by_name else FLOAT) if compared is not None else None
     if compared is not None and best is not None and best.speed is not None:
         gain = f", {ratio_text(compared.gain)} times float32" if compared.gain else ""
@@ -178,7 +178,7 @@ def row_of(name: str, evaluation: Evaluation, found: Measurements, networks: Net
         f"{drop:+.1f} ± {error:.1f}" if beside else NONE,
         percent(found.same(name)) if beside else NONE,
         f"{evaluation.loss:.3f}",
-        NONE if name == SIMULATED else megabytes(networks.bytes_of(name)),
+        NONE if name == SIMULATED else format_size(networks.bytes_of(name)),
     ]
 
 
@@ -358,7 +358,7 @@ def problems_of(compared: BackendComparison) -> list[str]:
 
 def cells_of(row: Row, counted: bool) -> list[str]:
     answers = [NONE if value is None else percent(value) for value in (row.top1, row.same)] if counted else []
-    size = NONE if row.file_bytes is None else megabytes(row.file_bytes)
+    size = NONE if row.file_bytes is None else format_size(row.file_bytes)
     return [size, *answers, *speed_cells(row.speed, len(row.rounds))]
 
 
@@ -370,8 +370,6 @@ def speed_cells(speed: Speed | None, rounds: int) -> list[str]:
 
 
 def files(report: Report) -> Table:
-    return Table(str(report.run.path), ["file", "size"], [[name, size_of(size)] for name, size in report.run.files()])
-
-
-def size_of(size: int) -> str:
-    return megabytes(size) if size >= 100_000 else f"{size / 1e3:.1f} kB"
+    return Table(
+        str(report.run.path), ["file", "size"], [[name, format_size(size)] for name, size in report.run.files()]
+    )

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from mgq.errors import FailureError, InputError, plural
 from mgq.machine import usable_cores
+from mgq.system.end_signals import end_signals
+from mgq.system.parent_death import end_with_parent
 
 RANK_AND_SIZE = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 """What MPICH and its kin, and Open MPI, tell the processes that they start."""
@@ -62,8 +63,8 @@ def find_launcher() -> str | None:
     )
 
 
-def run_jobs(jobs: int, words: Sequence[str]) -> int:
-    """Run ``mgq words`` as ``jobs`` processes of this machine; the exit code.
+def run_jobs(jobs: int, words: Sequence[str], folder: Path) -> int:
+    """Run ``mgq words`` as ``jobs`` processes of this machine; the exit code. ``folder``: theirs, for a while.
 
     Raises InputError for more processes than cores, and where there is no MPI; FailureError where the launcher itself
     ends them, or is ended.
@@ -76,12 +77,15 @@ def run_jobs(jobs: int, words: Sequence[str]) -> int:
     if launcher is None or find_spec("mpi4py") is None:
         raise InputError(f"--jobs needs MPI, which is not installed: {MEND}")
     command = [launcher, "-n", str(jobs), sys.executable, "-m", "mgq", *words]
-    with TemporaryDirectory(prefix="mgq-") as folder:
-        # A session of its own: Ctrl-C is to reach the leader alone, and once.
-        child = subprocess.Popen(
-            command, env=_environment(jobs, folder), stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        code = _wait(child, Path(folder) / LEADER)
+    # A session of its own: Ctrl-C is to reach the leader alone, and once.
+    child = subprocess.Popen(
+        command,
+        env=_environment(jobs, folder),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    code = _wait(child, folder / LEADER)
     if code not in OWN_CODES:
         raise FailureError(
             f"{launcher} ended the {plural(jobs, 'process')} with code {code}: one was killed from outside; "
@@ -90,8 +94,8 @@ def run_jobs(jobs: int, words: Sequence[str]) -> int:
     return code
 
 
-def _environment(jobs: int, folder: str) -> dict[str, str]:
-    found = {**os.environ, JOBS_VARIABLE: str(jobs), FOLDER_VARIABLE: folder}
+def _environment(jobs: int, folder: Path) -> dict[str, str]:
+    found = {**os.environ, JOBS_VARIABLE: str(jobs), FOLDER_VARIABLE: str(folder)}
     # Open MPI refuses to start for root otherwise; whoever is root has chosen to be.
     found |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
     terminals = {str(number): os.ttyname(number) for number in (1, 2) if os.isatty(number)}
@@ -101,11 +105,11 @@ def _environment(jobs: int, folder: str) -> dict[str, str]:
 def _wait(child: subprocess.Popen[bytes], leader: Path) -> int:
     def forward(number: int, _: object) -> None:
         try:
-            os.kill(int(leader.read_text()), number)
+            os.kill(int(leader.read_text()), signal.SIGTERM if number == signal.SIGHUP else number)
         except (OSError, ValueError):  # not there yet, or gone already
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in end_signals()}
     try:
         return child.wait()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import sys
@@ -34,12 +35,12 @@ def register(name: str, builder: Callable[..., M.Module], image_size: int = 224)
     InputError for a name that is taken or is no valid folder name, and for a network that does not meet this contract.
     """
     known = specs().get(name)
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name.endswith("."):
         raise InputError(f"'{printable(name)[:80]}' is no name for a network: use letters, digits, '_', '-' and '.'")
     if known is not None and not known.is_own:
         raise InputError(f"{name} is the name of a network of mgq's own: choose another")
-    if image_size < 32 or image_size % 32:
-        raise InputError(f"an image size of {image_size} will not do: give a multiple of 32")
+    if not isinstance(image_size, int) or image_size < 32 or image_size % 32:
+        raise InputError(f"an image size of {image_size!r} will not do: give a multiple of 32")
     load_megengine()
     network = build_network(name, builder)
     refuse_other_answers(name, network, image_size)
@@ -58,8 +59,11 @@ def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     """A network of a few classes. Raises InputError where ``builder`` fails or gives something else."""
     import megengine.module as M
 
+    if isinstance(builder, M.Module):
+        raise InputError(f"{name} is a network: give the function that builds it of the number of classes")
     if not callable(builder):
         raise InputError(f"{name} is no function: give one that takes the number of classes and returns a network")
+    refuse_other_arguments(name, builder)
     try:
         network = builder(classes=TRIED)
     except (Exception, SystemExit) as error:
@@ -69,6 +73,19 @@ def build_network(name: str, builder: Callable[..., M.Module]) -> M.Module:
     if not any(isinstance(module, M.QuantStub) for module in network.modules()):
         raise InputError(f"{name} has no QuantStub: pass its input through one, where int8 begins")
     return network
+
+
+def refuse_other_arguments(name: str, builder: Callable[..., Any]) -> None:
+    """Raises InputError where ``builder`` cannot be called with ``classes=N``."""
+    try:
+        inspect.signature(builder).bind(classes=TRIED)
+    except TypeError as error:
+        raise InputError(
+            f"{name}(classes={TRIED}) cannot be called ({to_one_line(error)}): let its argument be called classes, and "
+            "all others have defaults"
+        ) from None
+    except ValueError:  # a function in C that does not say what it takes
+        return
 
 
 def refuse_other_answers(name: str, network: M.Module, image_size: int) -> None:
@@ -93,9 +110,12 @@ def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
 
     picture = Tensor(np.zeros((1, 3, size, size), np.float32))
     try:
-        found = np.asarray(network(picture).numpy())
+        answer = network(picture)
+        found = answer.numpy() if isinstance(answer, Tensor) else None
     except (Exception, SystemExit) as error:
         raise InputError(f"{name} cannot run a picture of 1x3x{size}x{size}: {to_one_line(error)}") from error
+    if found is None:
+        raise InputError(f"{name} answers a picture with a {type(answer).__name__}: let it give the logits alone")
     try:
         trace_module(network, picture)
     except (Exception, SystemExit) as error:
@@ -103,7 +123,7 @@ def answer_of(name: str, network: M.Module, size: int) -> npt.NDArray[Any]:
             f"{name} cannot be traced ({to_one_line(error)}): let nothing in it depend on numbers, and take "
             "mgq.zoo.layers.global_average for the mean of a picture"
         ) from error
-    return found
+    return np.asarray(found)
 
 
 def head_of(network: M.Module) -> str:

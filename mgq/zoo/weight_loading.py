@@ -30,7 +30,8 @@ from mgq.zoo.weight_hints import hints_of
 OBSERVED = (".act_observer.", ".weight_observer.", ".act_fake_quant.", ".weight_fake_quant.")
 SHOWN = 3
 LEAST_FEATURES, MOST_CLASSES = 256, 100_000
-"""No classifier of the zoo reads fewer features (480 is the least); a network of more classes is never made."""
+"""No classifier of the zoo reads fewer features (480 is the least; one of a user's own may); a network of more classes
+is never made."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,8 @@ def squeeze_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def classes_in(spec: ModelSpec, state: State) -> int:
     """The number of classes that the classifier's weight in ``state`` counts; 1,000 where it is missing or odd."""
     head = state.get(spec.head)
-    if head is None or head.ndim != 2 or head.shape[1] < LEAST_FEATURES or not 1 < head.shape[0] <= MOST_CLASSES:
+    least = 1 if spec.is_own else LEAST_FEATURES
+    if head is None or head.ndim != 2 or head.shape[1] < least or not 1 < head.shape[0] <= MOST_CLASSES:
         return 1000
     return int(head.shape[0])
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,10 +80,11 @@ def in_onnxruntime(path: Path) -> Run:
 ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}
 
 
-def contenders_of_peers(path: Path, fed: npt.NDArray[np.float32], kept: FloatInput, names: Sequence[str]) -> Any:
-    """The float file ``path`` itself and what each of the peers ``names`` makes of it, in each engine that runs it."""
+def contenders_of_peers(
+    path: Path, fed: npt.NDArray[np.float32], kept: FloatInput, names: Sequence[str], folder: Path
+) -> Any:
+    """The float file ``path`` itself and what each of the peers ``names`` makes of it in ``folder``, in each engine."""
     yield from (Contender("float", engine, load(path), kept.to_input) for engine, load in ENGINES.items())
-    folder = Path(tempfile.mkdtemp(prefix="mgq-peers-"))
     np.save(folder / "fed.npy", fed)
     for name in names:
         made = folder / f"{path.stem}.{name}{peers.PEERS[name].suffix}"
@@ -132,11 +132,14 @@ def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
     from mgq.engine.classifier.import_wish import ImportWish
     from mgq.engine.classifier.onnx_import import find_float_input, import_classifier
     from mgq.engine.classifier.open import convert
+    from mgq.io.temporary_folders import temporary_folder
     from mgq.ptq.presets import CalibrationConfig
     from mgq.quantization.modes import Mode
     from mgq.quantization.targets import ONNX
 
-    classifier, _ = import_classifier(path, ImportWish(labels=names_in(options.unseen)), "")
+    with temporary_folder() as folder:
+        wish = ImportWish(labels=write_names(options.unseen, folder / "names.txt"))
+        classifier, _ = import_classifier(path, wish, "")
     kept = find_float_input(classifier)
     fitted = spread_evenly(expand([str(options.calibration)]), options.images)
     sets = {
@@ -144,10 +147,10 @@ def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
     }
     found = calibrate(classifier, fitted, options.images, "", CalibrationConfig(options.quality, target=ONNX))
     fed = kept.to_input(seen_by(classifier, fitted).pixels)
-    with tempfile.TemporaryDirectory(prefix="mgq-own-") as folder:
+    with temporary_folder() as folder:
         int8 = convert(found.classifier, Mode.QUANTIZED)
-        contenders = [*contenders_of_peers(path, fed, kept, options.peers)]
-        contenders += contenders_of_mgq(classifier, int8, Path(folder))
+        contenders = [*contenders_of_peers(path, fed, kept, options.peers, folder)]
+        contenders += contenders_of_mgq(classifier, int8, folder)
         exact = {name: contenders[0].answers(images) for name, images in sets.items()}
         likeness = [
             {name: likeness_of(own.answers(images), exact[name], images.labels) for name, images in sets.items()}
@@ -159,9 +162,8 @@ def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
         yield cells(path.stem, own, found_likeness, turns, floats.get(own.engine))
 
 
-def names_in(folder: Path) -> Path:
-    """A file of the names of the classes in ``folder``."""
-    file = Path(tempfile.mkdtemp(prefix="mgq-names-")) / "names.txt"
+def write_names(folder: Path, file: Path) -> Path:
+    """Write the names of the classes in ``folder`` to ``file``."""
     file.write_text("\n".join(sorted(path.name for path in folder.iterdir() if path.is_dir())))
     return file
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mgq.data.decoding import bundled_cat
-from mgq.errors import FailureError
+from mgq.errors import FailureError, InputError
 from mgq.zoo.registry import create_model, specs
 from tests.conftest import Mgq, the_error
 
@@ -250,24 +250,40 @@ def test_the_command_waits_for_a_thread_that_works_on(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "done\n"
 
 
-def test_sigterm_interrupts_a_command_and_ends_the_program_that_called_it(
-    mgq: Mgq, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["sigterm", "closed terminal"])
+def test_a_signal_interrupts_a_command_and_ends_the_program_that_called_it(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """Otherwise a test run that is ended goes on behind a command that says it was interrupted, with half an import."""
     during = []
 
     def command() -> int:
-        during.append(signal.getsignal(signal.SIGTERM))
+        during.append(signal.getsignal(number))
         return 0
 
     monkeypatch.setattr("mgq.cli.main.run_alone", command)
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         assert mgq("models").code == 0
         assert during == [signal.default_int_handler]
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(number) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_command_lives_on_without_its_terminal_under_nohup(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+
+    def command() -> int:
+        during.append(signal.getsignal(signal.SIGHUP))
+        return 0
+
+    monkeypatch.setattr("mgq.cli.main.run_alone", command)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert mgq("models").code == 0 and during == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_verb_that_is_interrupted_at_work_says_so(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +293,40 @@ def test_a_verb_that_is_interrupted_at_work_says_so(mgq: Mgq, monkeypatch: pytes
     monkeypatch.setattr("mgq.cli.models.show", interrupt)
     done = mgq("models")
     assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+def test_a_verb_that_is_interrupted_while_it_reads_its_options_says_so(mgq: Mgq, tmp_path: Path) -> None:
+    """A network of the user's own is built then."""
+    (tmp_path / "net.py").write_text("def net(classes):\n    raise KeyboardInterrupt\n")
+    done = mgq("infer", "-a", f"{tmp_path}/net.py:net")
+    assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["by its cause", "in words alone"])
+def test_an_interrupt_while_a_library_is_loaded_is_no_missing_package(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise ImportError("of the library" if is_told else "KeyboardInterrupt: ") from None
+        except ImportError as error:
+            if not is_told:
+                error.__context__ = None
+            raise InputError("the library is not installed") from error
+
+    monkeypatch.setattr("mgq.cli.models.show", interrupt)
+    done = mgq("models")
+    assert done.code == 130 and done.err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("words", [("models",), ("infer",)])
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path, words: tuple[str, ...]) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mgq", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()  # the end of what reads it
+    assert child.wait(timeout=240) == 0 and not child.stderr.read()

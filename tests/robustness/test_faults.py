@@ -45,7 +45,9 @@ def half_written(folder: Path) -> list[Path]:
     return list(folder.rglob("*.part"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "sigterm", "closed terminal"]
+)
 def test_a_signal_saves_a_training_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     child = started("train", tmp_path, *TRAINING, *LONG)
     run = tmp_path / "runs" / f"{ARCH}.normal"

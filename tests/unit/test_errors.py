@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mgq.errors import plural
+from mgq.errors import format_size, plural
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,10 @@ def test_a_noun_goes_with_its_number(number: int, noun: str, said: str) -> None:
 
 def test_a_large_number_may_be_grouped() -> None:
     assert plural(1000, "picture", ",") == "1,000 pictures"
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(13_812_000, "13.8 MB"), (100_000, "0.1 MB"), (99_949, "99.9 kB"), (24_300, "24.3 kB")]
+)
+def test_a_small_size_is_not_said_to_be_nothing(size: int, said: str) -> None:
+    assert format_size(size) == said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from mgq.engine.classifier.classifier import Classifier
 from mgq.errors import InputError, name_in_errors, printable
 from mgq.export.formats import SUFFIXES
 from mgq.io.records import record_of
+from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.runtime.protocol import FileRuntime
@@ -85,8 +85,8 @@ def open_file(
 
 def attach_backend(classifier: Classifier, key: str, threads: int | None = None) -> Classifier:
     """``classifier`` in the engine called ``key``, by way of a temporary file. Raises as the dump and the engine do."""
-    with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-        path = write_for_backend(classifier, key, Path(folder))
+    with temporary_folder() as folder:
+        path = write_for_backend(classifier, key, folder)
         engine = choose_backend(path, key)
         runtime = engine.load(path, threads or usable_cores())
         network = FileNetwork(runtime, path.stat().st_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.parity import list_backends
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.engine_forms import FORMS, adapt_to_engine
+from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
@@ -143,8 +143,8 @@ class FloatFile:
 @contextlib.contextmanager
 def float_file_of(normal: Classifier, images: Images) -> Iterator[FloatFile]:
     """A float file of ``normal`` for a while. Raises as the dump does."""
-    with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
-        dumped = dump_classifier(normal, Path(folder) / "float.onnx", batch=None)
+    with temporary_folder() as folder:
+        dumped = dump_classifier(normal, folder / "float.onnx", batch=None)
         yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images)
 
 
@@ -198,9 +198,9 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
     if not row.is_hardly_faster:
         return row
     best = row
-    with tempfile.TemporaryDirectory(prefix="mgq-deploy-") as folder:
+    with temporary_folder() as folder:
         for number, share in enumerate(TRIED_SHARES):
-            file = Path(folder) / f"{number}.onnx"
+            file = folder / f"{number}.onnx"
             write(path=file, float_share=share)
             # Two at once and no more: there is no memory for many large ones.
             found = engine_row(engine, beside, [best.path, file])

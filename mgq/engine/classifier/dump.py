@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mgq.export.formats import INPUTS, SUFFIXES, format_of
 from mgq.export.megengine.writer import write_megengine
 from mgq.export.onnx.writer import model_of, plain_graph, write_onnx
 from mgq.io.atomic import atomic_write, ensure_writable_folder
+from mgq.io.temporary_folders import temporary_folder
 from mgq.quantization.modes import Mode, parse_mode
 from mgq.quantization.option_names import ANY_ENGINE
 from mgq.quantization.targets import MEGENGINE, ONNX
@@ -187,8 +187,8 @@ def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | 
     about = provenance_of(classifier)
     graph = plain_graph(source_of(classifier), classifier.image_size)
     program = read_program(model_of(graph, classifier.image_size, None, about))
-    with tempfile.TemporaryDirectory(prefix="mgq-dump-") as folder:
-        made: SharedLibrary = write_library(program, Path(folder) / "network.so", level, about)
+    with temporary_folder() as folder:
+        made: SharedLibrary = write_library(program, folder / "network.so", level, about)
         checked = f"for {level.key}, with {path.with_suffix('.h').name}"
         if made.linked_by is None:
             checked += "; no linker found: link it with `cc -shared`, or pip install 'mgq[native]'"

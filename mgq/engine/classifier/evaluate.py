@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +24,7 @@ from mgq.engine.classifier.metrics import Labels, Logits, Meter, cross_entropy, 
 from mgq.engine.distributed.team import Team, current_team, send_work
 from mgq.errors import InputError, plural
 from mgq.events import OnProgress, Progress, log_progress
+from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.quantization.option_names import Mode
 from mgq.system.processes import Channel, Task, do_nothing, run_in_processes
@@ -365,8 +365,8 @@ class _TeamWork:
     content: bytes
 
     def __call__(self, team: Team) -> None:
-        with TemporaryDirectory(prefix="mgq-") as folder:
-            own = Path(folder) / self.work.checkpoint.name
+        with temporary_folder() as folder:
+            own = folder / self.work.checkpoint.name
             own.write_bytes(self.content)
             work = replace(self.work, checkpoint=own)
             classifier = work.open()
@@ -377,8 +377,8 @@ class _TeamWork:
 def _evaluate_in_team(
     team: Team, classifier: Classifier, loader: Loader, prepare: Callable[[], None], on_progress: OnProgress
 ) -> Evaluation:
-    with TemporaryDirectory(prefix="mgq-") as folder:
-        work = _work_of(classifier, loader, Path(folder))
+    with temporary_folder() as folder:
+        work = _work_of(classifier, loader, folder)
         send_work(team, _TeamWork(work, work.checkpoint.read_bytes()), prepare)
     return evaluate_loader(classifier.logits, loader, on_progress=on_progress, group=_InTeam(team))
 
@@ -388,8 +388,8 @@ def _evaluate_in_processes(
 ) -> Evaluation:
     tally = _Tally(loader, "evaluate", on_progress)
     whole = _Deal(loader, 0, 1)
-    with TemporaryDirectory(prefix="mgq-") as folder:
-        work = _work_of(classifier, loader, Path(folder))
+    with temporary_folder() as folder:
+        work = _work_of(classifier, loader, folder)
         tasks: list[Task] = [replace(work, part=part, of=jobs) for part in range(jobs)]
         threads = max(1, usable_cores() // jobs)
         running = run_in_processes(tasks, "the evaluation", threads, prepare, has_own_networks())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mgq.data.transforms import to_batch
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import BATCH
 from mgq.export.onnx.onnx_file import import_package
+from mgq.io.temporary_folders import temporary_folder
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat_layers import find_quantized_layers
@@ -145,8 +145,8 @@ def read_layers(engine: Backend, path: Path, layers: list[str], images: Images) 
     }
     known = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
     model.graph.output.extend(known[name] for name in tensors.values())
-    with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-        temporary = Path(folder) / path.name
+    with temporary_folder() as folder:
+        temporary = folder / path.name
         temporary.write_bytes(model.SerializeToString())
         runtime = engine.load(temporary, 1)
         results = [runtime.outputs(batch) for batch in batches_of(runtime.batch or 1, images)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import megengine as mge
 import megengine.module as M
 import numpy as np
@@ -12,6 +9,7 @@ from megengine import Tensor
 from megengine.module.quantized import QuantizedModule
 
 from mgq.export.onnx.writer import write_onnx
+from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.targets import MEGENGINE, target_of
@@ -61,7 +59,7 @@ class RuntimeModule(QuantizedModule):  # type: ignore[misc]
     @classmethod
     def from_qat_module(cls, qat_module: M.Module, image_size: int) -> RuntimeModule:
         """``qat_module``, a whole network, by way of an ONNX file."""
-        with tempfile.TemporaryDirectory(prefix="mgq-") as folder:
-            path = Path(folder) / "network.onnx"
+        with temporary_folder() as folder:
+            path = folder / "network.onnx"
             report = write_onnx(qat_module, path, image_size=image_size, batch=None, provenance={})
             return cls(load(path, threads=usable_cores()), report.size)

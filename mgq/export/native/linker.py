@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mgq.export.native.cpu import Level
 from mgq.export.native.emit.interface import HEADER, Facts, interface_text
 from mgq.export.native.program import Program
 from mgq.io.atomic import atomic_write
+from mgq.io.temporary_folders import temporary_folder
 
 PATIENCE_S = 120
 
@@ -91,8 +91,8 @@ def name_of(command: list[str]) -> str:
 
 
 def link(command: list[str], code: bytes, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="mgq-link-") as folder:
-        source, result = Path(folder) / "network.o", Path(folder) / "network.so"
+    with temporary_folder() as folder:
+        source, result = folder / "network.o", folder / "network.so"
         source.write_bytes(code)
         whole = [*command, "-o", str(result), str(source), *([] if "ld" in Path(command[0]).name else ["-lc"])]
         done = subprocess.run(whole, capture_output=True, text=True, timeout=PATIENCE_S, check=False)

@@ -208,8 +208,9 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
     axes = [size_of(axis) for axis in kind.shape.dim]
     if len(axes) != 4:
         raise InputError(f"takes {plural(len(axes), 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")
-    if axes[0] is not None and axes[0] > MOST_PICTURES:
-        raise InputError(f"takes {plural(axes[0], 'picture')} at once: export it for one, or for any number")
+    fixed = int(kind.shape.dim[0].dim_value) if kind.shape.dim[0].HasField("dim_value") else 1
+    if fixed == 0 or fixed > MOST_PICTURES:
+        raise InputError(f"takes {plural(fixed, 'picture')} at once: export it for one, or for any number")
     last = axes[1] not in CHANNELS and axes[3] in CHANNELS
     channels, height, width = (axes[3], axes[1], axes[2]) if last else axes[1:]
     if channels is None and not last:
@@ -248,6 +249,8 @@ def with_data_beside(tensor: Any, folder: Path) -> Any:
     """``tensor`` with the data that lies in another file of ``folder``, and nowhere else."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     name, place = printable(tensor.name)[:80], entries.get("location", "")
+    if "\0" in place:
+        raise InputError(f"says nonsense of where {name} lies: write it again")
     whole, home = (folder / place).resolve(), folder.resolve()
     if not place or home not in whole.parents:
         raise InputError(f"keeps {name} outside of its folder, in {printable(place)[:80]!r}, which is not read")

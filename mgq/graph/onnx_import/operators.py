@@ -277,6 +277,8 @@ def read_batch_norm(op: Operator) -> None:
     scale, shift, mean, variance = (op.scope.constant(name).astype(np.float64) for name in op.inputs[1:5])
     if is_in_training(op.node):
         raise UnknownFormError("normalizes by the batch: export it in evaluation state")
+    if variance.min(initial=0) < 0:
+        raise UnknownFormError(f"has a negative variance ({variance.min():.3g}): take weights of before it diverged")
     factor = scale / np.sqrt(variance + op.read_attribute("epsilon", 1e-5))
     shape = (-1, *(1,) * (0 if op.read_attribute(LAST_CHANNELS, 0) else len(op.shape()) - 2))
     tensors = {"scale": factor.reshape(shape), "shift": (shift - mean * factor).reshape(shape)}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mgq.data.image_sources import IMAGE_SUFFIXES, Source, expand, leave_out_absent, refuse_hopeless
+from mgq.data.labelled_folders import calibration_folder
 from mgq.errors import InputError
 
 PNG = cv2.imencode(".png", np.full((2, 3, 3), 7, np.uint8))[1].tobytes()
@@ -217,6 +218,15 @@ def test_a_folder_without_images_is_told_and_the_others_are_answered() -> None:
     empty, image = expand(["in", "a.jpg"])
     assert problem(empty) == "in has no pictures in it, but 1 .txt: name another folder"
     assert image.read().shape == (2, 3, 3)
+
+
+def test_a_folder_does_not_count_itself_among_the_empty_ones() -> None:
+    Path("in/below").mkdir(parents=True)
+    around, below = expand(["in", "in/below"])
+    assert problem(around) == "in has no pictures in it, but 1 empty folder: name another folder"
+    assert problem(below) == "in/below has no pictures in it: name another folder"
+    with pytest.raises(InputError, match=r"^in/below has no pictures in it: name another folder$"):
+        calibration_folder(Path("in/below"))
 
 
 def test_a_folder_that_cannot_be_searched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -509,7 +509,8 @@ def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     names = [f"kind {i}" for i in range(CLASSES)]
     (tmp_path / "names.txt").write_text("\n".join(names))
     (tmp_path / "names.json").write_text(json.dumps({str(i): name for i, name in enumerate(names)}))
-    for file in ("names.txt", "names.json"):
+    (tmp_path / "notepad.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    for file in ("names.txt", "names.json", "notepad.txt"):
         assert classifier_in(path, ImportWish(labels=tmp_path / file)).classes == tuple(names)
     (tmp_path / "names.txt").write_text("only\ntwo")
     with pytest.raises(InputError, match="2 names for a network of 10 classes: give one for each"):
@@ -517,6 +518,13 @@ def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join([*names[:-2], "crane", "crane"]))
     with pytest.raises(InputError, match="gives the name 'crane' to 2 classes: tell them apart, as in 'crane 1'"):
         classifier_in(path, ImportWish(labels=tmp_path / "names.txt"))
+
+
+@pytest.mark.parametrize("said", ["nan,1,1", "inf", "1,,2", "a"])
+def test_a_mean_of_no_numbers_is_refused(tmp_path: Path, mgq: Mgq, said: str) -> None:
+    path = write(tmp_path / "model.onnx")
+    refused = the_error(mgq("calibrate", "-c", path, "--data-free", "--mean", said, "--std", "1"))
+    assert f"--mean '{said}' are no numbers" in refused
 
 
 def test_the_background_comes_first_of_1001_classes(tmp_path: Path) -> None:
@@ -689,13 +697,32 @@ def old_opset(model: Model) -> Any:
     return proto
 
 
-def outside(model: Model) -> Any:
+def keep_elsewhere(model: Model, place: str) -> Any:
     proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
     tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../secret.bin")
+    tensor.external_data.add(key="location", value=place)
     return proto
+
+
+def outside(model: Model) -> Any:
+    return keep_elsewhere(model, "../secret.bin")
+
+
+def impossible_place(model: Model) -> Any:
+    return keep_elsewhere(model, "model\0.bin")
+
+
+def none_at_once(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    return proto
+
+
+def negative_variance(model: Model) -> Any:
+    each = [model.constant(np.full(8, value)) for value in (1.0, 0.0, 0.0, -0.5)]
+    return model.proto(model.classify(model.add("BatchNormalization", model.conv("image", 3, 8), *each), 8))
 
 
 def not_numbers(model: Model) -> Any:
@@ -748,6 +775,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "dropout": (training_dropout, "Dropout 'n1' (opset 18) that drops at random: export it in evaluation state"),
     "batch norm": (training_norm, "normalizes by the batch: export it in evaluation state"),
     "outside": (outside, "outside of its folder"),
+    "impossible place": (impossible_place, "says nonsense of where"),
+    "none at once": (none_at_once, "takes 0 pictures at once"),
+    "negative variance": (negative_variance, "has a negative variance (-0.5)"),
     "nan": (not_numbers, "NaN"),
     "overflow": (overflowing, "answers with numbers that are not finite"),
 }

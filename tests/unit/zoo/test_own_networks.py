@@ -6,14 +6,16 @@ import html
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import megengine
 import numpy as np
 import pytest
 
 import mgq
 from mgq.data.transforms import to_batch
 from mgq.engine.classifier.dump import dump_classifier
-from mgq.engine.classifier.open import convert, make_random_classifier
+from mgq.engine.classifier.open import convert, make_random_classifier, open_classifier
 from mgq.errors import InputError
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
@@ -68,6 +70,14 @@ def test_a_registered_network_is_built_by_its_name(example: Path) -> None:
     assert mgq.create_model("tiny", classes=7).fc.out_features == 7
 
 
+def test_weights_say_how_many_classes_a_registered_network_has(example: Path, tmp_path: Path) -> None:
+    """The head of the guide's network reads 32 features, fewer than any of the zoo."""
+    spec = register_from_file(f"{example}:tiny")
+    weights = tmp_path / "tiny.pkl"
+    megengine.save(spec.build(5).state_dict(), str(weights))
+    assert len(open_classifier("tiny", weights, Mode.NORMAL).classes) == 5
+
+
 def test_a_file_imports_modules_that_lie_beside_it(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", list(sys.path))
     (example.parent / "my_widths.py").write_text("WIDTH = 16", encoding="utf-8")
@@ -86,12 +96,30 @@ def test_a_name_of_the_zoo_cannot_be_taken() -> None:
             mgq.register(name, lambda classes: None)
 
 
+@pytest.mark.parametrize("image_size", [0, 40, "64", 64.0])
+def test_an_image_size_is_a_multiple_of_32(image_size: Any) -> None:
+    with pytest.raises(InputError, match=f"an image size of {image_size!r} will not do: give a multiple of 32"):
+        mgq.register("mine", lambda classes: None, image_size)
+
+
+def test_a_network_in_place_of_its_function_is_refused(example: Path) -> None:
+    network = register_from_file(f"{example}:tiny").build(5)
+    with pytest.raises(InputError, match="mine is a network: give the function that builds it"):
+        mgq.register("mine", network)
+
+
 WRONG = {
     "no stub": ("M.QuantStub()", "M.Identity()", "has no QuantStub"),
     "other answers": ("M.Linear(32, classes)", "M.Linear(32, 5)", "with 1x5 numbers, not with 1x3 logits"),
     "fails": ("x = self.stem(", "x = self.trunk(", "cannot run a picture of 1x3x64x64"),
     "no module": ("return Tiny(classes)", "return 3", "gives a int"),
-    "no argument": ("def tiny(classes)", "def tiny(number)", "tiny(classes=3) fails: TypeError"),
+    "no argument": (
+        "def tiny(classes)",
+        "def tiny(number)",
+        "let its argument be called classes",
+    ),
+    "more arguments": ("def tiny(classes)", "def tiny(classes, width)", "missing a required argument: 'width'"),
+    "two answers": ("return self.fc(", "return x, self.fc(", "answers a picture with a tuple"),
     "untraceable": (
         "self.dequant(global_average(x))",
         "M.pooling.avg_pool2d(self.dequant(x), x.shape[2:]).reshape(-1, 32)",
