@@ -41,9 +41,9 @@ from mgq.zoo.layers import without_initialization
 from mgq.zoo.network_state import set_state, state_of
 from mgq.zoo.registry import BLUEPRINT, SOURCE, register_blueprint, specs
 
-EQUAL = 1e-4
+EQUAL, NEARLY_EQUAL = 1e-4, 1e-3
 """The largest difference of float answers from ONNX Runtime's that is accepted, relative to the largest number in a
-tensor."""
+tensor; and where ONNX Runtime does not agree with itself better, since the network makes rounding errors grow."""
 NEWEST_COMPARED = 21
 """The newest opset of ONNX Runtime 1.20. The next, the newest that is imported, is the same but for bfloat16."""
 ULTRALYTICS = InputContract("Ultralytics", "rgb", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
@@ -335,7 +335,9 @@ def leave_out_overhang(node: Any) -> None:
 def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
     """The largest difference of the answers of ``draft`` and of ``file`` in ONNX Runtime, in terms of the largest one.
 
-    None where that is not installed. Raises FailureError that names the first tensor that differs.
+    It is at most ``EQUAL``; or, where the answers of the file as it is and as ONNX Runtime rewrites it differ by more,
+    at most as much as these, and ``NEARLY_EQUAL``. None where ONNX Runtime is not installed. Raises FailureError that
+    names the first tensor that differs.
     """
     try:
         import_package("onnxruntime")
@@ -352,11 +354,12 @@ def compare(file: ForeignFile, draft: NetworkDraft) -> float | None:
         raise InputError(f"{printable(file.path)} answers with numbers that are not finite: take other weights")
     if draft.has_one_score:
         found[draft.output] = found[draft.output][:, 1:]
-    difference = relative(found[draft.output], rows_of(wanted[answer], len(samples), ends))
-    if difference > EQUAL:  # some of its rewrites change answers (1.20: zeros around a max pool)
-        wanted = reference(file, samples, [answer], as_it_is=True)
-        difference = min(difference, relative(found[draft.output], rows_of(wanted[answer], len(samples), ends)))
-    if difference <= EQUAL:
+    difference, limit = relative(found[draft.output], rows_of(wanted[answer], len(samples), ends)), EQUAL
+    if difference > EQUAL:  # some of its rewrites change answers (1.20: zeros around a max pool), all round otherwise
+        plain = reference(file, samples, [answer], as_it_is=True)
+        difference = min(difference, relative(found[draft.output], rows_of(plain[answer], len(samples), ends)))
+        limit = float(np.clip(relative(wanted[answer], plain[answer]), EQUAL, NEARLY_EQUAL))
+    if difference <= limit:
         return difference
     if len(samples) > 1:
         raise InputError(f"{printable(file.path)} answers otherwise to single pictures{at_once(file)}")
