@@ -28,6 +28,7 @@ from megengine.autodiff import Function, GradManager
 from mgq.cpu_kernels.depthwise_gradients import fast_depthwise_gradients
 from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.errors import FailureError
+from mgq.graph.layer_graph import channels_in
 from mgq.quantization.floors import span_up_to
 from mgq.system.side_process import SideProcess, begin, halve, share_halves
 from mgq.zoo.layers import forward_hooks
@@ -130,7 +131,7 @@ class Reaction:
 
     def add(self, values: Array, gradients: Array) -> None:
         """Both (N, C, ...)."""
-        images, channels = values.shape[:2]
+        images, channels = len(values), channels_in(values.shape)
         rows = values.reshape(images, channels, -1), gradients.reshape(images, channels, -1)
         for own_values, own_gradients in zip(*rows, strict=True):
             pull = np.zeros((channels, FEW_BINS), np.float32)
@@ -361,10 +362,10 @@ def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Arra
         def see(_: M.Module, __: object, output: Tensor) -> None:
             if not is_finite(output):
                 raise FailureError(describe_not_finite(name))
-            axes = (0, *range(2, output.ndim))
             low, high = found.get(name, (np.inf, -np.inf))
             values = output.numpy()
-            lowest, highest = (end(values, axis=axes).astype(np.float64) for end in (np.min, np.max))
+            values = values.reshape(len(values), channels_in(values.shape), -1)
+            lowest, highest = (end(values, axis=(0, 2)).astype(np.float64) for end in (np.min, np.max))
             found[name] = np.minimum(low, lowest), np.maximum(high, highest)
 
         return see

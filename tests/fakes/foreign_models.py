@@ -68,6 +68,14 @@ class Model:
         return path
 
 
+def five_axes(model: Model) -> str:
+    """A sum of tensors of five axes."""
+    shape = model.constant([0, 2, 4, 16, 16], np.int64)
+    parts = [model.add("Relu", model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])) for _ in range(2)]
+    total = model.add("Add", *(model.add("Reshape", part, shape) for part in parts))
+    return model.add("Reshape", model.add("Relu", total), model.constant([0, 8, 16, 16], np.int64))
+
+
 def plain(model: Model) -> str:
     """Convolution, batch norm, ReLU, a residual sum, and a depthwise convolution of stride 2."""
     stem = model.add("Relu", model.norm(model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2]), 8))
@@ -272,6 +280,7 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "timm": timm,
     "normalizing": normalizing,
     "attention": attention,
+    "five_axes": five_axes,
 }
 """Each ends in 8 channels."""
 
