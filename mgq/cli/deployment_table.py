@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
 
 
+MOSTLY_SAME = 90.0
+"""Percent of the pictures: where int8 answers fewer of them as float does, it is said."""
+
+
 def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     """Print speed and size of the int8 and the float file in each engine, and advice where int8 is slower.
 
@@ -36,6 +40,7 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     for row in deployment.rows:
         if row.float_share:
             note(f"{row.engine} is faster with {row.float_share:.0%} of the layers in float, so its file has them so")
+    note_other_answers(deployment)
     if deployment.slower:
         slower = " and ".join(deployment.slower)
         first = f"{else_try}, or " if else_try else ""
@@ -49,3 +54,13 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     for path, engines in deployment.files.items():
         its = f", the fastest in {' and '.join(engines)}" if len(deployment.files) > 1 and engines else ""
         say(f"int8 file: {path}{its}")
+
+
+def note_other_answers(deployment: Deployment) -> None:
+    """Say in which engines int8 often answers otherwise than float."""
+    far = " and ".join(row.engine for row in deployment.rows if row.same < MOSTLY_SAME)
+    if far:
+        note(
+            f"int8 answers fewer than {MOSTLY_SAME:.0f} % of the pictures as float does in {far}: `mgq analyze` names "
+            "the layers, and --max-drop keeps some of them in float, by labelled pictures"
+        )

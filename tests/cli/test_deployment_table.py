@@ -32,6 +32,16 @@ def test_one_that_is_slower_in_an_engine_is_told_with_the_mend(capsys: pytest.Ca
     assert "int8 file: model.int8.onnx" in said.out and "not done" not in said.err
 
 
+@pytest.mark.parametrize(("same", "is_said"), [(52.1, True), (90.0, False)])
+def test_an_engine_in_which_int8_answers_otherwise_is_told(
+    capsys: pytest.CaptureFixture[str], same: float, is_said: bool
+) -> None:
+    found = measured(1.3, 2.0)
+    show_deployment(replace(found, rows=(found.rows[0], replace(found.rows[1], same=same))))
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("int8 answers fewer than 90 % of the pictures as float does in engine 1: `mgq analyze`" in said) == is_said
+
+
 @pytest.mark.parametrize(("plain", "is_said"), [(0.7, True), (1.2, False)])
 def test_where_the_file_for_any_engine_is_slower_than_float_beside_its_own_it_says_so(
     capsys: pytest.CaptureFixture[str], plain: float, is_said: bool
