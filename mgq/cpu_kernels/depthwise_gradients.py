@@ -40,19 +40,11 @@ def fast_depthwise_gradients() -> Iterator[None]:
 
 
 def fast_conv2d(stock: Stock) -> Stock:
-    def conv2d(
-        inp: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        *modes: Any,
-    ) -> Tensor:
+    def conv2d(inp: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        stride, padding, dilation, _, mode, *_ = options  # as layers give them
         places = Places(pair_of(stride), pair_of(padding))
-        if pair_of(dilation) != (1, 1) or modes[:1] != ("cross_correlation",) or not is_served(inp, weight, places):
-            return stock(inp, weight, bias, stride, padding, dilation, groups, *modes)
+        if pair_of(dilation) != (1, 1) or mode != "cross_correlation" or not is_served(inp, weight, places):
+            return stock(inp, weight, bias, *options)
         output = DepthwiseConvolution(stock, places)(inp, weight)
         return output if bias is None else output + bias
 

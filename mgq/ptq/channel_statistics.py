@@ -99,6 +99,12 @@ class Sums:
         return Sums(*ends, self.total + other.total, self.squares + other.squares, self.count + other.count)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all values are, even where their sum is too large for float32."""
+        ends = np.isfinite([self.lowest, self.highest])
+        return bool(ends.all() and not np.isnan(self.total).any())
+
+    @property
     def moments(self) -> Moments:
         mean = self.total / self.count
         return Moments(self.lowest, self.highest, mean, np.maximum(self.squares / self.count - mean**2, 0))
@@ -140,7 +146,7 @@ def sum_channels(
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
         def see(_: M.Module, __: object, output: Tensor) -> None:
             sums = Sums.of(output.numpy())
-            if not np.isfinite(sums.total).all():
+            if not sums.is_finite:
                 raise FailureError(describe_not_finite(name))
             found[name] = sums.unite(found.get(name))
 

@@ -27,12 +27,11 @@ from megengine.autodiff import Function, GradManager
 
 from mgq.cpu_kernels.depthwise_gradients import fast_depthwise_gradients
 from mgq.cpu_kernels.elementwise import add_to_histograms
-from mgq.errors import FailureError
 from mgq.graph.layer_graph import channels_in
+from mgq.ptq.channel_statistics import sum_channels
 from mgq.quantization.floors import span_up_to
 from mgq.system.side_process import SideProcess, begin, halve, share_halves
 from mgq.zoo.layers import forward_hooks
-from mgq.zoo.overflow import describe_not_finite, is_finite
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
@@ -355,22 +354,5 @@ def value_ranges(network: M.Module, names: Iterable[str], batches: Iterable[Arra
 
     Raises FailureError that names a layer whose values are not finite.
     """
-    modules = dict(network.named_modules())
-    found: ChannelRanges = {}
-
-    def hook_of(name: str) -> Callable[[M.Module, object, Tensor], None]:
-        def see(_: M.Module, __: object, output: Tensor) -> None:
-            if not is_finite(output):
-                raise FailureError(describe_not_finite(name))
-            low, high = found.get(name, (np.inf, -np.inf))
-            values = output.numpy()
-            values = values.reshape(len(values), channels_in(values.shape), -1)
-            lowest, highest = (end(values, axis=(0, 2)).astype(np.float64) for end in (np.min, np.max))
-            found[name] = np.minimum(low, lowest), np.maximum(high, highest)
-
-        return see
-
-    with forward_hooks((modules[name], hook_of(name)) for name in names):
-        for batch in batches:
-            network(Tensor(batch)).numpy()
-    return found
+    found, _ = sum_channels(network, names, batches)
+    return {name: (sums.lowest, sums.highest) for name, sums in found.items()}

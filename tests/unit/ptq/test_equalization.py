@@ -12,7 +12,7 @@ from megengine import Tensor
 
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.bias_correction import BiasCorrection
-from mgq.ptq.channel_statistics import predict_statistics, survey_network
+from mgq.ptq.channel_statistics import Sums, predict_statistics, survey_network
 from mgq.ptq.equalization import (
     Channels,
     Problem,
@@ -130,6 +130,15 @@ def test_measured_statistics_are_those_of_the_tensors(arch: str) -> None:
     np.testing.assert_allclose(found[name].mean, whole.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found[name].variance, whole.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
     np.testing.assert_allclose(found[name].highest, whole.max((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strange", "finite"), [(3e38, True), (-3e38, True), (np.nan, False), (np.inf, False), (-np.inf, False)]
+)
+def test_values_are_finite_however_large_their_sum_is(strange: float, finite: bool) -> None:
+    values = np.zeros((2, 3, 40, 40), np.float32)
+    values[1, 2] = strange
+    assert Sums.of(values).is_finite == finite
 
 
 def test_batch_norms_with_true_statistics_expect_what_is_seen() -> None:
