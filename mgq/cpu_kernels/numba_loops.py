@@ -224,6 +224,36 @@ def add_to_histograms(
 
 
 @make_compiler()
+def count_limits_below(magnitudes: Any, limits: Any, places: Any) -> None:
+    """Write to ``places`` how many of ``limits``, ascending, are below each of ``magnitudes``; both (elements,).
+
+    A place is looked for beside that of the element before.
+    """
+    place, last = 0, len(limits)
+    for i in range(len(magnitudes)):
+        magnitude = magnitudes[i]
+        while place < last and limits[place] < magnitude:
+            place += 1
+        while place > 0 and limits[place - 1] >= magnitude:
+            place -= 1
+        places[i] = place
+
+
+@make_compiler()
+def add_moments_by_place(values: Any, weights: Any, places: Any, sums: Any) -> None:
+    """Add ``weights`` times the sign of ``values`` times their magnitude to the powers 0 to 2, all (rows, elements), to
+    ``sums`` (rows, places, 3)."""
+    for row in range(values.shape[0]):
+        own = sums[row]
+        for i in range(values.shape[1]):
+            value, weight, place = values[row, i], weights[row, i], places[row, i]
+            signed = weight if value > 0 else -weight
+            own[place, 0] += signed
+            own[place, 1] += weight * value
+            own[place, 2] += signed * value * value
+
+
+@make_compiler()
 def find_moments(rows: Any, lows: Any, highs: Any, totals: Any, squares: Any) -> None:
     """The least and the largest element of each of ``rows`` (rows, elements), their sum and that of their squares.
 
@@ -255,32 +285,21 @@ def find_moments(rows: Any, lows: Any, highs: Any, totals: Any, squares: Any) ->
 
 
 @make_compiler()
-def gather_patches(
-    source: Any,
-    image: Any,
-    row: Any,
-    column: Any,
-    in_order: Any,
-    down: Any,
-    right: Any,
-    above: Any,
-    beside: Any,
-    target: Any,
-) -> None:
-    """Copy to ``target``, (positions, C, kernel height, width), what a convolution reads of ``source``, (N, C, H, W).
+def gather_patches(source: Any, image: Any, top: Any, left: Any, target: Any) -> None:
+    """Copy to ``target``, (C, kernel height, width, positions), what a kernel covers of ``source``, (N, C, H, W).
 
-    ``image``, ``row`` and ``column``, (positions,), tell where its outputs are; they are looked at ``in_order``, their
-    indices. The convolution goes ``down`` and ``right`` in steps, and there are ``above`` and ``beside`` zeros around
-    each channel.
+    ``image``, ``top`` and ``left``, (positions,), tell where it lies; what is outside of a channel is 0. It is fast
+    where positions that are near to each other follow each other.
     """
     height, width = source.shape[2:]
-    for at in in_order:
-        top, left = row[at] * down - above, column[at] * right - beside
-        for channel in range(source.shape[1]):
-            for y in range(target.shape[2]):
-                for x in range(target.shape[3]):
-                    is_inside = 0 <= top + y < height and 0 <= left + x < width
-                    target[at, channel, y, x] = source[image[at], channel, top + y, left + x] if is_inside else ZERO
+    for channel in range(source.shape[1]):
+        for y in range(target.shape[1]):
+            for x in range(target.shape[2]):
+                found = target[channel, y, x]
+                for at in range(len(found)):
+                    row, column = top[at] + y, left[at] + x
+                    is_inside = 0 <= row < height and 0 <= column < width
+                    found[at] = source[image[at], channel, row, column] if is_inside else ZERO
 
 
 @make_compiler()

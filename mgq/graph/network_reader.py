@@ -57,13 +57,14 @@ from mgq.zoo.blueprint_network import BlueprintNetwork
 from mgq.zoo.layers import ConvBnRelu6
 
 
-def graph_of(network: M.Module, image_size: int) -> Graph:
+def graph_of(network: M.Module, image_size: int, with_integers: bool = True) -> Graph:
     """The graph of ``network``, mode ``normal`` or ``qat``. Raises FailureError that names a layer that is not
-    supported. A network built from a blueprint has its own image size.
+    supported. A network built from a blueprint has its own image size. The weights of a network in mode ``qat`` are
+    there as integers, too, unless nobody wants them.
     """
     if isinstance(network, BlueprintNetwork):
-        return BlueprintReader(network).graph()
-    return Reader(network, image_size).graph()
+        return BlueprintReader(network, with_integers).graph()
+    return Reader(network, image_size, with_integers).graph()
 
 
 _kept_traces: ContextVar[dict[Any, Any] | None] = ContextVar("kept_traces", default=None)
@@ -97,8 +98,9 @@ def trace(network: M.Module, image_size: int) -> Any:
 class Reader:
     """Reads the traced network, expression by expression."""
 
-    def __init__(self, network: M.Module, image_size: int) -> None:
+    def __init__(self, network: M.Module, image_size: int, with_integers: bool) -> None:
         self.quantized = mode_of(network) is Mode.QAT
+        self.with_integers = with_integers
         self.levels = target_of(network).levels
         self.network = network
         self.modules = dict(network.named_modules())
@@ -202,7 +204,7 @@ class Reader:
             raise FailureError("a convolution with padding other than zeros cannot be exported")
         activation = activation_of(module)
         weight, bias = fold_parameters(module)
-        is_int8 = self.quantized and not is_float_layer(module)
+        is_int8 = self.quantized and self.with_integers and not is_float_layer(module)
         integers, scales = quantize_weights(module, weight) if is_int8 else (None, None)
         self.nodes.append(
             Convolution(
@@ -251,8 +253,8 @@ class Reader:
 class BlueprintReader(Reader):
     """Reads a network that is described by data, layer by layer."""
 
-    def __init__(self, network: BlueprintNetwork) -> None:
-        super().__init__(network, 0)
+    def __init__(self, network: BlueprintNetwork, with_integers: bool) -> None:
+        super().__init__(network, 0, with_integers)
         self.blueprint = network.blueprint
         self.shapes: dict[str, tuple[int, ...]] = network.shapes()
 

@@ -16,6 +16,7 @@ from mgq.ptq.presets import Preset
 from mgq.ptq.steps import Draft, Images, Step
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.targets import MEGENGINE, Target
+from mgq.zoo.layers import quick_walks
 from mgq.zoo.network_state import evaluation_state, state_of
 from mgq.zoo.weight_loading import fingerprint
 
@@ -65,7 +66,7 @@ def calibrate_network(
 @contextlib.contextmanager
 def calibration_of(network: M.Module) -> Iterator[None]:
     """Inside, ``network`` is in evaluation state, simulations are fast, and bits depend on no number of cores."""
-    with evaluation_state(network), fast_simulation(), keep_traces(), one_blas_thread():
+    with evaluation_state(network), fast_simulation(), quick_walks(), keep_traces(), one_blas_thread():
         yield
 
 

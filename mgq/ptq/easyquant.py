@@ -124,9 +124,8 @@ class SampledConvolution:
         groups = conv.groups
         self.outputs = self.weight.reshape(groups, -1, int(np.prod(self.weight.shape[-3:])))
         gathered = patches(source, conv.kernel_size, conv.stride, conv.padding, at)
-        positions = gathered.shape[0]
         # (groups, positions, inputs a group * kernel)
-        self.patches = np.ascontiguousarray(gathered.reshape(positions, groups, -1).transpose(1, 0, 2))
+        self.patches = np.ascontiguousarray(gathered.reshape(groups, -1, gathered.shape[-1]).transpose(0, 2, 1))
         self.bias = fold_bias(module).reshape(groups, 1, -1)
 
     def output(self, limit: float) -> Array:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import megengine.module as M
 import numpy as np
@@ -103,6 +104,12 @@ class RoundedTensor:
     sets: Slots
     largest: Values
     harm: Values
+
+    @cached_property
+    def logs(self) -> Values:
+        """(C,): the logarithms of the largest values."""
+        found: Values = np.log(self.largest)
+        return found
 
     def with_reactions(self, reaction: Reaction | None, half: float) -> RoundedTensor:
         """This tensor, judged by the gradients of the logits: each channel reaches as far as clipping would cost more
@@ -383,7 +390,7 @@ def kernel(node: Convolution | Linear) -> int:
 def tensor_noise(tensor: RoundedTensor, logs: Values, gradient: Values) -> float:
     """The noise of a tensor's grid, whose range is that of its largest channel. Adds to ``gradient`` in place."""
     sets = tensor.sets
-    squared_range, share = soft_maximum(np.log(tensor.largest) + logs[sets])
+    squared_range, share = soft_maximum(tensor.logs + logs[sets])
     harm = tensor.harm * np.exp(-2 * logs[sets])
     np.add.at(gradient, sets, 2 * squared_range * (harm.sum() * share - harm))
     return float(squared_range * harm.sum())

@@ -25,7 +25,7 @@ from mgq.graph.layer_graph import Add, Convolution, GlobalAverage, Graph, MaxPoo
 from mgq.graph.network_reader import graph_of
 from mgq.ptq.channel_statistics import IMAGE_SIZE
 from mgq.quantization.batch_norm_folding import activation_of
-from mgq.quantization.qat_layers import GridRange, find_quantized_layers, fold_weight, quant_levels, set_range
+from mgq.quantization.qat_layers import GridRange, find_quantized_layers, quant_levels, set_range
 from mgq.quantization.targets import ChannelFakeQuantize, QuantizedFeatures, is_never_negative
 
 SUM_PARTS = 127
@@ -44,7 +44,7 @@ def set_exact_scales(network: M.Module) -> dict[str, GridRange]:
     Returns the new range of each layer. Raises FailureError where the network cannot be followed; nothing is changed
     then.
     """
-    graph = graph_of(network, IMAGE_SIZE)
+    graph = graph_of(network, IMAGE_SIZE, with_integers=False)
     named = find_quantized_layers(network)
     names = {tensor_of(graph, name, layer): name for name, layer in named.items()}
     layers = {tensor: named[name] for tensor, name in names.items() if tensor in graph.grids}
@@ -129,9 +129,8 @@ def fix_scales_of_weights(network: M.Module, graph: Graph, layers: dict[str, QAT
         if not isinstance(node, Convolution) or not isinstance(quantizer, ChannelFakeQuantize) or source is None:
             continue
         assert module is not None
-        weights = fold_weight(module).numpy()
         quantizer.unit = scale_behind(module) / scale_behind(source)
-        largest = np.abs(weights).reshape(len(node.weight), -1).max(axis=1)
+        largest = np.abs(node.weight).reshape(len(node.weight), -1).max(axis=1)
         quantizer.fix_scales(quantizer.allowed_scales(quantizer.least_scales(largest)))
 
 

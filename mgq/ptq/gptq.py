@@ -19,6 +19,7 @@ import numpy.typing as npt
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.cpu_kernels.weight_rounding import compensate_block, move_by_steps
 from mgq.ptq.layerwise import Layer
 from mgq.ptq.patches import is_convolution, is_plain, output_size, patches, sample_positions
 from mgq.quantization.qat_layers import GridRange, fold_weight, is_float_layer, set_range
@@ -108,11 +109,11 @@ class GPTQ:
 
 
 def gather_centred(source: Tensor, conv: Any, at: Any) -> Array:
-    """What each output of ``conv`` is made of at the positions ``at``: float32 (groups, positions, inputs), without its
+    """What each output of ``conv`` is made of at the positions ``at``: float32 (groups, inputs, positions), without its
     means."""
     found = patches(source.numpy(), conv.kernel_size, conv.stride, conv.padding, at)
-    grouped = found.reshape(found.shape[0], conv.groups, -1).transpose(1, 0, 2)
-    result: Array = grouped - grouped.mean(axis=1, keepdims=True)
+    result: Array = found.reshape(conv.groups, -1, found.shape[-1])
+    result -= result.mean(axis=2, keepdims=True)
     return result
 
 
@@ -166,8 +167,8 @@ def refit_weights(weights: Array, seen: Array, exact: Array) -> Array:
 
 
 def covariances(one: Array, other: Array) -> Values:
-    """(groups, positions, inputs), both without means -> (groups, inputs, inputs)."""
-    found: Values = (one.transpose(0, 2, 1) @ other / one.shape[1]).astype(np.float64)
+    """(groups, inputs, positions), both without means -> (groups, inputs, inputs)."""
+    found: Values = (one @ other.transpose(0, 2, 1) / one.shape[2]).astype(np.float64)
     return found
 
 
@@ -183,18 +184,12 @@ def round_with_compensation(weights: Array | Values, covariance: Values, levels:
     """``weights`` (groups, outputs, inputs), in steps, rounded to ``levels`` at most; the most varied input first."""
     inputs = weights.shape[2]
     order = np.argsort(-np.einsum("gii->gi", covariance), axis=1, kind="stable")
-    upper = np.stack(
-        [factor_of_inverse(matrix[np.ix_(rank, rank)]) for matrix, rank in zip(covariance, order, strict=True)]
-    )
+    upper = factors_of_inverses(covariance[np.arange(len(order))[:, None, None], order[:, :, None], order[:, None]])
     left = np.take_along_axis(weights, order[:, None, :], 2).astype(np.float64)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
         errors = np.empty((*left.shape[:2], end - start))
-        for i in range(start, end):
-            value = np.clip(np.rint(left[:, :, i]), -levels, levels)
-            error = (left[:, :, i] - value) / upper[:, i, i, None]
-            left[:, :, i + 1 : end] -= error[:, :, None] * upper[:, None, i, i + 1 : end]
-            left[:, :, i], errors[:, :, i - start] = value, error
+        compensate_block(left, upper, start, end, float(levels), errors)
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
     result = np.empty_like(left)
     np.put_along_axis(result, order[:, None, :], left, 2)
@@ -203,31 +198,29 @@ def round_with_compensation(weights: Array | Values, covariance: Values, levels:
 
 def settle_integers(integers: Values, steps: Array | Values, covariance: Values, levels: int) -> Values:
     """``integers`` after single weights moved by a step wherever that makes the error of the output smaller."""
-    found, own = integers.copy(), np.einsum("gii->gi", covariance)
-    pull = (found - steps) @ covariance
-    for _ in range(SWEEPS):
-        for i in range(found.shape[2]):
-            towards = -np.sign(pull[:, :, i])
-            gains = 2 * np.abs(pull[:, :, i]) > own[:, None, i]
-            group, output = np.nonzero(gains & (np.abs(found[:, :, i] + towards) <= levels))
-            moves = towards[group, output]
-            found[group, output, i] += moves
-            pull[group, output] += moves[:, None] * covariance[group, i]
+    found = integers.copy()
+    move_by_steps(found, (found - steps) @ covariance, covariance, float(levels), SWEEPS)
     return found
 
 
-def factor_of_inverse(matrix: Values) -> Values:
-    """The upper triangular U with U.T @ U the inverse of ``matrix``, symmetric and positive definite.
+def factors_of_inverses(matrices: Values) -> Values:
+    """The upper triangular U with U.T @ U the inverse of each of ``matrices`` (groups, inputs, inputs), symmetric and
+    positive definite.
 
-    Backwards, ``matrix`` is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
+    Backwards, a matrix is L @ L.T: then U is L's inverse, backwards again. That is a third of the work of inverting.
     """
-    from scipy.linalg import cholesky
+    lower = np.linalg.cholesky(matrices[:, ::-1, ::-1])
+    return np.ascontiguousarray(np.tril(invert_triangles(lower))[:, ::-1, ::-1])
+
+
+def invert_triangles(lower: Values) -> Values:
+    """The inverses of ``lower`` triangular matrices (groups, inputs, inputs); what is above their diagonals is of no
+    account. Many small ones take one call, each of the large ones another that knows their form."""
     from scipy.linalg.lapack import dtrtri
 
-    lower = cholesky(matrix[::-1, ::-1], lower=True)
-    inverse, _ = dtrtri(lower, lower=1)
-    result: Values = np.tril(inverse)[::-1, ::-1]
-    return result
+    if lower.shape[1] <= SMALL_KERNEL:
+        return np.linalg.inv(lower)
+    return np.stack([dtrtri(matrix, lower=1)[0] for matrix in lower])
 
 
 def set_folded_weight(module: QATModule, old: Array, new: Array) -> None:

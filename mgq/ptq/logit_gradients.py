@@ -27,6 +27,7 @@ from megengine.autodiff import Function, GradManager
 
 from mgq.cpu_kernels.depthwise_gradients import fast_depthwise_gradients
 from mgq.cpu_kernels.elementwise import add_to_histograms
+from mgq.cpu_kernels.numba_loops import add_moments_by_place, count_limits_below
 from mgq.graph.layer_graph import channels_in
 from mgq.ptq.channel_statistics import sum_channels
 from mgq.quantization.floors import span_up_to
@@ -160,34 +161,28 @@ class Reaction:
         """Squared change of the logits, of all images together, where values saturate at each of ``limits``, ascending,
         ``half`` steps; of a grid that begins at ``floor``, ``half`` steps are its span. With ``headroom`` as if some of
         the images were stronger (:data:`HEADROOM`)."""
-        clipping = self.clipping(limits)
+        magnitudes = np.abs(self.centres(BINS))
+        clipping, clipped = self.clipping(limits, magnitudes)
         if headroom:
-            others = self.clipping(limits / HEADROOM) * HEADROOM**2
-            clipping = (1 - HEADROOM_SHARE) * clipping + HEADROOM_SHARE * others
-        [clipped] = moments_beyond(limits, np.abs(self.centres(BINS)), self.squares, 0)
-        kept = self.squares.sum() - clipped.sum(axis=0)
+            others, _ = self.clipping(limits / HEADROOM, magnitudes)
+            clipping = (1 - HEADROOM_SHARE) * clipping + HEADROOM_SHARE * HEADROOM**2 * others
+        kept = self.squares.sum() - clipped
         spans = limits if floor is None else span_up_to(limits, floor)
         noises: Values = clipping + kept * np.square(spans / half) / 12
         return noises
 
-    def clipping(self, limits: Values) -> Values:
-        """The part of it that clipping causes at each of ``limits``, ascending.
+    def clipping(self, limits: Values, magnitudes: Values) -> tuple[Values, Values]:
+        """The part of it that clipping causes at each of ``limits``, ascending, and the squared gradients there. The
+        bins have these ``magnitudes``, (C, BINS).
 
         Rounding errors are independent of each other. Those of clipping add up in a tensor, or make up for each other;
         the larger estimate counts.
         """
-        few = self.centres(FEW_BINS).astype(np.float32).ravel()
-        clipped = np.stack([few - np.clip(few, -limit, limit) for limit in limits.astype(np.float32)], axis=1)
-        pulls = np.stack([pull.ravel() for pull in self.pulls]) if self.pulls else np.zeros((1, few.size), np.float32)
-        together: Values = np.square((pulls @ clipped).astype(np.float64)).sum(axis=0)
-        return np.maximum(self.clipping_of_channels(limits, np.abs(self.centres(BINS))).sum(axis=0), together)
-
-    def clipping_of_channels(self, limits: Values, magnitudes: Values) -> Values:
-        """(C, L): the same of each channel whose bins have these ``magnitudes``, (C, BINS), where errors are
-        independent."""
-        count, first, second = moments_beyond(limits, magnitudes, self.squares, 2)
-        found: Values = second - 2 * limits * first + np.square(limits) * count
-        return found
+        moments = moments_beyond(limits, magnitudes, [self.squares])
+        few = self.centres(FEW_BINS).reshape(1, -1)
+        count, first, _ = moments_beyond(limits, few, [pull.reshape(1, -1) for pull in self.pulls])
+        together = np.square(first - limits * count).sum(axis=0)
+        return np.maximum(clipping_of(limits, moments).sum(axis=0), together), moments[0].sum(axis=0)
 
     def range_within(self, limit: float, floor: float | None = None) -> tuple[float, float]:
         """The range of the values seen, cut at ``limit``, or widened to it on the side of the largest; above where
@@ -213,23 +208,30 @@ class Reaction:
         """(C,): the limit of least noise of each channel, if it had a grid of its own."""
         reach = np.maximum(self.reach, TINY)
         magnitudes = np.abs(self.centres(BINS)) / reach[:, None]
-        [clipped] = moments_beyond(CHANNEL_LIMITS, magnitudes, self.squares, 0)
-        rounding = (self.squares.sum(axis=1, keepdims=True) - clipped) * np.square(CHANNEL_LIMITS / half) / 12
-        noises = self.clipping_of_channels(CHANNEL_LIMITS, magnitudes) + rounding
+        moments = moments_beyond(CHANNEL_LIMITS, magnitudes, [self.squares])
+        rounding = (self.squares.sum(axis=1, keepdims=True) - moments[0]) * np.square(CHANNEL_LIMITS / half) / 12
+        noises = clipping_of(CHANNEL_LIMITS, moments) + rounding
         best: Values = CHANNEL_LIMITS[np.argmin(noises, axis=1)] * reach
         return best
 
 
-def moments_beyond(limits: Values, magnitudes: Values, weights: Values, highest: int) -> list[Values]:
-    """(C, L) each: the sums of ``weights`` times powers 0 to ``highest`` of the ``magnitudes``, both (C, B), above each
-    of ``limits``, (L,), ascending."""
-    channels, ends = len(weights), len(limits) + 1
-    places = (np.searchsorted(limits, magnitudes) + ends * np.arange(channels)[:, None]).ravel()
-    found, terms = [], weights
-    for _ in range(highest + 1):
-        parts = np.bincount(places, terms.ravel(), channels * ends).reshape(channels, ends)
-        found.append(parts[:, :0:-1].cumsum(axis=1)[:, ::-1])
-        terms = terms * magnitudes
+def moments_beyond(limits: Values, values: Values, weights: Sequence[Values | Array]) -> Values:
+    """(3, N * C, L): the sums of each of ``weights``, N of (C, B), times the signs of ``values``, (C, B), times powers
+    0 to 2 of their magnitudes, where these are above each of ``limits``, (L,), ascending."""
+    places = np.empty(values.shape, np.uint8)
+    count_limits_below(np.abs(values).ravel(), limits, places.ravel())
+    sums = np.zeros((len(weights), len(values), len(limits) + 1, 3))
+    for each, found in zip(weights, sums, strict=True):
+        add_moments_by_place(values, each, places, found)
+    beyond: Values = sums.reshape(-1, *sums.shape[2:])[:, :0:-1].cumsum(axis=1)[:, ::-1].transpose(2, 0, 1)
+    return beyond
+
+
+def clipping_of(limits: Values, moments: Values) -> Values:
+    """(C, L): what clipping each channel at ``limits`` adds to the noise where errors are independent, by the
+    ``moments`` of squared gradients beyond these."""
+    count, first, second = moments
+    found: Values = second - 2 * limits * first + np.square(limits) * count
     return found
 
 

@@ -34,11 +34,12 @@ def output_size(conv: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def sample_positions(shape: tuple[int, ...], rng: np.random.Generator, number: int = POSITIONS) -> Any:
-    """Indices of ``number`` pictures, rows and columns of an output of ``shape``; of all, where there are fewer."""
+    """Indices of ``number`` pictures, rows and columns of an output of ``shape``; of all, where there are fewer. They
+    are in order: neighbours read the same memory."""
     batch, _, height, width = shape
     total = batch * height * width
     chosen = rng.choice(total, min(total, number), replace=False)
-    return np.unravel_index(chosen, (batch, height, width))
+    return np.unravel_index(np.sort(chosen), (batch, height, width))
 
 
 def pick_positions(values: Array, at: Any) -> Array:
@@ -51,12 +52,8 @@ def pick_positions(values: Array, at: Any) -> Array:
 def patches(
     source: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], at: Any
 ) -> Array:
-    """What a convolution reads for some of its outputs: (N, C, H, W) -> (positions, C, kernel height, width)."""
+    """What a convolution reads for some of its outputs: (N, C, H, W) -> (C, kernel height, width, positions)."""
     image, row, column = at
-    result = np.empty((len(image), source.shape[1], *kernel), np.float32)
-    if kernel == (1, 1) and padding == (0, 0):
-        result[:, :, 0, 0] = pick_positions(source, (image, row * stride[0], column * stride[1]))
-        return result
-    in_order = np.lexsort((column, row, image))  # neighbours read the same memory
-    numba_loops.gather_patches(source, image, row, column, in_order, *stride, *padding, result)
+    result = np.empty((source.shape[1], *kernel, len(image)), np.float32)
+    numba_loops.gather_patches(source, image, row * stride[0] - padding[0], column * stride[1] - padding[1], result)
     return result

@@ -330,11 +330,6 @@ class Family:
     finish: Steps
     reached: Mapping[Steps, Draft]
 
-    @property
-    def is_data_free(self) -> bool:
-        """Whether images serve for the finish alone."""
-        return all(map(is_data_free, self.grids))
-
 
 def is_data_free(grid: Steps) -> bool:
     """Whether ``grid`` needs no images."""
@@ -419,16 +414,11 @@ class Contest:
     def try_families(self, families: Sequence[Family]) -> list[Candidate]:
         """What all grids gave, in order. Raises the first error where none applies, and where a layer gives numbers
         that are not finite."""
-        others = [each for each in families if not each.is_data_free]
-        early = [begin(self.side, self.judge.try_grids, each) for each in families if each.is_data_free]
         if needs_gradients(self.preset.grids):
-            _ = self.start.reactions  # before these are begun, so that they are measured once
-        others.sort(key=lambda family: sum(map(len, family.grids)), reverse=True)
-        later = share_out(self.side, others, self.judge.try_grids, self.count)
-        of = dict(zip((each.grids for each in others), later, strict=True))
-        for call in early:
-            of[call.arguments[0].grids] = call.result()
-            self.count(call.result())
+            _ = self.start.reactions  # by both processes, before one of them is busy
+        order = sorted(families, key=lambda family: sum(map(len, family.grids)), reverse=True)
+        attempts = share_out(self.side, order, self.judge.try_grids, self.count)
+        of = dict(zip((each.grids for each in order), attempts, strict=True))
         found = [attempt for each in families for attempt in of[each.grids]]
         self.tried += [attempt for attempt in found if isinstance(attempt, Candidate)]
         if not self.tried:

@@ -15,6 +15,7 @@ from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
 from mgq.system.megengine_start import prepare_long_process
 from mgq.system.side_process import SideProcess
+from mgq.zoo.layers import quick_walks
 
 WORTH_S = 0.3
 """How long the float answers to the images held back take at least where a second process is worth its start."""
@@ -31,6 +32,7 @@ _open: list[SideProcess] = []
 def simulate_fast() -> None:
     """What the second process does first: from here on it simulates as the first one does."""
     _for_good.enter_context(fast_simulation())
+    _for_good.enter_context(quick_walks())
     _for_good.enter_context(keep_traces())
 
 

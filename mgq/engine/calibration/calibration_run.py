@@ -36,7 +36,7 @@ from mgq.zoo.network_state import state_of
 from mgq.zoo.weight_loading import fingerprint
 
 RANGES_FILE = "ranges.json"
-TIMED = 8
+TIMED = 2
 GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
 LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""

@@ -15,7 +15,7 @@ from mgq.ptq.gptq import (
     covariances,
     damp_covariance,
     energies,
-    factor_of_inverse,
+    factors_of_inverses,
     refit_weights,
     round_channels,
     round_with_compensation,
@@ -38,12 +38,13 @@ FITTED = (RangesFromImages(MSE), RoundWeights(refit=True))
 
 
 def layer(inputs: int, outputs: int, groups: int = 1) -> tuple[Array, Array]:
-    """Weights (groups, outputs, inputs) in steps, and what they see (groups, positions, inputs), much alike."""
+    """Weights (groups, outputs, inputs) in steps, and what they see (groups, inputs, positions), much alike."""
     rng = np.random.default_rng(0)
     mixed = rng.normal(size=(groups, inputs, inputs)) / np.sqrt(inputs) + 0.3 * np.eye(inputs)
     seen = np.maximum(rng.normal(size=(groups, 2_000, inputs)) @ mixed, 0)
     seen -= seen.mean(1, keepdims=True)
-    return rng.normal(0, 20, (groups, outputs, inputs)).astype(np.float32), seen.astype(np.float32)
+    weights = rng.normal(0, 20, (groups, outputs, inputs)).astype(np.float32)
+    return weights, seen.transpose(0, 2, 1).astype(np.float32)
 
 
 def varying(seen: Array) -> npt.NDArray[np.float64]:
@@ -54,7 +55,7 @@ def varying(seen: Array) -> npt.NDArray[np.float64]:
 def test_outputs_are_nearer_than_by_the_nearest_integers(inputs: int, outputs: int, groups: int) -> None:
     weights, seen = layer(inputs, outputs, groups)
     rounded, nearest = round_with_compensation(weights, varying(seen)), np.rint(weights)
-    errors = [float(np.square((found - weights) @ seen.transpose(0, 2, 1)).sum()) for found in (rounded, nearest)]
+    errors = [float(np.square((found - weights) @ seen).sum()) for found in (rounded, nearest)]
     assert errors[0] < 0.85 * errors[1]
 
 
@@ -68,7 +69,7 @@ def test_moving_single_weights_makes_it_nearer_still() -> None:
 
 def test_the_best_of_some_scales_loses_little_of_a_small_kernel() -> None:
     weights, seen = layer(9, 1, 16)
-    seen += 3 * seen.mean(axis=2, keepdims=True)  # neighbours are alike, as in a picture
+    seen += 3 * seen.mean(axis=1, keepdims=True)  # neighbours are alike, as in a picture
     quantizer, covariance = ChannelFakeQuantize("qint8_narrow"), varying(seen)
     integers, scales = round_channels(quantizer, weights, covariance)
     one = np.abs(weights).max(axis=2, keepdims=True) / 127
@@ -91,11 +92,11 @@ def test_fitted_weights_make_up_for_what_is_seen_wrongly(monkeypatch: pytest.Mon
     weights, exact = layer(64, 8, 2)
     # A tenth is lost of one input, another is mixed up with its neighbour: what a layer before may have done.
     seen = exact.copy()
-    seen[..., 3] *= 0.9
-    seen[..., 8] += 0.1 * exact[..., 9]
+    seen[:, 3] *= 0.9
+    seen[:, 8] += 0.1 * exact[:, 9]
     fitted = refit_weights(weights, seen, exact)
-    wanted = exact @ weights.transpose(0, 2, 1)
-    errors = [float(np.square(seen @ found.transpose(0, 2, 1) - wanted).sum()) for found in (fitted, weights)]
+    wanted = weights @ exact
+    errors = [float(np.square(found @ seen - wanted).sum()) for found in (fitted, weights)]
     assert errors[0] < 0.15 * errors[1]
 
 
@@ -105,12 +106,12 @@ def test_weights_that_see_what_they_did_are_not_changed() -> None:
     assert np.isfinite(refit_weights(weights, seen * 0, seen)).all()
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    _, seen = layer(64, 8)
-    (matrix,) = varying(seen)
-    factor = factor_of_inverse(matrix)
-    assert np.array_equal(factor, np.triu(factor))
-    np.testing.assert_allclose(factor.T @ factor, np.linalg.inv(matrix), rtol=1e-8, atol=1e-10)
+@pytest.mark.parametrize("inputs", [9, 96])
+def test_the_factors_are_those_of_the_inverses(inputs: int) -> None:
+    matrices = varying(layer(inputs, 8, 3)[1])
+    factors = factors_of_inverses(matrices)
+    assert np.array_equal(factors, np.triu(factors))
+    np.testing.assert_allclose(factors.transpose(0, 2, 1) @ factors, np.linalg.inv(matrices), rtol=1e-8, atol=1e-10)
 
 
 def test_inputs_that_vary_apart_are_rounded_to_the_nearest() -> None:
@@ -120,7 +121,7 @@ def test_inputs_that_vary_apart_are_rounded_to_the_nearest() -> None:
 
 def test_inputs_that_never_vary_do_not_matter() -> None:
     weights, seen = layer(32, 4)
-    seen[..., 5:] = 0
+    seen[:, 5:] = 0
     assert np.isfinite(round_with_compensation(weights, varying(seen))).all()
     assert np.isfinite(round_with_compensation(weights, varying(seen * 0))).all()
 
@@ -190,6 +191,6 @@ def test_patches_are_what_a_convolution_reads_at_each_position(
     conv = M.Conv2d(4, 6, kernel, stride, padding)
     rows, columns = output_size(conv, 9, 7)
     at = sample_positions((3, 6, rows, columns), np.random.default_rng(1), 40)
-    sums = np.einsum("pchw,ochw->po", patches(source, kernel, stride, padding, at), conv.weight.numpy())
+    sums = np.einsum("chwp,ochw->po", patches(source, kernel, stride, padding, at), conv.weight.numpy())
     image, row, column = at
     np.testing.assert_allclose(sums, conv(Tensor(source)).numpy()[image, :, row, column], rtol=1e-4, atol=1e-5)
