@@ -37,8 +37,8 @@ from mgq.zoo.weight_loading import fingerprint
 
 RANGES_FILE = "ranges.json"
 TIMED = 2
-GRID_PASSES, JUDGING_PASSES = 1.0, 1.0
-LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 1.0, 2.0, 1.5
+GRID_PASSES, JUDGING_PASSES = 0.65, 0.65
+LAYERWISE_PASSES, COMPENSATION_PASSES, SECONDS_PER_MILLION = 0.65, 1.3, 0.8
 """What a calibration costs, in passes of the float network over a picture and in seconds per million weights."""
 SHARED = 0.7
 """Part of the time that is left where a second process takes its share: about that for MobileNetV2."""
