@@ -21,7 +21,7 @@ from mgq.engine.calibration.calibration_run import calibrate
 from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.ptq.calibrate import find_best_network
-from mgq.ptq.logit_gradients import HEADROOM, LIMITS, Reaction, measure_reactions
+from mgq.ptq.logit_gradients import BINS, FEW_BINS, HEADROOM, LIMITS, Reaction, measure_reactions
 from mgq.ptq.pipeline import (
     FEWEST,
     NO_NOISE,
@@ -422,6 +422,23 @@ class TestReactions:
             finally:
                 hook.remove()
             assert 0.25 < reaction.noises(np.array([limit]), 127.5).item() / real < 4
+
+    @pytest.mark.parametrize("shift", [0.0, 2.0])
+    def test_the_noise_of_clipping_is_what_each_bin_loses(self, shift: float) -> None:
+        """The larger of two estimates, written out: independent errors, and those that add up in an image."""
+        rng = np.random.default_rng(0)
+        values = (rng.normal(0, 1, (3, 4, 6, 6)) + shift).astype(np.float32)
+        gradients = rng.normal(0.2, 1, values.shape).astype(np.float32)
+        reaction = Reaction.from_bounds(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
+        reaction.add(values, gradients)
+        for limit in (0.4, 1.0, 2.5):
+            fine, coarse = reaction.centres(BINS), reaction.centres(FEW_BINS)
+            alone = float((reaction.squares * np.square(np.maximum(np.abs(fine) - limit, 0))).sum())
+            lost = coarse - np.clip(coarse, -limit, limit)
+            together = float(sum(np.square((pull * lost).sum()) for pull in reaction.pulls))
+            kept = float(reaction.squares[np.abs(fine) <= limit].sum())
+            wanted = max(alone, together) + kept * (limit / 127.5) ** 2 / 12
+            np.testing.assert_allclose(reaction.noises(np.array([limit]), 127.5), wanted, rtol=1e-5)
 
     def test_values_that_matter_to_no_logit_may_be_clipped(self) -> None:
         rng = np.random.default_rng(0)
