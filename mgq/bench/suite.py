@@ -19,6 +19,7 @@ from mgq.bench.workers import SubprocessWorker
 from mgq.engine.classifier.dump import dump_classifier, source_of
 from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
 from mgq.engine.classifier.parity import compute_reference
+from mgq.engine.classifier.run_lookup import RUNS
 from mgq.errors import FailureError, InputError
 from mgq.export.formats import SUFFIXES
 from mgq.graph.layer_graph import macs_of
@@ -31,7 +32,6 @@ from mgq.system.environment import Machine
 from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import is_cached
 
-RUNS = Path("runs")
 SIMULATED = "MegEngine's simulation"
 
 

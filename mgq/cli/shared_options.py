@@ -21,6 +21,7 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
 )
+from mgq.engine.classifier.run_lookup import RUNS
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.classifier import Classifier
@@ -94,8 +95,6 @@ EngineName = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-
-RUNS = Path("runs")
 
 
 def find_arch(save: Path, mode: str | None) -> str | None:

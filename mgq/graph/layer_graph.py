@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.quantization.activations import Activation
+from mgq.zoo.blueprint import LARGEST as LARGEST
 from mgq.zoo.blueprint import MOVES, border_values
 
 Array = npt.NDArray[np.float32]

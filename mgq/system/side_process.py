@@ -20,13 +20,18 @@ PATIENCE_S = 3600.0
 """How long one call may take there before it is made here instead."""
 
 
+def dumps(thing: Any) -> bytes:
+    """``thing`` pickled; the newest protocol copies arrays once instead of twice."""
+    return pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
+
+
 def call_functions(channel: Channel) -> None:
     """The second process: call what is asked for, one after the other."""
     channel.send(None)
     for question in channel.questions():
         try:
             function, arguments = pickle.loads(question)
-            channel.send(pickle.dumps(function(*arguments)))
+            channel.send(dumps(function(*arguments)))
         except Exception:  # it is called again in the first process, which raises the error where it belongs
             channel.send(None)
 
@@ -81,7 +86,7 @@ class SideProcess:
         It is pickled and loaded in the thread that asks: MegEngine reads and makes tensors in its own thread alone.
         """
         try:
-            question = pickle.dumps((function, arguments))
+            question = dumps((function, arguments))
         except Exception:
             return Call(function, arguments)
         self._last = self._thread.submit(self._process.ask, question, PATIENCE_S)

@@ -16,6 +16,8 @@ from mgq.errors import InputError
 INPUT = "pixels"
 """The name of a network's input: float32 (N, C, H, W)."""
 MOST_LAYERS = 20_000
+LARGEST = 3e38
+"""From here on a number is as good as infinite."""
 MOVES = frozenset({"reshape", "transpose", "slice", "pad", "border", "expand", "max_pool", "global_max"})
 """Kinds of layers that only move or choose values: integers stay integers, on the same grid."""
 WEIGHTED = frozenset({"conv", "linear"})

@@ -14,12 +14,10 @@ from megengine import Parameter, Tensor
 from megengine.core._imperative_rt.core2 import apply
 from megengine.core.ops.builtin import Elemwise
 
-from mgq.zoo.blueprint import MOVES, LayerPlan, border_values
+from mgq.zoo.blueprint import LARGEST, MOVES, LayerPlan, border_values
 from mgq.zoo.layers import ConvBnRelu6, keep_grid_of
 
 Options = Mapping[str, Any]
-LOWEST = -3e38
-"""The padding value of max pooling."""
 
 
 class BlueprintLayer(M.Module):  # type: ignore[misc]
@@ -153,7 +151,7 @@ def max_pool(options: Options, inp: Tensor) -> Tensor:
     kernel, stride = tuple(options["kernel"]), tuple(options["stride"])
     if (top, left) == (bottom, right):
         return F.max_pool2d(inp, kernel, stride, (top, left))
-    wide = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=LOWEST)
+    wide = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=-LARGEST)
     return F.max_pool2d(wide, kernel, stride, 0)
 
 
@@ -162,7 +160,7 @@ def max_pool_with_gaps(options: Options, inp: Tensor) -> Tensor:
     gaps, stride = options["dilation"], options["stride"]
     extents = [(size - 1) * gap + 1 for size, gap in zip(options["kernel"], gaps, strict=True)]
     top, left, bottom, right = end_pads({**options, "kernel": extents}, inp._tuple_shape[2:])
-    result = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=LOWEST)
+    result = F.nn.pad(inp, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_value=-LARGEST)
     for axis, extent, gap, step in zip((2, 3), extents, gaps, stride, strict=True):
         last = (result._tuple_shape[axis] - extent) // step * step
         before = (slice(None),) * axis

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mgq.graph.layer_graph import Operation, QuantParams
+from mgq.graph.layer_graph import LARGEST, Operation, QuantParams
 
-LARGEST = 3e38
 ERF_OF_GELU = float(np.sqrt(0.5))
 FLOAT = 1
 """ONNX's number of float32."""

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.graph.onnx_import.operators import (
-    LARGEST,
     BatchMixedError,
     Operator,
     UnknownFormError,
     add_affine,
     read_first,
 )
+from mgq.zoo.blueprint import LARGEST
 
 Array = npt.NDArray[Any]
 

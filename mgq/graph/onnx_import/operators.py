@@ -18,7 +18,7 @@ from mgq.graph.onnx_import.draft import (
     convolution_tensors,
 )
 from mgq.graph.onnx_import.volumes import find_idle_axis, repeat_weights, run_without_axis, without_axis
-from mgq.zoo.blueprint import INPUT, MOVES
+from mgq.zoo.blueprint import INPUT, LARGEST, MOVES
 
 Array = npt.NDArray[Any]
 
@@ -28,8 +28,6 @@ FLOATS = {1, 11}
 BOOL = 9
 WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
 """ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
-LARGEST = 3e38
-"""From here on a number is as good as infinite."""
 MOST_PLACES = 4096
 """In what is looked up."""
 MOST_WEIGHTS = 1 << 24
