@@ -14,6 +14,7 @@ from mgq.machine import one_blas_thread
 from mgq.ptq.pipeline import SearchResult, apply_steps, find_best
 from mgq.ptq.presets import Preset
 from mgq.ptq.steps import Draft, Images, Step
+from mgq.ptq.tensor_samples import keep_samples
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.targets import MEGENGINE, Target
 from mgq.zoo.layers import quick_walks
@@ -66,7 +67,7 @@ def calibrate_network(
 @contextlib.contextmanager
 def calibration_of(network: M.Module) -> Iterator[None]:
     """Inside, ``network`` is in evaluation state, simulations are fast, and bits depend on no number of cores."""
-    with evaluation_state(network), fast_simulation(), quick_walks(), keep_traces(), one_blas_thread():
+    with evaluation_state(network), fast_simulation(), quick_walks(), keep_traces(), keep_samples(), one_blas_thread():
         yield
 
 

@@ -75,22 +75,23 @@ def find_linear_tensors(graph: Graph) -> list[LinearTensors]:
     ]
 
 
-def mix_channels(network: M.Module, graph: Graph, reactions: Reactions) -> tuple[M.Module, tuple[str, ...]]:
-    """A copy of ``network`` (mode ``normal``) that answers the same but for rounding, and the tensors that are mixed.
+def mix_channels(network: M.Module, graph: Graph, reactions: Reactions) -> tuple[M.Module, dict[str, Values]]:
+    """A copy of ``network`` (mode ``normal``) that answers the same but for rounding, and by which matrix (C, C) each
+    tensor that is mixed is multiplied.
 
     ``graph`` is its graph, ``reactions`` those of its logits, with ``pairs`` of the tensors that can be mixed; others
     stay as they are.
     """
     mixed = deepcopy(network)
-    modules, names = dict(mixed.named_modules()), []
+    modules, mixings = dict(mixed.named_modules()), dict[str, Values]()
     for seed, linear in enumerate(find_linear_tensors(graph)):
         pairs = [reactions[name].pairs for name in linear.tensors if name in reactions]
         mixing = find_mixing([pair for pair in pairs if pair is not None and pair.matters], seed)
         if mixing is None or not all(isinstance(modules[name], _ConvBnActivation2d) for name in linear.makers):
             continue
         apply_mixing(modules, linear, mixing)
-        names += [name for name in linear.tensors if name in reactions]
-    return mixed, tuple(names)
+        mixings |= {name: mixing for name in linear.tensors if name in reactions}
+    return mixed, mixings
 
 
 def apply_mixing(modules: Mapping[str, M.Module], linear: LinearTensors, mixing: Values) -> None:

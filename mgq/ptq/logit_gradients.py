@@ -14,8 +14,9 @@ off by up to 30 dB, and chose limits far too wide.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -30,6 +31,7 @@ from mgq.cpu_kernels.elementwise import add_to_histograms
 from mgq.cpu_kernels.numba_loops import add_moments_by_place, count_limits_below
 from mgq.graph.layer_graph import channels_in
 from mgq.ptq.channel_statistics import sum_channels
+from mgq.ptq.tensor_samples import Part, begin_samples, find_samples
 from mgq.quantization.floors import span_up_to
 from mgq.system.side_process import SideProcess, begin, halve, share_halves
 from mgq.zoo.layers import forward_hooks
@@ -99,7 +101,8 @@ class Reaction:
 
     ``lowest`` and ``highest`` (C,): the range of each channel, cut into even bins. ``squares`` (C, BINS): sum of
     squared gradients. ``pulls``, float32 (C, FEW_BINS) for each image: sum of gradients. Values that are exactly 0 have
-    no error, and are left out. ``pairs`` are known where they were asked for.
+    no error, and are left out. ``pairs`` are known where they were asked for. ``factors`` (C,): how many times as large
+    as when it was measured, in ``run``, each channel is.
     """
 
     lowest: Values
@@ -107,12 +110,14 @@ class Reaction:
     squares: Values
     pulls: list[Array] = field(default_factory=list)
     pairs: Pairs | None = None
+    factors: Values | float = 1.0
+    run: str = ""
 
     @classmethod
-    def from_bounds(cls, lowest: Values, highest: Values, in_pairs: bool = False) -> Reaction:
+    def from_bounds(cls, lowest: Values, highest: Values, in_pairs: bool = False, run: str = "") -> Reaction:
         """Nothing seen yet of channels that reach from ``lowest`` to ``highest``."""
         pairs = Pairs.of(len(lowest)) if in_pairs else None
-        return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs)
+        return cls(lowest, highest, np.zeros((len(lowest), BINS)), pairs=pairs, run=run)
 
     def unite(self, other: Reaction) -> Reaction:
         """The reaction to the images of both, ``other``'s being the later ones; the ranges are the same."""
@@ -146,7 +151,8 @@ class Reaction:
         pulls = [(pull / factors[:, None]).astype(np.float32) for pull in self.pulls]
         squares = self.squares / np.square(factors)[:, None]
         pairs = self.pairs and self.pairs.scale(factors)
-        return Reaction(self.lowest * factors, self.highest * factors, squares, pulls, pairs)
+        ends = self.lowest * factors, self.highest * factors
+        return Reaction(*ends, squares, pulls, pairs, self.factors * factors, self.run)
 
     def centres(self, bins: int) -> Values:
         """(C, ``bins``): the middle of each bin."""
@@ -277,10 +283,19 @@ def measure_reactions(
     found_ranges = unite_ranges(*share_halves(side, value_ranges, batches, network, unknown)) if unknown else {}
     seen = {name: found_ranges.get(name) or known.get(name) for name in names}
     ranges = {name: ends for name, ends in seen.items() if ends is not None and any(end.any() for end in ends)}
-    own, others = halve(batches)
-    later = begin(side if others else None, measure_part, network, ranges, others, seed, sum(map(len, own)), in_pairs)
-    found = measure_part(network, ranges, own, seed, 0, in_pairs)
+    (own, others), run = halve(batches), name_of_run(ranges, seed)
+    rest = others, seed, sum(map(len, own)), in_pairs, Part(run, 1)
+    later = begin(side if others else None, measure_part, network, ranges, *rest)
+    found = measure_part(network, ranges, own, seed, 0, in_pairs, Part(run, 0))
     return {name: found[name].unite(reaction) for name, reaction in later.result().items()}
+
+
+def name_of_run(ranges: ChannelRanges, seed: int) -> str:
+    """Names a measurement by what it is of: the same images in the same network give the same name."""
+    digest = hashlib.sha256(str((seed, *ranges)).encode())
+    for lowest, highest in ranges.values():
+        digest.update(lowest.tobytes() + highest.tobytes())
+    return digest.hexdigest()
 
 
 def measure_part(
@@ -290,17 +305,24 @@ def measure_part(
     seed: int,
     before: int,
     in_pairs: Collection[str],
+    part: Part,
 ) -> Reactions:
     """:func:`measure_reactions` on some of the images, behind layers whose channels have the ``ranges`` on all of them.
 
-    ``before`` is the number of images that come before these: each image has its own combination of the logits.
+    ``before`` is the number of images that come before these: each image has its own combination of the logits. What
+    the tensors ``in_pairs`` hold is kept as samples of ``part``.
     """
-    found = {name: Reaction.from_bounds(*ends, name in in_pairs) for name, ends in ranges.items()}
+    found = {name: Reaction.from_bounds(*ends, name in in_pairs, part.run) for name, ends in ranges.items()}
+    samples = begin_samples(part, found.keys() & set(in_pairs))
     modules = dict(network.named_modules())
     random = np.random.default_rng(seed)
 
     def hook_of(name: str) -> Callable[[M.Module, object, Tensor], Tensor]:
-        return lambda _, __, output: Watch(found[name].add)(output)
+        def see(values: Array, gradients: Array) -> None:
+            found[name].add(values, gradients)
+            samples.add(name, values, gradients)
+
+        return lambda _, __, output: Watch(see if name in samples.of else found[name].add)(output)
 
     hooks = ((modules[name], hook_of(name)) for name in found)
     with forward_hooks(hooks), fast_depthwise_gradients():
@@ -313,6 +335,49 @@ def measure_part(
                 combinations = random.standard_normal((before + images, *classes))[before:].astype(np.float32)
                 before = 0
                 manager.backward((logits * Tensor(combinations)).sum())
+    return found
+
+
+def measure_mixtures(mixings: Mapping[str, Values], run: str, side: SideProcess | None = None) -> Reactions | None:
+    """How the logits react to errors in tensors whose channels are multiplied by ``mixings`` (C, C), by name.
+
+    It follows from the samples of the measurement ``run``, of which the ``side`` process has its own. None where some
+    were not kept.
+    """
+    later = begin(side, find_mixed_ranges, mixings, Part(run, 1))
+    own, others = find_mixed_ranges(mixings, Part(run, 0)), later.result()
+    if own is None or others is None:
+        return None
+    ranges = unite_ranges(own, others)
+    rest = begin(side, measure_mixed_part, mixings, ranges, Part(run, 1))
+    found, more = measure_mixed_part(mixings, ranges, Part(run, 0)), rest.result()
+    return None if found is None or more is None else {name: found[name].unite(more[name]) for name in found}
+
+
+def find_mixed_ranges(mixings: Mapping[str, Values], part: Part) -> ChannelRanges | None:
+    """Smallest and largest value of each mixed channel in the samples of ``part``; None where these were not kept."""
+    samples, found = find_samples(part, mixings), ChannelRanges()
+    if samples is None:
+        return None
+    for name, mixing in mixings.items():
+        rows = [values.reshape(*values.shape[:2], -1) for values in samples.mix_values(name, mixing)]
+        if rows:
+            lowest = np.min([each.min(axis=(0, 2)) for each in rows], axis=0)
+            highest = np.max([each.max(axis=(0, 2)) for each in rows], axis=0)
+            found[name] = lowest.astype(np.float64), highest.astype(np.float64)
+    return found
+
+
+def measure_mixed_part(mixings: Mapping[str, Values], ranges: ChannelRanges, part: Part) -> Reactions | None:
+    """:func:`measure_mixtures` of the samples of ``part``, whose mixed channels have the ``ranges`` on all images."""
+    samples = find_samples(part, mixings)
+    if samples is None:
+        return None
+    found = {name: Reaction.from_bounds(*ends) for name, ends in ranges.items()}
+    for name, reaction in found.items():
+        mixing = mixings[name]
+        for batch in zip(samples.mix_values(name, mixing), samples.mix_gradients(name, mixing), strict=True):
+            reaction.add(*batch)
     return found
 
 

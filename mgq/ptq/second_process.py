@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mgq.cpu_kernels.simulation import fast_simulation
 from mgq.graph.network_reader import keep_traces
 from mgq.machine import usable_cores
+from mgq.ptq.tensor_samples import keep_samples
 from mgq.system.environment import free_memory
 from mgq.system.megengine_start import prepare_long_process
 from mgq.system.side_process import SideProcess
@@ -34,6 +35,7 @@ def simulate_fast() -> None:
     _for_good.enter_context(fast_simulation())
     _for_good.enter_context(quick_walks())
     _for_good.enter_context(keep_traces())
+    _for_good.enter_context(keep_samples())
 
 
 def pays(network: M.Module, values: int, seconds: float) -> bool:

@@ -30,7 +30,7 @@ from mgq.ptq.equalization import equalize_channels, survey_images
 from mgq.ptq.exact_scales import set_exact_scales
 from mgq.ptq.gptq import GPTQ
 from mgq.ptq.layerwise import Visitor, visit_beside_float, visit_layers
-from mgq.ptq.logit_gradients import SPARE, ChannelRanges, Reactions, measure_reactions
+from mgq.ptq.logit_gradients import SPARE, ChannelRanges, Reactions, measure_mixtures, measure_reactions
 from mgq.ptq.observers import RANGE_OBSERVERS
 from mgq.ptq.range_measurement import as_input, estimate_ranges
 from mgq.ptq.second_process import find_idle_process
@@ -337,11 +337,15 @@ class MixChannels:
 
     def apply(self, draft: Draft) -> Draft:
         graph = graph_of(draft.network, IMAGE_SIZE)
-        network, mixed = mix_channels(draft.network, graph, draft.reactions)
-        if not mixed:
+        network, mixings = mix_channels(draft.network, graph, draft.reactions)
+        if not mixings:
             raise FailureError("no channels of the network can be mixed")
-        batches = split_float(select_few(draft.images))
-        measured = measure_reactions(fold_batch_norms(network), mixed, batches, side=find_idle_process())
+        side, before = find_idle_process(), [draft.reactions[name] for name in mixings]
+        of_samples = {name: mixing * old.factors for (name, mixing), old in zip(mixings.items(), before, strict=True)}
+        measured = measure_mixtures(of_samples, before[0].run, side)
+        if measured is None:
+            batches = split_float(select_few(draft.images))
+            measured = measure_reactions(fold_batch_norms(network), mixings, batches, side=side)
         return draft.with_network(network, Knowledge({**draft.reactions, **measured}))
 
 

@@ -13,18 +13,21 @@ import pytest
 from mgq.errors import FailureError
 from mgq.events import Progress
 from mgq.graph.network_reader import graph_of
-from mgq.ptq import logit_gradients, second_process
+from mgq.ptq import logit_gradients, second_process, tensor_samples
 from mgq.ptq.calibrate import find_best_network
+from mgq.ptq.channel_mixing import apply_mixing, find_linear_tensors
 from mgq.ptq.channel_statistics import survey_network
-from mgq.ptq.logit_gradients import count_numbers, measure_part, measure_reactions, value_ranges
+from mgq.ptq.logit_gradients import count_numbers, measure_mixtures, measure_part, measure_reactions, value_ranges
 from mgq.ptq.pipeline import SearchResult, find_best
 from mgq.ptq.presets import PRESETS, get_preset
-from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process
+from mgq.ptq.second_process import find_idle_process, is_known_elsewhere, open_second_process, simulate_fast
 from mgq.ptq.steps import Draft, ExpectedRanges, RangesFromImages, Step, split_float
+from mgq.ptq.tensor_samples import Part, keep_samples
 from mgq.quantization.activation_ranges import ActivationRanges
 from mgq.quantization.batch_norm_folding import fold_batch_norms
 from mgq.quantization.qat_layers import names_that_run
 from mgq.quantization.targets import MEGENGINE, ONNX, Target
+from mgq.system.megengine_start import prepare_long_process
 from mgq.system.side_process import Call, SideProcess
 from mgq.zoo.weight_loading import fingerprint
 from tests.conftest import logits_of, smooth_images
@@ -147,13 +150,58 @@ def test_reactions_measured_by_two_processes_have_the_bits_of_one() -> None:
         side.close()
     alone = measure_reactions(network, names, batches, in_pairs=names[1:])
     ranges = {name: (found.lowest, found.highest) for name, found in alone.items()}
-    at_once = measure_part(network, ranges, batches, 0, 0, ())
+    at_once = measure_part(network, ranges, batches, 0, 0, (), Part("", 0))
     for name in names:
         for one, two in zip(astuple(shared[name]), astuple(alone[name]), strict=True):
             np.testing.assert_array_equal(one, two)
         assert len(alone[name].pulls) == 20
         np.testing.assert_array_equal(alone[name].pulls, at_once[name].pulls)
         np.testing.assert_allclose(alone[name].squares, at_once[name].squares)
+
+
+@pytest.mark.parametrize("two_processes", [False, True])
+def test_mixtures_of_channels_are_known_from_what_was_kept(two_processes: bool) -> None:
+    """Of channels that were scaled before, too: as in a network whose channels are scaled and mixed."""
+    network = network_of("mobilenet_v2")
+    linear = next(each for each in find_linear_tensors(graph_of(network, 64)) if "features.3.add" in each.tensors)
+    names, batches = linear.tensors, split_float(smooth_images(20, seed=5))
+    side = SideProcess("the test's second process", prepare_long_process) if two_processes else None
+    try:
+        with keep_samples():
+            if side is not None:
+                side.begin(simulate_fast).result()
+            before = measure_reactions(network, names, batches, in_pairs=names, side=side)
+            rng = np.random.default_rng(0)
+            shape = linear.channels, linear.channels
+            factors, mixing = rng.uniform(0.5, 2.0, linear.channels), rng.normal(0, 1, shape)
+            scaled = {name: each.scale(factors) for name, each in before.items()}
+            whole = {name: mixing * each.factors for name, each in scaled.items()}
+            found = measure_mixtures(whole, before[names[0]].run, side)
+            assert measure_mixtures(whole, "another", side) is None
+    finally:
+        if side is not None:
+            side.close()
+    assert found is not None
+    assert measure_mixtures(whole, before[names[0]].run) is None, "kept for as long as somebody wants them"
+    apply_mixing(dict(network.named_modules()), linear, whole[names[0]])
+    again = measure_reactions(network, names, batches)
+    for name in names:
+        np.testing.assert_allclose(found[name].lowest, again[name].lowest, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[name].squares.sum(axis=1), again[name].squares.sum(axis=1), rtol=1e-2)
+        np.testing.assert_allclose(
+            np.sum(found[name].pulls, axis=2), np.sum(again[name].pulls, axis=2), rtol=1e-2, atol=1e-3
+        )
+
+
+def test_samples_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of("mobilenet_v2")
+    names, batches = ["features.3.conv.2"], split_float(smooth_images(16, seed=5))
+    with keep_samples():
+        for most, is_kept in ((1 << 27, True), (1000, False)):
+            monkeypatch.setattr(tensor_samples, "MOST_KEPT", most)
+            before = measure_reactions(network, names, batches, in_pairs=names)[names[0]]
+            mixing = np.eye(len(before.lowest))
+            assert (measure_mixtures({names[0]: mixing}, before.run) is not None) is is_kept
 
 
 def test_reactions_of_large_layers_are_measured_for_few_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
