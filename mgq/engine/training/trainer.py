@@ -21,7 +21,6 @@ import numpy.typing as npt
 from megengine import Tensor, amp
 from megengine.autodiff import GradManager
 from megengine.module.batchnorm import _BatchNorm
-from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.evaluate import evaluate_loader
@@ -34,9 +33,9 @@ from mgq.engine.runs.curves import Mark
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
 from mgq.engine.training.ema import ModelEma
-from mgq.engine.training.input_layer import find_input_layer
 from mgq.engine.training.linear_probe import fit_linear_probe
 from mgq.engine.training.losses import cross_entropy, distillation
+from mgq.engine.training.optimizer import head_of, select_parameters, sgd
 from mgq.engine.training.recipe import Recipe, to_plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
@@ -51,8 +50,6 @@ from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.network_state import set_state, state_of
-from mgq.zoo.registry import spec_of
-from mgq.zoo.weight_loading import is_observed
 
 SAVE_SECONDS = 300.0
 """A state to resume from is kept after every epoch, and this often within one."""
@@ -536,45 +533,6 @@ def running_statistics(network: M.Module) -> list[Tensor]:
     """Means and variances of the batch norms in training state."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-
-
-def select_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
-    """Name -> parameter, of those that the recipe trains."""
-    named = dict(network.named_parameters())
-    if recipe.freeze_backbone:
-        return {name: value for name, value in named.items() if name.startswith(head_of(recipe))}
-    return named
-
-
-def head_of(recipe: Recipe) -> str:
-    """What the names of the classifier's parameters begin with."""
-    return spec_of(recipe.arch).head.removesuffix("weight")
-
-
-def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
-    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales.
-
-    Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
-    """
-    stem = find_input_layer(parameters)
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
-        factor = recipe.stem_lr if name == stem else 1.0
-        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
-    return SGD(
-        [
-            {"params": group, "weight_decay": decay, "lr": recipe.lr * factor, "lr_factor": factor}
-            for (decay, factor), group in groups.items()
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-    )
-
-
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether it has more than one dimension, axes of length 1 left aside."""
-    return sum(int(axis) > 1 for axis in parameter.shape) > 1
 
 
 def find_phase(recipe: Recipe, epoch: float) -> Phase:
