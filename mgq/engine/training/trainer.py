@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import megengine as mge
 import megengine.module as M
@@ -32,6 +32,7 @@ from mgq.engine.distributed.process_group import ProcessGroup, runs_on_processor
 from mgq.engine.runs.curves import Mark
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
+from mgq.engine.training.calibrated_start import calibrate
 from mgq.engine.training.ema import ModelEma
 from mgq.engine.training.linear_probe import fit_linear_probe
 from mgq.engine.training.losses import cross_entropy, distillation
@@ -40,16 +41,17 @@ from mgq.engine.training.recipe import Recipe, to_plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
-from mgq.ptq.calibrate import find_best_network
-from mgq.ptq.presets import DEFAULT_PRESET, CalibrationConfig
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.option_names import FAST
+from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.qat_layers import observe_weights
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.network_state import set_state, state_of
+from mgq.zoo.weight_loading import load_state
+
+Thing = TypeVar("Thing")
 
 SAVE_SECONDS = 300.0
 """A state to resume from is kept after every epoch, and this often within one."""
@@ -143,10 +145,10 @@ class Trainer:
         if self.prepared:
             return
         self.save()
-        self.fit_linear_probe()
-        self.group.broadcast(self.network)
         if self.recipe.mode == "qat":
             self.begin_with_calibration()
+        else:
+            self.fit_linear_probe()
         self.group.broadcast(self.network)  # other processors may have rounded otherwise
         if self.average is not None:
             self.average = ModelEma(self.network, self.recipe.ema)
@@ -155,15 +157,9 @@ class Trainer:
 
     def fit_linear_probe(self) -> None:
         """Let a new classifier begin with what the weights below it know already."""
-        if self.examples is None or self.recipe.mode == "qat":
-            return
-
-        def report(progress: Progress) -> None:
-            self.callbacks.on_progress(progress)
-            self.stop_if_asked(keep=False)
-
-        name = head_of(self.recipe).removesuffix(".")
-        fit_linear_probe(self.network, name, self.examples, self.recipe.label_smoothing, report)
+        name, examples, smoothing = head_of(self.recipe).removesuffix("."), self.examples, self.recipe.label_smoothing
+        if examples is not None:
+            self.call_on_first(lambda: fit_linear_probe(self.network, name, examples, smoothing, self.report_alone))
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
@@ -184,48 +180,30 @@ class Trainer:
         Training goes on from there where the recipe has it so, else from the float network: then the observers see some
         batches.
         """
-        calibrated = self.calibrate()
+        teacher, examples, target = self.teacher, self.examples, get_target(self.recipe.target)
+        assert teacher is not None and examples is not None
+        state = self.call_on_first(lambda: calibrate(teacher, examples, self.recipe, self.report_alone))
+        calibrated = to_mode(teacher, Mode.QAT, target)
+        load_state(calibrated, state, "what calibration found")
         found = self.validate(calibrated)
         self.keep_if_best(0, found, calibrated)
         self.start = figures_of(found)
         if self.recipe.calibrate:
-            target = get_target(self.recipe.target)
             set_state(self.network, state_of(prepare_qat(calibrated, self.recipe.observer, target)))
         else:
             self.observe()
 
-    def calibrate(self) -> M.Module:
-        """The float network in mode ``qat``, as calibration on the examples makes it."""
-        assert self.teacher is not None
-        # On the drawn pictures all is to be done in minutes.
-        preset = FAST if self.recipe.is_synthetic else DEFAULT_PRESET
-        config = CalibrationConfig(preset, target=get_target(self.recipe.target))
-        found, _ = find_best_network(
-            self.teacher,
-            self.read_examples(),
-            self.recipe.arch,
-            "",
-            config.make_preset(),
-            config.target,
-            on_progress=self.report_calibration,
-        )
-        return found.network
+    def call_on_first(self, work: Callable[[], Thing]) -> Thing:
+        """What ``work`` gives in the first process, on all: the others only wait. It may raise StoppedError, then all
+        do."""
+        found = self.group.call_on_first(lambda: unless_stopped(work))
+        return self.stop(keep=False) if found is None else found[0]
 
-    def report_calibration(self, progress: Progress) -> None:
+    def report_alone(self, progress: Progress) -> None:
+        """Tell of work that the first process does alone. Raises StoppedError where that is asked to stop."""
         self.callbacks.on_progress(progress)
-        if self.group.world_size == 1:  # several would have to ask at the same moments
-            self.stop_if_asked(keep=False)
-
-    def read_examples(self) -> npt.NDArray[np.uint8]:
-        """uint8 (N, 3, H, W), in another order, always the same: the first of them are of all kinds."""
-        assert self.examples is not None
-        batches = []
-        for number, batch in enumerate(self.examples.batches(0), 1):
-            self.callbacks.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
-            self.stop_if_asked(keep=False)
-            batches.append(batch.images)
-        images: npt.NDArray[np.uint8] = np.random.default_rng(0).permutation(np.concatenate(batches))
-        return images
+        if self.callbacks.should_stop():
+            self.stop(keep=False)
 
     def train_epoch(self) -> None:
         started = time.monotonic() - self.seconds
@@ -517,6 +495,14 @@ class Trainer:
             if problem is not None:
                 self.send_message(problem)
         self._drawn_at = time.monotonic()
+
+
+def unless_stopped(work: Callable[[], Thing]) -> tuple[Thing] | None:
+    """What ``work`` gives; None where it was stopped."""
+    try:
+        return (work(),)
+    except StoppedError:
+        return None
 
 
 def figures_of(found: Evaluation) -> dict[str, float]:

@@ -18,7 +18,7 @@ from megengine import Tensor
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.open import open_classifier
 from mgq.engine.runs.run_folder import FLOAT_START
-from mgq.engine.training import trainer
+from mgq.engine.training import calibrated_start, trainer
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_run import TrainResult, qat, train
@@ -336,7 +336,7 @@ def test_what_calibration_gives_is_kept_to_the_bit_where_no_epoch_is_better(
         calibrated.append(state_of(found[0].network))
         return found
 
-    monkeypatch.setattr(trainer, "find_best_network", note)
+    monkeypatch.setattr(calibrated_start, "find_best_network", note)
     monkeypatch.setattr(Trainer, "is_best", lambda self, _: not self.best)
     request = small_request(tmp_path, epochs=1, calibrate=True, target=target)
     outcome = qat(replace(request, checkpoint=undisturbed.checkpoint))
