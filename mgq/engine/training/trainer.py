@@ -302,19 +302,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Measure, keep what is best, note the figures, keep the state: in this order, so that a kill in between
         leaves a state from which all of it is done again."""
-        meters = self.group.gather(self.meter)
-        meter, share = Meter.add_up(meters), len(meters) / self.group.world_size
-        entry: dict[str, Any] = {
-            "epoch": self.epoch + 1,
-            "step": self.steps_done,
-            "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
-            "loss": meter.loss,
-            "top1": meter.top1,
-            "images_per_second": meter.images / share / max(self.seconds, 1e-9),
-            "seconds": self.seconds,
-        }
-        if self.phase is not None:
-            entry["phase"] = self.phase.value
+        entry = self.summarize_epoch()
         if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
             found = self.measure(self.epoch + 1)
             entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
@@ -332,6 +320,23 @@ class Trainer:
             self.draw_curves()
         self.stop_if_asked(keep=False)
 
+    def summarize_epoch(self) -> dict[str, Any]:
+        """What was learned in this epoch, and how fast, by all processes together."""
+        meters = self.group.gather(self.meter)
+        meter, share = Meter.add_up(meters), len(meters) / self.group.world_size
+        entry: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.steps_done,
+            "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
+            "loss": meter.loss,
+            "top1": meter.top1,
+            "images_per_second": meter.images / share / max(self.seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+        if self.phase is not None:
+            entry["phase"] = self.phase.value
+        return entry
+
     def measure(self, epoch: int) -> Evaluation:
         """Validate, and keep what is the best so far; ``epoch`` counts from 1, 0 is the start."""
         network = self.choose_measured_network()
@@ -340,10 +345,14 @@ class Trainer:
         return found
 
     def keep_if_best(self, epoch: int, found: Evaluation, network: M.Module) -> None:
-        """``found`` is what ``network`` is worth."""
-        if self.is_best(found):
-            self.best = {"epoch": epoch, **figures_of(found)}
-            self.keep_best(network)
+        """Keep ``network`` as the run's checkpoint unless another was better; ``found`` is what it is worth."""
+        if not self.is_best(found):
+            return
+        figures = figures_of(found)
+        self.best = {"epoch": epoch, **figures}
+        if self.group.is_first:
+            info = replace(self.info, step=self.steps_done, metrics=figures)
+            write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
 
     def validate(self, network: M.Module) -> Evaluation:
         network.eval()
@@ -378,13 +387,6 @@ class Trainer:
             return True
         return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
 
-    def keep_best(self, network: M.Module) -> None:
-        if not self.group.is_first:
-            return
-        figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
-        info = replace(self.info, step=self.steps_done, metrics=figures)
-        write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
-
     # ---- what is kept ----
 
     def state(self, meter: Meter | None = None) -> TrainingState:
@@ -402,7 +404,7 @@ class Trainer:
             "best": self.best,
             "start": self.start,
             "seconds": self.seconds,
-            "pictures": [len(self.train.dataset), len(self.val.dataset)],
+            "pictures": self.count_images(),
             "info": asdict(self.info),
         }
         if self.average is not None:
@@ -412,11 +414,14 @@ class Trainer:
             progress["scale"] = self.scaler.scale_factor
         return TrainingState(tensors, progress, to_plain(self.recipe), versions())
 
+    def count_images(self) -> list[int]:
+        """Those to learn from, and those to measure on."""
+        return [len(self.train.dataset), len(self.val.dataset)]
+
     def load(self, state: TrainingState) -> None:
         """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
-        images = [len(self.train.dataset), len(self.val.dataset)]
-        if state.progress["pictures"] != images:
-            was, now = state.progress["pictures"], images
+        was, now = state.progress["pictures"], self.count_images()
+        if was != now:
             raise InputError(
                 f"{self.recipe.data} had {was[0]} + {was[1]} pictures when this run began and has {now[0]} + {now[1]} "
                 "now: put them back, or start a new run without --resume"
@@ -456,22 +461,24 @@ class Trainer:
     # ---- progress and messages ----
 
     def report(self) -> None:
-        now = time.monotonic()
-        last = self.step_in_epoch == len(self.train)
-        if now - self._reported_at > REPORT_SECONDS or last:
-            self._reported_at = now
-            done = self.step_in_epoch * self.train.batch_size * self.group.world_size
-            total = len(self.train) * self.train.batch_size * self.group.world_size
-            self.group.note_progress(self.step_in_epoch, self.seconds)
-            ranks = self.group.describe()
-            detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %{ranks and ', '}{ranks}"
-            what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
-            self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
+        """Tell of a step that was done: now and then how far the epoch is, and the line that was asked for."""
+        if time.monotonic() - self._reported_at > REPORT_SECONDS or self.step_in_epoch == len(self.train):
+            self.report_progress()
         if self.report_every and self.step_in_epoch % self.report_every == 0:
             self.send_message(
                 f"epoch {self.epoch + 1} step {self.step_in_epoch}/{len(self.train)}  lr {self.learning_rate:.3g}  "
                 f"loss {self.meter.loss:.3f}  top-1 {self.meter.top1:.1f} %"
             )
+
+    def report_progress(self) -> None:
+        self._reported_at = time.monotonic()
+        images_a_step = self.train.batch_size * self.group.world_size
+        done, total = self.step_in_epoch * images_a_step, len(self.train) * images_a_step
+        self.group.note_progress(self.step_in_epoch, self.seconds)
+        ranks = self.group.describe()
+        detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %{ranks and ', '}{ranks}"
+        what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
+        self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
 
     def send_message(self, line: str) -> None:
         if self.group.is_first:
