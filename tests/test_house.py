@@ -211,6 +211,20 @@ def test_temporary_folders_are_made_in_one_place() -> None:
     assert [path for path in ROOT.rglob("*.py") if list(names_imported(path, package="tempfile"))] == [own]
 
 
+ENVIRONMENT = re.compile(r"\bos\.environ|\bgetenv\b")
+OF_THE_ENVIRONMENT = (
+    *("machine.py", "cli", "system", "bench", "engine/distributed"),
+    *("io/private_cache.py", "export/native/cache.py", "cpu_kernels/onednn.py"),
+)
+"""What may read variables of the environment: what an algorithm gives depends on its arguments alone."""
+
+
+def test_variables_of_the_environment_are_read_in_named_places() -> None:
+    for path in ROOT.rglob("*.py"):
+        if not any(path.is_relative_to(ROOT / place) for place in OF_THE_ENVIRONMENT):
+            assert not ENVIRONMENT.search(path.read_text()), path
+
+
 COUNTED = (
     *("batch", "class", "core", "device", "epoch", "file", "image", "input"),
     *("layer", "name", "network", "output", "picture", "process", "thread"),

@@ -275,11 +275,6 @@ def measure_reactions(
     found_ranges = unite_ranges(*share_halves(side, value_ranges, batches, network, unknown)) if unknown else {}
     seen = {name: found_ranges.get(name) or known.get(name) for name in names}
     ranges = {name: ends for name, ends in seen.items() if ends is not None and any(end.any() for end in ends)}
-    import os
-
-    if few := os.environ.get("FEW"):
-        rows = np.concatenate(batches)[:: int(few)]
-        batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]
     own, others = halve(batches)
     later = begin(side if others else None, measure_part, network, ranges, others, seed, sum(map(len, own)), in_pairs)
     found = measure_part(network, ranges, own, seed, 0, in_pairs)
