@@ -1,6 +1,7 @@
 """A training as one process or several that MPI starts: ``python -m tests.fakes.training_together FOLDER MODE WORDS``.
 
-``WORDS`` is JSON: what is asked for, and ``stop_after`` which line. The weights are in the run's state afterwards.
+``WORDS`` is JSON: what is asked for, and ``stop_after`` which line, or ``stop_in`` what work. The weights are in the
+run's state afterwards.
 """
 
 from __future__ import annotations
@@ -58,9 +59,14 @@ def train(folder: Path, mode: str, words: dict[str, Any]) -> None:
     from mgq.engine.training.trainer import StoppedError
     from mgq.events import Callbacks
 
-    stop_after = words.pop("stop_after", None)
+    stop_after, stop_in = words.pop("stop_after", None), words.pop("stop_in", None)
     said: list[str] = []
-    callbacks = Callbacks(on_message=said.append, should_stop=lambda: any(str(stop_after) in line for line in said))
+    begun: set[str] = set()
+    callbacks = Callbacks(
+        lambda progress: begun.add(progress.what),
+        said.append,
+        lambda: stop_in in begun or any(str(stop_after) in line for line in said),
+    )
     small = {} if words.keys() & {"resume", "data"} else SMALL
     options = replace(make_train_options({**small, **words, "save": folder}), prepare=prepare)
     # What comes after the training is not of interest here.

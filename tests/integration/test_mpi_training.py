@@ -82,3 +82,10 @@ def test_two_processes_learn_for_int8_what_one_does(tmp_path: Path) -> None:
     train(tmp_path / "one", 1, "qat", **start, batch_size=16, lr=0.002)
     train(tmp_path / "two", 2, "qat", **start, batch_size=8, lr=0.001)
     assert 0 < distance(weights(tmp_path / "one", "qat"), weights(tmp_path / "two", "qat")) < ROUNDING
+
+    stopped, of_each = tmp_path / "stopped", {"batch_size": 8, "lr": 0.001}
+    train(stopped, 2, "qat", **start, **of_each, stop_in="calibrate: candidates")
+    kept = read_training_state(next(stopped.glob("*.qat")) / LAST)
+    assert not kept.progress["prepared"]
+    train(stopped, 2, "qat", resume=True)
+    assert has_same_bits(weights(stopped, "qat"), weights(tmp_path / "two", "qat"))

@@ -59,6 +59,10 @@ class MpiGroup(ProcessGroup):
         found: Thing = self.team.share(thing)
         return found
 
+    def call_on_first(self, function: Callable[[], Thing]) -> Thing:
+        found: Thing = self.team.share(function() if self.is_first else None)
+        return found
+
     def gather(self, thing: Thing) -> list[Thing]:
         return self.team.gather(thing)
 

@@ -79,6 +79,10 @@ class ProcessGroup:
         """What the first process has for ``thing``, on all."""
         return thing
 
+    def call_on_first(self, function: Callable[[], Thing]) -> Thing:
+        """What ``function`` returns in the first process, on all; where nothing but tensors is exchanged, in each."""
+        return function()
+
     def gather(self, thing: Thing) -> list[Thing]:
         """What all processes have for ``thing``, by rank, on all."""
         return [thing]

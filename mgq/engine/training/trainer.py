@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import megengine as mge
 import megengine.module as M
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from megengine import Tensor, amp
 from megengine.autodiff import GradManager
 from megengine.module.batchnorm import _BatchNorm
-from megengine.optimizer import SGD
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.evaluate import evaluate_loader
@@ -33,26 +32,26 @@ from mgq.engine.distributed.process_group import ProcessGroup, runs_on_processor
 from mgq.engine.runs.curves import Mark
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.engine.runs.training_state import START_AGAIN, TrainingState
+from mgq.engine.training.calibrated_start import calibrate
 from mgq.engine.training.ema import ModelEma
-from mgq.engine.training.input_layer import find_input_layer
 from mgq.engine.training.linear_probe import fit_linear_probe
 from mgq.engine.training.losses import cross_entropy, distillation
+from mgq.engine.training.optimizer import head_of, select_parameters, sgd
 from mgq.engine.training.recipe import Recipe, to_plain
 from mgq.engine.training.schedule import learning_rate
 from mgq.errors import InputError, MgqError, printable
 from mgq.events import NO_CALLBACKS, Callbacks, Progress
-from mgq.ptq.calibrate import find_best_network
-from mgq.ptq.presets import DEFAULT_PRESET, CalibrationConfig
 from mgq.ptq.range_measurement import as_input
-from mgq.quantization.option_names import FAST
+from mgq.quantization.modes import Mode, to_mode
 from mgq.quantization.qat import Phase, plain_qat, prepare_qat, set_phase
 from mgq.quantization.qat_layers import observe_weights
 from mgq.quantization.targets import get_target
 from mgq.runtime.protocol import BatchRuntime, run_in_batches
 from mgq.weights.checkpoint import CheckpointInfo, write_checkpoint
 from mgq.zoo.network_state import set_state, state_of
-from mgq.zoo.registry import spec_of
-from mgq.zoo.weight_loading import is_observed
+from mgq.zoo.weight_loading import load_state
+
+Thing = TypeVar("Thing")
 
 SAVE_SECONDS = 300.0
 """A state to resume from is kept after every epoch, and this often within one."""
@@ -146,10 +145,10 @@ class Trainer:
         if self.prepared:
             return
         self.save()
-        self.fit_linear_probe()
-        self.group.broadcast(self.network)
         if self.recipe.mode == "qat":
             self.begin_with_calibration()
+        else:
+            self.fit_linear_probe()
         self.group.broadcast(self.network)  # other processors may have rounded otherwise
         if self.average is not None:
             self.average = ModelEma(self.network, self.recipe.ema)
@@ -158,15 +157,9 @@ class Trainer:
 
     def fit_linear_probe(self) -> None:
         """Let a new classifier begin with what the weights below it know already."""
-        if self.examples is None or self.recipe.mode == "qat":
-            return
-
-        def report(progress: Progress) -> None:
-            self.callbacks.on_progress(progress)
-            self.stop_if_asked(keep=False)
-
-        name = head_of(self.recipe).removesuffix(".")
-        fit_linear_probe(self.network, name, self.examples, self.recipe.label_smoothing, report)
+        name, examples, smoothing = head_of(self.recipe).removesuffix("."), self.examples, self.recipe.label_smoothing
+        if examples is not None:
+            self.call_on_first(lambda: fit_linear_probe(self.network, name, examples, smoothing, self.report_alone))
 
     def observe(self) -> None:
         """Let the observers of a ``qat`` network see some batches before its fake quantization starts."""
@@ -187,48 +180,30 @@ class Trainer:
         Training goes on from there where the recipe has it so, else from the float network: then the observers see some
         batches.
         """
-        calibrated = self.calibrate()
+        teacher, examples, target = self.teacher, self.examples, get_target(self.recipe.target)
+        assert teacher is not None and examples is not None
+        state = self.call_on_first(lambda: calibrate(teacher, examples, self.recipe, self.report_alone))
+        calibrated = to_mode(teacher, Mode.QAT, target)
+        load_state(calibrated, state, "what calibration found")
         found = self.validate(calibrated)
         self.keep_if_best(0, found, calibrated)
         self.start = figures_of(found)
         if self.recipe.calibrate:
-            target = get_target(self.recipe.target)
             set_state(self.network, state_of(prepare_qat(calibrated, self.recipe.observer, target)))
         else:
             self.observe()
 
-    def calibrate(self) -> M.Module:
-        """The float network in mode ``qat``, as calibration on the examples makes it."""
-        assert self.teacher is not None
-        # On the drawn pictures all is to be done in minutes.
-        preset = FAST if self.recipe.is_synthetic else DEFAULT_PRESET
-        config = CalibrationConfig(preset, target=get_target(self.recipe.target))
-        found, _ = find_best_network(
-            self.teacher,
-            self.read_examples(),
-            self.recipe.arch,
-            "",
-            config.make_preset(),
-            config.target,
-            on_progress=self.report_calibration,
-        )
-        return found.network
+    def call_on_first(self, work: Callable[[], Thing]) -> Thing:
+        """What ``work`` gives in the first process, on all: the others only wait. It may raise StoppedError, then all
+        do."""
+        found = self.group.call_on_first(lambda: unless_stopped(work))
+        return self.stop(keep=False) if found is None else found[0]
 
-    def report_calibration(self, progress: Progress) -> None:
+    def report_alone(self, progress: Progress) -> None:
+        """Tell of work that the first process does alone. Raises StoppedError where that is asked to stop."""
         self.callbacks.on_progress(progress)
-        if self.group.world_size == 1:  # several would have to ask at the same moments
-            self.stop_if_asked(keep=False)
-
-    def read_examples(self) -> npt.NDArray[np.uint8]:
-        """uint8 (N, 3, H, W), in another order, always the same: the first of them are of all kinds."""
-        assert self.examples is not None
-        batches = []
-        for number, batch in enumerate(self.examples.batches(0), 1):
-            self.callbacks.on_progress(Progress("calibrate", number, len(self.examples), "batches"))
-            self.stop_if_asked(keep=False)
-            batches.append(batch.images)
-        images: npt.NDArray[np.uint8] = np.random.default_rng(0).permutation(np.concatenate(batches))
-        return images
+        if self.callbacks.should_stop():
+            self.stop(keep=False)
 
     def train_epoch(self) -> None:
         started = time.monotonic() - self.seconds
@@ -327,19 +302,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Measure, keep what is best, note the figures, keep the state: in this order, so that a kill in between
         leaves a state from which all of it is done again."""
-        meters = self.group.gather(self.meter)
-        meter, share = Meter.add_up(meters), len(meters) / self.group.world_size
-        entry: dict[str, Any] = {
-            "epoch": self.epoch + 1,
-            "step": self.steps_done,
-            "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
-            "loss": meter.loss,
-            "top1": meter.top1,
-            "images_per_second": meter.images / share / max(self.seconds, 1e-9),
-            "seconds": self.seconds,
-        }
-        if self.phase is not None:
-            entry["phase"] = self.phase.value
+        entry = self.summarize_epoch()
         if (self.epoch + 1) % self.recipe.val_every == 0 or self.epoch + 1 == self.recipe.epochs:
             found = self.measure(self.epoch + 1)
             entry |= {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
@@ -357,6 +320,23 @@ class Trainer:
             self.draw_curves()
         self.stop_if_asked(keep=False)
 
+    def summarize_epoch(self) -> dict[str, Any]:
+        """What was learned in this epoch, and how fast, by all processes together."""
+        meters = self.group.gather(self.meter)
+        meter, share = Meter.add_up(meters), len(meters) / self.group.world_size
+        entry: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.steps_done,
+            "lr": learning_rate(self.recipe, self.epoch + 1 - 0.5 / len(self.train)),
+            "loss": meter.loss,
+            "top1": meter.top1,
+            "images_per_second": meter.images / share / max(self.seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+        if self.phase is not None:
+            entry["phase"] = self.phase.value
+        return entry
+
     def measure(self, epoch: int) -> Evaluation:
         """Validate, and keep what is the best so far; ``epoch`` counts from 1, 0 is the start."""
         network = self.choose_measured_network()
@@ -365,10 +345,14 @@ class Trainer:
         return found
 
     def keep_if_best(self, epoch: int, found: Evaluation, network: M.Module) -> None:
-        """``found`` is what ``network`` is worth."""
-        if self.is_best(found):
-            self.best = {"epoch": epoch, **figures_of(found)}
-            self.keep_best(network)
+        """Keep ``network`` as the run's checkpoint unless another was better; ``found`` is what it is worth."""
+        if not self.is_best(found):
+            return
+        figures = figures_of(found)
+        self.best = {"epoch": epoch, **figures}
+        if self.group.is_first:
+            info = replace(self.info, step=self.steps_done, metrics=figures)
+            write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
 
     def validate(self, network: M.Module) -> Evaluation:
         network.eval()
@@ -403,13 +387,6 @@ class Trainer:
             return True
         return (found.top1, -found.loss) > (self.best["top1"], -self.best["loss"])
 
-    def keep_best(self, network: M.Module) -> None:
-        if not self.group.is_first:
-            return
-        figures = {name: self.best[name] for name in ("top1", "top5", "loss")}
-        info = replace(self.info, step=self.steps_done, metrics=figures)
-        write_checkpoint(self.run.checkpoint, standard_state(network, self.recipe.mode), info)
-
     # ---- what is kept ----
 
     def state(self, meter: Meter | None = None) -> TrainingState:
@@ -427,7 +404,7 @@ class Trainer:
             "best": self.best,
             "start": self.start,
             "seconds": self.seconds,
-            "pictures": [len(self.train.dataset), len(self.val.dataset)],
+            "pictures": self.count_images(),
             "info": asdict(self.info),
         }
         if self.average is not None:
@@ -437,11 +414,14 @@ class Trainer:
             progress["scale"] = self.scaler.scale_factor
         return TrainingState(tensors, progress, to_plain(self.recipe), versions())
 
+    def count_images(self) -> list[int]:
+        """Those to learn from, and those to measure on."""
+        return [len(self.train.dataset), len(self.val.dataset)]
+
     def load(self, state: TrainingState) -> None:
         """Go on from ``state``. Raises InputError where it belongs to other pictures, or to another training."""
-        images = [len(self.train.dataset), len(self.val.dataset)]
-        if state.progress["pictures"] != images:
-            was, now = state.progress["pictures"], images
+        was, now = state.progress["pictures"], self.count_images()
+        if was != now:
             raise InputError(
                 f"{self.recipe.data} had {was[0]} + {was[1]} pictures when this run began and has {now[0]} + {now[1]} "
                 "now: put them back, or start a new run without --resume"
@@ -481,22 +461,24 @@ class Trainer:
     # ---- progress and messages ----
 
     def report(self) -> None:
-        now = time.monotonic()
-        last = self.step_in_epoch == len(self.train)
-        if now - self._reported_at > REPORT_SECONDS or last:
-            self._reported_at = now
-            done = self.step_in_epoch * self.train.batch_size * self.group.world_size
-            total = len(self.train) * self.train.batch_size * self.group.world_size
-            self.group.note_progress(self.step_in_epoch, self.seconds)
-            ranks = self.group.describe()
-            detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %{ranks and ', '}{ranks}"
-            what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
-            self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
+        """Tell of a step that was done: now and then how far the epoch is, and the line that was asked for."""
+        if time.monotonic() - self._reported_at > REPORT_SECONDS or self.step_in_epoch == len(self.train):
+            self.report_progress()
         if self.report_every and self.step_in_epoch % self.report_every == 0:
             self.send_message(
                 f"epoch {self.epoch + 1} step {self.step_in_epoch}/{len(self.train)}  lr {self.learning_rate:.3g}  "
                 f"loss {self.meter.loss:.3f}  top-1 {self.meter.top1:.1f} %"
             )
+
+    def report_progress(self) -> None:
+        self._reported_at = time.monotonic()
+        images_a_step = self.train.batch_size * self.group.world_size
+        done, total = self.step_in_epoch * images_a_step, len(self.train) * images_a_step
+        self.group.note_progress(self.step_in_epoch, self.seconds)
+        ranks = self.group.describe()
+        detail = f"loss {self.meter.loss:.3f}, top-1 {self.meter.top1:.1f} %{ranks and ', '}{ranks}"
+        what = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
+        self.callbacks.on_progress(Progress(what, done, total, "pictures", detail))
 
     def send_message(self, line: str) -> None:
         if self.group.is_first:
@@ -522,6 +504,14 @@ class Trainer:
         self._drawn_at = time.monotonic()
 
 
+def unless_stopped(work: Callable[[], Thing]) -> tuple[Thing] | None:
+    """What ``work`` gives; None where it was stopped."""
+    try:
+        return (work(),)
+    except StoppedError:
+        return None
+
+
 def figures_of(found: Evaluation) -> dict[str, float]:
     """What is kept of an evaluation: percent, and nats."""
     return {"top1": found.top1, "top5": found.top5, "loss": found.loss}
@@ -536,45 +526,6 @@ def running_statistics(network: M.Module) -> list[Tensor]:
     """Means and variances of the batch norms in training state."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-
-
-def select_parameters(recipe: Recipe, network: M.Module) -> dict[str, Tensor]:
-    """Name -> parameter, of those that the recipe trains."""
-    named = dict(network.named_parameters())
-    if recipe.freeze_backbone:
-        return {name: value for name, value in named.items() if name.startswith(head_of(recipe))}
-    return named
-
-
-def head_of(recipe: Recipe) -> str:
-    """What the names of the classifier's parameters begin with."""
-    return spec_of(recipe.arch).head.removesuffix("weight")
-
-
-def sgd(recipe: Recipe, parameters: Mapping[str, Tensor]) -> SGD:
-    """Stochastic gradient descent with momentum; weight decay as the recipe extends it, never on trained scales.
-
-    Each group of parameters has its ``lr_factor``, by which the recipe's learning rate is multiplied.
-    """
-    stem = find_input_layer(parameters)
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        decays = not is_observed(name) and (recipe.decay_all or is_matrix(parameter))
-        factor = recipe.stem_lr if name == stem else 1.0
-        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
-    return SGD(
-        [
-            {"params": group, "weight_decay": decay, "lr": recipe.lr * factor, "lr_factor": factor}
-            for (decay, factor), group in groups.items()
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-    )
-
-
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether it has more than one dimension, axes of length 1 left aside."""
-    return sum(int(axis) > 1 for axis in parameter.shape) > 1
 
 
 def find_phase(recipe: Recipe, epoch: float) -> Phase:

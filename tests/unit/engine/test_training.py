@@ -17,8 +17,9 @@ from megengine import Tensor
 
 from mgq.data.loader import Batch, Loader
 from mgq.engine.classifier.open import open_classifier
+from mgq.engine.distributed.process_group import ProcessGroup
 from mgq.engine.runs.run_folder import FLOAT_START
-from mgq.engine.training import trainer
+from mgq.engine.training import calibrated_start, trainer, training_run
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_run import TrainResult, qat, train
@@ -173,6 +174,18 @@ def test_qat_that_begins_with_calibration_is_calibrated_again_when_resumed(
     equalized = own * (weight * own).sum(0) / (own * own).sum(0)  # each channel by one factor
     assert np.abs(weight - equalized).max() < 1e-4
     assert shifted and not any(np.abs(state[n] - before[n]).max() for n in before if n.endswith("running_mean"))
+
+
+def test_the_first_of_several_processes_stops_between_candidates_of_its_calibration(
+    undisturbed: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run, "launch", lambda _, work, callbacks, __: work(ProcessGroup(0, 2), callbacks))
+    told: list[Progress] = []
+    request = replace(small_request(tmp_path), checkpoint=undisturbed.checkpoint)
+    with pytest.raises(StoppedError):
+        qat(request, replace(stopping_after(4), on_progress=told.append))
+    what, done, total, *_ = told[-1]
+    assert what == "calibrate: candidates" and done < (total or 0)
 
 
 @pytest.mark.parametrize("moment", [slow(3), 9])
@@ -336,7 +349,7 @@ def test_what_calibration_gives_is_kept_to_the_bit_where_no_epoch_is_better(
         calibrated.append(state_of(found[0].network))
         return found
 
-    monkeypatch.setattr(trainer, "find_best_network", note)
+    monkeypatch.setattr(calibrated_start, "find_best_network", note)
     monkeypatch.setattr(Trainer, "is_best", lambda self, _: not self.best)
     request = small_request(tmp_path, epochs=1, calibrate=True, target=target)
     outcome = qat(replace(request, checkpoint=undisturbed.checkpoint))
