@@ -194,9 +194,11 @@ class Trainer:
             self.observe()
 
     def call_on_first(self, work: Callable[[], Thing]) -> Thing:
-        """What ``work`` gives in the first process, on all: the others only wait. It may raise StoppedError, then all
-        do."""
-        found = self.group.call_on_first(lambda: unless_stopped(work))
+        """What ``work`` gives in the first process, on all: the others only wait. An MgqError that it raises is raised
+        on all."""
+        found = self.group.call_on_first(lambda: outcome_of(work))
+        if isinstance(found, MgqError):
+            raise found
         return self.stop(keep=False) if found is None else found[0]
 
     def report_alone(self, progress: Progress) -> None:
@@ -504,12 +506,14 @@ class Trainer:
         self._drawn_at = time.monotonic()
 
 
-def unless_stopped(work: Callable[[], Thing]) -> tuple[Thing] | None:
-    """What ``work`` gives; None where it was stopped."""
+def outcome_of(work: Callable[[], Thing]) -> tuple[Thing] | MgqError | None:
+    """What ``work`` gives, or the error that it raises; None where it was stopped. It can be pickled."""
     try:
         return (work(),)
     except StoppedError:
         return None
+    except MgqError as error:
+        return error
 
 
 def figures_of(found: Evaluation) -> dict[str, float]:

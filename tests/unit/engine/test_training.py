@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from mgq.engine.training import calibrated_start, trainer, training_run
 from mgq.engine.training.train_options import TrainOptions
 from mgq.engine.training.trainer import StoppedError, Trainer
 from mgq.engine.training.training_run import TrainResult, qat, train
-from mgq.errors import InputError
+from mgq.errors import FailureError, InputError
 from mgq.events import Callbacks, Progress
 from mgq.ptq.calibrate import find_best_network
 from mgq.quantization.modes import Mode
@@ -186,6 +187,26 @@ def test_the_first_of_several_processes_stops_between_candidates_of_its_calibrat
         qat(request, replace(stopping_after(4), on_progress=told.append))
     what, done, total, *_ = told[-1]
     assert what == "calibrate: candidates" and done < (total or 0)
+
+
+class SecondProcess(ProcessGroup):
+    """The second of two: what the first one does comes pickled."""
+
+    def call_on_first(self, function: Callable[[], Any]) -> Any:
+        return pickle.loads(pickle.dumps(function()))
+
+
+def test_an_error_of_the_calibration_reaches_all_processes(
+    undisturbed: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise FailureError("the layer stem gives numbers that are not finite")
+
+    monkeypatch.setattr(trainer, "calibrate", fail)
+    monkeypatch.setattr(training_run, "launch", lambda _, work, callbacks, __: work(SecondProcess(1, 2), callbacks))
+    request = replace(small_request(tmp_path), checkpoint=undisturbed.checkpoint)
+    with pytest.raises(FailureError, match="the layer stem"):
+        qat(request)
 
 
 @pytest.mark.parametrize("moment", [slow(3), 9])
