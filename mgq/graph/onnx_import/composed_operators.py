@@ -15,7 +15,7 @@ from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFo
 from mgq.graph.onnx_import.padding import read_pad
 from mgq.graph.onnx_import.reductions import REDUCING
 from mgq.graph.onnx_import.resizing import read_resize
-from mgq.graph.onnx_import.transposed_convolution import read_transposed_convolution
+from mgq.graph.onnx_import.transposed_convolution import read_col2im, read_transposed_convolution
 
 Array = npt.NDArray[Any]
 SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
@@ -181,6 +181,7 @@ COMPOSED: dict[str, Callable[[Operator], None]] = {
     **COMPARING,
     **REDUCING,
     "Celu": read_celu,
+    "Col2Im": read_col2im,
     "ConvTranspose": read_transposed_convolution,
     "DepthToSpace": read_depth_to_space,
     "Einsum": read_einsum,

@@ -476,9 +476,11 @@ def add_constant_beside(op: Operator, layer: str, axis: int, name: str) -> str:
     shape = draft.shape(layer)
     if value.ndim == len(shape) and len(value) == 1:
         value = value[0]
-    if value.ndim != len(shape) - 1 or value.shape[axis - 1] > shape[axis]:
-        raise UnknownFormError("joins a constant of more numbers than there are beside it")
-    part = op.add("slice", layer, axis=axis, start=0, stop=value.shape[axis - 1], step=1)
+    if value.ndim != len(shape) - 1:
+        raise UnknownFormError("joins a constant of other axes than what is beside it")
+    size = value.shape[axis - 1]
+    places = {"start": 0, "stop": size, "step": 1} if size <= shape[axis] else {"indices": [0] * size}
+    part = op.add("slice", layer, axis=axis, **places)
     return draft.add("affine", [part], "", {}, {"scale": np.zeros(()), "shift": value})
 
 

@@ -1,7 +1,8 @@
-"""ConvTranspose: a convolution of pictures that are made larger by zeros between their numbers."""
+"""ConvTranspose and Col2Im: a convolution of pictures that are made larger by zeros between their numbers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,41 @@ def read_transposed_convolution(op: Operator) -> None:
         raise UnknownFormError("spreads other axes than those of pictures")
     stride = [int(step) for step in op.read_attribute("strides", [1, 1])]
     gaps = [int(gap) for gap in op.read_attribute("dilations", [1, 1])]
-    groups = int(op.read_attribute("group", 1))
     reach = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
-    around = [far - side for far, side in zip(reach * 2, cut_sides(op, reach, stride), strict=True)]
-    around[2:] = [side - (step - 1) for side, step in zip(around[2:], stride, strict=True)]  # of zeros behind the last
-    source = cut(op, spread(op, op.layer(), stride), around)
-    steps = Steps(list(weight.shape[2:]), [1, 1], [max(side, 0) for side in around], gaps)
-    op.give(add_convolution(op, source, turn_weights(weight, groups), op.constant(2), steps, groups))
+    steps = Steps(list(weight.shape[2:]), stride, cut_sides(op, reach, stride), gaps)
+    op.give(convolve_spread(op, op.layer(), weight, op.constant(2), steps, int(op.read_attribute("group", 1))))
+
+
+def read_col2im(op: Operator) -> None:
+    """Parts of a picture that are put where they were taken from, and summed where they overlap."""
+    image, block = op.numbers("", 1), op.numbers("", 2)
+    if len(image) != 2 or len(block) != 2:
+        raise UnknownFormError("puts together other axes than those of pictures")
+    stride, gaps = op.read_attribute("strides", [1, 1]), op.read_attribute("dilations", [1, 1])
+    pads = op.read_attribute("pads", [0] * 4)
+    whole = [size + first + last for size, first, last in zip(image, pads[:2], pads[2:], strict=True)]
+    spare = [size - gap * (part - 1) - 1 for size, gap, part in zip(whole, gaps, block, strict=True)]
+    counts = [left // step + 1 for left, step in zip(spare, stride, strict=True)]
+    channels = op.shape()[1] // math.prod(block)
+    if list(stride) == block and not any(pads) and [n * part for n, part in zip(counts, block, strict=True)] == image:
+        parts = op.add("reshape", op.layer(), shape=[channels, *block, *counts])
+        op.make("reshape", [op.add("transpose", parts, axes=[0, 1, 4, 2, 5, 3])], shape=[channels, *image])
+        return
+    behind = [last - left % step for last, left, step in zip(pads[2:], spare, stride, strict=True)]
+    source = op.add("reshape", op.layer(), shape=[channels * math.prod(block), *counts])
+    places = np.tile(np.eye(math.prod(block), dtype=np.float32), (channels, 1)).reshape(-1, 1, *block)
+    steps = Steps(block, list(stride), [*pads[:2], *behind], list(gaps))
+    op.give(convolve_spread(op, source, places, None, steps, channels))
+
+
+def convolve_spread(op: Operator, source: str, weight: Array, bias: Array | None, steps: Steps, groups: int) -> str:
+    """``source`` with zeros between its numbers, convolved; the pads of ``steps`` are cut off the whole result."""
+    reach = [gap * (size - 1) for gap, size in zip(steps.gaps, steps.kernel, strict=True)]
+    around = [far - side for far, side in zip(reach * 2, steps.pads, strict=True)]
+    around[2:] = [side - (step - 1) for side, step in zip(around[2:], steps.stride, strict=True)]  # zeros behind
+    source = cut(op, spread(op, source, steps.stride), around)
+    plain = Steps(steps.kernel, [1, 1], [max(side, 0) for side in around], steps.gaps)
+    return add_convolution(op, source, turn_weights(weight, groups), bias, plain, groups)
 
 
 def cut_sides(op: Operator, reach: list[int], stride: list[int]) -> list[int]:

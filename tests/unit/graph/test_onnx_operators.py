@@ -229,6 +229,34 @@ def transposed_convolutions(model: Model) -> str:
     return model.add("ConvTranspose", small, model.weights(8, 8, 1, 1), strides=[2, 2], output_shape=[20, 29])
 
 
+def put_together(model: Model) -> str:
+    """Parts of a picture side by side, and others that overlap, with gaps, and reach beyond it."""
+    model.opset = 18
+    small = model.add("Relu", model.conv("image", 3, 32, 3, strides=[2, 2], pads=[1] * 4))
+    size, block = model.constant([32, 32], np.int64), model.constant([2, 2], np.int64)
+    row = model.constant([0, 32, 256], np.int64)
+    beside = model.add("Col2Im", model.add("Reshape", small, row), size, block, strides=[2, 2])
+    block = model.constant([2, 3], np.int64)
+    parts = model.add("Relu", model.conv(beside, 8, 48, 2, strides=[2, 2]))
+    row = model.constant([0, 48, 256], np.int64)
+    how: dict[str, Any] = {"strides": [2, 1], "dilations": [2, 1], "pads": [0, 0, 1, 0]}
+    size = model.constant([33, 18], np.int64)
+    return model.add("Col2Im", model.add("Reshape", parts, row), size, block, **how)
+
+
+def tokens_beside_one(model: Model) -> str:
+    """Constant tokens between one that is no constant and the others, as DINOv2 with registers has them."""
+    tokens = model.add("Reshape", model.conv("image", 3, 8, 8, strides=[8, 8]), model.constant([0, 8, 16], np.int64))
+    ends = [model.constant([end], np.int64) for end in (0, 1, 16)]
+    axis = model.constant([2], np.int64)
+    alone, others = (model.add("Slice", tokens, *ends[i : i + 2], axis) for i in range(2))
+    batch = model.add("Gather", model.add("Shape", "image"), model.constant([0], np.int64))
+    shape = model.add("Concat", batch, model.constant([8, 4], np.int64), axis=0)
+    four = model.add("Expand", model.weights(1, 8, 4), shape)
+    joined = model.add("Concat", alone, four, others, axis=2)
+    return model.add("Reshape", joined, model.constant([0, 8, 4, 5], np.int64))
+
+
 BODIES: tuple[Body, ...] = (
     *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
     *(
@@ -241,7 +269,7 @@ BODIES: tuple[Body, ...] = (
         averages_beside_zeros,
         windows_that_hang_over,
     ),
-    *(volumes, norm_of_tokens, transposed_convolutions),
+    *(volumes, norm_of_tokens, transposed_convolutions, put_together, tokens_beside_one),
 )
 
 
