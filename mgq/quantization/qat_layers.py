@@ -19,6 +19,10 @@ GridRange: TypeAlias = tuple[float, float]
 """Smallest and largest value of a grid, as observers and files of ranges hold them."""
 
 
+UNSEEN_SCALE = 1e-5
+"""Of the grid of a layer that gave nothing but 0: biases of layers behind have to fit in int32 in terms of it."""
+
+
 class Range(NamedTuple):
     """Smallest and largest value behind a layer that its grid has to cover.
 
@@ -60,6 +64,8 @@ def extend_to_grid(layer: QATModule, outputs: Range) -> GridRange:
     """The range of the ``outputs`` of ``layer``, widened where its grid has fewer levels below 0 than above; for a grid
     that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""
     low, high = outputs
+    if not low and not high:
+        return 0.0, UNSEEN_SCALE * quant_levels(layer)
     quantizer, observer = layer.act_fake_quant, layer.act_observer
     floor = floor_of(observer.dtype)
     if floor is not None:

@@ -41,6 +41,9 @@ SAFE_LEVELS = 64
 SMALLEST_SCALE = 2.0**-12
 """Of a channel's weights, in terms of the layer's largest: no step needs to be finer."""
 SMALLEST_LARGEST = 1e-30
+FINEST = 1e-8
+"""The smallest scale of activations, where MegEngine's observers stop at 1e-5: networks that were initialized and not
+trained have whole layers of which no value is above 1e-5."""
 DIGITS = 4
 """Binary ones, of a scale of weights: with 20 more for the sum it fits into float32's 24."""
 FEWEST_PARTS, PARTS, LARGEST_ODD = 64, 4095, 8191
@@ -89,10 +92,10 @@ class Target:
             module.act_observer = module.act_fake_quant = None  # logits are float
         elif self.unsigned and is_never_negative(module):
             put_on_grid(module, self.qconfig, UNSIGNED)
-        elif self.unsigned and -MOST_BELOW <= getattr(module, "lowest", -np.inf) < 0:
-            put_on_grid(module, self.qconfig, SKEWED)
         elif self.unsigned and getattr(module, "floor", None) is not None:
             put_on_grid(module, self.qconfig, floored_dtype(module.floor))
+        elif self.unsigned and -MOST_BELOW <= getattr(module, "lowest", -np.inf) < 0:
+            put_on_grid(module, self.qconfig, SKEWED)
 
 
 def put_on_grid(module: QATModule, qconfig: QConfig, dtype: QuantDtypeMeta) -> None:
@@ -237,7 +240,7 @@ ONNX = Target(
     activations="uint8 in 0..255 behind a ReLU, int8 in -128..127 elsewhere, one scale a layer",
     qconfig=QConfig(
         weight_observer=MEGENGINE.qconfig.weight_observer,
-        act_observer=MEGENGINE.qconfig.act_observer,
+        act_observer=partial(ExponentialMovingAverageObserver, dtype="qint8", eps=FINEST),
         weight_fake_quant=partial(ChannelFakeQuantize, dtype="qint8_narrow"),
         act_fake_quant=partial(EvenFakeQuantize, dtype="qint8"),
     ),

@@ -115,15 +115,18 @@ class Blueprint:
         return found
 
     def with_floors(self) -> Blueprint:
-        """The same, whose convolutions know from where on what is read of them makes a difference (``floor``)."""
-        floors = self._find_floors()
+        """The same, whose layers on grids of their own know where these may begin (``floor``): convolutions where what
+        reads them begins to tell values apart, others at their lowest value."""
+        floors = {name: low for name, low in self.lowest().items() if -math.inf < low < 0}
+        read, on_grid = self._find_read_floors(), self.on_grid()
+        floors |= {layer.name: read[layer.name] for layer in self.layers if layer.kind == "conv" and layer.name in read}
         layers = (
-            layer.with_options(floor=floors[layer.name]) if layer.kind == "conv" and layer.name in floors else layer
+            layer.with_options(floor=floors[layer.name]) if layer.name in floors.keys() & on_grid else layer
             for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
 
-    def _find_floors(self) -> dict[str, float]:
+    def _find_read_floors(self) -> dict[str, float]:
         """Name of a tensor -> from where on its values make a difference to those that read it, moved or not; without
         those of which all do."""
         found = {self.output: -math.inf}

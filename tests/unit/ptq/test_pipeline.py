@@ -222,7 +222,7 @@ class TestOddInput:
         draft = RangesFromLogits().apply(Draft(network, IMAGES[:8], ONNX))
         assert draft.watched is not None
         assert "features.1.branch_main_1.0" not in draft.reactions
-        assert draft.activations["features.1.branch_main_1.0"] == (0.0, 0.0)
+        assert draft.activations["features.1.branch_main_1.0"] == pytest.approx((0.0, 255e-5))
         assert np.isfinite(logits_of(draft.watched, UNSEEN)).all()
 
     def test_dead_channels_and_variances_near_zero_are_sound(self) -> None:

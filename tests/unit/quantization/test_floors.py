@@ -14,6 +14,7 @@ from megengine import Tensor
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
+from mgq.ptq.pipeline import snr_of
 from mgq.ptq.quantize import quantize
 from mgq.ptq.sensitivity import activation_tally
 from mgq.quantization.activation_ranges import ActivationRanges
@@ -68,8 +69,12 @@ def test_a_convolution_knows_from_where_on_its_values_matter() -> None:
     layers += [LayerPlan("conv", "conv_5", ("hard_sigmoid_1",), conv)]
     found = Blueprint(tuple(layers), "conv_5", (3, 32, 32), 10).with_floors().layers
     floors = {layer.name: layer.options.get("floor") for layer in found if layer.kind == "conv"}
+    behind = {
+        layer.name: layer.options["floor"] for layer in found if layer.kind != "conv" and "floor" in layer.options
+    }
     # A pool moves conv_2 before the SiLU, and a GELU reads it, too; a sum reads conv_3; conv_5 is the answer.
     assert floors == {"conv_1": -3.0, "conv_2": -6.0, "conv_3": None, "conv_4": -2.5, "conv_5": None}
+    assert behind == {"hard_swish_1": -0.375, "silu_1": -0.2785, "gelu_1": -0.1701}  # only the answer reads silu_2
 
 
 def test_a_grid_before_a_hard_swish_spends_no_levels_below_its_floor(tmp_path: Path) -> None:
@@ -93,6 +98,42 @@ def test_int8_before_a_hard_swish_is_nearer_to_float_with_a_floor(tmp_path: Path
         rounded = find_quantized_layers(simulated)["conv_1"].apply_quant_activation(values)
         noise.append(np.square(curve(rounded).numpy() - wanted).sum())
     assert noise[1] < 0.5 * noise[0]
+
+
+@pytest.mark.parametrize(("factor", "zero"), [(1e-3, 127), (1.0, 9), (30.0, 1)])
+def test_a_grid_behind_an_activation_has_as_many_levels_below_0_as_its_values_need(
+    tmp_path: Path, factor: float, zero: int
+) -> None:
+    """Small values of a SiLU are halves of what it reads, on both sides of 0; large ones are nearly all above."""
+    model = Model()
+    scaled = model.add("Mul", model.conv("image", 3, 8, pads=[1] * 4), model.constant(factor))
+    curve = model.add("Mul", scaled, model.add("Sigmoid", scaled))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.conv(curve, 8, 8), 8))
+    network = import_classifier(path, ImportWish(preprocess="torch"), "")[0].network
+    values = network.silu_1(network.conv_1(float_input(IMAGES))).numpy()
+    simulated = quantize(network, ranges=ranges_of(network), mode=Mode.QAT, in_place=True)
+    grid = plain_graph(simulated, 0).grids["silu_1"]
+    assert grid.zero_point == pytest.approx(zero, abs=2 if zero < 100 else 0)
+    reach = np.array([values.min(), values.max()])
+    assert np.clip(reach, grid.qmin * grid.scale, grid.qmax * grid.scale) == pytest.approx(reach, rel=0.02)
+    assert grid.scale <= 1.02 * max(2 * np.abs(reach).max(), 0) / LEVELS
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_numbers_below_a_hundred_thousandth_have_steps_of_their_own(tmp_path: Path, engine: str) -> None:
+    """As before the first layer norm of a network that was initialized and not trained."""
+    model = Model()
+    small = model.add("Mul", model.conv("image", 3, 8, pads=[1] * 4), model.constant(1e-6))
+    sums = model.conv(small, 8, 8)
+    model.constants[-1] = onnx.numpy_helper.from_array(np.zeros(8, np.float32), model.constants[-1].name)
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Mul", sums, model.constant(1e6)), 8))
+    network = import_classifier(path, ImportWish(preprocess="torch"), "")[0].network
+    exact = network(float_input(IMAGES)).numpy()
+    simulated = quantize(network, ranges=ranges_of(network), mode=Mode.QAT, in_place=True)
+    model = model_of(plain_graph(simulated, 0), 0, None, {})
+    (tmp_path / "int8.onnx").write_bytes(model.SerializeToString())
+    found = load(tmp_path / "int8.onnx", engine).run(IMAGES)
+    assert snr_of(found.astype(np.float64), exact.astype(np.float64)) > 25
 
 
 @pytest.mark.parametrize("method", ["min-max", "logits"])
