@@ -26,6 +26,17 @@ from mgq.quantization.half_to_even import INT32, bias_in_steps
 from mgq.quantization.targets import ChannelFakeQuantize
 
 
+class FlooredOutput:
+    """A mixin for fake-quantized layers: observers of grids that begin at a floor see the span above it
+    (:mod:`mgq.quantization.floors`)."""
+
+    def apply_quant_activation(self, target: Tensor) -> Tensor:
+        observer = self.act_observer  # type: ignore[attr-defined]
+        if isinstance(observer, MinMaxObserver) and observer.enabled and floor_of(observer.dtype) is not None:
+            return observe_above_floor(self, target)
+        return super().apply_quant_activation(target)  # type: ignore[misc]
+
+
 class EvenBias:
     """A mixin for fake-quantized layers with weights: for ONNX targets, the bias is rounded as in the file."""
 
@@ -60,7 +71,7 @@ class ExactLinear(EvenBias, Q.Linear):  # type: ignore[misc]
         return (sums if bias is None else sums + integers(bias, bias.qparams.scale)) * (inp.qparams.scale * scales)
 
 
-class ExactSums(EvenBias):
+class ExactSums(EvenBias, FlooredOutput):
     """A mixin for fake-quantized convolutions with batch norm; it stands before MegEngine's class among the bases."""
 
     def calc_conv_bn_qat(self, inp: Tensor, approx: bool = True) -> Tensor:
@@ -96,10 +107,8 @@ class ExactSums(EvenBias):
     def apply_quant_activation(self, target: Tensor) -> Tensor:
         """``target`` on the output's grid, rounded as int8 kernels round it: times the inverse of its scale."""
         quantizer, observer = self.act_fake_quant, self.act_observer  # type: ignore[attr-defined]
-        if isinstance(observer, MinMaxObserver) and observer.enabled and floor_of(observer.dtype) is not None:
-            return observe_above_floor(self, target)
         if not self.counts or type(quantizer) is not FakeQuantize or not quantizer.enabled:
-            return super().apply_quant_activation(target)  # type: ignore[misc]
+            return super().apply_quant_activation(target)
         qparams = observer.get_qparams()
         steps = round_half_away(target * (1 / qparams.scale), quantizer.qmin, quantizer.qmax)
         result = steps * qparams.scale

@@ -7,10 +7,11 @@ from typing import Any
 from megengine import Tensor
 from megengine.module.qat import QATModule
 
+from mgq.quantization.exact_fake_quant import FlooredOutput
 from mgq.zoo.blueprint_layers import FloatOperation, GriddedFloatOperation, Operation
 
 
-class QatOperation(Operation, QATModule):  # type: ignore[misc]
+class QatOperation(FlooredOutput, Operation, QATModule):  # type: ignore[misc]
     """Fake-quantized :class:`mgq.zoo.blueprint_layers.Operation`."""
 
     with_weight = False
@@ -23,7 +24,7 @@ class QatOperation(Operation, QATModule):  # type: ignore[misc]
         return cls(float_module.kind, float_module.options, float_module.lowest)
 
 
-class QatFloatOperation(FloatOperation, QATModule):  # type: ignore[misc]
+class QatFloatOperation(FlooredOutput, FloatOperation, QATModule):  # type: ignore[misc]
     """Fake-quantized :class:`mgq.zoo.blueprint_layers.GriddedFloatOperation`: its constants stay in float."""
 
     with_weight = False

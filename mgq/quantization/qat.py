@@ -247,6 +247,7 @@ def gain_of_batch_norm(module: QATModule) -> float:
 def with_range_of(old: MinMaxObserver, kind: Kind) -> MinMaxObserver:
     """A new observer of that ``kind`` with the state of ``old``."""
     observer = kind()
+    observer.scale_limit = old.scale_limit
     observer.min_val[...], observer.max_val[...] = old.min_val, old.max_val
     if isinstance(observer, ExponentialMovingAverageObserver):
         has_seen = old.min_val.numpy() <= old.max_val.numpy()

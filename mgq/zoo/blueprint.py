@@ -118,11 +118,12 @@ class Blueprint:
         """The same, whose layers on grids of their own know where these may begin (``floor``): convolutions where what
         reads them begins to tell values apart, others at their lowest value."""
         floors = {name: low for name, low in self.lowest().items() if -math.inf < low < 0}
-        read, on_grid = self._find_read_floors(), self.on_grid()
+        read = self._find_read_floors()
         floors |= {layer.name: read[layer.name] for layer in self.layers if layer.kind == "conv" and layer.name in read}
+        sums = {layer.name for layer in self.layers if layer.kind == "add"}  # MegEngine's module: it knows no floors
+        given = (floors.keys() & self.on_grid()) - sums
         layers = (
-            layer.with_options(floor=floors[layer.name]) if layer.name in floors.keys() & on_grid else layer
-            for layer in self.layers
+            layer.with_options(floor=floors[layer.name]) if layer.name in given else layer for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
 

@@ -22,7 +22,7 @@ from mgq.quantization.floors import LEVELS, steps_below
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
 from mgq.quantization.qat_layers import Range, extend_to_grid, find_quantized_layers
-from mgq.quantization.targets import ONNX
+from mgq.quantization.targets import FINEST, ONNX
 from mgq.runtime.registry import load
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan
 from tests.fakes.foreign_models import Model
@@ -66,6 +66,7 @@ def test_a_convolution_knows_from_where_on_its_values_matter() -> None:
     layers += [LayerPlan("conv", "conv_3", ("silu_1",), conv), LayerPlan("silu", "silu_2", ("conv_3",))]
     gate = LayerPlan("hard_sigmoid", "hard_sigmoid_1", ("conv_4",), {"alpha": 0.2, "beta": 0.5})
     layers += [LayerPlan("add", "add_1", ("conv_3", "gelu_1")), LayerPlan("conv", "conv_4", ("add_1",), conv), gate]
+    layers += [LayerPlan("add", "add_2", ("hard_swish_1", "silu_1")), LayerPlan("conv", "conv_6", ("add_2",), conv)]
     layers += [LayerPlan("conv", "conv_5", ("hard_sigmoid_1",), conv)]
     found = Blueprint(tuple(layers), "conv_5", (3, 32, 32), 10).with_floors().layers
     floors = {layer.name: layer.options.get("floor") for layer in found if layer.kind == "conv"}
@@ -73,7 +74,7 @@ def test_a_convolution_knows_from_where_on_its_values_matter() -> None:
         layer.name: layer.options["floor"] for layer in found if layer.kind != "conv" and "floor" in layer.options
     }
     # A pool moves conv_2 before the SiLU, and a GELU reads it, too; a sum reads conv_3; conv_5 is the answer.
-    assert floors == {"conv_1": -3.0, "conv_2": -6.0, "conv_3": None, "conv_4": -2.5, "conv_5": None}
+    assert floors == {"conv_1": -3.0, "conv_2": -6.0, "conv_4": -2.5} | dict.fromkeys(("conv_3", "conv_5", "conv_6"))
     assert behind == {"hard_swish_1": -0.375, "silu_1": -0.2785, "gelu_1": -0.1701}  # only the answer reads silu_2
 
 
@@ -158,16 +159,19 @@ def test_a_grid_is_never_wider_than_one_around_0(
     assert steps * span / LEVELS >= min(-floor, -low, 127 / LEVELS * span) - 1e-6
 
 
-def test_training_observes_the_span_above_the_floor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "floor"), [("conv_1", -3), ("hard_swish_1", -0.375)])
+def test_training_observes_the_span_above_the_floor(tmp_path: Path, name: str, floor: float) -> None:
     network = prepare_qat(imported(tmp_path), "min-max", ONNX)
     set_phase(network, Phase.OBSERVE)
     network(float_input(IMAGES))
     set_phase(network, Phase.QUANTIZE)
-    layer = find_quantized_layers(network)["conv_1"]
-    values = layer(network.quant(float_input(IMAGES)))
-    assert float(layer.act_observer.max_val.numpy()) > 3 + float(values.numpy().max()) - 1e-3
-    assert float(values.numpy().min()) == pytest.approx(-3, abs=float(values.qparams.scale.numpy()))
+    values = network.conv_1(network.quant(float_input(IMAGES)))
+    values = values if name == "conv_1" else network.hard_swish_1(values)
+    layer = find_quantized_layers(network)[name]
+    assert float(layer.act_observer.max_val.numpy()) > -floor + float(values.numpy().max()) - 1e-3
+    assert float(values.numpy().min()) == pytest.approx(floor, abs=float(values.qparams.scale.numpy()))
     assert layer.act_observer.enabled
+    assert layer.act_observer.scale_limit == FINEST
 
 
 def test_analysis_counts_what_is_below_the_floor_as_kept(tmp_path: Path) -> None:
