@@ -32,7 +32,8 @@ UNSIGNED = QuantDtypeMeta("quint8_behind_relu", "", "int8", -255, 255)
 """uint8 0..255 with zero point 0, for tensors that are never negative. MegEngine's observers and fake quantization only
 support symmetric grids of signed integers, so they see a grid with a mirrored half."""
 SKEWED = QuantDtypeMeta("quint8_skewed", "", "int8", -224, 224)
-"""uint8 with zero point 31, for tensors with small negative values: a hard swish gives nothing below -0.375."""
+"""uint8 with zero point 31, for tensors with small negative values, in networks that an earlier version imported: today
+they have floors (:mod:`mgq.quantization.floors`)."""
 MOST_BELOW = 0.5
 """How far below 0 such values are at most."""
 WEIGHT_LEVELS = 127
