@@ -2,8 +2,8 @@
 
 A hard swish makes 0 of all that is not above -3. A grid that is as wide below 0 as above spends half of its levels
 there, and has to clip or to round coarsely above. These grids begin at a ``floor`` instead. So do grids behind
-activations, at the lowest value that these give. In the state of a network
-they are the span from there to the largest value: the number of steps below 0 follows from it.
+activations, at the lowest value that these give. In the state of a network they are the span from there to the largest
+value: the number of steps below 0 follows from it.
 """
 
 from __future__ import annotations
