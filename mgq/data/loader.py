@@ -212,7 +212,7 @@ class Loader:
         return are_too_many(len(problems), len(self.dataset), self.max_bad)
 
     def _too_many_error(self) -> InputError:
-        pictures = f"{len(self.dataset):,} pictures of {self.dataset.name}"
+        pictures = f"{plural(len(self.dataset), 'picture')} of {self.dataset.name}"
         return too_many_error(list(self._problems.values()), pictures, self.max_bad)
 
     # ---- in the threads ----
