@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,11 +58,15 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What long work calls: with its progress, with messages, and now and then to ask whether it should stop."""
+    """What long work calls: with its progress, with messages, and now and then to ask whether it should stop.
+
+    ``should_stop`` is asked within ``while_training`` alone.
+    """
 
     on_progress: OnProgress = log_progress
     on_message: OnMessage = log_message
     should_stop: Callable[[], bool] = never_stop
+    while_training: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 NO_CALLBACKS = Callbacks()

@@ -14,7 +14,7 @@ import typer
 from mgq.cli.help_layout import OWN
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
-from mgq.cli.shared_options import CheckpointFile, Save, prepare_megengine, refuse_wish
+from mgq.cli.shared_options import CheckpointFile, KeyName, Save, prepare_megengine, refuse_wish
 from mgq.engine.classifier.run_lookup import RUNS
 from mgq.errors import FailureError, InputError
 from mgq.io.temporary_folders import temporary_folder
@@ -57,6 +57,7 @@ class BenchCommand(ImportOptions):
         ),
     ] = None
     checkpoint: CheckpointFile = None
+    key: KeyName = None
     save: Save = RUNS
     int8: Annotated[
         bool, typer.Option("--int8", help="int8 in every engine; float32 in the fastest one, to compare.")
@@ -132,6 +133,8 @@ class BenchCommand(ImportOptions):
         wish = self.import_wish()
         if self.checkpoint is None:
             refuse_wish(wish)
+            if self.key is not None:
+                raise InputError("--key names a network of the file of -c: give that, too, or leave --key out")
         if self.training:
             self.refuse_inference_options()
             bench_training(self.training_settings, self.json_file, self.as_markdown)
@@ -168,7 +171,7 @@ class BenchCommand(ImportOptions):
         with contextlib.ExitStack() as stack:
             if self.checkpoint is not None or is_own(arch):
                 folder = stack.enter_context(temporary_folder())
-                arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish)]
+                arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish, self.key)]
             json_file = None if self.json_file in (None, STDOUT) else Path(str(self.json_file))
             return run_benchmark(self.settings(arch, files), json_file, self.plot)
 
@@ -214,7 +217,12 @@ def is_own(arch: list[str]) -> bool:
 
 
 def files_of(
-    arch: list[str], checkpoint: Path | None, save: Path, folder: Path, wish: ImportWish | None = None
+    arch: list[str],
+    checkpoint: Path | None,
+    save: Path,
+    folder: Path,
+    wish: ImportWish | None = None,
+    key: str | None = None,
 ) -> list[Path]:
     """Files in ``folder`` of the network that ``arch`` or ``checkpoint`` names: float, and int8 where it is calibrated.
 
@@ -226,17 +234,18 @@ def files_of(
     if len(arch) > 1:
         raise InputError("-c is one network: give one -a, or leave it out")
     name = arch[0] if arch else None
-    checkpoint = prepare_megengine(checkpoint, deployed=False, save=save, wish=wish)
+    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
     from mgq.engine.classifier.deployment import write_candidates
     from mgq.engine.classifier.onnx_import import refuse_other_import
     from mgq.engine.classifier.open import find_newest_run, open_classifier
     from mgq.engine.classifier.parity import make_views
     from mgq.quantization.modes import Mode
 
-    normal = open_classifier(name, checkpoint, Mode.NORMAL, save)
+    normal = open_classifier(name, checkpoint, Mode.NORMAL, save, key=key)
     int8 = find_newest_run(normal.spec, Mode.QUANTIZED, save)
     if int8 is None:
         said = f"-c {printable(checkpoint)}" if checkpoint is not None else "-a FILE.py:FUNCTION"
+        said += "" if key is None else f" --key {printable(key)}"
         raise InputError(f"{normal.spec.name} is not calibrated: `mgq calibrate {said} -d PHOTOS --target onnx` first")
     refuse_other_import(int8, normal.options)
     note(f"int8 from {printable(int8)}")

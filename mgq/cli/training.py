@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -190,9 +190,9 @@ class TrainingCommand(ImportOptions):
             make_train_options(replace(self, checkpoint=checkpoint).collect_options()), prepare=prepare_process
         )
         start = training_run.qat if self.mode == "qat" else training_run.train
-        with progress() as on_progress, watch_for_stop() as should_stop:
+        with progress() as on_progress, watch_for_stop() as watch:
             try:
-                result = start(train_options, Callbacks(on_progress, note, should_stop))
+                result = start(train_options, Callbacks(on_progress, note, watch.should_stop, watch.while_training))
             except StoppedError as stopped:
                 jobs = "" if self.jobs is None else f" --jobs {self.jobs}"
                 note(f"{stopped}, go on with")
@@ -306,19 +306,41 @@ def start_jobs(jobs: int | None) -> None:
         raise InputError(f"--jobs {jobs} starts processes by itself: leave it out where MPI starts mgq")
 
 
-@contextlib.contextmanager
-def watch_for_stop() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether one of :func:`end_signals` has come; a second one ends the process at once."""
-    asked: list[int] = []
+class StopWatch:
+    """Takes :func:`end_signals`. While the network trains, the first one is remembered for :meth:`should_stop`.
 
-    def remember(number: int, _: FrameType | None) -> None:
-        if asked:
+    That is asked after each step. The second one, and one that comes before or after, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.is_training = False
+
+    def should_stop(self) -> bool:
+        return self.is_asked
+
+    def take_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.is_asked or not self.is_training:
             raise KeyboardInterrupt
-        asked.append(number)
+        self.is_asked = True
 
-    before = {number: signal.signal(number, remember) for number in end_signals()}
+    @contextlib.contextmanager
+    def while_training(self) -> Iterator[None]:
+        self.is_training = True
+        try:
+            yield
+        finally:
+            self.is_training = False
+        if self.is_asked:  # after the last step
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def watch_for_stop() -> Iterator[StopWatch]:
+    watch = StopWatch()
+    before = {number: signal.signal(number, watch.take_signal) for number in end_signals()}
     try:
-        yield lambda: bool(asked)
+        yield watch
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

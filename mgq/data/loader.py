@@ -7,7 +7,7 @@ and they need no copies, no pickling and no clean-up, and start at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
@@ -209,14 +209,11 @@ class Loader:
         return list(news.values())
 
     def _are_too_many(self, problems: _Problems) -> bool:
-        return len(problems) > self.max_bad * len(self.dataset) or len(problems) == len(self.dataset)
+        return are_too_many(len(problems), len(self.dataset), self.max_bad)
 
     def _too_many_error(self) -> InputError:
-        first = "; ".join(list(self._problems.values())[:_PROBLEMS_SHOWN])
-        return InputError(
-            f"{len(self._problems):,} of {len(self.dataset):,} pictures of {self.dataset.name} cannot be read, and at"
-            f" most {100 * self.max_bad:.3g} % may be: remove or mend them, or allow more; the first: {first}"
-        )
+        pictures = f"{plural(len(self.dataset), 'picture')} of {self.dataset.name}"
+        return too_many_error(list(self._problems.values()), pictures, self.max_bad)
 
     # ---- in the threads ----
 
@@ -259,3 +256,17 @@ class _PendingBatch:
     images: Pixels
     indices: Indices
     parts: list[Future[_Problems]]
+
+
+def are_too_many(broken: int, pictures: int, max_bad: float) -> bool:
+    """Whether ``broken`` of ``pictures`` are more than the share ``max_bad``, or all."""
+    return broken > max_bad * pictures or broken == pictures
+
+
+def too_many_error(problems: Sequence[str], pictures: str, max_bad: float) -> InputError:
+    """The error for ``problems``, a line for each broken one of ``pictures``, a number with what they are."""
+    first = "; ".join(problems[:_PROBLEMS_SHOWN])
+    return InputError(
+        f"{len(problems):,} of {pictures} cannot be read, and at most {100 * max_bad:.3g} % may be: remove or mend"
+        f" them, or allow more; the first: {first}"
+    )

@@ -167,6 +167,8 @@ def find_folder(name: Path, save: Path) -> Path:
     if found is None:
         runs = sorted(path.parent.name for path in save.glob(f"*/{RUN_CHECKPOINT}"))
         there = f"; there are {', '.join(map(printable, runs))}" if runs else ""
+        if name.is_file():
+            raise InputError(f"{printable(name)} is neither a run nor a deployed file{there}: name a run's folder")
         raise InputError(f"there is no run {printable(name)}{there}: name its folder")
     return found
 

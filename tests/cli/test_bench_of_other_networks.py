@@ -8,14 +8,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tests.conftest import Mgq, the_error
+from mgq.zoo.network_state import state_of
+from tests.conftest import Mgq, classifier_of, the_error
 from tests.fakes.foreign_models import write
 
 
 def test_an_imported_network_is_to_be_calibrated_before_it_is_measured(tmp_path: Path, mgq: Mgq) -> None:
     path = write(tmp_path / "model.onnx")
     assert "mgq calibrate -c" in the_error(mgq("bench", "-c", path))
+
+
+def test_bench_takes_one_network_of_several_in_a_file(tmp_path: Path, mgq: Mgq) -> None:
+    state = state_of(classifier_of("shufflenet_v1_x0_5_g3").network)
+    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    save_file(both, tmp_path / "two.safetensors")
+    words = ("bench", "-a", "shufflenet_v1_x0_5_g3", "-c", "two.safetensors")
+    assert "--key student" in the_error(mgq(*words))
+    assert "`mgq calibrate -c two.safetensors --key student -d" in the_error(mgq(*words, "--key", "student"))
+    assert "--key names a network of the file of -c" in the_error(mgq("bench", "--key", "student"))
 
 
 def test_report_compares_int8_with_no_other_import(tmp_path: Path, mgq: Mgq) -> None:

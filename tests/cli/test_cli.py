@@ -109,6 +109,19 @@ def test_what_is_not_there_is_told_before_long_work(mgq: Mgq, monkeypatch: pytes
     assert sorted(told, key=said.err.index) == list(told)
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [(("--ranges", "."), "--ranges . is a folder"), (("--max-drop", "1"), "--max-drop needs labelled pictures")],
+)
+def test_calibrate_refuses_before_it_begins(mgq: Mgq, words: tuple[str, ...], what: str) -> None:
+    said = mgq("calibrate", bundled_cat(), *words)
+    assert what in the_error(said) and "calibrating" not in said.err, said.err
+
+
+def test_a_report_on_another_file_says_what_it_is_not(mgq: Mgq) -> None:
+    assert "is neither a run nor a deployed file: name a run's folder" in the_error(mgq("report", bundled_cat()))
+
+
 def test_an_unknown_architecture_suggests_the_nearest(mgq: Mgq) -> None:
     assert "resnet18" in the_error(mgq("infer", "-a", "resnet81"))
 

@@ -98,6 +98,19 @@ def test_what_was_left_out_is_said_by_every_verb(mgq: Mgq, tmp_path: Path, check
     assert one_line_about(lines[1], "left out 1 file", "1 .heic (HEIF is not read: save as JPEG)")
 
 
+@pytest.mark.parametrize("verb", ["eval", "calibrate"])
+def test_a_broken_image_of_two_is_more_than_a_hundredth(mgq: Mgq, tmp_path: Path, checkpoint: Path, verb: str) -> None:
+    root = folders(tmp_path / "set", ".", number=1)
+    (broken,) = (root / KINDS[0]).iterdir()
+    broken.write_bytes(broken.read_bytes()[:200])
+    words = (verb, "-c", checkpoint, "-d", "set", *(("-m", "normal") if verb == "eval" else ("--quality", "fast")))
+    told = the_error(mgq(*words))
+    assert one_line_about(told, "1 of 2 pictures", "at most 1 % may be", broken.name), told
+    assert not (tmp_path / "runs" / f"{ARCH}.calibration").exists()
+    said = mgq(*words, "--max-bad", "0.5")
+    assert said.code == 0 and broken.name in said.err, said.err
+
+
 # ---- defaults that fit ----
 
 

@@ -169,7 +169,8 @@ class TestBadInput:
 
     def test_another_target_than_the_checkpoint_has(self, mgq: Mgq, calibrated: Path) -> None:
         said = mgq("infer", "-c", calibrated, "--target", "megengine")
-        assert said.code == 2 and "was quantized for the target onnx, not megengine" in the_error(said)
+        told = the_error(said)
+        assert said.code == 2 and one_line_about(told, "for the target onnx, not megengine", "--target megengine"), told
 
     def test_an_unknown_target_format_check_or_engine(self, mgq: Mgq, float_checkpoint: Path, images: Path) -> None:
         c = ("-c", float_checkpoint)
@@ -187,7 +188,7 @@ class TestBadInput:
 
     def test_megengine_cannot_run_what_is_for_onnx(self, mgq: Mgq, calibrated: Path) -> None:
         said = mgq("dump", "-c", calibrated, "--format", "megengine")
-        assert said.code == 2 and "pass --format onnx" in the_error(said)
+        assert said.code == 2 and "--format onnx" in the_error(said)
 
     @pytest.mark.parametrize("kind", ["truncated", "foreign"])
     def test_a_file_that_is_damaged_or_not_ours(self, mgq: Mgq, calibrated: Path, kind: str) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import pytest
 
+from mgq.cli.training import watch_for_stop
+from mgq.errors import FailureError
+from mgq.events import Callbacks
 from mgq.io.download import sha256_of
+from mgq.system.end_signals import end_signals
 from tests.conftest import Mgq, classifier_of, one_line_about, smooth_images, the_error, write_images
 from tests.fakes.commands import ARCH, lines_of, started, waited_for
 
@@ -214,3 +219,30 @@ def test_a_run_killed_at_several_moments_ends_with_the_same_weights(tmp_path: Pa
     name = f"{ARCH}.normal/checkpoint.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", end_signals())
+def test_a_signal_ends_a_training_run_at_once_where_nobody_asks_for_it(
+    mgq: Mgq, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Before the first step and after the last: the calibration behind a training worked on for minutes."""
+    went_on = []
+
+    def train(_: object, callbacks: Callbacks) -> None:
+        with callbacks.while_training():
+            went_on.append("trains")
+        signal.raise_signal(number)
+        went_on.append("calibrates")
+
+    monkeypatch.setattr("mgq.engine.training.training_run.train", train)
+    said = mgq("train")
+    assert (said.code, went_on) == (130, ["trains"]), said.err
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_signal_between_two_steps_waits_for_the_next_and_is_not_lost_behind_the_last(is_seen: bool) -> None:
+    ends_by = FailureError if is_seen else KeyboardInterrupt
+    with watch_for_stop() as watch, pytest.raises(ends_by), watch.while_training():
+        signal.raise_signal(signal.SIGTERM)
+        if is_seen and watch.should_stop():
+            raise FailureError("stopped")

@@ -23,7 +23,7 @@ from mgq.engine.classifier.labelled_sets import adopt_names
 from mgq.engine.classifier.mode_comparison import Comparison, compare_modes
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
-from mgq.errors import InputError, plural
+from mgq.errors import InputError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks, duration
 from mgq.io.atomic import ensure_writable_folder
 from mgq.ptq.presets import CalibrationConfig, count_images_used
@@ -99,9 +99,9 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
         announce(classifier, found.sources, options, callbacks)
         result = calibrate_on(found, classifier, options, callbacks)
     else:
-        announce(classifier, found.sources, options, callbacks)
         if labelled is None:
             raise InputError(f"--max-drop needs labelled pictures, with -d FOLDER: {found.why_not}")
+        announce(classifier, found.sources, options, callbacks)
         mixed = mix_precisions(found, labelled, classifier, options, callbacks)
         result = mixed.calibration
     for problem in result.problems:
@@ -183,6 +183,8 @@ def refuse_unwritable_folders(options: CalibrateOptions) -> None:
     """Raises InputError where results could not be written, before the work, which takes minutes."""
     ensure_writable_folder(options.save)
     if options.ranges_file is not None:
+        if options.ranges_file.is_dir():
+            raise InputError(f"--ranges {printable(options.ranges_file)} is a folder: give the name of a file")
         ensure_writable_folder(options.ranges_file.absolute().parent)
 
 
@@ -216,7 +218,8 @@ def calibrate_on(
         target=get_target(options.target or MEGENGINE.name),
         float_layers=float_layers,
     )
-    return calibrate(classifier, found.sources, options.images, options.about or found.name, config, callbacks)
+    about = options.about or found.name
+    return calibrate(classifier, found.sources, options.images, about, config, callbacks, options.max_bad)
 
 
 def mix_precisions(

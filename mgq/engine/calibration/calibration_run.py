@@ -14,13 +14,14 @@ from megengine import Tensor
 
 from mgq.data.datasets import Dataset, list_sources, pick_evenly, subset
 from mgq.data.image_sources import Source
+from mgq.data.loader import are_too_many, too_many_error
 from mgq.data.transforms import to_batch
 from mgq.engine.calibration.image_variety import Likeness
 from mgq.engine.classifier.open import Classifier, versions
 from mgq.engine.classifier.predict import BATCH, group_items, read_crops
 from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import RunFolder
-from mgq.errors import InputError
+from mgq.errors import InputError, plural
 from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, log_message, log_progress
 from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
@@ -80,20 +81,24 @@ def calibrate(
     about: str = "",
     config: CalibrationConfig = DEFAULT_CONFIG,
     callbacks: Callbacks = NO_CALLBACKS,
+    max_bad: float = 1.0,
 ) -> Calibration:
     """Ranges of ``classifier`` (mode ``normal``) over ``images`` of ``sources``, evenly spread.
 
     ``config`` says how, ``about`` what the images are. ``easyquant`` takes 64 images at most. Images that cannot be
     read are left out and named; ``callbacks`` get a message about what was done and left out, and where images are few,
-    blank or alike. Raises InputError where no image can be read, and for a method or preset that there is not.
+    blank or alike. Raises InputError where no image can be read, or more than the share ``max_bad`` cannot, and for a
+    method or preset that there is not.
     """
     preset = config.make_preset()
     few = choose_images(sources, images, config)
     seen = CalibrationImages(classifier, shuffle(list_of(few)), callbacks.on_progress, callbacks.on_message)
     arch, weights = classifier.spec.name, fingerprint(state_of(classifier.network))
+    pixels = seen.all()
+    seen.refuse_too_many_broken(max_bad)
     found, ranges = find_best_network(
         classifier.network,
-        seen.all(),
+        pixels,
         arch,
         weights,
         preset,
@@ -220,6 +225,11 @@ class CalibrationImages:
         batches = list(self.batches())
         self.refuse_none()
         return np.concatenate(batches)
+
+    def refuse_too_many_broken(self, max_bad: float) -> None:
+        """Raises InputError where more than the share ``max_bad`` of the pictures could not be read."""
+        if are_too_many(len(self.problems), len(self.sources), max_bad):
+            raise too_many_error(self.problems, plural(len(self.sources), "picture"), max_bad)
 
     def refuse_none(self) -> None:
         """Raises InputError where no picture could be read."""

@@ -56,7 +56,15 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
     found = wanted or by_name or ("megengine" if is_own else "onnx")
     if found == "megengine" and classifier.target is not MEGENGINE:
         its = classifier.target.name
-        raise InputError(f"MegEngine cannot run what was quantized for the target {its}: pass --format onnx")
+        raise InputError(
+            f"MegEngine cannot run what was quantized for the target {its}: let the file be .onnx (--format onnx), or "
+            f"take another engine"
+        )
+    if found == "megengine" and classifier.mode is Mode.QAT:
+        raise InputError(
+            "MegEngine's files are float or int8, not fake-quantized: pass -m quantized, the integers that mode qat "
+            "simulates"
+        )
     if found == "megengine" and classifier.spec.is_described:
         raise InputError("MegEngine's files are for networks of the zoo, not for imported ones: pass --format onnx")
     if found == "native" and (classifier.mode is not Mode.QUANTIZED or classifier.target is MEGENGINE):

@@ -171,8 +171,8 @@ def refuse_other_target(has: str, wanted: str | None, origin: str) -> None:
     """Raises InputError where ``wanted`` is no target, or another one than what ``origin`` was quantized for."""
     if wanted is not None and get_target(wanted).name != has:
         raise InputError(
-            f"{origin} was quantized for the target {has}, not {wanted}: leave --target out, "
-            f"or quantize float weights with it by `mgq calibrate` or `mgq qat`"
+            f"{origin} was quantized for the target {has}, not {wanted}: quantize float weights for it by "
+            f"`mgq calibrate --target {wanted}` or `mgq qat --target {wanted}`, or leave --target out if it was given"
         )
 
 

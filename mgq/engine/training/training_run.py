@@ -319,7 +319,8 @@ def train_on_all_devices(job: TrainJob, run: RunFolder, cluster: Cluster, callba
     Raises ElsewhereError on a machine that is not the first: what was learned lies there.
     """
     try:
-        figures = launch(cluster, partial(train_on_device, job, run), callbacks, job.train_options.prepare)
+        with callbacks.while_training():
+            figures = launch(cluster, partial(train_on_device, job, run), callbacks, job.train_options.prepare)
     except EndedError:
         saved = "its state last saved is kept" if run.last.is_file() else "nothing was saved yet"
         raise StoppedError(f"stopped on {plural(cluster.devices, 'device')}; {saved}", job.recipe) from None

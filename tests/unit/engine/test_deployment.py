@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mgq.cli.dump import describe_parity
-from mgq.engine.classifier import deployment
+from mgq.engine.classifier import deployment, parity
 from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, quantize_with_ranges
-from mgq.engine.classifier.parity import compute_reference, make_views
+from mgq.engine.classifier.parity import STEPS, compute_reference, make_views
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.runtime.protocol import run_in_batches
@@ -143,6 +144,19 @@ def test_what_a_dump_says_is_of_the_file_that_it_leaves(
     left = np.abs(run_in_batches(answers, make_views(networks[1])) - simulated).mean() * step
     assert f"by {left:.2f} steps" in slow.out
     assert "timing int8 beside float in each engine" in slow.err
+
+
+@pytest.mark.parametrize(("answer", "steps"), [(0.0, 0.0), (1.0, STEPS)])
+def test_logits_that_are_all_zero_have_steps_of_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: float, steps: float
+) -> None:
+    """As those of a head whose weights are zero."""
+    runtime = SimpleNamespace(name="engine", version="1")
+    monkeypatch.setattr(parity, "list_backends", lambda path: [SimpleNamespace(load=lambda *_: runtime)])
+    monkeypatch.setattr(parity, "run_in_batches", lambda *_: np.full((2, 5), answer, np.float32))
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    (found,) = parity.measure_parity(tmp_path / "net.onnx", images, np.zeros((2, 5), np.float32))
+    assert (found.same, found.mean, found.largest) == pytest.approx((100.0, steps, steps))
 
 
 def test_a_file_without_integers_has_no_layers_to_compare() -> None:

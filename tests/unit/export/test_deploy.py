@@ -97,6 +97,13 @@ def test_an_imported_network_is_no_file_of_megengine(tmp_path: Path) -> None:
         dump_classifier(classifier, tmp_path / "net.megengine")
 
 
+def test_a_fake_quantized_network_is_no_file_of_megengine(tmp_path: Path) -> None:
+    """MegEngine's file of one answers something else altogether."""
+    with pytest.raises(InputError, match="float or int8, not fake-quantized: pass -m quantized"):
+        dump_classifier(made("mobilenet_v2", Mode.QAT), tmp_path / "net.megengine")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.megengine"
     path.write_bytes(b"older")
