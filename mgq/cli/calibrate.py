@@ -140,7 +140,8 @@ class CalibrateCommand(ImportOptions):
         wish = self.import_wish()
         keep_freed_memory()  # before MegEngine starts its threads
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
-        options = replace(options, checkpoint=checkpoint)
+        source = self.checkpoint if checkpoint != self.checkpoint else None
+        options = replace(options, checkpoint=checkpoint, source=source)
         with progress() as on_progress:
             from mgq.engine.calibration.calibration_job import run_calibration
             from mgq.events import Callbacks

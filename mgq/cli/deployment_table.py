@@ -41,10 +41,10 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
         if row.float_share:
             note(f"{row.engine} is faster with {row.float_share:.0%} of the layers in float, so its file has them so")
     note_other_answers(deployment)
-    if deployment.slower:
-        slower = " and ".join(deployment.slower)
-        first = f"{else_try}, or " if else_try else ""
-        note(f"int8 is slower than float in {slower}: {first}run the float file there (`mgq dump -m normal`)")
+    if deployment.fastest_by_own:
+        sooner = " and ".join(deployment.fastest_by_own)
+        note(f"float is the imported file itself in {sooner}, which is faster there than mgq's float file")
+    note_slower(deployment, else_try)
     if deployment.own_files_only:
         apart = " and ".join(deployment.own_files_only)
         note(f"{deployment.path} is slower than float in {apart}: take the file for that engine alone there")
@@ -54,6 +54,15 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
     for path, engines in deployment.files.items():
         its = f", the fastest in {' and '.join(engines)}" if len(deployment.files) > 1 and engines else ""
         say(f"int8 file: {path}{its}")
+
+
+def note_slower(deployment: Deployment, else_try: str) -> None:
+    """Say in which engines int8 is slower than float, and what to do."""
+    first = f"{else_try}, or " if else_try else ""
+    for is_own, file in ((False, "the float file there (`mgq dump -m normal`)"), (True, "the imported file there")):
+        slower = " and ".join(row.engine for row in deployment.rows if row.is_slower and row.is_own_float is is_own)
+        if slower:
+            note(f"int8 is slower than float in {slower}: {first}run {file}")
 
 
 def note_other_answers(deployment: Deployment) -> None:

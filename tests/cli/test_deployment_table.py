@@ -32,6 +32,17 @@ def test_one_that_is_slower_in_an_engine_is_told_with_the_mend(capsys: pytest.Ca
     assert "int8 file: model.int8.onnx" in said.out and "not done" not in said.err
 
 
+def test_float_is_said_to_be_the_imported_file_where_that_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(0.9, 0.9, 2.0)
+    rows = (found.rows[0], *(replace(row, is_own_float=True) for row in found.rows[1:]))
+    show_deployment(replace(found, rows=rows))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "float is the imported file itself in engine 1 and engine 2" in said
+    assert "slower than float in engine 0: run the float file there (`mgq dump -m normal`)" in said
+    assert "slower than float in engine 1: run the imported file there" in said
+    assert "in engine 2: run" not in said
+
+
 @pytest.mark.parametrize(("same", "is_said"), [(52.1, True), (90.0, False)])
 def test_an_engine_in_which_int8_answers_otherwise_is_told(
     capsys: pytest.CaptureFixture[str], same: float, is_said: bool

@@ -19,7 +19,8 @@ class CalibrateOptions:
     how much is tried; ``method`` fixes how ranges are chosen. ``max_drop``: weights of layers stay float32 until int8
     loses no more points of top-1. ``limit`` labelled images at most show the accuracy. ``ranges_file``: ranges for the
     float weights are written to it, too. ``pretrained`` is True or the version of the zoo's weights. ``keep_input``:
-    the int8 file of an imported network takes the float input that the imported file took.
+    the int8 file of an imported network takes the float input that the imported file took. ``source``: the file that
+    ``checkpoint`` was imported from, whose speed is compared, too.
     """
 
     files: Sequence[str] = ()
@@ -45,6 +46,7 @@ class CalibrateOptions:
     width: float | None = None
     image_size: int | None = None
     keep_input: bool = False
+    source: Path | None = None
 
     @property
     def rounding(self) -> str:

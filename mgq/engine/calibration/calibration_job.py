@@ -140,7 +140,8 @@ def deploy_imported(
     if images is None or not classifier.spec.is_described:
         return None
     file = folder / f"{classifier.spec.name}.int8.onnx"
-    return deploy(classifier, result.classifier, file, read_some_crops(classifier, images), options.keep_input)
+    crops = read_some_crops(classifier, images)
+    return deploy(classifier, result.classifier, file, crops, options.keep_input, options.source)
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:

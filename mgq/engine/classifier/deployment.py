@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.engine.classifier.dump import Dump, dump_classifier, source_of
+from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.parity import list_backends
+from mgq.errors import MgqError
+from mgq.export.onnx.pixel_file import write_pixel_file
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.engine_forms import FORMS, adapt_to_engine
 from mgq.io.temporary_folders import temporary_folder
@@ -58,7 +61,8 @@ class EngineRow:
     """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8
     answers to the pictures, in percent of them as float does, and its logits against float's in dB.
 
-    An engine for int8 alone has no float. ``path`` is the int8 file, ``float_share`` the part of its convolutions and
+    Float is mgq's file, or the imported one where the engine runs that sooner (``is_own_float``). An engine for int8
+    alone has no float. ``path`` is the int8 file, ``float_share`` the part of its convolutions and
     linear layers that stay in float32 there, because the engine runs them sooner so. ``plain_speedup`` is the speed of
     the file for any engine, in terms of float's."""
 
@@ -71,6 +75,7 @@ class EngineRow:
     path: Path
     float_share: float = 0.0
     plain_speedup: float | None = None
+    is_own_float: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -107,6 +112,11 @@ class Deployment:
         return tuple(row.engine for row in self.rows if row.is_slower)
 
     @property
+    def fastest_by_own(self) -> tuple[str, ...]:
+        """The engines that run the imported file itself sooner than mgq's float file."""
+        return tuple(row.engine for row in self.rows if row.is_own_float)
+
+    @property
     def own_files_only(self) -> tuple[str, ...]:
         """The engines in which the file for any engine is slower than float, and their own is faster."""
         return tuple(row.engine for row in self.rows if row.path != self.path and row.is_plain_slower)
@@ -132,32 +142,57 @@ class Deployment:
 @dataclass(frozen=True)
 class FloatFile:
     """What int8 is compared with: the file ``path`` of ``size`` bytes, and its logits ``exact`` (N, classes) for
-    ``images``, uint8 (N, 3, H, W)."""
+    ``images``, uint8 (N, 3, H, W); ``own``, the file that the network was imported from, for pixels."""
 
     path: Path
     size: int
     exact: npt.NDArray[np.float64]
     images: Images
+    own: Path | None = None
+
+    def load(self, engine: Backend) -> list[BatchRuntime]:
+        """The float files that ``engine`` runs, mgq's first."""
+        if not engine.reads(self.path):
+            return []
+        found: list[BatchRuntime] = [engine.load(self.path, usable_cores())]
+        if self.own is not None:
+            with contextlib.suppress(MgqError):  # it serves as a measure alone
+                own = engine.load(self.own, usable_cores())
+                own.run(self.images[:1])
+                found.append(own)
+        return found
 
 
 @contextlib.contextmanager
-def float_file_of(normal: Classifier, images: Images) -> Iterator[FloatFile]:
-    """A float file of ``normal`` for a while. Raises as the dump does."""
+def float_file_of(normal: Classifier, images: Images, source: Path | None = None) -> Iterator[FloatFile]:
+    """A float file of ``normal`` for a while, and the ``source`` that it was imported from. Raises as the dump does."""
     with temporary_folder() as folder:
         dumped = dump_classifier(normal, folder / "float.onnx", batch=None)
-        yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images)
+        own = None
+        if source is not None:
+            with contextlib.suppress(MgqError):  # it serves as a measure alone
+                size = images.shape[2], images.shape[3]
+                own = write_pixel_file(source, find_float_input(normal), size, folder / "own.onnx")
+        yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images, own)
 
 
-def deploy(normal: Classifier, int8: Classifier, path: Path, images: Images, keep_input: bool = False) -> Deployment:
+def deploy(
+    normal: Classifier,
+    int8: Classifier,
+    path: Path,
+    images: Images,
+    keep_input: bool = False,
+    source: Path | None = None,
+) -> Deployment:
     """Write the int8 network to the ``.onnx`` file ``path``, and measure it beside a float file of ``normal``.
 
     Where an engine runs another form of it sooner, that lies in a file beside it, whose name has the engine's in it.
-    ``images``: uint8 (N, 3, H, W), as the networks see them. ``keep_input`` is as for the dump.
-    Raises as that does.
+    ``images``: uint8 (N, 3, H, W), as the networks see them. ``keep_input`` is as for the dump. Float is the faster of
+    that file and of ``source``, which ``normal`` was imported from. Raises as the dump does.
     """
     int8 = convert(int8, Mode.QUANTIZED)
     dumped = dump_classifier(int8, path, batch=None, keep_input=keep_input)
-    with float_file_of(normal, images) as beside:
+    with float_file_of(normal, images, source) as beside:
         rows = tuple(measure_forms(beside, int8, path, engine, keep_input) for engine in list_backends(path))
         drop_slower_forms(path, rows)
         return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
@@ -258,13 +293,10 @@ def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> 
 
     Those that are farther from float than the first, and than ``NEAR``, by more than ``MOST_LOST`` are not taken.
     """
-    threads = usable_cores()
-    candidates = [engine.load(path, threads) for path in integers]
-    runtimes: list[BatchRuntime] = [*candidates]
-    if engine.reads(beside.path):
-        runtimes.append(engine.load(beside.path, threads))
-    taken = milliseconds(runtimes, beside.images[:1])
-    float_ms = taken[-1] if len(runtimes) > len(candidates) else None
+    candidates = [engine.load(path, usable_cores()) for path in integers]
+    taken = milliseconds([*candidates, *beside.load(engine)], beside.images[:1])
+    floats = taken[len(candidates) :]
+    float_ms = min(floats, default=None)
     answers = [run_in_batches(runtime, beside.images).astype(np.float64) for runtime in candidates]
     nearness = [snr_of(found, beside.exact) for found in answers]
     least = min(nearness[0], NEAR) - MOST_LOST
@@ -279,6 +311,7 @@ def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> 
         snr=nearness[place],
         path=integers[place],
         plain_speedup=None if float_ms is None else float_ms / taken[0],
+        is_own_float=len(floats) > 1 and floats[1] < floats[0],
     )
 
 

@@ -124,6 +124,30 @@ def test_where_no_share_is_faster_the_file_is_as_it_was(tmp_path: Path, deploy_a
     assert found.is_worthless
 
 
+@pytest.mark.parametrize(("own_ms", "float_ms"), [(0.4, 0.4), (2.0, FLOAT_MS)])
+def test_float_is_the_faster_of_its_files(
+    networks: tuple[Classifier, Classifier, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_ms: float,
+    float_ms: float,
+) -> None:
+    """mgq's, or the one that the network was imported from."""
+
+    def milliseconds(runtimes: Sequence[Any], _: Any) -> list[float]:
+        modes = [runtime.about.get("mode") if runtime.about else None for runtime in runtimes]
+        return [{None: own_ms, "normal": FLOAT_MS}.get(mode, 0.7) for mode in modes]
+
+    monkeypatch.setattr(deployment, "milliseconds", milliseconds)
+    source = write(tmp_path / "small.onnx", "swishes")
+    found = deploy(*networks[:2], tmp_path / "small.int8.onnx", networks[2], source=source)
+    rows = [row for row in found.rows if row.float_ms is not None]
+    assert {row.engine for row in rows} >= {"OpenVINO", "ONNX Runtime"}
+    assert {(row.float_ms, row.is_own_float) for row in rows} == {(float_ms, own_ms < FLOAT_MS)}
+    rows = [row for row in deploy(*networks[:2], tmp_path / "b.onnx", networks[2]).rows if row.float_ms is not None]
+    assert {(row.float_ms, row.is_own_float) for row in rows} == {(FLOAT_MS, False)}
+
+
 def test_what_a_dump_says_is_of_the_file_that_it_leaves(
     networks: tuple[Classifier, Classifier, Any], mgq: Mgq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
