@@ -64,6 +64,9 @@ def test_where_the_file_for_any_engine_is_slower_than_float_beside_its_own_it_sa
     told = "model.int8.onnx is slower than float in engine 0: take the file for that engine alone there"
     assert (told in said) == is_said
 
+    show_deployment(replace(found, rows=(replace(own, int8_ms=2.0), found.rows[1])))
+    assert told not in " ".join(capsys.readouterr().err.split()), "its own file is slower than float, too"
+
 
 @pytest.mark.parametrize(
     ("form", "slower", "advice"),

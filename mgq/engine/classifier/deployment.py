@@ -118,8 +118,9 @@ class Deployment:
 
     @property
     def own_files_only(self) -> tuple[str, ...]:
-        """The engines in which the file for any engine is slower than float, and their own is faster."""
-        return tuple(row.engine for row in self.rows if row.path != self.path and row.is_plain_slower)
+        """The engines in which the file for any engine is slower than float, and their own is not."""
+        rows = (row for row in self.rows if row.path != self.path and row.is_plain_slower)
+        return tuple(row.engine for row in rows if not row.is_slower)
 
     @property
     def is_worthless(self) -> bool:
