@@ -14,6 +14,7 @@ import typer
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
+    RUNS,
     Arch,
     AsJson,
     CheckpointFile,
@@ -23,7 +24,6 @@ from mgq.cli.shared_options import (
     TargetName,
     prepare_megengine,
 )
-from mgq.engine.classifier.run_lookup import RUNS
 from mgq.errors import plural, printable
 
 if TYPE_CHECKING:

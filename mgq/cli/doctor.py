@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgq.cli.shared_options import AsJson, Save
-from mgq.engine.classifier.run_lookup import RUNS
+from mgq.cli.shared_options import RUNS, AsJson, Save
 
 if TYPE_CHECKING:
     from mgq.bench.doctor import Diagnosis

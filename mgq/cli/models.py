@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mgq.cli.shared_options import AsJson, Save
-from mgq.engine.classifier.run_lookup import RUNS
+from mgq.cli.shared_options import RUNS, AsJson, Save
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.shared_options import (
+    RUNS,
     Arch,
     CheckpointFile,
     ImageSize,
@@ -16,7 +17,6 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
 )
-from mgq.engine.classifier.run_lookup import RUNS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import typer
 
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.shared_options import (
+    RUNS,
     Arch,
     AsJson,
     KeyName,
@@ -21,7 +22,6 @@ from mgq.cli.shared_options import (
     prepare_megengine,
     take_checkpoint,
 )
-from mgq.engine.classifier.run_lookup import RUNS
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.import_wish import ImportWish

@@ -10,6 +10,7 @@ import typer
 
 from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
 from mgq.cli.shared_options import (
+    RUNS,
     Arch,
     EngineName,
     NetworkOptions,
@@ -17,7 +18,6 @@ from mgq.cli.shared_options import (
     open_network,
     take_checkpoint,
 )
-from mgq.engine.classifier.run_lookup import RUNS
 from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:

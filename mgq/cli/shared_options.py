@@ -21,7 +21,6 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
 )
-from mgq.engine.classifier.run_lookup import RUNS
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.classifier import Classifier
@@ -94,6 +93,7 @@ EngineName = Annotated[
         show_default=False,
     ),
 ]
+RUNS = Path("runs")
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 

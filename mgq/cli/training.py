@@ -32,8 +32,7 @@ from mgq.cli.option_types import (
     NameOption,
     RecipeNumber,
 )
-from mgq.cli.shared_options import KEY_HELP, prepare_megengine
-from mgq.engine.classifier.run_lookup import RUNS
+from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
 from mgq.errors import InputError, format_size
 from mgq.io.temporary_folders import temporary_folder
 from mgq.system.end_signals import end_signals

@@ -64,9 +64,9 @@ def extend_to_grid(layer: QATModule, outputs: Range) -> GridRange:
     """The range of the ``outputs`` of ``layer``, widened where its grid has fewer levels below 0 than above; for a grid
     that begins at a floor the span above that (:mod:`mgq.quantization.floors`)."""
     low, high = outputs
-    if not low and not high:
-        return 0.0, UNSEEN_SCALE * quant_levels(layer)
     quantizer, observer = layer.act_fake_quant, layer.act_observer
+    if not low and not high and observer.scale_limit < UNSEEN_SCALE:
+        return 0.0, UNSEEN_SCALE * quant_levels(layer)
     floor = floor_of(observer.dtype)
     if floor is not None:
         return 0.0, float(span_up_to(limit_of(low, high, floor), floor))

@@ -12,13 +12,14 @@ from typing import Any
 from mgq.engine.classifier.builtin_file import builtin_file
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import attach_backend, open_file
-from mgq.engine.classifier.run_lookup import RUNS
 from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
 from mgq.machine import load_megengine
 from mgq.quantization.option_names import MEGENGINE, Mode
 from mgq.runtime.registry import AUTO, get_backend
+
+RUNS = Path("runs")
 
 
 def choose_network(

@@ -10,8 +10,6 @@ from mgq.errors import printable
 from mgq.quantization.option_names import Mode
 from mgq.zoo.registry import ModelSpec, spec_of, specs
 
-RUNS = Path("runs")
-"""Where runs are kept, unless another folder is given."""
 DEFAULT_ARCH = "efficientnet_lite0"
 RUN_CHECKPOINT = "checkpoint.safetensors"
 # The runs that can serve a mode, by the last part of their folder's name.
