@@ -233,7 +233,7 @@ def files_of(
     if len(arch) > 1:
         raise InputError("-c is one network: give one -a, or leave it out")
     name = arch[0] if arch else None
-    checkpoint = prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
+    given, checkpoint = checkpoint, prepare_megengine(checkpoint, deployed=False, key=key, save=save, wish=wish)
     from mgq.engine.classifier.deployment import write_candidates
     from mgq.engine.classifier.onnx_import import refuse_other_import
     from mgq.engine.classifier.open import find_newest_run, open_classifier
@@ -249,7 +249,8 @@ def files_of(
     refuse_other_import(int8, normal.options)
     note(f"int8 from {printable(int8)}")
     calibrated = open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save)
-    return write_candidates(normal, calibrated, folder, make_views(normal))
+    source = given if given != checkpoint else None
+    return write_candidates(normal, calibrated, folder, make_views(normal), source)
 
 
 def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:

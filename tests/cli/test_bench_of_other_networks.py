@@ -54,4 +54,4 @@ def test_an_imported_network_is_measured_in_float_and_in_int8(tmp_path: Path, mg
     said = mgq("bench", "-c", path, "--rounds", "1", "--threads", "1", "--json", "-")
     assert said.code == 0, said
     files = {Path(file).name for file in json.loads(said.out)["settings"]["files"]}
-    assert {"model.float.onnx", "model.int8.onnx", "model.int8.openvino.onnx"} <= files
+    assert {"model.float.onnx", "model.imported.onnx", "model.int8.onnx", "model.int8.openvino.onnx"} <= files

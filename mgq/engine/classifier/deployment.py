@@ -169,12 +169,19 @@ def float_file_of(normal: Classifier, images: Images, source: Path | None = None
     """A float file of ``normal`` for a while, and the ``source`` that it was imported from. Raises as the dump does."""
     with temporary_folder() as folder:
         dumped = dump_classifier(normal, folder / "float.onnx", batch=None)
-        own = None
-        if source is not None:
-            with contextlib.suppress(MgqError):  # it serves as a measure alone
-                size = images.shape[2], images.shape[3]
-                own = write_pixel_file(source, find_float_input(normal), size, folder / "own.onnx")
+        own = write_own_file(normal, images, source, folder / "own.onnx")
         yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images, own)
+
+
+def write_own_file(normal: Classifier, images: Images, source: Path | None, path: Path) -> Path | None:
+    """Write the file ``source``, which ``normal`` was imported from, to ``path`` for pixels as ``images`` are; None
+    without one, and where it cannot be given such: it serves as a measure alone."""
+    if source is None:
+        return None
+    try:
+        return write_pixel_file(source, find_float_input(normal), (images.shape[2], images.shape[3]), path)
+    except MgqError:
+        return None
 
 
 def deploy(
@@ -249,13 +256,18 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
     return replace(found, float_share=best.float_share, plain_speedup=row.plain_speedup)
 
 
-def write_candidates(normal: Classifier, int8: Classifier, folder: Path, images: Images) -> list[Path]:
-    """A float file in ``folder``, the int8 one for any engine, and those that are faster in an engine that is
-    installed: :func:`deploy` says how they are found. ``images`` are as there. Raises as the dump does.
+def write_candidates(
+    normal: Classifier, int8: Classifier, folder: Path, images: Images, source: Path | None = None
+) -> list[Path]:
+    """A float file in ``folder``, the ``source`` that it was imported from, the int8 file for any engine, and those
+    that are faster in an engine that is installed: :func:`deploy` says how they are found. ``images`` are as there.
+    Raises as the dump does.
     """
     name = normal.spec.name
     floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
-    return [floats, *deploy(normal, int8, folder / f"{name}.int8.onnx", images).files]
+    own = write_own_file(normal, images, source, folder / f"{name}.imported.onnx")
+    files = deploy(normal, int8, folder / f"{name}.int8.onnx", images, source=source).files
+    return [floats, *([own] if own else []), *files]
 
 
 def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:

@@ -20,7 +20,8 @@ PIXELS = "mgq_pixels"
 
 
 def write_pixel_file(source: Path, entry: FloatInput, size: tuple[int, int], target: Path) -> Path:
-    """Write to ``target`` the classifier in ``source``, for uint8 (1, 3, H, W) in BGR of that ``size``.
+    """Write to ``target`` the classifier in ``source``, for uint8 (N, 3, H, W) in BGR of that ``size``; N is 1 where
+    its own input says so.
 
     ``entry`` says what its own input is fed. Outputs but the answer are left out. Raises InputError where it takes
     several pictures at once, has weights in other files, or has no such input.
@@ -34,7 +35,8 @@ def write_pixel_file(source: Path, entry: FloatInput, size: tuple[int, int], tar
         raise InputError(f"{name} has weights in other files")
     nodes = front_nodes(onnx.helper, entry, fed.type.tensor_type.elem_type)
     kept = [output for output in graph.output if output.name == entry.output] or list(graph.output)[:1]
-    front = onnx.helper.make_tensor_value_info(PIXELS, UINT8, [1, 3, *size])
+    pictures = fed.type.tensor_type.shape.dim[0].dim_value or "N"
+    front = onnx.helper.make_tensor_value_info(PIXELS, UINT8, [pictures, 3, *size])
     replace_all(graph.input, [front, *(value for value in graph.input if value.name != entry.name)])
     replace_all(graph.node, [*nodes, *graph.node])
     replace_all(graph.output, kept)
