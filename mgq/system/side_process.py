@@ -48,6 +48,11 @@ class Call(Generic[Result]):
     def is_done(self) -> bool:
         return self.future is not None and self.future.done()
 
+    def take_back(self) -> None:
+        """If the second process has not yet begun it, the call is made here, when its result is asked for."""
+        if self.future is not None:
+            self.future.cancel()
+
     def result(self) -> Result:
         """What the call gives. Where the second process gave nothing, because it ended, has no memory left, or does not
         know the arguments' kinds, the call is made here. Raises what ``function`` raises."""
@@ -73,12 +78,12 @@ class SideProcess:
     def __init__(self, what: str, prepare: Callable[[], None] = do_nothing) -> None:
         self._process = AnsweringProcess(call_functions, what, 1, prepare, with_main=False)
         self._thread = ThreadPoolExecutor(1)
-        self._last: Future[Any] = self._thread.submit(self._process.answer, PATIENCE_S)  # that it is ready
+        self._begun: list[Future[Any]] = [self._thread.submit(self._process.answer, PATIENCE_S)]  # that it is ready
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing that was begun is left to do."""
-        return self._last.done()
+        return all(each.done() for each in self._begun)
 
     def begin(self, function: Callable[..., Result], *arguments: Any) -> Call[Result]:
         """Call ``function``, which can be imported, after what was begun before. All is pickled.
@@ -89,8 +94,9 @@ class SideProcess:
             question = dumps((function, arguments))
         except Exception:
             return Call(function, arguments)
-        self._last = self._thread.submit(self._process.ask, question, PATIENCE_S)
-        return Call(function, arguments, self._last)
+        asked = self._thread.submit(self._process.ask, question, PATIENCE_S)
+        self._begun = [*(each for each in self._begun if not each.done()), asked]
+        return Call(function, arguments, asked)
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -126,18 +132,27 @@ def share_out(
     on_result: Callable[[Result], None],
 ) -> list[Result]:
     """``function`` of each of ``tasks``, in their order. Each is begun as soon as this process or the ``side`` process
-    is free: put the longest first. ``on_result`` is told of each as it is known here."""
+    is free: put the longest first. ``on_result`` is told of each as it is known here.
+
+    The last one waits for the ``side`` process while this one does another, and is done here if this is free first.
+    """
     left = deque(enumerate(tasks))
     found: dict[int, Result] = {}
     there: dict[int, Call[Result]] = {}
+    waiting: Call[Result] | None = None
     while left:
         number, task = left.popleft()
         if side is not None and all(call.is_done for call in there.values()):
             there[number] = side.begin(function, task)
-        else:
-            found[number] = function(task)
-            on_result(found[number])
-    for number, call in there.items():
+            continue
+        if side is not None and len(left) == 1:
+            last, other = left.popleft()
+            waiting = there[last] = side.begin(function, other)
+        found[number] = function(task)
+        on_result(found[number])
+    if waiting is not None:
+        waiting.take_back()
+    for number, call in reversed(there.items()):
         found[number] = call.result()
         on_result(found[number])
     return [found[number] for number in range(len(tasks))]

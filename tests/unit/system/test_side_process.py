@@ -48,6 +48,15 @@ def wait_for(file: Path) -> int:
     return os.getpid()
 
 
+def wait_and_leave(task: tuple[Path | None, Path]) -> int:
+    """Waits until the first file is there, and leaves the second one."""
+    waited, left = task
+    if waited is not None:
+        wait_for(waited)
+    left.touch()
+    return os.getpid()
+
+
 def make_function() -> Callable[[], int]:
     return lambda: 3
 
@@ -100,6 +109,29 @@ def test_tasks_are_shared_out_and_results_keep_their_order(side: SideProcess) ->
     assert len(there) == 3 and sorted(there) == sorted(seen)
     assert there[0] != os.getpid() and there[1] == os.getpid()
     assert share_out(None, [1, 2], tell_process, seen.append) == [os.getpid()] * 2
+
+
+def test_the_last_task_is_begun_while_this_process_is_busy(side: SideProcess, tmp_path: Path) -> None:
+    first, second, last = (tmp_path / name for name in ("first", "second", "last"))
+    tasks = [(None, first), (last, second), (None, last)]  # what each waits for, and what it leaves
+    there = share_out(side, tasks, wait_and_leave, lambda _: None)
+    assert there[0] == there[2] != os.getpid() == there[1]
+    assert side.is_idle
+
+
+def test_a_task_that_waits_is_done_here_if_this_process_is_free_first(side: SideProcess, tmp_path: Path) -> None:
+    first, second, last = (tmp_path / name for name in ("first", "second", "last"))
+    tasks = [(last, first), (None, second), (None, last)]
+    there = share_out(side, tasks, wait_and_leave, lambda _: None)
+    assert there[0] != os.getpid() == there[1] == there[2]
+
+
+def test_a_process_whose_waiting_task_was_taken_back_is_not_idle(side: SideProcess, tmp_path: Path) -> None:
+    busy, waiting = begin(side, wait_for, tmp_path / "end"), begin(side, tell_process)
+    waiting.take_back()
+    assert not side.is_idle and waiting.result() == os.getpid()
+    (tmp_path / "end").touch()
+    assert busy.result() != os.getpid() and side.is_idle
 
 
 def test_halves_are_shared_and_an_empty_one_is_not_sent(side: SideProcess) -> None:
