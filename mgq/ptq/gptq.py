@@ -36,8 +36,12 @@ FEWEST, MOST = 512, 8192
 """Positions of a layer's output, at which its input is looked at."""
 POSITIONS_PER_INPUT = 256
 """More for each input of an output add little to what is known of how they vary together; to fit weights they do."""
-DAMPING = 0.01
-"""Of the mean variance, added to each: the paper's."""
+DAMPING = 0.1
+"""Of the mean variance, added to each. The paper takes 0.01; images that nobody has seen are better off with more.
+
+Weights alone, in dB of the logits of 100 or 200 unseen photos, with 0.01 and 0.1: MobileNetV2 31.96 and 32.27,
+EfficientNet-Lite0 31.14 and 31.57, Lite2 32.26 and 32.50, MobileNetV2 for ``megengine`` 25.62 and 25.94. 0.3 gave 32.39
+and 31.19 on the first two."""
 RIDGE = 3.0
 """Share of the mean variance that is added to each when weights are fitted, as a regularization.
 

@@ -50,8 +50,8 @@ class Call(Generic[Result]):
 
     def take_back(self) -> None:
         """If the second process has not yet begun it, the call is made here, when its result is asked for."""
-        if self.future is not None:
-            self.future.cancel()
+        if self.future is not None and self.future.cancel():
+            self.future = None
 
     def result(self) -> Result:
         """What the call gives. Where the second process gave nothing, because it ended, has no memory left, or does not
