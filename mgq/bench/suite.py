@@ -17,7 +17,7 @@ from mgq.bench.settings import Precision, Settings
 from mgq.bench.worker_loaders import CheckpointLoader, FileLoader
 from mgq.bench.workers import SubprocessWorker
 from mgq.engine.classifier.dump import dump_classifier, source_of
-from mgq.engine.classifier.network_choice import RUNS
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
 from mgq.engine.classifier.parity import compute_reference
 from mgq.errors import FailureError, InputError

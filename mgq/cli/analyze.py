@@ -14,7 +14,6 @@ import typer
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     CheckpointFile,
@@ -24,6 +23,7 @@ from mgq.cli.shared_options import (
     TargetName,
     prepare_megengine,
 )
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import plural, printable
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import typer
 from mgq.cli.help_layout import OWN
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
-from mgq.cli.shared_options import RUNS, CheckpointFile, KeyName, Save, prepare_megengine, refuse_wish
+from mgq.cli.shared_options import CheckpointFile, KeyName, Save, prepare_megengine, refuse_wish
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import FailureError, InputError
 from mgq.io.temporary_folders import temporary_folder
 

@@ -14,7 +14,6 @@ from mgq.cli.help_layout import OUTPUT
 from mgq.cli.import_options import ImportOptions, KeepInput
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     CheckpointFile,
@@ -29,6 +28,7 @@ from mgq.cli.shared_options import (
     Workers,
     prepare_megengine,
 )
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import plural
 from mgq.machine import keep_freed_memory
 

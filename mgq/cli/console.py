@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mgq.cli.amounts import format_amount
+from mgq.cli.widths import measure_unfolded
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
 
@@ -81,7 +82,6 @@ def say_on(name: str, text: str, style: str | None = None) -> None:
 
 NARROWEST = 12
 """A column whose text may be folded is made no narrower, in characters."""
-_ENDLESS = 1_000_000
 
 
 def show_table(table: Table, to: Console | None = None) -> None:
@@ -89,12 +89,9 @@ def show_table(table: Table, to: Console | None = None) -> None:
     of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
     The title, which rich would break where the table ends, is a line of its own: in a pipe it stays whole.
     """
-    from rich.measure import Measurement
-
     to = to or console("out")
-
     widths = [measure_width(column, table.show_header) for column in table.columns]
-    whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
+    whole = measure_unfolded(table, to)
     lines = whole - sum(max(width, c.min_width or 0) for width, c in zip(widths, table.columns, strict=True))
     for column, width in zip(table.columns, widths, strict=True):
         if column.no_wrap:

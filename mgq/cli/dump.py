@@ -17,6 +17,7 @@ from mgq.cli.shared_options import (
     ModeName,
     open_network,
     prepare_megengine,
+    with_newest_run,
 )
 from mgq.errors import InputError, format_size, plural
 from mgq.io.temporary_folders import temporary_folder
@@ -142,7 +143,7 @@ class DumpCommand(NetworkCommand):
         """Open the network to write; ``checkpoint`` is the file that ``-c`` stands for, after an import."""
         from mgq.engine.classifier.dump import open_for_target
 
-        options = self.network_options(checkpoint).with_newest_run(self.mode)
+        options = with_newest_run(self.network_options(checkpoint), self.mode)
 
         def open_for(target: str | None) -> Classifier:
             return open_network(replace(options, target=target), self.mode, on_progress)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mgq.cli.shared_options import RUNS, AsJson, Save
+from mgq.cli.shared_options import AsJson, Save
+from mgq.engine.classifier.network_options import RUNS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,18 +5,17 @@ from pathlib import Path
 
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     CheckpointFile,
     ImageSize,
     KeyName,
-    NetworkOptions,
     Pretrained,
     Ranges,
     Save,
     TargetName,
     Width,
 )
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import typer
 
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     KeyName,
@@ -22,6 +21,7 @@ from mgq.cli.shared_options import (
     prepare_megengine,
     take_checkpoint,
 )
+from mgq.engine.classifier.network_options import RUNS
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.import_wish import ImportWish

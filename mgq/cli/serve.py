@@ -10,14 +10,13 @@ import typer
 
 from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     EngineName,
-    NetworkOptions,
     is_onnx_of_others,
     open_network,
     take_checkpoint,
 )
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions, Usage
 from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class ServeCommand:
         target = ONNX if self.checkpoint is None else None
         options = NetworkOptions(self.arch, self.checkpoint, engine=self.engine, target=target)
         with progress() as on_progress:
-            network = open_network(options, "quantized", on_progress, kept=True, threads=self.threads)
+            network = open_network(options, None, on_progress, Usage(kept=True, threads=self.threads))
         note(f"{network.spec.name}, {network.origin}")
         service = Service(network, self.limits(), note)
         serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))

@@ -32,7 +32,8 @@ from mgq.cli.option_types import (
     NameOption,
     RecipeNumber,
 )
-from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
+from mgq.cli.shared_options import KEY_HELP, prepare_megengine
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import InputError, format_size
 from mgq.io.temporary_folders import temporary_folder
 from mgq.system.end_signals import end_signals

@@ -10,6 +10,7 @@ import pytest
 
 from mgq.data.decoding import bundled_cat
 from mgq.engine.classifier import builtin_file, network_choice
+from mgq.engine.classifier.network_options import NetworkOptions, Usage
 from mgq.engine.classifier.predict import infer
 from mgq.errors import FailureError, InputError
 from mgq.export.onnx import onnx_file
@@ -106,7 +107,9 @@ def test_a_run_an_option_or_another_target_is_not_the_built_in_file(own_cache: P
     (run / "checkpoint.safetensors").touch()
     assert chosen(save=tmp_path / "runs") is None
     assert not network_choice.reads_onnx("lite") and network_choice.reads_onnx("openvino")
-    classifier = network_choice.choose_network(kept=True, target="megengine", save=tmp_path / "none")
+    classifier = network_choice.choose_network(
+        NetworkOptions(target="megengine", save=tmp_path / "none"), usage=Usage(kept=True)
+    )
     assert classifier.file is None
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import FailureError, InputError, no_such, printable
@@ -245,7 +246,7 @@ def dump(
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None and not choice.get("pretrained"):
-        arch = find_newest_arch(Path(choice.get("save", "runs")), mode)
+        arch = find_newest_arch(Path(choice.get("save", RUNS)), mode)
     target = choice.pop("target", None)
 
     def open_for(target: str | None) -> Classifier:
