@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgq.cli.network_command import NetworkCommand
+from mgq.cli.option_needs import need_run
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
     MODE_HELP,
@@ -99,6 +100,8 @@ class EvalCommand(NetworkCommand):
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1
+
+    needs = (need_run(lambda command: [command.mode] if command.mode else ["quantized", "normal"]),)
 
     def execute(self) -> None:
         """Measure, then print the tables or the JSON."""

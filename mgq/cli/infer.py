@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.network_command import NetworkCommand
+from mgq.cli.option_needs import need_run
 from mgq.cli.option_types import COUNT, MODE
 from mgq.cli.shared_options import (
     MODE_HELP,
@@ -73,6 +74,8 @@ class InferCommand(NetworkCommand):
     ] = False
     as_json: AsJson = False
     engine: EngineName = None
+
+    needs = (need_run(lambda command: [command.mode or "quantized"], takes_newest=False),)
 
     def execute(self) -> None:
         """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""

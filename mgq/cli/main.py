@@ -43,7 +43,7 @@ VERBS = {
     "bench": "bench:BenchCommand",
     "report": "report:ReportCommand",
     "serve": "serve:ServeCommand",
-    "models": "models:models",
+    "models": "models:ModelsCommand",
     "doctor": "doctor:doctor",
 }
 """Verb -> its module in this package, and a class or function in it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.option_needs import Need
 from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
 from mgq.cli.shared_options import (
     Arch,
@@ -76,6 +77,14 @@ class ServeCommand:
         float,
         typer.Option("--timeout", click_type=FACTOR, metavar="S", help="Limit for an upload, and for its answer."),
     ] = 30.0
+
+    needs = (
+        Need(
+            ("host", "port"),
+            lambda command: command.descriptor is None,
+            "opens a socket, and --fd is one: leave out one of them",
+        ),
+    )
 
     def execute(self) -> None:
         """Open the socket, then the network, and answer until the end."""

@@ -139,23 +139,11 @@ def take_checkpoint(
         if made is not None:
             note(f"int8 from {printable(made)}")
         return made or imported
-    refuse_wish(wish)
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
-    if checkpoint is None and key is not None:
-        raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
         validate_file(checkpoint, key)
     return checkpoint
-
-
-def refuse_wish(wish: ImportWish | None) -> None:
-    """Raise InputError where import options are given and -c is no ONNX file of another program."""
-    from mgq.errors import InputError
-
-    if wish is not None and not wish.is_open:
-        options = "--preprocess, --mean, --std, --rgb, --bgr, --size, --labels and --scores"
-        raise InputError(f"{options} are for ONNX files of others")
 
 
 def prepare_megengine(

@@ -102,6 +102,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """As :func:`atomic_write`, for a file that a user names: its folder is made where there is none, and taken away
+    again where the block fails."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        ensure_writable_folder(path.absolute().parent)
+        with atomic_write(path) as temporary:
+            yield temporary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Makes ``path`` hold ``data``, or leaves it as it was. Raises as :func:`atomic_write` does."""
     with atomic_write(path) as temporary:
