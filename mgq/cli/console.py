@@ -12,6 +12,7 @@ from mgq.cli.amounts import format_amount
 from mgq.cli.widths import measure_unfolded
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
+from mgq.system.end_signals import END_REQUEST
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -163,12 +164,22 @@ def progress(every: int | None = None) -> Iterator[OnProgress]:
     With ``every``, steps that have a detail get a line at each ``every``-th of them, on a terminal too.
     """
     if every is not None or is_pipe("err") or not console("err").is_terminal:
-        yield plain_lines(every)
+        yield obey_signals(plain_lines(every))
         return
     from mgq.cli.progress_bars import bars
 
     with bars(console("err")) as listener:
-        yield listener
+        yield obey_signals(listener)
+
+
+def obey_signals(listener: OnProgress) -> OnProgress:
+    """``listener``, which ends the work where a signal wanted that and was lost."""
+
+    def listen(event: Progress) -> None:
+        END_REQUEST.obey()
+        listener(event)
+
+    return listen
 
 
 def plain_lines(every: int | None = None) -> OnProgress:
