@@ -19,6 +19,7 @@ from mgq.io.atomic import (
     atomic_output,
     atomic_write,
     ensure_writable_folder,
+    refuse_unwritable_folder,
     write_bytes_atomically,
     write_text_atomically,
 )
@@ -340,3 +341,11 @@ def test_an_output_has_its_folder_made_and_a_failure_takes_that_away(tmp_path: P
     with pytest.raises(KeyboardInterrupt), atomic_output(tmp_path / "new" / "other" / "file"):
         raise KeyboardInterrupt
     assert [found.name for found in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_tried_is_made_by_nobody(tmp_path: Path) -> None:
+    refuse_unwritable_folder(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        refuse_unwritable_folder(tmp_path / "file")
