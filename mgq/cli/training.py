@@ -177,9 +177,14 @@ class TrainingCommand(ImportOptions):
         OF_IMPORT,
         OF_ZOO,
         Need(
-            ("sync_bn", "compress"),
-            lambda command: command.may_share() or command.compress == "none",
+            ("sync_bn",),
+            lambda command: command.may_share(),
             "is for several processes, and one trains here: give --jobs, or leave it out",
+        ),
+        Need(
+            ("compress",),
+            lambda command: command.nodes > 1 or find_world() is not None or command.compress == "none",
+            "is for what travels between machines: start mgq on several by mpirun, or leave it out",
         ),
         Need(("node", "master"), lambda command: command.nodes > 1, "is for several machines: give --nnodes, too"),
         Need(

@@ -209,7 +209,7 @@ WRONG = [
     ("train --master foo", "--master is for several machines", "--nnodes"),
     ("train --jobs 2 --nnodes 2", "--jobs is for one machine", "leave out one of them"),
     ("train --sync-bn -n 0", "--sync-bn", "--jobs"),
-    ("train --compress fp16 -n 0", "--compress", "--jobs"),
+    ("train --compress fp16 --jobs 2", "--compress", "mpirun"),
     ("bench --train cat.jpg", "FILES is for inference", "leave out one of them"),
     ("bench --train -s made", "--save made is for inference", "leave out one of them"),
     ("bench --no-stock", "--no-stock belongs to --train", "give that, too"),
