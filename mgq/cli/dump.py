@@ -129,6 +129,11 @@ class DumpCommand(NetworkCommand):
             "layers compares integers, and -m normal has none: leave out one of them",
         ),
         Need(
+            ("engine",),
+            lambda command: command.mode != "normal" or command.engine == "any",
+            "chooses where int8 is rounded, and -m normal is float: leave out one of them",
+        ),
+        Need(
             ("keep_input",),
             lambda command: command.mode != "normal",
             "is for int8: the float file with its input is the one that was imported",

@@ -193,6 +193,7 @@ WRONG = [
     ("dump -o net.so --batch 4", "--batch", "leave it out"),
     ("dump -o net.onnx --cpu avx2", "--cpu is for native libraries", "--format native"),
     ("dump -o net.onnx --input int8", "takes uint8 pixels, not int8", "leave --input out"),
+    ("dump -o net.onnx -m normal --for openvino", "--for chooses where int8", "leave out one of them"),
     ("dump -o net.so --for openvino", "--for is for ONNX files", "--format onnx"),
     ("dump -o net.megengine --batch 0", "--batch 0", "--format onnx"),
     ("dump -o net.megengine --target onnx", "target onnx", "--format onnx"),
